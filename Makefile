@@ -1,0 +1,37 @@
+# Every target sets up its own .venv; a machine needs Python 3.11 or later and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.outrider
+# Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
+TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
+WORKERS ?= 2
+
+.PHONY: demo test test-slow check docs bench clean
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; about 1.3 GB with PyTorch)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
+	@$(BIN)/outrider demo
+
+test: $(STAMP)  ## what CI runs: style, types, layers, tests
+	@$(MAKE) --no-print-directory check
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-slow: $(STAMP)  ## nightly sizes
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+check: $(STAMP)  ## style, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
+	@$(BIN)/outrider bench
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

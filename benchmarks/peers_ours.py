@@ -1,0 +1,51 @@
+"""Worker: Outrider through its public interface. Setting: length, the draft length (0 = plain decoding).
+
+One engine per length over the same loaded target, so that memory holds the weights once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peers_channel as channel
+import torch
+
+import outrider
+from outrider import Engine, SamplingParams
+
+
+def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
+    """Build the engines of `options["lengths"]`."""
+    torch.set_num_threads(what.threads)
+    engines = {
+        length: Engine.build(
+            target=what.target,
+            draft=what.draft if length else "none",
+            length=length,
+            dtype=what.dtype,
+            capacity=what.capacity,
+            max_length=what.length,
+        )
+        for length in what.options["lengths"]
+    }
+
+    def run(command: channel.Command) -> dict[str, Any]:
+        engine = engines[command.setting["length"]]
+        params = [
+            SamplingParams(
+                temperature=command.temperature, max_tokens=command.tokens, ignore_eos=True, seed=command.seed + i
+            )
+            for i in range(len(command.prompts))
+        ]
+        before = engine.counts.steps
+
+        def generate() -> list[list[int]]:
+            return [list(result.outputs[0].token_ids) for result in engine.generate(command.prompts, params)]
+
+        return channel.timed(generate, command) | {"calls": engine.counts.steps - before}
+
+    return run, {"outrider": outrider.__version__, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    channel.serve(load)

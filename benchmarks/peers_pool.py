@@ -1,0 +1,170 @@
+"""The worker processes: started once, asked one at a time, and stopped (SIGSTOP) while another one is measured.
+
+A stopped process cannot spin in an OpenMP barrier, poll a queue or collect garbage: one engine has the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peers_arms import HERE, Worker
+
+
+class WorkerError(RuntimeError):
+    """A worker answered with an error, ended, or did not answer in time."""
+
+
+@dataclass(slots=True)
+class Running:
+    """A started worker."""
+
+    worker: Worker
+    process: subprocess.Popen[str]
+    log: Path
+    versions: dict[str, str] = field(default_factory=dict)
+    load_seconds: float = 0.0
+    rss_gb: float = 0.0
+
+
+def installed(worker: Worker) -> str | None:
+    """The version of the distribution a worker needs, or None: the peer is absent."""
+    if not worker.python.exists():
+        return None
+    code = f"from importlib.metadata import version; print(version({worker.needs!r}))"
+    done = subprocess.run([worker.python, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def start(worker: Worker, load: Mapping[str, Any], threads: int, logs: Path, timeout: float = 600) -> Running:
+    """Start a worker, wait until it has loaded, and stop it. Raises WorkerError."""
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{worker.name}.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [worker.python, HERE / worker.script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            env=_environment(worker, threads),
+            start_new_session=True,
+        )
+    running = Running(worker, process, log)
+    try:
+        answer = _exchange(running, {**load, "threads": threads, "options": worker.options}, timeout)
+    except WorkerError:
+        end(running)
+        raise
+    running.versions, running.load_seconds = answer["versions"], answer["seconds"]
+    running.rss_gb = rss_gb(process.pid)
+    _signal(process.pid, signal.SIGSTOP)
+    return running
+
+
+def ask(running: Running, command: Mapping[str, Any], warm: Mapping[str, Any], timeout: float = 300) -> dict[str, Any]:
+    """Wake a worker, let it warm up untimed, run the command, stop it again."""
+    _signal(running.process.pid, signal.SIGCONT)
+    try:
+        _exchange(running, warm, timeout)
+        return _exchange(running, command, timeout)
+    finally:
+        running.rss_gb = max(running.rss_gb, rss_gb(running.process.pid))
+        _signal(running.process.pid, signal.SIGSTOP)
+
+
+def end(running: Running, patience: float = 15) -> None:
+    """Close a worker's input and wait; kill what is left of its processes."""
+    family = descendants(running.process.pid)
+    _signal(running.process.pid, signal.SIGCONT)
+    assert running.process.stdin is not None
+    with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+        running.process.stdin.close()
+        running.process.wait(patience)
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    running.process.wait()
+
+
+def _environment(worker: Worker, threads: int) -> dict[str, str]:
+    keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
+    common = {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    # GNU's OpenMP may stack both threads on one core unless they are bound; Intel's (vLLM) binds by itself.
+    bound = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"} if "LD_PRELOAD" not in worker.env else {}
+    for name in ("OMP_PROC_BIND", "OMP_PLACES"):
+        keep.pop(name, None)
+    return keep | common | bound | worker.env
+
+
+def _exchange(running: Running, message: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """One line out, one line back."""
+    process, name = running.process, running.worker.name
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(dict(message)) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        raise WorkerError(f"{name} has ended: see {running.log}") from None
+    # A worker writes one line per message, so nothing is ever left in the text buffer for select to miss.
+    if not select.select([process.stdout], [], [], timeout)[0]:
+        raise WorkerError(f"{name} did not answer within {timeout:.0f} s: see {running.log}")
+    line = process.stdout.readline()
+    if not line:
+        raise WorkerError(f"{name} has ended: see {running.log}")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise WorkerError(f"{name}: {answer['error']}: see {running.log}")
+    return answer
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and everything it started, parents first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it ended meanwhile
+            children.setdefault(parent, []).append(int(entry.name))
+    family = [pid]
+    for member in family:
+        family += children.get(member, [])
+    return family
+
+
+def rss_gb(pid: int) -> float:
+    """Resident memory of a process and everything it started, in 10^9 bytes; pages they share count once each."""
+    pages = 0
+    for member in descendants(pid):
+        try:
+            pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return pages * os.sysconf("SC_PAGESIZE") / 1e9
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    """To the whole family: children first when stopping, so that no parent misses an answer while it still runs."""
+    family = descendants(pid)
+    for member in family if number == signal.SIGCONT else reversed(family):
+        with suppress(ProcessLookupError):
+            os.kill(member, number)
+    if number == signal.SIGCONT:
+        time.sleep(0.01)

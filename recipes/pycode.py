@@ -1,0 +1,365 @@
+"""Train the shipped demonstration pair ``pycode``: a 12-layer target and a one-layer draft on Python's own library.
+
+    python recipes/pycode.py all                                # everything, from nothing
+    python recipes/pycode.py all --grow-from <a seed model>     # skip the first two trainings' worth of work
+    python recipes/pycode.py target --steps 50                  # one stage
+
+Stages: data -> tokenizer -> seed -> target -> draft-ce -> draft -> evaluate -> export. Each reads what the one before
+it left in the work folder (``runs/pycode``), and each continues where it was stopped, so this file reads top to bottom
+as the run itself.
+
+Why these shapes: on a CPU a forward pass of a small model costs mostly a fixed amount per layer. A deep, narrow target
+beside a one-layer draft therefore makes drafting cheap, about a tenth of a target forward. Why the target is grown:
+six layers learn the same number of tokens in half the time, and doubling the layers keeps what they learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from outrider.train import data, losses, measure
+import pycode_card
+from outrider.errors import ConfigError
+from outrider.train.checkpoint import export_model, load_latest, write_atomically
+from outrider.train.grow import double_layers
+from outrider.train.loop import LoopConfig, train
+from outrider.train.tokenizer import train_tokenizer
+
+HERE = Path(__file__).resolve().parent
+STAGES = ("data", "tokenizer", "seed", "target", "draft-ce", "draft", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: sizes in units of features, heads and layers."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole recipe. Batches are ``rows`` windows of ``length`` tokens."""
+
+    work: Path = HERE.parent / "runs" / "pycode"
+    assets: Path = HERE.parent / "src" / "outrider" / "assets" / "pycode"
+    source: Path = Path(sysconfig.get_paths()["stdlib"])
+    baseline: Path | None = None  # an older pair (folders target/ and draft/) to compare with
+    grow_from: Path | None = None  # a ready seed model and its tokenizer, instead of training them
+    vocabulary: int = 2048
+    context: int = 1024
+    length: int = 512
+    rows: int = 4
+    draft_rows: int = 8
+    evaluated_windows: int = 128
+    seed: int = 0
+    small: Shape = Shape(hidden=288, layers=6, heads=6, kv_heads=6, head_dim=48, intermediate=768)
+    draft: Shape = Shape(hidden=256, layers=1, heads=4, kv_heads=1, head_dim=64, intermediate=704)
+    seed_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3800, lr=2e-3))
+    target_loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=950, lr=1.2e-3, warmup=60, final_lr_ratio=0.02)
+    )
+    draft_ce_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3000, lr=4e-3))
+    draft_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, lr=2e-3, final_lr_ratio=0.02))
+
+
+# --- 1. data ---------------------------------------------------------------------------------------------------------
+
+
+def load_documents(config: Config) -> tuple[list[data.Document], list[data.Document]]:
+    """(training, held-out) files of the standard library; each distinct text once."""
+    return data.split(data.deduplicate(data.find_documents(config.source)))
+
+
+def stage_data(config: Config) -> None:
+    """Record which files are used, by path, size and hash."""
+    training, held_out = load_documents(config)
+    corpus = {
+        "python": sys.version.split()[0],
+        **{
+            name: {"files": len(part), "bytes": sum(len(d.text.encode()) for d in part)}
+            for name, part in (("training", training), ("held_out", held_out))
+        },
+        "digests": {d.path: d.digest for d in (*training, *held_out)},
+    }
+    config.work.mkdir(parents=True, exist_ok=True)
+    (config.work / "corpus.json").write_text(json.dumps(corpus, indent=1) + "\n")
+    print({k: v for k, v in corpus.items() if k != "digests"})
+
+
+# --- 2. tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def stage_tokenizer(config: Config) -> None:
+    """Train the tokenizer on the training files, encode both parts, check the round trip."""
+    from transformers import AutoTokenizer
+
+    training, held_out = load_documents(config)
+    folder = config.work / "tokenizer"
+    if config.grow_from is None:
+        train_tokenizer([d.text for d in training], config.vocabulary).save_pretrained(folder)
+    else:
+        AutoTokenizer.from_pretrained(config.grow_from).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for document in held_out:
+        ids = tokenizer.encode(document.text, add_special_tokens=False)
+        if tokenizer.decode(ids) != document.text:
+            raise ValueError(f"{document.path}: decode(encode(text)) differs from the text")
+    for name, part in (("training", training), ("held_out", held_out)):
+        stream = data.encode(part, tokenizer, tokenizer.eos_token_id)
+        np.save(config.work / f"{name}.npy", stream, allow_pickle=False)
+        size = sum(len(d.text.encode()) for d in part)
+        print(f"{name}: {len(stream):,} tokens, {size / len(stream):.3f} bytes/token")
+
+
+def load_stream(config: Config, name: str) -> np.ndarray:
+    """Token ids of ``training`` or ``held_out``, ``[N] uint16``."""
+    return np.load(config.work / f"{name}.npy", allow_pickle=False)
+
+
+# --- 3. seed and target -------------------------------------------------------------------------------------------------------
+
+
+def build_model(shape: Shape, config: Config) -> torch.nn.Module:
+    """A LlamaForCausalLM with fresh float32 weights, tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(config.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim, intermediate_size=shape.intermediate,
+            max_position_embeddings=config.context, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa",
+        )
+    )
+
+
+def logits_of(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """``[rows, length, V]`` logits of the next token for ids ``[rows, length]``."""
+    return model(input_ids=inputs, use_cache=False).logits
+
+
+def next_token_loss(model: torch.nn.Module, batch: torch.Tensor, progress: float) -> torch.Tensor:
+    """Cross-entropy of every next token in ``batch [rows, length + 1]``; ``progress`` is not used."""
+    return losses.cross_entropy(logits_of(model, batch[:, :-1]), batch[:, 1:])
+
+
+def held_out_loss(config: Config, limit: int = 32):
+    """An ``evaluate`` for the loop: mean nats per token on ``limit`` windows spread over the held-out files."""
+    batch = data.windows(load_stream(config, "held_out"), config.length, limit)
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        parts = [next_token_loss(model, rows, 0.0).item() for rows in batch.split(8)]
+        return {"held_out_nats": sum(parts) / len(parts)}
+
+    return evaluate
+
+
+def training_batches(config: Config) -> data.Batches:
+    """The training files as shuffled windows."""
+    return data.Batches(load_stream(config, "training"), config.rows, config.length, config.seed)
+
+
+def stage_seed(config: Config) -> None:
+    """Train the six-layer model that the target grows out of, unless one is given."""
+    if config.grow_from is not None:
+        print(f"skipped: growing from {config.grow_from.name}")
+        return
+    model = build_model(config.small, config)
+    train(model, training_batches(config), next_token_loss, config.seed_loop, config.work / "seed",
+          held_out_loss(config))
+
+
+def seed_model(config: Config) -> torch.nn.Module:
+    """The trained seed, float32."""
+    from transformers import AutoModelForCausalLM
+
+    if config.grow_from is not None:
+        return AutoModelForCausalLM.from_pretrained(config.grow_from, dtype=torch.float32)
+    return trained(config.small, "seed", config)
+
+
+def trained(shape: Shape, stage: str, config: Config) -> torch.nn.Module:
+    """The model that ``stage`` left in the work folder, float32, in evaluation mode."""
+    checkpoint = load_latest(config.work / stage)
+    if checkpoint is None:
+        raise SystemExit(f"nothing in {config.work / stage}: run the stage {stage!r} first")
+    model = build_model(shape, config)
+    model.load_state_dict(checkpoint.tensors["model"])
+    return model.eval()
+
+
+def stage_target(config: Config) -> None:
+    """Grow the seed to twelve layers and continue training."""
+    model = double_layers(seed_model(config))
+    print(f"target: {sum(p.numel() for p in model.parameters()):,} parameters")
+    evaluate = held_out_loss(config)
+    with torch.no_grad():
+        print("before the first step", evaluate(model.eval()))
+    train(model, training_batches(config), next_token_loss, config.target_loop, config.work / "target", evaluate)
+
+
+# --- 4. draft --------------------------------------------------------------------------------------------------------
+
+
+def draft_batches(config: Config, seed: int) -> data.Batches:
+    """Training windows for the draft: a larger batch, and another order than the target saw."""
+    return data.Batches(load_stream(config, "training"), config.draft_rows, config.length, seed)
+
+
+def stage_draft_ce(config: Config) -> None:
+    """Next-token training of the draft: cheap, since the target is not asked."""
+    model = build_model(config.draft, config)
+    print(f"draft: {sum(p.numel() for p in model.parameters()):,} parameters")
+    train(model, draft_batches(config, config.seed + 1), next_token_loss, config.draft_ce_loop,
+          config.work / "draft-ce", held_out_loss(config))
+
+
+def target_shape(config: Config) -> Shape:
+    """The seed's shape with twice its layers."""
+    return replace(config.small, layers=2 * config.small.layers)
+
+
+def stage_draft(config: Config) -> None:
+    """Distil the target into the draft: KL(p || q) first, then mostly TV(p, q), which is one minus acceptance."""
+    target = trained(target_shape(config), "target", config)
+    model = trained(config.draft, "draft-ce", config)
+
+    def loss_of(draft: torch.nn.Module, batch: torch.Tensor, progress: float) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = logits_of(target, batch[:, :-1])
+        tv, kl = (0.0, 1.0) if progress < 2 / 3 else (1.0, 0.1)
+        return losses.distillation(wanted, logits_of(draft, batch[:, :-1]), tv, kl)
+
+    windows = data.windows(load_stream(config, "held_out"), config.length, 16)
+
+    def evaluate(draft: torch.nn.Module) -> dict[str, float]:
+        (at_one,), greedy = measure.acceptance(target, draft, windows, (1.0,))
+        return {"acceptance": at_one.mean, "greedy_agreement": greedy}
+
+    train(model, draft_batches(config, config.seed + 2), loss_of, config.draft_loop, config.work / "draft", evaluate)
+
+
+# --- 5. evaluate -----------------------------------------------------------------------------------------------------
+
+def outside_documents() -> list[data.Document]:
+    """Python that no model here was trained on: the ``generation`` package of transformers."""
+    import transformers
+
+    return data.find_documents(Path(transformers.__file__).parent / "generation")
+
+
+def load_pair(folder: Path) -> dict[str, torch.nn.Module]:
+    """{"target": ..., "draft": ...} of a folder that holds both, float32."""
+    from transformers import AutoModelForCausalLM
+
+    names = ("target", "draft")
+    return {n: AutoModelForCausalLM.from_pretrained(folder / n, dtype=torch.float32).eval() for n in names}
+
+
+def stage_evaluate(config: Config) -> None:
+    """Measure the pair as it will be shipped (after rounding to bfloat16), and a baseline with the same tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.work / "tokenizer")
+    export_pair(config, config.work / "pair")
+    training = load_stream(config, "training")
+    texts = {
+        "held_out": load_stream(config, "held_out"),
+        "outside": data.encode(outside_documents(), tokenizer, tokenizer.eos_token_id),
+        "training": training[: len(training) // 8],  # for the gap between seen and unseen text only
+    }
+    report = {"pycode": measure.pair_report(load_pair(config.work / "pair"), tokenizer, texts, config.length, config.evaluated_windows)}
+    if config.baseline is not None:
+        if AutoTokenizer.from_pretrained(config.baseline / "target").get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(f"{config.baseline}: another vocabulary; its numbers per token would not compare")
+        report["baseline"] = measure.pair_report(load_pair(config.baseline), tokenizer, texts, config.length, config.evaluated_windows)
+    (config.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+# --- 6. export -------------------------------------------------------------------------------------------------------
+
+
+def export_pair(config: Config, folder: Path) -> None:
+    """Both models and the tokenizer as transformers folders, bfloat16."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.work / "tokenizer")
+    export_model(trained(target_shape(config), "target", config), tokenizer, folder / "target")
+    export_model(trained(config.draft, "draft", config), tokenizer, folder / "draft")
+
+
+def stage_export(config: Config) -> None:
+    """Replace the shipped pair, its prompts and its model card."""
+    from transformers import AutoTokenizer
+
+    export_pair(config, config.assets)
+    tokenizer = AutoTokenizer.from_pretrained(config.assets / "target")
+    _, held_out = load_documents(config)
+    rows = data.excerpts(held_out, tokenizer, count=64, seed=config.seed)
+    write_atomically(config.assets / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(config.assets / "README.md", pycode_card.model_card(config, gather_facts(config)))
+
+
+def gather_facts(config: Config) -> dict:
+    """What the stages left behind, for the model card."""
+    facts = {name: json.loads((config.work / f"{name}.json").read_text()) for name in ("corpus", "report")}
+    for name in ("seed", "target", "draft-ce", "draft"):
+        checkpoint = load_latest(config.work / name)
+        facts[name] = checkpoint.state if checkpoint else None
+    facts["tokens"] = {name: len(load_stream(config, name)) for name in ("training", "held_out")}
+    return facts
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def main(config: Config, stages: tuple[str, ...]) -> None:
+    """Run ``stages`` in order."""
+    functions = (stage_data, stage_tokenizer, stage_seed, stage_target, stage_draft_ce, stage_draft, stage_evaluate,
+                 stage_export)
+    run = dict(zip(STAGES, functions, strict=True))
+    for stage in stages:
+        print(f"--- {stage}", flush=True)
+        run[stage](config)
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Config, tuple[str, ...]]:
+    """Command line -> configuration and stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("--work", type=Path, help="folder for everything intermediate (default runs/pycode)")
+    parser.add_argument("--steps", type=int, help="steps of the training stage that runs")
+    parser.add_argument("--lr", type=float, help="peak learning rate of the training stage that runs")
+    parser.add_argument("--grow-from", type=Path, help="a trained seed (model and tokenizer) to grow from")
+    parser.add_argument("--baseline", type=Path, help="an older pair (target/, draft/) to measure beside this one")
+    parser.add_argument("--rows", type=int, help="windows per batch")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    given = parser.parse_args(arguments)
+    config = Config()
+    changes = {k: getattr(given, k) for k in ("steps", "lr") if getattr(given, k) is not None}
+    changes |= {"compile": True} if given.compile else {}
+    loops = {k: replace(getattr(config, k), **changes) for k in ("seed_loop", "target_loop", "draft_ce_loop", "draft_loop")}
+    config = replace(config, **loops)
+    config = replace(config, **{k: getattr(given, k) for k in ("work", "rows", "grow_from", "baseline") if getattr(given, k) is not None})
+    return config, STAGES if given.stage == "all" else (given.stage,)
+
+
+if __name__ == "__main__":
+    main(*parse())

@@ -1,0 +1,38 @@
+"""Outrider: speculative decoding that is exact, says so, and measures itself against its own theory.
+
+>>> from outrider import Engine, SamplingParams                                   # doctest: +SKIP
+>>> engine = Engine.build(target="path/to/model", draft="path/to/draft")          # doctest: +SKIP
+>>> print(engine.generate(["def main("], SamplingParams(max_tokens=64))[0].text)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from outrider.engine.build import generate, load_drafter, load_target
+    from outrider.engine.engine import Engine
+    from outrider.sampling.params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "SamplingParams", "generate", "load_drafter", "load_target"]
+
+_HOME = {
+    "Engine": "outrider.engine.engine",
+    "SamplingParams": "outrider.sampling.params",
+    "generate": "outrider.engine.build",
+    "load_drafter": "outrider.engine.build",
+    "load_target": "outrider.engine.build",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use: `outrider --help` must not wait for torch, and threads must be bound before torch is imported."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'outrider' has no attribute {name!r}")
+    from importlib import import_module
+
+    from outrider.threads import bind_threads
+
+    bind_threads()
+    return getattr(import_module(_HOME[name]), name)

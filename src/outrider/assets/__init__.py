@@ -1,0 +1,24 @@
+"""The shipped pair: `pycode`, a small target and its draft, made by `recipes/pycode.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from outrider.errors import ConfigError
+
+HERE = Path(__file__).parent
+
+
+def shipped(part: str) -> Path:
+    """Folder of a part of the shipped pair: "target" or "draft"."""
+    path = HERE / "pycode" / part
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"the shipped pair is incomplete ({path.name} is missing): reinstall outrider, or run recipes/pycode.py")
+    return path
+
+
+def shipped_prompts() -> list[str]:
+    """Held-out prompts of the shipped pair's domain: none of their files was seen in training."""
+    lines = (HERE / "pycode" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines]

@@ -1,0 +1,106 @@
+"""`outrider chat`: a conversation in the terminal, with what speculation saved on every turn."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from outrider.cli import options as opt
+from outrider.errors import ConfigError, RequestError
+
+
+def chat(
+    target: opt.Target = None,
+    draft: opt.Draft = "auto",
+    length: opt.Length = 4,
+    rule: opt.Rule = "auto",
+    temperature: opt.Temperature = 0.7,
+    top_p: opt.TopP = 1.0,
+    seed: opt.Seed = None,
+    max_tokens: opt.MaxTokens = 256,
+    system: Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    implementation: opt.Implementation = "auto",
+    max_length: opt.MaxLength = None,
+) -> None:
+    """Talk to a model. End with Ctrl-D or /quit; /clear starts over.
+
+    A target without a chat template (the shipped pair, any base model) continues what you type instead.
+    """
+    from outrider.cli.setup import engine_from_options
+    from outrider.sampling.params import SamplingParams
+
+    engine = engine_from_options(
+        target=target, draft=draft, length=length, rule=rule, dtype=dtype, device=device,
+        implementation=implementation, max_length=max_length, slots=1,
+    )  # fmt: skip
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    talk = Conversation(engine, system)
+    if not talk.template:
+        opt.err.print("[dim]this target has no chat template: it continues your text[/dim]")
+    while (line := read_line()) is not None:
+        if line in ("/quit", "/exit"):
+            break
+        if line == "/clear":
+            talk.clear()
+        elif line.strip():
+            try:
+                talk.turn(line, params)
+            except RequestError as error:  # too long a conversation is no reason to lose it
+                opt.err.print(f"outrider: {error} (/clear starts over)")
+
+
+def read_line() -> str | None:
+    """One line from the user, None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+class Conversation:
+    """Messages so far, and one turn at a time."""
+
+    def __init__(self, engine: Any, system: str | None) -> None:
+        self.engine, self.system = engine, system
+        self.template = bool(getattr(engine.tokenizer, "chat_template", None))
+        if system and not self.template:
+            raise ConfigError("--system needs a target with a chat template")
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
+
+    def turn(self, line: str, params: Any) -> None:
+        """Stream the answer to `line`, then one line of what the step counts say. Ctrl-C stops the answer only."""
+        from time import perf_counter
+
+        prompt: Any = line
+        if self.template:
+            self.messages.append({"role": "user", "content": line})
+            prompt = self.engine.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        start, answer, tokens, accepted = perf_counter(), "", 0, 0
+        try:
+            for event in self.engine.stream(prompt, params):
+                if event.error:
+                    raise RequestError(event.error)
+                answer += event.text
+                tokens += len(event.tokens)
+                accepted += event.origins.count("accepted")
+                typer.echo(event.text, nl=False)
+        except KeyboardInterrupt:
+            opt.err.print("[dim] (stopped)[/dim]", end="")
+        except RequestError:
+            if self.template:
+                self.messages.pop()
+            raise
+        seconds = perf_counter() - start
+        typer.echo()
+        if self.template:
+            self.messages.append({"role": "assistant", "content": answer})
+        opt.err.print(f"[dim]{tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s, {accepted} of them drafted[/dim]")

@@ -1,0 +1,124 @@
+"""`outrider doctor`: is this pair fit to run together, and what will it need?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from outrider.cli import options as opt
+
+
+def doctor(
+    target: Annotated[str | None, typer.Argument(help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False)] = None,
+    draft: Annotated[str | None, typer.Argument(help="Draft model to check it with.", show_default=False)] = None,
+    dtype: opt.Dtype = "auto",
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Sequences decoded together, for the memory estimate.")] = 1,
+    max_length: opt.MaxLength = None,
+    json: opt.Json = False,
+) -> None:
+    """Check a checkpoint pair without running it: vocabulary by text, dtype, context length, memory.
+
+    Exit code 0 if everything fits, 1 if a check fails, 2 if a checkpoint cannot be read.
+    """
+    from outrider.assets import shipped
+
+    folders = {"target": target or str(shipped("target"))}
+    if draft or target is None:
+        folders["draft"] = draft or str(shipped("draft"))
+    models = {role: examine(name, dtype, slots, max_length) for role, name in folders.items()}
+    checks = compare(models, folders)
+    ok = all(c["ok"] for c in checks)
+    if json:
+        opt.print_json({"ok": ok, "models": models, "checks": checks})
+    else:
+        print_report(models, checks)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[str, Any]:
+    """What one checkpoint is: read from its files alone, no weights loaded."""
+    from outrider.target.load import inspect_checkpoint
+
+    facts = inspect_checkpoint(name, dtype=dtype)
+    length = min(max_length or facts.max_length, facts.max_length)
+    return {
+        "name": Path(name).name if Path(name).exists() else name,
+        "architecture": facts.architecture,
+        "runtime": facts.runtime,
+        "reason": facts.reason,
+        "parameters": facts.parameters,
+        "dtype": facts.dtype,
+        "vocabulary": facts.vocab_size,
+        "context": facts.max_length,
+        "weights_bytes": facts.weights_bytes,
+        "kv_bytes": facts.kv_bytes_per_token * length * slots,
+    }
+
+
+def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[dict[str, Any]]:
+    """The checks, each with a sentence that says what was found."""
+    from outrider.target.load import available_memory, first_difference, load_tokenizer
+
+    need = sum(m["weights_bytes"] + m["kv_bytes"] for m in models.values()) + (300 << 20)
+    have = available_memory()
+    fits = have is None or need <= have
+    told = "unknown" if have is None else f"{have / 2**30:.1f} GiB available"
+    checks = [
+        {"check": "memory", "ok": fits, "found": f"about {need / 2**30:.2f} GiB needed (weights, KV, 0.3 working), {told}"}
+    ]
+    if "draft" not in models:
+        return checks
+    target, draft = models["target"], models["draft"]
+    found = first_difference(load_tokenizer(folders["target"]), load_tokenizer(folders["draft"]))
+    checks.append(
+        {
+            "check": "vocabulary",
+            "ok": found is None,
+            "found": f"same strings for all shared ids ({target['vocabulary']} and {draft['vocabulary']} entries)"
+            if found is None
+            else f"id {found[0]} is {found[1]!r} in the target and {found[2]!r} in the draft: this pair cannot be used",
+        }
+    )
+    longer = draft["context"] >= target["context"]
+    checks.append(
+        {
+            "check": "context",
+            "ok": True,
+            "found": f"target {target['context']}, draft {draft['context']}"
+            + ("" if longer else ": beyond the draft's context nothing is proposed (correct, only slower)"),
+        }
+    )
+    share = draft["parameters"] / target["parameters"]
+    checks.append(
+        {
+            "check": "cost",
+            "ok": share < 0.5,
+            "found": f"the draft has {share:.1%} of the target's parameters"
+            + ("" if share < 0.5 else ": too many to pay for itself"),
+        }
+    )
+    return checks
+
+
+def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]) -> None:
+    """Tables for people."""
+    console = opt.Console(highlight=False)
+    table = Table("", *models, title="checkpoints", title_justify="left")
+    size = lambda n: f"{n / 2**20:.1f} MiB"  # noqa: E731
+    rows = {
+        "name": str, "architecture": str, "runtime": str, "parameters": lambda n: f"{n / 1e6:.1f}M", "dtype": str,
+        "vocabulary": str, "context": str, "weights_bytes": size, "kv_bytes": size,
+    }  # fmt: skip
+    for key, show in rows.items():
+        table.add_row(key.replace("_bytes", ""), *(show(m[key]) for m in models.values()))
+    console.print(table)
+    for role, m in models.items():
+        if m["reason"]:
+            console.print(f"{role}: {m['reason']}")
+    for check in checks:
+        mark = "[green]ok[/green]  " if check["ok"] else "[bold red]FAIL[/bold red]"
+        console.print(f"{mark} {check['check']:<11} {check['found']}")

@@ -1,0 +1,61 @@
+"""The `outrider` command: errors become one sentence and exit code 2, Ctrl-C leaves the terminal clean."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from outrider.threads import bind_threads
+
+bind_threads()  # before anything imports torch: an OpenMP runtime reads its binding once, when it is loaded
+
+import typer  # noqa: E402
+
+from outrider.cli import bench, chat, demo, doctor, generate  # noqa: E402
+from outrider.errors import OutriderError  # noqa: E402
+
+app = typer.Typer(
+    name="outrider",
+    help="Speculative decoding that is exact, says so, and measures itself against its own theory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from outrider import __version__
+
+        typer.echo(f"outrider {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+    """Exit codes: 0 done or passed, 1 a gate failed, 2 wrong usage, 3 inconclusive."""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except OutriderError as error:
+        print(f"outrider: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\noutrider: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output went away: not an error of ours, and nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+if __name__ == "__main__":
+    main()

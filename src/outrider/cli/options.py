@@ -1,0 +1,71 @@
+"""Options that several commands share, each declared once, and the console they report on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Target = Annotated[
+    str | None,
+    typer.Option("--target", "-t", help="Target model: a folder or a Hub name. Default: the shipped pair.", show_default=False),
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        "--draft", "-d", help="What proposes: none, ngram, auto, a folder or a Hub name, or several joined by '+' (first that has a draft)."
+    ),
+]
+Length = Annotated[int, typer.Option("--length", "-l", min=0, max=64, help="Draft length (tokens proposed per step); 0 is plain decoding.")]
+Rule = Annotated[str, typer.Option("--rule", help="How drafts are judged: auto, speculative_sampling, match.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0: all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the smallest set of tokens with this mass.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than this share of the most likely one.")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Divide the logits of tokens seen before; 1: off.")]
+PresencePenalty = Annotated[float, typer.Option("--presence-penalty", help="Subtract once from the logits of tokens in the output.")]
+FrequencyPenalty = Annotated[float, typer.Option("--frequency-penalty", help="Subtract per occurrence in the output.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text, whatever runs beside it. Default: a new one each time.", show_default=False)]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to emit.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Stop before this string (repeatable).", show_default=False)]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float32 or float64.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Quantize = Annotated[str | None, typer.Option("--quantize-draft", help="int8 or int4 weights for the draft model: free of bias.", show_default=False)]
+Implementation = Annotated[str, typer.Option("--implementation", help="auto, lean (our runtime) or hf (unmodified Hugging Face model).")]
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option("--speculative-config", help="vLLM's JSON, unchanged; replaces --draft and --length.", show_default=False),
+]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Context to reserve, prompt and output. Default: the model's.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")]
+
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The one JSON document of a command; NaN becomes null."""
+    typer.echo(json.dumps(_clean(document), indent=2, ensure_ascii=False))
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(v) for v in value]
+    return value
+
+
+@contextmanager
+def loading(text: str) -> Iterator[Any]:
+    """A progress bar on stderr while something loads; yields `progress(fraction)`. Vanishes when done."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(text, total=1.0)
+        yield lambda fraction: bar.update(task, completed=fraction)

@@ -1,0 +1,24 @@
+"""The same depth for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outrider.errors import ConfigError
+from outrider.types import SequenceView, StepRecord
+
+
+class Fixed:
+    """Every sequence may draft `length` >= 0 deep in every step."""
+
+    def __init__(self, length: int) -> None:
+        if length < 0:
+            raise ConfigError(f"the draft length must be >= 0, got {length}; 0 is plain decoding")
+        self.length = length
+
+    def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
+        """`length` for each of `sequences`."""
+        return [self.length] * len(sequences)
+
+    def observe(self, record: StepRecord) -> None:
+        """A fixed length learns nothing."""

@@ -1,0 +1,82 @@
+"""A draft under construction: one tree per sequence, grown node by node, then laid flat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from outrider.types import POINT_MASS, Draft, Proposal
+
+
+class Forest:
+    """Trees of `sequences` sequences. Nodes of a sequence are numbered from 0 in the order they are added.
+
+    tokens[i], parent[i], row[i], paths[i]: per node of sequence i its token, its parent (-1: the anchor), the number of
+    its law (POINT_MASS: none) and the tokens from the anchor's child down to it.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(sequences)]
+        self.parent: list[list[int]] = [[] for _ in range(sequences)]
+        self.row: list[list[int]] = [[] for _ in range(sequences)]
+        self.paths: list[list[tuple[int, ...]]] = [[] for _ in range(sequences)]
+        self._laws: list[Tensor] = []
+        self._rows = 0
+
+    def add(self, i: int, parent: int, token: int, row: int = POINT_MASS) -> int:
+        """Add a node under `parent` to sequence i; its number."""
+        above = () if parent < 0 else self.paths[i][parent]
+        self.tokens[i].append(token)
+        self.parent[i].append(parent)
+        self.row[i].append(row)
+        self.paths[i].append((*above, token))
+        return len(self.tokens[i]) - 1
+
+    def path(self, i: int, node: int) -> tuple[int, ...]:
+        """Tokens from the anchor's child down to `node` of sequence i; empty for the anchor (-1)."""
+        return () if node < 0 else self.paths[i][node]
+
+    def add_laws(self, probs: Float[Tensor, "r V"]) -> int:
+        """Keep the laws that nodes were drawn from; the number of the first one."""
+        first = self._rows
+        self._laws.append(probs)
+        self._rows += len(probs)
+        return first
+
+    def nodes(self, index: Sequence[int], device: torch.device) -> Draft:
+        """The trees of the sequences `index`, without their laws."""
+        counts = tuple(len(self.tokens[i]) for i in index)
+        if not any(counts):
+            return Draft.empty(len(counts), device)
+        parent: list[int] = []
+        for i in index:
+            low = len(parent)
+            parent += [p + low if p >= 0 else -1 for p in self.parent[i]]
+        flat = [t for i in index for t in self.tokens[i]]
+        return Draft(torch.tensor(flat, dtype=torch.int64, device=device), tuple(parent), counts)
+
+    def draft(self, device: torch.device, siblings: Literal["iid", "without_replacement"]) -> Draft:
+        """All trees with their laws, as a `Draft` on `device`."""
+        draft = self.nodes(range(len(self.tokens)), device)
+        row = tuple(r for rows in self.row for r in rows)
+        if all(r == POINT_MASS for r in row):
+            return draft
+        probs = (self._laws[0] if len(self._laws) == 1 else torch.cat(self._laws)).to(device)
+        return Draft(draft.token, draft.parent, draft.counts, Proposal(probs, row, None, siblings))
+
+
+def chains(tokens: Sequence[Sequence[int]], device: torch.device) -> Draft:
+    """One chain of point masses per sequence (empty: no proposal)."""
+    counts = tuple(len(c) for c in tokens)
+    if not any(counts):
+        return Draft.empty(len(counts), device)
+    parent: list[int] = []
+    for n in counts:
+        if n:
+            parent += [-1, *range(len(parent), len(parent) + n - 1)]
+    flat = [t for chain in tokens for t in chain]
+    return Draft(torch.tensor(flat, dtype=torch.int64, device=device), tuple(parent), counts)

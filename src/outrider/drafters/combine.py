@@ -1,0 +1,117 @@
+"""Several drafters as one: per sequence the first that has something to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from outrider.errors import ConfigError
+from outrider.protocols import Drafter
+from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores
+
+
+class FirstOf:
+    """Per sequence the first non-empty draft of `parts`, in their order.
+
+    A later part gets budget 0 for a sequence that has a draft already: it still catches up. Which part speaks depends
+    on the text and on the earlier ones having nothing to say, never on what was drawn, so laws stay honest.
+    """
+
+    def __init__(self, parts: Sequence[Drafter]) -> None:
+        if not parts:
+            raise ConfigError("first_of needs at least one drafter")
+        self.parts = tuple(parts)
+        self.name = "+".join(p.name for p in parts)
+        self.layers = tuple(sorted({layer for p in parts for layer in p.layers}))
+        self.max_nodes = max(p.max_nodes for p in parts)
+        self.max_depth = max(p.max_depth for p in parts)
+        self.trees = any(p.trees for p in parts)
+
+    def bind(self, slots: int, length: int) -> None:
+        """Bind every part."""
+        for part in self.parts:
+            part.bind(slots, length)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Every part forgets these slots."""
+        for part in self.parts:
+            part.release(slots)
+
+    def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
+        """Ask the parts in turn; merge what they propose."""
+        left = list(budget)
+        drafts: list[Draft] = []
+        chosen = [-1] * len(left)
+        for n, part in enumerate(self.parts):
+            draft = part.draft(self._seen_by(part, evidence), left)
+            drafts.append(draft)
+            for i, count in enumerate(draft.counts):
+                if count:
+                    chosen[i], left[i] = n, 0
+        speakers = {n for n in chosen if n >= 0}
+        if len(speakers) < 2:
+            return drafts[max(speakers, default=0)]
+        return merge(drafts, chosen, evidence.scores.logits.shape[-1])
+
+    def _seen_by(self, part: Drafter, evidence: Evidence) -> Evidence:
+        """The evidence with just the hidden states this part asked for, in its order."""
+        if part.layers == self.layers:
+            return evidence
+        hidden = tuple(evidence.scores.hidden[self.layers.index(layer)] for layer in part.layers)
+        return replace(evidence, scores=Scores(evidence.scores.logits, hidden))
+
+
+def first_of(*parts: Drafter) -> Drafter:
+    """Per sequence the first non-empty draft of `parts` (at least one)."""
+    return parts[0] if len(parts) == 1 else FirstOf(parts)
+
+
+def merge(drafts: Sequence[Draft], chosen: Sequence[int], vocab_size: int) -> Draft:
+    """One draft with the tree of sequence i taken from `drafts[chosen[i]]` (-1: none).
+
+    Nodes without a law stay point masses. Laws over different supports become laws over the vocabulary. A proposal has
+    one way of drawing siblings: a draft whose siblings were drawn another way than the first one's gives up its laws,
+    which is always lossless (contract 1).
+    """
+    places = [(n, i) for i, n in enumerate(chosen) if n >= 0]
+    trees = {(n, i): drafts[n].take([i]) for n, i in places}
+    parent: list[int] = []
+    for key in places:
+        low = len(parent)
+        parent += [p + low if p >= 0 else -1 for p in trees[key].parent]
+    token = torch.cat([trees[key].token for key in places])
+    counts = tuple(trees[n, i].counts[0] if n >= 0 else 0 for i, n in enumerate(chosen))
+    used = sorted({n for n in chosen if n >= 0})
+    q = _merge_laws({n: drafts[n] for n in used}, [(n, trees[n, i]) for n, i in places], vocab_size)
+    return Draft(token, tuple(parent), counts, q)
+
+
+def _merge_laws(drafts: dict[int, Draft], trees: list[tuple[int, Draft]], vocab_size: int) -> Proposal | None:
+    laws = {n: d.q for n, d in drafts.items() if d.q is not None}
+    trees_with_laws = [n for n in laws if not drafts[n].is_chain]  # a chain was drawn either way
+    way: Literal["iid", "without_replacement"] = laws[trees_with_laws[0]].siblings if trees_with_laws else "iid"
+    laws = {n: q for n, q in laws.items() if n not in trees_with_laws or q.siblings == way}
+    if not laws:
+        return None
+    supports = [q.support for q in laws.values()]
+    same = all(_equal(s, supports[0]) for s in supports[1:])
+    support = supports[0] if same else None
+    tables: list[Float[Tensor, "r S"]] = []
+    first: dict[int, int] = {}
+    for n, q in laws.items():
+        first[n] = sum(len(t) for t in tables)
+        tables.append(q.probs if same else q.dense(list(range(len(q.probs))), vocab_size))
+    row: list[int] = []
+    for n, tree in trees:
+        own = tree.q.row if tree.q is not None and n in laws else (POINT_MASS,) * len(tree.parent)
+        row += [r + first[n] if r >= 0 else POINT_MASS for r in own]
+    return Proposal(torch.cat(tables), tuple(row), support, way)
+
+
+def _equal(a: Int[Tensor, "S"] | None, b: Int[Tensor, "S2"] | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

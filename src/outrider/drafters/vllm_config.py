@@ -1,0 +1,148 @@
+"""vLLM's `speculative_config`, read unchanged: the keys we can honour, and a clear refusal of the others.
+
+Keys and values are those of vLLM 0.33. A key whose only effect is on vLLM's own kernels is accepted for the values that
+describe what happens here anyway, and refused for the others; nothing is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from outrider.errors import ConfigError, unknown_name
+
+METHODS = {"draft_model": "a draft model", "ngram": "prompt lookup"}
+RULES = {"standard": "speculative_sampling"}
+DEFAULT_NGRAM = 5
+"""vLLM's prompt_lookup_min and _max when neither is given."""
+
+_READ = (
+    "method", "model", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "quantization",
+    "rejection_sample_method", "draft_sample_method",
+)  # fmt: skip
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "draft_tensor_parallel_size": (None, 1),
+    "parallel_drafting": (None, False),
+    "use_heterogeneous_vocab": (None, False),
+    "enable_adaptive_verification": (None, False),
+    "use_local_argmax_reduction": (None, False),
+    "enforce_eager": (None, True, False),
+    "disable_padded_drafter_batch": (None, True, False),
+    "disable_eagle_block_drop": (None, False),
+    "kv_cache_dtype": (None, "auto"),
+    "attention_backend": (None,),
+    "moe_backend": (None, "auto"),
+    "max_model_len": (None,),
+    "revision": (None,),
+    "code_revision": (None,),
+    "draft_lm_head_quantization": (None,),
+    "num_speculative_tokens_per_batch_size": (None,),
+    "suffix_decoding_max_tree_depth": (None,),
+    "suffix_decoding_max_cached_requests": (None,),
+    "suffix_decoding_max_spec_factor": (None,),
+    "suffix_decoding_min_token_prob": (None,),
+    "synthetic_acceptance_rates": (None,),
+    "synthetic_acceptance_length": (None,),
+    "fly_window_size": (None,),
+    "fly_entropy_threshold": (None,),
+    "fly_entropy_top_k": (None,),
+    "dspark_draft_topk": (None,),
+    "xpress_topc": (None,),
+}
+
+
+def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Engine options for vLLM's `speculative_config` (a JSON text or an object).
+
+    Returns `draft` (a spec of `load_drafter`) and, where given, `length`, `rule` and `draft_quantize`. Without
+    `draft_sample_method` a draft model proposes draws from its law, where vLLM proposes its most likely tokens: the
+    text has the same law, more of it is accepted. Raises ConfigError for anything that is not supported.
+    """
+    values = _object(config)
+    _refuse_unsupported(values)
+    options: dict[str, Any] = {"draft": _drafter(values)}
+    length = values.get("num_speculative_tokens")
+    if length is not None:
+        options["length"] = _whole("num_speculative_tokens", length)
+    method = values.get("rejection_sample_method")
+    if method is not None:
+        options["rule"] = _choice("rejection_sample_method", method, RULES)
+    if values.get("quantization") is not None:
+        options["draft_quantize"] = values["quantization"]
+    return options
+
+
+def _object(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(config, str):
+        try:
+            config = json.loads(config)
+        except ValueError as error:
+            raise ConfigError(f"speculative_config is not JSON: {error}") from None
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"speculative_config must be a JSON object, got {type(config).__name__}")
+    return dict(config)
+
+
+def _refuse_unsupported(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key in _READ:
+            continue
+        if key not in _NEUTRAL:
+            raise ConfigError(unknown_name("key of speculative_config", str(key), (*_READ, *_NEUTRAL)))
+        fine = _NEUTRAL[key]
+        if not any(type(value) is type(v) and value == v for v in fine):
+            allowed = [json.dumps(v) for v in fine if v is not None]
+            remedy = f"only {' or '.join(allowed)} is supported" if allowed else "it is not supported, remove it"
+            raise ConfigError(f"speculative_config key {key!r} has the value {value!r}: {remedy}")
+
+
+def _drafter(values: dict[str, Any]) -> str:
+    """The `load_drafter` spec."""
+    model = values.get("model")
+    if model is not None and not (isinstance(model, str) and model):
+        raise ConfigError(f"speculative_config key 'model' must be a path or a Hub name, got {model!r}")
+    method = values.get("method") or ("ngram" if model == "ngram" else "draft_model")
+    _choice("method", method, {m: m for m in METHODS})
+    if method == "ngram":
+        _only("ngram", values, ("quantization", "draft_sample_method"))
+        if model not in (None, "ngram"):
+            raise ConfigError(
+                f"speculative_config names the model {model!r}, which method 'ngram' does not use: remove one"
+            )
+        low, high = _ngram_sizes(values)
+        return f"ngram:{low}-{high}"
+    _only("draft_model", values, ("prompt_lookup_max", "prompt_lookup_min"))
+    if model is None:
+        raise ConfigError("speculative_config needs 'model' (a path or a Hub name) for method 'draft_model'")
+    method = values.get("draft_sample_method") or "probabilistic"
+    return _choice("draft_sample_method", method, {"greedy": "greedy:", "probabilistic": ""}) + model
+
+
+def _ngram_sizes(values: dict[str, Any]) -> tuple[int, int]:
+    low, high = values.get("prompt_lookup_min"), values.get("prompt_lookup_max")
+    if low is None and high is None:
+        low = high = DEFAULT_NGRAM
+    low, high = (high if low is None else low), (low if high is None else high)
+    low, high = _whole("prompt_lookup_min", low), _whole("prompt_lookup_max", high)
+    if low > high:
+        raise ConfigError(f"prompt_lookup_min ({low}) must be <= prompt_lookup_max ({high})")
+    return low, high
+
+
+def _only(method: str, values: dict[str, Any], foreign: tuple[str, ...]) -> None:
+    for key in foreign:
+        if values.get(key) is not None:
+            raise ConfigError(f"speculative_config key {key!r} means nothing for method {method!r}: remove it")
+
+
+def _choice(key: str, value: object, known: Mapping[str, str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"speculative_config key {key!r} has the value {value!r}; supported: {', '.join(known)}")
+    return known[value]
+
+
+def _whole(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"speculative_config key {key!r} must be a whole number >= 1, got {value!r}")
+    return value

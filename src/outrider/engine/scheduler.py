@@ -1,0 +1,73 @@
+"""Which sequences, and which part of their prompts, enter the next step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from outrider.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One sequence's part in a step: `prefix` tokens to feed; `scored` if they reach the newest token."""
+
+    sequence: Sequence
+    prefix: int
+    scored: bool
+
+
+class Scheduler:
+    """First come, first served, over a fixed set of slots; prompts in chunks beside the decoding of the others.
+
+    chunk: rows of a prompt chunk. Chunks end at multiples of `chunk` whoever else is running, so that the numbers a prompt
+    leaves in the cache do not depend on its neighbours. Each step takes every decoding sequence and at most `prefill`
+    prompt rows (always at least one chunk), so a long prompt delays the others by one chunk at a time.
+    """
+
+    def __init__(self, slots: int, *, chunk: int = 256, prefill: int | None = None) -> None:
+        self.chunk, self.prefill = chunk, max(chunk, prefill or chunk)
+        self.slots = slots
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def admit(self) -> list[Sequence]:
+        """Give free slots to waiting sequences, oldest first."""
+        admitted: list[Sequence] = []
+        while self.waiting and self._free:
+            sequence = self.waiting.popleft()
+            sequence.slot, sequence.cached = self._free.pop(), 0
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def plan(self) -> list[Work]:
+        """The next step: scored sequences and prompt chunks, in the order of admission."""
+        budget, works = self.prefill, []
+        for sequence in self.running:
+            missing = len(sequence.tokens) - sequence.cached
+            if missing == 1:
+                works.append(Work(sequence, 1, True))
+                continue
+            part = min(missing, self.chunk - sequence.cached % self.chunk)
+            if part <= budget or budget == self.prefill:
+                budget -= part
+                works.append(Work(sequence, part, part == missing))
+        return works
+
+    def drop(self, sequence: Sequence, release: Callable[[list[int]], None]) -> None:
+        """Take a sequence out, wherever it is; its slot is free again before the next step."""
+        if sequence.slot < 0:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+            return
+        self.running.remove(sequence)
+        release([sequence.slot])
+        self._free.append(sequence.slot)
+        sequence.slot, sequence.cached = -1, 0

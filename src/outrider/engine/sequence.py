@@ -1,0 +1,121 @@
+"""One request's sequence: its tokens, where it stands, and when it ends. One object per sequence; no parallel lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outrider.engine.text import TextStream
+from outrider.sampling.params import SamplingParams
+from outrider.types import Counts, SequenceView
+
+ORIGINS = ("accepted", "corrected", "bonus", "sampled")
+"""Where a token came from: a draft the rule kept; the correction of a rejected one; the bonus behind a draft that was kept
+whole; or the target alone, when nothing was proposed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (nats) of an emitted token under the raw target law, and the most likely alternatives."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one step added to one sequence. `text` is what may be shown now; `finish_reason` is set on the last event.
+
+    tokens[:accepted] were drafted and accepted; origins names each token's origin (see ORIGINS).
+    """
+
+    request: str
+    index: int
+    tokens: tuple[int, ...]
+    origins: tuple[str, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A sequence from its submission to its end.
+
+    tokens: prompt and output; the last one is the anchor while decoding. prompt: length of the prompt.
+    slot:   -1 while waiting. cached: tokens in the target's cache. limit: most tokens it may ever hold (context).
+    """
+
+    request: str
+    index: int
+    tokens: list[int]
+    prompt: int
+    params: SamplingParams
+    seed: int
+    limit: int
+    eos: frozenset[int]
+    text: TextStream | None = None
+    slot: int = -1
+    cached: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+    counts: Counts = field(default_factory=Counts)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request, self.index
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt :]
+
+    @property
+    def room(self) -> int:
+        """Tokens it may still emit."""
+        return min(self.params.max_tokens - (len(self.tokens) - self.prompt), self.limit - len(self.tokens))
+
+    def view(self) -> SequenceView:
+        return SequenceView(self.slot, self.seed, self.tokens, self.prompt, self.cached, self.params)
+
+    def emit(self, tokens: list[int], origins: list[str], logprobs: list[TokenLogprob]) -> Event:
+        """Append tokens one by one and stop at the first that ends the sequence: the one place where output is cut."""
+        kept, text = 0, ""
+        for token in tokens:
+            self.tokens.append(token)
+            kept += 1
+            text += self._advance(token)
+            if self.finish_reason is not None:
+                break
+        self.origins += origins[:kept]
+        self.logprobs += logprobs[:kept]
+        self.counts.emitted += kept
+        if text:
+            self.pieces.append(text)
+        return Event(
+            self.request, self.index, tuple(tokens[:kept]), tuple(origins[:kept]), text, tuple(logprobs[:kept]), self.finish_reason
+        )
+
+    def _advance(self, token: int) -> str:
+        """Text that may be shown after `token`; sets `finish_reason` if the sequence ends with it."""
+        produced = len(self.tokens) - self.prompt
+        early = produced <= self.params.min_tokens
+        ended = token in self.params.stop_token_ids or (token in self.eos and not self.params.ignore_eos)
+        if ended and not early:
+            self.finish_reason = "stop"
+            return self.text.finish() if self.text else ""
+        text = self.text.push(token) if self.text else ""
+        if self.text and self.text.stopped:
+            self.finish_reason = "stop"
+        elif self.room <= 0:
+            self.finish_reason = "length"
+            text += self.text.finish() if self.text else ""
+        return text
+
+    def fail(self, message: str) -> Event:
+        """End with an error: an outcome of this request, not a number and not its neighbours' trouble."""
+        self.finish_reason, self.error = "error", message
+        return Event(self.request, self.index, (), (), "", (), "error", message)

@@ -1,0 +1,199 @@
+"""Tokens to text while they arrive: never half a character, never the start of a stop string that may still complete.
+
+The decoder of a tokenizer is a function of a whole token list, and what it says about a token may depend on the tokens to its
+left (a leading space is dropped, bytes of one character are joined). So a window of the latest tokens is decoded again for
+every push, and the part of the text not shown before is new: the windowed decode of TGI and vLLM (`prefix_offset`,
+`read_offset`), here with a window that moves every few tokens, so a push costs one short decode and a stream is linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_HELD = 3  # a character of UTF-8 lacks at most 3 of its bytes; some decoders show one replacement character for each
+_STRIDE = 4  # tokens by which the window moves; it holds at most twice as many
+_PATIENCE = 64  # tokens after which it moves even in the middle of undecodable bytes
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """The part of a tokenizer that a stream needs: `tokenizers.Tokenizer` and Hugging Face's tokenizers both have it."""
+
+    def decode(self, ids: list[int], /, skip_special_tokens: bool = True) -> str: ...
+
+
+class StopMatcher:
+    """Watches text for stop strings, character by character (Knuth, Morris, Pratt 1977): O(1) amortised per string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._borders = tuple(_borders(s) for s in self._stop)
+        self._matched = [0] * len(self._stop)  # characters of each stop string that the text ends with
+
+    @property
+    def held(self) -> int:
+        """Characters at the end of the text that may be the start of a stop string."""
+        return max(self._matched, default=0)
+
+    def save(self) -> list[int]:
+        return list(self._matched)
+
+    def restore(self, matched: list[int]) -> None:
+        self._matched = list(matched)
+
+    def feed(self, char: str) -> str | None:
+        """The stop string that ends with `char`: the longest if several do."""
+        complete: str | None = None
+        for i, (stop, border) in enumerate(zip(self._stop, self._borders, strict=True)):
+            n = self._matched[i]
+            while n and stop[n] != char:
+                n = border[n]
+            n += stop[n] == char
+            if n == len(stop):
+                n = border[n]
+                if complete is None or len(stop) > len(complete):
+                    complete = stop
+            self._matched[i] = n
+        return complete
+
+
+def _borders(s: str) -> list[int]:
+    """For each n, the longest proper prefix of s[:n] that is also its suffix."""
+    out = [0, 0]
+    n = 0
+    for char in s[1:]:
+        while n and s[n] != char:
+            n = out[n]
+        n += s[n] == char
+        out.append(n)
+    return out
+
+
+class TextStream:
+    """The text of one output. All pieces that `push` and `finish` return, joined, are the decoded output up to its stop.
+
+    The stop is the stop string that completes first, whatever the borders of tokens; it is not part of the text. Of several
+    that complete with the same character it is the longest.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        stop: Sequence[str] = (),
+        *,
+        context: Sequence[int] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """stop: non-empty strings that end the text. context: the last tokens of the prompt (8 or so are plenty), for
+        tokenizers whose first word has no space. min_tokens: a stop string completed by these first tokens is only text.
+        """
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._ids = list(context)
+        self._start = len(self._ids)
+        self._min_tokens = min_tokens
+        self._matcher = StopMatcher(stop) if stop else None
+        self._window = 0  # first token of the window
+        self._border = self._start  # a later token where characters begin: the next window starts there
+        self._shown = _settled(self._decode(0)) if self._ids else 0  # characters of the window's text already taken
+        self._buffer = ""  # characters taken but held back: they may be the start of a stop string
+        self.stop_string: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string completed: nothing more is shown."""
+        return self.stop_string is not None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens pushed; after a stop, those up to the one that completed the stop string."""
+        return len(self._ids) - self._start
+
+    def push(self, token: int) -> str:
+        """Append a token; the text that is certain now. Empty after a stop."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        return self._take()
+
+    def extend(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Append the tokens of one step: the text that is certain now, and how many of the tokens were used.
+
+        The same as pushing them one by one until a stop, with one decode unless there is a stop.
+        """
+        if self.stopped or not tokens:
+            return "", 0
+        size, window, border, shown, held = len(self._ids), self._window, self._border, self._shown, self._buffer
+        matched = self._matcher.save() if self._matcher else []
+        self._ids += tokens
+        text = self._take()
+        if self._matcher is None or not self.stopped:
+            return text, len(tokens)
+        # Which token completed the stop string? Go back and look.
+        del self._ids[size:]
+        self._window, self._border, self._shown, self._buffer, self.stop_string = window, border, shown, held, None
+        self._matcher.restore(matched)
+        pieces = []
+        for token in tokens:
+            pieces.append(self.push(token))
+            if self.stopped:
+                break
+        return "".join(pieces), len(self._ids) - size
+
+    def finish(self) -> str:
+        """The text held back so far, broken characters included: the output has ended."""
+        if self.stopped:
+            return ""
+        text = self._decode(self._window)
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        shown = self._scan(new)
+        rest, self._buffer = self._buffer, ""
+        return shown + rest
+
+    def _take(self) -> str:
+        """Decode the window and pass on what is new and certain."""
+        text = self._decode(self._window)
+        settled = _settled(text)
+        new = text[self._shown : settled]
+        self._shown = max(self._shown, settled)
+        self._move_window(settled == len(text))
+        return self._scan(new)
+
+    def _decode(self, first: int) -> str:
+        return self._tokenizer.decode(self._ids[first:], skip_special_tokens=self._skip_special)
+
+    def _move_window(self, clean: bool) -> None:
+        """Start the window at the last border, if it leaves text to the left of the tokens to come."""
+        waiting = len(self._ids) - self._border
+        if waiting < (_STRIDE if clean else _PATIENCE):
+            return
+        text = self._decode(self._border)
+        if text:
+            self._window, self._border = self._border, len(self._ids)
+            self._shown = _settled(text)
+
+    def _scan(self, new: str) -> str:
+        """Take new characters; return those that no stop string can claim."""
+        if self._matcher is None:
+            return new
+        text = self._buffer + new
+        early = self.tokens <= self._min_tokens
+        for i, char in enumerate(new, start=len(self._buffer) + 1):
+            stop = self._matcher.feed(char)
+            if stop is not None and not early:
+                self.stop_string, self._buffer = stop, ""
+                return text[: i - len(stop)]
+        keep = len(text) - self._matcher.held
+        self._buffer = text[keep:]
+        return text[:keep]
+
+
+def _settled(text: str) -> int:
+    """Characters of `text` that later tokens cannot change: all but the replacement characters at its end, 3 at most."""
+    n = len(text)
+    while n and len(text) - n < _HELD and text[n - 1] == UNKNOWN:
+        n -= 1
+    return n

@@ -1,0 +1,1 @@
+"""Measurement: workloads, paired and interleaved arms, intervals, certificates."""

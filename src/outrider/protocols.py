@@ -1,0 +1,142 @@
+"""The verbs: what a target, a cache, a rule, a drafter, a controller and a sink can do. No code.
+
+They are runtime-checkable for the type checks in the tests alone; nothing in the engine asks what class a part is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor, device, dtype
+
+from outrider.noise import Noise
+from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, StepRecord, Verdict
+
+
+@runtime_checkable
+class KVCache(Protocol):
+    """Keys and values of `slots` sequences of up to `capacity` tokens, drafts included. Lengths are host data."""
+
+    length: list[int]
+    slots: int
+    capacity: int
+
+    def reserve(self, rows: Rows) -> None:
+        """Check that the rows fit where `rows` says they go; raise CapacityError before anything is computed."""
+        ...
+
+    def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
+        """Keep each segment's prefix and, for its nodes, the offsets (0 = its first node) of `paths`; forget the other rows.
+
+        One entry of `paths` per segment. Rollback is this call: kept rows are moved down to stand behind each other.
+        """
+        ...
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a slot."""
+        ...
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget these slots entirely."""
+        ...
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A causal language model that scores flat rows.
+
+    trees: rows may be siblings. rewinds: rows may be forgotten again (False for recurrent states: plain decoding only).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    max_length: int
+    trees: bool
+    rewinds: bool
+    dtype: dtype
+    device: device
+
+    def new_kv(self, slots: int, length: int) -> KVCache:
+        """A cache for `slots` sequences of `length` tokens each."""
+        ...
+
+    def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
+        """Score `rows`: write their keys and values behind the cached tokens (without committing them) and return logits of
+        `rows.scored` in float32 (float64 if the model is), and the hidden states of all rows after each of `layers`
+        (0 = the embeddings, i = after block i)."""
+        ...
+
+    def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
+        """Input embeddings."""
+        ...
+
+    def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """Final norm and output head."""
+        ...
+
+
+@runtime_checkable
+class DraftLaw(Protocol):
+    """The request's processors, for a drafter's own logits."""
+
+    def __call__(
+        self, logits: Float[Tensor, "n V"], sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "n V"]:
+        """Law of row i under the parameters of `sequences[i]`, whose tokens are followed by the tokens `paths[i]`."""
+        ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Accepts or rejects drafts. A pure function: no rows, no cache, no model."""
+
+    name: str
+    lossless: bool
+    trees: bool
+    lane: str
+
+    def __call__(self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
+        """p: target laws, B anchor rows then K node rows. `lane` names the noise a coupled drafter draws with."""
+        ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes. A deterministic function of the evidence since a slot was last released, and of noise."""
+
+    name: str
+    layers: tuple[int, ...]
+    max_nodes: int
+    max_depth: int
+    trees: bool
+
+    def bind(self, slots: int, length: int) -> None:
+        """Make room for `slots` sequences of `length` tokens; called once, when the engine is built."""
+        ...
+
+    def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
+        """One tree per sequence of the evidence, at most `budget[i]` deep; a budget of 0 means: only catch up."""
+        ...
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget these slots."""
+        ...
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """How deep each sequence may draft next. Sees counters, never tokens."""
+
+    def budget(self, sequences: Sequence[SequenceView]) -> list[int]: ...
+
+    def observe(self, record: StepRecord) -> None: ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Receives one record per step."""
+
+    def __call__(self, record: StepRecord) -> None: ...

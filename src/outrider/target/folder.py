@@ -1,0 +1,45 @@
+"""From a path or a Hub name to a local folder."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from outrider.errors import ConfigError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+_UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.gguf", "*.onnx")
+
+
+def resolve_folder(path_or_name: str | Path) -> Path:
+    """The folder itself, or the Hub's snapshot of that name, downloaded if need be. Raises ConfigError if there is
+    neither."""
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_name)
+    if path.exists():
+        raise ConfigError(f"{name} is a file: give the folder that holds config.json and model.safetensors")
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise ConfigError(
+            f"there is no folder {name}: give a folder in Hugging Face format or a Hub name like 'owner/model'"
+        )
+    return _download(name)
+
+
+@cache
+def _download(name: str) -> Path:
+    """One snapshot per name and process, so that weights and tokenizer come from the same revision."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"there is no folder {name}, and the Hub did not provide it ({reason.rstrip('.')}): "
+            "check the name and the network, or download the model and give its folder"
+        ) from None

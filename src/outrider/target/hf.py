@@ -1,0 +1,238 @@
+"""Any Hugging Face causal language model as a target, unmodified.
+
+How a model is driven is found out when it is loaded, by running it, never by the name of its family:
+
+    path       needs                                          drafts         calls of the model per step
+    seam       all attention through transformers' interface  chains, trees  one
+    cache      transformers' growing cache                    chains         one per sequence
+    recurrent  transformers' cache with recurrent states      none           one per sequence, or token of later chunks
+    recompute  nothing                                        chains         one per sequence, of its whole length
+
+The first path is taken whose logits agree with the plain model's on a short sequence, fed in pieces with a wrong draft
+token in between. With transformers 5.23:
+
+    seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT, GPT-NeoX,
+               Qwen-MoE, gpt-oss, DeepSeek-V3
+    cache      BLOOM, MPT, Falcon, GPT-J, GPT-Neo, StableLM, Llama 4
+    recurrent  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next
+    recompute  RWKV, the first GPT
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from outrider.errors import CapabilityError, ConfigError
+from outrider.protocols import KVCache
+from outrider.target.hf_cache import CachePath, RecomputePath, RecurrentPath
+from outrider.target.hf_seam import SeamPath
+from outrider.target.hf_taps import Taps, find_blocks, steps_after, tail_of
+from outrider.types import Draft, Rows, Scores
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "context_length")
+_UNBOUNDED = 1 << 20
+_PROBE = 8
+
+
+@runtime_checkable
+@runtime_checkable
+class _Path(Protocol):
+    name: str
+    trees: bool
+    rewinds: bool
+
+    def new_kv(self, slots: int, length: int) -> KVCache: ...
+
+    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+
+def _context(config: Any) -> int:
+    """The longest sequence a model was built for, in tokens; 2^20 where its configuration names none."""
+    found = [int(n) for n in (getattr(config, name, None) for name in _LENGTHS) if isinstance(n, int) and n > 0]
+    return found[0] if found else _UNBOUNDED
+
+
+class HFTarget:
+    """Implements `protocols.Target` over a transformers model, which is frozen and put in eval mode but not changed.
+
+    path:    how the model is driven (see the module). why: what ruled out each path before it, by name.
+    trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
+    layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
+
+    Raises ConfigError if the model is not a decoder or cannot hold `max_length` tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_length: int | None = None) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
+        context = _context(config)
+        if max_length is not None and not 0 < max_length <= context:
+            raise ConfigError(f"max_length {max_length} is outside the model's 1 to {context} positions")
+        self.model = model.eval().requires_grad_(False)
+        self.max_length = context if max_length is None else max_length
+        self.dtype, self.device = model.dtype, model.device
+        self.layers, self.hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
+        self._blocks: nn.ModuleList | None = None
+        token = [(7 * i + 3) % int(config.vocab_size) for i in range(_PROBE)]
+        reference = self._watch(token)
+        self.vocab_size = reference.shape[-1]
+        self._path, self.why = self._choose(token, reference)
+        self.path, self.trees, self.rewinds = self._path.name, self._path.trees, self._path.rewinds
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        max_length: int | None = None,
+    ) -> HFTarget:
+        """Load a checkpoint folder or Hub name: safetensors only, no code from the checkpoint.
+
+        dtype: of weights and cache, None for the checkpoint's own. Raises ConfigError in one sentence if the checkpoint is
+        absent, incomplete, corrupt, pickled, or of a model that transformers does not know.
+        """
+        name = str(path)
+        folder = Path(name).expanduser()
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise ConfigError(f"{name} has no config.json: give the folder of a Hugging Face checkpoint")
+        if not folder.exists() and (name.startswith((".", "~")) or folder.is_absolute() or name.count("/") > 1):
+            raise ConfigError(f"{name} does not exist: give a checkpoint folder, or a Hub name as owner/name")
+        name = str(folder) if folder.exists() else name
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            raise ConfigError(
+                f"cannot load {name!r} as a causal language model in safetensors: {_brief(error)}"
+            ) from error
+        absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+        if absent:
+            raise ConfigError(
+                f"checkpoint {name!r} lacks {len(absent)} of the model's weights, {absent[0]} first: fetch it again"
+            )
+        return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
+
+    def new_kv(self, slots: int, length: int) -> KVCache:
+        if length > self.max_length:
+            raise ConfigError(f"a cache of {length} tokens exceeds the model's max_length of {self.max_length}")
+        return self._path.new_kv(slots, length)
+
+    @torch.no_grad()
+    def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
+        """See `protocols.Target`. Raises CapabilityError for what the model's path cannot score."""
+        wrong = [i for i in layers if not 0 <= i <= self.layers]
+        if wrong:
+            raise CapabilityError(
+                f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
+            )
+        logits, hidden = self._path.run(rows, kv, Taps(self._blocks, layers))
+        return Scores(logits if logits.dtype == torch.float64 else logits.float(), hidden)
+
+    def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
+        return self.model.get_input_embeddings()(token)
+
+    def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """Final norm and head, with the family's own scaling of logits; gradients flow to `hidden`."""
+        if self._tail is None:
+            raise CapabilityError(
+                f"what follows the blocks of {type(self.model).__name__} was not found: use a drafter with its own head"
+            )
+        logits = self._tail(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    # ------------------------------------------------------------------------------------------ finding out how to drive it
+    @torch.no_grad()
+    def _watch(self, token: list[int]) -> Float[Tensor, "P V"]:
+        """Logits of the plain model, and on the way where its hidden states come out and what follows its blocks."""
+        inputs = torch.tensor([token], device=self.device)
+        self._tail: nn.Module | None = None
+        found = find_blocks(self.model, self.layers)
+        if found is None:
+            return self.model(input_ids=inputs).logits[0]
+        owner, blocks = found
+        steps, hooks = steps_after(owner, blocks)
+        with hooks, Taps(blocks, (self.layers,)).listen() as heard:
+            reference = self.model(input_ids=inputs).logits[0]
+        self._blocks = blocks
+        tail, last = tail_of(self.model, owner, steps), heard.states()[0]
+        if _agree(lambda: tail(inputs_embeds=last[None], use_cache=False).logits[0], reference) is None:
+            self._tail = tail
+        return reference
+
+    def _choose(self, token: list[int], reference: Tensor) -> tuple[_Path, dict[str, str]]:
+        makers: tuple[tuple[str, Callable[[], _Path]], ...] = (
+            ("seam", lambda: SeamPath(self.model, token, self.max_length)),
+            ("cache", lambda: CachePath(self.model)),
+            ("recurrent", lambda: RecurrentPath(self.model, by_token=False)),
+            ("recurrent, by token", lambda: RecurrentPath(self.model, by_token=True)),
+        )
+        why: dict[str, str] = {}
+        for name, make in makers:
+            plan, rows = (_DRAFTED, _DRAFTED_ROWS) if name in ("seam", "cache") else (_PLAIN, _PLAIN_ROWS)
+            made: list[_Path] = []
+
+            def replay(make: Callable[[], _Path] = make, plan: Any = plan, made: list[_Path] = made) -> Tensor:
+                made.append(make())
+                return _replay(made[0], token, plan, self.device)
+
+            fault = _agree(replay, reference[rows])
+            if fault is None:
+                return made[0], why
+            why[name] = fault
+        return RecomputePath(self.model), why
+
+
+# A rehearsal: per step how many tokens go in as prefix, how many as drafts, and whether one wrong draft follows them.
+_DRAFTED: tuple[tuple[int, int, bool], ...] = ((4, 1, True), (1, 2, False))
+_DRAFTED_ROWS = [3, 4, 5, 6, 7]
+_PLAIN: tuple[tuple[int, int, bool], ...] = ((4, 0, False), (3, 0, False), (1, 0, False))
+_PLAIN_ROWS = [3, 6, 7]
+
+
+@torch.no_grad()
+def _replay(path: _Path, token: Sequence[int], plan: Sequence[tuple[int, int, bool]], device: torch.device) -> Tensor:
+    """Logits of the rehearsal, right tokens only. It runs in slot 1 of 2: a path that mixes up slots does not pass."""
+    kv, at, out = path.new_kv(2, len(token) + 1), 0, []
+    for prefix, drafted, wrong in plan:
+        right = list(token[at : at + prefix + drafted])
+        nodes = right[prefix:] + [token[0]] * wrong
+        parents = tuple(range(-1, len(nodes) - 1))
+        draft = Draft(torch.tensor(nodes, dtype=torch.int64, device=device), parents, (len(nodes),))
+        rows = Rows.assemble([1], [right[:prefix]], [at], draft)
+        kv.reserve(rows)
+        out.append(path.run(rows, kv, Taps(None, ()))[0][: 1 + drafted])
+        kv.commit(rows, [range(drafted)])
+        at += prefix + drafted
+    return torch.cat(out)
+
+
+def _agree(compute: Callable[[], Tensor], reference: Tensor) -> str | None:
+    """None if the logits computed are the reference up to rounding, else what went wrong in a few words.
+
+    The typical (median) row decides: in half precision a mixture of experts may route a single row elsewhere.
+    """
+    try:
+        error = (compute().double() - reference.double()).abs().amax(-1) / reference.double().std().clamp(min=1e-12)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # a model called as it was not made for may raise anything: not its way
+        return _brief(failure)
+    tolerance = 1e-3 if reference.dtype in (torch.float32, torch.float64) else 0.25
+    typical = float(error.median())
+    return None if typical <= tolerance else f"its logits differ by {typical:.1e} of their spread"
+
+
+def _brief(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{(text[0] if text else type(error).__name__)[:200].rstrip('.')}"

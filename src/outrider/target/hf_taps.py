@@ -1,0 +1,130 @@
+"""Where a Hugging Face model's hidden states come out, and how to enter it again behind its last block.
+
+Both are found by watching one call, not by the names of a family: the blocks are the module list that is as long as the
+model has layers, and the tail is whatever the blocks' owner calls after the last of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from outrider.errors import CapabilityError
+
+
+def find_blocks(model: PreTrainedModel, layers: int) -> tuple[nn.Module, nn.ModuleList] | None:
+    """The list of decoder blocks and the module that holds it, or None."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == layers:
+                return module, child
+    return None
+
+
+def _state(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else value[0]
+
+
+@dataclass(slots=True)
+class Heard:
+    """Hidden states heard during one or more calls, per tap."""
+
+    layers: tuple[int, ...]
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def hear(self, layer: int, state: Tensor) -> None:
+        self.parts.setdefault(layer, []).append(state[0])
+
+    def states(self) -> tuple[Float[Tensor, "N H"], ...]:
+        """One tensor per layer asked for: the rows of all calls, in order."""
+        return tuple(torch.cat(self.parts[i]) if len(self.parts[i]) > 1 else self.parts[i][0] for i in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """Hidden states after the blocks `layers` (0: what enters the first block), before any final norm."""
+
+    blocks: nn.ModuleList | None
+    layers: tuple[int, ...]
+
+    @contextmanager
+    def listen(self) -> Iterator[Heard]:
+        heard = Heard(self.layers)
+        if not self.layers:
+            yield heard
+            return
+        if self.blocks is None:
+            raise CapabilityError(
+                "this model's blocks were not found, so it gives no hidden states: use a drafter that reads none"
+            )
+        with ExitStack() as hooks:
+            for i in set(self.layers):
+                hooks.callback(self._hook(heard, i).remove)
+            yield heard
+
+    def _hook(self, heard: Heard, layer: int) -> Any:
+        assert self.blocks is not None
+        if layer:
+            return self.blocks[layer - 1].register_forward_hook(lambda m, args, out: heard.hear(layer, _state(out)))
+
+        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            heard.hear(0, args[0] if args else kwargs["hidden_states"])
+
+        return self.blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
+
+
+@dataclass
+class _Decoded(ModelOutput):
+    """What a decoder returns, for any family's head to read: the hidden states and nothing else."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: None = None
+    cache_params: None = None
+    hidden_states: None = None
+    attentions: None = None
+    cross_attentions: None = None
+    router_logits: None = None
+    state: None = None
+
+
+def steps_after(owner: nn.Module, blocks: nn.ModuleList) -> tuple[list[nn.Module], ExitStack]:
+    """Watch a call: the list returned fills with the children of `owner` that run after the last block."""
+    steps: list[nn.Module] = []
+    hooks = ExitStack()
+    hooks.callback(blocks[-1].register_forward_hook(lambda *_: steps.clear()).remove)
+    for child in owner.children():
+        if child is not blocks:
+            hooks.callback(child.register_forward_hook(lambda module, *_: steps.append(module)).remove)
+    return steps, hooks
+
+
+def tail_of(model: PreTrainedModel, owner: nn.Module, steps: Sequence[nn.Module]) -> PreTrainedModel:
+    """The model without its blocks: what `owner` is given as `inputs_embeds` goes through `steps` and on to the head.
+
+    The same head, scaling and caps on logits, by the family's own code; all weights are shared with `model`.
+    """
+
+    def behind_the_blocks(input_ids: None = None, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Decoded:
+        for step in steps:
+            inputs_embeds = step(inputs_embeds)
+        return _Decoded(last_hidden_state=inputs_embeds)
+
+    part: nn.Module = copy.copy(owner)
+    part.forward = behind_the_blocks
+    path = next(name for name, module in model.named_modules() if module is owner).split(".")
+    for depth in range(
+        len(path) - 1, -1, -1
+    ):  # shallow copies from the owner up to the model, so that it stays as it is
+        outer = copy.copy(model.get_submodule(".".join(path[:depth])))
+        outer._modules = {**outer._modules, path[depth]: part}
+        part = outer
+    return cast(PreTrainedModel, part)

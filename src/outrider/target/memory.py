@@ -1,0 +1,63 @@
+"""Is there room? Asked before weights or caches are allocated, so that too large a model is a sentence and not a
+killed process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from outrider.errors import CapacityError
+
+
+def available_memory(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that can still be allocated on `device`; None where the system does not say.
+
+    On the CPU: what the kernel counts as available, or what the process's control group has left, if that is less.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    known = [n for n in (_meminfo(), _control_group()) if n is not None]
+    return min(known) if known else None
+
+
+def require_memory(size: int, device: torch.device, what: str, remedy: str) -> None:
+    """Raise CapacityError unless `size` bytes are available for `what`."""
+    free = available_memory(device)
+    if free is not None and size > free:
+        raise CapacityError(f"{what} needs {_readable(size)}, {_readable(free)} are available on {device}: {remedy}")
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _control_group() -> int | None:
+    """What is left of a container's limit; file pages it may reclaim (inactive_file) count as left."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((root / "memory.current").read_text())
+        fields = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return int(limit) - used + int(fields.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None

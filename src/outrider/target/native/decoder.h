@@ -1,0 +1,285 @@
+// The forward of a dense decoder over flat rows, for weights W.
+//
+// Residual stream and element-wise maths are float32; inputs of linears are rounded to W. Threads split outputs, never sums.
+#pragma once
+
+#include <cmath>
+
+#include "plan.h"
+
+namespace outrider {
+
+// A norm's weights or a bias, widened once. Empty where the family has none.
+class Vector {
+   public:
+    template <class W>
+    bool widen_from(const void* source, int64_t n) {
+        present_ = source != nullptr;
+        if (!present_) return true;
+        if (!value_.reserve(n)) return false;
+        for (int64_t i = 0; i < n; ++i) value_[i] = widen(static_cast<const W*>(source)[i]);
+        return true;
+    }
+    explicit operator bool() const { return present_; }
+    const float* data() const { return value_ + 0; }
+
+   private:
+    Buffer<float> value_;
+    bool present_ = false;
+};
+
+template <class W>
+struct Layer {
+    Vector norm1, qkv_bias, q_norm, k_norm, o_bias, norm2;
+    const W *qkv, *o, *gate_up, *down;
+    int64_t window;
+
+    bool build(const LayerPointers& from, const ModelPointers& m) {
+        qkv = static_cast<const W*>(from.qkv), o = static_cast<const W*>(from.o);
+        gate_up = static_cast<const W*>(from.gate_up), down = static_cast<const W*>(from.down);
+        window = from.window;
+        return norm1.widen_from<W>(from.norm1, m.hidden) && norm2.widen_from<W>(from.norm2, m.hidden) &&
+               qkv_bias.widen_from<W>(from.qkv_bias, (m.heads + 2 * m.kv_heads) * m.head_dim) &&
+               q_norm.widen_from<W>(from.q_norm, m.head_dim) && k_norm.widen_from<W>(from.k_norm, m.head_dim) &&
+               o_bias.widen_from<W>(from.o_bias, m.hidden);
+    }
+};
+
+// out[0 : n] = x / rms(x) * weight; out may be x.
+inline void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+    float lanes[SUM_LANES] = {};
+    int64_t i = 0;
+    for (; i + SUM_LANES <= n; i += SUM_LANES)
+        for (int j = 0; j < SUM_LANES; ++j) lanes[j] += x[i + j] * x[i + j];
+    for (int j = 0; i + j < n; ++j) lanes[j] += x[i + j] * x[i + j];
+    for (int width = SUM_LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+    const float scale = 1.0f / std::sqrt(lanes[0] / (float)n + eps);
+    for (i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+// Rotates the pairs (x[i], x[half + i]) by the row's angles.
+inline void rotate(float* x, const float* cosine, const float* sine, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[half + i] = b * cosine[i] + a * sine[i];
+    }
+}
+
+template <class W>
+class Decoder {
+    using Item = typename Packing<W>::Item;
+    static constexpr int64_t BLOCK = 48;  // outputs of a linear that a thread takes at a time: whole tiles of 3, 4 and 2 rows
+    static constexpr int64_t QUERIES = 8;  // rows times heads that an attention task aims at
+
+   public:
+    // False when there is no memory. Keeps pointers to the big tensors.
+    bool build(const ModelPointers& m) {
+        m_ = m;
+        group_ = m.heads / m.kv_heads;
+        half_ = m.head_dim / 2;
+        layer_ = new Layer<W>[m.layers];
+        bool ok = norm_.template widen_from<W>(m.norm, m.hidden) && inv_freq_.template widen_from<float>(m.inv_freq, half_);
+        for (int64_t i = 0; ok && i < m.layers; ++i) ok = layer_[i].build(m.layer[i], m);
+        return ok;
+    }
+
+    ~Decoder() { delete[] layer_; }
+
+    Status forward(const CallPointers& call) {
+        c_ = call;
+        const int64_t rows_per_task = group_ < QUERIES ? QUERIES / group_ : 1;
+        const Status status = plan_.build(c_, m_.vocab, rows_per_task, group_);
+        if (status != OK) return status;
+        if (!make_room()) return NO_MEMORY;
+        in_parallel((int)c_.threads, [this](int thread, int threads) { run(thread, threads); });
+        return OK;
+    }
+
+   private:
+    bool make_room() {
+        x_size_ = (m_.hidden + 15) / 16 * 16;
+        normed_size_ = packed_stride<W>(m_.hidden), query_size_ = packed_stride<W>(m_.head_dim);
+        mixed_size_ = packed_stride<W>(m_.heads * m_.head_dim), inner_size_ = packed_stride<W>(m_.inner);
+        const int64_t widest = m_.head_dim > 2 * BLOCK ? m_.head_dim : 2 * BLOCK;
+        const int64_t line = m_.hidden > m_.head_dim ? m_.hidden : m_.head_dim;
+        tile_at_ = (line + 15) / 16 * 16;
+        scores_at_ = tile_at_ + (c_.rows * widest + 15) / 16 * 16;
+        scratch_size_ = scores_at_ + (plan_.score_floats + 31) / 16 * 16;
+        return x_.reserve(c_.rows * x_size_) && cosine_.reserve(c_.rows * half_) && sine_.reserve(c_.rows * half_) &&
+               normed_.reserve((c_.rows > c_.scored ? c_.rows : c_.scored) * normed_size_) &&
+               query_.reserve(c_.rows * m_.heads * query_size_) && mixed_.reserve(c_.rows * mixed_size_) &&
+               inner_.reserve(c_.rows * inner_size_) && scratch_.reserve(c_.threads * scratch_size_);
+    }
+
+    void run(int thread, int threads) {
+        const auto sync = [&] { barrier_.wait(threads); };
+        const auto share = [&](int64_t units) { return Share(units, thread, threads); };
+        float* const scratch = scratch_ + thread * scratch_size_;
+        const int64_t wide = m_.heads * m_.head_dim;
+        embed(share(c_.rows));
+        finish_block(0, share(c_.rows), share(0), scratch);
+        sync();
+        for (int64_t l = 0; l < m_.layers; ++l) {
+            const Layer<W>& layer = layer_[l];
+            project_heads(layer, l, share(m_.heads + 2 * m_.kv_heads), scratch);
+            sync();
+            mix(layer, l, share(m_.kv_heads * plan_.tasks), scratch);
+            sync();
+            add_product(layer.o, wide, mixed_ + 0, mixed_size_, layer.o_bias, share(blocks(m_.hidden)), scratch);
+            sync();
+            for (int64_t i = share(c_.rows).begin; i < share(c_.rows).end; ++i) normalise(i, i, layer.norm2, scratch);
+            sync();
+            activate(layer, share(blocks(m_.inner)), scratch);
+            sync();
+            add_product(layer.down, m_.inner, inner_ + 0, inner_size_, Vector(), share(blocks(m_.hidden)), scratch);
+            sync();
+            finish_block(l + 1, share(c_.rows), share(c_.scored), scratch);
+            sync();
+        }
+        score(share(blocks(m_.vocab)));
+    }
+
+    static int64_t blocks(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
+    static int64_t block_size(int64_t from, int64_t outputs) { return outputs - from < BLOCK ? outputs - from : BLOCK; }
+
+    // Token embeddings and rotary angles of some rows.
+    void embed(Share rows) {
+        const W* table = static_cast<const W*>(m_.embedding);
+        for (int64_t i = rows.begin; i < rows.end; ++i) {
+            const W* from = table + c_.token[i] * m_.hidden;
+            float* x = x_ + i * x_size_;
+            for (int64_t h = 0; h < m_.hidden; ++h) x[h] = widen(from[h]);
+            for (int64_t j = 0; j < half_; ++j) {
+                const float angle = (float)c_.position[i] * inv_freq_.data()[j];
+                cosine_[i * half_ + j] = std::cos(angle) * (float)m_.rope_scale;
+                sine_[i * half_ + j] = std::sin(angle) * (float)m_.rope_scale;
+            }
+        }
+    }
+
+    // normed[to] = norm of row `from`, packed as a linear's input.
+    void normalise(int64_t from, int64_t to, const Vector& weight, float* line) {
+        rms_norm(x_ + from * x_size_, weight.data(), m_.hidden, (float)m_.eps, line);
+        pack<W>(normed_ + to * normed_size_, 0, line, (int)m_.hidden);
+    }
+
+    // What follows block `done` (0: the embeddings): taps, and the next norm; for the last block the norm of the scored rows.
+    void finish_block(int64_t done, Share rows, Share scored, float* line) {
+        for (int64_t t = 0; t < c_.taps; ++t) {
+            if (c_.tap[t] != done) continue;
+            W* out = static_cast<W*>(c_.tap_out[t]);
+            for (int64_t i = rows.begin; i < rows.end; ++i)
+                for (int64_t h = 0; h < m_.hidden; ++h) out[i * m_.hidden + h] = narrow<W>(x_[i * x_size_ + h]);
+        }
+        if (done < m_.layers)
+            for (int64_t i = rows.begin; i < rows.end; ++i) normalise(i, i, layer_[done].norm1, line);
+        else
+            for (int64_t i = scored.begin; i < scored.end; ++i) normalise(c_.scored_row[i], i, norm_, line);
+    }
+
+    // Some of the query, key and value heads of all rows: product, bias, norm, rotation; queries are packed, keys and values cached.
+    void project_heads(const Layer<W>& layer, int64_t l, Share heads, float* scratch) {
+        const int64_t d = m_.head_dim;
+        float* tile = scratch + tile_at_;
+        for (int64_t u = heads.begin; u < heads.end; ++u) {
+            product<W>(layer.qkv + u * d * m_.hidden, m_.hidden, (int)d, normed_ + 0, normed_size_, (int)c_.rows, (int)m_.hidden, tile, d);
+            const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
+            const Vector& norm = is_query ? layer.q_norm : layer.k_norm;
+            for (int64_t i = 0; i < c_.rows; ++i) {
+                float* head = tile + i * d;
+                if (layer.qkv_bias)
+                    for (int64_t j = 0; j < d; ++j) head[j] += layer.qkv_bias.data()[u * d + j];
+                if (norm && !is_value) rms_norm(head, norm.data(), d, (float)m_.eps, head);
+                if (!is_value) rotate(head, cosine_ + i * half_, sine_ + i * half_, half_);
+                if (is_query) {
+                    pack<W>(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
+                    continue;
+                }
+                const Row& row = plan_.row(i);
+                const Segment& s = plan_.segment(row.segment);
+                W* out = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads) + (s.cached + row.offset) * d;
+                for (int64_t j = 0; j < d; ++j) out[j] = narrow<W>(head[j]);
+            }
+        }
+    }
+
+    W* cache(void* base, int64_t l, int64_t slot, int64_t head) const {
+        return static_cast<W*>(base) + ((l * c_.slots + slot) * m_.kv_heads + head) * c_.capacity * m_.head_dim;
+    }
+
+    // Attention: some of the tasks of each KV head.
+    void mix(const Layer<W>& layer, int64_t l, Share units, float* scratch) {
+        const int64_t d = m_.head_dim;
+        const float scale = 1.0f / std::sqrt((float)d);
+        for (int64_t u = units.begin; u < units.end; ++u) {
+            const int64_t head = u / plan_.tasks;
+            const Task& task = plan_.task(u % plan_.tasks);
+            const Segment& s = plan_.segment(task.segment);
+            const int64_t row = s.first + task.offset;
+            attend<W>(
+                s, &plan_.row(row), task.count, c_.position, layer.window, (int)group_,
+                query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, s.slot, head),
+                cache(c_.v, l, s.slot, head), (int)d, scale, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
+                    pack<W>(mixed_ + (row + i) * mixed_size_, (int)((head * group_ + g) * d), out, (int)d);
+                }
+            );
+        }
+    }
+
+    // x += weight @ input (+ bias), some blocks of outputs.
+    void add_product(const W* weight, int64_t k, const Item* input, int64_t stride, const Vector& bias, Share units, float* scratch) {
+        float* tile = scratch + tile_at_;
+        for (int64_t u = units.begin; u < units.end; ++u) {
+            const int64_t from = u * BLOCK, n = block_size(from, m_.hidden);
+            product<W>(weight + from * k, k, (int)n, input, stride, (int)c_.rows, (int)k, tile, BLOCK);
+            for (int64_t i = 0; i < c_.rows; ++i) {
+                float* x = x_ + i * x_size_ + from;
+                if (bias)
+                    for (int64_t j = 0; j < n; ++j) tile[i * BLOCK + j] += bias.data()[from + j];
+                for (int64_t j = 0; j < n; ++j) x[j] += tile[i * BLOCK + j];
+            }
+        }
+    }
+
+    // inner = silu(gate) * up, some blocks of outputs.
+    void activate(const Layer<W>& layer, Share units, float* scratch) {
+        float* gate = scratch + tile_at_;
+        float* up = gate + c_.rows * BLOCK;
+        const W* weight = layer.gate_up;
+        for (int64_t u = units.begin; u < units.end; ++u) {
+            const int64_t from = u * BLOCK, n = block_size(from, m_.inner), h = m_.hidden;
+            product<W>(weight + from * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, gate, BLOCK);
+            product<W>(weight + (m_.inner + from) * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, up, BLOCK);
+            for (int64_t i = 0; i < c_.rows; ++i) {
+                float* g = gate + i * BLOCK;
+                const float* v = up + i * BLOCK;
+                for (int64_t j = 0; j < n; ++j) g[j] = g[j] / (1.0f + exp_near(-g[j])) * v[j];
+                pack<W>(inner_ + i * inner_size_, (int)from, g, (int)n);
+            }
+        }
+    }
+
+    void score(Share units) {
+        const int64_t h = m_.hidden;
+        for (int64_t u = units.begin; c_.scored > 0 && u < units.end; ++u) {
+            const int64_t from = u * BLOCK, n = block_size(from, m_.vocab);
+            const W* weight = static_cast<const W*>(m_.head) + from * h;
+            product<W>(weight, h, (int)n, normed_ + 0, normed_size_, (int)c_.scored, (int)h, c_.logits + from, m_.vocab);
+        }
+    }
+
+    ModelPointers m_;
+    CallPointers c_;
+    Plan plan_;
+    Barrier barrier_;
+    Layer<W>* layer_ = nullptr;
+    Vector norm_, inv_freq_;
+    int64_t group_ = 1, half_ = 0;
+    int64_t x_size_, normed_size_, query_size_, mixed_size_, inner_size_, scratch_size_, tile_at_, scores_at_;
+    Buffer<float> x_, cosine_, sine_, scratch_;
+    Buffer<Item> normed_, query_, mixed_, inner_;
+};
+
+}  // namespace outrider

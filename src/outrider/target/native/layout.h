@@ -1,0 +1,47 @@
+// What crosses from Python (runtime.py mirrors these structs field by field) and how it is looked at here.
+#pragma once
+
+#include <cstdint>
+
+namespace outrider {
+
+struct LayerPointers {
+    const void *norm1, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *norm2, *gate_up, *down;  // null where there is none
+    int64_t window;                                                                             // 0: none
+};
+
+struct ModelPointers {
+    int64_t vocab, hidden, layers, heads, kv_heads, head_dim, inner;
+    int64_t half;  // 1: the weights and the cache are bf16, 0: float32
+    double eps, rope_scale;
+    const float* inv_freq;  // [head_dim / 2]
+    const void *embedding, *norm, *head;
+    const LayerPointers* layer;
+};
+
+struct CallPointers {
+    int64_t rows, scored, segments, taps, threads;
+    int64_t slots, capacity;
+    const int64_t *token, *position, *scored_row;  // [rows], [rows], [scored]
+    const int64_t* segment;  // per segment: slot, first, cached, prefix, nodes, then the parents of its nodes
+    const int64_t* tap;      // [taps] 0: the embeddings, i: after block i
+    void* const* tap_out;    // [taps] each [rows, hidden] of the weights' type
+    void *k, *v;             // [layers, slots, kv_heads, capacity, head_dim] of the weights' type
+    float* logits;           // [scored, vocab]
+};
+
+enum Status { OK = 0, BAD_TOKEN = 1, BAD_SEGMENT = 2, NO_ROOM = 3, NO_MEMORY = 4, BAD_ROW = 5 };
+
+struct Segment {
+    int64_t slot, first, cached, prefix, nodes;
+    const int64_t* parent;
+    int64_t rows() const { return prefix + nodes; }
+};
+
+// Where a row stands: its segment, its offset there, and its visible rows of this forward (itself last) as offsets.
+struct Row {
+    int32_t segment, offset, depth;
+    const int32_t* path;  // [depth]
+};
+
+}  // namespace outrider

@@ -1,0 +1,210 @@
+"""The native decoder seen from Python: pointers in, logits out."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import weakref
+from array import array
+
+import torch
+from torch import Tensor
+
+from outrider.errors import CapacityError, RequestError
+from outrider.target.decoder import DecoderConfig, DecoderWeights
+from outrider.target.kv import ContiguousKV
+from outrider.target.native.build import load_library
+from outrider.types import Rows, Scores
+
+logger = logging.getLogger(__name__)
+
+LAYER_TENSORS = ("norm1", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "norm2", "gate_up", "down")
+
+
+class _Layer(ctypes.Structure):
+    """`LayerPointers` of layout.h."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in LAYER_TENSORS), ("window", ctypes.c_int64)]
+
+
+class _Model(ctypes.Structure):
+    """`ModelPointers` of layout.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half")),
+        *((name, ctypes.c_double) for name in ("eps", "rope_scale")),
+        *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "norm", "head")),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Call(ctypes.Structure):
+    """`CallPointers` of layout.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "scored", "segments", "taps", "threads", "slots", "capacity")),
+        *((name, ctypes.c_void_p) for name in ("token", "position", "scored_row", "segment", "tap", "tap_out", "k", "v", "logits")),
+    ]
+
+
+OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
+
+
+def load_native(config: DecoderConfig, weights: DecoderWeights) -> NativeDecoder | None:
+    """The native decoder for these weights, or None where it cannot be: the reason is logged, torch serves instead.
+
+    It needs float32 or bfloat16 weights on the CPU and a C++ compiler (the first call on a machine compiles for some seconds);
+    the environment variable OUTRIDER_NATIVE=0 switches it off.
+    """
+    reason = _unfit(config, weights)
+    if reason is not None:
+        logger.info("no native decoder: %s; decoding runs on torch", reason)
+        return None
+    library = load_library()
+    return None if library is None else NativeDecoder(library, config, weights)
+
+
+def _unfit(config: DecoderConfig, weights: DecoderWeights) -> str | None:
+    """Why these weights cannot be decoded natively, in a clause; None if they can."""
+    if os.environ.get("OUTRIDER_NATIVE") == "0":
+        return "OUTRIDER_NATIVE is 0"
+    if weights.embedding.device.type != "cpu":
+        return f"the weights are on {weights.embedding.device.type}"
+    if weights.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {str(weights.dtype).removeprefix('torch.')}, not float32 or bfloat16"
+    if config.head_dim % 2 or config.heads % config.kv_heads:
+        return f"{config.heads} heads of {config.head_dim} over {config.kv_heads} do not pair up"
+    for name, tensor, shape in _expected(config, weights):
+        if tensor.shape != shape:
+            return f"{name} has shape {tuple(tensor.shape)}, not {shape}"
+        if tensor.dtype != weights.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return f"{name} is not a contiguous CPU tensor of the embedding's type"
+    return None
+
+
+def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+    """Every tensor that is there, with the shape it must have."""
+    c, wide = config, config.heads * config.head_dim
+    fused = wide + 2 * config.kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm1": (c.hidden,),
+        "qkv": (fused, c.hidden),
+        "qkv_bias": (fused,),
+        "q_norm": (c.head_dim,),
+        "k_norm": (c.head_dim,),
+        "o": (c.hidden, wide),
+        "o_bias": (c.hidden,),
+        "norm2": (c.hidden,),
+        "gate_up": (2 * c.inner, c.hidden),
+        "down": (c.hidden, c.inner),
+    }
+    out = [
+        ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
+        ("norm", weights.norm, (c.hidden,)),
+        ("head", weights.head, (c.vocab_size, c.hidden)),
+    ]
+    for i, layer in enumerate(weights.layers):
+        tensors = {name: getattr(layer, name) for name in LAYER_TENSORS}
+        out += [(f"{name} of layer {i}", t, shapes[name]) for name, t in tensors.items() if t is not None]
+    return out
+
+
+class NativeDecoder:
+    """Runs forwards of few rows per sequence at the speed of memory.
+
+    A row's logits, hidden states, keys and values are the same bits whatever else is in the call and whatever the number of
+    threads: they depend on its token, its position and the keys and values it sees. Big weights are read in place; norm
+    weights and biases are copied, so weights must not be changed under it. Calls from several threads take turns.
+
+    max_rows: most rows of one segment for which this is the fast path; more are correct, but torch is faster.
+    """
+
+    max_rows = 32
+
+    def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: DecoderWeights) -> None:
+        self._config, self._weights = config, weights
+        self._forward = library.outrider_forward
+        self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_int
+        library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
+        library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
+        library.outrider_kind.argtypes, library.outrider_kind.restype = (), ctypes.c_char_p
+        self.kind: str = library.outrider_kind().decode()
+        handle = self._new(library)
+        if not handle:
+            raise CapacityError("no memory for the native decoder: set OUTRIDER_NATIVE=0 or use a smaller model")
+        self._handle: int = handle
+        weakref.finalize(self, library.outrider_free, handle)
+        self._checked: weakref.ref[ContiguousKV] | None = None
+
+    def forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...] = ()) -> Scores:
+        """Score `rows` and write their keys and values behind the cached tokens; see `protocols.Target.forward`.
+
+        kv must hold this model's shapes and type. Hidden states have the type of the weights. Raises RequestError for a
+        token outside of the vocabulary and CapacityError for rows that do not fit into the cache.
+        """
+        if self._checked is None or self._checked() is not kv:
+            self._check(kv)
+        token, position, scored = _long(rows.token), _long(rows.position), _long(rows.scored)
+        n, m = token.shape[0], scored.shape[0]
+        if position.shape[0] != n or any(not 0 <= i <= self._config.layers for i in layers):
+            raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
+        logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
+        hidden = tuple(torch.empty(n, self._config.hidden, dtype=self._weights.dtype) for _ in layers)
+        taps = array("q", layers)
+        outs = array("Q", [h.data_ptr() for h in hidden])
+        segments = array("q")
+        for s in rows.segments:
+            segments.extend((s.slot, s.first, s.cached, s.prefix, len(s.parent)))
+            segments.extend(s.parent)
+        call = _Call(
+            n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
+            token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
+            taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
+        )  # fmt: skip
+        status = self._forward(self._handle, ctypes.addressof(call))
+        if status != OK:
+            self._fail(status)
+        return Scores(logits, hidden)
+
+    def _new(self, library: ctypes.CDLL) -> int | None:
+        c, w = self._config, self._weights
+        pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
+        layers = (_Layer * c.layers)(
+            *(
+                _Layer(*(pointer(getattr(layer, name)) for name in LAYER_TENSORS), window)
+                for layer, window in zip(w.layers, c.window, strict=True)
+            )
+        )
+        inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
+        half = int(w.dtype is torch.bfloat16)
+        model = _Model(
+            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, c.eps, c.rope_scale,
+            inv_freq.data_ptr(), pointer(w.embedding), pointer(w.norm), pointer(w.head), layers,
+        )  # fmt: skip
+        return library.outrider_new(ctypes.addressof(model))
+
+    def _check(self, kv: ContiguousKV) -> None:
+        """A cache is looked at once: its shape and type do not change."""
+        c = self._config
+        shape = (c.layers, kv.slots, c.kv_heads, kv.capacity, c.head_dim)
+        for t in (kv.k, kv.v):
+            if t.shape != shape or t.dtype != self._weights.dtype or t.device.type != "cpu" or not t.is_contiguous():
+                raise ValueError(f"the cache must be contiguous {self._weights.dtype} on the CPU of shape {shape}")
+        self._checked = weakref.ref(kv)
+
+    def _fail(self, status: int) -> None:
+        if status == BAD_TOKEN:
+            raise RequestError(f"a token is not in the model's vocabulary of {self._config.vocab_size}: check the tokenizer")
+        if status == NO_ROOM:
+            raise CapacityError("a sequence outgrows its cache slot: raise the engine's max_length or shorten the draft")
+        if status == NO_MEMORY:
+            raise CapacityError("no memory for a forward: use fewer or shorter sequences at a time")
+        raise ValueError("the segments do not describe the rows" if status == BAD_SEGMENT else "a scored row is not a row")
+
+
+def _long(index: Tensor) -> Tensor:
+    """int64 on the CPU, in one piece."""
+    if index.dtype is torch.int64 and index.device.type == "cpu" and index.is_contiguous():
+        return index
+    return index.to("cpu", torch.int64).contiguous()

@@ -1,0 +1,163 @@
+// One vector type per instruction set. Everything above this file is written once.
+//
+// The file is compiled with -ffp-contract=off and without -ffast-math: plain C++ arithmetic is exactly what is written,
+// vectorised or not, and a fused multiply-add happens only where `fma` is called. That is what makes results independent of
+// tile sizes, of neighbours and of the number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace outrider {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define OUTRIDER_BF16_DOT 1
+#else
+#define OUTRIDER_BF16_DOT 0
+#endif
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V>
+inline V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+inline void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+// Keeps a loaded x in a register: compilers like to fold the load into every multiplication that uses it, and loads then limit.
+inline void hold(vf& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__AVX2__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#else
+    (void)v;
+#endif
+}
+
+// Sum of the lanes; always the same tree.
+inline float sum(vf v) {
+#if defined(__AVX512F__)
+    const __m512 x = (__m512)v;
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), high);
+#elif defined(__AVX2__) && defined(__FMA__)
+    const __m256 h = (__m256)v;
+#endif
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+inline float widen(bf16 x) {
+    const uint32_t u = (uint32_t)x.bits << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+inline float widen(float x) { return x; }
+
+// Round to nearest even; NaN stays NaN.
+inline bf16 round_bf16(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    const uint32_t even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return bf16{(uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even)};
+}
+
+template <class W>
+inline W narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+    return x;
+}
+template <>
+inline bf16 narrow<bf16>(float x) {
+    return round_bf16(x);
+}
+
+// LANES consecutive numbers, in order.
+inline vf load_wide(const float* p) { return load<vf>(p); }
+inline vf load_wide(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16);
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+    return (vf)vshll_n_u16(load<uint16x4_t>(p), 16);
+#else
+    vf out;
+    for (int i = 0; i < LANES; ++i) out[i] = widen(p[i]);
+    return out;
+#endif
+}
+
+// exp to about 2 units in the last place, free of branches so that loops over it vectorise; arguments are clamped to +-87.
+inline float exp_near(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 87.0f ? 87.0f : x;
+    const float shifted = x * 1.44269504088896341f + 12582912.0f;  // adds 1.5 * 2^23: the low bits become the nearest integer
+    const float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f;  // ln 2 in two parts (Cody and Waite)
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;  // Cephes' expf polynomial
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits - 0x4b400000u + 127u) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+}  // namespace outrider

@@ -1,0 +1,170 @@
+"""Linear layers with weights packed once for the few rows of a decoding step.
+
+On the CPU a plain matrix product reads [out, in] weights at less than half the speed of packed ones, and in float32
+two to four rows cost two to three times one row, which would make speculation useless. oneDNN's packed product is
+flat to about eight rows. It is a private operator of PyTorch, so every use of it is here, with a plain twin that
+serves wherever it is missing (another device, float64, an old processor): one test holds the two together.
+
+Weight-only int8 and int4 are for drafts: they change the draft's law, and speculation stays lossless whatever that
+law is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from outrider.errors import ConfigError, unknown_name
+
+QUANTIZE = ("int8", "int4")
+INT4_GROUP = 32
+_BATCH_HINT = 4
+
+
+class Linear(Protocol):
+    """y = x W^T + b for x [n, in]; rows of x may be any number."""
+
+    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]: ...
+
+    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
+        """residual + y, in one pass where the library can."""
+        ...
+
+
+def make_linear(
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, "O"] | None = None,
+    *,
+    quantize: str | None = None,
+    pack: bool = True,
+) -> Linear:
+    """The fastest layer for this weight. quantize: None, "int8" or "int4"; pack=False keeps the weight as it is (no
+    copy)."""
+    if quantize is not None:
+        return _quantized(weight, bias, quantize)
+    if pack and can_pack(weight):
+        return PackedLinear(weight, bias)
+    return PlainLinear(weight, bias)
+
+
+class PlainLinear:
+    """The twin: PyTorch's own product over the [out, in] weight, which is shared and not copied."""
+
+    def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
+        return F.linear(x, self.weight, self.bias)
+
+    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
+        return residual + F.linear(x, self.weight, self.bias)
+
+
+class PackedLinear:
+    """oneDNN's product over a weight reordered once. Holds its own copy: let go of the plain one."""
+
+    def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
+        operators = _operators()
+        if operators is None:
+            raise ConfigError("this build of PyTorch has no packed linear operator: use PlainLinear")
+        self._run, self._run_add, reorder = operators
+        self._weight, self._bias = reorder(weight.contiguous(), _BATCH_HINT), bias
+
+    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
+        return self._run(x, self._weight, self._bias, "none", [], "")
+
+    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
+        return self._run_add(x, residual, self._weight, self._bias, "add")
+
+
+class Int8Linear:
+    """Symmetric int8 weights, one scale per output: a quarter of float32's bytes.
+
+    PyTorch's CPU kernel reads bfloat16 rows (its float32 branch is scalar and slow); elsewhere the weight is widened
+    per call.
+    """
+
+    def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
+        scale = weight.abs().amax(1).float().clamp(min=1e-12) / 127
+        self._weight = (weight.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        self._kernel = weight.device.type == "cpu" and weight.shape[1] % 16 == 0
+        self._scale = scale.bfloat16() if self._kernel else scale.to(weight.dtype)
+        self._bias = bias
+
+    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
+        if self._kernel:
+            y = torch._weight_int8pack_mm(x.bfloat16(), self._weight, self._scale).to(x.dtype)
+        else:
+            y = F.linear(x, self._weight.to(x.dtype)) * self._scale
+        return y if self._bias is None else y + self._bias
+
+    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
+        return residual + self(x)
+
+
+class Int4Linear:
+    """Asymmetric int4 weights in groups of 32 inputs: weight = (code - 8) * scale + zero, an eighth of float32's bytes.
+
+    Only on the CPU, with outputs a multiple of 16 and inputs of 32; `make_linear` takes int8 for other shapes.
+    """
+
+    def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
+        out, size = weight.shape
+        grouped = weight.float().view(out, size // INT4_GROUP, INT4_GROUP)
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        scale = ((high - low) / 15).clamp(min=1e-9)
+        code = ((grouped - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.int32).view(out, size)
+        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code, 1)
+        self._scale_zero = torch.stack([scale.t(), (low + 8 * scale).t()], -1).bfloat16().contiguous()
+        self._bias = bias
+
+    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self._weight, INT4_GROUP, self._scale_zero).to(
+            x.dtype
+        )
+        return y if self._bias is None else y + self._bias
+
+    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
+        return residual + self(x)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN's packed product serves this weight on this processor."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return _packs(weight.dtype)
+
+
+def _quantized(weight: Tensor, bias: Tensor | None, quantize: str) -> Linear:
+    if quantize not in QUANTIZE:
+        raise ConfigError(unknown_name("quantize", quantize, QUANTIZE))
+    fits = weight.device.type == "cpu" and weight.shape[0] % 16 == 0 and weight.shape[1] % INT4_GROUP == 0
+    return Int4Linear(weight, bias) if quantize == "int4" and fits else Int8Linear(weight, bias)
+
+
+@cache
+def _operators() -> tuple | None:
+    """The packed product, the same with an addition fused, and the packing; None where PyTorch has them not."""
+    try:
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        return pointwise.default, pointwise.binary, torch.ops.mkldnn._reorder_linear_weight.default
+    except (AttributeError, RuntimeError):
+        return None
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Tried once on a small weight: a processor without the instructions says so by an error."""
+    if _operators() is None or not torch.backends.mkldnn.is_available():
+        return False
+    weight, x = torch.eye(16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
+    try:
+        packed = PackedLinear(weight)
+        return torch.equal(packed(x), x) and torch.equal(packed.add(x, x), x + x)
+    except (RuntimeError, TypeError):
+        return False

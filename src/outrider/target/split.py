@@ -1,0 +1,63 @@
+"""Some segments of a forward as a forward of their own, and their scores back in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from outrider.types import Rows, Scores, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A forward of some segments. flat: its rows in the whole; place: its scored rows among the whole's scored rows."""
+
+    rows: Rows
+    flat: list[int]
+    place: list[int]
+
+
+def take_segments(rows: Rows, index: Sequence[int]) -> Part:
+    """The forward of the segments `index` (ascending) of `rows`."""
+    anchors = sum(s.scored for s in rows.segments)
+    chosen = set(index)
+    segments: list[Segment] = []
+    flat: list[int] = []
+    roots: list[
+        tuple[int, int]
+    ] = []  # (row in the part, place in the whole) of the last prefix rows, then of the nodes
+    nodes: list[tuple[int, int]] = []
+    b, k = 0, anchors
+    for i, s in enumerate(rows.segments):
+        if i in chosen:
+            first = len(flat)
+            segments.append(replace(s, first=first))
+            flat += range(s.first, s.first + s.count)
+            if s.scored:
+                roots.append((first + s.prefix - 1, b))
+                nodes += [(first + s.prefix + j, k + j) for j in range(len(s.parent))]
+        b, k = b + s.scored, k + len(s.parent)
+    scored = roots + nodes
+    pick = torch.tensor(flat, device=rows.token.device)
+    part = Rows(
+        rows.token[pick],
+        rows.position[pick],
+        tuple(segments),
+        torch.tensor([row for row, _ in scored], dtype=torch.int64, device=rows.scored.device),
+    )
+    return Part(part, flat, [place for _, place in scored])
+
+
+def run_parts(rows: Rows, groups: Sequence[tuple[Sequence[int], Callable[[Rows], Scores]]]) -> Scores:
+    """Score groups of segments by a function each and put logits and hidden states in the order of `rows`."""
+    done = [(part, run(part.rows)) for part, run in ((take_segments(rows, index), run) for index, run in groups)]
+    like = done[0][1]
+    logits = like.logits.new_empty(len(rows.scored), like.logits.shape[1])
+    hidden = tuple(h.new_empty(rows.count, h.shape[1]) for h in like.hidden)
+    for part, scores in done:
+        logits[part.place] = scores.logits
+        for whole, piece in zip(hidden, scores.hidden, strict=True):
+            whole[part.flat] = piece
+    return Scores(logits, hidden)

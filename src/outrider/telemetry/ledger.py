@@ -1,0 +1,110 @@
+"""The ledger: what the rules predicted beside what happened, and whether the two agree.
+
+Before each coin a rule knows the probability r that it will reject. With R the number of rejections, sum(r) - R is a
+martingale with steps in [-1, 1] whose predictable variance is sum(r (1 - r)): the base paper's Theorem 1 (Yin et al., NeurIPS
+2024), kept as an account. Freedman's inequality bounds how far the two may drift apart by chance, whatever the drafts were.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from outrider.types import Counts
+
+LEVEL = 0.01
+"""Two-sided probability with which an exact engine's observed rejections fall outside the interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Predicted and observed rejections; an exact engine's `observed` lies in [low, high] with probability 1 - LEVEL."""
+
+    predicted: float
+    observed: int
+    low: float
+    high: float
+    judged: int
+
+    @property
+    def agrees(self) -> bool:
+        return self.low <= self.observed <= self.high
+
+
+def ledger(counts: Counts, level: float = LEVEL) -> Ledger:
+    """The account of a run. Freedman (1975): P(|S| >= x) <= 2 exp(-x^2 / (2 (V + x / 3))) with V = counts.spread."""
+    log = math.log(2 / level)
+    margin = log / 3 + math.sqrt((log / 3) ** 2 + 2 * counts.spread * log) if counts.judged else 0.0
+    low, high = max(0.0, counts.risk - margin), min(float(counts.judged), counts.risk + margin)
+    # rounding of float32 laws, and nothing else, separates a certain rejection from its predicted probability
+    slack = 1e-5 * counts.judged
+    return Ledger(counts.risk, counts.rejected, low - slack if low > slack else 0.0, high + slack, counts.judged)
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """A ratio of sums, or None when nothing was counted."""
+    return numerator / denominator if denominator else None
+
+
+def acceptance_length(counts: Counts) -> float | None:
+    """Tokens per step, bonus or correction included: (accepted + steps) / steps."""
+    return ratio(counts.accepted + counts.steps, counts.steps)
+
+
+def draft_acceptance_rate(counts: Counts) -> float | None:
+    """accepted / proposed: what vLLM and SGLang call the acceptance rate."""
+    return ratio(counts.accepted, counts.proposed)
+
+
+def rejection_probability(counts: Counts) -> float | None:
+    """rejections / judged: the probability the theory speaks of."""
+    return ratio(counts.rejected, counts.judged)
+
+
+def acceptance_at(counts: Counts) -> list[float]:
+    """Conditional acceptance by depth: accepted / judged at depth 1, 2, ..."""
+    return [a / j for a, j in zip(counts.accepted_at, counts.judged_at, strict=True) if j]
+
+
+def expected_length(counts: Counts) -> float:
+    """Tokens per step that acceptance by depth implies: 1 + sum over depths of (reach of the depth) * (its acceptance).
+
+    Reach is judged_at / steps, so that drafts shorter than the longest one (budgets, missing proposals) are counted as such.
+    """
+    if not counts.steps:
+        return 1.0
+    reach = (j / counts.steps for j in counts.judged_at)
+    return 1.0 + sum(r * a for r, a in zip(reach, acceptance_at(counts), strict=False))
+
+
+def predicted_speedup(
+    counts: Counts, seconds: dict[str, float], plain: Counts, plain_seconds: dict[str, float]
+) -> float | None:
+    """Speed-up that acceptance by position and the clock predict: tokens per step times plain step time over step time.
+
+    `seconds`: wall-clock seconds by phase of runs whose sums are `counts`; sequence-steps are the unit on both sides.
+    """
+    if not counts.steps or not plain.steps:
+        return None
+    step = sum(seconds.values()) / counts.steps
+    plain_step = sum(plain_seconds.values()) / plain.steps
+    return expected_length(counts) * plain_step / step if step else None
+
+
+def summary(counts: Counts) -> dict[str, object]:
+    """Raw counts, the ratios with their names, and the ledger: the part every JSON output shares."""
+    book = ledger(counts)
+    return {
+        "counts": {name: getattr(counts, name) for name in Counts.__dataclass_fields__},
+        "acceptance_length": acceptance_length(counts),
+        "draft_acceptance_rate": draft_acceptance_rate(counts),
+        "rejection_probability": rejection_probability(counts),
+        "acceptance_by_position": acceptance_at(counts),
+        "ledger": {
+            "predicted": book.predicted,
+            "observed": book.observed,
+            "low": book.low,
+            "high": book.high,
+            "agrees": book.agrees,
+        },
+    }

@@ -1,0 +1,1 @@
+"""Training of language-model pairs: corpus, losses, one resumable loop, safetensors checkpoints."""

@@ -1,0 +1,192 @@
+"""The training loop: one function that can be killed at any moment and continued to bit-identical weights (on CPU).
+
+What a step depends on is the step number, the weights, the optimizer's moments and the random state; all four are in
+a checkpoint. Batches and the learning rate are functions of the step number alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider.errors import ConfigError, unknown_name
+from outrider.train.checkpoint import Checkpoint, load_latest, save_checkpoint
+
+Batch = torch.Tensor
+LossOf = Callable[[torch.nn.Module, Batch, float], torch.Tensor]  # (model, batch, progress in [0, 1)) -> scalar
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """One training run. Times are in seconds, sizes in steps unless said otherwise."""
+
+    steps: int
+    lr: float
+    warmup: int = 100
+    final_lr_ratio: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1  # matrices only
+    clip: float = 1.0
+    seed: int = 0
+    save_every_s: float = 300.0
+    log_every: int = 20
+    autocast: bool = False  # bfloat16; only for processors with AVX512_BF16 or AMX: AVX2 emulates it 9x slower
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0 or not 0 <= self.final_lr_ratio <= 1:
+            raise ConfigError("steps >= 1, lr > 0 and 0 <= final_lr_ratio <= 1 are needed")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoopConfig:
+        """Build from plain values; an unknown key is an error that names the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(unknown_name("training option", key, known))
+        return cls(**values)
+
+
+def learning_rate(step: int, config: LoopConfig) -> float:
+    """Linear warm-up, then a cosine from ``lr`` to ``final_lr_ratio * lr`` at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
+
+
+def build_optimizer(model: torch.nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay towards zero, gains of normalisations do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer moments as named tensors ``<parameter number>.<name>``, so that safetensors can hold them."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(v) for i, moments in state.items() for name, v in moments.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: dict[str, torch.Tensor]) -> None:
+    """Put moments saved by ``pack_optimizer`` back; hyperparameters come from the configuration."""
+    state: dict[int, dict] = {}
+    for key, value in packed.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> dict:
+    """Load weights, moments and random state; return the plain state."""
+    model.load_state_dict(checkpoint.tensors["model"])
+    unpack_optimizer(optimizer, checkpoint.tensors["optimizer"])
+    torch.set_rng_state(checkpoint.tensors["random"]["torch"])
+    return checkpoint.state
+
+
+def _check_same_run(saved: dict, config: LoopConfig) -> None:
+    """Refuse to continue a run under settings that change its trajectory."""
+    bookkeeping = {"save_every_s", "log_every", "compile"}
+    now = asdict(config) | {"betas": list(config.betas)}
+    changed = [k for k, v in saved.items() if k not in bookkeeping and now.get(k) != v]
+    if changed:
+        raise ConfigError(f"the checkpoint was made with other settings of {', '.join(changed)}; use a new folder")
+
+
+def _update(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, step: int, config: LoopConfig
+) -> float:
+    """One optimizer step for ``loss``; returns its value, raises DivergedError before any weight is spoiled."""
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    value = loss.item()
+    if not math.isfinite(value) or not math.isfinite(norm.item()):
+        raise DivergedError(f"step {step}: loss {value}, gradient norm {norm.item()}; lower lr or lengthen warmup")
+    rate = learning_rate(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return value
+
+
+def train(
+    model: torch.nn.Module,
+    batch_of: Callable[[int], Batch],
+    loss_of: LossOf,
+    config: LoopConfig,
+    folder: Path,
+    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+    report: Callable[[str], None] = print,
+) -> dict:
+    """Train ``model`` in place, from the newest valid checkpoint in ``folder`` if there is one; return the state.
+
+    ``batch_of(step)`` gives ``[rows, length + 1]`` token ids. ``evaluate`` runs at every checkpoint.
+    """
+    torch.manual_seed(config.seed)
+    optimizer = build_optimizer(model, config)
+    state: dict = {"step": 0, "tokens": 0, "seconds": 0.0, "history": []}
+    checkpoint = load_latest(folder)
+    if checkpoint is not None:
+        _check_same_run(checkpoint.state["config"], config)
+        state = _restore(model, optimizer, checkpoint)
+        report(f"continuing from {checkpoint.path.name}")
+    run = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
+    saved_at = logged_at = time.monotonic()
+    recent: list[float] = []
+    tokens_logged = state["tokens"]
+    model.train()
+    while state["step"] < config.steps:
+        began, step = time.monotonic(), state["step"]
+        batch = batch_of(step)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.autocast):
+            loss = run(model, batch, step / config.steps)
+        recent.append(_update(model, optimizer, loss, step, config))
+        now = time.monotonic()
+        state["step"] = step + 1
+        state["tokens"] += batch[:, 1:].numel()
+        state["seconds"] += now - began
+        if state["step"] % config.log_every == 0:
+            rate = (state["tokens"] - tokens_logged) / (now - logged_at)
+            left = (config.steps - state["step"]) * batch[:, 1:].numel() / rate / 60
+            report(
+                f"step {state['step']}/{config.steps}  loss {sum(recent) / len(recent):.4f}  "
+                f"lr {learning_rate(step, config):.2e}  {rate:,.0f} tokens/s  {left:.1f} min left"
+            )
+            recent, logged_at, tokens_logged = [], now, state["tokens"]
+        if now - saved_at >= config.save_every_s or state["step"] == config.steps:
+            _save(model, optimizer, state, config, folder, evaluate, report)
+            saved_at = time.monotonic()
+    return state
+
+
+def _save(model, optimizer, state, config, folder, evaluate, report) -> None:
+    """Evaluate, then write a checkpoint. Evaluation must not draw random numbers or leave a trace in the weights."""
+    if evaluate is not None:
+        model.eval()
+        with torch.no_grad():
+            measured = evaluate(model)
+        model.train()
+        state["history"].append({"step": state["step"], **measured})
+        report(f"step {state['step']}  " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
+    tensors = {
+        "model": model.state_dict(),
+        "optimizer": pack_optimizer(optimizer),
+        "random": {"torch": torch.get_rng_state()},
+    }
+    save_checkpoint(folder, state["step"], tensors, state | {"config": asdict(config)})

@@ -1,0 +1,123 @@
+"""What a pair is worth, measured on text: loss, bits per byte, and the probability that a drafted token is kept.
+
+Everything is teacher-forced: both models read the same tokens, and at every position the two next-token laws are
+compared. That needs no speculative decoding, and it is exact, not sampled: ``sum_x min(p, q)`` is the probability of
+keeping a token drafted from ``q`` in that context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from outrider.train import data, losses
+
+
+TEMPERATURES = (1.0, 0.7, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Acceptance at one temperature over all positions. ``spread`` is its standard deviation from context to
+    context: the larger, the more a draft length that adapts can gain over a fixed one."""
+
+    temperature: float
+    mean: float
+    spread: float
+    low_quarter: float
+    high_quarter: float
+
+
+def next_logits(model: torch.nn.Module, windows: torch.Tensor, rows: int = 4) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(logits ``[r, L, V]``, next tokens ``[r, L]``) for ``windows [M, L + 1]``, ``rows`` at a time."""
+    for part in windows.split(rows):
+        with torch.no_grad():
+            yield model(input_ids=part[:, :-1], use_cache=False).logits, part[:, 1:]
+
+
+def nats_per_token(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """Mean cross-entropy of the next token over all positions of ``windows [M, L + 1]``."""
+    total = sum(losses.cross_entropy(logits, after).item() * after.numel() for logits, after in
+                next_logits(model, windows))
+    return total / windows[:, 1:].numel()
+
+
+def bits_per_byte(nats: float, tokens: int, size: int) -> float:
+    """Nats per token over ``tokens`` tokens that spell ``size`` bytes -> bits per byte, free of the vocabulary."""
+    return nats * tokens / size / math.log(2)
+
+
+def acceptance(
+    target: torch.nn.Module,
+    draft: torch.nn.Module,
+    windows: torch.Tensor,
+    temperatures: Sequence[float],
+    skip: int = 0,
+) -> tuple[list[Acceptance], float]:
+    """Acceptance per temperature, and the fraction of positions where both models' most likely token agree.
+
+    A temperature of t means both laws are sharpened by 1/t before they are compared, as in decoding at t. The first
+    ``skip`` positions of each window are context only.
+    """
+    kept: list[list[torch.Tensor]] = [[] for _ in temperatures]
+    agree = 0
+    pairs = zip(next_logits(target, windows), next_logits(draft, windows), strict=True)
+    for (p_logits, _), (q_logits, _) in pairs:
+        p_logits, q_logits = p_logits[:, skip:], q_logits[:, skip:]
+        agree += int((p_logits.argmax(-1) == q_logits.argmax(-1)).sum())
+        for number, temperature in enumerate(temperatures):
+            kept[number].append(losses.acceptance(p_logits, q_logits, temperature).flatten())
+    return [summarise(t, torch.cat(k)) for t, k in zip(temperatures, kept, strict=True)], agree / sum(map(len, kept[0]))
+
+
+def summarise(temperature: float, kept: torch.Tensor) -> Acceptance:
+    """Mean, standard deviation and quartiles of per-position acceptance ``[N]``."""
+    low, high = torch.quantile(kept[: 2**23], torch.tensor([0.25, 0.75])).tolist()
+    return Acceptance(temperature, kept.mean().item(), kept.std().item(), low, high)
+
+
+def sample(
+    model: torch.nn.Module, prompts: torch.Tensor, new_tokens: int, temperature: float, seed: int
+) -> torch.Tensor:
+    """The model's own text ``[M, P + new_tokens]`` after ``prompts [M, P]``, for acceptance in actual use."""
+    torch.manual_seed(seed)
+    return model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+        min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+    )
+
+
+def text_report(pair: Mapping[str, torch.nn.Module], tokenizer, windows: torch.Tensor) -> dict:
+    """Loss and bits per byte of both models of ``pair``, and their acceptance, on ``windows [M, L + 1]``."""
+    tokens = windows[:, 1:].numel()
+    size = sum(len(tokenizer.decode(row).encode()) for row in windows[:, 1:])
+    report: dict = {"tokens": tokens, "bytes": size}
+    for role, model in pair.items():
+        nats = nats_per_token(model, windows)
+        report[role] = {"nats_per_token": nats, "bits_per_byte": bits_per_byte(nats, tokens, size)}
+    kept, greedy = acceptance(pair["target"], pair["draft"], windows, TEMPERATURES)
+    return report | {"acceptance": [asdict(k) for k in kept], "greedy_agreement": greedy}
+
+
+def samples_report(pair: Mapping[str, torch.nn.Module], prompts: torch.Tensor, new_tokens: int, seed: int) -> dict:
+    """Acceptance on what the target itself writes after ``prompts [M, P]``, at the temperature it writes at."""
+    kept = []
+    for temperature in TEMPERATURES:
+        text = sample(pair["target"], prompts, new_tokens, temperature, seed)
+        own, _ = acceptance(pair["target"], pair["draft"], text, (temperature,), skip=prompts.shape[1] - 1)
+        kept += [asdict(k) for k in own]
+    return {"prompts": len(prompts), "new_tokens": new_tokens, "acceptance": kept}
+
+
+def pair_report(
+    pair: Mapping[str, torch.nn.Module], tokenizer, texts: Mapping[str, np.ndarray], length: int, limit: int
+) -> dict:
+    """``text_report`` on at most ``limit`` windows of each stream, and ``samples_report`` after held-out prompts."""
+    windows = {name: data.windows(stream, length, limit) for name, stream in texts.items()}
+    report = {name: text_report(pair, tokenizer, w) for name, w in windows.items()}
+    prompts = windows["held_out"][:: max(1, limit // 16), : length // 8]
+    return report | {"own_samples": samples_report(pair, prompts, new_tokens=length // 4, seed=0)}

@@ -1,0 +1,360 @@
+"""The nouns: plain data that crosses between engine, target, rule and drafter. Imports torch and nothing of ours but noise.
+
+Shapes: N rows, K nodes, B sequences with a verdict in this step, M = B + K scored rows, V vocabulary, H hidden size.
+The *structure* of a step (who, where, parents, counts) is host data (tuples): it is known before anything is computed, so no
+step waits for the device to learn its own shapes. Only tokens, laws and scores are tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from outrider.noise import Noise
+
+if TYPE_CHECKING:
+    from outrider.protocols import DraftLaw
+
+POINT_MASS = -1
+"""`Proposal.row` of a node that was not drawn from a law: it counts as a point mass, which is always lossless."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """The laws the nodes of a draft were drawn from. Siblings drawn from one law share its row; sibling order is draw order.
+
+    probs:    [R, S] laws over the draft's support; rows sum to one.
+    row:      K row numbers, POINT_MASS (-1) for a node without a law.
+    support:  [S] target token of each column, or None when the columns are the target's vocabulary.
+    siblings: how several nodes were drawn from one row.
+    """
+
+    probs: Float[Tensor, "R S"]
+    row: tuple[int, ...]
+    support: Int[Tensor, "S"] | None = None
+    siblings: Literal["iid", "without_replacement"] = "iid"
+
+    def dense(self, rows: list[int], vocab_size: int) -> Float[Tensor, "r V"]:
+        """The laws `rows` over the target's vocabulary."""
+        probs = self.probs[rows]
+        if self.support is None:
+            return probs
+        out = probs.new_zeros(len(rows), vocab_size)
+        return out.index_copy_(1, self.support, probs)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposals for B sequences as one flat forest: nodes of a sequence stand together, parents come before children.
+
+    token:  [K] proposed tokens, int64.
+    parent: K node numbers (of this draft), or -1 for a child of the anchor.
+    counts: nodes of each sequence; their sum is K.
+    q:      the laws the nodes were drawn from; None: every node is a point mass. None is always lossless (contract 1).
+    """
+
+    token: Int[Tensor, "K"]
+    parent: tuple[int, ...]
+    counts: tuple[int, ...]
+    q: Proposal | None = None
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First node of each sequence, and K at the end: sequence b owns nodes offsets[b] : offsets[b + 1]."""
+        out = [0]
+        for n in self.counts:
+            out.append(out[-1] + n)
+        return tuple(out)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """True when no node has a sibling: every node's parent is the node before it, or the anchor for the first."""
+        first = set(self.offsets[:-1])
+        return all(p == (-1 if k in first else k - 1) for k, p in enumerate(self.parent))
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """The proposed tokens on the host."""
+        return tuple(self.token.tolist())
+
+    def path_to(self, node: int) -> tuple[int, ...]:
+        """Node numbers from the anchor's child down to `node`."""
+        out: list[int] = []
+        while node >= 0:
+            out.append(node)
+            node = self.parent[node]
+        return tuple(reversed(out))
+
+    def children(self, b: int, parent: int) -> list[int]:
+        """Children of `parent` (-1: the anchor) in sequence b, in draw order."""
+        return [k for k in range(self.offsets[b], self.offsets[b + 1]) if self.parent[k] == parent]
+
+    def take(self, index: list[int]) -> Draft:
+        """The drafts of some of the sequences, in the order given; -1 stands for a sequence without a draft."""
+        if list(index) == list(range(len(self.counts))):
+            return self
+        nodes = [k for b in index if b >= 0 for k in range(self.offsets[b], self.offsets[b + 1])]
+        new = {-1: -1} | {k: i for i, k in enumerate(nodes)}
+        q = self.q and Proposal(self.q.probs, tuple(self.q.row[k] for k in nodes), self.q.support, self.q.siblings)
+        pick = torch.tensor(nodes, dtype=torch.int64, device=self.token.device)
+        counts = tuple(self.counts[b] if b >= 0 else 0 for b in index)
+        return Draft(self.token[pick], tuple(new[self.parent[k]] for k in nodes), counts, q)
+
+    @staticmethod
+    def empty(sequences: int, device: torch.device | str = "cpu") -> Draft:
+        """No proposal for any of `sequences`: plain decoding."""
+        return Draft(torch.empty(0, dtype=torch.int64, device=device), (), (0,) * sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The rows of one sequence in one forward: a prefix (prompt chunk, or just the anchor), then its draft nodes.
+
+    Rows first : first + prefix + nodes of the forward. They are written to the cache at places
+    cached : cached + prefix + nodes of `slot`. `parent` holds, for each *node*, its parent as an offset into the segment
+    (prefix - 1 is the last prefix row). A prefix row sees the cached tokens and the prefix rows up to itself.
+    scored: whether the last prefix row (and the nodes) get logits; False for a prompt chunk that is not the last one.
+    """
+
+    slot: int
+    first: int
+    cached: int
+    prefix: int
+    parent: tuple[int, ...]
+    scored: bool
+
+    @property
+    def count(self) -> int:
+        return self.prefix + len(self.parent)
+
+    @property
+    def is_chain(self) -> bool:
+        """True when every row sees exactly the rows before it: attention is plain causal."""
+        return all(p == self.prefix + i - 1 for i, p in enumerate(self.parent))
+
+    def visible(self) -> Bool[Tensor, "n n"]:
+        """Which new rows (columns) each new row sees: ancestors and itself. All cached tokens are visible besides."""
+        n = self.count
+        see = torch.ones(n, n, dtype=torch.bool).tril()
+        for i, p in enumerate(self.parent):
+            row = self.prefix + i
+            see[row] = see[p]
+            see[row, row] = True
+        return see
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one target forward scores: all sequences flat, no padding.
+
+    token:    [N] int64. position: [N] int64 absolute positions (siblings share one).
+    segments: one per sequence, in order of rows.
+    scored:   [M] rows that get logits: the last prefix rows of the B scored segments, then their K nodes.
+    """
+
+    token: Int[Tensor, "N"]
+    position: Int[Tensor, "N"]
+    segments: tuple[Segment, ...]
+    scored: Int[Tensor, "M"]
+
+    @cached_property
+    def count(self) -> int:
+        return sum(s.count for s in self.segments)
+
+    @staticmethod
+    def assemble(
+        slots: list[int], prefixes: list[list[int]], cached: list[int], draft: Draft, scored: list[bool] | None = None
+    ) -> Rows:
+        """Lay out one forward. `draft` holds one (possibly empty) tree for each *scored* sequence, in order.
+
+        slots, prefixes, cached, scored: per sequence its slot, the tokens to feed (at least one), the number of tokens
+        already cached, and whether it gets a verdict (default: all).
+        """
+        wanted = [True] * len(slots) if scored is None else scored
+        device = draft.token.device
+        segments: list[Segment] = []
+        token: list[int] = []
+        position: list[int] = []
+        anchors: list[int] = []
+        nodes: list[int] = []
+        proposed = draft.tokens
+        b = 0
+        for slot, prefix, start, want in zip(slots, prefixes, cached, wanted, strict=True):
+            first, size = len(token), len(prefix)
+            token += prefix
+            position += range(start, start + size)
+            parent: list[int] = []
+            if want:
+                anchors.append(first + size - 1)
+                low = draft.offsets[b]
+                for k in range(low, draft.offsets[b + 1]):
+                    up = draft.parent[k]
+                    parent.append(size - 1 if up < 0 else size + up - low)
+                    position.append(position[first + parent[-1]] + 1)
+                    nodes.append(len(token))
+                    token.append(proposed[k])
+                b += 1
+            segments.append(Segment(slot, first, start, size, tuple(parent), want))
+        as_tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=device)  # noqa: E731
+        return Rows(as_tensor(token), as_tensor(position), tuple(segments), as_tensor(anchors + nodes))
+
+
+class Scores(NamedTuple):
+    """What a target forward returns: logits of the scored rows, hidden states of all rows for the layers asked for."""
+
+    logits: Float[Tensor, "M V"]
+    hidden: tuple[Float[Tensor, "N H"], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a rule decided for the B sequences, on the host. Every verdict emits accepted + 1 tokens per sequence.
+
+    path:       per sequence the accepted nodes (numbers of the draft), anchor side first.
+    next_token: per sequence the correction or bonus token: the new anchor.
+    judged:     positions whose accept/reject coin was tossed: accepted, plus one if a rejection ended the path.
+    risk:       the ledger: sum over judged positions of the rule's own rejection probability before the coin.
+    spread:     sum over judged positions of risk * (1 - risk): the predictable variance of risk - rejections.
+    bias:       sum of the exact total-variation bias of a lossy rule; zero for every lossless one.
+    """
+
+    path: tuple[tuple[int, ...], ...]
+    next_token: tuple[int, ...]
+    judged: tuple[int, ...]
+    risk: tuple[float, ...]
+    spread: tuple[float, ...]
+    bias: tuple[float, ...]
+
+    @property
+    def accepted(self) -> tuple[int, ...]:
+        return tuple(len(p) for p in self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """What drafters and laws may know of one sequence.
+
+    slot:    its index in every persistent table. seed: its request seed.
+    tokens:  prompt and output so far, the anchor last (read only: the engine's own list).
+    prompt:  how many of them are the prompt.
+    cached:  how many of them are in the target's cache (after the step: all but the anchor, or the prompt chunks so far).
+    params:  the request's sampling parameters (`sampling.params.SamplingParams`).
+    """
+
+    slot: int
+    seed: int
+    tokens: list[int]
+    prompt: int
+    cached: int
+    params: object
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All a drafter may look at after a step. The same object after a prompt chunk as after a decode step.
+
+    rows, scores: the step's forward. draft, verdict: what was proposed to the scored sequences and what became of it.
+    sequences:    every live sequence that took part in the step, or joined it, in the order of the draft wanted.
+    source:       for each of `sequences` the number of its segment in `rows`, or -1 if it was not in the forward.
+    judged:       for each of `sequences` its number in `draft` and `verdict`, or -1 if it had no verdict in this step.
+    noise:        noise at the new anchors, one entry per sequence.
+    law:          the target's processors as a function a drafter may apply to its own logits (temperature, top-k, ...).
+    """
+
+    rows: Rows
+    scores: Scores
+    draft: Draft
+    verdict: Verdict
+    sequences: tuple[SequenceView, ...]
+    source: tuple[int, ...]
+    judged: tuple[int, ...]
+    noise: Noise
+    law: DraftLaw
+
+    def kept_rows(self, i: int) -> list[int]:
+        """Rows of the forward that sequence i now has in the target's cache, in order."""
+        if self.source[i] < 0:
+            return []
+        segment = self.rows.segments[self.source[i]]
+        out = list(range(segment.first, segment.first + segment.prefix))
+        b = self.judged[i]
+        if b >= 0:
+            low = self.draft.offsets[b]
+            out += [segment.first + segment.prefix + k - low for k in self.verdict.path[b]]
+        return out
+
+
+PHASES = ("target", "rule", "draft", "host")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Raw counts, only ever summed; ratios are formed at the edge, as ratios of sums.
+
+    steps: sequence-steps with a verdict. proposed: nodes proposed. judged, accepted, rejected, emitted: see `Verdict`.
+    risk, spread, bias: sums of the ledger. accepted_at[d]: steps in which the node at depth d + 1 was accepted;
+    judged_at[d]: steps in which depth d + 1 was judged.
+    """
+
+    steps: int = 0
+    proposed: int = 0
+    judged: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    emitted: int = 0
+    risk: float = 0.0
+    spread: float = 0.0
+    bias: float = 0.0
+    accepted_at: list[int] = field(default_factory=list)
+    judged_at: list[int] = field(default_factory=list)
+
+    def add(self, proposed: int, accepted: int, judged: int, risk: float, spread: float, bias: float) -> None:
+        """One sequence-step with a verdict."""
+        self.steps += 1
+        self.proposed += proposed
+        self.judged += judged
+        self.accepted += accepted
+        self.rejected += judged - accepted
+        self.risk += risk
+        self.spread += spread
+        self.bias += bias
+        self._grow(judged)
+        for d in range(judged):
+            self.judged_at[d] += 1
+        for d in range(accepted):
+            self.accepted_at[d] += 1
+
+    def merge(self, other: Counts) -> None:
+        """Add the sums of `other`."""
+        for name in ("steps", "proposed", "judged", "accepted", "rejected", "emitted", "risk", "spread", "bias"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._grow(len(other.judged_at))
+        for d, (a, j) in enumerate(zip(other.accepted_at, other.judged_at, strict=True)):
+            self.accepted_at[d] += a
+            self.judged_at[d] += j
+
+    def _grow(self, depth: int) -> None:
+        while len(self.judged_at) < depth:
+            self.accepted_at.append(0)
+            self.judged_at.append(0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step as every sink sees it: host numbers only.
+
+    rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
+    seconds: wall-clock seconds of each of PHASES; counts: the step's sums.
+    """
+
+    rows: int
+    scored: int
+    running: int
+    waiting: int
+    seconds: dict[str, float]
+    counts: Counts

@@ -1,0 +1,163 @@
+"""Speculative sampling on forests, level by level: the plain reading of the rule, and what `chain.py` is held to.
+
+At a node set (the children of one parent) the residual r starts as p. Each child in draw order is accepted with
+probability min(1, r(x) / q(x)); a refusal turns r into the normalised max(r - q, 0). If all are refused, r gives the
+token (multi-round rejection: Miao et al. 2023; Yin et al. 2024, Algorithm 4; without replacement: Jeon et al.
+2024). A point mass at x is the case q(x) = 1: accepted with probability r(x), else x is taken out of r. That needs no
+trust in how x was chosen, so a node whose declared law gives its token no probability, or a NaN, counts as one too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from outrider.noise import Noise
+from outrider.types import POINT_MASS, Draft, Proposal, Verdict
+from outrider.verify import _common as c
+from outrider.verify.chain import judge_chains
+
+
+class SpeculativeSampling:
+    """Speculative sampling on any forest. Lossless if the laws a draft declares are true; it may declare none (q=None).
+
+    Ledger: the risk of a position is one minus the overlap of p and q for one child with a law (Yin et al. 2024,
+    Theorem 1), and the product over the rounds for i.i.d. siblings. Point masses and siblings drawn without replacement
+    are judged given their tokens: the product of 1 - min(1, r(x) / q(x)). Each is the exact probability that the
+    position ends in a rejection, provided the number of siblings was chosen before their tokens were seen.
+    """
+
+    name = "speculative_sampling"
+    lossless = True
+    trees = True
+    lane = "draft"
+
+    def __call__(self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
+        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
+
+        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
+        """
+        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise)
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """A node set before its coins.
+
+    tests: for each child (r(x), scale): it is accepted if u * scale < r(x). rest: the weights left if all are refused.
+    """
+
+    tests: list[tuple[float, float]]
+    rest: Float[Tensor, "1 V"]
+    risk: float
+
+
+def judge_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
+    """The rule on any forest, one node set at a time."""
+    paths, tokens, risks = [], [], []
+    for b in range(len(draft.counts)):
+        path, token, risk = _walk(p, draft, noise, b)
+        paths.append(path)
+        tokens.append(token)
+        risks.append(risk)
+    return c.verdict(paths, tokens, risks)
+
+
+def _walk(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[list[int], int, list[float]]:
+    """Path, next token and risks of one sequence."""
+    path: list[int] = []
+    risks: list[float] = []
+    row, rest = b, p[b : b + 1]
+    while children := draft.children(b, path[-1] if path else -1):
+        depth = len(path) + 1
+        nodes = _judge_set(p[row : row + 1], draft, children)
+        risks.append(nodes.risk)
+        taken = -1
+        for j, (rx, scale) in enumerate(nodes.tests):
+            if noise.uniform(b, depth, "accept", j) * scale < rx:
+                taken = children[j]
+                break
+        if taken < 0:
+            rest = nodes.rest
+            break
+        path.append(taken)
+        row = len(draft.counts) + taken
+        rest = p[row : row + 1]
+    return path, _draw(p, row, rest, noise.uniform(b, len(path) + 1, "final"), b), risks
+
+
+def _draw(p: Tensor, row: int, rest: Tensor, u: float, b: int) -> int:
+    """The last token: a draw from what is left at `row` of p."""
+    token, total = c.draw(c.as_weights(rest), [u])
+    return int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b)
+
+
+def _judge_set(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> _Set:
+    """Follow the residual through all children as if each were refused. It is kept as weight / mass, not normalised."""
+    laws = _Laws(draft.q)
+    weight, mass = here, 1.0
+    tests: list[tuple[float, float]] = []
+    before, given = [], []  # probability that each child is refused: before its token is drawn, and given its token
+    for k in children:
+        x, row = draft.tokens[k], laws.row_of(k)
+        rx, qx = float(weight[0, x]), laws.at(row, x)
+        tests.append((rx, qx * mass if c.is_mass(qx) else mass))
+        if c.is_mass(qx):
+            q = laws.now(row) * mass
+            shared = float(c.overlap(weight, q, laws.support)) / mass
+            before.append(c.law_risk(shared, rx / mass, qx))
+            given.append(c.unit(1.0 - rx / (qx * mass)))
+            weight = weight.double().clone()
+            c.subtract(weight, q, laws.support)
+            laws.drawn(row, x)
+        else:
+            given.append(c.unit(1.0 - rx / mass))
+            weight = weight.double().clone()
+            weight[0, x] = 0
+        mass = float(c.row_sums(weight))
+        if not c.is_total(mass):  # refused with probability zero up to rounding: start again from p
+            weight, mass = here, 1.0
+    rows = {laws.row_of(k) for k in children}
+    integrated = len(before) == len(children) and len(rows) == 1 and (len(children) == 1 or laws.iid)
+    return _Set(tests, weight, math.prod(before if integrated else given))
+
+
+class _Laws:
+    """The laws of one node set, less the tokens already drawn from them if siblings are drawn without replacement."""
+
+    def __init__(self, q: Proposal | None) -> None:
+        self.q = q
+        self.support = q.support if q is not None else None
+        self.iid = q is not None and q.siblings == "iid"
+        self._now: dict[int, Tensor] = {}
+
+    def row_of(self, k: int) -> int:
+        return self.q.row[k] if self.q is not None else POINT_MASS
+
+    def now(self, row: int) -> Float[Tensor, "1 S"]:
+        """The law the next sibling of `row` is drawn from."""
+        assert self.q is not None
+        return self._now.get(row, self.q.probs[row : row + 1])
+
+    def at(self, row: int, token: int) -> float:
+        """Its probability of `token`; zero for a point mass and outside the support."""
+        column = self._column(token)
+        return float(self.now(row)[0, column]) if row >= 0 and column >= 0 else 0.0
+
+    def drawn(self, row: int, token: int) -> None:
+        """`token` has been drawn from `row`."""
+        if self.iid:
+            return
+        law = self.now(row).double().clone()
+        law[0, self._column(token)] = 0
+        rest = float(c.row_sums(law))
+        self._now[row] = law / rest if rest > 0 else law
+
+    def _column(self, token: int) -> int:
+        if self.support is None:
+            return token
+        hit = (self.support == token).nonzero()
+        return int(hit[0]) if len(hit) else -1

@@ -1,0 +1,117 @@
+"""Small random checkpoints in Hugging Face format, made by transformers' own classes: the ground truth of loading
+tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+
+
+def make_model(
+    family: str, *, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32, **overrides
+) -> PreTrainedModel:
+    """A random model of `family` ("llama", "qwen2", "qwen3", "mistral") whose logits differ strongly.
+
+    scale: weights are normal with standard deviation scale / sqrt(inputs) (embeddings: scale), biases and norms move
+    too, so that a part that is forgotten shows. overrides: keys of the configuration class, over `SIZES`.
+    """
+    config_class, model_class = FAMILIES[family]
+    sizes = SIZES | ({"head_dim": 16} if family == "qwen3" else {}) | overrides
+    model = model_class(config_class(**sizes)).to(dtype).eval().requires_grad_(False)
+    noise = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        drawn = torch.randn(weight.shape, generator=noise, dtype=torch.float64)
+        if weight.ndim == 1:
+            value = 0.3 * drawn + (0.0 if name.endswith("bias") else 1.0)
+        else:
+            value = scale * drawn / (1.0 if "embed" in name else weight.shape[1] ** 0.5)
+            value = value * (2.0 if "q_proj" in name or "k_proj" in name or "lm_head" in name else 1.0)
+        weight.copy_(value)
+    return model
+
+
+def make_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+    tokenizer: bool = False,
+    **overrides,
+) -> Path:
+    """Save `make_model(family, ...)` to `folder` and return it.
+
+    shards: into how many files, about. tokenizer: add a byte-level one (`make_tokenizer`); give vocab_size >= 260 then.
+    """
+    folder = Path(folder)
+    if tokenizer:
+        overrides = {"vocab_size": 260} | overrides
+    model = make_model(family, seed=seed, scale=scale, dtype=dtype, **overrides)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size if shards == 1 else size // shards)
+    if tokenizer:
+        make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A byte-level tokenizer without merges: ids 0..3 are <pad>, <s>, </s>, <unk>, then the 256 bytes; with a chat
+    template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocab = {piece: i for i, piece in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    wrapped.save_pretrained(folder)
+    return Path(folder)
+
+
+def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes) -> Path:
+    """Rewrite keys of config.json by hand: old spellings, wrong values, options no class would save."""
+    path = Path(folder) / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in raw.items() if k not in remove} | changes))
+    return Path(folder)

@@ -1,0 +1,24 @@
+"""Strict numerics for every test: one thread, deterministic kernels, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_PROC_BIND", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.load_profile("ci")
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

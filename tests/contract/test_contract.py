@@ -1,0 +1,66 @@
+"""Every drafter, with every rule, in every batch, gives the text of plain decoding (contracts 1-4, 6, 7).
+
+Strings are compared, not distributions: at temperature 0 for every lossless rule, at every temperature for `match`, whose
+noise depends on the position alone. A new drafter is a row of `drafters.DRAFTERS`, a new rule a row of `verify.RULES`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from outrider.drafters.none import NoDraft
+from outrider.verify import RULES, load_rule
+from tests.contract.drafters import DRAFTERS
+from tests.contract.requests import PROMPTS, SAMPLING, engine, params, target, tokens
+
+GREEDY = [name for name, p in SAMPLING.items() if p["temperature"] == 0]
+MODEL = target()
+
+
+@cache
+def plain(sampling: str, rule: str) -> list[tuple[int, ...]]:
+    """One request at a time, nothing proposed: the reference."""
+    out = []
+    for prompt, p in zip(PROMPTS, params(sampling), strict=True):
+        out += tokens(engine(MODEL, NoDraft(), load_rule(rule), 1).generate([prompt], [p]))
+    return out
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 6])
+@pytest.mark.parametrize("sampling", list(SAMPLING))
+@pytest.mark.parametrize("drafter", list(DRAFTERS))
+def test_match_equals_plain_decoding(drafter: str, sampling: str, capacity: int) -> None:
+    one = engine(MODEL, DRAFTERS[drafter](MODEL, capacity), load_rule("match"), capacity)
+    assert tokens(one.generate(PROMPTS, params(sampling))) == plain(sampling, "match")
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 6])
+@pytest.mark.parametrize("sampling", GREEDY)
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("drafter", list(DRAFTERS))
+def test_greedy_equals_plain_decoding(drafter: str, rule: str, sampling: str, capacity: int) -> None:
+    one = engine(MODEL, DRAFTERS[drafter](MODEL, capacity), load_rule(rule), capacity)
+    assert tokens(one.generate(PROMPTS, params(sampling))) == plain(sampling, "match")
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("sampling", list(SAMPLING))
+@pytest.mark.parametrize("drafter", list(DRAFTERS))
+def test_the_batch_is_invisible(drafter: str, sampling: str, rule: str) -> None:
+    """Same drafter and seed: the same tokens alone and in company, whatever the slot, for sampled text too."""
+    together = engine(MODEL, DRAFTERS[drafter](MODEL, 4), load_rule(rule), 4).generate(PROMPTS, params(sampling))
+    alone = []
+    for prompt, p in zip(PROMPTS, params(sampling), strict=True):
+        alone += engine(MODEL, DRAFTERS[drafter](MODEL, 1), load_rule(rule), 1).generate([prompt], [p])
+    assert tokens(together) == tokens(alone)
+
+
+def test_the_table_tests_what_it_says() -> None:
+    """Guard of the suite: some drafts are accepted and some rejected, some sequences end early, prompts come in chunks."""
+    seen = engine(MODEL, DRAFTERS["model"](MODEL, 3), load_rule("speculative_sampling"), 3)
+    results = seen.generate(PROMPTS, params("temperature 1"))
+    assert seen.counts.accepted > 10
+    assert seen.counts.rejected > 5
+    assert {o.finish_reason for r in results for o in r.outputs} == {"stop", "length"}

@@ -1,0 +1,431 @@
+"""The Hugging Face adapter against the plain model, family by family: prompts, chunks, partial acceptance, trees, taps.
+
+path       families
+seam       llama qwen2 qwen3 mistral gemma2 gemma3 phi phi3 cohere2 olmo2 gpt2 gpt_bigcode opt gpt_neox mixtral
+           qwen2_moe gpt_oss deepseek_v3
+cache      stablelm falcon bloom mpt gptj gpt_neo llama4
+recurrent  mamba mamba2 jamba qwen3_next lfm2
+recompute  rwkv openai-gpt
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from outrider.errors import CapabilityError, CapacityError, ConfigError
+from outrider.target.hf import HFTarget
+from outrider.types import Draft, Rows
+
+V = 61
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_OLD = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+_NEW = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    **_SPECIAL,
+}
+_WINDOW = {"sliding_window": 6, "head_dim": 8}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("seam", _NEW),
+    "qwen2": ("seam", _NEW),
+    "qwen3": ("seam", {**_NEW, "head_dim": 8}),
+    "mistral": ("seam", {**_NEW, **_WINDOW}),
+    "gemma2": ("seam", {**_NEW, **_WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+    "gemma3_text": (
+        "seam",
+        {**_NEW, **_WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "phi": ("seam", _NEW),
+    "phi3": ("seam", _NEW),
+    "cohere2": ("seam", {**_NEW, "sliding_window": 6}),
+    "olmo2": ("seam", _NEW),
+    "gpt2": ("seam", _OLD),
+    "gpt_bigcode": ("seam", _OLD),
+    "opt": (
+        "seam",
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "init_std": 0.3,
+        },
+    ),
+    "gpt_neox": ("seam", _NEW),
+    "mixtral": ("seam", {**_NEW, "num_local_experts": 4}),
+    "qwen2_moe": ("seam", {**_NEW, **_EXPERTS}),
+    "gpt_oss": ("seam", {**_NEW, **_WINDOW, "num_local_experts": 4}),
+    "deepseek_v3": ("seam", {**_NEW, **_MLA}),
+    "stablelm": ("cache", _NEW),
+    "falcon": ("cache", {**_NEW, "alibi": False}),
+    "bloom": ("cache", {"vocab_size": V, "hidden_size": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3}),
+    "mpt": (
+        "cache",
+        {"vocab_size": V, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "initializer_range": 0.3},
+    ),
+    "gptj": ("cache", {**_OLD, "rotary_dim": 4}),
+    "gpt_neo": (
+        "cache",
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 6,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+        },
+    ),
+    "llama4_text": (
+        "cache",
+        {**_NEW, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8, "attention_chunk_size": 16},
+    ),
+    "mamba": (
+        "recurrent",
+        {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4, "initializer_range": 0.3},
+    ),
+    "mamba2": (
+        "recurrent",
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "state_size": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+            "initializer_range": 0.3,
+        },
+    ),
+    "jamba": (
+        "recurrent",
+        {
+            **_NEW,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "qwen3_next": ("recurrent", {**_NEW, **_EXPERTS, **_LINEAR, "head_dim": 8}),
+    "lfm2": ("recurrent", {**_NEW, "layer_types": ["conv", "full_attention", "conv"]}),
+    "rwkv": ("recompute", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 64}),
+    "openai-gpt": ("recompute", _OLD),
+}
+EXACT = ("gpt2", "opt", "gpt_neox", "phi", "gpt_bigcode")
+"""Families without float32 islands (RMSNorm, and some softmaxes, compute in float32 whatever the model's type)."""
+
+
+@cache
+def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A tiny random model. Shared by all tests: nothing a target does may change it."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family][1]))
+    for parameter in model.parameters():  # some families start at one or zero what should differ
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """Logits after `tokens` by the model as transformers runs it, without any cache."""
+    return model(input_ids=torch.tensor([tokens])).logits[0, -1]
+
+
+def chain(*counts: int) -> Draft:
+    parent = [
+        p for n, first in zip(counts, _offsets(counts), strict=True) for p in [-1, *range(first, first + n - 1)][:n]
+    ]
+    return Draft((torch.arange(len(parent)) * 11 + 5) % V, tuple(parent), counts)
+
+
+def _offsets(counts: tuple[int, ...]) -> list[int]:
+    return [sum(counts[:i]) for i in range(len(counts))]
+
+
+TREE = Draft(torch.tensor([7, 8, 9, 10, 11, 12, 13, 14]), (-1, -1, 0, 1, 1, 3, -1, 6), (6, 0, 2))
+"""Anchor children 0 and 1 (6 for the third sequence), grandchildren below both, one of depth three; no node in the middle."""
+
+
+class Replay:
+    """A target beside the plain model: every scored row of every step is compared with a full recomputation of its path."""
+
+    def __init__(self, model: PreTrainedModel, tolerance: float) -> None:
+        self.model, self.target, self.tolerance = model, HFTarget(model), tolerance
+        self.kv = self.target.new_kv(4, 40)
+        self.text: dict[int, list[int]] = {}
+        self.worst = 0.0
+
+    def step(
+        self, slots: list[int], prefixes: list[list[int]], draft: Draft, keep: list[list[int]], unscored: int = -1
+    ) -> None:
+        scored = [s != unscored for s in slots]
+        cached = [len(self.text.get(s, [])) for s in slots]
+        rows = Rows.assemble(slots, prefixes, cached, draft, scored)
+        self.kv.reserve(rows)
+        scores = self.target.forward(rows, self.kv)
+        whole = {s: self.text.get(s, []) + prefix for s, prefix in zip(slots, prefixes, strict=True)}
+        judged = [s for s, want in zip(slots, scored, strict=True) if want]
+        want = [whole[s] for s in judged]
+        for b, s in enumerate(judged):
+            for k in range(draft.offsets[b], draft.offsets[b + 1]):
+                want.append(whole[s] + [draft.tokens[i] for i in draft.path_to(k)])
+        for row, tokens in enumerate(want):
+            self.worst = max(self.worst, float((scores.logits[row] - plain(self.model, tokens)).abs().max()))
+        assert self.worst < self.tolerance, f"row off by {self.worst:.2e} on path {self.target.path}"
+        self.kv.commit(rows, [keep[judged.index(s)] if s in judged else [] for s in slots])
+        for s in slots:
+            kept = (
+                []
+                if s not in judged
+                else [draft.tokens[draft.offsets[judged.index(s)] + i] for i in keep[judged.index(s)]]
+            )
+            self.text[s] = whole[s] + kept
+
+
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33, 34]]
+
+
+def run_all(replay: Replay) -> None:
+    """Ragged prompts in mixed slots, one of them in two chunks; partial acceptance; release and reuse of a slot."""
+    target, slots = replay.target, [2, 0, 3]
+    draft = chain(3, 0, 2) if target.rewinds else Draft.empty(3)
+    first = [[0], [], [0, 1]] if target.rewinds else [[], [], []]
+    replay.step([1], [[40, 41, 42, 43]], Draft.empty(0), [], unscored=1)
+    replay.step(slots, PROMPTS, TREE if target.trees else draft, [[1, 3], [], [0]] if target.trees else first)
+    replay.step([1, *slots], [[44, 45, 46], [50], [51], [52]], _more(target), [[], [], [], []])
+    replay.step(
+        [0, 2],
+        [[53], [54]],
+        chain(4, 1) if target.rewinds else Draft.empty(2),
+        [[0, 1], []] if target.rewinds else [[], []],
+    )
+    replay.kv.release([2])
+    replay.text.pop(2)
+    replay.step([2, 0], [[1, 2, 3], [55]], Draft.empty(2), [[], []])
+
+
+def _more(target: HFTarget) -> Draft:
+    if target.trees:
+        return Draft(TREE.token, TREE.parent, (6, 0, 2, 0))
+    return chain(2, 1, 0, 3) if target.rewinds else Draft.empty(4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_equal_the_plain_model(family: str) -> None:
+    replay = Replay(build(family), 1e-4)
+    assert replay.target.path == FAMILIES[family][0], replay.target.why
+    run_all(replay)
+    print(f"{family:14s} {replay.target.path:10s} worst logit error {replay.worst:.1e}")
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_rows_equal_the_plain_model_in_float64(family: str) -> None:
+    replay = Replay(build(family, torch.float64), 1e-9)
+    run_all(replay)
+    assert replay.target.dtype == torch.float64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_unembedding(family: str) -> None:
+    model = build(family)
+    target = HFTarget(model)
+    layers = tuple(range(target.layers + 1))
+    rows = Rows.assemble([1, 0], [PROMPTS[0], PROMPTS[1]], [0, 0], Draft.empty(2))
+    scores = target.forward(rows, target.new_kv(2, 16), layers=layers)
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([PROMPTS[0]]), output_hidden_states=True)
+    late = int(family in ("mamba", "mamba2", "rwkv"))  # these report no embeddings
+    for i in layers[late:-1]:  # transformers reports the last one behind the final norm
+        assert scores.hidden[i].shape == (rows.count, target.hidden_size)
+        torch.testing.assert_close(scores.hidden[i][:9], out.hidden_states[i - late][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(target.unembed(scores.hidden[-1])[:9], out.logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(target.unembed(scores.hidden[-1])[rows.scored], scores.logits, atol=1e-4, rtol=1e-4)
+    assert target.embed(rows.token).shape == (rows.count, target.hidden_size)
+
+
+def test_unembed_passes_gradients_and_freezes_weights() -> None:
+    target = HFTarget(build("gemma2"))
+    hidden = torch.randn(3, 32, requires_grad=True)
+    target.unembed(hidden).square().sum().backward()
+    assert hidden.grad is not None and not any(p.requires_grad for p in target.model.parameters())
+
+
+def test_half_precision_logits_come_in_float32() -> None:
+    target = HFTarget(build("llama", torch.bfloat16))
+    rows = Rows.assemble([0], [PROMPTS[0]], [0], chain(2))
+    assert target.path == "seam"
+    assert target.forward(rows, target.new_kv(1, 16)).logits.dtype == torch.float32
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = build("llama")
+    before, own = plain(model, PROMPTS[0]), model.config._attn_implementation
+    target = HFTarget(model)
+    with pytest.raises(IndexError):
+        bad = Rows.assemble([0], [[V + 3]], [0], Draft.empty(1))
+        target.forward(bad, target.new_kv(1, 4))
+    assert model.config._attn_implementation == own
+    assert torch.equal(plain(model, PROMPTS[0]), before)
+
+
+def test_long_rotary_scaling_leaves_the_seam() -> None:
+    """Frequencies that depend on the longest row would let one sequence change its neighbours' numbers."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model("llama", **{**_NEW, "rope_parameters": rope})
+    target = HFTarget(AutoModelForCausalLM.from_config(config))
+    assert target.path == "seam"  # within the native length nothing changes
+    config.rope_parameters["original_max_position_embeddings"] = 16
+    assert HFTarget(AutoModelForCausalLM.from_config(config)).path == "cache"
+    assert HFTarget(AutoModelForCausalLM.from_config(config), max_length=16).path == "seam"
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def test_trees_need_the_seam() -> None:
+    target = HFTarget(build("bloom"))
+    assert not target.trees and target.rewinds
+    with pytest.raises(CapabilityError, match="chain"):
+        target.forward(Rows.assemble([0, 1, 2], PROMPTS, [0, 0, 0], TREE), target.new_kv(3, 30))
+
+
+def test_recurrent_states_refuse_drafts_and_rewinding() -> None:
+    target = HFTarget(build("mamba"))
+    kv = target.new_kv(1, 30)
+    assert not target.rewinds and not target.trees
+    with pytest.raises(CapabilityError, match="without a drafter"):
+        target.forward(Rows.assemble([0], [[1, 2]], [0], chain(1)), kv)
+    rows = Rows.assemble([0], [[1, 2]], [0], Draft.empty(1))
+    target.forward(rows, kv)
+    kv.commit(rows, [[]])
+    with pytest.raises(CapabilityError, match="release"):
+        kv.truncate(0, 1)
+    kv.truncate(0, 0)
+    target.forward(rows, kv)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_repeated_or_truncated_forward_starts_from_what_was_committed(family: str) -> None:
+    model = build(family)
+    target = HFTarget(model)
+    kv = target.new_kv(1, 30)
+    rows = Rows.assemble([0], [PROMPTS[0]], [0], chain(2))
+    target.forward(rows, kv)
+    target.forward(rows, kv)
+    kv.commit(rows, [[0, 1]])
+    kv.truncate(0, 4)
+    again = target.forward(Rows.assemble([0], [[9]], [4], Draft.empty(1)), kv)
+    torch.testing.assert_close(again.logits[0], plain(model, [*PROMPTS[0][:4], 9]), atol=1e-4, rtol=1e-4)
+
+
+def test_capacity_is_checked_before_anything_is_computed() -> None:
+    for family in ("llama", "bloom"):
+        target = HFTarget(build(family))
+        kv = target.new_kv(1, 8)
+        with pytest.raises(CapacityError, match="room for 8"):
+            kv.reserve(Rows.assemble([0], [PROMPTS[0]], [0], Draft.empty(1)))
+        with pytest.raises(CapacityError, match="expects 3"):
+            kv.reserve(Rows.assemble([0], [[1]], [3], Draft.empty(1)))
+
+
+def test_limits_are_named() -> None:
+    model = build("gpt2")
+    with pytest.raises(ConfigError, match="64 positions"):
+        HFTarget(model, max_length=65)
+    target = HFTarget(model, max_length=32)
+    with pytest.raises(ConfigError, match="max_length of 32"):
+        target.new_kv(1, 33)
+    with pytest.raises(CapabilityError, match="layer 9"):
+        target.forward(Rows.assemble([0], [[1]], [0], Draft.empty(1)), target.new_kv(1, 8), layers=(9,))
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("llama")
+    build("llama").save_pretrained(folder)
+    return folder
+
+
+def test_load(checkpoint: Any) -> None:
+    target = HFTarget.load(checkpoint, dtype=torch.float64, max_length=48)
+    assert (target.vocab_size, target.hidden_size, target.layers, target.max_length) == (V, 32, 3, 48)
+    assert target.dtype == torch.float64 and target.path == "seam" and target.trees and target.rewinds
+    reference = plain(build("llama", torch.float64), PROMPTS[0])
+    rows = Rows.assemble([0], [PROMPTS[0]], [0], Draft.empty(1))
+    torch.testing.assert_close(target.forward(rows, target.new_kv(1, 16)).logits[0], reference, atol=1e-6, rtol=1e-6)
+
+
+def test_absent_checkpoints_are_named(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        HFTarget.load(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="config.json"):
+        HFTarget.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "pickle", "missing", "kind"])
+def test_damaged_checkpoints_are_refused_in_one_line(checkpoint: Any, tmp_path: Any, damage: str) -> None:
+    weights = tmp_path / "model.safetensors"
+    config = (checkpoint / "config.json").read_text()
+    if damage == "cut":
+        weights.write_bytes((checkpoint / "model.safetensors").read_bytes()[:5000])
+    elif damage == "garbage":
+        weights.write_bytes(b"not safetensors at all")
+    elif damage == "pickle":
+        torch.save(build("llama").state_dict(), tmp_path / "pytorch_model.bin")
+    elif damage == "missing":
+        build("llama").save_pretrained(tmp_path)
+        config = config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
+    else:
+        config = config.replace('"model_type": "llama"', '"model_type": "no_such_model"')
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError) as refused:
+        HFTarget.load(tmp_path)
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
