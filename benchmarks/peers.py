@@ -81,7 +81,7 @@ class Bench:
         self.samples = {s.name: {a.name: [] for a in wanted if a.batches or s.batch == 1} for s in scenarios}
         self.rounds = 0
 
-    def start(self, load: dict[str, Any], threads: int, logs: Path) -> None:
+    def start(self, load: dict[str, Any], threads: int, logs: Path, patience: float) -> None:
         """Start every worker whose engine is installed; the others are absent."""
         for worker in {arm.worker.name: arm.worker for arm in self.arms}.values():
             version = pool.installed(worker)
@@ -89,11 +89,11 @@ class Bench:
                 self.absent[worker.name] = f"{worker.needs} is not installed in {worker.python.parent.parent.name}"
                 say(f"{worker.name}: absent")
                 continue
-            self._start(worker, load, threads, logs)
+            self._start(worker, load, threads, logs, patience)
 
-    def _start(self, worker: Worker, load: dict[str, Any], threads: int, logs: Path) -> None:
+    def _start(self, worker: Worker, load: dict[str, Any], threads: int, logs: Path, patience: float) -> None:
         try:
-            running = self.running[worker.name] = pool.start(worker, load, threads, logs)
+            running = self.running[worker.name] = pool.start(worker, load, threads, logs, patience)
         except pool.WorkerError as error:
             self.failed[worker.name] = str(error)
             say(f"{worker.name}: {error}")
@@ -116,8 +116,8 @@ class Bench:
         running = self.running.get(arm.worker.name)
         if running is None:
             return None
-        warm = self.workload.command(arm, scenario, -1, WARM_TOKENS)
-        tokens = self.workload.tokens if turn >= 0 else 2 * WARM_TOKENS
+        warm = self.workload.command(arm, scenario, -1, min(WARM_TOKENS, self.workload.tokens))
+        tokens = self.workload.tokens if turn >= 0 else min(2 * WARM_TOKENS, self.workload.tokens)
         try:
             return pool.ask(running, self.workload.command(arm, scenario, turn, tokens), warm)
         except pool.WorkerError as error:
@@ -186,7 +186,7 @@ def run_pair(pair: str, folder: Path, deadline: float, options: argparse.Namespa
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out / f"{pair}-{options.dtype}.json"
     try:
-        bench.start(load, len(cores), options.out / "logs" / pair)
+        bench.start(load, len(cores), options.out / "logs" / pair, options.patience)
         longest, turn = 0.0, -1
         while turn < options.rounds and (turn < 1 or time.monotonic() + longest < deadline):
             start = time.monotonic()
@@ -237,6 +237,7 @@ def parse() -> argparse.Namespace:
     run.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     run.add_argument("--tokens", type=int, default=96, help="new tokens")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--patience", type=float, default=300.0, help="seconds an engine may take to load")
     run.add_argument("--out", type=Path, default=OUT)
     report = commands.add_parser("table", help="result files as Markdown")
     report.add_argument("files", type=Path, nargs="+")

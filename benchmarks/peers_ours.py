@@ -1,6 +1,6 @@
 """Worker: Outrider through its public interface. Setting: length, the draft length (0 = plain decoding).
 
-One engine per length over the same loaded target, so that memory holds the weights once.
+One engine per length, all over the same loaded weights.
 """
 
 from __future__ import annotations
@@ -12,22 +12,15 @@ import torch
 
 import outrider
 from outrider import Engine, SamplingParams
+from outrider.engine.build import companion
 
 
 def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
     """Build the engines of `options["lengths"]`."""
     torch.set_num_threads(what.threads)
-    engines = {
-        length: Engine.build(
-            target=what.target,
-            draft=what.draft if length else "none",
-            length=length,
-            dtype=what.dtype,
-            capacity=what.capacity,
-            max_length=what.length,
-        )
-        for length in what.options["lengths"]
-    }
+    sizes = {"dtype": what.dtype, "capacity": what.capacity, "max_length": what.length}
+    plain = Engine.build(target=what.target, draft="none", length=0, **sizes)
+    engines = {n: companion(plain, what.draft, length=n) if n else plain for n in what.options["lengths"]}
 
     def run(command: channel.Command) -> dict[str, Any]:
         engine = engines[command.setting["length"]]

@@ -67,25 +67,25 @@ def start(worker: Worker, load: Mapping[str, Any], threads: int, logs: Path, tim
         raise
     running.versions, running.load_seconds = answer["versions"], answer["seconds"]
     running.rss_gb = rss_gb(process.pid)
-    _signal(process.pid, signal.SIGSTOP)
+    pause(process.pid)
     return running
 
 
 def ask(running: Running, command: Mapping[str, Any], warm: Mapping[str, Any], timeout: float = 300) -> dict[str, Any]:
     """Wake a worker, let it warm up untimed, run the command, stop it again."""
-    _signal(running.process.pid, signal.SIGCONT)
+    resume(running.process.pid)
     try:
         _exchange(running, warm, timeout)
         return _exchange(running, command, timeout)
     finally:
         running.rss_gb = max(running.rss_gb, rss_gb(running.process.pid))
-        _signal(running.process.pid, signal.SIGSTOP)
+        pause(running.process.pid)
 
 
 def end(running: Running, patience: float = 15) -> None:
     """Close a worker's input and wait; kill what is left of its processes."""
     family = descendants(running.process.pid)
-    _signal(running.process.pid, signal.SIGCONT)
+    resume(running.process.pid)
     assert running.process.stdin is not None
     with suppress(BrokenPipeError, subprocess.TimeoutExpired):
         running.process.stdin.close()
@@ -94,6 +94,8 @@ def end(running: Running, patience: float = 15) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     running.process.wait()
+    if running.process.stdout is not None:
+        running.process.stdout.close()
 
 
 def _environment(worker: Worker, threads: int) -> dict[str, str]:
@@ -138,11 +140,8 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it ended meanwhile
-            children.setdefault(parent, []).append(int(entry.name))
+            for parent in _stat(int(entry.name))[1:2]:
+                children.setdefault(int(parent), []).append(int(entry.name))
     family = [pid]
     for member in family:
         family += children.get(member, [])
@@ -160,11 +159,32 @@ def rss_gb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 1e9
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    """To the whole family: children first when stopping, so that no parent misses an answer while it still runs."""
+def pause(pid: int, patience: float = 2.0) -> None:
+    """Stop a family, children first, and wait until none of it runs: the signal takes effect a little later."""
     family = descendants(pid)
-    for member in family if number == signal.SIGCONT else reversed(family):
+    for member in reversed(family):
         with suppress(ProcessLookupError):
-            os.kill(member, number)
-    if number == signal.SIGCONT:
-        time.sleep(0.01)
+            os.kill(member, signal.SIGSTOP)
+    give_up = time.monotonic() + patience
+    while any(_state(member) in "RSD" for member in family) and time.monotonic() < give_up:
+        time.sleep(0.002)
+
+
+def resume(pid: int) -> None:
+    """Let a family go on, parents first."""
+    for member in descendants(pid):
+        with suppress(ProcessLookupError):
+            os.kill(member, signal.SIGCONT)
+
+
+def _state(pid: int) -> str:
+    """One letter: R running, S sleeping, D waiting for a device, T stopped, Z ended."""
+    return next(iter(_stat(pid)), "Z")
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/<pid>/stat from the state on; empty if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []

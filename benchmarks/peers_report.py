@@ -57,6 +57,8 @@ def _claims(result: dict[str, Any]) -> list[list[str]]:
             if about["batch"] == claim.batch:
                 found = ratio(_of(result, scenario, claim.ours), _of(result, scenario, claim.theirs))
                 goal = claim.goal if about["temperature"] == 1 else None
+                if found is None and goal is None:
+                    continue
                 rows.append(claim_row(claim.text, scenario, goal, found))
     return rows
 

@@ -50,7 +50,9 @@ def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
 
 def _counters(llm: Any) -> tuple[int, int]:
     """Drafts verified and draft tokens accepted since the start."""
-    values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    from vllm.v1.metrics.reader import Counter
+
+    values = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
     return (
         int(values.get("vllm:spec_decode_num_drafts", 0)),
         int(values.get("vllm:spec_decode_num_accepted_tokens", 0)),

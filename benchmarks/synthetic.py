@@ -7,8 +7,8 @@ study; trained weights are not needed for either. The recipe:
 2. the residual branches (`o_proj`, `down_proj`) of every layer from `k` on scaled by `s`: the smaller `s`, the less
    those layers move the output, the closer the first `k` layers with the same norm and head come to the whole model;
 3. the head scaled until the target's law has 2.5 nats of entropy on its own samples, as trained models have;
-4. `s` bisected until the acceptance, 1 - mean TV(p, q) at temperature 1 on the target's own samples, is the wanted one;
-   samples belong to an `s`, so sampling and bisecting take turns until a fresh sample confirms the acceptance.
+4. the `s` at which the acceptance, 1 - mean TV(p, q) at temperature 1 on the target's own samples, is the wanted one.
+   Samples belong to an `s`, so sampling and solving for `s` take turns until a fresh sample confirms the acceptance.
 
 Everything is written as Hugging Face checkpoints that every peer reads, with what was measured beside them::
 
@@ -186,22 +186,29 @@ def statistics(p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]) -> Statistics:
     )
 
 
-def bisect(
+def solve(
     measure: Callable[[float], float], wanted: float, low: float, high: float, tolerance: float, steps: int = 20
 ) -> float:
-    """An x in [low, high] with |measure(x) - wanted| <= tolerance, for a falling `measure` that may be a little noisy.
+    """An x in [low, high] with |measure(x) - wanted| <= tolerance, for a falling `measure`: bracketed false position.
 
+    Illinois' variant (Dowell and Jarratt 1971): an end that stays twice counts half, so both ends close in.
     Raises ValueError if the ends do not bracket `wanted`, or if the steps run out.
     """
-    if not measure(low) >= wanted >= measure(high):
+    above, below = measure(low) - wanted, measure(high) - wanted
+    if not above >= 0 >= below:
         raise ValueError(f"{wanted} lies outside what [{low}, {high}] gives")
+    stayed = 0
     for _ in range(steps):
-        middle = (low + high) / 2
-        value = measure(middle)
-        if abs(value - wanted) <= tolerance:
-            return middle
-        low, high = (middle, high) if value > wanted else (low, middle)
-    raise ValueError(f"no {wanted} to within {tolerance} after {steps} halvings: raise the tolerance or the effort")
+        x = (low * below - high * above) / (below - above)
+        error = measure(x) - wanted
+        if abs(error) <= tolerance:
+            return x
+        if error > 0:
+            low, above, below = x, error, below / 2 if stayed > 0 else below
+        else:
+            high, below, above = x, error, above / 2 if stayed < 0 else above
+        stayed = 1 if error > 0 else -1
+    raise ValueError(f"no {wanted} to within {tolerance} after {steps} steps: raise the tolerance or the effort")
 
 
 class Pair:
@@ -222,6 +229,11 @@ class Pair:
         self.s, self.head = s, head
         self._tail.scale(s)
         torch.mul(self._first_head, head, out=self.target.lm_head.weight)
+
+    def random(self, effort: Effort) -> Int[Tensor, "B T"]:
+        """Uniform tokens, which is what the untouched target would sample, near enough."""
+        shape = (effort.sequences, effort.prompt + effort.tokens)
+        return torch.randint(self.vocab, shape, generator=torch.Generator().manual_seed(0))
 
     def sample(self, effort: Effort, seed: int) -> Int[Tensor, "B T"]:
         """The target's own continuations of random prompts. A seed fixes prompts and uniforms."""
@@ -256,12 +268,12 @@ def search(pair: Pair, wanted: float, file: Path, effort: Effort, tolerance: flo
     if done:
         pair.set(done[-1]["s"], done[-1]["head"])
     for turn in range(len(done), turns):
-        ids = pair.sample(effort, seed=turn)
+        ids = pair.sample(effort, seed=turn) if turn else pair.random(effort)
         fresh = pair.compare(ids, effort.prompt)
         if turn and abs(fresh.acceptance - wanted) <= tolerance and abs(fresh.entropy - NATS) <= 0.1:
             return
         acceptance = partial(_acceptance, pair, ids, effort.prompt)
-        s = bisect(acceptance, wanted, 0.0, 1.0, tolerance / 4)
+        s = solve(acceptance, wanted, 0.0, 1.0 if turn == 0 else min(1.0, 2 * pair.s), tolerance / 3)
         done.append({"s": s, "head": pair.head, "before": fresh.acceptance})
         write_json(file, done)
     raise ValueError(f"no acceptance of {wanted} to within {tolerance} in {turns} turns: raise the effort")

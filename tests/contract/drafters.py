@@ -29,23 +29,16 @@ def other_vocabulary(target: Toy, more: int) -> TinyLM:
 
 DRAFTERS: dict[str, Factory] = {
     "none": lambda target, slots: NoDraft(),
-    "ngram": lambda target, slots: NGram(4),
-    "ngram of one token": lambda target, slots: NGram(6, max_n=3, min_n=1),
-    "prediction": lambda target, slots: Prediction(4),
+    "ngram": lambda target, slots: NGram(5, max_n=3, min_n=1),
     "model": lambda target, slots: ModelDrafter(small(target), 4),
-    "model, greedy": lambda target, slots: ModelDrafter(small(target), 4, sample="greedy"),
-    "model, coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
-    "model, short context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),
-    "model, more tokens": lambda target, slots: ModelDrafter(other_vocabulary(target, 3), 3, vocab_size=target.vocab_size),
-    "model, fewer tokens": lambda target, slots: ModelDrafter(other_vocabulary(target, -2), 3, vocab_size=target.vocab_size),
-    "tree-iid": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 2, 1)),
-    "tree-without-replacement": lambda target, slots: ModelDrafter(
-        small(target), 3, branching=(3, 2, 1), siblings="without_replacement"
+    "model-coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
+    "model-short-context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),
+    "model-padded": lambda target, slots: ModelDrafter(
+        other_vocabulary(target, 3), 3, sample="greedy", vocab_size=target.vocab_size
     ),
-    "tree-greedy": lambda target, slots: ModelDrafter(small(target), 2, branching=(3, 2), sample="greedy"),
+    "tree-iid": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 2, 1)),
     "tree-coupled": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 1, 2), sample="coupled"),
-    "ngram+model": lambda target, slots: first_of(NGram(4, min_n=1), ModelDrafter(small(target), 4)),
     "ngram+tree": lambda target, slots: first_of(
-        NGram(4), Prediction(3), ModelDrafter(small(target), 2, branching=(2, 2), siblings="without_replacement")
+        NGram(4), Prediction(3), ModelDrafter(small(target), 2, branching=(3, 2), siblings="without_replacement")
     ),
 }

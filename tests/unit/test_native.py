@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,8 @@ from outrider.types import Draft, Rows
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="the native decoder needs a C++ compiler"
 )
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 BASE = DecoderConfig(
     family="llama",
@@ -160,7 +166,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-5 if dtype is torch.float32 else 6e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@DTYPES
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     """Prompts in chunks, then a tree, a chain and an empty draft in one forward, slots of different lengths, taps everywhere."""
@@ -184,3 +190,305 @@ def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
         for tap, hidden in zip(taps, reference(config, weights, path)[1], strict=True):
             assert scores.hidden[tap].dtype == dtype
             assert (scores.hidden[tap][row] - hidden).abs().max() <= tolerance(dtype) * hidden.abs().max()
+
+
+SENSITIVE = ("plain", "odd sizes", "one head each", "windows", "biases", "norms")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def alone(decoder: NativeDecoder, config: DecoderConfig, dtype: torch.dtype, path: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits behind `path`, and its keys and values, when every token is decoded by itself in an empty cache."""
+    kv = new_kv(config, dtype)
+    logits = torch.empty(0)
+    for i, token in enumerate(path):
+        rows = Rows.assemble([0], [[token]], [i], Draft.empty(1))
+        logits = decoder.forward(rows, kv, ()).logits[0]
+        kv.commit(rows, [()])
+    n = len(path)
+    return logits, kv.k[:, 0, :, :n].clone(), kv.v[:, 0, :, :n].clone()
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SENSITIVE)
+def test_chains_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtype) -> None:
+    """1 to 9 rows behind 7 cached tokens: logits of every row, keys and values."""
+    config, extras = SHAPES[name]
+    decoder = native(config, random_weights(config, extras, dtype))
+    path = tokens(16, config.vocab_size)
+    single = [alone(decoder, config, dtype, path[: n + 1]) for n in range(7, 16)]
+    for n in range(1, 10):
+        kv = new_kv(config, dtype)
+        prompt = Rows.assemble([0], [path[:7]], [0], Draft.empty(0), [False])
+        decoder.forward(prompt, kv, ())
+        kv.commit(prompt, [()])
+        chain = forest((path[8 : 7 + n], list(range(-1, n - 2))))
+        logits = decoder.forward(Rows.assemble([0], [[path[7]]], [7], chain), kv, ()).logits
+        for i in range(n):
+            assert torch.equal(logits[i], single[i][0]), f"row {i} of {n}"
+        assert torch.equal(kv.k[:, 0, :, : 7 + n], single[n - 1][1]) and torch.equal(kv.v[:, 0, :, : 7 + n], single[n - 1][2])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SENSITIVE)
+def test_tree_nodes_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtype, threads: None) -> None:
+    """Two trees and a prompt chunk in one forward, on 1, 2 and 3 threads, against each path decoded by itself."""
+    config, extras = SHAPES[name]
+    decoder = native(config, random_weights(config, extras, dtype))
+    history = {slot: tokens(n, config.vocab_size, seed=slot) for slot, n in ((0, 5), (2, 17))}
+    rows = Rows.assemble(
+        [2, 1, 0], [[3], tokens(13, config.vocab_size), [4, 2]], [17, 0, 5], forest(TREE, ([9, 1], [-1, -1])), [True, False, True]
+    )
+    expected = {path: alone(decoder, config, dtype, list(path))[0] for path in map(tuple, paths_of(rows, history | {1: []}))}
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        kv = new_kv(config, dtype, slots=3)
+        feed = Rows.assemble(list(history), list(history.values()), [0, 0], Draft.empty(0), [False] * 2)
+        decoder.forward(feed, kv, ())
+        kv.commit(feed, [()] * 2)
+        logits = decoder.forward(rows, kv, ()).logits
+        paths = paths_of(rows, history | {1: []})
+        for m, row in enumerate(rows.scored.tolist()):
+            assert torch.equal(logits[m], expected[tuple(paths[row])]), f"row {row} on {count} threads"
+
+
+@DTYPES
+def test_an_accepted_path_goes_on_with_the_same_bits(dtype: torch.dtype) -> None:
+    """A path through a tree is committed; the next forward sees the cache that plain decoding has."""
+    config, extras = SHAPES["windows"]
+    decoder = native(config, random_weights(config, extras, dtype))
+    kv = new_kv(config, dtype)
+    rows = Rows.assemble([0], [[1, 2, 3]], [0], forest(TREE))
+    decoder.forward(rows, kv, ())
+    kv.commit(rows, [(0, 3, 5)])
+    path = [1, 2, 3, TREE[0][0], TREE[0][3], TREE[0][5], 7]
+    logits = decoder.forward(Rows.assemble([0], [[7]], [6], Draft.empty(1)), kv, ()).logits[0]
+    assert torch.equal(logits, alone(decoder, config, dtype, path)[0])
+
+
+def test_many_rows(threads: None) -> None:
+    """More rows than any tile, more threads than heads: still the reference's numbers."""
+    config, extras = SHAPES["biases"]
+    weights = random_weights(config, extras, torch.float32)
+    torch.set_num_threads(7)
+    path = tokens(50, config.vocab_size)
+    rows = Rows.assemble([0], [path], [0], Draft.empty(1))
+    expected, _ = reference(config, weights, path)
+    logits = native(config, weights).forward(rows, new_kv(config, torch.float32), ()).logits[0]
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def from_transformers(model: torch.nn.Module, family: str, window: tuple[int, ...]) -> tuple[DecoderConfig, DecoderWeights]:
+    """The weights of a transformers decoder, linears fused."""
+    c, state = model.config, {k.removeprefix("model."): v.detach() for k, v in model.state_dict().items()}
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    config = DecoderConfig(
+        family, c.vocab_size, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, width,
+        c.intermediate_size, c.rms_norm_eps, 256, window, model.model.rotary_emb.inv_freq.float(),  # type: ignore[union-attr]
+    )  # fmt: skip
+
+    def fused(at: str, names: str, kind: str) -> Tensor | None:
+        parts = [state.get(f"{at}.{name}.{kind}") for name in names.split()]
+        return None if parts[0] is None else torch.cat([p for p in parts if p is not None]).contiguous()
+
+    def layer(i: int) -> LayerWeights:
+        attention, mlp = f"layers.{i}.self_attn", f"layers.{i}.mlp"
+        return LayerWeights(
+            norm1=state[f"layers.{i}.input_layernorm.weight"],
+            qkv=fused(attention, "q_proj k_proj v_proj", "weight"),  # type: ignore[arg-type]
+            qkv_bias=fused(attention, "q_proj k_proj v_proj", "bias"),
+            q_norm=state.get(f"{attention}.q_norm.weight"),
+            k_norm=state.get(f"{attention}.k_norm.weight"),
+            o=state[f"{attention}.o_proj.weight"],
+            o_bias=state.get(f"{attention}.o_proj.bias"),
+            norm2=state[f"layers.{i}.post_attention_layernorm.weight"],
+            gate_up=fused(mlp, "gate_proj up_proj", "weight"),  # type: ignore[arg-type]
+            down=state[f"{mlp}.down_proj.weight"],
+        )
+
+    layers = tuple(layer(i) for i in range(config.layers))
+    return config, DecoderWeights(state["embed_tokens.weight"], layers, state["norm.weight"], state["lm_head.weight"])
+
+
+FAMILIES = {
+    "llama": ("Llama", {"attention_bias": True}, (0, 0)),
+    "qwen2": ("Qwen2", {}, (0, 0)),
+    "qwen3": ("Qwen3", {"head_dim": 24}, (0, 0)),
+    "mistral": ("Mistral", {"sliding_window": 5}, (5, 5)),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers(family: str, dtype: torch.dtype) -> None:
+    """A prompt of 12 and a chain of 4 against one transformers forward; logits with a spread of several nats.
+
+    float32: 1e-4 absolute. bfloat16: transformers rounds every intermediate to 8 bits, we only the inputs of products, so the
+    difference is mostly theirs; against transformers in float32 we must be the nearer of the two (mean absolute error).
+    """
+    transformers = pytest.importorskip("transformers")
+    name, extra, window = FAMILIES[family]
+    config_class, model_class = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForCausalLM"))
+    torch.manual_seed(0)
+    model = model_class(
+        config_class(
+            vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, attn_implementation="eager", **extra,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 1.5 * parameter.shape[-1] ** -0.5)
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    path = tokens(16, 97)
+    with torch.inference_mode():
+        exact = model(torch.tensor([path])).logits[0, 11:]
+        theirs = model.to(dtype)(torch.tensor([path])).logits[0, 11:].float()
+    config, weights = from_transformers(model, family, window)
+    decoder, kv = native(config, weights), new_kv(config, dtype)
+    rows = Rows.assemble([0], [path[:12]], [0], forest((path[12:], [-1, 0, 1, 2])))
+    ours = decoder.forward(rows, kv, ()).logits
+    assert exact.std() > 1.0
+    if dtype is torch.float32:
+        assert (ours - exact).abs().max() <= 1e-4
+    else:
+        assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean()
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> tuple[DecoderConfig, DecoderWeights]:
+    config, extras = SHAPES["plain"]
+    return config, random_weights(config, extras, dtype)
+
+
+def test_refuses_what_would_read_or_write_elsewhere() -> None:
+    config, weights = tiny()
+    decoder, kv = native(config, weights), new_kv(config, torch.float32, capacity=4)
+    plain = Rows.assemble([0], [[1, 2]], [0], Draft.empty(1))
+    with pytest.raises(RequestError, match="vocabulary of 101"):
+        decoder.forward(Rows.assemble([0], [[101]], [0], Draft.empty(1)), kv, ())
+    with pytest.raises(CapacityError, match="max_length"):
+        decoder.forward(Rows.assemble([0], [[1, 2, 3]], [2], Draft.empty(1)), kv, ())
+    with pytest.raises(ValueError, match="segments"):
+        decoder.forward(Rows.assemble([1], [[1]], [0], Draft.empty(1)), kv, ())
+    with pytest.raises(ValueError, match="segments"):
+        decoder.forward(dataclasses.replace(plain, segments=(dataclasses.replace(plain.segments[0], parent=(5,)),)), kv, ())
+    with pytest.raises(ValueError, match="scored row"):
+        decoder.forward(dataclasses.replace(plain, scored=torch.tensor([2])), kv, ())
+    with pytest.raises(ValueError, match="layers in 0..3"):
+        decoder.forward(plain, kv, (4,))
+    with pytest.raises(ValueError, match="cache"):
+        decoder.forward(plain, new_kv(config, torch.bfloat16), ())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"embedding": torch.zeros(101, 64, dtype=torch.float16)}, "float16"),
+        ({"head": torch.zeros(64, 101).T}, "head is not a contiguous"),
+        ({}, r"embedding has shape \(101, 64\), not \(102, 64\)"),
+    ],
+)
+def test_says_why_not(change: dict[str, Tensor], reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    config, weights = tiny()
+    if not change:
+        config = dataclasses.replace(config, vocab_size=102)
+    with caplog.at_level(logging.INFO):
+        assert load_native(config, dataclasses.replace(weights, **change)) is None
+    assert re.search(reason, caplog.text)
+
+
+def test_is_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+    with caplog.at_level(logging.INFO):
+        assert load_native(*tiny()) is None
+    assert "OUTRIDER_NATIVE" in caplog.text
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache and no memory of an earlier load."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.load_library.cache_clear()
+    yield tmp_path
+    build.load_library.cache_clear()
+
+
+def test_without_a_compiler_says_so_once(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(fresh))
+    with caplog.at_level(logging.INFO):
+        assert load_native(*tiny()) is None
+        assert load_native(*tiny()) is None
+    assert caplog.text.count("no C++ compiler") == 1
+
+
+def test_a_broken_compiler_is_no_error(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    compiler = fresh / "broken"
+    compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.INFO):
+        assert load_native(*tiny()) is None
+    assert "out of order" in caplog.text
+
+
+def test_builds_for_any_cpu_side_by_side(tmp_path: Path) -> None:
+    """Two builds at once into one cache, without this CPU's instructions; then the result is used, and not built again."""
+    folder = tmp_path / "cache"
+    compiler = build.find_compiler()
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(build.build, compiler, folder, openmp=True, native=False) for _ in range(2)]
+        library = {job.result() for job in jobs}.pop()
+    assert [p.name for p in folder.iterdir()] == [library.name]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    built = library.stat().st_mtime_ns
+    assert build.build(compiler, folder, openmp=True, native=False) == library
+    assert library.stat().st_mtime_ns == built
+    for dtype in (torch.float32, torch.bfloat16):
+        config, extras = SHAPES["odd sizes"]
+        weights, path = random_weights(config, extras, dtype), tokens(9, config.vocab_size)
+        decoder = NativeDecoder(ctypes.CDLL(str(library)), config, weights)
+        rows = Rows.assemble([0], [path[:5]], [0], forest((path[5:], [-1, 0, 1, 2])))
+        logits = decoder.forward(rows, new_kv(config, dtype), ()).logits
+        expected, _ = reference(config, weights, path)
+        assert (logits[-1] - expected).abs().max() <= tolerance(dtype) * expected.abs().max()
+        assert torch.equal(logits[-1], alone(decoder, config, dtype, path)[0])
+
+
+@pytest.mark.parametrize("what", ["folder", "library"])
+def test_refuses_code_that_others_can_write(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    (folder if what == "folder" else _stand_in(folder)).chmod(0o777)
+    with pytest.raises(build.BuildError, match="written by other users"):
+        build.build(build.find_compiler(), folder, openmp=True)
+
+
+def test_refuses_code_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(build.BuildError, match="another user"):
+        build.build(build.find_compiler(), tmp_path, openmp=True)
+
+
+def _stand_in(folder: Path) -> Path:
+    """An empty file where the library would be."""
+    seen: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_compile", lambda compiler, flags, source, library: seen.append(library) or library.touch())
+        build.build(build.find_compiler(), folder, openmp=True)
+    return seen[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see loaded libraries")
+def test_shares_torch_s_threads() -> None:
+    """No second OpenMP runtime comes with the library: two pools would fight for the cores."""
+    assert build.load_library() is not None
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert len([path for path in loaded if "omp" in Path(path).name and ".so" in path]) <= 1

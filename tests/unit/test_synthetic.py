@@ -127,12 +127,12 @@ def test_samples_follow_the_law(pair):
     assert ((observed - expected) ** 2 / expected).sum() < freedom + 3.9 * math.sqrt(2 * freedom) + 8
 
 
-def test_bisect_finds_and_refuses():
-    assert synthetic.bisect(lambda x: 1 - x * x, 0.19, 0.0, 1.0, 1e-4) == pytest.approx(0.9, abs=1e-3)
+def test_solve_finds_and_refuses():
+    assert synthetic.solve(lambda x: 1 - x * x, 0.19, 0.0, 1.0, 1e-4) == pytest.approx(0.9, abs=1e-3)
     with pytest.raises(ValueError, match="outside"):
-        synthetic.bisect(lambda x: 1 - x, 2.0, 0.0, 1.0, 0.01)
-    with pytest.raises(ValueError, match="halvings"):
-        synthetic.bisect(lambda x: float(x < 0.3), 0.5, 0.0, 1.0, 0.01)
+        synthetic.solve(lambda x: 1 - x, 2.0, 0.0, 1.0, 0.01)
+    with pytest.raises(ValueError, match="steps"):
+        synthetic.solve(lambda x: float(x < 0.3), 0.5, 0.0, 1.0, 0.01)
 
 
 def test_built_pair_on_disk(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import Literal, Protocol, runtime_checkable, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float

@@ -74,20 +74,16 @@ def _few(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     for i, k in enumerate(top_k):
         if 0 < k < values.shape[1]:
             values[i, values[i] < values[i, k - 1]] = NEVER
-    probs = _normalise(np.exp(values, dtype=np.float64))
+    weights = np.exp(values, dtype=np.float64)
     if any(p.top_p < 1.0 for p in params):
-        mass = np.array([p.top_p if p.top_p < 1.0 else np.inf for p in params])[:, None]
-        probs[:, 1:][probs.cumsum(axis=-1)[:, :-1] >= mass] = 0.0
-        probs = _normalise(probs)
+        mass = np.array([p.top_p if p.top_p < 1.0 else 2.0 for p in params])[:, None]
+        running = weights.cumsum(axis=-1)
+        weights[:, 1:][running[:, :-1] >= mass * running[:, -1:]] = 0.0
+    # A running sum: the zeros that fill up a row, whose number depends on the batch, do not change it.
+    probs = weights / np.maximum(weights.cumsum(axis=-1)[:, -1:], 1.0)
     out = torch.zeros_like(x)
     out.numpy().ravel()[flat[real]] = probs[real]
     return out
-
-
-def _normalise(weights: Array) -> Array:
-    """Rows divided by their sums. Sums are running sums: zeros behind a row, there to fill it up, do not change them."""
-    total = weights.cumsum(axis=-1)[:, -1:]
-    return np.divide(weights, total, out=weights, where=total > 0.0)
 
 
 def _bound(values: Array, k: int) -> Array:
@@ -128,9 +124,8 @@ def _restrict(probs: Array, top_p: Sequence[float]) -> None:
     kept = np.ones((len(probs), 1), dtype=probs.dtype)
     rows = [i for i, mass in enumerate(top_p) if mass < 1.0]
     for floor in _FLOORS:
-        rows = _find_borders(probs, rows, top_p, floor, least, kept)
-        if not rows:
-            break
+        if rows:
+            rows = _find_borders(probs, rows, top_p, floor, least, kept)
     np.multiply(probs, probs >= least, out=probs)
     np.divide(probs, kept, out=probs)
 

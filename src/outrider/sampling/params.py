@@ -150,13 +150,13 @@ class SamplingParams:
 def _real(name: str, value: object, low: float, high: float, zero: bool) -> float:
     allowed = f"{'0 or ' if zero else ''}a number from {low:g} to {high:g}"
     if isinstance(value, bool | str):
-        raise RequestError(f"{name} must be {allowed}, got {value!r}")
+        raise RequestError(f"{name} must be {allowed}, got {_short(value)}")
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise RequestError(f"{name} must be {allowed}, got {value!r}") from None
+        raise RequestError(f"{name} must be {allowed}, got {_short(value)}") from None
     if not (low <= number <= high or (zero and number == 0.0)):  # NaN fails every comparison
-        raise RequestError(f"{name} must be {allowed}, got {value!r}")
+        raise RequestError(f"{name} must be {allowed}, got {_short(value)}")
     return number + 0.0  # -0.0 becomes 0.0, so equal parameters are equal bits
 
 
@@ -165,7 +165,7 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise RequestError(f"{name} must be {allowed}, got {value!r}") from None
+        raise RequestError(f"{name} must be {allowed}, got {_short(value)}") from None
     if isinstance(value, bool) or not low <= number <= high:
         raise RequestError(f"{name} must be {allowed}, got {_short(value)}")
     return number

@@ -11,8 +11,8 @@ How a model is driven is found out when it is loaded, by running it, never by th
 The first path is taken whose logits agree with the plain model's on a short sequence, fed in pieces with a wrong draft
 token in between. With transformers 5.23:
 
-    seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT, GPT-NeoX,
-               Qwen-MoE, gpt-oss, DeepSeek-V3
+    seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT,
+               GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3
     cache      BLOOM, MPT, Falcon, GPT-J, GPT-Neo, StableLM, Llama 4
     recurrent  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next
     recompute  RWKV, the first GPT
@@ -21,6 +21,7 @@ token in between. With transformers 5.23:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,8 +33,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
+from outrider.target.folder import resolve_folder
 from outrider.target.hf_cache import CachePath, RecomputePath, RecurrentPath
-from outrider.target.hf_seam import SeamPath
+from outrider.target.hf_seam import SeamPath, attention_of
 from outrider.target.hf_taps import Taps, find_blocks, steps_after, tail_of
 from outrider.types import Draft, Rows, Scores
 
@@ -65,10 +67,13 @@ class HFTarget:
 
     path:    how the model is driven (see the module). why: what ruled out each path before it, by name.
     trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
+    notice:  a sentence for the user from whoever chose this runtime, or None.
     layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
 
     Raises ConfigError if the model is not a decoder or cannot hold `max_length` tokens.
     """
+
+    notice: str | None = None
 
     def __init__(self, model: PreTrainedModel, *, max_length: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
@@ -98,16 +103,12 @@ class HFTarget:
     ) -> HFTarget:
         """Load a checkpoint folder or Hub name: safetensors only, no code from the checkpoint.
 
-        dtype: of weights and cache, None for the checkpoint's own. Raises ConfigError in one sentence if the checkpoint is
-        absent, incomplete, corrupt, pickled, or of a model that transformers does not know.
+        dtype: of weights and cache, None for the checkpoint's own. Raises ConfigError in one sentence if the checkpoint
+        is absent, incomplete, corrupt, pickled, or of a model that transformers does not know.
         """
-        name = str(path)
-        folder = Path(name).expanduser()
-        if folder.exists() and not (folder / "config.json").is_file():
-            raise ConfigError(f"{name} has no config.json: give the folder of a Hugging Face checkpoint")
-        if not folder.exists() and (name.startswith((".", "~")) or folder.is_absolute() or name.count("/") > 1):
-            raise ConfigError(f"{name} does not exist: give a checkpoint folder, or a Hub name as owner/name")
-        name = str(folder) if folder.exists() else name
+        name = str(resolve_folder(path))
+        if not (Path(name) / "config.json").is_file():
+            raise ConfigError(f"{name} has no config.json: give a folder in Hugging Face format")
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -124,8 +125,7 @@ class HFTarget:
         return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
 
     def new_kv(self, slots: int, length: int) -> KVCache:
-        if length > self.max_length:
-            raise ConfigError(f"a cache of {length} tokens exceeds the model's max_length of {self.max_length}")
+        """A cache of `length` tokens a slot; it may exceed `max_length`, which bounds positions: siblings share one."""
         return self._path.new_kv(slots, length)
 
     @torch.no_grad()
@@ -151,18 +151,22 @@ class HFTarget:
         logits = self._tail(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    # ------------------------------------------------------------------------------------------ finding out how to drive it
+    # ----------------------------------------------------------------------------------- finding out how to drive it
     @torch.no_grad()
     def _watch(self, token: list[int]) -> Float[Tensor, "P V"]:
         """Logits of the plain model, and on the way where its hidden states come out and what follows its blocks."""
         inputs = torch.tensor([token], device=self.device)
+        # some releases of transformers drop the cap on attention scores without a word in their fused attention
+        capped = getattr(self.model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+        faithful = attention_of(self.model, "eager") if capped else nullcontext()
         self._tail: nn.Module | None = None
         found = find_blocks(self.model, self.layers)
         if found is None:
-            return self.model(input_ids=inputs).logits[0]
+            with faithful:
+                return self.model(input_ids=inputs).logits[0]
         owner, blocks = found
         steps, hooks = steps_after(owner, blocks)
-        with hooks, Taps(blocks, (self.layers,)).listen() as heard:
+        with faithful, hooks, Taps(blocks, (self.layers,)).listen() as heard:
             reference = self.model(input_ids=inputs).logits[0]
         self._blocks = blocks
         tail, last = tail_of(self.model, owner, steps), heard.states()[0]

@@ -2,8 +2,8 @@
 
 `AttentionInterface` of transformers lets a model's attention be any registered function, and hands it the extra keyword
 arguments of `model(...)`. So the model is called once with all rows of a step as one "sequence" of N tokens, and the
-function below writes keys and values to our cache and attends segment by segment. An implementation without a registered
-mask function gets no mask at all (`masking_utils._preprocess_mask_arguments`): nobody else decides what a row sees.
+function below writes keys and values to our cache and attends segment by segment. An implementation without a mask
+function gets no mask at all (`masking_utils._preprocess_mask_arguments`): nobody else decides what a row sees.
 """
 
 from __future__ import annotations
@@ -14,56 +14,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.protocols import KVCache
+from outrider.target.attention import visible
 from outrider.target.hf_taps import Taps
 from outrider.target.kv import ContiguousKV
-from outrider.types import Rows, Segment
+from outrider.types import Rows
 
 _ATTEND, _RECORD = "outrider", "outrider_record"
 _UNDERSTOOD = frozenset(
-    ("outrider", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout", "position_ids")
-    + (
-        "cache_position",
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-    )
+    """outrider scaling sliding_window softcap s_aux is_causal dropout position_ids cache_position use_cache
+    return_dict output_attentions output_hidden_states output_router_logits""".split()  # noqa: SIM905
 )
 """Keyword arguments that this attention obeys, or that do not change what is attended to."""
 
 
 class NoSeam(Exception):
     """Why a model cannot be driven through the attention interface; never reaches the user."""
-
-
-# ------------------------------------------------------------------------------------------- what a segment attends to
-def _positions(s: Segment) -> list[int]:
-    """Absolute position of every row of a segment."""
-    out = list(range(s.cached, s.cached + s.prefix))
-    for p in s.parent:
-        out.append(out[p] + 1)
-    return out
-
-
-def segment_mask(s: Segment, low: int, window: int) -> Bool[Tensor, "n m"] | None:
-    """Which cache places low, low + 1, ... up to its last row each row sees; None if all of them, for every row.
-
-    `window` > 0 is a sliding window in positions, the row itself included.
-    """
-    if s.count == 1:
-        return None
-    see = torch.cat([torch.ones(s.count, s.cached - low, dtype=torch.bool), s.visible()], 1)
-    if window:
-        at = torch.tensor(_positions(s))
-        see &= torch.cat([torch.arange(low, s.cached), at]) > at[:, None] - window
-    return see
 
 
 @dataclass(slots=True)
@@ -77,8 +48,10 @@ class _Step:
     def mask(self, index: int, low: int, window: int) -> Tensor | None:
         key = (index, window)
         if key not in self.masks:
-            see = segment_mask(self.rows.segments[index], low, window)
-            self.masks[key] = None if see is None else see.to(self.kv.k.device)
+            s = self.rows.segments[index]
+            # a single row sees all that is left of its window
+            see = None if s.count == 1 else visible(s, window, low, s.cached + s.count).to(self.kv.k.device)
+            self.masks[key] = see
         return self.masks[key]
 
 
@@ -205,6 +178,20 @@ def _check_rotary(config: Any, length: int) -> None:
             raise NoSeam(f"its {kind} rotary frequencies depend on the length of the sequence beyond {native} tokens")
 
 
+@contextmanager
+def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model uses another attention inside, its own again afterwards: outside this block it stays as it was."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(c, c._attn_implementation) for c in configs]
+    try:
+        for c in configs:
+            c._attn_implementation = implementation
+        yield
+    finally:
+        for c, own in before:
+            c._attn_implementation = own
+
+
 class SeamPath:
     """All sequences, prompt chunks and trees in one call of the model."""
 
@@ -213,13 +200,10 @@ class SeamPath:
     def __init__(self, model: PreTrainedModel, probe: Sequence[int], max_length: int) -> None:
         """Raises NoSeam, or whatever the model raises when it is called in a way it was not made for."""
         self.model = model
-        self.configs = list(
-            {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-        )
         config = model.config.get_text_config(decoder=True)
         calls: list[_Call] = []
         token = torch.tensor([list(probe)], device=model.device)
-        with self._switched(_RECORD):
+        with attention_of(model, _RECORD):
             model(
                 input_ids=token,
                 position_ids=torch.arange(len(probe), device=model.device)[None],
@@ -239,24 +223,12 @@ class SeamPath:
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
-    @contextmanager
-    def _switched(self, implementation: str) -> Iterator[None]:
-        """The model uses our attention inside, its own again afterwards: outside this block it stays as it was."""
-        before = [(c, c._attn_implementation) for c in self.configs]
-        try:
-            for c in self.configs:
-                c._attn_implementation = implementation
-            yield
-        finally:
-            for c, own in before:
-                c._attn_implementation = own
-
     def new_kv(self, slots: int, length: int) -> ContiguousKV:
         return ContiguousKV(self.layers, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
 
     def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
         assert isinstance(kv, ContiguousKV)
-        with self._switched(_ATTEND), taps.listen() as heard:
+        with attention_of(self.model, _ATTEND), taps.listen() as heard:
             out = self.model(
                 input_ids=rows.token[None],
                 position_ids=rows.position[None],

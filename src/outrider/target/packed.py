@@ -12,7 +12,7 @@ law is.
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ INT4_GROUP = 32
 _BATCH_HINT = 4
 
 
+@runtime_checkable
 class Linear(Protocol):
     """y = x W^T + b for x [n, in]; rows of x may be any number."""
 

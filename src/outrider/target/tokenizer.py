@@ -6,7 +6,7 @@ import hashlib
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from outrider.errors import ConfigError
 from outrider.target.config import CONFIG_BYTES, read_json
@@ -16,6 +16,7 @@ TOKENIZER_BYTES = 128 << 20
 """Largest tokenizer.json that is read: the largest real ones have 35 MB."""
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """What is needed of a tokenizer to compare it: its strings and their ids."""
 

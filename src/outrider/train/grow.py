@@ -8,21 +8,35 @@ import torch
 
 
 @torch.no_grad()
-def double_layers(seed: torch.nn.Module) -> torch.nn.Module:
-    """A new Llama with twice the layers that computes what ``seed`` does: after each layer a silent copy of it.
+def multiply_layers(seed: torch.nn.Module, factor: int) -> torch.nn.Module:
+    """``factor`` times the layers of ``seed``, the same function: after each layer come silent copies of it.
 
-    A layer adds ``o_proj(...)`` and ``down_proj(...)`` to the residual stream. With both at zero the copy adds nothing
+    A layer adds ``o_proj(...)`` and ``down_proj(...)`` to the residual stream. With both at zero a copy adds nothing
     at first, yet their gradients are not zero, so it starts to learn at once (block expansion: Wu et al. 2024,
     "LLaMA Pro"; stacking for cheaper training goes back to Gong et al. 2019).
     """
     config = copy.deepcopy(seed.config)
-    config.num_hidden_layers *= 2
+    config.num_hidden_layers *= factor
     model = type(seed)(config)
     model.model.embed_tokens.load_state_dict(seed.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(seed.model.norm.state_dict())
     for number, layer in enumerate(seed.model.layers):
-        for twin in model.model.layers[2 * number : 2 * number + 2]:
-            twin.load_state_dict(layer.state_dict())
-        twin.self_attn.o_proj.weight.zero_()
-        twin.mlp.down_proj.weight.zero_()
+        first, *silent = model.model.layers[factor * number : factor * (number + 1)]
+        first.load_state_dict(layer.state_dict())
+        for copied in silent:
+            copied.load_state_dict(layer.state_dict())
+            copied.self_attn.o_proj.weight.zero_()
+            copied.mlp.down_proj.weight.zero_()
     return model
+
+
+@torch.no_grad()
+def project_embeddings(wide: torch.nn.Module, narrow: torch.nn.Module) -> None:
+    """Start ``narrow``'s token table from ``wide``'s: its best approximation of rank ``narrow.config.hidden_size``.
+
+    With ``E = U S V^T [vocabulary, hidden]`` the rows of ``E V_k`` have nearly the inner products of the rows of E,
+    and what a small model has most trouble learning, which tokens are alike, is there from the first step.
+    """
+    table = wide.model.embed_tokens.weight.float()
+    _, _, directions = torch.linalg.svd(table, full_matrices=False)
+    narrow.model.embed_tokens.weight.copy_(table @ directions[: narrow.config.hidden_size].T)

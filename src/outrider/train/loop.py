@@ -18,8 +18,16 @@ import torch
 from outrider.errors import ConfigError, unknown_name
 from outrider.train.checkpoint import Checkpoint, load_latest, save_checkpoint
 
-Batch = torch.Tensor
+Batch = torch.Tensor | tuple[torch.Tensor, ...]  # token ids [rows, length + 1], or a tuple that begins with them
+Evaluate = Callable[[torch.nn.Module], dict[str, float]]
+Report = Callable[[str], None]
 LossOf = Callable[[torch.nn.Module, Batch, float], torch.Tensor]  # (model, batch, progress in [0, 1)) -> scalar
+
+
+def tokens_in(batch: Batch) -> int:
+    """Predicted tokens of a batch."""
+    tokens = batch[0] if isinstance(batch, tuple) else batch
+    return tokens[:, 1:].numel()
 
 
 class DivergedError(RuntimeError):
@@ -131,12 +139,13 @@ def train(
     loss_of: LossOf,
     config: LoopConfig,
     folder: Path,
-    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
-    report: Callable[[str], None] = print,
+    evaluate: Evaluate | None = None,
+    report: Report = print,
 ) -> dict:
     """Train ``model`` in place, from the newest valid checkpoint in ``folder`` if there is one; return the state.
 
-    ``batch_of(step)`` gives ``[rows, length + 1]`` token ids. ``evaluate`` runs at every checkpoint.
+    ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at every
+    checkpoint.
     """
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(model, config)
@@ -146,37 +155,61 @@ def train(
         _check_same_run(checkpoint.state["config"], config)
         state = _restore(model, optimizer, checkpoint)
         report(f"continuing from {checkpoint.path.name}")
-    run = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
-    saved_at = logged_at = time.monotonic()
-    recent: list[float] = []
-    tokens_logged = state["tokens"]
+    compute = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
+    progress = _Progress(config, report)
+    saved_at = time.monotonic()
     model.train()
     while state["step"] < config.steps:
         began, step = time.monotonic(), state["step"]
         batch = batch_of(step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.autocast):
-            loss = run(model, batch, step / config.steps)
-        recent.append(_update(model, optimizer, loss, step, config))
+            loss = compute(model, batch, step / config.steps)
+        value = _update(model, optimizer, loss, step, config)
         now = time.monotonic()
         state["step"] = step + 1
-        state["tokens"] += batch[:, 1:].numel()
+        state["tokens"] += tokens_in(batch)
         state["seconds"] += now - began
-        if state["step"] % config.log_every == 0:
-            rate = (state["tokens"] - tokens_logged) / (now - logged_at)
-            left = (config.steps - state["step"]) * batch[:, 1:].numel() / rate / 60
-            report(
-                f"step {state['step']}/{config.steps}  loss {sum(recent) / len(recent):.4f}  "
-                f"lr {learning_rate(step, config):.2e}  {rate:,.0f} tokens/s  {left:.1f} min left"
-            )
-            recent, logged_at, tokens_logged = [], now, state["tokens"]
+        progress.add(state["step"], value, tokens_in(batch))
         if now - saved_at >= config.save_every_s or state["step"] == config.steps:
             _save(model, optimizer, state, config, folder, evaluate, report)
             saved_at = time.monotonic()
     return state
 
 
-def _save(model, optimizer, state, config, folder, evaluate, report) -> None:
-    """Evaluate, then write a checkpoint. Evaluation must not draw random numbers or leave a trace in the weights."""
+class _Progress:
+    """One line every ``log_every`` steps: mean loss since the last line, speed, and the time that is left."""
+
+    def __init__(self, config: LoopConfig, report: Report) -> None:
+        self.config, self.report = config, report
+        self.losses: list[float] = []
+        self.tokens, self.since = 0, time.monotonic()
+
+    def add(self, step: int, loss: float, tokens: int) -> None:
+        """Count one finished step."""
+        self.losses.append(loss)
+        self.tokens += tokens
+        if step % self.config.log_every:
+            return
+        now = time.monotonic()
+        rate = self.tokens / (now - self.since)
+        left = (self.config.steps - step) * tokens / rate / 60
+        self.report(
+            f"step {step}/{self.config.steps}  loss {sum(self.losses) / len(self.losses):.4f}  "
+            f"lr {learning_rate(step, self.config):.2e}  {rate:,.0f} tokens/s  {left:.1f} min left"
+        )
+        self.losses, self.tokens, self.since = [], 0, now
+
+
+def _save(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    config: LoopConfig,
+    folder: Path,
+    evaluate: Evaluate | None,
+    report: Report,
+) -> None:
+    """Evaluate, then write a checkpoint. Evaluation must not draw random numbers: they belong to the training."""
     if evaluate is not None:
         model.eval()
         with torch.no_grad():

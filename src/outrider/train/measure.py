@@ -16,7 +16,6 @@ import torch
 
 from outrider.train import data, losses
 
-
 TEMPERATURES = (1.0, 0.7, 0.5)
 
 
@@ -39,39 +38,45 @@ def next_logits(model: torch.nn.Module, windows: torch.Tensor, rows: int = 4) ->
             yield model(input_ids=part[:, :-1], use_cache=False).logits, part[:, 1:]
 
 
-def nats_per_token(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    """Mean cross-entropy of the next token over all positions of ``windows [M, L + 1]``."""
-    total = sum(losses.cross_entropy(logits, after).item() * after.numel() for logits, after in
-                next_logits(model, windows))
-    return total / windows[:, 1:].numel()
-
-
 def bits_per_byte(nats: float, tokens: int, size: int) -> float:
     """Nats per token over ``tokens`` tokens that spell ``size`` bytes -> bits per byte, free of the vocabulary."""
     return nats * tokens / size / math.log(2)
 
 
-def acceptance(
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two models on the same text: losses in nats per token, acceptance, and how often their favourites agree."""
+
+    target_nats: float
+    draft_nats: float
+    acceptance: list[Acceptance]
+    greedy_agreement: float
+
+
+def compare(
     target: torch.nn.Module,
     draft: torch.nn.Module,
     windows: torch.Tensor,
-    temperatures: Sequence[float],
+    temperatures: Sequence[float] = TEMPERATURES,
     skip: int = 0,
-) -> tuple[list[Acceptance], float]:
-    """Acceptance per temperature, and the fraction of positions where both models' most likely token agree.
+) -> Comparison:
+    """Measure a pair on ``windows [M, L + 1]`` in one pass; the first ``skip`` positions of each are context only.
 
-    A temperature of t means both laws are sharpened by 1/t before they are compared, as in decoding at t. The first
-    ``skip`` positions of each window are context only.
+    A temperature of t means both laws are sharpened by 1/t before they are compared, as in decoding at t.
     """
     kept: list[list[torch.Tensor]] = [[] for _ in temperatures]
-    agree = 0
+    agree, nats = [], []
     pairs = zip(next_logits(target, windows), next_logits(draft, windows), strict=True)
-    for (p_logits, _), (q_logits, _) in pairs:
-        p_logits, q_logits = p_logits[:, skip:], q_logits[:, skip:]
-        agree += int((p_logits.argmax(-1) == q_logits.argmax(-1)).sum())
+    for (p_logits, after), (q_logits, _) in pairs:
+        p_logits, q_logits, after = p_logits[:, skip:], q_logits[:, skip:], after[:, skip:]
+        nats.append([losses.cross_entropy(x, after).item() * after.numel() for x in (p_logits, q_logits)])
+        agree.append((p_logits.argmax(-1) == q_logits.argmax(-1)).flatten())
         for number, temperature in enumerate(temperatures):
             kept[number].append(losses.acceptance(p_logits, q_logits, temperature).flatten())
-    return [summarise(t, torch.cat(k)) for t, k in zip(temperatures, kept, strict=True)], agree / sum(map(len, kept[0]))
+    agreed = torch.cat(agree).double()
+    target_nats, draft_nats = (sum(column) / len(agreed) for column in zip(*nats, strict=True))
+    summaries = [summarise(t, torch.cat(k)) for t, k in zip(temperatures, kept, strict=True)]
+    return Comparison(target_nats, draft_nats, summaries, agreed.mean().item())
 
 
 def summarise(temperature: float, kept: torch.Tensor) -> Acceptance:
@@ -86,8 +91,14 @@ def sample(
     """The model's own text ``[M, P + new_tokens]`` after ``prompts [M, P]``, for acceptance in actual use."""
     torch.manual_seed(seed)
     return model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-        min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
     )
 
 
@@ -95,12 +106,15 @@ def text_report(pair: Mapping[str, torch.nn.Module], tokenizer, windows: torch.T
     """Loss and bits per byte of both models of ``pair``, and their acceptance, on ``windows [M, L + 1]``."""
     tokens = windows[:, 1:].numel()
     size = sum(len(tokenizer.decode(row).encode()) for row in windows[:, 1:])
-    report: dict = {"tokens": tokens, "bytes": size}
-    for role, model in pair.items():
-        nats = nats_per_token(model, windows)
-        report[role] = {"nats_per_token": nats, "bits_per_byte": bits_per_byte(nats, tokens, size)}
-    kept, greedy = acceptance(pair["target"], pair["draft"], windows, TEMPERATURES)
-    return report | {"acceptance": [asdict(k) for k in kept], "greedy_agreement": greedy}
+    found = compare(pair["target"], pair["draft"], windows)
+    losses_of = {"target": found.target_nats, "draft": found.draft_nats}
+    return {
+        "tokens": tokens,
+        "bytes": size,
+        **{n: {"nats_per_token": x, "bits_per_byte": bits_per_byte(x, tokens, size)} for n, x in losses_of.items()},
+        "acceptance": [asdict(a) for a in found.acceptance],
+        "greedy_agreement": found.greedy_agreement,
+    }
 
 
 def samples_report(pair: Mapping[str, torch.nn.Module], prompts: torch.Tensor, new_tokens: int, seed: int) -> dict:
@@ -108,8 +122,8 @@ def samples_report(pair: Mapping[str, torch.nn.Module], prompts: torch.Tensor, n
     kept = []
     for temperature in TEMPERATURES:
         text = sample(pair["target"], prompts, new_tokens, temperature, seed)
-        own, _ = acceptance(pair["target"], pair["draft"], text, (temperature,), skip=prompts.shape[1] - 1)
-        kept += [asdict(k) for k in own]
+        own = compare(pair["target"], pair["draft"], text, (temperature,), skip=prompts.shape[1] - 1)
+        kept += [asdict(a) for a in own.acceptance]
     return {"prompts": len(prompts), "new_tokens": new_tokens, "acceptance": kept}
 
 

@@ -128,12 +128,25 @@ inline void step(vf (&acc)[M][R], const bf16* w, int64_t ldw, const Packing<bf16
 #endif
 }
 
+// Asks for the lines at `w` of the R rows that the next tile reads. Hardware follows a row, but starts anew at each.
+template <class W, int R>
+inline void ask_ahead(const W* w, int64_t ldw) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * ldw);
+}
+
 // out[m * ldo + r] = w[r] . x[m] over k elements.
 template <class W, int M, int R>
 inline void tile(const W* w, int64_t ldw, const typename Packing<W>::Item* x, int64_t ldx, int k, float* out, int64_t ldo) {
     constexpr int STEP = Packing<W>::STEP;
+    constexpr int LINE = 64 / (int)sizeof(W) > STEP ? 64 / (int)sizeof(W) : STEP;
     vf acc[M][R] = {};
     int i = 0;
+    for (; i + LINE <= k; i += LINE) {
+        ask_ahead<W, R>(w + i, ldw);
+#pragma GCC unroll 8
+        for (int j = 0; j < LINE; j += STEP) step<M, R>(acc, w + i + j, ldw, x + i + j, ldx);
+    }
     for (; i + STEP <= k; i += STEP) step<M, R>(acc, w + i, ldw, x + i, ldx);
     if (i < k) {  // the last step must not read behind the weights
         W last[R * STEP];

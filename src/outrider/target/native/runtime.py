@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
 import weakref
 from array import array
 
@@ -39,14 +40,8 @@ class _Model(ctypes.Structure):
     ]
 
 
-class _Call(ctypes.Structure):
-    """`CallPointers` of layout.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "scored", "segments", "taps", "threads", "slots", "capacity")),
-        *((name, ctypes.c_void_p) for name in ("token", "position", "scored_row", "segment", "tap", "tap_out", "k", "v", "logits")),
-    ]
-
+_CALL = struct.Struct("7q9Q")
+"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity; then nine pointers."""
 
 OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
 
@@ -125,7 +120,7 @@ class NativeDecoder:
     def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: DecoderWeights) -> None:
         self._config, self._weights = config, weights
         self._forward = library.outrider_forward
-        self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_int
+        self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
         library.outrider_kind.argtypes, library.outrider_kind.restype = (), ctypes.c_char_p
@@ -151,18 +146,14 @@ class NativeDecoder:
             raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
         logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
         hidden = tuple(torch.empty(n, self._config.hidden, dtype=self._weights.dtype) for _ in layers)
-        taps = array("q", layers)
-        outs = array("Q", [h.data_ptr() for h in hidden])
-        segments = array("q")
-        for s in rows.segments:
-            segments.extend((s.slot, s.first, s.cached, s.prefix, len(s.parent)))
-            segments.extend(s.parent)
-        call = _Call(
+        taps, outs = array("q", layers), array("Q", [h.data_ptr() for h in hidden])
+        segments = array("q", _flat(rows))
+        call = _CALL.pack(
             n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
             token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
             taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
-        status = self._forward(self._handle, ctypes.addressof(call))
+        status = self._forward(self._handle, call)
         if status != OK:
             self._fail(status)
         return Scores(logits, hidden)
@@ -203,8 +194,17 @@ class NativeDecoder:
         raise ValueError("the segments do not describe the rows" if status == BAD_SEGMENT else "a scored row is not a row")
 
 
+def _flat(rows: Rows) -> list[int]:
+    """What the segments say, as layout.h wants it."""
+    out: list[int] = []
+    for s in rows.segments:
+        out += (s.slot, s.first, s.cached, s.prefix, len(s.parent))
+        out += s.parent
+    return out
+
+
 def _long(index: Tensor) -> Tensor:
     """int64 on the CPU, in one piece."""
-    if index.dtype is torch.int64 and index.device.type == "cpu" and index.is_contiguous():
+    if index.dtype is torch.int64 and index.is_cpu and index.is_contiguous():
         return index
     return index.to("cpu", torch.int64).contiguous()

@@ -131,7 +131,7 @@ inline vf load_wide(const bf16* p) {
 #elif defined(__aarch64__) && defined(__ARM_NEON)
     return (vf)vshll_n_u16(load<uint16x4_t>(p), 16);
 #else
-    vf out;
+    vf out = {};
     for (int i = 0; i < LANES; ++i) out[i] = widen(p[i]);
     return out;
 #endif

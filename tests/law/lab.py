@@ -1,0 +1,346 @@
+"""The laboratory of the law tests: the exact law of a rule's output, by running the rule itself on a partition of its coins.
+
+A rule turns coins of (0, 1) into decisions. `probes` cuts the range of every coin at the places where the decision ought to
+change, by a reference in numpy that shares nothing with the rule, and emits one probe per cell of the product: a draft, a
+value for each coin, and the measure of the cell. `examine` runs the real rule on all probes and adds up what it *did*. Coin
+values are taken from the middle of a cell or from EDGE next to its ends, so a rule that changes its mind anywhere else than
+the reference says is seen. Drafts are enumerated with their probabilities, so nothing is sampled and nothing can flake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from outrider.noise import Noise
+from outrider.types import POINT_MASS, Draft, Proposal, Verdict
+
+EDGE = 1e-13
+"""How near to the ends of a cell coins are placed: thresholds are checked to this."""
+COARSE = 1e-5
+"""The same for laws whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
+
+RuleFn = Callable[[torch.Tensor, Draft, Noise], Verdict]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A forest of one sequence. law[k]: whether node k is drawn from its declared law, or is a point mass."""
+
+    parent: tuple[int, ...]
+    law: tuple[bool, ...]
+    siblings: Literal["iid", "without_replacement"] = "iid"
+
+    @property
+    def depth(self) -> int:
+        deep = [0] * len(self.parent)
+        for k, up in enumerate(self.parent):
+            deep[k] = 1 if up < 0 else deep[up] + 1
+        return max(deep, default=0)
+
+    def children(self, parent: int) -> list[int]:
+        return [k for k, up in enumerate(self.parent) if up == parent]
+
+
+def chain(length: int, law: bool = True) -> Shape:
+    return Shape(tuple(range(-1, length - 1)), (law,) * length)
+
+
+def prefixes(vocab: int, depth: int) -> int:
+    """How many strings of length 0 .. depth there are."""
+    return sum(vocab**d for d in range(depth + 1))
+
+
+def index(prefix: Sequence[int], vocab: int) -> int:
+    """Number of a string among all strings, shorter ones first."""
+    out = 0
+    for x in prefix:
+        out = out * vocab + x
+    return out + prefixes(vocab, len(prefix)) - vocab ** len(prefix)
+
+
+@dataclass
+class World:
+    """A target and a drafter that differ after every prefix. p: [strings up to depth, V]; q: the same; shape: the forest.
+
+    point: [strings, children] the tokens of point masses. support: the tokens q may draw, None for all of them.
+    """
+
+    p: np.ndarray
+    q: np.ndarray
+    shape: Shape
+    point: np.ndarray
+    support: np.ndarray | None = None
+
+    @property
+    def vocab(self) -> int:
+        return self.p.shape[1]
+
+
+@dataclass
+class Probe:
+    """One cell of one case: its measure, the tokens of the draft, the coins."""
+
+    case: int
+    weight: float
+    token: list[int]
+    accept: dict[tuple[int, int], float]
+    final: float
+    final_depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedNoise(Noise):
+    """Noise that says what a probe tells it to say; coins the probe does not name are the probe's `stray` value."""
+
+    probes: tuple[Probe, ...] = ()
+    stray: float = 0.37
+
+    def uniform(self, b: int, depth: int, lane: str, index: int = 0) -> float:
+        probe = self.probes[b]
+        if lane == "accept":
+            return probe.accept.get((depth, index), self.stray)
+        assert lane == "final"
+        return probe.final if depth == probe.final_depth else self.stray
+
+
+# ----------------------------------------------------------------- the reference: thresholds and residuals in numpy
+def without(law: np.ndarray, gone: Sequence[int]) -> np.ndarray:
+    out = law.copy()
+    out[list(gone)] = 0
+    total = out.sum()
+    return out / total if total > 0 else out
+
+
+def reference_toss(r: np.ndarray, q: np.ndarray | None, x: int) -> tuple[float, np.ndarray]:
+    """Acceptance probability of x against the residual law r, and the residual law after a refusal."""
+    if q is None or q[x] == 0:
+        threshold = r[x]
+        left = r.copy()
+        left[x] = 0
+    else:
+        threshold = 1.0 if r[x] >= q[x] else r[x] / q[x]
+        left = np.maximum(r - q, 0)
+    total = left.sum()
+    return float(threshold), left / total if total > 0 else r
+
+
+class Enumerator:
+    """Emits the probes of one case."""
+
+    def __init__(self, case: int, world: World, rng: np.random.Generator, edge: float) -> None:
+        self.case, self.world, self.rng, self.edge = case, world, rng, edge
+        self.nodes = [world.shape.children(k) for k in range(-1, len(world.shape.parent))]
+
+    def probes(self) -> Iterator[Probe]:
+        token = self.rng.integers(self.world.vocab, size=len(self.world.shape.parent)).tolist()
+        yield from self._walk(-1, (), 1.0, token, {})
+
+    def _pick(self, low: float, high: float) -> float:
+        where = self.rng.integers(3)
+        if where == 0 or high - low < 4 * self.edge:
+            return (low + high) / 2
+        return low + self.edge if where == 1 else high - self.edge
+
+    def _walk(self, node: int, prefix: tuple[int, ...], weight: float, token: list[int], coins: dict) -> Iterator[Probe]:
+        world, kids = self.world, self.nodes[node + 1]
+        law = world.p[index(prefix, world.vocab)]
+        if not kids:
+            yield from self._finals(law, len(prefix) + 1, weight, token, coins)
+            return
+        for drawn, probability in self._draws(prefix, kids, (), 1.0):
+            mine = list(token)
+            for k, x in zip(kids, drawn, strict=True):
+                mine[k] = x
+            yield from self._tosses(kids, drawn, prefix, weight * probability, mine, coins, law)
+
+    def _tosses(self, kids, drawn, prefix, weight, token, coins, r) -> Iterator[Probe]:
+        depth, coins = len(prefix) + 1, dict(coins)
+        q = self.world.q[index(prefix, self.world.vocab)]
+        for j, (k, x) in enumerate(zip(kids, drawn, strict=True)):
+            gone = drawn[:j] if self.world.shape.siblings == "without_replacement" else ()
+            gone = [y for y, sibling in zip(gone, kids, strict=False) if self.world.shape.law[sibling]]
+            threshold, left = reference_toss(r, without(q, gone) if self.world.shape.law[k] else None, x)
+            if weight * threshold > 0:
+                accepted = {**coins, (depth, j): self._pick(0.0, threshold)}
+                yield from self._walk(k, (*prefix, x), weight * threshold, token, accepted)
+            coins[depth, j] = self._pick(threshold, 1.0)
+            weight, r = weight * (1.0 - threshold), left
+            if weight <= 0:
+                return
+        yield from self._finals(r, depth, weight, token, coins)
+
+    def _finals(self, law, depth, weight, token, coins) -> Iterator[Probe]:
+        low = 0.0
+        total = law.sum()
+        for high in np.cumsum(law) / total:
+            if high > low:
+                yield Probe(self.case, weight * (high - low), token, coins, self._pick(low, high), depth)
+            low = high
+
+    def _draws(self, prefix, kids, drawn: tuple[int, ...], weight: float) -> Iterator[tuple[tuple[int, ...], float]]:
+        """All token tuples of a node set that an honest drafter may draw, with their probabilities."""
+        if len(drawn) == len(kids):
+            yield drawn, weight
+            return
+        world, place = self.world, index(prefix, self.world.vocab)
+        if not world.shape.law[kids[len(drawn)]]:
+            yield from self._draws(prefix, kids, (*drawn, int(world.point[place, len(drawn)])), weight)
+            return
+        gone = [y for y, k in zip(drawn, kids, strict=False) if world.shape.law[k]]
+        law = without(world.q[place], gone if world.shape.siblings == "without_replacement" else [])
+        if not law.any():  # the support is used up: an honest drafter can only propose something it has not drawn
+            yield from self._draws(prefix, kids, (*drawn, int(world.point[place, len(drawn)])), weight)
+        for x in np.flatnonzero(law):
+            yield from self._draws(prefix, kids, (*drawn, int(x)), weight * float(law[x]))
+
+
+# ----------------------------------------------------------------- running a rule on probes
+@dataclass
+class Findings:
+    """Per case: how far the output law is from the target's, and how far the ledger is from its two identities."""
+
+    law: np.ndarray
+    ledger: np.ndarray
+    spread: np.ndarray
+    accepted: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+def assemble(worlds: Sequence[World], probes: Sequence[Probe], dtype: torch.dtype) -> tuple[torch.Tensor, Draft]:
+    """All probes as one step: laws of the anchors and nodes, and the draft. Worlds share vocabulary, support and mode."""
+    vocab, support = worlds[0].vocab, worlds[0].support
+    p_first = np.cumsum([0] + [len(w.p) for w in worlds])
+    q_first = np.cumsum([0] + [len(w.q) for w in worlds])
+    anchors = [int(p_first[probe.case]) for probe in probes]
+    nodes: list[int] = []
+    token: list[int] = []
+    parent: list[int] = []
+    row: list[int] = []
+    for probe in probes:
+        shape, low = worlds[probe.case].shape, len(token)
+        paths: list[tuple[int, ...]] = []
+        for k, (up, x) in enumerate(zip(shape.parent, probe.token, strict=True)):
+            above = paths[up] if up >= 0 else ()
+            paths.append((*above, x))
+            nodes.append(int(p_first[probe.case]) + index(paths[k], vocab))
+            row.append(int(q_first[probe.case]) + index(above, vocab) if shape.law[k] else POINT_MASS)
+            parent.append(up if up < 0 else up + low)
+        token += probe.token
+    p = torch.from_numpy(np.concatenate([w.p for w in worlds])[anchors + nodes]).to(dtype)
+    q = np.concatenate([w.q for w in worlds])
+    laws = torch.from_numpy(q if support is None else q[:, support]).to(dtype)
+    proposal = Proposal(
+        laws, tuple(row), None if support is None else torch.from_numpy(support), worlds[0].shape.siblings
+    )
+    counts = tuple(len(probe.token) for probe in probes)
+    return p, Draft(torch.tensor(token, dtype=torch.int64), tuple(parent), counts, proposal if any(r >= 0 for r in row) else None)
+
+
+def examine(
+    rule: RuleFn,
+    worlds: Sequence[World],
+    rng: np.random.Generator,
+    dtype: torch.dtype = torch.float64,
+    edge: float = EDGE,
+) -> Findings:
+    """Run `rule` on every probe of every world and integrate its output law and its ledger."""
+    probes = [probe for i, world in enumerate(worlds) for probe in Enumerator(i, world, rng, edge).probes()]
+    p, draft = assemble(worlds, probes, dtype)
+    count = len(probes)
+    noise = ScriptedNoise((0,) * count, (0,) * count, tuple(probes), float(rng.uniform(0.01, 0.99)))
+    verdict = rule(p, draft, noise)
+    return _findings(worlds, probes, draft, verdict)
+
+
+def _findings(worlds, probes, draft: Draft, verdict: Verdict) -> Findings:
+    vocab = worlds[0].vocab
+    depth = max(w.shape.depth for w in worlds)
+    mass = [np.zeros(prefixes(vocab, depth + 1)) for _ in worlds]
+    first, second = np.zeros(len(worlds)), np.zeros(len(worlds))
+    accepted = np.zeros(len(worlds))
+    for b, probe in enumerate(probes):
+        path = verdict.path[b]
+        tokens = [draft.tokens[k] for k in path]
+        mass[probe.case][index([*tokens, verdict.next_token[b]], vocab)] += probe.weight
+        error = verdict.risk[b] - (verdict.judged[b] - len(path))
+        first[probe.case] += probe.weight * error
+        second[probe.case] += probe.weight * (error * error - verdict.spread[b])
+        accepted[probe.case] += probe.weight * len(path)
+    law = np.array([law_error(world, m, depth) for world, m in zip(worlds, mass, strict=True)])
+    return Findings(law, np.abs(first), np.abs(second), accepted)
+
+
+def law_error(world: World, mass: np.ndarray, depth: int) -> float:
+    """Largest distance of the law of output strings from the target's, over all strings up to the case's depth + 1.
+
+    mass: probability of each output string. Shorter outputs are continued by the target, as decoding would.
+    """
+    vocab, worst = world.vocab, 0.0
+    ended = np.zeros(1)  # probability that the output is a prefix of (or equal to) the string, times the target's rest
+    target = np.ones(1)
+    for d in range(1, world.shape.depth + 2):
+        start = prefixes(vocab, d - 1)
+        laws = world.p[prefixes(vocab, d - 1) - vocab ** (d - 1) : start]
+        normal = laws / laws.sum(1, keepdims=True)
+        ended = (ended[:, None] * normal).ravel() + mass[start : start + vocab**d]
+        target = (target[:, None] * normal).ravel()
+    worst = float(np.abs(ended - target).max())
+    return max(worst, float(mass[prefixes(vocab, world.shape.depth + 1) :].sum()))
+
+
+# ----------------------------------------------------------------- laws with everything that can go wrong in them
+def random_laws(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
+    """Laws float64 [rows, vocab]: smooth, sharp, with zeros, one-hot, with ties, with subnormal entries."""
+    laws = rng.dirichlet(np.full(vocab, rng.choice([0.3, 1.0, 5.0])), size=rows)
+    laws[np.isnan(laws).any(1)] = 1.0 / vocab
+    kind = rng.integers(8, size=rows)
+    top = laws.argmax(1)
+    for i in np.flatnonzero(kind < 5):
+        if kind[i] == 0:
+            laws[i] = np.eye(vocab)[rng.integers(vocab)]
+        elif kind[i] == 1:
+            laws[i, (top[i] + 1) % vocab] = 0
+        elif kind[i] == 2:
+            laws[i] = rng.multinomial(4, np.full(vocab, 1 / vocab)) / 4
+        elif kind[i] == 3:
+            laws[i, (top[i] + 1) % vocab] = 5e-310
+        else:
+            laws[i] = 1.0 / vocab
+    return laws / laws.sum(1, keepdims=True)
+
+
+def random_world(
+    rng: np.random.Generator, vocab: int, shape: Shape, support: np.ndarray | None = None, full: bool = False
+) -> World:
+    """A case. Draft laws are unrelated to the target's, or equal, or on disjoint supports, row by row.
+
+    full: every draft law has full support (siblings without replacement never run out of tokens).
+    """
+    depth = shape.depth
+    p = random_laws(rng, prefixes(vocab, depth), vocab)
+    q = random_laws(rng, len(p), vocab)
+    relation = rng.integers(5, size=len(p))
+    q[relation == 0] = p[relation == 0]
+    for i in np.flatnonzero(relation == 1):
+        outside = p[i] == 0
+        if outside.any():
+            q[i] = outside / outside.sum()
+    if full:
+        q = 0.5 * q + 0.5 * rng.dirichlet(np.ones(vocab), size=len(q))
+    if support is not None:
+        inside = np.zeros(vocab)
+        inside[support] = 1.0
+        q = q * inside + 1e-3 * inside
+        q /= q.sum(1, keepdims=True)
+    point = rng.integers(vocab, size=(len(p), 4))
+    return World(p, q, shape, point, support)
+
+
+def rounded(world: World, dtype: torch.dtype) -> World:
+    """The same case with laws as a float32 code path sees them, so that rounding of the inputs is not taken for bias."""
+    to = lambda x: torch.from_numpy(x).to(dtype).double().numpy()  # noqa: E731
+    return World(to(world.p), to(world.q), world.shape, world.point, world.support)

@@ -1,0 +1,78 @@
+"""The closed form on chains and the plain rule on forests are one rule; and no sequence sees its neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from outrider.noise import Noise
+from outrider.types import POINT_MASS, Draft, Proposal
+from outrider.verify import Match, SpeculativeSampling
+from outrider.verify.chain import judge_chains
+from outrider.verify.tree import judge_forest
+
+
+def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtype, tree: bool = False):
+    """A step with ragged drafts: laws, point masses and both, support or not, near and far from the target."""
+    counts = tuple(int(n) for n in rng.integers(0, 5, size=sequences))
+    nodes = sum(counts)
+    sharp = float(rng.choice([0.5, 2.0, 6.0]))
+    p = torch.softmax(torch.from_numpy(rng.normal(size=(sequences + nodes, vocab)) * sharp), -1)
+    p[rng.random(len(p)) < 0.1] = torch.eye(vocab, dtype=p.dtype)[int(rng.integers(vocab))]
+    q = torch.softmax(torch.from_numpy(rng.normal(size=(max(nodes, 1), vocab)) * sharp), -1)
+    near = torch.from_numpy(rng.random(len(q)) < 0.5)
+    q[near] = p[: len(q)][near] if len(p) >= len(q) else q[near]
+    parent: list[int] = []
+    for low, n in zip(np.cumsum([0, *counts]), counts, strict=False):
+        parent += [int(rng.integers(low - 1, k)) if tree else k - 1 for k in range(low, low + n)]
+        parent[low:] = [-1 if up < low else up for up in parent[low:]]
+    token = torch.multinomial(q, 1, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))[:nodes, 0]
+    row = tuple(k if rng.random() < 0.8 else POINT_MASS for k in range(nodes))
+    mode = str(rng.choice(["iid", "without_replacement"]))
+    proposal = [None, Proposal(q.to(dtype), row, None, mode), Proposal(q.to(dtype), row, None, mode)][int(rng.integers(3))]
+    if proposal is not None and rng.random() < 0.3:
+        support = torch.from_numpy(rng.permutation(vocab)[: max(vocab * 2 // 3, 1)])
+        laws = proposal.probs[:, support]
+        proposal = Proposal(laws / laws.sum(1, keepdim=True).clamp(min=1e-30), row, support, mode)
+    noise = Noise(tuple(int(s) for s in rng.integers(2**40, size=sequences)), tuple(int(s) for s in rng.integers(900, size=sequences)))
+    return p.to(dtype), Draft(token, tuple(parent), counts, proposal), noise
+
+
+@pytest.mark.parametrize(("vocab", "sequences", "rounds"), [(2, 8, 150), (7, 8, 150), (300, 4, 40), (5000, 3, 25), (1024 * 5, 2, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_twins_agree_bit_for_bit(vocab, sequences, rounds, dtype):
+    rng = np.random.default_rng([21, vocab])
+    for _ in range(rounds):
+        p, draft, noise = step(rng, sequences, vocab, dtype)
+        assert draft.is_chain
+        assert judge_chains(p, draft, noise) == judge_forest(p, draft, noise)
+
+
+@pytest.mark.parametrize("rule", [SpeculativeSampling(), Match()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize(("vocab", "rounds"), [(5, 40), (700, 10), (5000, 6)])
+def test_no_sequence_sees_its_neighbours(rule, tree, vocab, rounds):
+    """Alone, in a batch, and in the batch reversed: the same path, token and ledger, bit for bit."""
+    rng = np.random.default_rng([22, vocab])
+    for _ in range(rounds):
+        p, draft, noise = step(rng, 6, vocab, torch.float32, tree)
+        together = rule(p, draft, noise)
+        order = [5, 4, 3, 2, 1, 0]
+        rows = order + [6 + k for b in order for k in range(draft.offsets[b], draft.offsets[b + 1])]
+        reverse = rule(p[rows], draft.take(order), noise.take(order))
+        for b in range(6):
+            low, high = draft.offsets[b], draft.offsets[b + 1]
+            alone = rule(p[[b, *range(6 + low, 6 + high)]], draft.take([b]), noise.take([b]))
+            assert [k + low for k in alone.path[0]] == list(together.path[b])
+            for name in ("next_token", "judged", "risk", "spread"):
+                assert getattr(alone, name)[0] == getattr(together, name)[b] == getattr(reverse, name)[5 - b], name
+
+
+def test_dispatch():
+    """The public rule takes the closed form exactly for chains, and both readings are the same there."""
+    rng = np.random.default_rng(23)
+    rule = SpeculativeSampling()
+    for tree in (False, True):
+        p, draft, noise = step(rng, 20, 5, torch.float64, tree)
+        assert rule(p, draft, noise) == judge_forest(p, draft, noise)

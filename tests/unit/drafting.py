@@ -1,0 +1,44 @@
+"""Evidence made by hand: what a drafter sees, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from outrider.noise import Noise
+from outrider.protocols import DraftLaw
+from outrider.sampling.law import Law
+from outrider.sampling.params import SamplingParams
+from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
+
+
+def view(
+    tokens: list[int], slot: int = 0, *, prompt: int = 1, seed: int = 0, cached: int | None = None, **params
+) -> SequenceView:
+    """A sequence after a decode step: everything but the anchor is cached."""
+    return SequenceView(
+        slot, seed, tokens, prompt, len(tokens) - 1 if cached is None else cached, SamplingParams(**params)
+    )
+
+
+def evidence(views: Sequence[SequenceView], vocab_size: int, law: DraftLaw | None = None) -> Evidence:
+    """The evidence of a step whose forward nobody looks at."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    noise = Noise(tuple(v.seed for v in views), tuple(len(v.tokens) - 1 for v in views))
+    return Evidence(
+        rows=Rows(nothing, nothing, (), nothing),
+        scores=Scores(torch.empty(0, vocab_size)),
+        draft=Draft.empty(0),
+        verdict=Verdict((), (), (), (), (), ()),
+        sequences=tuple(views),
+        source=(-1,) * len(views),
+        judged=(-1,) * len(views),
+        noise=noise,
+        law=Law(vocab_size) if law is None else law,
+    )
+
+
+def chain(draft: Draft, i: int = 0) -> list[int]:
+    """The tokens of sequence i."""
+    return list(draft.tokens[draft.offsets[i] : draft.offsets[i + 1]])

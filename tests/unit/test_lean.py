@@ -1,0 +1,220 @@
+"""The lean runtime against transformers' own models: every family and option, prompts, drafts, trees and batches.
+
+Tolerances. float64: 1e-9, a few thousand roundings of numbers up to 30; transformers normalises in float32 whatever the
+dtype, so its RMSNorm is replaced by the same formula in float64. float32: 2e-4 on logits whose standard deviation is above 1.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tests.checkpoints import make_checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from outrider.errors import CapabilityError, CapacityError, RequestError
+from outrider.target.checkpoint import load_checkpoint
+from outrider.target.lean import LeanTarget
+from outrider.types import Draft, Rows
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+ROPE = {"rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 32}
+CASES = {
+    "llama grouped heads": ("llama", {}),
+    "llama tied, equal heads": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama one key head": ("llama", {"num_key_value_heads": 1}),
+    "llama biases": ("llama", {"attention_bias": True}),
+    "llama odd sizes": ("llama", {"vocab_size": 97, "hidden_size": 36, "intermediate_size": 51, "head_dim": 14}),
+    "llama linear scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0}}),
+    "llama 3 scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | ROPE},
+    ),
+    "llama yarn": ("llama", {"rope_parameters": {"rope_type": "yarn"} | ROPE}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2 layer types": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral window": ("mistral", {"sliding_window": 6}),
+}
+PROMPT = torch.randint(0, 97, (23,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """(case, dtype, native) -> the lean target and transformers' model of one checkpoint."""
+
+    @cache
+    def folder(case: str) -> Path:
+        family, overrides = CASES[case]
+        return make_checkpoint(tmp_path_factory.mktemp("model"), family, **overrides)
+
+    @cache
+    def pair(case: str, dtype: torch.dtype, native: bool = False) -> tuple[LeanTarget, PreTrainedModel]:
+        path = folder(case)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = _exact_norm(module)
+        return LeanTarget(*load_checkpoint(path, dtype), native=native), model
+
+    return pair
+
+
+def _exact_norm(module):
+    def forward(x):
+        return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+
+    return forward
+
+
+def law(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """transformers' logits after `tokens`, computed from scratch."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0, -1]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    dtype = theirs.dtype
+    assert ours.dtype == dtype
+    assert (ours - theirs).abs().max().item() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_hidden_states_equal_transformers(case, dtype, make):
+    target, model = make(case, dtype)
+    taps = tuple(range(target.layers + 1))
+    drafted = 14
+    chain = Draft(torch.tensor(PROMPT[-drafted:]), tuple(range(-1, drafted - 1)), (drafted,))
+    rows = Rows.assemble([1], [PROMPT[:-drafted]], [0], chain)
+    scores = target.forward(rows, target.new_kv(2, 40), layers=taps)
+    with torch.no_grad():
+        plain = model(torch.tensor([PROMPT]), output_hidden_states=True)
+    assert plain.logits.std() > 0.5
+    close(scores.logits, plain.logits[0, -drafted - 1 :])
+    assert len(scores.hidden) == target.layers + 1
+    for i in taps[:-1]:
+        close(scores.hidden[i], plain.hidden_states[i][0])
+    close(target.unembed(scores.hidden[-1]), plain.logits[0])  # transformers' last state is the normed one
+    torch.testing.assert_close(target.embed(torch.tensor(PROMPT)), scores.hidden[0])
+
+
+@pytest.mark.parametrize(("dtype", "native"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)])
+@pytest.mark.parametrize("case", ["llama grouped heads", "qwen2 windows", "qwen3", "mistral window"])
+def test_chunks_trees_and_commits_equal_recomputing_every_path(case, dtype, native, make):
+    target, model = make(case, dtype, native)
+    kv = target.new_kv(3, 64)
+    first, second = PROMPT, PROMPT[3:12]
+    rows = Rows.assemble([2, 0], [first[:8], second[:-1]], [0, 0], Draft.empty(0), [False, False])
+    target.forward(rows, kv)
+    kv.commit(rows, [[], []])
+    #        0 - 1 - 2          0, 1, 2 below the first anchor; 5, 6 below the second
+    #         \- 3 - 4
+    tree = Draft(torch.tensor([9, 4, 77, 30, 8, 11, 12]), (-1, 0, 1, 0, 3, -1, -1), (5, 2))
+    rows = Rows.assemble([2, 0], [first[8:], second[-1:]], [8, 8], tree)
+    logits = target.forward(rows, kv).logits
+    close(logits[0], law(model, first))
+    close(logits[1], law(model, second))
+    for node in range(7):
+        stem = first if node < 5 else second
+        close(logits[2 + node], law(model, stem + [tree.tokens[k] for k in tree.path_to(node)]))
+    kv.commit(rows, [[0, 3, 4], [1]])
+    assert kv.length == [10, 0, 26]
+    more = Draft(torch.tensor([3, 5]), (-1, 0), (2, 0))
+    rows = Rows.assemble([2, 0], [[60], [61]], [26, 10], more)
+    logits = target.forward(rows, kv).logits
+    close(logits[0], law(model, [*first, 9, 30, 8, 60]))
+    close(logits[1], law(model, [*second, 12, 61]))
+    close(logits[3], law(model, [*first, 9, 30, 8, 60, 3, 5]))
+
+
+@pytest.mark.parametrize("case", ["llama grouped heads", "llama tied, equal heads", "mistral window"])
+@pytest.mark.parametrize("drafted", [0, 3])
+def test_a_batch_in_neighbouring_slots_equals_one_at_a_time(case, drafted, make):
+    """Segments of equal size share an attention call there; lengths near and far apart, to have both kinds of call."""
+    target, _ = make(case, torch.float64)
+    kv, lengths = target.new_kv(6, 64), [9, 10, 12, 2, 23]
+    for slot, length in enumerate(lengths):
+        rows = Rows.assemble([slot], [PROMPT[:length]], [0], Draft.empty(1))
+        target.forward(rows, kv)
+        kv.commit(rows, [[]])
+    nodes = torch.arange(drafted * len(lengths)) % 7
+    parents = tuple((-1 if k % drafted == 0 else k - 1) for k in range(len(nodes)))
+    draft = Draft(nodes, parents, (drafted,) * len(lengths))
+    slots = list(range(len(lengths)))
+    together = target.forward(Rows.assemble(slots, [[s + 1] for s in slots], lengths, draft), kv).logits
+    for s in slots:
+        alone = target.forward(Rows.assemble([s], [[s + 1]], [lengths[s]], draft.take([s])), kv).logits
+        close(together[[s, *(len(slots) + k for k in range(s * drafted, (s + 1) * drafted))]], alone)
+
+
+def test_native_rows_do_not_depend_on_their_neighbours_bit_for_bit(make):
+    """Decode rows beside a long prompt, with and without drafts: the same bits."""
+    target, _ = make("qwen3", torch.float32, True)
+    if target.native is None:
+        pytest.skip("no C++ compiler here: without the native decoder equality is up to rounding")
+    kv = target.new_kv(3, 128)
+    prompt = [(7 * i) % 97 for i in range(80)]
+    for slot, length in ((0, 11), (1, 17)):
+        rows = Rows.assemble([slot], [PROMPT[:length]], [0], Draft.empty(1))
+        target.forward(rows, kv)
+        kv.commit(rows, [[]])
+    alone = target.forward(Rows.assemble([0], [[5]], [11], Draft.empty(1)), kv)
+    prompt_alone = target.forward(Rows.assemble([2], [prompt], [0], Draft.empty(1)), kv)
+    draft = Draft(torch.tensor([1, 2, 3, 4]), (-1, 0, -1, 0), (1, 0, 3))
+    rows = Rows.assemble([1, 2, 0], [[8], prompt, [5]], [17, 0, 11], draft)
+    mixed = target.forward(rows, kv, layers=(0, 2))
+    assert torch.equal(mixed.logits[2], alone.logits[0])
+    assert torch.equal(mixed.logits[1], prompt_alone.logits[0])
+    assert mixed.logits.shape == (7, target.vocab_size)
+    assert torch.equal(mixed.hidden[0], target.embed(rows.token))
+    assert torch.allclose(target.unembed(mixed.hidden[1][:0]), mixed.logits[:0])
+    one = target.forward(Rows.assemble([1], [[8]], [17], draft.take([0])), kv, layers=(0, 2))
+    assert torch.equal(mixed.logits[[0, 3]], one.logits)
+    assert torch.equal(mixed.hidden[1][:2], one.hidden[1])
+
+
+def test_only_scored_segments_get_logits(make):
+    target, model = make("llama grouped heads", torch.float64)
+    kv = target.new_kv(2, 64)
+    rows = Rows.assemble([0, 1], [PROMPT[:5], PROMPT[:7]], [0, 0], Draft.empty(1), [False, True])
+    logits = target.forward(rows, kv).logits
+    assert logits.shape == (1, target.vocab_size)
+    close(logits[0], law(model, PROMPT[:7]))
+
+
+def test_scores_are_ordinary_tensors(make):
+    """Rules change logits in place and training differentiates through hidden states: no inference tensors come out."""
+    target, _ = make("llama grouped heads", torch.float32)
+    rows = Rows.assemble([0], [PROMPT[:5]], [0], Draft.empty(1))
+    scores = target.forward(rows, target.new_kv(1, 16), layers=(1,))
+    scores.logits.div_(2.0)
+    weight = torch.ones(target.hidden_size, requires_grad=True)
+    (scores.hidden[0] * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(make):
+    target, _ = make("llama grouped heads", torch.float32)
+    kv = target.new_kv(1, 8)
+    with pytest.raises(CapacityError, match="max_length"):
+        target.forward(Rows.assemble([0], [PROMPT], [0], Draft.empty(1)), kv)
+    with pytest.raises(RequestError, match="vocabulary of 101"):
+        target.forward(Rows.assemble([0], [[1, 500]], [0], Draft.empty(1)), kv)
+    with pytest.raises(CapabilityError, match="blocks 1 to 3"):
+        target.forward(Rows.assemble([0], [[1]], [0], Draft.empty(1)), kv, layers=(4,))
+    with pytest.raises(CapacityError, match="lower max_length"):
+        target.new_kv(1 << 20, 1 << 20)
