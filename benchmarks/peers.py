@@ -28,10 +28,8 @@ from typing import Any
 
 import peers_install
 import peers_pool as pool
-import synthetic
 from peers_arms import ENGINES, Arm, Worker, arms
 from peers_report import write_report
-from synthetic_files import write_json
 
 OUT = Path("runs/peers")
 WARM_TOKENS = 8
@@ -151,6 +149,8 @@ class Bench:
 
 def run(options: argparse.Namespace) -> None:
     """`peers.py run`: each pair for its share of the time."""
+    import synthetic  # here: torch is slow to import, and `table` and `install` do without it
+
     for index, pair in enumerate(options.pair):
         size, _, acceptance = pair.partition("-")
         if size not in synthetic.SIZES or not acceptance:
@@ -212,6 +212,13 @@ def machine(cores: Sequence[int]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace a file in one step."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def say(text: str) -> None:

@@ -31,7 +31,9 @@ class RepeatLine:
 
 def main() -> None:
     engine = Engine.build(draft=RepeatLine(), length=6, slots=2)
-    for result in engine.generate(["import os\nimport sys\n", "x = [1, 2, 3]\n"], SamplingParams(seed=0, max_tokens=48)):
+    for result in engine.generate(
+        ["import os\nimport sys\n", "x = [1, 2, 3]\n"], SamplingParams(seed=0, max_tokens=48)
+    ):
         print(result.text, "\n---")
     print(f"accepted {engine.counts.accepted} of {engine.counts.proposed} proposed")
 

@@ -9,7 +9,11 @@ from outrider.telemetry.ledger import acceptance_length, ledger
 
 def main() -> None:
     spec = Engine.build(length=4, slots=1)
-    arms = [Arm("plain", companion(spec, "none", length=0)), Arm("length 2", companion(spec, length=2)), Arm("length 4", spec)]
+    arms = [
+        Arm("plain", companion(spec, "none", length=0)),
+        Arm("length 2", companion(spec, length=2)),
+        Arm("length 4", spec),
+    ]
     prompts = [spec.encode(p) for p in shipped_prompts()[:6]]
     records = run_arms(arms, prompts, SamplingParams(max_tokens=48, ignore_eos=True), repeats=2)
     for arm in summarise(records, "plain"):

@@ -66,7 +66,8 @@ class Config:
     rows: int = 4
     draft_rows: int = 8
     label_windows: int = 1000  # asked of the target; 2 MB each on disk
-    evaluated_windows: int = 48
+    evaluated_windows: int = 96
+    evaluated_length: int = 256  # a seed or baseline may have been trained on no more
     seed: int = 0
     small: Shape = Shape(hidden=288, layers=6, heads=6, kv_heads=6, head_dim=48, intermediate=768)
     growth: int = 3  # 18 layers, 18.6M parameters, 37 MB in bf16: more than the last-level cache holds
@@ -318,7 +319,9 @@ def stage_evaluate(config: Config) -> None:
     }
 
     def measured(folder: Path) -> dict:
-        return measure.pair_report(load_pair(folder), tokenizer, texts, config.length, config.evaluated_windows)
+        return measure.pair_report(
+            load_pair(folder), tokenizer, texts, config.evaluated_length, config.evaluated_windows
+        )
 
     report = {"pycode": measured(config.work / "pair")}
     if config.baseline is not None:

@@ -108,7 +108,7 @@ One thread of a shared 2-core x86 server processor (AVX2), float32, AdamW. {orig
 ## Measured
 
 After rounding to bfloat16, computed in float32, on
-{report["pycode"]["held_out"]["tokens"]:,} held-out tokens in windows of {config.length}.
+{report["pycode"]["held_out"]["tokens"]:,} held-out tokens in windows of {config.evaluated_length}.
 *Outside* is the `generation` package of transformers; *training* is there to show the gap.
 Nats per token / bits per byte:
 

@@ -26,7 +26,17 @@ def document(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def test_generate_is_exact_and_says_what_it_counted(document) -> None:
-    common = ("generate", "def read(path):\n", "--temperature", "0", "--max-tokens", "24", "--ignore-eos", "--dtype", "float32")
+    common = (
+        "generate",
+        "def read(path):\n",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "24",
+        "--ignore-eos",
+        "--dtype",
+        "float32",
+    )
     plain, fast = document(*common, "--draft", "none"), document(*common)
     assert plain["token_ids"] == fast["token_ids"]
     assert fast["finish_reason"] == "length"
@@ -54,7 +64,9 @@ def test_generate_takes_vllms_json(document) -> None:
 
 
 def test_generate_stops_before_a_stop_string(document) -> None:
-    out = document("generate", "def f(x):\n", "--temperature", "0", "--max-tokens", "40", "--stop", "\n", "--dtype", "float32")
+    out = document(
+        "generate", "def f(x):\n", "--temperature", "0", "--max-tokens", "40", "--stop", "\n", "--dtype", "float32"
+    )
     assert "\n" not in out["text"]
 
 
@@ -70,7 +82,21 @@ def test_demo(document) -> None:
 
 def test_bench(document, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    d = document("bench", "--count", "3", "--repeats", "2", "--max-tokens", "16", "--lengths", "0,3", "--batch", "2", "--out", str(out))
+    d = document(
+        "bench",
+        "--count",
+        "3",
+        "--repeats",
+        "2",
+        "--max-tokens",
+        "16",
+        "--lengths",
+        "0,3",
+        "--batch",
+        "2",
+        "--out",
+        str(out),
+    )
     plain, fast = d["arms"]
     assert plain["speedup"] is None
     assert fast["speedup"]["low"] <= fast["speedup"]["value"] <= fast["speedup"]["high"]

@@ -13,11 +13,21 @@ LENGTHS = (14, 9, 20, 5, 17, 12)
 
 SAMPLING: dict[str, dict] = {
     "greedy": {"temperature": 0.0},
-    "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2},
+    "greedy with penalties": {
+        "temperature": 0.0,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.2,
+    },
     "temperature 1": {"temperature": 1.0},
     "cold, top-k": {"temperature": 0.7, "top_k": 5},
     "top-p with penalties": {"temperature": 1.0, "top_p": 0.8, "frequency_penalty": 0.5, "presence_penalty": 0.3},
-    "min-p, bias, repetition": {"temperature": 1.2, "min_p": 0.05, "logit_bias": {3: 2.0, 5: -100.0}, "repetition_penalty": 1.2},
+    "min-p, bias, repetition": {
+        "temperature": 1.2,
+        "min_p": 0.05,
+        "logit_bias": {3: 2.0, 5: -100.0},
+        "repetition_penalty": 1.2,
+    },
     "bans and minimum": {"temperature": 1.0, "min_tokens": 4, "stop_token_ids": (4, 9)},
 }
 

@@ -33,9 +33,7 @@ class Scripted:
         offsets = [0]
         for c in chains:
             offsets.append(offsets[-1] + len(c))
-        parent = tuple(
-            offsets[b] + i - 1 if i else -1 for b, c in enumerate(chains) for i in range(len(c))
-        )
+        parent = tuple(offsets[b] + i - 1 if i else -1 for b, c in enumerate(chains) for i in range(len(c)))
         flat = [t for c in chains for t in c]
         q = Proposal(self.law(len(flat)), tuple(range(len(flat)))) if self.law and flat else None
         return Draft(torch.tensor(flat, dtype=torch.int64), parent, tuple(map(len, chains)), q)

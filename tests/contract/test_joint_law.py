@@ -70,7 +70,9 @@ def collect(engine: Engine, n: int, *, seed: int, disturb: bool) -> np.ndarray:
             if event.request in names:
                 names[event.request] += event.tokens
         if disturb and g.random() < 0.3:
-            strangers.append(engine.submit([int(g.integers(V)) for _ in range(1 + int(g.integers(6)))], SamplingParams(max_tokens=9)))
+            strangers.append(
+                engine.submit([int(g.integers(V)) for _ in range(1 + int(g.integers(6)))], SamplingParams(max_tokens=9))
+            )
         if disturb and strangers and g.random() < 0.2:
             engine.abort(strangers.pop(int(g.integers(len(strangers)))))
         if disturb and engine.scheduler.running and g.random() < 0.1:
@@ -80,9 +82,13 @@ def collect(engine: Engine, n: int, *, seed: int, disturb: bool) -> np.ndarray:
     return count
 
 
-def build(rule: str, *, sample: str = "law", branching: tuple[int, ...] = (1, 1, 1), siblings: str = "iid", slots: int = 512) -> Engine:
+def build(
+    rule: str, *, sample: str = "law", branching: tuple[int, ...] = (1, 1, 1), siblings: str = "iid", slots: int = 512
+) -> Engine:
     drafter = ModelDrafter(DRAFT, depth=len(branching), branching=branching, siblings=siblings, sample=sample)
-    depth = Budgets(lambda s: (s.seed * 7 + len(s.tokens)) % 4)  # mixed lengths, 0 included, fixed by the sequence alone
+    depth = Budgets(
+        lambda s: (s.seed * 7 + len(s.tokens)) % 4
+    )  # mixed lengths, 0 included, fixed by the sequence alone
     return Engine(TARGET, drafter, load_rule(rule), depth, slots=slots, max_length=32)
 
 
@@ -126,7 +132,9 @@ def test_the_first_step_accepts_as_often_as_the_theory_says() -> None:
     """Accepted drafts of the first drafted step: P(at least d) from the tables, against what the engine did."""
     n, depth = 12_000, 3
     drafter = ModelDrafter(DRAFT, depth=depth)
-    engine = Engine(TARGET, drafter, load_rule("speculative_sampling"), Budgets(lambda s: depth), slots=512, max_length=32)
+    engine = Engine(
+        TARGET, drafter, load_rule("speculative_sampling"), Budgets(lambda s: depth), slots=512, max_length=32
+    )
     for i in range(n):
         engine.submit(PROMPT, SamplingParams(temperature=1.0, max_tokens=2 + depth, seed=i))
     first: dict[str, int] = {}

@@ -117,13 +117,24 @@ class EngineFuzz(RuleBasedStateMachine):
         self.slots = slots
         self.depth = 3
         self.engine = Engine(
-            MODEL, DRAFTERS[name](MODEL, slots), load_rule("match"), Budgets(lambda s: self.depth), slots=slots, max_length=40, chunk=4
+            MODEL,
+            DRAFTERS[name](MODEL, slots),
+            load_rule("match"),
+            Budgets(lambda s: self.depth),
+            slots=slots,
+            max_length=40,
+            chunk=4,
         )
         self.expected: dict[str, tuple[list[int], SamplingParams]] = {}
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
 
-    @rule(prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=11), n=st.integers(1, 12), seed=st.integers(0, 99), hot=st.booleans())
+    @rule(
+        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=11),
+        n=st.integers(1, 12),
+        seed=st.integers(0, 99),
+        hot=st.booleans(),
+    )
     def add(self, prompt: list[int], n: int, seed: int, hot: bool) -> None:
         p = SamplingParams(temperature=float(hot), max_tokens=n, seed=seed)
         name = self.engine.submit(prompt, p)

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.verify import SpeculativeSampling
-from outrider.verify.tree import judge_forest
+from tests.law import subject
 from tests.law.lab import COARSE, EDGE, Shape, World, chain, examine, prefixes, random_world, rounded
 
-RULE = SpeculativeSampling()
+SUBJECT = subject.load()
+RULE = SUBJECT.rule
 EXACT = 1e-12
 
 
@@ -102,7 +102,7 @@ def test_shapes_of_a_batch_may_differ():
     rng = np.random.default_rng(15)
     ragged = [Shape((), ()), chain(3), chain(1), Shape((), ()), chain(2, law=False), chain(2)]
     _check(RULE, [random_world(rng, 3, shape) for shape in ragged for _ in range(5)], 5)
-    _check(judge_forest, [random_world(rng, 3, shape) for shape in [*ragged, shapes()["two"]] for _ in range(2)], 6)
+    _check(SUBJECT.forest, [random_world(rng, 3, shape) for shape in [*ragged, shapes()["two"]] for _ in range(2)], 6)
 
 
 def test_accepted_count_has_its_law():

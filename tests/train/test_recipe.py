@@ -47,6 +47,7 @@ def tiny(pycode, tmp_path: Path):
         draft_rows=2,
         label_windows=6,
         evaluated_windows=4,
+        evaluated_length=64,
         small=shape,
         growth=2,
         draft=replace(shape, hidden=8),

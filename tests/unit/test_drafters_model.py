@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from outrider.drafters.model import CHUNK, ModelDrafter
+from outrider.drafters.model import CHUNK, ModelDrafter, _check
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
 from outrider.target.toy import TinyLM
@@ -54,10 +54,10 @@ def same(a: Draft, i: int, b: Draft, j: int) -> None:
     one, two = a.take([i]), b.take([j])
     assert one.tokens == two.tokens
     assert one.parent == two.parent
-    assert (one.q is None) == (two.q is None)
-    if one.q is not None and two.q is not None:
-        rows = [(x, y) for x, y in zip(one.q.row, two.q.row, strict=True)]
-        for x, y in rows:
+    rows = [d.q.row if d.q is not None else (-1,) * len(d.parent) for d in (one, two)]
+    for x, y in zip(*rows, strict=True):
+        assert (x < 0) == (y < 0)
+        if one.q is not None and two.q is not None and x >= 0:
             torch.testing.assert_close(one.q.probs[x], two.q.probs[y], rtol=0, atol=1e-9)
 
 
@@ -260,9 +260,12 @@ def test_the_two_draws_of_a_position_use_the_shared_noise() -> None:
 
 
 def test_options_are_checked() -> None:
-    for bad in ({"sample": "lawful"}, {"siblings": "both"}, {"branching": (2, 0, 1, 1)}, {"branching": (2,)}):
-        with pytest.raises(ConfigError):
-            build(**bad)
+    for siblings, sample in (("iid", "lawful"), ("both", "law")):
+        with pytest.raises(ConfigError, match="unknown"):
+            _check(MODEL, 1, (1,), siblings, sample)
+    for branching in ((2, 0, 1, 1), (2,)):
+        with pytest.raises(ConfigError, match="branching needs 4 numbers"):
+            build(branching=branching)
     with pytest.raises(ConfigError, match="length >= 1"):
         build(depth=0)
     with pytest.raises(ConfigError, match="at most 1024"):

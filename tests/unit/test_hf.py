@@ -2,7 +2,7 @@
 
 path       families
 seam       llama qwen2 qwen3 mistral gemma2 gemma3 phi phi3 cohere2 olmo2 gpt2 gpt_bigcode opt gpt_neox mixtral
-           qwen2_moe gpt_oss deepseek_v3
+           qwen2_moe gpt_oss deepseek_v3 gemma4
 cache      stablelm falcon bloom mpt gptj gpt_neo llama4
 recurrent  mamba mamba2 jamba qwen3_next lfm2
 recompute  rwkv openai-gpt
@@ -99,6 +99,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("seam", {**_NEW, **_EXPERTS}),
     "gpt_oss": ("seam", {**_NEW, **_WINDOW, "num_local_experts": 4}),
     "deepseek_v3": ("seam", {**_NEW, **_MLA}),
+    "gemma4_text": (  # layers that share keys, heads of two sizes, embeddings per layer
+        "seam",
+        {
+            **_NEW,
+            **_WINDOW,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 8,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+        },
+    ),
     "stablelm": ("cache", _NEW),
     "falcon": ("cache", {**_NEW, "alibi": False}),
     "bloom": ("cache", {"vocab_size": V, "hidden_size": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3}),
@@ -455,3 +468,18 @@ def test_damaged_checkpoints_are_refused_in_one_line(checkpoint: Any, tmp_path: 
         HFTarget.load(tmp_path)
     assert len(str(refused.value)) < 400
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "bloom", "mamba", "gemma2"])
+def test_half_precision_finds_the_same_path(family: str) -> None:
+    """Mamba's later chunks go token by token in any precision: its chunked scan forgets the state it had."""
+    full, half = HFTarget(build(family)), HFTarget(build(family, torch.bfloat16))
+    assert half.path == full.path == FAMILIES[family][0]
+    logits = []
+    for target in (full, half):
+        kv = target.new_kv(1, 16)
+        rows = Rows.assemble([0], [PROMPTS[0][:4]], [0], Draft.empty(1))
+        target.forward(rows, kv)
+        kv.commit(rows, [[]])
+        logits.append(target.forward(Rows.assemble([0], [PROMPTS[0][4:]], [4], Draft.empty(1)), kv).logits[0])
+    assert float((logits[0] - logits[1]).abs().max() / logits[0].std()) < 0.08

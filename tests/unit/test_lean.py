@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints import make_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, CapacityError, RequestError
 from outrider.target.checkpoint import load_checkpoint
 from outrider.target.lean import LeanTarget
 from outrider.types import Draft, Rows
+from tests.checkpoints import make_checkpoint
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 ROPE = {"rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 32}

@@ -1,6 +1,7 @@
 """The law against an obvious float64 reference, its twins against each other, and every row against itself alone."""
 
 import math
+from random import Random
 
 import hypothesis.strategies as st
 import numpy as np
@@ -105,7 +106,7 @@ def check(law, want, margin, near, rtol):
         np.testing.assert_allclose(law, want, rtol=rtol, atol=float(tiny) * 1e3)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(row_strategy, st.lists(st.one_of(grid, grid, odd), min_size=VOCAB, max_size=VOCAB))
 def test_law_is_the_reference(row, logits):
     params, tokens, prompt, path = row
@@ -117,11 +118,11 @@ def test_law_is_the_reference(row, logits):
     check(law, want, margin, 1e-9, 1e-9)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(row_strategy, st.lists(st.one_of(grid, st.just(-INF)), min_size=VOCAB, max_size=VOCAB))
 def test_law_in_float32_is_the_reference(row, logits):
     params, tokens, prompt, path = row
-    assume(max(logits) > -INF and 0.1 < params.temperature < 10 or params.temperature == 0)
+    assume((max(logits) > -INF and 0.1 < params.temperature < 10) or params.temperature == 0)
     assume(max(logits) > -INF)
     prompt = min(prompt, len(tokens))
     law = Law(VOCAB, EOS)(torch.tensor([logits]), [view(tokens, prompt, params)], [path])[0]
@@ -131,8 +132,9 @@ def test_law_in_float32_is_the_reference(row, logits):
 
 
 @settings(max_examples=150)
-@given(st.lists(row_strategy, min_size=1, max_size=6), st.randoms(use_true_random=False))
-def test_a_row_has_the_same_bits_in_any_batch(rows, random):
+@given(st.lists(row_strategy, min_size=1, max_size=6), st.integers(0, 2**32))
+def test_a_row_has_the_same_bits_in_any_batch(rows, seed):
+    random = Random(seed)
     logits = torch.tensor([[random.choice([random.gauss(0, 4), 1.0, -INF]) for _ in range(VOCAB)] for _ in rows])
     logits[:, 0] = 0.5
     views = [view(tokens, min(prompt, len(tokens)), p, slot=i) for i, (p, tokens, prompt, _) in enumerate(rows)]

@@ -7,7 +7,14 @@ import pytest
 from scipy.stats import binom
 
 from outrider.evaluate.stats import paired_ratio
-from outrider.telemetry.ledger import LEVEL, acceptance_at, acceptance_length, expected_length, ledger, predicted_speedup
+from outrider.telemetry.ledger import (
+    LEVEL,
+    acceptance_at,
+    acceptance_length,
+    expected_length,
+    ledger,
+    predicted_speedup,
+)
 from outrider.types import Counts
 
 
@@ -15,7 +22,9 @@ def simulate(g: np.random.Generator, tosses: int, bias: float = 0.0) -> Counts:
     """A run whose rule rejects with the probability it states, plus `bias`."""
     risk = g.uniform(0.05, 0.9, tosses)
     rejected = int((g.random(tosses) < np.clip(risk + bias, 0, 1)).sum())
-    return Counts(judged=tosses, accepted=tosses - rejected, rejected=rejected, risk=risk.sum(), spread=(risk * (1 - risk)).sum())
+    return Counts(
+        judged=tosses, accepted=tosses - rejected, rejected=rejected, risk=risk.sum(), spread=(risk * (1 - risk)).sum()
+    )
 
 
 @pytest.mark.parametrize("tosses", [1, 7, 50, 1000])
@@ -55,7 +64,9 @@ def test_predicted_speedup_is_length_times_cost() -> None:
     counts, plain = Counts(), Counts(steps=100)
     for _ in range(10):
         counts.add(proposed=2, accepted=1, judged=2, risk=0.5, spread=0.2, bias=0.0)
-    assert predicted_speedup(counts, {"target": 2.0, "draft": 1.0}, plain, {"target": 10.0}) == pytest.approx(2 * 0.1 / 0.3)
+    assert predicted_speedup(counts, {"target": 2.0, "draft": 1.0}, plain, {"target": 10.0}) == pytest.approx(
+        2 * 0.1 / 0.3
+    )
 
 
 def test_paired_ratio_cancels_what_both_arms_share() -> None:

@@ -14,7 +14,9 @@ def shipped(part: str) -> Path:
     """Folder of a part of the shipped pair: "target" or "draft"."""
     path = HERE / "pycode" / part
     if not (path / "config.json").is_file():
-        raise ConfigError(f"the shipped pair is incomplete ({path.name} is missing): reinstall outrider, or run recipes/pycode.py")
+        raise ConfigError(
+            f"the shipped pair is incomplete ({path.name} is missing): reinstall outrider, or run recipes/pycode.py"
+        )
     return path
 
 

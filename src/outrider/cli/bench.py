@@ -15,9 +15,16 @@ from outrider.errors import ConfigError
 def bench(
     target: opt.Target = None,
     draft: opt.Draft = "auto",
-    lengths: Annotated[str, typer.Option("--lengths", help="Draft lengths to compare, as 0,2,4; 0 is plain decoding, the base.")] = "0,2,4",
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Draft lengths to compare, as 0,2,4; 0 is plain decoding, the base.")
+    ] = "0,2,4",
     rule: opt.Rule = "auto",
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="JSONL with a `prompt` per line, or a text file with one per line.", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", help="JSONL with a `prompt` per line, or a text file with one per line.", show_default=False
+        ),
+    ] = None,
     count: Annotated[int, typer.Option("--count", min=2, help="Prompts used, from the start of the set.")] = 16,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 3,
@@ -31,7 +38,10 @@ def bench(
     quantize_draft: opt.Quantize = None,
     implementation: opt.Implementation = "auto",
     max_length: opt.MaxLength = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the JSON document (records included) to this file.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write the JSON document (records included) to this file.", show_default=False),
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Compare draft lengths on a prompt set. Ratios are paired by prompt and carry a 95% interval.
@@ -46,9 +56,17 @@ def bench(
 
     wanted = parse_lengths(lengths)
     engine = engine_from_options(
-        target=target, draft=draft, length=max(wanted), rule=rule, dtype=dtype, device=device, draft_quantize=quantize_draft,
-        implementation=implementation, max_length=max_length, slots=batch,
-    )  # fmt: skip
+        target=target,
+        draft=draft,
+        length=max(wanted),
+        rule=rule,
+        dtype=dtype,
+        device=device,
+        draft_quantize=quantize_draft,
+        implementation=implementation,
+        max_length=max_length,
+        slots=batch,
+    )
     texts = [engine.encode(p) for p in load_prompts(prompts, count)]
     arms = [Arm(arm_name(n), companion(engine, "none" if n == 0 else None, length=n)) for n in wanted]
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True)
@@ -125,7 +143,16 @@ def print_table(d: dict[str, Any]) -> None:
 
     title = f"{d['drafter']} / {d['rule']}, {d['dtype']}, temperature {d['temperature']:g}, batch {d['batch']}, {d['repeats']} repeats"
     table = Table(title=title, title_justify="left")
-    for column in ("arm", "tokens/s", "p10 to p90", "speed-up (95%)", "predicted", "tokens/step", "rejections: predicted, observed", "step's time"):
+    for column in (
+        "arm",
+        "tokens/s",
+        "p10 to p90",
+        "speed-up (95%)",
+        "predicted",
+        "tokens/step",
+        "rejections: predicted, observed",
+        "step's time",
+    ):
         table.add_column(column, overflow="fold")
     for arm in d["arms"]:
         s, book = arm["speedup"], arm["ledger"]
@@ -136,7 +163,9 @@ def print_table(d: dict[str, Any]) -> None:
             "base" if s is None else f"{s['value']:.2f} ({s['low']:.2f} to {s['high']:.2f}) {s['verdict']}",
             "" if s is None else f"{arm['predicted_speedup']:.2f}",
             "" if arm["acceptance_length"] is None else f"{arm['acceptance_length']:.2f}",
-            "" if s is None else f"{book['predicted']:.1f}, {book['observed']} {'agree' if book['agrees'] else 'DISAGREE'}",
+            ""
+            if s is None
+            else f"{book['predicted']:.1f}, {book['observed']} {'agree' if book['agrees'] else 'DISAGREE'}",
             phase_bar(arm["phases"], width=10),
         )
     console = opt.Console(highlight=False)

@@ -34,9 +34,16 @@ def chat(
     from outrider.sampling.params import SamplingParams
 
     engine = engine_from_options(
-        target=target, draft=draft, length=length, rule=rule, dtype=dtype, device=device,
-        implementation=implementation, max_length=max_length, slots=1,
-    )  # fmt: skip
+        target=target,
+        draft=draft,
+        length=length,
+        rule=rule,
+        dtype=dtype,
+        device=device,
+        implementation=implementation,
+        max_length=max_length,
+        slots=1,
+    )
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     talk = Conversation(engine, system)
     if not talk.template:
@@ -103,4 +110,6 @@ class Conversation:
         typer.echo()
         if self.template:
             self.messages.append({"role": "assistant", "content": answer})
-        opt.err.print(f"[dim]{tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s, {accepted} of them drafted[/dim]")
+        opt.err.print(
+            f"[dim]{tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s, {accepted} of them drafted[/dim]"
+        )

@@ -15,7 +15,9 @@ COLOURS = {"accepted": "green", "corrected": "bold red", "bonus": "bold cyan", "
 
 
 def demo(
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Your own prompt. Default: a held-out one.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Your own prompt. Default: a held-out one.", show_default=False)
+    ] = None,
     target: opt.Target = None,
     draft: opt.Draft = "auto",
     length: opt.Length = 4,
@@ -71,7 +73,10 @@ def show(plain: Any, spec: Any, prompt: str, params: Any) -> None:
         for event in engine.stream(prompt, params):
             console.print(coloured(engine, event), end="")
         console.print(f"\n[dim]{params.max_tokens / (perf_counter() - start):.0f} tokens/s while printing[/dim]")
-    key = Text.assemble("every colour is the target's own law:  ", *(x for k in ("accepted", "corrected", "bonus") for x in ((k, COLOURS[k]), "  ")))
+    key = Text.assemble(
+        "every colour is the target's own law:  ",
+        *(x for k in ("accepted", "corrected", "bonus") for x in ((k, COLOURS[k]), "  ")),
+    )
     console.print(key)
 
 
@@ -90,7 +95,10 @@ def greedy_check(plain: Any, spec: Any, texts: list[list[int]], max_tokens: int,
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     pairs = zip(plain.generate(texts, params), spec.generate(texts, params), strict=True)
-    found = [(a, certify(plain.parts.target, a.prompt, a.outputs[0].token_ids, b.outputs[0].token_ids, length + 1)) for a, b in pairs]
+    found = [
+        (a, certify(plain.parts.target, a.prompt, a.outputs[0].token_ids, b.outputs[0].token_ids, length + 1))
+        for a, b in pairs
+    ]
     differ = [d for _, d in found if d is not None]
     return {
         "prompts": len(found),
@@ -133,12 +141,19 @@ def report(arms: list[Any], check: dict[str, Any], temperature: float, length: i
 
 def print_report(d: dict[str, Any]) -> None:
     """The document for people: a table, the ledger in a sentence, a bar of the step's time."""
-    table = Table(title=f"temperature {d['temperature']:g}, draft length {d['length']}, held-out prompts", title_justify="left")
+    table = Table(
+        title=f"temperature {d['temperature']:g}, draft length {d['length']}, held-out prompts", title_justify="left"
+    )
     for column in ("", "tokens/s", "10th to 90th percentile", "where a step's time goes"):
         table.add_column(column)
     for name in ("plain", "speculative"):
         side = d[name]
-        table.add_row(name, f"{side['tokens_per_second']:.0f}", f"{side['low']:.0f} to {side['high']:.0f}", phase_bar(side["seconds"]))
+        table.add_row(
+            name,
+            f"{side['tokens_per_second']:.0f}",
+            f"{side['low']:.0f} to {side['high']:.0f}",
+            phase_bar(side["seconds"]),
+        )
     out = opt.Console(highlight=False)
     out.print(table)
     low, high = d["speedup_interval"]
@@ -155,7 +170,9 @@ def print_report(d: dict[str, Any]) -> None:
     greedy = d["greedy"]
     rest = f", {greedy['certified']} differ by rounding (certified)" if greedy["certified"] else ""
     bad = f", [bold red]{greedy['uncertified']} differ without a reason[/bold red]" if greedy["uncertified"] else ""
-    out.print(f"greedy text         {greedy['identical']} of {greedy['prompts']} prompts identical, token by token{rest}{bad}")
+    out.print(
+        f"greedy text         {greedy['identical']} of {greedy['prompts']} prompts identical, token by token{rest}{bad}"
+    )
 
 
 def phase_bar(seconds: dict[str, float], width: int = 24) -> Text:

@@ -12,10 +12,15 @@ from outrider.cli import options as opt
 
 
 def doctor(
-    target: Annotated[str | None, typer.Argument(help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False)] = None,
+    target: Annotated[
+        str | None,
+        typer.Argument(help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False),
+    ] = None,
     draft: Annotated[str | None, typer.Argument(help="Draft model to check it with.", show_default=False)] = None,
     dtype: opt.Dtype = "auto",
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Sequences decoded together, for the memory estimate.")] = 1,
+    slots: Annotated[
+        int, typer.Option("--slots", min=1, help="Sequences decoded together, for the memory estimate.")
+    ] = 1,
     max_length: opt.MaxLength = None,
     json: opt.Json = False,
 ) -> None:
@@ -68,7 +73,11 @@ def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[
     fits = have is None or need <= have
     told = "unknown" if have is None else f"{have / 2**30:.1f} GiB available"
     checks = [
-        {"check": "memory", "ok": fits, "found": f"about {need / 2**30:.2f} GiB needed (weights, KV, 0.3 working), {told}"}
+        {
+            "check": "memory",
+            "ok": fits,
+            "found": f"about {need / 2**30:.2f} GiB needed (weights, KV, 0.3 working), {told}",
+        }
     ]
     if "draft" not in models:
         return checks
@@ -110,9 +119,16 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
     table = Table("", *models, title="checkpoints", title_justify="left")
     size = lambda n: f"{n / 2**20:.1f} MiB"  # noqa: E731
     rows = {
-        "name": str, "architecture": str, "runtime": str, "parameters": lambda n: f"{n / 1e6:.1f}M", "dtype": str,
-        "vocabulary": str, "context": str, "weights_bytes": size, "kv_bytes": size,
-    }  # fmt: skip
+        "name": str,
+        "architecture": str,
+        "runtime": str,
+        "parameters": lambda n: f"{n / 1e6:.1f}M",
+        "dtype": str,
+        "vocabulary": str,
+        "context": str,
+        "weights_bytes": size,
+        "kv_bytes": size,
+    }
     for key, show in rows.items():
         table.add_row(key.replace("_bytes", ""), *(show(m[key]) for m in models.values()))
     console.print(table)

@@ -28,8 +28,16 @@ def generate(
     n: Annotated[int, typer.Option("--samples", help="Independent samples of the prompt.")] = 1,
     max_tokens: opt.MaxTokens = 128,
     stop: opt.Stop = None,
-    logprobs: Annotated[int | None, typer.Option("--logprobs", help="Log-probabilities with this many alternatives.", show_default=False)] = None,
-    prediction: Annotated[str | None, typer.Option("--prediction", help="A predicted continuation to draft from (see --draft prediction).", show_default=False)] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="Log-probabilities with this many alternatives.", show_default=False),
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            "--prediction", help="A predicted continuation to draft from (see --draft prediction).", show_default=False
+        ),
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-text token.")] = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -49,16 +57,35 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, n=n, max_tokens=max_tokens,
-        stop=tuple(stop or ()), logprobs=logprobs, ignore_eos=ignore_eos,
-    )  # fmt: skip
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        n=n,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
+        ignore_eos=ignore_eos,
+    )
     if prediction is not None and draft == "auto":
         draft = "prediction+auto" if target else "prediction"
     engine: Engine = engine_from_options(
-        target=target, draft=draft, length=length, rule=rule, dtype=dtype, device=device, draft_quantize=quantize_draft,
-        implementation=implementation, speculative_config=speculative_config, max_length=max_length, slots=n,
-    )  # fmt: skip
+        target=target,
+        draft=draft,
+        length=length,
+        rule=rule,
+        dtype=dtype,
+        device=device,
+        draft_quantize=quantize_draft,
+        implementation=implementation,
+        speculative_config=speculative_config,
+        max_length=max_length,
+        slots=n,
+    )
     if prediction is not None:
         from dataclasses import replace
 

@@ -38,7 +38,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
     """Exit codes: 0 done or passed, 1 a gate failed, 2 wrong usage, 3 inconclusive."""
 
 

@@ -13,36 +13,72 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 Target = Annotated[
     str | None,
-    typer.Option("--target", "-t", help="Target model: a folder or a Hub name. Default: the shipped pair.", show_default=False),
+    typer.Option(
+        "--target", "-t", help="Target model: a folder or a Hub name. Default: the shipped pair.", show_default=False
+    ),
 ]
 Draft = Annotated[
     str,
     typer.Option(
-        "--draft", "-d", help="What proposes: none, ngram, auto, a folder or a Hub name, or several joined by '+' (first that has a draft)."
+        "--draft",
+        "-d",
+        help="What proposes: none, ngram, auto, a folder or a Hub name, or several joined by '+' (first that has a draft).",
     ),
 ]
-Length = Annotated[int, typer.Option("--length", "-l", min=0, max=64, help="Draft length (tokens proposed per step); 0 is plain decoding.")]
+Length = Annotated[
+    int,
+    typer.Option("--length", "-l", min=0, max=64, help="Draft length (tokens proposed per step); 0 is plain decoding."),
+]
 Rule = Annotated[str, typer.Option("--rule", help="How drafts are judged: auto, speculative_sampling, match.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0: all.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Keep the smallest set of tokens with this mass.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than this share of the most likely one.")]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Divide the logits of tokens seen before; 1: off.")]
-PresencePenalty = Annotated[float, typer.Option("--presence-penalty", help="Subtract once from the logits of tokens in the output.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Divide the logits of tokens seen before; 1: off.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option("--presence-penalty", help="Subtract once from the logits of tokens in the output.")
+]
 FrequencyPenalty = Annotated[float, typer.Option("--frequency-penalty", help="Subtract per occurrence in the output.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text, whatever runs beside it. Default: a new one each time.", show_default=False)]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        help="Same seed, same text, whatever runs beside it. Default: a new one each time.",
+        show_default=False,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to emit.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Stop before this string (repeatable).", show_default=False)]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Stop before this string (repeatable).", show_default=False)
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float32 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Quantize = Annotated[str | None, typer.Option("--quantize-draft", help="int8 or int4 weights for the draft model: free of bias.", show_default=False)]
-Implementation = Annotated[str, typer.Option("--implementation", help="auto, lean (our runtime) or hf (unmodified Hugging Face model).")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize-draft", help="int8 or int4 weights for the draft model: free of bias.", show_default=False
+    ),
+]
+Implementation = Annotated[
+    str, typer.Option("--implementation", help="auto, lean (our runtime) or hf (unmodified Hugging Face model).")
+]
 SpeculativeConfig = Annotated[
     str | None,
-    typer.Option("--speculative-config", help="vLLM's JSON, unchanged; replaces --draft and --length.", show_default=False),
+    typer.Option(
+        "--speculative-config", help="vLLM's JSON, unchanged; replaces --draft and --length.", show_default=False
+    ),
 ]
-MaxLength = Annotated[int | None, typer.Option("--max-length", help="Context to reserve, prompt and output. Default: the model's.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length", help="Context to reserve, prompt and output. Default: the model's.", show_default=False
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")
+]
 
 err = Console(stderr=True, highlight=False)
 

@@ -5,32 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.protocols import Target
 from outrider.types import Rows, Segment, SequenceView
-
-
-def prefix_rows(
-    slots: Sequence[int],
-    prefixes: Sequence[Sequence[int]],
-    cached: Sequence[int],
-    device: torch.device,
-    scored: bool = True,
-) -> Rows:
-    """`Rows.assemble` for sequences without nodes, and fast: the last row of each gets logits, or none does."""
-    segments: list[Segment] = []
-    token: list[int] = []
-    position: list[int] = []
-    last: list[int] = []
-    for slot, prefix, start in zip(slots, prefixes, cached, strict=True):
-        segments.append(Segment(slot, len(token), start, len(prefix), (), scored))
-        token += prefix
-        position += range(start, start + len(prefix))
-        last.append(len(token) - 1)
-    as_tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=device)  # noqa: E731
-    return Rows(as_tensor(token), as_tensor(position), tuple(segments), as_tensor(last if scored else []))
 
 
 class TokenCache:
@@ -42,6 +21,7 @@ class TokenCache:
     def __init__(self, model: Target, slots: int, capacity: int, limit: int) -> None:
         self.model, self.limit = model, limit
         self.kv = model.new_kv(slots, capacity)
+        self._ruler = torch.arange(max(capacity, slots), dtype=torch.int64, device=model.device)
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self._sure = [0] * slots  # how many held tokens were seen to be history when last looked at
 
@@ -78,12 +58,30 @@ class TokenCache:
         self, slots: Sequence[int], pieces: Sequence[Sequence[int]], scored: bool = True
     ) -> Float[Tensor, "n V"]:
         """Feed and keep `pieces`, one per slot; the logits after the last token of each (no rows if not `scored`)."""
-        rows = prefix_rows(slots, pieces, [len(self.held[s]) for s in slots], self.model.device, scored)
+        rows = self._rows(slots, pieces, scored)
         logits = self.model.forward(rows, self.kv).logits
         self.kv.commit(rows, [()] * len(pieces))
         for slot, piece in zip(slots, pieces, strict=True):
             self.held[slot] += piece
         return logits
+
+    def _rows(self, slots: Sequence[int], pieces: Sequence[Sequence[int]], scored: bool) -> Rows:
+        """`Rows.assemble` for sequences without nodes. Cuts of a ruler spare the one-sequence case small tensors."""
+        segments: list[Segment] = []
+        token: list[int] = []
+        for slot, piece in zip(slots, pieces, strict=True):
+            segments.append(Segment(slot, len(token), len(self.held[slot]), len(piece), (), scored))
+            token += piece
+        n, rows, start = len(segments), len(token), segments[0].cached
+        if n == 1:
+            position, last = self._ruler[start : start + rows], self._ruler[rows - 1 : rows]
+        else:
+            position = self._tensor([p for s in segments for p in range(s.cached, s.cached + s.prefix)])
+            last = self._ruler[:n] if n == rows else self._tensor([s.first + s.prefix - 1 for s in segments])
+        return Rows(self._tensor(token), position, tuple(segments), last if scored else last[:0])
+
+    def _tensor(self, x: list[int]) -> Int[Tensor, "n"]:
+        return torch.tensor(x, dtype=torch.int64, device=self.model.device)
 
     def score(self, rows: Rows) -> Float[Tensor, "M V"]:
         """Logits of rows that start again at the last held token of each slot; their nodes are forgotten afterwards."""

@@ -1,12 +1,10 @@
 """Draws: a law and noise in, tokens out. Whoever calls these declares the very tensor that was drawn from.
 
 No draw returns a token of probability zero: the inverse CDF is summed in float64 with a strict comparison, and a pick
-that the rounding of a parallel sum put on a zero falls back to the most likely token.
+that the rounding of a parallel sum put on a zero becomes the most likely token.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from jaxtyping import Float
@@ -20,17 +18,25 @@ def inverse_cdf(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> list[l
     """
     cdf = law.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:]
-    u = torch.tensor(uniform, dtype=torch.float64, device=law.device)
-    # the first column whose cumulative mass exceeds u * total: one with mass, as long as the sums do not decrease
-    pick = torch.searchsorted(cdf, total * u, right=True).clamp_(max=law.shape[-1] - 1)
-    tokens, mass = pick.tolist(), law.gather(1, pick).tolist()
-    for i, (whole,) in enumerate(total.tolist()):
-        if not 0.0 < whole < math.inf:
-            tokens[i] = []
-        elif min(mass[i]) <= 0.0:
-            best = int(law[i].argmax())
-            tokens[i] = [t if m > 0.0 else best for t, m in zip(tokens[i], mass[i], strict=True)]
-    return tokens
+    single = len(uniform) == 1 and len(uniform[0]) == 1  # spares the commonest draw a small tensor
+    level = total * (uniform[0][0] if single else torch.tensor(uniform, dtype=torch.float64, device=law.device))
+    # the first column whose cumulative mass exceeds u * total; a total of zero, infinity or NaN ends up behind all columns
+    columns = torch.searchsorted(cdf, level, right=True).tolist()
+    tokens = [[] if law.shape[-1] in row else row for row in columns]
+    return tokens if law.device.type == "cpu" else with_mass(law, tokens)
+
+
+def with_mass(law: Float[Tensor, "n V"], tokens: list[list[int]]) -> list[list[int]]:
+    """`tokens`, those without mass replaced by the most likely one.
+
+    Needed where sums are formed in parallel: they may decrease by a rounding, and a column without mass be the first to
+    exceed a level. Sums formed term by term never decrease.
+    """
+    best = law.argmax(-1, keepdim=True)
+    width = max((len(row) for row in tokens), default=0)
+    pick = torch.tensor([row or [0] * width for row in tokens], dtype=torch.int64, device=law.device)
+    fixed = torch.where(law.gather(1, pick) > 0, pick, best).tolist()
+    return [new if row else [] for row, new in zip(tokens, fixed, strict=True)]
 
 
 def without_replacement(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> list[list[int]]:

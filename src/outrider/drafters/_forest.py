@@ -44,7 +44,7 @@ class Forest:
         """Keep the laws that nodes were drawn from; the number of the first one."""
         first = self._rows
         self._laws.append(probs)
-        self._rows += len(probs)
+        self._rows += probs.shape[0]
         return first
 
     def nodes(self, index: Sequence[int], device: torch.device) -> Draft:

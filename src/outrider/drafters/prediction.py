@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol, cast, runtime_checkable
 
@@ -31,17 +32,15 @@ class _Pointer:
     run:  output tokens in a row that agreed. read: output tokens seen.
     """
 
-    __slots__ = ("at", "base", "last", "prediction", "read", "run", "where")
+    __slots__ = ("at", "base", "behind", "last", "prediction", "read", "run")
 
     def __init__(self, prediction: tuple[int, ...]) -> None:
         self.prediction = prediction
         self.at = self.base = self.run = self.read = 0
         self.last = -1
-        self.where: dict[tuple[int, ...], list[int]] = {}  # n-gram -> the places behind it, ascending
-        for n in range(1, MAX_N + 1):
-            grams = zip(*(prediction[j:] for j in range(n)), strict=False)
-            for behind, gram in enumerate(grams, start=n):
-                self.where.setdefault(gram, []).append(behind)
+        self.behind: defaultdict[int, list[int]] = defaultdict(list)  # token -> the places behind it, ascending
+        for place, token in enumerate(prediction, start=1):
+            self.behind[token].append(place)
 
     def follows(self, view: SequenceView, prediction: tuple[int, ...]) -> bool:
         """Whether `view` may be the sequence whose output was read so far."""
@@ -63,12 +62,14 @@ class _Pointer:
 
     def _realign(self, end: list[int]) -> tuple[int, int]:
         """The place behind the longest n-gram at the output's `end`, nearest after `base` (or the first), and its n."""
-        for n in range(len(end), 0, -1):
-            places = self.where.get(tuple(end[-n:]))
-            if places:
-                i = bisect_left(places, self.base)
-                return places[i if i < len(places) else 0], n
-        return -1, 0
+        places = self.behind.get(end[-1])
+        if places is None:
+            return -1, 0
+        n = 1
+        while n < len(end) and (longer := [p for p in places if p > n and self.prediction[p - n - 1] == end[-n - 1]]):
+            places, n = longer, n + 1
+        i = bisect_left(places, self.base)
+        return places[i if i < len(places) else 0], n
 
 
 class Prediction:

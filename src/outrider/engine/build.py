@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,7 +84,11 @@ def build_engine(
 
 
 def _load(
-    target: str | Path | Target | None, tokenizer: object | None, options: Options, sinks: tuple[Sink, ...], progress: Progress | None
+    target: str | Path | Target | None,
+    tokenizer: object | None,
+    options: Options,
+    sinks: tuple[Sink, ...],
+    progress: Progress | None,
 ) -> Loaded:
     if target is not None and not isinstance(target, str | Path):
         return Loaded(None, target, tokenizer, (), options, sinks)
@@ -152,7 +157,11 @@ def companion(engine: Engine, draft: str | Drafter | None = None, **changes: obj
 
 
 def generate(
-    prompts: str | Seq[str], params: SamplingParams | None = None, *, target: str | Path | None = None, **options: object
+    prompts: str | Seq[str],
+    params: SamplingParams | None = None,
+    *,
+    target: str | Path | None = None,
+    **options: object,
 ) -> list[Result]:
     """Decode one or several prompts in one call: builds an engine (see `build_engine`), runs it, returns results in order."""
     many = [prompts] if isinstance(prompts, str) else list(prompts)

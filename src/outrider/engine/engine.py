@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence as Seq
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -96,7 +97,9 @@ class Engine:
         return build_engine(**options)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ requests
-    def submit(self, prompt: str | Seq[int], params: SamplingParams | None = None, *, request: str | None = None) -> str:
+    def submit(
+        self, prompt: str | Seq[int], params: SamplingParams | None = None, *, request: str | None = None
+    ) -> str:
         """Queue a request and return its name. Raises RequestError when it cannot be served."""
         params = params or SamplingParams()
         tokens = self.encode(prompt)
@@ -108,7 +111,15 @@ class Engine:
         for index in range(params.n):
             text = TextStream(self.tokenizer, params.stop) if self.tokenizer is not None else None
             sequence = Sequence(
-                name, index, list(tokens), len(tokens), params, derive_seed(seed, index), self.max_length, self.eos, text
+                name,
+                index,
+                list(tokens),
+                len(tokens),
+                params,
+                derive_seed(seed, index),
+                self.max_length,
+                self.eos,
+                text,
             )
             self._sequences[sequence.key] = sequence
             self.scheduler.waiting.append(sequence)
@@ -222,7 +233,9 @@ class Engine:
                 continue
             b += 1
             if b in judged.unusable:
-                events.append(sequence.fail("the target returned NaN or empty logits: check the checkpoint and the dtype"))
+                events.append(
+                    sequence.fail("the target returned NaN or empty logits: check the checkpoint and the dtype")
+                )
                 self._forget(sequence)
                 continue
             path, accepted = verdict.path[b], len(verdict.path[b])
@@ -288,7 +301,9 @@ class Engine:
             )
         wrong = next((t for t in tokens if not 0 <= t < vocab), None)
         if wrong is not None:
-            raise RequestError(f"prompt token {wrong} is outside the vocabulary of {vocab}: use this target's tokenizer")
+            raise RequestError(
+                f"prompt token {wrong} is outside the vocabulary of {vocab}: use this target's tokenizer"
+            )
         params.check_vocab(vocab)
 
     def _name(self) -> str:
@@ -303,7 +318,9 @@ def check_fit(target: Target, drafter: Drafter, rule: Rule, allow_lossy: bool) -
             f"drafter {drafter.name!r} proposes trees and this target cannot score them: use a chain (branching 1)"
         )
     if drafter.trees and not rule.trees:
-        raise CapabilityError(f"rule {rule.name!r} judges chains only and drafter {drafter.name!r} proposes trees: change one")
+        raise CapabilityError(
+            f"rule {rule.name!r} judges chains only and drafter {drafter.name!r} proposes trees: change one"
+        )
     if drafter.max_nodes and not target.rewinds:
         raise CapabilityError("this target cannot forget rejected tokens (recurrent state): use the drafter 'none'")
     if not rule.lossless and not allow_lossy:

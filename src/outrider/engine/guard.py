@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,11 +63,10 @@ def silence(logits: Float[Tensor, "M V"], counts: tuple[int, ...]) -> set[int]:
     Blanked rows keep the rule from failing for everybody; what their sequences emit is thrown away. `counts`: nodes of each of
     the B sequences, whose B anchor rows come first.
     """
-    peak = logits.amax(-1)  # NaN wins a maximum, so one reduction sees both
-    fine = torch.isfinite(peak)
-    if bool(fine.all()):
+    peak = logits.amax(-1).tolist()  # NaN wins a maximum, so one reduction sees both
+    bad = [i for i, x in enumerate(peak) if not math.isfinite(x)]
+    if not bad:
         return set()
-    bad = torch.nonzero(~fine).flatten()
     logits[bad] = 0.0
     owner = [*range(len(counts)), *(b for b, n in enumerate(counts) for _ in range(n))]
-    return {owner[i] for i in bad.tolist()}
+    return {owner[i] for i in bad}

@@ -96,7 +96,13 @@ class Sequence:
         if text:
             self.pieces.append(text)
         return Event(
-            self.request, self.index, tuple(tokens[:kept]), tuple(origins[:kept]), text, tuple(logprobs[:kept]), self.finish_reason
+            self.request,
+            self.index,
+            tuple(tokens[:kept]),
+            tuple(origins[:kept]),
+            text,
+            tuple(logprobs[:kept]),
+            self.finish_reason,
         )
 
     def _advance(self, token: int) -> str:

@@ -35,7 +35,9 @@ def first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int | None:
 
 
 @torch.inference_mode()
-def certify(target: Target, prompt: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], width: int = 5) -> Divergence | None:
+def certify(
+    target: Target, prompt: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], width: int = 5
+) -> Divergence | None:
     """None if the greedy outputs agree; otherwise the first divergence with its margin.
 
     width: rows of a verification (draft length + 1). Logits at the position are taken in three ways: the way plain decoding

@@ -105,7 +105,9 @@ class ArmSummary:
 
 def summarise(records: list[Record], base: str, *, seed: int = 0) -> list[ArmSummary]:
     """Per arm, in order of first appearance with the base first. low and high: 10th and 90th percentile over records."""
-    names = sorted({r.arm for r in records}, key=lambda n: (n != base, next(i for i, r in enumerate(records) if r.arm == n)))
+    names = sorted(
+        {r.arm for r in records}, key=lambda n: (n != base, next(i for i, r in enumerate(records) if r.arm == n))
+    )
     failed_groups = {(r.group, r.repeat) for r in records if r.failed}
     per_arm = {n: [r for r in records if r.arm == n and (r.group, r.repeat) not in failed_groups] for n in names}
     out: list[ArmSummary] = []
@@ -124,7 +126,19 @@ def summarise(records: list[Record], base: str, *, seed: int = 0) -> list[ArmSum
         phases = {p: sum(r.phases[p] for r in mine) for p in PHASES}
         failed = sum(r.failed for r in records if r.arm == name)
         out.append(
-            ArmSummary(name, tokens, seconds, tokens / seconds, float(low), float(median), float(high), phases, counts, failed, speedup)
+            ArmSummary(
+                name,
+                tokens,
+                seconds,
+                tokens / seconds,
+                float(low),
+                float(median),
+                float(high),
+                phases,
+                counts,
+                failed,
+                speedup,
+            )
         )
     return out
 

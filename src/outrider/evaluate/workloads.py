@@ -42,7 +42,11 @@ def _prompt(line: str, where: str) -> str:
         raise ConfigError(f"{where}: expected an object with a `prompt`")
     turns = row.get("turns")
     messages = row.get("messages")
-    user = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"] if isinstance(messages, list) else []
+    user = (
+        [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+        if isinstance(messages, list)
+        else []
+    )
     found = [row.get("prompt"), turns[0] if isinstance(turns, list) and turns else None, row.get("question"), *user]
     prompt = next((x for x in found if isinstance(x, str) and x), None)
     if prompt is None:

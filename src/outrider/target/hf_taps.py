@@ -84,16 +84,13 @@ class Taps:
 
 @dataclass
 class _Decoded(ModelOutput):
-    """What a decoder returns, for any family's head to read: the hidden states and nothing else."""
+    """What a decoder returns, for any family's head to read: the last state. All else a head passes on is None."""
 
     last_hidden_state: Tensor | None = None
-    past_key_values: None = None
-    cache_params: None = None
-    hidden_states: None = None
-    attentions: None = None
-    cross_attentions: None = None
-    router_logits: None = None
-    state: None = None
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def steps_after(owner: nn.Module, blocks: nn.ModuleList) -> tuple[list[nn.Module], ExitStack]:

@@ -30,21 +30,20 @@ from outrider.target.packed import Linear, make_linear
 from outrider.target.split import run_parts
 from outrider.types import Rows, Scores
 
-Norm = Callable[[Tensor, Tensor, float], Tensor]
+Norm = Callable[[Tensor], Tensor]
 TIED_COPY_BYTES = 64 << 20
 """Largest tied embedding of which the head gets a packed copy of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """One block, ready to run. qk_norm: [heads + kv_heads, head_dim], the query's and the key's norm weights, or
-    None."""
+    """One block, ready to run. qk_norm: of queries and keys [n, heads + kv_heads, head_dim], where there is one."""
 
-    norm1: Tensor
+    norm1: Norm
     qkv: Linear
-    qk_norm: Tensor | None
+    qk_norm: Norm | None
     o: Linear
-    norm2: Tensor
+    norm2: Norm
     gate_up: Linear
     down: Linear
 
@@ -77,8 +76,7 @@ class LeanTarget:
         self.vocab_size, self.hidden_size, self.layers = config.vocab_size, config.hidden, config.layers
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.embedding.device
         self.native = load_native(config, w) if native and quantize is None else None
-        self._embedding, self._final_norm = w.embedding, w.norm
-        self._norm = _norm_for(self.dtype, self.device)
+        self._embedding, self._norm = w.embedding, _norm(w.norm, config.eps)
         self._rope = _rope_table(config, 1, self.dtype, self.device)
         pack = self.native is None  # the native decoder reads the plain weights in place, and long prompts share them
         copy = w.head is not w.embedding or w.head.nbytes <= TIED_COPY_BYTES
@@ -133,31 +131,42 @@ class LeanTarget:
 
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """Final norm and output head, in float32 (float64 if the model is)."""
-        logits = self._head(self._norm(hidden.to(self.dtype), self._final_norm, self.config.eps))
+        logits = self._head(self._norm(hidden.to(self.dtype)))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @torch.no_grad()
     def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:
-        """All rows in one pass through PyTorch's operators."""
+        """All rows in one pass through PyTorch's operators.
+
+        The blocks run in inference mode, where views cost half; what comes out is made outside of it, as ordinary
+        tensors.
+        """
+        self._grow_rope(kv.capacity)
+        with torch.inference_mode():
+            x, taps = self._run_blocks(rows, kv, layers)
+        return Scores(self.unembed(x.index_select(0, rows.scored)), tuple(taps[i].clone() for i in layers))
+
+    def _run_blocks(
+        self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "N H"], dict[int, Tensor]]:
         c = self.config
         n, turned = rows.count, c.heads + c.kv_heads
-        self._grow_rope(kv.capacity)
         attend = AttentionPlan(rows, kv, c.heads, c.window)
         cos, sin = F.embedding(rows.position, self._rope).view(n, 2, 1, c.head_dim).unbind(1)
         x = self._embed_rows(rows)
         taps = {0: x}
         for i, block in enumerate(self._blocks):
-            qkv = block.qkv(self._norm(x, block.norm1, c.eps)).view(n, turned + c.kv_heads, c.head_dim)
+            qkv = block.qkv(block.norm1(x)).view(n, turned + c.kv_heads, c.head_dim)
             qk, v = qkv.split((turned, c.kv_heads), 1)
             if block.qk_norm is not None:
-                qk = self._norm(qk, block.qk_norm, c.eps)
+                qk = block.qk_norm(qk)
             q, k = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin).split((c.heads, c.kv_heads), 1)
             x = block.o.add(attend(i, q, k, v), x)
-            gate, up = block.gate_up(self._norm(x, block.norm2, c.eps)).split(c.inner, 1)
+            gate, up = block.gate_up(block.norm2(x)).split(c.inner, 1)
             x = block.down.add(F.silu(gate).mul_(up), x)
             if layers:
                 taps[i + 1] = x
-        return Scores(self.unembed(x[rows.scored]), tuple(taps[i] for i in layers))
+        return x, taps
 
     def _embed_rows(self, rows: Rows) -> Float[Tensor, "N H"]:
         try:
@@ -177,13 +186,20 @@ class LeanTarget:
 def _block(config: DecoderConfig, w: LayerWeights, quantize: str | None, pack: bool) -> _Block:
     qk_norm = None
     if w.q_norm is not None and w.k_norm is not None:
-        qk_norm = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
+        both = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
+        qk_norm = _norm(both, config.eps)
 
     def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
         return make_linear(weight, bias, quantize=quantize, pack=pack)
 
     return _Block(
-        w.norm1, linear(w.qkv, w.qkv_bias), qk_norm, linear(w.o, w.o_bias), w.norm2, linear(w.gate_up), linear(w.down)
+        norm1=_norm(w.norm1, config.eps),
+        qkv=linear(w.qkv, w.qkv_bias),
+        qk_norm=qk_norm,
+        o=linear(w.o, w.o_bias),
+        norm2=_norm(w.norm2, config.eps),
+        gate_up=linear(w.gate_up),
+        down=linear(w.down),
     )
 
 
@@ -197,17 +213,24 @@ def _rope_table(config: DecoderConfig, length: int, dtype: torch.dtype, device: 
     return torch.cat([cos, cos, -sin, sin], -1).to(device=device, dtype=dtype)
 
 
-def _norm_for(dtype: torch.dtype, device: torch.device) -> Norm:
-    return _rms_norm_cpu if device.type == "cpu" and dtype in (torch.float32, torch.float64) else _rms_norm
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm(weight: Tensor, eps: float) -> Norm:
     """x / rms(x) * weight over the last dimension; half precision is rounded before the weight, as in transformers."""
-    wide = x.float() if x.dtype.itemsize < 4 else x
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+        return _CpuNorm(weight, eps)
+
+    def norm(x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    return norm
 
 
-def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same in few operations: for few rows, starting one costs more than its arithmetic."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (norm * norm).mul_(1 / x.shape[-1]).add_(eps).rsqrt_().mul(x).mul_(weight)
+class _CpuNorm:
+    """The same in five operations instead of eleven: for few rows, starting one costs more than its arithmetic."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight, self._eps, self._share = weight, weight.new_full((), eps), 1 / weight.shape[-1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_().mul(x).mul_(self._weight)
