@@ -65,7 +65,7 @@ class Config:
     length: int = 512
     rows: int = 4
     draft_rows: int = 8
-    label_windows: int = 1000  # asked of the target; 2 MB each on disk
+    label_windows: int = 640  # asked of the target; 2 MB each on disk
     evaluated_windows: int = 96
     evaluated_length: int = 256  # a seed or baseline may have been trained on no more
     seed: int = 0

@@ -48,6 +48,7 @@ class Target(Protocol):
     """A causal language model that scores flat rows.
 
     trees: rows may be siblings. rewinds: rows may be forgotten again (False for recurrent states: plain decoding only).
+    notice: one sentence about how it was loaded that a user should read, or None.
     """
 
     vocab_size: int
@@ -56,6 +57,7 @@ class Target(Protocol):
     max_length: int
     trees: bool
     rewinds: bool
+    notice: str | None
     dtype: dtype
     device: device
 

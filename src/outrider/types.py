@@ -289,7 +289,7 @@ class Evidence:
         return out
 
 
-PHASES = ("target", "rule", "draft", "host")
+PHASES: tuple[str, ...] = ("target", "rule", "draft", "host")
 
 
 @dataclass(slots=True)

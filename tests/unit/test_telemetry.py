@@ -23,7 +23,7 @@ def simulate(g: np.random.Generator, tosses: int, bias: float = 0.0) -> Counts:
     risk = g.uniform(0.05, 0.9, tosses)
     rejected = int((g.random(tosses) < np.clip(risk + bias, 0, 1)).sum())
     return Counts(
-        judged=tosses, accepted=tosses - rejected, rejected=rejected, risk=risk.sum(), spread=(risk * (1 - risk)).sum()
+        judged=tosses, accepted=tosses - rejected, rejected=rejected, risk=float(risk.sum()), spread=float((risk * (1 - risk)).sum())
     )
 
 

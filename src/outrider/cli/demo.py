@@ -111,7 +111,7 @@ def greedy_check(plain: Any, spec: Any, texts: list[list[int]], max_tokens: int,
 
 def report(arms: list[Any], check: dict[str, Any], temperature: float, length: int) -> dict[str, Any]:
     """The demo's document."""
-    from outrider.evaluate.measure import as_json, machine
+    from outrider.evaluate.measure import machine
     from outrider.telemetry.ledger import predicted_speedup, summary
 
     plain, spec = arms
@@ -129,7 +129,7 @@ def report(arms: list[Any], check: dict[str, Any], temperature: float, length: i
         **sides,
         "speedup": spec.speedup.value,
         "speedup_interval": [spec.speedup.low, spec.speedup.high],
-        "verdict": as_json(spec)["speedup"]["verdict"],
+        "verdict": spec.speedup.verdict,
         "predicted_speedup": predicted_speedup(spec.counts, spec.phases, plain.counts, plain.phases),
         **summary(spec.counts),
         "greedy": check,

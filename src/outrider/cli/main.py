@@ -29,7 +29,7 @@ app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
-def _version(value: bool) -> None:
+def _version(value: bool | None) -> None:
     if value:
         from outrider import __version__
 
@@ -39,7 +39,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool | None = typer.Option(None, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Exit codes: 0 done or passed, 1 a gate failed, 2 wrong usage, 3 inconclusive."""
 

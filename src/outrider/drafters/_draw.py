@@ -20,7 +20,7 @@ def inverse_cdf(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> list[l
     total = cdf[:, -1:]
     single = len(uniform) == 1 and len(uniform[0]) == 1  # spares the commonest draw a small tensor
     level = total * (uniform[0][0] if single else torch.tensor(uniform, dtype=torch.float64, device=law.device))
-    # the first column whose cumulative mass exceeds u * total; a total of zero, infinity or NaN ends up behind all columns
+    # the first column whose cumulative mass exceeds u * total; a total of 0, infinity or NaN ends up behind all columns
     columns = torch.searchsorted(cdf, level, right=True).tolist()
     tokens = [[] if law.shape[-1] in row else row for row in columns]
     return tokens if law.device.type == "cpu" else with_mass(law, tokens)

@@ -42,12 +42,16 @@ class _Params(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """One level about to be drawn: `ends[e]` = (sequence, node) whose children row e of the logits decides."""
+    """One level about to be drawn: `ends[e]` = (sequence, node) whose children row e of the logits decides.
+
+    kinds[i]: how the nodes of sequence i are chosen, see `ModelDrafter._kind`.
+    """
 
     evidence: Evidence
     depth: int
     width: int
     ends: list[tuple[int, int]]
+    kinds: list[str]
 
     def uniforms(self, rows: Sequence[int]) -> list[list[float]]:
         """The uniforms of the children of the ends `rows`; siblings and cousins differ by their index in the level."""
@@ -157,8 +161,9 @@ class ModelDrafter:
         # what the cache lacks and the anchor, in one forward: its last rows give the first level
         logits = cache.append(slots, [views[i].tokens[len(cache.held[s]) :] for i, s in zip(live, slots, strict=True)])
         ends = [(i, -1) for i in live]
+        kinds = [self._kind(cast(_Params, v.params)) for v in views]
         for depth, width in enumerate(self.widths, start=1):
-            new = self._level(_Level(evidence, depth, width, ends), self._fit(logits), forest)
+            new = self._level(_Level(evidence, depth, width, ends, kinds), self._fit(logits), forest)
             ends = [(i, k) for i, k in new if depths[i] > depth]
             if not ends:
                 return
@@ -167,12 +172,11 @@ class ModelDrafter:
     def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int]]:
         """Choose the children of every end and add them to the forest; the new (sequence, node) pairs."""
         views = level.evidence.sequences
-        kinds = [self._kind(cast(_Params, views[i].params)) for i, _ in level.ends]
         new: list[tuple[int, int]] = []
-        for kind in sorted(set(kinds)):
-            rows = [e for e, k in enumerate(kinds) if k == kind]
-            mine = logits if len(rows) == len(kinds) else logits[rows]
-            first = None
+        for kind in sorted({level.kinds[i] for i, _ in level.ends}):
+            rows = [e for e, (i, _) in enumerate(level.ends) if level.kinds[i] == kind]
+            mine = logits if len(rows) == len(level.ends) else logits[rows]
+            first = POINT_MASS
             if kind == "raw":
                 chosen = _draw.top(mine, level.width)
             else:
@@ -184,7 +188,8 @@ class ModelDrafter:
                     first, chosen = forest.add_laws(mine), self._draw(mine, level, rows)
             for j, (e, tokens) in enumerate(zip(rows, chosen, strict=True)):
                 i, up = level.ends[e]
-                new += [(i, forest.add(i, up, t, POINT_MASS if first is None else first + j)) for t in tokens]
+                row = first + j if kind == "drawn" else POINT_MASS
+                new += [(i, forest.add(i, up, t, row)) for t in tokens]
         return new
 
     def _kind(self, params: _Params) -> str:

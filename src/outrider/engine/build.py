@@ -129,7 +129,7 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
     )
     engine.loaded = replace(loaded, options=options)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
-    engine.notices = [t.notice for t in targets if getattr(t, "notice", None)]
+    engine.notices = [t.notice for t in targets if t.notice is not None]
     return engine
 
 

@@ -65,7 +65,7 @@ class Engine:
         rule: Rule,
         controller: Controller,
         *,
-        tokenizer: object | None = None,
+        tokenizer: Any = None,
         slots: int = 8,
         max_length: int | None = None,
         chunk: int = 256,

@@ -40,7 +40,8 @@ class Judged:
 
 def row_laws(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], list[tuple[int, ...]]]:
     """For each scored row its sequence and the drafted tokens on its own path: what a law needs to be exact on trees."""
-    owners, paths = list(views), [()] * len(views)
+    owners = list(views)
+    paths: list[tuple[int, ...]] = [()] * len(views)
     for b, view in enumerate(views):
         low = draft.offsets[b]
         for k in range(low, draft.offsets[b + 1]):

@@ -107,7 +107,7 @@ def _load_hf(
     size = sum(math.prod(entry.shape) for entry in read_entries(folder).values()) * chosen.itemsize
     require_memory(size, device, "the model's weights", "choose a smaller model or dtype, or free memory")
     target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
-    target.notice = notice  # type: ignore[attr-defined]
+    target.notice = notice
     if notice is not None:
         logger.warning("%s", notice)
     return target
