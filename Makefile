@@ -6,6 +6,9 @@ STAMP := $(VENV)/.outrider
 # Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
 TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
+# Shapes and types of every call are checked at run time in these tests (five times slower, so not in the statistical ones).
+TYPED := tests/unit tests/cli tests/contract/test_scripted.py
+SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 .PHONY: demo test test-slow check docs bench clean
 
@@ -20,7 +23,8 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(SHAPES) $(TYPED)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" tests $(addprefix --ignore=,$(TYPED))
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow

@@ -1,10 +1,10 @@
-"""How fast is one forward of the native decoder, and of what that machine could do?
+"""How fast is one forward of the native decoder, and what part of the machine's reading speed is that?
 
     python benchmarks/native.py [--threads 1] [--rounds 40] [--float32]
 
 Prints, for a 160M-parameter decoder and for a one-layer draft, microseconds per forward by number of rows (interleaved rounds,
-10th percentile and median), the rate at which weights were read, and the rate of a plain read of the same memory. If the lean
-decoder's torch path is there, it runs in the same rounds.
+10th percentile and median), the rate at which weights were read, and beside it, in the same rounds, a plain read of as much
+memory and the same forwards through torch's operators (`LeanTarget` without the native decoder).
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
-from outrider.target.native import NativeDecoder, load_native
+from outrider.target.lean import LeanTarget
+from outrider.target.native import load_native
 from outrider.types import Draft, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 16)
+TORCH_ROWS = (1, 4, 8)
 CACHED = 128
 
 
@@ -82,18 +85,17 @@ def measure(title: str, config: DecoderConfig, dtype: torch.dtype, rounds: int) 
     size = read_bytes(weights)
     memory = torch.ones(size // 4)
     arms: dict[str, Callable[[], object]] = {"read": lambda: memory.sum()}
-    arms |= {f"{n} rows": arm(decoder, chain(n), kv) for n in ROWS}
+    arms |= {f"{n} rows": partial(decoder.forward, chain(n), kv) for n in ROWS}
+    lean = LeanTarget(config, weights, native=False)
+    arms |= {f"torch {n} rows": partial(lean.forward, chain(n), kv) for n in TORCH_ROWS}
     times = interleaved(arms, rounds)
-    print(f"{title}: {size / 1e6:.1f} MB of {str(dtype)[6:]} weights, {CACHED} cached, {decoder.kind}, {torch.get_num_threads()} threads")
+    weights_read = f"{size / 1e6:.1f} MB of {str(dtype)[6:]} weights"
+    print(f"{title}: {weights_read}, {CACHED} cached, {decoder.kind}, {torch.get_num_threads()} threads")
     best = statistics.quantiles(times["1 rows"], n=10)[0]
     for name, spent in times.items():
         p10, middle = statistics.quantiles(spent, n=10)[0], statistics.median(spent)
         ratio = "" if name == "read" else f"  {p10 / best:5.2f}x of one row"
-        print(f"  {name:8} p10 {p10:9.1f} us  median {middle:9.1f} us  {size / p10 / 1e3:6.1f} GB/s{ratio}")
-
-
-def arm(decoder: NativeDecoder, rows: Rows, kv: ContiguousKV) -> Callable[[], object]:
-    return lambda: decoder.forward(rows, kv, ())
+        print(f"  {name:12} p10 {p10:9.1f} us  median {middle:9.1f} us  {size / p10 / 1e3:6.1f} GB/s{ratio}")
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from peers_arms import ENGINES, Arm, Worker, arms
 from peers_report import write_report
 
 OUT = Path("runs/peers")
-WARM_TOKENS = 8
+WARM = 8
+SLOW_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,12 @@ class Workload:
     vocab: int
     seed: int
 
-    def command(self, arm: Arm, scenario: Scenario, turn: int, tokens: int) -> dict[str, Any]:
-        """The same prompts for every arm of a turn (-1: the warm-up); the arm's own setting."""
+    def command(self, arm: Arm, scenario: Scenario, turn: int) -> dict[str, Any]:
+        """The same prompts for every arm of a turn, the arm's own setting. Turn -1 is short: it only warms up."""
         draw = random.Random(f"{self.seed} {scenario.name} {turn}")
+        prompt, tokens = (self.prompt, self.tokens) if turn >= 0 else (min(WARM, self.prompt), min(WARM, self.tokens))
         return {
-            "prompts": [[draw.randrange(self.vocab) for _ in range(self.prompt)] for _ in range(scenario.batch)],
+            "prompts": [[draw.randrange(self.vocab) for _ in range(prompt)] for _ in range(scenario.batch)],
             "tokens": tokens,
             "temperature": scenario.temperature,
             "seed": draw.randrange(2**31),
@@ -69,7 +71,10 @@ class Workload:
 
 
 class Bench:
-    """Started workers, and the samples by scenario and arm: one entry a round, None where it failed."""
+    """Started workers, and the samples by scenario and arm: one entry a round, None where it failed or sat out.
+
+    An arm that takes n times SLOW_SECONDS takes part in every n-th round only, or nothing else would get a second one.
+    """
 
     def __init__(self, wanted: Sequence[Arm], scenarios: Sequence[Scenario], workload: Workload) -> None:
         self.arms, self.scenarios, self.workload = list(wanted), list(scenarios), workload
@@ -104,8 +109,9 @@ class Bench:
         for scenario in order.sample(self.scenarios, len(self.scenarios)):
             table = self.samples[scenario.name]
             for arm in order.sample(self.arms, len(self.arms)):
-                if arm.name in table and (arm.worker.name in self.running or turn >= 0):
-                    sample = self._ask(arm, scenario, turn)
+                if arm.name in table:
+                    due = turn < 0 or turn % _period(table[arm.name]) == 0
+                    sample = self._ask(arm, scenario, turn) if due else None
                     if turn >= 0:
                         table[arm.name].append(sample)
         self.rounds = turn + 1
@@ -114,10 +120,9 @@ class Bench:
         running = self.running.get(arm.worker.name)
         if running is None:
             return None
-        warm = self.workload.command(arm, scenario, -1, min(WARM_TOKENS, self.workload.tokens))
-        tokens = self.workload.tokens if turn >= 0 else min(2 * WARM_TOKENS, self.workload.tokens)
+        warm, timed = (self.workload.command(arm, scenario, t) for t in (-1, turn))
         try:
-            return pool.ask(running, self.workload.command(arm, scenario, turn, tokens), warm)
+            return pool.ask(running, timed, warm)
         except pool.WorkerError as error:
             say(str(error))
             self.failed[arm.worker.name] = str(error)
@@ -145,6 +150,11 @@ class Bench:
             "scenarios": {s.name: {"batch": s.batch, "temperature": s.temperature} for s in self.scenarios},
             "samples": self.samples,
         }
+
+
+def _period(samples: Sequence[dict[str, Any] | None]) -> int:
+    """In every how manieth round an arm takes part, by the fastest it was so far."""
+    return max(1, round(min((s["seconds"] for s in samples if s), default=0.0) / SLOW_SECONDS))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -188,7 +198,7 @@ def run_pair(pair: str, folder: Path, deadline: float, options: argparse.Namespa
     try:
         bench.start(load, len(cores), options.out / "logs" / pair, options.patience)
         longest, turn = 0.0, -1
-        while turn < options.rounds and (turn < 1 or time.monotonic() + longest < deadline):
+        while bench.running and turn < options.rounds and (turn < 1 or time.monotonic() + longest < deadline):
             start = time.monotonic()
             bench.round(turn)
             longest = max(longest, time.monotonic() - start) if turn >= 0 else 0.0
@@ -197,6 +207,8 @@ def run_pair(pair: str, folder: Path, deadline: float, options: argparse.Namespa
             turn += 1
     finally:
         bench.end()
+    if not bench.rounds:
+        raise SystemExit(f"nothing was measured: {bench.failed or bench.absent}")
     print(out)
 
 

@@ -46,7 +46,8 @@ def section(result: dict[str, Any]) -> str:
     head = ["arm", "tokens/s", "10% to 90%", "tokens per target call", "rounds"]
     for scenario, arms in result["samples"].items():
         rows = [arm_row(name, samples) for name, samples in arms.items() if any(samples)]
-        parts.append(f"### {scenario}\n\n{table(head, rows)}\n")
+        if rows:
+            parts.append(f"### {scenario}\n\n{table(head, rows)}\n")
     return "\n".join(parts)
 
 

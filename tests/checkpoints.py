@@ -1,5 +1,4 @@
-"""Small random checkpoints in Hugging Face format, made by transformers' own classes: the ground truth of loading
-tests."""
+"""Small random checkpoints in Hugging Face format, made by transformers' own classes: the ground truth of loading tests."""
 
 from __future__ import annotations
 
@@ -88,8 +87,7 @@ def make_checkpoint(
 
 
 def make_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer without merges: ids 0..3 are <pad>, <s>, </s>, <unk>, then the 256 bytes; with a chat
-    template."""
+    """A byte-level tokenizer without merges: ids 0..3 are <pad>, <s>, </s>, <unk>, then the 256 bytes; with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<pad>", "<s>", "</s>", "<unk>"]

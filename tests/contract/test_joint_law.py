@@ -65,10 +65,12 @@ def collect(engine: Engine, n: int, *, seed: int, disturb: bool) -> np.ndarray:
     p = lambda i: SamplingParams(temperature=1.0, max_tokens=T, seed=seed * 10_000_000 + i)  # noqa: E731
     names = {engine.submit(PROMPT, p(i)): [] for i in range(n)}
     strangers: list[str] = []
-    while engine.busy:
+    unfinished = n
+    while unfinished:
         for event in engine.step():
             if event.request in names:
                 names[event.request] += event.tokens
+                unfinished -= event.finish_reason is not None
         if disturb and g.random() < 0.3:
             strangers.append(
                 engine.submit([int(g.integers(V)) for _ in range(1 + int(g.integers(6)))], SamplingParams(max_tokens=9))

@@ -146,7 +146,9 @@ class Enumerator:
             return (low + high) / 2
         return low + self.edge if where == 1 else high - self.edge
 
-    def _walk(self, node: int, prefix: tuple[int, ...], weight: float, token: list[int], coins: dict) -> Iterator[Probe]:
+    def _walk(
+        self, node: int, prefix: tuple[int, ...], weight: float, token: list[int], coins: dict
+    ) -> Iterator[Probe]:
         world, kids = self.world, self.nodes[node + 1]
         law = world.p[index(prefix, world.vocab)]
         if not kids:
@@ -237,7 +239,9 @@ def assemble(worlds: Sequence[World], probes: Sequence[Probe], dtype: torch.dtyp
         laws, tuple(row), None if support is None else torch.from_numpy(support), worlds[0].shape.siblings
     )
     counts = tuple(len(probe.token) for probe in probes)
-    return p, Draft(torch.tensor(token, dtype=torch.int64), tuple(parent), counts, proposal if any(r >= 0 for r in row) else None)
+    return p, Draft(
+        torch.tensor(token, dtype=torch.int64), tuple(parent), counts, proposal if any(r >= 0 for r in row) else None
+    )
 
 
 def examine(

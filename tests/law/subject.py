@@ -31,7 +31,9 @@ class Patch:
         if file != self.file:
             return source
         if source.count(self.old) != 1:
-            raise AssertionError(f"{file}.py holds {source.count(self.old)} times the text {self.old!r}: update the mutant")
+            raise AssertionError(
+                f"{file}.py holds {source.count(self.old)} times the text {self.old!r}: update the mutant"
+            )
         return source.replace(self.old, self.new)
 
 

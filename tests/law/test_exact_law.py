@@ -40,17 +40,30 @@ CHAINS = [  # name, vocabulary, shape, support, cases
     ("support", 4, chain(2), np.array([2, 0, 3]), 200),
 ]
 TREES = [
-    *[(f"iid {name}", v, shape, False, n) for (name, shape), v, n in zip(shapes().items(), (3, 3, 2, 2), (400, 80, 60, 40))],
+    *[
+        (f"iid {name}", v, shape, False, n)
+        for (name, shape), v, n in zip(shapes().items(), (3, 3, 2, 2), (400, 80, 60, 40))
+    ],
     *[
         (f"without replacement {name}", v, shape, full, n)
         for (name, shape), v, full, n in zip(
-            shapes("without_replacement").items(), (3, 4, 3, 3), (False, True, True, False), (300, 30, 10, 10), strict=True
+            shapes("without_replacement").items(),
+            (3, 4, 3, 3),
+            (False, True, True, False),
+            (300, 30, 10, 10),
+            strict=True,
         )
     ],
     ("points", 3, Shape((-1, -1, 0, 0, 1), (False,) * 5), False, 400),
     ("points, wide", 4, Shape((-1, -1, -1, -1, 2), (False,) * 5), False, 200),
     ("law and points", 3, Shape((-1, -1, -1, 0), (True, False, True, True)), False, 80),
-    ("points and law without replacement", 3, Shape((-1, -1, -1), (False, True, True), "without_replacement"), False, 90),
+    (
+        "points and law without replacement",
+        3,
+        Shape((-1, -1, -1), (False, True, True), "without_replacement"),
+        False,
+        90,
+    ),
 ]
 
 
@@ -58,7 +71,9 @@ def test_there_are_ten_thousand_cases():
     assert sum(case[-1] for case in CHAINS) + sum(case[-1] for case in TREES) == 10_000
 
 
-def _check(rule, worlds: list[World], seed: int, dtype=torch.float64, edge: float = EDGE, tolerance: float = EXACT) -> None:
+def _check(
+    rule, worlds: list[World], seed: int, dtype=torch.float64, edge: float = EDGE, tolerance: float = EXACT
+) -> None:
     found = examine(rule, worlds, np.random.default_rng([seed, 1]), dtype, edge)
     assert found.law.max() <= tolerance
     assert found.ledger.max() <= tolerance, "E[risk - rejections] is not zero"
@@ -128,7 +143,11 @@ def laws(vocab: int) -> st.SearchStrategy[np.ndarray]:
 
 @st.composite
 def cases(draw, vocab: int = 3) -> World:
-    shape = draw(st.sampled_from([chain(1), chain(2), *list(shapes().values())[:2], *list(shapes("without_replacement").values())[:2]]))
+    shape = draw(
+        st.sampled_from(
+            [chain(1), chain(2), *list(shapes().values())[:2], *list(shapes("without_replacement").values())[:2]]
+        )
+    )
     rows = prefixes(vocab, shape.depth)
     p = [draw(laws(vocab)) for _ in range(rows)]
     q = [p[i] if draw(st.booleans()) and draw(st.booleans()) else draw(laws(vocab)) for i in range(rows)]

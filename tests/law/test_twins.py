@@ -30,16 +30,23 @@ def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtyp
     token = torch.multinomial(q, 1, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))[:nodes, 0]
     row = tuple(k if rng.random() < 0.8 else POINT_MASS for k in range(nodes))
     mode = str(rng.choice(["iid", "without_replacement"]))
-    proposal = [None, Proposal(q.to(dtype), row, None, mode), Proposal(q.to(dtype), row, None, mode)][int(rng.integers(3))]
+    proposal = [None, Proposal(q.to(dtype), row, None, mode), Proposal(q.to(dtype), row, None, mode)][
+        int(rng.integers(3))
+    ]
     if proposal is not None and rng.random() < 0.3:
         support = torch.from_numpy(rng.permutation(vocab)[: max(vocab * 2 // 3, 1)])
         laws = proposal.probs[:, support]
         proposal = Proposal(laws / laws.sum(1, keepdim=True).clamp(min=1e-30), row, support, mode)
-    noise = Noise(tuple(int(s) for s in rng.integers(2**40, size=sequences)), tuple(int(s) for s in rng.integers(900, size=sequences)))
+    noise = Noise(
+        tuple(int(s) for s in rng.integers(2**40, size=sequences)),
+        tuple(int(s) for s in rng.integers(900, size=sequences)),
+    )
     return p.to(dtype), Draft(token, tuple(parent), counts, proposal), noise
 
 
-@pytest.mark.parametrize(("vocab", "sequences", "rounds"), [(2, 8, 150), (7, 8, 150), (300, 4, 40), (5000, 3, 25), (1024 * 5, 2, 8)])
+@pytest.mark.parametrize(
+    ("vocab", "sequences", "rounds"), [(2, 8, 150), (7, 8, 150), (300, 4, 40), (5000, 3, 25), (1024 * 5, 2, 8)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_twins_agree_bit_for_bit(vocab, sequences, rounds, dtype):
     rng = np.random.default_rng([21, vocab])

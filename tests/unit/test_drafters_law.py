@@ -2,9 +2,9 @@
 
 Draws through the public API, many sequences a call, V = 9; false-alarm probability 1e-9 per assertion. 25,600 draws
 from one law for each of four sets of parameters (a total-variation error of 3% is seen with probability 0.999; nightly
-102,400 draws and 1.5%), and 6,000 trees of two levels for every way to draw (6% in the joint law). Besides, every token
-is recomputed from the returned row and the noise: a row that is not the very tensor drawn from fails without any
-statistics (reliability bugs 2, 3, 4).
+102,400 draws and 1.5%), and 6,000 trees of two levels for every way to draw (6% in the joint law; coupled ones 300, with
+102,400 races on their own). Besides, every token is recomputed from the returned row and the noise: a row that is not the very tensor
+drawn from fails without any statistics (reliability bugs 2, 3, 4).
 """
 
 from __future__ import annotations
@@ -91,13 +91,24 @@ def test_many_draws_from_one_law(params: str, batch: int) -> None:
     assert p_value(count, cold / cold.sum() * count.sum()) < ALPHA
 
 
+def test_a_hundred_thousand_races() -> None:
+    """The first two arrivals of an exponential race are two draws without replacement."""
+    q = law((), GRID["hot, min-p"])
+    noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(102_400, V)))
+    count = np.zeros((V, V))
+    for x, y in _draw.race(torch.from_numpy(q).expand(102_400, V), noise, 2):
+        count[x, y] += 1
+    assert p_value(count, sibling_law(q, {"branching": (2,), "sample": "coupled"}) * count.sum()) > ALPHA
+    assert p_value(count, sibling_law(q, {"branching": (2,)}) * count.sum() + 1e-300) < ALPHA  # control: iid
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_trees_are_drawn_as_declared(case: str) -> None:
     """The first two siblings and the child of the first: their joint counts against the laws the draft returned."""
     how, params = CASES[case]
     siblings, child = np.zeros((V, V)), np.zeros((V, V))
     laws: dict[tuple[int, ...], np.ndarray] = {}
-    for draft in draws(2, how, params, calls=3, batch=2000):
+    for draft in draws(2, how, params, calls=3, batch=100 if how.get("sample") == "coupled" else 2000):
         assert draft.q is not None
         probs = draft.q.probs.numpy()
         np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-12)

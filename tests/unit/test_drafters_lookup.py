@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -12,7 +13,11 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
+from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
+from outrider.sampling.params import SamplingParams
+from outrider.target.toy import TinyLM
+from outrider.verify import SpeculativeSampling
 from tests.unit.drafting import chain, evidence, view
 
 V = 50
@@ -36,7 +41,7 @@ def lookup(tokens: list[int], sizes: range, depth: int) -> list[int]:
     cuts=st.lists(st.integers(1, 9), max_size=12),
     sizes=st.sampled_from([(1, 1), (1, 3), (2, 4), (4, 4)]),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_ngram_finds_what_a_scan_finds(text: list[int], cuts: list[int], sizes: tuple[int, int]) -> None:
     """However the tokens arrive, in steps of any size, budgets of 0 among them."""
     drafter = NGram(5, min_n=sizes[0], max_n=sizes[1])
@@ -125,7 +130,7 @@ def test_prediction_without_one_and_in_another_slot() -> None:
 
 
 @given(output=st.lists(st.integers(0, 4), max_size=30), prediction=st.lists(st.integers(0, 4), min_size=1, max_size=30))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_prediction_in_any_steps_is_the_same(output: list[int], prediction: list[int]) -> None:
     """Contract 6: fed token by token or at once, the pointer ends in the same place."""
     p, slow = tuple(prediction), Prediction(4)
@@ -133,6 +138,19 @@ def test_prediction_in_any_steps_is_the_same(output: list[int], prediction: list
         step = predict(slow, output[:n], p)
     assert step == predict(Prediction(4), output, p)
     assert not step or any(p[i : i + len(step)] == tuple(step) for i in range(len(p)))
+
+
+def test_a_true_prediction_is_accepted_whole() -> None:
+    """Through the engine: a prediction that comes true costs one step per `length + 1` tokens, a wrong one costs no token."""
+    model = TinyLM(V, seed=1, sharp=4.0)
+    build = lambda: Engine(model, Prediction(4), SpeculativeSampling(), Fixed(4), slots=1, max_length=64)  # noqa: E731
+    plain = build().generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=21))[0].outputs[0].token_ids
+    params = SamplingParams(temperature=0.0, max_tokens=21, prediction=plain)
+    engine = build()
+    assert engine.generate([[1, 2, 3]], params)[0].outputs[0].token_ids == plain
+    assert (engine.counts.rejected, engine.counts.steps) == (0, 5)
+    wrong = replace(params, prediction=tuple(t ^ 1 for t in plain))
+    assert build().generate([[1, 2, 3]], wrong)[0].outputs[0].token_ids == plain
 
 
 def test_none_fixed_and_options() -> None:

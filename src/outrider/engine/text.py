@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_HELD = 3  # a character of UTF-8 lacks at most 3 of its bytes; some decoders show one replacement character for each
+_LACKING = 3  # a started character of UTF-8 waits for at most 3 more bytes, and shows as at most 3 broken ones
 _STRIDE = 4  # tokens by which the window moves; it holds at most twice as many
-_PATIENCE = 64  # tokens after which it moves even in the middle of undecodable bytes
+_PATIENCE = 16  # tokens for which a run of broken characters may still become whole
 
 
 @runtime_checkable
@@ -98,7 +98,9 @@ class TextStream:
         self._matcher = StopMatcher(stop) if stop else None
         self._window = 0  # first token of the window
         self._border = self._start  # a later token where characters begin: the next window starts there
-        self._shown = _settled(self._decode(0)) if self._ids else 0  # characters of the window's text already taken
+        # Characters of the window's text already taken; a character the prompt only began belongs to the output.
+        self._shown = len(self._decode(0).rstrip(UNKNOWN)) if self._ids else 0
+        self._waiting = 0  # pushes since the text last ended with a whole character
         self._buffer = ""  # characters taken but held back: they may be the start of a stop string
         self.stop_string: str | None = None
 
@@ -126,16 +128,18 @@ class TextStream:
         """
         if self.stopped or not tokens:
             return "", 0
-        size, window, border, shown, held = len(self._ids), self._window, self._border, self._shown, self._buffer
-        matched = self._matcher.save() if self._matcher else []
+        before = (self._window, self._border, self._shown, self._waiting, self._buffer)
+        size, matched = len(self._ids), self._matcher.save() if self._matcher else []
         self._ids += tokens
         text = self._take()
-        if self._matcher is None or not self.stopped:
+        if self._waiting == 0 and not self.stopped:
             return text, len(tokens)
-        # Which token completed the stop string? Go back and look.
+        # Which token completed the stop string, or began the broken character? Go back and look.
         del self._ids[size:]
-        self._window, self._border, self._shown, self._buffer, self.stop_string = window, border, shown, held, None
-        self._matcher.restore(matched)
+        self._window, self._border, self._shown, self._waiting, self._buffer = before
+        self.stop_string = None
+        if self._matcher:
+            self._matcher.restore(matched)
         pieces = []
         for token in tokens:
             pieces.append(self.push(token))
@@ -156,24 +160,27 @@ class TextStream:
     def _take(self) -> str:
         """Decode the window and pass on what is new and certain."""
         text = self._decode(self._window)
-        settled = _settled(text)
-        new = text[self._shown : settled]
-        self._shown = max(self._shown, settled)
-        self._move_window(settled == len(text))
+        broken = len(text) - len(text.rstrip(UNKNOWN))
+        self._waiting = self._waiting + 1 if broken else 0
+        # Decoders of byte tokens show a whole run of them as broken, characters shown before included, until its last
+        # character is complete. A run that does not become whole is truly broken, but for its last bytes.
+        certain = len(text) - (broken if self._waiting <= _PATIENCE else min(broken, _LACKING))
+        new = text[self._shown : certain]
+        self._shown = max(self._shown, certain)
+        self._move_window()
         return self._scan(new)
 
     def _decode(self, first: int) -> str:
         return self._tokenizer.decode(self._ids[first:], skip_special_tokens=self._skip_special)
 
-    def _move_window(self, clean: bool) -> None:
-        """Start the window at the last border, if it leaves text to the left of the tokens to come."""
-        waiting = len(self._ids) - self._border
-        if waiting < (_STRIDE if clean else _PATIENCE):
+    def _move_window(self) -> None:
+        """Start the window at the last border, if that leaves text to the left of the tokens to come."""
+        if len(self._ids) - self._border < (2 * _PATIENCE if self._waiting else _STRIDE):
             return
         text = self._decode(self._border)
         if text:
-            self._window, self._border = self._border, len(self._ids)
-            self._shown = _settled(text)
+            held = min(_LACKING, len(text) - len(text.rstrip(UNKNOWN)))
+            self._window, self._border, self._shown = self._border, len(self._ids), len(text) - held
 
     def _scan(self, new: str) -> str:
         """Take new characters; return those that no stop string can claim."""
@@ -190,10 +197,3 @@ class TextStream:
         self._buffer = text[keep:]
         return text[:keep]
 
-
-def _settled(text: str) -> int:
-    """Characters of `text` that later tokens cannot change: all but the replacement characters at its end, 3 at most."""
-    n = len(text)
-    while n and len(text) - n < _HELD and text[n - 1] == UNKNOWN:
-        n -= 1
-    return n

@@ -1,9 +1,8 @@
 """Attention of flat rows over a contiguous cache, without padding rows, gathering keys or copying grouped heads.
 
-A forward makes one `AttentionPlan`; every view and mask that all layers share is built there, once. Segments are
-split into
-pieces: one segment, or several short ones of equal size in neighbouring slots, which one call serves at the price of
-reading the shorter caches to the longest one's length.
+A forward makes one `AttentionPlan`; every view and mask that all layers share is built there, once. Segments are split
+into pieces: one segment, or several short ones of equal size in neighbouring slots, which one call serves at the price
+of reading the shorter caches to the longest one's length.
 
 Few rows with grouped heads are folded: the g query heads of a key head become g rows of it, so keys are read once and
 not repeated g times. Long prompts are left to `scaled_dot_product_attention`'s own causal path.
@@ -106,8 +105,7 @@ class _Piece:
 
 
 def visible(segment: Segment, width: int, start: int, end: int) -> Bool[Tensor, "n places"]:
-    """Which cache places start : end each row of a segment sees: ancestors and itself, in a window of `width`
-    positions.
+    """Which cache places start : end each row of a segment sees: ancestors and itself, in a window of `width` positions.
 
     width 0: no window. A cached token's place is its position; a node's position is its parent's plus one.
     """

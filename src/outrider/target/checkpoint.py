@@ -1,5 +1,4 @@
-"""Weights of a Hugging Face folder -> DecoderWeights, from safetensors only, every size checked before anything is
-allocated.
+"""Weights of a Hugging Face folder -> DecoderWeights, from safetensors only, every size checked before anything is allocated.
 
 Files are mapped anew for each group of tensors: an open map keeps every page it has touched resident, so reading a file
 through one map holds the weights twice. Here the peak is the weights plus one block (or one embedding).
@@ -48,8 +47,7 @@ class Checkpoint:
     """A folder whose configuration and tensor headers have been read and agree; nothing is allocated yet.
 
     folder:     with config.json and model.safetensors, or model.safetensors.index.json and its files.
-    max_length: may shorten the context. Raises ConfigError for what is wrong, Unsupported for what only transformers
-    may run.
+    max_length: may shorten the context. Raises ConfigError for what is wrong, Unsupported for what only transformers may run.
     """
 
     def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
@@ -161,8 +159,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A weight file of the folder. Links may lead elsewhere in the folder, or to the blobs of the Hub's own cache
-    layout."""
+    """A weight file of the folder. Links may lead elsewhere in the folder, or to the blobs of the Hub's own cache layout."""
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise ConfigError(f"the weight index names {reprlib.repr(name)}, which is no safetensors file of this folder")
     file, home = folder / name, folder.resolve()

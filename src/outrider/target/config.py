@@ -1,5 +1,4 @@
-"""`config.json` of a dense decoder -> DecoderConfig. The folder may be hostile: every number is bounded before it is
-used.
+"""`config.json` of a dense decoder -> DecoderConfig. The folder may be hostile: every number is bounded before it is used.
 
 Both spellings are read: transformers 4 (`rope_theta` beside `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
 `dtype`). Defaults of absent keys are those of each family's configuration class in transformers.

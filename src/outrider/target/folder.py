@@ -14,8 +14,7 @@ _UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.gguf", "*.onnx")
 
 
 def resolve_folder(path_or_name: str | Path) -> Path:
-    """The folder itself, or the Hub's snapshot of that name, downloaded if need be. Raises ConfigError if there is
-    neither."""
+    """The folder itself, or the Hub's snapshot of that name, downloaded if need be. Raises ConfigError if there is neither."""
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         return path

@@ -111,7 +111,7 @@ class HFTarget:
         if not (Path(name) / "config.json").is_file():
             raise ConfigError(f"{name} has no config.json: give a folder in Hugging Face format")
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -175,24 +175,25 @@ class HFTarget:
             again = tail(inputs_embeds=heard.states()[0][None], use_cache=False).logits[0]
         except Exception:  # whatever a head wants that it does not get: no unembedding, and it is said when asked for
             return reference
-        if _error(again, reference) <= _tolerance(reference.dtype):
+        if _error(again, reference) <= _tolerance(self.dtype):
             self._tail = tail
         return reference
 
     def _choose(self, token: list[int], reference: Tensor) -> tuple[_Path, dict[str, str]]:
         why: dict[str, str] = {}
+        limit = _tolerance(self.dtype)
         drafting: tuple[tuple[str, Callable[[], _Path]], ...] = (
             ("seam", lambda: SeamPath(self.model, token, self.max_length)),
             ("cache", lambda: CachePath(self.model)),
         )
         for name, make in drafting:
-            trial = _try(make, token, reference, _DRAFTED, _DRAFTED_ROWS)
+            trial = _try(make, token, reference, _DRAFTED, _DRAFTED_ROWS, limit)
             if trial.path is not None:
                 return trial.path, why
             why[name] = trial.fault
         # token by token is right wherever states are; pieces are quicker, and some models forget their state over them
-        careful = _try(lambda: RecurrentPath(self.model, by_token=True), token, reference, _PLAIN, _PLAIN_ROWS)
-        quick = _try(lambda: RecurrentPath(self.model, by_token=False), token, reference, _PLAIN, _PLAIN_ROWS)
+        careful = _try(lambda: RecurrentPath(self.model, by_token=True), token, reference, _PLAIN, _PLAIN_ROWS, limit)
+        quick = _try(lambda: RecurrentPath(self.model, by_token=False), token, reference, _PLAIN, _PLAIN_ROWS, limit)
         if careful.path is None:
             return RecomputePath(self.model), why | {"recurrent": careful.fault}
         alike = quick.path is not None and quick.error <= 2 * careful.error + 1e-4
@@ -221,6 +222,7 @@ def _try(
     reference: Float[Tensor, "P V"],
     plan: Sequence[tuple[int, int, bool]],
     rows: list[int],
+    tolerance: float,
 ) -> _Trial:
     try:
         path = make()
@@ -229,7 +231,7 @@ def _try(
         raise
     except Exception as failure:  # a model called as it was not made for may raise anything: not its way
         return _Trial(None, float("inf"), _brief(failure))
-    if error > _tolerance(reference.dtype):
+    if error > tolerance:
         return _Trial(None, error, f"its logits differ by {error:.1e} of their spread")
     return _Trial(path, error, "")
 
@@ -261,7 +263,7 @@ def _error(logits: Float[Tensor, "n V"], reference: Float[Tensor, "n V"]) -> flo
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Rounding through many layers, with room; a wrong mask, position or slot moves logits by their whole spread."""
+    """Rounding through many layers of weights of this type (heads may upcast), with room."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 0.25
 
 

@@ -2,8 +2,8 @@
 
 Weights that share an input are fused, linear layers are packed for few rows, keys and values lie in a static cache,
 rotary tables are static, rows lie flat. Where the native decoder (`target/native`) can be built it scores short
-segments, and only
-long prompts go through the layers here, alone: so a sequence's numbers do not depend, bit for bit, on its neighbours.
+segments, and only long prompts go through the layers here, alone: so a sequence's numbers do not depend, bit for bit,
+on its neighbours.
 
 The formulas are those of transformers' modelling files: RMSNorm (Zhang, Sennrich 2019), rotary positions (Su et al.
 2021), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020).
@@ -11,6 +11,7 @@ The formulas are those of transformers' modelling files: RMSNorm (Zhang, Sennric
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
 from outrider.target.memory import require_memory
 from outrider.target.native import load_native
-from outrider.target.packed import Linear, make_linear
+from outrider.target.packed import Linear, make_linear, multiplies
 from outrider.target.split import run_parts
 from outrider.types import Rows, Scores
 
@@ -76,6 +77,8 @@ class LeanTarget:
         self.vocab_size, self.hidden_size, self.layers = config.vocab_size, config.hidden, config.layers
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.embedding.device
         self.native = load_native(config, w) if native and quantize is None else None
+        # where PyTorch has no real product for this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
+        self._native_rows = self.native.max_rows if self.native and multiplies(self.dtype, self.device) else sys.maxsize
         self._embedding, self._norm = w.embedding, _norm(w.norm, config.eps)
         self._rope = _rope_table(config, 1, self.dtype, self.device)
         pack = self.native is None  # the native decoder reads the plain weights in place, and long prompts share them
@@ -88,8 +91,7 @@ class LeanTarget:
             self._blocks.append(_block(config, left.pop(0), quantize, pack))
 
     def new_kv(self, slots: int, length: int) -> ContiguousKV:
-        """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not
-        allow."""
+        """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
         c = self.config
         size = 2 * c.layers * slots * c.kv_heads * length * c.head_dim * self.dtype.itemsize
         require_memory(
@@ -115,13 +117,13 @@ class LeanTarget:
         cache, native = kv, self.native
         if native is None:
             return self._torch_forward(rows, cache, layers)
-        long = [i for i, s in enumerate(rows.segments) if s.count > native.max_rows]
+        long = [i for i, s in enumerate(rows.segments) if s.count > self._native_rows]
         if not long:
             return native.forward(rows, cache, layers)
         if len(rows.segments) == 1:
             return self._torch_forward(rows, cache, layers)
         groups = [([i], lambda part: self._torch_forward(part, cache, layers)) for i in long]
-        short = [i for i, s in enumerate(rows.segments) if s.count <= native.max_rows]
+        short = [i for i, s in enumerate(rows.segments) if s.count <= self._native_rows]
         if short:
             groups.append((short, lambda part: native.forward(part, cache, layers)))
         return run_parts(rows, groups)
@@ -138,8 +140,7 @@ class LeanTarget:
     def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:
         """All rows in one pass through PyTorch's operators.
 
-        The blocks run in inference mode, where views cost half; what comes out is made outside of it, as ordinary
-        tensors.
+        The blocks run in inference mode, where views cost half; what comes out is made outside of it, as ordinary tensors.
         """
         self._grow_rope(kv.capacity)
         with torch.inference_mode():
@@ -177,8 +178,7 @@ class LeanTarget:
             ) from None
 
     def _grow_rope(self, length: int) -> None:
-        """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is asked
-        for."""
+        """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is asked for."""
         if self._rope.shape[0] < length:
             self._rope = _rope_table(self.config, length, self.dtype, self.device)
 

@@ -56,8 +56,7 @@ def load_target(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> Target:
-    """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint
-    is run.
+    """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint is run.
 
     dtype:          "auto", or "bfloat16", "float16", "float32", "float64". Auto is bfloat16 on a CPU that multiplies it
                     (AVX512_BF16, AMX, ARM's bf16), else float32; on a GPU the checkpoint's own.
@@ -132,8 +131,7 @@ class Facts:
 
 
 def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
-    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError for what that would
-    refuse."""
+    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError for what that would refuse."""
     folder, where = resolve_folder(path_or_name), _device(device)
     raw = read_raw_config(folder)
     chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where)
@@ -162,8 +160,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
 
 
 def _sizes_by_transformers(folder: Path) -> tuple[int, int, int, int, int]:
-    """Vocabulary, positions, layers, key heads and their size, as transformers reads them; 0 where a model has no
-    such thing."""
+    """Vocabulary, positions, layers, key heads and their size, as transformers reads them; 0 where a model has no such thing."""
     from transformers import AutoConfig
 
     try:

@@ -1,5 +1,4 @@
-"""Is there room? Asked before weights or caches are allocated, so that too large a model is a sentence and not a
-killed process."""
+"""Is there room? Asked before weights or caches are allocated, so that too large a model is a sentence and not a killed process."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ two to four rows cost two to three times one row, which would make speculation u
 flat to about eight rows. It is a private operator of PyTorch, so every use of it is here, with a plain twin that
 serves wherever it is missing (another device, float64, an old processor): one test holds the two together.
 
-Weight-only int8 and int4 are for drafts: they change the draft's law, and speculation stays lossless whatever that
-law is.
+Weight-only int8 and int4 are for drafts: they change the draft's law, and speculation stays lossless whatever that law is.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ def make_linear(
     quantize: str | None = None,
     pack: bool = True,
 ) -> Linear:
-    """The fastest layer for this weight. quantize: None, "int8" or "int4"; pack=False keeps the weight as it is (no
-    copy)."""
+    """The fastest layer for this weight. quantize: None, "int8" or "int4"; pack=False keeps the weight as it is (no copy)."""
     if quantize is not None:
         return _quantized(weight, bias, quantize)
     if pack and can_pack(weight):
@@ -89,8 +87,7 @@ class PackedLinear:
 class Int8Linear:
     """Symmetric int8 weights, one scale per output: a quarter of float32's bytes.
 
-    PyTorch's CPU kernel reads bfloat16 rows (its float32 branch is scalar and slow); elsewhere the weight is widened
-    per call.
+    PyTorch's CPU kernel reads bfloat16 rows (its float32 branch is scalar and slow); elsewhere the weight is widened per call.
     """
 
     def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
@@ -142,6 +139,11 @@ def can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     return (weight.dtype is torch.bfloat16 or weight.numel() >= _SMALL) and _packs(weight.dtype)
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch has a fast matrix product for this dtype here; without AVX512 its bfloat16 one is ten times slower."""
+    return device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _packs(torch.bfloat16)
 
 
 def _quantized(weight: Tensor, bias: Tensor | None, quantize: str) -> Linear:

@@ -60,8 +60,7 @@ def vocab_fingerprint(tokenizer: Vocabulary) -> str:
 
 
 def first_difference(a: Vocabulary, b: Vocabulary) -> tuple[int, str, str] | None:
-    """The lowest id that stands for different strings in the two vocabularies, with both strings; None if there is
-    none.
+    """The lowest id that stands for different strings in the two vocabularies, with both strings; None if there is none.
 
     Ids that only one of them knows are padding of a model's embedding and do not count.
     """

@@ -59,7 +59,7 @@ def subtract(weight: Float64[Tensor, "n V"], q: Float[Tensor, "n S"], support: I
 
 def take_rows(x: Float[Tensor, "R V"], rows: Sequence[int]) -> Float[Tensor, "n V"]:
     """Some rows of `x`; a view where they stand next to each other, which saves a pass over V."""
-    first, n = rows[0], len(rows)
+    first, n = (rows[0] if rows else 0), len(rows)  # a step of prompt chunks alone judges nobody
     if all(row == first + i for i, row in enumerate(rows)):
         return x[first : first + n]
     return x.index_select(0, torch.tensor(rows, device=x.device))

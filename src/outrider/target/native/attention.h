@@ -12,14 +12,18 @@ namespace outrider {
 
 constexpr int SUM_LANES = 16;  // also the slack a score buffer needs behind its last score
 
-// scores[0 : n] -> exp(scale * (score - max)); returns the sum. Writes up to SUM_LANES - 1 zeros behind.
+// scores[0 : n] -> exp(scale * (score - max)); returns the sum. Up to SUM_LANES - 1 floats behind are overwritten.
 inline float softmax_terms(float* scores, int n, float scale) {
+    vf tops = vf{} + scores[0];
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) tops = larger(load<vf>(scores + i), tops);
     float top = scores[0];
-    for (int i = 1; i < n; ++i) top = scores[i] > top ? scores[i] : top;
-    for (int i = 0; i < n; ++i) scores[i] = exp_near((scores[i] - top) * scale);
-    for (int i = n; i % SUM_LANES; ++i) scores[i] = 0.0f;
+    for (; i < n; ++i) top = scores[i] > top ? scores[i] : top;
+    for (int j = 0; j < LANES; ++j) top = tops[j] > top ? tops[j] : top;
+    for (i = 0; i < n; i += LANES) store(scores + i, exp_near((load<vf>(scores + i) - top) * scale));
+    for (i = n; i % SUM_LANES; ++i) scores[i] = 0.0f;
     float lanes[SUM_LANES] = {};
-    for (int i = 0; i < n; i += SUM_LANES)
+    for (i = 0; i < n; i += SUM_LANES)
         for (int j = 0; j < SUM_LANES; ++j) lanes[j] += scores[i + j];
     for (int width = SUM_LANES / 2; width > 0; width /= 2)
         for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];

@@ -162,7 +162,7 @@ class Decoder {
     // normed[to] = norm of row `from`, packed as a linear's input.
     void normalise(int64_t from, int64_t to, const Vector& weight, float* line) {
         rms_norm(x_ + from * x_size_, weight.data(), m_.hidden, (float)m_.eps, line);
-        pack<W>(normed_ + to * normed_size_, 0, line, (int)m_.hidden);
+        Packing<W>::pack(normed_ + to * normed_size_, 0, line, (int)m_.hidden);
     }
 
     // What follows block `done` (0: the embeddings): taps, and the next norm; for the last block the norm of the scored rows.
@@ -170,8 +170,7 @@ class Decoder {
         for (int64_t t = 0; t < c_.taps; ++t) {
             if (c_.tap[t] != done) continue;
             W* out = static_cast<W*>(c_.tap_out[t]);
-            for (int64_t i = rows.begin; i < rows.end; ++i)
-                for (int64_t h = 0; h < m_.hidden; ++h) out[i * m_.hidden + h] = narrow<W>(x_[i * x_size_ + h]);
+            for (int64_t i = rows.begin; i < rows.end; ++i) narrow(x_ + i * x_size_, m_.hidden, out + i * m_.hidden);
         }
         if (done < m_.layers)
             for (int64_t i = rows.begin; i < rows.end; ++i) normalise(i, i, layer_[done].norm1, line);
@@ -194,13 +193,13 @@ class Decoder {
                 if (norm && !is_value) rms_norm(head, norm.data(), d, (float)m_.eps, head);
                 if (!is_value) rotate(head, cosine_ + i * half_, sine_ + i * half_, half_);
                 if (is_query) {
-                    pack<W>(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
+                    Packing<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
                     continue;
                 }
                 const Row& row = plan_.row(i);
                 const Segment& s = plan_.segment(row.segment);
-                W* out = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads) + (s.cached + row.offset) * d;
-                for (int64_t j = 0; j < d; ++j) out[j] = narrow<W>(head[j]);
+                W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
+                narrow(head, d, places + (s.cached + row.offset) * d);
             }
         }
     }
@@ -222,7 +221,7 @@ class Decoder {
                 s, &plan_.row(row), task.count, c_.position, layer.window, (int)group_,
                 query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, s.slot, head),
                 cache(c_.v, l, s.slot, head), (int)d, scale, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
-                    pack<W>(mixed_ + (row + i) * mixed_size_, (int)((head * group_ + g) * d), out, (int)d);
+                    Packing<W>::pack(mixed_ + (row + i) * mixed_size_, (int)((head * group_ + g) * d), out, (int)d);
                 }
             );
         }
@@ -254,9 +253,11 @@ class Decoder {
             product<W>(weight + (m_.inner + from) * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, up, BLOCK);
             for (int64_t i = 0; i < c_.rows; ++i) {
                 float* g = gate + i * BLOCK;
-                const float* v = up + i * BLOCK;
-                for (int64_t j = 0; j < n; ++j) g[j] = g[j] / (1.0f + exp_near(-g[j])) * v[j];
-                pack<W>(inner_ + i * inner_size_, (int)from, g, (int)n);
+                for (int64_t j = 0; j < n; j += LANES) {  // BLOCK is a multiple of LANES: what is behind n is not used
+                    const vf x = load<vf>(g + j);
+                    store(g + j, x / (1.0f + exp_near(-x)) * load<vf>(up + i * BLOCK + j));
+                }
+                Packing<W>::pack(inner_ + i * inner_size_, (int)from, g, (int)n);
             }
         }
     }

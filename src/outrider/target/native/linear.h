@@ -9,7 +9,8 @@
 
 namespace outrider {
 
-// How the inputs of a linear are stored for weights W, and how far one step goes along K.
+// How the inputs of a linear are stored for weights W, and how far one step goes along K. `pack` writes x[0 : n] at elements
+// k0 : k0 + n of a row; elements behind the row's end stay zero (the buffer starts so).
 template <class W>
 struct Packing;
 
@@ -17,8 +18,7 @@ template <>
 struct Packing<float> {
     using Item = float;
     static constexpr int STEP = LANES;
-    static int place(int k) { return k; }
-    static Item item(float x) { return x; }
+    static void pack(Item* row, int k0, const float* x, int n) { narrow(x, n, row + k0); }
 };
 
 template <>
@@ -26,14 +26,22 @@ struct Packing<bf16> {
     static constexpr int STEP = 2 * LANES;
 #if OUTRIDER_BF16_DOT
     using Item = bf16;
-    static int place(int k) { return k; }
-    static Item item(float x) { return round_bf16(x); }
+    static void pack(Item* row, int k0, const float* x, int n) { narrow(x, n, row + k0); }
 #else
     // Rounded to bf16 but kept as float32; each step holds its even elements, then its odd ones: one load of weights splits
     // into exactly these halves by a shift and a mask.
     using Item = float;
-    static int place(int k) { return k - k % STEP + (k % 2) * LANES + k % STEP / 2; }
-    static Item item(float x) { return widen(round_bf16(x)); }
+    static void pack(Item* row, int k0, const float* x, int n) {
+        int i = 0;
+        for (; k0 % STEP == 0 && i + STEP <= n; i += STEP) {
+            bf16 pairs[STEP];
+            narrow(x + i, STEP, pairs);
+            store(row + k0 + i, load<vu>(pairs) << 16);
+            store(row + k0 + i + LANES, load<vu>(pairs) & 0xffff0000u);
+        }
+        for (int k = k0 + i; i < n; ++i, ++k)
+            row[k - k % STEP + k % 2 * LANES + k % STEP / 2] = widen(round_bf16(x[i]));
+    }
 #endif
 };
 
@@ -41,23 +49,6 @@ struct Packing<bf16> {
 template <class W>
 constexpr int64_t packed_stride(int64_t k) {
     return (k + Packing<W>::STEP - 1) / Packing<W>::STEP * Packing<W>::STEP + 64 / (int64_t)sizeof(typename Packing<W>::Item);
-}
-
-// Writes x[0 : n] at elements k0 : k0 + n of a packed row. Elements behind the row's end stay zero (the buffer starts so).
-template <class W>
-inline void pack(typename Packing<W>::Item* row, int k0, const float* x, int n) {
-    using P = Packing<W>;
-    int i = 0;
-    if (P::place(1) != 1 && k0 % P::STEP == 0) {
-        for (; i + P::STEP <= n; i += P::STEP)
-            for (int j = 0; j < LANES; ++j) {
-                row[k0 + i + j] = P::item(x[i + 2 * j]);
-                row[k0 + i + LANES + j] = P::item(x[i + 2 * j + 1]);
-            }
-    } else if (P::place(1) == 1) {
-        for (; i < n; ++i) row[k0 + i] = P::item(x[i]);
-    }
-    for (; i < n; ++i) row[P::place(k0 + i)] = P::item(x[i]);
 }
 
 #if defined(__AVX512F__) || defined(__aarch64__)

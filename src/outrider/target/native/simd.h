@@ -33,6 +33,7 @@ constexpr int LANES = 4;
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 
 struct bf16 {
     uint16_t bits;
@@ -110,15 +111,17 @@ inline bf16 round_bf16(float x) {
     return bf16{(uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even)};
 }
 
-template <class W>
-inline W narrow(float x);
-template <>
-inline float narrow<float>(float x) {
-    return x;
+inline vh round_bf16(vf x) {
+    const vu u = (vu)x, nan = (vu)(x != x);
+    const vu even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return __builtin_convertvector((nan & 0x7fc0u) | (even & ~nan), vh);
 }
-template <>
-inline bf16 narrow<bf16>(float x) {
-    return round_bf16(x);
+
+inline void narrow(const float* x, int64_t n, float* out) { std::memcpy(out, x, n * sizeof(float)); }
+inline void narrow(const float* x, int64_t n, bf16* out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, round_bf16(load<vf>(x + i)));
+    for (; i < n; ++i) out[i] = round_bf16(x[i]);
 }
 
 // LANES consecutive numbers, in order.
@@ -137,27 +140,26 @@ inline vf load_wide(const bf16* p) {
 #endif
 }
 
-// exp to about 2 units in the last place, free of branches so that loops over it vectorise; arguments are clamped to +-87.
-inline float exp_near(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 87.0f ? 87.0f : x;
-    const float shifted = x * 1.44269504088896341f + 12582912.0f;  // adds 1.5 * 2^23: the low bits become the nearest integer
-    const float n = shifted - 12582912.0f;
-    float r = x - n * 0.693359375f;  // ln 2 in two parts (Cody and Waite)
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;  // Cephes' expf polynomial
+inline vf select(vu mask, vf yes, vf no) { return (vf)(((vu)yes & mask) | ((vu)no & ~mask)); }
+inline vf larger(vf a, vf b) { return select((vu)(a > b), a, b); }
+
+// exp to about 2 units in the last place (Cephes' expf polynomial, Cody and Waite's two-part ln 2); arguments are clamped to
+// +-87, NaN stays NaN.
+inline vf exp_near(vf x) {
+    const vf limit = vf{} + 87.0f;
+    x = select((vu)(x > limit), limit, x);
+    x = select((vu)(x < -limit), -limit, x);
+    const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // adds 1.5 * 2^23: the low bits become the nearest integer
+    const vf n = shifted - 12582912.0f;
+    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = vf{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    bits = (bits - 0x4b400000u + 127u) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
+    return p * (vf)(((vu)shifted - 0x4b400000u + 127u) << 23);
 }
 
 }  // namespace outrider

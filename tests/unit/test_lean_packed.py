@@ -1,0 +1,62 @@
+"""Packed linear layers against the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from outrider.errors import ConfigError
+from outrider.target.packed import Int4Linear, Int8Linear, PackedLinear, PlainLinear, can_pack, make_linear
+
+SHAPES = [(700, 384), (513, 777), (2048, 256)]
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    noise = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=noise) / shape[-1] ** 0.5).to(dtype)
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_equals_plain(shape, bias, dtype, tolerance):
+    """Relative to the norm: one rounding of float32 sums in another order; bfloat16 rounds each output to 8 bits."""
+    weight, b = drawn(*shape, dtype=dtype), drawn(shape[0], dtype=dtype) if bias else None
+    if not can_pack(weight):
+        pytest.skip(f"no packed {dtype} product on this processor")
+    packed, plain = make_linear(weight, b), make_linear(weight, b, pack=False)
+    assert isinstance(packed, PackedLinear)
+    assert isinstance(plain, PlainLinear)
+    assert plain.weight is weight
+    for rows in (1, 2, 3, 8, 33):
+        x, residual = drawn(rows, shape[1], dtype=dtype), drawn(rows, shape[0], dtype=dtype)
+        assert error(packed(x), plain(x)) < tolerance
+        before = residual.clone()
+        assert error(packed.add(x, residual), plain.add(x, residual)) < tolerance
+        assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.012), ("int4", 0.12)])
+@pytest.mark.parametrize("shape", [*SHAPES, (100, 52), (97, 64)])
+def test_quantized_weights_are_close(shape, quantize, tolerance):
+    """Uniform rounding of normal weights: about 0.7% of the norm with 8 bits per row, 8% with 4 bits per group of 32."""
+    weight, bias = drawn(*shape), drawn(shape[0])
+    layer = make_linear(weight, bias, quantize=quantize)
+    assert isinstance(layer, Int4Linear if quantize == "int4" and shape[1] % 32 == 0 else Int8Linear)
+    for rows in (1, 4, 5):
+        x, residual = drawn(rows, shape[1]), drawn(rows, shape[0])
+        exact = torch.nn.functional.linear(x, weight, bias)
+        assert layer(x).dtype is torch.float32
+        assert error(layer(x), exact) < tolerance
+        assert error(layer.add(x, residual) - residual, exact) < tolerance
+
+
+def test_what_cannot_be_packed_stays_plain():
+    assert isinstance(make_linear(drawn(700, 384).double()), PlainLinear)
+    assert isinstance(make_linear(drawn(8, 8)), PlainLinear)
+    with pytest.raises(ConfigError, match="int8"):
+        make_linear(drawn(64, 64), quantize="int-8")
