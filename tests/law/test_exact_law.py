@@ -42,7 +42,7 @@ CHAINS = [  # name, vocabulary, shape, support, cases
 TREES = [
     *[
         (f"iid {name}", v, shape, False, n)
-        for (name, shape), v, n in zip(shapes().items(), (3, 3, 2, 2), (400, 80, 60, 40))
+        for (name, shape), v, n in zip(shapes().items(), (3, 3, 2, 2), (400, 80, 60, 40), strict=True)
     ],
     *[
         (f"without replacement {name}", v, shape, full, n)

@@ -3,8 +3,8 @@
 Draws through the public API, many sequences a call, V = 9; false-alarm probability 1e-9 per assertion. 25,600 draws
 from one law for each of four sets of parameters (a total-variation error of 3% is seen with probability 0.999; nightly
 102,400 draws and 1.5%), and 6,000 trees of two levels for every way to draw (6% in the joint law; coupled ones 300, with
-102,400 races on their own). Besides, every token is recomputed from the returned row and the noise: a row that is not the very tensor
-drawn from fails without any statistics (reliability bugs 2, 3, 4).
+102,400 races on their own). Besides, every token is recomputed from the returned row
+and the noise: a row that is not the very tensor drawn from fails without any statistics (reliability bugs 2, 3, 4).
 """
 
 from __future__ import annotations

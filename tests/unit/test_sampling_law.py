@@ -281,7 +281,12 @@ def test_counts_are_not_confused_by_a_slot_that_changes_hands_or_a_list_that_was
     params = SamplingParams(frequency_penalty=1.0)
     law, logits = Law(VOCAB), torch.zeros(1, VOCAB)
     tokens = [0, 1, 1, 1]
-    for edit in (lambda: None, lambda: tokens.append(2), lambda: tokens.__delitem__(slice(2, None)), lambda: tokens.extend([5, 5])):
+    for edit in (
+        lambda: None,
+        lambda: tokens.append(2),
+        lambda: tokens.__delitem__(slice(2, None)),
+        lambda: tokens.extend([5, 5]),
+    ):
         edit()
         sequence = SequenceView(0, 0, tokens, 1, 0, params)
         assert torch.equal(law(logits, [sequence], [()]), Law(VOCAB)(logits, [view(tokens, 1, params)], [()]))
@@ -324,7 +329,9 @@ def test_logits_are_not_changed():
 
 
 def test_half_precision_is_raised_to_float32_and_no_rows_are_fine():
-    assert Law(5)(torch.zeros(1, 5, dtype=torch.bfloat16), [view([1], 1, SamplingParams())], [()]).dtype == torch.float32
+    assert (
+        Law(5)(torch.zeros(1, 5, dtype=torch.bfloat16), [view([1], 1, SamplingParams())], [()]).dtype == torch.float32
+    )
     assert Law(5)(torch.zeros(0, 5), [], []).shape == (0, 5)
 
 

@@ -69,7 +69,9 @@ def test_the_ends_of_the_ranges_are_allowed(name, value):
 
 def test_values_are_normalised_so_that_equal_requests_are_equal():
     a = SamplingParams(temperature=1, logit_bias={7: 1, 3: -2}, stop=["a"], stop_token_ids=[4], prediction=[1, 2])
-    b = SamplingParams(temperature=1.0, logit_bias=((3, -2.0), (7, 1.0)), stop=("a",), stop_token_ids=(4,), prediction=(1, 2))
+    b = SamplingParams(
+        temperature=1.0, logit_bias=((3, -2.0), (7, 1.0)), stop=("a",), stop_token_ids=(4,), prediction=(1, 2)
+    )
     assert a == b and hash(a) == hash(b)
     assert a.bias == ((3, -2.0), (7, 1.0))
     assert isinstance(a.temperature, float) and math.copysign(1, SamplingParams(temperature=-0.0).temperature) == 1

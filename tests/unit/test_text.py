@@ -8,7 +8,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from outrider.engine import text as text_module
 from outrider.engine.text import UNKNOWN, StopMatcher, TextStream
 
-CORPUS = ["the cat sat on the mat. 😀 the 漢字 of the cat", "naïve café — 👩‍👩‍👧 ends\n\n  indented", "aaa abab ababab 漢漢 字"] * 4
+CORPUS = [
+    "the cat sat on the mat. 😀 the 漢字 of the cat",
+    "naïve café — 👩‍👩‍👧 ends\n\n  indented",
+    "aaa abab ababab 漢漢 字",
+] * 4
 ALPHABET = sorted({*"".join(CORPUS), "€", "𝄞", "ß", "\ufffd"})
 
 
@@ -19,7 +23,10 @@ def byte_level():
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=330, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+        ),
     )
     return tokenizer
 
@@ -46,7 +53,10 @@ def metaspace():
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.UnigramTrainer(vocab_size=80, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+        CORPUS,
+        trainers.UnigramTrainer(
+            vocab_size=80, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        ),
     )
     return tokenizer
 
@@ -61,11 +71,21 @@ def word_piece():
     return tokenizer
 
 
-KINDS = {"byte_level": byte_level(), "byte_fallback": byte_fallback(), "metaspace": metaspace(), "word_piece": word_piece()}
+KINDS = {
+    "byte_level": byte_level(),
+    "byte_fallback": byte_fallback(),
+    "metaspace": metaspace(),
+    "word_piece": word_piece(),
+}
 any_text = st.text(st.sampled_from(ALPHABET), max_size=60)
-pieces = st.lists(st.one_of(any_text, st.sampled_from([" the cat", "😀", "漢字", "abab", "\n\n", "👩‍👩‍👧"])), max_size=8).map("".join)
+pieces = st.lists(
+    st.one_of(any_text, st.sampled_from([" the cat", "😀", "漢字", "abab", "\n\n", "👩‍👩‍👧"])), max_size=8
+).map("".join)
 stops = st.lists(
-    st.one_of(st.text(st.sampled_from("ab the漢😀\n"), min_size=1, max_size=4), st.sampled_from(["ababab", "cat", "the cat"])), max_size=4
+    st.one_of(
+        st.text(st.sampled_from("ab the漢😀\n"), min_size=1, max_size=4), st.sampled_from(["ababab", "cat", "the cat"])
+    ),
+    max_size=4,
 )
 
 
@@ -89,13 +109,8 @@ def cut(text, stop):
     return text[: end - len(s)], end, s
 
 
-def without_ragged_runs(tokenizer, ids):
-    """Whether decoding is a matter of prefixes: not so when stray bytes follow whole characters made of byte tokens."""
-    return UNKNOWN not in tokenizer.decode(ids)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=120)
+@settings(max_examples=100)
 @given(text=pieces, stop=stops)
 def test_streamed_text_is_the_decoded_text_up_to_the_stop(kind, text, stop):
     tokenizer = KINDS[kind]
@@ -112,7 +127,7 @@ def test_streamed_text_is_the_decoded_text_up_to_the_stop(kind, text, stop):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(text=pieces, stop=stops, sizes=st.lists(st.integers(1, 7), min_size=1), minimum=st.integers(0, 6))
 def test_several_tokens_at_once_are_the_same_as_one_by_one(kind, text, stop, sizes, minimum):
     tokenizer = KINDS[kind]
@@ -128,11 +143,12 @@ def test_several_tokens_at_once_are_the_same_as_one_by_one(kind, text, stop, siz
         out.append(piece)
     assert "".join([*out, many.finish()]) == "".join(pushed)
     assert (many.stop_string, many.tokens) == (one.stop_string, one.tokens)
-    assert many.extend(ids) == ("", 0) or not many.stopped or not ids
+    if many.stopped:
+        assert many.extend(ids) == ("", 0)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace", "word_piece"])
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_tokens_even_broken_characters(kind, data):
     tokenizer = KINDS[kind]
@@ -141,7 +157,7 @@ def test_any_tokens_even_broken_characters(kind, data):
     assert "".join(out) == tokenizer.decode(ids)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(run=st.binary(max_size=40))
 def test_runs_of_byte_tokens_never_fail_and_keep_their_length(run):
     """Stray bytes after whole characters turn those, already shown, into replacement characters: the one inexact case."""
@@ -149,12 +165,12 @@ def test_runs_of_byte_tokens_never_fail_and_keep_their_length(run):
     ids = [*tokenizer.encode("cat").ids, *(3 + b for b in run), *tokenizer.encode("x").ids]
     out, _ = stream(tokenizer, ids)
     assert len("".join(out)) >= len("cat")
-    if without_ragged_runs(tokenizer, ids):
+    if UNKNOWN not in tokenizer.decode(ids):
         assert "".join(out) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(text=pieces)
 def test_a_replacement_character_is_shown_only_when_certain(kind, text):
     """What has been shown at any moment is a prefix of the final text: half a character is never shown."""
@@ -169,7 +185,7 @@ def test_a_replacement_character_is_shown_only_when_certain(kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(text=pieces, split=st.integers(0, 60))
 def test_with_the_end_of_the_prompt_as_context_the_output_continues_it(kind, text, split):
     tokenizer = KINDS[kind]
@@ -264,4 +280,6 @@ def test_special_tokens_are_skipped_unless_asked_for():
     tokenizer = KINDS["byte_level"]
     ids = [tokenizer.token_to_id("<s>"), *tokenizer.encode("the cat").ids, tokenizer.token_to_id("</s>")]
     assert "".join(stream(tokenizer, ids)[0]) == "the cat"
-    assert "".join(stream(tokenizer, ids, skip_special_tokens=False)[0]) == tokenizer.decode(ids, skip_special_tokens=False)
+    assert "".join(stream(tokenizer, ids, skip_special_tokens=False)[0]) == tokenizer.decode(
+        ids, skip_special_tokens=False
+    )

@@ -196,4 +196,3 @@ class TextStream:
         keep = len(text) - self._matcher.held
         self._buffer = text[keep:]
         return text[:keep]
-

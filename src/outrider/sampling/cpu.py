@@ -22,7 +22,12 @@ from outrider.sampling.processors import NEVER, log_min_p, temper
 Array = NDArray[np.floating]
 
 _BLOCK = 64  # entries of a block of which only the peak is looked at first
-_FLOORS = (1e-4, 1e-5, 1e-6, 0.0)  # a nucleus usually ends far above the last floor, and then the tail need not be sorted
+_FLOORS = (
+    1e-4,
+    1e-5,
+    1e-6,
+    0.0,
+)  # a nucleus usually ends far above the last floor, and then the tail need not be sorted
 _CACHED = 1 << 18  # entries of a block of rows that is processed at once: 1 MiB of float32 stays in the cache
 
 
@@ -130,7 +135,9 @@ def _restrict(probs: Array, top_p: Sequence[float]) -> None:
     np.divide(probs, kept, out=probs)
 
 
-def _find_borders(probs: Array, rows: list[int], top_p: Sequence[float], floor: float, least: Array, kept: Array) -> list[int]:
+def _find_borders(
+    probs: Array, rows: list[int], top_p: Sequence[float], floor: float, least: Array, kept: Array
+) -> list[int]:
     """Fill in the least probability kept and the mass kept of those `rows` whose nucleus lies above `floor`.
 
     Returns the other rows. Entries above any floor are the beginning of the full order, so their running sums are the full

@@ -28,7 +28,9 @@ class Law:
         if vocab_size < 1:
             raise ConfigError(f"a law needs at least one token, got vocab_size = {vocab_size}")
         if any(not 0 <= t < vocab_size for t in eos_ids):
-            raise ConfigError(f"end-of-sequence tokens {tuple(eos_ids)} are not all tokens of a vocabulary of {vocab_size}")
+            raise ConfigError(
+                f"end-of-sequence tokens {tuple(eos_ids)} are not all tokens of a vocabulary of {vocab_size}"
+            )
         self.vocab_size = vocab_size
         self.eos_ids = tuple(eos_ids)
         self._histories: dict[int, History] = {}
@@ -62,7 +64,11 @@ class Law:
         return out
 
     def _edit(
-        self, x: Tensor, params: Sequence[SamplingParams], sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
+        self,
+        x: Tensor,
+        params: Sequence[SamplingParams],
+        sequences: Sequence[SequenceView],
+        paths: Sequence[Sequence[int]],
     ) -> Tensor:
         """Apply bias, bans and penalties to the caller's own `x`."""
         processors.add_bias(x, params)
@@ -71,7 +77,9 @@ class Law:
             processors.forbid(x, params, short, self.eos_ids)
         penalised = [i for i, p in enumerate(params) if p.penalised]
         if penalised:
-            processors.penalise(x, params, penalised, [self._history(sequences[i]) for i in penalised], [paths[i] for i in penalised])
+            processors.penalise(
+                x, params, penalised, [self._history(sequences[i]) for i in penalised], [paths[i] for i in penalised]
+            )
         return x
 
     def _history(self, sequence: SequenceView) -> History:
@@ -112,7 +120,9 @@ def logprobs_of(logits: Float[Tensor, "n V"], tokens: Sequence[int], top: int) -
     if not tokens:
         return Logprobs([], [])
     scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    chosen = scores.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    chosen = (
+        scores.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    )
     if top == 0:
         return Logprobs(chosen, [[] for _ in tokens])
     best = scores.topk(min(top, logits.shape[1]), dim=-1)

@@ -54,7 +54,9 @@ def add_bias(x: Float[Tensor, "M V"], params: Sequence[SamplingParams]) -> None:
         x[where] += torch.tensor([b for _, b in p.bias], dtype=x.dtype, device=x.device)
 
 
-def forbid(x: Float[Tensor, "M V"], params: Sequence[SamplingParams], rows: Sequence[int], eos_ids: Sequence[int]) -> None:
+def forbid(
+    x: Float[Tensor, "M V"], params: Sequence[SamplingParams], rows: Sequence[int], eos_ids: Sequence[int]
+) -> None:
     """Forbid in `rows` every token that would end the request: its stop tokens, and the model's end unless `ignore_eos`.
 
     A ban that would leave a row without any possible token is not applied to that row: the model insists on ending.

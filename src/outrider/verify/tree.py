@@ -104,18 +104,17 @@ def _judge_set(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) ->
     for k in children:
         x, row = draft.tokens[k], laws.row_of(k)
         rx, qx = float(weight[0, x]), laws.at(row, x)
-        tests.append((rx, qx * mass if c.is_mass(qx) else mass))
-        if c.is_mass(qx):
-            q = laws.now(row) * mass
-            shared = float(c.overlap(weight, q, laws.support)) / mass
-            before.append(c.law_risk(shared, rx / mass, qx))
-            given.append(c.unit(1.0 - rx / (qx * mass)))
-            weight = weight.double().clone()
+        lawful = c.is_mass(qx * mass)
+        scale = qx * mass if lawful else mass
+        tests.append((rx, scale))
+        given.append(c.unit(1.0 - rx / scale))
+        weight, whole = weight.double().clone(), weight
+        if lawful:
+            q = laws.now(row) if mass == 1.0 else laws.now(row).double() * mass
+            before.append(c.law_risk(float(c.overlap(whole, q, laws.support)) / mass, rx, scale))
             c.subtract(weight, q, laws.support)
             laws.drawn(row, x)
         else:
-            given.append(c.unit(1.0 - rx / mass))
-            weight = weight.double().clone()
             weight[0, x] = 0
         mass = float(c.row_sums(weight))
         if not c.is_total(mass):  # refused with probability zero up to rounding: start again from p

@@ -1,0 +1,231 @@
+"""EX-11 at the level of a rule: every planted mistake is killed by the law check that its row names, and honesty passes all.
+
+A mutant is a textual patch of the sources, so the table can only be out of date loudly. The checks are the law suite's own
+methods at a small size: exact enumeration (`lab`), coins at the ends of their range, and decoding with the engine's noise.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+
+from outrider.types import Draft, Proposal
+from tests.law.lab import Shape, chain, examine, random_world
+from tests.law.subject import Patch, Subject, load
+
+ALPHA = 1e-9
+V, LENGTH = 3, 4
+
+
+# ----------------------------------------------------------------- the checks: each raises for a subject that breaks a law
+def chains(subject: Subject) -> None:
+    """Output law of chains, by enumeration: laws, point masses, both."""
+    rng = np.random.default_rng(1)
+    shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, law=False)]
+    found = examine(subject.rule, [random_world(rng, V, shape) for shape in shapes for _ in range(6)], rng)
+    assert found.law.max() < 1e-12
+
+
+def support(subject: Subject) -> None:
+    """Output law and ledger of chains drawn from a draft vocabulary."""
+    rng = np.random.default_rng(2)
+    found = examine(subject.rule, [random_world(rng, 4, chain(2), np.array([2, 0, 3])) for _ in range(6)], rng)
+    assert max(found.law.max(), found.ledger.max()) < 1e-12
+
+
+def forest_worlds(rng: np.random.Generator, siblings: str) -> list:
+    two = Shape((-1, -1, 1), (True,) * 3, siblings)
+    mixed = Shape((-1, -1, -1), (True, False, True), siblings)
+    points = Shape((-1, -1, -1, 0), (False,) * 4, siblings)
+    return [random_world(rng, V, shape, full=True) for shape in (two, mixed, points) for _ in range(3)]
+
+
+def trees(subject: Subject) -> None:
+    """Output law of forests, by enumeration: i.i.d. siblings, without replacement, point masses, mixtures."""
+    rng = np.random.default_rng(3)
+    for siblings in ("iid", "without_replacement"):
+        assert examine(subject.rule, forest_worlds(rng, siblings), rng).law.max() < 1e-12
+
+
+def ledger(subject: Subject) -> None:
+    """E[risk - rejections] = 0 and E[(risk - rejections)^2] = E[spread], by enumeration."""
+    rng = np.random.default_rng(4)
+    worlds = [random_world(rng, V, shape) for shape in (chain(2), chain(2, law=False)) for _ in range(6)]
+    for batch in (worlds, forest_worlds(rng, "iid"), forest_worlds(rng, "without_replacement")):
+        found = examine(subject.rule, batch, rng)
+        assert max(found.ledger.max(), found.spread.max()) < 1e-12
+
+
+def ends(subject: Subject) -> None:
+    """Coins of exactly 0 and 1, and near them, never draw a column without weight."""
+    for width in (5, 5000):
+        rows = torch.zeros(1, width, dtype=torch.float64)
+        rows[0, [2, width - 2]] = 0.5
+        for u in (0.0, 2.0**-53, 0.5, 1 - 2.0**-53, 1.0):
+            token, _ = subject.draw(subject.as_weights(rows), [u])
+            assert rows[0, int(token)] > 0
+
+
+def long_rows(subject: Subject) -> None:
+    """A row of several blocks is drawn from by its inverse CDF."""
+    p = np.random.default_rng(5).dirichlet(np.ones(5000))
+    cells = np.arange(0, 5000, 97)
+    middle = (np.cumsum(p) - p / 2)[cells]
+    token, _ = subject.draw(subject.as_weights(torch.from_numpy(p)[None].repeat(len(cells), 1)), middle.tolist())
+    assert token.tolist() == cells.tolist()
+
+
+def decoding(subject: Subject) -> None:
+    """Joint law of four tokens over several steps, with the engine's noise in every lane: chains, then i.i.d. siblings."""
+    for width, sequences in ((1, 4000), (2, 900)):
+        p, q = markov(6), markov(7)
+        text = decode(subject, p, q, sequences, width)
+        counts = np.zeros((V,) * LENGTH)
+        np.add.at(counts, tuple(np.array(text).T), 1)
+        want = p[0][:, None] * p
+        for _ in range(LENGTH - 2):
+            want = want[..., None] * p
+        expected = want.ravel() * sequences
+        few = expected < 5
+        cells = [*zip(expected[~few], counts.ravel()[~few], strict=True), (expected[few].sum(), counts.ravel()[few].sum())]
+        value = sum((seen - e) ** 2 / e for e, seen in cells if e >= 5)
+        assert value < chi2.isf(ALPHA, len(cells) - 1)
+
+
+def matching(subject: Subject) -> None:
+    """Match: strings of plain decoding whatever is proposed, the law of its race, and the closed form of its ledger."""
+    p = torch.from_numpy(markov(8))
+    strings = np.zeros((V, V))
+    for seed in range(1500):
+        text, rng = [0], np.random.default_rng(seed)
+        while len(text) < 3:
+            last, at = text[-1], subject.noise((seed,), (len(text) - 1,))
+            text.append(subject.match(p[[last]], Draft.empty(1), at).next_token[0])
+        strings[text[1], text[2]] += 1
+        token = rng.integers(V, size=3).tolist()
+        laws, draft = p[[0, *token]], Draft(torch.tensor(token), (-1, -1, 0), (3,))
+        verdict = subject.match(laws, draft, subject.noise((seed,), (0,)))
+        emitted = [draft.tokens[k] for k in verdict.path[0]] + [verdict.next_token[0]]
+        assert emitted[: len(text) - 1] == text[1 : 1 + len(emitted)]
+    want = (p[0][:, None] * p).numpy() * 1500
+    assert ((strings - want) ** 2 / want).sum() < chi2.isf(ALPHA, V * V - 1)
+    for a, b in ((p[0], p[1]), (p[1], p[2])):
+        direct = sum(1 / sum(max(a[y] / a[x], b[y] / b[x]) for y in range(V)) for x in range(V))
+        assert abs(subject.match_probability(a, b) - float(direct)) < 1e-12
+
+
+CHECKS = (chains, support, trees, ledger, ends, long_rows, decoding, matching)
+
+
+def markov(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).dirichlet(np.ones(V), size=V)
+
+
+def decode(subject: Subject, p: np.ndarray, q: np.ndarray, sequences: int, width: int) -> list[list[int]]:
+    """LENGTH tokens after token 0 for each seed; each step proposes two nodes: a chain (width 1) or siblings (width 2)."""
+    texts = [[0] for _ in range(sequences)]
+    target, laws, cdf = torch.from_numpy(p), torch.from_numpy(q), q.cumsum(-1)
+    while live := [b for b in range(sequences) if len(texts[b]) <= LENGTH]:
+        noise = subject.noise(tuple(live), tuple(len(texts[b]) - 1 for b in live))
+        token, row, parent = [], [], []
+        for i, b in enumerate(live):
+            last = texts[b][-1]
+            for j in range(2):
+                depth, sibling = (j + 1, 0) if width == 1 else (1, j)
+                row.append(last)
+                token.append(min(int((cdf[last] <= noise.uniform(i, depth, "draft", sibling)).sum()), V - 1))
+                parent.append(-1 if j == 0 or width == 2 else len(token) - 2)
+                last = token[-1] if width == 1 else last
+        draft = Draft(torch.tensor(token), tuple(parent), (2,) * len(live), Proposal(laws, tuple(row)))
+        verdict = subject.rule(target[[*(texts[b][-1] for b in live), *token]], draft, noise)
+        for i, b in enumerate(live):
+            texts[b] += [token[k] for k in verdict.path[i]] + [verdict.next_token[i]]
+    return [text[1 : 1 + LENGTH] for text in texts]
+
+
+# ----------------------------------------------------------------- the mistakes
+COIN = 'if not noise.uniform(b, d + 1, "accept") * (qx[k] if lawful else 1.0) < px[k]:'
+CUT = "torch.searchsorted(cumulative, level * total, right=True)"
+MUTANTS = [  # name, file, text, mistake, the check that kills it
+    ("chain: accepts every draft", "chain", COIN, "if False:", chains),
+    ("chain: inverted ratio", "chain", COIN, COIN.replace("(qx[k] if lawful else 1.0) < px[k]", "px[k] < qx[k]"), chains),
+    ("chain: compares with p only", "chain", "(qx[k] if lawful else 1.0) < px[k]", "1.0 < px[k]", chains),
+    ("chain: acceptance coin picks the residual", "chain", '"final") for b in order', '"accept") for b in order', chains),
+    ("chain: judged by its own row", "chain", "range(first, first + n - 1)", "range(first + 1, first + n)", chains),
+    ("chain: anchor row of a neighbour", "chain", "rows.append(b)", "rows.append(0)", chains),
+    ("chain: bonus from the row before", "chain", "row = len(draft.counts) + k\n", "row = len(draft.counts) + k - 1\n", chains),
+    ("chain: residual of the refused row", "chain", "d + 1, row, k,", "d + 1, len(draft.counts) + k, k,", chains),
+    ("chain: residual with another node's law", "chain", "draft.q.row[k] if lawful and", "draft.q.row[low] if lawful and", chains),
+    ("chain: residual drawn from p", "chain", "if laws and draft.q is not None:", "if False:", chains),
+    ("chain: refused point mass stays in", "chain", "if points:", "if False:", chains),
+    ("chain: last token of a neighbour", "chain", "tokens[b] = int(host[i])", "tokens[i] = int(host[i])", chains),
+    ("chain: rejection not counted as judged", "chain", "_Walk(d, d + 1, row", "_Walk(d, d, row", ledger),
+    ("chain: unjudged nodes in the ledger", "chain", "low[b] + w.judged)", "low[b] + draft.counts[b])", ledger),
+    ("chain: risk from the next row", "chain", "[rows[k] for k in lawful]", "[rows[k] + 1 for k in lawful]", ledger),
+    ("chain: risk with another node's law", "chain", "[draft.q.row[k] for k in lawful]", "[draft.q.row[0] for k in lawful]", ledger),
+    ("residual |p - q|", "_common", "weight.clamp_(min=0)", "weight.abs_()", chains),
+    ("residual not normalised", "_common", CUT, f"({CUT.replace(' * total', '')}).clamp(max=weight.shape[1] - 1)", chains),
+    ("residual by argmax", "_common", f"{CUT}.squeeze(1)", "weight.argmax(1)", chains),
+    ("draw: coin 0 takes the first column", "_common", CUT, CUT.replace("True", "False"), ends),
+    ("draw: coin 1 runs past the last column", "_common", "min(x, _BELOW_ONE) for x in u", "x for x in u", ends),
+    ("draw: long rows forget the blocks before", "_common", "- cumulative.gather(1, block) + mass.gather(1, block)", "", long_rows),
+    ("draw: block number dropped", "_common", "block * BLOCK + torch", "torch", long_rows),
+    ("draft vocabulary ignored in the residual", "_common", "weight.index_add_(1, support,", "weight.index_add_(1, support.sort()[0],", support),
+    ("draft vocabulary ignored in the overlap", "_common", "else p.index_select(1, support)", "else p[:, : len(support)]", support),
+    ("ledger: overlap is a maximum", "_common", "torch.minimum(p if", "torch.maximum(p if", ledger),
+    ("ledger: variance is the mean", "_common", "r * (1.0 - r) for r", "r for r", ledger),
+    ("tree: sibling order ignored", "tree", "for k in children:", "for k in reversed(children):", trees),
+    ("tree: residual mass ignored", "tree", "mass = float(c.row_sums(weight))", "mass = 1.0", trees),
+    ("tree: drawn sibling stays in its law", "tree", "law[0, self._column(token)] = 0", "pass", trees),
+    ("tree: law not normalised after a draw", "tree", "law / rest if rest > 0 else law", "law", trees),
+    ("tree: i.i.d. read as without replacement", "tree", "if self.iid:", "if not self.iid:", trees),
+    ("tree: siblings share a coin", "tree", '"accept", j) * scale', '"accept", 0) * scale', trees),
+    ("tree: stays at the anchor's row", "tree", "row = len(draft.counts) + taken", "row = b", trees),
+    ("tree: all refused, drawn from p", "tree", "rest = nodes.rest", "pass", trees),
+    ("tree: refused point mass stays in", "tree", "weight[0, x] = 0", "pass", trees),
+    ("tree: bonus from the parent's row", "tree", "rest = p[row : row + 1]\n    return", "pass\n    return", trees),
+    ("tree: risk of the first sibling only", "tree", "math.prod(before if integrated else given)", "(before or given)[0]", ledger),
+    ("tree: integrated risk without replacement", "tree", "(len(children) == 1 or laws.iid)", "True", ledger),
+    ("tree: risk given tokens mixed with others", "tree", "len(before) == len(children) and", "before and", ledger),
+    ("noise: draft and accept share a lane", "noise", '"draft": 3', '"draft": 1', decoding),
+    ("noise: accept and final share a lane", "noise", '"final": 2', '"final": 1', decoding),
+    ("noise: depth ignored", "noise", "self.position[b], depth, index)", "self.position[b], 0, index)", decoding),
+    ("noise: stale between steps", "noise", "self.position[b], depth, index)", "0, depth, index)", decoding),
+    ("noise: siblings not separated", "noise", "depth, index)", "depth, 0)", decoding),
+    ("noise: one seed for all", "noise", "uniform(self.seed[b], LANES", "uniform(0, LANES", decoding),
+    ("match: race turned round", "match", "score = p / noise", "score = p * noise", matching),
+    ("match: greedy when one token leads", "match", "== 1:\n        return int(only)", ">= 1:\n        return int(p.argmax())", matching),
+    ("match: greedy above one half", "match", "if top >= 1.0 and len(only := p.nonzero()) == 1:", "if top >= 0.5 and len(only := (p == top).nonzero()) == 1:", matching),
+    ("match: accepts the first child", "match", "if draft.tokens[k] == x", "if k >= 0", matching),
+    ("match: depth ignored", "match", "noise, b, len(path) + 1)", "noise, b, 1)", matching),
+    ("match: noise of the anchor at every depth", "noise", "self.position[b] + depth)", "self.position[b])", matching),
+    ("match: ratios the wrong way round", "match", "smaller * q + larger * p", "smaller * p + larger * q", matching),
+]  # fmt: skip
+
+
+@cache
+def honest() -> Subject:
+    return load()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_honest_rules_pass(check):
+    check(honest())
+
+
+def test_the_table_is_large_and_uses_every_check():
+    assert len(MUTANTS) >= 30
+    assert len({name for name, *_ in MUTANTS}) == len(MUTANTS)
+    assert {check for *_, check in MUTANTS} == set(CHECKS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant[0])
+def test_mutant_is_killed(mutant):
+    _, file, old, new, check = mutant
+    subject = load(Patch(file, old, new))
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check(subject)
