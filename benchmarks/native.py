@@ -32,7 +32,9 @@ CACHED = 128
 def decoder_config(vocab: int, hidden: int, layers: int, heads: int, inner: int) -> DecoderConfig:
     width = hidden // heads
     inv_freq = 10000.0 ** -(torch.arange(0, width, 2).float() / width)
-    return DecoderConfig("llama", vocab, hidden, layers, heads, heads, width, inner, 1e-5, 1024, (0,) * layers, inv_freq)
+    return DecoderConfig(
+        "llama", vocab, hidden, layers, heads, heads, width, inner, 1e-5, 1024, (0,) * layers, inv_freq
+    )
 
 
 def random_weights(c: DecoderConfig, dtype: torch.dtype) -> DecoderWeights:

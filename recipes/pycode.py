@@ -60,6 +60,7 @@ class Config:
     source: Path = Path(sysconfig.get_paths()["stdlib"])
     baseline: Path | None = None  # an older pair (folders target/ and draft/) to compare with
     grow_from: Path | None = None  # a ready seed model and its tokenizer, instead of training them
+    draft_from: Path | None = None  # a ready draft to distil, instead of training one from nothing
     vocabulary: int = 2048
     context: int = 1024
     length: int = 512
@@ -71,7 +72,7 @@ class Config:
     seed: int = 0
     small: Shape = Shape(hidden=288, layers=6, heads=6, kv_heads=6, head_dim=48, intermediate=768)
     growth: int = 3  # 18 layers, 18.6M parameters, 37 MB in bf16: more than the last-level cache holds
-    draft: Shape = Shape(hidden=256, layers=1, heads=4, kv_heads=1, head_dim=64, intermediate=704)
+    draft: Shape = Shape(hidden=128, layers=2, heads=4, kv_heads=4, head_dim=32, intermediate=352)
     seed_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3800, lr=2e-3))
     target_loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=950, lr=1.2e-3, warmup=60, final_lr_ratio=0.02)
@@ -240,7 +241,10 @@ def draft_batches(config: Config, seed: int) -> data.Batches:
 
 
 def stage_draft_ce(config: Config) -> None:
-    """Next-token training of the draft: cheap, since the target is not asked."""
+    """Next-token training of the draft: cheap, since the target is not asked. Skipped if a draft is given."""
+    if config.draft_from is not None:
+        print(f"skipped: distilling {config.draft_from.name}")
+        return
     model = build_model(config.draft, config)
     project_embeddings(seed_model(config), model)
     print(f"draft: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -252,6 +256,13 @@ def stage_draft_ce(config: Config) -> None:
         config.work / "draft-ce",
         held_out_loss(config),
     )
+
+
+def draft_model(config: Config) -> torch.nn.Module:
+    """The draft before distillation: the one given, or the one that ``draft-ce`` trained."""
+    if config.draft_from is not None:
+        return AutoModelForCausalLM.from_pretrained(config.draft_from, dtype=torch.float32)
+    return trained(config.draft, "draft-ce", config)
 
 
 def target_shape(config: Config) -> Shape:
@@ -276,7 +287,7 @@ def distillation_loss(draft: torch.nn.Module, batch: tuple[torch.Tensor, torch.T
 def stage_draft(config: Config) -> None:
     """Distil the target into the draft."""
     target = trained(target_shape(config), "target", config)
-    model = trained(config.draft, "draft-ce", config)
+    model = draft_model(config)
     labels = read_labels(config.work / "labels", config.draft_rows, config.seed + 2)
     windows = data.windows(load_stream(config, "held_out"), config.length, 12)
 
@@ -395,6 +406,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, tuple[str, ...]]:
     parser.add_argument("--work", type=Path, help="folder for everything intermediate (default runs/pycode)")
     parser.add_argument("--steps", type=int, help="steps of the training stage that runs")
     parser.add_argument("--lr", type=float, help="peak learning rate of the training stage that runs")
+    parser.add_argument("--draft-from", type=Path, help="a trained draft of the same tokenizer to distil into")
     parser.add_argument("--grow-from", type=Path, help="a trained seed (model and tokenizer) to grow from")
     parser.add_argument("--baseline", type=Path, help="an older pair (target/, draft/) to measure beside this one")
     parser.add_argument("--rows", type=int, help="windows per batch")
@@ -405,7 +417,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, tuple[str, ...]]:
         set_loop["compile"] = True
     loops = ("seed_loop", "target_loop", "draft_ce_loop", "draft_loop")
     set_here = {
-        k: getattr(given, k) for k in ("work", "rows", "grow_from", "baseline") if getattr(given, k) is not None
+        k: getattr(given, k) for k in ("work", "rows", "grow_from", "draft_from", "baseline") if getattr(given, k) is not None
     }
     config = Config()
     config = replace(config, **set_here, **{k: replace(getattr(config, k), **set_loop) for k in loops})

@@ -81,8 +81,8 @@ def long_rows(subject: Subject) -> None:
 
 def decoding(subject: Subject) -> None:
     """Joint law of four tokens over several steps, with the engine's noise in every lane: chains, then i.i.d. siblings."""
-    for width, sequences in ((1, 4000), (2, 900)):
-        p, q = markov(6), markov(7)
+    for width, sequences, seed in ((1, 4000, 6), (2, 1500, 8)):
+        p, q = markov(seed), markov(seed + 1)
         text = decode(subject, p, q, sequences, width)
         counts = np.zeros((V,) * LENGTH)
         np.add.at(counts, tuple(np.array(text).T), 1)
@@ -98,7 +98,7 @@ def decoding(subject: Subject) -> None:
 
 def matching(subject: Subject) -> None:
     """Match: strings of plain decoding whatever is proposed, the law of its race, and the closed form of its ledger."""
-    p = torch.from_numpy(markov(8))
+    p = torch.from_numpy(markov(8, 0.4))
     strings = np.zeros((V, V))
     for seed in range(1500):
         text, rng = [0], np.random.default_rng(seed)
@@ -121,8 +121,9 @@ def matching(subject: Subject) -> None:
 CHECKS = (chains, support, trees, ledger, ends, long_rows, decoding, matching)
 
 
-def markov(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).dirichlet(np.ones(V), size=V)
+def markov(seed: int, alpha: float = 1.0) -> np.ndarray:
+    """A table of laws [previous token, V]; a smaller alpha makes them sharper."""
+    return np.random.default_rng(seed).dirichlet(np.full(V, alpha), size=V)
 
 
 def decode(subject: Subject, p: np.ndarray, q: np.ndarray, sequences: int, width: int) -> list[list[int]]:
@@ -149,6 +150,9 @@ def decode(subject: Subject, p: np.ndarray, q: np.ndarray, sequences: int, width
 
 # ----------------------------------------------------------------- the mistakes
 COIN = 'if not noise.uniform(b, d + 1, "accept") * (qx[k] if lawful else 1.0) < px[k]:'
+INTEGRATED = "len(before) == len(children) and len(rows) == 1 and"
+ONE_HOT = "if top >= 1.0 and len(only := p.nonzero()) == 1:"
+WRONG_COLUMNS = "weight.index_add_(1, support.sort()[0],"
 CUT = "torch.searchsorted(cumulative, level * total, right=True)"
 MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("chain: accepts every draft", "chain", COIN, "if False:", chains),
@@ -166,7 +170,7 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("chain: rejection not counted as judged", "chain", "_Walk(d, d + 1, row", "_Walk(d, d, row", ledger),
     ("chain: unjudged nodes in the ledger", "chain", "low[b] + w.judged)", "low[b] + draft.counts[b])", ledger),
     ("chain: risk from the next row", "chain", "[rows[k] for k in lawful]", "[rows[k] + 1 for k in lawful]", ledger),
-    ("chain: risk with another node's law", "chain", "[draft.q.row[k] for k in lawful]", "[draft.q.row[0] for k in lawful]", ledger),
+    ("chain: risk with another law", "chain", "[draft.q.row[k] for k in lawful]", "[draft.q.row[0] for k in lawful]", ledger),
     ("residual |p - q|", "_common", "weight.clamp_(min=0)", "weight.abs_()", chains),
     ("residual not normalised", "_common", CUT, f"({CUT.replace(' * total', '')}).clamp(max=weight.shape[1] - 1)", chains),
     ("residual by argmax", "_common", f"{CUT}.squeeze(1)", "weight.argmax(1)", chains),
@@ -174,7 +178,7 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("draw: coin 1 runs past the last column", "_common", "min(x, _BELOW_ONE) for x in u", "x for x in u", ends),
     ("draw: long rows forget the blocks before", "_common", "- cumulative.gather(1, block) + mass.gather(1, block)", "", long_rows),
     ("draw: block number dropped", "_common", "block * BLOCK + torch", "torch", long_rows),
-    ("draft vocabulary ignored in the residual", "_common", "weight.index_add_(1, support,", "weight.index_add_(1, support.sort()[0],", support),
+    ("draft vocabulary ignored in the residual", "_common", "weight.index_add_(1, support,", WRONG_COLUMNS, support),
     ("draft vocabulary ignored in the overlap", "_common", "else p.index_select(1, support)", "else p[:, : len(support)]", support),
     ("ledger: overlap is a maximum", "_common", "torch.minimum(p if", "torch.maximum(p if", ledger),
     ("ledger: variance is the mean", "_common", "r * (1.0 - r) for r", "r for r", ledger),
@@ -190,7 +194,7 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("tree: bonus from the parent's row", "tree", "rest = p[row : row + 1]\n    return", "pass\n    return", trees),
     ("tree: risk of the first sibling only", "tree", "math.prod(before if integrated else given)", "(before or given)[0]", ledger),
     ("tree: integrated risk without replacement", "tree", "(len(children) == 1 or laws.iid)", "True", ledger),
-    ("tree: risk given tokens mixed with others", "tree", "len(before) == len(children) and", "before and", ledger),
+    ("tree: point masses left out of the risk", "tree", INTEGRATED, "bool(before) and", ledger),
     ("noise: draft and accept share a lane", "noise", '"draft": 3', '"draft": 1', decoding),
     ("noise: accept and final share a lane", "noise", '"final": 2', '"final": 1', decoding),
     ("noise: depth ignored", "noise", "self.position[b], depth, index)", "self.position[b], 0, index)", decoding),
@@ -198,8 +202,7 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("noise: siblings not separated", "noise", "depth, index)", "depth, 0)", decoding),
     ("noise: one seed for all", "noise", "uniform(self.seed[b], LANES", "uniform(0, LANES", decoding),
     ("match: race turned round", "match", "score = p / noise", "score = p * noise", matching),
-    ("match: greedy when one token leads", "match", "== 1:\n        return int(only)", ">= 1:\n        return int(p.argmax())", matching),
-    ("match: greedy above one half", "match", "if top >= 1.0 and len(only := p.nonzero()) == 1:", "if top >= 0.5 and len(only := (p == top).nonzero()) == 1:", matching),
+    ("match: greedy above one half", "match", ONE_HOT, "if top >= 0.5 and len(only := (p == top).nonzero()) == 1:", matching),
     ("match: accepts the first child", "match", "if draft.tokens[k] == x", "if k >= 0", matching),
     ("match: depth ignored", "match", "noise, b, len(path) + 1)", "noise, b, 1)", matching),
     ("match: noise of the anchor at every depth", "noise", "self.position[b] + depth)", "self.position[b])", matching),

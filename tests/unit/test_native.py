@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,7 +91,9 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
         )
 
     layers = tuple(layer() for _ in range(c.layers))
-    return DecoderWeights(matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0))
+    return DecoderWeights(
+        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0)
+    )
 
 
 def new_kv(config: DecoderConfig, dtype: torch.dtype, slots: int = 1, capacity: int = 64) -> ContiguousKV:
@@ -203,7 +206,9 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def alone(decoder: NativeDecoder, config: DecoderConfig, dtype: torch.dtype, path: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def alone(
+    decoder: NativeDecoder, config: DecoderConfig, dtype: torch.dtype, path: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits behind `path`, and its keys and values, when every token is decoded by itself in an empty cache."""
     kv = new_kv(config, dtype)
     logits = torch.empty(0)
@@ -232,7 +237,9 @@ def test_chains_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtype) -
         logits = decoder.forward(Rows.assemble([0], [[path[7]]], [7], chain), kv, ()).logits
         for i in range(n):
             assert torch.equal(logits[i], single[i][0]), f"row {i} of {n}"
-        assert torch.equal(kv.k[:, 0, :, : 7 + n], single[n - 1][1]) and torch.equal(kv.v[:, 0, :, : 7 + n], single[n - 1][2])
+        assert torch.equal(kv.k[:, 0, :, : 7 + n], single[n - 1][1]) and torch.equal(
+            kv.v[:, 0, :, : 7 + n], single[n - 1][2]
+        )
 
 
 @DTYPES
@@ -243,9 +250,15 @@ def test_tree_nodes_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtyp
     decoder = native(config, random_weights(config, extras, dtype))
     history = {slot: tokens(n, config.vocab_size, seed=slot) for slot, n in ((0, 5), (2, 17))}
     rows = Rows.assemble(
-        [2, 1, 0], [[3], tokens(13, config.vocab_size), [4, 2]], [17, 0, 5], forest(TREE, ([9, 1], [-1, -1])), [True, False, True]
+        [2, 1, 0],
+        [[3], tokens(13, config.vocab_size), [4, 2]],
+        [17, 0, 5],
+        forest(TREE, ([9, 1], [-1, -1])),
+        [True, False, True],
     )
-    expected = {path: alone(decoder, config, dtype, list(path))[0] for path in map(tuple, paths_of(rows, history | {1: []}))}
+    expected = {
+        path: alone(decoder, config, dtype, list(path))[0] for path in map(tuple, paths_of(rows, history | {1: []}))
+    }
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         kv = new_kv(config, dtype, slots=3)
@@ -272,6 +285,12 @@ def test_an_accepted_path_goes_on_with_the_same_bits(dtype: torch.dtype) -> None
     assert torch.equal(logits, alone(decoder, config, dtype, path)[0])
 
 
+@DTYPES
+def test_takes_few_rows_unless_torch_has_no_kernels(dtype: torch.dtype) -> None:
+    decoder = native(*tiny(dtype))
+    assert decoder.max_rows == (sys.maxsize if decoder.kind in ("AVX2", "generic") and dtype is torch.bfloat16 else 32)
+
+
 def test_many_rows(threads: None) -> None:
     """More rows than any tile, more threads than heads: still the reference's numbers."""
     config, extras = SHAPES["biases"]
@@ -284,7 +303,9 @@ def test_many_rows(threads: None) -> None:
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def from_transformers(model: torch.nn.Module, family: str, window: tuple[int, ...]) -> tuple[DecoderConfig, DecoderWeights]:
+def from_transformers(
+    model: torch.nn.Module, family: str, window: tuple[int, ...]
+) -> tuple[DecoderConfig, DecoderWeights]:
     """The weights of a transformers decoder, linears fused."""
     c, state = model.config, {k.removeprefix("model."): v.detach() for k, v in model.state_dict().items()}
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -378,7 +399,9 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
     with pytest.raises(ValueError, match="segments"):
         decoder.forward(Rows.assemble([1], [[1]], [0], Draft.empty(1)), kv, ())
     with pytest.raises(ValueError, match="segments"):
-        decoder.forward(dataclasses.replace(plain, segments=(dataclasses.replace(plain.segments[0], parent=(5,)),)), kv, ())
+        decoder.forward(
+            dataclasses.replace(plain, segments=(dataclasses.replace(plain.segments[0], parent=(5,)),)), kv, ()
+        )
     with pytest.raises(ValueError, match="scored row"):
         decoder.forward(dataclasses.replace(plain, scored=torch.tensor([2])), kv, ())
     with pytest.raises(ValueError, match="layers in 0..3"):
@@ -420,7 +443,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     build.load_library.cache_clear()
 
 
-def test_without_a_compiler_says_so_once(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_compiler_says_so_once(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(fresh))
     with caplog.at_level(logging.INFO):
@@ -429,7 +454,9 @@ def test_without_a_compiler_says_so_once(fresh: Path, monkeypatch: pytest.Monkey
     assert caplog.text.count("no C++ compiler") == 1
 
 
-def test_a_broken_compiler_is_no_error(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_compiler_is_no_error(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     compiler = fresh / "broken"
     compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
     compiler.chmod(0o700)

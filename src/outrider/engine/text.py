@@ -93,6 +93,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._ids = list(context)
+        for first in range(1, _LACKING + 1):  # the context may have been cut inside a character
+            if self._ids and self._decode(0).startswith(UNKNOWN):
+                self._ids = list(context[first:])
         self._start = len(self._ids)
         self._min_tokens = min_tokens
         self._matcher = StopMatcher(stop) if stop else None

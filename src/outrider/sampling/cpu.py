@@ -22,12 +22,7 @@ from outrider.sampling.processors import NEVER, log_min_p, temper
 Array = NDArray[np.floating]
 
 _BLOCK = 64  # entries of a block of which only the peak is looked at first
-_FLOORS = (
-    1e-4,
-    1e-5,
-    1e-6,
-    0.0,
-)  # a nucleus usually ends far above the last floor, and then the tail need not be sorted
+_FLOORS = (1e-4, 1e-5, 1e-6, 0.0)  # a nucleus usually ends far above the last: then the tail need not be sorted
 _CACHED = 1 << 18  # entries of a block of rows that is processed at once: 1 MiB of float32 stays in the cache
 
 
