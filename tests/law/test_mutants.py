@@ -81,8 +81,8 @@ def long_rows(subject: Subject) -> None:
 
 def decoding(subject: Subject) -> None:
     """Joint law of four tokens over several steps, with the engine's noise in every lane: chains, then i.i.d. siblings."""
-    for width, sequences, seed in ((1, 4000, 6), (2, 1500, 8)):
-        p, q = markov(seed), markov(seed + 1)
+    for width, sequences in ((1, 4000), (2, 700)):
+        p, q = markov(6), markov(7)
         text = decode(subject, p, q, sequences, width)
         counts = np.zeros((V,) * LENGTH)
         np.add.at(counts, tuple(np.array(text).T), 1)
@@ -91,9 +91,23 @@ def decoding(subject: Subject) -> None:
             want = want[..., None] * p
         expected = want.ravel() * sequences
         few = expected < 5
-        cells = [*zip(expected[~few], counts.ravel()[~few], strict=True), (expected[few].sum(), counts.ravel()[few].sum())]
+        cells = [
+            *zip(expected[~few], counts.ravel()[~few], strict=True),
+            (expected[few].sum(), counts.ravel()[few].sum()),
+        ]
         value = sum((seen - e) ** 2 / e for e, seen in cells if e >= 5)
         assert value < chi2.isf(ALPHA, len(cells) - 1)
+
+
+def independence(subject: Subject) -> None:
+    """Coins of two siblings are independent and uniform in every lane: chi-square of 1,500 pairs in 4 x 4 cells."""
+    noise = subject.noise(tuple(range(1500)), (7,) * 1500)
+    for lane in ("accept", "draft"):
+        counts = np.zeros((4, 4))
+        for b in range(1500):
+            counts[int(4 * noise.uniform(b, 1, lane, 0)), int(4 * noise.uniform(b, 1, lane, 1))] += 1
+        expected = 1500 / 16
+        assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(ALPHA, 15)
 
 
 def matching(subject: Subject) -> None:
@@ -118,7 +132,7 @@ def matching(subject: Subject) -> None:
         assert abs(subject.match_probability(a, b) - float(direct)) < 1e-12
 
 
-CHECKS = (chains, support, trees, ledger, ends, long_rows, decoding, matching)
+CHECKS = (chains, support, trees, ledger, ends, long_rows, decoding, independence, matching)
 
 
 def markov(seed: int, alpha: float = 1.0) -> np.ndarray:
@@ -199,7 +213,7 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("noise: accept and final share a lane", "noise", '"final": 2', '"final": 1', decoding),
     ("noise: depth ignored", "noise", "self.position[b], depth, index)", "self.position[b], 0, index)", decoding),
     ("noise: stale between steps", "noise", "self.position[b], depth, index)", "0, depth, index)", decoding),
-    ("noise: siblings not separated", "noise", "depth, index)", "depth, 0)", decoding),
+    ("noise: siblings not separated", "noise", "depth, index)", "depth, 0)", independence),
     ("noise: one seed for all", "noise", "uniform(self.seed[b], LANES", "uniform(0, LANES", decoding),
     ("match: race turned round", "match", "score = p / noise", "score = p * noise", matching),
     ("match: greedy above one half", "match", ONE_HOT, "if top >= 0.5 and len(only := (p == top).nonzero()) == 1:", matching),

@@ -22,9 +22,8 @@ def simulate(g: np.random.Generator, tosses: int, bias: float = 0.0) -> Counts:
     """A run whose rule rejects with the probability it states, plus `bias`."""
     risk = g.uniform(0.05, 0.9, tosses)
     rejected = int((g.random(tosses) < np.clip(risk + bias, 0, 1)).sum())
-    return Counts(
-        judged=tosses, accepted=tosses - rejected, rejected=rejected, risk=float(risk.sum()), spread=float((risk * (1 - risk)).sum())
-    )
+    risks, spread = float(risk.sum()), float((risk * (1 - risk)).sum())
+    return Counts(judged=tosses, accepted=tosses - rejected, rejected=rejected, risk=risks, spread=spread)
 
 
 @pytest.mark.parametrize("tosses", [1, 7, 50, 1000])

@@ -141,7 +141,8 @@ def print_table(d: dict[str, Any]) -> None:
     """The document for people."""
     from outrider.cli.demo import phase_bar
 
-    title = f"{d['drafter']} / {d['rule']}, {d['dtype']}, temperature {d['temperature']:g}, batch {d['batch']}, {d['repeats']} repeats"
+    how = f"{d['drafter']} / {d['rule']}, {d['dtype']}, temperature {d['temperature']:g}"
+    title = f"{how}, batch {d['batch']}, {d['repeats']} repeats"
     table = Table(title=title, title_justify="left")
     for column in (
         "arm",

@@ -17,6 +17,7 @@ from outrider.target.config import Unsupported, read_raw_config
 from outrider.target.folder import resolve_folder
 from outrider.target.lean import LeanTarget
 from outrider.target.memory import available_memory, require_memory
+from outrider.target.native.build import load_library
 from outrider.target.packed import QUANTIZE
 from outrider.target.tokenizer import first_difference, load_tokenizer, stop_ids, vocab_fingerprint
 
@@ -59,7 +60,8 @@ def load_target(
     """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint is run.
 
     dtype:          "auto", or "bfloat16", "float16", "float32", "float64". Auto is bfloat16 on a CPU that multiplies it
-                    (AVX512_BF16, AMX, ARM's bf16), else float32; on a GPU the checkpoint's own.
+                    (AVX512_BF16, AMX, ARM's bf16) or, for bfloat16 checkpoints, that has the native decoder (half the
+                    bytes to read, arithmetic in float32), else float32; on a GPU the checkpoint's own.
     device:         "auto" (a GPU if there is one), or a PyTorch device.
     implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean where it can; `notice` says why not.
     quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
@@ -201,7 +203,9 @@ def _choose_dtype(name: str, stored: object, device: torch.device) -> torch.dtyp
         return named
     if device.type != "cpu":
         return DTYPES.get(str(stored), torch.bfloat16)
-    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+    if _cpu_multiplies_bfloat16() or (DTYPES.get(str(stored)) is torch.bfloat16 and load_library() is not None):
+        return torch.bfloat16
+    return torch.float32
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from outrider.train import CausalLM
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
@@ -144,7 +146,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def export_model(model: torch.nn.Module, tokenizer, folder: Path) -> None:
+def export_model(model: CausalLM, tokenizer, folder: Path) -> None:
     """Write a transformers folder (bfloat16 safetensors, configs, tokenizer) in place of ``folder``, atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     built = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")

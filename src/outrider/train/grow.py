@@ -6,9 +6,11 @@ import copy
 
 import torch
 
+from outrider.train import CausalLM
+
 
 @torch.no_grad()
-def multiply_layers(seed: torch.nn.Module, factor: int) -> torch.nn.Module:
+def multiply_layers(seed: CausalLM, factor: int) -> CausalLM:
     """``factor`` times the layers of ``seed``, the same function: after each layer come silent copies of it.
 
     A layer adds ``o_proj(...)`` and ``down_proj(...)`` to the residual stream. With both at zero a copy adds nothing
@@ -31,7 +33,7 @@ def multiply_layers(seed: torch.nn.Module, factor: int) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def project_embeddings(wide: torch.nn.Module, narrow: torch.nn.Module) -> None:
+def project_embeddings(wide: CausalLM, narrow: CausalLM) -> None:
     """Start ``narrow``'s token table from ``wide``'s: its best approximation of rank ``narrow.config.hidden_size``.
 
     With ``E = U S V^T [vocabulary, hidden]`` the rows of ``E V_k`` have nearly the inner products of the rows of E,

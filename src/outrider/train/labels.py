@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from outrider.train import CausalLM
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -36,7 +38,7 @@ class Labels:
         return self.tokens[chosen], torch.from_numpy(self.logits[chosen].astype(np.float32))
 
 
-def write_labels(target: torch.nn.Module, tokens: torch.Tensor, folder: Path, rows: int = 4, report=print) -> None:
+def write_labels(target: CausalLM, tokens: torch.Tensor, folder: Path, rows: int = 4, report=print) -> None:
     """Ask ``target`` about ``tokens [M, L + 1]``; continues after the windows that are already on disk.
 
     The progress file is written after the rows it counts are flushed, so a kill costs at most one batch.

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from outrider.train import data, losses
+from outrider.train import CausalLM, data, losses
 
 TEMPERATURES = (1.0, 0.7, 0.5)
 
@@ -31,7 +31,7 @@ class Acceptance:
     high_quarter: float
 
 
-def next_logits(model: torch.nn.Module, windows: torch.Tensor, rows: int = 4) -> Iterator[tuple[torch.Tensor, ...]]:
+def next_logits(model: CausalLM, windows: torch.Tensor, rows: int = 4) -> Iterator[tuple[torch.Tensor, ...]]:
     """(logits ``[r, L, V]``, next tokens ``[r, L]``) for ``windows [M, L + 1]``, ``rows`` at a time."""
     for part in windows.split(rows):
         with torch.no_grad():
@@ -54,8 +54,8 @@ class Comparison:
 
 
 def compare(
-    target: torch.nn.Module,
-    draft: torch.nn.Module,
+    target: CausalLM,
+    draft: CausalLM,
     windows: torch.Tensor,
     temperatures: Sequence[float] = TEMPERATURES,
     skip: int = 0,
@@ -86,7 +86,7 @@ def summarise(temperature: float, kept: torch.Tensor) -> Acceptance:
 
 
 def sample(
-    model: torch.nn.Module, prompts: torch.Tensor, new_tokens: int, temperature: float, seed: int
+    model: CausalLM, prompts: torch.Tensor, new_tokens: int, temperature: float, seed: int
 ) -> torch.Tensor:
     """The model's own text ``[M, P + new_tokens]`` after ``prompts [M, P]``, for acceptance in actual use."""
     torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def sample(
     )
 
 
-def text_report(pair: Mapping[str, torch.nn.Module], tokenizer, windows: torch.Tensor) -> dict:
+def text_report(pair: Mapping[str, CausalLM], tokenizer, windows: torch.Tensor) -> dict:
     """Loss and bits per byte of both models of ``pair``, and their acceptance, on ``windows [M, L + 1]``."""
     tokens = windows[:, 1:].numel()
     size = sum(len(tokenizer.decode(row).encode()) for row in windows[:, 1:])
@@ -117,7 +117,7 @@ def text_report(pair: Mapping[str, torch.nn.Module], tokenizer, windows: torch.T
     }
 
 
-def samples_report(pair: Mapping[str, torch.nn.Module], prompts: torch.Tensor, new_tokens: int, seed: int) -> dict:
+def samples_report(pair: Mapping[str, CausalLM], prompts: torch.Tensor, new_tokens: int, seed: int) -> dict:
     """Acceptance on what the target itself writes after ``prompts [M, P]``, at the temperature it writes at."""
     kept = []
     for temperature in TEMPERATURES:
@@ -128,7 +128,7 @@ def samples_report(pair: Mapping[str, torch.nn.Module], prompts: torch.Tensor, n
 
 
 def pair_report(
-    pair: Mapping[str, torch.nn.Module], tokenizer, texts: Mapping[str, np.ndarray], length: int, limit: int
+    pair: Mapping[str, CausalLM], tokenizer, texts: Mapping[str, np.ndarray], length: int, limit: int
 ) -> dict:
     """``text_report`` on at most ``limit`` windows of each stream, and ``samples_report`` after held-out prompts."""
     windows = {name: data.windows(stream, length, limit) for name, stream in texts.items()}
