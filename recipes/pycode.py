@@ -1,16 +1,17 @@
-"""Train the shipped demonstration pair ``pycode``: an 18-layer target and a one-layer draft on Python's own library.
+"""Train the shipped demonstration pair ``pycode``: an 18-layer target and a small draft on Python's own library.
 
-    python recipes/pycode.py all                                # everything, from nothing
-    python recipes/pycode.py all --grow-from <a seed model>     # skip the seed's training
-    python recipes/pycode.py target --steps 50                  # one stage
+    python recipes/pycode.py all                                      # everything, from nothing
+    python recipes/pycode.py all --grow-from SEED --draft-from DRAFT   # start from ready models
+    python recipes/pycode.py target --steps 50                        # one stage
 
 Stages: data -> tokenizer -> seed -> target -> draft-ce -> labels -> draft -> evaluate -> export. Each reads what the
 one before it left in the work folder (``runs/pycode``), and each continues where it was stopped, so this file reads
 top to bottom as the run itself.
 
 Why these shapes: on a CPU a forward pass of a small model costs mostly a fixed amount per layer. A deep, narrow target
-beside a one-layer draft therefore makes drafting cheap, a small fraction of a target forward. Why the target is grown:
-six layers learn the same number of tokens in a third of the time, and multiplying the layers keeps what they learned.
+beside a draft of a layer or two therefore makes drafting cheap, a small fraction of a target forward. Why the target
+is grown: six layers learn the same number of tokens in a third of the time, and multiplying the layers keeps what they
+learned.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Config:
     length: int = 512
     rows: int = 4
     draft_rows: int = 8
-    label_windows: int = 640  # asked of the target; 2 MB each on disk
+    label_windows: int = 384  # asked of the target; 2 MB each on disk
     evaluated_windows: int = 96
     evaluated_length: int = 256  # a seed or baseline may have been trained on no more
     seed: int = 0
@@ -373,6 +374,9 @@ def gather_facts(config: Config) -> dict:
     for name in ("seed", "target", "draft-ce", "draft"):
         checkpoint = load_latest(config.work / name)
         facts[name] = checkpoint.state if checkpoint else None
+    # What a given model replaces may still lie in the work folder, but it is not part of this pair.
+    facts |= {"seed": None} if config.grow_from else {}
+    facts |= {"draft-ce": None} if config.draft_from else {}
     facts["tokens"] = {name: len(load_stream(config, name)) for name in ("training", "held_out")}
     return facts
 
@@ -417,7 +421,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, tuple[str, ...]]:
         set_loop["compile"] = True
     loops = ("seed_loop", "target_loop", "draft_ce_loop", "draft_loop")
     set_here = {
-        k: getattr(given, k) for k in ("work", "rows", "grow_from", "draft_from", "baseline") if getattr(given, k) is not None
+        k: getattr(given, k)
+        for k in ("work", "rows", "grow_from", "draft_from", "baseline")
+        if getattr(given, k) is not None
     }
     config = Config()
     config = replace(config, **set_here, **{k: replace(getattr(config, k), **set_loop) for k in loops})

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -303,15 +304,13 @@ def test_many_rows(threads: None) -> None:
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def from_transformers(
-    model: torch.nn.Module, family: str, window: tuple[int, ...]
-) -> tuple[DecoderConfig, DecoderWeights]:
+def from_transformers(model: Any, family: str, window: tuple[int, ...]) -> tuple[DecoderConfig, DecoderWeights]:
     """The weights of a transformers decoder, linears fused."""
     c, state = model.config, {k.removeprefix("model."): v.detach() for k, v in model.state_dict().items()}
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     config = DecoderConfig(
         family, c.vocab_size, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, width,
-        c.intermediate_size, c.rms_norm_eps, 256, window, model.model.rotary_emb.inv_freq.float(),  # type: ignore[union-attr]
+        c.intermediate_size, c.rms_norm_eps, 256, window, model.model.rotary_emb.inv_freq.float(),
     )  # fmt: skip
 
     def fused(at: str, names: str, kind: str) -> Tensor | None:

@@ -109,7 +109,7 @@ class Engine:
             raise RequestError(f"request {name!r} is already running; use another name")
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         for index in range(params.n):
-            text = TextStream(self.tokenizer, params.stop) if self.tokenizer is not None else None
+            text = self._text(tokens, params)
             sequence = Sequence(
                 name,
                 index,
@@ -305,6 +305,12 @@ class Engine:
                 f"prompt token {wrong} is outside the vocabulary of {vocab}: use this target's tokenizer"
             )
         params.check_vocab(vocab)
+
+    def _text(self, prompt: list[int], params: SamplingParams) -> TextStream | None:
+        """The text of one sequence; tokenizers whose decoding looks to the left need the prompt's last tokens."""
+        if self.tokenizer is None:
+            return None
+        return TextStream(self.tokenizer, params.stop, context=prompt[-12:], min_tokens=params.min_tokens)
 
     def _name(self) -> str:
         self._names += 1

@@ -110,9 +110,9 @@ def visible(segment: Segment, width: int, start: int, end: int) -> Bool[Tensor, 
     width 0: no window. A cached token's place is its position; a node's position is its parent's plus one.
     """
     n, cached = segment.count, segment.cached
-    see = torch.zeros(n, end, dtype=torch.bool)
-    see[:, :cached] = True
-    see[:, cached : cached + n] = segment.visible()
+    see = torch.ones(n, end, dtype=torch.bool).tril_(cached)
+    if not segment.is_chain:
+        see[:, cached : cached + n] = _ancestors(segment)
     if width:
         position = list(range(cached, cached + segment.prefix))
         for parent in segment.parent:
@@ -122,6 +122,17 @@ def visible(segment: Segment, width: int, start: int, end: int) -> Bool[Tensor, 
         place[cached : cached + n] = own
         see &= place > own[:, None] - width
     return see[:, start:]
+
+
+def _ancestors(segment: Segment) -> Bool[Tensor, "n n"]:
+    """`segment.visible()`, made on the host in one piece: a tensor operation per node would cost more than the step."""
+    n = segment.count
+    rows = [bytearray(b"\1" * (i + 1) + b"\0" * (n - i - 1)) for i in range(segment.prefix)]
+    for i, parent in enumerate(segment.parent):
+        row = bytearray(rows[parent])
+        row[segment.prefix + i] = 1
+        rows.append(row)
+    return torch.frombuffer(bytearray().join(rows), dtype=torch.bool).view(n, n)
 
 
 def _runs(segments: tuple[Segment, ...]) -> list[list[Segment]]:
