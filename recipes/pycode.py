@@ -262,6 +262,8 @@ def stage_draft_ce(config: Config) -> None:
 def draft_model(config: Config) -> torch.nn.Module:
     """The draft before distillation: the one given, or the one that ``draft-ce`` trained."""
     if config.draft_from is not None:
+        from transformers import AutoModelForCausalLM
+
         return AutoModelForCausalLM.from_pretrained(config.draft_from, dtype=torch.float32)
     return trained(config.draft, "draft-ce", config)
 

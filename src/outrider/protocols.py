@@ -42,6 +42,10 @@ class KVCache(Protocol):
         """Forget these slots entirely."""
         ...
 
+    def erase(self, slot: int) -> None:
+        """Overwrite what a broken sequence left in its slot."""
+        ...
+
 
 @runtime_checkable
 class Target(Protocol):

@@ -41,7 +41,7 @@ def forest_worlds(rng: np.random.Generator, siblings: str) -> list:
     two = Shape((-1, -1, 1), (True,) * 3, siblings)
     mixed = Shape((-1, -1, -1), (True, False, True), siblings)
     points = Shape((-1, -1, -1, 0), (False,) * 4, siblings)
-    return [random_world(rng, V, shape, full=True) for shape in (two, mixed, points) for _ in range(3)]
+    return [random_world(rng, V, shape, full=True) for shape in (two, mixed, points) for _ in range(6)]
 
 
 def trees(subject: Subject) -> None:
@@ -183,8 +183,8 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("chain: last token of a neighbour", "chain", "tokens[b] = int(host[i])", "tokens[i] = int(host[i])", chains),
     ("chain: rejection not counted as judged", "chain", "_Walk(d, d + 1, row", "_Walk(d, d, row", ledger),
     ("chain: unjudged nodes in the ledger", "chain", "low[b] + w.judged)", "low[b] + draft.counts[b])", ledger),
-    ("chain: risk from the next row", "chain", "[rows[k] for k in lawful]", "[rows[k] + 1 for k in lawful]", ledger),
-    ("chain: risk with another law", "chain", "[draft.q.row[k] for k in lawful]", "[draft.q.row[0] for k in lawful]", ledger),
+    ("chain: risk from the next row", "chain", "[rows[k] for k in nodes]", "[rows[k] + 1 for k in nodes]", ledger),
+    ("chain: risk with another law", "chain", "[draft.q.row[k] for k in nodes]", "[draft.q.row[0] for k in nodes]", ledger),
     ("residual |p - q|", "_common", "weight.clamp_(min=0)", "weight.abs_()", chains),
     ("residual not normalised", "_common", CUT, f"({CUT.replace(' * total', '')}).clamp(max=weight.shape[1] - 1)", chains),
     ("residual by argmax", "_common", f"{CUT}.squeeze(1)", "weight.argmax(1)", chains),

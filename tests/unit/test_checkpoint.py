@@ -123,7 +123,7 @@ print((kilobytes("VmHWM") - before) * 1024, checkpoint.parameters * 4)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see the peak of memory")
 def test_peak_memory_of_loading_is_the_weights_and_little_more(model, tmp_path):
-    """In a process of its own: packing included, the peak stays within 1.3 times the weights."""
+    """In a process of its own, packing included: the weights, and one of six blocks two or three times over."""
     big = make_checkpoint(
         tmp_path, hidden_size=640, intermediate_size=1792, num_hidden_layers=6, head_dim=160, dtype=torch.bfloat16
     )
@@ -132,7 +132,7 @@ def test_peak_memory_of_loading_is_the_weights_and_little_more(model, tmp_path):
     )
     peak, weights = (int(n) for n in run.stdout.split())
     assert weights > 100e6
-    assert peak < 1.3 * weights
+    assert peak < 1.5 * weights
 
 
 # --------------------------------------------------------------------------------------------------- what is not for us
@@ -305,3 +305,21 @@ def test_too_little_memory_is_said_before_anything_is_allocated(model, monkeypat
 def test_available_memory_is_known_on_linux():
     free = memory.available_memory()
     assert free is None or free > 1 << 20
+
+
+def test_the_plain_tokenizer_is_transformers_own(tmp_path: Path) -> None:
+    """Same ids, text and vocabulary as AutoTokenizer, special tokens and awkward text included."""
+    from transformers import AutoTokenizer
+
+    from outrider.assets import shipped
+    from outrider.target.tokenizer import PlainTokenizer, load_tokenizer
+
+    ours, theirs = load_tokenizer(shipped("target")), AutoTokenizer.from_pretrained(shipped("target"))
+    assert isinstance(ours, PlainTokenizer)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.eos_token_id == theirs.eos_token_id
+    for text in ("def f(x):\n\treturn x\n", " 你好 \U0001f600é\r\n", "", "  ", "</s>a<s>", "x" * 500):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)

@@ -60,3 +60,8 @@ class ContiguousKV:
     def release(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self.length[slot] = 0
+
+    def erase(self, slot: int) -> None:
+        """Overwrite a slot: what a broken sequence left (NaN) must not reach others through a masked product."""
+        self.k[:, slot] = 0
+        self.v[:, slot] = 0

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from tokenizers import Tokenizer
+
 from outrider.errors import ConfigError
 from outrider.target.config import CONFIG_BYTES, read_json
 from outrider.target.folder import resolve_folder
@@ -41,14 +43,53 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
             f"{settings} names code of its own (auto_map), which Outrider never runs: remove it "
             "or use another tokenizer"
         )
-    from transformers import AutoTokenizer
-
     try:
+        plain = _plain(folder)
+        if plain is not None:
+            return plain
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ConfigError(
             f"the tokenizer in {folder} cannot be read ({reprlib.repr(str(error))}): download it again"
         ) from None
+
+
+class PlainTokenizer:
+    """A tokenizer.json and nothing else: what transformers' generic class does for text and ids, without importing it.
+
+    That import costs 85 MB and two seconds, more than a small model needs altogether.
+    """
+
+    chat_template = None
+
+    def __init__(self, core: Tokenizer, eos_token_id: int | None) -> None:
+        self._core, self.eos_token_id = core, eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self._core.encode(text).ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self._core.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._core.get_vocab(with_added_tokens=True)
+
+
+def _plain(folder: Path) -> PlainTokenizer | None:
+    """The plain tokenizer of a folder whose settings leave nothing for transformers to do, else None."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file, TOKENIZER_BYTES) if file.is_file() else {}
+    generic = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    special = {"chat_template", "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder"} & settings.keys()
+    if not generic or special or settings.get("clean_up_tokenization_spaces") or any(folder.glob("*.jinja")):
+        return None
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.no_padding()
+    core.no_truncation()
+    eos = settings.get("eos_token")
+    return PlainTokenizer(core, core.token_to_id(eos) if isinstance(eos, str) else None)
 
 
 def vocab_fingerprint(tokenizer: Vocabulary) -> str:

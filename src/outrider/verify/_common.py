@@ -37,8 +37,9 @@ def row_sums(x: Float[Tensor, "n V"]) -> Float64[Tensor, "n"]:
     whole = size // BLOCK * BLOCK
     if not whole:
         return x.sum(-1).double()
-    out = x[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1).double().sum(-1)
-    return out if whole == size else out + x[:, whole:].sum(-1)
+    if whole == size:
+        return x.unflatten(1, (-1, BLOCK)).sum(-1).double().sum(-1)
+    return row_sums(x[:, :whole]) + x[:, whole:].sum(-1)
 
 
 def overlap(
@@ -140,11 +141,10 @@ def token_probs(q: Proposal, row: Sequence[int], token: Int[Tensor, "k"]) -> Flo
     """q(x) of each token under its law; zero for a point mass and for a token outside the support."""
     rows = torch.tensor(row, device=token.device)
     if q.support is None:
-        column, known = token, rows >= 0
-    else:
-        hit = q.support.unsqueeze(0) == token.unsqueeze(1)
-        column, known = hit.to(torch.uint8).argmax(1), (rows >= 0) & hit.any(1)
-    return torch.where(known, q.probs[rows.clamp(min=0), column], 0.0)
+        probs = q.probs[rows, token]
+        return probs if min(row) >= 0 else probs.where(rows >= 0, 0.0)
+    hit = q.support.unsqueeze(0) == token.unsqueeze(1)
+    return q.probs[rows, hit.to(torch.uint8).argmax(1)].where((rows >= 0) & hit.any(1), 0.0)
 
 
 def verdict(paths: Sequence[Sequence[int]], tokens: Sequence[int], risks: Sequence[Sequence[float]]) -> Verdict:

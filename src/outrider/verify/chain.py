@@ -18,6 +18,10 @@ from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
 
 
+FEW = 1 << 18
+"""Probabilities whose overlap is taken at once: temporaries stay in cache, and long rows are read in place."""
+
+
 class _Walk(NamedTuple):
     """How far one sequence got.
 
@@ -94,9 +98,11 @@ def _finish(
     u = [noise.uniform(b, walks[b].accepted + 1, "final") for b in order]
     token, total = c.draw(_weights(p, draft, [walks[b] for b in order]), u)
     parts = [token.double(), total]
-    if draft.q is not None and lawful:
-        q = c.take_rows(draft.q.probs, [draft.q.row[k] for k in lawful])
-        parts.append(c.overlap(c.take_rows(p, [rows[k] for k in lawful]), q, draft.q.support))
+    if draft.q is not None:
+        few = max(1, FEW // p.shape[1])
+        for nodes in (lawful[i : i + few] for i in range(0, len(lawful), few)):
+            q = c.take_rows(draft.q.probs, [draft.q.row[k] for k in nodes])
+            parts.append(c.overlap(c.take_rows(p, [rows[k] for k in nodes]), q, draft.q.support))
     host = torch.cat(parts).tolist()
     n = len(walks)
     tokens = [0] * n
