@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, norm
 
 from outrider.types import Draft, Proposal
 from tests.law.lab import Shape, chain, examine, random_world
@@ -114,7 +114,7 @@ def matching(subject: Subject) -> None:
     """Match: strings of plain decoding whatever is proposed, the law of its race, and the closed form of its ledger."""
     p = torch.from_numpy(markov(8, 0.4))
     strings = np.zeros((V, V))
-    for seed in range(1500):
+    for seed in range(800):
         text, rng = [0], np.random.default_rng(seed)
         while len(text) < 3:
             last, at = text[-1], subject.noise((seed,), (len(text) - 1,))
@@ -125,8 +125,11 @@ def matching(subject: Subject) -> None:
         verdict = subject.match(laws, draft, subject.noise((seed,), (0,)))
         emitted = [draft.tokens[k] for k in verdict.path[0]] + [verdict.next_token[0]]
         assert emitted[: len(text) - 1] == text[1 : 1 + len(emitted)]
-    want = (p[0][:, None] * p).numpy() * 1500
+    want = (p[0][:, None] * p).numpy() * 800
     assert ((strings - want) ** 2 / want).sum() < chi2.isf(ALPHA, V * V - 1)
+    one_and_many = torch.tensor([[0.5] + [0.5 / 20] * 20], dtype=torch.float64)
+    races = [subject.match(one_and_many, Draft.empty(1), subject.noise((s,), (3,))).next_token[0] for s in range(400)]
+    assert abs(races.count(0) - 200) < norm.isf(ALPHA) * 10
     for a, b in ((p[0], p[1]), (p[1], p[2])):
         direct = sum(1 / sum(max(a[y] / a[x], b[y] / b[x]) for y in range(V)) for x in range(V))
         assert abs(subject.match_probability(a, b) - float(direct)) < 1e-12

@@ -148,6 +148,12 @@ class Engine:
             self.scheduler.waiting.appendleft(sequence)
         return bool(found)
 
+    def reset(self) -> tuple[Counts, dict[str, float]]:
+        """Start new sums (counts, seconds by phase) and return the old ones."""
+        old = self.counts, self.seconds
+        self.counts, self.seconds = Counts(), dict.fromkeys(PHASES, 0.0)
+        return old
+
     @property
     def busy(self) -> bool:
         return bool(self._sequences)
@@ -236,6 +242,7 @@ class Engine:
                 events.append(
                     sequence.fail("the target returned NaN or empty logits: check the checkpoint and the dtype")
                 )
+                self.parts.kv.erase(sequence.slot)
                 self._forget(sequence)
                 continue
             path, accepted = verdict.path[b], len(verdict.path[b])

@@ -44,14 +44,15 @@ class Record:
 def run_group(arm: Arm, prompts: list[list[int]], params: list[SamplingParams], place: tuple[int, int, int]) -> Record:
     """Decode one group of prompts together on one arm."""
     engine = arm.engine
-    engine.counts, engine.seconds = Counts(), dict.fromkeys(PHASES, 0.0)
+    engine.reset()
     start = perf_counter()
     results = engine.generate(prompts, params)
     seconds = perf_counter() - start
     outputs = [o for r in results for o in r.outputs]
     failed = sum(o.finish_reason == "error" for o in outputs)
     tokens = sum(len(o.token_ids) for o in outputs)
-    return Record(arm.name, *place, tokens, seconds, dict(engine.seconds), engine.counts, failed, tuple(results))
+    counts, phases = engine.reset()
+    return Record(arm.name, *place, tokens, seconds, phases, counts, failed, tuple(results))
 
 
 def run_arms(

@@ -68,6 +68,10 @@ class SlotCaches:
             self.cache[slot] = None
             self.tokens[slot] = []
 
+    def erase(self, slot: int) -> None:
+        """Nothing is shared between slots here: forgetting is enough."""
+        self.release([slot])
+
 
 def _caches(kv: KVCache) -> SlotCaches:
     assert isinstance(kv, SlotCaches)

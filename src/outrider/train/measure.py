@@ -85,9 +85,7 @@ def summarise(temperature: float, kept: torch.Tensor) -> Acceptance:
     return Acceptance(temperature, kept.mean().item(), kept.std().item(), low, high)
 
 
-def sample(
-    model: CausalLM, prompts: torch.Tensor, new_tokens: int, temperature: float, seed: int
-) -> torch.Tensor:
+def sample(model: CausalLM, prompts: torch.Tensor, new_tokens: int, temperature: float, seed: int) -> torch.Tensor:
     """The model's own text ``[M, P + new_tokens]`` after ``prompts [M, P]``, for acceptance in actual use."""
     torch.manual_seed(seed)
     return model.generate(

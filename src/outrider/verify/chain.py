@@ -17,7 +17,6 @@ from outrider.noise import Noise
 from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
 
-
 FEW = 1 << 18
 """Probabilities whose overlap is taken at once: temporaries stay in cache, and long rows are read in place."""
 
