@@ -76,7 +76,7 @@ class Config:
     draft: Shape = Shape(hidden=128, layers=2, heads=4, kv_heads=4, head_dim=32, intermediate=352)
     seed_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3800, lr=2e-3))
     target_loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=950, lr=1.2e-3, warmup=60, final_lr_ratio=0.02)
+        default_factory=lambda: LoopConfig(steps=600, lr=1.2e-3, warmup=60, final_lr_ratio=0.02)
     )
     draft_ce_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=350, lr=4e-3, warmup=30))
     draft_loop: LoopConfig = field(
@@ -333,9 +333,12 @@ def stage_evaluate(config: Config) -> None:
     }
 
     def measured(folder: Path) -> dict:
-        return measure.pair_report(
-            load_pair(folder), tokenizer, texts, config.evaluated_length, config.evaluated_windows
-        )
+        pair = load_pair(folder)
+        short = measure.pair_report(pair, tokenizer, texts, config.evaluated_length, config.evaluated_windows)
+        unseen = {name: texts[name] for name in ("held_out", "outside")}
+        long = measure.pair_report(pair, tokenizer, unseen, config.length, config.evaluated_windows // 2)
+        parameters = {role: sum(p.numel() for p in model.parameters()) for role, model in pair.items()}
+        return short | {"long": long, "parameters": parameters}
 
     report = {"pycode": measured(config.work / "pair")}
     if config.baseline is not None:

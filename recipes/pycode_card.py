@@ -36,16 +36,21 @@ def run_row(name: str, state: dict | None) -> list[str]:
     return [name, done, f"{state['tokens'] / 1e6:.2f}M", f"{state['seconds'] / 60:.0f}", f"{loop['lr']:g}"]
 
 
+def loss_columns(config) -> list[str]:
+    """Names of the columns of ``loss_rows``."""
+    short, long = config.evaluated_length, config.length
+    return [f"held out, {short}", f"outside, {short}", f"training, {short}", f"held out, {long}", f"outside, {long}"]
+
+
 def loss_rows(report: dict) -> list[list[str]]:
-    """Loss and bits per byte, a row per pair, model and text."""
+    """Nats per token / bits per byte, a row per pair and model: three texts in short windows, two in long ones."""
     rows = []
     for pair, measured in report.items():
+        places = [measured[text] for text in ("held_out", "outside", "training")]
+        places += [measured["long"][text] for text in ("held_out", "outside")]
         for role in ("target", "draft"):
-            cells = [f"{pair} {role}"]
-            for text in ("held_out", "outside", "training"):
-                value = measured[text][role]
-                cells.append(f"{value['nats_per_token']:.3f} / {value['bits_per_byte']:.3f}")
-            rows.append(cells)
+            cells = [f"{p[role]['nats_per_token']:.3f} / {p[role]['bits_per_byte']:.3f}" for p in places]
+            rows.append([f"{pair} {role}", *cells])
     return rows
 
 
@@ -80,7 +85,7 @@ def origin(facts: dict) -> str:
         return "Both models were trained from nothing by this recipe."
     return (
         f"For the shipped weights the {' and the '.join(given)} came, with the tokenizer, from an earlier pair,"
-        " `pycode-v0` (targets of 6 layers and a draft of 2, trained on 7.8M and 16.1M tokens of the same library in"
+        " `pycode-v0` (a target of 6 layers and a draft of 2, trained on 7.8M and 16.1M tokens of the same library in"
         " windows of 256); this recipe trains such models itself when none is given, but the shipped ones were not"
         " made that way. **Caveat:** the earlier pair also held out one file in forty, by a rule that is not recorded,"
         " so it has probably seen most of our held-out files. Held-out numbers are therefore optimistic; *outside* is"
@@ -88,11 +93,30 @@ def origin(facts: dict) -> str:
     )
 
 
+def against_baseline(config, report: dict) -> str:
+    """One sentence: how much better or worse the target predicts than the baseline's, by text and window length."""
+    if "baseline" not in report:
+        return ""
+    changes = []
+    for text, label in TEXTS[:2]:
+        for key, length in ((None, config.evaluated_length), ("long", config.length)):
+            ours, theirs = (report[pair] if key is None else report[pair][key] for pair in ("pycode", "baseline"))
+            change = ours[text]["target"]["nats_per_token"] - theirs[text]["target"]["nats_per_token"]
+            changes.append(f"{change:+.3f} on {label} at {length}")
+    return f"Against the baseline's, the target's loss changes by {', '.join(changes)} (nats; below zero is better).\n"
+
+
+def command(facts: dict) -> str:
+    """What makes a pair like this one: from nothing, or from ready models."""
+    options = {"seed": " --grow-from pycode-v0/target", "draft-ce": " --draft-from pycode-v0/draft"}
+    return "python recipes/pycode.py all" + "".join(o for name, o in options.items() if facts[name] is None)
+
+
 def model_card(config, facts: dict) -> str:
     """The whole README of the assets folder."""
     corpus, report, tokens = facts["corpus"], facts["report"], facts["tokens"]
     train, held = corpus["training"], corpus["held_out"]
-    small, draft = config.small, config.draft
+    small, draft, size = config.small, config.draft, report["pycode"]["parameters"]
     stages = table(
         ["stage", "steps", "tokens", "minutes", "peak learning rate"],
         [run_row(label, facts[name]) for name, label in STAGES],
@@ -102,11 +126,12 @@ def model_card(config, facts: dict) -> str:
 
 Two small Llama models of Python text that share a byte-level BPE tokenizer of {config.vocabulary:,} entries.
 
-- target: {shape_line(small, small.layers * config.growth)}; grown from {counted(small.layers, "layer")} \
-by adding silent copies
-- draft: {shape_line(draft, draft.layers)}; distilled from the target (KL, then total variation)
+- target, {size["target"]:,} parameters: {shape_line(small, small.layers * config.growth)}; \
+grown from {counted(small.layers, "layer")} by adding silent copies
+- draft, {size["draft"]:,} parameters: {shape_line(draft, draft.layers)}; \
+distilled from the target (KL, then total variation)
 
-Rebuilt by `python recipes/pycode.py all`.
+Made by `{command(facts)}`.
 
 ## Data
 
@@ -123,13 +148,14 @@ work. {origin(facts)}
 
 ## Measured
 
-After rounding to bfloat16, computed in float32, on
-{report["pycode"]["held_out"]["tokens"]:,} held-out tokens in windows of {config.evaluated_length}.
-*Outside* is the `generation` package of transformers; *training* is there to show the gap.
-Nats per token / bits per byte:
+After rounding to bfloat16, computed in float32, on {report["pycode"]["held_out"]["tokens"]:,} tokens of each text.
+*Outside* is the `generation` package of transformers; *training* is there to show the gap; the number is the length of
+the windows that a text is cut into. Nats per token / bits per byte:
 
-{table(["model", "held out", "outside", "training"], loss_rows(report))}
-Acceptance, the mean over positions of sum min(p, q), with its standard deviation from context to context:
+{table(["model", *loss_columns(config)], loss_rows(report))}
+{against_baseline(config, report)}
+Acceptance, the mean over positions of sum min(p, q), with its standard deviation from context to context
+(windows of {config.evaluated_length}):
 
 {table(["pair", "text", "T = 1", "T = 0.7", "T = 0.5", "same argmax"], acceptance_rows(report))}
 {LIMITS}"""

@@ -75,11 +75,16 @@ def test_windows_cover_the_stream_without_overlap_of_predictions():
 def test_tokenizer_restores_text_and_excerpts_end_at_lines():
     from outrider.train.tokenizer import train_tokenizer
 
-    texts = [data.Document(f"{i}.py", f"def f{i}(a, b):\n    return a + b  # é\n\n" * 60) for i in range(3)]
+    texts = [
+        data.Document(f"{i}.py", "".join(f"def f{n}(a, b):\n    return a + b + {n * i}  # é\n\n" for n in range(90)))
+        for i in range(3)
+    ]
     tokenizer = train_tokenizer([d.text for d in texts], 300)
     assert tokenizer.decode(tokenizer.encode(texts[0].text, add_special_tokens=False)) == texts[0].text
     stream = data.encode(texts, tokenizer, tokenizer.eos_token_id)
     assert (stream == tokenizer.eos_token_id).sum() == 3
-    for row in data.excerpts(texts, tokenizer, count=5, seed=0):
+    rows = data.excerpts(texts, tokenizer, count=5, seed=0)
+    assert len({row["prompt"] for row in rows}) == 5
+    for row in rows:
         assert row["prompt"].endswith("\n")
         assert 60 <= len(tokenizer.encode(row["prompt"], add_special_tokens=False)) <= 120

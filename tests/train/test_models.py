@@ -67,6 +67,7 @@ def test_a_model_accepts_itself_always_and_another_sometimes():
     same = measure.compare(llama(), llama(), IDS, (1.0, 0.5))
     assert [k.mean for k in same.acceptance] == pytest.approx([1.0, 1.0])
     assert same.greedy_agreement == 1.0
+    assert torch.is_grad_enabled()  # measuring inside a training run must leave the mode as it was
     other = measure.compare(llama(), llama(1), IDS, (1.0,), skip=4).acceptance[0]
     assert 0 < other.mean < 1
     assert other.low_quarter <= other.mean + other.spread

@@ -26,8 +26,10 @@ def pycode(monkeypatch):
 def corpus(root: Path) -> None:
     """Files enough that some are held out by the same rule as in earnest."""
     for number in range(120):
-        line = f"def function_{number}(first, second):\n    return first + second * {number}\n\n"
-        (root / f"module_{number}.py").write_text(line * (60 if data.is_held_out(f"module_{number}.py") else 8))
+        lines = [f"def function_{n}(first, second):\n    return first + second * {number}\n\n" for n in range(60)]
+        (root / f"module_{number}.py").write_text(
+            "".join(lines if data.is_held_out(f"module_{number}.py") else lines[:8])
+        )
 
 
 def tiny(pycode, tmp_path: Path):
@@ -47,7 +49,7 @@ def tiny(pycode, tmp_path: Path):
         draft_rows=2,
         label_windows=6,
         evaluated_windows=4,
-        evaluated_length=64,
+        evaluated_length=32,
         small=shape,
         growth=2,
         draft=replace(shape, hidden=8),

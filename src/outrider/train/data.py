@@ -139,7 +139,8 @@ def excerpts(documents: Sequence[Document], tokenizer, count: int, seed: int) ->
             size = len(tokenizer.encode(text, add_special_tokens=False))
             if size >= wanted:
                 break
-        if wanted <= size <= 120 and not text[0].isspace():
+        fresh = all(row["prompt"] != text for row in found)
+        if wanted <= size <= 120 and not text[0].isspace() and fresh:
             found.append({"prompt": text, "source": document.path})
         if len(found) == count:
             return found

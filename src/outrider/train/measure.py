@@ -34,8 +34,9 @@ class Acceptance:
 def next_logits(model: CausalLM, windows: torch.Tensor, rows: int = 4) -> Iterator[tuple[torch.Tensor, ...]]:
     """(logits ``[r, L, V]``, next tokens ``[r, L]``) for ``windows [M, L + 1]``, ``rows`` at a time."""
     for part in windows.split(rows):
-        with torch.no_grad():
-            yield model(input_ids=part[:, :-1], use_cache=False).logits, part[:, 1:]
+        with torch.no_grad():  # not around the yield: two interleaved generators would restore each other's mode
+            logits = model(input_ids=part[:, :-1], use_cache=False).logits
+        yield logits, part[:, 1:]
 
 
 def bits_per_byte(nats: float, tokens: int, size: int) -> float:
