@@ -250,9 +250,10 @@ def examine(
     rng: np.random.Generator,
     dtype: torch.dtype = torch.float64,
     edge: float = EDGE,
+    enumerator: type[Enumerator] = Enumerator,
 ) -> Findings:
     """Run `rule` on every probe of every world and integrate its output law and its ledger."""
-    probes = [probe for i, world in enumerate(worlds) for probe in Enumerator(i, world, rng, edge).probes()]
+    probes = [probe for i, world in enumerate(worlds) for probe in enumerator(i, world, rng, edge).probes()]
     p, draft = assemble(worlds, probes, dtype)
     count = len(probes)
     noise = ScriptedNoise((0,) * count, (0,) * count, tuple(probes), float(rng.uniform(0.01, 0.99)))

@@ -17,7 +17,7 @@ from outrider.verify import RULES, Match, SpeculativeSampling, check_draft, load
 from outrider.verify.chain import judge_chains
 from outrider.verify.tree import judge_forest
 from tests.law import subject
-from tests.law.lab import Shape, World, examine, prefixes, random_laws
+from tests.law.lab import Enumerator, Shape, chain, examine, random_world
 
 RULE = SpeculativeSampling()
 SUBJECT = subject.load()
@@ -154,32 +154,27 @@ def test_a_target_law_without_mass_is_an_error_and_never_a_token(judge, bad):
         judge(p, Draft(torch.tensor([0]), (-1,), (1,)), coins([0.5], 0.5))
 
 
-def test_a_drafter_that_sometimes_leaves_its_law_is_still_lossless():
-    """A token outside the declared law with probability 0.3, any token: the mixture still has the target's law."""
+class Liar(Enumerator):
+    """A drafter that declares a law and always proposes a token the law cannot produce."""
+
+    def _draws(self, prefix, kids, drawn, weight):
+        yield tuple(self.world.vocab - 1 for _ in kids), weight
+
+
+@pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
+def test_a_token_outside_its_law_leaves_the_output_law_alone(siblings):
+    """Given that token the output has the target's law; so has any mixture with honest drafts. The ledger stays exact."""
     rng = np.random.default_rng(2)
-    for _ in range(20):
-        p, q = random_laws(rng, prefixes(3, 1), 3), np.tile([0.6, 0.4, 0.0], (prefixes(3, 1), 1))
-        honest = examine(SUBJECT.rule, [World(p, q, Shape((-1,), (True,)), np.zeros((len(p), 4), int))], rng)
-        assert honest.law[0] <= 1e-12
-        mass = np.zeros(3)
-        grid = (np.arange(400) + 0.5) / 400
-        laws = Proposal(torch.from_numpy(q[:1]), (0,))
-        for u in grid:  # the token it was not allowed to draw: outcome law must be p by itself
-            batch = Draft(torch.full((400,), 2), (-1,) * 400, (1,) * 400, replace(laws, row=(0,) * 400))
-            noise = ByGrid((0,) * 400, (0,) * 400)
-            object.__setattr__(noise, "first", float(u))
-            rows = torch.from_numpy(np.concatenate([np.repeat(p[:1], 400, 0), np.repeat(p[3:4], 400, 0)]))
-            verdict = SUBJECT.rule(rows, batch, noise)
-            for b, path in enumerate(verdict.path):
-                mass[2 if path else verdict.next_token[b]] += 1
-        assert np.abs(mass / mass.sum() - p[0]).max() < 0.01
-
-
-class ByGrid(SUBJECT.noise):
-    first: float
-
-    def uniform(self, b, depth, lane, index=0):
-        return self.first if lane == "accept" else (b + 0.5) / 400
+    worlds = []
+    for shape in (chain(1), chain(2), Shape((-1, -1, 0), (True,) * 3, siblings)):
+        for _ in range(20):
+            world = random_world(rng, 3, shape)
+            world.q[:] = rng.dirichlet(np.ones(3), size=len(world.q)) * [1, 1, 0]
+            world.q /= world.q.sum(1, keepdims=True)
+            worlds.append(world)
+    for judge in (SUBJECT.forest, SUBJECT.rule):
+        found = examine(judge, worlds, rng, enumerator=Liar)
+        assert max(found.law.max(), found.ledger.max(), found.spread.max()) <= 1e-12
 
 
 GOOD = Draft(

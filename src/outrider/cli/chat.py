@@ -14,7 +14,7 @@ from outrider.errors import ConfigError, RequestError
 def chat(
     target: opt.Target = None,
     draft: opt.Draft = "auto",
-    length: opt.Length = 4,
+    length: opt.Length = 3,
     rule: opt.Rule = "auto",
     temperature: opt.Temperature = 0.7,
     top_p: opt.TopP = 1.0,

@@ -20,7 +20,7 @@ def demo(
     ] = None,
     target: opt.Target = None,
     draft: opt.Draft = "auto",
-    length: opt.Length = 4,
+    length: opt.Length = 2,
     temperature: opt.Temperature = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the text that is shown.")] = 0,
     max_tokens: opt.MaxTokens = 128,

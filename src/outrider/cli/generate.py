@@ -15,7 +15,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     target: opt.Target = None,
     draft: opt.Draft = "auto",
-    length: opt.Length = 4,
+    length: opt.Length = 3,
     rule: opt.Rule = "auto",
     temperature: opt.Temperature = 1.0,
     top_k: opt.TopK = 0,

@@ -26,7 +26,7 @@ class Options:
     """How an engine was asked for; see `build_engine`."""
 
     draft: str | Drafter = "auto"
-    length: int = 4
+    length: int = 3
     rule: str | Rule = "auto"
     dtype: str = "auto"
     device: str = "auto"
