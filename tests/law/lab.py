@@ -24,6 +24,7 @@ EDGE = 1e-13
 COARSE = 1e-5
 """The same for laws whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
 
+Siblings = Literal["iid", "without_replacement"]
 RuleFn = Callable[[torch.Tensor, Draft, Noise], Verdict]
 
 
@@ -33,7 +34,7 @@ class Shape:
 
     parent: tuple[int, ...]
     law: tuple[bool, ...]
-    siblings: Literal["iid", "without_replacement"] = "iid"
+    siblings: Siblings = "iid"
 
     @property
     def depth(self) -> int:

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.law import subject
-from tests.law.lab import COARSE, EDGE, Shape, World, chain, examine, prefixes, random_world, rounded
+from tests.law.lab import COARSE, EDGE, Shape, Siblings, World, chain, examine, prefixes, random_world, rounded
 
 SUBJECT = subject.load()
 RULE = SUBJECT.rule
 EXACT = 1e-12
 
 
-def shapes(siblings: str = "iid") -> dict[str, Shape]:
+def shapes(siblings: Siblings = "iid") -> dict[str, Shape]:
     pair = (True, True)
     return {
         "two": Shape((-1, -1), pair, siblings),

@@ -177,6 +177,6 @@ class Reused(SUBJECT.noise):
 
 def test_control_statistic_holds_for_plain_sampling():
     """The statistic itself on perfect draws: it does not reject them."""
-    counts, exact = collect(SUBJECT.rule, replace(CONFIGS[1], length=0), 60_000)
+    counts, exact = collect(SUBJECT.rule, replace(CONFIGS[1], length=0), 40_000)
     value, bound = statistic(counts, exact)
     assert value < bound

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import chi2, norm
 
 from outrider.types import Draft, Proposal
-from tests.law.lab import Shape, chain, examine, random_world
+from tests.law.lab import Shape, Siblings, chain, examine, random_world
 from tests.law.subject import Patch, Subject, load
 
 ALPHA = 1e-9
@@ -37,7 +37,7 @@ def support(subject: Subject) -> None:
     assert max(found.law.max(), found.ledger.max()) < 1e-12
 
 
-def forest_worlds(rng: np.random.Generator, siblings: str) -> list:
+def forest_worlds(rng: np.random.Generator, siblings: Siblings) -> list:
     two = Shape((-1, -1, 1), (True,) * 3, siblings)
     mixed = Shape((-1, -1, -1), (True, False, True), siblings)
     points = Shape((-1, -1, -1, 0), (False,) * 4, siblings)
@@ -47,8 +47,8 @@ def forest_worlds(rng: np.random.Generator, siblings: str) -> list:
 def trees(subject: Subject) -> None:
     """Output law of forests, by enumeration: i.i.d. siblings, without replacement, point masses, mixtures."""
     rng = np.random.default_rng(3)
-    for siblings in ("iid", "without_replacement"):
-        assert examine(subject.rule, forest_worlds(rng, siblings), rng).law.max() < 1e-12
+    for worlds in (forest_worlds(rng, "iid"), forest_worlds(rng, "without_replacement")):
+        assert examine(subject.rule, worlds, rng).law.max() < 1e-12
 
 
 def ledger(subject: Subject) -> None:

@@ -60,10 +60,22 @@ def subtract(weight: Float64[Tensor, "n V"], q: Float[Tensor, "n S"], support: I
 
 def take_rows(x: Float[Tensor, "R V"], rows: Sequence[int]) -> Float[Tensor, "n V"]:
     """Some rows of `x`; a view where they stand next to each other, which saves a pass over V."""
-    first, n = (rows[0] if rows else 0), len(rows)  # a step of prompt chunks alone judges nobody
-    if all(row == first + i for i, row in enumerate(rows)):
-        return x[first : first + n]
+    if not rows:
+        return x[:0]  # a step of prompt chunks alone judges nobody
+    if _are_neighbours(rows):
+        return x[rows[0] : rows[0] + len(rows)]
     return x.index_select(0, torch.tensor(rows, device=x.device))
+
+
+def take_pairs(x: Float[Tensor, "R V"], rows: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """x[rows[i], token[i]] for every i."""
+    if _are_neighbours(rows):
+        return x[rows[0] : rows[0] + len(rows)].gather(1, token.unsqueeze(1)).squeeze(1)
+    return x[torch.tensor(rows, device=x.device), token]
+
+
+def _are_neighbours(rows: Sequence[int]) -> bool:
+    return all(row == rows[0] + i for i, row in enumerate(rows))
 
 
 def as_weights(rows: Float[Tensor, "n V"]) -> Float64[Tensor, "n W"]:
@@ -139,12 +151,14 @@ def law_risk(shared: float, px: float, qx: float) -> float:
 
 def token_probs(q: Proposal, row: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
     """q(x) of each token under its law; zero for a point mass and for a token outside the support."""
-    rows = torch.tensor(row, device=token.device)
+    known = None if min(row) >= 0 else torch.tensor([r >= 0 for r in row], device=token.device)
+    row = [max(r, 0) for r in row]
     if q.support is None:
-        probs = q.probs[rows, token]
-        return probs if min(row) >= 0 else probs.where(rows >= 0, 0.0)
-    hit = q.support.unsqueeze(0) == token.unsqueeze(1)
-    return q.probs[rows, hit.to(torch.uint8).argmax(1)].where((rows >= 0) & hit.any(1), 0.0)
+        probs = take_pairs(q.probs, row, token)
+    else:
+        hit = q.support.unsqueeze(0) == token.unsqueeze(1)
+        probs = take_pairs(q.probs, row, hit.to(torch.uint8).argmax(1)).where(hit.any(1), 0.0)
+    return probs if known is None else probs.where(known, 0.0)
 
 
 def verdict(paths: Sequence[Sequence[int]], tokens: Sequence[int], risks: Sequence[Sequence[float]]) -> Verdict:

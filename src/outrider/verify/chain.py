@@ -69,8 +69,8 @@ def _token_probs(p: Float[Tensor, "M V"], draft: Draft, rows: list[int]) -> tupl
     """p(x) and q(x) of every node, on the host. q(x) is zero where the node counts as a point mass."""
     if not rows:
         return [], []
-    size, n = p.shape[1], len(rows)
-    px = p.take(torch.tensor([row * size + x for row, x in zip(rows, draft.tokens, strict=True)], device=p.device))
+    n = len(rows)
+    px = c.take_pairs(p, rows, draft.token)
     if draft.q is None:
         return px.tolist(), [0.0] * n
     both = torch.cat([px, c.token_probs(draft.q, draft.q.row, draft.token)]).tolist()
