@@ -97,15 +97,22 @@ class DraftLaw(Protocol):
 
 @runtime_checkable
 class Rule(Protocol):
-    """Accepts or rejects drafts. A pure function: no rows, no cache, no model."""
+    """Accepts or rejects drafts. A pure function: no rows, no cache, no model.
+
+    lossless, trees: what it keeps, and what it can judge. lane: the noise a coupled drafter draws with. limit: total variation
+    it may spend on a sequence in all, 0 for a lossless rule.
+    """
 
     name: str
     lossless: bool
     trees: bool
     lane: str
+    limit: float
 
-    def __call__(self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
-        """p: target laws, B anchor rows then K node rows. `lane` names the noise a coupled drafter draws with."""
+    def __call__(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Verdict:
+        """p: target laws, B anchor rows then K node rows. allowance: what each sequence may still spend of `limit`."""
         ...
 
 

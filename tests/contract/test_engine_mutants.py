@@ -207,7 +207,7 @@ MUTANTS = [  # name, module, text, mistake, the check that kills it
     ("row laws: a node borrows the first sequence's parameters", STEP, "            owners.append(view)", "            owners.append(views[0])", settings),
     ("paths: numbers of the draft instead of the segment", STEP, "k - draft.offsets[b] for k", "k for k", strings),
     ("paths: a prompt chunk eats a verdict", STEP, "            paths.append([])\n            continue", "            paths.append([])", strings),
-    ("noise: the drafter's is one position late", STEP, "len(v.tokens) - 1 for v in views))\n    verdict", "len(v.tokens) for v in views))\n    verdict", strings),
+    ("noise: the drafter's is one position late", STEP, "len(v.tokens) - 1 for v in views))\n    limit", "len(v.tokens) for v in views))\n    limit", strings),
     ("verdict: order of accepted and corrected", ENGINE, "[draft.tokens[k] for k in path] + [verdict.next_token[b]]\n            rejected", "[verdict.next_token[b]] + [draft.tokens[k] for k in path]\n            rejected", strings),
     ("verdict: a neighbour's next token", ENGINE, "[verdict.next_token[b]]\n            rejected", "[verdict.next_token[0]]\n            rejected", strings),
     ("verdict: prompt chunks shift the sequences", ENGINE, "            if not work.scored:\n                continue\n            b += 1", "            b += 1\n            if not work.scored:\n                continue", strings),

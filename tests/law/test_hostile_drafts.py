@@ -13,7 +13,7 @@ import torch
 from outrider.errors import ConfigError, RequestError
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal
-from outrider.verify import RULES, Match, SpeculativeSampling, check_draft, load_rule
+from outrider.verify import LOSSLESS, RULES, Match, SpeculativeSampling, check_draft, load_rule
 from outrider.verify.chain import judge_chains
 from outrider.verify.tree import judge_forest
 from tests.law import subject
@@ -221,7 +221,7 @@ def test_check_draft_names_what_is_wrong(change, sequence, words):
 
 
 def test_rules_have_names():
-    assert set(RULES) == {"speculative_sampling", "match"}
+    assert {"speculative_sampling", "match", "block", "k_seq", "tv_budget"} <= set(RULES)
     assert isinstance(load_rule("match"), Match)
     assert isinstance(load_rule("auto"), SpeculativeSampling)
     with pytest.raises(ConfigError, match="did you mean 'match'"):
@@ -229,5 +229,5 @@ def test_rules_have_names():
     for name in RULES:
         rule = load_rule(name)
         assert rule.name == name
-        assert rule.lossless
-        assert rule.trees
+        assert rule.lossless == (name in LOSSLESS)
+        assert (rule.limit == 0.0) == rule.lossless

@@ -19,6 +19,7 @@ def bench(
         str, typer.Option("--lengths", help="Draft lengths to compare, as 0,2,4; 0 is plain decoding, the base.")
     ] = "0,2,4",
     rule: opt.Rule = "auto",
+    allow_lossy: opt.AllowLossy = False,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -60,6 +61,7 @@ def bench(
         draft=draft,
         length=max(wanted),
         rule=rule,
+        allow_lossy=allow_lossy,
         dtype=dtype,
         device=device,
         draft_quantize=quantize_draft,
@@ -118,6 +120,7 @@ def to_document(summaries: list[Any], engine: Any, params: Any, batch: int, repe
         "machine": machine(),
         "drafter": engine.parts.drafter.name,
         "rule": engine.parts.rule.name,
+        "lossless": engine.parts.rule.lossless,
         "dtype": str(engine.parts.target.dtype).removeprefix("torch."),
         "temperature": params.temperature,
         "max_tokens": params.max_tokens,

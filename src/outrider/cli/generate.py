@@ -17,6 +17,7 @@ def generate(
     draft: opt.Draft = "auto",
     length: opt.Length = 3,
     rule: opt.Rule = "auto",
+    allow_lossy: opt.AllowLossy = False,
     temperature: opt.Temperature = 1.0,
     top_k: opt.TopK = 0,
     top_p: opt.TopP = 1.0,
@@ -78,6 +79,7 @@ def generate(
         draft=draft,
         length=length,
         rule=rule,
+        allow_lossy=allow_lossy,
         dtype=dtype,
         device=device,
         draft_quantize=quantize_draft,
@@ -106,6 +108,10 @@ def generate(
             raise RequestError(event.error)
         typer.echo(event.text, nl=False)
     typer.echo()
+    if not engine.parts.rule.lossless:
+        opt.err.print(
+            f"outrider: lossy rule {engine.parts.rule.name!r}: total variation spent on this text {engine.counts.bias:.4f}"
+        )
 
 
 def document(engine: Any, result: Any) -> dict[str, Any]:
@@ -136,4 +142,5 @@ def document(engine: Any, result: Any) -> dict[str, Any]:
         "drafter": engine.parts.drafter.name,
         "rule": engine.parts.rule.name,
         "lossless": engine.parts.rule.lossless,
+        "bias": sum(o.counts.bias for o in result.outputs),
     }

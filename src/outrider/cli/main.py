@@ -12,6 +12,7 @@ bind_threads()  # before anything imports torch: an OpenMP runtime reads its bin
 import typer  # noqa: E402
 
 from outrider.cli import bench, chat, demo, doctor, generate  # noqa: E402
+from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError  # noqa: E402
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.add_typer(theory_app, name="theory")
 
 
 def _version(value: bool | None) -> None:

@@ -29,7 +29,20 @@ Length = Annotated[
     int,
     typer.Option("--length", "-l", min=0, max=64, help="Draft length (tokens proposed per step); 0 is plain decoding."),
 ]
-Rule = Annotated[str, typer.Option("--rule", help="How drafts are judged: auto, speculative_sampling, match.")]
+Rule = Annotated[
+    str,
+    typer.Option(
+        "--rule",
+        help="How drafts are judged: auto, speculative_sampling, block, k_seq, match; lossy ones need --allow-lossy: "
+        "tv_budget:per_token=0.05,per_sequence=2, over_acceptance, lenience, mentored, typical, top_k.",
+    ),
+]
+AllowLossy = Annotated[
+    bool,
+    typer.Option(
+        "--allow-lossy", help="Let a rule change the law of the text; every output then says so and by how much."
+    ),
+]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most likely tokens; 0: all.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Keep the smallest set of tokens with this mass.")]

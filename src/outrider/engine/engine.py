@@ -337,7 +337,9 @@ def check_fit(target: Target, drafter: Drafter, rule: Rule, allow_lossy: bool) -
     if drafter.max_nodes and not target.rewinds:
         raise CapabilityError("this target cannot forget rejected tokens (recurrent state): use the drafter 'none'")
     if not rule.lossless and not allow_lossy:
-        raise CapabilityError(f"rule {rule.name!r} changes the output's law: say allow_lossy=True if you want that")
+        raise CapabilityError(
+            f"rule {rule.name!r} changes the law of the text: say allow_lossy (--allow-lossy) to use it"
+        )
 
 
 def with_seed(params: SamplingParams, seed: int) -> SamplingParams:

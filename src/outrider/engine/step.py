@@ -72,7 +72,9 @@ def verify(parts: Parts, works: list[Work], draft: Draft) -> Judged:
     broken = silence(scores.logits, draft.counts)
     p = parts.law(scores.logits, *row_laws(draft, views))
     noise = Noise(tuple(v.seed for v in views), tuple(len(v.tokens) - 1 for v in views))
-    verdict = parts.rule(p, draft, noise)
+    limit = parts.rule.limit
+    allowance = [left(limit, w.sequence.params.tv_budget, w.sequence.counts.bias) for w in works if w.scored]
+    verdict = parts.rule(p, draft, noise, allowance)
     judged_at = perf_counter()
     parts.kv.commit(rows, kept_paths(works, draft, verdict))
     end = perf_counter()
@@ -83,6 +85,11 @@ def verify(parts: Parts, works: list[Work], draft: Draft) -> Judged:
         "draft": 0.0,
     }
     return Judged(rows, scores, draft, verdict, broken, seconds)
+
+
+def left(limit: float, wish: float | None, spent: float) -> float:
+    """Total variation a sequence may still spend: the rule's limit, tightened by the request's own, less what it has spent."""
+    return max(0.0, (limit if wish is None else min(limit, wish)) - spent)
 
 
 def kept_paths(works: list[Work], draft: Draft, verdict: Verdict) -> list[list[int]]:

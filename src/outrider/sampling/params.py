@@ -18,6 +18,7 @@ _FLOATS = {
     "repetition_penalty": (0.01, 100.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
+    "tv_budget": (0.0, 1e9),
 }
 _INTS = {
     "top_k": (0, 2**31 - 1),
@@ -27,7 +28,7 @@ _INTS = {
     "seed": (-_INT64, _INT64 - 1),
     "logprobs": (0, 20),
 }
-_OPTIONAL = ("seed", "logprobs")
+_OPTIONAL = ("seed", "logprobs", "tv_budget")
 _MAX_BIASES, _MAX_BIAS = 1024, 100.0
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256
 _MAX_STOP_IDS, _MAX_PREDICTION = 256, 65_536
@@ -54,6 +55,8 @@ class SamplingParams:
     stop:               at most 16 non-empty strings of <= 256 characters that end the output and are cut from it.
     stop_token_ids:     at most 256 tokens that end the output.
     logprobs:           None, or how many of the most likely tokens (0 .. 20) are reported beside the chosen one.
+    tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = what the rule allows. A lossless
+                        rule spends nothing.
     prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the law.
     """
 
@@ -73,12 +76,15 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    tv_budget: float | None = None
     prediction: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         for name, (low, high) in _FLOATS.items():
-            put(name, _real(name, getattr(self, name), low, high, zero=name == "temperature"))
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                put(name, _real(name, value, low, high, zero=name == "temperature"))
         for name, (low, high) in _INTS.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:

@@ -7,10 +7,11 @@ bit for bit. Draws and residuals are float64, whatever the laws are stored in.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float64, Int
+from scipy.optimize import brentq
 from torch import Tensor
 
 from outrider.errors import RequestError
@@ -142,6 +143,11 @@ def is_mass(x: float) -> bool:
 def unit(x: float) -> float:
     """x rounded into [0, 1]; one for NaN."""
     return min(max(x, 0.0), 1.0) if x == x else 1.0
+
+
+def root(f: Callable[[float], float], low: float, high: float) -> float:
+    """The zero of a function that changes sign on [low, high], to 1e-14 (Brent's method)."""
+    return float(brentq(f, low, high, xtol=1e-14, rtol=1e-14))  # type: ignore[arg-type]
 
 
 def law_risk(shared: float, px: float, qx: float) -> float:

@@ -40,8 +40,8 @@ def judge_chains(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict
 
     p: laws of the B anchors, then of the K nodes. A point mass at x is accepted with probability p(x), else taken out.
     """
-    low, rows = draft.offsets, _judging_rows(draft)
-    px, qx = _token_probs(p, draft, rows)
+    low, rows = draft.offsets, judging_rows(draft)
+    px, qx = probs_of_tokens(p, draft, rows)
     walks = [_toss(px, qx, draft, noise, b) for b in range(len(draft.counts))]
     judged = [range(low[b], low[b] + w.judged) for b, w in enumerate(walks)]
     lawful = [k for nodes in judged for k in nodes if c.is_mass(qx[k])]
@@ -53,7 +53,7 @@ def judge_chains(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict
     return c.verdict(paths, tokens, [[risk[k] for k in nodes] for nodes in judged])
 
 
-def _judging_rows(draft: Draft) -> list[int]:
+def judging_rows(draft: Draft) -> list[int]:
     """For every node the row of p that judges it: its sequence's anchor, or the node before it."""
     rows: list[int] = []
     sequences = len(draft.counts)
@@ -65,7 +65,7 @@ def _judging_rows(draft: Draft) -> list[int]:
     return rows
 
 
-def _token_probs(p: Float[Tensor, "M V"], draft: Draft, rows: list[int]) -> tuple[list[float], list[float]]:
+def probs_of_tokens(p: Float[Tensor, "M V"], draft: Draft, rows: list[int]) -> tuple[list[float], list[float]]:
     """p(x) and q(x) of every node, on the host. q(x) is zero where the node counts as a point mass."""
     if not rows:
         return [], []

@@ -9,6 +9,8 @@ see Daliri et al. 2024 (arXiv 2408.07978) and Kobus and Gunduz 2025 (arXiv 2504.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,8 +33,11 @@ class Match:
     lossless = True
     trees = True
     lane = "gumbel"
+    limit = 0.0
 
-    def __call__(self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
+    def __call__(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Verdict:
         """p: laws of the B anchors, then of the K nodes; rows finite, not negative.
 
         Reads the noise of accepted + 1 positions per sequence, but none for a law that is one-hot (temperature 0).

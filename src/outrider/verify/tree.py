@@ -10,6 +10,7 @@ trust in how x was chosen, so a node whose declared law gives its token no proba
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -34,8 +35,11 @@ class SpeculativeSampling:
     lossless = True
     trees = True
     lane = "draft"
+    limit = 0.0
 
-    def __call__(self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
+    def __call__(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Verdict:
         """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
 
         Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
@@ -44,8 +48,8 @@ class SpeculativeSampling:
 
 
 @dataclass(frozen=True, slots=True)
-class _Set:
-    """A node set before its coins.
+class NodeSet:
+    """The children of one node before their coins.
 
     tests: for each child (r(x), scale): it is accepted if u * scale < r(x). rest: the weights left if all are refused.
     """
@@ -55,25 +59,30 @@ class _Set:
     risk: float
 
 
-def judge_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
-    """The rule on any forest, one node set at a time."""
+Judge = Callable[[Float[Tensor, "1 V"], Draft, list[int]], NodeSet]
+"""(the target's law at a node, the draft, the node's children) -> their tests, and what is left if all are refused."""
+
+
+def judge_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Judge | None = None) -> Verdict:
+    """A rule on any forest, one node set at a time. `judge`: the rule at one node; None is recursive rejection."""
+    judge = judge or recursive_rejection
     paths, tokens, risks = [], [], []
     for b in range(len(draft.counts)):
-        path, token, risk = _walk(p, draft, noise, b)
+        path, token, risk = _walk(p, draft, noise, b, judge)
         paths.append(path)
         tokens.append(token)
         risks.append(risk)
     return c.verdict(paths, tokens, risks)
 
 
-def _walk(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[list[int], int, list[float]]:
+def _walk(p: Tensor, draft: Draft, noise: Noise, b: int, judge: Judge) -> tuple[list[int], int, list[float]]:
     """Path, next token and risks of one sequence."""
     path: list[int] = []
     risks: list[float] = []
     row, rest = b, p[b : b + 1]
     while children := draft.children(b, path[-1] if path else -1):
         depth = len(path) + 1
-        nodes = _judge_set(p[row : row + 1], draft, children)
+        nodes = judge(p[row : row + 1], draft, children)
         risks.append(nodes.risk)
         taken = -1
         for j, (rx, scale) in enumerate(nodes.tests):
@@ -95,7 +104,7 @@ def _draw(p: Tensor, row: int, rest: Tensor, u: float, b: int) -> int:
     return int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b)
 
 
-def _judge_set(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> _Set:
+def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
     """Follow the residual through all children as if each were refused. It is kept as weight / mass, not normalised."""
     laws = _Laws(draft.q)
     weight, mass = here, 1.0
@@ -121,7 +130,7 @@ def _judge_set(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) ->
             weight, mass = here, 1.0
     rows = {laws.row_of(k) for k in children}
     integrated = len(before) == len(children) and len(rows) == 1 and (len(children) == 1 or laws.iid)
-    return _Set(tests, weight, math.prod(before if integrated else given))
+    return NodeSet(tests, weight, math.prod(before if integrated else given))
 
 
 class _Laws:

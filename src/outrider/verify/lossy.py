@@ -1,0 +1,242 @@
+"""Lossy rules: fewer rejections for a stated, exactly metered distance from the target's law. Never chosen by themselves.
+
+All are of one kind (Yin et al. 2024, Section 4, with draft law q and target law p): a proposed x is accepted with probability
+b(x), and a refusal draws from a residual. The law of the position is b q plus the residual; its total-variation distance from p is
+the `bias` of the verdict, summed over judged positions. The residual (p - b q)_+ is optimal for every b, with bias
+sum (b q - p)_+ (Theorem 4). Where b >= min(1, p / q), rejection probability + bias = TV(p, q) exactly (Theorem 5): the front.
+
+Whatever is spent adds up: two copies of the text, one exact and one by the rule, can be coupled so that they part at a judged
+position with probability at most its bias, so the law of a whole text is within E[sum of biases] of the target's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from outrider.errors import CapabilityError, ConfigError
+from outrider.noise import Noise
+from outrider.types import Draft, Verdict
+from outrider.verify import _common as c
+from outrider.verify.chain import judging_rows, probs_of_tokens
+
+
+class Position(NamedTuple):
+    """A judged position: laws of the target and of the draft [1, V] float64, and what its sequence may still spend."""
+
+    p: Float64[Tensor, "1 V"]
+    q: Float64[Tensor, "1 V"]
+    allowance: float
+
+
+class Choice(NamedTuple):
+    """accept: b, per token the probability that it is accepted if proposed. rest: what a refusal draws from, sum 1 - sum b q."""
+
+    accept: Float64[Tensor, "1 V"]
+    rest: Float64[Tensor, "1 V"]
+
+
+class Acceptance(Protocol):
+    """How a rule would treat a position if it could spend what it likes. Pure."""
+
+    def __call__(self, position: Position) -> Choice: ...
+
+
+@dataclass
+class Lossy:
+    """A chain rule made of an acceptance function. When its budget is gone it accepts as speculative sampling does: exactly.
+
+    per_token: total variation it may spend at one position. limit: on one sequence in all; math.inf for no limit.
+    Ledger: risk is the rule's own rejection probability, 1 - sum b q, before the token is drawn; given the token for point
+    masses. bias is sum (b q - p)_+ of the judged positions.
+    """
+
+    name: str
+    accept: Acceptance
+    per_token: float = 1.0
+    limit: float = math.inf
+    lossless = False
+    trees = False
+    lane = "draft"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.per_token <= 1.0:
+            raise ConfigError(f"per_token is a total variation in [0, 1], got {self.per_token}")
+        if not self.limit >= 0.0:
+            raise ConfigError(f"per_sequence is a sum of total variations, at least 0, got {self.limit}")
+
+    def __call__(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Verdict:
+        """p: laws of the B anchors, then of the K nodes. allowance: what each sequence may still spend; None: `limit`."""
+        if not draft.is_chain:
+            raise CapabilityError(f"rule {self.name!r} judges chains only: use a drafter without branching")
+        rows = judging_rows(draft)
+        qx = probs_of_tokens(p, draft, rows)[1]
+        left = [self.limit] * len(draft.counts) if allowance is None else allowance
+        walks = [self._walk(p, draft, noise, b, rows, qx, left[b]) for b in range(len(draft.counts))]
+        return Verdict(*(tuple(part) for part in zip(*walks, strict=True))) if walks else c.verdict((), (), ())
+
+    def _walk(
+        self, p: Tensor, draft: Draft, noise: Noise, b: int, rows: list[int], qx: list[float], left: float
+    ) -> tuple[tuple[int, ...], int, int, float, float, float]:
+        """One sequence: path, next token, judged positions, risk, spread, bias."""
+        low, risk, spread, bias = draft.offsets[b], 0.0, 0.0, 0.0
+        row, judged, rest = b, 0, None
+        for d in range(draft.counts[b]):
+            k = low + d
+            law = _law(draft, k, qx[k], p)
+            here = Position(p[rows[k] : rows[k] + 1].double(), law, max(0.0, min(self.per_token, left - bias)))
+            choice, cost = within(self.accept(here), here)
+            chance = c.unit(1.0 - float(c.row_sums(choice.accept * law)))
+            risk, spread, bias = risk + chance, spread + chance * (1.0 - chance), bias + cost
+            judged += 1
+            if not noise.uniform(b, d + 1, "accept") < float(choice.accept[0, draft.tokens[k]]):
+                rest = choice.rest
+                break
+            row = len(draft.counts) + k
+        accepted = judged - (rest is not None)
+        u = noise.uniform(b, accepted + 1, "final")
+        token, total = c.draw(c.as_weights(p[row : row + 1] if rest is None else rest), [u])
+        last = int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b)
+        return tuple(range(low, low + accepted)), last, judged, risk, spread, bias
+
+
+def _law(draft: Draft, k: int, qx: float, p: Tensor) -> Float64[Tensor, "1 V"]:
+    """The law node k was drawn from, or the point mass at its token."""
+    if draft.q is not None and c.is_mass(qx):
+        return draft.q.dense([draft.q.row[k]], p.shape[1]).double()
+    out = torch.zeros(1, p.shape[1], dtype=torch.float64, device=p.device)
+    out[0, draft.tokens[k]] = 1.0
+    return out
+
+
+def optimal(accept: Float64[Tensor, "1 V"], position: Position) -> Choice:
+    """The acceptance with an optimal residual: (p - b q)_+, scaled to the mass that was refused (Theorem 4)."""
+    handed = accept * position.q
+    rest = (position.p - handed).clamp_(min=0)
+    refused, mass = 1.0 - float(handed.sum()), float(rest.sum())
+    return Choice(accept, rest * (max(refused, 0.0) / mass) if mass > 0.0 else rest)
+
+
+def exact(position: Position) -> Choice:
+    """Speculative sampling, which spends nothing: min(1, p / q), and (p - q)_+."""
+    accept = torch.where(position.q > 0, position.p / position.q, 1.0).clamp_(max=1.0)
+    return Choice(accept, (position.p - position.q).clamp_(min=0))
+
+
+def bias_of(choice: Choice, position: Position) -> float:
+    """Total variation between the law of the position and p."""
+    return float(c.row_sums((choice.accept * position.q + choice.rest - position.p).clamp_(min=0)))
+
+
+def within(wish: Choice, position: Position) -> tuple[Choice, float]:
+    """The wish, or as much of it as the allowance pays for, and what it costs.
+
+    A mixture of s parts of the wish with 1 - s of the exact rule has s times the bias of the wish; s is what can be paid.
+    """
+    bias = bias_of(wish, position)
+    if bias <= position.allowance:
+        return wish, bias
+    share, honest = position.allowance / bias, exact(position)
+    return Choice(honest.accept.lerp(wish.accept, share), honest.rest.lerp(wish.rest, share)), position.allowance
+
+
+# ------------------------------------------------------------------------------------------------- acceptance functions
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """Everything is accepted: with a budget, the wish that turns all of it into fewer rejections.
+
+    Mixed with the exact one by `within`, it spends min(allowance, TV) at every position and lies on the front. Where on the
+    text a total-variation budget is spent does not matter for the sum of rejections and bias (the front is a line).
+    """
+
+    def __call__(self, position: Position) -> Choice:
+        return Choice(torch.ones_like(position.p), torch.zeros_like(position.p))
+
+
+@dataclass(frozen=True, slots=True)
+class OverAcceptance:
+    """min(1, (p + eps) / q): the base paper's family (Yin et al. 2024, Section 4.2)."""
+
+    eps: float
+
+    def __call__(self, position: Position) -> Choice:
+        accept = torch.where(position.q > 0, (position.p + self.eps) / position.q, 1.0).clamp_(max=1.0)
+        return optimal(accept, position)
+
+
+@dataclass(frozen=True, slots=True)
+class Lenience:
+    """min(1, p / (l q)), 0 < l <= 1 (Leviathan et al. 2023, Appendix A.5)."""
+
+    l: float  # noqa: E741 (the paper's letter)
+
+    def __call__(self, position: Position) -> Choice:
+        accept = torch.where(position.q > 0, position.p / (self.l * position.q), 1.0).clamp_(max=1.0)
+        return optimal(accept, position)
+
+
+@dataclass(frozen=True, slots=True)
+class Mentored:
+    """min(1, p / (a q)) with the smallest a whose output law has KL(p || output) <= kl nats (Tran-Thien 2023).
+
+    The output is clip(q, c2 p, p / a) with c2 from normalisation: the most accepted tokens for this divergence.
+    """
+
+    kl: float
+
+    def __call__(self, position: Position) -> Choice:
+        p, q = position.p, position.q
+        keep = p > 0
+        t, d = p[keep], q[keep]
+        least = 1e-9  # the search ends there: a factor of a billion is no rule any more
+        if self.kl <= 0.0:
+            return exact(position)
+        a = least if self._gap(t, d, least) <= 0.0 else c.root(lambda x: self._gap(t, d, x), least, 1.0)
+        accept = torch.where(q > 0, p / (a * q), 1.0).clamp_(max=1.0)
+        return Choice(accept, (_normaliser(t, d, a) * p - q).clamp_(min=0))
+
+    def _gap(self, p: Tensor, q: Tensor, a: float) -> float:
+        """KL(p || output) - kl, with a large number for infinity."""
+        out = torch.maximum(torch.minimum(q, p / a), _normaliser(p, q, a) * p)
+        value = float((p * (p / out).log()).sum())
+        return (value if math.isfinite(value) else 1e300) - self.kl
+
+
+def _normaliser(p: Tensor, q: Tensor, a: float) -> float:
+    """c2 in [0, 1] such that clip(q, c2 p, p / a) sums to one."""
+    top = torch.minimum(q, p / a)
+    if float(top.sum()) >= 1.0:
+        return 0.0
+    return c.root(lambda x: float(torch.maximum(top, x * p).sum()) - 1.0, 0.0, 1.0 + 1e-12)
+
+
+@dataclass(frozen=True, slots=True)
+class Typical:
+    """1 where p(x) > min(eps, delta exp(-H(p))): Medusa's typical acceptance (Cai et al. 2024). Not on the front."""
+
+    eps: float = 0.09
+    delta: float = 0.3
+
+    def __call__(self, position: Position) -> Choice:
+        entropy = -float(torch.special.xlogy(position.p, position.p).sum())
+        return optimal((position.p > min(self.eps, self.delta * math.exp(-entropy))).double(), position)
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """1 where x is among the k most likely tokens of p. Far from the front; for comparison."""
+
+    k: int
+
+    def __call__(self, position: Position) -> Choice:
+        p = position.p
+        least = p.topk(min(self.k, p.shape[1]), dim=-1).values[:, -1:]
+        return optimal(((p >= least) & (p > 0)).double(), position)

@@ -1,0 +1,72 @@
+"""K-SEQ: several i.i.d. candidates at a node, each tested against the whole of p, loosely enough that the sum comes out.
+
+Each of k siblings drawn from q is accepted with probability min(1, p(x) / (rho q(x))), where rho in [1, k] is the root of
+1 - (1 - beta)^k = rho beta with beta = sum min(q, p / rho): then the k tests together hand out exactly rho beta of the mass and
+what is left is (p - rho q)_+ (Sun et al., NeurIPS 2023, arXiv 2310.15141, Algorithm 2; the residual in this form holds at the
+root only). It accepts at least 1 - (1 - 1/k)^k of what any rule can from the same siblings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from outrider.noise import Noise
+from outrider.types import POINT_MASS, Draft, Verdict
+from outrider.verify import _common as c
+from outrider.verify.tree import NodeSet, judge_forest, recursive_rejection
+
+
+class KSeq:
+    """K-SEQ at every node with two or more i.i.d. siblings of one law; every other node is judged as by speculative sampling.
+
+    Lossless if the laws a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is (1 - beta)^k.
+    """
+
+    name = "k_seq"
+    lossless = True
+    trees = True
+    lane = "draft"
+    limit = 0.0
+
+    def __call__(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Verdict:
+        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
+
+        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
+        """
+        return judge_forest(p, draft, noise, judge_node)
+
+
+def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
+    """K-SEQ where it applies: two or more children, all drawn i.i.d. from one law that gives each of them probability."""
+    q = draft.q
+    row = POINT_MASS if q is None else q.row[children[0]]
+    alike = q is not None and q.siblings == "iid" and row >= 0 and all(q.row[k] == row for k in children)
+    if q is None or not alike or len(children) < 2:
+        return recursive_rejection(here, draft, children)
+    law = q.dense([row], here.shape[1]).double()
+    tokens = [draft.tokens[k] for k in children]
+    qx, px = law[0, tokens].tolist(), here[0, tokens].tolist()
+    if not all(c.is_mass(x) for x in qx):
+        return recursive_rejection(here, draft, children)
+    p = here.double()
+    rho = solve_rho(p, law, len(children))
+    beta = float(c.row_sums((p / rho).minimum(law)))
+    rest = (p - rho * law).clamp_(min=0)
+    return NodeSet([(x, rho * y) for x, y in zip(px, qx, strict=True)], rest, c.unit(1.0 - beta) ** len(children))
+
+
+def solve_rho(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], k: int) -> float:
+    """The root in [1, k] of 1 - (1 - beta(rho))^k = rho beta(rho), by Brent's method; 1 where p covers q or overlaps nowhere."""
+
+    def excess(rho: float) -> float:
+        beta = min(float(c.row_sums((p / rho).minimum(q))), 1.0)
+        return 1.0 - (1.0 - beta) ** k - rho * beta
+
+    if excess(1.0) <= 0.0 or excess(float(k)) >= 0.0:
+        return 1.0 if excess(1.0) <= 0.0 else float(k)
+    return c.root(excess, 1.0, float(k))
