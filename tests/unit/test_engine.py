@@ -21,7 +21,9 @@ MODEL = target()
 
 
 def drafted(capacity: int = 2, **more) -> Engine:
-    return engine(MODEL, DRAFTERS["model"](MODEL, capacity), load_rule("speculative_sampling"), capacity, eos=(), **more)
+    return engine(
+        MODEL, DRAFTERS["model"](MODEL, capacity), load_rule("speculative_sampling"), capacity, eos=(), **more
+    )
 
 
 def test_events_add_up_to_the_result() -> None:
@@ -76,7 +78,12 @@ def test_logprobs_are_those_of_a_fresh_forward() -> None:
 def test_counts_balance_and_sinks_see_every_step() -> None:
     sink = MemorySink()
     one = Engine(
-        MODEL, DRAFTERS["model"](MODEL, 3), load_rule("speculative_sampling"), Budgets(lambda s: 4), slots=3, sinks=(sink,)
+        MODEL,
+        DRAFTERS["model"](MODEL, 3),
+        load_rule("speculative_sampling"),
+        Budgets(lambda s: 4),
+        slots=3,
+        sinks=(sink,),
     )
     results = one.generate(PROMPTS, SamplingParams(temperature=1.0, max_tokens=15, seed=1))
     c = one.counts

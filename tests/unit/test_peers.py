@@ -13,7 +13,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-ECHO = '''
+ECHO = """
 import peers_channel as channel
 
 def load(what):
@@ -29,7 +29,7 @@ def load(what):
 
 if __name__ == "__main__":
     channel.serve(load)
-'''
+"""
 
 
 def _load(name: str) -> ModuleType:

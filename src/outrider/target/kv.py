@@ -19,7 +19,14 @@ class ContiguousKV:
     """
 
     def __init__(
-        self, layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (layers, slots, kv_heads, capacity, head_dim)
         self.k: Tensor = torch.zeros(shape, dtype=dtype, device=device)

@@ -82,7 +82,13 @@ def _plain(folder: Path) -> PlainTokenizer | None:
     file = folder / "tokenizer_config.json"
     settings = read_json(file, TOKENIZER_BYTES) if file.is_file() else {}
     generic = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    special = {"chat_template", "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder"} & settings.keys()
+    special = {
+        "chat_template",
+        "add_bos_token",
+        "add_eos_token",
+        "add_prefix_space",
+        "added_tokens_decoder",
+    } & settings.keys()
     if not generic or special or settings.get("clean_up_tokenization_spaces") or any(folder.glob("*.jinja")):
         return None
     core = Tokenizer.from_file(str(folder / "tokenizer.json"))
