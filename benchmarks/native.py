@@ -10,6 +10,7 @@ memory and the same forwards through torch's operators (`LeanTarget` without the
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from outrider.assets import shipped
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
 from outrider.target.lean import LeanTarget
@@ -34,6 +36,14 @@ def decoder_config(vocab: int, hidden: int, layers: int, heads: int, inner: int)
     inv_freq = 10000.0 ** -(torch.arange(0, width, 2).float() / width)
     return DecoderConfig(
         "llama", vocab, hidden, layers, heads, heads, width, inner, 1e-5, 1024, (0,) * layers, inv_freq
+    )
+
+
+def shipped_config(part: str) -> DecoderConfig:
+    """The shape of the shipped pair's target or draft."""
+    c = json.loads((shipped(part) / "config.json").read_text())
+    return decoder_config(
+        c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"]
     )
 
 
@@ -110,6 +120,8 @@ def main() -> None:
     dtype = torch.float32 if args.float32 else torch.bfloat16
     measure("12 layers of 1024", decoder_config(8192, 1024, 12, 16, 2816), dtype, args.rounds)
     measure("1 layer of 192", decoder_config(4096, 192, 1, 3, 512), dtype, 20 * args.rounds)
+    for part in ("target", "draft"):
+        measure(f"shipped {part}", shipped_config(part), dtype, 10 * args.rounds)
 
 
 if __name__ == "__main__":
