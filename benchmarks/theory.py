@@ -7,6 +7,7 @@ of memory). To add a row, decorate a function with `@row("name", goal_in_seconds
 calculation to be timed, so that what it prepares is not timed.
 """
 
+# ruff: noqa: E402  (threads are bound before numpy is imported)
 from __future__ import annotations
 
 import os

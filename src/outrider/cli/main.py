@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 from outrider.threads import bind_threads
 
@@ -11,9 +12,12 @@ bind_threads()  # before anything imports torch: an OpenMP runtime reads its bin
 
 import typer  # noqa: E402
 
-from outrider.cli import bench, chat, demo, doctor, generate  # noqa: E402
+from outrider.cli import bench, chat, demo, doctor, generate, predict  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError  # noqa: E402
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
 
 app = typer.Typer(
     name="outrider",
@@ -27,6 +31,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
+app.command("predict")(predict.predict)
 app.command("doctor")(doctor.doctor)
 app.add_typer(theory_app, name="theory")
 
@@ -46,6 +51,11 @@ def root(
     """Exit codes: 0 done or passed, 1 a gate failed, 2 wrong usage, 3 inconclusive."""
 
 
+def _interrupted() -> NoReturn:
+    print("\noutrider: interrupted", file=sys.stderr)
+    raise SystemExit(INTERRUPTED) from None
+
+
 def main() -> None:
     """Run the command line."""
     try:
@@ -54,8 +64,11 @@ def main() -> None:
         print(f"outrider: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("\noutrider: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _interrupted()
+    except SystemExit as end:  # typer turns Ctrl-C into its exit code and says nothing
+        if end.code != INTERRUPTED:
+            raise
+        _interrupted()
     except BrokenPipeError:  # the reader of our output went away: not an error of ours, and nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

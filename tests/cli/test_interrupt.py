@@ -1,0 +1,67 @@
+"""Ctrl-C at any moment: exit code 130, one line, no traceback, the cursor back, and no half-written file."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+
+def run_until(argv: list[str], ready: bytes, patience: float = 90.0) -> tuple[int, bytes, list, list]:
+    """Start `outrider` on a terminal of its own, press Ctrl-C once `ready` was printed; exit code, output, terminal settings."""
+    leader, follower = pty.openpty()
+    before = termios.tcgetattr(follower)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "outrider.cli.main", *argv],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+        env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"},
+    )
+    seen, pressed, end = b"", False, time.monotonic() + patience
+    try:
+        while time.monotonic() < end:
+            if select.select([leader], [], [], 0.05)[0]:
+                seen += os.read(leader, 65536)
+            if not pressed and ready in seen:
+                os.killpg(child.pid, signal.SIGINT)
+                pressed = True
+            if child.poll() is not None and not select.select([leader], [], [], 0.05)[0]:
+                return child.returncode, seen, before, termios.tcgetattr(follower)
+        raise AssertionError(f"still running after {patience} s; printed {seen[-500:]!r}")
+    finally:
+        child.kill()
+        child.wait()
+        os.close(leader)
+        os.close(follower)
+
+
+@pytest.mark.parametrize(
+    ("argv", "ready"),
+    [
+        (["generate", "import os", "--max-tokens", "900", "--seed", "3", "--json"], b"loading"),
+        (["chat"], b"you"),
+        (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], b"loading"),
+        (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], b"measuring"),
+    ],
+    ids=["before the text", "at the prompt", "while loading", "while measuring"],
+)
+def test_ctrl_c_leaves_everything_clean(argv: list[str], ready: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    argv = [str(out) if a == "OUT" else a for a in argv]
+    code, seen, before, after = run_until(argv, ready)
+    assert code == 130, seen[-2000:]
+    assert b"interrupted" in seen
+    assert b"Traceback" not in seen
+    assert before == after
+    assert seen.rfind(b"\x1b[?25h") >= seen.rfind(b"\x1b[?25l")  # a cursor that was hidden is shown again
+    assert list(tmp_path.iterdir()) == []
