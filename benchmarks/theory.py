@@ -28,7 +28,20 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from outrider.theory import batch, chains, exact, rejections, simulate
+from outrider.theory import (
+    batch,
+    block,
+    chains,
+    coupling,
+    exact,
+    kl,
+    multidraft,
+    rejections,
+    simulate,
+    stopping,
+    transport,
+    without_replacement,
+)
 
 Work = Callable[[], object]
 
@@ -144,6 +157,90 @@ def _() -> Work:
 
 
 # -- one conditional law: fronts, several drafts, blocks, couplings -----------------------------------------------------
+
+
+def _laws(size: int = 128_000) -> tuple[np.ndarray, np.ndarray]:
+    target, draft = np.random.default_rng(0).dirichlet(np.full(size, 0.05), size=2)
+    return target, draft
+
+
+@row("transport optimum, 8 independent drafts: V=128,000", goal=0.05)
+def _() -> Work:
+    p, q = _laws()
+    return lambda: transport.optimal_iid(p, q, 8)
+
+
+@row("transport optimum, 8 independent drafts: V=200,000")
+def _() -> Work:
+    p, q = _laws(200_000)
+    return lambda: transport.optimal_iid(p, q, 8)
+
+
+@row("transport optimum, 2 drafts without replacement: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    return lambda: transport.optimal_without_replacement(p, q, 2)
+
+
+@row("recursive rejection, 8 drafts: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    return lambda: multidraft.recursive(p, q, 8)
+
+
+@row("K-SEQ, 8 drafts: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    return lambda: multidraft.kseq(p, q, 8)
+
+
+@row("SpecHub: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    return lambda: multidraft.spechub(p, q)
+
+
+@row("recursive, 2 without replacement, exact: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    return lambda: without_replacement.recursive_acceptance(p, q, 2)
+
+
+@row("recursive, 8 without replacement, 1000 samples: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    rng = np.random.default_rng(0)
+    return lambda: without_replacement.estimate_recursive_acceptance(p, q, 8, 1000, rng)
+
+
+@row("match probability of the race: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    return lambda: coupling.match_probability(p, q)
+
+
+@row("mentored rule for a KL budget: V=128,000")
+def _() -> Work:
+    p, q = _laws()
+    return lambda: kl.mentored(p, q, 0.05)
+
+
+@row("sequence KL program: T=50 V=7")
+def _() -> Work:
+    chain = chains.best_guess(7, 50, 10)
+    return lambda: kl.sequence_policy(chain, 1.0)
+
+
+@row("block verification, expected length: V=7, 5 tokens")
+def _() -> Work:
+    chain = chains.best_guess(7, 50, 10)
+    return lambda: block.expected_lengths(*block.conditionals(chain, 0, 0, 5))
+
+
+@row("optimal stopping, Beta acceptances")
+def _() -> Work:
+    values, weights = stopping.beta_law(3.0, 1.2)
+    return lambda: stopping.renewal(values, weights, draft_cost=0.08)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from outrider.drafters.model import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
+from outrider.drafters.shapes import Shared, best_tree
 from outrider.protocols import Drafter
 from outrider.target.toy import TableTarget, TinyLM
 
@@ -38,6 +39,12 @@ DRAFTERS: dict[str, Factory] = {
     ),
     "tree-iid": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 2, 1)),
     "tree-coupled": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 1, 2), sample="coupled"),
+    "batch": lambda target, slots: ModelDrafter(small(target), 3, branching=(3, 1, 1)),
+    "shared": lambda target, slots: ModelDrafter(small(target), 3, shape=Shared(3, 3)),
+    "shared-coupled": lambda target, slots: ModelDrafter(small(target), 3, shape=Shared(2, 3), sample="coupled"),
+    "best-tree": lambda target, slots: ModelDrafter(
+        small(target), 3, shape=best_tree((0.5, 0.2, 0.1), 7, 3), siblings="without_replacement"
+    ),
     "ngram+tree": lambda target, slots: first_of(
         NGram(4), Prediction(3), ModelDrafter(small(target), 2, branching=(3, 2), siblings="without_replacement")
     ),

@@ -7,6 +7,7 @@ law, as the control shows, and 200,000 in `make test-slow` see a total-variation
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from scipy.stats import chi2
 
 from outrider.drafters.model import ModelDrafter
+from outrider.drafters.shapes import Shape, Shared, levels
 from outrider.engine.engine import Engine
 from outrider.sampling.params import SamplingParams
 from outrider.target.toy import TableTarget
+from outrider.types import Draft
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets
 
@@ -85,9 +88,16 @@ def collect(engine: Engine, n: int, *, seed: int, disturb: bool) -> np.ndarray:
 
 
 def build(
-    rule: str, *, sample: str = "law", branching: tuple[int, ...] = (1, 1, 1), siblings: str = "iid", slots: int = 512
+    rule: str,
+    *,
+    sample: str = "law",
+    branching: tuple[int, ...] = (1, 1, 1),
+    shape: Shape | None = None,
+    siblings: str = "iid",
+    slots: int = 512,
 ) -> Engine:
-    drafter = ModelDrafter(DRAFT, depth=len(branching), branching=branching, siblings=siblings, sample=sample)
+    tree = shape or levels(branching)
+    drafter = ModelDrafter(DRAFT, depth=tree.depth, shape=tree, siblings=siblings, sample=sample)
     depth = Budgets(
         lambda s: (s.seed * 7 + len(s.tokens)) % 4
     )  # mixed lengths, 0 included, fixed by the sequence alone
@@ -100,6 +110,12 @@ CASES = {
     "greedy draft": ("speculative_sampling", {"sample": "greedy"}),
     "iid tree": ("speculative_sampling", {"branching": (2, 2, 1)}),
     "tree without replacement": ("speculative_sampling", {"branching": (3, 2), "siblings": "without_replacement"}),
+    "batch of drafts": ("speculative_sampling", {"branching": (3, 1, 1)}),
+    "shared prefixes": ("speculative_sampling", {"shape": Shared(3, 3)}),
+    "shared prefixes, k-seq": ("k_seq", {"shape": Shared(3, 3)}),
+    "k-seq": ("k_seq", {"branching": (3, 2)}),
+    "block": ("block", {}),
+    "block, greedy draft": ("block", {"sample": "greedy"}),
 }
 
 
@@ -127,6 +143,33 @@ def test_control_a_slightly_cold_engine_is_seen() -> None:
     """Negative control: the same statistic rejects text drawn at temperature 0.85."""
     n = 6_000
     value, bound = statistic(collect(build("speculative_sampling"), n, seed=5, disturb=False), exact_joint(0.85) * n)
+    assert value > bound
+
+
+def test_control_merging_by_dropping_siblings_is_seen() -> None:
+    """Negative control of `shared`: dropped duplicates bias the residual, and the same statistic sees it."""
+    n = 20_000
+    engine = build("speculative_sampling", shape=Shared(4, 3))
+    drafter = engine.parts.drafter
+    honest = drafter.draft
+
+    def dropping(evidence, budget):
+        draft = honest(evidence, budget)
+        keep, seen = [], set()
+        for k, (up, token) in enumerate(zip(draft.parent, draft.tokens, strict=True)):
+            b = next(i for i in range(len(draft.counts)) if k < draft.offsets[i + 1])
+            if (b, up, token) not in seen:
+                keep.append(k)
+            seen.add((b, up, token))
+        new = {-1: -1} | {k: i for i, k in enumerate(keep)}
+        counts = tuple(
+            sum(low <= k < high for k in keep) for low, high in zip(draft.offsets, draft.offsets[1:], strict=False)
+        )
+        q = replace(draft.q, row=tuple(draft.q.row[k] for k in keep)) if draft.q else None
+        return Draft(draft.token[keep], tuple(new[draft.parent[k]] for k in keep), counts, q)
+
+    drafter.draft = dropping
+    value, bound = statistic(collect(engine, n, seed=5, disturb=False), exact_joint() * n)
     assert value > bound
 
 

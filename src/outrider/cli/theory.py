@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli.theory_speedup import speedup
 from outrider.errors import ConfigError
 
 theory_app = typer.Typer(
@@ -123,5 +125,39 @@ def print_chain(d: dict[str, Any]) -> None:
 
 # -- speedup ----------------------------------------------------------------------------------------------------------
 
+theory_app.command("speedup")(speedup)
+
 
 # -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@theory_app.command("figures")
+def figures(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures and index.md; made if missing.")],
+    runs: Annotated[
+        int, typer.Option("--runs", min=200, help="Simulated outputs per curve; the paper has 20000.")
+    ] = 20000,
+    quick: Annotated[bool, typer.Option("--quick", help="1000 simulated outputs per curve.")] = False,
+    json: opt.Json = False,
+) -> None:
+    """Every figure of Yin et al., NeurIPS 2024, recomputed: exact beside simulated, as SVG and PNG, with a page."""
+    from outrider.theory import figures as book
+
+    with theory_errors(), opt.loading("simulating and drawing"):
+        made = book.all_figures(1000 if quick else runs)
+        try:
+            files = book.write(made, out)
+        except ImportError as error:
+            raise ConfigError(f'figures need matplotlib ({error}); pip install "outrider[plot]"') from None
+        except OSError as error:
+            raise ConfigError(f"--out {out}: {error.strerror or error}") from None
+    rows = [{"name": f.name, "caption": f.caption, "reproduced": f.reproduced, "differs": f.differs} for f in made]
+    if json:
+        opt.print_json({"files": [str(f) for f in files], "figures": rows})
+        return
+    table = Table(title=f"{len(made)} figures in {out}", title_justify="left")
+    for column in ("figure", "reproduced", "what differs, and why"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(row["name"], row["reproduced"], row["differs"])
+    opt.Console(highlight=False).print(table)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from outrider.drafters.combine import first_of
-from outrider.drafters.model import ModelDrafter, Sample
+from outrider.drafters.model import ModelDrafter, Sample, Siblings
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
+from outrider.drafters.shapes import Shape, Shared, levels
 from outrider.drafters.vllm_config import parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule, Target
@@ -20,6 +21,13 @@ from outrider.protocols import Drafter, Rule, Target
 __all__ = ["first_difference", "load_drafter", "parse_speculative_config"]
 
 NAMES = ("none", "auto", "ngram", "prediction")
+SHAPES = {
+    "tree": "children of a node of each level, drawn without replacement",
+    "iid": "children of a node of each level, drawn independently",
+    "batch": "independent drafts that share nothing but the anchor",
+    "shared": "independent drafts, merged where they agree",
+}
+"""Ways to write a tree of a draft model, and what their numbers mean."""
 LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
 
@@ -46,7 +54,9 @@ def load_drafter(
       "ngram"       prompt lookup; "ngram:2-4" sets the sizes of its n-grams, "ngram:3" just one
       "prediction"  the request's own predicted continuation
       PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
-                    "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on
+                    "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
+                    replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
+                    are tried at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
       "auto"        "prediction", then the folder `draft` beside a target folder named `target`, or else "ngram"
       "A+B"         per sequence the first of A ("ngram" or "prediction") and B that proposes something
 
@@ -97,12 +107,12 @@ def _model(
     spec: str, target: Target, length: int, coupled: bool, tokenizer: object | None, load_model: LoadModel | None
 ) -> ModelDrafter:
     sample: Sample = "coupled" if coupled else "law"
-    branching: tuple[int, ...] | None = None
-    path = spec
+    path, shape = spec, None
+    siblings: Siblings = "iid"
     if spec.startswith("greedy:"):
         sample, path = "greedy", spec.removeprefix("greedy:")
-    elif spec.startswith("tree:"):
-        branching, path = _branching(spec, length)
+    elif spec.partition(":")[0] in SHAPES:
+        path, shape, siblings = _shape(spec, length)
     if not path or path in ("none", "auto"):
         raise ConfigError(f"{spec!r} names no draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, NAMES, cutoff=0.7) and not Path(path).exists():
@@ -116,24 +126,31 @@ def _model(
         check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
     return ModelDrafter(
         model,
-        length if branching is None else len(branching),
-        branching=branching,
-        siblings="iid" if branching is None else "without_replacement",
+        length,
+        shape=shape,
+        siblings=siblings,
         sample=sample,
         vocab_size=target.vocab_size,
     )
 
 
-def _branching(spec: str, length: int) -> tuple[tuple[int, ...], str]:
-    found = re.fullmatch(r"tree:(\d{1,4}(?:x\d{1,4})*):(.*)", spec)
+def _shape(spec: str, length: int) -> tuple[str, Shape, Siblings]:
+    """Path, shape and way of drawing siblings of 'tree:3x2x1:PATH', 'iid:3x2x1:PATH', 'batch:4:PATH', 'shared:4:PATH'."""
+    kind = spec.partition(":")[0]
+    pattern, example = (r"(\d{1,4}(?:x\d{1,4})*)", "3x2x1") if kind in ("tree", "iid") else (r"(\d{1,4})", "4")
+    found = re.fullmatch(rf"{kind}:{pattern}:(.*)", spec)
     if found is None:
-        raise ConfigError(f"a tree is written 'tree:3x2x1:PATH' (children per node of each level), got {spec!r}")
-    widths = tuple(int(w) for w in found.group(1).split("x"))
-    if len(widths) > length:
+        raise ConfigError(f"a tree is written '{kind}:{example}:PATH' ({SHAPES[kind]}), got {spec!r}")
+    numbers, path = tuple(int(w) for w in found.group(1).split("x")), found.group(2)
+    if len(numbers) > length:
         raise ConfigError(
-            f"the tree of {spec!r} has {len(widths)} levels, the draft length is {length}: raise the length"
+            f"the tree of {spec!r} has {len(numbers)} levels, the draft length is {length}: raise the length"
         )
-    return widths, found.group(2)
+    if kind == "batch":
+        return path, levels((numbers[0],) + (1,) * (length - 1)), "iid"
+    if kind == "shared":
+        return path, Shared(numbers[0], length), "iid"
+    return path, levels(numbers), "iid" if kind == "iid" else "without_replacement"
 
 
 def check_vocabulary(target: object, draft: object, limit: int, name: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from math import prod
 from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -16,6 +14,7 @@ from torch.nn.functional import pad
 from outrider.drafters import _draw
 from outrider.drafters._catchup import TokenCache
 from outrider.drafters._forest import Forest
+from outrider.drafters.shapes import Shape, levels
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.protocols import Target
 from outrider.types import POINT_MASS, Draft, Evidence, Rows, SequenceView
@@ -24,8 +23,6 @@ Sample = Literal["law", "greedy", "coupled"]
 Siblings = Literal["iid", "without_replacement"]
 SAMPLES: tuple[Sample, ...] = ("law", "greedy", "coupled")
 SIBLINGS: tuple[Siblings, ...] = ("iid", "without_replacement")
-MAX_LEAVES = 1024
-"""Most leaves of one sequence's tree."""
 CHUNK = 256
 """Most history tokens of one sequence that one draft forward catches up on."""
 
@@ -42,21 +39,22 @@ class _Params(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """One level about to be drawn: `ends[e]` = (sequence, node) whose children row e of the logits decides.
+    """One level about to be drawn: `ends[e]` = (sequence, node, state of the shape) whose children row e of the logits decides.
 
+    width: most children of any node of the shape, so that a node's noise does not depend on its neighbours.
     kinds[i]: how the nodes of sequence i are chosen, see `ModelDrafter._kind`.
     """
 
     evidence: Evidence
     depth: int
     width: int
-    ends: list[tuple[int, int]]
+    ends: list[tuple[int, int, int]]
     kinds: list[str]
 
     def uniforms(self, rows: Sequence[int]) -> list[list[float]]:
         """The uniforms of the children of the ends `rows`; siblings and cousins differ by their index in the level."""
         first: dict[int, int] = {}
-        ordinal = [e - first.setdefault(i, e) for e, (i, _) in enumerate(self.ends)]
+        ordinal = [e - first.setdefault(i, e) for e, (i, _, _) in enumerate(self.ends)]
         noise, w = self.evidence.noise, self.width
         return [
             [noise.uniform(self.ends[e][0], self.depth, "draft", ordinal[e] * w + j) for j in range(w)] for e in rows
@@ -76,6 +74,7 @@ class ModelDrafter:
 
     depth:      levels of a draft, >= 1.
     branching:  children of each node of levels 1 .. depth; None is a chain. (2, 2, 1) has 2 + 4 + 4 nodes.
+    shape:      any tree of `shapes` instead; its depth counts, not `depth`.
     siblings:   how several children of a node are drawn: "iid", or "without_replacement".
     sample:     "law": from the request's own law on the draft's logits (noise lane `draft`). "greedy": the most likely
                 tokens, as point masses. "coupled": by the exponential race of lane `gumbel`, for the rule `match` (with
@@ -96,22 +95,23 @@ class ModelDrafter:
         depth: int,
         *,
         branching: Sequence[int] | None = None,
+        shape: Shape | None = None,
         siblings: Siblings = "iid",
         sample: Sample = "law",
         vocab_size: int | None = None,
         max_length: int | None = None,
         name: str = "model",
     ) -> None:
-        widths = tuple(branching) if branching is not None else (1,) * depth
-        self.trees = max(widths, default=1) > 1
-        _check(target, depth, widths, siblings, sample)
+        _check(target, depth if shape is None else shape.depth, branching, siblings, sample)
+        self.shape = shape or levels(branching or (1,) * depth)
+        self.trees = self.shape.width > 1
+        _check_trees(target, self.trees)
         self.name, self.model = name, target
         self.vocab_size = target.vocab_size if vocab_size is None else vocab_size
         self.max_length = target.max_length if max_length is None else min(max_length, target.max_length)
-        self.widths, self.sample = widths, sample
+        self.sample: Sample = sample
         self.siblings: Siblings = "without_replacement" if sample == "coupled" and self.trees else siblings
-        self.max_depth = len(widths)
-        self.max_nodes = sum(accumulate(widths, lambda a, b: a * b))
+        self.max_depth, self.max_nodes = self.shape.depth, self.shape.nodes
         self._draw = self._race if sample == "coupled" else self._inverse_cdf
         self._grow = self._regrow if self.trees else self._append
         self._cache: TokenCache | None = None
@@ -160,36 +160,38 @@ class ModelDrafter:
         slots = [views[i].slot for i in live]
         # what the cache lacks and the anchor, in one forward: its last rows give the first level
         logits = cache.append(slots, [views[i].tokens[len(cache.held[s]) :] for i, s in zip(live, slots, strict=True)])
-        ends = [(i, -1) for i in live]
+        ends = [(i, -1, self.shape.start) for i in live]
         kinds = [self._kind(cast(_Params, v.params)) for v in views]
-        for depth, width in enumerate(self.widths, start=1):
-            new = self._level(_Level(evidence, depth, width, ends, kinds), self._fit(logits), forest)
-            ends = [(i, k) for i, k in new if depths[i] > depth]
+        for depth in range(1, self.max_depth + 1):
+            new = self._level(_Level(evidence, depth, self.shape.width, ends, kinds), self._fit(logits), forest)
+            ends = [(i, k, state) for i, k, state in new if depths[i] > depth and self.shape.children(state)]
             if not ends:
                 return
             logits = self._grow(cache, evidence, forest, ends)
 
-    def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int]]:
-        """Choose the children of every end and add them to the forest; the new (sequence, node) pairs."""
+    def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int, int]]:
+        """Choose the children of every end and add them to the forest; the new (sequence, node, state) triples."""
         views = level.evidence.sequences
-        new: list[tuple[int, int]] = []
-        for kind in sorted({level.kinds[i] for i, _ in level.ends}):
-            rows = [e for e, (i, _) in enumerate(level.ends) if level.kinds[i] == kind]
+        new: list[tuple[int, int, int]] = []
+        for kind in sorted({level.kinds[i] for i, _, _ in level.ends}):
+            rows = [e for e, (i, _, _) in enumerate(level.ends) if level.kinds[i] == kind]
             mine = logits if len(rows) == len(level.ends) else logits[rows]
             first = POINT_MASS
             if kind == "raw":
                 chosen = _draw.top(mine, level.width)
             else:
                 ends = [level.ends[e] for e in rows]
-                mine = level.evidence.law(mine, [views[i] for i, _ in ends], [forest.path(i, k) for i, k in ends])
+                mine = level.evidence.law(mine, [views[i] for i, _, _ in ends], [forest.path(i, k) for i, k, _ in ends])
                 if kind == "edited":
                     chosen = _draw.top(mine, level.width, floor=0.0)
                 else:
                     first, chosen = forest.add_laws(mine), self._draw(mine, level, rows)
             for j, (e, tokens) in enumerate(zip(rows, chosen, strict=True)):
-                i, up = level.ends[e]
+                i, up, state = level.ends[e]
                 row = first + j if kind == "drawn" else POINT_MASS
-                new += [(i, forest.add(i, up, t, row)) for t in tokens]
+                tokens = tokens[: self.shape.children(state)]  # as many as were decided before any was drawn
+                after = self.shape.states(state, tokens)
+                new += [(i, forest.add(i, up, t, row), s) for t, s in zip(tokens, after, strict=True)]
         return new
 
     def _kind(self, params: _Params) -> str:
@@ -208,23 +210,25 @@ class ModelDrafter:
         return _draw.race(q, level.exponentials(rows, self.vocab_size, q.device), level.width)
 
     def _append(
-        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int]]
+        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int, int]]
     ) -> Float[Tensor, "n V"]:
         """The next level of chains: each node's keys and values are kept, and truncated later to what was accepted."""
-        return cache.append([evidence.sequences[i].slot for i, _ in ends], [[forest.tokens[i][k]] for i, k in ends])
+        return cache.append(
+            [evidence.sequences[i].slot for i, _, _ in ends], [[forest.tokens[i][k]] for i, k, _ in ends]
+        )
 
     def _regrow(
-        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int]]
+        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int, int]]
     ) -> Float[Tensor, "n V"]:
         """The next level of trees: the anchor and all nodes so far are scored again as one forest."""
-        live = list(dict.fromkeys(i for i, _ in ends))
+        live = list(dict.fromkeys(i for i, _, _ in ends))
         views = [evidence.sequences[i] for i in live]
         nodes = forest.nodes(live, self.model.device)
         rows = Rows.assemble(
             [v.slot for v in views], [v.tokens[-1:] for v in views], [len(v.tokens) - 1 for v in views], nodes
         )
         number = {i: b for b, i in enumerate(live)}
-        scored = [len(live) + nodes.offsets[number[i]] + k for i, k in ends]
+        scored = [len(live) + nodes.offsets[number[i]] + k for i, k, _ in ends]
         return cache.score(replace(rows, scored=rows.scored[scored]))
 
     def _fit(self, logits: Float[Tensor, "n W"]) -> Float[Tensor, "n V"]:
@@ -235,22 +239,23 @@ class ModelDrafter:
         return logits[:, : self.vocab_size] if missing < 0 else pad(logits, (0, missing), value=-torch.inf)
 
 
-def _check(target: Target, depth: int, widths: tuple[int, ...], siblings: str, sample: str) -> None:
+def _check(target: Target, depth: int, branching: Sequence[int] | None, siblings: str, sample: str) -> None:
     if sample not in SAMPLES:
         raise ConfigError(unknown_name("way to sample a draft", sample, SAMPLES))
     if siblings not in SIBLINGS:
         raise ConfigError(unknown_name("way to draw siblings", siblings, SIBLINGS))
     if depth < 1:
         raise ConfigError(f"a draft model needs a length >= 1, got {depth}; use the drafter 'none' to draft nothing")
-    if len(widths) != depth or min(widths) < 1:
-        raise ConfigError(f"branching needs {depth} numbers >= 1, one for each level of the draft, got {widths}")
-    if prod(widths) > MAX_LEAVES:
+    if branching is not None and len(branching) != depth:
         raise ConfigError(
-            f"branching {widths} makes {prod(widths)} leaves: at most {MAX_LEAVES} are allowed, choose smaller numbers"
+            f"branching needs {depth} numbers >= 1, one for each level of the draft, got {tuple(branching)}"
         )
     if not target.rewinds:
         raise CapabilityError(
             "this draft model cannot forget rejected tokens (recurrent state): choose an attention model"
         )
-    if max(widths) > 1 and not target.trees:
+
+
+def _check_trees(target: Target, trees: bool) -> None:
+    if trees and not target.trees:
         raise CapabilityError("this draft model cannot score trees: use a chain (branching 1 at every level)")

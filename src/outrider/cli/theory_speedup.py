@@ -1,0 +1,147 @@
+"""`outrider theory speedup`: predicted speed of a pair of models on a machine, by draft length. Measures nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from outrider.cli import options as opt
+from outrider.errors import ConfigError
+
+LONGEST = 16
+
+
+def speedup(
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="Size of the target: 8b, 70b, ... or parameters.")
+    ] = "8b",
+    draft: Annotated[str, typer.Option("--draft", "-d", help="Size of the draft model.")] = "1b",
+    hardware: Annotated[str, typer.Option("--hardware", help="zen5-2, a100, h100, h200, m3-max, m4-max.")] = "h100",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded together.")] = 1,
+    context: Annotated[int, typer.Option("--context", min=0, help="Tokens in the cache of each sequence.")] = 1024,
+    acceptance: Annotated[
+        float, typer.Option("--acceptance", min=0, max=1, help="Probability that a judged draft is accepted.")
+    ] = 0.8,
+    length: Annotated[str, typer.Option("--length", "-l", help="Draft length, or auto: the best of 0 to 16.")] = "auto",
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Devices the models are split over.")] = 1,
+    draft_context: Annotated[
+        int | None,
+        typer.Option("--draft-context", min=0, help="Tokens the draft attends to. Default: all.", show_default=False),
+    ] = None,
+    weight_bytes: Annotated[float, typer.Option("--bytes", help="Bytes of a weight and of a key or value.")] = 2.0,
+    overhead: Annotated[float, typer.Option("--overhead-ms", min=0, help="Milliseconds added to every forward.")] = 0.0,
+    json: opt.Json = False,
+) -> None:
+    """Predicted tokens per second, plain and speculative, from bandwidth, arithmetic and memory of a machine.
+
+    Example: outrider theory speedup --target 70b --draft 1b --hardware h100 --devices 4 --batch 8 --context 4096
+    """
+    document = speedup_document(
+        target,
+        draft,
+        hardware,
+        acceptance,
+        length,
+        batch,
+        context,
+        devices,
+        draft_context,
+        weight_bytes,
+        overhead / 1000,
+    )
+    opt.print_json(document) if json else print_speedup(document)
+
+
+def speedup_document(
+    target: str,
+    draft: str,
+    machine: str,
+    acceptance: float,
+    length: str,
+    batch: int,
+    context: int,
+    devices: int,
+    draft_context: int | None,
+    element: float,
+    overhead: float,
+) -> dict[str, Any]:
+    """The prediction with everything it was made from."""
+    from outrider.theory import hardware, roofline
+
+    if length != "auto" and not (length.isdigit() and int(length) <= 64):
+        raise ConfigError(f"--length is auto or a whole number from 0 to 64, got {length!r}")
+    try:
+        where = hardware.hardware(machine)
+        big, small = hardware.model(target), hardware.model(draft)
+        setting = roofline.Setting(where, batch, context, devices, draft_context, element, overhead)
+        lengths = tuple(range(LONGEST + 1)) if length == "auto" else (0, int(length))
+        found = roofline.predict(big, small, setting, acceptance, lengths)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return {
+        **asdict(found),
+        "chosen": asdict(found.best if length == "auto" else found.rows[-1]),
+        "acceptance": acceptance,
+        "target": asdict(big),
+        "draft": asdict(small),
+        "hardware": asdict(where),
+        "batch": batch,
+        "context": context,
+        "devices": devices,
+        "draft_context": draft_context,
+        "bytes": element,
+    }
+
+
+def print_speedup(d: dict[str, Any]) -> None:
+    """The document for people."""
+    out = opt.Console(highlight=False)
+    machine = d["hardware"]
+    many = f"{d['devices']} x " if d["devices"] > 1 else ""
+    out.print(
+        f"predicted, not measured: {d['target']['source']} with {d['draft']['source']} on {many}{machine['name']}, "
+        f"batch {d['batch']}, context {d['context']}, acceptance {d['acceptance']:g}"
+    )
+    kind = "measured rates" if machine["measured"] else "peak rates"
+    out.print(
+        f"[dim]{kind}: {machine['bandwidth'] / 1e9:.0f} GB/s, {machine['compute'] / 1e12:.4g} TFLOP/s ({machine['source']})[/dim]"
+    )
+    if not d["fits"]:
+        out.print(
+            f"[bold red]does not fit[/bold red]: {d['memory'] / 1e9:.0f} GB of weights and cache need {d['devices_needed']} "
+            f"devices of {machine['memory'] / 1e9:.0f} GB, and there {'is' if d['devices'] == 1 else 'are'} {d['devices']}; "
+            "the speeds below are of a machine that could hold it"
+        )
+    out.print(rows_table(d))
+    chosen, plain = d["chosen"], d["plain"]
+    if chosen["length"]:
+        out.print(
+            f"length {chosen['length']}: {chosen['tokens_per_second']:.0f} tokens/s against {plain['tokens_per_second']:.0f} "
+            f"plain, speed-up {chosen['speedup']:.2f}"
+        )
+    else:
+        out.print(f"do not speculate: plain decoding's {plain['tokens_per_second']:.0f} tokens/s are the most")
+    out.print(
+        f"bottlenecks: plain {d['plain_bottleneck']}, drafting {d['draft_bottleneck']}, verification {d['verify_bottleneck']}"
+    )
+
+
+def rows_table(d: dict[str, Any]) -> Table:
+    """Speed by draft length; the best is marked."""
+    table = Table()
+    for name in ("length", "tokens/call", "drafting ms", "verification ms", "tokens/s", "speed-up"):
+        table.add_column(name, justify="right")
+    for row in d["rows"]:
+        table.add_row(
+            str(row["length"]),
+            f"{row['tokens_per_call']:.2f}",
+            f"{1000 * row['draft_seconds']:.2f}",
+            f"{1000 * row['verify_seconds']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
+            style="bold green" if row["length"] == d["best"]["length"] else "",
+        )
+    return table

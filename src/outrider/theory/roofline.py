@@ -1,0 +1,180 @@
+"""Speed with batch and context: when verification is free, when it is not, and what limits each phase.
+
+A forward of B sequences with n rows each at context S moves the weights once and every sequence's keys and values once, and
+computes on every row (the batch and context model of Chen et al., "MagicDec", ICLR 2025, as a roofline):
+
+    time(n) = max( (W + B k S) / bandwidth,  B n (2 N + A S) / compute ) / devices + overhead
+
+W weight bytes, k bytes of keys and values per token, N parameters, A attention operations per row and token of context.
+One speculative call is `length` draft forwards of one row and one target forward of length + 1 rows. Three regimes follow:
+
+- weight-bound (small B and S): more rows cost nothing, and the draft costs its share of the weights;
+- compute-bound (B n above compute / bandwidth): every row costs, rejected drafts are paid in full, speculation loses;
+- KV-bound (B k S much above W): rows are free again at any B, and with a draft that attends to a short window
+  (`draft_context`) the speed-up grows with the batch.
+
+These are predictions from rates, upper bounds of both plain and speculative speed: no kernel, no interconnect, no
+scheduler. Nothing here is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from outrider.theory._check import fraction, number, positive_int
+from outrider.theory.hardware import Hardware, Model
+from outrider.theory.speedup import tokens_per_call
+
+Bottleneck = Literal["weights", "kv", "compute"]
+USABLE = 0.9
+"""Share of a device's memory that weights and keys and values may take; the rest is activations and the runtime."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is fixed while lengths are compared. context: tokens in the cache of each sequence (on average).
+
+    draft_context: tokens the draft attends to; None: all. element: bytes of a weight and of a key or value (2: bfloat16).
+    overhead: seconds added to every forward (launches, host).
+    """
+
+    hardware: Hardware
+    batch: int = 1
+    context: int = 1024
+    devices: int = 1
+    draft_context: int | None = None
+    element: float = 2.0
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive_int("batch", self.batch)
+        positive_int("context", self.context, low=0)
+        positive_int("devices", self.devices)
+        if self.draft_context is not None:
+            positive_int("draft_context", self.draft_context, low=0)
+        number("overhead", self.overhead, 0.0)
+        if number("element", self.element) <= 0:
+            raise ValueError(f"element must be positive, got {self.element:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward: its seconds and what they are spent on."""
+
+    seconds: float
+    bottleneck: Bottleneck
+
+
+def forward(model: Model, setting: Setting, rows: int = 1, context: int | None = None) -> Forward:
+    """A forward of `rows` >= 1 rows for each sequence of the batch, at `context` (default: the setting's).
+
+    >>> from outrider.theory.hardware import HARDWARE, MODELS
+    >>> f = forward(MODELS["70b"], Setting(HARDWARE["h100"], batch=1, context=0, devices=4))
+    >>> round(1000 * f.seconds, 2), f.bottleneck
+    (10.53, 'weights')
+    """
+    n, cached = positive_int("rows", rows), setting.context if context is None else context
+    weights, kv = model.weight_bytes(setting.element), setting.batch * model.kv_bytes(setting.element) * cached
+    moved = (weights + kv) / setting.hardware.bandwidth
+    operations = setting.batch * n * (2 * model.parameters + model.attention_operations * cached)
+    computed = operations / setting.hardware.compute
+    bottleneck: Bottleneck = "compute" if computed > moved else "kv" if kv > weights else "weights"
+    return Forward(max(moved, computed) / setting.devices + setting.overhead, bottleneck)
+
+
+@dataclass(frozen=True, slots=True)
+class AtLength:
+    """Predicted speed at one draft length; length 0 is plain decoding."""
+
+    length: int
+    tokens_per_call: float
+    tokens_per_second: float
+    speedup: float
+    draft_seconds: float
+    verify_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Predicted speeds of a pair. tokens per second are of the whole batch. `predicted` is always True: never a measurement.
+
+    best: the row with the largest speed; its length 0 says not to speculate. memory: bytes needed, at the longest length.
+    devices_needed: fewest devices whose usable memory holds them. fits: whether the setting's devices do.
+    """
+
+    plain: AtLength
+    rows: tuple[AtLength, ...]
+    best: AtLength
+    plain_bottleneck: Bottleneck
+    draft_bottleneck: Bottleneck
+    verify_bottleneck: Bottleneck
+    memory: float
+    devices_needed: int
+    fits: bool
+    predicted: bool = True
+
+
+def predict(
+    target: Model, draft: Model, setting: Setting, acceptance: float, lengths: Sequence[int] = tuple(range(17))
+) -> Prediction:
+    """Speed by draft length with independent acceptances of probability `acceptance`.
+
+    lengths: draft lengths to compare; 0 is added. The bottleneck of verification is that of the best length, or of the
+    shortest draft if none is worth it.
+
+    >>> from outrider.theory.hardware import HARDWARE, MODELS
+    >>> small = predict(MODELS["8b"], MODELS["1b"], Setting(HARDWARE["h100"], batch=1), 0.8)
+    >>> large = predict(MODELS["8b"], MODELS["1b"], Setting(HARDWARE["h100"], batch=512, context=128), 0.8)
+    >>> small.best.length > 0, small.verify_bottleneck, large.best.length, large.verify_bottleneck
+    (True, 'weights', 0, 'compute')
+    """
+    alpha = fraction("acceptance", acceptance)
+    wanted = sorted({0, *(positive_int("length", n, low=0) for n in lengths)})
+    short = setting.context if setting.draft_context is None else min(setting.draft_context, setting.context)
+    one, drafting = forward(target, setting), forward(draft, setting, context=short)
+    rows = []
+    for n in wanted:
+        verify = forward(target, setting, n + 1).seconds
+        tokens = tokens_per_call(alpha, n)
+        seconds = n * drafting.seconds + verify
+        rows.append(
+            AtLength(
+                n,
+                tokens,
+                setting.batch * tokens / seconds,
+                tokens * one.seconds / seconds,
+                n * drafting.seconds,
+                verify,
+            )
+        )
+    best = max(rows, key=lambda row: row.tokens_per_second)
+    shown = best.length or next((n for n in wanted if n), 0)
+    memory = memory_needed(target, draft, setting, wanted[-1])
+    needed = max(1, math.ceil(memory / (USABLE * setting.hardware.memory)))
+    return Prediction(
+        plain=rows[0],
+        rows=tuple(rows),
+        best=best,
+        plain_bottleneck=one.bottleneck,
+        draft_bottleneck=drafting.bottleneck,
+        verify_bottleneck=forward(target, setting, shown + 1).bottleneck,
+        memory=memory,
+        devices_needed=needed,
+        fits=needed <= setting.devices,
+    )
+
+
+def memory_needed(target: Model, draft: Model, setting: Setting, length: int = 0) -> float:
+    """Bytes of both models' weights and of the batch's keys and values, drafts included.
+
+    A draft with a short window still holds that window only.
+    """
+    short = setting.context if setting.draft_context is None else min(setting.draft_context, setting.context)
+    out = 0.0
+    for model, context in ((target, setting.context), (draft, short)):
+        out += model.weight_bytes(setting.element)
+        out += setting.batch * model.kv_bytes(setting.element) * (context + length + 1)
+    return out
