@@ -155,16 +155,14 @@ def test_control_merging_by_dropping_siblings_is_seen() -> None:
 
     def dropping(evidence, budget):
         draft = honest(evidence, budget)
+        owner = [b for b, n in enumerate(draft.counts) for _ in range(n)]
         keep, seen = [], set()
-        for k, (up, token) in enumerate(zip(draft.parent, draft.tokens, strict=True)):
-            b = next(i for i in range(len(draft.counts)) if k < draft.offsets[i + 1])
-            if (b, up, token) not in seen:
+        for k, place in enumerate(zip(owner, draft.parent, draft.tokens, strict=True)):
+            if place not in seen:
                 keep.append(k)
-            seen.add((b, up, token))
+            seen.add(place)
         new = {-1: -1} | {k: i for i, k in enumerate(keep)}
-        counts = tuple(
-            sum(low <= k < high for k in keep) for low, high in zip(draft.offsets, draft.offsets[1:], strict=False)
-        )
+        counts = tuple(np.bincount([owner[k] for k in keep], minlength=len(draft.counts)).tolist())
         q = replace(draft.q, row=tuple(draft.q.row[k] for k in keep)) if draft.q else None
         return Draft(draft.token[keep], tuple(new[draft.parent[k]] for k in keep), counts, q)
 
