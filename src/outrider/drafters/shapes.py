@@ -11,7 +11,6 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate, pairwise
 from operator import mul
 from typing import Protocol
@@ -47,10 +46,13 @@ class Shape(Protocol):
 class Static:
     """One fixed tree. parent[k]: the node above node k, or -1; siblings stand in draw order, so rank is place among them.
 
-    The state of a node is its number + 1, of the anchor 0. Raises ConfigError for parents that do not come first.
+    The state of a node is its number + 1, of the anchor 0; below: the children of every state. Raises ConfigError for parents that do not come first.
     """
 
     parent: tuple[int, ...]
+    below: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    depth: int = field(init=False, compare=False)
+    width: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.parent or any(not -1 <= up < k for k, up in enumerate(self.parent)):
@@ -60,28 +62,18 @@ class Static:
         if len(self.parent) > MAX_NODES:
             raise ConfigError(f"a tree of {len(self.parent)} nodes: at most {MAX_NODES} are allowed")
 
-    @cached_property
-    def below(self) -> tuple[tuple[int, ...], ...]:
-        """The children of every state."""
-        out: list[list[int]] = [[] for _ in range(len(self.parent) + 1)]
+        below: list[list[int]] = [[] for _ in range(len(self.parent) + 1)]
+        deep = [0] * len(below)
         for k, up in enumerate(self.parent):
-            out[up + 1].append(k + 1)
-        return tuple(map(tuple, out))
-
-    @cached_property
-    def depth(self) -> int:
-        deep = [0] * (len(self.parent) + 1)
-        for k, up in enumerate(self.parent):
+            below[up + 1].append(k + 1)
             deep[k + 1] = deep[up + 1] + 1
-        return max(deep)
+        object.__setattr__(self, "below", tuple(map(tuple, below)))
+        object.__setattr__(self, "depth", max(deep))
+        object.__setattr__(self, "width", max(map(len, below)))
 
     @property
     def nodes(self) -> int:
         return len(self.parent)
-
-    @cached_property
-    def width(self) -> int:
-        return max(map(len, self.below))
 
     @property
     def start(self) -> int:
