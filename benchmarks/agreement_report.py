@@ -1,0 +1,193 @@
+"""The page and the figures of `agreement.py`, from the numbers it left on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def write(folder: Path) -> None:
+    """docs/agreement.md and docs/figures/agreement_*.svg."""
+    parts = {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("lengths", "positions", "several", "front")
+    }
+    (DOCS / "figures").mkdir(parents=True, exist_ok=True)
+    draw(parts, DOCS / "figures")
+    (DOCS / "agreement.md").write_text(page(parts))
+
+
+def yes(agrees: bool) -> str:
+    return "yes" if agrees else "**no**"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows]])
+
+
+def page(parts: dict[str, Any]) -> str:
+    text = (Path(__file__).parent / "agreement.md.in").read_text()
+    for name, make in (("lengths", lengths), ("several", several), ("front", front), ("arms", arms)):
+        text = text.replace("{{" + name + "}}", make(parts["front"] if name == "arms" else parts[name]))
+    return text
+
+
+def lengths(rows: list[dict[str, Any]]) -> str:
+    out = []
+    for r in rows:
+        a, b = r["rejections"], r["tokens_per_step"]
+        out.append(
+            [
+                f"{r['temperature']:g}",
+                str(r["length"]),
+                r["rule"],
+                f"{a['predicted']:.0f} ({a['low']:.0f} to {a['high']:.0f})",
+                str(a["observed"]),
+                yes(a["agrees"]),
+                f"{b['predicted']:.3f} ({b['low']:.3f} to {b['high']:.3f})",
+                f"{b['observed']:.3f}",
+                yes(b["agrees"]),
+                yes(r["ledger"]["agrees"]),
+            ]
+        )
+    head = ["T", "length", "rule", "rejections predicted (95%)", "observed", "inside"]
+    return table([*head, "tokens per step predicted (95%)", "observed", "inside", "ledger agrees"], out)
+
+
+def several(rows: list[dict[str, Any]]) -> str:
+    out = []
+    for r in rows:
+        first = r["first_predicted"]
+        out.append(
+            [
+                str(r["drafts"]),
+                r["rule"],
+                r["shape"],
+                f"{r['tokens_per_step']:.3f}",
+                f"{r['predicted']:.0f} ({r['low']:.0f} to {r['high']:.0f})",
+                str(r["observed"]),
+                yes(r["agrees"]),
+                f"{first['value']:.3f} ({first['low']:.3f} to {first['high']:.3f})" if first else "",
+                f"{r['first_accepted']:.3f}",
+            ]
+        )
+    head = ["drafts", "rule", "tree", "tokens per step", "rejections by the ledger (95%)", "observed", "inside"]
+    return table([*head, "first position by the theory", "observed"], out)
+
+
+def front(part: dict[str, Any]) -> str:
+    out = [
+        [
+            f"{p['budget']:g}",
+            f"{p['bias']:.4f}",
+            f"{p['predicted']:.4f}",
+            f"{p['rejection']:.4f} ± {1.96 * p['error']:.4f}",
+            yes(abs(p["rejection"] - p["predicted"]) <= 1.96 * p["error"] + 1e-12),
+            yes(p["ledger"]["agrees"]),
+            f"{p['log_likelihood']['mean']:.3f} ± {1.96 * p['log_likelihood']['error']:.3f}",
+        ]
+        for p in part["points"]
+    ]
+    head = ["budget per token", "bias metered", "rejection predicted", "rejection observed", "inside", "ledger agrees"]
+    return table([*head, "log-likelihood, nats per token"], out)
+
+
+def arms(part: dict[str, Any]) -> str:
+    out = [
+        [
+            f"{p['eps']:g}",
+            p["residual"],
+            f"{p['bias']:.4f}",
+            f"{p['rejection']:.4f}",
+            f"{p['bias'] + p['rejection']:.4f}",
+            f"{p['log_likelihood']['mean']:.3f} ± {1.96 * p['log_likelihood']['error']:.3f}",
+        ]
+        for p in part["arms"]
+    ]
+    return table(
+        ["eps", "residual", "bias per judged token", "rejection", "sum", "log-likelihood, nats per token"], out
+    )
+
+
+def draw(parts: dict[str, Any], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"svg.hashsalt": "outrider", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    )
+
+    def save(name: str) -> None:
+        for kind in ("svg", "png"):
+            plt.savefig(
+                folder / f"agreement_{name}.{kind}",
+                bbox_inches="tight",
+                dpi=120,
+                metadata={"Date": None} if kind == "svg" else {},
+            )
+        plt.close()
+
+    p = parts["positions"]
+    x = range(1, len(p["expected"]) + 1)
+    plt.figure(figsize=(6, 4))
+    low = [a - 1.96 * e for a, e in zip(p["observed"], p["error"], strict=True)]
+    high = [a + 1.96 * e for a, e in zip(p["observed"], p["error"], strict=True)]
+    plt.fill_between(x, low, high, color="0.8", label="engine, 95% over prompts")
+    plt.plot(x, p["observed"], color="0.2", lw=1.5, label="engine")
+    plt.plot(x, p["expected"], color="tab:blue", ls="--", lw=1.5, label=f"predicted, length {p['length']}")
+    plt.plot(x, p["bound"], color="tab:orange", ls=":", lw=1.5, label="sum of TV (unlimited length)")
+    plt.xlabel("tokens of the text"), plt.ylabel("rejections so far"), plt.legend(frameon=False)
+    save("positions")
+
+    plt.figure(figsize=(6, 4))
+    styles = {
+        "batch": ("o-", "root only, recursive"),
+        "shared": ("s--", "prefixes shared, recursive"),
+        "k_seq": ("^-.", "prefixes shared, K-SEQ"),
+        "tree": ("d:", "without replacement"),
+    }
+    one = next(r for r in parts["several"] if r["drafts"] == 1 and r["rule"] == "speculative_sampling")
+    for kind, (style, label) in styles.items():
+        mine = [
+            r
+            for r in parts["several"]
+            if (r["rule"] == "k_seq") == (kind == "k_seq")
+            and r["drafts"] > 1
+            and r["shape"].startswith("shared" if kind == "k_seq" else kind)
+        ]
+        plt.plot(
+            [1, *(r["drafts"] for r in mine)],
+            [one["tokens_per_step"], *(r["tokens_per_step"] for r in mine)],
+            style,
+            label=label,
+        )
+    plt.xscale("log", base=2), plt.xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    plt.xlabel("drafts"), plt.ylabel("tokens per step, length 3"), plt.legend(frameon=False)
+    save("several")
+
+    f = parts["front"]
+    plt.figure(figsize=(6, 4))
+    plt.plot([0, f["tv"]], [f["tv"], 0], color="0.6", lw=1, label="front: rejection + bias = TV")
+    points = f["points"]
+    plt.errorbar(
+        [q["bias"] for q in points],
+        [q["rejection"] for q in points],
+        yerr=[1.96 * q["error"] for q in points],
+        fmt="o",
+        color="0.2",
+        capsize=3,
+        label="tv_budget, engine",
+    )
+    for name, mark in (("optimal residual", "^"), ("target as residual", "x")):
+        mine = [a for a in f["arms"] if a["residual"] == name]
+        plt.plot([a["bias"] for a in mine], [a["rejection"] for a in mine], mark, label=f"min(1, (p + eps)/q), {name}")
+    (
+        plt.xlabel("bias per judged token (total variation)"),
+        plt.ylabel("rejection probability"),
+        plt.legend(frameon=False),
+    )
+    save("front")
