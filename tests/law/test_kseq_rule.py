@@ -92,7 +92,7 @@ def test_float32():
 
 
 def test_it_accepts_no_less_than_recursive_rejection():
-    """Observed on every instance tried, here and by others; not proven. Chains are the same rule."""
+    """Proved in docs/theory.md, section 3; here on 60 instances of three siblings, enumerated."""
     rng = np.random.default_rng(34)
     shape = Shape((-1, -1, -1), (True,) * 3)
     worlds = [random_world(rng, 3, shape) for _ in range(60)]

@@ -46,12 +46,12 @@ def test_specs() -> None:
     assert isinstance(load("prediction"), Prediction)
     model = load("some/model")
     assert isinstance(model, ModelDrafter)
-    assert (model.vocab_size, model.max_depth, model.sample) == (10, 4, "law")
+    assert (model.vocab_size, model.max_depth, model.growth.sample) == (10, 4, "law")
     both = load("ngram:2-3+prediction+some/model")
     assert isinstance(both, FirstOf)
     assert both.name == "ngram+prediction+model"
-    assert load("greedy:some/model").sample == "greedy"  # type: ignore[attr-defined]
-    assert load("some/model", rule=Match()).sample == "coupled"  # type: ignore[attr-defined]
+    assert load("greedy:some/model").growth.sample == "greedy"  # type: ignore[attr-defined]
+    assert load("some/model", rule=Match()).growth.sample == "coupled"  # type: ignore[attr-defined]
     tree = load("ngram+tree:3x2:some/model")
     assert (tree.max_nodes, tree.max_depth, tree.trees) == (9, 4, True)
 

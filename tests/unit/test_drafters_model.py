@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from outrider.drafters.model import CHUNK, ModelDrafter, _check
+from outrider.drafters.model import CHUNK, ModelDrafter
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
 from outrider.target.toy import TinyLM
@@ -262,7 +262,7 @@ def test_the_two_draws_of_a_position_use_the_shared_noise() -> None:
 def test_options_are_checked() -> None:
     for siblings, sample in (("iid", "lawful"), ("both", "law")):
         with pytest.raises(ConfigError, match="unknown"):
-            _check(MODEL, 1, (1,), siblings, sample)
+            build(siblings=siblings, sample=sample)
     with pytest.raises(ConfigError, match="branching needs 4 numbers"):
         build(branching=(2,))
     with pytest.raises(ConfigError, match="numbers >= 1"):

@@ -12,7 +12,7 @@ bind_threads()  # before anything imports torch: an OpenMP runtime reads its bin
 
 import typer  # noqa: E402
 
-from outrider.cli import bench, chat, demo, doctor, generate, predict  # noqa: E402
+from outrider.cli import bench, chat, demo, doctor, generate, predict, serve  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError  # noqa: E402
 
@@ -32,6 +32,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("predict")(predict.predict)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.add_typer(theory_app, name="theory")
 

@@ -1,5 +1,6 @@
 """Controllers: how deep each sequence may draft next."""
 
+from outrider.control.adaptive import Adaptive
 from outrider.control.fixed import Fixed
 
-__all__ = ["Fixed"]
+__all__ = ["Adaptive", "Fixed"]

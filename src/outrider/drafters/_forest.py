@@ -36,6 +36,14 @@ class Forest:
         self.paths[i].append((*above, token))
         return len(self.tokens[i]) - 1
 
+    def keep(self, i: int, nodes: Sequence[int]) -> None:
+        """Forget all nodes of sequence i but `nodes`, in ascending order, with every node's parent among them."""
+        new = {-1: -1} | {k: n for n, k in enumerate(nodes)}
+        self.parent[i] = [new[self.parent[i][k]] for k in nodes]
+        self.tokens[i] = [self.tokens[i][k] for k in nodes]
+        self.row[i] = [self.row[i][k] for k in nodes]
+        self.paths[i] = [self.paths[i][k] for k in nodes]
+
     def path(self, i: int, node: int) -> tuple[int, ...]:
         """Tokens from the anchor's child down to `node` of sequence i; empty for the anchor (-1)."""
         return () if node < 0 else self.paths[i][node]

@@ -115,3 +115,19 @@ class Prediction:
         """Forget these slots."""
         for slot in slots:
             self._pointer.pop(slot, None)
+
+
+def accepted_of(prediction: tuple[int, ...], steps: Sequence[tuple[Sequence[int], int]]) -> int:
+    """How many tokens of an output were accepted drafts of this `prediction`.
+
+    steps: for each step of the output its tokens and how many of them were accepted drafts. The pointer is replayed: in a
+    step where it had something to say it was first to speak (`first_of`), so what was accepted then was its own.
+    """
+    pointer, output, total = _Pointer(prediction), list[int](), 0
+    for n, (tokens, accepted) in enumerate(steps):
+        if n:
+            pointer.advance(output, 0)
+        if n and 0 <= pointer.at < len(prediction):
+            total += accepted
+        output += tokens
+    return total

@@ -16,7 +16,7 @@ from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
 from outrider.target.load import load_target, load_tokenizer, stop_ids
-from outrider.verify import load_rule
+from outrider.verify import best_exact, load_rule
 
 Progress = Callable[[float], None]
 
@@ -102,6 +102,7 @@ def _load(
 
 def assemble(loaded: Loaded, options: Options) -> Engine:
     """An engine on loaded parts. Models are loaded once per name, so engines that differ in drafting share weights."""
+    auto = options.rule == "auto"
     rule = load_rule(options.rule) if isinstance(options.rule, str) else options.rule
     drafter = options.draft
     if isinstance(drafter, str):
@@ -114,6 +115,7 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
             rule=rule,
             load_model=lambda name: load_model(loaded, options, name),
         )
+    rule = best_exact(drafter) if auto else rule
     engine = Engine(
         loaded.target,
         drafter,

@@ -133,9 +133,13 @@ class Engine:
             raise RequestError("a text prompt needs a tokenizer: build the engine with one, or pass token ids")
         return list(self.tokenizer.encode(prompt))  # type: ignore[attr-defined]
 
+    def sequences(self, request: str) -> list[Sequence]:
+        """The live sequences of a request, by index; each object stays readable after the engine has let go of it."""
+        return [s for key, s in self._sequences.items() if key[0] == request]
+
     def abort(self, request: str) -> bool:
         """Drop a request; its slots are free before the next step. True if it was there."""
-        found = [s for key, s in self._sequences.items() if key[0] == request]
+        found = self.sequences(request)
         for sequence in found:
             self._forget(sequence)
         return bool(found)
@@ -223,6 +227,10 @@ class Engine:
         """Depth each sequence may draft: the controller's wish within what may still be emitted."""
         wish = self.controller.budget([s.view() for s in live])
         ready = [len(s.tokens) - s.cached == 1 for s in live]
+        wish = [
+            w if s.params.draft_length is None else min(w, s.params.draft_length)
+            for w, s in zip(wish, live, strict=True)
+        ]
         return [
             max(0, min(w, s.room - 1, self.parts.drafter.max_depth)) if r else 0
             for w, s, r in zip(wish, live, ready, strict=True)

@@ -27,8 +27,9 @@ _INTS = {
     "min_tokens": (0, 2**31 - 1),
     "seed": (-_INT64, _INT64 - 1),
     "logprobs": (0, 20),
+    "draft_length": (0, 2**31 - 1),
 }
-_OPTIONAL = ("seed", "logprobs", "tv_budget")
+_OPTIONAL = ("seed", "logprobs", "tv_budget", "draft_length")
 _MAX_BIASES, _MAX_BIAS = 1024, 100.0
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256
 _MAX_STOP_IDS, _MAX_PREDICTION = 256, 65_536
@@ -58,6 +59,8 @@ class SamplingParams:
     tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = what the rule allows. A lossless
                         rule spends nothing.
     prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the law.
+    draft_length:       most tokens drafted in a step of this request, >= 0; None = what the engine's controller wishes. It never
+                        changes the law; 0 is plain decoding.
     """
 
     temperature: float = 1.0
@@ -78,6 +81,7 @@ class SamplingParams:
     logprobs: int | None = None
     tv_budget: float | None = None
     prediction: tuple[int, ...] = ()
+    draft_length: int | None = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731

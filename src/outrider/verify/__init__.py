@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from outrider.errors import ConfigError, unknown_name
-from outrider.protocols import Rule
+from outrider.protocols import Drafter, Rule
 from outrider.verify._common import check_draft
 from outrider.verify.block import BlockVerification
 from outrider.verify.lossy import Acceptance, Lenience, Lossy, Mentored, OverAcceptance, Spend, TopK, Typical
@@ -28,6 +28,7 @@ __all__ = [
     "Lossy",
     "Match",
     "SpeculativeSampling",
+    "best_exact",
     "check_draft",
     "load_rule",
 ]
@@ -82,7 +83,18 @@ LOSSLESS: tuple[str, ...] = tuple(name for name, entry in RULES.items() if entry
 """The rules that keep the target's law."""
 
 ALIASES: Mapping[str, str] = MappingProxyType({"auto": SpeculativeSampling.name})
-"""Other names a user may write."""
+"""Other names a user may write. An engine replaces "auto" by `best_exact` of its drafter."""
+
+
+def best_exact(drafter: Drafter) -> Rule:
+    """The rule that accepts most of this drafter's proposals and keeps the target's law: what "auto" means for an engine.
+
+    Block verification on chains of two or more (never below speculative sampling, and the same for one token), K-SEQ on trees
+    (never below recursive rejection, and the same where siblings are not i.i.d.). Proofs: docs/theory.md, sections 3 and 4.
+    """
+    if drafter.trees:
+        return KSeq()
+    return BlockVerification() if drafter.max_depth > 1 else SpeculativeSampling()
 
 
 def load_rule(text: str) -> Rule:

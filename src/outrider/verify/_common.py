@@ -146,7 +146,10 @@ def unit(x: float) -> float:
 
 
 def root(f: Callable[[float], float], low: float, high: float) -> float:
-    """The zero of a function that changes sign on [low, high], to 1e-14 (Brent's method)."""
+    """The zero of a monotone function on [low, high], to 1e-14 (Brent's method); an end if rounding hides the change of sign."""
+    ends = f(low), f(high)
+    if not ends[0] * ends[1] < 0.0:
+        return low if abs(ends[0]) <= abs(ends[1]) else high
     return float(brentq(f, low, high, xtol=1e-14, rtol=1e-14))  # type: ignore[arg-type]
 
 

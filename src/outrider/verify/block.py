@@ -99,15 +99,15 @@ def _lost(
     for nodes in (lawful[i : i + few] for i in range(0, len(lawful), few)):
         assert draft.q is not None
         q = c.take_rows(draft.q.probs, [draft.q.row[k] for k in nodes])
-        w = torch.tensor([above[k] for k in nodes], dtype=torch.float64, device=p.device)
-        here = c.take_rows(p, [rows[k] for k in nodes]).double() * w.unsqueeze(1)
+        w = torch.tensor([above[k] for k in nodes], dtype=p.dtype, device=p.device).unsqueeze(1)
+        here = c.take_rows(p, [rows[k] for k in nodes]) * w
         share = here if draft.q.support is None else here.index_select(1, draft.q.support)
+        rest = c.row_sums((share - q).clamp_(min=0))
+        if share is not here:
+            rest += c.row_sums(here) - c.row_sums(share)  # what the draft can never propose is never handed on
         common = torch.minimum(share, q)
         mean = c.row_sums(common)
-        square = c.row_sums(torch.where(q > 0, common * common / q, 0.0)) - mean * mean
-        rest = c.row_sums((share - q).clamp_(min=0)) + (
-            c.row_sums(here) - c.row_sums(share) if share is not here else 0.0
-        )
+        square = c.row_sums(common.square_().div_(q.clamp(min=torch.finfo(q.dtype).tiny))) - mean * mean
         for k, loss, v in zip(nodes, rest.tolist(), square.tolist(), strict=True):
             lost[k], variance[k] = c.unit(loss), max(v, 0.0)
     return lost, variance

@@ -92,7 +92,7 @@ class Lossy:
         for d in range(draft.counts[b]):
             k = low + d
             law = _law(draft, k, qx[k], p)
-            here = Position(p[rows[k] : rows[k] + 1].double(), law, max(0.0, min(self.per_token, left - bias)))
+            here = Position(_normal(p[rows[k] : rows[k] + 1]), law, max(0.0, min(self.per_token, left - bias)))
             choice, cost = within(self.accept(here), here)
             chance = c.unit(1.0 - float(c.row_sums(choice.accept * law)))
             risk, spread, bias = risk + chance, spread + chance * (1.0 - chance), bias + cost
@@ -108,10 +108,16 @@ class Lossy:
         return tuple(range(low, low + accepted)), last, judged, risk, spread, bias
 
 
+def _normal(law: Float[Tensor, "1 V"]) -> Float64[Tensor, "1 V"]:
+    """The law in float64 with a sum of exactly one: bias is a difference of two laws, and rounding must not pass for it."""
+    law = law.double()
+    return law / law.sum()
+
+
 def _law(draft: Draft, k: int, qx: float, p: Tensor) -> Float64[Tensor, "1 V"]:
     """The law node k was drawn from, or the point mass at its token."""
     if draft.q is not None and c.is_mass(qx):
-        return draft.q.dense([draft.q.row[k]], p.shape[1]).double()
+        return _normal(draft.q.dense([draft.q.row[k]], p.shape[1]))
     out = torch.zeros(1, p.shape[1], dtype=torch.float64, device=p.device)
     out[0, draft.tokens[k]] = 1.0
     return out

@@ -1,0 +1,131 @@
+"""`outrider serve`: an OpenAI-compatible server with a page that shows what speculation does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from outrider.cli import options as opt
+from outrider.errors import ConfigError
+
+KEY = "OUTRIDER_API_KEY"
+
+
+def serve(
+    target: opt.Target = None,
+    draft: opt.Draft = "auto",
+    length: opt.Length = 3,
+    rule: opt.Rule = "auto",
+    allow_lossy: opt.AllowLossy = False,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; others can reach anything but loopback.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", help=f"A key clients must send (repeatable). Better: the variable {KEY}.", show_default=False),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="A file with one key a line.", show_default=False)
+    ] = None,
+    allow_open: Annotated[bool, typer.Option("--allow-open", help="Listen on a public address without a key.")] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", help="Host name to answer to without a key (repeatable; '*': any).", show_default=False),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option("--served-model-name", help="Name clients use. Default: of the target.", show_default=False)
+    ] = None,
+    slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Sequences decoded together.")] = 8,
+    queue: Annotated[int, typer.Option("--queue", min=0, max=65536, help="Sequences that may wait; beyond: 429.")] = 64,
+    queue_timeout: Annotated[float, typer.Option("--queue-timeout", min=0.1, help="Seconds to wait for a slot.")] = 30.0,
+    request_timeout: Annotated[float, typer.Option("--request-timeout", min=0.1, help="Seconds for a whole request.")] = 600.0,
+    hang_timeout: Annotated[float, typer.Option("--hang-timeout", min=0.5, help="Seconds without a step: unhealthy.")] = 10.0,
+    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds running requests may take to finish on shutdown.")] = 30.0,
+    fixed_length: Annotated[
+        bool, typer.Option("--fixed-length", help="Always draft --length tokens, whatever it costs under this load.")
+    ] = False,
+    pad_streams: Annotated[
+        bool, typer.Option("--pad-streams", help="Pad and pace streams, so that their packets do not tell what was accepted.")
+    ] = False,
+    details: Annotated[
+        bool, typer.Option("--request-metrics/--no-request-metrics", help="Acceptance of a request in its reply.")
+    ] = True,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    quantize_draft: opt.Quantize = None,
+    implementation: opt.Implementation = "auto",
+    speculative_config: opt.SpeculativeConfig = None,
+    max_length: opt.MaxLength = None,
+) -> None:
+    """Serve a target with a drafter over OpenAI's HTTP interface. With no options: the shipped pair on http://127.0.0.1:8000.
+
+    Example: outrider serve --target path/to/model --draft path/to/draft
+    """
+    from outrider.serve.app import create_app
+    from outrider.serve.bridge import Limits
+    from outrider.serve.run import server_for, unbind
+    from outrider.serve.settings import LOCAL_NAMES, Settings, check_address, digest
+
+    keys = read_keys(api_key, api_key_file)
+    hashed = tuple(digest(key) for key in keys)
+    check_address(host, hashed, allow_open)
+    settings = Settings(
+        served_model_name or model_name(target),
+        hashed,
+        (*LOCAL_NAMES, host, *(allowed_host or ()), *(("*",) if allow_open else ())),
+        pad=pad_streams,
+        details=details,
+        limits=Limits(queue, queue_timeout, request_timeout, hang_timeout),
+        grace=grace,
+    )
+
+    def build() -> Any:
+        from outrider.cli.setup import engine_from_options
+
+        return engine_from_options(
+            target=target,
+            draft=draft,
+            length=length,
+            rule=rule,
+            allow_lossy=allow_lossy,
+            dtype=dtype,
+            device=device,
+            draft_quantize=quantize_draft,
+            implementation=implementation,
+            speculative_config=speculative_config,
+            max_length=max_length,
+            slots=slots,
+        )
+
+    app = create_app(build, settings, adaptive=not fixed_length)
+    unbind()
+    server = server_for(app, settings, host, port)
+    opt.err.print(f"outrider: {settings.model} on http://{host}:{port} (Ctrl-C ends it)" + (", key needed" if keys else ""))
+    server.run()
+    if not server.started:
+        raise ConfigError(f"the server could not start on {host}:{port}: choose another --port, or see the message above")
+
+
+def read_keys(given: list[str] | None, file: Path | None) -> list[str]:
+    """API keys of the command line, a file, and the environment. ConfigError for an empty or short one."""
+    keys = list(given or [])
+    if file is not None:
+        try:
+            keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError):
+            raise ConfigError(f"{file} cannot be read: give a text file with one key a line") from None
+    if KEY in os.environ:
+        keys.append(os.environ[KEY])
+    if any(len(key) < 8 for key in keys):
+        raise ConfigError("an API key needs at least 8 characters; leave it out to ask for none")
+    return keys
+
+
+def model_name(target: str | None) -> str:
+    """Name of a target for clients: the last part of its path or Hub name; `pycode` is the shipped pair."""
+    if target is None:
+        return "pycode"
+    path = Path(target).expanduser()
+    return path.resolve().name if path.exists() else target

@@ -1,0 +1,215 @@
+"""Medusa heads: small networks on the target's last hidden state, head h for the token h places further on (Cai et al. 2024).
+
+All heads look at the same hidden state and none at what another one proposed, so one call gives every level of a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from outrider.drafters._folder import check_fits, read_folder, whole, write_folder
+from outrider.drafters._forest import Forest
+from outrider.drafters._growth import Growth
+from outrider.errors import ConfigError
+from outrider.protocols import Target
+from outrider.types import Draft, Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsConfig:
+    """hidden: of the target. heads: positions ahead. layers: residual blocks of a head. shared: one output matrix for all heads.
+
+    tap: number of the target's block whose output is read; the target's number of blocks for its last one.
+    """
+
+    hidden: int
+    vocab_size: int
+    heads: int
+    tap: int
+    layers: int = 1
+    shared: bool = True
+    eps: float = 1e-6
+
+
+class _Head(nn.Module):
+    def __init__(self, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + F.silu(layer(x))
+        return x
+
+
+class MedusaHeads(nn.Module):
+    """logits_h = W_h r_h(f) with residual blocks r_h: x + silu(A x + b), f the target's normed last hidden state.
+
+    Tensors are named as vLLM names them (`blocks.h.layers.j.weight`, `lm_heads.h.weight`), plus `norm.weight`, the target's
+    final norm. Blocks start at the identity: every head starts as `lm_heads`, which a trainer starts as the target's own.
+    """
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.RMSNorm(config.hidden, config.eps)
+        self.blocks = nn.ModuleList(_Head(config.hidden, config.layers) for _ in range(config.heads))
+        outputs = 1 if config.shared else config.heads
+        self.lm_heads = nn.ModuleList(
+            nn.Linear(config.hidden, config.vocab_size, bias=False) for _ in range(outputs)
+        )
+        for block in self.blocks:
+            for layer in block.layers:  # type: ignore[union-attr]
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, hidden: Float[Tensor, "*n H"]) -> Float[Tensor, "*n heads V"]:
+        """Logits of every head for hidden states before the final norm."""
+        f = self.norm(hidden)
+        x = torch.stack([block(f) for block in self.blocks], -2)
+        if self.config.shared:
+            return self.lm_heads[0](x)
+        return torch.stack([head(x[..., h, :]) for h, head in enumerate(self.lm_heads)], -2)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors (bfloat16) in vLLM's Medusa layout."""
+        c = self.config
+        write_folder(
+            folder,
+            {
+                "architectures": ["MedusaModel"],
+                "model_type": "medusa",
+                "hidden_size": c.hidden,
+                "vocab_size": c.vocab_size,
+                "truncated_vocab_size": c.vocab_size,
+                "num_heads": c.heads,
+                "num_hidden_layers": c.layers,
+                "medusa_fc_bias": True,
+                "original_lm_head": c.shared,
+                "rms_norm_eps": c.eps,
+                "target_layer": c.tap,
+            },
+            {name: value.bfloat16() for name, value in self.state_dict().items()},
+        )
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, final_norm: Tensor | None = None) -> MedusaHeads:
+        """Heads of a folder for `target`. final_norm: the target's, for checkpoints of others, which do not hold it.
+
+        Raises ConfigError for a folder that holds something else, or heads for a target of other sizes.
+        """
+        config, tensors = read_folder(folder, "medusa")
+        if config.get("truncated_vocab_size", 0) not in (0, None, config.get("vocab_size")):
+            raise ConfigError(f"{folder}: heads over a truncated vocabulary are not supported: train full ones")
+        if not config.get("medusa_fc_bias", True):
+            tensors |= {
+                n.removesuffix("weight") + "bias": t.new_zeros(t.shape[0])
+                for n, t in tensors.items()
+                if n.startswith("blocks.")
+            }
+        made = HeadsConfig(
+            hidden=whole(config, "hidden_size", folder),
+            vocab_size=whole(config, "vocab_size", folder),
+            heads=whole(config, "num_heads", folder, most=64),
+            tap=whole(config, "target_layer", folder, default=target.layers),
+            layers=whole(config, "num_hidden_layers", folder, most=64),
+            shared=bool(config.get("original_lm_head", False)),
+            eps=float(config.get("rms_norm_eps", 1e-6)),
+        )
+        check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=(made.tap,))
+        if "norm.weight" not in tensors:
+            if final_norm is None:
+                raise ConfigError(f"{folder} does not hold the target's final norm: pass it as final_norm")
+            tensors["norm.weight"] = final_norm
+        with torch.device("meta"):
+            model = cls(made)
+        return fill(model, tensors, folder)
+
+
+def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
+    """`model` (made without storage) with `tensors` in float32, ready to serve; ConfigError if names or shapes differ."""
+    try:
+        model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, assign=True)
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: the tensors are not those its config.json describes ({error})") from None
+    return model.eval().requires_grad_(False)
+
+
+class Medusa:
+    """Drafts with `MedusaHeads`: level d of a tree comes from head d, whatever path leads there.
+
+    heads: the network. growth: how trees grow; its depth is at most the number of heads.
+    """
+
+    def __init__(self, heads: MedusaHeads, growth: Growth, *, name: str = "medusa") -> None:
+        if growth.depth > heads.config.heads:
+            raise ConfigError(
+                f"a draft of {growth.depth} levels needs as many heads, there are {heads.config.heads}: shorten the draft"
+            )
+        self.name, self.heads, self.growth = name, heads, growth
+        self.layers: tuple[int, ...] = (heads.config.tap,)
+        self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
+        self._predict = _stacked(heads)
+        self._dtype = heads.norm.weight.dtype
+        self._last: dict[int, tuple[int, Tensor]] = {}
+
+    def bind(self, slots: int, length: int) -> None:
+        """Nothing to make room for: a slot keeps one hidden state."""
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget these slots."""
+        for slot in slots:
+            self._last.pop(slot, None)
+
+    @torch.inference_mode()
+    def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
+        """Up to `budget[i]` levels for sequence i, from the hidden state of its last kept row."""
+        hidden = evidence.scores.hidden[0]
+        depths, rows = [0] * len(budget), []
+        for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
+            kept = evidence.kept_rows(i)
+            if kept:
+                self._last[view.slot] = view.cached, hidden[kept[-1]]
+            at, row = self._last.get(view.slot, (-1, hidden))
+            if depth > 0 and at == len(view.tokens) - 1:
+                depths[i] = min(depth, self.max_depth)
+                rows.append(row)
+        forest = Forest(len(budget))
+        if rows:
+            self._propose(evidence, depths, forest, torch.stack(rows).to(self._dtype))
+        return forest.draft(evidence.scores.logits.device, self.growth.siblings)
+
+    def _propose(self, evidence: Evidence, depths: list[int], forest: Forest, hidden: Float[Tensor, "n H"]) -> None:
+        logits = self._predict(hidden)  # [heads, n, V]
+        number = {i: n for n, i in enumerate(i for i, d in enumerate(depths) if d)}
+
+        def follow(ends: list[tuple[int, int]]) -> Tensor:
+            level = logits[len(forest.path(*ends[0]))]
+            return level if len(ends) == len(number) == 1 else level[[number[i] for i, _ in ends]]
+
+        self.growth.grow(evidence, depths, forest, logits[0], follow)
+
+
+def _stacked(heads: MedusaHeads) -> Any:
+    """The network with the weights of all heads side by side: hidden states [n, H] -> logits [heads, n, V]."""
+    c = heads.config
+    weights = [torch.stack([b.layers[j].weight.T for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
+    biases = [torch.stack([b.layers[j].bias[None] for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
+    out = [head.weight for head in heads.lm_heads]
+    own = None if c.shared else torch.stack([w.T for w in out])  # type: ignore[union-attr]
+
+    def predict(hidden: Float[Tensor, "n H"]) -> Float[Tensor, "heads n V"]:
+        x = heads.norm(hidden).expand(c.heads, -1, -1)
+        for weight, bias in zip(weights, biases, strict=True):
+            x = x + F.silu(torch.baddbmm(bias, x, weight))
+        return F.linear(x, out[0]) if own is None else torch.bmm(x, own)  # type: ignore[arg-type]
+
+    return predict

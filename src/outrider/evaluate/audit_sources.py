@@ -1,0 +1,160 @@
+"""Where audited text comes from: our engine, a Python callable, or an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from outrider.engine.engine import Engine
+from outrider.errors import ConfigError
+from outrider.sampling.params import SamplingParams
+
+MAX_RESPONSE = 1 << 26
+"""Most bytes read of one response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """One continuation: token ids (with the end token, if it ended), log-probabilities where reported, or an error."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    error: str | None = None
+
+
+Source = Callable[[Sequence[list[int]], Sequence[int]], list[Emission]]
+"""Continuations of prompts (token ids), one seed each."""
+
+
+def of_engine(engine: Engine, params: SamplingParams) -> Source:
+    """Our own engine."""
+
+    def run(prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Emission]:
+        results = engine.generate(list(prompts), [replace(params, seed=s) for s in seeds])
+        return [
+            Emission(o.token_ids, tuple(x.logprob for x in o.logprobs), o.error) for r in results for o in r.outputs
+        ]
+
+    return run
+
+
+def of_callable(generate: Callable[[list[int], int], Sequence[int]]) -> Source:
+    """A function of (prompt token ids, seed) that returns the new token ids. An exception is a failed text."""
+
+    def one(prompt: list[int], seed: int) -> Emission:
+        try:
+            return Emission(tuple(int(t) for t in generate(list(prompt), seed)))
+        except Exception as error:
+            return Emission((), error=f"{type(error).__name__}: {error}")
+
+    return lambda prompts, seeds: [one(p, s) for p, s in zip(prompts, seeds, strict=True)]
+
+
+def load_callable(name: str) -> Callable[[list[int], int], Sequence[int]]:
+    """`module:function`, imported. Raises ConfigError when it is not there."""
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be imported ({error}): give module:function") from None
+    if not callable(found):
+        raise ConfigError(f"{name!r} is not module:function of something callable")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An OpenAI-compatible server: url up to and without /v1/completions, the model's name there, an API key if it wants one."""
+
+    url: str
+    model: str
+    key: str | None = None
+    concurrency: int = 4
+    timeout: float = 300.0
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One POST. Raises ConfigError with the server's own words."""
+        base = self.url.rstrip("/").removesuffix("/v1")
+        if not base.startswith(("http://", "https://")):
+            raise ConfigError(f"{self.url!r} is not an http or https address")
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(f"{base}/v1/completions", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                raw = response.read(MAX_RESPONSE + 1)
+        except urllib.error.HTTPError as error:
+            words = error.read(2000).decode("utf-8", "replace")
+            raise ConfigError(f"{base} refused the request ({error.code}): {words[:300]}") from None
+        except OSError as error:
+            raise ConfigError(f"{base} cannot be reached ({error}): check the address and that it is serving") from None
+        try:
+            document = json.loads(raw)
+        except ValueError:
+            raise ConfigError(f"{base} did not answer with JSON of at most {MAX_RESPONSE >> 20} MiB") from None
+        if not isinstance(document, dict) or not isinstance(document.get("choices"), list) or not document["choices"]:
+            raise ConfigError(f"{base} answered without `choices`: is it an OpenAI-compatible completions server?")
+        return document
+
+
+def of_endpoint(endpoint: Endpoint, params: SamplingParams) -> Source:
+    """Completions of token-id prompts over HTTP, several at a time."""
+
+    def one(prompt: list[int], seed: int) -> Emission:
+        return read_choice(endpoint.complete(request_body(endpoint.model, prompt, params, seed))["choices"][0])
+
+    def run(prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Emission]:
+        with ThreadPoolExecutor(endpoint.concurrency) as pool:
+            return list(pool.map(one, prompts, seeds))
+
+    return run
+
+
+def request_body(model: str, prompt: list[int], params: SamplingParams, seed: int) -> dict[str, Any]:
+    """The request: only parameters that do something are sent, so that a strict server meets no unknown field needlessly."""
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "seed": seed,
+        "logprobs": 1,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+    for name in ("top_k", "min_p", "presence_penalty", "frequency_penalty"):
+        if getattr(params, name):
+            body[name] = getattr(params, name)
+    if params.repetition_penalty != 1.0:
+        body["repetition_penalty"] = params.repetition_penalty
+    if params.ignore_eos:
+        body["ignore_eos"] = True
+    return body
+
+
+def read_choice(choice: dict[str, Any]) -> Emission:
+    """Token ids of a choice: `token_ids`, or `logprobs.tokens` in the form `token_id:17`. Raises ConfigError without either."""
+    book = choice.get("logprobs") or {}
+    values = [x for x in (book.get("token_logprobs") or []) if isinstance(x, int | float)]
+    ids = choice.get("token_ids")
+    if ids is None:
+        words = book.get("tokens") or []
+        ids = [int(w.removeprefix("token_id:")) for w in words if isinstance(w, str) and _names_id(w)]
+        if not ids or len(ids) != len(words):
+            raise ConfigError(
+                "the server returns no token ids, and text alone does not say which tokens were drawn: start it so that "
+                "completions carry `token_ids` or `token_id:N` (vLLM: --return-tokens-as-token-ids)"
+            )
+    return Emission(tuple(int(t) for t in ids), tuple(float(v) for v in values) if len(values) == len(ids) else ())
+
+
+def _names_id(word: str) -> bool:
+    return word.startswith("token_id:") and word.removeprefix("token_id:").isdigit()

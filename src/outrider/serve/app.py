@@ -1,0 +1,174 @@
+"""The application: a list of routes, a lifespan, and the document that describes them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from outrider import __version__
+from outrider.errors import ConfigError
+
+try:
+    from pydantic.json_schema import models_json_schema
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise ConfigError("the server needs starlette and uvicorn: pip install 'outrider[serve]'") from error
+
+from outrider.control.adaptive import Adaptive
+from outrider.engine.engine import Engine
+from outrider.errors import OutriderError
+from outrider.sampling.params import SamplingParams
+from outrider.serve.bridge import Bridge
+from outrider.serve.guard import Guard, on_error
+from outrider.serve.live import Live
+from outrider.serve.openai import ChatRequest, CompletionRequest
+from outrider.serve.settings import Settings
+from outrider.serve.v1 import OpenAI
+from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
+
+PAGE = Path(__file__).parent / "dashboard" / "index.html"
+CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+def create_app(build: Callable[[], Engine], settings: Settings, *, adaptive: bool = True) -> Starlette:
+    """The server for the engine that `build` makes (in the engine's own thread).
+
+    adaptive: set the draft length by load, "never slower than plain decoding"; otherwise the engine keeps its controller.
+    `app.state.bridge` is the bridge, for whoever runs the app.
+    """
+    metrics = Metrics(settings.model)
+    bridge = Bridge(build, metrics, settings.limits, lambda engine: prepare(engine, metrics, adaptive))
+    v1 = OpenAI(bridge, settings)
+    live = Live(bridge, settings, v1)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await bridge.start()
+        watch = asyncio.create_task(live.watch())
+        yield
+        watch.cancel()
+        await bridge.close(settings.grace)
+
+    routes = [
+        Route("/", page),
+        Route("/health", Health(bridge).health),
+        Route("/ready", Health(bridge).ready),
+        Route("/metrics", lambda request: Response(metrics.text(), media_type=CONTENT_TYPE)),
+        Route("/version", lambda request: JSONResponse({"version": __version__})),
+        Route("/openapi.json", lambda request: JSONResponse(document())),
+        Route("/v1/models", v1.models),
+        Route("/v1/models/{id:path}", v1.model),
+        Route("/v1/completions", v1.completions, methods=["POST"]),
+        Route("/v1/chat/completions", v1.chat, methods=["POST"]),
+        Route("/outrider/state", live.state),
+        Route("/outrider/play", live.play, methods=["POST"]),
+    ]
+    known = frozenset(route.path for route in routes)
+    handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
+    guard = Middleware(Guard, settings=settings, metrics=metrics, routes=known)
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    app.state.bridge = bridge
+    return app
+
+
+def prepare(engine: Engine, metrics: Metrics, adaptive: bool) -> None:
+    """Warm an engine up, set its controller, and describe it to the metrics. Runs in the engine's thread, before it serves."""
+    warm_up(engine)
+    parts = engine.parts
+    if adaptive and parts.drafter.max_depth:
+        invariant = parts.rule.lane == "gumbel"
+        engine.controller = Adaptive(parts.drafter.max_depth, parts.drafter.max_depth, invariant=invariant)
+    metrics.info.update(
+        drafter=parts.drafter.name,
+        rule=parts.rule.name,
+        lossless=str(parts.rule.lossless).lower(),
+        longest=str(parts.drafter.max_depth),
+        slots=str(engine.scheduler.slots),
+        version=__version__,
+    )
+    if isinstance(engine.controller, Adaptive):
+        look = engine.controller.outlook
+        metrics.gauges.update(
+            spec_decode_length=("Draft length chosen for the present load.", lambda: look().length),
+            spec_decode_speedup_ratio_estimate=("Estimated speed over plain decoding.", lambda: look().speedup),
+            spec_decode_break_even_rejection_probability=(
+                "Rejection probability per judged token at which speculation gains nothing.",
+                lambda: look().break_even,
+            ),
+        )
+
+
+def warm_up(engine: Engine) -> None:
+    """Touch every part once, plain and drafted, so that the first user does not pay for it."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True, seed=0)
+    prompt = [0, 1, 2, 3][: engine.parts.target.vocab_size]
+    for count in {1, min(2, engine.scheduler.slots)}:
+        engine.generate([prompt] * count, params)
+    engine.reset()
+
+
+async def page(request: Request) -> Response:
+    """GET /: the dashboard."""
+    headers = {"content-security-policy": CSP, "cache-control": "no-store"}
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+
+class Health:
+    """Whether the process should be kept, and whether it should get requests."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self.bridge = bridge
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 with an empty body; 503 when the engine thread has died or has not come round in time."""
+        return Response(status_code=200 if self.bridge.alive else 503)
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: 200, or 503 with the reason: loading, draining, hung or broken."""
+        if self.bridge.ready:
+            return PlainTextResponse("ready\n")
+        why = "draining" if self.bridge.draining else f"no step for {self.bridge.silence:.0f} s"
+        return PlainTextResponse(f"not ready: {why}\n", 503)
+
+
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1: the request bodies are the very models that check them."""
+    models = [(CompletionRequest, "validation"), (ChatRequest, "validation")]
+    _, schema = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    fail = {"description": "an error in OpenAI's shape", "content": {"application/json": {}}}
+    codes = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
+    replies = {"200": {"description": "done", "content": {"application/json": {}, "text/event-stream": {}}}}
+    replies |= dict.fromkeys(codes, fail)
+
+    def post(name: str, summary: str) -> dict[str, Any]:
+        body = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}, "required": True}
+        return {"post": {"summary": summary, "requestBody": body, "responses": replies}}
+
+    def get(summary: str) -> dict[str, Any]:
+        ok = {"200": {"description": summary}, "401": fail, "503": {"description": "not serving"}}
+        return {"get": {"summary": summary, "responses": ok}}
+
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Outrider", "version": __version__},
+        "paths": {
+            "/v1/completions": post("CompletionRequest", "Continue prompts"),
+            "/v1/chat/completions": post("ChatRequest", "Answer a conversation"),
+            "/outrider/play": post("CompletionRequest", "One streamed sample with the origin of every token"),
+            "/v1/models": get("The served model"),
+            "/health": get("Alive"),
+            "/ready": get("Ready for requests"),
+            "/metrics": get("Prometheus metrics"),
+            "/outrider/state": get("What the page shows"),
+        },
+        "components": {"schemas": schema.get("$defs", {}), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }

@@ -1,0 +1,298 @@
+"""OpenAI's requests, field by field: what is accepted, within which bounds, and the sampling parameters it means.
+
+Every field is bounded here, before anything is allocated. A field that is not known, or known and not supported, is refused: there
+is no field that is read and dropped, but for those that OpenAI defines as having no effect on the text (`user`, `metadata`).
+Checked against OpenAI's openapi.yaml 2.3.0 (August 2026) and the extra fields of vLLM 0.33.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from outrider.errors import RequestError, unknown_name
+from outrider.sampling.params import SamplingParams
+
+MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_TEXT = 64, 1 << 20, 2_000_000
+MAX_MESSAGES, MAX_PARTS, MAX_TOKEN, MAX_TOKENS, MAX_LENGTH = 1024, 64, (1 << 31) - 1, (1 << 31) - 1, 64
+DEFAULT_TOKENS = 16
+"""`max_tokens` of a completion that names none, as OpenAI has it."""
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$", max_length=10)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+
+
+class Prediction(Strict):
+    """A continuation the client expects: a drafter proposes it; it never changes the law of the text."""
+
+    type: Literal["content"]
+    content: Content
+
+
+class Speculation(Strict):
+    """How this request is drafted for. It never changes the law, but for `tv_budget` under a lossy rule the operator allowed.
+
+    mode: "off" decodes plainly. length: most tokens drafted per step. drafter, rule: must be the server's own.
+    """
+
+    mode: Literal["auto", "off"] = "auto"
+    length: Annotated[int, Field(ge=0, le=MAX_LENGTH)] | None = None
+    drafter: Annotated[str, Field(max_length=200)] | None = None
+    rule: Annotated[str, Field(max_length=200)] | None = None
+    tv_budget: Annotated[float, Field(ge=0, le=1e9)] | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
+class Shared(Strict):
+    """Fields that completions and chat completions have in common."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    # vLLM's and SGLang's extra fields
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=256)] | None = None
+    return_token_ids: bool | None = None
+    skip_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    # ours
+    prediction: Prediction | None = None
+    speculation: Speculation | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class CompletionRequest(Shared):
+    """Body of POST /v1/completions."""
+
+    prompt: (
+        Text
+        | Tokens
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=64)] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Its prompts, one or several, as text or as token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Annotated[str, Field(max_length=64)] | None = None
+
+    @property
+    def text(self) -> str:
+        return text_of(self.content)
+
+
+class ChatRequest(Shared):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a request is checked against: the served engine's drafter, rule, most tokens it drafts, and whether it is lossless."""
+
+    drafter: str
+    rule: str
+    longest: int
+    lossless: bool
+
+
+class BadField(RequestError):
+    """A field that cannot be served. param: its name; code: OpenAI's code for it, if there is one."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+def text_of(content: str | list[TextPart]) -> str:
+    """The text of a message or prediction."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def parse(model: type[Shared], body: object) -> Any:
+    """A checked request of the class `model`. Raises BadField with the field and the remedy; the client's values are not repeated."""
+    if not isinstance(body, dict):
+        raise BadField("the body must be a JSON object")
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = _worst(error)
+    where = [str(part) for part in first["loc"] if not _is_branch(part)]
+    param = ".".join(where)[:200] or None
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, where[:-1])
+        raise BadField(f"{unknown_name('field', where[-1][:64], known)} (or it is not supported here)", param)
+    raise BadField(f"{param or 'the body'}: {_plain(first)}", param)
+
+
+def _worst(error: ValidationError) -> Any:
+    """The error to report: one about an unknown field first, otherwise the one deepest in the body."""
+    errors = error.errors(include_url=False, include_context=True, include_input=False)
+    return next((e for e in errors if e["type"] == "extra_forbidden"), max(errors, key=lambda e: len(e["loc"])))
+
+
+def _is_branch(part: object) -> bool:
+    """Whether a part of a location names a branch of a union instead of a field."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "TextPart"))
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    nested: dict[str, type[BaseModel]] = {
+        "stream_options": StreamOptions,
+        "speculation": Speculation,
+        "prediction": Prediction,
+        "response_format": ResponseFormat,
+        "messages": Message,
+    }
+    return list((nested.get(path[0], TextPart) if path else model).model_fields)
+
+
+def _plain(error: Any) -> str:
+    message = str(error["msg"])
+    if error["type"] == "literal_error":
+        return f"{message}; other values are not supported"
+    return message[0].lower() + message[1:]
+
+
+def sampling(request: CompletionRequest | ChatRequest, engine: Engine, predicted: tuple[int, ...]) -> SamplingParams:
+    """The sampling parameters a request means. predicted: its `prediction` as token ids."""
+    asked = request.max_tokens
+    if isinstance(request, ChatRequest):
+        if request.max_tokens is not None and request.max_completion_tokens is not None:
+            raise BadField("give max_completion_tokens or max_tokens, not both", "max_tokens")
+        asked = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
+        if request.top_logprobs and not request.logprobs:
+            raise BadField("top_logprobs needs logprobs to be true", "top_logprobs")
+    elif request.best_of is not None and request.best_of != request.samples:
+        raise BadField("best_of must equal n: samples are not ranked here", "best_of")
+    wish = request.speculation or Speculation()
+    _check_speculation(wish, engine)
+    given = {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": None if request.top_k == -1 else request.top_k,
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "logit_bias": {int(k): v for k, v in request.logit_bias.items()} if request.logit_bias else None,
+        "seed": request.seed,
+        "n": request.samples,
+        "max_tokens": asked if asked is not None else DEFAULT_TOKENS,
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+        "stop": request.stop,
+        "stop_token_ids": request.stop_token_ids,
+        "logprobs": request.top,
+        "tv_budget": wish.tv_budget,
+        "prediction": predicted,
+        "draft_length": 0 if wish.mode == "off" else wish.length,
+    }
+    return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
+
+
+def _check_speculation(wish: Speculation, engine: Engine) -> None:
+    """BadField for what this server's engine cannot do for one request alone."""
+    for name, asked, served in (("drafter", wish.drafter, engine.drafter), ("rule", wish.rule, engine.rule)):
+        if asked is not None and asked != served:
+            raise BadField(f"this server's {name} is {served!r}: leave speculation.{name} out", f"speculation.{name}")
+    if wish.length is not None and wish.length > engine.longest:
+        raise BadField(f"this server drafts at most {engine.longest} tokens a step", "speculation.length")
+    if wish.mode == "off" and wish.length:
+        raise BadField("speculation.length must be 0 or absent when the mode is off", "speculation.length")
+    if wish.tv_budget and engine.lossless:
+        raise BadField(
+            f"the rule {engine.rule!r} is exact and spends no total variation: leave tv_budget out, "
+            "or ask the operator for a lossy rule",
+            "speculation.tv_budget",
+        )

@@ -1,0 +1,242 @@
+"""OpenAI's replies: completions, chat completions and their chunks, usage, log-probabilities, and vLLM's acceptance metrics."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from time import monotonic, time
+from typing import Any
+
+from outrider import __version__
+from outrider.drafters.prediction import accepted_of
+from outrider.engine.sequence import Event, TokenLogprob
+from outrider.errors import OutriderError
+from outrider.serve.bridge import Bridge, Ticket
+from outrider.serve.openai import ChatRequest, CompletionRequest
+from outrider.serve.sse import DONE, frame
+from outrider.telemetry.ledger import ledger, ratio
+from outrider.telemetry.prometheus import drafts
+from outrider.types import Counts
+
+FINGERPRINT = f"outrider-{__version__}"
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sample as it grows. steps: tokens and accepted drafts of each step, kept only when a prediction is accounted for."""
+
+    text: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+    steps: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        self.text.append(event.text)
+        self.tokens += event.tokens
+        self.logprobs += event.logprobs
+        self.finish = event.finish_reason
+        self.steps.append((event.tokens, event.origins.count("accepted")))
+
+
+class Reply:
+    """Everything that is said about one request, whole or in chunks.
+
+    tokenizer: for the strings of log-probabilities. details: put `metrics.speculative_decoding` into the reply.
+    """
+
+    def __init__(
+        self, request: CompletionRequest | ChatRequest, ticket: Ticket, tokenizer: Any, longest: int, details: bool
+    ) -> None:
+        self.request, self.ticket, self.tokenizer = request, ticket, tokenizer
+        self.longest, self.details = longest, details
+        self.chat = isinstance(request, ChatRequest)
+        self.created = int(time())
+        self.choices = [Choice() for _ in range(ticket.choices)]
+        self.prediction: tuple[int, ...] = ()
+        self._offset = [0] * ticket.choices  # characters sent, for the legacy log-probabilities
+        self._begun = [False] * ticket.choices
+
+    # ------------------------------------------------------------------ whole
+    async def whole(self, bridge: Bridge) -> dict[str, Any]:
+        """Wait for the end and build the reply."""
+        async for batch in bridge.events(self.ticket):
+            self._take(batch)
+        choices = [self._choice(i, c) for i, c in enumerate(self.choices)]
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": choices, "usage": self.usage(), **self._metrics()}
+
+    def _choice(self, index: int, c: Choice) -> dict[str, Any]:
+        text = "".join(c.text)
+        out: dict[str, Any] = {"index": index, "finish_reason": c.finish, "logprobs": self._logprobs(index, c.logprobs)}
+        if self.chat:
+            out["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            out["text"] = text
+        if self.request.return_token_ids:
+            out["token_ids"] = c.tokens
+        return out
+
+    # ------------------------------------------------------------------ streamed
+    async def frames(self, bridge: Bridge, pad: bool = False) -> AsyncIterator[bytes]:
+        """The chunks as they come, usage if asked for, and the end; an error becomes one event."""
+        try:
+            async for batch in bridge.events(self.ticket):
+                new = self._take(batch)
+                for index in sorted(new):
+                    for choice in self._deltas(index, new[index]):
+                        yield frame(self._chunk([choice], self.request.usage_in_chunks), pad)
+            if self.request.usage_in_stream:
+                yield frame({**self._chunk([], True), **self._metrics()}, pad)
+        except OutriderError as error:
+            yield frame(error_body(str(error), "server_error", None, None), pad)
+        yield DONE
+
+    def _deltas(self, index: int, c: Choice) -> list[dict[str, Any]]:
+        """The chunk choices of what is new in one sample."""
+        text = "".join(c.text)
+        more: dict[str, Any] = {"token_ids": c.tokens} if self.request.return_token_ids else {}
+        logprobs = self._logprobs(index, c.logprobs)
+        if not self.chat:
+            if not (text or c.finish or logprobs or more):
+                return []
+            return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": c.finish, **more}]
+        out: list[dict[str, Any]] = []
+        if not self._begun[index]:
+            self._begun[index] = True
+            out.append(_delta(index, {"role": "assistant", "content": ""}))
+        if text or logprobs or more:
+            out.append({**_delta(index, {"content": text}), "logprobs": logprobs, **more})
+        if c.finish:
+            out.append({**_delta(index, {}), "finish_reason": c.finish})
+        return out
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: bool) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        out = {**self._head(kind), "choices": choices}
+        if self.request.usage_in_stream or self.request.usage_in_chunks:
+            out["usage"] = self.usage() if usage else None
+        return out
+
+    # ------------------------------------------------------------------ parts of both
+    def _take(self, batch: list[tuple[int, Event]]) -> dict[int, Choice]:
+        """Add events to the samples; what is new, by sample."""
+        new: dict[int, Choice] = {}
+        for index, event in batch:
+            self.choices[index].add(event)
+            new.setdefault(index, Choice()).add(event)
+        return new
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl-" if self.chat else "cmpl-"
+        return {
+            "id": prefix + self.ticket.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.request.model,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts; those of a `prediction` only if there was one."""
+        written = sum(len(c.tokens) for c in self.choices)
+        prompt = self.ticket.prompt_tokens
+        out: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+        }
+        if self.prediction:
+            accepted = sum(accepted_of(self.prediction, c.steps) for c in self.choices)
+            rejected = sum(max(0, len(self.prediction) - accepted_of(self.prediction, c.steps)) for c in self.choices)
+            out["completion_tokens_details"] = {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": rejected,
+            }
+        return out
+
+    def _logprobs(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+        if self.request.top is None:
+            return None
+        if self.chat:
+            return {"content": [self._modern(e) for e in entries], "refusal": None}
+        return self._legacy(index, entries) if entries else None
+
+    def _modern(self, e: TokenLogprob) -> dict[str, Any]:
+        return {**self._token(e.token, e.logprob), "top_logprobs": [self._token(t, v) for t, v in e.top]}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._string(token)
+        whole = "\N{REPLACEMENT CHARACTER}" not in text
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()) if whole else None}
+
+    def _legacy(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any]:
+        out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for e in entries:
+            text = self._string(e.token)
+            out["tokens"].append(text)
+            out["token_logprobs"].append(max(e.logprob, -9999.0))
+            out["top_logprobs"].append({self._string(t): max(v, -9999.0) for t, v in e.top})
+            out["text_offset"].append(self._offset[index])
+            self._offset[index] += len(text)
+        return out
+
+    def _string(self, token: int) -> str:
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+    def _metrics(self) -> dict[str, Any]:
+        """vLLM's per-request metrics, and what it does not have under our own name; null for several samples, as there."""
+        if not self.details:
+            return {}
+        one = self.ticket.sequences[0].counts if self.ticket.choices == 1 else None
+        ticket, now = self.ticket, monotonic()
+        first = ticket.first or now
+        tokens = sum(len(c.tokens) for c in self.choices)
+        return {
+            "metrics": {
+                "time_to_first_token_ms": 1e3 * (first - ticket.arrived),
+                "generation_time_ms": 1e3 * (now - first),
+                "queue_time_ms": 1e3 * ((ticket.admitted or now) - ticket.arrived),
+                "tokens_per_second": tokens / max(now - ticket.arrived, 1e-9),
+                "speculative_decoding": None if one is None else acceptance(one, self.longest),
+                "outrider": [rejections(s.counts) for s in ticket.sequences],
+            }
+        }
+
+
+def acceptance(counts: Counts, longest: int) -> dict[str, Any]:
+    """vLLM's `speculative_decoding` of one sample; its histogram has the steps that accepted exactly j of at most `longest`."""
+    steps = drafts(counts)
+    reached = [steps, *counts.accepted_at, *[0] * (longest + 1)][: longest + 2]
+    return {
+        "mean_acceptance_length": 1 + counts.accepted / steps if steps else 1.0,
+        "draft_acceptance_rate": ratio(counts.accepted, counts.proposed) or 0.0,
+        "acceptance_histogram": [reached[j] - reached[j + 1] for j in range(longest + 1)],
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": counts.accepted,
+        "num_draft_tokens": counts.proposed,
+        "num_spec_tokens": longest,
+    }
+
+
+def rejections(counts: Counts) -> dict[str, Any]:
+    """The ledger of one sample: rejections observed and predicted, with the interval of an exact engine."""
+    book = ledger(counts)
+    return {
+        "steps": counts.steps,
+        "judged_tokens": counts.judged,
+        "rejections": counts.rejected,
+        "rejection_probability": ratio(counts.rejected, counts.judged),
+        "predicted_rejections": book.predicted,
+        "interval": [book.low, book.high],
+        "bias": counts.bias,
+    }
+
+
+def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """OpenAI's error object: all four keys, always."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,0 +1,62 @@
+"""How a server was asked for: one frozen, checked value, and what the routes need to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from dataclasses import dataclass, field
+
+from outrider.errors import ConfigError
+from outrider.serve.bridge import Limits
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """model: served name. title: shown on the page. keys: SHA-256 digests of the API keys; empty: no key is asked for.
+
+    hosts: names the server answers to when no key is set (a page of another site that resolves its own name to this
+    machine must not reach it). body: largest request body in bytes. pad: pad and pace streams. details: per-request
+    acceptance metrics in replies. lists: at most so many samples of one request.
+    """
+
+    model: str
+    keys: tuple[bytes, ...] = ()
+    hosts: tuple[str, ...] = LOCAL_NAMES
+    body: int = 2_000_000
+    body_seconds: float = 30.0
+    pad: bool = False
+    details: bool = True
+    fallback_chat: bool = True
+    limits: Limits = field(default_factory=Limits)
+    grace: float = 30.0
+
+    def admits(self, key: str) -> bool:
+        """Whether `key` is one of the keys, in time that does not depend on where it differs."""
+        given = digest(key)
+        return any([hmac.compare_digest(given, known) for known in self.keys])
+
+
+def digest(key: str) -> bytes:
+    """What is kept of an API key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def check_address(host: str, keys: tuple[bytes, ...], allow_open: bool) -> None:
+    """ConfigError for an address others can reach without a key, unless that was asked for."""
+    if keys or allow_open or is_loopback(host):
+        return
+    raise ConfigError(
+        f"{host} can be reached by others: set an API key (OUTRIDER_API_KEY or --api-key-file), "
+        "or say --allow-open if everybody may use this server"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reachable from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,239 @@
+"""Prometheus metrics: vLLM's names for what vLLM counts, so that its dashboards and benchmark clients work, and ours beside them.
+
+All are sums of raw counts; ratios are formed by whoever reads them. Labels come from closed sets: model, phase, position, reason,
+route. No text, no request name, no client's word is ever a label.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from outrider.errors import ConfigError
+from outrider.telemetry.ledger import ledger
+from outrider.types import PHASES, Counts, StepRecord
+
+try:
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        InfoMetricFamily,
+        Metric,
+    )
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ConfigError("metrics need prometheus-client: pip install 'outrider[serve]'") from error
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""Bucket ends for latencies of requests."""
+TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Bucket ends for seconds per token: finer than usual, since speculation moves them by tens of per cent."""
+LENGTHS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
+"""Bucket ends for acceptance lengths of requests."""
+
+
+class Histogram:
+    """Counts of values by bucket. bounds: ascending upper ends; larger values go to the last, open bucket."""
+
+    def __init__(self, bounds: Iterable[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts, as Prometheus wants them."""
+        out: list[tuple[str, float]] = []
+        below = 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            below += count
+            out.append((bound, below))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that ended. Seconds since it arrived; `first` is None if it never got a token; outcome: a finish reason."""
+
+    outcome: str
+    prompt_tokens: int
+    tokens: int
+    first: float | None
+    total: float
+    counts: Counts
+
+
+@dataclass(slots=True, eq=False)
+class Metrics(Collector):
+    """A sink of step records and of finished requests, and the text that Prometheus reads.
+
+    model: the served name. info: labels of the configuration (drafter, rule, ...). The sums are written by the engine thread
+    and the request metrics by the event loop; each number has one writer, so no lock is needed to read them.
+    """
+
+    model: str
+    info: dict[str, str] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    steps: int = 0
+    rows: int = 0
+    running: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    responses: Counter[tuple[str, str]] = field(default_factory=Counter)
+    first_token: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    per_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
+    whole: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    queued: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    lengths: Histogram = field(default_factory=lambda: Histogram(LENGTHS))
+    gauges: dict[str, tuple[str, Callable[[], float | None]]] = field(default_factory=dict)
+
+    def __call__(self, record: StepRecord) -> None:
+        """One step of the engine."""
+        self.steps += 1
+        self.rows += record.rows
+        self.running, self.waiting = record.running, record.waiting
+        for phase, value in record.seconds.items():
+            self.seconds[phase] += value
+        self.counts.merge(record.counts)
+
+    def finished(self, request: Finished) -> None:
+        """One request ended. A failed one is an outcome: its times enter no histogram."""
+        self.outcomes[request.outcome] += 1
+        self.prompt_tokens += request.prompt_tokens
+        if request.outcome not in ("stop", "length"):
+            return
+        self.whole.observe(request.total)
+        if request.first is not None:
+            self.first_token.observe(request.first)
+            if request.tokens > 1:
+                self.per_token.observe((request.total - request.first) / (request.tokens - 1))
+        if request.counts.steps:
+            self.lengths.observe((request.counts.accepted + request.counts.steps) / request.counts.steps)
+
+    def text(self) -> bytes:
+        """The exposition (text format 0.0.4)."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """All families: vLLM's, then ours."""
+        yield from self._like_vllm()
+        yield from self._speculation()
+        yield from self._server()
+
+    # ------------------------------------------------------------------ families
+    def _like_vllm(self) -> Iterator[Metric]:
+        names, values = ["model_name", "engine"], [self.model, "0"]
+        c = self.counts
+        for name, text, value in (
+            ("vllm:spec_decode_num_drafts", "Sequence-steps that judged a draft.", drafts(c)),
+            ("vllm:spec_decode_num_draft_tokens", "Draft tokens proposed.", c.proposed),
+            ("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", c.accepted),
+            ("vllm:prompt_tokens", "Prompt tokens of finished requests.", self.prompt_tokens),
+            ("vllm:generation_tokens", "Tokens emitted.", c.emitted),
+        ):
+            yield _counter(name, text, names, [(values, value)])
+        positions = [([*values, str(d)], n) for d, n in enumerate(c.accepted_at)]
+        yield _counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted, by position.", [*names, "position"], positions
+        )
+        yield _counter(
+            "vllm:request_success",
+            "Finished requests.",
+            [*names, "finished_reason"],
+            [([*values, reason], self.outcomes[reason]) for reason in ("stop", "length", "abort", "error")],
+        )
+        for name, value in (("running", self.running), ("waiting", self.waiting)):
+            yield _gauge(f"vllm:num_requests_{name}", f"Sequences {name}.", names, values, value)
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "Arrival to first token.", self.first_token),
+            ("request_time_per_output_token_seconds", "Mean seconds per token after the first.", self.per_token),
+            ("e2e_request_latency_seconds", "Arrival to last token.", self.whole),
+            ("request_queue_time_seconds", "Arrival to a slot.", self.queued),
+        ):
+            yield _histogram(f"vllm:{name}", text, names, values, histogram)
+
+    def _speculation(self) -> Iterator[Metric]:
+        names, values, c = ["model_name"], [self.model], self.counts
+        for name, text, value in (
+            ("num_drafts", "Sequence-steps that judged a draft.", drafts(c)),
+            ("num_draft_tokens", "Draft tokens proposed.", c.proposed),
+            ("num_accepted_tokens", "Draft tokens accepted.", c.accepted),
+            ("rejections", "Draft tokens rejected.", c.rejected),
+            ("predicted_rejections", "Sum of each rule's own rejection probability before its coin (the ledger).", c.risk),
+            ("rejection_variance", "Predictable variance of rejections minus predicted rejections.", c.spread),
+            ("bias", "Total variation spent by a lossy rule.", c.bias),
+        ):
+            yield _counter(f"outrider_spec_decode_{name}", text, names, [(values, value)])
+        for name, text, by_depth in (
+            ("judged_tokens", "Draft positions whose coin was tossed.", c.judged_at),
+            ("accepted_tokens_per_position", "Draft tokens accepted, by position.", c.accepted_at),
+        ):
+            samples = [([self.model, str(d)], n) for d, n in enumerate(by_depth)]
+            yield _counter(f"outrider_spec_decode_{name}", text, ["model_name", "position"], samples)
+        book = ledger(c)
+        for name, text, value in (
+            ("ledger_low", "Lowest number of rejections that agrees with the prediction (99%).", book.low),
+            ("ledger_high", "Highest number of rejections that agrees with the prediction (99%).", book.high),
+        ):
+            yield _gauge(f"outrider_spec_decode_{name}", text, names, values, value)
+        yield _histogram(
+            "outrider_request_acceptance_length", "Tokens per step of a request.", names, values, self.lengths
+        )
+
+    def _server(self) -> Iterator[Metric]:
+        names, values = ["model_name"], [self.model]
+        phases = [([self.model, phase], self.seconds[phase]) for phase in PHASES]
+        yield _counter("outrider_phase_seconds", "Seconds of steps, by phase.", ["model_name", "phase"], phases)
+        for name, text, value in (
+            ("steps", "Steps of the engine.", self.steps),
+            ("sequence_steps", "Verdicts.", self.counts.steps),
+            ("rows", "Rows scored by the target.", self.rows),
+            ("tokens", "Tokens emitted.", self.counts.emitted),
+        ):
+            yield _counter(f"outrider_{name}", text, names, [(values, value)])
+        refused = [([self.model, reason], n) for reason, n in sorted(self.refused.items())]
+        yield _counter("outrider_requests_refused", "Requests refused before decoding.", ["model_name", "reason"], refused)
+        replies = [([route, code], n) for (route, code), n in sorted(self.responses.items())]
+        yield _counter("outrider_http_responses", "Replies begun.", ["route", "code"], replies)
+        for name, (text, read) in self.gauges.items():
+            value = read()
+            if value is not None:
+                yield _gauge(f"outrider_{name}", text, names, values, value)
+        yield InfoMetricFamily("outrider_config", "Configuration.", value={"model_name": self.model, **self.info})
+
+
+def drafts(counts: Counts) -> int:
+    """Sequence-steps that judged a draft: those whose first position was judged."""
+    return counts.judged_at[0] if counts.judged_at else 0
+
+
+def _counter(name: str, text: str, labels: list[str], samples: list[tuple[list[str], float]]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+def _gauge(name: str, text: str, labels: list[str], values: list[str], value: float) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    family.add_metric(values, value)
+    return family
+
+
+def _histogram(name: str, text: str, labels: list[str], values: list[str], histogram: Histogram) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    family.add_metric(values, buckets=histogram.buckets(), sum_value=histogram.total)
+    return family

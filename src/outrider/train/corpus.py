@@ -1,0 +1,90 @@
+"""Texts to train on, from files, folders and JSON lines. A bad row is an error with its line, or is skipped and counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from outrider.errors import ConfigError
+from outrider.train.data import Document, deduplicate, find_documents, normalise
+
+MAX_BYTES = 1 << 30
+"""Largest file that is read."""
+
+
+def read_corpus(
+    paths: Sequence[Path],
+    *,
+    pattern: str = "*",
+    skip_bad: bool = False,
+    render: Callable[[list[dict[str, str]]], str] | None = None,
+    report: Callable[[str], None] = print,
+) -> list[Document]:
+    """The texts of `paths`, each distinct one once, in a fixed order.
+
+    A folder gives all its readable files that match `pattern`. A `.jsonl` file gives a text per row: its `text`, its
+    `prompt`, or its `messages` as `render` writes them (None: their contents, one under the other). Any other file is
+    one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
+    """
+    found: list[Document] = []
+    for path in paths:
+        if path.is_dir():
+            found += find_documents(path, pattern)
+        elif not path.is_file():
+            raise ConfigError(f"{path}: no such file or folder; name text files, JSON lines or folders of text")
+        elif path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES >> 30} GiB; split it")
+        elif path.suffix == ".jsonl":
+            found += _rows(path, skip_bad, render or _plain, report)
+        else:
+            text = normalise(path.read_bytes())
+            if text is None:
+                raise ConfigError(f"{path}: not UTF-8 text, or empty")
+            found.append(Document(path.name, text))
+    if not found:
+        raise ConfigError(f"no text found in {', '.join(map(str, paths))}: check the paths and the pattern {pattern!r}")
+    return deduplicate(found)
+
+
+def _rows(
+    path: Path, skip_bad: bool, render: Callable[[list[dict[str, str]]], str], report: Callable[[str], None]
+) -> Iterator[Document]:
+    bad = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield Document(f"{path.name}:{number}", _text(line, render))
+            except ValueError as error:
+                if not skip_bad:
+                    raise ConfigError(f"{path}:{number}: {error}; mend it, or skip bad rows") from None
+                bad += 1
+    if bad:
+        report(f"{path.name}: {bad} bad rows skipped")
+
+
+def _text(line: bytes, render: Callable[[list[dict[str, str]]], str]) -> str:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError("not an object with `text`, `prompt` or `messages`")
+    for key in ("text", "prompt"):
+        if isinstance(row.get(key), str) and row[key].strip():
+            return row[key]
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
+        return render(messages)
+    raise ValueError("no `text`, `prompt` or `messages` with text")
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+
+
+def _plain(messages: list[dict[str, str]]) -> str:
+    return "\n".join(m["content"] for m in messages)

@@ -1,0 +1,221 @@
+"""What a learned drafter is trained on: text the target wrote, and the target's hidden states on it, kept on disk.
+
+Two stages, each resumable at the row it was stopped at. `write_tokens` lets the engine continue prompts cut from a corpus
+(text the target itself writes is the largest single lever on acceptance: Whalen et al. 2026, table 5), `write_hidden`
+captures hidden states through `Target.forward`. The target's law is not stored: it is the last hidden state through the head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from outrider.engine.engine import Engine
+from outrider.errors import ConfigError
+from outrider.protocols import Target
+from outrider.sampling.params import SamplingParams
+from outrider.train.checkpoint import write_atomically
+from outrider.train.data import Document
+from outrider.types import Draft, Rows
+
+Report = Callable[[str], None]
+NGRAM, MOST_REPEATED = 8, 0.5
+"""A row of which more than this share of n-grams occurred before in it is a loop, and is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a data folder holds. Rows of `prompt` tokens of text and `length - prompt` tokens of the target's own.
+
+    prompt = length: text as it was written, nothing generated. temperature: of what the target writes.
+    """
+
+    rows: int
+    prompt: int = 64
+    length: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or not 1 <= self.prompt <= self.length:
+            raise ConfigError(f"rows >= 1 and 1 <= prompt <= length are needed, got {self}")
+
+    def bytes(self, layers: int, hidden: int) -> int:
+        """Disk that tokens and hidden states of so many layers take."""
+        return self.rows * self.length * (2 + 2 * layers * hidden)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Rows of text with the target's hidden states, as batches addressed by step number.
+
+    tokens: [M, L] ids. hidden: [M, L, T, H] float16, memory-mapped: hidden[:, t, k] after block `layers[k]` at position t.
+    """
+
+    tokens: np.ndarray
+    hidden: np.ndarray
+    layers: tuple[int, ...]
+    rows: int = 8
+    seed: int = 0
+
+    @property
+    def per_epoch(self) -> int:
+        """Whole batches in one pass."""
+        return max(1, len(self.tokens) // self.rows)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Batch of step `step`: tokens [rows, L] and hidden states [rows, L, T, H] float32."""
+        epoch, index = divmod(step, self.per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.tokens))
+        return self.take(np.sort(order[index * self.rows : (index + 1) * self.rows]))
+
+    def take(self, chosen: np.ndarray | list[int]) -> tuple[Int[Tensor, "r L"], Float[Tensor, "r L T H"]]:
+        """The rows `chosen`."""
+        hidden = torch.from_numpy(np.asarray(self.hidden[chosen])).float()
+        return torch.from_numpy(self.tokens[chosen].astype(np.int64)), hidden
+
+
+def cut_prompts(documents: Sequence[Document], encode: Callable[[str], list[int]], wanted: Wanted) -> list[list[int]]:
+    """`wanted.rows` pieces of exactly `wanted.prompt` tokens that begin at line starts, taking the documents in turn."""
+    random = np.random.default_rng(wanted.seed)
+    order = random.permutation(len(documents))
+    found: list[list[int]] = []
+    for attempt in range(40 * wanted.rows):
+        lines = documents[int(order[attempt % len(order)])].text.splitlines(keepends=True)
+        start = int(random.integers(max(1, len(lines) - wanted.prompt // 8)))
+        text = "".join(lines[start : start + 2 * wanted.prompt])[: 16 * wanted.prompt]
+        piece = encode(text)[: wanted.prompt]
+        if len(piece) == wanted.prompt:
+            found.append(piece)
+        if len(found) == wanted.rows:
+            return found
+    raise ConfigError(f"the text has only {len(found)} pieces of {wanted.prompt} tokens, {wanted.rows} are needed")
+
+
+def write_tokens(
+    engine: Engine, documents: Sequence[Document], wanted: Wanted, folder: Path, report: Report = print
+) -> np.ndarray:
+    """Text rows [M, L] of `folder`, continued by the engine where they are not there yet. A row depends on its number alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _same(folder / "wanted.json", asdict(wanted))
+    done, tokens = _open(folder, "tokens", (wanted.rows, wanted.length), np.uint16)
+    if done < wanted.rows:
+        prompts = cut_prompts(documents, engine.encode, wanted)
+        group = 4 * engine.scheduler.slots
+        for first in range(done, wanted.rows, group):
+            part = prompts[first : first + group]
+            tokens[first : first + len(part)] = _continue(engine, part, first, wanted)
+            _flush(folder, "tokens", tokens, first + len(part))
+            report(f"text: {first + len(part)}/{wanted.rows} rows")
+    return tokens
+
+
+def _continue(engine: Engine, prompts: list[list[int]], first: int, wanted: Wanted) -> np.ndarray:
+    more = wanted.length - wanted.prompt
+    if not more:
+        return np.asarray(prompts)
+    params = [
+        SamplingParams(
+            temperature=wanted.temperature, max_tokens=more, ignore_eos=True, seed=wanted.seed * 1_000_003 + first + i
+        )
+        for i in range(len(prompts))
+    ]
+    results = engine.generate(prompts, params)
+    return np.asarray([[*r.prompt, *r.outputs[0].token_ids] for r in results])
+
+
+def write_hidden(
+    target: Target, tokens: np.ndarray, layers: tuple[int, ...], folder: Path, *, rows: int = 4, report: Report = print
+) -> np.ndarray:
+    """Hidden states [M, L, T, H] float16 of `tokens` after the blocks `layers`, continued where they are not there yet."""
+    _same(folder / "hidden.json", {"layers": list(layers), "hidden": target.hidden_size})
+    shape = (*tokens.shape, len(layers), target.hidden_size)
+    done, hidden = _open(folder, "hidden", shape, np.float16)
+    for first in range(done, len(tokens), rows):
+        part = tokens[first : first + rows].astype(np.int64)
+        states = hidden_of(target, torch.from_numpy(part), layers).half().cpu()
+        if not bool(torch.isfinite(states).all()):
+            raise ConfigError("a hidden state does not fit into float16: train on a target of a smaller range")
+        hidden[first : first + len(part)] = states.numpy()
+        end = first + len(part)
+        if end == len(tokens) or first // rows % 32 == 31:
+            _flush(folder, "hidden", hidden, end)
+            report(f"hidden states: {end}/{len(tokens)} rows")
+    return hidden
+
+
+@torch.inference_mode()
+def hidden_of(target: Target, tokens: Int[Tensor, "r L"], layers: tuple[int, ...]) -> Float[Tensor, "r L T H"]:
+    """Hidden states of whole rows from one forward into an empty cache."""
+    count, length = tokens.shape
+    rows = Rows.assemble(
+        list(range(count)), tokens.tolist(), [0] * count, Draft.empty(0, target.device), [False] * count
+    )
+    states = target.forward(rows, target.new_kv(count, length), layers=layers).hidden
+    return torch.stack(states, 1).float().view(count, length, len(layers), -1)
+
+
+def read_features(folder: Path, layers: tuple[int, ...], *, rows: int, seed: int, report: Report = print) -> Features:
+    """Finished data of `folder`, without rows that go in circles. Raises ConfigError for another choice of layers."""
+    held = json.loads((folder / "hidden.json").read_text())["layers"]
+    if not set(layers) <= set(held):
+        raise ConfigError(f"{folder} holds hidden states of layers {held}, not of {list(layers)}: use a new folder")
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    hidden = np.load(folder / "hidden.npy", mmap_mode="r", allow_pickle=False)
+    fine = [i for i, row in enumerate(tokens) if repeated(row) <= MOST_REPEATED]
+    if len(fine) < len(tokens):
+        report(f"{len(tokens) - len(fine)} of {len(tokens)} rows go in circles and are left out")
+        tokens, hidden = _Rows(tokens, fine), _Rows(hidden, fine)
+    return Features(tokens, hidden, tuple(held), rows, seed)  # type: ignore[arg-type]
+
+
+class _Rows:
+    """Some rows of a memory-mapped array, read when they are asked for."""
+
+    def __init__(self, array: np.ndarray, rows: list[int]) -> None:
+        self._array, self._rows = array, np.asarray(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, chosen: Any) -> np.ndarray:
+        return self._array[self._rows[chosen]]
+
+
+def repeated(row: np.ndarray) -> float:
+    """Share of the n-grams of a row that occurred in it before."""
+    grams = [tuple(row[i : i + NGRAM].tolist()) for i in range(len(row) - NGRAM + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _same(path: Path, values: dict[str, Any]) -> None:
+    """Write what a folder was made for, or check that it is the same."""
+    if not path.exists():
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
+    elif (found := json.loads(path.read_text())) != values:
+        raise ConfigError(f"{path.parent} was made for {found}, now {values} is wanted: use a new folder")
+
+
+def _open(folder: Path, name: str, shape: tuple[int, ...], kind: Any) -> tuple[int, np.ndarray]:
+    """Rows that are done, and the array; what was written behind them is written again."""
+    path, progress = folder / f"{name}.npy", folder / f"{name}.done"
+    done = int(progress.read_text()) if progress.exists() else 0
+    if not done:
+        np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape).flush()
+    array = np.lib.format.open_memmap(path, mode="r+")
+    if array.shape != shape:
+        raise ConfigError(f"{path} has the shape {array.shape}, not {shape}: use a new folder")
+    return done, array
+
+
+def _flush(folder: Path, name: str, array: Any, done: int) -> None:
+    array.flush()
+    write_atomically(folder / f"{name}.done", str(done))
