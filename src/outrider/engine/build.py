@@ -6,8 +6,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
-from outrider.assets import shipped
+from outrider.assets import HERE, shipped
 from outrider.control.fixed import Fixed
 from outrider.drafters.load import load_drafter as _load_drafter
 from outrider.drafters.load import parse_speculative_config
@@ -16,9 +17,16 @@ from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
 from outrider.target.load import load_target, load_tokenizer, stop_ids
+from outrider.target.translate import Tokenizer, ceiling, translate
 from outrider.verify import best_exact, load_rule
 
 Progress = Callable[[float], None]
+
+
+TRANSLATE = "translate:"
+"""Marks a draft model of another vocabulary."""
+PROMPTS = HERE / "pycode" / "prompts.jsonl"
+"""Text on which the ceiling of a translated draft is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +144,12 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
 
 
 def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, object]:
-    """A draft model and its tokenizer, in the target's dtype, its weights quantised if asked."""
+    """A draft model and its tokenizer, in the target's dtype, its weights quantised if asked.
+
+    "translate:NAME" is the model NAME, whose tokenizer is another one, seen through the tokens that both spell alike.
+    """
+    if name.startswith(TRANSLATE):
+        return _translated(loaded, options, name.removeprefix(TRANSLATE))
     if name not in loaded.models:
         dtype = str(loaded.target.dtype).removeprefix("torch.")
         model = load_target(
@@ -148,6 +161,21 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
         )
         loaded.models[name] = (model, load_tokenizer(name))
     return loaded.models[name]
+
+
+def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, object]:
+    if loaded.tokenizer is None:
+        raise ConfigError("a draft of another vocabulary needs the target's tokenizer: build the engine with one")
+    key = TRANSLATE + name
+    if key not in loaded.models:
+        model, tokenizer = load_model(loaded, options, name)
+        seen = translate(
+            model, cast(Tokenizer, tokenizer), cast(Tokenizer, loaded.tokenizer), loaded.target.vocab_size, name
+        )
+        sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in loaded.tokenizer.encode(row)]
+        seen.notice = f"{seen.notice}: {ceiling(seen, sample):.0%} of the tokens of a sample of code, a ceiling of acceptance"
+        loaded.models[key] = (seen, loaded.tokenizer)
+    return loaded.models[key]
 
 
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:

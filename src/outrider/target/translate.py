@@ -1,0 +1,121 @@
+"""A model of another tokenizer, seen through the tokens that both vocabularies spell alike.
+
+As a draft it proposes only tokens that both have; their laws are renormalised over that intersection, and declared as such, so the
+output keeps the target's law whatever is lost in translation. What is lost is acceptance: at most the target's probability
+of the intersection can be accepted. History is fed token by token; a token the draft does not have is fed as the first piece
+of its text (token-level intersection: Timor et al. 2025, arXiv 2502.05202).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from outrider.errors import CapabilityError
+from outrider.protocols import KVCache, Target
+from outrider.types import Rows, Scores
+
+
+class Tokenizer(Protocol):
+    """What is needed of both tokenizers."""
+
+    def get_vocab(self) -> Mapping[str, int]: ...
+    def encode(self, text: str) -> Sequence[int]: ...
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level tokenizers write bytes as (GPT-2): printable ones as themselves, others from U+0100 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def spelling(vocab: Mapping[str, int]) -> dict[bytes, int]:
+    """The bytes each token stands for -> its id; the lowest id where several spell alike.
+
+    Byte-level vocabularies (a space is written U+0120) and SentencePiece's (U+2581, <0xNN>) are read; a token that is neither,
+    such as <s>, stands for its own characters.
+    """
+    alphabet = byte_alphabet()
+    bytewise = any("\u0120" in token for token in vocab)
+    out: dict[bytes, int] = {}
+    for token, number in sorted(vocab.items(), key=lambda item: item[1]):
+        if bytewise and token and all(c in alphabet for c in token):
+            text = bytes(alphabet[c] for c in token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            text = bytes([int(token[3:5], 16)])
+        else:
+            text = token.replace("\u2581", " ").encode()
+        out.setdefault(text, number)
+    return out
+
+
+class Translated:
+    """`model` with the vocabulary of another tokenizer: implements `protocols.Target` over `vocab_size` tokens.
+
+    shared: (target id, draft id) of the tokens both vocabularies spell alike. fallback: per target id the draft id that is fed
+    for it. Rows of logits are -inf outside the intersection. Raises CapabilityError if nothing is shared.
+    """
+
+    def __init__(
+        self, model: Target, vocab_size: int, shared: Sequence[tuple[int, int]], fed: Sequence[int], name: str
+    ) -> None:
+        if not shared:
+            raise CapabilityError(
+                f"the vocabulary of {name!r} shares no token with the target's: use another draft, or 'ngram'"
+            )
+        self.model, self.vocab_size = model, vocab_size
+        self._ours = torch.tensor([a for a, _ in shared], device=model.device)
+        self._theirs = torch.tensor([b for _, b in shared], device=model.device)
+        self._fed = torch.tensor(list(fed), device=model.device)
+        self.hidden_size, self.layers, self.max_length = model.hidden_size, model.layers, model.max_length
+        self.trees, self.rewinds, self.dtype, self.device = model.trees, model.rewinds, model.dtype, model.device
+        self.notice: str | None = (
+            f"{name}: {len(shared):,} of the target's {vocab_size:,} tokens are also the draft's; only those can be drafted"
+        )
+
+    def new_kv(self, slots: int, length: int) -> KVCache:
+        return self.model.new_kv(slots, length)
+
+    def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
+        scores = self.model.forward(replace(rows, token=self._fed[rows.token]), kv, layers=layers)
+        return Scores(self._spread(scores.logits), scores.hidden)
+
+    def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
+        return self.model.embed(self._fed[token])
+
+    def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        return self._spread(self.model.unembed(hidden))
+
+    def _spread(self, logits: Float[Tensor, "n W"]) -> Float[Tensor, "n V"]:
+        out = logits.new_full((logits.shape[0], self.vocab_size), -torch.inf)
+        out[:, self._ours] = logits[:, self._theirs]
+        return out
+
+
+def translate(
+    model: Target, draft: Tokenizer, target: Tokenizer, vocab_size: int, name: str = "the draft"
+) -> Translated:
+    """`model` (whose tokenizer is `draft`) as a model over the tokens of `target`; `vocab_size`: of the target model."""
+    theirs = {text: i for text, i in spelling(draft.get_vocab()).items() if i < model.vocab_size}
+    ours = {text: i for text, i in spelling(target.get_vocab()).items() if i < vocab_size}
+    shared = sorted((i, theirs[text]) for text, i in ours.items() if text in theirs)
+    fed = [shared[0][1] if shared else 0] * vocab_size
+    for text, i in ours.items():
+        if text in theirs:
+            fed[i] = theirs[text]
+        else:
+            pieces = draft.encode(text.decode("utf-8", errors="replace"))
+            fed[i] = next((p for p in pieces if p < model.vocab_size), fed[i])
+    return Translated(model, vocab_size, shared, fed, name)
+
+
+def ceiling(shared: Translated, tokens: Sequence[int]) -> float:
+    """Share of the tokens of a text that the draft could have proposed: an estimate of the largest possible acceptance."""
+    known = set(shared._ours.tolist())
+    return sum(t in known for t in tokens) / max(len(tokens), 1)
