@@ -23,10 +23,9 @@ from agreement_report import write
 from outrider.engine.build import build_engine, companion
 from outrider.engine.engine import Engine, Result
 from outrider.evaluate import predict
-from outrider.evaluate.predict_report import multi_draft
 from outrider.sampling.params import SamplingParams
 from outrider.telemetry.ledger import ledger
-from outrider.theory import forecast
+from outrider.theory import forecast, multidraft
 from outrider.theory.replay import Text, acceptance
 from outrider.train import data
 from outrider.types import Counts
@@ -75,12 +74,12 @@ def held_out_prompts(engine: Engine, count: int, size: int = 48) -> list[str]:
     return [engine.tokenizer.decode(pieces[i]) for i in sorted(pick)]
 
 
-def score(s: Setting, temperature: float, samples: int, seed: int) -> predict.Scored:
+def score(s: Setting, temperature: float, samples: int, seed: int, rows: int = 512) -> predict.Scored:
     """`samples` plain texts of every prompt under both models."""
     items, params, clock = [predict.Item(p) for p in s.prompts], s.params(temperature, samples), predict.Clock()
     emitted = predict.sample(s.engine, items, params, clock, lambda x: None, batch=s.slots, seed=seed)
     draft = predict.draft_model(s.engine)
-    return predict.score(s.engine, draft, emitted, items, params, clock, lambda x: None, rows=512, seed=seed)
+    return predict.score(s.engine, draft, emitted, items, params, clock, lambda x: None, rows=rows, seed=seed)
 
 
 def sums(results: Sequence[Result]) -> Counts:
@@ -200,30 +199,29 @@ def corrected(accept: np.ndarray, length: int) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------- several drafts
 def several(s: Setting) -> list[dict[str, Any]]:
-    laws = score(s, 1.0, 2, seed=51)
-    root = multi_draft(laws)
+    laws = score(s, 1.0, 2, seed=51, rows=1 << 24)  # every law of every text
     out = []
     for m in DRAFTS:
-        arms = [
-            ("speculative_sampling", f"batch:{m}"),
+        arms = [("speculative_sampling", f"batch:{m}"), ("k_seq", f"batch:{m}")]
+        arms += [
             ("speculative_sampling", f"shared:{m}"),
             ("k_seq", f"shared:{m}"),
+            ("speculative_sampling", f"tree:{m}x1x1"),
         ]
-        arms.append(("speculative_sampling", f"tree:{m}x1x1"))
-        if m == 1:
-            arms = [("speculative_sampling", ""), ("block", "")]
-        for rule, shape in arms:
-            drafter = f"{shape}:{s.draft}" if shape else s.draft
-            counts = sums(s.run(1.0, 61, length=3, rule=rule, drafter=drafter))
+        for rule, shape in arms if m > 1 else [("speculative_sampling", "chain"), ("block", "chain")]:
+            drafter = s.draft if shape == "chain" else f"{shape}:{s.draft}"
+            results = s.run(1.0, 61, length=3, rule=rule, drafter=drafter)
+            counts = sums(results)
             book = ledger(counts, 0.05)
+            known = rule != "block" and shape.startswith(("chain", "batch"))
             out.append(
                 {
                     "drafts": m,
                     "rule": rule,
-                    "shape": shape or "chain",
+                    "shape": shape,
                     "tokens_per_step": counts.emitted / counts.steps,
                     "first_accepted": counts.accepted_at[0] / counts.judged_at[0],
-                    "first_predicted": first_predicted(root, rule, shape, m),
+                    "before": predicted_batch(s, laws, results, rule, m) if known else None,
                     "predicted": book.predicted,
                     "observed": book.observed,
                     "low": book.low,
@@ -234,13 +232,52 @@ def several(s: Setting) -> list[dict[str, Any]]:
     return out
 
 
-def first_predicted(root: dict[str, Any], rule: str, shape: str, m: int) -> dict[str, float] | None:
-    """Acceptance at a first position by `outrider.theory`, from laws of plain text; None where it has no closed form here."""
-    if m == 1:
-        return root["one_draft"] if rule != "block" else None
-    if shape.startswith("tree") or str(m) not in root:
-        return None
-    return root[str(m)]["k_seq" if rule == "k_seq" else "recursive_rejection"]
+def predicted_batch(s: Setting, laws: predict.Scored, results: Sequence[Result], rule: str, m: int) -> dict[str, Any]:
+    """Tokens per step and first acceptance of m drafts that compete for the first position, from plain text alone.
+
+    Given its token x, a first position was accepted with probability min(1, s q(x)/p(x)), s the slope of the rule at that law
+    (`theory.multidraft`), and a later one with min(1, q(x)/p(x)): the replay recursion with two kinds of coins.
+    """
+    p, q = laws.target_rows, laws.draft_rows
+    slope = (multidraft.kseq if rule == "k_seq" else multidraft.recursive)(p, q, m).slope
+    rng, calls, spread, first, seen = np.random.default_rng(3), [], [], 0.0, 0.0
+    at = 0
+    for text in laws.texts:
+        ratio = np.exp(text.draft - text.target)
+        root, deep = np.minimum(1.0, slope[at : at + len(text)] * ratio), np.minimum(1.0, ratio)
+        at += len(text)
+        drawn, judged, taken = steps_of(root, deep, 3, rng.random((200, len(text))))
+        calls.append(drawn.mean())
+        spread.append(drawn.var(ddof=1))
+        first, seen = first + taken, seen + judged
+    steps = np.array([r.outputs[0].counts.steps for r in results], dtype=float)
+    pairs = np.array(calls).reshape(len(steps), -1)
+    within = float(((pairs - pairs.mean(1)[:, None]) ** 2).sum() / pairs.shape[0] / (pairs.shape[1] - 1))
+    margin = 1.96 * np.sqrt((within * (1 + 1 / pairs.shape[1]) + float(np.mean(spread))) * len(steps))
+    total, tokens = pairs.mean(1).sum(), len(steps) * s.tokens
+    return {
+        "tokens_per_step": tokens / total,
+        "low": tokens / (total + margin),
+        "high": tokens / (total - margin),
+        "agrees": bool(abs(steps.sum() - total) <= margin),
+        "first_accepted": first / seen,
+    }
+
+
+def steps_of(root: np.ndarray, deep: np.ndarray, length: int, coins: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Target calls of every row of coins along one text; first positions judged and accepted in all rows together."""
+    place, calls = np.zeros(len(coins), int), np.ones(len(coins))  # the prompt's call gives the first token
+    judged = taken = 0
+    for n in range(1, len(root)):
+        fresh, bonus = place == 0, place == length
+        kept = (coins[:, n] < np.where(fresh, root[n], deep[n])) & ~bonus
+        if n == len(root) - 1:  # the last token a text may have is never a judged draft
+            calls += fresh
+            break
+        calls += fresh
+        judged, taken = judged + int(fresh.sum()), taken + int((fresh & kept).sum())
+        place = np.where(kept, place + 1, 0)
+    return calls, judged, taken
 
 
 # --------------------------------------------------------------------------------------------------- the lossy front
@@ -302,20 +339,24 @@ def likelihood(s: Setting, results: Sequence[Result]) -> dict[str, float]:
     return {"mean": float(np.mean(means)), "error": float(np.std(means, ddof=1) / np.sqrt(len(means)))}
 
 
+PARTS = {"lengths": lengths, "positions": positions, "several": several, "front": front}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/agreement"))
     parser.add_argument("--report", action="store_true", help="only write the page again from the numbers on disk")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.report:
         engine = build_engine(max_length=512)
         path = str(engine.loaded.path).removesuffix("target") + "draft"
         s = Setting(engine, path, held_out_prompts(engine, args.prompts), args.tokens)
-        for name, part in (("lengths", lengths), ("positions", positions), ("several", several), ("front", front)):
-            (args.out / f"{name}.json").write_text(json.dumps(part(s), indent=1))
+        for name in args.parts:
+            (args.out / f"{name}.json").write_text(json.dumps(PARTS[name](s), indent=1))
             print(f"{name}: done", flush=True)
     write(args.out)
 

@@ -59,22 +59,33 @@ def lengths(rows: list[dict[str, Any]]) -> str:
 def several(rows: list[dict[str, Any]]) -> str:
     out = []
     for r in rows:
-        first = r["first_predicted"]
+        before = r["before"]
         out.append(
             [
                 str(r["drafts"]),
                 r["rule"],
                 r["shape"],
+                f"{before['tokens_per_step']:.3f} ({before['low']:.3f} to {before['high']:.3f})" if before else "",
                 f"{r['tokens_per_step']:.3f}",
+                yes(before["agrees"]) if before else "",
+                f"{before['first_accepted']:.3f}" if before else "",
+                f"{r['first_accepted']:.3f}",
                 f"{r['predicted']:.0f} ({r['low']:.0f} to {r['high']:.0f})",
                 str(r["observed"]),
                 yes(r["agrees"]),
-                f"{first['value']:.3f} ({first['low']:.3f} to {first['high']:.3f})" if first else "",
-                f"{r['first_accepted']:.3f}",
             ]
         )
-    head = ["drafts", "rule", "tree", "tokens per step", "rejections by the ledger (95%)", "observed", "inside"]
-    return table([*head, "first position by the theory", "observed"], out)
+    head = [
+        "drafts",
+        "rule",
+        "tree",
+        "tokens per step predicted (95%)",
+        "observed",
+        "inside",
+        "first accepted predicted",
+        "observed",
+    ]
+    return table([*head, "rejections by the ledger (95%)", "observed", "inside"], out)
 
 
 def front(part: dict[str, Any]) -> str:

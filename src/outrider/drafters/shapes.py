@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import mul
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from outrider.errors import ConfigError
 
@@ -21,6 +21,7 @@ MAX_NODES = 4096
 """More nodes than this are refused: a mistyped shape should say so instead of eating the memory."""
 
 
+@runtime_checkable
 class Shape(Protocol):
     """depth: levels. nodes: most nodes of a tree. width: most children of a node. start: the anchor's state."""
 
@@ -46,7 +47,8 @@ class Shape(Protocol):
 class Static:
     """One fixed tree. parent[k]: the node above node k, or -1; siblings stand in draw order, so rank is place among them.
 
-    The state of a node is its number + 1, of the anchor 0; below: the children of every state. Raises ConfigError for parents that do not come first.
+    The state of a node is its number + 1, of the anchor 0; below: the children of every state. Raises ConfigError for parents
+    that do not come first.
     """
 
     parent: tuple[int, ...]

@@ -169,11 +169,12 @@ def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, ob
     key = TRANSLATE + name
     if key not in loaded.models:
         model, tokenizer = load_model(loaded, options, name)
-        seen = translate(
-            model, cast(Tokenizer, tokenizer), cast(Tokenizer, loaded.tokenizer), loaded.target.vocab_size, name
+        ours = cast(Tokenizer, loaded.tokenizer)
+        seen = translate(model, cast(Tokenizer, tokenizer), ours, loaded.target.vocab_size, name)
+        sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in ours.encode(row)]
+        seen.notice = (
+            f"{seen.notice}: {ceiling(seen, sample):.0%} of the tokens of a sample of code, a ceiling of acceptance"
         )
-        sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in loaded.tokenizer.encode(row)]
-        seen.notice = f"{seen.notice}: {ceiling(seen, sample):.0%} of the tokens of a sample of code, a ceiling of acceptance"
         loaded.models[key] = (seen, loaded.tokenizer)
     return loaded.models[key]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from outrider.protocols import KVCache, Target
 from outrider.types import Rows, Scores
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is needed of both tokenizers."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
@@ -42,6 +42,7 @@ class Choice(NamedTuple):
     rest: Float64[Tensor, "1 V"]
 
 
+@runtime_checkable
 class Acceptance(Protocol):
     """How a rule would treat a position if it could spend what it likes. Pure."""
 
