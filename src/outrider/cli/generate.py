@@ -39,6 +39,8 @@ def generate(
             "--prediction", help="A predicted continuation to draft from (see --draft prediction).", show_default=False
         ),
     ] = None,
+    regex: opt.Regex = None,
+    json_schema: opt.JsonSchema = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-text token.")] = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -71,6 +73,7 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
         ignore_eos=ignore_eos,
+        grammar=opt.grammar(regex, json_schema),
     )
     if prediction is not None and draft == "auto":
         draft = "prediction+auto" if target else "prediction"
@@ -142,5 +145,6 @@ def document(engine: Any, result: Any) -> dict[str, Any]:
         "drafter": engine.parts.drafter.name,
         "rule": engine.parts.rule.name,
         "lossless": engine.parts.rule.lossless,
+        "length": engine.loaded.options.length if engine.loaded else None,
         "bias": sum(o.counts.bias for o in result.outputs),
     }

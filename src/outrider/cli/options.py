@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from outrider.errors import ConfigError
 
 Target = Annotated[
     str | None,
@@ -66,6 +69,14 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens 
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="Stop before this string (repeatable).", show_default=False)
 ]
+Regex = Annotated[
+    str | None,
+    typer.Option("--regex", help="The whole output must match this regular expression.", show_default=False),
+]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option("--json-schema", help="The output must be JSON of the schema in this file.", show_default=False),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float32 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Quantize = Annotated[
@@ -118,3 +129,15 @@ def loading(text: str) -> Iterator[Any]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(text, total=1.0)
         yield lambda fraction: bar.update(task, completed=fraction)
+
+
+def grammar(regex: str | None, schema: Path | None) -> str | None:
+    """The `grammar` of the sampling parameters that --regex or --json-schema ask for. Raises ConfigError."""
+    if regex is not None and schema is not None:
+        raise ConfigError("--regex and --json-schema exclude each other: give one")
+    if schema is None:
+        return None if regex is None else f"regex:{regex}"
+    try:
+        return "json:" + schema.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{schema} cannot be read: {error}") from None

@@ -17,6 +17,7 @@ from outrider.engine.text import TextStream
 from outrider.errors import CapabilityError, RequestError
 from outrider.noise import derive_seed
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target
+from outrider.sampling.grammar import Grammars, tokenizer_json
 from outrider.sampling.law import Law, logprobs_of
 from outrider.sampling.params import SamplingParams
 from outrider.types import PHASES, Counts, Draft, StepRecord
@@ -320,6 +321,18 @@ class Engine:
                 f"prompt token {wrong} is outside the vocabulary of {vocab}: use this target's tokenizer"
             )
         params.check_vocab(vocab)
+        if params.grammar is not None:
+            self._grammars().compile(params.grammar)
+
+    def _grammars(self) -> Grammars:
+        """The grammars of this engine's tokenizer, made for the first request that needs them."""
+        law = self.parts.law
+        if law.grammars is None:
+            text = tokenizer_json(self.tokenizer)
+            if text is None:
+                raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
+            law.grammars = Grammars(text, law.vocab_size, law.eos_ids)
+        return law.grammars
 
     def _text(self, prompt: list[int], params: SamplingParams) -> TextStream | None:
         """The text of one sequence; tokenizers whose decoding looks to the left need the prompt's last tokens."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.sampling import cpu, processors
+from outrider.sampling.grammar import Automaton, Grammars
 from outrider.sampling.history import History
 from outrider.sampling.params import SamplingParams
 from outrider.types import SequenceView
@@ -23,8 +24,9 @@ class Law:
     depends on row i of the logits, on `sequences[i]` and on `paths[i]`, and on nothing else, bit for bit.
     """
 
-    def __init__(self, vocab_size: int, eos_ids: Sequence[int] = ()) -> None:
-        """vocab_size: columns of the logits. eos_ids: tokens that end a sequence, forbidden below `min_tokens`."""
+    def __init__(self, vocab_size: int, eos_ids: Sequence[int] = (), grammars: Grammars | None = None) -> None:
+        """vocab_size: columns of the logits. eos_ids: tokens that end a sequence, forbidden below `min_tokens`. grammars: those
+        of the tokenizer, needed by requests with a grammar."""
         if vocab_size < 1:
             raise ConfigError(f"a law needs at least one token, got vocab_size = {vocab_size}")
         if any(not 0 <= t < vocab_size for t in eos_ids):
@@ -33,7 +35,9 @@ class Law:
             )
         self.vocab_size = vocab_size
         self.eos_ids = tuple(eos_ids)
+        self.grammars = grammars
         self._histories: dict[int, History] = {}
+        self._automata: dict[int, Automaton] = {}
 
     def __call__(
         self, logits: Float[Tensor, "M V"], sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
@@ -72,6 +76,9 @@ class Law:
     ) -> Tensor:
         """Apply bias, bans and penalties to the caller's own `x`."""
         processors.add_bias(x, params)
+        for i, p in enumerate(params):
+            if p.grammar is not None:
+                x[i].masked_fill_(~self._allowed(sequences[i], p.grammar, paths[i]).to(x.device), -torch.inf)
         short = [i for i, p in enumerate(params) if output_length(sequences[i]) + len(paths[i]) < p.min_tokens]
         if short:
             processors.forbid(x, params, short, self.eos_ids)
@@ -81,6 +88,15 @@ class Law:
                 x, params, penalised, [self._history(sequences[i]) for i in penalised], [paths[i] for i in penalised]
             )
         return x
+
+    def _allowed(self, sequence: SequenceView, grammar: str, path: Sequence[int]) -> Tensor:
+        """[V] tokens that the request's grammar allows behind its output and `path`."""
+        automaton = self._automata.get(sequence.slot)
+        if automaton is None or automaton.text != grammar:
+            assert self.grammars is not None, "the engine refuses grammars it cannot serve"
+            automaton = self._automata[sequence.slot] = self.grammars.start(grammar)
+        automaton.follow(sequence.tokens[sequence.prompt :])
+        return automaton.allowed(path)
 
     def _history(self, sequence: SequenceView) -> History:
         history = self._histories.setdefault(sequence.slot, History())

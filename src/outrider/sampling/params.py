@@ -33,6 +33,7 @@ _OPTIONAL = ("seed", "logprobs", "tv_budget", "draft_length")
 _MAX_BIASES, _MAX_BIAS = 1024, 100.0
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256
 _MAX_STOP_IDS, _MAX_PREDICTION = 256, 65_536
+_MAX_GRAMMAR = 65_536
 
 
 @no_type_check  # its own checks speak to users; a type checker in tests must not speak first
@@ -56,6 +57,7 @@ class SamplingParams:
     stop:               at most 16 non-empty strings of <= 256 characters that end the output and are cut from it.
     stop_token_ids:     at most 256 tokens that end the output.
     logprobs:           None, or how many of the most likely tokens (0 .. 20) are reported beside the chosen one.
+    grammar:            None, or what the output must be: "regex:PATTERN" or "json:SCHEMA", at most 64 KiB; without min_tokens.
     tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = what the rule allows. A lossless
                         rule spends nothing.
     prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the law.
@@ -80,6 +82,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     tv_budget: float | None = None
+    grammar: str | None = None
     prediction: tuple[int, ...] = ()
     draft_length: int | None = None
 
@@ -97,6 +100,7 @@ class SamplingParams:
             raise RequestError(f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+        put("grammar", _grammar(self.grammar, self.min_tokens))
         put("logit_bias", _biases(self.logit_bias))
         put("stop", _strings(self.stop))
         put("stop_token_ids", _tokens("stop_token_ids", self.stop_token_ids, _MAX_STOP_IDS))
@@ -132,7 +136,7 @@ class SamplingParams:
     @property
     def edits(self) -> bool:
         """Logits change before temperature (bias, penalties, `min_tokens`): even the most likely token may."""
-        return bool(self.logit_bias) or self.needs_history
+        return bool(self.logit_bias) or self.needs_history or self.grammar is not None
 
     @property
     def filters(self) -> bool:
@@ -204,6 +208,16 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
             raise RequestError(f"logit_bias must name a token once, got token {token} twice")
         out[token] = _real(f"logit_bias of token {token}", bias, -_MAX_BIAS, _MAX_BIAS, zero=False)
     return tuple(sorted(out.items()))
+
+
+def _grammar(value: object, min_tokens: int) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 1 <= len(value) <= _MAX_GRAMMAR:
+        raise RequestError(f"grammar must be a text of 1 to {_MAX_GRAMMAR} characters, got {_short(value)}")
+    if min_tokens:
+        raise RequestError("grammar and min_tokens exclude each other: put the least length into the grammar")
+    return value
 
 
 def _strings(value: object) -> tuple[str, ...]:
