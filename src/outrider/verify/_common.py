@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float64, Int
-from scipy.optimize import brentq
 from torch import Tensor
 
 from outrider.errors import RequestError
@@ -147,6 +146,8 @@ def unit(x: float) -> float:
 
 def root(f: Callable[[float], float], low: float, high: float) -> float:
     """The zero of a monotone function on [low, high], to 1e-14 (Brent's method); an end if rounding hides the change of sign."""
+    from scipy.optimize import brentq  # 50 MB that most runs never need
+
     ends = f(low), f(high)
     if not ends[0] * ends[1] < 0.0:
         return low if abs(ends[0]) <= abs(ends[1]) else high
