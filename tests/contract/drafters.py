@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
+import torch
+from torch import nn
+
+from outrider.drafters._growth import BestFirst, Levels
 from outrider.drafters.combine import first_of
+from outrider.drafters.eagle import Eagle
+from outrider.drafters.feature import FeatureConfig
+from outrider.drafters.heads import HeadsConfig, Medusa
 from outrider.drafters.model import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
-from outrider.drafters.shapes import Shared, best_tree
+from outrider.drafters.shapes import Shared, best_tree, levels
 from outrider.protocols import Drafter
 from outrider.target.toy import TableTarget, TinyLM
+from outrider.train.drafter import Judge, loss_of, new_features, new_heads, predictor
+from outrider.train.features import hidden_of
 
 Toy = TinyLM | TableTarget
 Factory = Callable[[Toy, int], Drafter]
@@ -26,6 +36,38 @@ def small(target: Toy) -> Toy:
 def other_vocabulary(target: Toy, more: int) -> TinyLM:
     """A draft model with `more` tokens than the target (fewer if negative): padding of its embedding table."""
     return TinyLM(target.vocab_size + more, 16, 1, seed=11, sharp=2.0)
+
+
+@cache
+def learned(kind: str, target: Toy, levels: int = 4, steps: int = 120) -> nn.Module:
+    """A drafter trained for a moment on random text: right often enough for drafts to be accepted, and wrong often enough."""
+    noise = torch.Generator().manual_seed(5)
+    tokens = torch.randint(target.vocab_size, (24, 20), generator=noise)
+    held = tuple(range(target.layers + 1))
+    hidden = hidden_of(target, tokens, held).to(target.dtype)  # type: ignore[arg-type]
+    wide, v = target.hidden_size, target.vocab_size
+    if kind == "medusa":
+        read, model = (target.layers,), new_heads(HeadsConfig(wide, v, levels, target.layers), target)  # type: ignore[arg-type]
+    else:
+        read = (target.layers // 2, target.layers)
+        config = FeatureConfig(16, wide, read, v, 2, 1, 8, 32)
+        model = new_features(config, target, hidden[:, :, list(read)].flatten(0, 1))  # type: ignore[arg-type]
+    model = model.double()
+    judge = Judge.of(target, held, read)  # type: ignore[arg-type]
+    loss, adam = loss_of(judge, predictor(model, levels)), torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        adam.zero_grad()
+        loss(model, (tokens, hidden), 0.0).backward()
+        adam.step()
+    return model.eval().requires_grad_(False)
+
+
+def medusa(target: Toy, growth: Levels | BestFirst) -> Medusa:
+    return Medusa(learned("medusa", target), growth)  # type: ignore[arg-type]
+
+
+def eagle(target: Toy, growth: Levels | BestFirst) -> Eagle:
+    return Eagle(learned("eagle", target), growth)  # type: ignore[arg-type]
 
 
 DRAFTERS: dict[str, Factory] = {
@@ -47,5 +89,24 @@ DRAFTERS: dict[str, Factory] = {
     ),
     "ngram+tree": lambda target, slots: first_of(
         NGram(4), Prediction(3), ModelDrafter(small(target), 2, branching=(3, 2), siblings="without_replacement")
+    ),
+    "model-dynamic": lambda target, slots: ModelDrafter(
+        small(target), 3, growth=BestFirst(6, 3, target.vocab_size, width=2)
+    ),
+    "medusa": lambda target, slots: medusa(target, Levels(levels((1,) * 4), target.vocab_size)),
+    "medusa-coupled": lambda target, slots: medusa(
+        target, Levels(levels((1,) * 3), target.vocab_size, sample="coupled")
+    ),
+    "medusa-tree": lambda target, slots: medusa(
+        target, Levels(best_tree((0.5, 0.2, 0.1), 9, 3), target.vocab_size, sample="greedy")
+    ),
+    "medusa-dynamic": lambda target, slots: medusa(target, BestFirst(8, 4, target.vocab_size, width=3)),
+    "eagle": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size)),
+    "eagle-tree": lambda target, slots: eagle(
+        target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement")
+    ),
+    "eagle-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3)),
+    "ngram+eagle": lambda target, slots: first_of(
+        NGram(4), eagle(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy"))
     ),
 }

@@ -54,8 +54,11 @@ class PlainRule:
             path, row, weight, depth = [], p[b], None, 0
             for d in range(draft.counts[b]):
                 k, depth = draft.offsets[b] + d, d + 1
-                assert draft.q is not None
-                q = draft.q.dense([draft.q.row[k]], p.shape[1])[0].to(p.dtype)
+                q = (
+                    onehot(draft.tokens[k])
+                    if draft.q is None
+                    else draft.q.dense([draft.q.row[k]], p.shape[1])[0].to(p.dtype)
+                )
                 if noise.uniform(b, depth, self.coin) >= self.accept(row, q, draft.tokens[k]):
                     weight = self.correct(row, q)
                     break
@@ -179,3 +182,11 @@ def greedy_sometimes(params: SamplingParams) -> Source:
         return out
 
     return run
+
+
+def src_honest(prompt: Sequence[int], seed: int, count: int) -> list[int]:
+    """Draws from the target by hand, without the engine."""
+    noise, text = torch.Generator().manual_seed(seed), list(prompt)
+    for _ in range(count):
+        text.append(int(torch.multinomial(TARGET.law(text), 1, generator=noise)))
+    return text[len(prompt) :]

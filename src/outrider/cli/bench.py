@@ -43,6 +43,19 @@ def bench(
         Path | None,
         typer.Option("--out", help="Write the JSON document (records included) to this file.", show_default=False),
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", help="Append every record to this store as it comes.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="Name of the run in --store; an unfinished run of that name goes on.")
+    ] = "bench",
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Score every text under the target, outside of the measured time.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained report with plots.", show_default=False)
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Compare draft lengths on a prompt set. Ratios are paired by prompt and carry a 95% interval.
@@ -52,6 +65,8 @@ def bench(
     from outrider.cli.setup import engine_from_options
     from outrider.engine.build import companion
     from outrider.evaluate.measure import Arm, run_arms, summarise
+    from outrider.evaluate.quality import with_quality
+    from outrider.evaluate.runlog import RunLog
     from outrider.evaluate.workloads import load_prompts
     from outrider.sampling.params import SamplingParams
 
@@ -80,9 +95,28 @@ def bench(
             done[0] += 1
             progress(done[0] / total)
 
-        records = run_arms(arms, texts, params, batch=batch, repeats=repeats, warmup=warmup, seed=seed, progress=tick)
+        groups_of = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+
+        def scored(record: Any) -> Any:
+            return with_quality(engine.parts.target, groups_of[record.group], record) if quality else record
+
+        plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
+        config = {**plan, "target": target, "draft": draft, "lengths": wanted, "rule": rule, "dtype": dtype}
+        config |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
+        log = RunLog(store, name, {**config, "quantize_draft": quantize_draft, "prompts": texts})
+        known = log.known()
+
+        def keep(record: Any) -> Any:
+            return log.keep(scored(record))
+
+        records = run_arms(arms, texts, params, **plan, progress=tick, known=known, keep=keep)
     summaries = summarise(records, arms[0].name, seed=seed)
     document = to_document(summaries, engine, params, batch, repeats)
+    log.finish(document)
+    if html is not None:
+        from outrider.evaluate.report import write_html
+
+        write_html(html, document, records)
     if out is not None:
         write_document(out, document, records)
     opt.print_json(document) if json else print_table(document)
@@ -135,7 +169,7 @@ def write_document(path: Path, document: dict[str, Any], records: list[Any]) -> 
     import json
     from dataclasses import asdict
 
-    raw = [{k: v for k, v in asdict(r).items() if k != "results"} for r in records]
+    raw = [{k: v for k, v in asdict(r).items() if k != "outputs"} | {"outputs": []} for r in records]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**document, "records": raw}, indent=1), encoding="utf-8")
 

@@ -20,11 +20,15 @@ def serve(
     length: opt.Length = 3,
     rule: opt.Rule = "auto",
     allow_lossy: opt.AllowLossy = False,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; others can reach anything but loopback.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; others can reach anything but loopback.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option("--api-key", help=f"A key clients must send (repeatable). Better: the variable {KEY}.", show_default=False),
+        typer.Option(
+            "--api-key", help=f"A key clients must send (repeatable). Better: the variable {KEY}.", show_default=False
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="A file with one key a line.", show_default=False)
@@ -32,22 +36,36 @@ def serve(
     allow_open: Annotated[bool, typer.Option("--allow-open", help="Listen on a public address without a key.")] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option("--allowed-host", help="Host name to answer to without a key (repeatable; '*': any).", show_default=False),
+        typer.Option(
+            "--allowed-host", help="Host name to answer to without a key (repeatable; '*': any).", show_default=False
+        ),
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option("--served-model-name", help="Name clients use. Default: of the target.", show_default=False)
+        str | None,
+        typer.Option("--served-model-name", help="Name clients use. Default: of the target.", show_default=False),
     ] = None,
     slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Sequences decoded together.")] = 8,
     queue: Annotated[int, typer.Option("--queue", min=0, max=65536, help="Sequences that may wait; beyond: 429.")] = 64,
-    queue_timeout: Annotated[float, typer.Option("--queue-timeout", min=0.1, help="Seconds to wait for a slot.")] = 30.0,
-    request_timeout: Annotated[float, typer.Option("--request-timeout", min=0.1, help="Seconds for a whole request.")] = 600.0,
-    hang_timeout: Annotated[float, typer.Option("--hang-timeout", min=0.5, help="Seconds without a step: unhealthy.")] = 10.0,
-    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds running requests may take to finish on shutdown.")] = 30.0,
+    queue_timeout: Annotated[
+        float, typer.Option("--queue-timeout", min=0.1, help="Seconds to wait for a slot.")
+    ] = 30.0,
+    request_timeout: Annotated[
+        float, typer.Option("--request-timeout", min=0.1, help="Seconds for a whole request.")
+    ] = 600.0,
+    hang_timeout: Annotated[
+        float, typer.Option("--hang-timeout", min=0.5, help="Seconds without a step: unhealthy.")
+    ] = 10.0,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds running requests may take to finish on shutdown.")
+    ] = 30.0,
     fixed_length: Annotated[
         bool, typer.Option("--fixed-length", help="Always draft --length tokens, whatever it costs under this load.")
     ] = False,
     pad_streams: Annotated[
-        bool, typer.Option("--pad-streams", help="Pad and pace streams, so that their packets do not tell what was accepted.")
+        bool,
+        typer.Option(
+            "--pad-streams", help="Pad and pace streams, so that their packets do not tell what was accepted."
+        ),
     ] = False,
     details: Annotated[
         bool, typer.Option("--request-metrics/--no-request-metrics", help="Acceptance of a request in its reply.")
@@ -102,10 +120,14 @@ def serve(
     app = create_app(build, settings, adaptive=not fixed_length)
     unbind()
     server = server_for(app, settings, host, port)
-    opt.err.print(f"outrider: {settings.model} on http://{host}:{port} (Ctrl-C ends it)" + (", key needed" if keys else ""))
+    opt.err.print(
+        f"outrider: {settings.model} on http://{host}:{port} (Ctrl-C ends it)" + (", key needed" if keys else "")
+    )
     server.run()
     if not server.started:
-        raise ConfigError(f"the server could not start on {host}:{port}: choose another --port, or see the message above")
+        raise ConfigError(
+            f"the server could not start on {host}:{port}: choose another --port, or see the message above"
+        )
 
 
 def read_keys(given: list[str] | None, file: Path | None) -> list[str]:

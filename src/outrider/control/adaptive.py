@@ -1,13 +1,15 @@
 """Draft length from the clock: as deep as it pays for this load, and not at all where it does not.
 
 With b sequences in a step and a draft length L, a step takes T(b, L) seconds and emits E(L) tokens per sequence, so a length is
-worth E(L) / T(b, L). Both are measured: E from the steps that were accepted at each depth, T as the medians of the latest steps.
-Speculation gains over plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et al. 2023, Theorem 3.8, with the cost
-of drafting and of the wider verification measured instead of modelled).
+worth E(L) / T(b, L). Both are measured: E from the steps that were accepted at each depth, ratios of T by trials in which two
+lengths take turns, step by step. Speculation gains over plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et al.
+2023, Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). A ratio of neighbouring
+steps is needed because the speed of a machine changes by more, and for longer, than lengths differ.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,16 +19,18 @@ from typing import Protocol, cast, runtime_checkable
 from outrider.errors import ConfigError
 from outrider.types import SequenceView, StepRecord
 
-SAMPLES = 15
-"""Latest step times of which the median is taken."""
-ENOUGH = 4
-"""Step times without which a length is not judged."""
-PROBE = 6
-"""Steps of a probe of another length; the first of them draws a catch-up of the drafter and is not timed."""
-FIRST_PAUSE, LAST_PAUSE = 48, 1536
-"""Steps between two probes: doubled while nothing changes, so that probing costs below one per cent in the long run."""
-MEMORY = 400.0
-"""Sequence-steps after which evidence about acceptance has lost 63% of its weight."""
+PAIRS = 12
+"""Paired step times of a trial of two lengths."""
+AGREE, AGREE_PLAIN = 0.7, 0.5
+"""Share of the pairs that must agree with a move, and with one to plain decoding: a false alarm there is soon corrected."""
+SETTLE, FIRST_PAUSE, LAST_PAUSE = 8, 64, 2048
+"""Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, so that trials
+cost below half a per cent in the long run."""
+HOPELESS, SURE = 0.8, 5
+"""A trial ends early when its first SURE pairs all say that it is worth less than HOPELESS of the choice."""
+MEMORY, FLOOR = 1000.0, 30.0
+"""Sequence-steps, drafted for or not, after which evidence about acceptance has lost 63% of its weight; and the number of
+tries it is not faded below, so that a few steps of a trial do not outvote all that is known."""
 
 
 @runtime_checkable
@@ -57,24 +61,33 @@ def load_class(sequences: int) -> int:
 class _Load:
     """What is known of one load class.
 
-    verify[L], draft[L]: seconds of the latest steps that verified, and that drafted, with length L. length: the choice.
-    pause, left: steps between two probes, and until the next one. probing: the length on trial, or -1.
+    length: the choice. trial: the length that takes turns with it, or -1. turn: steps of the trial so far.
+    ratios: T(trial) / T(length), pair by pair. halves: step times of the pair being measured, by part and length.
+    cost[L]: latest T(L) / T(0). step: median seconds of the latest steps of the choice. at: the step it was last seen in.
     """
 
     length: int
-    verify: dict[int, deque[float]] = field(default_factory=dict)
-    draft: dict[int, deque[float]] = field(default_factory=dict)
-    pause: int = FIRST_PAUSE
-    left: int = PROBE
-    probing: int = -1
+    trial: int = -1
     turn: int = 0
+    ratios: list[float] = field(default_factory=list)
+    halves: dict[tuple[str, int], float] = field(default_factory=dict)
+    cost: dict[int, float] = field(default_factory=lambda: {0: 1.0})
+    known: set[int] = field(default_factory=set)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=PAIRS))
+    pause: int = FIRST_PAUSE
+    left: int = SETTLE
+    tried: int = 0
+    at: int = -1
 
-    def seconds(self, length: int) -> float | None:
-        """T(b, length): median verification plus median drafting; None until both were seen often enough."""
-        verify, draft = self.verify.get(length, ()), self.draft.get(length, ())
-        if len(verify) < ENOUGH or len(draft) < ENOUGH:
-            return None
-        return median(verify) + median(draft)
+    def pair(self) -> None:
+        """Complete a pair when both lengths have been verified and drafted once."""
+        sums = [
+            self.halves.get(("verify", x), math.nan) + self.halves.get(("draft", x), math.nan)
+            for x in (self.trial, self.length)
+        ]
+        if not any(math.isnan(x) for x in sums) and sums[1] > 0:
+            self.ratios.append(sums[0] / sums[1])
+            self.halves.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +125,7 @@ class Adaptive:
         self._hits, self._tries = [0.0] * longest, [0.0] * longest
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
         self._now: tuple[int, int] | None = None  # and of the draft that it made
-        self._last = 0
+        self._last = self._steps = 0
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
@@ -128,15 +141,22 @@ class Adaptive:
         """Learn from a step whose sequences all had one length, and decide again."""
         before, now = self._before, self._now
         self._before, self._now = now, None
-        prompts = record.rows > record.scored + record.counts.proposed
+        self._steps += 1
         if before is not None and record.scored:
             self._learn_acceptance(record, before[1])
-        if before is None or now is None or prompts or record.scored != before[0]:
+        prompts = record.rows > record.scored + record.counts.proposed
+        if before is None or now is None or prompts or not record.scored == before[0] == now[0]:
             return
-        load, length = self._load(before[0]), before[1]
-        _keep(load.verify, length, sum(s for phase, s in record.seconds.items() if phase != "draft"))
-        if not (now[1] and not length):  # after a stretch of plain steps the drafter first reads what it has missed
-            _keep(self._load(now[0]).draft, now[1], record.seconds["draft"])
+        load = self._load(now[0])
+        if load.at != self._steps - 1:
+            load.halves.clear()  # halves of a pair must be neighbours
+        load.at = self._steps
+        verify = sum(s for phase, s in record.seconds.items() if phase != "draft")
+        if load.trial < 0:
+            load.recent.append(verify + record.seconds["draft"])
+        else:
+            load.halves["verify", before[1]], load.halves["draft", now[1]] = verify, record.seconds["draft"]
+            load.pair()
         self._decide(load)
 
     # ------------------------------------------------------------------ what it knows
@@ -157,11 +177,13 @@ class Adaptive:
         load = self._loads.get(load_class(self._last)) if self._last else None
         if load is None:
             return Outlook(self._last, self.first, None, None, None)
-        plain, mine = load.seconds(0), load.seconds(load.length)
-        if plain is None or mine is None:
-            return Outlook(self._last, load.length, None, plain, None)
-        gain = self.tokens_per_step(load.length) * plain / mine
-        return Outlook(self._last, load.length, gain, plain, break_even(load.length, mine / plain))
+        cost = load.cost.get(load.length)
+        if cost is None or not load.recent or not load.known:
+            return Outlook(self._last, load.length, None, None, None)
+        plain = median(load.recent) / cost
+        return Outlook(
+            self._last, load.length, self.tokens_per_step(load.length) / cost, plain, break_even(load.length, cost)
+        )
 
     # ------------------------------------------------------------------ inside
     def _pinned(self, view: SequenceView) -> bool:
@@ -172,74 +194,77 @@ class Adaptive:
         return self._loads.setdefault(load_class(sequences), _Load(self.first))
 
     def _choice(self, sequences: int) -> int:
+        """The length for this load; in a trial the two lengths in turn."""
         load = self._load(sequences)
-        return load.length if load.probing < 0 else load.probing
+        if load.trial < 0:
+            return load.length
+        load.turn += 1
+        return load.trial if load.turn % 2 else load.length
 
     def _learn_acceptance(self, record: StepRecord, length: int) -> None:
         keep = max(0.0, 1.0 - record.scored / MEMORY)
         accepted = record.counts.accepted_at
-        for depth in range(min(length, self.longest)):
-            hits = accepted[depth] if depth < len(accepted) else 0
-            self._hits[depth] = keep * self._hits[depth] + hits
-            self._tries[depth] = keep * self._tries[depth] + record.scored
+        for depth in range(self.longest):
+            if self._tries[depth] > FLOOR:
+                self._hits[depth] *= keep
+                self._tries[depth] *= keep
+            if depth < length:
+                self._hits[depth] += accepted[depth] if depth < len(accepted) else 0
+                self._tries[depth] += record.scored
 
     def _decide(self, load: _Load) -> None:
-        """Count down; at the end of a pause start a probe, at the end of a probe judge."""
+        """At the end of a pause begin a trial; at the end of a trial judge it."""
+        if load.trial >= 0:
+            if len(load.ratios) >= PAIRS or self._hopeless(load):
+                self._judge(load)
+            return
         load.left -= 1
-        if load.left > 0:
-            return
-        if load.probing < 0:
-            trial = self._trial(load)
-            if trial is None:
-                load.left = load.pause
-                return
-            load.probing, load.left = trial, PROBE
-            for times in (load.verify.get(trial), load.draft.get(trial)):
-                if times is not None:  # what was measured long ago was another traffic: this probe shall outvote it
-                    while len(times) >= ENOUGH:
-                        times.popleft()
-            return
-        load.probing = -1
-        changed = self._choose(load)
-        fresh = any(load.seconds(x) is None for x in self._neighbours(load))
-        load.pause = FIRST_PAUSE if changed else min(LAST_PAUSE, load.pause * 2)
-        load.left = PROBE if fresh else load.pause
+        if load.left <= 0:
+            load.trial, load.turn = self._next_trial(load), 0
+            load.ratios.clear()
+            load.halves.clear()
+            if load.trial < 0:
+                load.left = LAST_PAUSE
 
     def _neighbours(self, load: _Load) -> list[int]:
-        """Lengths worth knowing beside the choice: plain decoding, one less, one more; from plain, one and the first."""
-        near = (0, load.length - 1, load.length + 1) if load.length else (min(1, self.longest), self.first)
+        """Lengths worth trying against the choice: plain decoding, one less, one more; against plain, the first and one."""
+        near = (0, load.length - 1, load.length + 1) if load.length else (self.first, min(1, self.longest))
         return [x for x in dict.fromkeys(near) if 0 <= x <= self.longest and x != load.length]
 
-    def _trial(self, load: _Load) -> int | None:
-        """The next length to try: an unknown neighbour first, otherwise all neighbours in turn."""
+    def _next_trial(self, load: _Load) -> int:
+        """An unknown neighbour first, otherwise all neighbours in turn; -1 if there is none."""
         near = self._neighbours(load)
-        if not near:
-            return None
-        unknown = [x for x in near if load.seconds(x) is None]
-        load.turn += 1
-        return unknown[0] if unknown else near[load.turn % len(near)]
+        load.tried += 1
+        unknown = [x for x in near if x not in load.known]
+        return unknown[0] if unknown else near[load.tried % len(near)] if near else -1
 
-    def _choose(self, load: _Load) -> bool:
-        """Move to the best known length if it is better by the margin, and to plain decoding if the choice loses to it."""
-        worth = {
-            x: self.tokens_per_step(x) / seconds
-            for x in range(self.longest + 1)
-            if (seconds := load.seconds(x)) is not None
-        }
-        if load.length not in worth:
-            return False
-        best = max(worth, key=worth.__getitem__)
-        loses = load.length > 0 and 0 in worth and worth[0] > worth[load.length]
-        if best == load.length or not (loses or worth[best] > (1 + self.margin) * worth[load.length]):
-            return False
-        if best and 0 in worth and worth[best] <= (1 + self.margin) * worth[0]:
-            best = 0
-        moved, load.length = best != load.length, best
-        return moved
+    def _hopeless(self, load: _Load) -> bool:
+        """Whether a trial need not go on: every pair so far says that the length on trial is much worse."""
+        gain = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length)
+        return len(load.ratios) >= SURE and all(gain < HOPELESS * r for r in load.ratios)
 
-
-def _keep(table: dict[int, deque[float]], length: int, seconds: float) -> None:
-    table.setdefault(length, deque(maxlen=SAMPLES)).append(seconds)
+    def _judge(self, load: _Load) -> None:
+        """Move to the trial's length if it is better by the margin, to plain decoding also if it is better at all."""
+        trial, length = load.trial, load.length
+        ratio = median(load.ratios)
+        gain = self.tokens_per_step(trial) / self.tokens_per_step(length)
+        needed = 1.0 if trial == 0 else 1.0 + self.margin
+        agree = sum(gain > needed * r for r in load.ratios) / len(load.ratios)
+        if length == 0:
+            load.cost[trial] = ratio
+        elif trial == 0:
+            load.cost[length] = 1.0 / ratio
+        elif length in load.cost:
+            load.cost[trial] = ratio * load.cost[length]
+        moved = agree > AGREE_PLAIN if trial == 0 else agree >= AGREE
+        load.known = {length} if moved else load.known | {trial}
+        load.trial = -1
+        if moved:
+            load.length = trial
+            load.recent.clear()
+        load.pause = FIRST_PAUSE if moved else min(LAST_PAUSE, 2 * load.pause)
+        unknown = any(x not in load.known for x in self._neighbours(load))
+        load.left = SETTLE if unknown else load.pause
 
 
 def break_even(length: int, cost: float) -> float | None:

@@ -39,6 +39,7 @@ class _Params(Protocol):
     def edits(self) -> bool: ...
 
 
+@runtime_checkable
 class Growth(Protocol):
     """depth, nodes: of the largest tree. looked_at: most nodes of a sequence in the forest on the way there. trees: whether
     nodes may be siblings. siblings: how they are drawn."""

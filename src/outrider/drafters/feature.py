@@ -227,9 +227,9 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> Featur
         raise ConfigError(f"{folder}: rotary positions of type {rope['rope_type']!r} are not supported")
     return FeatureConfig(
         hidden=hidden,
-        target_hidden=whole(
-            config, "target_hidden_size", folder, default=hidden
-        ) if config.get("target_hidden_size") else hidden,
+        target_hidden=whole(config, "target_hidden_size", folder, default=hidden)
+        if config.get("target_hidden_size")
+        else hidden,
         taps=tuple(taps),
         vocab_size=whole(shape, "vocab_size", folder),
         heads=heads,

@@ -63,9 +63,7 @@ class MedusaHeads(nn.Module):
         self.norm = nn.RMSNorm(config.hidden, config.eps)
         self.blocks = nn.ModuleList(_Head(config.hidden, config.layers) for _ in range(config.heads))
         outputs = 1 if config.shared else config.heads
-        self.lm_heads = nn.ModuleList(
-            nn.Linear(config.hidden, config.vocab_size, bias=False) for _ in range(outputs)
-        )
+        self.lm_heads = nn.ModuleList(nn.Linear(config.hidden, config.vocab_size, bias=False) for _ in range(outputs))
         for block in self.blocks:
             for layer in block.layers:  # type: ignore[union-attr]
                 nn.init.zeros_(layer.weight)

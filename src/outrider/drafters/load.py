@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
+from outrider.drafters._growth import BestFirst, Growth, Levels, Sample, Siblings
 from outrider.drafters.combine import first_of
-from outrider.drafters.model import ModelDrafter, Sample, Siblings
+from outrider.drafters.eagle import Eagle
+from outrider.drafters.feature import FeatureModel
+from outrider.drafters.heads import Medusa, MedusaHeads
+from outrider.drafters.model import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
-from outrider.drafters.shapes import Shape, Shared, levels
+from outrider.drafters.shapes import Shape, Shared, Static, levels
 from outrider.drafters.vllm_config import parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule, Target
 
 __all__ = ["first_difference", "load_drafter", "parse_speculative_config"]
 
-NAMES = ("none", "auto", "ngram", "prediction")
+NAMES = ("none", "auto", "ngram", "prediction", "medusa", "eagle")
 SHAPES = {
     "tree": "children of a node of each level, drawn without replacement",
     "iid": "children of a node of each level, drawn independently",
@@ -57,6 +62,11 @@ def load_drafter(
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are tried at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
+      "medusa"      trained heads on the target's last hidden state: of the folder `medusa` beside the target, or "medusa:PATH"
+      "eagle"       a trained layer on the target's hidden states, likewise
+                    Both take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...), and so does, for them and for a
+                    draft model, "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes that the draft finds most
+                    promising, 4 children of a node looked at
       "auto"        "prediction", then the folder `draft` beside a target folder named `target`, or else "ngram"
       "A+B"         per sequence the first of A ("ngram" or "prediction") and B that proposes something
 
@@ -81,16 +91,60 @@ def load_drafter(
                 raise ConfigError(f"a drafter is missing after {head.group(0)!r}: name one, or drop the '+'")
             return first_of(*parts)
     coupled = rule is not None and rule.lane == "gumbel"
-    return first_of(*parts, _model(spec, target, length, coupled, tokenizer, load_model))
+    how = _grown(spec, length, "coupled" if coupled else "law")
+    kind, _, path = how.path.partition(":")
+    if kind in LEARNED and (path or not Path(kind).exists()):
+        return first_of(*parts, LEARNED[kind](_learned_folder(kind, path, target_path), target, how))
+    return first_of(*parts, _model(how, target, length, tokenizer, load_model))
 
 
-def _sibling(target_path: str | None) -> str | None:
-    """The folder `draft` beside a folder `target`."""
+def _sibling(target_path: str | None, part: str = "draft") -> str | None:
+    """The folder `part` beside a folder `target`."""
     if target_path is None:
         return None
     folder = Path(target_path).expanduser()
-    draft = folder.resolve().parent / "draft"
+    draft = folder.resolve().parent / part
     return str(draft) if folder.is_dir() and folder.resolve().name == "target" and draft.is_dir() else None
+
+
+def _learned_folder(kind: str, path: str, target_path: str | None) -> Path:
+    """The folder of a learned drafter: the one that is named, or the target's companion."""
+    folder = path or _sibling(target_path, kind)
+    if folder is None:
+        raise ConfigError(f"this target has no companion folder {kind!r}: write '{kind}:PATH', or train one")
+    return Path(folder).expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What is written before a path: how the drafter grows its drafts."""
+
+    path: str
+    sample: Sample
+    siblings: Siblings
+    shape: Shape
+    dynamic: tuple[int, int] | None = None
+
+    def growth(self, vocab_size: int) -> Growth:
+        if self.dynamic is not None:
+            nodes, width = self.dynamic
+            return BestFirst(nodes, self.shape.depth, vocab_size, width=width)
+        return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
+
+
+def _medusa(folder: Path, target: Target, how: _How) -> Drafter:
+    heads = MedusaHeads.load(folder, target).to(target.device)
+    if how.shape.depth > heads.config.heads and isinstance(how.shape, Static) and how.shape.width == 1:
+        how = replace(how, shape=levels((1,) * heads.config.heads))  # a longer draft is not to be had
+    return Medusa(heads, how.growth(target.vocab_size))
+
+
+def _eagle(folder: Path, target: Target, how: _How) -> Drafter:
+    return Eagle(FeatureModel.load(folder, target).to(target.device), how.growth(target.vocab_size))
+
+
+LEARNED: dict[str, Callable[[Path, Target, _How], Drafter]] = {"medusa": _medusa, "eagle": _eagle}
+"""Drafters that were trained for one target, and how each is loaded."""
 
 
 def _ngram(spec: str, length: int) -> NGram:
@@ -103,18 +157,30 @@ def _ngram(spec: str, length: int) -> NGram:
     return NGram(length, min_n=int(found.group(1)), max_n=int(found.group(2) or found.group(1)))
 
 
-def _model(
-    spec: str, target: Target, length: int, coupled: bool, tokenizer: object | None, load_model: LoadModel | None
-) -> ModelDrafter:
-    sample: Sample = "coupled" if coupled else "law"
-    path, shape = spec, None
-    siblings: Siblings = "iid"
+def _grown(spec: str, length: int, sample: Sample) -> _How:
+    """A spec without the drafters that need no model -> how to grow, and what is left of it."""
     if spec.startswith("greedy:"):
-        sample, path = "greedy", spec.removeprefix("greedy:")
-    elif spec.partition(":")[0] in SHAPES:
+        return _How(spec.removeprefix("greedy:"), "greedy", "iid", levels((1,) * length))
+    if spec.startswith("dynamic:"):
+        found = re.fullmatch(r"dynamic:(\d{1,4})(?:x(\d{1,3}))?:(.*)", spec)
+        if found is None:
+            raise ConfigError(
+                f"a dynamic tree is written 'dynamic:NODES:PATH' or 'dynamic:NODESxWIDTH:PATH', got {spec!r}"
+            )
+        sizes = int(found.group(1)), int(found.group(2) or 4)
+        return _How(found.group(3), sample, "iid", levels((1,) * length), sizes)
+    if spec.partition(":")[0] in SHAPES:
         path, shape, siblings = _shape(spec, length)
+        return _How(path, sample, siblings, shape)
+    return _How(spec, sample, "iid", levels((1,) * length))
+
+
+def _model(
+    how: _How, target: Target, length: int, tokenizer: object | None, load_model: LoadModel | None
+) -> ModelDrafter:
+    path = how.path
     if not path or path in ("none", "auto"):
-        raise ConfigError(f"{spec!r} names no draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
+        raise ConfigError(f"{path!r} names no draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, NAMES, cutoff=0.7) and not Path(path).exists():
         raise ConfigError(unknown_name("drafter", path, NAMES))
     if load_model is None:
@@ -124,14 +190,7 @@ def _model(
     model, draft_tokenizer = load_model(path)
     if tokenizer is not None and draft_tokenizer is not None:
         check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
-    return ModelDrafter(
-        model,
-        length,
-        shape=shape,
-        siblings=siblings,
-        sample=sample,
-        vocab_size=target.vocab_size,
-    )
+    return ModelDrafter(model, length, growth=how.growth(target.vocab_size), vocab_size=target.vocab_size)
 
 
 def _shape(spec: str, length: int) -> tuple[str, Shape, Siblings]:

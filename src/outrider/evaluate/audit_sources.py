@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from outrider.engine.engine import Engine
@@ -66,6 +67,53 @@ def load_callable(name: str) -> Callable[[list[int], int], Sequence[int]]:
     if not callable(found):
         raise ConfigError(f"{name!r} is not module:function of something callable")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Texts that were generated elsewhere, grouped by prompt: `samples` texts of each of `prompts`, in their order."""
+
+    prompts: list[list[int]]
+    emissions: list[list[Emission]]
+
+    @property
+    def samples(self) -> int:
+        return len(self.emissions[0])
+
+    def source(self) -> Source:
+        """The texts as a source: each prompt's in the order recorded."""
+        left = [list(group) for group in self.emissions]
+
+        def run(prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Emission]:
+            return [left[self.prompts.index(list(p))].pop(0) for p in prompts]
+
+        return run
+
+
+def read_texts(path: Path) -> Recorded:
+    """JSON lines `{"prompt_token_ids": [..], "token_ids": [..], "logprobs": [..]}` (the last one optional).
+
+    Every prompt needs the same number of texts. Raises ConfigError with file and line.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give JSON lines of prompt_token_ids and token_ids")
+    groups: dict[tuple[int, ...], list[Emission]] = {}
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            prompt, tokens = (tuple(int(t) for t in row[k]) for k in ("prompt_token_ids", "token_ids"))
+            logprobs = tuple(float(x) for x in row.get("logprobs") or ())
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}:{i}: not a text of token ids ({type(error).__name__}: {error})") from None
+        groups.setdefault(prompt, []).append(Emission(tokens, logprobs))
+    if not groups or not all(groups):
+        raise ConfigError(f"{path}: no texts, or a text with an empty prompt")
+    sizes = {len(g) for g in groups.values()}
+    if len(sizes) != 1:
+        raise ConfigError(
+            f"{path}: prompts have between {min(sizes)} and {max(sizes)} texts; give each the same number"
+        )
+    return Recorded([list(p) for p in groups], list(groups.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
-from outrider.engine.engine import Engine, Result
+from outrider.engine.engine import Engine
 from outrider.evaluate.stats import Ratio, paired_ratio
+from outrider.evaluate.store import Key
 from outrider.sampling.params import SamplingParams
 from outrider.types import PHASES, Counts
 
@@ -26,8 +29,21 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """One request: seconds from its submission to its first tokens and to its end, and its tokens."""
+
+    first: float
+    end: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One run of one arm on one group of prompts. Seconds are wall clock; `counts` are the engine's raw sums."""
+    """One run of one arm on one group of prompts. Seconds are wall clock; `counts` are the engine's raw sums.
+
+    failed: requests that ended with an error. loops: texts that end in a repetition. outputs: the token ids.
+    nll: negative log-likelihood of the outputs under the target, in nats, where it was asked for.
+    """
 
     arm: str
     group: int
@@ -38,21 +54,69 @@ class Record:
     phases: dict[str, float]
     counts: Counts
     failed: int
-    results: tuple[Result, ...] = field(repr=False, default=())
+    timings: tuple[Timing, ...] = ()
+    loops: int = 0
+    outputs: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    nll: float | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.arm, self.group, self.repeat
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Record:
+        """The record that `asdict` turned into plain data."""
+        return Record(
+            **data
+            | {
+                "counts": Counts(**data["counts"]),
+                "timings": tuple(Timing(**t) for t in data["timings"]),
+                "outputs": tuple(tuple(o) for o in data["outputs"]),
+            }
+        )
 
 
 def run_group(arm: Arm, prompts: list[list[int]], params: list[SamplingParams], place: tuple[int, int, int]) -> Record:
     """Decode one group of prompts together on one arm."""
     engine = arm.engine
     engine.reset()
-    start = perf_counter()
-    results = engine.generate(prompts, params)
+    outputs: dict[tuple[str, int], list[int]] = {}
+    first: dict[tuple[str, int], float] = {}
+    ends: dict[tuple[str, int], float] = {}
+    failed, names, start = 0, [], perf_counter()
+    try:
+        for prompt, p in zip(prompts, params, strict=True):
+            names.append(engine.submit(prompt, p))
+        while engine.busy:
+            events, now = engine.step(), perf_counter() - start
+            for e in events:
+                key = (e.request, e.index)
+                outputs.setdefault(key, []).extend(e.token_ids)
+                first.setdefault(key, now)
+                ends[key] = now
+                failed += e.finish_reason == "error"
+    finally:
+        for name in names:
+            engine.abort(name)
     seconds = perf_counter() - start
-    outputs = [o for r in results for o in r.outputs]
-    failed = sum(o.finish_reason == "error" for o in outputs)
-    tokens = sum(len(o.token_ids) for o in outputs)
     counts, phases = engine.reset()
-    return Record(arm.name, *place, tokens, seconds, phases, counts, failed, tuple(results))
+    texts = tuple(tuple(outputs[k]) for k in sorted(outputs, key=lambda k: (names.index(k[0]), k[1])))
+    timings = tuple(Timing(first[k], ends[k], len(outputs[k])) for k in outputs if outputs[k])
+    loops = sum(map(ends_in_a_loop, texts))
+    total = sum(map(len, texts))
+    return Record(arm.name, *place, total, seconds, phases, counts, failed, timings, loops, texts)
+
+
+def ends_in_a_loop(tokens: Seq[int], *, longest: int = 32, times: int = 4, least: int = 32) -> bool:
+    """Whether a text ends in at least `times` copies of one piece of at most `longest` tokens, over at least `least` tokens.
+
+    A repetition is what drafts guess best: without this guard the fastest arm may be the broken one.
+    """
+    for period in range(1, longest + 1):
+        span = max(least, times * period)
+        if len(tokens) >= span and all(tokens[-i] == tokens[-i - period] for i in range(1, span - period + 1)):
+            return True
+    return False
 
 
 def run_arms(
@@ -65,23 +129,31 @@ def run_arms(
     warmup: int = 1,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    known: Mapping[Key, Record] | None = None,
+    keep: Callable[[Record], Record] | None = None,
 ) -> list[Record]:
     """Run every arm on every group of `batch` prompts `repeats` times, the arms of a group next to each other in random order.
 
     Sampled runs use the same per-prompt seed in every arm. Warm-up runs are thrown away. A failed request is kept as an
-    outcome (`Record.failed`) and its record enters no rate.
+    outcome (`Record.failed`) and its record enters no rate. known: records of an interrupted run, which are not run again.
+    keep: called with every new record outside of any measured time; what it returns takes the record's place.
     """
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    order = random.Random(seed)
+    order, known = random.Random(seed), known or {}
     for arm in arms:
-        for _ in range(warmup):
-            run_group(arm, groups[0], [params] * len(groups[0]), (0, -1, 0))
+        if any((arm.name, g, r) not in known for g in range(len(groups)) for r in range(repeats)):
+            for _ in range(warmup):
+                run_group(arm, groups[0], [params] * len(groups[0]), (0, -1, 0))
     records: list[Record] = []
     for repeat in range(repeats):
         for g, group in enumerate(groups):
             seeds = [replace(params, seed=(repeat * 1_000_003 + g * batch + i)) for i in range(len(group))]
             for place, arm in enumerate(order.sample(arms, len(arms))):
-                records.append(run_group(arm, group, seeds, (g, repeat, place)))
+                record = known.get((arm.name, g, repeat))
+                if record is None:
+                    record = run_group(arm, group, seeds, (g, repeat, place))
+                    record = keep(record) if keep else record
+                records.append(record)
                 if progress:
                     progress(arm.name)
     return records
@@ -102,6 +174,9 @@ class ArmSummary:
     counts: Counts
     failed: int
     speedup: Ratio | None
+    loops: int = 0
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)
+    nll: float | None = None
 
 
 def summarise(records: list[Record], base: str, *, seed: int = 0) -> list[ArmSummary]:
@@ -139,9 +214,37 @@ def summarise(records: list[Record], base: str, *, seed: int = 0) -> list[ArmSum
                 counts,
                 failed,
                 speedup,
+                sum(r.loops for r in mine),
+                latency(mine),
+                _mean_nll(mine),
             )
         )
     return out
+
+
+PERCENTILES = (50, 90, 95, 99)
+LEAST_FOR_TAIL = 300
+"""Requests below which the 99th percentile is not given: it would be the largest few."""
+
+
+def latency(records: list[Record]) -> dict[str, dict[str, float]]:
+    """Percentiles in seconds: time to first token, time per later token of a request, end to end; and the number of requests."""
+    timings = [t for r in records for t in r.timings]
+    wanted = [p for p in PERCENTILES if p < 99 or len(timings) >= LEAST_FOR_TAIL]
+    kinds = {
+        "first_token": [t.first for t in timings],
+        "per_token": [(t.end - t.first) / (t.tokens - 1) for t in timings if t.tokens > 1],
+        "end_to_end": [t.end for t in timings],
+    }
+    out = {k: {f"p{p}": float(np.percentile(v, p)) for p in wanted} for k, v in kinds.items() if v}
+    return out and {"requests": {"count": float(len(timings))}, **out}
+
+
+def _mean_nll(records: list[Record]) -> float | None:
+    """Nats per token of all texts under the target, where every record has it."""
+    if not records or any(r.nll is None for r in records):
+        return None
+    return sum(r.nll or 0.0 for r in records) / max(1, sum(r.tokens for r in records))
 
 
 def _by_group(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,9 @@ def create_app(build: Callable[[], Engine], settings: Settings, *, adaptive: boo
         Route("/", page),
         Route("/health", Health(bridge).health),
         Route("/ready", Health(bridge).ready),
-        Route("/metrics", lambda request: Response(metrics.text(), media_type=CONTENT_TYPE)),
-        Route("/version", lambda request: JSONResponse({"version": __version__})),
-        Route("/openapi.json", lambda request: JSONResponse(document())),
+        Route("/metrics", exposition(metrics)),
+        Route("/version", version),
+        Route("/openapi.json", openapi),
         Route("/v1/models", v1.models),
         Route("/v1/models/{id:path}", v1.model),
         Route("/v1/completions", v1.completions, methods=["POST"]),
@@ -120,6 +120,25 @@ async def page(request: Request) -> Response:
     """GET /: the dashboard."""
     headers = {"content-security-policy": CSP, "cache-control": "no-store"}
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+
+def exposition(metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:
+    """GET /metrics"""
+
+    async def handler(request: Request) -> Response:
+        return Response(metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    return handler
+
+
+async def version(request: Request) -> Response:
+    """GET /version"""
+    return JSONResponse({"version": __version__})
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json"""
+    return JSONResponse(document())
 
 
 class Health:

@@ -186,6 +186,13 @@ class Engine:
     lossless: bool
 
 
+_FIELDS = frozenset(
+    name
+    for model in (CompletionRequest, ChatRequest, Message, TextPart, StreamOptions, Prediction, Speculation, ResponseFormat)
+    for name in model.model_fields
+)
+
+
 class BadField(RequestError):
     """A field that cannot be served. param: its name; code: OpenAI's code for it, if there is one."""
 
@@ -208,10 +215,11 @@ def parse(model: type[Shared], body: object) -> Any:
     except ValidationError as error:
         first = _worst(error)
     where = [str(part) for part in first["loc"] if not _is_branch(part)]
-    param = ".".join(where)[:200] or None
     if first["type"] == "extra_forbidden":
-        known = _fields_at(model, where[:-1])
-        raise BadField(f"{unknown_name('field', where[-1][:64], known)} (or it is not supported here)", param)
+        name, known = str(first["loc"][-1])[:64], _fields_at(model, where)
+        message = f"{unknown_name('field', name, known)} (or it is not supported here)"
+        raise BadField(message, ".".join([*where, name])[:200])
+    param = ".".join(where)[:200] or None
     raise BadField(f"{param or 'the body'}: {_plain(first)}", param)
 
 
@@ -222,8 +230,8 @@ def _worst(error: ValidationError) -> Any:
 
 
 def _is_branch(part: object) -> bool:
-    """Whether a part of a location names a branch of a union instead of a field."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "TextPart"))
+    """Whether a part of a location names a branch of a union, or a client's own key, instead of a field."""
+    return isinstance(part, str) and part not in _FIELDS
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -234,7 +242,8 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
         "response_format": ResponseFormat,
         "messages": Message,
     }
-    return list((nested.get(path[0], TextPart) if path else model).model_fields)
+    inside = [part for part in path if part in nested]
+    return list((nested[inside[0]] if inside else model).model_fields)
 
 
 def _plain(error: Any) -> str:

@@ -1,0 +1,203 @@
+"""Does a run hold its baseline? Speed, acceptance, exactness and quality, each with a margin stated beforehand.
+
+"Not significantly worse" is not "not worse": a check passes only if its whole interval lies on the good side of the margin
+(non-inferiority), fails if the whole interval lies on the bad side, and is inconclusive in between. The unit is the prompt group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outrider.errors import ConfigError
+from outrider.evaluate.measure import Record
+from outrider.evaluate.store import Store
+from outrider.telemetry.ledger import ledger
+from outrider.types import Counts
+
+Outcome = Literal["passed", "failed", "inconclusive", "not measured"]
+DRAWS = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison. value in [low, high] (95%); margin: the worst value that still passes."""
+
+    arm: str
+    what: str
+    outcome: Outcome
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    margin: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Margins:
+    """How much worse is still good: shares of speed, absolute acceptance, nats per token."""
+
+    speed: float = 0.05
+    acceptance: float = 0.02
+    quality: float = 0.02
+
+
+def load_run(reference: str, store: Path | None) -> tuple[dict[str, Any], list[Record]]:
+    """A run by its id or name in a store, or the file that `bench --out` wrote: its configuration and records."""
+    path = Path(reference)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return document, [Record.from_dict(r) for r in document["records"]]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path}: not a run that bench --out wrote") from None
+    if store is None:
+        raise ConfigError(f"{reference!r} is no JSON file: name its store with --store")
+    with Store(store, read_only=True) as db:
+        run = db.run(reference)
+        if run.kind != "bench":
+            raise ConfigError(f"{store}: run {reference!r} is of kind {run.kind!r}; a gate compares bench runs")
+        return run.config, [Record.from_dict(d) for d in db.records(run.id).values()]
+
+
+def gate(
+    run: Sequence[Record], base: Sequence[Record], margins: Margins, *, relative: bool, seed: int = 0
+) -> list[Check]:
+    """All checks of every arm that both runs have.
+
+    relative: compare speed-ups over the plain arm of the same run, which a faster or slower machine does not change; else
+    tokens per second. Raises ConfigError when no arm is common.
+    """
+    arms = [a for a in dict.fromkeys(r.arm for r in base) if any(r.arm == a for r in run)]
+    if not arms:
+        raise ConfigError("the runs have no arm in common: bench both with the same --lengths")
+    out: list[Check] = []
+    for arm in arms:
+        ours, theirs = _Arm(run, arm), _Arm(base, arm)
+        if not relative or arm != "plain":
+            out.append(speed(ours, theirs, margins.speed, relative, seed))
+        if ours.counts.proposed:
+            out.append(acceptance(ours, theirs, margins.acceptance, seed))
+        out.append(exactness(ours))
+        out.append(health(ours, theirs))
+        out.append(quality(ours, theirs, margins.quality, seed))
+    return out
+
+
+class _Arm:
+    """Sums of one arm by prompt group, and of the plain arm of its run."""
+
+    def __init__(self, records: Sequence[Record], name: str) -> None:
+        self.name = name
+        self.records = [r for r in records if r.arm == name and not r.failed]
+        self.failed = sum(r.failed for r in records if r.arm == name)
+        self.groups = sorted({r.group for r in self.records})
+        if len(self.groups) < 2:
+            raise ConfigError(f"arm {name!r} has {len(self.groups)} complete prompt groups; a gate needs at least two")
+        self.rate = self._sums(self.records)
+        plain = [r for r in records if r.arm == "plain" and not r.failed and r.group in self.groups]
+        self.plain = self._sums(plain) if plain else None
+        self.counts = Counts()
+        for r in self.records:
+            self.counts.merge(r.counts)
+
+    def _sums(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        return np.array(
+            [[sum(getattr(r, f) for r in records if r.group == g) for f in ("tokens", "seconds")] for g in self.groups]
+        )
+
+    def column(self, number: Any) -> NDArray[np.float64]:
+        """Sum over the records of each group."""
+        return np.array([sum(number(r) for r in self.records if r.group == g) for g in self.groups], dtype=float)
+
+
+def _picks(a: _Arm, b: _Arm, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bootstrap draws of groups of both runs; the same draws where the groups are the same (paired)."""
+    chance = np.random.default_rng(seed)
+    first = chance.integers(len(a.groups), size=(DRAWS, len(a.groups)))
+    paired = a.groups == b.groups
+    return first, first if paired else chance.integers(len(b.groups), size=(DRAWS, len(b.groups)))
+
+
+def judge(
+    arm: str, what: str, value: float, draws: NDArray[np.float64], worst: float, *, more_is_better: bool = True
+) -> Check:
+    """Non-inferiority from bootstrap draws. worst: the value at the margin."""
+    low, high = (float(x) for x in np.quantile(draws, [0.025, 0.975]))
+    passed, failed = (low >= worst, high < worst) if more_is_better else (high <= worst, low > worst)
+    outcome: Outcome = "passed" if passed else "failed" if failed else "inconclusive"
+    return Check(arm, what, outcome, value, low, high, worst)
+
+
+def speed(ours: _Arm, theirs: _Arm, margin: float, relative: bool, seed: int) -> Check:
+    """Tokens per second, or speed-up over plain, of the run over the baseline's."""
+    if relative and (ours.plain is None or theirs.plain is None):
+        raise ConfigError("a relative gate needs the arm 'plain' in both runs: bench with length 0, or use --absolute")
+
+    def value(arm: _Arm, pick: NDArray[np.int64]) -> NDArray[np.float64]:
+        rate = arm.rate[pick].sum(-2)
+        out = rate[..., 0] / rate[..., 1]
+        if relative and arm.plain is not None:
+            plain = arm.plain[pick].sum(-2)
+            out = out * plain[..., 1] / plain[..., 0]
+        return out
+
+    mine, other = _picks(ours, theirs, seed)
+    now = float(value(ours, np.arange(len(ours.groups))) / value(theirs, np.arange(len(theirs.groups))))
+    what = "speed-up over plain, ratio" if relative else "tokens per second, ratio"
+    return judge(ours.name, what, now, value(ours, mine) / value(theirs, other), 1 - margin)
+
+
+def acceptance(ours: _Arm, theirs: _Arm, margin: float, seed: int) -> Check:
+    """Accepted over judged drafts, difference."""
+    parts = [(a.column(lambda r: r.counts.accepted), a.column(lambda r: r.counts.judged)) for a in (ours, theirs)]
+    if not parts[1][1].sum():
+        return Check(ours.name, "acceptance", "not measured", note="the baseline judged no drafts")
+    rate = lambda i, pick: parts[i][0][pick].sum(-1) / parts[i][1][pick].sum(-1).clip(min=1)  # noqa: E731
+    mine, other = _picks(ours, theirs, seed)
+    now = float(rate(0, np.arange(len(ours.groups))) - rate(1, np.arange(len(theirs.groups))))
+    return judge(ours.name, "acceptance, difference", now, rate(0, mine) - rate(1, other), -margin)
+
+
+def exactness(ours: _Arm) -> Check:
+    """The ledger of the run: observed rejections within their predicted interval, and no bias spent."""
+    book = ledger(ours.counts)
+    good = book.agrees and ours.counts.bias == 0
+    note = f"predicted {book.predicted:.1f} rejections, observed {book.observed}, bias {ours.counts.bias:.3g}"
+    return Check(ours.name, "exactness", "passed" if good else "failed", book.observed, book.low, book.high, note=note)
+
+
+def health(ours: _Arm, theirs: _Arm) -> Check:
+    """Failed requests and texts that end in a loop: no more than in the baseline, by more than chance."""
+    loops = [(sum(r.loops for r in a.records), sum(len(r.timings) for r in a.records)) for a in (ours, theirs)]
+    share = [n / max(1, of) for n, of in loops]
+    noise = 3 * (share[1] * (1 - share[1]) / max(1, loops[0][1])) ** 0.5 + 3 / max(1, loops[0][1])
+    good = ours.failed <= theirs.failed and share[0] <= share[1] + noise
+    note = f"{ours.failed} failed (baseline {theirs.failed}), {share[0]:.1%} loops (baseline {share[1]:.1%})"
+    return Check(ours.name, "health", "passed" if good else "failed", note=note)
+
+
+def quality(ours: _Arm, theirs: _Arm, margin: float, seed: int) -> Check:
+    """Nats per token of the texts under the target, difference: less is better."""
+    if any(r.nll is None for a in (ours, theirs) for r in a.records):
+        return Check(ours.name, "quality", "not measured", note="bench both runs with --quality")
+    parts = [(a.column(lambda r: r.nll), a.column(lambda r: r.tokens)) for a in (ours, theirs)]
+    rate = lambda i, pick: parts[i][0][pick].sum(-1) / parts[i][1][pick].sum(-1)  # noqa: E731
+    mine, other = _picks(ours, theirs, seed)
+    now = float(rate(0, np.arange(len(ours.groups))) - rate(1, np.arange(len(theirs.groups))))
+    draws = rate(0, mine) - rate(1, other)
+    return judge(ours.name, "quality (nats per token), difference", now, draws, margin, more_is_better=False)
+
+
+def overall(checks: Sequence[Check]) -> tuple[str, int]:
+    """The gate's answer and exit code: 1 if a check failed, 3 if one is undecided, else 0."""
+    outcomes = {c.outcome for c in checks}
+    if "failed" in outcomes:
+        return "failed", 1
+    return ("inconclusive", 3) if "inconclusive" in outcomes else ("passed", 0)

@@ -1,0 +1,118 @@
+"""A real server on a loopback port, in a thread of the test process, and raw sockets to be rude to it with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from outrider.engine.build import build_engine
+from outrider.serve.app import create_app
+from outrider.serve.bridge import Bridge, Limits
+from outrider.serve.run import Server, server_for
+from outrider.serve.settings import Settings, digest
+
+KEY = "test-key-123456"
+
+
+@dataclass
+class Running:
+    """A server that runs. port: where. thread: its event loop's."""
+
+    port: int
+    server: Server
+    thread: threading.Thread
+    bridge: Bridge
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self, seconds: float = 20.0) -> None:
+        self.server.handle_exit(15, None)
+        self.thread.join(seconds)
+        assert not self.thread.is_alive()
+
+    def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, dict, bytes]:
+        """One request over a fresh connection: status, headers, body. `body` is sent as it is if bytes, else as JSON."""
+        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        lines = {"Host": "127.0.0.1", "Connection": "close", "Content-Length": str(len(data))}
+        lines |= {"Content-Type": "application/json"} if body is not None else {}
+        lines |= headers or {}
+        head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as sock:
+            sock.sendall(head.encode() + b"\r\n" + data)
+            answer = b""
+            while part := sock.recv(65536):
+                answer += part
+        top, _, rest = answer.partition(b"\r\n\r\n")
+        first, *more = top.decode("latin-1").split("\r\n")
+        found = {k.lower(): v for k, v in (line.split(": ", 1) for line in more)}
+        return int(first.split()[1]), found, _unchunk(rest) if found.get("transfer-encoding") == "chunked" else rest
+
+    def stream(self, body: dict[str, Any], path: str = "/v1/completions", key: str | None = None) -> socket.socket:
+        """A socket that has sent a streaming request and got the first bytes of its stream."""
+        data = json.dumps({**body, "stream": True}).encode()
+        auth = f"Authorization: Bearer {key}\r\n" if key else ""
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{auth}Content-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        seen = b""
+        while b"data: " not in seen and b"error" not in seen:
+            part = sock.recv(4096)
+            assert part, seen
+            seen += part
+        return sock
+
+
+def _unchunk(data: bytes) -> bytes:
+    out = b""
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        n = int(size, 16)
+        out, data = out + data[:n], data[n + 2 :]
+    return out
+
+
+@contextmanager
+def serving(keys: tuple[str, ...] = (), limits: Limits | None = None, engine: Any = None, **options: Any) -> Iterator[Running]:
+    """A server for the shipped pair (or for `engine`), stopped at the end of the block."""
+    fixed = options.pop("fixed", False)
+    settings = Settings(
+        options.pop("model", "pycode"),
+        tuple(digest(k) for k in keys),
+        limits=limits or Limits(),
+        grace=options.pop("grace", 5.0),
+        pad=options.pop("pad", False),
+    )
+    before = set(threading.enumerate())
+    app = create_app(lambda: engine or build_engine(**{"slots": 8, **options}), settings, adaptive=not fixed)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = server_for(app, settings, "127.0.0.1", port)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
+    thread.start()
+    running = Running(port, server, thread, app.state.bridge)
+    try:
+        until(lambda: server.started or not thread.is_alive(), 60)
+        assert server.started
+        yield running
+    finally:
+        if thread.is_alive():
+            running.stop()
+    until(lambda: set(threading.enumerate()) <= before, 10)  # no thread is left behind
+
+
+def until(condition: Any, seconds: float = 10.0) -> None:
+    """Wait for a condition; fail if it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.005)

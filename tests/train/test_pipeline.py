@@ -1,0 +1,244 @@
+"""From text to a drafter: rows and their errors, data that continues where it stopped, a run killed and resumed bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from outrider.control.fixed import Fixed
+from outrider.drafters._growth import Levels
+from outrider.drafters.feature import FeatureConfig
+from outrider.drafters.heads import HeadsConfig, Medusa
+from outrider.drafters.none import NoDraft
+from outrider.drafters.shapes import levels
+from outrider.engine.engine import Engine
+from outrider.errors import ConfigError
+from outrider.sampling.params import SamplingParams
+from outrider.target.toy import TinyLM
+from outrider.train.corpus import read_corpus
+from outrider.train.data import Document
+from outrider.train.drafter import Judge, loss_of, measure_of, new_features, new_heads, output_of, predictor
+from outrider.train.features import Features, Wanted, read_features, repeated, write_hidden, write_tokens
+from outrider.train.loop import DivergedError, LoopConfig, train
+from outrider.verify import load_rule
+
+V, H = 19, 16
+TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0, dtype=torch.float32)
+QUIET = {"report": lambda _: None}
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) % V for c in text]
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(chr(97 + i) for i in ids)
+
+
+def engine(slots: int = 3) -> Engine:
+    return Engine(
+        TARGET, NoDraft(), load_rule("speculative_sampling"), Fixed(0), slots=slots, max_length=64, tokenizer=Letters()
+    )
+
+
+DOCUMENTS = [Document(f"{i}", "\n".join(f"line {j * i % 7} of text {i}" for j in range(40))) for i in range(5)]
+WANTED = Wanted(rows=10, prompt=8, length=24, seed=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+def test_rows_of_text(tmp_path: Path) -> None:
+    rows = [
+        {"text": "one"},
+        {"prompt": "two"},
+        {"messages": [{"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]},
+        {"text": "one"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "plain.txt").write_text("five")
+    found = read_corpus([path, tmp_path / "plain.txt"])
+    assert [d.text for d in found] == ["one", "two", "three\nfour", "five"]
+    written = read_corpus([path], render=lambda m: "|".join(x["role"] for x in m))
+    assert written[2].text == "user|assistant"
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"text": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}'])
+def test_bad_rows_are_named_and_skipped_only_if_asked(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n' + bad + '\n{"text": "two"}\n')
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2"):
+        read_corpus([path])
+    said: list[str] = []
+    assert [d.text for d in read_corpus([path], skip_bad=True, report=said.append)] == ["one", "two"]
+    assert said == ["rows.jsonl: 1 bad rows skipped"]
+    with pytest.raises(ConfigError, match="no such file"):
+        read_corpus([tmp_path / "nowhere"])
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+class StopsAfter(Exception):
+    pass
+
+
+def test_data_continues_where_it_stopped(tmp_path: Path) -> None:
+    """A run interrupted after every report ends with the same rows and the same hidden states as one that was not."""
+    whole = write_tokens(engine(), DOCUMENTS, WANTED, tmp_path / "whole", **QUIET)
+    states = write_hidden(TARGET, whole, (1, 3), tmp_path / "whole", **QUIET)
+
+    def stop(_: str) -> None:
+        raise StopsAfter
+
+    for _ in range(20):
+        try:
+            tokens = write_tokens(engine(1), DOCUMENTS, WANTED, tmp_path / "parts", report=stop)
+            write_hidden(TARGET, tokens, (1, 3), tmp_path / "parts", rows=3, report=stop)
+            break
+        except StopsAfter:
+            continue
+    else:
+        raise AssertionError("it never ended")
+    assert np.array_equal(whole, np.load(tmp_path / "parts" / "tokens.npy"))
+    np.testing.assert_allclose(states, np.load(tmp_path / "parts" / "hidden.npy"), rtol=0, atol=2e-2)
+    with pytest.raises(ConfigError, match="use a new folder"):
+        write_tokens(engine(), DOCUMENTS, replace(WANTED, temperature=0.5), tmp_path / "whole", **QUIET)
+    with pytest.raises(ConfigError, match="not of"):
+        read_features(tmp_path / "whole", (2,), rows=2, seed=0)
+
+
+def test_what_goes_in_circles_is_left_out(tmp_path: Path) -> None:
+    assert repeated(np.arange(40)) == 0.0
+    assert repeated(np.tile(np.arange(5), 8)) > 0.5
+    tokens = write_tokens(engine(), DOCUMENTS, WANTED, tmp_path, **QUIET)
+    tokens[3] = np.tile(np.arange(4), 6)
+    write_hidden(TARGET, tokens, (1, 3), tmp_path, **QUIET)
+    said: list[str] = []
+    data = read_features(tmp_path, (3,), rows=2, seed=0, report=said.append)
+    assert said == ["1 of 10 rows go in circles and are left out"]
+    assert len(data.tokens) == 9
+    assert np.array_equal(data.take([3])[0][0].numpy(), tokens[4])
+
+
+def test_too_little_text_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only 0 pieces of 8 tokens"):
+        write_tokens(engine(), [Document("a", "x\ny")], WANTED, tmp_path, **QUIET)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def setup(kind: str) -> tuple[torch.nn.Module, Judge, Features]:
+    tokens = torch.randint(V, (16, 24), generator=torch.Generator().manual_seed(0))
+    from outrider.train.features import hidden_of
+
+    hidden = hidden_of(TARGET, tokens, (1, 2, 3))
+    data = Features(tokens.numpy().astype(np.uint16), hidden.half().numpy(), (1, 2, 3), rows=4)
+    if kind == "medusa":
+        return new_heads(HeadsConfig(H, V, 3, 3), TARGET), Judge.of(TARGET, (1, 2, 3), (3,)), data
+    config = FeatureConfig(16, H, (1, 3), V, 2, 1, 8, 32)
+    model = new_features(config, TARGET, hidden[:, :, [0, 2]].flatten(0, 1))
+    return model, Judge.of(TARGET, (1, 2, 3), (1, 3)), data
+
+
+def fit(kind: str, folder: Path, steps: int = 12, stop_at: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """Train in `folder`; raise StopsAfter right after the checkpoint of a step in `stop_at`."""
+    model, judge, data = setup(kind)
+    config = LoopConfig(steps=steps, lr=1e-2, warmup=2, save_every_s=0.0, log_every=1)
+    predict = predictor(model, 3)
+
+    def evaluate(m: torch.nn.Module) -> dict[str, float]:
+        return measure_of(judge, predict, data, rows=4)(m)
+
+    def report(line: str) -> None:
+        if any(line.startswith(f"step {n}/") for n in stop_at):
+            raise StopsAfter
+
+    train(model, data, loss_of(judge, predict), config, folder, evaluate, report)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_a_killed_run_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
+    want = fit(kind, tmp_path / "whole")
+    for n in (3, 4, 9):
+        with pytest.raises(StopsAfter):
+            fit(kind, tmp_path / "parts", stop_at=(n,))
+    found = fit(kind, tmp_path / "parts")
+    assert all(torch.equal(want[name], found[name]) for name in want)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_training_raises_acceptance(kind: str) -> None:
+    model, judge, data = setup(kind)
+    predict = predictor(model, 3)
+    measure = measure_of(judge, predict, data)
+    before = measure(model)
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(40):
+        adam.zero_grad()
+        loss_of(judge, predict)(model, data(step), 0.0).backward()
+        adam.step()
+    after = measure(model)
+    assert after["accept_1"] > before["accept_1"] + 0.03
+    assert after["tokens"] > before["tokens"] + 0.03
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    model, judge, data = setup("medusa")
+    with torch.no_grad():
+        model.lm_heads[0].weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
+    with pytest.raises(DivergedError, match="step 0"):
+        train(model, data, loss_of(judge, predictor(model, 3)), LoopConfig(steps=2, lr=1e-3), tmp_path, **QUIET)
+
+
+def test_labels_stand_at_their_tokens() -> None:
+    """A drafter that knows the target's laws is accepted everywhere: the alignment of levels, columns and labels."""
+    _, judge, data = setup("eagle")
+    tokens, hidden = data.take([0, 1])
+    laws = judge.laws(hidden)
+
+    def oracle(model: object, seen: Tensor, taps: Tensor) -> list[Tensor]:
+        assert taps.shape[2] == 2
+        return [laws[:, d + 1 : 20] for d in range(3)]
+
+    for d, (p, q) in enumerate(judge.pairs(None, (tokens, hidden), oracle)):
+        assert torch.equal(p, q), d
+
+
+def test_the_output_matrix_is_the_targets_own() -> None:
+    x = torch.randn(5, H)
+    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(x @ output_of(TARGET).T, TARGET.unembed(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_trainers_acceptance_is_the_engines() -> None:
+    """Train-serve parity: the acceptance of level 1 measured on rows is the rate at which the engine accepts first nodes.
+
+    The rows are what the engine itself wrote; both are means over the same law. Bound: 6 standard errors of the engine's rate
+    (false alarms below 1e-8).
+    """
+    model, judge, _ = setup("medusa")
+    n, more = 150, 24
+    growth = Levels(levels((1,)), V)
+    one = Engine(
+        TARGET, Medusa(model.eval(), growth), load_rule("speculative_sampling"), Fixed(1), slots=32, max_length=64
+    )
+    results = one.generate(
+        [[1 + i % 7, 3] for i in range(n)], [SamplingParams(max_tokens=more, seed=i) for i in range(n)]
+    )
+    rate = one.counts.accepted / one.counts.judged
+    risk = 1 - one.counts.risk / one.counts.judged  # the exact acceptance of the positions that were judged
+    rows = torch.tensor([[*r.prompt, *r.outputs[0].token_ids] for r in results])
+    from outrider.train.features import hidden_of
+
+    hidden = hidden_of(TARGET, rows, (1, 2, 3))
+    data = Features(rows.numpy().astype(np.uint16), hidden.half().numpy(), (1, 2, 3))
+    measured = measure_of(judge, predictor(model, 1), data, rows=n)(model)["accept_1"]
+    bound = 6 * (0.25 / one.counts.judged) ** 0.5
+    assert abs(rate - risk) < bound
+    assert abs(measured - risk) < bound

@@ -1,0 +1,290 @@
+"""Learned drafters: what they compute is what was trained, from the cache as from scratch; folders; specs; refusals."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from outrider.control.fixed import Fixed
+from outrider.drafters._forest import Forest
+from outrider.drafters._growth import BestFirst, Levels
+from outrider.drafters.eagle import Eagle
+from outrider.drafters.feature import FeatureConfig, FeatureModel
+from outrider.drafters.heads import HeadsConfig, Medusa, MedusaHeads
+from outrider.drafters.load import load_drafter
+from outrider.drafters.shapes import levels
+from outrider.engine.engine import Engine
+from outrider.errors import CapabilityError, ConfigError
+from outrider.sampling.params import SamplingParams
+from outrider.target.toy import TinyLM
+from outrider.train.features import hidden_of
+from outrider.types import Draft, Evidence
+from outrider.verify import load_rule
+from tests.unit.drafting import evidence, view
+
+V, H = 19, 16
+TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
+TAPS = (1, 3)
+
+
+@cache
+def feature_model(kv_heads: int = 1, norm_before_residual: bool = False) -> FeatureModel:
+    torch.manual_seed(3)
+    config = FeatureConfig(12, H, TAPS, V, 2, kv_heads, 6, 20, norm_before_residual=norm_before_residual)
+    model = FeatureModel(config).double().eval().requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=0.5)
+    return model
+
+
+@cache
+def heads(shared: bool = True, blocks: int = 2) -> MedusaHeads:
+    torch.manual_seed(4)
+    model = MedusaHeads(HeadsConfig(H, V, 4, 3, blocks, shared)).double().eval().requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=0.5)
+    return model
+
+
+class Seen:
+    """Wraps a growth: keeps the logits it was given, by sequence and path."""
+
+    def __init__(self, inner: Levels | BestFirst) -> None:
+        self.inner, self.logits = inner, {}
+        self.siblings = inner.siblings
+        self.depth, self.nodes, self.looked_at, self.trees = inner.depth, inner.nodes, inner.looked_at, inner.trees
+
+    def grow(self, evidence: Evidence, depths, forest: Forest, logits, follow) -> None:
+        live = [i for i, d in enumerate(depths) if d]
+        history = {i: tuple(evidence.sequences[i].tokens) for i in live}
+        for i, row in zip(live, logits, strict=True):
+            self.logits[history[i], ()] = row.clone()
+
+        def watched(ends):
+            out = follow(ends)
+            for (i, k), row in zip(ends, out, strict=True):
+                self.logits[history[i], forest.path(i, k)] = row.clone()
+            return out
+
+        self.inner.grow(evidence, depths, forest, logits, watched)
+
+
+GROWTHS = {
+    "chain": lambda: Levels(levels((1,) * 3), V),
+    "tree": lambda: Levels(levels((2, 2, 1)), V),
+    "dynamic": lambda: BestFirst(6, 3, V, width=2),
+}
+
+
+def decode(drafter: Medusa | Eagle, slots: int, temperature: float = 1.0) -> None:
+    """Sequences that join and leave, prompts in chunks of 5, several depths, rejections of every kind."""
+    one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=slots, max_length=60, chunk=5)
+    p = [SamplingParams(temperature=temperature, max_tokens=m, seed=i) for i, m in enumerate((14, 9, 21, 6))]
+    one.generate([[3, 1, 4], [1] * 11, [5, 9, 2, 6, 5, 3, 5], [8]], p)
+    assert one.counts.rejected > 5
+
+
+def states(text: tuple[int, ...]) -> torch.Tensor:
+    return hidden_of(TARGET, torch.tensor([text]), TAPS).double()[0]  # float32 on the way
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("how", list(GROWTHS))
+def test_cached_logits_are_those_of_training(how: str, kv_heads: int, residual: bool) -> None:
+    """After any history of partial acceptances every logit served equals the training-time unroll of the same tokens.
+
+    That is cached against recomputed, and train-serve parity, in one equality.
+    """
+    model = feature_model(kv_heads, residual)
+    seen = Seen(GROWTHS[how]())
+    decode(Eagle(model, seen), 3)
+    assert len(seen.logits) > 60
+    for (history, path), row in seen.logits.items():
+        known = len(history) - 1  # the anchor has no hidden state yet
+        taps = states(history)[None, :known]
+        tokens = torch.tensor([[*history, *path]])
+        found = model.unroll(tokens, taps, len(path) + 1)[len(path)][0, known - 1]
+        torch.testing.assert_close(row, found, rtol=0, atol=2e-4)  # hidden states went through float32 above
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_serve_what_they_were_trained_as(shared: bool) -> None:
+    model, seen = heads(shared), Seen(GROWTHS["tree"]())
+    decode(Medusa(model, seen), 3)
+    assert len(seen.logits) > 60
+    for (history, path), row in seen.logits.items():
+        last = hidden_of(TARGET, torch.tensor([history[:-1]]), (3,)).double()[0, -1, 0]
+        torch.testing.assert_close(row, model(last)[len(path)], rtol=0, atol=2e-4)
+
+
+def test_nothing_leaks_from_the_future() -> None:
+    """Level s at column i changes with tokens up to i + s + 1 and hidden states up to i, and with nothing behind them."""
+    model = feature_model()
+    g = torch.Generator().manual_seed(0)
+    tokens, taps = torch.randint(V, (1, 12), generator=g), torch.randn(1, 8, 2, H, generator=g, dtype=torch.float64)
+    base = model.unroll(tokens, taps, 3)
+    for t in range(12):
+        other = tokens.clone()
+        other[0, t] = (other[0, t] + 1) % V
+        for s, (a, b) in enumerate(zip(base, model.unroll(other, taps, 3), strict=True)):
+            changed = (a != b).any(-1)[0].tolist()
+            assert not any(changed[: max(0, t - s - 1)]), (t, s)
+            if 1 <= t <= 8 and t - s - 1 >= 0:
+                assert changed[t - s - 1 : t - s] in ([True], []), "the newest token is read"
+    for t in range(8):
+        other = taps.clone()
+        other[0, t] += 1.0
+        for a, b in zip(base, model.unroll(tokens, other, 3), strict=True):
+            changed = (a != b).any(-1)[0].tolist()
+            assert changed == [False] * t + [True] * (8 - t)
+
+
+def test_a_gap_in_what_was_seen_makes_a_draft_worse_never_wrong() -> None:
+    """Rows that a drafter never saw (a prefix shared with somebody else's cache) start it over; it drafts all the same."""
+    drafter = Eagle(feature_model(), GROWTHS["chain"]())
+    drafter.bind(1, 40)
+    found = drafter.draft(evidence([view([1, 2, 3])], V), [3])  # no row of this sequence was in the forward
+    assert found.counts == (0,)
+
+
+def test_best_first_is_the_best_tree() -> None:
+    """Against brute force: of all nodes of a full tree with known chances, the most valuable ones, whatever the order."""
+    chance = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    growth, forest = BestFirst(7, 3, 4, width=4), Forest(1)
+    growth.grow(
+        evidence([view([1])], 4), [3], forest, chance.log()[None], lambda ends: chance.log().expand(len(ends), -1)
+    )
+    import itertools
+
+    values = sorted(
+        (float(chance[list(path)].prod()) for d in (1, 2, 3) for path in itertools.product(range(4), repeat=d)),
+        reverse=True,
+    )
+    mine = sorted((float(chance[list(p)].prod()) for p in forest.paths[0]), reverse=True)
+    assert mine == pytest.approx(values[:7])
+    draft: Draft = forest.draft(torch.device("cpu"), "iid")
+    assert draft.q is None
+    assert all(p < k for k, p in enumerate(draft.parent))
+
+
+def test_budgets_are_kept() -> None:
+    for how in GROWTHS:
+        growth = GROWTHS[how]()
+        for d in (1, 2, 3):
+            forest = Forest(1)
+            flat = torch.linspace(0, 1, V, dtype=torch.float64)[None]
+            growth.grow(evidence([view([1])], V), [d], forest, flat, lambda ends, x=flat: x.expand(len(ends), -1))
+            assert max(map(len, forest.paths[0])) <= d
+            assert growth.looked_at > growth.nodes or max(map(len, forest.paths[0])) == d
+            assert len(forest.paths[0]) <= growth.nodes
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+def test_round_trips(tmp_path: Path) -> None:
+    """What is written is read again, rounded to bfloat16 and not otherwise; one more trip changes nothing."""
+    for number, model in enumerate((feature_model(2, True), heads(True), heads(False))):
+        folder, again = tmp_path / f"{number}", tmp_path / f"{number}-again"
+        model.save(folder)
+        read = type(model).load(folder, TARGET)
+        assert read.config == model.config
+        for name, value in model.state_dict().items():
+            assert torch.equal(read.state_dict()[name], value.bfloat16().float())
+        read.save(again)
+        assert (folder / "config.json").read_text() == (again / "config.json").read_text()
+        for name, value in load_file(folder / "model.safetensors").items():
+            assert torch.equal(load_file(again / "model.safetensors")[name], value)
+
+
+def test_names_and_fields_of_the_layouts(tmp_path: Path) -> None:
+    """Tensor names and configuration keys are those that other programs look for."""
+    feature_model().save(tmp_path / "eagle", "some/target")
+    names = set(load_file(tmp_path / "eagle" / "model.safetensors"))
+    layer = "layers.0."
+    assert names == {
+        "embed_tokens.weight", "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
+        *(f"{layer}{n}.weight" for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
+        *(f"{layer}self_attn.{n}_proj.weight" for n in "qkvo"),
+        *(f"{layer}mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
+    }  # fmt: skip
+    config = json.loads((tmp_path / "eagle" / "config.json").read_text())
+    assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "eagle3"
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "some/target"
+    assert config["eagle_aux_hidden_state_layer_ids"] == list(TAPS)
+    assert config["norm_before_residual"] is False
+    assert config["transformer_layer_config"]["model_type"] == "llama"
+    heads(True).save(tmp_path / "medusa")
+    names = set(load_file(tmp_path / "medusa" / "model.safetensors"))
+    blocks = {f"blocks.{h}.layers.{j}.{n}" for h in range(4) for j in range(2) for n in ("weight", "bias")}
+    assert names == blocks | {"lm_heads.0.weight", "norm.weight"}
+
+
+def test_layouts_of_others_are_read(tmp_path: Path) -> None:
+    """EAGLE-3's own name for the layer; Medusa heads without biases and without the target's norm."""
+    feature_model().save(tmp_path / "eagle")
+    path = tmp_path / "eagle" / "model.safetensors"
+    save_file({n.replace("layers.0.", "midlayer."): t for n, t in load_file(path).items()}, path)
+    assert FeatureModel.load(tmp_path / "eagle", TARGET).config.taps == TAPS
+    heads(True).save(tmp_path / "medusa")
+    path, config = tmp_path / "medusa" / "model.safetensors", tmp_path / "medusa" / "config.json"
+    kept = {n: t for n, t in load_file(path).items() if not n.endswith("bias") and n != "norm.weight"}
+    save_file(kept, path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"medusa_fc_bias": False}))
+    with pytest.raises(ConfigError, match="final norm"):
+        MedusaHeads.load(tmp_path / "medusa", TARGET)
+    read = MedusaHeads.load(tmp_path / "medusa", TARGET, torch.ones(H))
+    assert not bool(read.blocks[0].layers[0].bias.any())  # type: ignore[index, union-attr]
+
+
+def test_specs(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    heads().save(tmp_path / "medusa")
+    feature_model().save(tmp_path / "eagle")
+
+    def load(spec: str, length: int = 3, path: Path | None = tmp_path / "target"):
+        return load_drafter(spec, target=TARGET, length=length, target_path=str(path) if path else None)
+
+    assert (load("medusa").name, load("medusa", 9).max_depth) == ("medusa", 4)
+    assert load(f"medusa:{tmp_path / 'medusa'}", path=None).layers == (3,)
+    eagle = load("eagle")
+    assert (eagle.layers, eagle.max_depth, eagle.trees) == (TAPS, 3, False)
+    assert load("greedy:eagle").growth.sample == "greedy"
+    assert load("tree:3x2:medusa").max_nodes == 9
+    assert load("dynamic:12:eagle").max_nodes == 12
+    assert load("dynamic:12x2:medusa", 4).growth.width == 2
+    assert load("ngram+eagle").name == "ngram+eagle"
+    with pytest.raises(ConfigError, match="companion"):
+        load("medusa", path=None)
+    with pytest.raises(ConfigError, match="dynamic:NODES"):
+        load("dynamic:x:eagle")
+    with pytest.raises(ConfigError, match="as many heads"):
+        load("tree:2x1x1x1x1:medusa", 5)
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    heads().save(tmp_path / "medusa")
+    with pytest.raises(CapabilityError, match="of width 16 and 19 tokens"):
+        MedusaHeads.load(tmp_path / "medusa", TinyLM(V, 32, 3))
+    with pytest.raises(CapabilityError, match="reads layers"):
+        MedusaHeads.load(tmp_path / "medusa", TinyLM(V, H, 2))
+    with pytest.raises(ConfigError, match="of type 'medusa', not 'eagle3'"):
+        FeatureModel.load(tmp_path / "medusa", TARGET)
+    with pytest.raises(ConfigError, match="holds no trained drafter"):
+        MedusaHeads.load(tmp_path, TARGET)
+    path = tmp_path / "medusa" / "model.safetensors"
+    whole = load_file(path)
+    save_file({n: t for n, t in whole.items() if n != "lm_heads.0.weight"}, path)
+    with pytest.raises(ConfigError, match="not those its"):
+        MedusaHeads.load(tmp_path / "medusa", TARGET)
+    path.write_bytes(b"\x80\x04pickle")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        MedusaHeads.load(tmp_path / "medusa", TARGET)
+    (tmp_path / "medusa" / "config.json").write_text('{"model_type": "medusa", "hidden_size": -4}')
+    save_file(whole, path)
+    with pytest.raises(ConfigError, match="hidden_size must be"):
+        MedusaHeads.load(tmp_path / "medusa", TARGET)
