@@ -157,7 +157,11 @@ def main() -> None:
     finally:
         for arm in arms:
             arm.end()
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     document = {"command": sys.argv, "machine": machine, "results": results}
     if options.write:
         options.write.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

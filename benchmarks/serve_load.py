@@ -136,7 +136,9 @@ class Sender:
         return json.dumps(body).encode(), manner
 
 
-async def closed_loop(address: Address, traffic: Traffic, clients: int, requests: int, seed: int = 0) -> tuple[list[Outcome], float]:
+async def closed_loop(
+    address: Address, traffic: Traffic, clients: int, requests: int, seed: int = 0
+) -> tuple[list[Outcome], float]:
     """`requests` requests by `clients` clients; the outcomes, and the seconds from the first byte to the last."""
     sender, out, left = Sender(traffic, seed), list[Outcome](), requests
     start = perf_counter()
@@ -151,7 +153,9 @@ async def closed_loop(address: Address, traffic: Traffic, clients: int, requests
     return out, perf_counter() - start
 
 
-async def open_loop(address: Address, traffic: Traffic, rate: float, seconds: float, seed: int = 0) -> tuple[list[Outcome], float]:
+async def open_loop(
+    address: Address, traffic: Traffic, rate: float, seconds: float, seed: int = 0
+) -> tuple[list[Outcome], float]:
     """Poisson arrivals at `rate` a second for `seconds`; waits for all that was sent."""
     sender, arrivals, tasks = Sender(traffic, seed), random.Random(seed + 1), []
     start = perf_counter()
