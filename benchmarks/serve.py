@@ -105,9 +105,12 @@ def report(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     print(f"\n{title} clients, {len(next(iter(runs.values())))} rounds", file=sys.stderr)
     for name, mine in runs.items():
         speed = float(np.median([r["tokens_per_second"] for r in mine]))
-        cell = lambda kind, q: f"{1e3 * np.median([r['latency'][kind][q] or np.nan for r in mine]):7.1f}"  # noqa: E731,B023
-        line = f"  {name:9s} {speed:7.1f} tokens/s   first token p50 {cell('first_token', 'p50')} p99 {cell('first_token', 'p99')} ms"
-        line += f"   per token p50 {cell('per_token', 'p50')} p99 {cell('per_token', 'p99')} ms   lengths {[r['length'] for r in mine]}"
+        line = f"  {name:9s} {speed:7.1f} tokens/s"
+        for kind in ("first_token", "per_token"):
+            p50, p99 = (1e3 * float(np.median([r["latency"][kind][q] or np.nan for r in mine])) for q in ("p50", "p99"))
+            line += f"   {kind.replace('_', ' ')} p50 {p50:6.1f} p99 {p99:6.1f} ms"
+        if any(r["length"] is not None for r in mine):
+            line += f"   lengths {[r['length'] for r in mine]}"
         if name != "plain" and "plain" in runs:
             ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(mine, runs["plain"], strict=True)]
             out["ratios"][name] = interval(ratios)
