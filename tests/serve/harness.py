@@ -39,7 +39,9 @@ class Running:
         self.thread.join(seconds)
         assert not self.thread.is_alive()
 
-    def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, dict, bytes]:
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict, bytes]:
         """One request over a fresh connection: status, headers, body. `body` is sent as it is if bytes, else as JSON."""
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         lines = {"Host": "127.0.0.1", "Connection": "close", "Content-Length": str(len(data))}
@@ -81,7 +83,9 @@ def _unchunk(data: bytes) -> bytes:
 
 
 @contextmanager
-def serving(keys: tuple[str, ...] = (), limits: Limits | None = None, engine: Any = None, **options: Any) -> Iterator[Running]:
+def serving(
+    keys: tuple[str, ...] = (), limits: Limits | None = None, engine: Any = None, **options: Any
+) -> Iterator[Running]:
     """A server for the shipped pair (or for `engine`), stopped at the end of the block."""
     fixed = options.pop("fixed", False)
     settings = Settings(

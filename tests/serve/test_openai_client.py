@@ -89,7 +89,14 @@ def streamed(client: openai.OpenAI, **ask) -> tuple[dict[int, str], dict[int, st
     bias=st.sampled_from([{}, {str(t): 8.0 for t in range(130, 230)}]),  # bytes of multi-byte characters become likely
 )
 def test_streaming_changes_nothing(client, seed, prompt, stop, temperature, bias) -> None:
-    ask = {"model": "pycode", "prompt": prompt[-400:], "max_tokens": 24, "seed": seed, "n": 2, "temperature": temperature}
+    ask = {
+        "model": "pycode",
+        "prompt": prompt[-400:],
+        "max_tokens": 24,
+        "seed": seed,
+        "n": 2,
+        "temperature": temperature,
+    }
     ask |= {"stop": stop} if stop else {}
     ask |= {"logit_bias": bias} if bias else {}
     whole = client.completions.create(**ask)
@@ -102,7 +109,10 @@ def test_streaming_changes_nothing(client, seed, prompt, stop, temperature, bias
 
 def test_chat_streamed_and_whole(client: openai.OpenAI) -> None:
     """The shipped pair has no template: it continues the messages' texts, a line each."""
-    messages = [{"role": "system", "content": "# a module"}, {"role": "user", "content": [{"type": "text", "text": "def f("}]}]
+    messages = [
+        {"role": "system", "content": "# a module"},
+        {"role": "user", "content": [{"type": "text", "text": "def f("}]},
+    ]
     ask = {"model": "pycode", "messages": messages, "max_completion_tokens": 20, "seed": 4}
     whole = client.chat.completions.create(**ask)
     with client.chat.completions.create(stream=True, **ask) as stream:
@@ -117,10 +127,15 @@ def test_chat_streamed_and_whole(client: openai.OpenAI) -> None:
 def test_logprobs_in_both_shapes(client: openai.OpenAI) -> None:
     legacy = client.completions.create(model="pycode", prompt=PROMPT, max_tokens=8, seed=2, logprobs=2, stop=["zzz"])
     chat = client.chat.completions.create(
-        model="pycode", messages=[{"role": "user", "content": PROMPT}], max_tokens=8, seed=2, logprobs=True, top_logprobs=2
+        model="pycode",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=8,
+        seed=2,
+        logprobs=True,
+        top_logprobs=2,
     )
     old, new = legacy.choices[0].logprobs, chat.choices[0].logprobs
-    assert old is not None and new is not None and new.content is not None
+    assert old is not None and old.tokens is not None and new is not None and new.content is not None
     assert old.tokens == [e.token for e in new.content]
     assert old.token_logprobs == pytest.approx([e.logprob for e in new.content], abs=1e-5)
     assert all(len(e.top_logprobs) == 2 and e.top_logprobs[0].logprob >= e.top_logprobs[1].logprob for e in new.content)
@@ -130,7 +145,12 @@ def test_logprobs_in_both_shapes(client: openai.OpenAI) -> None:
 
 def test_bias_and_stop_tokens(client: openai.OpenAI) -> None:
     only = client.completions.create(
-        model="pycode", prompt=PROMPT, max_tokens=5, logit_bias={"300": 100}, temperature=0, extra_body={"return_token_ids": True}
+        model="pycode",
+        prompt=PROMPT,
+        max_tokens=5,
+        logit_bias={"300": 100},
+        temperature=0,
+        extra_body={"return_token_ids": True},
     )
     assert only.choices[0].model_dump()["token_ids"] == [300] * 5
     stopped = client.completions.create(
@@ -177,6 +197,7 @@ def test_metrics_count_what_was_served(server: Running, client: openai.OpenAI) -
     before = read()
     reply = client.completions.create(model="pycode", prompt=PROMPT, max_tokens=50, extra_body={"ignore_eos": True})
     after = read()
+    assert reply.usage is not None
     label = '{engine="0",model_name="pycode"}'
     for name, count in (("generation_tokens_total", 50), ("prompt_tokens_total", reply.usage.prompt_tokens)):
         assert after[f"vllm:{name}{label}"] - before[f"vllm:{name}{label}"] == count
@@ -184,7 +205,11 @@ def test_metrics_count_what_was_served(server: Running, client: openai.OpenAI) -
     drafted = "outrider_spec_decode_num_draft_tokens_total" + ours
     assert after[drafted] == after["vllm:spec_decode_num_draft_tokens_total" + label]
     judged = sum(v for k, v in after.items() if k.startswith("outrider_spec_decode_judged_tokens_total"))
-    assert judged == after["outrider_spec_decode_num_accepted_tokens_total" + ours] + after["outrider_spec_decode_rejections_total" + ours]
+    assert (
+        judged
+        == after["outrider_spec_decode_num_accepted_tokens_total" + ours]
+        + after["outrider_spec_decode_rejections_total" + ours]
+    )
     assert not any(PROMPT[:8] in k for k in after)
 
 

@@ -1,4 +1,4 @@
-"""What a server must survive: clients that leave, too many of them, strangers, nonsense, failing and hanging engines, its own end."""
+"""What a server must survive: clients that leave, too many, strangers, nonsense, failing and hanging engines, its end."""
 
 from __future__ import annotations
 
@@ -88,7 +88,16 @@ def test_every_route_but_health_asks_for_the_key(small: Running) -> None:
 
     paths = [r.path for r in create_app(lambda: None, Settings("x")).routes]  # type: ignore[attr-defined, return-value, arg-type]
     assert len(paths) >= 12
-    tricks = ["//health", "/health/", "/HEALTH", "/health/../metrics", "/%68ealth/x", "/v1//models", "/health;/metrics", "/nope"]
+    tricks = [
+        "//health",
+        "/health/",
+        "/HEALTH",
+        "/health/../metrics",
+        "/%68ealth/x",
+        "/v1//models",
+        "/health;/metrics",
+        "/nope",
+    ]
     for path in [p.replace("{id:path}", "pycode") for p in paths] + tricks:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {KEY}x"}, {"Host": "health"}):
             status, _, body = small.call("GET", path, headers=headers)
@@ -101,7 +110,9 @@ def test_every_route_but_health_asks_for_the_key(small: Running) -> None:
 
 
 def test_padded_streams_have_even_frames(small: Running) -> None:
-    _, _, body = small.call("POST", "/v1/completions", {**SHORT, "max_tokens": 12, "stream": True, "ignore_eos": True}, AUTH)
+    _, _, body = small.call(
+        "POST", "/v1/completions", {**SHORT, "max_tokens": 12, "stream": True, "ignore_eos": True}, AUTH
+    )
     frames = body.removesuffix(b"data: [DONE]\n\n").split(b"}\n\n")[:-1]
     assert len(frames) > 2
     assert all((len(f) + 3) % 256 == 0 for f in frames)
@@ -148,13 +159,38 @@ def test_a_bad_field_is_named(server: Running, body: object, param: str | None) 
 
 
 def test_the_nearest_field_is_named(server: Running) -> None:
-    for body, near in (({**SHORT, "temprature": 1}, "temperature"), ({**SHORT, "speculation": {"lenght": 1}}, "length")):
-        assert f"did you mean {near!r}" in json.loads(server.call("POST", "/v1/completions", body)[2])["error"]["message"]
+    for body, near in (
+        ({**SHORT, "temprature": 1}, "temperature"),
+        ({**SHORT, "speculation": {"lenght": 1}}, "length"),
+    ):
+        assert (
+            f"did you mean {near!r}" in json.loads(server.call("POST", "/v1/completions", body)[2])["error"]["message"]
+        )
     chat = {"model": "pycode", "messages": [{"role": "user", "content": "x", "nmae": "y"}]}
     assert "'name'" in json.loads(server.call("POST", "/v1/chat/completions", chat)[2])["error"]["message"]
-    for field, value in (("tools", [{}]), ("response_format", {"type": "json_object"}), ("store", True)):
+    for field, value in (("tools", [{}]), ("response_format", {"type": "xml"}), ("store", True)):
         chat = {"model": "pycode", "messages": [{"role": "user", "content": "x"}], field: value}
         assert server.call("POST", "/v1/chat/completions", chat)[0] == 400
+
+
+def test_response_formats(server: Running) -> None:
+    """A JSON schema holds under speculation; a type without its schema is refused."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {**SHORT, "prompt": "x = ", "max_tokens": 60, "seed": 3, "response_format": wanted}
+    status, _, answer = server.call("POST", "/v1/completions", body)
+    assert status == 200, answer
+    choice = json.loads(answer)["choices"][0]
+    assert status == 200
+    if choice["finish_reason"] == "stop":
+        assert isinstance(json.loads(choice["text"])["a"], int)
+    for bad in ({"type": "json_schema"}, {"type": "text", "json_schema": {"schema": schema}}):
+        assert server.call("POST", "/v1/completions", {**SHORT, "response_format": bad})[0] == 400
 
 
 def test_requests_the_engine_refuses(server: Running) -> None:
@@ -194,13 +230,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = st.sampled_from(["prompt", "n", "stop", "seed", "logit_bias", "temperature", "stream_options", "logprobs", "prediction"])
+NAMES = st.sampled_from(
+    ["prompt", "n", "stop", "seed", "logit_bias", "temperature", "stream_options", "logprobs", "prediction"]
+)
 
 
 @bounded(max_examples=40)
 @given(st.dictionaries(NAMES | st.text(max_size=8), JSON, max_size=4))
 def test_no_body_makes_the_server_fail(server: Running, fields: dict) -> None:
-    status, _, reply = server.call("POST", "/v1/completions", {"model": "pycode", "prompt": "x", "max_tokens": 1, **fields})
+    status, _, reply = server.call(
+        "POST", "/v1/completions", {"model": "pycode", "prompt": "x", "max_tokens": 1, **fields}
+    )
     assert status in (200, 400, 404)
     assert status == 200 or set(json.loads(reply)["error"]) == {"message", "type", "param", "code"}
 

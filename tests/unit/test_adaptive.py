@@ -134,7 +134,7 @@ def test_it_follows_a_change_of_traffic_both_ways() -> None:
 
 def test_trials_become_rare() -> None:
     """Hysteresis: in a steady world 98% of late steps use the choice."""
-    world, controller = World(memory_bound, 0.8), Adaptive(3, 4)
+    world, controller = World(memory_bound, 0.8), Adaptive(3, 3)
     world.run(controller, 2, 6000)
     asked = world.run(controller, 2, 4000)
     assert max(asked.values()) >= 0.98 * 4000

@@ -13,6 +13,7 @@ bind_threads()  # before anything imports torch: an OpenMP runtime reads its bin
 import typer  # noqa: E402
 
 from outrider.cli import audit, bench, chat, demo, doctor, generate, predict, runs, serve, train  # noqa: E402
+from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError  # noqa: E402
 
@@ -39,6 +40,7 @@ app.add_typer(runs.runs_app, name="runs")
 app.command("doctor")(doctor.doctor)
 app.command("train")(train.train)
 app.add_typer(theory_app, name="theory")
+app.add_typer(dashboards_app, name="dashboards")
 
 
 def _version(value: bool | None) -> None:

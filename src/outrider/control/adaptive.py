@@ -19,10 +19,10 @@ from typing import Protocol, cast, runtime_checkable
 from outrider.errors import ConfigError
 from outrider.types import SequenceView, StepRecord
 
-PAIRS = 12
-"""Paired step times of a trial of two lengths."""
+PAIRS, TRIM = 16, 4
+"""Paired step times of a trial of two lengths, and how many of each length's slowest are left out of its mean."""
 AGREE, AGREE_PLAIN = 0.7, 0.5
-"""Share of the pairs that must agree with a move, and with one to plain decoding: a false alarm there is soon corrected."""
+"""Share of the pairs that must agree with a move, and with one to plain decoding, beside the means."""
 SETTLE, FIRST_PAUSE, LAST_PAUSE = 8, 64, 2048
 """Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, so that trials
 cost below half a per cent in the long run."""
@@ -62,14 +62,14 @@ class _Load:
     """What is known of one load class.
 
     length: the choice. trial: the length that takes turns with it, or -1. turn: steps of the trial so far.
-    ratios: T(trial) / T(length), pair by pair. halves: step times of the pair being measured, by part and length.
+    pairs: T(trial) and T(length), pair by pair. halves: step times of the pair being measured, by part and length.
     cost[L]: latest T(L) / T(0). step: median seconds of the latest steps of the choice. at: the step it was last seen in.
     """
 
     length: int
     trial: int = -1
     turn: int = 0
-    ratios: list[float] = field(default_factory=list)
+    pairs: list[tuple[float, float]] = field(default_factory=list)
     halves: dict[tuple[str, int], float] = field(default_factory=dict)
     cost: dict[int, float] = field(default_factory=lambda: {0: 1.0})
     known: set[int] = field(default_factory=set)
@@ -86,8 +86,13 @@ class _Load:
             for x in (self.trial, self.length)
         ]
         if not any(math.isnan(x) for x in sums) and sums[1] > 0:
-            self.ratios.append(sums[0] / sums[1])
+            self.pairs.append((sums[0], sums[1]))
             self.halves.clear()
+
+    def ratio(self) -> float:
+        """T(trial) / T(length): a ratio of means, since throughput is one, without the slowest steps of either."""
+        keep = max(1, len(self.pairs) * (PAIRS - TRIM) // PAIRS)
+        return sum(sorted(x for x, _ in self.pairs)[:keep]) / sum(sorted(y for _, y in self.pairs)[:keep])
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +220,13 @@ class Adaptive:
     def _decide(self, load: _Load) -> None:
         """At the end of a pause begin a trial; at the end of a trial judge it."""
         if load.trial >= 0:
-            if len(load.ratios) >= PAIRS or self._hopeless(load):
+            if len(load.pairs) >= PAIRS or self._hopeless(load):
                 self._judge(load)
             return
         load.left -= 1
         if load.left <= 0:
             load.trial, load.turn = self._next_trial(load), 0
-            load.ratios.clear()
+            load.pairs.clear()
             load.halves.clear()
             if load.trial < 0:
                 load.left = LAST_PAUSE
@@ -241,22 +246,22 @@ class Adaptive:
     def _hopeless(self, load: _Load) -> bool:
         """Whether a trial need not go on: every pair so far says that the length on trial is much worse."""
         gain = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length)
-        return len(load.ratios) >= SURE and all(gain < HOPELESS * r for r in load.ratios)
+        return len(load.pairs) >= SURE and all(gain * y < HOPELESS * x for x, y in load.pairs)
 
     def _judge(self, load: _Load) -> None:
         """Move to the trial's length if it is better by the margin, to plain decoding also if it is better at all."""
         trial, length = load.trial, load.length
-        ratio = median(load.ratios)
+        ratio = load.ratio()
         gain = self.tokens_per_step(trial) / self.tokens_per_step(length)
         needed = 1.0 if trial == 0 else 1.0 + self.margin
-        agree = sum(gain > needed * r for r in load.ratios) / len(load.ratios)
+        agree = sum(gain * y > needed * x for x, y in load.pairs) / len(load.pairs)
         if length == 0:
             load.cost[trial] = ratio
         elif trial == 0:
             load.cost[length] = 1.0 / ratio
         elif length in load.cost:
             load.cost[trial] = ratio * load.cost[length]
-        moved = agree > AGREE_PLAIN if trial == 0 else agree >= AGREE
+        moved = gain > needed * ratio and agree >= (AGREE_PLAIN if trial == 0 else AGREE)
         load.known = {length} if moved else load.known | {trial}
         load.trial = -1
         if moved:

@@ -91,7 +91,7 @@ def run_group(arm: Arm, prompts: list[list[int]], params: list[SamplingParams], 
             events, now = engine.step(), perf_counter() - start
             for e in events:
                 key = (e.request, e.index)
-                outputs.setdefault(key, []).extend(e.token_ids)
+                outputs.setdefault(key, []).extend(e.tokens)
                 first.setdefault(key, now)
                 ends[key] = now
                 failed += e.finish_reason == "error"

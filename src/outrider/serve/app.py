@@ -189,5 +189,8 @@ def document() -> dict[str, Any]:
             "/metrics": get("Prometheus metrics"),
             "/outrider/state": get("What the page shows"),
         },
-        "components": {"schemas": schema.get("$defs", {}), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": schema.get("$defs", {}),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }

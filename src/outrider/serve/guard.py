@@ -47,7 +47,10 @@ class Guard:
                 begun = True
                 route = scope["path"] if scope["path"] in self.routes else "other"
                 self.metrics.responses[route, str(message["status"])] += 1
-                message["headers"] = [*message.get("headers", []), *((k.encode(), v.encode()) for k, v in HEADERS.items())]
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *((k.encode(), v.encode()) for k, v in HEADERS.items()),
+                ]
             await send(message)
 
         try:
@@ -58,14 +61,20 @@ class Guard:
         except Exception:
             logger.exception("a route failed")
             if not begun:
-                await reply(500, "the server failed while answering this request", "server_error")(scope, receive, count)
+                await reply(500, "the server failed while answering this request", "server_error")(
+                    scope, receive, count
+                )
 
     def _refuse(self, scope: Scope) -> Response | None:
         if scope["path"] in OPEN:
             return None
         headers = {k.lower(): v.decode("latin-1") for k, v in scope["headers"]}
         if not self.settings.keys:
-            host = headers.get(b"host", "").rsplit(":", 1)[0] if not headers.get(b"host", "").endswith("]") else headers[b"host"]
+            host = (
+                headers.get(b"host", "").rsplit(":", 1)[0]
+                if not headers.get(b"host", "").endswith("]")
+                else headers[b"host"]
+            )
             if "*" in self.settings.hosts or host in self.settings.hosts:
                 return None
             return reply(403, "this host name is not served: start with --allowed-host NAME", "invalid_request_error")
@@ -108,7 +117,8 @@ def reply(
 
 
 async def body_of(request: Request, limit: int, seconds: float) -> Any:
-    """The JSON body. Raises HTTPException for another type, a body above `limit` bytes or slower than `seconds`, BadField for bad JSON."""
+    """The JSON body. Raises HTTPException for another type, or a body above `limit` bytes or slower than `seconds`; BadField
+    for bad JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send the body as application/json")
     if request.headers.get("content-encoding", "identity") != "identity":

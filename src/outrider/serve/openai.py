@@ -7,6 +7,7 @@ Checked against OpenAI's openapi.yaml 2.3.0 (August 2026) and the extra fields o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -68,8 +69,28 @@ class Speculation(Strict):
     tv_budget: Annotated[float, Field(ge=0, le=1e9)] | None = None
 
 
+class JsonSchema(Strict):
+    """A schema of `response_format`; `name`, `description` and `strict` are accepted, decoding is always strict."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema", max_length=256)]
+    strict: bool | None = None
+
+
 class ResponseFormat(Strict):
-    type: Literal["text"]
+    """What the text must be; checked along every drafted path (see sampling/grammar.py)."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def grammar(self) -> str | None:
+        """The `grammar` of the sampling parameters."""
+        if self.type == "text":
+            return None
+        return "json:" + json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
 class Shared(Strict):
@@ -98,6 +119,7 @@ class Shared(Strict):
     return_token_ids: bool | None = None
     skip_special_tokens: Literal[True] | None = None
     include_stop_str_in_output: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
     # ours
     prediction: Prediction | None = None
     speculation: Speculation | None = None
@@ -158,7 +180,6 @@ class ChatRequest(Shared):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -188,7 +209,16 @@ class Engine:
 
 _FIELDS = frozenset(
     name
-    for model in (CompletionRequest, ChatRequest, Message, TextPart, StreamOptions, Prediction, Speculation, ResponseFormat)
+    for model in (
+        CompletionRequest,
+        ChatRequest,
+        Message,
+        TextPart,
+        StreamOptions,
+        Prediction,
+        Speculation,
+        ResponseFormat,
+    )
     for name in model.model_fields
 )
 
@@ -207,7 +237,7 @@ def text_of(content: str | list[TextPart]) -> str:
 
 
 def parse(model: type[Shared], body: object) -> Any:
-    """A checked request of the class `model`. Raises BadField with the field and the remedy; the client's values are not repeated."""
+    """A checked request of the class `model`. Raises BadField with field and remedy; the client's values are not repeated."""
     if not isinstance(body, dict):
         raise BadField("the body must be a JSON object")
     try:
@@ -284,10 +314,20 @@ def sampling(request: CompletionRequest | ChatRequest, engine: Engine, predicted
         "stop_token_ids": request.stop_token_ids,
         "logprobs": request.top,
         "tv_budget": wish.tv_budget,
+        "grammar": grammar_of(request.response_format),
         "prediction": predicted,
         "draft_length": 0 if wish.mode == "off" else wish.length,
     }
     return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
+
+
+def grammar_of(wanted: ResponseFormat | None) -> str | None:
+    """The grammar of a response format; BadField for a schema without its type or a type without its schema."""
+    if wanted is None:
+        return None
+    if (wanted.type == "json_schema") != (wanted.json_schema is not None):
+        raise BadField("json_schema goes with the type 'json_schema', and that type needs it", "response_format")
+    return wanted.grammar
 
 
 def _check_speculation(wish: Speculation, engine: Engine) -> None:

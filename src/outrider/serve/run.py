@@ -36,7 +36,9 @@ class Server(uvicorn.Server):
         await asyncio.gather(settled, return_exceptions=True)
 
 
-def server_for(app: Starlette, settings: Settings, host: str, port: int, ready: Callable[[], None] | None = None) -> Server:
+def server_for(
+    app: Starlette, settings: Settings, host: str, port: int, ready: Callable[[], None] | None = None
+) -> Server:
     """A server for `app`; serve it with `run()` or, inside a loop, `await serve()`."""
     config = uvicorn.Config(
         app,

@@ -36,7 +36,7 @@ class Settings:
     def admits(self, key: str) -> bool:
         """Whether `key` is one of the keys, in time that does not depend on where it differs."""
         given = digest(key)
-        return any([hmac.compare_digest(given, known) for known in self.keys])
+        return sum(hmac.compare_digest(given, known) for known in self.keys) > 0
 
 
 def digest(key: str) -> bytes:

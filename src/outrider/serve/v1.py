@@ -80,7 +80,9 @@ class OpenAI:
         engine = self.bridge.engine
         facts = served(self.bridge)
         if body.prediction is not None and "prediction" not in facts.drafter.split("+"):
-            raise BadField("this server's drafter does not read predictions: start it with --draft prediction+...", "prediction")
+            raise BadField(
+                "this server's drafter does not read predictions: start it with --draft prediction+...", "prediction"
+            )
         prompts = await self.bridge.aside(lambda: self._prompts(body))
         predicted: tuple[int, ...] = ()
         if body.prediction is not None:
@@ -138,4 +140,6 @@ def chat_prompt(tokenizer: Any, encode: Callable[[str], list[int]], body: ChatRe
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         )
     except Exception as error:  # templates refuse orders of roles by raising, and are outside code
-        raise BadField(f"the model's chat template refuses these messages ({type(error).__name__})", "messages") from None
+        raise BadField(
+            f"the model's chat template refuses these messages ({type(error).__name__})", "messages"
+        ) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from outrider.errors import ConfigError
@@ -172,7 +172,11 @@ class Metrics(Collector):
             ("num_draft_tokens", "Draft tokens proposed.", c.proposed),
             ("num_accepted_tokens", "Draft tokens accepted.", c.accepted),
             ("rejections", "Draft tokens rejected.", c.rejected),
-            ("predicted_rejections", "Sum of each rule's own rejection probability before its coin (the ledger).", c.risk),
+            (
+                "predicted_rejections",
+                "Sum of each rule's own rejection probability before its coin (the ledger).",
+                c.risk,
+            ),
             ("rejection_variance", "Predictable variance of rejections minus predicted rejections.", c.spread),
             ("bias", "Total variation spent by a lossy rule.", c.bias),
         ):
@@ -205,7 +209,9 @@ class Metrics(Collector):
         ):
             yield _counter(f"outrider_{name}", text, names, [(values, value)])
         refused = [([self.model, reason], n) for reason, n in sorted(self.refused.items())]
-        yield _counter("outrider_requests_refused", "Requests refused before decoding.", ["model_name", "reason"], refused)
+        yield _counter(
+            "outrider_requests_refused", "Requests refused before decoding.", ["model_name", "reason"], refused
+        )
         replies = [([route, code], n) for (route, code), n in sorted(self.responses.items())]
         yield _counter("outrider_http_responses", "Replies begun.", ["route", "code"], replies)
         for name, (text, read) in self.gauges.items():
@@ -220,7 +226,7 @@ def drafts(counts: Counts) -> int:
     return counts.judged_at[0] if counts.judged_at else 0
 
 
-def _counter(name: str, text: str, labels: list[str], samples: list[tuple[list[str], float]]) -> Metric:
+def _counter(name: str, text: str, labels: list[str], samples: Sequence[tuple[list[str], float]]) -> Metric:
     family = CounterMetricFamily(name, text, labels=labels)
     for values, value in samples:
         family.add_metric(values, value)

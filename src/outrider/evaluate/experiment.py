@@ -1,0 +1,247 @@
+"""A/B experiments: arms on the same prompts in random order, an answer that may be read after every prompt, guards that veto."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from outrider.engine.build import Options, assemble
+from outrider.engine.engine import Engine
+from outrider.errors import ConfigError, unknown_name
+from outrider.evaluate.measure import Arm, Record, run_group
+from outrider.evaluate.quality import with_quality
+from outrider.evaluate.sequential import Bounds, bounds
+from outrider.evaluate.store import Store, fingerprint
+from outrider.sampling.params import SamplingParams
+from outrider.telemetry.ledger import ledger
+from outrider.types import Counts
+
+MAX_BYTES = 1 << 20
+ARM_OPTIONS = ("draft", "length", "rule", "allow_lossy", "draft_quantize")
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What an experiment asks. See `read_experiment` for the file.
+
+    arms: name -> engine options. base: the arm the others are compared with. min_effect: smallest share of speed that matters.
+    level: probability that any false claim is ever made. quality: nats per token that may be lost, None: not scored.
+    g: prior variance of the standardised effect (`sequential`).
+    """
+
+    name: str
+    arms: dict[str, dict[str, Any]]
+    base: str
+    target: str | None = None
+    prompts: str | None = None
+    count: int = 64
+    batch: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 64
+    min_effect: float = 0.05
+    level: float = 0.05
+    quality: float | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    sd: float | None = None
+    g: float = 0.25
+
+    @property
+    def others(self) -> list[str]:
+        return [a for a in self.arms if a != self.base]
+
+    @property
+    def share(self) -> float:
+        """Level of one comparison: speed and quality of every arm share `level` (Bonferroni)."""
+        return self.level / (len(self.others) * (1 if self.quality is None else 2))
+
+
+def read_experiment(path: Path) -> Experiment:
+    """An experiment from a YAML file: the fields of `Experiment`; each arm any of draft, length, rule, allow_lossy, draft_quantize.
+
+    Raises ConfigError naming the nearest known field.
+    """
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path}: no such experiment file, or larger than {MAX_BYTES >> 20} MiB")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("arms"), dict) or len(found["arms"]) < 2:
+        raise ConfigError(f"{path}: an experiment is a mapping with at least two `arms`")
+    known = Experiment.__dataclass_fields__
+    for key in found:
+        if key not in known:
+            raise ConfigError(f"{path}: {unknown_name('field', str(key), known)}")
+    arms = {str(name): dict(options or {}) for name, options in found.pop("arms").items()}
+    for name, options in arms.items():
+        for key in options:
+            if key not in ARM_OPTIONS:
+                raise ConfigError(f"{path}: arm {name!r}: {unknown_name('option', str(key), ARM_OPTIONS)}")
+    made = {"name": path.stem, "base": next(iter(arms)), **found}
+    experiment = Experiment(arms=arms, **made)
+    _check(experiment, path)
+    return experiment
+
+
+def _check(e: Experiment, path: Path) -> None:
+    if e.base not in e.arms:
+        raise ConfigError(f"{path}: {unknown_name('arm', e.base, e.arms)}")
+    for name, low, high in (
+        ("min_effect", 0, 10),
+        ("level", 0, 1),
+        ("g", 0, 1e6),
+        ("count", 1, 1e6),
+        ("batch", 0, 1e4),
+    ):
+        value = getattr(e, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low < value < high:
+            raise ConfigError(f"{path}: {name} must be a number between {low} and {high:g}, got {value!r}")
+
+
+def build_arms(engine: Engine, experiment: Experiment) -> list[Arm]:
+    """One engine per arm on the weights of `engine`."""
+    base: Options = engine.loaded.options
+    return [Arm(name, assemble(engine.loaded, replace(base, **options))) for name, options in experiment.arms.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One arm against the base. speed: log ratio of tokens per second; quality: nats per token lost. vetoes: failed guards.
+
+    decision: better, worse, equivalent (within min_effect), vetoed, or undecided.
+    """
+
+    arm: str
+    speed: Bounds
+    quality: Bounds | None
+    vetoes: tuple[str, ...]
+    decision: str
+
+    @property
+    def ratio(self) -> tuple[float, float, float]:
+        """Speed-up over the base with its interval."""
+        return math.exp(self.speed.mean), math.exp(self.speed.low), math.exp(min(self.speed.high, 700))
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where an experiment stands: prompt groups that all arms have finished, and the comparisons."""
+
+    groups: int
+    total: int
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    @property
+    def decided(self) -> bool:
+        return bool(self.comparisons) and all(c.decision != "undecided" for c in self.comparisons)
+
+
+def analyse(experiment: Experiment, records: Sequence[Record], total: int) -> State:
+    """Everything the records say now. Groups with a failed request in any arm enter nothing."""
+    by = {(r.arm, r.group): r for r in records}
+    groups = [g for g in sorted({r.group for r in records}) if all((a, g) in by for a in experiment.arms)]
+    good = [g for g in groups if not any(by[a, g].failed for a in experiment.arms)]
+    out = []
+    for arm in experiment.others:
+        pairs = [(by[arm, g], by[experiment.base, g]) for g in good]
+        rate = [
+            math.log(a.tokens / a.seconds) - math.log(b.tokens / b.seconds) for a, b in pairs if a.tokens and b.tokens
+        ]
+        speed = bounds(rate, experiment.share, experiment.g)
+        quality = None
+        if experiment.quality is not None:
+            lost = [_nll(a) - _nll(b) for a, b in pairs if a.nll is not None and b.nll is not None]
+            quality = bounds(lost, experiment.share, experiment.g)
+        vetoes = guards(experiment, arm, records, quality)
+        out.append(Comparison(arm, speed, quality, vetoes, decide(experiment, speed, quality, vetoes)))
+    return State(len(groups), total, out)
+
+
+def _nll(record: Record) -> float:
+    return (record.nll or 0.0) / max(1, record.tokens)
+
+
+def guards(experiment: Experiment, arm: str, records: Sequence[Record], quality: Bounds | None) -> tuple[str, ...]:
+    """What forbids a winner: failures, loops, a ledger that disagrees, quality lost beyond the margin."""
+    mine, base = ([r for r in records if r.arm == a] for a in (arm, experiment.base))
+    out = []
+    if (failed := sum(r.failed for r in mine)) > sum(r.failed for r in base):
+        out.append(f"{failed} failed requests")
+    texts = max(1, sum(len(r.timings) for r in mine))
+    loops, usual = sum(r.loops for r in mine), sum(r.loops for r in base)
+    if loops > usual + 3 * math.sqrt(usual + 1) and loops > 0.05 * texts:
+        out.append(f"{loops} of {texts} texts end in a loop, {usual} in the base")
+    counts = Counts()
+    for r in mine:
+        counts.merge(r.counts)
+    if not ledger(counts, level=1e-4).agrees:
+        out.append(f"the ledger disagrees: predicted {counts.risk:.1f} rejections, observed {counts.rejected}")
+    if quality is not None and experiment.quality is not None and quality.low > experiment.quality:
+        out.append(f"quality: at least {quality.low:.3f} nats per token lost")
+    return tuple(out)
+
+
+def decide(experiment: Experiment, speed: Bounds, quality: Bounds | None, vetoes: tuple[str, ...]) -> str:
+    """The decision the intervals allow. A better arm must also have its quality shown not to be inferior."""
+    if vetoes:
+        return "vetoed"
+    effect = math.log1p(experiment.min_effect)
+    if speed.high < 0:
+        return "worse"
+    if -effect < speed.low and speed.high < effect:
+        return "equivalent"
+    safe = quality is None or experiment.quality is None or quality.high < experiment.quality
+    return "better" if speed.low > 0 and safe else "undecided"
+
+
+def run_experiment(
+    experiment: Experiment,
+    arms: list[Arm],
+    prompts: list[list[int]],
+    store: Store,
+    *,
+    stop_early: bool = True,
+    progress: Callable[[State], None] = lambda _: None,
+) -> State:
+    """Run until every comparison is decided or the prompts are used up; every record is committed as it comes.
+
+    An interrupted experiment goes on where it was. Raises ConfigError if its file has changed since.
+    """
+    config = {**asdict(experiment), "prompts": fingerprint(prompts)}
+    run = store.begin("ab", experiment.name, config)
+    known = {key: Record.from_dict(data) for key, data in store.records(run).items()}
+    params = SamplingParams(
+        temperature=experiment.temperature, top_p=experiment.top_p, max_tokens=experiment.max_tokens, ignore_eos=True
+    )
+    batch = experiment.batch
+    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    order, target = random.Random(experiment.seed), arms[0].engine.parts.target
+    if len(known) < len(groups) * len(arms):
+        for arm in arms:
+            run_group(arm, groups[0], [params] * len(groups[0]), (0, -1, 0))
+    state = State(0, len(groups))
+    for g, group in enumerate(groups):
+        seeds = [replace(params, seed=g * batch + i) for i in range(len(group))]
+        for place, arm in enumerate(order.sample(arms, len(arms))):
+            if (arm.name, g, 0) in known:
+                continue
+            record = run_group(arm, group, seeds, (g, 0, place))
+            if experiment.quality is not None:
+                record = with_quality(target, group, record)
+            store.append(run, record.key, asdict(record))
+            known[record.key] = record
+        state = analyse(experiment, [r for r in known.values() if r.group <= g], len(groups))
+        store.save_experiment(experiment.name, run, config, asdict(state))
+        progress(state)
+        if stop_early and state.decided:
+            break
+    store.finish(run, asdict(state))
+    return state

@@ -1,0 +1,81 @@
+"""`outrider train` end to end on a tiny checkpoint: what it needs, a drafter that the engine takes, a run that continues."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from outrider.cli.main import main
+from outrider.engine.build import build_engine
+from outrider.sampling.params import SamplingParams
+from outrider.train.checkpoint import verify
+from tests.checkpoints import make_checkpoint
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["outrider", *argv])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    make_checkpoint(tmp_path / "target", "llama", tokenizer=True)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(8):
+        (texts / f"{i}.txt").write_text("\n".join(f"the {j}th line of text number {i}, {i * j}" for j in range(60)))
+    return tmp_path
+
+
+def options(place: Path, kind: str) -> list[str]:
+    """A run of a few seconds."""
+    return [
+        "train", kind, "--target", str(place / "target"), "--data", str(place / "texts"), "--work", str(place / "work"),
+        "--out", str(place / kind), "--rows", "12", "--held-out", "4", "--prompt", "8", "--length", "24", "--steps", "4",
+        "--batch", "4", "--levels", "2", "--width", "32", "--taps", "1,2", "--json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, *options(place, kind), "--dry-run") == 0
+    needs = json.loads(capsys.readouterr().out)
+    assert needs["documents"] == 8
+    assert needs["disk_bytes"] > 0
+    assert set(needs["seconds"]) == {"text", "hidden states", "training"}
+    assert not (place / "work").exists(), "a dry run leaves nothing behind"
+
+    assert run(monkeypatch, *options(place, kind)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["drafter"], found["steps"]) == (kind, 4)
+    assert 0 < found["accept_1"] < 1
+    assert 1 < found["tokens"] < 3
+    verify(place / kind)
+    weights = (place / kind / "model.safetensors").read_bytes()
+
+    assert run(monkeypatch, *options(place, kind)) == 0  # nothing is left to be done, and it says the same
+    again = json.loads(capsys.readouterr().out)
+    assert {k: again[k] for k in found} == found
+    assert (place / kind / "model.safetensors").read_bytes() == weights
+
+    p = SamplingParams(temperature=0.0, max_tokens=12)
+    texts = []
+    for draft in ("none", kind, f"dynamic:6:{kind}"):
+        one = build_engine(place / "target", draft, length=2, dtype="float32", slots=1)
+        texts.append(one.generate(["the line"], p)[0].outputs[0].token_ids)
+        assert draft == "none" or one.counts.proposed > 0
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_wrong_input_is_refused(place: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, *options(place, "hydra")) == 2
+    assert "unknown drafter to train 'hydra'" in capsys.readouterr().err
+    assert run(monkeypatch, *options(place, "eagle"), "--taps", "9") == 2
+    assert "taps (9,)" in capsys.readouterr().err
+    assert run(monkeypatch, *options(place, "medusa"), "--data", str(place / "nowhere")) == 2
+    assert "no such file" in capsys.readouterr().err

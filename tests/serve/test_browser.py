@@ -1,0 +1,64 @@
+"""The page in a real browser: Debian's Chromium driven by Playwright. `make test-browser` installs both; skipped without them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.serve.harness import Running, until
+
+CHROMIUM = shutil.which("chromium")
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="apt-get install chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as one:
+        chromium = one.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1400, 900), (390, 800)])
+def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str, size: tuple[int, int]) -> None:
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    problems: list[str] = []
+    page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: problems.append(str(e)))
+    asked: list[str] = []
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(f"{server.url}/?theme={theme}")
+    page.wait_for_function("document.getElementById('model').textContent === 'pycode'")
+    page.fill("#max", "40")
+    page.fill("#prompt", "def <b>read</b>(")
+    page.click("#go")
+    page.wait_for_function("document.getElementById('out2').textContent.includes('ended')", timeout=60_000)
+    kinds = page.eval_on_selector_all("#out span", "all => all.map(x => x.className)")
+    assert kinds[0] == "p"
+    assert {"accepted", "sampled"} <= set(kinds[1:]) <= {"accepted", "corrected", "bonus", "sampled"}
+    assert page.eval_on_selector("#out", "x => x.querySelector('b') === null")  # text stays text
+    page.wait_for_function("document.getElementById('len').textContent !== '-'", timeout=10_000)
+    assert page.locator("#pos rect").count() >= 1
+    assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    assert all(url.startswith(server.url) for url in asked)
+    assert problems == []
+    page.close()
+
+
+def test_stop_in_the_playground_frees_the_slot(server: Running, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(server.url)
+    page.wait_for_function("document.getElementById('model').textContent === 'pycode'")
+    page.fill("#max", "900")
+    page.click("#go")
+    page.wait_for_function("document.querySelectorAll('#out span').length > 3", timeout=30_000)
+    page.click("#stop")
+    until(lambda: not server.bridge.tickets and server.bridge.engine.scheduler.free == 8)
+    page.close()
