@@ -10,7 +10,7 @@ WORKERS ?= 2
 TYPED := tests/unit tests/cli tests/contract/test_scripted.py
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow test-browser check docs bench clean
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ test: $(STAMP)  ## what CI runs: style, types, layers, tests
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in promtool (Debian packages; needs root for apt-get)
+	@command -v chromium >/dev/null && command -v promtool >/dev/null || apt-get install -y --no-install-recommends chromium prometheus
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_browser.py tests/serve/test_serve_command.py
 
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .

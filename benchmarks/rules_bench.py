@@ -1,6 +1,6 @@
 """Which exact rule is fastest end to end? The same draft, prompts and lengths under several rules, interleaved.
 
-    python benchmarks/rules_bench.py [--target DIR --draft DIR] [--length 4] [--rules speculative_sampling block] [--shapes tree:2x1x1]
+    python benchmarks/rules_bench.py [--target DIR --draft DIR] [--length 4] [--rules speculative_sampling block]
 
 Prints tokens per second with 10% and 90%, the ratio to the first rule with its 95% interval, tokens per step, and the ledger.
 """

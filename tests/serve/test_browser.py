@@ -24,6 +24,11 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+def wait(page: Any, expression: str, seconds: float = 30.0) -> None:
+    """Until an expression holds in the page; not in the page's own loop, which its content security policy forbids."""
+    until(lambda: page.wait_for_timeout(30) or page.evaluate(expression), seconds)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1400, 900), (390, 800)])
 def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str, size: tuple[int, int]) -> None:
@@ -34,16 +39,16 @@ def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str,
     asked: list[str] = []
     page.on("request", lambda r: asked.append(r.url))
     page.goto(f"{server.url}/?theme={theme}")
-    page.wait_for_function("document.getElementById('model').textContent === 'pycode'")
+    wait(page, "document.getElementById('model').textContent === 'pycode'")
     page.fill("#max", "40")
     page.fill("#prompt", "def <b>read</b>(")
     page.click("#go")
-    page.wait_for_function("document.getElementById('out2').textContent.includes('ended')", timeout=60_000)
+    wait(page, "document.getElementById('out2').textContent.includes('ended')")
     kinds = page.eval_on_selector_all("#out span", "all => all.map(x => x.className)")
     assert kinds[0] == "p"
     assert {"accepted", "sampled"} <= set(kinds[1:]) <= {"accepted", "corrected", "bonus", "sampled"}
     assert page.eval_on_selector("#out", "x => x.querySelector('b') === null")  # text stays text
-    page.wait_for_function("document.getElementById('len').textContent !== '-'", timeout=10_000)
+    wait(page, "document.getElementById('len').textContent !== '-'")
     assert page.locator("#pos rect").count() >= 1
     assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
     assert page.evaluate("document.documentElement.dataset.theme") == theme
@@ -55,10 +60,10 @@ def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str,
 def test_stop_in_the_playground_frees_the_slot(server: Running, browser: Any) -> None:
     page = browser.new_page()
     page.goto(server.url)
-    page.wait_for_function("document.getElementById('model').textContent === 'pycode'")
+    wait(page, "document.getElementById('model').textContent === 'pycode'")
     page.fill("#max", "900")
     page.click("#go")
-    page.wait_for_function("document.querySelectorAll('#out span').length > 3", timeout=30_000)
+    wait(page, "document.querySelectorAll('#out span').length > 3")
     page.click("#stop")
     until(lambda: not server.bridge.tickets and server.bridge.engine.scheduler.free == 8)
     page.close()

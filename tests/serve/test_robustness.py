@@ -111,7 +111,7 @@ def test_every_route_but_health_asks_for_the_key(small: Running) -> None:
 
 def test_padded_streams_have_even_frames(small: Running) -> None:
     _, _, body = small.call(
-        "POST", "/v1/completions", {**SHORT, "max_tokens": 12, "stream": True, "ignore_eos": True}, AUTH
+        "POST", "/v1/completions", {**SHORT, "max_tokens": 40, "stream": True, "ignore_eos": True}, AUTH
     )
     frames = body.removesuffix(b"data: [DONE]\n\n").split(b"}\n\n")[:-1]
     assert len(frames) > 2

@@ -207,7 +207,7 @@ def test_names_and_fields_of_the_layouts(tmp_path: Path) -> None:
     names = set(load_file(tmp_path / "eagle" / "model.safetensors"))
     layer = "layers.0."
     assert names == {
-        "embed_tokens.weight", "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
+        "embed_tokens.weight", "fc.weight", "norm.weight", "lm_head.weight",
         *(f"{layer}{n}.weight" for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
         *(f"{layer}self_attn.{n}_proj.weight" for n in "qkvo"),
         *(f"{layer}mlp.{n}_proj.weight" for n in ("gate", "up", "down")),

@@ -21,7 +21,7 @@ from outrider.drafters.heads import fill
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 
-SPECULATORS_VERSION = "0.7.0"
+SPECULATORS_VERSION = "0.9.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +189,8 @@ class FeatureModel(nn.Module):
                 "speculators_config": _speculators("eagle3", 3, verifier),
                 "transformer_layer_config": shape,
             },
-            {name: value.bfloat16() for name, value in self.state_dict().items()}
-            | {
-                "d2t": torch.zeros(c.vocab_size, dtype=torch.int64),
-                "t2d": torch.ones(c.vocab_size, dtype=torch.bool),
-            },
+            # no d2t and t2d: the package knows them only for reduced vocabularies
+            {name: value.bfloat16() for name, value in self.state_dict().items()},
         )
 
     @classmethod
