@@ -156,7 +156,7 @@ def test_joint_law_of_the_shipped_rules(name: str) -> None:
     "rule", [lie.PlainRule(correct=lambda p, q: p), lie.PlainRule(coin="final")], ids=["residual", "noise"]
 )
 def test_joint_law_of_a_broken_rule(rule: lie.PlainRule) -> None:
-    assert joint_law(rule, sequences=1500).p_value < FALSE_ALARM
+    assert joint_law(rule, sequences=4000).p_value < FALSE_ALARM
 
 
 def test_rounding_of_a_float64_table_is_nothing() -> None:

@@ -49,7 +49,7 @@ def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str,
     assert {"accepted", "sampled"} <= set(kinds[1:]) <= {"accepted", "corrected", "bonus", "sampled"}
     assert page.eval_on_selector("#out", "x => x.querySelector('b') === null")  # text stays text
     wait(page, "document.getElementById('len').textContent !== '-'")
-    assert page.locator("#pos rect").count() >= 1
+    wait(page, "document.querySelectorAll('#pos rect').length >= 1")
     assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     assert all(url.startswith(server.url) for url in asked)

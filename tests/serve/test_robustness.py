@@ -114,7 +114,7 @@ def test_padded_streams_have_even_frames(small: Running) -> None:
         "POST", "/v1/completions", {**SHORT, "max_tokens": 40, "stream": True, "ignore_eos": True}, AUTH
     )
     frames = body.removesuffix(b"data: [DONE]\n\n").split(b"}\n\n")[:-1]
-    assert len(frames) > 2
+    assert len(frames) >= 2
     assert all((len(f) + 3) % 256 == 0 for f in frames)
 
 

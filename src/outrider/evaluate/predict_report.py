@@ -15,7 +15,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.costs import Costs
 from outrider.evaluate.predict import Scored
 from outrider.theory import forecast as fc
-from outrider.theory.replay import Drafting, Text
+from outrider.theory.replay import Drafting, Text, Verification
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 """Bias budgets, in total variation per token, at which the lossy front is reported."""
@@ -155,6 +155,10 @@ def _run(arm: dict[str, Any], document: dict[str, Any], path: Path, length: int 
     return Run(name, known, counts["rejected"], counts["emitted"], counts["steps"], prompts, temperature, rule)
 
 
+VERIFICATIONS: dict[str | None, Verification] = {None: "token", "speculative_sampling": "token", "block": "block"}
+"""Rules whose runs can be predicted from logs, and how they judge a draft."""
+
+
 def check(
     texts: Sequence[Text],
     runs: Sequence[Run],
@@ -173,11 +177,18 @@ def check(
                 f"the run was at temperature {run.temperature:g} and the prediction at {temperature:g}: "
                 f"predict with --temperature {run.temperature:g}"
             )
-        if run.rule not in (None, "speculative_sampling"):
-            raise ConfigError(f"the run used rule {run.rule!r} and the prediction is of speculative_sampling")
+        if run.rule not in VERIFICATIONS:
+            raise ConfigError(f"the run used rule {run.rule!r} and the prediction is of speculative_sampling or block")
         try:
             c = fc.compare(
-                texts, run.length, run.rejected, run.emitted, run.prompts, drafting, same_prompts=same_prompts
+                texts,
+                run.length,
+                run.rejected,
+                run.emitted,
+                run.prompts,
+                drafting,
+                verification=VERIFICATIONS[run.rule],
+                same_prompts=same_prompts,
             )
         except ValueError as error:
             raise ConfigError(f"nothing to compare with: {error}") from None

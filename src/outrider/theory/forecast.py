@@ -235,6 +235,7 @@ def compare(
     prompts: int,
     drafting: Drafting = "sampled",
     *,
+    verification: Verification = "token",
     same_prompts: bool = False,
     level: float = 0.99,
 ) -> Comparison:
@@ -244,6 +245,7 @@ def compare(
     the run with the coins of its rule, whose variance given the texts is exact.
 
     Args:
+        verification: how the run judged its drafts: token by token, or as a block.
         same_prompts: the run decoded the logs' own prompts, equally often each. Then only the spread between the texts of
             one prompt counts, and the logs must hold at least two of each prompt. Otherwise the spread between prompts
             counts on both sides, and the interval is much wider.
@@ -251,7 +253,7 @@ def compare(
     Raises:
         ValueError: when the logs hold too few prompts, or too few texts of a prompt, to estimate the spread.
     """
-    r = replay(texts, length, drafting)
+    r = replay(texts, length, drafting, verification)
     clusters, losses = [t.prompt for t in texts], expected_rejections(r)
     rate, error, degrees = _jackknife(losses, r.tokens, clusters)
     if not degrees:
