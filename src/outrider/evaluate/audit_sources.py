@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
@@ -66,7 +66,7 @@ def load_callable(name: str) -> Callable[[list[int], int], Sequence[int]]:
         raise ConfigError(f"{name!r} cannot be imported ({error}): give module:function") from None
     if not callable(found):
         raise ConfigError(f"{name!r} is not module:function of something callable")
-    return found
+    return cast(Callable[[list[int], int], Sequence[int]], found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,7 +226,9 @@ class Store:
 
 
 def _run(row: tuple[Any, ...]) -> Run:
-    return Run(*row[:8], json.loads(row[8]), None if row[9] is None else json.loads(row[9]))
+    run, kind, name, state, created, updated, pid, host, config, summary = row
+    known = None if summary is None else json.loads(summary)
+    return Run(run, kind, name, state, created, updated, pid, host, json.loads(config), known)
 
 
 def _json(value: object) -> str:
