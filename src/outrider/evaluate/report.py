@@ -17,7 +17,7 @@ COLOURS = {"target": "#4878cf", "draft": "#6acc65", "rule": "#c8a038", "host": "
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 760px; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; } 
+table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #8884; }
 svg { width: 100%; height: auto; } svg text { fill: currentColor; font: 13px system-ui, sans-serif; }
 pre { white-space: pre-wrap; font-size: 13px; }
