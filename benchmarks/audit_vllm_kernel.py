@@ -4,7 +4,8 @@
 
 Every request has LENGTH drafts drawn from the draft laws (or the most likely tokens). Whatever is drafted, the first emitted
 token must have the target's law at the first position, and the second one, where the first draft was accepted, that of the
-second position. Prints the total variation distance of what comes out, for several vocabulary sizes.
+second position. Prints the total variation distance of what comes out, for several vocabulary sizes. Then the step before it: the
+temperatures of the requests, spread over their draft tokens, which the target's logits are divided by.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import torch
 import vllm._custom_ops  # noqa: F401 - loads the kernels
 from vllm.platforms import current_platform
-from vllm.v1.sample.rejection_sampler import rejection_sample
+from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens, rejection_sample
 
 LENGTH, REQUESTS, ROUNDS = 3, 200, 40
 
@@ -67,6 +68,9 @@ def main() -> None:
                 f"vocabulary {vocab:5d}, {kind}: TV first {first:.3f} (honest draws {floor:.3f}), second {second:.3f}, "
                 f"acceptance off by {off:+.3f}"
             )
+    torch.full((64,), 7.25)  # memory that the next small tensor is likely to get
+    spread = expand_batch_to_tokens(torch.tensor([1.0, 0.5]), torch.tensor([3, 6], dtype=torch.int32), 6, -1, 1)
+    print(f"temperatures 1.0 and 0.5 over 3 tokens each: {spread.tolist()}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ benchmark of the same length, and says what limits a step.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,8 +147,11 @@ def rank(
     return sorted(out, key=lambda c: -c.tokens_per_second)
 
 
-def advice(choices: Sequence[Choice], batch: int) -> dict[str, Any]:
-    """The first choice at a batch size: options for `generate`, vLLM's configuration, and what would change the answer."""
+def advice(choices: Sequence[Choice], batch: int, models: Mapping[str, str]) -> dict[str, Any]:
+    """The first choice at a batch size: options for `generate`, vLLM's configuration, and what would change the answer.
+
+    models: the draft model behind the name of a drafter, for vLLM. Raises ConfigError for a batch that was not planned.
+    """
     mine = [c for c in choices if c.batch == batch]
     if not mine:
         raise ConfigError(f"no configuration of batch {batch} was planned")
@@ -172,15 +175,17 @@ def advice(choices: Sequence[Choice], batch: int) -> dict[str, Any]:
         "bottleneck": best.bottleneck,
         "what_would_change_it": change,
         "options": options,
-        "vllm": None if best.plain else vllm(best),
+        "vllm": None if best.plain else vllm(best, models),
     }
 
 
-def vllm(c: Choice) -> str:
-    """vLLM's `--speculative-config` for a choice."""
+def vllm(c: Choice, models: Mapping[str, str]) -> str | None:
+    """vLLM's `--speculative-config` for a choice; None for a drafter that vLLM does not have."""
     if c.draft == "ngram":
         return json.dumps({"method": "ngram", "num_speculative_tokens": c.length, "prompt_lookup_max": 4})
-    config = {"method": "draft_model", "model": c.draft, "num_speculative_tokens": c.length}
+    if c.draft not in models:
+        return None
+    config = {"method": "draft_model", "model": models[c.draft], "num_speculative_tokens": c.length}
     return json.dumps({**config, "draft_sample_method": "probabilistic"})
 
 

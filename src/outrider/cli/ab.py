@@ -1,0 +1,211 @@
+"""`outrider ab`: experiments between configurations, with answers that may be read at any time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from outrider.cli import options as opt
+from outrider.cli.runs import DEFAULT, StorePath
+from outrider.errors import ConfigError
+
+ab_app = typer.Typer(help="A/B experiments between decoding configurations.", no_args_is_help=True)
+File = Annotated[Path, typer.Argument(help="Experiment file (YAML).")]
+DECIDED = ("better", "worse", "equivalent", "vetoed")
+
+
+def prepare(path: Path) -> tuple[Any, list[Any], list[list[int]]]:
+    """The experiment of a file, its arms on one set of weights, and its prompts."""
+    from outrider.cli.setup import engine_from_options
+    from outrider.evaluate.experiment import build_arms, read_experiment
+    from outrider.evaluate.workloads import load_prompts
+
+    e = read_experiment(path)
+    lossy = any(a.get("allow_lossy") for a in e.arms.values())
+    engine = engine_from_options(target=e.target, dtype=e.dtype, slots=e.batch, allow_lossy=lossy)
+    prompts = [engine.encode(p) for p in load_prompts(Path(e.prompts) if e.prompts else None, e.count)]
+    if len(prompts) < e.batch * 5:
+        raise ConfigError(f"{path}: {len(prompts)} prompts make fewer than five groups of {e.batch}: add prompts")
+    return e, build_arms(engine, e), prompts
+
+
+@ab_app.command("design")
+def design(
+    file: File,
+    pilot: Annotated[int, typer.Option("--pilot", min=5, help="Prompt groups run to learn the spread.")] = 8,
+    power: Annotated[
+        float, typer.Option("--power", help="Probability of seeing the smallest effect that matters.")
+    ] = 0.8,
+    json: opt.Json = False,
+) -> None:
+    """Prompts needed to see `min_effect`, from the file's `sd` or a short pilot; and the effect that `count` can show."""
+    from dataclasses import asdict
+
+    from outrider.evaluate.experiment import read_experiment
+    from outrider.evaluate.sequential import design as plan
+    from outrider.evaluate.sequential import half_width_factor
+
+    e = read_experiment(file)
+    sd = e.sd if e.sd is not None else run_pilot(file, pilot)
+    # speed and quality of every arm share the level, as `Experiment.share` does: as many comparisons as that
+    d = plan(math.log1p(e.min_effect), sd, level=e.level, power=power, arms=1 + round(e.level / e.share))
+    groups = e.count // e.batch
+    shown = (
+        math.expm1((half_width_factor(groups, e.share, d.g) + 0.84) * sd / math.sqrt(groups)) if groups >= 5 else None
+    )
+    document = {**asdict(d), "groups": groups, "detectable_with_count": shown, "enough": groups >= d.sequential}
+    if json:
+        opt.print_json(document)
+        return
+    console = opt.Console(highlight=False)
+    console.print(f"spread of a paired log ratio   {sd:.3f}" + ("" if e.sd else f" (pilot of {pilot} prompt groups)"))
+    console.print(
+        f"to see {e.min_effect:.1%} with power {power:.0%}   {d.sequential} prompt groups, looked at after each"
+    )
+    console.print(f"                               {d.fixed} if looked at once, at the end")
+    console.print(f"the file's {groups} groups show      " + ("too few" if shown is None else f"{shown:.1%} or more"))
+    console.print(f"put into the file              sd: {sd:.3f}, g: {d.g:.3g}")
+
+
+def run_pilot(file: Path, groups: int) -> float:
+    """Largest standard deviation over the arms of the paired log ratio, from the first groups of the prompts."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from outrider.evaluate.measure import run_arms
+    from outrider.sampling.params import SamplingParams
+
+    e, arms, prompts = prepare(file)
+    params = SamplingParams(temperature=e.temperature, top_p=e.top_p, max_tokens=e.max_tokens, ignore_eos=True)
+    with opt.loading(f"pilot: {groups} prompt groups"):
+        records = run_arms(
+            arms, prompts[: groups * e.batch], replace(params), batch=e.batch, repeats=1, seed=e.seed + 1
+        )
+    rate = {(r.arm, r.group): math.log(r.tokens / r.seconds) for r in records if r.tokens and not r.failed}
+    seen = sorted({g for _, g in rate})
+    diffs = {
+        a: [rate[a, g] - rate[e.base, g] for g in seen if (a, g) in rate and (e.base, g) in rate] for a in e.others
+    }
+    if any(len(d) < 3 for d in diffs.values()):
+        raise ConfigError("the pilot has fewer than three complete prompt groups: raise --pilot or `count`")
+    return max(float(np.std(d, ddof=1)) for d in diffs.values())
+
+
+@ab_app.command("run")
+def run(
+    file: File,
+    store: StorePath = DEFAULT,
+    all_prompts: Annotated[
+        bool, typer.Option("--all", help="Use all prompts even when everything is decided.")
+    ] = False,
+    json: opt.Json = False,
+) -> None:
+    """Run, or go on with, an experiment. Exit code 0: every arm decided and none vetoed; 1: an arm vetoed; 3: undecided."""
+    from outrider.evaluate.experiment import run_experiment
+    from outrider.evaluate.store import Store
+
+    e, arms, prompts = prepare(file)
+    with Store(store) as db, opt.loading(f"{e.name}: {len(arms)} arms") as progress:
+        state = run_experiment(
+            e, arms, prompts, db, stop_early=not all_prompts, progress=lambda s: progress(s.groups / max(1, s.total))
+        )
+    raise typer.Exit(show(document_of(e.name, state), json))
+
+
+@ab_app.command("status")
+def status(
+    name: Annotated[str, typer.Argument(help="Name of the experiment.")],
+    store: StorePath = DEFAULT,
+    json: opt.Json = False,
+) -> None:
+    """What an experiment says now, finished or running. Exit codes as `run`."""
+    from outrider.evaluate.experiment import Experiment, analyse
+    from outrider.evaluate.measure import Record
+    from outrider.evaluate.store import Store
+
+    with Store(store, read_only=True) as db:
+        run_id, config, state = db.experiment(name)
+        records = [Record.from_dict(d) for d in db.records(run_id).values()]
+    config["prompts"] = None
+    raise typer.Exit(show(document_of(name, analyse(Experiment(**config), records, state["total"])), json))
+
+
+@ab_app.command("report")
+def report(
+    name: Annotated[str, typer.Argument(help="Name of the experiment.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+    store: StorePath = DEFAULT,
+) -> None:
+    """A self-contained page: the intervals as they shrank, and the decisions."""
+    from outrider.evaluate.experiment import Experiment, analyse
+    from outrider.evaluate.measure import Record
+    from outrider.evaluate.report import write_experiment
+    from outrider.evaluate.store import Store
+
+    with Store(store, read_only=True) as db:
+        run_id, config, state = db.experiment(name)
+        records = [Record.from_dict(d) for d in db.records(run_id).values()]
+    e = Experiment(**{**config, "prompts": None})
+    states = [
+        analyse(e, [r for r in records if r.group <= g], state["total"]) for g in sorted({r.group for r in records})
+    ]
+    write_experiment(out, document_of(name, states[-1]), states, e)
+    opt.err.print(f"outrider: wrote {out}")
+
+
+def document_of(name: str, state: Any) -> dict[str, Any]:
+    """A state as plain data; unbounded intervals become null."""
+    from dataclasses import asdict
+
+    comparisons = []
+    for c in state.comparisons:
+        value, low, high = (x if math.isfinite(x) else None for x in c.ratio)
+        quality = None if c.quality is None else {k: _finite(v) for k, v in asdict(c.quality).items()}
+        speed = {
+            "value": value,
+            "low": None if c.speed.low == -math.inf else low,
+            "high": None if c.speed.high == math.inf else high,
+        }
+        comparisons.append(
+            {"arm": c.arm, "decision": c.decision, "speedup": speed, "quality": quality, "vetoes": list(c.vetoes)}
+        )
+    return {"experiment": name, "groups": state.groups, "total": state.total, "comparisons": comparisons}
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def show(document: dict[str, Any], json: bool) -> int:
+    """Print a document; its exit code."""
+    decisions = [c["decision"] for c in document["comparisons"]]
+    code = 1 if "vetoed" in decisions else 3 if "undecided" in decisions or not decisions else 0
+    if json:
+        opt.print_json(document)
+        return code
+    table = Table(
+        title=f"{document['experiment']}: {document['groups']} of {document['total']} prompt groups",
+        title_justify="left",
+    )
+    for column in ("arm", "speed over base", "quality lost (nats/token)", "decision"):
+        table.add_column(column, overflow="fold")
+    for c in document["comparisons"]:
+        s, q = c["speedup"], c["quality"]
+        table.add_row(
+            c["arm"],
+            _range(s["value"], s["low"], s["high"]),
+            "" if q is None else _range(q["mean"], q["low"], q["high"]),
+            c["decision"] + "".join(f"\n{v}" for v in c["vetoes"]),
+        )
+    opt.Console(highlight=False).print(table)
+    return code
+
+
+def _range(value: float | None, low: float | None, high: float | None) -> str:
+    show = lambda x: "open" if x is None else f"{x:.3f}"  # noqa: E731
+    return f"{show(value)} ({show(low)} to {show(high)})"
