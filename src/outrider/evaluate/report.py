@@ -186,6 +186,7 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
     }
     rows = [
         (c["arm"], c["decision"], *(_number(c["speedup"][k]) for k in ("value", "low", "high")), "; ".join(c["vetoes"]))
+        for c in document["comparisons"]
     ]
     body = [
         f"<p>{document['groups']} of {document['total']} prompt groups; base arm {_e(e.base)}; intervals hold at all looks "
