@@ -27,6 +27,7 @@ from outrider.sampling.params import SamplingParams
 from outrider.telemetry.ledger import ledger
 from outrider.theory import forecast, multidraft
 from outrider.theory.replay import Text, acceptance
+from outrider.theory.transport import optimal_choice
 from outrider.train import data
 from outrider.types import Counts
 from outrider.verify.chain import judging_rows
@@ -35,6 +36,19 @@ from outrider.verify.lossy import Choice, Lossy, OverAcceptance, Position, Spend
 LENGTHS = (1, 3, 5, 8)
 TEMPERATURES = (0.6, 1.0)
 DRAFTS = (1, 2, 4, 8)
+
+
+def highest_level(p: np.ndarray, q: np.ndarray, drafts: int) -> np.ndarray:
+    """The slope of the optimal choice: tokens above it are chosen that many times as often as the draft draws them."""
+    return np.divide(optimal_choice(p, q, drafts), q, out=np.zeros_like(q), where=q > 0).max(-1)
+
+
+SEVERAL = {
+    "speculative_sampling": lambda p, q, m: multidraft.recursive(p, q, m).slope,
+    "k_seq": lambda p, q, m: multidraft.kseq(p, q, m).slope,
+    "optimal_transport": highest_level,
+}
+"""Rules for several i.i.d. drafts, with their slope s: a first token x is accepted with probability min(1, s q(x) / p(x))."""
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 EPSILONS = (0.1, 0.2, 0.4, 0.8)
 HORIZON = 8
@@ -115,7 +129,7 @@ def lengths(s: Setting) -> list[dict[str, Any]]:
     for temperature in TEMPERATURES:
         texts = score(s, temperature, 2, seed=11).texts
         for length in LENGTHS:
-            honest = s.run(temperature, 21 + length, length=length)
+            honest = s.run(temperature, 21 + length, length=length, rule="speculative_sampling")
             rows.append(one_length(s, texts, honest, temperature, length, "speculative_sampling"))
         liar = s.run(temperature, 77, length=3, rule=Wrong(), allow_lossy=True)
         rows.append(one_length(s, texts, liar, temperature, 3, "control: too generous by 0.08"))
@@ -173,7 +187,7 @@ def positions(s: Setting) -> dict[str, Any]:
     """Cumulated rejections by position at length HORIZON: expected from the logs, and counted."""
     texts = score(s, 1.0, 2, seed=31).texts
     expected = np.mean([corrected(acceptance(t), HORIZON) for t in texts], axis=0).cumsum()
-    results = s.run(1.0, 41, length=HORIZON)
+    results = s.run(1.0, 41, length=HORIZON, rule="speculative_sampling")
     seen = np.array([[o == "corrected" for o in r.outputs[0].origins] for r in results], dtype=float)
     error = seen.cumsum(1).std(0, ddof=1) / np.sqrt(len(seen))
     bound = np.cumsum(np.mean([t.tv for t in texts], axis=0))
@@ -202,10 +216,9 @@ def several(s: Setting) -> list[dict[str, Any]]:
     laws = score(s, 1.0, 2, seed=51, rows=1 << 24)  # every law of every text
     out = []
     for m in DRAFTS:
-        arms = [("speculative_sampling", f"batch:{m}"), ("k_seq", f"batch:{m}")]
+        arms = [(rule, f"batch:{m}") for rule in SEVERAL]
+        arms += [(rule, f"shared:{m}") for rule in SEVERAL]
         arms += [
-            ("speculative_sampling", f"shared:{m}"),
-            ("k_seq", f"shared:{m}"),
             ("speculative_sampling", f"tree:{m}x1x1"),
         ]
         for rule, shape in arms if m > 1 else [("speculative_sampling", "chain"), ("block", "chain")]:
@@ -236,10 +249,9 @@ def predicted_batch(s: Setting, laws: predict.Scored, results: Sequence[Result],
     """Tokens per step and first acceptance of m drafts that compete for the first position, from plain text alone.
 
     Given its token x, a first position was accepted with probability min(1, s q(x)/p(x)), s the slope of the rule at that law
-    (`theory.multidraft`), and a later one with min(1, q(x)/p(x)): the replay recursion with two kinds of coins.
+    (`SEVERAL`), and a later one with min(1, q(x)/p(x)): the replay recursion with two kinds of coins.
     """
-    p, q = laws.target_rows, laws.draft_rows
-    slope = (multidraft.kseq if rule == "k_seq" else multidraft.recursive)(p, q, m).slope
+    slope = SEVERAL[rule](laws.target_rows, laws.draft_rows, m)
     rng, calls, spread, first, seen = np.random.default_rng(3), [], [], 0.0, 0.0
     at = 0
     for text in laws.texts:

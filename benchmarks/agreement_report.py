@@ -156,20 +156,16 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
 
     plt.figure(figsize=(6, 4))
     styles = {
-        "batch": ("o-", "root only, recursive"),
-        "shared": ("s--", "prefixes shared, recursive"),
-        "k_seq": ("^-.", "prefixes shared, K-SEQ"),
-        "tree": ("d:", "without replacement"),
+        ("batch", "speculative_sampling"): ("o-", "root only, recursive"),
+        ("batch", "optimal_transport"): ("v-", "root only, optimal"),
+        ("shared", "speculative_sampling"): ("s--", "prefixes shared, recursive"),
+        ("shared", "k_seq"): ("^-.", "prefixes shared, K-SEQ"),
+        ("shared", "optimal_transport"): ("*-", "prefixes shared, optimal"),
+        ("tree", "speculative_sampling"): ("d:", "without replacement"),
     }
     one = next(r for r in parts["several"] if r["drafts"] == 1 and r["rule"] == "speculative_sampling")
-    for kind, (style, label) in styles.items():
-        mine = [
-            r
-            for r in parts["several"]
-            if (r["rule"] == "k_seq") == (kind == "k_seq")
-            and r["drafts"] > 1
-            and r["shape"].startswith("shared" if kind == "k_seq" else kind)
-        ]
+    for (shape, rule), (style, label) in styles.items():
+        mine = [r for r in parts["several"] if r["rule"] == rule and r["drafts"] > 1 and r["shape"].startswith(shape)]
         plt.plot(
             [1, *(r["drafts"] for r in mine)],
             [one["tokens_per_step"], *(r["tokens_per_step"] for r in mine)],

@@ -35,7 +35,7 @@ def main() -> None:
     texts = [engine.encode(p) for p in load_prompts(None, args.count)]
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, ignore_eos=True)
     records = run_arms(arms, texts, params, batch=1, repeats=args.repeats, warmup=1, seed=0)
-    for s in summarise(records, arms[0].name, seed=0):
+    for s in summarise(records, arms[0].name):
         book, ratio = ledger(s.counts), s.speedup
         against = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if ratio is not None else ""
         shares = ", ".join(f"{k} {100 * v / sum(s.phases.values()):.0f}%" for k, v in s.phases.items())

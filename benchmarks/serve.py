@@ -1,10 +1,11 @@
 """Does speculation ever make the server slower? Plain, fixed and adaptive draft lengths side by side, at several loads.
 
-    python benchmarks/serve.py                                  # the shipped pair, 1, 4 and 8 clients
+    python benchmarks/serve.py                                  # the shipped pair, 1, 4, 8 and 16 clients
     python benchmarks/serve.py --rate 20 --seconds 30           # open loop at 20 requests a second
+    python benchmarks/serve.py --target T --draft D --arms adaptive vllm vllm-draft transformers    # other servers beside ours
 
 One server process per arm; all are idle but the one that is asked. A round sends the same requests to every arm in random order;
-ratios to plain decoding are formed within a round, and reported as their median with a seeded bootstrap interval over rounds.
+ratios to the first arm are formed within a round, and reported as their median with a seeded bootstrap interval over rounds.
 """
 
 from __future__ import annotations
@@ -22,50 +23,113 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers_arms import VENVS, vllm_env
 from serve_load import Address, Traffic, closed_loop, open_loop, summary
 
 from outrider.assets import shipped_prompts
 
-ARMS = {"plain": ["--draft", "none"], "fixed": ["--fixed-length"], "adaptive": []}
+OURS = {"plain": ["--draft", "none"], "fixed": ["--fixed-length"], "adaptive": []}
+PEERS = ("vllm", "vllm-draft", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a server is started. command: without its port option; ready: a path that answers 200 once it serves; model: its name;
+    bare: it refuses fields of vLLM."""
+
+    command: list[str]
+    ready: str
+    model: str
+    env: dict[str, str] = field(default_factory=dict)
+    bare: bool = False
+
+
+def start_of(name: str, options: argparse.Namespace) -> Start:
+    """The server of an arm, every one in bfloat16 or what the checkpoint has, with as many slots."""
+    target, slots = options.target, str(options.slots)
+    if name in OURS:
+        command = [sys.executable, "-m", "outrider.cli.main", "serve", "--hang-timeout", "3600", "--slots", slots]
+        command += ["--length", str(options.length), "--served-model-name", options.model, *OURS[name]]
+        command += ["--target", target] if target else []
+        command += ["--draft", options.draft] if options.draft and name != "plain" else []
+        return Start(command, "/ready", options.model)
+    if not target:
+        raise SystemExit(f"the arm {name} needs --target: a folder both can read")
+    if name == "transformers":
+        command = [str(VENVS / "vllm" / "bin" / "transformers"), "serve", str(Path(target).resolve())]
+        command += [
+            "--device",
+            "cpu",
+            "--dtype",
+            options.dtype,
+        ]  # its continuous batching gave no token on a CPU in 5.19
+        return Start(command, "/health", str(Path(target).resolve()), bare=True)
+    command = [
+        str(VENVS / "vllm" / "bin" / "python"),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+    ]  # its script asks for "vllm"
+    command += ["--model", target, "--served-model-name", options.model]
+    command += ["--dtype", options.dtype, "--max-num-seqs", slots, "--max-model-len", str(options.context)]
+    command += ["--no-enable-prefix-caching"]
+    if name == "vllm-draft":
+        wish = {"model": options.draft, "num_speculative_tokens": options.length, "method": "draft_model"}
+        command += ["--speculative-config", json.dumps(wish | {"draft_sample_method": "probabilistic"})]
+    return Start(command, "/health", options.model, vllm_env(sorted(os.sched_getaffinity(0))))
 
 
 class Arm:
-    """A server of its own, stopped (SIGSTOP) while others are asked."""
+    """A server of its own, stopped (SIGSTOP, with its children) while others are asked."""
 
-    def __init__(self, name: str, options: list[str]) -> None:
+    def __init__(self, name: str, start: Start, log: Path | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = Address("127.0.0.1", free.getsockname()[1])
-        self.name = name
-        command = [sys.executable, "-m", "outrider.cli.main", "serve", "--port", str(self.address.port)]
-        self.process = subprocess.Popen([*command, "--hang-timeout", "3600", *options], stderr=subprocess.DEVNULL)
+        self.name, self.start = name, start
+        self.process = subprocess.Popen(
+            [*start.command, "--port", str(self.address.port)],
+            stdout=subprocess.DEVNULL if log is None else log.open("wb"),
+            stderr=subprocess.STDOUT,
+            env=os.environ | start.env,
+            start_new_session=True,
+        )
 
-    def wait(self, seconds: float = 120.0) -> None:
+    def wait(self, seconds: float = 300.0) -> None:
         """Until it is ready."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.address.port}/ready", timeout=2):
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.address.port}{self.start.ready}", timeout=2):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        raise SystemExit(f"{self.name}: not ready after {seconds:g} s")
+        ended = self.process.poll() is not None
+        raise SystemExit(f"{self.name}: {'it ended while starting' if ended else f'not ready after {seconds:g} s'}")
 
-    def state(self) -> dict[str, Any]:
+    def length(self) -> int | None:
+        """The draft length our server uses now; None for the others."""
+        return self._state()["now"]["length"] if self.name in OURS else None
+
+    def _state(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.address.port}/outrider/state", timeout=10) as reply:
             return json.load(reply)
 
     def pause(self, stop: bool) -> None:
-        os.kill(self.process.pid, signal.SIGSTOP if stop else signal.SIGCONT)
+        os.killpg(self.process.pid, signal.SIGSTOP if stop else signal.SIGCONT)
 
     def end(self) -> None:
-        self.pause(False)
-        self.process.terminate()
-        self.process.wait(60)
+        if self.process.poll() is None:
+            self.pause(False)
+            self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def interval(ratios: list[float], seed: int = 0) -> tuple[float, float, float]:
@@ -83,14 +147,17 @@ def measure(arms: list[Arm], traffic: Traffic, options: argparse.Namespace) -> d
         runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
         for round_ in range(-1, options.rounds):  # the first round warms up (the controller too) and is thrown away
             for arm in order.sample(arms, len(arms)):
-                arm.pause(False)
+                if len(arms) > 1:
+                    arm.pause(False)
+                    time.sleep(0.2)
+                mine = replace(traffic, model=arm.start.model, bare=arm.start.bare)
                 if kind == "open":
-                    work = open_loop(arm.address, traffic, load, options.seconds, seed=round_)
+                    work = open_loop(arm.address, mine, load, options.seconds, seed=round_)
                 else:
                     count = options.requests * load
-                    work = closed_loop(arm.address, traffic, int(load), int(count), seed=round_)
+                    work = closed_loop(arm.address, mine, int(load), int(count), seed=round_)
                 run = summary(*asyncio.run(work))
-                run["length"] = arm.state()["now"]["length"]
+                run["length"] = arm.length()
                 if round_ >= 0:
                     runs[arm.name].append(run)
                 if len(arms) > 1:
@@ -111,8 +178,9 @@ def report(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             line += f"   {kind.replace('_', ' ')} p50 {p50:6.1f} p99 {p99:6.1f} ms"
         if any(r["length"] is not None for r in mine):
             line += f"   lengths {[r['length'] for r in mine]}"
-        if name != "plain" and "plain" in runs:
-            ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(mine, runs["plain"], strict=True)]
+        base = next(iter(runs))
+        if name != base:
+            ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(mine, runs[base], strict=True)]
             out["ratios"][name] = interval(ratios)
             line += "   x{:.3f} [{:.3f}, {:.3f}]".format(*out["ratios"][name])
         print(line, file=sys.stderr)
@@ -124,7 +192,7 @@ def report(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=4, help="requests per client and round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=64)
@@ -135,27 +203,31 @@ def main() -> None:
     parser.add_argument("--hang-up", type=float, default=0.0)
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--malformed", type=float, default=0.0)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(OURS), choices=[*OURS, *PEERS], help="the first is the base")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--context", type=int, default=1024, help="of vLLM, prompt and output")
+    parser.add_argument("--dtype", default="bfloat16", help="of peers; ours keeps the checkpoint's")
+    parser.add_argument("--prompts", type=Path, default=None, help="a text a line, instead of the shipped prompts")
     parser.add_argument("--target", default=None)
     parser.add_argument("--draft", default=None)
     parser.add_argument("--model", default="pycode")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--characters", type=int, default=600, help="of a prompt, its last ones")
+    parser.add_argument("--logs", type=Path, default=None, help="folder for what the servers say")
     parser.add_argument("--write", type=Path, default=None)
     options = parser.parse_args()
-    common = ["--length", str(options.length)]
-    common += ["--target", options.target] if options.target else []
-    arms = []
-    for name in options.arms:
-        draft = ["--draft", options.draft] if options.draft and name != "plain" else []
-        arms.append(Arm(name, [*common, *draft, *ARMS[name]]))
-    prompts = [p[-600:] for p in shipped_prompts()]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that the servers are ended too
+    starts = {name: start_of(name, options) for name in options.arms}
+    texts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else shipped_prompts()
+    prompts = [p[-options.characters :] for p in texts if p]
+    arms: list[Arm] = []
     bad = {"hang_up": options.hang_up, "slow": options.slow, "malformed": options.malformed}
     traffic = Traffic(options.model, prompts, options.tokens, options.temperature, **bad)
     try:
-        for arm in arms:
-            arm.wait()
-        for arm in arms:
-            arm.pause(len(arms) > 1)
+        for name, start in starts.items():  # one after another: two that load at once disturb each other
+            arms.append(Arm(name, start, options.logs and options.logs / f"{name}.log"))
+            arms[-1].wait()
+            arms[-1].pause(len(starts) > 1)
         results = measure(arms, traffic, options)
     finally:
         for arm in arms:

@@ -38,7 +38,8 @@ class Outcome:
 class Traffic:
     """What is sent. prompts: cycled through. The shares (0 .. 1) of bad clients add up to at most 1.
 
-    hang_up: disconnect after the first chunk. slow: read one chunk every half second. malformed: send what is not JSON.
+    hang_up: disconnect after the first chunk. slow: read one chunk every half second. malformed: send what is not JSON. bare: leave
+    out what only some servers know (`ignore_eos`, `stream_options`).
     """
 
     model: str
@@ -48,6 +49,7 @@ class Traffic:
     hang_up: float = 0.0
     slow: float = 0.0
     malformed: float = 0.0
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,9 @@ async def _read(reader: asyncio.StreamReader, out: Outcome, start: float, manner
             out.text += chunk["choices"][0]["text"]
         if chunk.get("usage"):
             out.tokens = chunk["usage"]["completion_tokens"]
+            ended = bool(
+                chunk["choices"] and chunk["choices"][0].get("finish_reason")
+            )  # the end of servers without [DONE]
         if manner == "hang up":
             out.error = "hung up"
             return
@@ -132,7 +137,8 @@ class Sender:
         if t.malformed + t.hang_up <= u < t.malformed + t.hang_up + t.slow:
             manner = "slow"
         body: dict[str, Any] = {"model": t.model, "prompt": prompt, "max_tokens": t.max_tokens, "stream": True}
-        body |= {"temperature": t.temperature, "ignore_eos": True, "stream_options": {"include_usage": True}}
+        body |= {"temperature": t.temperature}
+        body |= {} if t.bare else {"ignore_eos": True, "stream_options": {"include_usage": True}}
         return json.dumps(body).encode(), manner
 
 

@@ -94,16 +94,22 @@ def origin(facts: dict) -> str:
 
 
 def against_baseline(config, report: dict) -> str:
-    """One sentence: how much better or worse the target predicts than the baseline's, by text and window length."""
+    """One sentence: how much better or worse the target predicts than the baseline's, by text and window length.
+
+    In bits per byte, since the two may have different vocabularies.
+    """
     if "baseline" not in report:
         return ""
     changes = []
     for text, label in TEXTS[:2]:
         for key, length in ((None, config.evaluated_length), ("long", config.length)):
             ours, theirs = (report[pair] if key is None else report[pair][key] for pair in ("pycode", "baseline"))
-            change = ours[text]["target"]["nats_per_token"] - theirs[text]["target"]["nats_per_token"]
+            change = ours[text]["target"]["bits_per_byte"] - theirs[text]["target"]["bits_per_byte"]
             changes.append(f"{change:+.3f} on {label} at {length}")
-    return f"Against the baseline's, the target's loss changes by {', '.join(changes)} (nats; below zero is better).\n"
+    return (
+        f"Against the baseline's, the target's loss changes by {', '.join(changes)} (bits per byte; below zero is better)."
+        " Windows are counted in each pair's own tokens.\n"
+    )
 
 
 def command(facts: dict) -> str:
@@ -143,8 +149,7 @@ in forty, chosen by a hash of its path.
 ## Training
 
 {stages}
-On a shared 2-core x86 server processor (AVX2), one or two threads, float32, AdamW; minutes are wall time beside other
-work. {origin(facts)}
+On {facts["machine"]}, AdamW, {facts["precision"]}; minutes are wall time beside other work. {origin(facts)}
 
 ## Measured
 

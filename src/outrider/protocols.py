@@ -85,6 +85,24 @@ class Target(Protocol):
 
 
 @runtime_checkable
+class OpenTarget(Target, Protocol):
+    """A target whose parts can be used on their own: what drafters need that are made of the target itself."""
+
+    def prefix(self, layers: int) -> Target:
+        """The first `layers` blocks (1 .. all) with the same final norm and head: a model that shares every weight and has
+        caches of its own. Raises CapabilityError where it cannot be had."""
+        ...
+
+    def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        """Hidden states after the last block -> what the head reads."""
+        ...
+
+    def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """The output head alone: unembed(x) = head(norm(x))."""
+        ...
+
+
+@runtime_checkable
 class DraftLaw(Protocol):
     """The request's processors, for a drafter's own logits."""
 

@@ -20,6 +20,10 @@ from outrider.noise import Noise
 if TYPE_CHECKING:
     from outrider.protocols import DraftLaw
 
+Siblings = Literal["iid", "without_replacement", "hub"]
+"""How several children of a node were drawn from one law: independently; each from what the earlier ones left; or as SpecHub's
+pairs, the most likely token a and one other: the first from the law, the second a, or from the law without a if the first is a."""
+
 POINT_MASS = -1
 """`Proposal.row` of a node that was not drawn from a law: it counts as a point mass, which is always lossless."""
 
@@ -37,7 +41,7 @@ class Proposal:
     probs: Float[Tensor, "R S"]
     row: tuple[int, ...]
     support: Int[Tensor, "S"] | None = None
-    siblings: Literal["iid", "without_replacement"] = "iid"
+    siblings: Siblings = "iid"
 
     def dense(self, rows: list[int], vocab_size: int) -> Float[Tensor, "r V"]:
         """The laws `rows` over the target's vocabulary."""
@@ -349,7 +353,8 @@ class StepRecord:
     """One step as every sink sees it: host numbers only.
 
     rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
-    seconds: wall-clock seconds of each of PHASES; counts: the step's sums.
+    seconds: wall-clock seconds of each of PHASES; counts: the step's sums. fresh: those of the sequences whose seed the engine
+    chose: a client's own seed may repeat its noise, and then the laws of the ledger do not hold over several requests.
     """
 
     rows: int
@@ -358,3 +363,4 @@ class StepRecord:
     waiting: int
     seconds: dict[str, float]
     counts: Counts
+    fresh: Counts = field(default_factory=Counts)

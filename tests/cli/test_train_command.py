@@ -37,11 +37,12 @@ def options(place: Path, kind: str) -> list[str]:
     return [
         "train", kind, "--target", str(place / "target"), "--data", str(place / "texts"), "--work", str(place / "work"),
         "--out", str(place / kind), "--rows", "12", "--held-out", "4", "--prompt", "8", "--length", "24", "--steps", "4",
-        "--batch", "4", "--levels", "2", "--width", "32", "--taps", "1,2", "--json",
+        "--batch", "4", "--levels", "2", "--taps", "1,2", "--anchors", "5", "--json",
+        *(["--width", "32"] if kind in ("eagle", "draft") else []),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("kind", ["medusa", "eagle", "eagle1", "dflash", "draft"])
 def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, *options(place, kind), "--dry-run") == 0
     needs = json.loads(capsys.readouterr().out)
@@ -53,6 +54,7 @@ def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> Non
     assert run(monkeypatch, *options(place, kind)) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["drafter"], found["steps"]) == (kind, 4)
+    assert 0 < found["computing"] <= 1
     assert 0 < found["accept_1"] < 1
     assert 1 < found["tokens"] < 3
     verify(place / kind)
@@ -65,11 +67,21 @@ def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> Non
 
     p = SamplingParams(temperature=0.0, max_tokens=12)
     texts = []
-    for draft in ("none", kind, f"dynamic:6:{kind}"):
+    name = {"draft": str(place / "draft"), "eagle1": f"eagle:{place / 'eagle1'}"}.get(kind, kind)
+    for draft in ("none", name, f"dynamic:6:{name}"):
         one = build_engine(place / "target", draft, length=2, dtype="float32", slots=1)
         texts.append(one.generate(["the line"], p)[0].outputs[0].token_ids)
         assert draft == "none" or one.counts.proposed > 0
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_data_of_another_target_are_refused(place: Path, monkeypatch, capsys) -> None:
+    """Same shapes, other weights: hidden states on disk would be another model's."""
+    assert run(monkeypatch, *options(place, "medusa")) == 0
+    make_checkpoint(place / "target", "llama", tokenizer=True, seed=1)
+    capsys.readouterr()
+    assert run(monkeypatch, *options(place, "medusa")) == 2
+    assert "of another target" in capsys.readouterr().err
 
 
 def test_wrong_input_is_refused(place: Path, monkeypatch, capsys) -> None:
@@ -77,5 +89,17 @@ def test_wrong_input_is_refused(place: Path, monkeypatch, capsys) -> None:
     assert "unknown drafter to train 'hydra'" in capsys.readouterr().err
     assert run(monkeypatch, *options(place, "eagle"), "--taps", "9") == 2
     assert "taps (9,)" in capsys.readouterr().err
+    assert run(monkeypatch, *options(place, "dflash"), "--width", "32") == 2
+    assert "as wide as its target" in capsys.readouterr().err
+    assert run(monkeypatch, *options(place, "dflash"), "--objective", "chian") == 2
+    assert "chain" in capsys.readouterr().err
+    assert run(monkeypatch, *options(place, "medusa"), "--loss", "hybird") == 2
+    assert "did you mean 'hybrid'" in capsys.readouterr().err
+    assert run(monkeypatch, *options(place, "draft"), "--width", "40") == 2
+    assert "multiple of 32" in capsys.readouterr().err
+    bad = place / "rows.jsonl"
+    bad.write_text('{"text": "one"}\nnot a row\n')
+    assert run(monkeypatch, *options(place, "draft"), "--data", str(bad)) == 2
+    assert "rows.jsonl:2" in capsys.readouterr().err
     assert run(monkeypatch, *options(place, "medusa"), "--data", str(place / "nowhere")) == 2
     assert "no such file" in capsys.readouterr().err

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from outrider.drafters._growth import BestFirst, Levels
+from outrider.drafters.block import BlockConfig
 from outrider.drafters.combine import first_of
+from outrider.drafters.dflash import BlockDrafter
 from outrider.drafters.eagle import Eagle
+from outrider.drafters.early_exit import early_exit
 from outrider.drafters.feature import FeatureConfig
 from outrider.drafters.heads import HeadsConfig, Medusa
 from outrider.drafters.model import ModelDrafter
@@ -20,7 +23,8 @@ from outrider.drafters.prediction import Prediction
 from outrider.drafters.shapes import Shared, best_tree, levels
 from outrider.protocols import Drafter
 from outrider.target.toy import TableTarget, TinyLM
-from outrider.train.drafter import Judge, loss_of, new_features, new_heads, predictor
+from outrider.train.block import new_blocks
+from outrider.train.drafter import Judge, loss_of, new_features, new_heads, new_last_features, output_of, predictor
 from outrider.train.features import hidden_of
 
 Toy = TinyLM | TableTarget
@@ -48,6 +52,14 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 120) -> nn.Mod
     wide, v = target.hidden_size, target.vocab_size
     if kind == "medusa":
         read, model = (target.layers,), new_heads(HeadsConfig(wide, v, levels, target.layers), target)  # type: ignore[arg-type]
+    elif kind == "dflash":
+        read = (target.layers // 2, target.layers)
+        shape = BlockConfig(wide, read, v, heads=2, kv_heads=1, head_dim=8, inner=32, block=levels + 1, mask=v - 1)
+        taps = hidden[:, :, list(read)].flatten(0, 1)
+        model = new_blocks(shape, target, taps, output_of(target), torch.ones(wide))  # type: ignore[arg-type]
+    elif kind == "eagle1":
+        read = (target.layers,)
+        model = new_last_features(FeatureConfig(wide, wide, read, v, 2, 1, 8, 32), target)  # type: ignore[arg-type]
     else:
         read = (target.layers // 2, target.layers)
         config = FeatureConfig(16, wide, read, v, 2, 1, 8, 32)
@@ -66,8 +78,12 @@ def medusa(target: Toy, growth: Levels | BestFirst) -> Medusa:
     return Medusa(learned("medusa", target), growth)  # type: ignore[arg-type]
 
 
-def eagle(target: Toy, growth: Levels | BestFirst) -> Eagle:
-    return Eagle(learned("eagle", target), growth)  # type: ignore[arg-type]
+def eagle(target: Toy, growth: Levels | BestFirst, kind: str = "eagle") -> Eagle:
+    return Eagle(learned(kind, target), growth)  # type: ignore[arg-type]
+
+
+def dflash(target: Toy, growth: Levels | BestFirst) -> BlockDrafter:
+    return BlockDrafter(learned("dflash", target), growth)  # type: ignore[arg-type]
 
 
 DRAFTERS: dict[str, Factory] = {
@@ -106,6 +122,13 @@ DRAFTERS: dict[str, Factory] = {
         target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement")
     ),
     "eagle-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3)),
+    "eagle1": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "eagle1"),
+    "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
+    "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),
+    "early-dynamic": lambda target, slots: early_exit(target, 1, BestFirst(6, 3, target.vocab_size, width=2)),
+    "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),
+    "dflash-greedy": lambda target, slots: dflash(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy")),
+    "dflash-dynamic": lambda target, slots: dflash(target, BestFirst(8, 4, target.vocab_size, width=3)),
     "ngram+eagle": lambda target, slots: first_of(
         NGram(4), eagle(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy"))
     ),

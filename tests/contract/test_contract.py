@@ -13,8 +13,8 @@ import pytest
 from outrider.drafters.none import NoDraft
 from outrider.errors import CapabilityError
 from outrider.verify import LOSSLESS, RULES, load_rule
+from tests.contract.asked import PROMPTS, SAMPLING, engine, params, target, tokens
 from tests.contract.drafters import DRAFTERS
-from tests.contract.requests import PROMPTS, SAMPLING, engine, params, target, tokens
 
 GREEDY = [name for name, p in SAMPLING.items() if p["temperature"] == 0]
 MODEL = target()

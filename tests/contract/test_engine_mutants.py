@@ -22,8 +22,8 @@ from outrider.errors import OutriderError
 from outrider.sampling.params import SamplingParams
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
+from tests.contract.asked import PROMPTS, SAMPLING, VOCAB, engine, params, target
 from tests.contract.drafters import DRAFTERS
-from tests.contract.requests import PROMPTS, SAMPLING, VOCAB, engine, params, target
 from tests.contract.scripted import Budgets, Scripted
 
 MODEL = target()

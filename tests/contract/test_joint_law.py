@@ -114,6 +114,11 @@ CASES = {
     "shared prefixes": ("speculative_sampling", {"shape": Shared(3, 3)}),
     "shared prefixes, k-seq": ("k_seq", {"shape": Shared(3, 3)}),
     "k-seq": ("k_seq", {"branching": (3, 2)}),
+    "optimal transport": ("optimal_transport", {"branching": (3, 2)}),
+    "shared prefixes, optimal transport": ("optimal_transport", {"shape": Shared(3, 3)}),
+    "spechub": ("spechub", {"branching": (2, 2), "siblings": "hub"}),
+    "traversal": ("traversal", {"branching": (2, 2, 1)}),
+    "traversal without replacement": ("traversal", {"branching": (3, 2), "siblings": "without_replacement"}),
     "block": ("block", {}),
     "block, greedy draft": ("block", {"sample": "greedy"}),
 }

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from outrider.drafters._growth import BestFirst, Growth, Levels
+from outrider.drafters.dflash import BlockDrafter
 from outrider.drafters.eagle import Eagle
+from outrider.drafters.early_exit import early_exit
 from outrider.drafters.heads import Medusa
 from outrider.drafters.shapes import levels
 from outrider.engine.engine import Engine
+from outrider.protocols import Drafter
+from outrider.target.toy import TableTarget
 from outrider.types import Evidence
 from outrider.verify import load_rule
 from tests.contract.drafters import learned
@@ -29,13 +33,31 @@ CASES: dict[str, tuple[str, Growth]] = {
     "features, sampled chain": ("eagle", Levels(levels((1, 1, 1)), V)),
     "features, iid tree": ("eagle", Levels(levels((2, 2)), V)),
     "features, tree without replacement": ("eagle", Levels(levels((3, 2)), V, siblings="without_replacement")),
+    "last features, sampled chain": ("eagle1", Levels(levels((1, 1, 1)), V)),
+    "last features, best first": ("eagle1", BestFirst(5, 3, V, width=2)),
+    "early exit, sampled chain": ("early", Levels(levels((1, 1, 1)), V)),
+    "early exit, iid tree": ("early", Levels(levels((2, 2)), V)),
+    "blocks, sampled chain": ("dflash", Levels(levels((1, 1, 1)), V)),
+    "blocks, most likely tokens": ("dflash", Levels(levels((1, 1, 1)), V, sample="greedy")),
+    "blocks, iid tree": ("dflash", Levels(levels((2, 2)), V)),
+    "blocks, best first": ("dflash", BestFirst(5, 3, V, width=2)),
     "features, best first": ("eagle", BestFirst(5, 3, V, width=2)),
 }
 
 
+class Deep(TableTarget):
+    """The table with a prefix that is another one: what an early exit of a target of several layers is."""
+
+    def prefix(self, layers: int) -> TableTarget:
+        return self.perturbed(1.0, seed=4)
+
+
 def build(kind: str, growth: Growth) -> Engine:
-    model = learned(kind, TARGET, 3)
-    drafter = Medusa(model, growth) if kind == "medusa" else Eagle(model, growth)  # type: ignore[arg-type]
+    if kind == "early":
+        drafter: Drafter = early_exit(Deep(TARGET.table), 1, growth)
+    else:
+        made = {"medusa": Medusa, "eagle": Eagle, "eagle1": Eagle, "dflash": BlockDrafter}[kind]
+        drafter = made(learned(kind, TARGET, 3), growth)  # type: ignore[arg-type]
     depth = Budgets(lambda s: (s.seed * 7 + len(s.tokens)) % 4)
     return Engine(TARGET, drafter, load_rule("speculative_sampling"), depth, slots=512, max_length=32)
 

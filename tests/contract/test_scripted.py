@@ -11,7 +11,7 @@ from outrider.drafters.none import NoDraft
 from outrider.engine.engine import Engine
 from outrider.sampling.params import SamplingParams
 from outrider.verify import load_rule
-from tests.contract.requests import VOCAB, engine, target
+from tests.contract.asked import VOCAB, engine, target
 from tests.contract.scripted import Budgets, Scripted
 
 MODEL = target()

@@ -14,8 +14,8 @@ from outrider.sampling.params import SamplingParams
 from outrider.target.toy import TinyLM
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
+from tests.contract.asked import PROMPTS, VOCAB, engine, params, target, tokens
 from tests.contract.drafters import DRAFTERS
-from tests.contract.requests import PROMPTS, VOCAB, engine, params, target, tokens
 from tests.contract.scripted import Budgets
 
 MODEL = target()

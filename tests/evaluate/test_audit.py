@@ -166,9 +166,15 @@ def test_rounding_of_a_float64_table_is_nothing() -> None:
 # ----------------------------------------------------------------- where text comes from
 class _Server(BaseHTTPRequestHandler):
     ids = True
+    breaks_at = None
+    asked = 0
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        _Server.asked += 1
+        if self.breaks_at is not None and self.asked > self.breaks_at:
+            self.send_error(503)
+            return
         law = lie.src_honest(body["prompt"], body["seed"], body["max_tokens"])
         words = [f"token_id:{t}" if self.ids else "word" for t in law]
         book = {"tokens": words, "token_logprobs": [-1.0] * len(law)}
@@ -191,7 +197,17 @@ def server():
     one.shutdown()
     one.server_close()
     thread.join()
-    _Server.ids = True
+    _Server.ids, _Server.breaks_at, _Server.asked = True, None, 0
+
+
+def test_a_server_that_breaks_down_loses_nothing(server: str) -> None:
+    """Requests that fail after the first answer are failed texts; what came before is judged."""
+    _Server.breaks_at = 9
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    v = judge(src.of_endpoint(src.Endpoint(server, "toy", concurrency=1), params), params, prompts=lie.PROMPTS[:8])
+    assert (v.texts, v.failed, v.outcome) == (9, 7, INCONCLUSIVE)
+    with pytest.raises(ConfigError, match="503"):
+        src.of_endpoint(src.Endpoint(server, "toy"), params)([[1]], [1])
 
 
 def test_a_server_is_audited_over_http(server: str) -> None:

@@ -90,6 +90,8 @@ def test_audit_of_greedy_text(run) -> None:
         (("runs", "list", "--store", "/nonexistent.db"), "no such store"),
         (("plan", "--batches", "0"), "--batches"),
         (("ab", "run", "/nonexistent.yaml"), "no such experiment"),
+        (("bench", "--answers", "x"), "--compat"),
+        (("bench", "--store", "postgresql://me:secret@127.0.0.1:9/x", "--count", 2), "postgresql://127.0.0.1:9/x"),
     ],
 )
 def test_what_cannot_be_done_ends_in_a_sentence(run, argv, words: str) -> None:
@@ -122,6 +124,57 @@ def test_plan_ranks_and_advises(run) -> None:
         assert c["cost_per_million_tokens"] == pytest.approx(1.5 / 3600 / c["tokens_per_second"] * 1e6)
     advised = document["advice"]["1"]
     assert (advised["vllm"] is not None) == advised["speculate"]
+
+
+def test_a_plan_is_checked(run, tmp_path: Path) -> None:
+    """Every configuration has its row; the exit code says what the rows say."""
+    small = ("--count", 4, "--max-tokens", 8, "--lengths", "0,2", "--batches", "1,2", "--rounds", 2)
+    table = tmp_path / "plan.md"
+    code, out = run("plan", *small, "--check", "--within", 0.5, "--out", table, "--json")
+    document = json.loads(out)
+    rows = document["check"]["rows"]
+    assert [r["name"] for r in rows] == [c["name"] for c in document["choices"]] and len(rows) == 4
+    for r in rows:
+        assert r["error"] == pytest.approx(r["predicted"] / r["measured"] - 1)
+        assert r["predicted"] == pytest.approx(r["batch"] * r["tokens_per_call"] / r["step"])
+        assert r["low"] <= r["measured"] <= r["high"]
+        assert "length" in r["name"] or r["measured_tokens_per_call"] == 1
+    verdicts = [f["verdict"] for f in document["check"]["first_choice"]]
+    outcomes = {r["outcome"] for r in rows}
+    assert code == (1 if "slower" in verdicts or "off" in outcomes else 3 if "open" in outcomes else 0)
+    assert len(table.read_text().splitlines()) == 6
+    assert run("plan", "--check", "--count", 4, "--batches", 4)[0] == 2
+
+
+def test_bench_reports_cost_energy_memory_and_spec_bench_numbers(run, tmp_path: Path) -> None:
+    extra = ("--price-per-hour", 3.6, "--compat", "spec-bench", "--answers", tmp_path / "answers", "--json")
+    code, out = run(*BENCH, *extra)
+    document = json.loads(out)
+    assert code == 0
+    for a in document["arms"]:
+        assert a["cost_per_million_tokens"] == pytest.approx(1000 / a["tokens_per_second"])
+        assert (a["joules_per_token"] is None) == (document["energy_absent"] is not None)
+    assert document["peak_memory_bytes"] > 1 << 20
+    (speed,) = document["spec_bench"]["length 2"]
+    arm = document["arms"][1]
+    assert speed["task"] == "overall" and speed["questions"] == 3
+    assert speed["mean_accepted_tokens"] == pytest.approx(arm["acceptance_length"])
+    rows = [json.loads(line) for line in (tmp_path / "answers" / "length-2.jsonl").read_text().splitlines()]
+    assert sum(r["choices"][0]["new_tokens"][0] for r in rows) == arm["tokens"]
+    text = run(*BENCH, *extra[:-1])[1]
+    assert "cost per million tokens" in text and "as Spec-Bench counts" in text
+    assert run(*BENCH, "--compat", "other")[0] == 2 and run(*BENCH, "--compat", "spec-bench", "--batch", 2)[0] == 2
+
+
+def test_a_prompt_that_does_not_fit_is_an_outcome(run, tmp_path: Path) -> None:
+    """It is counted, its group enters no rate of any arm, and the others are measured."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("import os\n" + "x = 1; " * 4000 + "\nimport sys\nimport re\n")
+    code, out = run("bench", "--prompts", prompts, *BENCH[1:], "--count", 4, "--json")
+    document = json.loads(out)
+    assert code == 0
+    for a in document["arms"]:
+        assert a["failed"] == 1 and a["tokens"] == 24
 
 
 def test_advice_may_be_not_to_speculate() -> None:

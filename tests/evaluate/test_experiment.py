@@ -183,6 +183,9 @@ def test_files_are_read_and_mistakes_named(tmp_path: Path) -> None:
         ("arms: {a: {}, b: {}}\nbase: c\n", "unknown arm"),
         ("arms: {a: {}, b: {}}\nlevel: 3\n", "level"),
         ("!!python/object/apply:os.system ['true']\n", "not YAML"),
+        ("arms: {a: {}, b: {}}\nmax_tokens: many\n", "max_tokens"),
+        ("arms: {a: {}, b: {}}\nbatch: 1.5\n", "batch"),
+        ("arms: {a: fast, b: {}}\n", "mapping of options"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):

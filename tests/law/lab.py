@@ -24,7 +24,7 @@ EDGE = 1e-13
 COARSE = 1e-5
 """The same for laws whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
 
-Siblings = Literal["iid", "without_replacement"]
+Siblings = Literal["iid", "without_replacement", "hub"]
 RuleFn = Callable[[torch.Tensor, Draft, Noise], Verdict]
 
 
@@ -117,6 +117,16 @@ def without(law: np.ndarray, gone: Sequence[int]) -> np.ndarray:
     return out / total if total > 0 else out
 
 
+def after(law: np.ndarray, gone: Sequence[int], siblings: Siblings) -> np.ndarray:
+    """The law the next sibling is drawn from, when `gone` have been drawn from `law`."""
+    if siblings == "iid" or not gone:
+        return law
+    hub = int(law.argmax())
+    if siblings == "hub" and gone[0] != hub:
+        return np.eye(len(law))[hub]
+    return without(law, gone)
+
+
 def reference_toss(r: np.ndarray, q: np.ndarray | None, x: int) -> tuple[float, np.ndarray]:
     """Acceptance probability of x against the residual law r, and the residual law after a refusal."""
     if q is None or q[x] == 0:
@@ -165,9 +175,9 @@ class Enumerator:
         depth, coins = len(prefix) + 1, dict(coins)
         q = self.world.q[index(prefix, self.world.vocab)]
         for j, (k, x) in enumerate(zip(kids, drawn, strict=True)):
-            gone = drawn[:j] if self.world.shape.siblings == "without_replacement" else ()
-            gone = [y for y, sibling in zip(gone, kids, strict=False) if self.world.shape.law[sibling]]
-            threshold, left = reference_toss(r, without(q, gone) if self.world.shape.law[k] else None, x)
+            gone = [y for y, sibling in zip(drawn[:j], kids, strict=False) if self.world.shape.law[sibling]]
+            law = after(q, gone, self.world.shape.siblings) if self.world.shape.law[k] else None
+            threshold, left = reference_toss(r, law, x)
             if weight * threshold > 0:
                 accepted = {**coins, (depth, j): self._pick(0.0, threshold)}
                 yield from self._walk(k, (*prefix, x), weight * threshold, token, accepted)
@@ -195,7 +205,7 @@ class Enumerator:
             yield from self._draws(prefix, kids, (*drawn, int(world.point[place, len(drawn)])), weight)
             return
         gone = [y for y, k in zip(drawn, kids, strict=False) if world.shape.law[k]]
-        law = without(world.q[place], gone if world.shape.siblings == "without_replacement" else [])
+        law = after(world.q[place], gone, world.shape.siblings)
         if not law.any():  # the support is used up: an honest drafter can only propose something it has not drawn
             yield from self._draws(prefix, kids, (*drawn, int(world.point[place, len(drawn)])), weight)
         for x in np.flatnonzero(law):

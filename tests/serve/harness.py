@@ -17,18 +17,22 @@ from outrider.serve.app import create_app
 from outrider.serve.bridge import Bridge, Limits
 from outrider.serve.run import Server, server_for
 from outrider.serve.settings import Settings, digest
+from outrider.serve.watch import Watch
 
 KEY = "test-key-123456"
+RUNNING: set[int] = set()
+"""Ports of the servers that run."""
 
 
 @dataclass
 class Running:
-    """A server that runs. port: where. thread: its event loop's."""
+    """A server that runs. port: where. thread: its event loop's. watch: what it knows over time."""
 
     port: int
     server: Server
     thread: threading.Thread
     bridge: Bridge
+    watch: Watch
 
     @property
     def url(self) -> str:
@@ -86,7 +90,8 @@ def _unchunk(data: bytes) -> bytes:
 def serving(
     keys: tuple[str, ...] = (), limits: Limits | None = None, engine: Any = None, **options: Any
 ) -> Iterator[Running]:
-    """A server for the shipped pair (or for `engine`), stopped at the end of the block."""
+    """A server for the shipped pair (or for `engine`), stopped at the end of the block. arrange: called with its watch before it
+    starts."""
     fixed = options.pop("fixed", False)
     settings = Settings(
         options.pop("model", "pycode"),
@@ -94,16 +99,22 @@ def serving(
         limits=limits or Limits(),
         grace=options.pop("grace", 5.0),
         pad=options.pop("pad", False),
+        price=options.pop("price", None),
+        webhook=options.pop("webhook", None),
+        body_seconds=options.pop("body_seconds", 30.0),
     )
+    past, arrange = options.pop("past", None), options.pop("arrange", lambda watch: None)
     before = set(threading.enumerate())
-    app = create_app(lambda: engine or build_engine(**{"slots": 8, **options}), settings, adaptive=not fixed)
+    app = create_app(lambda: engine or build_engine(**{"slots": 8, **options}), settings, adaptive=not fixed, past=past)
+    arrange(app.state.watch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    RUNNING.add(port)
     server = server_for(app, settings, "127.0.0.1", port)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
     thread.start()
-    running = Running(port, server, thread, app.state.bridge)
+    running = Running(port, server, thread, app.state.bridge, app.state.watch)
     try:
         until(lambda: server.started or not thread.is_alive(), 60)
         assert server.started
@@ -111,12 +122,15 @@ def serving(
     finally:
         if thread.is_alive():
             running.stop()
-    until(lambda: set(threading.enumerate()) <= before, 10)  # no thread is left behind
+    left = lambda: {t.name for t in set(threading.enumerate()) - before}  # noqa: E731
+    RUNNING.remove(port)
+    if not RUNNING:  # another server may have started threads of its own meanwhile
+        until(lambda: not left(), 10, left)  # no thread is left behind
 
 
-def until(condition: Any, seconds: float = 10.0) -> None:
-    """Wait for a condition; fail if it does not come."""
+def until(condition: Any, seconds: float = 10.0, say: Any = lambda: "") -> None:
+    """Wait for a condition; fail if it does not come, with what `say` returns."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
+        assert time.monotonic() < end, f"the condition did not come true in time {say()}"
         time.sleep(0.005)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.serve.harness import Running, until
+from outrider.cli.serve import past_of
+from outrider.evaluate.store import Store
+from outrider.telemetry.alerts import Reading
+from tests.serve.harness import Running, serving, until
 
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -55,6 +59,32 @@ def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str,
     assert all(url.startswith(server.url) for url in asked)
     assert problems == []
     page.close()
+
+
+def test_alerts_cost_the_front_and_past_runs_are_shown(browser: Any, tmp_path: Path) -> None:
+    with Store(tmp_path / "runs.db") as store:
+        trial = store.begin("ab", "<i>trial</i>", {"arms": 2})
+        verdict = {"comparisons": [{"arm": "two", "decision": "faster", "speed": {"mean": 0.1}}]}
+        store.save_experiment("<i>trial</i>", trial, {"arms": 2}, verdict)
+        store.finish(trial, verdict)
+    with serving(slots=2, price=0.5, past=past_of(tmp_path / "runs.db")) as running:
+        failing = running.watch.alerts
+        trouble = Reading(judged=5000, rejected=1)
+        running.watch.reading = lambda: trouble  # type: ignore[method-assign]
+        failing.hold = 0.0
+        body = {"model": "pycode", "prompt": "def f(", "max_tokens": 60, "ignore_eos": True}
+        assert running.call("POST", "/v1/completions", body)[0] == 200
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(running.url)
+        wait(page, "document.querySelectorAll('#alerts .info').length === 1")
+        assert "repetition loops" in page.inner_text("#alerts")
+        wait(page, "document.querySelectorAll('#par circle').length === 1")
+        wait(page, "!document.getElementById('past').hidden")
+        assert page.inner_text("#runs").split("\t")[2:] == ["<i>trial</i>", "done", "-", "two: faster, speed 11%"]
+        assert "$" in page.inner_text("#facts") and "exact" in page.inner_text("#par2")
+        trouble = Reading(judged=5000, rejected=1500)
+        wait(page, "document.querySelectorAll('#alerts div').length === 0")
+        page.close()
 
 
 def test_stop_in_the_playground_frees_the_slot(server: Running, browser: Any) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from outrider.theory import batch, multidraft, transport, tuples, without_replacement
 from outrider.theory.batch import total_variation
 from outrider.theory.multidraft import kseq, recursive, spechub
-from outrider.theory.transport import optimal_iid, optimal_plan, optimal_without_replacement
+from outrider.theory.transport import optimal_choice, optimal_iid, optimal_plan, optimal_without_replacement
 from outrider.theory.without_replacement import all_inside, estimate_recursive_acceptance, recursive_acceptance
 from tests.theory.instances import Array, Z, normalised, pairs, spiky
 
@@ -77,6 +77,18 @@ def test_a_rule_that_is_wrong_is_seen_to_be_wrong():
 
 
 # Optima.
+
+
+@given(pairs(6), COUNTS)
+def test_the_choice_that_attains_the_optimum_can_be_had(pair, k):
+    """Its acceptance is the bound, and no set of tokens is chosen more often than one of its members is drawn."""
+    p, q = pair
+    m = optimal_choice(p, q, k)
+    assert m.sum() == pytest.approx(1.0, abs=1e-10)
+    assert np.minimum(p, m).sum() == pytest.approx(float(optimal_iid(p, q, k).acceptance), abs=1e-10)
+    for inside in itertools.product([False, True], repeat=len(p)):
+        h = np.array(inside)
+        assert m[h].sum() <= 1.0 - max(0.0, 1.0 - q[h].sum()) ** k + 1e-10
 
 
 @settings(max_examples=40)

@@ -1,5 +1,7 @@
 """Losses against the formulas written out by hand, and their gradients against finite differences."""
 
+import math
+
 import pytest
 import torch
 
@@ -74,3 +76,63 @@ def test_acceptance_of_equal_laws_is_one_and_of_disjoint_ones_zero():
 def test_pinsker_holds():
     target, draft = laws(6)
     assert losses.total_variation(target, draft) <= (losses.kl_divergence(target, draft) / 2).sqrt()
+
+
+# ------------------------------------------------------------------------------------- what fixes vanishing gradients
+def apart(by: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Laws that hardly overlap."""
+    return torch.tensor([[by, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, by]], requires_grad=True)
+
+
+def test_the_hybrid_is_the_written_formula():
+    target, draft = laws(7)
+    terms = []
+    for a, b in zip(target.flatten(0, -2), draft.flatten(0, -2), strict=True):
+        kl, tv = by_hand(a[None], b[None], 1.0, 0.0), by_hand(a[None], b[None], 0.0, 1.0)
+        weight = math.exp(-3.0 * (1.0 - tv))
+        terms.append(weight * kl + (1.0 - weight) * tv)
+    assert losses.hybrid(target, draft).item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+
+
+def test_where_laws_hardly_overlap_tv_has_no_gradient_and_the_hybrid_has():
+    found = {}
+    for name, loss in (("tv", losses.total_variation), ("hybrid", losses.hybrid), ("log", losses.log_acceptance)):
+        target, draft = apart(12.0)
+        loss(target, draft).backward()
+        found[name] = float(draft.grad.abs().max())
+    assert found["tv"] < 1e-3
+    assert found["hybrid"] > 0.5
+    assert found["log"] > 0.1
+
+
+def test_the_hybrids_weight_is_a_constant_for_the_gradient():
+    target, draft = laws(8, (1, 5))
+    draft.requires_grad_()
+    losses.hybrid(target, draft).backward()
+    weight = math.exp(-3.0 * float(losses.acceptance(target, draft.detach())))
+    again = draft.detach().clone().requires_grad_()
+    losses.distillation(target, again, 1.0 - weight, weight).backward()
+    torch.testing.assert_close(draft.grad, again.grad)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_by_its_name_falls_when_it_is_followed(name):
+    target, draft = laws(9, (2, 4, 7))
+    draft = draft.clone().requires_grad_()
+    tokens = target.argmax(-1)[:, :-1]
+    values = []
+    for _ in range(30):
+        loss = losses.law_loss(name, target, draft, tokens, 0.9)
+        values.append(loss.item())
+        (slope,) = torch.autograd.grad(loss, draft)
+        with torch.no_grad():
+            draft -= 2.0 * slope
+    assert values[-1] < values[0]
+
+
+def test_staged_is_kl_and_then_mostly_tv():
+    target, draft = laws(10)
+    none = torch.zeros(2, 2, dtype=torch.long)
+    early, late = (losses.law_loss("staged", target, draft, none, x) for x in (0.1, 0.9))
+    torch.testing.assert_close(early, losses.kl_divergence(target, draft))
+    torch.testing.assert_close(late, losses.distillation(target, draft, 1.0, 0.1))

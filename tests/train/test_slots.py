@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
-from outrider.train.slots import ARMS, Objective, closed, first_error, leading_run, slot_loss, suffix_of_products, value
+from outrider.train.slots import (
+    ARMS,
+    Objective,
+    closed,
+    first_error,
+    law_loss,
+    leading_run,
+    slot_loss,
+    suffix_of_products,
+    value,
+)
 from outrider.train.slots import weights as weights_of
 
 N, S, V = 6, 7, 5
@@ -128,3 +138,30 @@ def test_objectives_that_make_no_sense_are_refused() -> None:
     for wrong in ({"gamma": 0.0}, {"pace": 1.5}, {"pace": 0.5, "chain": 1.0}, {"reduction": "median"}, {"focal": -1.0}):
         with pytest.raises(ConfigError):
             Objective(**wrong)
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_against_laws_is_against_tokens_in_the_mean(name: str) -> None:
+    """For a law that is one token both losses have the same gradient; without weights that look, it is the mean over tokens."""
+    logits, labels, mask = case(7)
+    how = ARMS[name]
+    sure = torch.full_like(logits, -1e4).scatter_(-1, labels[..., None], 0.0)
+    torch.testing.assert_close(
+        gradient(lambda x: law_loss(x, sure, mask, how), logits),
+        gradient(lambda x: slot_loss(x, labels, mask, how), logits),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    wanted = torch.randn(N, S, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    p = torch.softmax(wanted, -1)
+    decay = ARMS["decay"]
+    mean = sum(
+        gradient(
+            lambda x, t=t: (
+                weights_of(-p[..., t].log(), mask, mask, decay) * p[..., t] * -torch.log_softmax(x, -1)[..., t]
+            ).sum(),
+            logits,
+        )
+        for t in range(V)
+    )
+    torch.testing.assert_close(gradient(lambda x: law_loss(x, wanted, mask, decay), logits), mean, rtol=1e-4, atol=1e-6)

@@ -235,9 +235,8 @@ def test_layouts_of_others_are_read(tmp_path: Path) -> None:
     kept = {n: t for n, t in load_file(path).items() if not n.endswith("bias") and n != "norm.weight"}
     save_file(kept, path)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"medusa_fc_bias": False}))
-    with pytest.raises(ConfigError, match="final norm"):
-        MedusaHeads.load(tmp_path / "medusa", TARGET)
-    read = MedusaHeads.load(tmp_path / "medusa", TARGET, torch.ones(H))
+    read = MedusaHeads.load(tmp_path / "medusa", TARGET)
+    torch.testing.assert_close(read.norm.weight, torch.ones(H))  # this target's norm has no weights
     assert not bool(read.blocks[0].layers[0].bias.any())  # type: ignore[index, union-attr]
 
 

@@ -57,9 +57,9 @@ def test_specs() -> None:
 
 
 def test_auto_finds_the_draft_beside_the_target(tmp_path: Path) -> None:
-    assert load("auto").name == "prediction+ngram"
+    assert load("auto").name == "prediction+forced+ngram"
     (tmp_path / "target").mkdir()
-    assert load("auto", target_path=str(tmp_path / "target")).name == "prediction+ngram"
+    assert load("auto", target_path=str(tmp_path / "target")).name == "prediction+forced+ngram"
     (tmp_path / "draft").mkdir()
     asked: list[str] = []
 
@@ -68,11 +68,11 @@ def test_auto_finds_the_draft_beside_the_target(tmp_path: Path) -> None:
         return DRAFT, None
 
     found = load_drafter("auto", target=MODEL, length=2, target_path=str(tmp_path / "target"), load_model=loader)
-    assert found.name == "prediction+model"
+    assert found.name == "prediction+forced+model"
     assert asked == [str(tmp_path / "draft")]
     (tmp_path / "other").mkdir()
-    assert load("auto", target_path=str(tmp_path / "other")).name == "prediction+ngram"
-    assert load("auto", target_path="target").name == "prediction+ngram"
+    assert load("auto", target_path=str(tmp_path / "other")).name == "prediction+forced+ngram"
+    assert load("auto", target_path="target").name == "prediction+forced+ngram"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,17 @@ def test_speculative_config(config: dict, options: dict) -> None:
     load(options["draft"])
 
 
+@pytest.mark.parametrize(("method", "ours"), [("medusa", "medusa"), ("eagle3", "eagle"), ("dflash", "dflash")])
+def test_learned_methods_of_speculative_config(method: str, ours: str) -> None:
+    """vLLM's names of drafters that were trained for a target; whether the folder holds one is found out when it is loaded."""
+    config = {"method": method, "model": "a/folder", "num_speculative_tokens": 7}
+    assert parse_speculative_config(config) == {"draft": f"{ours}:a/folder", "length": 7}
+    greedy = parse_speculative_config(config | {"draft_sample_method": "greedy"})
+    assert greedy == {"draft": f"greedy:{ours}:a/folder", "length": 7}
+    with pytest.raises(ConfigError, match="holds no trained drafter"):
+        load(greedy["draft"])
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -142,7 +153,9 @@ def test_speculative_config(config: dict, options: dict) -> None:
         ({"modle": "m"}, "did you mean 'model'"),
         ({}, "needs 'model'"),
         ({"model": 3}, "path or a Hub name"),
-        ({"method": "eagle3", "model": "m"}, "supported: draft_model, ngram"),
+        ({"method": "mtp", "model": "m"}, "supported: draft_model, ngram, medusa, eagle, eagle3, dflash"),
+        ({"method": "dflash"}, "needs 'model'"),
+        ({"method": "dflash", "model": "m", "quantization": "int8"}, "means nothing for method 'dflash'"),
         ({"model": "m", "num_speculative_tokens": 0}, "whole number >= 1"),
         ({"model": "m", "num_speculative_tokens": True}, "whole number >= 1"),
         ({"model": "m", "num_speculative_tokens": "5"}, "whole number >= 1"),

@@ -13,8 +13,8 @@ from outrider.target.toy import TableTarget, TinyLM
 from outrider.telemetry.sinks import MemorySink
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
+from tests.contract.asked import PROMPTS, VOCAB, engine, target
 from tests.contract.drafters import DRAFTERS
-from tests.contract.requests import PROMPTS, VOCAB, engine, target
 from tests.contract.scripted import Budgets
 
 MODEL = target()

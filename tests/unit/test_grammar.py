@@ -51,13 +51,31 @@ def test_json_is_valid_against_its_schema(engine: Engine) -> None:
             assert len(value["name"]) <= 8
 
 
-@pytest.mark.parametrize("draft", [None, "ngram"])
+@pytest.mark.parametrize("draft", [None, "ngram", "forced", "forced:3+ngram"])
 def test_match_gives_the_text_of_plain_decoding(engine: Engine, draft: str | None) -> None:
     plain = companion(engine, "none", rule="match")
     one = companion(engine, draft, rule="match")
     for temperature in (0.0, 1.0):
         wanted = [o.token_ids for o in ask(plain, f"regex:{PATTERN}", temperature=temperature)]
         assert [o.token_ids for o in ask(one, f"regex:{PATTERN}", temperature=temperature)] == wanted
+
+
+def test_what_a_grammar_dictates_is_drafted_without_a_model(engine: Engine) -> None:
+    """Behind a choice nothing is dictated; a fixed text of many tokens is; fewer tokens than `least` are left to others."""
+    fixed = "regex:(import|from) collections\\.abc import Sequence, Mapping"
+    one, none = companion(engine, "forced"), companion(engine, "none")
+    taken, plain = ask(one, fixed, temperature=0.0), ask(none, fixed, temperature=0.0)
+    assert [o.text for o in taken] == [o.text for o in plain]
+    assert one.counts.accepted > 0
+    assert sum(o.counts.steps for o in taken) < sum(o.counts.steps for o in plain)
+    free = companion(engine, "forced")
+    ask(free, "regex:[a-z]{40}", temperature=0.0)
+    assert free.counts.proposed == 0
+    ask(free, fixed, temperature=0.0)
+    most = free.counts.proposed
+    strict = companion(engine, "forced:3")
+    ask(strict, fixed, temperature=0.0)
+    assert 0 < strict.counts.proposed <= most
 
 
 def test_the_law_is_the_targets_restricted_and_renormalised(engine: Engine) -> None:

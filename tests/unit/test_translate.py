@@ -17,7 +17,7 @@ from outrider.target.toy import TinyLM
 from outrider.target.translate import ceiling, spelling, translate
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
-from tests.contract.requests import PROMPTS, VOCAB, engine, params, target, tokens
+from tests.contract.asked import PROMPTS, VOCAB, engine, params, target, tokens
 
 MODEL = target()
 
@@ -46,7 +46,7 @@ def drafter(slots: int = 1, **options) -> ModelDrafter:
     return ModelDrafter(translate(other, THEIRS, OURS, VOCAB), 3, vocab_size=VOCAB, **options)
 
 
-@pytest.mark.parametrize("rule", ["speculative_sampling", "match", "block", "k_seq"])
+@pytest.mark.parametrize("rule", ["speculative_sampling", "match", "block", "k_seq", "optimal_transport", "traversal"])
 @pytest.mark.parametrize("sampling", ["greedy", "greedy with penalties"])
 def test_greedy_text_is_that_of_plain_decoding(rule: str, sampling: str) -> None:
     plain = tokens(engine(MODEL, NoDraft(), load_rule("match"), 1).generate(PROMPTS, params(sampling)))

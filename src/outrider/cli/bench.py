@@ -18,6 +18,26 @@ def bench(
     lengths: Annotated[
         str, typer.Option("--lengths", help="Draft lengths to compare, as 0,2,4; 0 is plain decoding, the base.")
     ] = "0,2,4",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="chart: plain, draft model, Medusa, EAGLE, block diffusion and n-gram in one run, with charts; replaces "
+            "--lengths. --draft then names the draft model.",
+            show_default=False,
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            "--figures",
+            help="With --preset: folder of the charts (SVG and PNG). Default: runs/chart.",
+            show_default=False,
+        ),
+    ] = None,
+    hardware: Annotated[
+        str, typer.Option("--hardware", help="With --preset: machine of the predicted chart, as h100 or m4-max.")
+    ] = "h100",
     rule: opt.Rule = "auto",
     allow_lossy: opt.AllowLossy = False,
     prompts: Annotated[
@@ -33,7 +53,7 @@ def bench(
     temperature: opt.Temperature = 1.0,
     top_p: opt.TopP = 1.0,
     max_tokens: opt.MaxTokens = 128,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the order of arms and of the interval.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the order of arms.")] = 0,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     quantize_draft: opt.Quantize = None,
@@ -44,8 +64,12 @@ def bench(
         typer.Option("--out", help="Write the JSON document (records included) to this file.", show_default=False),
     ] = None,
     store: Annotated[
-        Path | None,
-        typer.Option("--store", help="Append every record to this store as it comes.", show_default=False),
+        str | None,
+        typer.Option(
+            "--store",
+            help="Append every record to this store (a file, or a postgresql:// URL) as it comes.",
+            show_default=False,
+        ),
     ] = None,
     name: Annotated[
         str, typer.Option("--name", help="Name of the run in --store; an unfinished run of that name goes on.")
@@ -56,25 +80,45 @@ def bench(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a self-contained report with plots.", show_default=False)
     ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour", min=0, help="Price of this machine: adds cost per million tokens.", show_default=False
+        ),
+    ] = None,
+    compat: Annotated[
+        str | None,
+        typer.Option("--compat", help="spec-bench: that harness's own numbers beside ours.", show_default=False),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", help="With --compat: folder for its answer files, one an arm.", show_default=False),
+    ] = None,
     json: opt.Json = False,
 ) -> None:
-    """Compare draft lengths on a prompt set. Ratios are paired by prompt and carry a 95% interval.
+    """Compare draft lengths, or the arms of a preset, on a prompt set. Ratios are paired by prompt and carry a 95% interval.
 
     Exit code 0; a failed request is reported and enters no rate.
     """
     from outrider.cli.setup import engine_from_options
-    from outrider.engine.build import companion
-    from outrider.evaluate.measure import Arm, run_arms, summarise
+    from outrider.evaluate import presets
+    from outrider.evaluate.measure import run_arms, summarise
     from outrider.evaluate.quality import with_quality
     from outrider.evaluate.runlog import RunLog
+    from outrider.evaluate.store import fingerprint
     from outrider.evaluate.workloads import load_prompts
     from outrider.sampling.params import SamplingParams
 
-    wanted = parse_lengths(lengths)
+    specs = presets.by_length(parse_lengths(lengths)) if preset is None else presets.preset(preset)
+    machine = chart_machine(preset, figures, hardware)
+    if compat not in (None, "spec-bench") or (answers is not None and compat is None):
+        raise ConfigError("--compat knows spec-bench, and --answers needs it")
+    if compat is not None and batch != 1:
+        raise ConfigError("Spec-Bench runs one question at a time: use --batch 1")
     engine = engine_from_options(
         target=target,
-        draft=draft,
-        length=max(wanted),
+        draft=draft if preset is None else "none",
+        length=max(s.length for s in specs),
         rule=rule,
         allow_lossy=allow_lossy,
         dtype=dtype,
@@ -85,7 +129,9 @@ def bench(
         slots=batch,
     )
     texts = [engine.encode(p) for p in load_prompts(prompts, count)]
-    arms = [Arm(arm_name(n), companion(engine, "none" if n == 0 else None, length=n)) for n in wanted]
+    arms, absent = presets.arms_of(engine, specs, draft)
+    for missing, why in absent.items():
+        opt.err.print(f"outrider: {missing}: absent ({why})")
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True)
     groups = -(-len(texts) // batch)
     with opt.loading(f"measuring {len(arms)} arms on {len(texts)} prompts") as progress:
@@ -101,7 +147,14 @@ def bench(
             return with_quality(engine.parts.target, groups_of[record.group], record) if quality else record
 
         plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
-        config = {**plan, "target": target, "draft": draft, "lengths": wanted, "rule": rule, "dtype": dtype}
+        config = {
+            **plan,
+            "target": target,
+            "draft": draft,
+            "arms": [(s.name, s.draft, s.length) for s in specs],
+            "rule": rule,
+            "dtype": dtype,
+        }
         config |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
         log = RunLog(store, name, {**config, "quantize_draft": quantize_draft, "prompts": texts})
         known = log.known()
@@ -110,13 +163,29 @@ def bench(
             return log.keep(scored(record))
 
         records = run_arms(arms, texts, params, **plan, progress=tick, known=known, keep=keep)
-    summaries = summarise(records, arms[0].name, seed=seed)
-    document = to_document(summaries, engine, params, batch, repeats)
+    document = to_document(summarise(records, arms[0].name), engine, params, batch, repeats, price_per_hour)
+    document["prompts"] = fingerprint(texts)
+    parts = {a.name: a.engine.parts for a in arms}
+    document["arms"].sort(key=lambda row: list(parts).index(row["name"]))
+    for row in document["arms"]:
+        row |= {"drafter": parts[row["name"]].drafter.name, "rule": parts[row["name"]].rule.name}
+    document |= {"absent": absent} | ({"drafter": f"preset {preset}"} if preset else {})
+    files: list[Path] = []
+    if machine is not None:
+        from outrider.evaluate import chart
+
+        rows = chart.measured(specs, records)
+        bars = chart.predicted(specs, records, chart.shares_of(engine, arms, specs), machine)
+        files = chart.save(rows, bars, document, machine, figures or Path("runs/chart"))
+        document["chart"] = {**chart.to_json(rows, bars, machine), "files": [str(f) for f in files]}
+    if compat is not None:
+        document["spec_bench"] = spec_bench(records, engine, prompts, count, answers)
     log.finish(document)
     if html is not None:
+        from outrider.evaluate.chart import inline
         from outrider.evaluate.report import write_html
 
-        write_html(html, document, records)
+        write_html(html, document, records, inline(files))
     if out is not None:
         write_document(out, document, records)
     opt.print_json(document) if json else print_table(document)
@@ -133,22 +202,62 @@ def parse_lengths(text: str) -> list[int]:
     return sorted({0, *numbers})
 
 
-def arm_name(length: int) -> str:
-    return "plain" if length == 0 else f"length {length}"
+def chart_machine(preset: str | None, figures: Path | None, hardware: str) -> Any:
+    """The machine of a preset's predicted chart; None without a preset. Raises ConfigError for one that is not in the table."""
+    from outrider.theory.hardware import hardware as find
+
+    if preset is None:
+        if figures is not None:
+            raise ConfigError("--figures draws the charts of a preset: add --preset chart")
+        return None
+    try:
+        return find(hardware)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
-def to_document(summaries: list[Any], engine: Any, params: Any, batch: int, repeats: int) -> dict[str, Any]:
-    """One JSON document: the arms with raw counts, ratios, ledger and the speed-up that counts and clock predict."""
+def spec_bench(
+    records: list[Any], engine: Any, prompts: Path | None, count: int, folder: Path | None
+) -> dict[str, list[dict[str, Any]]]:
+    """Spec-Bench's numbers for every arm but plain decoding, and its answer files if a folder is given."""
+    import json
+    from dataclasses import asdict
+
+    from outrider.evaluate import spec_bench as sb
+    from outrider.evaluate.tables import write_whole
+    from outrider.evaluate.workloads import load_questions
+
+    questions = load_questions(prompts, count)
+    decode = lambda ids: engine.tokenizer.decode(list(ids))  # noqa: E731
+    if folder is not None:
+        for arm in dict.fromkeys(r.arm for r in records):
+            rows = sb.answers([r for r in records if r.arm == arm], questions, decode, arm)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_whole(folder / f"{arm.replace(' ', '-')}.jsonl", text.encode())
+    found = sb.report(records, "plain", questions, decode, lambda text: len(engine.encode(text)))
+    return {arm: [asdict(s) for s in rows] for arm, rows in found.items()}
+
+
+def to_document(
+    summaries: list[Any], engine: Any, params: Any, batch: int, repeats: int, price: float | None = None
+) -> dict[str, Any]:
+    """One JSON document: the arms with raw counts, ratios, ledger and the speed-up that counts and clock predict.
+
+    price: per hour; cost per million emitted tokens is price / 3600 / (tokens per second) * 1e6.
+    """
     import sys
 
-    from outrider.evaluate.measure import as_json, machine
+    from outrider.evaluate.measure import as_json, energy_absent, machine, peak_memory
     from outrider.telemetry.ledger import predicted_speedup, summary
 
     base = summaries[0]
     arms = []
     for s in summaries:
         predicted = predicted_speedup(s.counts, s.phases, base.counts, base.phases) if s.phases else None
-        arms.append({**as_json(s), **summary(s.counts), "predicted_speedup": predicted})
+        cost = None if price is None or not s.tokens_per_second else price / 3600 / s.tokens_per_second * 1e6
+        energy = None if s.joules is None or not s.tokens else s.joules / s.tokens
+        more = {"predicted_speedup": predicted, "cost_per_million_tokens": cost, "joules_per_token": energy}
+        arms.append({**as_json(s), **summary(s.counts), **more})
     return {
         "command": "outrider " + " ".join(sys.argv[1:]),
         "machine": machine(),
@@ -158,8 +267,12 @@ def to_document(summaries: list[Any], engine: Any, params: Any, batch: int, repe
         "dtype": str(engine.parts.target.dtype).removeprefix("torch."),
         "temperature": params.temperature,
         "max_tokens": params.max_tokens,
+        "top_p": params.top_p,
         "batch": batch,
         "repeats": repeats,
+        "price_per_hour": price,
+        "peak_memory_bytes": peak_memory(),
+        "energy_absent": energy_absent(),
         "arms": arms,
     }
 
@@ -208,6 +321,51 @@ def print_table(d: dict[str, Any]) -> None:
         )
     console = opt.Console(highlight=False)
     console.print(table)
+    print_costs(console, d)
+    for arm, rows in d.get("spec_bench", {}).items():
+        print_spec_bench(console, arm, rows)
+    if d.get("chart"):
+        print_chart(console, d["chart"])
     failed = sum(arm["failed"] for arm in d["arms"])
     if failed:
         console.print(f"[bold red]{failed} requests failed; their groups enter no rate[/bold red]")
+    looping = [f"{arm['name']}: {arm['loops']}" for arm in d["arms"] if arm["loops"]]
+    if looping:
+        console.print(f"texts that end in a loop (drafts guess those best): {', '.join(looping)}")
+
+
+def print_chart(console: Any, chart: dict[str, Any]) -> None:
+    """Intervals of the measured bars, and where the pictures are."""
+    table = Table(title="measured, 95% over prompts", title_justify="left")
+    for column in ("arm", "tokens/s", "tokens per step", "draft ms per step", "acceptance by position"):
+        table.add_column(column, overflow="fold")
+    show = lambda r, d: f"{r['value']:.{d}f} ({r['low']:.{d}f} to {r['high']:.{d}f})"  # noqa: E731
+    for row in chart["measured"]:
+        by_position = " ".join(f"{a:.2f}" for a in row["acceptance"])
+        speed, length = show(row["tokens_per_second"], 1), show(row["acceptance_length"], 2)
+        table.add_row(row["name"], speed, length, f"{row['draft_ms']:.3f}", by_position)
+    console.print(table)
+    console.print(f"charts: {', '.join(chart['files'])} (predicted bars are of {chart['predicted']['hardware']})")
+
+
+def print_costs(console: Any, d: dict[str, Any]) -> None:
+    """Cost and energy of every arm, where they were asked for and measured."""
+    if d.get("price_per_hour") is not None:
+        said = (f"{a['name']} {a['cost_per_million_tokens']:.3g}" for a in d["arms"] if a["cost_per_million_tokens"])
+        console.print(f"cost per million tokens at {d['price_per_hour']:g} an hour: {', '.join(said)}")
+        if d.get("energy_absent"):
+            console.print(f"energy: {d['energy_absent']}")
+    if any(a.get("joules_per_token") for a in d["arms"]):
+        said = (f"{a['name']} {a['joules_per_token']:.3g}" for a in d["arms"] if a["joules_per_token"])
+        console.print(f"joules per token, whole machine: {', '.join(said)}")
+
+
+def print_spec_bench(console: Any, arm: str, rows: list[dict[str, Any]]) -> None:
+    """One arm as Spec-Bench prints it."""
+    table = Table(title=f"{arm}, as Spec-Bench counts", title_justify="left")
+    for column in ("task", "questions", "mean accepted tokens", "tokens/s", "baseline", "speed-up ratio"):
+        table.add_column(column)
+    for r in rows:
+        numbers = (r["mean_accepted_tokens"], r["tokens_per_second"], r["baseline_tokens_per_second"], r["speedup"])
+        table.add_row(r["task"], str(r["questions"]), *(f"{x:.2f}" for x in numbers))
+    console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, Any
 
@@ -47,6 +48,7 @@ def chat(
         slots=1,
     )
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    edit_lines()
     talk = Conversation(engine, system)
     if not talk.template:
         opt.err.print("[dim]this target has no chat template: it continues your text[/dim]")
@@ -60,6 +62,12 @@ def chat(
                 talk.turn(line, params)
             except RequestError as error:  # too long a conversation is no reason to lose it
                 opt.err.print(f"outrider: {error} (/clear starts over)")
+
+
+def edit_lines() -> None:
+    """Arrow keys and the lines typed before, where Python was built with readline."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  importing it is what gives input() its editing
 
 
 def read_line() -> str | None:

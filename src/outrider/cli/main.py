@@ -12,7 +12,7 @@ bind_threads()  # before anything imports torch: an OpenMP runtime reads its bin
 
 import typer  # noqa: E402
 
-from outrider.cli import ab, audit, bench, chat, demo, doctor, generate, plan, predict, runs, serve, train  # noqa: E402
+from outrider.cli import ab, audit, bench, chat, demo, doctor, generate, plan, predict, runs, serve, train, tree  # noqa: E402
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError  # noqa: E402
@@ -39,6 +39,7 @@ app.command("gate")(runs.gate)
 app.add_typer(runs.runs_app, name="runs")
 app.add_typer(ab.ab_app, name="ab")
 app.command("plan")(plan.plan)
+app.command("tree")(tree.tree)
 app.command("doctor")(doctor.doctor)
 app.command("train")(train.train)
 app.add_typer(theory_app, name="theory")

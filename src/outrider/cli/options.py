@@ -36,8 +36,8 @@ Rule = Annotated[
     str,
     typer.Option(
         "--rule",
-        help="How drafts are judged: auto, speculative_sampling, block, k_seq, match; lossy ones need --allow-lossy: "
-        "tv_budget:per_token=0.05,per_sequence=2, over_acceptance, lenience, mentored, typical, top_k.",
+        help="How drafts are judged: auto, speculative_sampling, block, k_seq, optimal_transport, spechub, traversal, match; lossy "
+        "ones need --allow-lossy: tv_budget:per_token=0.05,per_sequence=2, over_acceptance, lenience, mentored, typical, top_k.",
     ),
 ]
 AllowLossy = Annotated[

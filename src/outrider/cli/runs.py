@@ -11,10 +11,13 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.errors import ConfigError
 
-StorePath = Annotated[Path, typer.Option("--store", help="The store file that bench --store wrote.")]
+StorePath = Annotated[
+    str, typer.Option("--store", help="The store that bench --store wrote: a file, or a postgresql:// URL.")
+]
 runs_app = typer.Typer(help="Runs kept in a store.", no_args_is_help=True)
-DEFAULT = Path("outrider.db")
+DEFAULT = "outrider.db"
 
 
 @runs_app.command("list")
@@ -64,16 +67,57 @@ def export_run(
     run: Annotated[str, typer.Argument(help="Id or name.")],
     store: StorePath = DEFAULT,
     out: Annotated[Path | None, typer.Option("--out", help="Default: standard output.", show_default=False)] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="jsonl, csv or parquet. Default: what the name of --out says.", show_default=False
+        ),
+    ] = None,
 ) -> None:
-    """A run as canonical JSON lines: the run first, then one record a line."""
+    """A run as canonical JSON lines (the run first, then one record a line), or its records as a CSV or Parquet table."""
+    from outrider.evaluate import tables
     from outrider.evaluate.store import Store
 
+    wanted = tables.format_of(out, kind)
+    if wanted == "parquet" and out is None:
+        raise ConfigError("a Parquet file is not text: name it with --out")
     with Store(store, read_only=True) as db:
-        text = db.export(run)
+        if wanted == "jsonl":
+            content = db.export(run).encode()
+        else:
+            rows = tables.table(db, run)
+            content = tables.as_csv(rows) if wanted == "csv" else tables.as_parquet(rows)
     if out is None:
-        typer.echo(text, nl=False)
+        typer.echo(content.decode(), nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
+        tables.write_whole(out, content)
+        opt.err.print(f"outrider: wrote {out}")
+
+
+@runs_app.command("import")
+def import_results(
+    file: Annotated[Path, typer.Argument(help="Result file of vLLM's bench serve, AIPerf or guidellm.")],
+    store: StorePath = DEFAULT,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the run. Default: the file's.", show_default=False)
+    ] = None,
+    kind: Annotated[str, typer.Option("--format", help="auto, vllm, aiperf or guidellm.")] = "auto",
+    json: opt.Json = False,
+) -> None:
+    """Read another tool's results into a store, one record per request; `runs show`, `compare` and `export` take them."""
+    from outrider.evaluate.importers import import_run
+    from outrider.evaluate.store import Store
+
+    with Store(store) as db:
+        run, found = import_run(db, file, name or file.stem, kind)
+    document = {"run": run, "name": name or file.stem, "records": len(found.records), **found.summary()}
+    if json:
+        opt.print_json(document)
+        return
+    console = opt.Console(highlight=False)
+    console.print(f"{found.kind}: {len(found.records)} requests as run {document['name']} ({run})")
+    if found.note:
+        console.print(found.note)
 
 
 @runs_app.command("compare")
@@ -83,8 +127,40 @@ def compare_runs(
     store: StorePath = DEFAULT,
     json: opt.Json = False,
 ) -> None:
-    """Every check of `outrider gate`, without its exit code."""
-    _gate(run, baseline, store, json, absolute=False)
+    """Two bench runs: every check of `outrider gate`, without its exit code. Imported runs: their latencies."""
+    if not imported(run, baseline, store):
+        _gate(run, baseline, store, json, absolute=False)
+        return
+    from outrider.evaluate.importers import differences
+    from outrider.evaluate.measure import Record
+    from outrider.evaluate.store import Store
+
+    with Store(store, read_only=True) as db:
+        ours, theirs = ([Record.from_dict(d) for d in db.records(db.run(r).id).values()] for r in (run, baseline))
+    found = differences(ours, theirs)
+    if not found:
+        raise ConfigError(
+            "the runs hold no latencies of at least two requests each: import them with one record per request"
+        )
+    if json:
+        opt.print_json({"run": run, "baseline": baseline, "latency": [asdict(d) for d in found]})
+        return
+    table = Table(title=f"{run} over {baseline}: medians over requests (95%)", title_justify="left")
+    for column in ("latency", "ratio"):
+        table.add_column(column)
+    for d in found:
+        table.add_row(d.what, f"{d.value:.3f} ({d.low:.3f} to {d.high:.3f})")
+    opt.Console(highlight=False).print(table)
+
+
+def imported(run: str, baseline: str, store: str) -> bool:
+    """Whether one of two runs came from another tool's file."""
+    from outrider.evaluate.store import Store
+
+    if any(Path(r).suffix == ".json" and Path(r).is_file() for r in (run, baseline)):
+        return False
+    with Store(store, read_only=True) as db:
+        return any(db.run(r).kind == "import" for r in (run, baseline))
 
 
 def gate(
@@ -103,12 +179,12 @@ def gate(
     raise typer.Exit(_gate(run, baseline, store, json, absolute, speed, acceptance, quality))
 
 
-def _gate(run: str, baseline: str, store: Path, json: bool, absolute: bool, *margins: float) -> int:
-    from outrider.evaluate.gate import Margins, load_run, overall
+def _gate(run: str, baseline: str, store: str, json: bool, absolute: bool, *margins: float) -> int:
+    from outrider.evaluate.gate import Margins, comparable, load_run, overall
     from outrider.evaluate.gate import gate as check
 
-    file = store if store.is_file() else None
-    ours, theirs = load_run(run, file)[1], load_run(baseline, file)[1]
+    (ours_config, ours), (base_config, theirs) = load_run(run, store), load_run(baseline, store)
+    comparable(ours_config, base_config)
     checks = check(ours, theirs, Margins(*margins), relative=not absolute)
     answer, code = overall(checks)
     if json:

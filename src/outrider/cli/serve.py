@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,9 @@ import typer
 from outrider.cli import options as opt
 from outrider.errors import ConfigError
 
-KEY = "OUTRIDER_API_KEY"
+KEY, WEBHOOK = "OUTRIDER_API_KEY", "OUTRIDER_ALERT_WEBHOOK"
+PAST = 50
+"""Runs and experiments of a store that the page shows."""
 
 
 def serve(
@@ -46,6 +50,15 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Sequences decoded together.")] = 8,
     queue: Annotated[int, typer.Option("--queue", min=0, max=65536, help="Sequences that may wait; beyond: 429.")] = 64,
+    per_key: Annotated[
+        int | None,
+        typer.Option(
+            "--per-key",
+            min=1,
+            help="Sequences one API key may hold, waiting ones counted. Default: half of all if there are several keys.",
+            show_default=False,
+        ),
+    ] = None,
     queue_timeout: Annotated[
         float, typer.Option("--queue-timeout", min=0.1, help="Seconds to wait for a slot.")
     ] = 30.0,
@@ -70,6 +83,25 @@ def serve(
     details: Annotated[
         bool, typer.Option("--request-metrics/--no-request-metrics", help="Acceptance of a request in its reply.")
     ] = True,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour", min=0, help="Dollars an hour of this machine: shows cost.", show_default=False
+        ),
+    ] = None,
+    alert_webhook: Annotated[
+        str | None,
+        typer.Option(
+            "--alert-webhook",
+            envvar=WEBHOOK,
+            help="URL that is told of alerts as they begin and end.",
+            show_default=False,
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", help="Store whose runs and experiments the page shows.", show_default=False),
+    ] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     quantize_draft: opt.Quantize = None,
@@ -85,6 +117,7 @@ def serve(
     from outrider.serve.bridge import Limits
     from outrider.serve.run import server_for, unbind
     from outrider.serve.settings import LOCAL_NAMES, Settings, check_address, digest
+    from outrider.serve.webhook import check_url
 
     keys = read_keys(api_key, api_key_file)
     hashed = tuple(digest(key) for key in keys)
@@ -95,8 +128,10 @@ def serve(
         (*LOCAL_NAMES, host, *(allowed_host or ()), *(("*",) if allow_open else ())),
         pad=pad_streams,
         details=details,
-        limits=Limits(queue, queue_timeout, request_timeout, hang_timeout),
+        limits=Limits(queue, share_of(per_key, len(keys), slots + queue), queue_timeout, request_timeout, hang_timeout),
         grace=grace,
+        price=price_per_hour,
+        webhook=None if alert_webhook is None else check_url(alert_webhook),
     )
 
     def build() -> Any:
@@ -117,7 +152,7 @@ def serve(
             slots=slots,
         )
 
-    app = create_app(build, settings, adaptive=not fixed_length)
+    app = create_app(build, settings, adaptive=not fixed_length, past=None if store is None else past_of(store))
     unbind()
     server = server_for(app, settings, host, port)
     opt.err.print(
@@ -128,6 +163,28 @@ def serve(
         raise ConfigError(
             f"the server could not start on {host}:{port}: choose another --port, or see the message above"
         )
+
+
+def share_of(asked: int | None, keys: int, room: int) -> int | None:
+    """Sequences one key may hold: what was asked for, else half of the room if there are several keys; None: all of it."""
+    return asked if asked is not None or keys < 2 else max(1, room // 2)
+
+
+def past_of(file: Path) -> Callable[[], dict[str, Any]]:
+    """A function that reads the newest runs and experiments of a store. ConfigError at once if the file is none."""
+    from outrider.evaluate.store import Store
+
+    def read() -> dict[str, Any]:
+        with Store(file, read_only=True) as kept:
+            latest = kept.runs()[: -PAST - 1 : -1]
+            shown = [asdict(r) | {"ledger": kept.ledgers(r.id)} for r in latest]
+            named = dict.fromkeys(r.name for r in latest if r.kind == "ab" and r.summary is not None)
+            experiments = [{"name": name, "state": kept.experiment(name)[2]} for name in named]
+        keys = ("id", "kind", "name", "state", "created", "updated", "summary", "ledger")
+        return {"runs": [{k: r[k] for k in keys} for r in shown], "experiments": experiments}
+
+    read()
+    return read
 
 
 def read_keys(given: list[str] | None, file: Path | None) -> list[str]:

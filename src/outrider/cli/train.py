@@ -11,7 +11,12 @@ from outrider.cli import options as opt
 
 
 def train(
-    kind: Annotated[str, typer.Argument(help="medusa (heads) or eagle (a layer on hidden states).")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="medusa (heads), eagle (a layer on hidden states), eagle1 (on the last one), dflash (blocks) or draft (a model)."
+        ),
+    ],
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -43,12 +48,33 @@ def train(
     steps: Annotated[int, typer.Option("--steps", min=1)] = 600,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 8,
     lr: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 2e-3,
-    levels: Annotated[int, typer.Option("--levels", min=1, max=16, help="Heads, or levels trained through.")] = 4,
-    blocks: Annotated[int, typer.Option("--blocks", min=1, max=8, help="Residual blocks of a head.")] = 1,
-    width: Annotated[int, typer.Option("--width", min=0, help="Of a feature drafter; 0: the target's.")] = 0,
+    levels: Annotated[
+        int, typer.Option("--levels", min=1, max=16, help="Heads, levels trained through, or drafted slots.")
+    ] = 4,
+    blocks: Annotated[
+        int, typer.Option("--blocks", min=1, max=8, help="Residual blocks of a head, layers of dflash or of a draft.")
+    ] = 1,
+    width: Annotated[
+        int, typer.Option("--width", min=0, help="Of eagle (0: the target's) or of a draft (0: half of it).")
+    ] = 0,
     taps: Annotated[
-        str | None, typer.Option("--taps", help="Blocks a feature drafter reads, as 2,9,15.", show_default=False)
+        str | None, typer.Option("--taps", help="Layers that eagle and dflash read, as 2,9,15.", show_default=False)
     ] = None,
+    anchors: Annotated[int, typer.Option("--anchors", min=1, help="Blocks of a row and step, for dflash.")] = 16,
+    objective: Annotated[
+        str, typer.Option("--objective", help="For dflash: uniform, decay, focal, chain, dpace or until_error.")
+    ] = "decay",
+    labels: Annotated[
+        str, typer.Option("--labels", help="For dflash: the target's laws, or the tokens it wrote.")
+    ] = "laws",
+    loss: Annotated[
+        str,
+        typer.Option(
+            "--loss",
+            help="For medusa, eagle and draft: staged (KL, then total variation), hybrid (both, weighted by acceptance), kl, tv, "
+            "log_acceptance, or ce (next tokens of the text).",
+        ),
+    ] = "staged",
     save_every: Annotated[float, typer.Option("--save-every", help="Seconds between checkpoints.")] = 120.0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Skip rows that cannot be read, and count them.")
@@ -87,6 +113,10 @@ def train(
         blocks=blocks,
         width=width,
         taps=parse_taps(taps),
+        anchors=anchors,
+        objective=objective,
+        labels=labels,
+        loss=loss,
         loop=LoopConfig(
             steps=steps, lr=lr, warmup=min(50, steps), final_lr_ratio=0.02, seed=seed, save_every_s=save_every
         ),

@@ -110,6 +110,16 @@ class Outlook:
     break_even: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """A draft length as measured: tokens per step, seconds of a step over those of a plain one, and speed over plain decoding."""
+
+    length: int
+    tokens_per_step: float
+    cost: float
+    speedup: float
+
+
 class Adaptive:
     """One draft length for each load, 0 to `longest`, kept where it pays and changed with hysteresis.
 
@@ -189,6 +199,14 @@ class Adaptive:
         return Outlook(
             self._last, load.length, self.tokens_per_step(load.length) / cost, plain, break_even(load.length, cost)
         )
+
+    def speeds(self) -> list[Speed]:
+        """The lengths whose cost was measured at the load of the latest step, shortest first; plain decoding is among them."""
+        load = self._loads.get(load_class(self._last)) if self._last else None
+        if load is None:
+            return []
+        known = [(x, self.tokens_per_step(x), cost) for x, cost in sorted(load.cost.items())]
+        return [Speed(x, tokens, cost, tokens / cost) for x, tokens, cost in known]
 
     # ------------------------------------------------------------------ inside
     def _pinned(self, view: SequenceView) -> bool:

@@ -50,6 +50,19 @@ def without_replacement(law: Float[Tensor, "n V"], uniform: list[list[float]]) -
     return out
 
 
+def hub_pairs(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> list[list[int]]:
+    """SpecHub's pairs: a draw from row i, and its most likely token a, or a draw from the row without a if the first was a.
+
+    One token where a has all the mass (Sun et al., "SpecHub", EMNLP 2024).
+    """
+    first = inverse_cdf(law, [[row[0]] for row in uniform])
+    hubs = law.argmax(-1).tolist()
+    others = law.to(torch.float64, copy=True)
+    others[range(len(hubs)), hubs] = 0.0
+    second = inverse_cdf(others, [[row[1]] for row in uniform])
+    return [x and x + ([a] if x[0] != a else y) for x, y, a in zip(first, second, hubs, strict=True)]
+
+
 def race(law: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int) -> list[list[int]]:
     """The first `width` arrivals of an exponential race with rates `law`: draws without replacement, in draw order.
 

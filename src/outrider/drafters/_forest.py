@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.types import POINT_MASS, Draft, Proposal
+from outrider.types import POINT_MASS, Draft, Proposal, Siblings
 
 
 class Forest:
@@ -67,7 +66,7 @@ class Forest:
         flat = [t for i in index for t in self.tokens[i]]
         return Draft(torch.tensor(flat, dtype=torch.int64, device=device), tuple(parent), counts)
 
-    def draft(self, device: torch.device, siblings: Literal["iid", "without_replacement"]) -> Draft:
+    def draft(self, device: torch.device, siblings: Siblings) -> Draft:
         """All trees with their laws, as a `Draft` on `device`."""
         draft = self.nodes(range(len(self.tokens)), device)
         row = tuple(r for rows in self.row for r in rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,12 +19,12 @@ from outrider.drafters import _draw
 from outrider.drafters._forest import Forest
 from outrider.drafters.shapes import MAX_NODES, Shape
 from outrider.errors import ConfigError, unknown_name
-from outrider.types import POINT_MASS, Evidence
+from outrider.types import POINT_MASS, Evidence, Siblings
 
 Sample = Literal["law", "greedy", "coupled"]
-Siblings = Literal["iid", "without_replacement"]
 SAMPLES: tuple[Sample, ...] = ("law", "greedy", "coupled")
-SIBLINGS: tuple[Siblings, ...] = ("iid", "without_replacement")
+SIBLINGS: tuple[Siblings, ...] = get_args(Siblings)
+DRAWS = {"iid": _draw.inverse_cdf, "without_replacement": _draw.without_replacement, "hub": _draw.hub_pairs}
 Follow = Callable[[list[tuple[int, int]]], Float[Tensor, "n W"]]
 """Logits below nodes (sequence, node), all of one depth and grouped by sequence; called once per level."""
 
@@ -104,7 +104,7 @@ class Levels:
     sample:     "law": from the request's own law on the logits (noise lane `draft`). "greedy": the most likely tokens, as
                 point masses. "coupled": by the exponential race of lane `gumbel`, for the rule `match` (with another rule
                 the drafts of two steps would share noise); siblings are drawn without replacement.
-    siblings:   how several children of a node are drawn: "iid", or "without_replacement".
+    siblings:   how several children of a node are drawn: "iid", "without_replacement", or "hub" (pairs only).
 
     At temperature 0 the draft is greedy whatever `sample` says: point masses, no law computed. Otherwise the proposal's
     laws are the very rows the tokens were drawn from. A node's draws never depend on the batch around it.
@@ -115,6 +115,8 @@ class Levels:
             raise ConfigError(unknown_name("way to sample a draft", sample, SAMPLES))
         if siblings not in SIBLINGS:
             raise ConfigError(unknown_name("way to draw siblings", siblings, SIBLINGS))
+        if siblings == "hub" and (shape.width > 2 or sample == "coupled"):
+            raise ConfigError("siblings of 'hub' are pairs drawn from a law: at most 2 children of a node, not coupled")
         self.shape, self.vocab_size, self.sample = shape, vocab_size, sample
         self.depth, self.nodes, self.trees = shape.depth, shape.nodes, shape.width > 1
         self.looked_at = self.nodes
@@ -168,9 +170,8 @@ class Levels:
 
     def _inverse_cdf(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> list[list[int]]:
         uniform = level.uniforms(rows)
-        if level.width > 1 and self.siblings == "without_replacement":
-            return _draw.without_replacement(q, uniform)
-        return _draw.inverse_cdf(q, uniform)
+        draw = DRAWS[self.siblings] if level.width > 1 else _draw.inverse_cdf
+        return draw(q, uniform)
 
     def _race(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> list[list[int]]:
         return _draw.race(q, level.exponentials(rows, self.vocab_size, q.device), level.width)
@@ -249,6 +250,20 @@ class BestFirst:
     def _best(self, value: list[float]) -> list[int]:
         """The `nodes` most valuable nodes; of equals the one that was found first, so that parents come before children."""
         return sorted(range(len(value)), key=lambda k: (-value[k], k))[: self.nodes]
+
+
+def lattice(logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> Follow:
+    """What is below nodes when a level has one law whatever path leads to it: heads, and the slots of a block.
+
+    logits[d, j]: of level d + 1 for the j-th sequence i with depths[i] > 0.
+    """
+    number = {i: n for n, i in enumerate(i for i, d in enumerate(depths) if d)}
+
+    def follow(ends: list[tuple[int, int]]) -> Float[Tensor, "n W"]:
+        level = logits[len(forest.path(*ends[0]))]
+        return level if len(ends) == len(number) == 1 else level[[number[i] for i, _ in ends]]
+
+    return follow
 
 
 def fit(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:

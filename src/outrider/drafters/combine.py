@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter
-from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores
+from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores, Siblings
 
 
 class FirstOf:
@@ -94,7 +93,7 @@ def merge(drafts: Sequence[Draft], chosen: Sequence[int], vocab_size: int) -> Dr
 def _merge_laws(drafts: dict[int, Draft], trees: list[tuple[int, Draft]], vocab_size: int) -> Proposal | None:
     laws = {n: d.q for n, d in drafts.items() if d.q is not None}
     trees_with_laws = [n for n in laws if not drafts[n].is_chain]  # a chain was drawn either way
-    way: Literal["iid", "without_replacement"] = laws[trees_with_laws[0]].siblings if trees_with_laws else "iid"
+    way: Siblings = laws[trees_with_laws[0]].siblings if trees_with_laws else "iid"
     laws = {n: q for n, q in laws.items() if n not in trees_with_laws or q.siblings == way}
     if not laws:
         return None

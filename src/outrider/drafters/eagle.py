@@ -1,7 +1,7 @@
 """Serving a feature drafter: its own keys and values, catching up on what was accepted, growing chains and trees.
 
-The model is `feature.FeatureModel`. Rows of several sequences go through the matrix products together; attention runs per
-sequence, over its own context.
+The model is a `_features.FeatureNetwork`: EAGLE-3's or EAGLE-1's. Rows of several sequences go through the matrix products
+together; attention runs per sequence, over its own context.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.drafters._features import FeatureNetwork
 from outrider.drafters._forest import Forest
 from outrider.drafters._growth import Growth
-from outrider.drafters.feature import FeatureModel
 from outrider.errors import ConfigError
 from outrider.types import Draft, Evidence, SequenceView
 
@@ -26,37 +26,35 @@ CHUNK = 256
 class _Served:
     """The weights as serving wants them: fused, positions in a table. rows -> (residual, q, k, v) -> state."""
 
-    def __init__(self, model: FeatureModel, length: int) -> None:
+    def __init__(self, model: FeatureNetwork, length: int) -> None:
         c, layer = model.config, model.layers[0]
         attn, mlp = layer.self_attn, layer.mlp
         self.config, self.model = c, model
         self.dtype = model.fc.weight.dtype
         self._qkv = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])  # type: ignore[union-attr]
         self._gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])  # type: ignore[union-attr]
-        # the token's half of the layer's input does not depend on anything else
-        self._tokens = layer.input_layernorm(model.embed_tokens.weight)  # type: ignore[operator]
+        self._tokens = model.rows(torch.arange(c.vocab_size, device=model.fc.weight.device))
         self._o, self._down = attn.o_proj.weight, mlp.down_proj.weight  # type: ignore[union-attr]
-        self._norms = layer.hidden_norm, layer.post_attention_layernorm
+        self._norm = layer.post_attention_layernorm
         cos, sin = model.rotation(torch.arange(length, device=model.fc.weight.device))
         half = c.head_dim // 2
         self._turns = torch.cat([cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)], -2)  # [L, 2, d]
 
     def enter(self, token: Tensor, g: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`FeatureModel.enter` for flat rows."""
+        """`FeatureNetwork.enter` for flat rows."""
         c, half = self.config, self.config.head_dim // 2
-        normed = self._norms[0](g)  # type: ignore[operator]
-        x = F.linear(torch.cat([self._tokens[token], normed], -1), self._qkv)
-        x = x.view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
+        residual, x = self.model.join(self._tokens[token], g)
+        x = F.linear(x, self._qkv).view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
         qk, v = x.split((c.heads + c.kv_heads, c.kv_heads), 1)
         cos, sin = self._turns[position].split(1, 1)
         qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
         q, k = qk.split((c.heads, c.kv_heads), 1)
-        return (normed if c.norm_before_residual else g), q, k, v
+        return residual, q, k, v
 
     def leave(self, residual: Tensor, seen: Tensor) -> Tensor:
-        """`FeatureModel.leave` for flat rows."""
+        """`FeatureNetwork.leave` for flat rows."""
         x = torch.addmm(residual, seen, self._o.T)  # type: ignore[union-attr]
-        gate, up = F.linear(self._norms[1](x), self._gate_up).chunk(2, -1)  # type: ignore[operator]
+        gate, up = F.linear(self._norm(x), self._gate_up).chunk(2, -1)  # type: ignore[operator]
         return torch.addmm(x, F.silu(gate).mul_(up), self._down.T)  # type: ignore[union-attr]
 
 
@@ -80,7 +78,7 @@ class Eagle:
     once. A sequence whose rows were not all seen starts over with those that were: its draft is worse then, never wrong.
     """
 
-    def __init__(self, model: FeatureModel, growth: Growth, *, name: str = "eagle") -> None:
+    def __init__(self, model: FeatureNetwork, growth: Growth, *, name: str = "eagle") -> None:
         self.name, self.model, self.growth = name, model, growth
         self.layers: tuple[int, ...] = tuple(sorted(set(model.config.taps)))
         self._order = [self.layers.index(t) for t in model.config.taps]
@@ -139,10 +137,10 @@ class Eagle:
     def _feed(self, run: _Served, evidence: Evidence, work: list[tuple[SequenceView, list[int]]]) -> None:
         rows = [r for _, kept in work for r in kept]
         hidden = evidence.scores.hidden
-        taps = torch.cat([hidden[n] for n in self._order], -1) if len(self._order) > 1 else hidden[0]
+        taps = torch.stack([hidden[n] for n in self._order], 1) if len(self._order) > 1 else hidden[0][:, None]
         if rows != list(range(len(taps))):
             taps = taps[rows]
-        g = F.linear(taps.to(run.dtype), self.model.fc.weight)
+        g = self.model.read(taps.to(run.dtype))
         token, position = [], []
         for view, kept in work:
             at = self._places[view.slot].next

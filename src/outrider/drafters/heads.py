@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from outrider.drafters._folder import check_fits, read_folder, whole, write_folder
+from outrider.drafters._folder import check_fits, read_folder, target_parts, whole, write_folder
 from outrider.drafters._forest import Forest
-from outrider.drafters._growth import Growth
+from outrider.drafters._growth import Growth, lattice
+from outrider.drafters._vocabulary import checked, spread
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence
@@ -27,7 +28,8 @@ from outrider.types import Draft, Evidence
 class HeadsConfig:
     """hidden: of the target. heads: positions ahead. layers: residual blocks of a head. shared: one output matrix for all heads.
 
-    tap: number of the target's block whose output is read; the target's number of blocks for its last one.
+    tap: number of the target's block whose output is read; the target's number of blocks for its last one. draft_vocab: tokens
+    that are drafted, 0 for all.
     """
 
     hidden: int
@@ -37,6 +39,7 @@ class HeadsConfig:
     layers: int = 1
     shared: bool = True
     eps: float = 1e-6
+    draft_vocab: int = 0
 
 
 class _Head(nn.Module):
@@ -55,15 +58,19 @@ class MedusaHeads(nn.Module):
 
     Tensors are named as vLLM names them (`blocks.h.layers.j.weight`, `lm_heads.h.weight`), plus `norm.weight`, the target's
     final norm. Blocks start at the identity: every head starts as `lm_heads`, which a trainer starts as the target's own.
+    support: [S] target tokens of the heads' columns where they draft a part of the vocabulary, else None.
     """
+
+    support: Tensor | None
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
         self.norm = nn.RMSNorm(config.hidden, config.eps)
         self.blocks = nn.ModuleList(_Head(config.hidden, config.layers) for _ in range(config.heads))
-        outputs = 1 if config.shared else config.heads
-        self.lm_heads = nn.ModuleList(nn.Linear(config.hidden, config.vocab_size, bias=False) for _ in range(outputs))
+        outputs, size = 1 if config.shared else config.heads, config.draft_vocab or config.vocab_size
+        self.lm_heads = nn.ModuleList(nn.Linear(config.hidden, size, bias=False) for _ in range(outputs))
+        self.register_buffer("support", None, persistent=False)  # a folder holds it as token_map
         for block in self.blocks:
             for layer in block.layers:  # type: ignore[union-attr]
                 nn.init.zeros_(layer.weight)
@@ -74,8 +81,10 @@ class MedusaHeads(nn.Module):
         f = self.norm(hidden)
         x = torch.stack([block(f) for block in self.blocks], -2)
         if self.config.shared:
-            return self.lm_heads[0](x)
-        return torch.stack([head(x[..., h, :]) for h, head in enumerate(self.lm_heads)], -2)
+            logits = self.lm_heads[0](x)
+        else:
+            logits = torch.stack([head(x[..., h, :]) for h, head in enumerate(self.lm_heads)], -2)
+        return spread(logits, self.support, self.config.vocab_size)
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors (bfloat16) in vLLM's Medusa layout."""
@@ -87,7 +96,7 @@ class MedusaHeads(nn.Module):
                 "model_type": "medusa",
                 "hidden_size": c.hidden,
                 "vocab_size": c.vocab_size,
-                "truncated_vocab_size": c.vocab_size,
+                "truncated_vocab_size": c.draft_vocab or c.vocab_size,
                 "num_heads": c.heads,
                 "num_hidden_layers": c.layers,
                 "medusa_fc_bias": True,
@@ -95,41 +104,52 @@ class MedusaHeads(nn.Module):
                 "rms_norm_eps": c.eps,
                 "target_layer": c.tap,
             },
-            {name: value.bfloat16() for name, value in self.state_dict().items()},
+            {name: value.bfloat16() for name, value in self.state_dict().items()}
+            | ({} if self.support is None else {"token_map": self.support}),
         )
 
     @classmethod
-    def load(cls, folder: Path, target: Target, final_norm: Tensor | None = None) -> MedusaHeads:
-        """Heads of a folder for `target`. final_norm: the target's, for checkpoints of others, which do not hold it.
+    def load(cls, folder: Path, target: Target) -> MedusaHeads:
+        """Heads of a folder for `target`; the target's final norm where the folder does not hold it, as those of others.
 
-        Raises ConfigError for a folder that holds something else, or heads for a target of other sizes.
+        Raises ConfigError for a folder that holds something else, CapabilityError for heads of a target of other sizes.
         """
         config, tensors = read_folder(folder, "medusa")
-        if config.get("truncated_vocab_size", 0) not in (0, None, config.get("vocab_size")):
-            raise ConfigError(f"{folder}: heads over a truncated vocabulary are not supported: train full ones")
         if not config.get("medusa_fc_bias", True):
             tensors |= {
                 n.removesuffix("weight") + "bias": t.new_zeros(t.shape[0])
                 for n, t in tensors.items()
                 if n.startswith("blocks.")
             }
-        made = HeadsConfig(
-            hidden=whole(config, "hidden_size", folder),
-            vocab_size=whole(config, "vocab_size", folder),
-            heads=whole(config, "num_heads", folder, most=64),
-            tap=whole(config, "target_layer", folder, default=target.layers),
-            layers=whole(config, "num_hidden_layers", folder, most=64),
-            shared=bool(config.get("original_lm_head", False)),
-            eps=float(config.get("rms_norm_eps", 1e-6)),
-        )
+        made = _read_config(config, folder, target)
         check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=(made.tap,))
+        support = tensors.pop("token_map", None)
+        if made.draft_vocab and (support is None or support.shape != (made.draft_vocab,)):
+            raise ConfigError(f"{folder}: heads over {made.draft_vocab} tokens need a token_map of as many")
         if "norm.weight" not in tensors:
-            if final_norm is None:
-                raise ConfigError(f"{folder} does not hold the target's final norm: pass it as final_norm")
-            tensors["norm.weight"] = final_norm
+            tensors["norm.weight"] = target_parts(target, folder)["norm.weight"]
         with torch.device("meta"):
             model = cls(made)
+        if made.draft_vocab and support is not None:
+            model.support = checked(support.long(), made.vocab_size, folder)
         return fill(model, tensors, folder)
+
+
+def _read_config(config: dict[str, Any], folder: Path, target: Target) -> HeadsConfig:
+    hidden, vocab_size = whole(config, "hidden_size", folder), whole(config, "vocab_size", folder)
+    size = config.get("truncated_vocab_size") or vocab_size
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= vocab_size:
+        raise ConfigError(f"{folder}: truncated_vocab_size must be a whole number of 1 .. {vocab_size}, got {size!r}")
+    return HeadsConfig(
+        hidden=hidden,
+        vocab_size=vocab_size,
+        heads=whole(config, "num_heads", folder, most=64),
+        tap=whole(config, "target_layer", folder, default=target.layers),
+        layers=whole(config, "num_hidden_layers", folder, most=64),
+        shared=bool(config.get("original_lm_head", False)),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        draft_vocab=0 if size == vocab_size else size,
+    )
 
 
 def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
@@ -187,13 +207,7 @@ class Medusa:
 
     def _propose(self, evidence: Evidence, depths: list[int], forest: Forest, hidden: Float[Tensor, "n H"]) -> None:
         logits = self._predict(hidden)  # [heads, n, V]
-        number = {i: n for n, i in enumerate(i for i, d in enumerate(depths) if d)}
-
-        def follow(ends: list[tuple[int, int]]) -> Tensor:
-            level = logits[len(forest.path(*ends[0]))]
-            return level if len(ends) == len(number) == 1 else level[[number[i] for i, _ in ends]]
-
-        self.growth.grow(evidence, depths, forest, logits[0], follow)
+        self.growth.grow(evidence, depths, forest, logits[0], lattice(logits, depths, forest))
 
 
 def _stacked(heads: MedusaHeads) -> Any:
@@ -208,6 +222,7 @@ def _stacked(heads: MedusaHeads) -> Any:
         x = heads.norm(hidden).expand(c.heads, -1, -1)
         for weight, bias in zip(weights, biases, strict=True):
             x = x + F.silu(torch.baddbmm(bias, x, weight))
-        return F.linear(x, out[0]) if own is None else torch.bmm(x, own)  # type: ignore[arg-type]
+        logits = F.linear(x, out[0]) if own is None else torch.bmm(x, own)  # type: ignore[arg-type]
+        return spread(logits, heads.support, c.vocab_size)
 
     return predict

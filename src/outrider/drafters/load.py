@@ -9,10 +9,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
+from outrider.drafters._folder import read_config
 from outrider.drafters._growth import BestFirst, Growth, Levels, Sample, Siblings
+from outrider.drafters.block import BlockModel
 from outrider.drafters.combine import first_of
+from outrider.drafters.dflash import BlockDrafter
 from outrider.drafters.eagle import Eagle
+from outrider.drafters.early_exit import early_exit
 from outrider.drafters.feature import FeatureModel
+from outrider.drafters.feature1 import LastFeatureModel
+from outrider.drafters.forced import Forced
 from outrider.drafters.heads import Medusa, MedusaHeads
 from outrider.drafters.model import ModelDrafter
 from outrider.drafters.ngram import NGram
@@ -23,16 +29,19 @@ from outrider.drafters.vllm_config import parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule, Target
 
-__all__ = ["first_difference", "load_drafter", "parse_speculative_config"]
+__all__ = ["companion_folder", "first_difference", "load_drafter", "parse_speculative_config"]
 
-NAMES = ("none", "auto", "ngram", "prediction", "medusa", "eagle")
+NAMES = ("none", "auto", "ngram", "prediction", "forced", "medusa", "eagle", "dflash", "early")
 SHAPES = {
     "tree": "children of a node of each level, drawn without replacement",
     "iid": "children of a node of each level, drawn independently",
+    "hub": "children of a node of each level, 2 or 1; pairs of the most likely token and another one",
     "batch": "independent drafts that share nothing but the anchor",
     "shared": "independent drafts, merged where they agree",
 }
 """Ways to write a tree of a draft model, and what their numbers mean."""
+WAYS: dict[str, Siblings] = {"tree": "without_replacement", "iid": "iid", "hub": "hub"}
+"""How siblings of a tree written level by level are drawn."""
 LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
 
@@ -58,17 +67,20 @@ def load_drafter(
       "none"        plain decoding
       "ngram"       prompt lookup; "ngram:2-4" sets the sizes of its n-grams, "ngram:3" just one
       "prediction"  the request's own predicted continuation
+      "forced"      what a request's grammar dictates next; "forced:4" only where it dictates at least 4 tokens
       PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are tried at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
       "medusa"      trained heads on the target's last hidden state: of the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
-                    Both take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...), and so does, for them and for a
+      "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
+      "early:K"     the target's own first K layers with its norm and head
+                    All take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...), and so does, for them and for a
                     draft model, "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes that the draft finds most
                     promising, 4 children of a node looked at
-      "auto"        "prediction", then the folder `draft` beside a target folder named `target`, or else "ngram"
-      "A+B"         per sequence the first of A ("ngram" or "prediction") and B that proposes something
+      "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else "ngram"
+      "A+B"         per sequence the first of A ("ngram", "prediction" or "forced") and B that proposes something
 
     rule: a rule that couples through noise lane `gumbel` makes a draft model draw with the same noise.
     load_model: loads a draft model; how (device, dtype, quantisation) is the caller's business.
@@ -79,37 +91,44 @@ def load_drafter(
     if length == 0 or spec == "none":
         return NoDraft()
     if spec == "auto":
-        sibling = _sibling(target_path)
-        spec = f"prediction+{sibling}" if sibling is not None and load_model is not None else "prediction+ngram"
+        sibling = companion_folder(target_path, "draft")
+        has_model = sibling is not None and load_model is not None
+        # a model sees further than a few dictated tokens; a whole draft of them spares its passes
+        spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
     parts: list[Drafter] = []
-    while (head := re.match(r"(ngram(:[^+/]*)?|prediction)(\+|$)", spec)) is not None:
+    while (head := re.match(r"(ngram(:[^+/]*)?|prediction|forced(:\d{1,4})?)(\+|$)", spec)) is not None:
         name = head.group(1)
-        parts.append(Prediction(length) if name == "prediction" else _ngram(name, length))
+        parts.append(_without_model(name, length))
         spec = spec[head.end() :]
         if not spec:
-            if head.group(3):
+            if head.group(4):
                 raise ConfigError(f"a drafter is missing after {head.group(0)!r}: name one, or drop the '+'")
             return first_of(*parts)
     coupled = rule is not None and rule.lane == "gumbel"
     how = _grown(spec, length, "coupled" if coupled else "law")
     kind, _, path = how.path.partition(":")
+    if kind == "early":
+        return first_of(*parts, early_exit(target, _layers(how.path), how.growth(target.vocab_size)))
     if kind in LEARNED and (path or not Path(kind).exists()):
-        return first_of(*parts, LEARNED[kind](_learned_folder(kind, path, target_path), target, how))
+        return first_of(*parts, LEARNED[kind](_learned_folder(kind, path, target_path), target, how, target_path))
     return first_of(*parts, _model(how, target, length, tokenizer, load_model))
 
 
-def _sibling(target_path: str | None, part: str = "draft") -> str | None:
-    """The folder `part` beside a folder `target`."""
-    if target_path is None:
+def companion_folder(target_path: str | None, part: str) -> str | None:
+    """The folder `part` beside a folder `target`, or `part-X` or `part` beside `target-X`; None where there is none."""
+    if target_path is None or not Path(target_path).expanduser().is_dir():
         return None
-    folder = Path(target_path).expanduser()
-    draft = folder.resolve().parent / part
-    return str(draft) if folder.is_dir() and folder.resolve().name == "target" and draft.is_dir() else None
+    folder = Path(target_path).expanduser().resolve()
+    head, dash, tail = folder.name.partition("-")
+    if head != "target":
+        return None
+    found = (folder.parent / name for name in dict.fromkeys((part + dash + tail, part)))
+    return next((str(path) for path in found if path.is_dir()), None)
 
 
 def _learned_folder(kind: str, path: str, target_path: str | None) -> Path:
     """The folder of a learned drafter: the one that is named, or the target's companion."""
-    folder = path or _sibling(target_path, kind)
+    folder = path or companion_folder(target_path, kind)
     if folder is None:
         raise ConfigError(f"this target has no companion folder {kind!r}: write '{kind}:PATH', or train one")
     return Path(folder).expanduser()
@@ -132,19 +151,49 @@ class _How:
         return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
 
 
-def _medusa(folder: Path, target: Target, how: _How) -> Drafter:
+def _at_most(how: _How, depth: int) -> _How:
+    """The same for a drafter that has no more than `depth` levels: a longer chain is not to be had."""
+    if how.shape.depth > depth and isinstance(how.shape, Static) and how.shape.width == 1:
+        return replace(how, shape=levels((1,) * depth))
+    return how
+
+
+def _medusa(folder: Path, target: Target, how: _How, target_path: str | None) -> Drafter:
     heads = MedusaHeads.load(folder, target).to(target.device)
-    if how.shape.depth > heads.config.heads and isinstance(how.shape, Static) and how.shape.width == 1:
-        how = replace(how, shape=levels((1,) * heads.config.heads))  # a longer draft is not to be had
-    return Medusa(heads, how.growth(target.vocab_size))
+    return Medusa(heads, _at_most(how, heads.config.heads).growth(target.vocab_size))
 
 
-def _eagle(folder: Path, target: Target, how: _How) -> Drafter:
-    return Eagle(FeatureModel.load(folder, target).to(target.device), how.growth(target.vocab_size))
+def _dflash(folder: Path, target: Target, how: _How, target_path: str | None) -> Drafter:
+    model = BlockModel.load(folder, target, target_path).to(target.device)
+    return BlockDrafter(model, _at_most(how, model.config.block - 1).growth(target.vocab_size))
 
 
-LEARNED: dict[str, Callable[[Path, Target, _How], Drafter]] = {"medusa": _medusa, "eagle": _eagle}
+def _eagle(folder: Path, target: Target, how: _How, target_path: str | None) -> Drafter:
+    kind = LastFeatureModel if read_config(folder)[1] in ("eagle", "llama") else FeatureModel
+    return Eagle(kind.load(folder, target).to(target.device), how.growth(target.vocab_size))
+
+
+LEARNED: dict[str, Callable[[Path, Target, _How, str | None], Drafter]] = {
+    "medusa": _medusa,
+    "eagle": _eagle,
+    "dflash": _dflash,
+}
 """Drafters that were trained for one target, and how each is loaded."""
+
+
+def _layers(spec: str) -> int:
+    found = re.fullmatch(r"early:(\d{1,4})", spec)
+    if found is None:
+        raise ConfigError(f"an early exit is written 'early:LAYERS', as 'early:2', got {spec!r}")
+    return int(found.group(1))
+
+
+def _without_model(spec: str, length: int) -> Drafter:
+    """The drafter 'prediction', 'forced', 'forced:N', 'ngram' or 'ngram:SIZES'."""
+    kind, _, least = spec.partition(":")
+    if kind == "forced":
+        return Forced(length, int(least or 1))
+    return Prediction(length) if kind == "prediction" else _ngram(spec, length)
 
 
 def _ngram(spec: str, length: int) -> NGram:
@@ -194,22 +243,29 @@ def _model(
 
 
 def _shape(spec: str, length: int) -> tuple[str, Shape, Siblings]:
-    """Path, shape and way of drawing siblings of 'tree:3x2x1:PATH', 'iid:3x2x1:PATH', 'batch:4:PATH', 'shared:4:PATH'."""
+    """Path, shape and way of drawing siblings of 'tree:3x2x1:PATH', 'batch:4:PATH' and the other SHAPES."""
     kind = spec.partition(":")[0]
-    pattern, example = (r"(\d{1,4}(?:x\d{1,4})*)", "3x2x1") if kind in ("tree", "iid") else (r"(\d{1,4})", "4")
+    if found := re.fullmatch(r"(tree|iid|hub):((?:a|\d{1,4})(?:,(?:a|\d{1,4}))+|a):(.*)", spec):
+        shape = Static(tuple(-1 if up == "a" else int(up) for up in found.group(2).split(",")))
+        return found.group(3), _no_deeper(shape, length, spec), WAYS[kind]
+    pattern, example = (r"(\d{1,4}(?:x\d{1,4})*)", "3x2x1") if kind in WAYS else (r"(\d{1,4})", "4")
     found = re.fullmatch(rf"{kind}:{pattern}:(.*)", spec)
     if found is None:
         raise ConfigError(f"a tree is written '{kind}:{example}:PATH' ({SHAPES[kind]}), got {spec!r}")
     numbers, path = tuple(int(w) for w in found.group(1).split("x")), found.group(2)
-    if len(numbers) > length:
-        raise ConfigError(
-            f"the tree of {spec!r} has {len(numbers)} levels, the draft length is {length}: raise the length"
-        )
     if kind == "batch":
         return path, levels((numbers[0],) + (1,) * (length - 1)), "iid"
     if kind == "shared":
         return path, Shared(numbers[0], length), "iid"
-    return path, levels(numbers), "iid" if kind == "iid" else "without_replacement"
+    return path, _no_deeper(levels(numbers), length, spec), WAYS[kind]
+
+
+def _no_deeper(shape: Static, length: int, spec: str) -> Static:
+    if shape.depth > length:
+        raise ConfigError(
+            f"the tree of {spec!r} has {shape.depth} levels, the draft length is {length}: raise the length"
+        )
+    return shape
 
 
 def check_vocabulary(target: object, draft: object, limit: int, name: str) -> None:

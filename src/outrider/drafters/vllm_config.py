@@ -12,7 +12,9 @@ from typing import Any
 
 from outrider.errors import ConfigError, unknown_name
 
-METHODS = {"draft_model": "a draft model", "ngram": "prompt lookup"}
+LEARNED = {"medusa": "medusa", "eagle": "eagle", "eagle3": "eagle", "dflash": "dflash"}
+"""vLLM's methods that are drafters trained for one target, and our names of them."""
+METHODS = ("draft_model", "ngram", *LEARNED)
 RULES = {"standard": "speculative_sampling"}
 DEFAULT_NGRAM = 5
 """vLLM's prompt_lookup_min and _max when neither is given."""
@@ -112,11 +114,12 @@ def _drafter(values: dict[str, Any]) -> str:
             )
         low, high = _ngram_sizes(values)
         return f"ngram:{low}-{high}"
-    _only("draft_model", values, ("prompt_lookup_max", "prompt_lookup_min"))
+    _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *(("quantization",) if method in LEARNED else ())))
     if model is None:
-        raise ConfigError("speculative_config needs 'model' (a path or a Hub name) for method 'draft_model'")
-    method = values.get("draft_sample_method") or "probabilistic"
-    return _choice("draft_sample_method", method, {"greedy": "greedy:", "probabilistic": ""}) + model
+        raise ConfigError(f"speculative_config needs 'model' (a path or a Hub name) for method {method!r}")
+    how = values.get("draft_sample_method") or "probabilistic"
+    kind = f"{LEARNED[method]}:" if method in LEARNED else ""
+    return _choice("draft_sample_method", how, {"greedy": "greedy:", "probabilistic": ""}) + kind + model
 
 
 def _ngram_sizes(values: dict[str, Any]) -> tuple[int, int]:

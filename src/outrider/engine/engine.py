@@ -174,8 +174,8 @@ class Engine:
         draft, defects = honest(self._pending(works), self.parts.target.vocab_size)
         self.incidents += defects
         judged = verify(self.parts, works, draft)
-        counts = Counts()
-        events = self._emit(works, judged, counts)
+        counts, fresh = Counts(), Counts()
+        events = self._emit(works, judged, counts, fresh)
         live = list(self.scheduler.running)
         drafting = perf_counter()
         self._draft, self._drafted = Draft.empty(0, self.parts.target.device), []
@@ -184,7 +184,7 @@ class Engine:
         end = perf_counter()
         judged.seconds["draft"] = end - drafting
         judged.seconds["host"] = (end - start) - sum(judged.seconds[k] for k in PHASES if k != "host")
-        self._record(judged, counts)
+        self._record(judged, counts, fresh)
         return events
 
     def run(self) -> Iterator[Event]:
@@ -237,8 +237,8 @@ class Engine:
             for w, s, r in zip(wish, live, ready, strict=True)
         ]
 
-    def _emit(self, works: list[Work], judged: Judged, counts: Counts) -> list[Event]:
-        """Append the verdict's tokens, cut where a sequence ends, free finished slots."""
+    def _emit(self, works: list[Work], judged: Judged, counts: Counts, fresh: Counts) -> list[Event]:
+        """Append the verdict's tokens, cut where a sequence ends, free finished slots; add to the sums of the step."""
         events: list[Event] = []
         verdict, draft, b = judged.verdict, judged.draft, -1
         for work in works:
@@ -261,7 +261,7 @@ class Engine:
             ledger = (verdict.risk[b], verdict.spread[b], verdict.bias[b])
             before = sequence.counts.emitted
             event = sequence.emit(tokens, ["accepted"] * accepted + [last], self._logprobs(sequence, judged, b))
-            for sums in (sequence.counts, counts):
+            for sums in (sequence.counts, counts, *([fresh] if sequence.params.seed is None else [])):
                 sums.add(draft.counts[b], accepted, verdict.judged[b], *ledger)
             counts.emitted += sequence.counts.emitted - before
             events.append(event)
@@ -280,7 +280,7 @@ class Engine:
         values, best = logprobs_of(judged.scores.logits[rows], tokens, top)
         return [TokenLogprob(t, v, tuple(alt)) for t, v, alt in zip(tokens, values, best, strict=True)]
 
-    def _record(self, judged: Judged, counts: Counts) -> None:
+    def _record(self, judged: Judged, counts: Counts, fresh: Counts) -> None:
         self.steps += 1
         self.counts.merge(counts)
         for phase in PHASES:
@@ -292,6 +292,7 @@ class Engine:
             len(self.scheduler.waiting),
             judged.seconds,
             counts,
+            fresh,
         )
         self.controller.observe(record)
         for sink in self.sinks:
@@ -322,7 +323,11 @@ class Engine:
             )
         params.check_vocab(vocab)
         if params.grammar is not None:
-            self._grammars().compile(params.grammar)
+            self.compile_grammar(params.grammar)
+
+    def compile_grammar(self, grammar: str) -> None:
+        """Compile a `SamplingParams.grammar` ahead of its request, from any thread. Raises RequestError for a bad one."""
+        self._grammars().compile(grammar)
 
     def _grammars(self) -> Grammars:
         """The grammars of this engine's tokenizer, made for the first request that needs them."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from outrider.engine.sequence import Sequence
@@ -46,6 +46,15 @@ class Scheduler:
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
+
+    def share(self, owner: Callable[[Sequence], Hashable]) -> None:
+        """Let owners take turns in the queue: an owner's n-th sequence, those it runs counted, comes before anybody's next."""
+        turns = Counter(owner(s) for s in self.running)
+        ranked: list[tuple[int, Sequence]] = []
+        for sequence in self.waiting:
+            ranked.append((turns[owner(sequence)], sequence))
+            turns[owner(sequence)] += 1
+        self.waiting = deque(s for _, s in sorted(ranked, key=lambda pair: pair[0]))  # stable: the oldest first
 
     def plan(self) -> list[Work]:
         """The next step: scored sequences and prompt chunks, in the order of admission."""

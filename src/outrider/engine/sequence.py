@@ -117,8 +117,10 @@ class Sequence:
         if self.text and self.text.stopped:
             self.finish_reason = "stop"
         elif self.room <= 0:
-            self.finish_reason = "length"
             text += self.text.finish() if self.text else ""
+            self.finish_reason = (
+                "stop" if self.text and self.text.stopped else "length"
+            )  # the last text may complete a stop
         return text
 
     def fail(self, message: str) -> Event:

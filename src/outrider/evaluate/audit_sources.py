@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -153,14 +154,27 @@ class Endpoint:
 
 
 def of_endpoint(endpoint: Endpoint, params: SamplingParams) -> Source:
-    """Completions of token-id prompts over HTTP, several at a time."""
+    """Completions of token-id prompts over HTTP, several at a time.
 
-    def one(prompt: list[int], seed: int) -> Emission:
+    A server that cannot be used at all (nothing there, no token ids) shows at the first request, which raises ConfigError; after
+    that a request that fails is a failed text, so that what has been judged is not lost.
+    """
+    answered = threading.Event()
+
+    def ask(prompt: list[int], seed: int) -> Emission:
         return read_choice(endpoint.complete(request_body(endpoint.model, prompt, params, seed))["choices"][0])
 
+    def one(prompt: list[int], seed: int) -> Emission:
+        try:
+            return ask(prompt, seed)
+        except ConfigError as error:
+            return Emission((), error=str(error))
+
     def run(prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Emission]:
+        first = [] if answered.is_set() or not prompts else [ask(prompts[0], seeds[0])]
+        answered.set()
         with ThreadPoolExecutor(endpoint.concurrency) as pool:
-            return list(pool.map(one, prompts, seeds))
+            return [*first, *pool.map(one, prompts[len(first) :], seeds[len(first) :])]
 
     return run
 

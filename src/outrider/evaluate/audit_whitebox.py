@@ -18,6 +18,7 @@ from outrider.sampling.params import SamplingParams
 from outrider.target.toy import TableTarget
 
 VOCAB, LENGTH = 3, 4
+AT_ONCE = 256
 LEAST = 5.0
 """Least expected count of a cell; rarer strings are pooled."""
 
@@ -49,7 +50,10 @@ def joint_law(rule: Rule, *, sequences: int = 4000, seed: int = 0, allow_lossy: 
         allow_lossy=allow_lossy,
     )
     params = [SamplingParams(max_tokens=LENGTH, seed=(seed << 32) + i) for i in range(sequences)]
-    strings = [r.outputs[0].token_ids for r in engine.generate([[1]] * sequences, params)]
+    strings = []
+    for low in range(0, sequences, AT_ONCE):  # the engine looks through all the requests it has for each of them
+        some = params[low : low + AT_ONCE]
+        strings += [r.outputs[0].token_ids for r in engine.generate([[1]] * len(some), some)]
     places = {s: i for i, s in enumerate(itertools.product(range(VOCAB), repeat=LENGTH))}
     counts = np.bincount([places[s] for s in strings], minlength=len(places))
     expected = sequences * np.array([_probability(target, s) for s in places])

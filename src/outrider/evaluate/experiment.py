@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from outrider.engine.build import Options, assemble
 from outrider.engine.engine import Engine
@@ -80,13 +82,21 @@ def read_experiment(path: Path) -> Experiment:
     for key in found:
         if key not in known:
             raise ConfigError(f"{path}: {unknown_name('field', str(key), known)}")
-    arms = {str(name): dict(options or {}) for name, options in found.pop("arms").items()}
+    arms = found.pop("arms")
+    if not all(isinstance(options, dict) or options is None for options in arms.values()):
+        raise ConfigError(f"{path}: every arm is a mapping of options, such as {{draft: none}}")
+    arms = {str(name): dict(options or {}) for name, options in arms.items()}
     for name, options in arms.items():
         for key in options:
             if key not in ARM_OPTIONS:
                 raise ConfigError(f"{path}: arm {name!r}: {unknown_name('option', str(key), ARM_OPTIONS)}")
-    made = {"name": path.stem, "base": next(iter(arms)), **found}
-    experiment = Experiment(arms=arms, **made)
+    made = {"name": path.stem, "base": next(iter(arms)), "arms": arms, **found}
+    try:
+        experiment = TypeAdapter(Experiment).validate_json(json.dumps(made, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise ConfigError(f"{path}: {where}: {first['msg']}, got {str(first['input'])[:80]!r}") from None
     _check(experiment, path)
     return experiment
 
@@ -100,9 +110,10 @@ def _check(e: Experiment, path: Path) -> None:
         ("g", 0, 1e6),
         ("count", 1, 1e6),
         ("batch", 0, 1e4),
+        ("max_tokens", 0, 1e6),
     ):
         value = getattr(e, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low < value < high:
+        if not low < value < high:
             raise ConfigError(f"{path}: {name} must be a number between {low} and {high:g}, got {value!r}")
 
 

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,16 @@ from numpy.typing import NDArray
 
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Record
+from outrider.evaluate.stats import difference_influence, influence, margin
 from outrider.evaluate.store import Store
 from outrider.telemetry.ledger import ledger
 from outrider.types import Counts
 
 Outcome = Literal["passed", "failed", "inconclusive", "not measured"]
-DRAWS = 4000
+
+
+ALARM = 1e-4
+"""Probability with which the ledger of an exact engine fails one check: a gate runs on every change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,11 @@ class Margins:
     quality: float = 0.02
 
 
-def load_run(reference: str, store: Path | None) -> tuple[dict[str, Any], list[Record]]:
+SAME = ("prompts", "temperature", "top_p", "max_tokens", "batch")
+"""What two runs must have been asked alike for their difference to mean anything."""
+
+
+def load_run(reference: str, store: str | Path) -> tuple[dict[str, Any], list[Record]]:
     """A run by its id or name in a store, or the file that `bench --out` wrote: its configuration and records."""
     path = Path(reference)
     if path.suffix == ".json" and path.is_file():
@@ -57,8 +66,6 @@ def load_run(reference: str, store: Path | None) -> tuple[dict[str, Any], list[R
             return document, [Record.from_dict(r) for r in document["records"]]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{path}: not a run that bench --out wrote") from None
-    if store is None:
-        raise ConfigError(f"{reference!r} is no JSON file: name its store with --store")
     with Store(store, read_only=True) as db:
         run = db.run(reference)
         if run.kind != "bench":
@@ -66,9 +73,15 @@ def load_run(reference: str, store: Path | None) -> tuple[dict[str, Any], list[R
         return run.config, [Record.from_dict(d) for d in db.records(run.id).values()]
 
 
-def gate(
-    run: Sequence[Record], base: Sequence[Record], margins: Margins, *, relative: bool, seed: int = 0
-) -> list[Check]:
+def comparable(run: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Raises ConfigError for two runs that were asked different things; what one of them does not say is not compared."""
+    for name in SAME:
+        if name in run and name in base and run[name] != base[name]:
+            ours, theirs = ("other ones", "") if name == "prompts" else (run[name], f" against {base[name]}")
+            raise ConfigError(f"the runs differ in {name} ({ours}{theirs}): bench both with the same options")
+
+
+def gate(run: Sequence[Record], base: Sequence[Record], margins: Margins, *, relative: bool) -> list[Check]:
     """All checks of every arm that both runs have.
 
     relative: compare speed-ups over the plain arm of the same run, which a faster or slower machine does not change; else
@@ -81,12 +94,12 @@ def gate(
     for arm in arms:
         ours, theirs = _Arm(run, arm), _Arm(base, arm)
         if not relative or arm != "plain":
-            out.append(speed(ours, theirs, margins.speed, relative, seed))
+            out.append(speed(ours, theirs, margins.speed, relative))
         if ours.counts.proposed:
-            out.append(acceptance(ours, theirs, margins.acceptance, seed))
+            out.append(acceptance(ours, theirs, margins.acceptance))
         out.append(exactness(ours))
         out.append(health(ours, theirs))
-        out.append(quality(ours, theirs, margins.quality, seed))
+        out.append(quality(ours, theirs, margins.quality))
     return out
 
 
@@ -95,13 +108,15 @@ class _Arm:
 
     def __init__(self, records: Sequence[Record], name: str) -> None:
         self.name = name
-        self.records = [r for r in records if r.arm == name and not r.failed]
         self.failed = sum(r.failed for r in records if r.arm == name)
-        self.groups = sorted({r.group for r in self.records})
+        plain = [r for r in records if r.arm == "plain" and not r.failed]
+        both = [r for r in records if r.arm == name and not r.failed]
+        groups = {r.group for r in both} & ({r.group for r in plain} if plain else {r.group for r in both})
+        self.groups = sorted(groups)
+        self.records = [r for r in both if r.group in groups]
         if len(self.groups) < 2:
             raise ConfigError(f"arm {name!r} has {len(self.groups)} complete prompt groups; a gate needs at least two")
         self.rate = self._sums(self.records)
-        plain = [r for r in records if r.arm == "plain" and not r.failed and r.group in self.groups]
         self.plain = self._sums(plain) if plain else None
         self.counts = Counts()
         for r in self.records:
@@ -117,57 +132,67 @@ class _Arm:
         return np.array([sum(number(r) for r in self.records if r.group == g) for g in self.groups], dtype=float)
 
 
-def _picks(a: _Arm, b: _Arm, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bootstrap draws of groups of both runs; the same draws where the groups are the same (paired)."""
-    chance = np.random.default_rng(seed)
-    first = chance.integers(len(a.groups), size=(DRAWS, len(a.groups)))
-    paired = a.groups == b.groups
-    return first, first if paired else chance.integers(len(b.groups), size=(DRAWS, len(b.groups)))
+def _error(ours: _Arm, theirs: _Arm, mine: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Half width of the difference of two ratios from their influences: paired where both runs have the same prompt groups."""
+    return margin([mine - other] if ours.groups == theirs.groups else [mine, other])
 
 
 def judge(
-    arm: str, what: str, value: float, draws: NDArray[np.float64], worst: float, *, more_is_better: bool = True
+    arm: str, what: str, value: float, low: float, high: float, worst: float, *, more_is_better: bool = True
 ) -> Check:
-    """Non-inferiority from bootstrap draws. worst: the value at the margin."""
-    low, high = (float(x) for x in np.quantile(draws, [0.025, 0.975]))
+    """Non-inferiority from a 95% interval. worst: the value at the margin."""
     passed, failed = (low >= worst, high < worst) if more_is_better else (high <= worst, low > worst)
     outcome: Outcome = "passed" if passed else "failed" if failed else "inconclusive"
     return Check(arm, what, outcome, value, low, high, worst)
 
 
-def speed(ours: _Arm, theirs: _Arm, margin: float, relative: bool, seed: int) -> Check:
+def speed(ours: _Arm, theirs: _Arm, limit: float, relative: bool) -> Check:
     """Tokens per second, or speed-up over plain, of the run over the baseline's."""
     if relative and (ours.plain is None or theirs.plain is None):
         raise ConfigError("a relative gate needs the arm 'plain' in both runs: bench with length 0, or use --absolute")
 
-    def value(arm: _Arm, pick: NDArray[np.int64]) -> NDArray[np.float64]:
-        rate = arm.rate[pick].sum(-2)
-        out = rate[..., 0] / rate[..., 1]
+    def rate(arm: _Arm) -> tuple[float, NDArray[np.float64]]:
+        tokens, seconds = arm.rate.T
+        value, e = float(tokens.sum() / seconds.sum()), influence(tokens, seconds)
         if relative and arm.plain is not None:
-            plain = arm.plain[pick].sum(-2)
-            out = out * plain[..., 1] / plain[..., 0]
-        return out
+            plain_tokens, plain_seconds = arm.plain.T
+            value *= float(plain_seconds.sum() / plain_tokens.sum())
+            e = e - influence(plain_tokens, plain_seconds)
+        return value, e
 
-    mine, other = _picks(ours, theirs, seed)
-    now = float(value(ours, np.arange(len(ours.groups))) / value(theirs, np.arange(len(theirs.groups))))
+    (now, mine), (before, other) = rate(ours), rate(theirs)
+    wide, ratio = _error(ours, theirs, mine, other), now / before
     what = "speed-up over plain, ratio" if relative else "tokens per second, ratio"
-    return judge(ours.name, what, now, value(ours, mine) / value(theirs, other), 1 - margin)
+    return judge(ours.name, what, ratio, ratio * math.exp(-wide), ratio * math.exp(wide), 1 - limit)
 
 
-def acceptance(ours: _Arm, theirs: _Arm, margin: float, seed: int) -> Check:
+def acceptance(ours: _Arm, theirs: _Arm, limit: float) -> Check:
     """Accepted over judged drafts, difference."""
     parts = [(a.column(lambda r: r.counts.accepted), a.column(lambda r: r.counts.judged)) for a in (ours, theirs)]
-    if not parts[1][1].sum():
-        return Check(ours.name, "acceptance", "not measured", note="the baseline judged no drafts")
-    rate = lambda i, pick: parts[i][0][pick].sum(-1) / parts[i][1][pick].sum(-1).clip(min=1)  # noqa: E731
-    mine, other = _picks(ours, theirs, seed)
-    now = float(rate(0, np.arange(len(ours.groups))) - rate(1, np.arange(len(theirs.groups))))
-    return judge(ours.name, "acceptance, difference", now, rate(0, mine) - rate(1, other), -margin)
+    if not all(judged.sum() for _, judged in parts):
+        return Check(ours.name, "acceptance", "not measured", note="one of the runs judged no drafts")
+    return _difference(ours, theirs, "acceptance, difference", parts, -limit, more_is_better=True)
+
+
+def _difference(
+    ours: _Arm,
+    theirs: _Arm,
+    what: str,
+    parts: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
+    worst: float,
+    *,
+    more_is_better: bool,
+) -> Check:
+    """Difference of two ratios of sums."""
+    (a, b), (c, d) = parts
+    value = float(a.sum() / b.sum() - c.sum() / d.sum())
+    wide = _error(ours, theirs, difference_influence(a, b), difference_influence(c, d))
+    return judge(ours.name, what, value, value - wide, value + wide, worst, more_is_better=more_is_better)
 
 
 def exactness(ours: _Arm) -> Check:
     """The ledger of the run: observed rejections within their predicted interval, and no bias spent."""
-    book = ledger(ours.counts)
+    book = ledger(ours.counts, level=ALARM)
     good = book.agrees and ours.counts.bias == 0
     note = f"predicted {book.predicted:.1f} rejections, observed {book.observed}, bias {ours.counts.bias:.3g}"
     return Check(ours.name, "exactness", "passed" if good else "failed", book.observed, book.low, book.high, note=note)
@@ -183,16 +208,13 @@ def health(ours: _Arm, theirs: _Arm) -> Check:
     return Check(ours.name, "health", "passed" if good else "failed", note=note)
 
 
-def quality(ours: _Arm, theirs: _Arm, margin: float, seed: int) -> Check:
+def quality(ours: _Arm, theirs: _Arm, limit: float) -> Check:
     """Nats per token of the texts under the target, difference: less is better."""
     if any(r.nll is None for a in (ours, theirs) for r in a.records):
         return Check(ours.name, "quality", "not measured", note="bench both runs with --quality")
     parts = [(a.column(lambda r: r.nll), a.column(lambda r: r.tokens)) for a in (ours, theirs)]
-    rate = lambda i, pick: parts[i][0][pick].sum(-1) / parts[i][1][pick].sum(-1)  # noqa: E731
-    mine, other = _picks(ours, theirs, seed)
-    now = float(rate(0, np.arange(len(ours.groups))) - rate(1, np.arange(len(theirs.groups))))
-    draws = rate(0, mine) - rate(1, other)
-    return judge(ours.name, "quality (nats per token), difference", now, draws, margin, more_is_better=False)
+    what = "quality (nats per token), difference"
+    return _difference(ours, theirs, what, parts, limit, more_is_better=False)
 
 
 def overall(checks: Sequence[Check]) -> tuple[str, int]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 import random
+import resource
+import sys
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from time import perf_counter
 from typing import Any
@@ -14,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from outrider.engine.engine import Engine
+from outrider.errors import RequestError
+from outrider.evaluate.energy import Meter
 from outrider.evaluate.stats import Ratio, paired_ratio
 from outrider.evaluate.store import Key
 from outrider.sampling.params import SamplingParams
@@ -43,6 +48,7 @@ class Record:
 
     failed: requests that ended with an error. loops: texts that end in a repetition. outputs: the token ids.
     nll: negative log-likelihood of the outputs under the target, in nats, where it was asked for.
+    joules: energy of the machine's processors meanwhile, where it reports it. machine: where and with what it ran (`machine`).
     """
 
     arm: str
@@ -58,6 +64,8 @@ class Record:
     loops: int = 0
     outputs: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     nll: float | None = None
+    joules: float | None = None
+    machine: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -77,16 +85,22 @@ class Record:
 
 
 def run_group(arm: Arm, prompts: list[list[int]], params: list[SamplingParams], place: tuple[int, int, int]) -> Record:
-    """Decode one group of prompts together on one arm."""
+    """Decode one group of prompts together on one arm. A request that the engine refuses or fails is an outcome: `failed`."""
     engine = arm.engine
     engine.reset()
+    before = _meter().read()
     outputs: dict[tuple[str, int], list[int]] = {}
     first: dict[tuple[str, int], float] = {}
     ends: dict[tuple[str, int], float] = {}
     failed, names, start = 0, [], perf_counter()
     try:
-        for prompt, p in zip(prompts, params, strict=True):
-            names.append(engine.submit(prompt, p))
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            names.append(f"measured-{i}")
+            try:
+                engine.submit(prompt, p, request=names[-1])
+            except RequestError:
+                failed += 1
+                outputs[names[-1], 0] = []
         while engine.busy:
             events, now = engine.step(), perf_counter() - start
             for e in events:
@@ -98,13 +112,16 @@ def run_group(arm: Arm, prompts: list[list[int]], params: list[SamplingParams], 
     finally:
         for name in names:
             engine.abort(name)
-    seconds = perf_counter() - start
+    seconds, after = perf_counter() - start, _meter().read()
     counts, phases = engine.reset()
+    joules = after.joules_since(before) if after is not None and before is not None else None
     texts = tuple(tuple(outputs[k]) for k in sorted(outputs, key=lambda k: (names.index(k[0]), k[1])))
     timings = tuple(Timing(first[k], ends[k], len(outputs[k])) for k in outputs if outputs[k])
     loops = sum(map(ends_in_a_loop, texts))
     total = sum(map(len, texts))
-    return Record(arm.name, *place, total, seconds, phases, counts, failed, timings, loops, texts)
+    return Record(
+        arm.name, *place, total, seconds, phases, counts, failed, timings, loops, texts, None, joules, machine()
+    )
 
 
 def ends_in_a_loop(tokens: Seq[int], *, longest: int = 32, times: int = 4, least: int = 32) -> bool:
@@ -177,9 +194,10 @@ class ArmSummary:
     loops: int = 0
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     nll: float | None = None
+    joules: float | None = None
 
 
-def summarise(records: list[Record], base: str, *, seed: int = 0) -> list[ArmSummary]:
+def summarise(records: list[Record], base: str) -> list[ArmSummary]:
     """Per arm, in order of first appearance with the base first. low and high: 10th and 90th percentile over records."""
     names = sorted(
         {r.arm for r in records}, key=lambda n: (n != base, next(i for i, r in enumerate(records) if r.arm == n))
@@ -196,7 +214,7 @@ def summarise(records: list[Record], base: str, *, seed: int = 0) -> list[ArmSum
         for r in mine:
             counts.merge(r.counts)
         rates = [r.tokens / r.seconds for r in mine]
-        speedup = None if name == base else paired_ratio(*_by_group(mine), *_by_group(per_arm[base]), seed=seed)
+        speedup = None if name == base else paired_ratio(*_by_group(mine), *_by_group(per_arm[base]))
         low, median, high = np.quantile(rates, [0.1, 0.5, 0.9])
         tokens, seconds = sum(r.tokens for r in mine), sum(r.seconds for r in mine)
         phases = {p: sum(r.phases[p] for r in mine) for p in PHASES}
@@ -217,6 +235,7 @@ def summarise(records: list[Record], base: str, *, seed: int = 0) -> list[ArmSum
                 sum(r.loops for r in mine),
                 latency(mine),
                 _mean_nll(mine),
+                None if any(r.joules is None for r in mine) else sum(r.joules or 0.0 for r in mine),
             )
         )
     return out
@@ -254,7 +273,24 @@ def _by_group(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, seconds
 
 
-def machine() -> dict[str, object]:
+@cache
+def _meter() -> Meter:
+    return Meter()
+
+
+def energy_absent() -> str | None:
+    """Why there is no energy in the records; None where there is."""
+    return None if _meter().present else _meter().absent
+
+
+def peak_memory() -> int:
+    """Most resident memory of this process so far, in bytes: weights and caches of all its engines together."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+@cache
+def machine() -> dict[str, Any]:
     """What a reader needs to know about where numbers were taken."""
     import torch
 

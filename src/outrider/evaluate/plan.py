@@ -4,26 +4,30 @@
 
 The first factor comes from `predict` (replay of texts of the target under the draft; content decides it, so it needs many texts),
 the second from short runs of the real engine (the machine decides it, so it needs few). Their product has far less noise than a
-benchmark of the same length, and says what limits a step.
+benchmark of the same length, and says what limits a step. `plan_check` holds it against runs the plan has not seen.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from outrider.drafters.vllm_config import LEARNED
 from outrider.engine.build import Options, assemble
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate import predict as ev
 from outrider.evaluate.measure import Arm, Record, run_group
+from outrider.evaluate.stats import Array, difference_influence, influence, margin
 from outrider.sampling.params import SamplingParams
 from outrider.theory import forecast as fc
-from outrider.theory.replay import Text
+from outrider.theory.replay import Text, Verification
 from outrider.theory.speedup import break_even_acceptance
 from outrider.types import PHASES, Counts
 
@@ -57,97 +61,133 @@ class Choice:
         return f"plain, batch {self.batch}" if self.plain else f"{self.draft}, length {self.length}, batch {self.batch}"
 
 
+Key = tuple[str, int, int]
+"""Of a configuration: drafter ("none" for plain decoding), length, batch."""
+
+
 @dataclass(slots=True)
 class Timing:
-    """Steps of one configuration: seconds per step of each round, and the mean by phase."""
+    """Runs of one configuration: those the plan may look at, and those it is checked against."""
 
-    rounds: list[float]
-    phases: dict[str, float]
-    counts: Counts
-    tokens: int
-    seconds: float
+    batch: int
+    planned: list[Record] = field(default_factory=list)
+    checked: list[Record] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counts:
+        out = Counts()
+        for r in self.planned:
+            out.merge(r.counts)
+        return out
+
+    @property
+    def step(self) -> float:
+        """Seconds per step of the whole batch, the prompt's own step included as it is in any run."""
+        return self.batch * sum(r.seconds for r in self.planned) / max(1, self.counts.steps)
+
+    def steps(self) -> tuple[Array, Array]:
+        """[runs] seconds and sequence-steps."""
+        return (
+            np.array([r.seconds for r in self.planned], dtype=float),
+            np.array([r.counts.steps for r in self.planned], dtype=float),
+        )
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of a step by phase."""
+        total = {p: sum(r.phases[p] for r in self.planned) for p in PHASES}
+        return {p: x / (sum(total.values()) or 1.0) * self.step for p, x in total.items()}
+
+
+def configurations(drafts: Sequence[str], lengths: Sequence[int], batches: Sequence[int]) -> list[Key]:
+    """Every combination once; length 0 is plain decoding, whatever the drafter."""
+    every = (("none" if n == 0 else d, n, batch) for batch in batches for d in drafts for n in lengths)
+    return list(dict.fromkeys(every))
 
 
 def time_steps(
-    engine: Engine, prompts: list[list[int]], drafts: Sequence[str], lengths: Sequence[int], batches: Sequence[int],
-    params: SamplingParams, *, rounds: int = 4, progress: Callable[[float], None] = lambda _: None,
-) -> dict[tuple[str, int, int], Timing]:  # fmt: skip
-    """Short interleaved runs of every configuration; the first round warms up and is thrown away.
+    engine: Engine, prompts: list[list[int]], keys: Sequence[Key], params: SamplingParams, *, rounds: int = 4,
+    check: bool = False, seed: int = 0, progress: Callable[[float], None] = lambda _: None,
+) -> dict[Key, Timing]:  # fmt: skip
+    """Short runs of every configuration, interleaved in random order; the first round warms up and is thrown away.
 
-    Times are of steps in which all sequences of the batch decode: every text has the same length. Prompts are used in turn.
+    Each configuration gets `rounds` runs on prompts from all over the set. check: besides, every configuration decodes every
+    prompt once, with seeds that the plan has not seen, in between its other runs: what slows the machine down for a while slows
+    both. A batch that the prompts do not fill is filled from their start.
     """
     base: Options = engine.loaded.options
-    arms: dict[tuple[str, int, int], Engine] = {}
-    for batch in batches:
-        for draft in drafts:
-            for n in lengths:
-                key = ("none" if n == 0 else draft, n, batch)
-                if key not in arms:
-                    arms[key] = assemble(engine.loaded, replace(base, draft=key[0], length=n, slots=batch))
-    out = {key: Timing([], dict.fromkeys(PHASES, 0.0), Counts(), 0, 0.0) for key in arms}
-    for turn in range(rounds + 1):
-        for key, one in arms.items():
-            group = [prompts[(turn * key[2] + i) % len(prompts)] for i in range(key[2])]
-            seeds = [replace(params, seed=1000 * turn + i) for i in range(key[2])]
-            if turn:
-                note(out[key], run_group(Arm("", one), group, seeds, (0, turn, 0)), key[2])
-            else:
-                run_group(Arm("", one), group, seeds, (0, 0, 0))
-        progress((turn + 1) / (rounds + 1))
+    arms = {k: Arm(str(k), assemble(engine.loaded, replace(base, draft=k[0], length=k[1], slots=k[2]))) for k in keys}
+    out = {key: Timing(key[2]) for key in keys}
+    work = [(turn, key, kind) for key in keys for turn, kind in _turns(key[2], len(prompts), rounds, check)]
+    chance = random.Random(seed)
+    work.sort(key=lambda w: (w[0], chance.random()))
+    for key, arm in arms.items():
+        run_group(arm, *_group(prompts, params, key[2], 0, 0), (0, 0, 0))
+    for done, (turn, key, kind) in enumerate(work):
+        group = round(turn * len(prompts)) // key[2] * key[2]
+        stream = 1_000_003 * (2 if kind == "checked" else 1) + 7 * seed
+        record = run_group(arms[key], *_group(prompts, params, key[2], group, stream), (group // key[2], 0, 0))
+        getattr(out[key], kind).append(record)
+        progress((done + 1) / len(work))
     return out
 
 
-def note(t: Timing, r: Record, batch: int) -> None:
-    """Add one run: seconds per step of the whole batch, the prompt's own step included as it is in any run."""
-    t.counts.merge(r.counts)
-    t.tokens += r.tokens
-    t.seconds += r.seconds
-    steps = r.counts.steps / batch
-    t.rounds.append(r.seconds / steps)
-    for phase in PHASES:
-        t.phases[phase] += r.phases[phase]
+def _turns(batch: int, prompts: int, rounds: int, check: bool) -> list[tuple[float, str]]:
+    """When (from 0 to below 1) a configuration has its runs, and of which kind: spread evenly over the whole time."""
+    out = [(i / rounds, "planned") for i in range(rounds)]
+    return out + [(start / prompts, "checked") for start in range(0, prompts, batch)] if check else out
 
 
-def tokens_per_call(texts: Sequence[Text], lengths: Sequence[int]) -> dict[int, fc.Estimate]:
+def _group(
+    prompts: list[list[int]], params: SamplingParams, batch: int, start: int, stream: int
+) -> tuple[list[list[int]], list[SamplingParams]]:
+    """`batch` prompts from `start` on, and their parameters with seeds of this stream."""
+    places = range(start, start + batch)
+    return [prompts[i % len(prompts)] for i in places], [replace(params, seed=stream + 31 * i) for i in places]
+
+
+VERIFICATION: dict[str, Verification] = {"speculative_sampling": "token", "block": "block"}
+"""Rules whose acceptance the logs of both models predict."""
+
+
+def tokens_per_call(
+    texts: Sequence[Text], lengths: Sequence[int], verification: Verification = "token"
+) -> dict[int, fc.Estimate]:
     """Predicted tokens per target call by length; 1 for length 0."""
-    found = fc.forecast(texts, lengths=[n for n in lengths if n])
+    found = fc.forecast(texts, verification=verification, lengths=[n for n in lengths if n])
     return {0: fc.Estimate(1.0, 1.0, 1.0), **{row.length: row.acceptance_length for row in found.lengths}}
 
 
-def rank(
-    timings: dict[tuple[str, int, int], Timing], calls: dict[str, dict[int, fc.Estimate]], *, seed: int = 0
-) -> list[Choice]:
-    """All configurations, the fastest first. calls: per drafter the prediction; a drafter without one uses its own counts."""
-    chance = np.random.default_rng(seed)
+def own_rate(t: Timing) -> fc.Estimate:
+    """Tokens per call as counted in the timing runs, with an interval over them: for drafters without a law to replay."""
+    tokens = np.array([r.counts.accepted + r.counts.steps for r in t.planned], dtype=float)
+    steps = t.steps()[1]
+    value, wide = float(tokens.sum() / steps.sum()), margin([difference_influence(tokens, steps)])
+    return fc.Estimate(value, value - wide, value + wide)
+
+
+def rank(timings: Mapping[Key, Timing], calls: Mapping[str, Mapping[int, fc.Estimate]]) -> list[Choice]:
+    """All configurations, the fastest first. calls: per drafter the prediction; a drafter without one uses its own counts.
+
+    The interval adds the errors of log tokens per call and of log seconds per step, which come from different runs.
+    """
     out = []
     for (draft, n, batch), t in timings.items():
-        rounds = np.array(t.rounds)
-        step = chance.choice(rounds, (2000, len(rounds))).mean(1)
-        if n == 0:
-            e = fc.Estimate(1.0, 1.0, 1.0)
-        elif draft in calls:
-            e = calls[draft][n]
-        else:
-            own = (t.counts.accepted + t.counts.steps) / t.counts.steps
-            e = fc.Estimate(own, own, own)
-        spread = (e.high - e.low) / 3.92
-        rate = batch * (e.value + spread * chance.standard_normal(2000)) / step
-        low, high = np.quantile(rate, [0.025, 0.975])
-        seconds = {p: t.phases[p] / sum(t.phases.values()) * float(rounds.mean()) for p in PHASES}
+        e = fc.Estimate(1.0, 1.0, 1.0) if n == 0 else calls[draft][n] if draft in calls else own_rate(t)
+        wide = math.hypot(margin([influence(*t.steps())]), (e.high - e.low) / 2 / e.value)
         plain = timings.get(("none", 0, batch))
-        even = None
-        if n and plain is not None:
-            cost = float(rounds.mean() / np.mean(plain.rounds))
-            even = break_even_acceptance(n, 0.0, cost)
-        best = max(PHASES, key=lambda p: seconds[p])
-        value = batch * e.value / float(rounds.mean())
+        even = break_even_acceptance(n, 0.0, t.step / plain.step) if n and plain is not None else None
+        phases, value = t.phases(), batch * e.value / t.step
+        measured = sum(r.tokens for r in t.planned) / sum(r.seconds for r in t.planned)
         out.append(
-            Choice(draft, n, batch, value, float(low), float(high), e.value, seconds, even, best, t.tokens / t.seconds)
-        )
+            Choice(
+                draft, n, batch, value, value * math.exp(-wide), value * math.exp(wide), e.value, phases, even,
+                max(PHASES, key=lambda p: phases[p]), measured,
+            )
+        )  # fmt: skip
     return sorted(out, key=lambda c: -c.tokens_per_second)
 
 
-def advice(choices: Sequence[Choice], batch: int, models: Mapping[str, str]) -> dict[str, Any]:
+def advice(choices: Sequence[Choice], batch: int, models: Mapping[str, str], rule: str = "auto") -> dict[str, Any]:
     """The first choice at a batch size: options for `generate`, vLLM's configuration, and what would change the answer.
 
     models: the draft model behind the name of a drafter, for vLLM. Raises ConfigError for a batch that was not planned.
@@ -167,6 +207,8 @@ def advice(choices: Sequence[Choice], batch: int, models: Mapping[str, str]) -> 
         else ""
     )
     options = ["--draft", "none"] if best.plain else ["--draft", best.draft, "--length", str(best.length)]
+    if not best.plain and rule != "auto":
+        options += ["--rule", rule]
     return {
         "choice": best.name,
         "speculate": not best.plain,
@@ -183,10 +225,15 @@ def vllm(c: Choice, models: Mapping[str, str]) -> str | None:
     """vLLM's `--speculative-config` for a choice; None for a drafter that vLLM does not have."""
     if c.draft == "ngram":
         return json.dumps({"method": "ngram", "num_speculative_tokens": c.length, "prompt_lookup_max": 4})
-    if c.draft not in models:
+    kind, _, folder = c.draft.partition(":")
+    learned = next((method for method, ours in LEARNED.items() if ours == kind), None)
+    if learned is not None and folder:
+        config = {"method": learned, "model": folder}
+    elif c.draft in models:
+        config = {"method": "draft_model", "model": models[c.draft]}
+    else:
         return None
-    config = {"method": "draft_model", "model": models[c.draft], "num_speculative_tokens": c.length}
-    return json.dumps({**config, "draft_sample_method": "probabilistic"})
+    return json.dumps({**config, "num_speculative_tokens": c.length, "draft_sample_method": "probabilistic"})
 
 
 def read_texts(

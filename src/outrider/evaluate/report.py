@@ -134,8 +134,8 @@ def lines(
     return f"<svg viewBox='0 0 760 312' role='img' aria-label='{_e(title)}'>{''.join(out)}</svg>"
 
 
-def write_html(path: Path, document: dict[str, Any], records: Sequence[Record]) -> None:
-    """The report of a bench run. Raises ConfigError when the file cannot be written."""
+def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], figures: Sequence[str] = ()) -> None:
+    """The report of a bench run. figures: SVG elements that lead it. Raises ConfigError when the file cannot be written."""
     arms = document["arms"]
     per_token = [(a["name"], {p: s / max(1, a["tokens"]) * 1e3 for p, s in a["phases"].items()}) for a in arms]
     ratios = [(a["name"], *(a["speedup"][k] for k in ("value", "low", "high"))) for a in arms if a["speedup"]]
@@ -143,6 +143,7 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record]) 
         f"<p>{_e(document['drafter'])} / {_e(document['rule'])}, {_e(document['dtype'])}, temperature {document['temperature']:g}, "
         f"batch {document['batch']}, {document['repeats']} repeats, {len({r.group for r in records})} prompt groups. "
         f"<code>{_e(document['command'])}</code></p>",
+        *(f"<figure style='margin:1em 0'>{svg}</figure>" for svg in figures),
         "<h2>Speed-up over plain decoding</h2><p>Ratio of total times on the same prompts; 95% interval over prompts.</p>",
         intervals("speed-up", ratios, "speed-up, 1 = plain decoding", 1.0),
         "<h2>Tokens per second</h2><p>Median over records, and the range of the middle 80%.</p>",

@@ -11,14 +11,14 @@ from outrider.evaluate.store import Key, Store, fingerprint
 
 
 class RunLog:
-    """The store's end of a bench run; without a path it keeps nothing."""
+    """The store's end of a bench run; without a store it keeps nothing."""
 
-    def __init__(self, path: Path | None, name: str, config: dict[str, Any]) -> None:
+    def __init__(self, where: str | Path | None, name: str, config: dict[str, Any]) -> None:
         """config: everything that decides what is measured; its prompts are kept as a fingerprint.
 
         Raises ConfigError when an unfinished run of that name was configured differently.
         """
-        self.store = None if path is None else Store(path)
+        self.store = None if where is None else Store(where)
         kept = {**config, "prompts": fingerprint(config.get("prompts"))}
         self.run = "" if self.store is None else self.store.begin("bench", name, kept)
 

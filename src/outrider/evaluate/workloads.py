@@ -7,6 +7,7 @@ from pathlib import Path
 
 from outrider.assets import shipped_prompts
 from outrider.errors import ConfigError
+from outrider.evaluate.spec_bench import Question
 
 MAX_BYTES = 1 << 28
 
@@ -22,12 +23,25 @@ def load_prompts(path: Path | None, count: int) -> list[str]:
     return prompts[:count]
 
 
+def load_questions(path: Path | None, count: int) -> list[Question]:
+    """Number and category of the first `count` rows of a set in Spec-Bench's format; another set is one category, "overall"."""
+    lines = (
+        [] if path is None or path.suffix not in (".jsonl", ".json") else path.read_text(encoding="utf-8").splitlines()
+    )
+    rows = [json.loads(line) for line in lines if line.strip()][:count]
+    known = [Question(r.get("question_id", i), str(r.get("category", "overall"))) for i, r in enumerate(rows)]
+    return known or [Question(i, "overall") for i in range(count)]
+
+
 def _read(path: Path) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a JSONL or text file of prompts")
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB; split it")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if path.suffix not in (".jsonl", ".json"):
         return [line for line in lines if line.strip()]
     return [_prompt(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]

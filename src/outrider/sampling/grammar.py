@@ -7,7 +7,9 @@ it too, and the law under speculation is the law without: p restricted to the al
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,18 @@ from torch import Tensor
 from outrider.errors import CapabilityError, RequestError
 
 KINDS = ("regex", "json")
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+"""What one grammar may cost: some ten milliseconds to compile and a few for a step, whatever it says; and no text in errors."""
+KEPT = 64
+"""Compiled grammars that are kept."""
 INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
 
 
@@ -41,9 +55,30 @@ class Grammars:
             raise CapabilityError(INSTALL) from None
         self._lib, self.vocab_size, self.eos = llguidance, vocab_size, tuple(eos)
         self._tokenizer = llguidance.LLTokenizer(tokenizer, eos_token=eos[0] if eos else None)
+        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = Lock()
 
-    def compile(self, text: str) -> str:
-        """What `start` takes, from 'regex:...' or 'json:{schema}'. Raises RequestError naming what is wrong."""
+    def compile(self, text: str) -> None:
+        """Compile 'regex:...' or 'json:{schema}' and keep it. Raises RequestError naming what is wrong, a grammar that costs more
+        than LIMITS among it. May be called from any thread, ahead of `start`, so that an engine need not wait for it.
+        """
+        self._matcher(text)
+
+    def _matcher(self, text: str) -> Any:
+        """The compiled grammar, never advanced; made at most KEPT grammars ago, or now."""
+        with self._lock:
+            if text in self._compiled:
+                self._compiled.move_to_end(text)
+                return self._compiled[text]
+        made = self._make(text)
+        with self._lock:
+            self._compiled[text] = made
+            while len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _make(self, text: str) -> Any:
         kind, colon, body = text.partition(":")
         matcher = self._lib.LLMatcher
         if not colon or kind not in KINDS:
@@ -54,13 +89,14 @@ class Grammars:
             grammar = matcher.grammar_from_regex(body) if kind == "regex" else matcher.grammar_from_json_schema(body)
         except Exception as error:  # the library raises ValueError, or its own errors for a schema it cannot read
             raise RequestError(f"the {kind} grammar cannot be read: {_first_line(error)}") from None
-        wrong = matcher.validate_grammar(grammar, self._tokenizer)
-        if wrong:
-            raise RequestError(f"the {kind} grammar cannot be used: {_first_line(wrong)}")
-        return grammar
+        made = matcher(self._tokenizer, grammar, limits=self._limits, log_level=0)
+        if made.is_error():
+            raise RequestError(f"the {kind} grammar cannot be used: {_first_line(made.get_error())}")
+        return made
 
     def start(self, text: str) -> Automaton:
-        return Automaton(self._lib.LLMatcher(self._tokenizer, self.compile(text)), self.vocab_size, self.eos, text)
+        """The automaton of a new sequence."""
+        return Automaton(self._matcher(text).deep_copy(), self.vocab_size, self.eos, text)
 
 
 def _first_line(error: object) -> str:
@@ -82,6 +118,12 @@ class Automaton:
         new = [int(t) for t in output[len(self._seen) :]]
         self._matcher.try_consume_tokens(new)
         self._seen += new
+
+    def forced(self) -> list[int]:
+        """Tokens of the text that the grammar dictates next, as the tokenizer would write it; none where there is a choice."""
+        if self._matcher.is_stopped():
+            return []
+        return [t for t in self._matcher.compute_ff_tokens() if t < self._size]
 
     def allowed(self, path: Sequence[int]) -> Bool[Tensor, "V"]:
         """Tokens that may follow the text and then `path`; all of them behind a path that breaks the grammar, which no

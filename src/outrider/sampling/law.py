@@ -91,12 +91,21 @@ class Law:
 
     def _allowed(self, sequence: SequenceView, grammar: str, path: Sequence[int]) -> Tensor:
         """[V] tokens that the request's grammar allows behind its output and `path`."""
+        return self._automaton(sequence, grammar).allowed(path)
+
+    def forced(self, sequence: SequenceView) -> list[int]:
+        """Tokens that the request's grammar dictates behind its output; none without a grammar."""
+        grammar = params_of(sequence).grammar
+        return self._automaton(sequence, grammar).forced() if grammar is not None else []
+
+    def _automaton(self, sequence: SequenceView, grammar: str) -> Automaton:
+        """The automaton of the slot, behind the output of `sequence`."""
         automaton = self._automata.get(sequence.slot)
         if automaton is None or automaton.text != grammar:
             assert self.grammars is not None, "the engine refuses grammars it cannot serve"
             automaton = self._automata[sequence.slot] = self.grammars.start(grammar)
         automaton.follow(sequence.tokens[sequence.prompt :])
-        return automaton.allowed(path)
+        return automaton
 
     def _history(self, sequence: SequenceView) -> History:
         history = self._histories.setdefault(sequence.slot, History())

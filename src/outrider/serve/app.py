@@ -28,33 +28,40 @@ from outrider.errors import OutriderError
 from outrider.sampling.params import SamplingParams
 from outrider.serve.bridge import Bridge
 from outrider.serve.guard import Guard, on_error
-from outrider.serve.live import Live
+from outrider.serve.live import Live, Past
 from outrider.serve.openai import ChatRequest, CompletionRequest
 from outrider.serve.settings import Settings
 from outrider.serve.v1 import OpenAI
+from outrider.serve.watch import Watch
+from outrider.serve.webhook import Webhook
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 
 PAGE = Path(__file__).parent / "dashboard" / "index.html"
 CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
-def create_app(build: Callable[[], Engine], settings: Settings, *, adaptive: bool = True) -> Starlette:
+def create_app(
+    build: Callable[[], Engine], settings: Settings, *, adaptive: bool = True, past: Past | None = None
+) -> Starlette:
     """The server for the engine that `build` makes (in the engine's own thread).
 
     adaptive: set the draft length by load, "never slower than plain decoding"; otherwise the engine keeps its controller.
-    `app.state.bridge` is the bridge, for whoever runs the app.
+    past: reads the runs and experiments that the page shows; None: none are shown. `app.state.bridge` is the bridge and
+    `app.state.watch` what is known over time, for whoever runs the app.
     """
     metrics = Metrics(settings.model)
     bridge = Bridge(build, metrics, settings.limits, lambda engine: prepare(engine, metrics, adaptive))
     v1 = OpenAI(bridge, settings)
-    live = Live(bridge, settings, v1)
+    hook = Webhook(settings.webhook, settings.model) if settings.webhook else None
+    watch = Watch(bridge, settings.price, hook)
+    live = Live(bridge, settings, v1, watch, past)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await bridge.start()
-        watch = asyncio.create_task(live.watch())
+        watching = asyncio.create_task(watch.run())
         yield
-        watch.cancel()
+        watching.cancel()
         await bridge.close(settings.grace)
 
     routes = [
@@ -69,6 +76,7 @@ def create_app(build: Callable[[], Engine], settings: Settings, *, adaptive: boo
         Route("/v1/completions", v1.completions, methods=["POST"]),
         Route("/v1/chat/completions", v1.chat, methods=["POST"]),
         Route("/outrider/state", live.state),
+        Route("/outrider/runs", live.runs),
         Route("/outrider/play", live.play, methods=["POST"]),
     ]
     known = frozenset(route.path for route in routes)
@@ -76,7 +84,7 @@ def create_app(build: Callable[[], Engine], settings: Settings, *, adaptive: boo
     guard = Middleware(Guard, settings=settings, metrics=metrics, routes=known)
     app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.bridge = bridge
+    app.state.bridge, app.state.watch = bridge, watch
     return app
 
 
@@ -188,6 +196,7 @@ def document() -> dict[str, Any]:
             "/ready": get("Ready for requests"),
             "/metrics": get("Prometheus metrics"),
             "/outrider/state": get("What the page shows"),
+            "/outrider/runs": get("Runs and experiments of the store"),
         },
         "components": {
             "schemas": schema.get("$defs", {}),

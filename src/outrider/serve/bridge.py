@@ -12,9 +12,9 @@ import logging
 import math
 import threading
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ IDLE_BEAT = 0.5
 """Seconds between two heartbeats of an idle engine thread."""
 BROKEN_STEPS = 3
 """Steps in a row that may fail, each ending the requests that were in it, before the engine is given up."""
+GRAMMAR_SECONDS = 2.0
+"""Seconds a client's grammar may take to compile."""
 SHOWN = 96
 """Latest token origins of a running request that the dashboard sees."""
 
@@ -54,9 +56,11 @@ class EngineFailure(OutriderError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one server lets in. queue: sequences that may wait beside those that decode. Times in seconds."""
+    """What one server lets in. queue: sequences that may wait beside those that decode. per_owner: most that one owner (API key)
+    may hold of both, None: all of them. Times in seconds."""
 
     queue: int = 64
+    per_owner: int | None = None
     queue_seconds: float = 30.0
     request_seconds: float = 600.0
     hang_seconds: float = 10.0
@@ -66,10 +70,12 @@ class Limits:
 class Ticket:
     """One HTTP request inside the server: a place that is held from before its prompt is read until its reply has ended.
 
-    choices: samples in all (prompts x n). sequences: the engine's objects, in order of choices, once it has started.
+    choices: samples in all (prompts x n). owner: whose it is (the number of an API key). sequences: the engine's objects, in
+    order of choices, once it has started.
     """
 
     choices: int
+    owner: int = 0
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     arrived: float = field(default_factory=monotonic)
     sequences: list[Sequence] = field(default_factory=list)
@@ -115,6 +121,7 @@ class Bridge:
         self._build, self._prepare = build, prepare
         self._engine: Engine | None = None
         self._held = 0
+        self._owned: Counter[int] = Counter()
         self._typical = 1.0  # seconds of a request, exponentially averaged: only for Retry-After
         self._condition = threading.Condition()
         self._commands: list[Callable[[], None]] = []
@@ -125,6 +132,7 @@ class Bridge:
         self._queued: dict[str, Ticket] = {}  # engine thread: names that have no slot yet
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: Future[None] = Future()
+        self._compiler = ThreadPoolExecutor(1, "outrider-grammar")
         self._thread = threading.Thread(target=self._run, name="outrider-engine", daemon=True)
 
     # ------------------------------------------------------------------ life
@@ -167,6 +175,7 @@ class Bridge:
         self._stop = True
         self._command(lambda: None)
         await asyncio.to_thread(self._thread.join, self.limits.hang_seconds)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     async def settle(self, grace: float) -> None:
         """Wait until nothing is open; after `grace` seconds end what is left with an error and give it a second to say so."""
@@ -180,19 +189,24 @@ class Bridge:
             await asyncio.sleep(0.02)
 
     # ------------------------------------------------------------------ requests
-    def reserve(self, choices: int) -> Ticket:
+    def reserve(self, choices: int, owner: int = 0) -> Ticket:
         """A place for a request of `choices` samples, before any work is done for it. Raises Overloaded or Unavailable."""
         if not self.ready:
             why = "draining" if self.draining else "not answering" if self._engine is not None else "still loading"
             raise Unavailable(f"the engine is {why}: try again later")
         slots = self.engine.scheduler.slots
-        if choices > slots + self.limits.queue:
-            raise RequestError(f"this server holds {slots + self.limits.queue} samples in all: ask for fewer at once")
-        if self._held + choices > slots + self.limits.queue:
+        room = slots + self.limits.queue
+        most = room if self.limits.per_owner is None else min(room, self.limits.per_owner)
+        if choices > most:
+            raise RequestError(f"this server holds {most} samples of one client: ask for fewer at once")
+        full = self._held + choices > room
+        if full or self._owned[owner] + choices > most:
             wait = math.ceil(self._typical * self._held / slots)
-            raise Overloaded("the queue is full: try again later", max(1, min(60, wait)))
+            what = "the queue is full" if full else "this key has too many requests in hand"
+            raise Overloaded(f"{what}: try again later", max(1, min(60, wait)))
         self._held += choices
-        ticket = Ticket(choices)
+        self._owned[owner] += choices
+        ticket = Ticket(choices, owner)
         self.tickets[ticket.id] = ticket
         return ticket
 
@@ -235,6 +249,7 @@ class Bridge:
             return
         ticket.open = False
         self._held -= ticket.choices
+        self._owned[ticket.owner] -= ticket.choices
         self.tickets.pop(ticket.id, None)
         if not ticket.done:
             self._command(lambda: self._abort(ticket))
@@ -253,6 +268,15 @@ class Bridge:
             return await asyncio.wait_for(asyncio.to_thread(work), seconds)
         except TimeoutError:
             raise Unavailable("the prompt took too long to prepare: make it shorter") from None
+
+    async def compile(self, grammar: str, seconds: float = GRAMMAR_SECONDS) -> None:
+        """Compile a grammar in a thread kept for that, so that neither engine nor tokenising waits for it; the engine then finds
+        it ready. Raises RequestError for a bad one, Unavailable after `seconds`."""
+        work = asyncio.get_running_loop().run_in_executor(self._compiler, self.engine.compile_grammar, grammar)
+        try:
+            await asyncio.wait_for(work, seconds)
+        except TimeoutError:
+            raise Unavailable("the grammar took too long to compile: make it smaller") from None
 
     def _deadline(self, ticket: Ticket) -> Any:
         return _Deadline(ticket.arrived + self.limits.request_seconds - monotonic())
@@ -279,6 +303,7 @@ class Bridge:
             for command in self._take(engine.busy):
                 command()
             self._expire(engine)
+            self._share(engine)
             if engine.busy:
                 self._step(engine)
 
@@ -353,6 +378,11 @@ class Bridge:
     def _fail(self, ticket: Ticket, error: OutriderError) -> None:
         self._abort(ticket)
         self._post(lambda: ticket.mail.put_nowait(error))
+
+    def _share(self, engine: Engine) -> None:
+        """Before free slots are given away: owners take turns, so that one with many requests delays another by one of them."""
+        if len(engine.scheduler.waiting) > 1 and len({t.owner for t in self._queued.values()}) > 1:
+            engine.scheduler.share(lambda s: self._routes[s.request][0].owner)
 
     def _expire(self, engine: Engine) -> None:
         """End requests that have waited too long for a slot."""

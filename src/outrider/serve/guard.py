@@ -24,6 +24,10 @@ from outrider.telemetry.prometheus import Metrics
 logger = logging.getLogger(__name__)
 OPEN = frozenset({"/health"})
 """The only paths that need no key."""
+OWNER = "outrider.owner"
+"""Where a request's scope has the number of its key."""
+DEPTH = 32
+"""Most lists and objects in each other in a body."""
 HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
@@ -79,7 +83,9 @@ class Guard:
                 return None
             return reply(403, "this host name is not served: start with --allowed-host NAME", "invalid_request_error")
         key = presented(headers.get(b"authorization", ""))
-        if key is not None and self.settings.admits(key):
+        owner = None if key is None else self.settings.owner(key)
+        if owner is not None:
+            scope[OWNER] = owner
             return None
         wanted = 'Basic realm="outrider"' if scope["path"] == "/" else "Bearer"
         return reply(
@@ -133,13 +139,27 @@ async def body_of(request: Request, limit: int, seconds: float) -> Any:
     except TimeoutError:
         raise HTTPException(408, f"the body took longer than {seconds:g} seconds") from None
     try:
-        return json.loads(bytes(data).decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+        body = json.loads(bytes(data).decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
     except UnicodeDecodeError:
         raise BadField("the body is not UTF-8") from None
     except RecursionError:
         raise BadField("the body is nested too deeply") from None
     except ValueError as error:
         raise BadField(f"the body is not valid JSON: {getattr(error, 'msg', str(error))[:100]}") from None
+    if nested(body, DEPTH):
+        raise BadField(f"the body is nested too deeply: at most {DEPTH} levels")
+    return body
+
+
+def nested(value: Any, depth: int) -> bool:
+    """Whether a JSON value has more than `depth` lists and objects in each other."""
+    level = [value]
+    for _ in range(depth + 1):
+        held = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, list | dict)]
+        if not held:
+            return False
+        level = [x for values in held for x in values]
+    return True
 
 
 def _no_constant(name: str) -> None:

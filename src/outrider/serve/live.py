@@ -1,74 +1,37 @@
-"""What the page at `/` shows: raw sums every second, the present load, and a playground whose tokens say where they came from."""
+"""What the page at `/` shows: raw sums, the present load, past runs, and a playground whose tokens say where they came from."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from outrider import __version__
-from outrider.control.adaptive import Adaptive, Outlook
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError
 from outrider.serve.bridge import Bridge
-from outrider.serve.guard import body_of
+from outrider.serve.guard import OWNER, body_of
 from outrider.serve.openai import BadField, CompletionRequest, parse
 from outrider.serve.settings import Settings
 from outrider.serve.sse import DONE, EventStream, frame
 from outrider.serve.v1 import OpenAI
+from outrider.serve.watch import Watch
 from outrider.telemetry.ledger import ledger
 
-PERIOD, KEPT = 1.0, 600
-"""Seconds between two samples of the sums, and how many are kept."""
-BROKEN = "\N{REPLACEMENT CHARACTER}"
+Past = Callable[[], dict[str, Any]]
+"""What a store has: {"runs": [...], "experiments": [...]}; called beside the event loop."""
 
 
 class Live:
     """The page's data and its playground."""
 
-    def __init__(self, bridge: Bridge, settings: Settings, v1: OpenAI) -> None:
-        self.bridge, self.settings, self.v1 = bridge, settings, v1
-        self.history: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        self.since = monotonic()
-
-    async def watch(self) -> None:
-        """Sample the sums until cancelled."""
-        while True:
-            self.history.append(self.sample())
-            await asyncio.sleep(PERIOD)
-
-    def sample(self) -> dict[str, Any]:
-        """The sums now. Everything is cumulative: whoever reads forms differences, and ratios of them."""
-        m, c = self.bridge.metrics, self.bridge.metrics.counts
-        look = self.outlook()
-        return {
-            "t": time(),
-            "steps": m.steps,
-            "sequence_steps": c.steps,
-            "emitted": c.emitted,
-            "proposed": c.proposed,
-            "accepted": c.accepted,
-            "rejected": c.rejected,
-            "judged": c.judged,
-            "risk": c.risk,
-            "spread": c.spread,
-            "seconds": dict(m.seconds),
-            "running": m.running if self.bridge.tickets else 0,
-            "waiting": m.waiting if self.bridge.tickets else 0,
-            "length": look.length if look else None,
-            "speedup": look.speedup if look else None,
-        }
-
-    def outlook(self) -> Outlook | None:
-        """What the controller believes, if it is one that measures."""
-        controller = self.bridge.engine.controller
-        return controller.outlook() if isinstance(controller, Adaptive) else None
+    def __init__(self, bridge: Bridge, settings: Settings, v1: OpenAI, watch: Watch, past: Past | None = None) -> None:
+        self.bridge, self.settings, self.v1, self.watch, self._past = bridge, settings, v1, watch, past
 
     async def state(self, request: Request) -> Response:
         """GET /outrider/state: everything the page needs; `?after=T` leaves out the history up to time T."""
@@ -77,13 +40,14 @@ class Live:
         except ValueError:
             raise BadField("after must be a time in seconds", "after") from None
         engine, c = self.bridge.engine, self.bridge.metrics.counts
-        look, book = self.outlook(), ledger(c)
+        watch, residuals = self.watch, self.bridge.metrics.residuals
+        look, book = watch.outlook(), ledger(c)
         return JSONResponse(
             {
                 "server": {
                     "model": self.settings.model,
                     "version": __version__,
-                    "uptime": monotonic() - self.since,
+                    "uptime": monotonic() - watch.began,
                     "drafter": engine.parts.drafter.name,
                     "rule": engine.parts.rule.name,
                     "lossless": engine.parts.rule.lossless,
@@ -93,23 +57,35 @@ class Live:
                     "max_length": engine.max_length,
                     "ready": self.bridge.ready,
                 },
-                "now": self.sample(),
+                "now": watch.sample(),
                 "positions": {"judged": c.judged_at, "accepted": c.accepted_at},
                 "ledger": {
                     "predicted": book.predicted,
                     "observed": book.observed,
                     "low": book.low,
                     "high": book.high,
-                    "agrees": book.agrees,
+                    "agrees": not residuals.doubted,
+                    "log_evidence": residuals.log_evidence,
                 },
                 "outlook": asdict(look) if look else None,
+                "speeds": watch.speeds(),
+                "resources": watch.resources(),
+                "alerts": watch.alerts.table(),
+                "store": self._past is not None,
                 "requests": self._requests(),
                 "outcomes": dict(self.bridge.metrics.outcomes),
                 "refused": dict(self.bridge.metrics.refused),
-                "history": [s for s in self.history if s["t"] > after],
+                "history": [s for s in watch.history if s["t"] > after],
             },
             headers={"cache-control": "no-store"},
         )
+
+    async def runs(self, request: Request) -> Response:
+        """GET /outrider/runs: runs and experiments of the store the operator named, newest first; 404 without a store."""
+        if self._past is None:
+            raise HTTPException(404, "no store is shown: start with --store FILE")
+        found = await self.bridge.aside(self._past)
+        return JSONResponse(found, headers={"cache-control": "no-store"})
 
     def _requests(self) -> list[dict[str, Any]]:
         """Running requests, oldest first: numbers and origins of tokens, never text."""
@@ -133,7 +109,7 @@ class Live:
         body = parse(CompletionRequest, await body_of(request, self.settings.body, self.settings.body_seconds))
         if len(body.prompts) * body.samples > 1:
             raise BadField("the playground shows one sample", "n")
-        ticket = (await self.v1.begin(body)).ticket
+        ticket = (await self.v1.begin(body, request.scope.get(OWNER, 0))).ticket
         return EventStream(self._pieces(ticket), lambda: self.bridge.release(ticket))
 
     async def _pieces(self, ticket: Any) -> AsyncIterator[bytes]:

@@ -19,7 +19,7 @@ class Settings:
 
     hosts: names the server answers to when no key is set (a page of another site that resolves its own name to this
     machine must not reach it). body: largest request body in bytes. pad: pad and pace streams. details: per-request
-    acceptance metrics in replies. lists: at most so many samples of one request.
+    acceptance metrics in replies. price: dollars an hour of this machine. webhook: where alerts are told (`webhook.check_url`).
     """
 
     model: str
@@ -32,11 +32,14 @@ class Settings:
     fallback_chat: bool = True
     limits: Limits = field(default_factory=Limits)
     grace: float = 30.0
+    price: float | None = None
+    webhook: str | None = None
 
-    def admits(self, key: str) -> bool:
-        """Whether `key` is one of the keys, in time that does not depend on where it differs."""
+    def owner(self, key: str) -> int | None:
+        """The number of `key` among the keys, None if it is none; in time that does not depend on where it differs."""
         given = digest(key)
-        return sum(hmac.compare_digest(given, known) for known in self.keys) > 0
+        found = [hmac.compare_digest(given, known) for known in self.keys]
+        return found.index(True) if any(found) else None
 
 
 def digest(key: str) -> bytes:

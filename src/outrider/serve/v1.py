@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from outrider.errors import RequestError, unknown_name
 from outrider.serve.bridge import Bridge, Overloaded, Ticket, Unavailable
-from outrider.serve.guard import body_of
+from outrider.serve.guard import OWNER, body_of
 from outrider.serve.openai import BadField, ChatRequest, CompletionRequest, Engine, parse, sampling, text_of
 from outrider.serve.replies import Reply
 from outrider.serve.settings import Settings
@@ -48,7 +48,7 @@ class OpenAI:
     # ------------------------------------------------------------------ inside
     async def _answer(self, request: Request, kind: type[Body]) -> Any:
         body = parse(kind, await body_of(request, self.settings.body, self.settings.body_seconds))
-        reply = await self.begin(body)
+        reply = await self.begin(body, request.scope.get(OWNER, 0))
         if body.stream:
             frames = reply.frames(self.bridge, self.settings.pad)
             frames = paced(frames, CADENCE) if self.settings.pad else frames
@@ -59,12 +59,12 @@ class OpenAI:
             self.bridge.release(reply.ticket)
         return JSONResponse(whole, headers={"x-request-id": reply.ticket.id})
 
-    async def begin(self, body: Body) -> Reply:
-        """Take a place, prepare the prompts, and queue them. On failure the place is given back."""
+    async def begin(self, body: Body, owner: int = 0) -> Reply:
+        """Take a place for `owner`, prepare the prompts, and queue them. On failure the place is given back."""
         try:
             self._check_model(body.model)
             count = len(body.prompts) if isinstance(body, CompletionRequest) else 1
-            ticket = self.bridge.reserve(count * body.samples)
+            ticket = self.bridge.reserve(count * body.samples, owner)
         except (RequestError, Overloaded, Unavailable) as error:
             self.bridge.metrics.refused[type(error).__name__] += 1
             raise
@@ -91,6 +91,8 @@ class OpenAI:
         params = sampling(body, facts, predicted)
         if params.max_tokens >= engine.max_length:
             params = replace(params, max_tokens=engine.max_length, min_tokens=min(params.min_tokens, engine.max_length))
+        if params.grammar is not None:
+            await self.bridge.compile(params.grammar)
         await self.bridge.submit(ticket, prompts, params)
         reply = Reply(body, ticket, engine.tokenizer, facts.longest, self.settings.details)
         reply.prediction = predicted

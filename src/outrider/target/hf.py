@@ -36,8 +36,10 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
 from outrider.target.folder import resolve_folder
 from outrider.target.hf_cache import CachePath, RecomputePath, RecurrentPath
+from outrider.target.hf_prefix import HFPrefix
 from outrider.target.hf_seam import SeamPath, attention_of
 from outrider.target.hf_taps import Taps, find_blocks, steps_after, tail_of
+from outrider.target.split import check_prefix
 from outrider.types import Draft, Rows, Scores
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "context_length")
@@ -138,7 +140,7 @@ class HFTarget:
                 f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
             )
         logits, hidden = self._path.run(rows, kv, Taps(self._blocks, layers))
-        return Scores(logits if logits.dtype == torch.float64 else logits.float(), hidden)
+        return Scores(_wide(logits), hidden)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self.model.get_input_embeddings()(token)
@@ -149,8 +151,29 @@ class HFTarget:
             raise CapabilityError(
                 f"what follows the blocks of {type(self.model).__name__} was not found: use a drafter with its own head"
             )
-        logits = self._tail(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return _wide(self._tail(inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        """What the family does between its last block and its head."""
+        for step in self._steps:
+            hidden = step(hidden[None])[0]
+        return hidden
+
+    def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """The head alone, with the family's own scaling of logits."""
+        if self._tail is None or self._owner is None:
+            raise CapabilityError(f"the head of {type(self.model).__name__} was not found: use another drafter")
+        behind = tail_of(self.model, self._owner, [])
+        return _wide(behind(inputs_embeds=normed[None], use_cache=False).logits[0])
+
+    def prefix(self, layers: int) -> HFPrefix:
+        """See `protocols.OpenTarget`. Raises CapabilityError off the seam path: other caches cannot be half filled."""
+        check_prefix(layers, self.layers)
+        if not isinstance(self._path, SeamPath) or self._blocks is None or self._tail is None:
+            raise CapabilityError(
+                f"{type(self.model).__name__} cannot be run in part: use a draft model of its own, or 'ngram'"
+            )
+        return HFPrefix(self, self._path, self._blocks, layers)
 
     # ----------------------------------------------------------------------------------- finding out how to drive it
     @torch.no_grad()
@@ -161,6 +184,8 @@ class HFTarget:
         capped = getattr(self.model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
         faithful = attention_of(self.model, "eager") if capped else nullcontext()
         self._tail: nn.Module | None = None
+        self._owner: nn.Module | None = None
+        self._steps: list[nn.Module] = []
         found = find_blocks(self.model, self.layers)
         if found is None:
             with faithful:
@@ -176,7 +201,7 @@ class HFTarget:
         except Exception:  # whatever a head wants that it does not get: no unembedding, and it is said when asked for
             return reference
         if _error(again, reference) <= _tolerance(self.dtype):
-            self._tail = tail
+            self._tail, self._owner, self._steps = tail, owner, steps
         return reference
 
     def _choose(self, token: list[int], reference: Tensor) -> tuple[_Path, dict[str, str]]:
@@ -198,6 +223,10 @@ class HFTarget:
             return RecomputePath(self.model), why | {"recurrent": careful.fault}
         alike = quick.path is not None and quick.error <= 2 * careful.error + 1e-4
         return (quick.path if quick.path is not None and alike else careful.path), why
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 # A rehearsal: per step how many tokens go in as prefix, how many as drafts, and whether one wrong draft follows them.

@@ -9,7 +9,7 @@ function gets no mask at all (`masking_utils._preprocess_mask_arguments`): nobod
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.protocols import KVCache
 from outrider.target.attention import visible
-from outrider.target.hf_taps import Taps
+from outrider.target.hf_taps import Enough, Taps
 from outrider.target.kv import ContiguousKV
 from outrider.types import Rows
 
@@ -223,12 +223,25 @@ class SeamPath:
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
-    def new_kv(self, slots: int, length: int) -> ContiguousKV:
-        return ContiguousKV(self.layers, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
+    def new_kv(self, slots: int, length: int, layers: int | None = None) -> ContiguousKV:
+        """layers: of a prefix of the model; None: all."""
+        depth = self.layers if layers is None else layers
+        return ContiguousKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
 
     def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
+        with taps.listen() as heard:
+            logits = self._call(rows, kv)
+        return logits, heard.states()
+
+    def run_until(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "N H"], ...]:
+        """The states of `taps`; nothing behind the deepest of them is computed."""
+        with taps.listen() as heard, taps.stop(), suppress(Enough):
+            self._call(rows, kv)
+        return heard.states()
+
+    def _call(self, rows: Rows, kv: KVCache) -> Float[Tensor, "M V"]:
         assert isinstance(kv, ContiguousKV)
-        with attention_of(self.model, _ATTEND), taps.listen() as heard:
+        with attention_of(self.model, _ATTEND):
             out = self.model(
                 input_ids=rows.token[None],
                 position_ids=rows.position[None],
@@ -236,4 +249,4 @@ class SeamPath:
                 logits_to_keep=rows.scored,
                 outrider=_Step(rows, kv),
             )
-        return out.logits[0], heard.states()
+        return out.logits[0]

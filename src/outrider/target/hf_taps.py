@@ -30,6 +30,10 @@ def find_blocks(model: PreTrainedModel, layers: int) -> tuple[nn.Module, nn.Modu
     return None
 
 
+class Enough(Exception):
+    """Nothing more of this call is needed; never reaches the user."""
+
+
 def _state(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
@@ -70,6 +74,20 @@ class Taps:
             for i in set(self.layers):
                 hooks.callback(self._hook(heard, i).remove)
             yield heard
+
+    @contextmanager
+    def stop(self) -> Iterator[None]:
+        """Raise `Enough` inside the model as soon as the deepest of `layers` is computed; enter it after `listen`."""
+        assert self.blocks is not None
+
+        def enough(*_: Any) -> None:
+            raise Enough
+
+        hook = self.blocks[max(self.layers) - 1].register_forward_hook(enough)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _hook(self, heard: Heard, layer: int) -> Any:
         assert self.blocks is not None

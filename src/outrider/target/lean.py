@@ -11,9 +11,10 @@ The formulas are those of transformers' modelling files: RMSNorm (Zhang, Sennric
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from outrider.target.kv import ContiguousKV
 from outrider.target.memory import require_memory
 from outrider.target.native import load_native
 from outrider.target.packed import Linear, make_linear, multiplies
-from outrider.target.split import run_parts
+from outrider.target.split import check_prefix, run_parts
 from outrider.types import Rows, Scores
 
 Norm = Callable[[Tensor], Tensor]
@@ -133,8 +134,25 @@ class LeanTarget:
 
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """Final norm and output head, in float32 (float64 if the model is)."""
-        logits = self._head(self._norm(hidden.to(self.dtype)))
+        return self.head(self.norm(hidden))
+
+    def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        """The final norm, in the model's dtype."""
+        return self._norm(hidden.to(self.dtype))
+
+    def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """The output head, in float32 (float64 if the model is)."""
+        logits = self._head(normed.to(self.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def prefix(self, layers: int) -> LeanTarget:
+        """See `protocols.OpenTarget`."""
+        check_prefix(layers, self.layers)
+        other = copy.copy(self)
+        other.config = replace(self.config, layers=layers, window=self.config.window[:layers])
+        other.layers, other._blocks = layers, self._blocks[:layers]
+        other.native = self.native and self.native.prefix(other.config)
+        return other
 
     @torch.no_grad()
     def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:

@@ -1,4 +1,4 @@
-"""Some segments of a forward as a forward of their own, and their scores back in place."""
+"""Parts: some segments of a forward as a forward of their own, and the first blocks of a target."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from outrider.errors import CapabilityError
 from outrider.types import Rows, Scores, Segment
 
 
@@ -61,3 +62,9 @@ def run_parts(rows: Rows, groups: Sequence[tuple[Sequence[int], Callable[[Rows],
         for whole, piece in zip(hidden, scores.hidden, strict=True):
             whole[part.flat] = piece
     return Scores(logits, hidden)
+
+
+def check_prefix(layers: int, all_layers: int) -> None:
+    """CapabilityError unless a target of `all_layers` blocks has `layers` first ones."""
+    if not 1 <= layers <= all_layers:
+        raise CapabilityError(f"a prefix of {layers} layers was asked for, this model has 1 to {all_layers}")

@@ -6,6 +6,7 @@ or a wrong slot shows in the logits. Both compute in float64, so that batch shap
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from outrider.errors import ConfigError
 from outrider.protocols import KVCache
 from outrider.target.kv import ContiguousKV
+from outrider.target.split import check_prefix
 from outrider.types import Rows, Scores, Segment
 
 
@@ -108,6 +110,17 @@ class TableTarget:
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         return hidden
 
+    def prefix(self, layers: int) -> TableTarget:
+        """Itself: a table is one block."""
+        check_prefix(layers, self.layers)
+        return self
+
+    def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        return hidden
+
+    def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        return normed
+
 
 @dataclass(frozen=True, slots=True)
 class _Block:
@@ -166,7 +179,7 @@ class TinyLM:
             )
             for _ in range(layers)
         )
-        self.head = weight(hidden, vocab_size, sharp)
+        self.output = weight(hidden, vocab_size, sharp)
         half = hidden // heads // 2
         self.inv_freq = (100.0 ** (-torch.arange(half, dtype=torch.float64) / half)).to(dtype)
 
@@ -188,7 +201,7 @@ class TinyLM:
             max_length=self.max_length,
             dtype=self.dtype,
         )
-        other.embedding, other.head = move(self.embedding), move(self.head)
+        other.embedding, other.output = move(self.embedding), move(self.output)
         other.blocks = tuple(_Block(move(b.qkv), move(b.out), move(b.up), move(b.down)) for b in self.blocks)
         return other
 
@@ -228,7 +241,20 @@ class TinyLM:
         return self.embedding[token]
 
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        logits = _norm(hidden) @ self.head
+        return self.head(self.norm(hidden))
+
+    def prefix(self, layers: int) -> TinyLM:
+        """See `protocols.OpenTarget`."""
+        check_prefix(layers, self.layers)
+        other = copy.copy(self)
+        other.layers, other.blocks = layers, self.blocks[:layers]
+        return other
+
+    def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        return _norm(hidden)
+
+    def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        logits = normed @ self.output
         return logits if self.dtype == torch.float64 else logits.float()
 
 

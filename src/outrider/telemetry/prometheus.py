@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from outrider.errors import ConfigError
+from outrider.telemetry.detect import Residuals
 from outrider.telemetry.ledger import ledger
 from outrider.types import PHASES, Counts, StepRecord
 
 try:
-    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
     from prometheus_client.core import (
         CounterMetricFamily,
         GaugeMetricFamily,
@@ -76,7 +77,9 @@ class Metrics(Collector):
     """A sink of step records and of finished requests, and the text that Prometheus reads.
 
     model: the served name. info: labels of the configuration (drafter, rule, ...). The sums are written by the engine thread
-    and the request metrics by the event loop; each number has one writer, so no lock is needed to read them.
+    and the request metrics by the event loop; each number has one writer, so no lock is needed to read them. residuals: the
+    evidence about exactness. gauges, counters: further values by name (without `outrider_`), with their text. alerts: name and
+    whether it fires, of every built-in alert.
     """
 
     model: str
@@ -96,7 +99,10 @@ class Metrics(Collector):
     whole: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     queued: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     lengths: Histogram = field(default_factory=lambda: Histogram(LENGTHS))
+    residuals: Residuals = field(default_factory=Residuals)
     gauges: dict[str, tuple[str, Callable[[], float | None]]] = field(default_factory=dict)
+    counters: dict[str, tuple[str, Callable[[], float | None]]] = field(default_factory=dict)
+    alerts: Callable[[], Iterable[tuple[str, bool]]] = tuple
 
     def __call__(self, record: StepRecord) -> None:
         """One step of the engine."""
@@ -106,6 +112,7 @@ class Metrics(Collector):
         for phase, value in record.seconds.items():
             self.seconds[phase] += value
         self.counts.merge(record.counts)
+        self.residuals.add(record.fresh)
 
     def finished(self, request: Finished) -> None:
         """One request ended. A failed one is an outcome: its times enter no histogram."""
@@ -125,6 +132,7 @@ class Metrics(Collector):
         """The exposition (text format 0.0.4)."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
+        ProcessCollector(registry=registry)
         return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -218,6 +226,15 @@ class Metrics(Collector):
             value = read()
             if value is not None:
                 yield _gauge(f"outrider_{name}", text, names, values, value)
+        for name, (text, read) in self.counters.items():
+            value = read()
+            if value is not None:
+                yield _counter(f"outrider_{name}", text, names, [(values, value)])
+        firing = [([self.model, name], float(on)) for name, on in self.alerts()]
+        family = GaugeMetricFamily("outrider_alert_firing", "Built-in alerts.", labels=["model_name", "alert"])
+        for labels, on in firing:
+            family.add_metric(labels, on)
+        yield family
         yield InfoMetricFamily("outrider_config", "Configuration.", value={"model_name": self.model, **self.info})
 
 

@@ -69,6 +69,50 @@ def optimal_iid(target: npt.ArrayLike, draft: npt.ArrayLike, drafts: int) -> Opt
     return _optimum(p, q, order, inside**k, lambda mass: mass**k)
 
 
+def optimal_choice(target: npt.ArrayLike, draft: npt.ArrayLike, drafts: int) -> Array:
+    """(..., V), the law m of the candidate that an optimal rule judges: sum of min(target, m) is `optimal_iid`'s acceptance.
+
+    m = clip(p, mu q, lambda q): tokens of H are lifted to the total q(H)^k, the others capped to the rest of one. It is the
+    law of the best of k independent candidates under priorities that depend on the token alone (docs/theory.md, 3.1).
+
+    >>> optimal_choice([0.0, 1.0], [0.5, 0.5], drafts=3)
+    array([0.125, 0.875])
+    """
+    p, q = pair(target, draft)
+    k = positive_int("drafts", drafts)
+    blocked = optimal_iid(p, q, k).blocked & (q > 0)
+    shape = (-1, p.shape[-1])
+    rows = zip(p.reshape(shape), q.reshape(shape), blocked.reshape(shape), strict=True)
+    return np.array([_choice(a, b, h, k) for a, b, h in rows]).reshape(p.shape)
+
+
+def _choice(p: Array, q: Array, blocked: npt.NDArray[np.bool_], k: int) -> Array:
+    """One row of `optimal_choice`."""
+    m = np.where(q > 0, p, 0.0)
+    inside = min(float(q[blocked].sum()), 1.0) ** k
+    if blocked.any():
+        m[blocked] = np.maximum(p[blocked], _level(p[blocked], q[blocked], inside, np.maximum) * q[blocked])
+    free = ~blocked & (q > 0)
+    if free.any():
+        m[free] = np.minimum(p[free], _level(p[free], q[free], 1.0 - inside, np.minimum) * q[free])
+    return m
+
+
+def _level(p: Array, q: Array, total: float, pick: Callable[[Array, Array], Array]) -> float:
+    """The level with sum of pick(p, level q) = total: linear between the ratios p / q, so found among them."""
+    levels = np.unique(ratio(p, q, np.inf))
+    low, high = 0, len(levels) - 1
+    while low < high:  # the sum rises with the level
+        middle = (low + high) // 2
+        low, high = (low, middle) if pick(p, levels[middle] * q).sum() >= total else (middle + 1, high)
+    edges = ratio(p, q, np.inf)
+    if pick(p, levels[low] * q).sum() < total:  # above all ratios
+        moved = edges <= levels[low] if pick is np.maximum else np.zeros(len(p), dtype=bool)
+    else:
+        moved = edges < levels[low] if pick is np.maximum else edges >= levels[low]
+    return float((total - p[~moved].sum()) / q[moved].sum()) if moved.any() else float(levels[low])
+
+
 def optimal_without_replacement(target: npt.ArrayLike, draft: npt.ArrayLike, drafts: int) -> Optimum:
     """alpha* for `drafts` candidates drawn without replacement (fewer if the draft's support is smaller).
 

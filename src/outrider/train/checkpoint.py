@@ -50,6 +50,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def identity_of(folder: Path) -> str:
+    """Which model a folder holds: a digest of its configuration and of samples spread over its weights.
+
+    Reads at most a megabyte of each file, so that it costs nothing for large models; other weights of the same shapes differ in it.
+    """
+    digest = hashlib.sha256()
+    for path in (*sorted(folder.glob("config.json")), *sorted(folder.glob("*.safetensors"))):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size};".encode())
+        with path.open("rb") as stream:
+            for i in range(16):
+                stream.seek(size * i // 16)
+                digest.update(stream.read(1 << 16))
+    return digest.hexdigest()
+
+
 def _sync(path: Path) -> None:
     """Force a file's or a folder's contents to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -151,11 +167,16 @@ def export_model(model: CausalLM, tokenizer, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     built = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(built, ignore_errors=True)
+    write_model(model, tokenizer, built)
+    replace_folder(built, folder)
+
+
+def write_model(model: CausalLM, tokenizer, folder: Path) -> None:
+    """The files of `export_model`, in place."""
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     copy = type(model)(model.config).to(torch.bfloat16)  # the caller's float32 weights are not touched
     copy.load_state_dict(weights)
-    copy.save_pretrained(built)
-    tokenizer.save_pretrained(built)
-    for path in built.iterdir():
+    copy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which an installed package must not have
-    replace_folder(built, folder)

@@ -10,23 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters.feature import FeatureConfig, FeatureModel
+from outrider.drafters._features import FeatureConfig, FeatureNetwork
+from outrider.drafters._folder import target_parts
+from outrider.drafters.block import BlockModel
+from outrider.drafters.feature import FeatureModel
+from outrider.drafters.feature1 import LastFeatureModel
 from outrider.drafters.heads import HeadsConfig, MedusaHeads
 from outrider.protocols import Target
-from outrider.train import losses
+from outrider.train import CausalLM, losses
+from outrider.train.block import predict_blocks
 from outrider.train.features import Features
 from outrider.train.loop import Batch
 
 DECAY = 0.8
 """Weight of each further level in the loss (Medusa, section 2.2.1; EAGLE-3's code)."""
-ONLY_KL = 2 / 3
-"""Share of the training that minimises KL(p || q) alone; then total variation leads, which is one minus acceptance."""
 
 Logits = Float[Tensor, "r n V"]
 Predict = Callable[[Any, Int[Tensor, "r L"], Float[Tensor, "r L T H"]], list[Logits]]
@@ -44,10 +48,18 @@ def predict_heads(model: MedusaHeads, tokens: Int[Tensor, "r L"], taps: Float[Te
 
 
 def predict_features(
-    model: FeatureModel, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    model: FeatureNetwork, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
 ) -> list[Logits]:
     """Training-time test: every level on the outputs of the one before."""
     return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
+
+
+def predict_model(
+    model: CausalLM, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+) -> list[Logits]:
+    """A language model reads the accepted tokens themselves: its law at a position is the same at every level."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return [logits[:, d + 1 :] for d in range(levels)]
 
 
 @dataclass(frozen=True)
@@ -80,17 +92,42 @@ class Judge:
         return [(wanted[:, d + 1 : d + 1 + q.shape[1]], q) for d, q in enumerate(found)]
 
 
-def loss_of(judge: Judge, predict: Predict) -> Callable[[nn.Module, Batch, float], Tensor]:
-    """A loss for `loop.train`: distillation at every level, deeper levels weighing less."""
+def loss_of(judge: Judge, predict: Predict, how: str = "staged") -> Callable[[nn.Module, Batch, float], Tensor]:
+    """A loss for `loop.train`: the law loss `how` (`losses.LOSSES`) at every level, deeper levels weighing less."""
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         assert isinstance(batch, tuple)
-        tv, kl = (0.0, 1.0) if progress < ONLY_KL else (1.0, 0.1)
+        tokens = batch[0]
         terms = [
-            DECAY**d * losses.distillation(p, q, tv, kl)
-            for d, (p, q) in enumerate(judge.pairs(model, (batch[0], batch[1]), predict))
+            DECAY**d * losses.law_loss(how, p, q, tokens[:, d + 2 : d + 1 + q.shape[1]], progress)
+            for d, (p, q) in enumerate(judge.pairs(model, (tokens, batch[1]), predict))
         ]
         return torch.stack(terms).sum() / sum(DECAY**d for d in range(len(terms)))
+
+    return loss
+
+
+NOISE = 0.2 * 512
+"""Width of the uniform noise on features, times the length of a row (EAGLE's code: its rows have up to 2048 tokens)."""
+
+
+def feature_loss(judge: Judge) -> Callable[[nn.Module, Batch, float], Tensor]:
+    """EAGLE-1's loss for `loop.train`: the next feature by smooth L1, and a tenth of the cross-entropy of the laws it gives.
+
+    Li et al. 2024, section 4.2, with the noise of the authors' code on the features that are read, so that drafting on the
+    drafter's own ones is nothing new to it.
+    """
+
+    def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
+        assert isinstance(batch, tuple) and isinstance(model, LastFeatureModel)
+        tokens, hidden = batch[0], batch[1]
+        wanted, f = judge.laws(hidden), model.read(hidden[:, :, list(judge.taps)])
+        noisy = f + (torch.rand_like(f) - 0.5) * NOISE / f.shape[1]
+        (state,) = model.states(tokens, noisy[:, :-1], 1)
+        near = torch.nn.functional.smooth_l1_loss(state, f[:, 1:])
+        log_q = torch.log_softmax(model.logits(state).float(), -1)
+        cross = -(torch.softmax(wanted[:, 1:].float(), -1) * log_q).sum(-1).mean()
+        return near + 0.1 * cross
 
     return loss
 
@@ -159,12 +196,36 @@ def new_features(config: FeatureConfig, target: Target, taps: Float[Tensor, "n T
     parts = model.fc.weight.view(config.hidden, len(config.taps), -1)
     parts.div_(scale[None, :, None])
     table, head = target.embed(torch.arange(target.vocab_size, device=target.device)).float(), output_of(target)
-    model.embed_tokens.weight.copy_(_narrow(table, config.hidden))
-    model.lm_head.weight.copy_(_narrow(head, config.hidden))
+    model.embed_tokens.weight.copy_(narrow(table, config.hidden))
+    model.lm_head.weight.copy_(narrow(head, config.hidden))
     return model
 
 
-def _narrow(table: Float[Tensor, "V H"], width: int) -> Float[Tensor, "V D"]:
+@torch.no_grad()
+def new_draft(model: CausalLM, target: Target) -> CausalLM:
+    """`model` with the target's token table, projected to its width: which tokens are alike need not be learned."""
+    table = target.embed(torch.arange(target.vocab_size, device=target.device)).float()
+    model.get_input_embeddings().weight.copy_(narrow(table, model.config.hidden_size))
+    return model
+
+
+@torch.no_grad()
+def new_last_features(config: FeatureConfig, target: Target, seed: int = 0) -> LastFeatureModel:
+    """An EAGLE-1 drafter with the target's tables that starts by foreseeing the feature it was given."""
+    torch.manual_seed(seed)
+    model = LastFeatureModel(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and weight.requires_grad:
+            nn.init.normal_(
+                weight, std=weight.shape[1] ** -0.5 * (0.1 if "o_proj" in name or "down_proj" in name else 1)
+            )
+    model.load_state_dict(target_parts(target, Path()), strict=False)
+    model.fc.weight[:, config.hidden :].copy_(torch.eye(config.hidden))
+    model.fc.bias.zero_()
+    return model
+
+
+def narrow(table: Float[Tensor, "V H"], width: int) -> Float[Tensor, "V D"]:
     """The best approximation of rank `width` of a table's inner products, in as many columns."""
     if table.shape[1] <= width:
         return torch.nn.functional.pad(table, (0, width - table.shape[1]))
@@ -174,4 +235,8 @@ def _narrow(table: Float[Tensor, "V H"], width: int) -> Float[Tensor, "V D"]:
 
 def predictor(model: nn.Module, levels: int) -> Predict:
     """The `Predict` of a model, for drafts of `levels` levels where the model does not fix them."""
-    return predict_heads if isinstance(model, MedusaHeads) else partial(predict_features, levels=levels)
+    if isinstance(model, BlockModel):
+        return predict_blocks
+    if isinstance(model, MedusaHeads):
+        return predict_heads
+    return partial(predict_features if isinstance(model, FeatureNetwork) else predict_model, levels=levels)

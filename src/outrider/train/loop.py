@@ -149,11 +149,11 @@ def train(
     """
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(model, config)
-    state: dict = {"step": 0, "tokens": 0, "seconds": 0.0, "history": []}
+    state: dict = {"step": 0, "tokens": 0, "seconds": 0.0, "history": []} | dict.fromkeys(SPENT, 0.0)
     checkpoint = load_latest(folder)
     if checkpoint is not None:
         _check_same_run(checkpoint.state["config"], config)
-        state = _restore(model, optimizer, checkpoint)
+        state |= _restore(model, optimizer, checkpoint)
         report(f"continuing from {checkpoint.path.name}")
     compute = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
     progress = _Progress(config, report)
@@ -162,6 +162,7 @@ def train(
     while state["step"] < config.steps:
         began, step = time.monotonic(), state["step"]
         batch = batch_of(step)
+        ready = time.monotonic()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.autocast):
             loss = compute(model, batch, step / config.steps)
         value = _update(model, optimizer, loss, step, config)
@@ -169,11 +170,27 @@ def train(
         state["step"] = step + 1
         state["tokens"] += tokens_in(batch)
         state["seconds"] += now - began
+        state["computing"] += now - ready
         progress.add(state["step"], value, tokens_in(batch))
         if now - saved_at >= config.save_every_s or state["step"] == config.steps:
             _save(model, optimizer, state, config, folder, evaluate, report)
             saved_at = time.monotonic()
+            if state["step"] < config.steps:  # the last one is not in what it wrote
+                state["saving"] += saved_at - now
+    report(
+        f"time: {share_computing(state):.0%} in model computation, {state['saving']:.1f} s measuring and saving, "
+        f"{state['seconds'] - state['computing']:.1f} s reading data"
+    )
     return state
+
+
+SPENT = ("computing", "saving")
+"""Seconds of a run: forward, backward and optimizer; measuring and checkpoints. `seconds` is all steps, data included."""
+
+
+def share_computing(state: dict) -> float:
+    """Part of the time of a run that went into model computation; the last measuring apart."""
+    return state["computing"] / max(1e-9, state["seconds"] + state["saving"])
 
 
 class _Progress:

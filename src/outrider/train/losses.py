@@ -53,3 +53,47 @@ def distillation(
     if tv_weight:
         loss = loss + tv_weight * 0.5 * (p - log_q.exp()).abs().sum(-1).mean()
     return loss
+
+
+def hybrid(target_logits: torch.Tensor, draft_logits: torch.Tensor, eta: float = 3.0) -> torch.Tensor:
+    """Mean of ``w KL(p || q) + (1 - w) TV(p, q)`` with ``w = exp(-eta * acceptance)``, a constant for the gradient.
+
+    Where p and q hardly overlap, the gradient of TV vanishes and KL leads; where they agree, TV, which is what counts
+    (LK losses, arXiv 2602.23881; eta = 3 there).
+    """
+    log_p = F.log_softmax(target_logits.float(), dim=-1)
+    log_q = F.log_softmax(draft_logits.float(), dim=-1)
+    p = log_p.exp()
+    kl = (p * (log_p - log_q)).sum(-1)
+    tv = 0.5 * (p - log_q.exp()).abs().sum(-1)
+    weight = torch.exp(-eta * (1.0 - tv.detach()))
+    return (weight * kl + (1.0 - weight) * tv).mean()
+
+
+def log_acceptance(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> torch.Tensor:
+    """Mean of ``-log sum_x min(p(x), q(x))``: its gradient is that of TV, divided by the acceptance."""
+    return -acceptance(target_logits, draft_logits).clamp(min=1e-9).log().mean()
+
+
+LOSSES = ("staged", "hybrid", "kl", "tv", "log_acceptance", "ce")
+"""Ways to compare a draft's law with the target's, for ``law_loss``."""
+ONLY_KL = 2 / 3
+"""Share of a ``staged`` training that minimises KL(p || q) alone; then total variation leads, which is one minus acceptance."""
+
+
+def law_loss(
+    name: str, target_logits: torch.Tensor, draft_logits: torch.Tensor, tokens: torch.Tensor, progress: float
+) -> torch.Tensor:
+    """The loss ``name`` of LOSSES for logits ``[r, n, V]``. tokens ``[r, n - 1]``: the text behind the columns but the last, for
+    ``ce``, which asks nothing of the target. progress in [0, 1): how much of the training is done."""
+    if name == "ce":
+        return cross_entropy(draft_logits[:, :-1], tokens)
+    if name == "hybrid":
+        return hybrid(target_logits, draft_logits)
+    if name == "log_acceptance":
+        return log_acceptance(target_logits, draft_logits)
+    if name == "staged":
+        tv, kl = (0.0, 1.0) if progress < ONLY_KL else (1.0, 0.1)
+    else:
+        tv, kl = (0.0, 1.0) if name == "kl" else (1.0, 0.0)
+    return distillation(target_logits, draft_logits, tv, kl)

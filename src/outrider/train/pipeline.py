@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from outrider.drafters.feature import FeatureConfig, FeatureModel
+from outrider.drafters._features import FeatureConfig
+from outrider.drafters._folder import output_head
+from outrider.drafters.block import BlockConfig, BlockModel
+from outrider.drafters.feature import FeatureModel
+from outrider.drafters.feature1 import LastFeatureModel
 from outrider.drafters.heads import HeadsConfig, MedusaHeads
 from outrider.engine.build import build_engine
 from outrider.engine.engine import Engine
@@ -24,15 +28,31 @@ from outrider.protocols import Target
 from outrider.target.checkpoint import Checkpoint
 from outrider.target.config import Unsupported
 from outrider.target.folder import resolve_folder
-from outrider.target.load import load_target
+from outrider.target.fresh import small_llama
+from outrider.target.load import load_target, load_tokenizer
 from outrider.train import data
-from outrider.train.checkpoint import replace_folder
+from outrider.train.block import Blocks, block_law_loss, block_loss, new_blocks
+from outrider.train.checkpoint import identity_of, replace_folder, write_atomically, write_model
 from outrider.train.corpus import read_corpus
-from outrider.train.drafter import Judge, loss_of, measure_of, new_features, new_heads, predictor
+from outrider.train.drafter import (
+    Judge,
+    feature_loss,
+    loss_of,
+    measure_of,
+    new_draft,
+    new_features,
+    new_heads,
+    new_last_features,
+    output_of,
+    predictor,
+)
 from outrider.train.features import Features, Wanted, hidden_of, read_features, write_hidden, write_tokens
-from outrider.train.loop import LoopConfig, train
+from outrider.train.loop import LoopConfig, LossOf, share_computing, train
+from outrider.train.losses import LOSSES
+from outrider.train.slots import arm
 
-KINDS = ("medusa", "eagle")
+KINDS = ("medusa", "eagle", "eagle1", "dflash", "draft")
+LABELS = ("laws", "tokens")
 Report = Callable[[str], None]
 
 
@@ -41,8 +61,12 @@ class Job:
     """One training run.
 
     target: folder or Hub name. data: files and folders of text. work: what can be resumed; out: the finished drafter.
-    rows, held_out: rows of training and held-out data. levels: heads, or levels of the training-time test. width: of a
-    feature drafter, 0 for the target's. taps: blocks a feature drafter reads, () for EAGLE-3's choice.
+    rows, held_out: rows of training and held-out data. levels: heads, levels of the training-time test, or drafted slots of a
+    block. blocks: residual blocks of a head, or layers of a block drafter. width: of a feature drafter, 0 for the target's.
+    taps: blocks that a feature or block drafter reads, () for EAGLE-3's choice. anchors: blocks of a row and step.
+    objective: of a block drafter, a name of `slots.ARMS`; labels: what it learns, the target's "laws" or the "tokens".
+    loss: of the others, a name of `losses.LOSSES`. For a draft model,
+    `blocks` are its layers and a width of 0 is about half of the target's.
     """
 
     kind: str
@@ -64,12 +88,23 @@ class Job:
     width: int = 0
     taps: tuple[int, ...] = ()
     slots: int = 16
+    anchors: int = 16
+    objective: str = "decay"
+    labels: str = "laws"
+    loss: str = "staged"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(unknown_name("drafter to train", self.kind, KINDS))
         if self.levels < 1 or self.length <= self.levels + 1:
             raise ConfigError(f"levels must be >= 1 and well below the rows' length, got {self.levels}, {self.length}")
+        if self.anchors < 1:
+            raise ConfigError(f"a row needs at least one anchor, got {self.anchors}")
+        arm(self.objective, self.levels + 1)
+        if self.labels not in LABELS:
+            raise ConfigError(unknown_name("kind of labels", self.labels, LABELS))
+        if self.loss not in LOSSES:
+            raise ConfigError(unknown_name("loss", self.loss, LOSSES))
 
     def wanted(self, part: str) -> Wanted:
         """The data of a part, "training" or "held_out"."""
@@ -79,7 +114,7 @@ class Job:
 
 def taps_of(job: Job, target: Target) -> tuple[int, ...]:
     """Blocks whose outputs the drafter reads; for features by default those of EAGLE-3: 2, L / 2, L - 3."""
-    if job.kind == "medusa":
+    if job.kind in ("medusa", "eagle1", "draft"):
         return (target.layers,)
     middle = {2, target.layers // 2, target.layers - 3}
     taps = job.taps or tuple(sorted(t for t in middle if 0 < t <= target.layers))
@@ -94,6 +129,7 @@ def prepare(job: Job, report: Report = print) -> None:
     training, held_out = data.split(documents)
     if not training or not held_out:  # few documents: every tenth, at least one
         training, held_out = [d for i, d in enumerate(documents) if i % 10], documents[::10]
+    check_target(job)
     engine = engine_of(job)
     target = engine.parts.target
     layers = tuple(sorted({*taps_of(job, target), target.layers}))
@@ -105,6 +141,17 @@ def prepare(job: Job, report: Report = print) -> None:
             write_hidden(target, tokens, layers, folder, report=report)
         else:
             write_hidden(target, tokens, tuple(json.loads(held.read_text())["layers"]), folder, report=report)
+
+
+def check_target(job: Job) -> None:
+    """Note which target the data of the work folder are of; ConfigError if they are of another one."""
+    folder, found = job.work / "data", identity_of(resolve_folder(job.target))
+    note = folder / "target"
+    if not note.exists() and not folder.exists():
+        folder.mkdir(parents=True)
+        write_atomically(note, found)
+    if not note.exists() or note.read_text() != found:
+        raise ConfigError(f"{folder} holds the text and hidden states of another target: use a new --work folder")
 
 
 def engine_of(job: Job) -> Engine:
@@ -126,25 +173,98 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     judge = Judge.of(target, parts["training"].layers, taps)
     predict = predictor(model, job.levels)
     evaluate = measure_of(judge, predict, parts["held_out"])
-    state = train(model, parts["training"], loss_of(judge, predict), job.loop, job.work / job.kind, evaluate, report)
+    batches, loss = fitting(job, judge, model, parts["training"])
+    state = train(model, batches, loss, job.loop, job.work / job.kind, evaluate, report)
     export(model, job, report)
-    return {"drafter": job.kind, "steps": state["step"], "seconds": state["seconds"], **state["history"][-1]}
+    spent = {"seconds": state["seconds"], "computing": share_computing(state)}
+    return {"drafter": job.kind, "steps": state["step"], **spent, **state["history"][-1]}
+
+
+def fitting(
+    job: Job, judge: Judge, model: nn.Module, training: Features
+) -> tuple[Callable[[int], tuple[Tensor, ...]], LossOf]:
+    """What a drafter is trained on, step by step, and its loss."""
+    if isinstance(model, BlockModel):
+        size = model.config.block
+        first = 1 if job.prompt == job.length else job.prompt - 1
+        batches, how = Blocks(training, size, job.anchors, first), arm(job.objective, size)
+        if job.labels == "laws":
+            return batches, block_law_loss(judge.taps, judge.last, judge.target, how)
+        return batches, block_loss(judge.taps, how)
+    if isinstance(model, LastFeatureModel):
+        return training, feature_loss(judge)
+    levels = 1 if job.kind == "draft" else job.levels  # all levels of a language model are its next-token law
+    return training, loss_of(judge, predictor(model, levels), job.loss)
 
 
 def new_model(job: Job, target: Target, training: Features) -> nn.Module:
     """The drafter before its first step."""
     taps = taps_of(job, target)
+    if job.kind == "draft":
+        return draft_model(job, target)
     if job.kind == "medusa":
         config = HeadsConfig(target.hidden_size, target.vocab_size, job.levels, target.layers, job.blocks)
         return new_heads(config, target, final_norm(job.target), job.loop.seed)
-    width = job.width or target.hidden_size
-    if width % 32:
-        raise ConfigError(f"the width of a feature drafter must be a multiple of 32 (its heads), got {width}")
-    inner = -(-8 * width // 3 // 32) * 32
-    config = FeatureConfig(width, target.hidden_size, taps, target.vocab_size, width // 32, width // 32, 32, inner)
     _, hidden = training.take(list(range(min(8, len(training.tokens)))))
-    columns = [training.layers.index(t) for t in taps]
-    return new_features(config, target, hidden[:, :, columns].flatten(0, 1), job.loop.seed)
+    seen = hidden[:, :, [training.layers.index(t) for t in taps]].flatten(0, 1)
+    if job.kind == "dflash":
+        return new_blocks(block_config(job, target), target, seen, *head_of(job.target, target), job.loop.seed)
+    config = feature_config(job, target)
+    if job.kind == "eagle1":
+        return new_last_features(config, target, job.loop.seed)
+    return new_features(config, target, seen, job.loop.seed)
+
+
+def feature_config(job: Job, target: Target) -> FeatureConfig:
+    """Shapes of a feature drafter: heads of 32 where they divide its width; one that foresees features is as wide as the target."""
+    width = job.width or target.hidden_size
+    if job.kind == "eagle1" and width != target.hidden_size:
+        raise ConfigError(f"eagle1 is as wide as its target, here {target.hidden_size}: leave the width out")
+    each = next((d for d in (32, 16, 8) if width % d == 0), 0)
+    if not each or (job.width and width % 32):
+        raise ConfigError(f"the width of a feature drafter must be a multiple of 32 (its heads), got {width}")
+    heads, inner = width // each, -(-8 * width // 3 // 32) * 32
+    return FeatureConfig(width, target.hidden_size, taps_of(job, target), target.vocab_size, heads, heads, each, inner)
+
+
+def draft_model(job: Job, target: Target) -> nn.Module:
+    """A fresh language model over the target's tokens; its context is the target's."""
+    tokenizer = load_tokenizer(str(job.target))
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id", None) for n in ("pad", "bos", "eos")}
+    width = job.width or max(32, target.hidden_size // 64 * 32)
+    length = min(target.max_length, 1 << 17)
+    return new_draft(small_llama(target.vocab_size, width, job.blocks, length, seed=job.loop.seed, **ids), target)
+
+
+def block_config(job: Job, target: Target) -> BlockConfig:
+    """Shapes of a block drafter: the target's width, heads of 32 where that divides it, and padding for a mask token."""
+    wide = target.hidden_size
+    each = next((d for d in (32, 16, 8, 4) if wide % d == 0), 2)
+    if job.width not in (0, wide):
+        raise ConfigError(f"a block drafter is as wide as its target, here {wide}: leave the width out")
+    pad = getattr(load_tokenizer(str(job.target)), "pad_token_id", None)
+    mask = target.vocab_size - 1 if pad is None or pad >= target.vocab_size else int(pad)
+    inner = -(-8 * wide // 3 // 32) * 32
+    return BlockConfig(
+        hidden=wide,
+        taps=taps_of(job, target),
+        vocab_size=target.vocab_size,
+        heads=wide // each,
+        kv_heads=wide // each,
+        head_dim=each,
+        inner=inner,
+        block=job.levels + 1,
+        mask=mask,
+        layers=job.blocks,
+    )
+
+
+def head_of(path: Path | str, target: Target) -> tuple[Tensor, Tensor]:
+    """The target's output matrix as `BlockModel.load` will find it, and the weights of the final norm before it."""
+    folder = resolve_folder(path)
+    head = output_head(target, str(folder), folder).to(target.device)
+    norm = (output_of(target) * head).sum(0) / head.square().sum(0).clamp(min=1e-12)
+    return head, norm
 
 
 def final_norm(target: Path | str) -> Tensor | None:
@@ -160,8 +280,10 @@ def export(model: nn.Module, job: Job, report: Report = print) -> None:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     built = job.out.with_name(f".tmp-{job.out.name}-{os.getpid()}")
     shutil.rmtree(built, ignore_errors=True)
-    assert isinstance(model, MedusaHeads | FeatureModel)
-    model.save(built)
+    if isinstance(model, MedusaHeads | FeatureModel | LastFeatureModel | BlockModel):
+        model.save(built)
+    else:
+        write_model(model, load_tokenizer(str(job.target)), built)
     for card in job.out.glob("*.md"):  # a model card belongs to the place
         shutil.copy(card, built)
     replace_folder(built, job.out)
@@ -193,12 +315,13 @@ def estimate(job: Job) -> dict[str, Any]:
     held = Features(probe.astype(np.uint16)[:4], probe_hidden.half().cpu().numpy(), layers)
     exact = load_target(job.target, dtype="float32")
     model = new_model(job, exact, held)
-    judge = Judge.of(exact, layers, taps_of(job, exact))
+    batches, loss = fitting(job, Judge.of(exact, layers, taps_of(job, exact)), model, replace(held, rows=1))
     started = time.perf_counter()
-    loss_of(judge, predictor(model, job.levels))(model, held.take([0]), 0.0).backward()
+    loss(model, batches(0), 0.0).backward()
     step = (time.perf_counter() - started) * job.batch
     parameters = sum(p.numel() for p in model.parameters())
-    activations = job.batch * job.length * job.levels * exact.vocab_size * 4 * 8
+    predicted = (job.anchors if job.kind == "dflash" else job.length) * job.levels
+    activations = job.batch * predicted * exact.vocab_size * 4 * 8
     return {
         "documents": len(documents),
         "rows": rows,

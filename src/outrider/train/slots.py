@@ -17,14 +17,14 @@ Shapes: N blocks, S slots. A block ends at its first invalid slot: products do n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, unknown_name
 
 EPS = 1e-8
 
@@ -66,7 +66,20 @@ ARMS = {
     "dpace": Objective(pace=0.5),
     "until_error": Objective(until_error=True),
 }
-"""The arms of the comparison, with the constants for blocks of 7 slots."""
+"""The arms of the comparison, with the constants for 7 drafted slots; see `arm`."""
+GAMMAS = {16: 10.0, 10: 5.0, 8: 5.0, 4: 2.5}
+"""Decays for blocks of so many slots; between them 0.6 of the slots."""
+CHAIN_PER_SLOT = 40 / 15
+"""Weight of the chain reward for each drafted slot: 40 for the 15 of Whalen et al., the same per expected token elsewhere."""
+
+
+def arm(name: str, block: int) -> Objective:
+    """The objective `name` of ARMS for blocks of `block` slots, the anchor's included."""
+    if name not in ARMS:
+        raise ConfigError(unknown_name("objective", name, ARMS))
+    how = ARMS[name]
+    gamma = GAMMAS.get(block, 0.6 * block) if how.gamma != math.inf else math.inf
+    return replace(how, gamma=gamma, chain=CHAIN_PER_SLOT * (block - 1) if how.chain else 0.0)
 
 
 def closed(mask: Bool[Tensor, "N S"]) -> Bool[Tensor, "N S"]:
@@ -114,9 +127,26 @@ def weights(
 
 def slot_loss(logits: Float[Tensor, "N S V"], labels: Tensor, mask: Bool[Tensor, "N S"], how: Objective) -> Tensor:
     """A scalar with the gradient of the objective; `value` is the objective itself."""
-    nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    flat = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    nll = flat.view(labels.shape)
     c = weights(nll.detach(), logits.argmax(-1) == labels, mask, how)
     return (c * nll).sum()
+
+
+def law_loss(
+    logits: Float[Tensor, "N S V"], wanted: Float[Tensor, "N S V"], mask: Bool[Tensor, "N S"], how: Objective
+) -> Tensor:
+    """The same against laws instead of tokens: cross-entropy with the target's law of every slot, `wanted` its logits.
+
+    The probability of a label, which the weights are made of, becomes the probability that a sampled proposal is kept,
+    sum min(p, q); a slot is wrong when the two disagree on the most likely token. Tokens are draws from these laws, so this is
+    the same training with less noise.
+    """
+    p, log_q = torch.softmax(wanted.float(), -1), torch.log_softmax(logits.float(), -1)
+    with torch.no_grad():
+        kept = torch.minimum(p, log_q.exp()).sum(-1).clamp(EPS, 1.0)
+        c = weights(-kept.log(), logits.argmax(-1) == wanted.argmax(-1), mask, how)
+    return -(c * (p * log_q).sum(-1)).sum()
 
 
 def value(nll: Float[Tensor, "N S"], correct: Bool[Tensor, "N S"], mask: Bool[Tensor, "N S"], how: Objective) -> Tensor:

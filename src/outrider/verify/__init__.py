@@ -17,6 +17,9 @@ from outrider.verify.block import BlockVerification
 from outrider.verify.lossy import Acceptance, Lenience, Lossy, Mentored, OverAcceptance, Spend, TopK, Typical
 from outrider.verify.match import Match
 from outrider.verify.multidraft import KSeq
+from outrider.verify.spechub import SpecHub
+from outrider.verify.transport import OptimalTransport
+from outrider.verify.traversal import Traversal
 from outrider.verify.tree import SpeculativeSampling
 
 __all__ = [
@@ -27,7 +30,10 @@ __all__ = [
     "KSeq",
     "Lossy",
     "Match",
+    "OptimalTransport",
+    "SpecHub",
     "SpeculativeSampling",
+    "Traversal",
     "best_exact",
     "check_draft",
     "load_rule",
@@ -68,6 +74,9 @@ RULES: Mapping[str, _Entry] = MappingProxyType(
             _exact(Match),
             _exact(BlockVerification),
             _exact(KSeq),
+            _exact(OptimalTransport),
+            _exact(SpecHub),
+            _exact(Traversal),
             _lossy("tv_budget", Spend, per_token=(0.0, 1.0, 0.05)),
             _lossy("over_acceptance", OverAcceptance, eps=(0.0, 1.0, 0.05)),
             _lossy("lenience", Lenience, l=(1e-6, 1.0, 0.8)),
@@ -89,11 +98,12 @@ ALIASES: Mapping[str, str] = MappingProxyType({"auto": SpeculativeSampling.name}
 def best_exact(drafter: Drafter) -> Rule:
     """The rule that accepts most of this drafter's proposals and keeps the target's law: what "auto" means for an engine.
 
-    Block verification on chains of two or more (never below speculative sampling, and the same for one token), K-SEQ on trees
-    (never below recursive rejection, and the same where siblings are not i.i.d.). Proofs: docs/theory.md, sections 3 and 4.
+    Block verification on chains of two or more (never below speculative sampling, and the same for one token), the optimal choice
+    on trees (node by node no rule accepts more of i.i.d. siblings; the same as recursive rejection where they are not i.i.d.).
+    Proofs: docs/theory.md, sections 3 and 4.
     """
     if drafter.trees:
-        return KSeq()
+        return OptimalTransport()
     return BlockVerification() if drafter.max_depth > 1 else SpeculativeSampling()
 
 

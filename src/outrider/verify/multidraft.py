@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from outrider.noise import Noise
-from outrider.types import POINT_MASS, Draft, Verdict
+from outrider.types import POINT_MASS, Draft, Siblings, Verdict
 from outrider.verify import _common as c
 from outrider.verify.tree import NodeSet, judge_forest, recursive_rejection
 
@@ -41,23 +41,31 @@ class KSeq:
         return judge_forest(p, draft, noise, judge_node)
 
 
-def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
-    """K-SEQ where it applies: two or more children, all drawn i.i.d. from one law that gives each of them probability."""
+def common_law(
+    here: Float[Tensor, "1 V"], draft: Draft, children: list[int], siblings: Siblings = "iid"
+) -> tuple[Float64[Tensor, "1 V"], Float64[Tensor, "1 V"], list[int]] | None:
+    """(p, q, tokens) in float64 if two or more children were drawn in this way from one law that can have drawn each of them."""
     q = draft.q
     row = POINT_MASS if q is None else q.row[children[0]]
-    alike = q is not None and q.siblings == "iid" and row >= 0 and all(q.row[k] == row for k in children)
+    alike = q is not None and q.siblings == siblings and row >= 0 and all(q.row[k] == row for k in children)
     if q is None or not alike or len(children) < 2:
-        return recursive_rejection(here, draft, children)
+        return None
     law = q.dense([row], here.shape[1]).double()
     tokens = [draft.tokens[k] for k in children]
-    qx, px = law[0, tokens].tolist(), here[0, tokens].tolist()
-    if not all(c.is_mass(x) for x in qx):
+    return (here.double(), law, tokens) if all(c.is_mass(x) for x in law[0, tokens].tolist()) else None
+
+
+def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
+    """K-SEQ where it applies, else speculative sampling."""
+    found = common_law(here, draft, children)
+    if found is None:
         return recursive_rejection(here, draft, children)
-    p = here.double()
+    p, law, tokens = found
     rho = solve_rho(p, law, len(children))
     beta = float(c.row_sums((p / rho).minimum(law)))
     rest = (p - rho * law).clamp_(min=0)
-    return NodeSet([(x, rho * y) for x, y in zip(px, qx, strict=True)], rest, c.unit(1.0 - beta) ** len(children))
+    tests = [(float(p[0, x]), rho * float(law[0, x])) for x in tokens]
+    return NodeSet(tests, rest, c.unit(1.0 - beta) ** len(children))
 
 
 def solve_rho(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], k: int) -> float:

@@ -59,6 +59,15 @@ class NodeSet:
     risk: float
 
 
+def in_turn(chances: Sequence[float]) -> list[tuple[float, float]]:
+    """Tests that accept child j with probability chances[j], of which one at most happens: each given that none before it did."""
+    out, left = [], 1.0
+    for chance in chances:
+        out.append((chance, left))
+        left = max(left - chance, 0.0)
+    return out
+
+
 Judge = Callable[[Float[Tensor, "1 V"], Draft, list[int]], NodeSet]
 """(the target's law at a node, the draft, the node's children) -> their tests, and what is left if all are refused."""
 
@@ -106,7 +115,7 @@ def _draw(p: Tensor, row: int, rest: Tensor, u: float, b: int) -> int:
 
 def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
     """Follow the residual through all children as if each were refused. It is kept as weight / mass, not normalised."""
-    laws = _Laws(draft.q)
+    laws = Laws(draft.q)
     weight, mass = here, 1.0
     tests: list[tuple[float, float]] = []
     before, given = [], []  # probability that each child is refused: before its token is drawn, and given its token
@@ -129,17 +138,17 @@ def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list
         if not c.is_total(mass):  # refused with probability zero up to rounding: start again from p
             weight, mass = here, 1.0
     rows = {laws.row_of(k) for k in children}
-    integrated = len(before) == len(children) and len(rows) == 1 and (len(children) == 1 or laws.iid)
+    integrated = len(before) == len(children) and len(rows) == 1 and (len(children) == 1 or laws.siblings == "iid")
     return NodeSet(tests, weight, math.prod(before if integrated else given))
 
 
-class _Laws:
-    """The laws of one node set, less the tokens already drawn from them if siblings are drawn without replacement."""
+class Laws:
+    """The laws of one node set: of each sibling given those before it."""
 
     def __init__(self, q: Proposal | None) -> None:
         self.q = q
         self.support = q.support if q is not None else None
-        self.iid = q is not None and q.siblings == "iid"
+        self.siblings = q.siblings if q is not None else "iid"
         self._now: dict[int, Tensor] = {}
 
     def row_of(self, k: int) -> int:
@@ -157,10 +166,15 @@ class _Laws:
 
     def drawn(self, row: int, token: int) -> None:
         """`token` has been drawn from `row`."""
-        if self.iid:
+        if self.siblings == "iid":
             return
         law = self.now(row).double().clone()
-        law[0, self._column(token)] = 0
+        column = self._column(token)
+        hub = int(self.now(row)[0].argmax()) if self.siblings == "hub" else column
+        if column == hub:
+            law[0, column] = 0
+        else:
+            law.zero_()[0, hub] = 1.0
         rest = float(c.row_sums(law))
         self._now[row] = law / rest if rest > 0 else law
 

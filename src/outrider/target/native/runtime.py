@@ -9,6 +9,7 @@ import struct
 import sys
 import weakref
 from array import array
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ class NativeDecoder:
     """
 
     def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: DecoderWeights) -> None:
-        self._config, self._weights = config, weights
+        self._library, self._config, self._weights = library, config, weights
         self._forward = library.outrider_forward
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
@@ -169,6 +170,12 @@ class NativeDecoder:
         if status != OK:
             self._fail(status)
         return Scores(logits, hidden)
+
+    def prefix(self, config: DecoderConfig) -> NativeDecoder:
+        """A decoder of the first `config.layers` blocks on the same weights."""
+        return NativeDecoder(
+            self._library, config, replace(self._weights, layers=self._weights.layers[: config.layers])
+        )
 
     def _new(self, library: ctypes.CDLL) -> int | None:
         c, w = self._config, self._weights

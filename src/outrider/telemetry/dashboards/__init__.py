@@ -73,6 +73,24 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         ),
     ),
     (
+        "Evidence against exactness (log; alarm at 13.8) and change detector (alarm at 20.7)",
+        "short",
+        (
+            ("outrider_exactness_log_evalue", "evidence {{model_name}}"),
+            ("outrider_residual_log_detector", "detector {{model_name}}"),
+        ),
+    ),
+    ("Dollars per million tokens", "currencyUSD", (("outrider_cost_dollars_per_million_tokens", "{{model_name}}"),)),
+    (
+        "Memory and cache",
+        "percentunit",
+        (
+            ("outrider_kv_cache_usage_ratio", "cache {{model_name}}"),
+            ("rate(process_cpu_seconds_total[$__rate_interval])", "cores busy {{instance}}"),
+        ),
+    ),
+    ("Built-in alerts", "short", (("outrider_alert_firing > 0", "{{alert}}"),)),
+    (
         "Refused requests",
         "short",
         (("sum by (reason) (rate(outrider_requests_refused_total[$__rate_interval]))", "{{reason}}"),),
@@ -111,6 +129,19 @@ def grafana() -> dict[str, Any]:
         "time": {"from": "now-30m", "to": "now"},
         "templating": {"list": [{"name": "datasource", "type": "datasource", "query": "prometheus"}, model]},
         "panels": panels,
+        "annotations": {
+            "list": [
+                {
+                    "name": "Built-in alerts",
+                    "datasource": source,
+                    "enable": True,
+                    "iconColor": "red",
+                    "expr": "outrider_alert_firing > 0",
+                    "titleFormat": "{{alert}}",
+                    "step": "60s",
+                }
+            ]
+        },
     }
 
 

@@ -1,0 +1,109 @@
+"""`outrider tree`: the draft tree with the most tokens per second here, from measured acceptance and measured times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from outrider.cli import options as opt
+
+
+def tree(
+    target: opt.Target = None,
+    draft: opt.Draft = "auto",
+    nodes: Annotated[int, typer.Option("--nodes", min=1, max=256, help="Largest tree considered.")] = 16,
+    depth: Annotated[int, typer.Option("--depth", min=1, max=16, help="Most levels.")] = 4,
+    width: Annotated[int, typer.Option("--width", min=1, max=32, help="Ranks measured: children of a node.")] = 4,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Prompts of your traffic.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Prompts used.")] = 16,
+    temperature: opt.Temperature = 1.0,
+    max_tokens: opt.MaxTokens = 64,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    implementation: opt.Implementation = "auto",
+    max_length: opt.MaxLength = None,
+    json: opt.Json = False,
+) -> None:
+    """Measure acceptance by rank and the time of a step by nodes, and print the best tree as a --draft (Chen et al. 2024)."""
+    from outrider.cli.setup import engine_from_options
+    from outrider.engine.build import companion
+    from outrider.evaluate import tree as tr
+    from outrider.evaluate.workloads import load_prompts
+    from outrider.sampling.params import SamplingParams
+
+    engine = engine_from_options(
+        target=target, draft=draft, length=2, rule="speculative_sampling", dtype=dtype, device=device,
+        implementation=implementation, max_length=max_length, slots=1,
+    )  # fmt: skip
+    model = next(iter(engine.loaded.models), None) if draft == "auto" else draft
+    if model is None:
+        raise typer.BadParameter("no draft model beside this target: name one with --draft")
+    texts = [engine.encode(p) for p in load_prompts(prompts, count)]
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+    engine = companion(engine, "none", length=0)
+    with opt.loading("measuring acceptance by rank"):
+        ranks = tr.measure_ranks(engine, model, texts, params, width)
+    with opt.loading("measuring steps"):
+        times = tr.measure_times(engine, model, texts[:4], params, ranks, most=nodes, depth=depth)
+    found = tr.advise(ranks, times, depth)
+    document = document_of(ranks, times, found, model)
+    opt.print_json(document) if json else print_document(document)
+
+
+def document_of(ranks: Any, times: Any, found: Any, model: str) -> dict[str, Any]:
+    """All that was measured and what follows, as plain data."""
+    from outrider.evaluate.tree import written
+
+    return {
+        "acceptance_by_rank": list(ranks.acceptance),
+        "standard_error": list(ranks.error),
+        "node_sets": ranks.seen,
+        "step_seconds": {str(n): times.verify[n] for n in times.measured},
+        "level_seconds": times.level,
+        "parent": None if found.tree is None else list(found.tree.parent),
+        "tokens_per_step": found.tokens_per_step,
+        "tokens_per_second": {"tree": found.rate, "chain": found.chain_rate, "plain": found.plain},
+        "chain_length": found.chain,
+        "draft": "none" if found.tree is None else f"{written(found.tree)}:{model}",
+        "length": 0 if found.tree is None else found.tree.depth,
+    }
+
+
+def print_document(d: dict[str, Any]) -> None:
+    """The answer first, then what it rests on."""
+    rates, drawn = d["tokens_per_second"], d["parent"]
+    if drawn is None:
+        typer.echo(f"do not speculate with a tree: plain decoding gives {rates['plain']:.0f} tokens/s, no tree more")
+    else:
+        typer.echo(f"--draft '{d['draft']}' --length {d['length']} --rule speculative_sampling")
+        typer.echo(
+            f"{len(drawn)} nodes, {d['tokens_per_step']:.2f} tokens per step: {rates['tree']:.0f} tokens/s expected; best chain "
+            f"(length {d['chain_length']}) {rates['chain']:.0f}, plain {rates['plain']:.0f}"
+        )
+        for line in draw_tree(drawn):
+            typer.echo("  " + line)
+    by_rank = ", ".join(f"{a:.3f} ± {e:.3f}" for a, e in zip(d["acceptance_by_rank"], d["standard_error"], strict=True))
+    typer.echo(f"acceptance by rank ({d['node_sets']} node sets): {by_rank}")
+    steps = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in d["step_seconds"].items())
+    typer.echo(f"milliseconds of a step by nodes: {steps}; of a level of drafting {1e3 * d['level_seconds']:.2f}")
+
+
+def draw_tree(parent: list[int]) -> list[str]:
+    """The tree as text, one node a line, children indented below their parent."""
+    children: dict[int, list[int]] = {}
+    for node, up in enumerate(parent):
+        children.setdefault(up, []).append(node)
+    lines = ["anchor"]
+
+    def walk(node: int, indent: str) -> None:
+        for rank, child in enumerate(children.get(node, [])):
+            last = rank + 1 == len(children[node])
+            lines.append(f"{indent}{'└─' if last else '├─'} {rank + 1}")
+            walk(child, indent + ("   " if last else "│  "))
+
+    walk(-1, "")
+    return lines

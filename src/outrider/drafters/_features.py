@@ -1,0 +1,139 @@
+"""What all drafters on the target's features share: one decoder layer over pairs (feature of a token, the token behind it).
+
+A context row is a pair (what is known of the target at position t, token t + 1), a draft row a pair (the drafter's own output,
+the token drafted from it): Li et al. 2024 (EAGLE) and 2025 (EAGLE-3). What a feature is, how it meets the token and which
+logits follow is what a drafter adds: `read`, `rows`, `join` and `logits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from outrider.drafters._layers import rotation, turn
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureConfig:
+    """hidden: the drafter's width. target_hidden: the target's. taps: blocks whose outputs are read (0: the embeddings).
+
+    vocab_size: the target's. draft_vocab: tokens that are drafted, 0 for all. norm_before_residual: whether the residual
+    stream of an EAGLE-3 layer starts from the normed features.
+    """
+
+    hidden: int
+    target_hidden: int
+    taps: tuple[int, ...]
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    norm_before_residual: bool = False
+    draft_vocab: int = 0
+
+
+class Attention(nn.Module):
+    """The projections; who attends to what differs between training and serving and is not decided here."""
+
+    def __init__(self, c: FeatureConfig, inputs: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(inputs, c.heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+
+
+class FeatureNetwork(nn.Module):
+    """A network with `embed_tokens`, `fc` and one layer with `self_attn`, `post_attention_layernorm` and `mlp`."""
+
+    embed_tokens: nn.Embedding
+    fc: nn.Linear
+    layers: nn.ModuleList
+
+    def __init__(self, config: FeatureConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    # ------------------------------------------------------------------ what a drafter adds
+    def read(self, taps: Float[Tensor, "*n K H"]) -> Float[Tensor, "*n D"]:
+        """Features of positions from the target's hidden states there, after the blocks `config.taps`."""
+        raise NotImplementedError
+
+    def rows(self, token: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+        """What `join` reads of tokens; it depends on nothing else, so serving keeps it for the whole vocabulary."""
+        raise NotImplementedError
+
+    def join(self, row: Float[Tensor, "*n D"], g: Float[Tensor, "*n D"]) -> tuple[Tensor, Tensor]:
+        """Residual stream [*n, D] and input of the attention's projections, from tokens' rows and features."""
+        raise NotImplementedError
+
+    def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+        """Logits over the target's vocabulary after a row's state."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ the pieces, shared by training and serving
+    def enter(
+        self, token: Int[Tensor, "*n"], g: Float[Tensor, "*n D"], position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Residual [*n, D] and rotated queries [*n, heads, d], keys and values [*n, kv_heads, d] of rows (g, token)."""
+        c, attn = self.config, self._layer.self_attn
+        residual, x = self.join(self.rows(token), g)
+        q = attn.q_proj(x).unflatten(-1, (c.heads, c.head_dim))
+        k = attn.k_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
+        v = attn.v_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
+        cos, sin = self.rotation(position)
+        return residual, turn(q, cos, sin), turn(k, cos, sin), v
+
+    def leave(self, residual: Float[Tensor, "*n D"], seen: Float[Tensor, "*n A"]) -> Float[Tensor, "*n D"]:
+        """The layer's output: what the next draft row reads."""
+        layer = self._layer
+        x = residual + layer.self_attn.o_proj(seen)
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [*n, 1, head_dim] of rotary positions, in the module's dtype."""
+        return rotation(position, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+
+    @property
+    def _layer(self) -> Any:
+        return self.layers[0]
+
+    # ------------------------------------------------------------------ training
+    def states(self, tokens: Int[Tensor, "r L"], g: Float[Tensor, "r t D"], steps: int) -> list[Float[Tensor, "r t D"]]:
+        """Outputs of `steps` draft levels from every position, each level on the outputs of the one before.
+
+        tokens: [r, L] with features g of positions 0 .. t - 1, t <= L - steps. Entry s, column i: the row of level s at column
+        i stands at position i + s and sees the context up to i and its own rows of levels 1 .. s (EAGLE-3, section 3.2).
+        """
+        c, length = self.config, g.shape[1]
+        ruler = torch.arange(length, device=tokens.device)
+        closed = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        keys, values, out = [], [], []
+        for s in range(steps):
+            residual, q, k, v = self.enter(tokens[:, 1 + s : 1 + s + length], g, ruler + s)
+            repeat = c.heads // c.kv_heads
+            keys.append(k.repeat_interleave(repeat, -2))
+            values.append(v.repeat_interleave(repeat, -2))
+            past = torch.einsum("rihd,rjhd->rhij", q, keys[0]).masked_fill(closed, float("-inf"))
+            own = [(q * key).sum(-1).transpose(1, 2)[..., None] for key in keys[1:]]
+            weight = torch.softmax(torch.cat([past, *own], -1) * c.head_dim**-0.5, -1)
+            seen = torch.einsum("rhij,rjhd->rihd", weight[..., :length], values[0])
+            for n, value in enumerate(values[1:]):
+                seen = seen + weight[..., length + n].transpose(1, 2)[..., None] * value
+            g = self.leave(residual, seen.flatten(2))
+            out.append(g)
+        return out
+
+    def unroll(
+        self, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r T K H"], steps: int
+    ) -> list[Float[Tensor, "r t V"]]:
+        """Logits of `states`: entry s, column i is the law of token i + s + 2 as the drafter sees it after tokens 0 .. i + s + 1,
+        of which it knows hidden states up to i."""
+        return [self.logits(state) for state in self.states(tokens, self.read(taps), steps)]

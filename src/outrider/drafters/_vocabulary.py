@@ -1,0 +1,52 @@
+"""Drafters over a part of the target's vocabulary: which tokens they know, and their logits over all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from outrider.errors import ConfigError
+
+
+def spread(logits: Float[Tensor, "*n S"], support: Int[Tensor, "S"] | None, vocab_size: int) -> Float[Tensor, "*n V"]:
+    """Logits over the target's vocabulary: minus infinity for tokens that are not in `support`; None: all are."""
+    if support is None:
+        return logits
+    out = logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf)
+    out[..., support] = logits
+    return out
+
+
+def from_offsets(offsets: Tensor | None, size: int, vocab_size: int, folder: Path) -> Int[Tensor, "S"] | None:
+    """Target tokens of a drafter's `size` tokens from `d2t`: column i stands for token i + d2t[i]. None: the same ones.
+
+    Raises ConfigError for a map that is not one.
+    """
+    if size == vocab_size and (offsets is None or not bool(offsets.any())):
+        return None
+    if offsets is None or offsets.shape != (size,):
+        raise ConfigError(
+            f"{folder}: a draft vocabulary of {size} tokens needs d2t, its place in the target's {vocab_size}"
+        )
+    return checked(torch.arange(size) + offsets.cpu().long(), vocab_size, folder)
+
+
+def checked(support: Int[Tensor, "S"], vocab_size: int, folder: Path) -> Int[Tensor, "S"]:
+    """`support`, if it names different tokens of a vocabulary of `vocab_size`; ConfigError otherwise."""
+    low, high = int(support.min()), int(support.max())
+    if low < 0 or high >= vocab_size or len(support.unique()) != len(support):
+        raise ConfigError(
+            f"{folder}: its map of tokens names {low} to {high}, {len(support.unique())} different ones of {len(support)}; "
+            f"the target has {vocab_size}: download or train it again"
+        )
+    return support
+
+
+def to_offsets(support: Int[Tensor, "S"], vocab_size: int) -> dict[str, Tensor]:
+    """`d2t` (offsets) and `t2d` (which of the target's tokens are drafted) of a folder in the `speculators` layout."""
+    drafted = torch.zeros(vocab_size, dtype=torch.bool)
+    drafted[support.cpu()] = True
+    return {"d2t": support.cpu() - torch.arange(len(support)), "t2d": drafted}

@@ -1,0 +1,149 @@
+"""Watching over time: samples of the sums every second, rates over a window, alerts, cost, and where they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from time import monotonic, time
+from typing import Any
+
+from outrider.control.adaptive import Adaptive, Outlook
+from outrider.serve.bridge import Bridge
+from outrider.serve.webhook import Webhook
+from outrider.telemetry.alerts import WINDOW, Alerts, Reading
+from outrider.telemetry.resources import cpu_seconds, memory_bytes
+
+KEPT = 600
+"""Samples kept."""
+
+
+@dataclass
+class Watch:
+    """What is known of one server over time. price: dollars an hour of the machine, None if not told. period: seconds between
+    two samples. webhook: told of every alert that begins or ends. clock: seconds since the epoch."""
+
+    bridge: Bridge
+    price: float | None = None
+    webhook: Webhook | None = None
+    alerts: Alerts = field(default_factory=Alerts)
+    period: float = 1.0
+    window: float = WINDOW
+    clock: Callable[[], float] = time
+    history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    began: float = field(default_factory=monotonic)
+
+    def __post_init__(self) -> None:
+        """Put what is watched among the metrics."""
+        gauges = self.bridge.metrics.gauges
+        residuals = self.bridge.metrics.residuals
+        gauges["exactness_log_evalue"] = (
+            "Natural logarithm of the evidence against exactness over this server's life (alarm at 13.8).",
+            lambda: residuals.log_evidence,
+        )
+        gauges["residual_log_detector"] = (
+            "Natural logarithm of the change detector on rejections minus predicted rejections (alarm at 20.7).",
+            lambda: None if residuals.log_detector == float("-inf") else residuals.log_detector,
+        )
+        gauges["kv_cache_usage_ratio"] = ("Tokens in the cache over its capacity.", self.kv_usage)
+        if self.price is not None:
+            gauges["cost_dollars_per_million_tokens"] = ("Price of a million tokens, latest minute.", self.unit_cost)
+        if self.price is not None:
+            self.bridge.metrics.counters["cost_dollars"] = ("Price of the time since the start.", self.cost)
+        self.bridge.metrics.alerts = lambda: [(str(row["name"]), bool(row["firing"])) for row in self.alerts.table()]
+
+    async def run(self) -> None:
+        """Sample, judge and tell until cancelled."""
+        teller = asyncio.create_task(self.webhook.run()) if self.webhook else None
+        try:
+            while True:
+                self.tick()
+                await asyncio.sleep(self.period)
+        finally:
+            if teller is not None:
+                teller.cancel()
+
+    def tick(self) -> None:
+        """One sample and one look at the alerts."""
+        self.history.append(self.sample())
+        for notice in self.alerts.look(self.reading(), self.clock()):
+            if self.webhook is not None:
+                self.webhook.put(notice)
+
+    # ------------------------------------------------------------------ what is seen
+    def sample(self) -> dict[str, Any]:
+        """The sums now. Everything is cumulative: whoever reads forms differences, and ratios of them."""
+        m, c = self.bridge.metrics, self.bridge.metrics.counts
+        look = self.outlook()
+        sums = {name: getattr(c, name) for name in ("emitted", "proposed", "accepted", "rejected", "judged")}
+        sums |= {name: getattr(c, name) for name in ("risk", "spread", "bias")}
+        return sums | {
+            "t": self.clock(),
+            "steps": m.steps,
+            "sequence_steps": c.steps,
+            "seconds": dict(m.seconds),
+            "running": m.running if self.bridge.tickets else 0,
+            "waiting": m.waiting if self.bridge.tickets else 0,
+            "length": look.length if look else None,
+            "speedup": look.speedup if look else None,
+            "overloaded": m.refused["Overloaded"],
+            "failed": sum(n for (_, code), n in m.responses.items() if code == "500"),
+            "cpu": cpu_seconds(),
+        }
+
+    def outlook(self) -> Outlook | None:
+        """What the controller believes, if it is one that measures."""
+        controller = self.bridge.engine.controller
+        return controller.outlook() if isinstance(controller, Adaptive) else None
+
+    def reading(self) -> Reading:
+        """Sums over the window, and the present beliefs."""
+        if not self.history:
+            return Reading()
+        now, then = self.history[-1], self._then()
+        names = ("judged", "rejected", "emitted", "bias", "overloaded", "failed")
+        look, residuals = self.outlook(), self.bridge.metrics.residuals
+        return Reading(
+            **{name: now[name] - then[name] for name in names},
+            speedup=look.speedup if look else None,
+            break_even=look.break_even if look else None,
+            doubted=residuals.doubted,
+            changed=residuals.changed,
+        )
+
+    def _then(self) -> dict[str, Any]:
+        """The sample at the beginning of the window: the oldest that is not older."""
+        end = self.history[-1]["t"]
+        return next(s for s in self.history if s["t"] >= end - self.window)
+
+    # ------------------------------------------------------------------ cost and use
+    def cost(self) -> float | None:
+        """Dollars since the start."""
+        return None if self.price is None else self.price * (monotonic() - self.began) / 3600
+
+    def unit_cost(self) -> float | None:
+        """Dollars of a million tokens at the latest minute's rate; None while nothing is emitted."""
+        if self.price is None or len(self.history) < 2:
+            return None
+        now, then = self.history[-1], self._then()
+        tokens = now["emitted"] - then["emitted"]
+        return self.price / 3600 * (now["t"] - then["t"]) / tokens * 1e6 if tokens else None
+
+    def kv_usage(self) -> float:
+        """Tokens in the cache over its capacity, 0 .. 1."""
+        kv = self.bridge.engine.parts.kv
+        return sum(kv.length) / (kv.slots * kv.capacity)
+
+    def resources(self) -> dict[str, Any]:
+        """Memory, processor time, cache and cost, as the page shows them."""
+        unit, look = self.unit_cost(), self.outlook()
+        plain = unit * look.speedup if unit is not None and look is not None and look.speedup else None
+        out: dict[str, Any] = {"memory": memory_bytes(), "cores": os.cpu_count(), "kv": self.kv_usage()}
+        return out | {"price": self.price, "cost": self.cost(), "per_million": unit, "plain_per_million": plain}
+
+    def speeds(self) -> list[dict[str, Any]]:
+        """Measured draft lengths at the present load: tokens per step, cost of a step over a plain one, speed over plain."""
+        controller = self.bridge.engine.controller
+        return [asdict(s) for s in controller.speeds()] if isinstance(controller, Adaptive) else []

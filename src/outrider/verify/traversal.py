@@ -1,0 +1,137 @@
+"""Traversal verification: block verification on trees. Leaves are judged first, and a refused one leaves its share to its parent.
+
+A node carries a measure w * law: the mass of text through it that the rule still owes, w at most one. A child x drawn from q takes
+min(1, (w law)(x) / q(x)) of what q(x) brings; a leaf stands if its coin is below its w. When a child and all below it are
+refused, what is owed shrinks to (w law - q)_+ with total S, and since that has happened with probability S + 1 - w, the parent
+goes on with the measure (w law - q)_+ / (S + 1 - w): to its next child, or to its own coin (Weng et al. 2025, arXiv 2505.12398).
+On a chain this is block verification, coin for coin, and `block.py` judges it.
+
+It is exact, by induction over the children that are left: given the path to a node, what is output through it has the measure
+w * law. A leaf: it stands with probability w and draws from its law. A child: averaged over q it outputs min(q, w law), and after
+its refusal the rest has, by induction, the measure (S + 1 - w) (w law - q)_+ / (S + 1 - w). Both add up to w law, whatever the
+child's token was, so it holds for i.i.d. siblings, for siblings without replacement and for point masses alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from outrider.noise import Noise
+from outrider.types import Draft, Verdict
+from outrider.verify import _common as c
+from outrider.verify.block import BlockVerification
+from outrider.verify.tree import Laws
+
+
+class Traversal:
+    """Traversal verification of any forest. Lossless if the laws a draft declares are true; it may declare none (q=None).
+
+    Ledger: risk is the probability, given the draft, that no leaf stands. All nodes are looked at for it, also behind the one
+    that stands.
+    """
+
+    name = "traversal"
+    lossless = True
+    trees = True
+    lane = "draft"
+    limit = 0.0
+
+    def __call__(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Verdict:
+        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
+
+        Reads noise lanes `accept` (index: the node's number at its depth) and `final`. Raises RequestError if a law to draw
+        from has no mass.
+        """
+        if draft.is_chain:
+            return BlockVerification()(p, draft, noise, allowance)
+        paths, tokens, judged, risks = [], [], [], []
+        for b in range(len(draft.counts)):
+            path, token, whole, risk = _judge(p, draft, noise, b)
+            paths.append(path)
+            tokens.append(token)
+            judged.append(len(path) + (not whole))
+            risks.append(risk)
+        spread = tuple(risk * (1.0 - risk) for risk in risks)
+        return Verdict(tuple(paths), tuple(tokens), tuple(judged), tuple(risks), spread, (0.0,) * len(risks))
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A node on its turn, the anchor (-1) last: it stands with probability `keep`; then the next token is drawn from `law`.
+
+    whole: whether it had no children from the start, so that standing here refuses nothing.
+    """
+
+    node: int
+    keep: float
+    law: Float64[Tensor, "1 V"]
+    whole: bool
+
+
+def _judge(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[tuple[int, ...], int, bool, float]:
+    """Path, next token, whether a leaf stands, and the probability that none does."""
+    number = _numbers(draft, b)
+    found: Stop | None = None
+    left, whole = 1.0, 0.0
+    for stop in stops(p, draft, b):
+        if found is None:
+            depth, index = number[stop.node]
+            if stop.node < 0 or noise.uniform(b, depth, "accept", index) < stop.keep:
+                found = stop
+        whole += left * stop.keep if stop.whole else 0.0
+        left *= 1.0 - stop.keep
+    assert found is not None
+    path = draft.path_to(found.node)
+    u = noise.uniform(b, len(path) + 1, "final")
+    token, total = c.draw(c.as_weights(found.law), [u])
+    row = b if found.node < 0 else len(draft.counts) + found.node
+    return path, int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b), found.whole, c.unit(1.0 - whole)
+
+
+def _numbers(draft: Draft, b: int) -> dict[int, tuple[int, int]]:
+    """For every node of sequence b its depth and its number among the nodes of that depth: where its coin lies."""
+    out: dict[int, tuple[int, int]] = {-1: (0, 0)}
+    seen: dict[int, int] = {}
+    for k in range(draft.offsets[b], draft.offsets[b + 1]):
+        depth = out[draft.parent[k]][0] + 1
+        out[k] = depth, seen.get(depth, 0)
+        seen[depth] = out[k][1] + 1
+    return out
+
+
+def stops(p: Float[Tensor, "M V"], draft: Draft, b: int) -> Iterator[Stop]:
+    """The nodes of sequence b in the order of their turns, each as if all before it had been refused."""
+    yield from _visit(p, draft, b, -1, 1.0)
+
+
+def _visit(p: Tensor, draft: Draft, b: int, node: int, w: float) -> Iterator[Stop]:
+    """The subtree of `node`, which is owed w: its children in draw order, then itself."""
+    row = b if node < 0 else len(draft.counts) + node
+    here = p[row : row + 1].double()
+    owed = here * w
+    laws = Laws(draft.q)
+    children = draft.children(b, node)
+    for k in children:
+        x, at = draft.tokens[k], laws.row_of(k)
+        qx, px = laws.at(at, x), float(owed[0, x])
+        lawful = c.is_mass(qx)
+        yield from _visit(p, draft, b, k, (1.0 if px >= qx else px / qx) if lawful else c.unit(px))
+        owed = owed.clone()
+        if lawful:
+            c.subtract(owed, laws.now(at), laws.support)
+            laws.drawn(at, x)
+        else:
+            owed[0, x] = 0
+        rest = float(c.row_sums(owed))
+        refused = rest + 1.0 - w
+        if (not c.is_total(rest) and node < 0) or refused <= 0.0:
+            owed, w = here, 1.0  # refused with probability zero up to rounding: start again from p
+        else:
+            owed, w = owed / refused, c.unit(rest / refused)
+    yield Stop(node, w, owed, not children)

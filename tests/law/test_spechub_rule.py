@@ -1,0 +1,129 @@
+"""EX-1 for SpecHub: law, ledger and acceptance by enumeration, thresholds from the theory's own fill; and honest pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from outrider.drafters import _draw
+from outrider.theory import tuples
+from outrider.theory.multidraft import spechub
+from outrider.verify.spechub import SpecHub
+from outrider.verify.transport import OptimalTransport
+from outrider.verify.tree import SpeculativeSampling
+from tests.law.lab import COARSE, EDGE, Enumerator, Probe, Shape, World, chain, examine, index, random_world, rounded
+
+RULE = SpecHub()
+EXACT = 1e-12
+
+
+class HubEnumerator(Enumerator):
+    """A pair is accepted as `theory.tuples.hub_outcome` says; its second member is tested given that the first was not taken."""
+
+    def _tosses(self, kids, drawn, prefix, weight, token, coins, r) -> Iterator[Probe]:
+        shape = self.world.shape
+        q = self.world.q[index(prefix, self.world.vocab)]
+        if len(kids) != 2 or shape.siblings != "hub" or not all(shape.law[k] for k in kids) or (q > 0).sum() < 2:
+            yield from super()._tosses(kids, drawn, prefix, weight, token, coins, r)
+            return
+        depth, coins, left = len(prefix) + 1, dict(coins), 1.0
+        outcome = tuples.hub_outcome(spechub(r / r.sum(), q / q.sum()), list(drawn))
+        for j, (k, x) in enumerate(zip(kids, drawn, strict=True)):
+            threshold = min(float(outcome.accepted[x]) / left, 1.0) if left > 0 else 0.0
+            if weight * threshold > 0:
+                accepted = {**coins, (depth, j): self._pick(0.0, threshold)}
+                yield from self._walk(k, (*prefix, x), weight * threshold, token, accepted)
+            coins[depth, j] = self._pick(threshold, 1.0)
+            weight *= 1.0 - threshold
+            left -= float(outcome.accepted[x])
+            if weight <= 0:
+                return
+        yield from self._finals(outcome.residual, depth, weight, token, coins)
+
+
+PAIR = (True, True)
+CASES = [
+    ("pair of two", 2, Shape((-1, -1), PAIR, "hub"), 60),
+    ("pair of three", 3, Shape((-1, -1), PAIR, "hub"), 200),
+    ("pair of five", 5, Shape((-1, -1), PAIR, "hub"), 60),
+    ("two by two", 3, Shape((-1, -1, 0, 0, 1, 1), (True,) * 6, "hub"), 20),
+    ("points", 3, Shape((-1, -1, 0), (False,) * 3, "hub"), 40),
+    ("iid pair", 3, Shape((-1, -1), PAIR), 40),
+    ("chain", 3, chain(2), 40),
+]
+
+
+def full_world(rng: np.random.Generator, vocab: int, shape: Shape) -> World:
+    return random_world(rng, vocab, shape, full=True)
+
+
+def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-11, tolerance: float = EXACT) -> None:
+    found = examine(RULE, worlds, np.random.default_rng([seed, 1]), dtype, edge, HubEnumerator)
+    assert found.law.max() <= tolerance
+    assert found.ledger.max() <= tolerance, "E[risk - rejections] is not zero"
+    assert found.spread.max() <= tolerance, "E[(risk - rejections)^2] is not E[spread]"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_the_law_is_the_targets(case):
+    name, vocab, shape, count = case
+    rng = np.random.default_rng([71, len(name), vocab])
+    check([full_world(rng, vocab, shape) for _ in range(count)], 1)
+
+
+def test_float32():
+    rng = np.random.default_rng(73)
+    worlds = [rounded(full_world(rng, 4, Shape((-1, -1), PAIR, "hub")), torch.float32) for _ in range(40)]
+    check(worlds, 3, torch.float32, COARSE, 1e-6)
+
+
+@pytest.mark.parametrize("rule", [SpeculativeSampling(), OptimalTransport()], ids=lambda rule: rule.name)
+def test_other_rules_judge_such_pairs_exactly(rule):
+    """They test the second of a pair against the law it was drawn from given the first."""
+    rng = np.random.default_rng(74)
+    worlds = [full_world(rng, 3, Shape((-1, -1, 0, 0), (True,) * 4, "hub")) for _ in range(40)]
+    assert examine(rule, worlds, rng, edge=1e-11).law.max() <= EXACT
+
+
+def test_it_accepts_what_the_theory_says():
+    rng = np.random.default_rng(75)
+    worlds = [full_world(rng, 4, Shape((-1, -1), PAIR, "hub")) for _ in range(40)]
+    accepted = examine(RULE, worlds, rng, edge=1e-11, enumerator=HubEnumerator).accepted
+    want = [
+        float(spechub(w.p[0] / w.p[0].sum(), w.q[0]).acceptance) if (w.q[0] > 0).sum() > 1 else None for w in worlds
+    ]
+    for got, expected in zip(accepted, want, strict=True):
+        if expected is not None:
+            assert got == pytest.approx(expected, abs=1e-11)
+
+
+def test_control_pairs_taken_for_independent_draws_are_seen():
+    """The same pairs under the label "iid" are judged by a law that they were not drawn from."""
+
+    def mislabelled(p, draft, noise):
+        from dataclasses import replace
+
+        return OptimalTransport()(p, replace(draft, q=replace(draft.q, siblings="iid")), noise)
+
+    rng = np.random.default_rng(76)
+    worlds = [full_world(rng, 3, Shape((-1, -1), PAIR, "hub")) for _ in range(20)]
+    assert examine(mislabelled, worlds, rng, edge=EDGE, enumerator=HubEnumerator).law.max() > 1e-3
+
+
+def test_pairs_are_drawn_with_their_law():
+    """On a grid of uniforms the frequencies of pairs are those of `theory.tuples.hub_pairs`; a point mass gives one token."""
+    law = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
+    n = 400
+    grid = [(i + 0.5) / n for i in range(n)]
+    seen: dict[tuple[int, ...], float] = {}
+    for u in grid:
+        for v in (0.1, 0.3, 0.5, 0.7, 0.9):
+            pair = tuple(_draw.hub_pairs(law, [[u, v]])[0])
+            seen[pair] = seen.get(pair, 0.0) + 1 / (5 * n)
+    drawn = tuples.hub_pairs(spechub([0.2, 0.3, 0.5], law[0].numpy()))
+    want = {tuple(map(int, t)): float(w) for t, w in zip(drawn.tokens, drawn.probability, strict=True)}
+    assert seen == pytest.approx(want, abs=1e-9)
+    assert _draw.hub_pairs(torch.tensor([[0.0, 1.0]]), [[0.4, 0.6]]) == [[1]]

@@ -1,0 +1,128 @@
+"""What the OpenAPI document says and what the server does agree: bodies made from the document, right and wrong ones.
+
+Schemathesis makes the bodies; the server runs on the shipped pair. Whatever is sent, the reply has a status that the document
+names and, unless it is 200, OpenAI's error shape; and afterwards the server still answers.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as bounded
+from hypothesis import strategies as st
+
+from tests.serve.harness import Running, serving, until
+
+schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
+from schemathesis import GenerationMode  # noqa: E402
+
+from outrider.serve.app import document  # noqa: E402
+
+PATHS = ("/v1/completions", "/v1/chat/completions", "/outrider/play")
+QUICK: dict[str, Any] = {"phases": (Phase.explicit, Phase.generate), "deadline": None, "database": None}
+QUICK |= {"suppress_health_check": list(HealthCheck), "derandomize": True}
+
+
+@pytest.fixture(scope="module")
+def limited():
+    """Its context holds 48 tokens, so that no reply is long."""
+    with serving(slots=4, max_length=48) as running:
+        yield running
+
+
+def strategy(path: str, mode: Any) -> st.SearchStrategy[Any]:
+    """Bodies of a route: as the document allows them, or broken in some place."""
+    schema = schemathesis.openapi.from_dict(document())
+    return schema[path]["POST"].as_strategy(generation_mode=mode).map(lambda case: case.body)
+
+
+def judge(server: Running, path: str, body: Any) -> int:
+    """Send a body; the reply must be one that the document names."""
+    try:
+        data = json.dumps(body).encode()
+    except (TypeError, ValueError):
+        data = repr(body).encode("utf-8", "surrogatepass")
+    status, headers, reply = server.call("POST", path, data)
+    assert str(status) in document()["paths"][path]["post"]["responses"], (status, body)
+    assert status < 500, (status, reply[:300])
+    if status != 200:
+        error = json.loads(reply)["error"]
+        assert set(error) == {"message", "type", "param", "code"} and isinstance(error["message"], str)
+        assert all(error[k] is None or isinstance(error[k], str) for k in ("param", "code"))
+    elif headers["content-type"].startswith("text/event-stream"):
+        assert reply.endswith(b"data: [DONE]\n\n")
+    else:
+        assert json.loads(reply)["object"] in ("text_completion", "chat.completion")
+    return status
+
+
+def named(body: Any) -> Any:
+    """The same body for the model that is served: otherwise nearly every right one would be a 404."""
+    return {**body, "model": "pycode"} if isinstance(body, dict) and isinstance(body.get("model"), str) else body
+
+
+def run(server: Running, path: str, mode: Any, examples: int) -> set[int]:
+    seen: set[int] = set()
+
+    @bounded(max_examples=examples, **QUICK)
+    @given(strategy(path, mode))
+    def play(body: Any) -> None:
+        seen.add(judge(server, path, named(body)))
+
+    play()
+    until(lambda: not server.bridge.tickets and server.bridge.engine.scheduler.free == 4, 30)
+    assert server.call("POST", "/v1/completions", {"model": "pycode", "prompt": "x", "max_tokens": 2})[0] == 200
+    return seen
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_bodies_made_from_the_document(limited: Running, path: str, mode: str) -> None:
+    seen = run(limited, path, GenerationMode[mode], 25)
+    assert seen & ({200, 400} if mode == "POSITIVE" else {400})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_many_bodies_made_from_the_document(limited: Running, path: str, mode: str) -> None:
+    run(limited, path, GenerationMode[mode], 2000)
+
+
+BYTES = st.one_of(
+    st.binary(max_size=64),
+    st.sampled_from(
+        [
+            b"\x00" * 64,
+            b'{"model":"pycode","prompt":"\\ud800"}',
+            b'{"model":"pycode","prompt":"\\u0000"}',
+            b'\xef\xbb\xbf{"model":"pycode","prompt":"x"}',
+            b'{"model":"pycode","prompt":"x","seed":-0}',
+            b'{"model":"pycode","prompt":"x","seed":1e400}',
+            b'{"model":"pycode","prompt":"x","seed":9223372036854775808}',
+            b'{"model":"pycode","prompt":"x","n":1.0}',
+            b'{"model":"pycode","prompt":"x","max_tokens":true}',
+        ]
+    ),
+)
+
+
+@bounded(max_examples=60, **QUICK)
+@given(path=st.sampled_from(PATHS), data=BYTES, cut=st.integers(0, 60))
+def test_bytes_that_are_no_body(limited: Running, path: str, data: bytes, cut: int) -> None:
+    whole = b'{"model":"pycode","prompt":"x","max_tokens":1,"stop":["a"],"temperature":0.5}'
+    for sent in (data, whole[:cut]):
+        status, _, reply = limited.call("POST", path, sent)
+        assert status < 500
+        assert status == 200 or set(json.loads(reply)["error"]) == {"message", "type", "param", "code"}
+
+
+@bounded(max_examples=40, **QUICK)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=30))
+def test_any_path_is_answered(limited: Running, text: str) -> None:
+    assert limited.call("GET", "/" + quote(text, safe=""))[0] in (200, 400, 404, 405)
+    assert limited.call("GET", "/v1/models/" + quote(text, safe=""))[0] in (200, 404)

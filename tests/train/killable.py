@@ -1,0 +1,105 @@
+"""Trainings killed by SIGKILL at random moments: `python -m tests.train.killable KIND FOLDER KILLS SEED`, one JSON document.
+
+One process imports torch and forks a child for every attempt, so that an attempt costs milliseconds. A child trains from the
+newest checkpoint; one that comes to its end starts the next run afresh, and after `KILLS` kills the last one is left alone.
+Nothing but files is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from outrider.drafters.feature import FeatureConfig
+from outrider.drafters.heads import HeadsConfig
+from outrider.target.fresh import small_llama
+from outrider.target.toy import TinyLM
+from outrider.train.checkpoint import checkpoints, sha256_of
+from outrider.train.drafter import Judge, loss_of, measure_of, new_draft, new_features, new_heads, predictor
+from outrider.train.features import Features, hidden_of
+from outrider.train.loop import LoopConfig, train
+
+V, H, LAYERS = 19, 16, (1, 2, 3)
+STEPS = 30
+
+
+def setup(kind: str) -> tuple[Any, Judge, Features]:
+    """A tiny target, its hidden states on 16 rows, and a fresh drafter."""
+    target = TinyLM(V, H, 3, seed=1, sharp=3.0, dtype=torch.float32)
+    tokens = torch.randint(V, (16, 24), generator=torch.Generator().manual_seed(0))
+    hidden = hidden_of(target, tokens, LAYERS)
+    data = Features(tokens.numpy().astype(np.uint16), hidden.half().numpy(), LAYERS, rows=4)
+    if kind == "medusa":
+        return new_heads(HeadsConfig(H, V, 3, 3), target), Judge.of(target, LAYERS, (3,)), data
+    if kind == "draft":
+        return new_draft(small_llama(V, 32, 1, 64), target), Judge.of(target, LAYERS, (3,)), data
+    config = FeatureConfig(16, H, (1, 3), V, 2, 1, 8, 32)
+    model = new_features(config, target, hidden[:, :, [0, 2]].flatten(0, 1))
+    return model, Judge.of(target, LAYERS, (1, 3)), data
+
+
+def attempt(kind: str, folder: Path) -> None:
+    """Train to the end from wherever the folder is."""
+    model, judge, data = setup(kind)
+    predict = predictor(model, 1 if kind == "draft" else 3)
+    config = LoopConfig(steps=STEPS, lr=1e-2, warmup=5, save_every_s=0.01)
+    evaluate = partial(lambda f, m: f(m), measure_of(judge, predict, data, rows=4))
+    train(model, data, loss_of(judge, predict), config, folder, evaluate, report=lambda _: None)
+
+
+def forked(kind: str, folder: Path, patience: float | None) -> bool:
+    """Run `attempt` in a child, killed after `patience` seconds unless None; whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            attempt(kind, folder)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    if patience is not None:
+        time.sleep(patience)
+        os.kill(child, signal.SIGKILL)  # no error if it ended just now: it is not yet waited for
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("a training failed by itself")
+    return os.WIFEXITED(status)
+
+
+def main(kind: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    forked(kind, folder / "whole", None)
+    whole = time.monotonic() - began
+    draw, killed, at, run = random.Random(seed), 0, [], 0
+    while killed < kills:
+        part = folder / f"part-{run}"
+        if forked(kind, part, draw.uniform(0.0, 0.8 * whole)):
+            run += 1  # it came to its end before its killer: the next one is a fresh run
+            continue
+        killed += 1
+        at.append(int(checkpoints(part)[-1].name[5:]) if checkpoints(part) else 0)
+    forked(kind, folder / f"part-{run}", None)
+    ends = [checkpoints(path)[-1] for path in sorted(folder.glob("*"))]
+    sums = {sha256_of(path / "model.safetensors") for path in ends}
+    return {
+        "killed": killed,
+        "at": at,
+        "runs": run + 1,
+        "steps": sorted({p.name for p in ends}),
+        "same": len(sums) == 1,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))

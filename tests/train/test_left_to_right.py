@@ -1,0 +1,137 @@
+"""The experiment on objectives, all stages, on a tiny checkpoint: complete, resumable, paired; its page says what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import make_checkpoint
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+NAMES = ("left_to_right", "left_to_right_report")
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import left_to_right  # type: ignore[import-not-found]
+
+    yield left_to_right
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+def config(recipe, place: Path):
+    make_checkpoint(place / "target", "llama", tokenizer=True)
+    texts = place / "texts"
+    texts.mkdir()
+    for i in range(90):
+        (texts / f"{i}.py").write_text("\n".join(f"the {j}th line of text number {i}, {i * j}" for j in range(40)))
+    quick = replace(recipe.Config(), **recipe.QUICK)
+    return replace(
+        quick,
+        work=place / "work",
+        target=place / "target",
+        source=texts,
+        steps=4,
+        rows=12,
+        prompts=6,
+        blocks=(3, 4),
+        tuned_block=4,
+    )
+
+
+def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
+    one = config(recipe, tmp_path)
+    recipe.run(one, ("data", "tune", "runs", "check", "report"))
+    report = sys.modules["left_to_right_report"]
+    results = report.read(one.work)
+    assert len(results) == len(recipe.planned(one)) == 5 * 2 * 2 + 2 * 2
+    for (arm, block, seed, part), r in results.items():
+        assert (r["arm"], r["block"], r["seed"], r["part"]) == (arm, block, seed, part)
+        for way in report.WAYS:
+            emitted, rounds = np.array(r[way]["emitted"]), np.array(r[way]["rounds"])
+            assert (emitted >= rounds).all(), "every round emits a token"
+            assert (emitted <= block * rounds).all()
+            assert rounds.sum() > 0
+            assert r[way]["judged_at"][0] == rounds.sum()
+            assert sum(r[way]["accepted_at"]) == (emitted - rounds).sum()
+    assert not list(one.work.glob("runs/*/step-*")), "checkpoints of finished runs are gone"
+    page = (one.work / "left_to_right.md").read_text()
+    assert "{{" not in page
+    uniform = report.tau(results, "uniform", 4, [0, 1], "training", "greedy")
+    assert f"| uniform | 2 | {uniform:.3f} |" in page
+    assert (one.work / "figures" / "left_to_right.png").stat().st_size > 5000
+    for c in json.loads((one.work / "check.json").read_text()):
+        assert c["engine"][1] == pytest.approx(c["walk"][1], abs=8), "the engine's rounds are the walk's, but for ties"
+
+    # nothing is done twice, and a missing run is made again, to the same numbers
+    capsys.readouterr()
+    recipe.run(one, ("data", "tune", "runs"))
+    assert "--- " not in capsys.readouterr().out
+    gone = recipe.folder_of(one, "chain", 4, 1, "training") / "result.json"
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    recipe.run(one, ("runs",))
+    said = capsys.readouterr().out
+    assert said.count("--- run") == 1
+    timings = {"training_seconds"}
+    assert {k: v for k, v in json.loads(gone.read_text()).items() if k not in timings} == {
+        k: v for k, v in before.items() if k not in timings
+    }
+
+
+def test_rows_end_where_they_go_in_circles(recipe) -> None:
+    import torch
+
+    line = list(range(20))
+    turning = [*line[:12], *line[4:12]]  # the 8-gram 4 .. 11 ends a second time at place 20
+    assert recipe.ends(torch.tensor([line, turning])) == [20, 20]
+    assert recipe.ends(torch.tensor([turning + line[12:20]])) == [20]
+    assert recipe.ends(torch.tensor([[1] * 30])) == [9]
+    assert recipe.before(18, [1, 0, 3, 2], 8, 4) == [1, 0, 3]  # anchors 8, 10, 11, 15; the last block is 15 .. 18
+    assert recipe.before(19, [1, 0, 3, 2], 8, 4) == [1, 0, 3, 2]
+    assert recipe.before(14, [1, 0, 3, 2], 8, 4) == [1, 0]
+    assert recipe.before(9, [1, 0, 3, 2], 8, 4) == []
+
+
+def test_gains_are_paired(recipe) -> None:
+    """An arm against itself gains nothing, exactly; against a copy with one more token in every round, exactly that."""
+    import left_to_right_report as report  # type: ignore[import-not-found]
+
+    random = np.random.default_rng(0)
+
+    def made(more: int) -> dict:
+        rounds = random.integers(5, 30, 12)
+        return {"greedy": {"emitted": (rounds * (2 + more)).tolist(), "rounds": rounds.tolist()}}
+
+    results = {("uniform", 8, s, "training"): made(0) for s in range(3)}
+    results |= {("chain", 8, s, "training"): made(1) for s in range(3)}
+    same = report.gain(results, "chain", "chain", 8, "training", "greedy")
+    assert (same["value"], same["low"], same["high"], same["claim"]) == (0.0, 0.0, 0.0, False)
+    more = report.gain(results, "chain", "uniform", 8, "training", "greedy")
+    assert more["value"] == pytest.approx(50.0)
+    assert more["seeds"] == [50.0] * 3
+    assert more["claim"]
+
+
+def test_noise_is_rarely_claimed(recipe) -> None:
+    """Two arms of one law: of 200 experiments at most 5% + 5 standard errors claim a gain in either direction."""
+    import left_to_right_report as report  # type: ignore[import-not-found]
+
+    random, claims, many = np.random.default_rng(1), 0, 200
+    for _ in range(many):
+        results = {}
+        for arm in ("uniform", "chain"):
+            for s in range(3):
+                rounds = random.integers(40, 60, 32)
+                tokens = random.binomial(7, 0.2, (32, 60)) + 1
+                emitted = [int(t[:n].sum()) for t, n in zip(tokens, rounds, strict=True)]
+                results[arm, 8, s, "training"] = {"greedy": {"emitted": emitted, "rounds": rounds.tolist()}}
+        claims += report.gain(results, "chain", "uniform", 8, "training", "greedy")["claim"]
+    assert claims <= many * 0.05 + 5 * (many * 0.05 * 0.95) ** 0.5
