@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-
 MOMENT, AGAIN = 0.2, 20.0
 """Seconds between what was printed and the key, and until a person would press it again: Python notices a signal that
 arrives in the microseconds between its last look and a blocking read only with the next one."""
