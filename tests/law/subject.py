@@ -61,6 +61,10 @@ def load(patch: Patch | None = None) -> Subject:
         for name in saved:
             del sys.modules[name]
         sys.modules[PACKAGE] = package
+        sys.modules[f"{PACKAGE}.passes"] = saved[
+            f"{PACKAGE}.passes"
+        ]  # one library, whichever copy of the rules calls it
+        package.passes = saved[f"{PACKAGE}.passes"]
         parts = {}
         for name in NAMES:
             parts[name] = _execute(f"{PACKAGE}.{name}", folder / f"{name}.py", patch)

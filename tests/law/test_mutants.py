@@ -6,6 +6,7 @@ methods at a small size: exact enumeration (`lab`), coins at the ends of their r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from scipy.stats import chi2, norm
 
 from outrider.types import Draft, Proposal
+from outrider.verify import passes
+from outrider.verify.block import overlap_sums
 from tests.law.lab import Shape, Siblings, chain, examine, random_world
 from tests.law.subject import Patch, Subject, load
 
@@ -135,6 +138,34 @@ def matching(subject: Subject) -> None:
         assert abs(subject.match_probability(a, b) - float(direct)) < 1e-12
 
 
+def long_draws(subject: Subject) -> None:
+    """A native draw from rows of several blocks is the inverse CDF of (w p - q)_+."""
+    rng = np.random.default_rng(12)
+    for size in (7, 1024, 5001):
+        p, q = (torch.from_numpy(rng.dirichlet(np.full(size, 0.3))).unsqueeze(0) for _ in range(2))
+        for w, law in ((1.0, None), (1.0, q), (0.7, q)):
+            weight = (w * p[0] - (0 if law is None else law[0])).clamp(min=0).numpy()
+            cdf = np.cumsum(weight)
+            for u in (0.0, 0.1, 0.35, 0.999, 1.0, *rng.random(20)):
+                found = passes.draw(p, law, w, u)
+                assert found is not None
+                assert found[1] == pytest.approx(cdf[-1], rel=1e-12)
+                assert weight[found[0]] > 0
+                assert cdf[found[0]] - weight[found[0]] - 1e-12 <= u * cdf[-1] <= cdf[found[0]] + 1e-12
+
+
+def long_overlaps(subject: Subject) -> None:
+    """Native sums over rows with and without a rest behind the last vector are the twin's."""
+    rng = np.random.default_rng(13)
+    for size, dtype, close in ((3, torch.float64, 1e-13), (4100, torch.float64, 1e-13), (4100, torch.float32, 1e-6)):
+        p, q = (torch.from_numpy(rng.dirichlet(np.full(size, 0.5))).to(dtype).unsqueeze(0) for _ in range(2))
+        q[0, rng.integers(size)] = 0
+        for w in (1.0, 0.4):
+            native = passes.overlap(p, q, w)
+            assert native is not None
+            assert native == pytest.approx(overlap_sums(p * w, q, None), rel=close)
+
+
 CHECKS = (chains, support, trees, ledger, ends, long_rows, decoding, independence, matching)
 
 
@@ -227,6 +258,31 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
 ]  # fmt: skip
 
 
+# The same rules where a compiler is: the Python around the native passes, and the passes themselves.
+NATIVE_MUTANTS = [
+    ("native chain: acceptance coin picks the residual", "chain", '"final"), p[walk.row', '"accept"), p[walk.row', chains),
+    ("native chain: residual drawn from p", "chain", "if walk.law >= 0 and draft.q is not None:", "if False:", chains),
+    ("native chain: refused point mass stays in", "chain", "elif walk.refused >= 0:", "elif False:", chains),
+    ("native chain: last token from the anchor", "chain", "p[walk.row : walk.row + 1]", "p[b : b + 1]", chains),
+    ("native chain: risk from the next row", "chain", "p[rows[k] : rows[k] + 1]", "p[rows[k] + 1 : rows[k] + 2]", ledger),
+    ("native chain: risk with another law", "chain", "law = draft.q.row[k]\n        shared", "law = 0\n        shared", ledger),
+]  # fmt: skip
+CXX_MUTANTS = [
+    ("residual |p - q|", "return x > 0 ? x : 0.0;", "return x > 0 ? x : -x;", chains),
+    ("residual not normalised", "double left = u * *total;", "double left = u;", chains),
+    ("the residual's q is left out", "(q ? static_cast<double>(q[i]) : 0.0)", "0.0", chains),
+    ("blocks before the last are forgotten", "at = static_cast<int64_t>(b) * BLOCK", "at = 0", long_draws),
+    ("overlap is a maximum", "both = here < q[i] ? here : q[i];", "both = here < q[i] ? q[i] : here;", ledger),
+    ("vector overlap is a maximum", "return a < b ? a : b;", "return a < b ? b : a;", long_overlaps),
+]  # fmt: skip
+
+
+@pytest.fixture
+def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No native passes: the twins that a GPU, or a machine without a compiler, runs."""
+    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+
+
 @cache
 def honest() -> Subject:
     return load()
@@ -237,6 +293,16 @@ def test_honest_rules_pass(check):
     check(honest())
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_honest_rules_pass_on_torch_alone(check, torch_only):
+    check(honest())
+
+
+@pytest.mark.parametrize("check", [long_draws, long_overlaps])
+def test_the_native_passes_are_honest(check):
+    check(honest())
+
+
 def test_the_table_is_large_and_uses_every_check():
     assert len(MUTANTS) >= 30
     assert len({name for name, *_ in MUTANTS}) == len(MUTANTS)
@@ -244,8 +310,35 @@ def test_the_table_is_large_and_uses_every_check():
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant[0])
-def test_mutant_is_killed(mutant):
+def test_mutant_is_killed(mutant, torch_only):
     _, file, old, new, check = mutant
     subject = load(Patch(file, old, new))
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         check(subject)
+
+
+@pytest.mark.skipif(not passes.serve(torch.zeros(1)), reason="needs a C++ compiler")
+@pytest.mark.parametrize("mutant", NATIVE_MUTANTS, ids=lambda mutant: mutant[0])
+def test_mutant_beside_native_passes_is_killed(mutant):
+    _, file, old, new, check = mutant
+    subject = load(Patch(file, old, new))
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check(subject)
+
+
+@pytest.mark.skipif(not passes.serve(torch.zeros(1)), reason="needs a C++ compiler")
+@pytest.mark.parametrize("mutant", CXX_MUTANTS, ids=lambda mutant: mutant[0])
+def test_mutant_of_the_native_passes_is_killed(mutant, tmp_path, monkeypatch):
+    _, old, new, check = mutant
+    source = (passes.PASSES.folder / passes.PASSES.sources[0]).read_text()
+    assert source.count(old) == 1
+    (tmp_path / "passes.cpp").write_text(source.replace(old, new))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(passes, "PASSES", replace(passes.PASSES, folder=tmp_path))
+    passes.library.cache_clear()
+    try:
+        assert passes.library() is not None
+        with pytest.raises(AssertionError):
+            check(honest())
+    finally:
+        passes.library.cache_clear()

@@ -10,9 +10,12 @@ import torch
 
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal
-from outrider.verify import Match, SpeculativeSampling
+from outrider.verify import Match, SpeculativeSampling, passes, transport
+from outrider.verify.block import BlockVerification
 from outrider.verify.chain import judge_chains
-from outrider.verify.tree import judge_forest
+from outrider.verify.multidraft import KSeq
+from outrider.verify.transport import OptimalTransport
+from outrider.verify.tree import in_turn, judge_forest
 
 
 def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtype, tree: bool = False):
@@ -52,7 +55,9 @@ def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtyp
     ("vocab", "sequences", "rounds"), [(2, 8, 150), (7, 8, 150), (300, 4, 40), (5000, 3, 8), (1024 * 5, 2, 4)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_twins_agree_bit_for_bit(vocab, sequences, rounds, dtype):
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_twins_agree_bit_for_bit(vocab, sequences, rounds, dtype, native, monkeypatch):
+    monkeypatch.setenv("OUTRIDER_NATIVE", native)
     rng = np.random.default_rng([21, vocab])
     for _ in range(rounds):
         p, draft, noise = step(rng, sequences, vocab, dtype)
@@ -85,6 +90,43 @@ def test_no_sequence_sees_its_neighbours(rule, tree, vocab, rounds):
             assert [k + low for k in alone.path[0]] == list(together.path[b])
             for name in ("next_token", "judged", "risk", "spread"):
                 assert getattr(alone, name)[0] == getattr(together, name)[b] == getattr(reverse, name)[5 - b], name
+
+
+RULES_WITH_PASSES = [SpeculativeSampling(), BlockVerification(), KSeq(), OptimalTransport()]
+
+
+@pytest.mark.parametrize("rule", RULES_WITH_PASSES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize(("vocab", "rounds"), [(5, 40), (700, 20), (5000, 6)])
+def test_native_and_plain_passes_give_one_verdict(rule, vocab, rounds, monkeypatch):
+    """Same path, token and judged positions; the ledger to rounding. Coins within rounding of a threshold: none in these steps."""
+    rng = np.random.default_rng([24, vocab])
+    for _ in range(rounds):
+        p, draft, noise = step(rng, 4, vocab, torch.float64, rule.trees)
+        monkeypatch.setenv("OUTRIDER_NATIVE", "1")
+        native = rule(p, draft, noise)
+        monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+        plain = rule(p, draft, noise)
+        assert (native.path, native.next_token, native.judged) == (plain.path, plain.next_token, plain.judged)
+        assert native.risk == pytest.approx(plain.risk, abs=1e-9)
+        assert native.spread == pytest.approx(plain.spread, abs=1e-9)
+
+
+def test_native_transport_is_its_twin():
+    """One node of k i.i.d. siblings: chances, residual and its total, from pieces that both sort tokens into."""
+    rng = np.random.default_rng(25)
+    for vocab, k, tolerance in ((300, 2, 1e-7), (300, 5, 1e-7), (6000, 2, 1e-5), (6000, 3, 1e-5)):
+        for sharp in (0.3, 1.0, 3.0):
+            p, q = (torch.from_numpy(rng.dirichlet(np.full(vocab, sharp))).unsqueeze(0) for _ in range(2))
+            q = 0.6 * p + 0.4 * q
+            tokens = rng.choice(vocab, size=k, p=q[0].numpy() / float(q.sum())).tolist()
+            tokens[-1] = tokens[0] if rng.random() < 0.5 else tokens[-1]
+            found = passes.transport(p, q, tokens, transport.PIECES, transport._points((k + 1) // 2))
+            if found is None:
+                pytest.skip("needs a C++ compiler")
+            plain = transport._judge(p, q, tokens)
+            assert in_turn(found.taken) == [pytest.approx(test, abs=tolerance) for test in plain.tests]
+            assert found.left == pytest.approx(plain.risk, abs=tolerance)
+            assert (found.rest - plain.rest).abs().max() < tolerance
 
 
 def test_dispatch():

@@ -19,10 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from outrider import compiled
 from outrider.errors import CapacityError, RequestError
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
-from outrider.target.native import NativeDecoder, build, load_native
+from outrider.target.native import NativeDecoder, load_native
+from outrider.target.native.build import DECODER, load_library
 from outrider.types import Draft, Rows
 
 pytestmark = pytest.mark.skipif(
@@ -437,9 +439,9 @@ def test_is_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache and no memory of an earlier load."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.load_library.cache_clear()
+    compiled.load.cache_clear()
     yield tmp_path
-    build.load_library.cache_clear()
+    compiled.load.cache_clear()
 
 
 def test_without_a_compiler_says_so_once(
@@ -472,18 +474,18 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
     compiler.chmod(0o700)
     folder = tmp_path / "cache"
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(build.build, [str(compiler)], folder, openmp=True) for _ in range(2)]
+        jobs = [pool.submit(compiled.build, DECODER, [str(compiler)], folder, openmp=True) for _ in range(2)]
         library = {job.result() for job in jobs}.pop()
     assert [p.name for p in folder.iterdir()] == [library.name]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     built = library.stat().st_mtime_ns
-    assert build.build([str(compiler)], folder, openmp=True) == library
+    assert compiled.build(DECODER, [str(compiler)], folder, openmp=True) == library
     assert library.stat().st_mtime_ns == built
 
 
 def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
     """Compiled without this CPU's own instructions and without threads: the same reference, the same invariance."""
-    library = build.build(build.find_compiler(), tmp_path, openmp=False, native=False)
+    library = compiled.build(DECODER, compiled.find_compiler(), tmp_path, openmp=False, native=False)
     for dtype in (torch.float32, torch.bfloat16):
         config, extras = SHAPES["odd sizes"]
         weights, path = random_weights(config, extras, dtype), tokens(9, config.vocab_size)
@@ -500,14 +502,14 @@ def test_refuses_code_that_others_can_write(what: str, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     (folder if what == "folder" else _stand_in(folder)).chmod(0o777)
-    with pytest.raises(build.BuildError, match="written by other users"):
-        build.build(build.find_compiler(), folder, openmp=True)
+    with pytest.raises(compiled.BuildError, match="written by other users"):
+        compiled.build(DECODER, compiled.find_compiler(), folder, openmp=True)
 
 
 def test_refuses_code_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(build.BuildError, match="another user"):
-        build.build(build.find_compiler(), tmp_path, openmp=True)
+    with pytest.raises(compiled.BuildError, match="another user"):
+        compiled.build(DECODER, compiled.find_compiler(), tmp_path, openmp=True)
 
 
 def _stand_in(folder: Path) -> Path:
@@ -517,13 +519,13 @@ def _stand_in(folder: Path) -> Path:
         library.touch(mode=0o700)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_compile", compile_nothing)
-        return build.build(build.find_compiler(), folder, openmp=True)
+        patch.setattr(compiled, "_compile", compile_nothing)
+        return compiled.build(DECODER, compiled.find_compiler(), folder, openmp=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see loaded libraries")
 def test_shares_torch_s_threads() -> None:
     """No second OpenMP runtime comes with the library: two pools would fight for the cores."""
-    assert build.load_library() is not None
+    assert load_library() is not None
     loaded = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
     assert len([path for path in loaded if re.match(r"lib[gi]?omp\d?\b", path.name)]) <= 1

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from outrider.errors import RequestError
 from outrider.types import POINT_MASS, Draft, Proposal, Verdict
+from outrider.verify import passes
 
 BLOCK = 1024
 """Columns of a row that are summed together. A running sum over all of V is the slow way to draw from a long row."""
@@ -47,6 +48,12 @@ def overlap(
 ) -> Float64[Tensor, "n"]:
     """Sum of min(p, q) per row: the probability that one draw from q is accepted (Yin et al. 2024, Theorem 1)."""
     return row_sums(torch.minimum(p if support is None else p.index_select(1, support), q))
+
+
+def overlap_one(p: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Int[Tensor, "S"] | None = None) -> float:
+    """`overlap` of one row."""
+    found = passes.overlap(p, q, 1.0) if support is None else None
+    return float(overlap(p, q, support)) if found is None else found.common
 
 
 def subtract(weight: Float64[Tensor, "n V"], q: Float[Tensor, "n S"], support: Int[Tensor, "S"] | None = None) -> None:
@@ -113,12 +120,41 @@ def draw(weight: Float64[Tensor, "n W"], u: Sequence[float]) -> tuple[Int[Tensor
     return (block * BLOCK + torch.searchsorted(inside, level, right=True)).squeeze(1), total.squeeze(1)
 
 
+def draw_one(weight: Float[Tensor, "1 V"], u: float) -> tuple[int, float]:
+    """(token, total) of one row as it is."""
+    found = passes.draw(weight, None, 1.0, u)
+    if found is not None:
+        return found
+    token, total = draw(as_weights(weight), [u])
+    return int(token), float(total)
+
+
+def draw_residual(here: Float[Tensor, "1 V"], q: Proposal, row: int, w: float, u: float) -> tuple[int, float]:
+    """(token, total) of (w p - q)_+ with law `row` of q."""
+    law = q.probs[row : row + 1]
+    found = passes.draw(here, law, w, u) if q.support is None else None
+    if found is not None:
+        return found
+    weight = as_weights(here)
+    subtract(weight[:, : here.shape[1]].mul_(w), law, q.support)
+    token, total = draw(weight, [u])
+    return int(token), float(total)
+
+
+def draw_without(here: Float[Tensor, "1 V"], banned: int, u: float) -> tuple[int, float]:
+    """(token, total) of p without one token."""
+    weight = as_weights(here)
+    weight[0, banned] = 0
+    token, total = draw(weight, [u])
+    return int(token), float(total)
+
+
 def draw_row(p: Float[Tensor, "M V"], row: int, u: float, b: int) -> int:
-    """One draw from a row of p itself: for a residual with nothing left, which has probability zero up to rounding."""
-    token, total = draw(as_weights(p[row : row + 1]), [u])
-    if not is_total(float(total)):
+    """One draw from a row of p itself. Raises RequestError if it has no law."""
+    token, total = draw_one(p[row : row + 1], u)
+    if not is_total(total):
         raise no_law(b)
-    return int(token)
+    return token
 
 
 def no_law(b: int) -> RequestError:

@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from outrider.errors import CapabilityError
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
-from outrider.verify.chain import FEW, judging_rows, probs_of_tokens
+from outrider.verify import passes
+from outrider.verify.chain import judging_rows, probs_of_tokens
 
 
 class BlockVerification:
@@ -90,27 +91,30 @@ def _above(keep: list[float], draft: Draft) -> list[float]:
 def _lost(
     p: Tensor, draft: Draft, rows: list[int], px: list[float], qx: list[float], keep: list[float]
 ) -> tuple[list[float], list[float]]:
-    """For every node S of its parent, and the variance of w that drawing its token adds. Laws are read a few at a time."""
+    """For every node S of its parent, and the variance of w that drawing its token adds. Laws are read one at a time."""
     above = _above(keep, draft)
     lost = [w - k for w, k in zip(above, keep, strict=True)]  # point masses: what is lost is known
     variance = [0.0] * len(lost)
-    lawful = [k for k in range(len(lost)) if c.is_mass(qx[k])]
-    few = max(1, FEW // p.shape[1])
-    for nodes in (lawful[i : i + few] for i in range(0, len(lawful), few)):
+    for k in (k for k in range(len(lost)) if c.is_mass(qx[k])):
         assert draft.q is not None
-        q = c.take_rows(draft.q.probs, [draft.q.row[k] for k in nodes])
-        w = torch.tensor([above[k] for k in nodes], dtype=p.dtype, device=p.device).unsqueeze(1)
-        here = c.take_rows(p, [rows[k] for k in nodes]) * w
-        share = here if draft.q.support is None else here.index_select(1, draft.q.support)
-        rest = c.row_sums((share - q).clamp_(min=0))
-        if share is not here:
-            rest += c.row_sums(here) - c.row_sums(share)  # what the draft can never propose is never handed on
-        common = torch.minimum(share, q)
-        mean = c.row_sums(common)
-        square = c.row_sums(common.square_().div_(q.clamp(min=torch.finfo(q.dtype).tiny))) - mean * mean
-        for k, loss, v in zip(nodes, rest.tolist(), square.tolist(), strict=True):
-            lost[k], variance[k] = c.unit(loss), max(v, 0.0)
+        law = draft.q.row[k]
+        here, q, support = p[rows[k] : rows[k] + 1], draft.q.probs[law : law + 1], draft.q.support
+        found = None if support is not None else passes.overlap(here, q, above[k])
+        common, loss, square = found or overlap_sums(here * above[k], q, support)
+        lost[k], variance[k] = c.unit(loss), max(square - common * common, 0.0)
     return lost, variance
+
+
+def overlap_sums(here: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Tensor | None) -> passes.Overlap:
+    """Sums of min(wp, q), of (wp - q)_+ and of min(wp, q)^2 / q, from weights wp."""
+    share = here if support is None else here.index_select(1, support)
+    rest = c.row_sums((share - q).clamp_(min=0))
+    if support is not None:
+        rest += c.row_sums(here) - c.row_sums(share)  # what the draft can never propose is never handed on
+    common = torch.minimum(share, q)
+    mean = c.row_sums(common)
+    square = c.row_sums(common.square_().div_(q.clamp(min=torch.finfo(q.dtype).tiny)))
+    return passes.Overlap(float(mean), float(rest), float(square))
 
 
 def _longest(nodes: range, keep: list[float], lost: list[float], noise: Noise, b: int) -> int:
@@ -129,14 +133,11 @@ def _last(p: Tensor, draft: Draft, noise: Noise, b: int, taken: int, keep: list[
     low, n = draft.offsets[b], draft.counts[b]
     row = b if taken == 0 else len(draft.counts) + low + taken - 1
     u = noise.uniform(b, taken + 1, "final")
-    weight: Float64[Tensor, "1 W"] = c.as_weights(p[row : row + 1])
-    if taken < n:
-        k = low + taken
-        if c.is_mass(qx[k]) and draft.q is not None:
-            weight *= keep[k - 1] if taken else 1.0
-            law = draft.q.row[k]
-            c.subtract(weight[:, : p.shape[1]], draft.q.probs[law : law + 1], draft.q.support)
-        else:
-            weight[0, draft.tokens[k]] = 0
-    token, total = c.draw(weight, [u])
-    return int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b)
+    if taken == n:
+        return c.draw_row(p, row, u, b)
+    k = low + taken
+    if c.is_mass(qx[k]) and draft.q is not None:
+        token, total = c.draw_residual(p[row : row + 1], draft.q, draft.q.row[k], keep[k - 1] if taken else 1.0, u)
+    else:
+        token, total = c.draw_without(p[row : row + 1], draft.tokens[k], u)
+    return token if c.is_total(total) else c.draw_row(p, row, u, b)

@@ -16,6 +16,7 @@ from torch import Tensor
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
+from outrider.verify import passes
 
 FEW = 1 << 18
 """Probabilities whose overlap is taken at once: temporaries stay in cache, and long rows are read in place."""
@@ -93,6 +94,8 @@ def _finish(
     p: Float[Tensor, "M V"], draft: Draft, noise: Noise, walks: list[_Walk], lawful: list[int], rows: list[int]
 ) -> tuple[list[int], list[float]]:
     """The last token of every sequence, and the overlap of p and q at each of the `lawful` judged nodes."""
+    if passes.serve(p):
+        return _finish_in_turn(p, draft, noise, walks, lawful, rows)
     order = sorted(range(len(walks)), key=lambda b: walks[b].law < 0)  # those refused by a law first: one slice
     u = [noise.uniform(b, walks[b].accepted + 1, "final") for b in order]
     token, total = c.draw(_weights(p, draft, [walks[b] for b in order]), u)
@@ -108,6 +111,28 @@ def _finish(
     for i, b in enumerate(order):
         tokens[b] = int(host[i]) if c.is_total(host[n + i]) else c.draw_row(p, walks[b].row, u[i], b)
     return tokens, host[2 * n :]
+
+
+def _finish_in_turn(
+    p: Float[Tensor, "M V"], draft: Draft, noise: Noise, walks: list[_Walk], lawful: list[int], rows: list[int]
+) -> tuple[list[int], list[float]]:
+    """The same, one row after the other, as native passes read them."""
+    tokens = []
+    for b, walk in enumerate(walks):
+        u, here = noise.uniform(b, walk.accepted + 1, "final"), p[walk.row : walk.row + 1]
+        if walk.law >= 0 and draft.q is not None:
+            token, total = c.draw_residual(here, draft.q, walk.law, 1.0, u)
+        elif walk.refused >= 0:
+            token, total = c.draw_without(here, draft.tokens[walk.refused], u)
+        else:
+            token, total = c.draw_one(here, u)
+        tokens.append(token if c.is_total(total) else c.draw_row(p, walk.row, u, b))
+    shared = []
+    for k in lawful:
+        assert draft.q is not None
+        law = draft.q.row[k]
+        shared.append(c.overlap_one(p[rows[k] : rows[k] + 1], draft.q.probs[law : law + 1], draft.q.support))
+    return tokens, shared
 
 
 def _weights(p: Float[Tensor, "M V"], draft: Draft, walks: list[_Walk]) -> Float64[Tensor, "n W"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Siblings, Verdict
 from outrider.verify import _common as c
+from outrider.verify import passes
 from outrider.verify.tree import NodeSet, judge_forest, recursive_rejection
 
 
@@ -43,16 +44,16 @@ class KSeq:
 
 def common_law(
     here: Float[Tensor, "1 V"], draft: Draft, children: list[int], siblings: Siblings = "iid"
-) -> tuple[Float64[Tensor, "1 V"], Float64[Tensor, "1 V"], list[int]] | None:
-    """(p, q, tokens) in float64 if two or more children were drawn in this way from one law that can have drawn each of them."""
+) -> tuple[Float[Tensor, "1 V"], list[int]] | None:
+    """(q, tokens) if two or more children were drawn in this way from one law that can have drawn each of them."""
     q = draft.q
     row = POINT_MASS if q is None else q.row[children[0]]
     alike = q is not None and q.siblings == siblings and row >= 0 and all(q.row[k] == row for k in children)
     if q is None or not alike or len(children) < 2:
         return None
-    law = q.dense([row], here.shape[1]).double()
+    law = q.dense([row], here.shape[1])
     tokens = [draft.tokens[k] for k in children]
-    return (here.double(), law, tokens) if all(c.is_mass(x) for x in law[0, tokens].tolist()) else None
+    return (law, tokens) if all(c.is_mass(x) for x in law[0, tokens].tolist()) else None
 
 
 def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
@@ -60,19 +61,25 @@ def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) ->
     found = common_law(here, draft, children)
     if found is None:
         return recursive_rejection(here, draft, children)
-    p, law, tokens = found
+    p, law, tokens = here.double(), found[0].double(), found[1]
     rho = solve_rho(p, law, len(children))
-    beta = float(c.row_sums((p / rho).minimum(law)))
+    beta = covered(p, law, rho)
     rest = (p - rho * law).clamp_(min=0)
     tests = [(float(p[0, x]), rho * float(law[0, x])) for x in tokens]
     return NodeSet(tests, rest, c.unit(1.0 - beta) ** len(children))
+
+
+def covered(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], rho: float) -> float:
+    """Sum of min(p / rho, q)."""
+    found = passes.overlap(p, q, 1.0 / rho)
+    return float(c.row_sums((p / rho).minimum(q))) if found is None else found.common
 
 
 def solve_rho(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], k: int) -> float:
     """The root in [1, k] of 1 - (1 - beta(rho))^k = rho beta(rho), by Brent's method; 1 where p covers q or overlaps nowhere."""
 
     def excess(rho: float) -> float:
-        beta = min(float(c.row_sums((p / rho).minimum(q))), 1.0)
+        beta = min(covered(p, q, rho), 1.0)
         return 1.0 - (1.0 - beta) ** k - rho * beta
 
     if excess(1.0) <= 0.0 or excess(float(k)) >= 0.0:

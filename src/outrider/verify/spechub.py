@@ -47,7 +47,7 @@ def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) ->
     found = common_law(here, draft, children, "hub")
     if found is None or len(children) != 2:
         return recursive_rejection(here, draft, children)
-    p, law, tokens = found
+    p, law, tokens = here.double(), found[0].double(), found[1]
     law = law / c.row_sums(law)
     hub = int(law[0].argmax())
     top = float(law[0, hub])

@@ -29,6 +29,7 @@ from torch import Tensor
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
+from outrider.verify import passes
 from outrider.verify.multidraft import common_law
 from outrider.verify.tree import NodeSet, in_turn, judge_forest, recursive_rejection
 
@@ -40,6 +41,12 @@ EVERY_TOKEN = 256
 PIECES = 512
 """Pieces by p / (k q) of larger vocabularies: equal steps of its square root, finest where few ratios are near the bound."""
 
+
+FEW = 256
+"""Slopes up to this number are cut to the last bit, see `_cut`."""
+
+TINY = 1e-37
+"""Least q that a ratio is taken to; tokens without q may be in any piece."""
 
 LEAST = 1e-12
 """Mass of q beyond which the rest of the pieces are taken for empty."""
@@ -73,9 +80,18 @@ def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) ->
     found = common_law(here, draft, children)
     if found is None:
         return recursive_rejection(here, draft, children)
-    p, law, tokens = found
+    law, tokens = found
+    if here.shape[1] > EVERY_TOKEN:
+        done = passes.transport(here, law, tokens, PIECES, _points((len(tokens) + 1) // 2))
+        if done is not None:
+            return NodeSet(in_turn(done.taken), done.rest, c.unit(done.left))
+    return _judge(here.double(), law.double(), tokens)
+
+
+def _judge(p: Float64[Tensor, "1 V"], law: Float64[Tensor, "1 V"], tokens: list[int]) -> NodeSet:
+    """The plain twin of `outrider.verify.passes.transport`."""
     law = law / c.row_sums(law)
-    piece, choice = best_choice(p, law, len(children))
+    piece, choice = best_choice(p, law, len(tokens))
     mixed = law * torch.from_numpy(choice.multiplier)[piece]
     chosen = choice.chances(piece[tokens].tolist())
     taken = []
@@ -144,10 +160,11 @@ def best_choice(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], k: int) ->
 
 def _pieces(p: Float64[Tensor, "V"], q: Float64[Tensor, "V"], k: int) -> tuple[Int[Tensor, "V"], int]:
     """Number of the piece of every token, in order of p / q, and how many pieces there are."""
-    ratio = (p / q).nan_to_num_(nan=0.0, posinf=torch.finfo(torch.float64).max)
     if len(p) <= EVERY_TOKEN:
+        ratio = (p / q).nan_to_num_(nan=0.0, posinf=torch.finfo(torch.float64).max)
         return ratio.argsort(stable=True).argsort().cpu(), len(p)
-    step = (ratio.float() / k).clamp_(max=1.0).sqrt_().mul_(PIECES - 1)
+    ratio = p.float() / q.float().clamp_(min=TINY)  # which piece a token is in costs or gains acceptance only
+    step = ratio.mul_(1.0 / k).clamp_(max=1.0).sqrt_().mul_(PIECES - 1)
     return step.long().cpu(), PIECES
 
 
@@ -194,7 +211,7 @@ def _cut(start: Array, done: Array, slope: Array, k: int) -> Array:
 
     An end that is a little too far costs a little acceptance and nothing else, so many pieces are not chased to the last bit.
     """
-    enough = 1e-14 if len(start) <= EVERY_TOKEN else 1e-6
+    enough = 1e-14 if len(start) <= FEW else 1e-6
     at = np.ones_like(start)
     for _ in range(60):
         power = at ** (k - 1)

@@ -109,8 +109,8 @@ def _walk(p: Tensor, draft: Draft, noise: Noise, b: int, judge: Judge) -> tuple[
 
 def _draw(p: Tensor, row: int, rest: Tensor, u: float, b: int) -> int:
     """The last token: a draw from what is left at `row` of p."""
-    token, total = c.draw(c.as_weights(rest), [u])
-    return int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b)
+    token, total = c.draw_one(rest, u)
+    return token if c.is_total(total) else c.draw_row(p, row, u, b)
 
 
 def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
@@ -129,7 +129,7 @@ def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list
         weight, whole = weight.double().clone(), weight
         if lawful:
             q = laws.now(row) if mass == 1.0 else laws.now(row).double() * mass
-            before.append(c.law_risk(float(c.overlap(whole, q, laws.support)) / mass, rx, scale))
+            before.append(c.law_risk(c.overlap_one(whole, q, laws.support) / mass, rx, scale))
             c.subtract(weight, q, laws.support)
             laws.drawn(row, x)
         else:
