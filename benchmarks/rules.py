@@ -3,8 +3,8 @@
     python benchmarks/rules.py [--rounds 30] [--json]
 
 Vocabularies of 4,096, 32,000 and 152,000; 1, 8 and 64 nodes (one sequence, a chain; for rules with trees also siblings). Laws
-are random, sharp, and agree as a draft of acceptance 0.8 does. The measured time is the rule alone: laws are ready. The forward
-beside it is one row of a 12-layer, 1024-wide decoder with that vocabulary, in bfloat16, in the same rounds.
+are random, sharp, and agree as a draft of acceptance 0.8 does. The measured time is the rule alone: laws are ready. Beside it, in the
+same rounds, the forward of that step: 1 + nodes rows of a 12-layer, 1024-wide decoder with that vocabulary, in bfloat16.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def case(vocab: int, nodes: int, trees: bool) -> tuple[torch.Tensor, Draft]:
     return p, Draft(token, parent, (nodes,), Proposal(q[:nodes], row))
 
 
-def forward(vocab: int) -> Callable[[], object] | None:
-    """One row through a 12-layer decoder, or None where the native decoder does not run."""
+def forward(vocab: int, rows: tuple[int, ...]) -> dict[int, Callable[[], object]]:
+    """For each number of rows, a forward through a 12-layer decoder, or nothing where the native decoder does not run."""
     config = decoder_config(vocab, 1024, 12, 16, 2816)
     decoder = load_native(config, random_weights(config, torch.bfloat16))
     if decoder is None:
-        return None
+        return {}
     kv = ContiguousKV(config.layers, 1, config.kv_heads, 256, config.head_dim, torch.bfloat16, torch.device("cpu"))
     kv.length[0] = 128
-    return partial(decoder.forward, chain_rows(1), kv)
+    return {n: partial(decoder.forward, chain_rows(n), kv) for n in rows}
 
 
 def measure(vocab: int, rounds: int) -> list[dict[str, object]]:
@@ -75,20 +75,20 @@ def measure(vocab: int, rounds: int) -> list[dict[str, object]]:
             for trees in (False, True) if rule.trees and nodes > 1 else (False,):
                 p, draft = case(vocab, nodes, trees)
                 arms[name + (" on a tree" if trees else ""), nodes] = partial(_once, rule, p, draft)
-    target = forward(vocab)
+    target = forward(vocab, (1, *(n + 1 for n in NODES)))
     spent: dict[tuple[str, int], list[float]] = {key: [] for key in arms}
-    base: list[float] = []
+    base: dict[int, list[float]] = {n: [] for n in target}
     for r in range(rounds + 2):
         for key, arm in arms.items():
             start = time.perf_counter()
             arm(r)
             spent[key].append(time.perf_counter() - start)
-        if target is not None:
-            target()
+        for n, call in target.items():
+            call()
             start = time.perf_counter()
-            target()
-            base.append(time.perf_counter() - start)
-    model = statistics.median(base[2:]) if base else float("nan")
+            call()
+            base[n].append(time.perf_counter() - start)
+    model = {n: statistics.median(times[2:]) for n, times in base.items()}
     return [
         {
             "rule": name,
@@ -96,7 +96,9 @@ def measure(vocab: int, rounds: int) -> list[dict[str, object]]:
             "nodes": nodes,
             "vocab": vocab,
             "microseconds": round(1e6 * statistics.median(times[2:]), 1),
-            "share_of_forward": round(statistics.median(times[2:]) / model, 4),
+            "share_of_forward": round(statistics.median(times[2:]) / model.get(nodes + 1, float("nan")), 4),
+            "forward_of_one_row_ms": round(1e3 * model.get(1, float("nan")), 3),
+            "forward_ms": round(1e3 * model.get(nodes + 1, float("nan")), 3),
         }
         for (name, nodes), times in spent.items()
     ]
@@ -117,6 +119,13 @@ def main() -> None:
         return
     print("| rule | " + " | ".join(f"V={v}, {n} nodes" for v in VOCABULARIES for n in NODES) + " |")
     print("|---|" + "---|" * (len(VOCABULARIES) * len(NODES)))
+    steps = {(r["vocab"], r["nodes"]): r for r in rows}
+    times = [steps[v, n] for v in VOCABULARIES for n in NODES]
+    print(
+        "| forward | "
+        + " | ".join(f"{r['forward_ms']} ms ({r['forward_of_one_row_ms']} for one row)" for r in times)
+        + " |"
+    )
     for name in dict.fromkeys(row["rule"] for row in rows):
         cells = {(r["vocab"], r["nodes"]): r for r in rows if r["rule"] == name}
         line = [cells.get((v, n)) for v in VOCABULARIES for n in NODES]

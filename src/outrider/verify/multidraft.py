@@ -17,6 +17,7 @@ from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Siblings, Verdict
 from outrider.verify import _common as c
 from outrider.verify import passes
+from outrider.verify.chain import judge_chains
 from outrider.verify.tree import NodeSet, judge_forest, recursive_rejection
 
 
@@ -39,7 +40,7 @@ class KSeq:
 
         Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
         """
-        return judge_forest(p, draft, noise, judge_node)
+        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise, judge_node)
 
 
 def common_law(

@@ -30,6 +30,7 @@ from outrider.noise import Noise
 from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
 from outrider.verify import passes
+from outrider.verify.chain import judge_chains
 from outrider.verify.multidraft import common_law
 from outrider.verify.tree import NodeSet, in_turn, judge_forest, recursive_rejection
 
@@ -72,7 +73,7 @@ class OptimalTransport:
 
         Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
         """
-        return judge_forest(p, draft, noise, judge_node)
+        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise, judge_node)
 
 
 def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
