@@ -59,7 +59,7 @@ def nightly() -> list[Config]:
     grid = itertools.product((0.3, 0.7, 1.0, 1.5), (1, 3, 7), ((0.3, False), (1.5, False), (4.0, False), (0.4, True)))
     out = []
     for i, (temperature, length, (sharp, heavy)) in enumerate(grid):
-        top_k, top_p = (0, 5, 2, 0)[i % 4], (1.0, 0.9, 1.0, 0.5, 1.0)[i % 5]
+        top_k, top_p = ((0, 1.0), (5, 1.0), (0, 0.9), (3, 1.0), (0, 0.8), (5, 0.9))[i % 6]
         draft = ("law", "mixed", "point", "support", "law")[(i // 4) % 5]
         vocab = 4 if length == 7 else 8
         name = f"T={temperature} length={length} sharp={sharp} top_k={top_k} top_p={top_p} {draft}"
