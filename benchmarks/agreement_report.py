@@ -12,7 +12,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 def write(folder: Path) -> None:
     """docs/agreement.md and docs/figures/agreement_*.svg."""
     parts = {
-        name: json.loads((folder / f"{name}.json").read_text()) for name in ("lengths", "positions", "several", "front")
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in ("lengths", "positions", "several", "others", "front")
     }
     (DOCS / "figures").mkdir(parents=True, exist_ok=True)
     draw(parts, DOCS / "figures")
@@ -29,7 +30,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def page(parts: dict[str, Any]) -> str:
     text = (Path(__file__).parent / "agreement.md.in").read_text()
-    for name, make in (("lengths", lengths), ("several", several), ("front", front), ("arms", arms)):
+    for name, make in (
+        ("lengths", lengths),
+        ("several", several),
+        ("others", several),
+        ("front", front),
+        ("arms", arms),
+    ):
         text = text.replace("{{" + name + "}}", make(parts["front"] if name == "arms" else parts[name]))
     return text
 
