@@ -3,8 +3,8 @@
 Chi-square of every emitted token given the tokens before it, against the float64 softmax of the float32 logits. Each of the
 CONFIGS draws DRAWS tokens at a false-alarm probability of ALPHA; the least bias seen with probability 0.999 is a
 total-variation distance of about 1% (64 cells; EX-2 in the reliability notes). 9 assertions of 1e-9: 1e-8 for the file.
-`make test-slow` draws 2,000,000 for each of 48 CONFIGS (0.5%), every other one on torch alone. The controls plant the two
-smallest mistakes known from real engines and must be rejected by the same statistic.
+`make test-slow` draws 2,000,000 for each of 48 others (0.5%), most on torch alone, which is faster for small vocabularies. The
+controls plant the two smallest mistakes known from real engines and must be rejected by the same statistic.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def test_emitted_tokens_have_the_targets_law(config):
 @pytest.mark.parametrize("i", range(48), ids=[config.name for config in nightly()])
 def test_emitted_tokens_have_the_targets_law_nightly(i, monkeypatch):
     """48 assertions of 1e-9."""
-    monkeypatch.setenv("OUTRIDER_NATIVE", str(i % 2))
+    monkeypatch.setenv("OUTRIDER_NATIVE", "1" if i % 6 == 1 else "0")
     counts, exact = collect(SUBJECT.rule, nightly()[i], 2_000_000)
     value, bound = statistic(counts, exact)
     assert value < bound
