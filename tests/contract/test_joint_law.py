@@ -136,6 +136,7 @@ def test_joint_law_of_four_tokens(case: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", list(CASES))
 def test_joint_law_nightly(case: str) -> None:
     rule, how = CASES[case]

@@ -180,6 +180,7 @@ def test_emitted_tokens_have_the_targets_law(config):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("i", range(48), ids=[config.name for config in nightly()])
 def test_emitted_tokens_have_the_targets_law_nightly(i, monkeypatch):
     """48 assertions of 1e-9."""
