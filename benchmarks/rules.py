@@ -3,8 +3,8 @@
     python benchmarks/rules.py [--rounds 30] [--json]
 
 Vocabularies of 4,096, 32,000 and 152,000; 1, 8 and 64 nodes (one sequence, a chain; for rules with trees also siblings). Laws
-are random, sharp, and agree as a draft of acceptance 0.8 does. The measured time is the rule alone: laws are ready. Beside it, in the
-same rounds, the forward of that step: 1 + nodes rows of a 12-layer, 1024-wide decoder with that vocabulary, in bfloat16.
+are random, sharp, and agree as a draft of acceptance 0.8 does. The measured time is the rule alone: laws are ready. Beside it,
+in the same rounds, the forward of that step: 1 + nodes rows of a 12-layer, 1024-wide decoder with that vocabulary, in bfloat16.
 """
 
 from __future__ import annotations

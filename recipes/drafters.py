@@ -1,10 +1,11 @@
-"""Train the shipped pair's Medusa heads and EAGLE drafter from nothing, and measure every shipped drafter.
+"""Train the shipped pair's Medusa heads, EAGLE drafter and block drafter from nothing, and measure every shipped drafter.
 
-    python recipes/drafters.py all                 # data, both trainings, cards, the table of docs/drafters.md
+    python recipes/drafters.py all                 # data, all trainings, cards, the table of docs/drafters.md
     python recipes/drafters.py eagle --steps 50    # one stage
+    python recipes/drafters.py measure cards       # measure again what lies there
 
-Stages: data -> medusa -> eagle -> measure -> cards. The target writes the text (prompts from Python's own library, files of the
-held-out part apart), its hidden states are kept on disk, both drafters read the same ones. Every stage can be killed at any
+Stages: data -> medusa -> eagle -> dflash -> measure -> cards. The target writes the text (prompts from Python's own library, files
+of the held-out part apart), its hidden states are kept on disk, all drafters read the same ones. Every stage can be killed at any
 moment and continued by the same command. `measure` decodes held-out prompts with every drafter that lies beside the target,
 at temperature 0 and 1, interleaved; what it finds goes to the cards and to the page.
 """
@@ -27,12 +28,13 @@ from outrider.evaluate.measure import machine, run_arms, summarise
 from outrider.evaluate.presets import arms_of, preset
 from outrider.sampling.params import SamplingParams
 from outrider.train.checkpoint import load_latest, replace_folder, write_atomically
+from outrider.train.drafter import MEASURED
 from outrider.train.loop import LoopConfig, share_computing
 from outrider.train.pipeline import Job, prepare, run
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("data", "medusa", "eagle", "measure", "cards")
-KINDS = ("medusa", "eagle")
+KINDS = ("medusa", "eagle", "dflash")
+STAGES = ("data", *KINDS, "measure", "cards")
 TEMPERATURES = (0.0, 1.0)
 BEGIN, END = "<!-- measured: recipes/drafters.py -->", "<!-- end -->"
 """The place of the table in docs/drafters.md."""
@@ -46,18 +48,25 @@ class Config:
     assets: Path = HERE.parent / "src" / "outrider" / "assets" / "pycode"
     docs: Path | None = HERE.parent / "docs" / "drafters.md"
     source: Path = Path(sysconfig.get_paths()["stdlib"])
-    rows: int = 1000
+    rows: int = 1600
     held_out: int = 64
     prompt: int = 64
     length: int = 256
     temperature: float = 1.0
+    batch: int = 4  # rows of a step
     width: int = 160  # of the feature drafter
-    levels: int = 4
+    levels: int = 4  # of heads and feature drafter
+    slots: int = 7  # that the block drafter drafts
+    anchors: int = 16  # blocks of a row and step
+    objective: str = "chain"  # of the block drafter, see docs/train.md
     medusa: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=300, lr=2e-3, warmup=20, final_lr_ratio=0.02, save_every_s=180.0)
+        default_factory=lambda: LoopConfig(steps=600, lr=1.5e-3, warmup=40, final_lr_ratio=0.02, save_every_s=180.0)
     )
     eagle: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=1400, lr=3e-3, warmup=40, final_lr_ratio=0.02, save_every_s=180.0)
+        default_factory=lambda: LoopConfig(steps=3000, lr=2e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
+    )
+    dflash: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=1800, lr=2e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
     )
     count: int = 16  # prompts that are measured on
     tokens: int = 96
@@ -77,14 +86,21 @@ class Config:
             prompt=self.prompt,
             length=self.length,
             temperature=self.temperature,
-            levels=self.levels,
+            batch=self.batch,
+            levels=self.depth(kind),
             width=self.width if kind == "eagle" else 0,
-            loop=self.medusa if kind == "medusa" else self.eagle,
+            anchors=self.anchors,
+            objective=self.objective,
+            loop=getattr(self, kind),
         )
+
+    def depth(self, kind: str) -> int:
+        """Tokens that a drafter can draft."""
+        return self.slots if kind == "dflash" else self.levels
 
 
 def stage_data(config: Config) -> None:
-    """Text and hidden states: the feature drafter reads all layers that the heads read."""
+    """Text and hidden states: feature and block drafter read the same layers, and the heads the last of them."""
     prepare(config.job("eagle"))
 
 
@@ -155,12 +171,22 @@ def table(document: dict[str, Any]) -> str:
 
 # --- cards and page --------------------------------------------------------------------------------------------------
 
-TITLES = {"medusa": "Medusa heads", "eagle": "EAGLE-3 drafter"}
+TITLES = {"medusa": "Medusa heads", "eagle": "EAGLE-3 drafter", "dflash": "block-diffusion drafter"}
+ARMS = {"medusa": ("Medusa",), "eagle": ("EAGLE, chain", "EAGLE, dynamic tree"), "dflash": ("block diffusion",)}
+ENGINE = "In the engine:"
+STAGED = "KL, then total variation with a tenth of KL"
+LOSS = {
+    "medusa": STAGED,
+    "eagle": STAGED,
+    "dflash": "cross-entropy, then -log of the acceptance with a tenth of it; objective `chain`",
+}
 WHAT = {
     "medusa": "One residual block a head and one output matrix for all heads (Cai et al. 2024), in vLLM's Medusa layout plus "
     "`norm.weight` and `target_layer`.",
     "eagle": "One decoder layer on three fused hidden states, trained through its own outputs (Li et al. 2025), in the "
     "`speculators` layout of EAGLE-3.",
+    "dflash": "One bidirectional layer over blocks of 8 slots, hidden states of three of the target's blocks injected as keys and "
+    "values (DFlash, arXiv 2602.06036), in the `speculators` layout; the token tables are the target's and not in the folder.",
 }
 
 
@@ -177,42 +203,46 @@ def stage_cards(config: Config) -> None:
 
 
 def write_card(config: Config, kind: str, document: dict[str, Any]) -> None:
-    """Put README.md into a drafter's folder, hashes included."""
-    job, folder = config.job(kind), config.assets / kind
-    checkpoint = load_latest(config.work / kind)
-    if checkpoint is None:
+    """Put README.md into a drafter's folder, hashes included. What a card says of a training that is not at hand, or not at its
+    end, is kept."""
+    folder = config.assets / kind
+    checkpoint, old = load_latest(config.work / kind), folder / "README.md"
+    if checkpoint is not None and checkpoint.state["step"] == getattr(config, kind).steps:
+        made = describe(config, kind, checkpoint.state)
+    elif old.is_file() and ENGINE in old.read_text(encoding="utf-8"):
+        made = old.read_text(encoding="utf-8").split(ENGINE)[0]
+    else:
         raise SystemExit(f"nothing in {config.work / kind}: run the stage {kind!r} first")
-    state, size = checkpoint.state, (folder / "model.safetensors").stat().st_size
-    last = state["history"][-1]
-    levels = range(1, config.levels + 1)
-    names = {"medusa": ("Medusa",), "eagle": ("EAGLE, chain", "EAGLE, dynamic tree")}[kind]
-    mine = {**document, "rows": [r for r in document["rows"] if r["name"] in names]}
-    card = f"""# pycode: {TITLES[kind]}
+    mine = {**document, "rows": [r for r in document["rows"] if r["name"] in ARMS[kind]]}
+    card = f"{made}{ENGINE}\n\n{table(mine)}\n\nFor demonstrations and tests. Licence: Apache-2.0.\n"
+    built = folder.with_name(f".tmp-card-{kind}-{os.getpid()}")
+    shutil.copytree(folder, built, ignore=shutil.ignore_patterns("manifest.json"))
+    (built / "README.md").write_text(card, encoding="utf-8")
+    replace_folder(built, folder)
+
+
+def describe(config: Config, kind: str, state: dict[str, Any]) -> str:
+    """The part of a card that comes of the training: `state` of its last checkpoint."""
+    job, size = config.job(kind), (config.assets / kind / "model.safetensors").stat().st_size
+    last, levels = state["history"][-1], range(1, config.depth(kind) + 1)
+    command = "python recipes/drafters.py all" + " --autocast" * state["config"]["autocast"]
+    return f"""# pycode: {TITLES[kind]}
 
 For the target `pycode/target`. {WHAT[kind]} {size / 2**20:.1f} MiB, bfloat16.
 
-Made by `python recipes/drafters.py all`: {job.rows} rows of {job.length} tokens, {job.prompt} of them from the standard library of
-Python, the others written by the target at temperature {job.temperature:g}; labels are the target's own laws (KL, then total
-variation with a tenth of KL). {state["step"]} steps, {state["tokens"] / 1e6:.1f}M tokens seen, {state["seconds"] / 60:.0f} minutes,
+Made by `{command}`: {job.rows} rows of {job.length} tokens, {job.prompt} of them from the standard library of
+Python, the others written by the target at temperature {job.temperature:g}; labels are the target's own laws ({LOSS[kind]}).
+{state["step"]} steps, {state["tokens"] / 1e6:.1f}M tokens seen, {state["seconds"] / 60:.0f} minutes,
 {share_computing(state):.0%} of them in model computation.
 
-On {job.held_out} held-out rows (files of the held-out part of the same library):
+On {min(MEASURED, job.held_out)} held-out rows (files of the held-out part of the same library):
 
 | level | {" | ".join(map(str, levels))} |
 |---|{"---|" * len(levels)}
 | acceptance, sum min(p, q), temperature 1 | {" | ".join(f"{last[f'accept_{d}']:.3f}" for d in levels)} |
 | same most likely token | {" | ".join(f"{last[f'same_{d}']:.3f}" for d in levels)} |
 
-In the engine:
-
-{table(mine)}
-
-For demonstrations and tests. Licence: Apache-2.0.
 """
-    built = folder.with_name(f".tmp-card-{kind}-{os.getpid()}")
-    shutil.copytree(folder, built, ignore=shutil.ignore_patterns("manifest.json"))
-    (built / "README.md").write_text(card, encoding="utf-8")
-    replace_folder(built, folder)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -231,13 +261,13 @@ def main(config: Config, stages: tuple[str, ...]) -> None:
 def parse(arguments: list[str] | None = None) -> tuple[Config, tuple[str, ...]]:
     """Command line -> configuration and stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("stage", nargs="+", choices=(*STAGES, "all"), help="what to do, in this order")
     parser.add_argument("--work", type=Path, help="folder for everything intermediate (default runs/drafters-shipped)")
     parser.add_argument(
-        "--assets", type=Path, help="folder of the pair: target/ is read, medusa/ and eagle/ are written"
+        "--assets", type=Path, help="folder of the pair: target/ is read, drafters are written beside it"
     )
     parser.add_argument("--rows", type=int, help="rows of training text")
-    parser.add_argument("--steps", type=int, help="steps of both trainings")
+    parser.add_argument("--steps", type=int, help="steps of every training")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 products (AVX512_BF16 or AMX): twice as fast")
     parser.add_argument("--no-docs", action="store_true", help="leave docs/drafters.md alone")
     given = parser.parse_args(arguments)
@@ -248,7 +278,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, tuple[str, ...]]:
         config = replace(config, **loops)
     if given.autocast:
         config = replace(config, **{k: replace(getattr(config, k), autocast=True) for k in KINDS})
-    return config, STAGES if given.stage == "all" else (given.stage,)
+    return config, STAGES if "all" in given.stage else tuple(given.stage)
 
 
 if __name__ == "__main__":

@@ -102,14 +102,17 @@ def test_what_cannot_be_done_ends_in_a_sentence(run, argv, words: str) -> None:
 def test_ab_runs_and_reports(run, tmp_path: Path) -> None:
     file, db, page = tmp_path / "e.yaml", tmp_path / "a.db", tmp_path / "e.html"
     file.write_text("arms:\n  plain: {draft: none}\n  two: {length: 2}\ncount: 6\nmax_tokens: 8\nsd: 0.1\n")
+    replayed = ("--replay", 1, "--metric", "acceptance")
     designed = json.loads(run("ab", "design", file, "--json")[1])
     assert designed["sequential"] > designed["groups"] == 6 and not designed["enough"]
-    code, out = run("ab", "run", file, "--store", db, "--all", "--json")
+    code, out = run("ab", "run", file, "--store", db, "--all", "--json", *replayed)
     document = json.loads(out)
-    assert document["groups"] == 6 and code in (0, 3)
+    assert document["groups"] == 6 and code in (0, 3) and document["metric"] == "acceptance"
+    assert document["comparisons"][0]["reduction"]["agrees"]
     assert json.loads(run("ab", "status", "e", "--store", db, "--json")[1])["comparisons"] == document["comparisons"]
     assert run("ab", "report", "e", "--out", page, "--store", db)[0] == 0
-    assert "As it went" in page.read_text()
+    assert "As it went" in page.read_text() and "common continuations" in page.read_text()
+    assert run("ab", "run", file, "--store", db, "--metric", "sped")[0] == 2
 
 
 def test_plan_ranks_and_advises(run) -> None:

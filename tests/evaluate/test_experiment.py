@@ -186,6 +186,11 @@ def test_files_are_read_and_mistakes_named(tmp_path: Path) -> None:
         ("arms: {a: {}, b: {}}\nmax_tokens: many\n", "max_tokens"),
         ("arms: {a: {}, b: {}}\nbatch: 1.5\n", "batch"),
         ("arms: {a: fast, b: {}}\n", "mapping of options"),
+        ("arms: {a: {length: true}, b: {}}\n", "length cannot be 'True'"),
+        ("arms: {a: {tv_budget: -1}, b: {}}\n", "tv_budget cannot be '-1'"),
+        ("arms: {a: {draft: [x]}, b: {}}\n", "draft cannot be"),
+        ("arms: {a: {}, b: {}}\nmetric: sped\n", "metric"),
+        ("arms: {a: {}, b: {}}\nreplay: 99\n", "replay"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):

@@ -68,7 +68,7 @@ def killed_bench(path: Path | str) -> None:
 
 
 def killed_experiment(path: Path) -> None:
-    e = Experiment("kill", {"plain": {}, "length 4": {}}, "plain", max_tokens=12, level=1e-6, seed=3)
+    e = Experiment("kill", {"plain": {}, "length 4": {}}, "plain", max_tokens=12, level=1e-6, seed=3, replay=1)
     with Store(path) as db:
         run_experiment(e, arms(), PROMPTS * 2, db, stop_early=False)
 
@@ -121,7 +121,7 @@ def committed(path: Path) -> dict:
 
 def survives(work: Callable[[Path], None], folder: Path, kills: int) -> None:
     """Kill runs at random moments, `kills` times in all; whatever was committed stays, and every report is the whole run's."""
-    chance, done, lap = random.Random(5), 0, 0
+    chance, done, lap, cut = random.Random(5), 0, 0, 0
     started = time.perf_counter()
     assert not in_a_child(work, folder / "whole.db", None)
     usual, want = time.perf_counter() - started, report(folder / "whole.db")
@@ -129,8 +129,13 @@ def survives(work: Callable[[Path], None], folder: Path, kills: int) -> None:
         path = folder / f"cut-{lap}.db"
         before = made(path)
         done += in_a_child(work, path, chance.uniform(0, 0.3 * usual))
-        assert before.items() <= made(path).items()
+        after = made(path)
+        assert before.items() <= after.items()
+        cut += bool(after) and not finished(path)
         lap += path.is_file() and path.stat().st_size > 0 and finished(path)
+    print(
+        f"\n{done} kills, {cut} between a first and a last record, in {lap + 1} runs of {len(made(folder / 'whole.db'))} records"
+    )
     for path in folder.glob("cut-*.db"):
         if not finished(path):
             work(path)
@@ -214,6 +219,7 @@ def test_every_write_and_sync_of_a_commit_is_a_safe_place_to_die(call: str, tmp_
         assert len(kept) <= len(said) + 1
         if code == 0:
             assert number > 3 or call == "ftruncate"
+            print(f"\nkilled at each of {number - 1} calls of {call}")
             return
         subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True, capture_output=True)
         with Store(path) as db:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,9 +108,7 @@ def serving(
     before = set(threading.enumerate())
     app = create_app(lambda: engine or build_engine(**{"slots": 8, **options}), settings, adaptive=not fixed, past=past)
     arrange(app.state.watch)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = a_port()
     RUNNING.add(port)
     server = server_for(app, settings, "127.0.0.1", port)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
@@ -128,9 +127,21 @@ def serving(
         until(lambda: not left(), 10, left)  # no thread is left behind
 
 
+def a_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def until(condition: Any, seconds: float = 10.0, say: Any = lambda: "") -> None:
     """Wait for a condition; fail if it does not come, with what `say` returns."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"the condition did not come true in time {say()}"
         time.sleep(0.005)
+
+
+def p_of(values: Sequence[float], share: float) -> float:
+    """The value that a `share` of the values do not exceed (nearest rank)."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

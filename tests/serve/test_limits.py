@@ -203,6 +203,13 @@ def test_a_slow_reader_holds_no_more_than_its_text(server: Running) -> None:
     until(lambda: not server.bridge.tickets)
 
 
+def test_a_socket_that_takes_nothing_is_bounded(server: Running) -> None:
+    """What the kernel holds for it, and how long (the night run waits for that); connections inherit it from their listener."""
+    (listener,) = server.server.servers[0].sockets
+    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * 65536
+    assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
 def test_a_disconnect_frees_the_slot_within_a_step() -> None:
     """Commands are obeyed before the next step: the engine takes no step with a request after its abort was sent."""
     engine = build_engine(slots=2)

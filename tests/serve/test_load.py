@@ -1,6 +1,6 @@
 """Load with bad clients: nothing leaks, the books balance, overload is refused politely, stalled readers cost others nothing.
 
-Small sizes in every run, larger ones at night. The engine decodes a toy target, so that the server and not a model is the load.
+Larger sizes of some are in `test_nightly.py`. The engine decodes a toy target, so that the server and not a model is the load.
 """
 
 from __future__ import annotations
@@ -8,39 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
+from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 
-from outrider.engine.engine import Engine
 from outrider.serve.bridge import Limits
-from outrider.target.toy import TableTarget
 from outrider.telemetry.resources import memory_bytes
-from outrider.verify import load_rule
-from tests.contract.scripted import Budgets, Scripted
-from tests.serve.harness import Running, serving, until
+from tests.serve.harness import serving, until
+from tests.serve.toyserver import BODY, toy
 
-V, SLOTS = 16, 4
-BODY = {"model": "pycode", "prompt": [3, 1, 4], "max_tokens": 60, "ignore_eos": True, "stream": True}
-BODY |= {"return_token_ids": True}  # the toy has no tokenizer: its chunks carry ids
-
-
-def toy(slots: int = SLOTS) -> Engine:
-    guess = lambda view, k: [(view.tokens[-1] + i) % V for i in range(k)]  # noqa: E731
-    parts = (
-        TableTarget(torch.zeros(V, V)),
-        Scripted(guess, 3),
-        load_rule("speculative_sampling"),
-        Budgets(lambda s: 3),
-    )
-    return Engine(*parts, slots=slots, max_length=1000)
+SLOTS = 4
 
 
 def request(body: Any) -> bytes:
@@ -52,7 +32,7 @@ def request(body: Any) -> bytes:
 
 
 async def bad_client(port: int, draw: random.Random) -> str:
-    """One client: most are good; others leave while sending, waiting or reading, by RST or FIN, or send what is no request."""
+    """One client: most are good; others leave while sending, waiting or reading, by RST, FIN or half of one, or send nonsense."""
     body = {**BODY, "max_tokens": draw.randrange(1, 80), "n": draw.choice((1, 1, 1, 2)), "stream": draw.random() < 0.7}
     sent, manner = request(body), draw.random()
     if manner < 0.05:
@@ -67,8 +47,12 @@ async def bad_client(port: int, draw: random.Random) -> str:
             if manner > 0.25:
                 await reader.read(draw.randrange(1, 600))
             await asyncio.sleep(draw.random() * 0.03)
-            if draw.random() < 0.5:
+            how = draw.random()
+            if how < 0.4:
                 writer.transport.abort()
+            elif how < 0.6:
+                writer.write_eof()
+                await reader.read()
             return "left"
         answer = await reader.read()
         return answer.split(b" ", 2)[1].decode()
@@ -90,33 +74,35 @@ async def chaos(port: int, count: int, at_once: int, seed: int) -> list[str]:
 
 @pytest.mark.parametrize("count", [250, pytest.param(5000, marks=pytest.mark.slow)])
 def test_nothing_leaks_and_the_books_balance(count: int) -> None:
-    with serving(engine=toy(), fixed=True, limits=Limits(queue=24)) as running:
-        seen = asyncio.run(chaos(running.port, count, 20, seed=count))
+    with serving(engine=toy(SLOTS), fixed=True, limits=Limits(queue=24)) as running:
+        seen = Counter(asyncio.run(chaos(running.port, count, 20, seed=count)))
         bridge, metrics = running.bridge, running.bridge.metrics
         until(lambda: not bridge.tickets and bridge.engine.scheduler.free == SLOTS, 20)
         assert bridge._held == 0 and not bridge._routes and not bridge._queued and not bridge.engine.busy
         assert sum(bridge.engine.parts.kv.length) == 0  # every block is back
         assert set(seen) <= {"200", "400", "429", "left", "cut"}, set(seen)
-        assert seen.count("200") > 0.4 * count and seen.count("left") > 0.2 * count
+        assert seen["200"] > 0.4 * count and seen["left"] > 0.2 * count
         started = sum(metrics.outcomes.values())
-        assert metrics.outcomes["error"] == 0 and seen.count("200") <= started <= count
+        assert metrics.outcomes["error"] == 0 and seen["200"] <= started == bridge.begun <= count
         c = metrics.counts
         assert c.judged == c.accepted + c.rejected <= c.proposed + c.judged and c.emitted <= c.accepted + c.steps
         assert running.call("POST", "/v1/completions", {**BODY, "stream": False})[0] == 200
+        print(
+            f"\nT11: {count} requests, clients saw {dict(seen)}, server {dict(metrics.outcomes)}; 0 of {SLOTS} slots held"
+        )
 
 
-@pytest.mark.parametrize("trials", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_closed_socket_frees_its_slot_at_once(trials: int) -> None:
-    """From the close to the slot: a step and 100 ms at the 90th percentile here; benchmarks measure it on an idle machine."""
-    with serving(engine=toy(), fixed=True) as running:
+def test_a_closed_socket_frees_its_slot_at_once() -> None:
+    """Most within a quarter of a second beside other work; `test_nightly.py` has the percentiles."""
+    with serving(engine=toy(SLOTS), fixed=True) as running:
         scheduler, times = running.bridge.engine.scheduler, list[float]()
-        for _ in range(trials):
+        for _ in range(20):
             sock = running.stream({**BODY, "max_tokens": 900})
             start = time.monotonic()
             sock.close()
             until(lambda: scheduler.free == SLOTS, 10)
             times.append(time.monotonic() - start)
-        assert sorted(times)[int(0.9 * trials)] < 0.25, times
+        assert sorted(times)[18] < 0.25, times
 
 
 async def flood(port: int, rate: float, seconds: float) -> list[tuple[int, dict[str, str], float]]:
@@ -139,11 +125,10 @@ async def flood(port: int, rate: float, seconds: float) -> list[tuple[int, dict[
     return await asyncio.gather(*tasks)
 
 
-@pytest.mark.parametrize("seconds", [2.0, pytest.param(60.0, marks=pytest.mark.slow)])
-def test_overload_is_refused_politely(seconds: float) -> None:
+def test_overload_is_refused_politely() -> None:
     """Far more than one slot can serve: every refusal is a 429 with Retry-After, and none waits behind the work."""
     with serving(engine=toy(1), fixed=True, limits=Limits(queue=3, queue_seconds=20)) as running:
-        replies = asyncio.run(flood(running.port, 100, seconds))
+        replies = asyncio.run(flood(running.port, 100, 2.0))
         until(lambda: running.bridge._held == 0, 20)
         refused = [r for r in replies if r[0] != 200]
         assert {status for status, *_ in refused} <= {429, 503} and len(refused) > 0.3 * len(replies)
@@ -153,8 +138,8 @@ def test_overload_is_refused_politely(seconds: float) -> None:
         assert running.call("GET", "/ready")[0] == 200
 
 
-@pytest.mark.parametrize("readers", [24, pytest.param(200, marks=pytest.mark.slow)])
-def test_stalled_readers_cost_little_and_delay_nobody(readers: int) -> None:
+def test_stalled_readers_cost_little_and_delay_nobody() -> None:
+    readers = 24
     with serving(engine=toy(readers + 2), fixed=True) as running:
         one = {**BODY, "stream": False, "max_tokens": 20}
         assert running.call("POST", "/v1/completions", one)[0] == 200
@@ -171,35 +156,3 @@ def test_stalled_readers_cost_little_and_delay_nobody(readers: int) -> None:
             for sock in socks:
                 sock.close()
         until(lambda: not running.bridge.tickets)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("trial", range(20))
-def test_sigterm_under_load_cuts_no_stream(trial: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "outrider.cli.main", "serve", "--port", str(port), "--slots", "4"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        running: Any = Running(port, None, None, None, None)  # type: ignore[arg-type]
-
-        def ready() -> bool:
-            try:
-                return urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2).status == 200
-            except OSError:
-                return False
-
-        until(ready, 90)
-        socks = [
-            running.stream({"model": "pycode", "prompt": "def f(", "max_tokens": 200, "ignore_eos": True})
-            for _ in range(4)
-        ]
-        time.sleep(0.02 * trial)
-        process.send_signal(signal.SIGTERM)
-        for sock in socks:
-            rest = b""
-            while part := sock.recv(65536):
-                rest += part
-            sock.close()
-            assert b"[DONE]" in rest and b'"error"' not in rest
-        assert process.wait(31) == 0

@@ -319,6 +319,22 @@ def test_a_failing_step_ends_its_requests_and_nothing_else(caplog: pytest.LogCap
         assert free(running) == 2
 
 
+@pytest.mark.parametrize("where", ["_step", "_admit"])
+def test_a_dead_engine_thread_is_told_at_once(caplog: pytest.LogCaptureFixture, where: str) -> None:
+    """Those who wait for a token, and those who wait to be queued, hear it now and not at their deadline; /health says it."""
+    engine = build_engine(slots=2)
+    with caplog.at_level(logging.CRITICAL), serving(engine=engine) as running:
+        setattr(running.bridge, where, lambda *_: (_ for _ in ()).throw(SystemExit("planted")))
+        start = time.monotonic()
+        status, _, reply = running.call("POST", "/v1/completions", SHORT)
+        assert status == 500 and "died" in json.loads(reply)["error"]["message"]
+        assert time.monotonic() - start < 2
+        assert running.call("GET", "/health")[0] == running.call("GET", "/ready")[0] == 503
+        assert running.call("POST", "/v1/completions", SHORT)[0] == 503
+        assert running.bridge._held == 0 and not running.bridge.tickets
+        assert running.server.state() == b"-"
+
+
 def test_a_hung_engine_is_noticed_and_forgiven() -> None:
     engine = build_engine(slots=2)
     with serving(engine=engine, limits=Limits(hang_seconds=0.6)) as running:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -19,8 +18,10 @@ from typer.testing import CliRunner
 from outrider.cli.main import app
 from outrider.engine.build import build_engine
 from outrider.errors import ConfigError
+from outrider.serve.address import check_address, is_loopback
 from outrider.serve.app import create_app
-from outrider.serve.settings import Settings, check_address, digest, is_loopback
+from outrider.serve.settings import Settings, digest
+from tests.serve.harness import a_port, until
 
 RUN = CliRunner()
 
@@ -46,26 +47,31 @@ def test_the_command_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) ->
         assert isinstance(result.exception, ConfigError)
 
 
-def test_one_command_serves_the_shipped_pair_and_ends_on_sigterm() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "outrider.cli.main", "serve", "--port", str(port)]
+def test_one_command_serves_the_shipped_pair_survives_kill_9_and_ends_on_sigterm() -> None:
+    port = a_port()
+
+    def ask(path: str, body: bytes | None = None) -> bytes:
+        """A reply; nothing if it is an error or none comes."""
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.read()
+        except OSError:
+            return b""
+
+    def worker() -> int:
+        return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+    command = [sys.executable, "-m", "outrider.cli.main", "serve", "--port", str(port), "--restarts", "1"]
+    body = json.dumps({"model": "pycode", "prompt": "def f(", "max_tokens": 5, "seed": 1}).encode()
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2) as reply:
-                    assert reply.status == 200
-                    break
-            except OSError:
-                time.sleep(0.1)
-        body = json.dumps({"model": "pycode", "prompt": "def f(", "max_tokens": 5}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            assert json.load(reply)["choices"][0]["text"]
+        until(lambda: ask("/ready") == b"ready\n", 60)
+        text = json.loads(ask("/v1/completions", body))["choices"][0]["text"]
+        os.kill(worker(), signal.SIGKILL)
+        until(lambda: ask("/ready") == b"")
+        until(lambda: ask("/ready") == b"ready\n", 60)
+        assert json.loads(ask("/v1/completions", body))["choices"][0]["text"] == text
+        assert b'outrider_restarts_total{model_name="pycode"} 1.0' in ask("/metrics")
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 

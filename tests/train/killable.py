@@ -20,17 +20,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from outrider.drafters.block import BlockConfig
 from outrider.drafters.feature import FeatureConfig
 from outrider.drafters.heads import HeadsConfig
 from outrider.target.fresh import small_llama
 from outrider.target.toy import TinyLM
+from outrider.train.block import Blocks, block_law_loss, new_blocks
 from outrider.train.checkpoint import checkpoints, sha256_of
-from outrider.train.drafter import Judge, loss_of, measure_of, new_draft, new_features, new_heads, predictor
+from outrider.train.drafter import (
+    Judge,
+    feature_loss,
+    loss_of,
+    measure_of,
+    new_draft,
+    new_features,
+    new_heads,
+    new_last_features,
+    output_of,
+    predictor,
+)
 from outrider.train.features import Features, hidden_of
 from outrider.train.loop import LoopConfig, train
+from outrider.train.slots import arm
 
 V, H, LAYERS = 19, 16, (1, 2, 3)
-STEPS = 30
+STEPS, BLOCK = 30, 4
 
 
 def setup(kind: str) -> tuple[Any, Judge, Features]:
@@ -43,6 +57,13 @@ def setup(kind: str) -> tuple[Any, Judge, Features]:
         return new_heads(HeadsConfig(H, V, 3, 3), target), Judge.of(target, LAYERS, (3,)), data
     if kind == "draft":
         return new_draft(small_llama(V, 32, 1, 64), target), Judge.of(target, LAYERS, (3,)), data
+    if kind == "dflash":
+        shape = BlockConfig(H, (1, 3), V, 2, 1, 8, 32, BLOCK, mask=0)
+        model = new_blocks(shape, target, hidden[:, :, [0, 2]].flatten(0, 1), output_of(target), torch.ones(H))
+        return model, Judge.of(target, LAYERS, (1, 3)), data
+    if kind == "eagle1":
+        shape = FeatureConfig(H, H, (3,), V, 2, 1, 8, 32)
+        return new_last_features(shape, target), Judge.of(target, LAYERS, (3,)), data
     config = FeatureConfig(16, H, (1, 3), V, 2, 1, 8, 32)
     model = new_features(config, target, hidden[:, :, [0, 2]].flatten(0, 1))
     return model, Judge.of(target, LAYERS, (1, 3)), data
@@ -54,7 +75,15 @@ def attempt(kind: str, folder: Path) -> None:
     predict = predictor(model, 1 if kind == "draft" else 3)
     config = LoopConfig(steps=STEPS, lr=1e-2, warmup=5, save_every_s=0.01)
     evaluate = partial(lambda f, m: f(m), measure_of(judge, predict, data, rows=4))
-    train(model, data, loss_of(judge, predict), config, folder, evaluate, report=lambda _: None)
+    batches, loss = data, loss_of(judge, predict)
+    if kind == "dflash":
+        batches, loss = (
+            Blocks(data, BLOCK, 6, 2),
+            block_law_loss(judge.taps, judge.last, judge.target, arm("chain", BLOCK)),
+        )
+    elif kind == "eagle1":
+        loss = feature_loss(judge)  # its noise is drawn: the random state is a part of what is continued
+    train(model, batches, loss, config, folder, evaluate, report=lambda _: None)
 
 
 def forked(kind: str, folder: Path, patience: float | None) -> bool:

@@ -159,6 +159,9 @@ def test_laws_stand_at_their_slots() -> None:
     torch.testing.assert_close(
         block_law_loss(JUDGE.taps, JUDGE.last, TARGET, how)(model, batch, 0.0), law_loss(logits, want, every, how)
     )
+    for name, (entropy, overlap) in (("staged", (0.1, 1.0)), ("kl", (1.0, 0.0)), ("log_acceptance", (0.0, 1.0))):
+        late = block_law_loss(JUDGE.taps, JUDGE.last, TARGET, how, name)(model, batch, 0.9)
+        torch.testing.assert_close(late, law_loss(logits, want, every, how, entropy=entropy, overlap=overlap))
     entropy = -(torch.softmax(want, -1) * torch.log_softmax(want, -1)).sum(-1).mean()
     torch.testing.assert_close(law_loss(want, want, every, how), entropy)
 

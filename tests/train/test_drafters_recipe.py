@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_all_stages_in_order_and_again(recipe, tmp_path: Path, monkeypatch) -> N
     loop = LoopConfig(steps=3, lr=1e-3, warmup=1)
     config = recipe.Config(
         work=tmp_path / "work", assets=tmp_path / "pair", docs=page, source=source, rows=8, held_out=4, prompt=8, length=24,
-        width=32, levels=2, medusa=loop, eagle=loop, count=2, tokens=6, repeats=1,
+        width=32, levels=2, slots=3, anchors=4, medusa=loop, eagle=loop, dflash=loop, count=2, tokens=6, repeats=1,
     )  # fmt: skip
     recipe.main(config, recipe.STAGES)
     for kind in recipe.KINDS:
@@ -46,11 +47,22 @@ def test_all_stages_in_order_and_again(recipe, tmp_path: Path, monkeypatch) -> N
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| plain | 0 | 1 |" in text and "| Medusa | 1 | " in text and "| EAGLE, dynamic tree | 0 | " in text
+    assert "| block diffusion | 1 | " in text
     weights = (tmp_path / "pair" / "eagle" / "model.safetensors").read_bytes()
+    for name in ("medusa", "eagle"):  # a training that is not at hand, and one that was stopped before its end
+        (config.work / name).rename(tmp_path / name)
+        before = (tmp_path / "pair" / name / "README.md").read_text()
+        recipe.main(config, ("cards",))
+        assert (tmp_path / "pair" / name / "README.md").read_text() == before
+        (tmp_path / name).rename(config.work / name)
+    recipe.main(replace(config, dflash=replace(loop, steps=5)), ("cards",))
+    assert "3 steps" in (tmp_path / "pair" / "dflash" / "README.md").read_text()
     recipe.main(config, ("eagle",))  # nothing is left to be done
     assert (tmp_path / "pair" / "eagle" / "model.safetensors").read_bytes() == weights
 
 
 def test_flags_reach_the_configuration(recipe) -> None:
+    assert recipe.parse(["measure", "cards"])[1] == ("measure", "cards")
     config, stages = recipe.parse(["eagle", "--steps", "7", "--rows", "3", "--no-docs"])
-    assert (config.eagle.steps, config.medusa.steps, config.rows, config.docs, stages) == (7, 7, 3, None, ("eagle",))
+    assert tuple(getattr(config, kind).steps for kind in recipe.KINDS) == (7, 7, 7)
+    assert (config.rows, config.docs, stages) == (3, None, ("eagle",))

@@ -1,6 +1,6 @@
 """A training killed by SIGKILL at random moments loses nothing: the same bits in the end as one that was left alone (CPU, float32).
 
-Thirty kills over the trainers of heads, feature drafters and language models; the nightly form kills each of them thirty times.
+Six kills of every kind of trainer; the nightly form kills each of them thirty times, three times over.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+KINDS = ("medusa", "eagle", "eagle1", "dflash", "draft")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,17 +30,17 @@ def killed(kind: str, folder: Path, kills: int, seed: int) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle", "draft"])
-def test_ten_kills_change_no_bit(kind: str, tmp_path: Path) -> None:
-    found = killed(kind, tmp_path, 10, seed=7)
+@pytest.mark.parametrize("kind", KINDS)
+def test_six_kills_change_no_bit(kind: str, tmp_path: Path) -> None:
+    found = killed(kind, tmp_path, 6, seed=7)
     assert found["same"], found
     assert found["steps"] == ["step-00000030"]
-    assert found["killed"] == 10
-    assert len(set(found["at"])) >= 4, f"the kills did not hit different moments: {found}"
+    assert found["killed"] == 6
+    assert len(set(found["at"])) >= 3, f"the kills did not hit different moments: {found}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["medusa", "eagle", "draft"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_thirty_kills_change_no_bit(kind: str, seed: int, tmp_path: Path) -> None:
     found = killed(kind, tmp_path, 30, seed)

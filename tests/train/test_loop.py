@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +75,24 @@ def test_evaluation_leaves_no_trace(tmp_path):
     watched, state = run(tmp_path / "watched", evaluate=lambda model: {"x": 1.0})
     assert state["history"][-1] == {"step": 12, "x": 1.0}
     assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+
+
+def test_measuring_takes_a_tenth_of_the_time_at_most(tmp_path):
+    """A measurement that takes as long as ten steps is not made at every checkpoint, and always at the end."""
+
+    def slow_batches(number):
+        time.sleep(0.002)
+        return BATCHES(number)
+
+    def slow(model):
+        time.sleep(0.02)
+        return {"x": 1.0}
+
+    config = dataclasses.replace(CONFIG, steps=60)
+    _, state = run(tmp_path, batch_of=slow_batches, config=config, evaluate=slow)
+    assert state["history"][-1]["step"] == 60
+    assert 2 <= len(state["history"]) <= 40
+    assert len(checkpoints(tmp_path)) > 1, "checkpoints are written all the same"
 
 
 def test_corrupt_checkpoint_is_detected_and_the_one_before_it_used(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from outrider.assets import shipped
 from outrider.control.fixed import Fixed
 from outrider.drafters._growth import Levels
 from outrider.drafters.eagle import Eagle
@@ -21,6 +22,7 @@ from outrider.drafters.shapes import levels
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
+from outrider.target.tokenizer import load_tokenizer, vocab_fingerprint
 from outrider.target.toy import TinyLM
 from outrider.train import losses
 from outrider.train.corpus import read_corpus
@@ -28,6 +30,7 @@ from outrider.train.data import Document
 from outrider.train.drafter import Judge, loss_of, measure_of, new_features, new_heads, output_of, predictor
 from outrider.train.features import Features, Wanted, read_features, repeated, write_hidden, write_tokens
 from outrider.train.loop import DivergedError, LoopConfig, train
+from outrider.train.pipeline import whole_tokenizer
 from outrider.verify import load_rule
 
 V, H = 19, 16
@@ -126,6 +129,15 @@ def test_what_goes_in_circles_is_left_out(tmp_path: Path) -> None:
     assert said == ["1 of 10 rows go in circles and are left out"]
     assert len(data.tokens) == 9
     assert np.array_equal(data.take([3])[0][0].numpy(), tokens[4])
+
+
+def test_a_draft_model_gets_the_whole_tokenizer(tmp_path: Path) -> None:
+    """The shipped target's tokenizer is loaded without transformers; what is written beside a draft is all of it."""
+    whole_tokenizer(shipped("target")).save_pretrained(tmp_path)
+    ours, written = load_tokenizer(shipped("target")), load_tokenizer(tmp_path)
+    assert vocab_fingerprint(ours) == vocab_fingerprint(written)
+    assert written.eos_token_id == ours.eos_token_id
+    assert whole_tokenizer(tmp_path).pad_token_id is not None
 
 
 def test_too_little_text_is_said(tmp_path: Path) -> None:

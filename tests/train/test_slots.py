@@ -165,3 +165,22 @@ def test_against_laws_is_against_tokens_in_the_mean(name: str) -> None:
         for t in range(V)
     )
     torch.testing.assert_close(gradient(lambda x: law_loss(x, wanted, mask, decay), logits), mean, rtol=1e-4, atol=1e-6)
+
+
+def test_against_overlaps_the_chain_reward_is_the_accepted_length() -> None:
+    """With -log a, a = sum min(p, q), the gradient is that of mean(-log a) minus the accepted tokens of a sampled draft."""
+    logits, _, mask = case(8)
+    wanted = 2 * torch.randn(N, S, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    valid, p = closed(mask).double(), torch.softmax(wanted, -1)
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        a = torch.minimum(p, torch.softmax(x, -1)).sum(-1)
+        accepted = (torch.where(closed(mask), a, 1.0).cumprod(1) * valid).sum(1).mean()
+        return (-a.log() * valid).sum() / valid.sum() - 3.0 * accepted
+
+    how = Objective(chain=3.0 * S)
+    found = gradient(lambda x: law_loss(x, wanted, mask, how, entropy=0.0, overlap=1.0), logits)
+    torch.testing.assert_close(found, gradient(by_hand, logits), rtol=1e-4, atol=1e-6)
+    both = gradient(lambda x: law_loss(x, wanted, mask, how, entropy=0.5, overlap=1.0), logits)
+    entropy = gradient(lambda x: law_loss(x, wanted, mask, how), logits)
+    torch.testing.assert_close(both, found + 0.5 * entropy, rtol=1e-4, atol=1e-6)

@@ -184,6 +184,32 @@ def test_cached_logits_are_those_of_training(how: str, kv_heads: int) -> None:
         torch.testing.assert_close(row, found, rtol=0, atol=2e-4)  # hidden states went through float32 above
 
 
+def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
+    """As many rows as the target's cache, and its values are those of one injection of the whole text: nothing rejected stays."""
+    model = block_model(2)
+    drafter, rounds = BlockDrafter(model, GROWTHS["chain"]()), 0
+    one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=2, max_length=60, chunk=5)
+    honest = drafter.draft
+
+    def watched(seen: Evidence, budget):
+        nonlocal rounds
+        out = honest(seen, budget)
+        for v in seen.sequences:
+            assert drafter._held[v.slot] == drafter._next[v.slot] == v.cached
+            for n, (k, value) in enumerate(model.inject(states(v.tokens[: v.cached])) if v.cached else ()):
+                held = drafter._kv[n, :, v.slot, :, : v.cached]
+                torch.testing.assert_close(held[0], k[0].transpose(0, 1), rtol=0, atol=2e-4)
+                torch.testing.assert_close(held[1], value[0].transpose(0, 1), rtol=0, atol=2e-4)
+            rounds += 1
+        return out
+
+    drafter.draft = watched  # type: ignore[method-assign]
+    params = [SamplingParams(temperature=1.0, max_tokens=m, seed=i) for i, m in enumerate((14, 9, 11))]
+    one.generate([[3, 1, 4], [1] * 11, [5, 9, 2, 6, 5, 3, 5]], params)
+    assert rounds > 20
+    assert one.counts.accepted and one.counts.rejected > 5
+
+
 def test_a_gap_in_what_was_seen_makes_a_draft_worse_never_wrong() -> None:
     drafter = BlockDrafter(block_model(), GROWTHS["chain"]())
     with pytest.raises(ConfigError, match="bind"):

@@ -18,13 +18,16 @@ from outrider.drafters.feature import FeatureConfig, FeatureModel
 from outrider.drafters.heads import HeadsConfig, Medusa, MedusaHeads
 from outrider.drafters.load import load_drafter
 from outrider.drafters.shapes import levels
+from outrider.engine.build import build_engine
 from outrider.engine.engine import Engine
 from outrider.errors import CapabilityError, ConfigError
 from outrider.sampling.params import SamplingParams
+from outrider.target.load import load_target
 from outrider.target.toy import TinyLM
 from outrider.train.features import hidden_of
 from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
+from tests.checkpoints import make_checkpoint
 from tests.unit.drafting import evidence, view
 
 V, H = 19, 16
@@ -121,6 +124,64 @@ def test_heads_serve_what_they_were_trained_as(shared: bool) -> None:
     for (history, path), row in seen.logits.items():
         last = hidden_of(TARGET, torch.tensor([history[:-1]]), (3,)).double()[0, -1, 0]
         torch.testing.assert_close(row, model(last)[len(path)], rtol=0, atol=2e-4)
+
+
+def by_hand(model: FeatureModel, tokens: list[int], g: torch.Tensor, column: int, level: int) -> torch.Tensor:
+    """Logits of one level at one column: rows of the context up to the column, then one row for each level, row by row."""
+    c, layer = model.config, model.layers[0]
+    attn = layer.self_attn
+
+    def turned(y: torch.Tensor, at: int) -> torch.Tensor:
+        cos, sin = model.rotation(torch.tensor([at]))
+        half = c.head_dim // 2
+        return y * cos[0] + torch.cat([-y[..., half:], y[..., :half]], -1) * sin[0]
+
+    keys, values, states = [], [], list(g[: column + 1])
+    for place in range(column + level + 1):
+        residual, x = model.join(model.rows(torch.tensor(tokens[place + 1])), states[place])
+        q = turned(attn.q_proj(x).view(c.heads, -1), place)  # type: ignore[operator, union-attr]
+        keys.append(turned(attn.k_proj(x).view(c.kv_heads, -1), place))  # type: ignore[operator, union-attr]
+        values.append(attn.v_proj(x).view(c.kv_heads, -1))  # type: ignore[operator, union-attr]
+        share = torch.arange(c.heads) * c.kv_heads // c.heads
+        k, v = torch.stack(keys)[:, share], torch.stack(values)[:, share]
+        weight = torch.softmax((q * k).sum(-1) / c.head_dim**0.5, 0)
+        state = model.leave(residual, (weight[..., None] * v).sum(0).flatten())
+        if place >= column:
+            states.append(state)
+    return model.logits(states[-1])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_levels_are_rows_one_by_one(kv_heads: int, residual: bool) -> None:
+    """The mask of the training-time test against brute force: every level of every column, computed alone."""
+    model, g = feature_model(kv_heads, residual), torch.Generator().manual_seed(2)
+    tokens, taps = torch.randint(V, (1, 9), generator=g), torch.randn(1, 6, 2, H, generator=g, dtype=torch.float64)
+    found = model.unroll(tokens, taps, 3)
+    for level in range(3):
+        for column in range(6):
+            want = by_hand(model, tokens[0].tolist(), model.read(taps)[0], column, level)
+            torch.testing.assert_close(found[level][0, column], want, rtol=0, atol=1e-10)
+
+
+def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
+    """As many context rows as the target's cache, whatever was rejected; a slot that was left holds nothing."""
+    drafter, rounds = Eagle(feature_model(), GROWTHS["tree"]()), 0
+    honest = drafter.draft
+
+    def watched(seen: Evidence, budget):
+        nonlocal rounds
+        out = honest(seen, budget)
+        for v in seen.sequences:
+            place = drafter._places[v.slot]
+            assert place.held == place.next == v.cached
+            rounds += 1
+        return out
+
+    drafter.draft = watched  # type: ignore[method-assign]
+    decode(drafter, 2)
+    assert rounds > 20
+    assert [p.held for p in drafter._places] == [0, 0]
 
 
 def test_nothing_leaks_from_the_future() -> None:
@@ -238,6 +299,23 @@ def test_layouts_of_others_are_read(tmp_path: Path) -> None:
     read = MedusaHeads.load(tmp_path / "medusa", TARGET)
     torch.testing.assert_close(read.norm.weight, torch.ones(H))  # this target's norm has no weights
     assert not bool(read.blocks[0].layers[0].bias.any())  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize("implementation", ["auto", "hf"])
+def test_greedy_text_is_the_targets_on_both_targets(implementation: str, tmp_path: Path) -> None:
+    """Chains and trees, several sequences, with hidden states of either target; the drafters are random, the text is not."""
+    place = make_checkpoint(tmp_path / "target", "qwen3", tokenizer=True)
+    torch.manual_seed(0)
+    vocab = load_target(place, dtype="float32").vocab_size
+    MedusaHeads(HeadsConfig(48, vocab, 3, 3)).save(tmp_path / "medusa")
+    FeatureModel(FeatureConfig(32, 48, (1, 3), vocab, 2, 1, 16, 64)).save(tmp_path / "eagle")
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    texts = []
+    for draft in ("none", "medusa", "tree:2x2:medusa", "eagle", "dynamic:8:eagle"):
+        one = build_engine(place, draft, length=3, dtype="float32", implementation=implementation, slots=3)
+        texts.append([r.outputs[0].token_ids for r in one.generate(["the line", "a", "of many"], params)])
+        assert draft == "none" or one.counts.proposed > 20
+    assert all(t == texts[0] for t in texts)
 
 
 def test_specs(tmp_path: Path) -> None:

@@ -15,16 +15,30 @@ from outrider.errors import ConfigError
 
 ab_app = typer.Typer(help="A/B experiments between decoding configurations.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="Experiment file (YAML).")]
-DECIDED = ("better", "worse", "equivalent", "vetoed")
+Replay = Annotated[
+    int | None,
+    typer.Option(
+        "--replay",
+        min=0,
+        max=64,
+        help="Continuations per prompt along which all arms are replayed; instead of the file's.",
+        show_default=False,
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option("--metric", help="speed or acceptance; instead of the file's.", show_default=False),
+]
+METRICS = {"speed": "speed over base", "acceptance": "tokens per call over base"}
 
 
-def prepare(path: Path) -> tuple[Any, list[Any], list[list[int]]]:
-    """The experiment of a file, its arms on one set of weights, and its prompts."""
+def prepare(path: Path, replay: int | None = None, metric: str | None = None) -> tuple[Any, list[Any], list[list[int]]]:
+    """The experiment of a file, its arms on one set of weights, and its prompts. replay, metric: instead of the file's."""
     from outrider.cli.setup import engine_from_options
-    from outrider.evaluate.experiment import build_arms, read_experiment
+    from outrider.evaluate.experiment import build_arms, changed, read_experiment
     from outrider.evaluate.workloads import load_prompts
 
-    e = read_experiment(path)
+    e = changed(read_experiment(path), replay=replay, metric=metric)
     lossy = any(a.get("allow_lossy") for a in e.arms.values())
     engine = engine_from_options(target=e.target, dtype=e.dtype, slots=e.batch, allow_lossy=lossy)
     prompts = [engine.encode(p) for p in load_prompts(Path(e.prompts) if e.prompts else None, e.count)]
@@ -103,18 +117,20 @@ def run(
     all_prompts: Annotated[
         bool, typer.Option("--all", help="Use all prompts even when everything is decided.")
     ] = False,
+    replay: Replay = None,
+    metric: Metric = None,
     json: opt.Json = False,
 ) -> None:
     """Run, or go on with, an experiment. Exit code 0: every arm decided and none vetoed; 1: an arm vetoed; 3: undecided."""
     from outrider.evaluate.experiment import run_experiment
     from outrider.evaluate.store import Store
 
-    e, arms, prompts = prepare(file)
+    e, arms, prompts = prepare(file, replay, metric)
     with Store(store) as db, opt.loading(f"{e.name}: {len(arms)} arms") as progress:
         state = run_experiment(
             e, arms, prompts, db, stop_early=not all_prompts, progress=lambda s: progress(s.groups / max(1, s.total))
         )
-    raise typer.Exit(show(document_of(e.name, state), json))
+    raise typer.Exit(show(document_of(e, state), json))
 
 
 @ab_app.command("status")
@@ -123,16 +139,47 @@ def status(
     store: StorePath = DEFAULT,
     json: opt.Json = False,
 ) -> None:
-    """What an experiment says now, finished or running. Exit codes as `run`."""
+    """What an experiment says now, finished or running, of prompts or on live traffic. Exit codes as `run`."""
+    from outrider.cli import trial
     from outrider.evaluate.experiment import Experiment, analyse
     from outrider.evaluate.measure import Record
     from outrider.evaluate.store import Store
 
+    if trial.is_live(name, store):
+        raise typer.Exit(trial.show(trial.document(name, store), json))
     with Store(store, read_only=True) as db:
         run_id, config, state = db.experiment(name)
         records = [Record.from_dict(d) for d in db.records(run_id).values()]
-    config["prompts"] = None
-    raise typer.Exit(show(document_of(name, analyse(Experiment(**config), records, state["total"])), json))
+    e = Experiment(**{**config, "prompts": None})
+    raise typer.Exit(show(document_of(e, analyse(e, records, state["total"])), json))
+
+
+@ab_app.command("rehearse")
+def rehearse(
+    file: File,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests to send.")] = 200,
+    users: Annotated[int, typer.Option("--users", min=1, help="Users who send them, in turn.")] = 100,
+    length: opt.Length = 4,
+    max_tokens: opt.MaxTokens = 32,
+    store: StorePath = DEFAULT,
+    json: opt.Json = False,
+) -> None:
+    """Try an experiment for live traffic: a server in this process, the file's prompts, made-up users. Exit codes as `run`."""
+    from outrider.cli import trial
+
+    name = trial.run_rehearsal(file, store, requests, users, length, max_tokens)
+    raise typer.Exit(trial.show(trial.document(name, store), json))
+
+
+@ab_app.command("end")
+def end(
+    name: Annotated[str, typer.Argument(help="Name of an experiment on live traffic.")], store: StorePath = DEFAULT
+) -> None:
+    """Close an experiment on live traffic, once its server has stopped: the name is free for another configuration."""
+    from outrider.cli import trial
+
+    trial.end(name, store)
+    opt.err.print(f"outrider: {name} has ended")
 
 
 @ab_app.command("report")
@@ -142,11 +189,14 @@ def report(
     store: StorePath = DEFAULT,
 ) -> None:
     """A self-contained page: the intervals as they shrank, and the decisions."""
+    from outrider.cli import trial
     from outrider.evaluate.experiment import Experiment, analyse
     from outrider.evaluate.measure import Record
     from outrider.evaluate.report import write_experiment
     from outrider.evaluate.store import Store
 
+    if trial.is_live(name, store):
+        raise ConfigError(f"{name!r} is on live traffic: `outrider ab status {name}` says how it stands")
     with Store(store, read_only=True) as db:
         run_id, config, state = db.experiment(name)
         records = [Record.from_dict(d) for d in db.records(run_id).values()]
@@ -154,37 +204,63 @@ def report(
     states = [
         analyse(e, [r for r in records if r.group <= g], state["total"]) for g in sorted({r.group for r in records})
     ]
-    write_experiment(out, document_of(name, states[-1]), states, e)
+    write_experiment(out, document_of(e, states[-1]), states, e)
     opt.err.print(f"outrider: wrote {out}")
 
 
-def document_of(name: str, state: Any) -> dict[str, Any]:
+def document_of(e: Any, state: Any) -> dict[str, Any]:
     """A state as plain data; unbounded intervals become null."""
     from dataclasses import asdict
 
     comparisons = []
     for c in state.comparisons:
-        value, low, high = (x if math.isfinite(x) else None for x in c.ratio)
         quality = None if c.quality is None else {k: _finite(v) for k, v in asdict(c.quality).items()}
-        speed = {
-            "value": value,
-            "low": None if c.speed.low == -math.inf else low,
-            "high": None if c.speed.high == math.inf else high,
-        }
         comparisons.append(
-            {"arm": c.arm, "decision": c.decision, "speedup": speed, "quality": quality, "vetoes": list(c.vetoes)}
+            {
+                "arm": c.arm,
+                "decision": c.decision,
+                "speedup": ratio_of(c.speed),
+                "quality": quality,
+                "vetoes": list(c.vetoes),
+                "reduction": None if c.reduction is None else reduction_of(c.reduction),
+            }
         )
-    return {"experiment": name, "groups": state.groups, "total": state.total, "comparisons": comparisons}
+    head = {"experiment": e.name, "metric": e.metric, "groups": state.groups, "total": state.total}
+    return head | {"comparisons": comparisons}
+
+
+def ratio_of(log: Any) -> dict[str, float | None]:
+    """The interval of a log ratio as one of the ratio."""
+    return {
+        "value": _finite(math.exp(log.mean)),
+        "low": None if log.low == -math.inf else math.exp(log.low),
+        "high": None if log.high == math.inf else math.exp(min(log.high, 700)),
+    }
+
+
+def reduction_of(found: Any) -> dict[str, Any]:
+    """What replay has done for a comparison."""
+    gap = {"mean": _finite(found.gap.mean), "low": _finite(found.gap.low), "high": _finite(found.gap.high)}
+    return {
+        "without": ratio_of(found.without),
+        "factor": _finite(found.factor),
+        "gap": gap,
+        "agrees": found.agrees,
+    }
 
 
 def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
+def code_of(decisions: list[str]) -> int:
+    """Exit code: 1 if an arm is vetoed, 3 if one is undecided, otherwise 0."""
+    return 1 if "vetoed" in decisions else 3 if "undecided" in decisions or not decisions else 0
+
+
 def show(document: dict[str, Any], json: bool) -> int:
     """Print a document; its exit code."""
-    decisions = [c["decision"] for c in document["comparisons"]]
-    code = 1 if "vetoed" in decisions else 3 if "undecided" in decisions or not decisions else 0
+    code = code_of([c["decision"] for c in document["comparisons"]])
     if json:
         opt.print_json(document)
         return code
@@ -192,20 +268,30 @@ def show(document: dict[str, Any], json: bool) -> int:
         title=f"{document['experiment']}: {document['groups']} of {document['total']} prompt groups",
         title_justify="left",
     )
-    for column in ("arm", "speed over base", "quality lost (nats/token)", "decision"):
+    replayed = any(c["reduction"] for c in document["comparisons"])
+    sharper = ("without replay", "groups needed") if replayed else ()
+    for column in ("arm", METRICS[document["metric"]], *sharper, "quality lost (nats/token)", "decision"):
         table.add_column(column, overflow="fold")
     for c in document["comparisons"]:
-        s, q = c["speedup"], c["quality"]
+        s, q, r = c["speedup"], c["quality"], c["reduction"]
+        cells = ["", ""] if r is None else [span(**r["without"]), _factor(r["factor"])]
         table.add_row(
             c["arm"],
-            _range(s["value"], s["low"], s["high"]),
-            "" if q is None else _range(q["mean"], q["low"], q["high"]),
+            span(**s),
+            *(cells if replayed else ()),
+            "" if q is None else span(q["mean"], q["low"], q["high"]),
             c["decision"] + "".join(f"\n{v}" for v in c["vetoes"]),
         )
     opt.Console(highlight=False).print(table)
     return code
 
 
-def _range(value: float | None, low: float | None, high: float | None) -> str:
+def span(value: float | None, low: float | None, high: float | None) -> str:
+    """A value with its interval."""
     show = lambda x: "open" if x is None else f"{x:.3f}"  # noqa: E731
     return f"{show(value)} ({show(low)} to {show(high)})"
+
+
+def _factor(x: float | None) -> str:
+    """Groups that give the same interval as one without replay, as a share of those it needs."""
+    return "" if not x else f"{1 / x:.0%}"

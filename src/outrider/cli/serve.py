@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli.runs import DEFAULT
+from outrider.cli.trial import served_by, trial_of
 from outrider.errors import ConfigError
 
 KEY, WEBHOOK = "OUTRIDER_API_KEY", "OUTRIDER_ALERT_WEBHOOK"
@@ -71,6 +75,15 @@ def serve(
     grace: Annotated[
         float, typer.Option("--grace", min=0, help="Seconds running requests may take to finish on shutdown.")
     ] = 30.0,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts",
+            min=0,
+            help="Serve from a child process, and start it again when it dies or hangs, so often in a row at most.",
+        ),
+    ] = 0,
+    kept: Annotated[tuple[int, int, int] | None, typer.Option("--kept", hidden=True, show_default=False)] = None,
     fixed_length: Annotated[
         bool, typer.Option("--fixed-length", help="Always draft --length tokens, whatever it costs under this load.")
     ] = False,
@@ -102,6 +115,14 @@ def serve(
         Path | None,
         typer.Option("--store", help="Store whose runs and experiments the page shows.", show_default=False),
     ] = None,
+    experiment: Annotated[
+        Path | None,
+        typer.Option(
+            "--experiment",
+            help="Give requests to the arms of this experiment (YAML; see `outrider ab`); its records go to --store.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     quantize_draft: opt.Quantize = None,
@@ -113,15 +134,22 @@ def serve(
 
     Example: outrider serve --target path/to/model --draft path/to/draft
     """
+    from outrider.serve.address import check_address
+    from outrider.serve.keeper import die_with_parent
+
+    keys = read_keys(api_key, api_key_file)
+    check_address(host, keys, allow_open)
+    if kept is not None:
+        die_with_parent()
+    elif restarts:
+        raise typer.Exit(keep(host, port, restarts, hang_timeout))
     from outrider.serve.app import create_app
     from outrider.serve.bridge import Limits
     from outrider.serve.run import server_for, unbind
-    from outrider.serve.settings import LOCAL_NAMES, Settings, check_address, digest
+    from outrider.serve.settings import LOCAL_NAMES, Settings, digest
     from outrider.serve.webhook import check_url
 
-    keys = read_keys(api_key, api_key_file)
     hashed = tuple(digest(key) for key in keys)
-    check_address(host, hashed, allow_open)
     settings = Settings(
         served_model_name or model_name(target),
         hashed,
@@ -152,17 +180,45 @@ def serve(
             slots=slots,
         )
 
-    app = create_app(build, settings, adaptive=not fixed_length, past=None if store is None else past_of(store))
+    trial = None
+    if experiment is not None:
+        store = store or Path(DEFAULT)
+        options = (draft, length, rule, allow_lossy, quantize_draft)
+        trial = trial_of(experiment, store, served_by(*options, speculative_config, fixed=fixed_length))
+    past = None if store is None else past_of(store)
+    app = create_app(build, settings, adaptive=not fixed_length, past=past, trial=trial)
     unbind()
-    server = server_for(app, settings, host, port)
+    sockets, line = None, None
+    if kept is not None:
+        sockets, line = [socket.socket(fileno=kept[0])], socket.socket(fileno=kept[1])
+        port, again = sockets[0].getsockname()[1], float(kept[2])
+        app.state.bridge.metrics.counters["restarts"] = ("Times the keeper has started it again.", lambda: again)
+    server = server_for(app, settings, host, port, line)
     opt.err.print(
         f"outrider: {settings.model} on http://{host}:{port} (Ctrl-C ends it)" + (", key needed" if keys else "")
     )
-    server.run()
+    server.run(sockets)
     if not server.started:
         raise ConfigError(
             f"the server could not start on {host}:{port}: choose another --port, or see the message above"
         )
+
+
+def keep(host: str, port: int, restarts: int, silence: float) -> int:
+    """Serve from a child with the same command line and the socket that is opened here; returns the exit code."""
+    from outrider.serve.address import listen
+    from outrider.serve.keeper import Keeper
+
+    if os.name != "posix":
+        raise ConfigError(
+            "--restarts needs descriptors that a child can inherit, and this system has none: leave it out"
+        )
+
+    def command(*kept: int) -> list[str]:
+        return [sys.executable, "-m", "outrider.cli.main", *sys.argv[1:], "--kept", *map(str, kept)]
+
+    keeper = Keeper(listen(host, port), command, restarts, silence, lambda text: opt.err.print(f"outrider: {text}"))
+    return keeper.run()
 
 
 def share_of(asked: int | None, keys: int, room: int) -> int | None:
@@ -178,7 +234,8 @@ def past_of(file: Path) -> Callable[[], dict[str, Any]]:
         with Store(file, read_only=True) as kept:
             latest = kept.runs()[: -PAST - 1 : -1]
             shown = [asdict(r) | {"ledger": kept.ledgers(r.id)} for r in latest]
-            named = dict.fromkeys(r.name for r in latest if r.kind == "ab" and r.summary is not None)
+            done = {"ab": lambda r: r.summary is not None, "online": lambda r: True}
+            named = dict.fromkeys(r.name for r in latest if r.kind in done and done[r.kind](r))
             experiments = [{"name": name, "state": kept.experiment(name)[2]} for name in named]
         keys = ("id", "kind", "name", "state", "created", "updated", "summary", "ledger")
         return {"runs": [{k: r[k] for k in keys} for r in shown], "experiments": experiments}

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -16,8 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from outrider.engine.build import Options, assemble
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError, unknown_name
+from outrider.evaluate.continuations import Continuations
 from outrider.evaluate.measure import Arm, Record, run_group
 from outrider.evaluate.quality import with_quality
+from outrider.evaluate.reduction import METRICS, Metric, Reduction, compare
 from outrider.evaluate.sequential import Bounds, bounds
 from outrider.evaluate.store import Store, fingerprint
 from outrider.sampling.params import SamplingParams
@@ -25,7 +27,15 @@ from outrider.telemetry.ledger import ledger
 from outrider.types import Counts
 
 MAX_BYTES = 1 << 20
-ARM_OPTIONS = ("draft", "length", "rule", "allow_lossy", "draft_quantize")
+ARM_OPTIONS: dict[str, tuple[type, ...]] = {
+    "draft": (str,),
+    "length": (int,),
+    "rule": (str,),
+    "allow_lossy": (bool,),
+    "draft_quantize": (str,),
+    "tv_budget": (int, float),
+}
+NUMBERS = ("length", "tv_budget")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,10 @@ class Experiment:
 
     arms: name -> engine options. base: the arm the others are compared with. min_effect: smallest share of speed that matters.
     level: probability that any false claim is ever made. quality: nats per token that may be lost, None: not scored.
-    g: prior variance of the standardised effect (`sequential`).
+    g: prior variance of the standardised effect (`sequential`). metric: speed (tokens per second), or acceptance (tokens per
+    target call). replay: continuations per prompt along which all arms are replayed (`continuations`), 0: none.
+    Of live traffic (`online`): shares: of each arm, equal ones if None; salt: of the hash that places users; each: requests of a
+    user that make one value; window: seconds for which all requests have one arm, None: an arm belongs to a user.
     """
 
     name: str
@@ -54,6 +67,12 @@ class Experiment:
     seed: int = 0
     sd: float | None = None
     g: float = 0.25
+    metric: Metric = "speed"
+    replay: int = 0
+    shares: dict[str, float] | None = None
+    salt: str = ""
+    each: int = 1
+    window: float | None = None
 
     @property
     def others(self) -> list[str]:
@@ -66,7 +85,7 @@ class Experiment:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """An experiment from a YAML file: the fields of `Experiment`; each arm any of draft, length, rule, allow_lossy, draft_quantize.
+    """An experiment from a YAML file: the fields of `Experiment`; each arm any of ARM_OPTIONS.
 
     Raises ConfigError naming the nearest known field.
     """
@@ -87,9 +106,11 @@ def read_experiment(path: Path) -> Experiment:
         raise ConfigError(f"{path}: every arm is a mapping of options, such as {{draft: none}}")
     arms = {str(name): dict(options or {}) for name, options in arms.items()}
     for name, options in arms.items():
-        for key in options:
+        for key, value in options.items():
             if key not in ARM_OPTIONS:
                 raise ConfigError(f"{path}: arm {name!r}: {unknown_name('option', str(key), ARM_OPTIONS)}")
+            if type(value) not in ARM_OPTIONS[key] or (key in NUMBERS and not 0 <= value < math.inf):
+                raise ConfigError(f"{path}: arm {name!r}: {key} cannot be {str(value)[:80]!r}")
     made = {"name": path.stem, "base": next(iter(arms)), "arms": arms, **found}
     try:
         experiment = TypeAdapter(Experiment).validate_json(json.dumps(made, default=str), strict=True)
@@ -101,9 +122,18 @@ def read_experiment(path: Path) -> Experiment:
     return experiment
 
 
+def changed(e: Experiment, *, replay: int | None = None, metric: str | None = None) -> Experiment:
+    """The experiment with other ways to measure it, None: as the file has them. Raises ConfigError for a metric there is not."""
+    if metric is not None and metric not in METRICS:
+        raise ConfigError(unknown_name("metric", metric, METRICS))
+    return replace(e, replay=e.replay if replay is None else replay, metric=cast(Metric, metric or e.metric))
+
+
 def _check(e: Experiment, path: Path) -> None:
     if e.base not in e.arms:
         raise ConfigError(f"{path}: {unknown_name('arm', e.base, e.arms)}")
+    if e.shares is not None and (set(e.shares) != set(e.arms) or not all(0 < s <= 1 for s in e.shares.values())):
+        raise ConfigError(f"{path}: shares must name every arm once, each between 0 and 1")
     for name, low, high in (
         ("min_effect", 0, 10),
         ("level", 0, 1),
@@ -111,23 +141,31 @@ def _check(e: Experiment, path: Path) -> None:
         ("count", 1, 1e6),
         ("batch", 0, 1e4),
         ("max_tokens", 0, 1e6),
+        ("replay", -1, 65),
+        ("each", 0, 1e6),
+        ("window", 0, 1e6),
     ):
         value = getattr(e, name)
-        if not low < value < high:
+        if value is not None and not low < value < high:
             raise ConfigError(f"{path}: {name} must be a number between {low} and {high:g}, got {value!r}")
 
 
 def build_arms(engine: Engine, experiment: Experiment) -> list[Arm]:
-    """One engine per arm on the weights of `engine`."""
+    """One engine per arm on the weights of `engine`. Raises ConfigError for an option that only requests have."""
     base: Options = engine.loaded.options
+    for name, options in experiment.arms.items():
+        if "tv_budget" in options:
+            raise ConfigError(
+                f"arm {name!r}: tv_budget is for live requests: name the rule, such as tv_budget:per_sequence=2"
+            )
     return [Arm(name, assemble(engine.loaded, replace(base, **options))) for name, options in experiment.arms.items()]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One arm against the base. speed: log ratio of tokens per second; quality: nats per token lost. vetoes: failed guards.
+    """One arm against the base. speed: log ratio of the metric; quality: nats per token lost. vetoes: failed guards.
 
-    decision: better, worse, equivalent (within min_effect), vetoed, or undecided.
+    decision: better, worse, equivalent (within min_effect), vetoed, or undecided. reduction: what replay did for `speed`.
     """
 
     arm: str
@@ -135,6 +173,7 @@ class Comparison:
     quality: Bounds | None
     vetoes: tuple[str, ...]
     decision: str
+    reduction: Reduction | None = None
 
     @property
     def ratio(self) -> tuple[float, float, float]:
@@ -163,16 +202,16 @@ def analyse(experiment: Experiment, records: Sequence[Record], total: int) -> St
     out = []
     for arm in experiment.others:
         pairs = [(by[arm, g], by[experiment.base, g]) for g in good]
-        rate = [
-            math.log(a.tokens / a.seconds) - math.log(b.tokens / b.seconds) for a, b in pairs if a.tokens and b.tokens
-        ]
-        speed = bounds(rate, experiment.share, experiment.g)
+        speed, reduction = compare(experiment.metric, experiment.share, experiment.g, pairs)
         quality = None
         if experiment.quality is not None:
             lost = [_nll(a) - _nll(b) for a, b in pairs if a.nll is not None and b.nll is not None]
             quality = bounds(lost, experiment.share, experiment.g)
         vetoes = guards(experiment, arm, records, quality)
-        out.append(Comparison(arm, speed, quality, vetoes, decide(experiment, speed, quality, vetoes)))
+        if reduction is not None and not reduction.agrees:
+            vetoes += (f"replay disagrees: {reduction.gap.mean:+.3f} target calls per token beyond what it expects",)
+        decision = decide(experiment, speed, quality, vetoes)
+        out.append(Comparison(arm, speed, quality, vetoes, decision, reduction))
     return State(len(groups), total, out)
 
 
@@ -234,6 +273,7 @@ def run_experiment(
     )
     batch = experiment.batch
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    along = Continuations(arms, prompts, params, experiment.replay, experiment.seed) if experiment.replay else None
     order, target = random.Random(experiment.seed), arms[0].engine.parts.target
     if len(known) < len(groups) * len(arms):
         for arm in arms:
@@ -241,10 +281,12 @@ def run_experiment(
     state = State(0, len(groups))
     for g, group in enumerate(groups):
         seeds = [replace(params, seed=g * batch + i) for i in range(len(group))]
+        left = any((arm.name, g, 0) not in known for arm in arms)
+        calls = along.calls(along.draw(group, g * batch)) if along and left else {}
         for place, arm in enumerate(order.sample(arms, len(arms))):
             if (arm.name, g, 0) in known:
                 continue
-            record = run_group(arm, group, seeds, (g, 0, place))
+            record = replace(run_group(arm, group, seeds, (g, 0, place)), replayed=calls.get(arm.name))
             if experiment.quality is not None:
                 record = with_quality(target, group, record)
             store.append(run, record.key, asdict(record))

@@ -49,6 +49,7 @@ class Record:
     failed: requests that ended with an error. loops: texts that end in a repetition. outputs: the token ids.
     nll: negative log-likelihood of the outputs under the target, in nats, where it was asked for.
     joules: energy of the machine's processors meanwhile, where it reports it. machine: where and with what it ran (`machine`).
+    replayed: target calls per token that replay expects of this arm along continuations that no arm wrote (`continuations`).
     """
 
     arm: str
@@ -66,6 +67,7 @@ class Record:
     nll: float | None = None
     joules: float | None = None
     machine: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    replayed: float | None = None
 
     @property
     def key(self) -> Key:

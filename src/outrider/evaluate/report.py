@@ -14,6 +14,7 @@ from outrider.evaluate.measure import Record
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, one colour an arm."""
+METRIC = {"speed": "speed over base", "acceptance": "tokens per target call over base"}
 PHASE_COLOURS = {"target": "#0072b2", "rule": "#e69f00", "draft": "#009e73", "host": "#999999"}
 NUMBERS = ("arm", "tokens", "tokens/s", "tokens per step", "rejections predicted", "observed", "failed", "loops")
 STYLE = (
@@ -185,6 +186,7 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
         arm: [(float(s.groups), *next(c for c in s.comparisons if c.arm == arm).ratio) for s in states if s.comparisons]
         for arm in e.others
     }
+    unit = METRIC[e.metric]
     rows = [
         (c["arm"], c["decision"], *(_number(c["speedup"][k]) for k in ("value", "low", "high")), "; ".join(c["vetoes"]))
         for c in document["comparisons"]
@@ -192,14 +194,27 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
     body = [
         f"<p>{document['groups']} of {document['total']} prompt groups; base arm {_e(e.base)}; intervals hold at all looks "
         f"together with probability {1 - e.level:.0%}; smallest effect that matters {e.min_effect:.0%}.</p>",
-        table(["arm", "decision", "speed over base", "low", "high", "vetoes"], rows),
-        "<h2>As it went</h2><p>Speed over the base with its interval after every prompt group. Dashed: no difference, and the "
+        table(["arm", "decision", unit, "low", "high", "vetoes"], rows),
+        *replay_table(document["comparisons"]),
+        f"<h2>As it went</h2><p>The {unit} with its interval after every prompt group. Dashed: no difference, and the "
         "smallest effects that matter.</p>",
-        lines("speed over base", series, "prompt groups", (1.0, 1 / (1 + e.min_effect), 1 + e.min_effect)),
+        lines(unit, series, "prompt groups", (1.0, 1 / (1 + e.min_effect), 1 + e.min_effect)),
         "<h2>Arms</h2>",
         table(["arm", "options"], [(name, options) for name, options in e.arms.items()]),
     ]
     _write(path, page(f"Experiment {e.name}", body))
+
+
+def replay_table(comparisons: Sequence[dict[str, Any]]) -> list[str]:
+    """The intervals without the replayed continuations, and what those have saved; nothing where there are none."""
+    rows = [
+        (c["arm"], *(_number(r["without"][k]) for k in ("value", "low", "high")), _number(r["factor"]), _number(r["gap"]["mean"]))
+        for c in comparisons
+        if (r := c["reduction"])
+    ]  # fmt: skip
+    head = ["arm", "without", "low", "high", "groups saved (factor)", "calls per token beyond replay's"]
+    title = "<h2>What the common continuations have saved</h2>"
+    return [title, table(head, rows)] if rows else []
 
 
 def _number(x: float | None) -> str:

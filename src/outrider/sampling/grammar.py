@@ -29,7 +29,8 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-"""What one grammar may cost: some ten milliseconds to compile and a few for a step, whatever it says; and no text in errors."""
+"""What one grammar may cost: some ten milliseconds to compile and a few for a step, whatever it says; and no text in errors. Some
+grammars are cheap to compile and spend it all in the middle of a text: see `Automaton.exhausted`."""
 KEPT = 64
 """Compiled grammars that are kept."""
 INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
@@ -96,7 +97,17 @@ class Grammars:
 
     def start(self, text: str) -> Automaton:
         """The automaton of a new sequence."""
-        return Automaton(self._matcher(text).deep_copy(), self.vocab_size, self.eos, text)
+        return Automaton(self, text)
+
+    def shared(self, text: str) -> Any:
+        """A matcher of the grammar that has not been advanced. Copies share what they learn of the grammar, and its budget."""
+        return self._matcher(text).deep_copy()
+
+    def own(self, text: str) -> Any:
+        """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
+        with self._lock:
+            self._compiled.pop(text, None)
+        return self._make(text)
 
 
 def _first_line(error: object) -> str:
@@ -106,18 +117,36 @@ def _first_line(error: object) -> str:
 class Automaton:
     """Where one sequence stands in its grammar. A memo: `follow` starts again when the text is not the one it knows."""
 
-    def __init__(self, matcher: Any, vocab_size: int, eos: tuple[int, ...], text: str) -> None:
-        self._matcher, self._size, self._eos, self.text = matcher, vocab_size, eos, text
+    def __init__(self, grammars: Grammars, text: str) -> None:
+        self._grammars, self.text = grammars, text
+        self._size, self._eos = grammars.vocab_size, grammars.eos
+        self._matcher, self._alone = grammars.shared(text), False
         self._seen: list[int] = []
+
+    @property
+    def exhausted(self) -> bool:
+        """The grammar has spent what LIMITS allow, in this text or on a drafted path behind it. Nobody knows any more what it
+        allows: only the end is left, and the text is no text of the grammar. Whoever decodes must say so."""
+        return self._matcher.is_error()
 
     def follow(self, output: Sequence[int]) -> None:
         """Consume what `output` has more than last time."""
         if list(output[: len(self._seen)]) != self._seen:
+            if self._alone:
+                self._matcher, self._alone = self._grammars.shared(self.text), False
             self._matcher.reset()
             self._seen = []
         new = [int(t) for t in output[len(self._seen) :]]
         self._matcher.try_consume_tokens(new)
         self._seen += new
+
+    def _renew(self) -> bool:
+        """Others with this grammar may have spent the budget: try once with one of our own. False if that is not enough."""
+        if self._alone:
+            return False
+        self._matcher, self._alone = self._grammars.own(self.text), True
+        self._matcher.try_consume_tokens(self._seen)
+        return not self.exhausted
 
     def forced(self) -> list[int]:
         """Tokens of the text that the grammar dictates next, as the tokenizer would write it; none where there is a choice."""
@@ -127,13 +156,22 @@ class Automaton:
 
     def allowed(self, path: Sequence[int]) -> Bool[Tensor, "V"]:
         """Tokens that may follow the text and then `path`; all of them behind a path that breaks the grammar, which no
-        exact rule ever reaches."""
+        exact rule ever reaches; the end alone once the grammar is exhausted."""
+        mask = self._mask(path)
+        if self.exhausted and self._renew():
+            mask = self._mask(path)
+        if self.exhausted:
+            mask[:] = False
+            mask[list(self._eos)] = True
+        return torch.from_numpy(mask)
+
+    def _mask(self, path: Sequence[int]) -> Any:
+        """[V] bool: the same, while the budget lasts."""
         taken = self._matcher.try_consume_tokens([int(t) for t in path]) if path else 0
-        if taken < len(path):
-            self._matcher.rollback(taken)
-            return torch.ones(self._size, dtype=torch.bool)
         mask = np.zeros(self._size, dtype=bool)
-        if self._matcher.is_stopped():
+        if taken < len(path):
+            mask[:] = True
+        elif self._matcher.is_stopped():
             mask[list(self._eos)] = True
         else:
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
@@ -143,4 +181,4 @@ class Automaton:
                 mask[list(self._eos)] = True
         if taken:
             self._matcher.rollback(taken)
-        return torch.from_numpy(mask)
+        return mask

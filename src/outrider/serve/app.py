@@ -31,6 +31,7 @@ from outrider.serve.guard import Guard, on_error
 from outrider.serve.live import Live, Past
 from outrider.serve.openai import ChatRequest, CompletionRequest
 from outrider.serve.settings import Settings
+from outrider.serve.trial import Trial, open_gates
 from outrider.serve.v1 import OpenAI
 from outrider.serve.watch import Watch
 from outrider.serve.webhook import Webhook
@@ -41,17 +42,22 @@ CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'
 
 
 def create_app(
-    build: Callable[[], Engine], settings: Settings, *, adaptive: bool = True, past: Past | None = None
+    build: Callable[[], Engine],
+    settings: Settings,
+    *,
+    adaptive: bool = True,
+    past: Past | None = None,
+    trial: Trial | None = None,
 ) -> Starlette:
     """The server for the engine that `build` makes (in the engine's own thread).
 
     adaptive: set the draft length by load, "never slower than plain decoding"; otherwise the engine keeps its controller.
-    past: reads the runs and experiments that the page shows; None: none are shown. `app.state.bridge` is the bridge and
-    `app.state.watch` what is known over time, for whoever runs the app.
+    past: reads the runs and experiments that the page shows; None: none are shown. trial: an experiment on the requests.
+    `app.state.bridge` is the bridge and `app.state.watch` what is known over time, for whoever runs the app.
     """
     metrics = Metrics(settings.model)
-    bridge = Bridge(build, metrics, settings.limits, lambda engine: prepare(engine, metrics, adaptive))
-    v1 = OpenAI(bridge, settings)
+    bridge = Bridge(build, metrics, settings.limits, lambda engine: prepare(engine, metrics, adaptive, trial))
+    v1 = OpenAI(bridge, settings, trial)
     hook = Webhook(settings.webhook, settings.model) if settings.webhook else None
     watch = Watch(bridge, settings.price, hook)
     live = Live(bridge, settings, v1, watch, past)
@@ -59,10 +65,16 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await bridge.start()
+        if trial is not None:
+            trial.start()
         watching = asyncio.create_task(watch.run())
         yield
         watching.cancel()
         await bridge.close(settings.grace)
+        for ticket in list(bridge.tickets.values()):  # replies that nobody could end any more are recorded too
+            bridge.release(ticket)
+        if trial is not None:
+            await asyncio.to_thread(trial.close)
 
     routes = [
         Route("/", page),
@@ -88,8 +100,10 @@ def create_app(
     return app
 
 
-def prepare(engine: Engine, metrics: Metrics, adaptive: bool) -> None:
+def prepare(engine: Engine, metrics: Metrics, adaptive: bool, trial: Trial | None = None) -> None:
     """Warm an engine up, set its controller, and describe it to the metrics. Runs in the engine's thread, before it serves."""
+    if trial is not None:
+        open_gates(engine)
     warm_up(engine)
     parts = engine.parts
     if adaptive and parts.drafter.max_depth:

@@ -32,6 +32,10 @@ IDLE_BEAT = 0.5
 """Seconds between two heartbeats of an idle engine thread."""
 BROKEN_STEPS = 3
 """Steps in a row that may fail, each ending the requests that were in it, before the engine is given up."""
+DEAD = "the engine has died: send the request again later"
+EXHAUSTED = (
+    "the grammar needs more work than this server allows, and was given up in the middle of the text: make it simpler"
+)
 GRAMMAR_SECONDS = 2.0
 """Seconds a client's grammar may take to compile."""
 SHOWN = 96
@@ -71,7 +75,8 @@ class Ticket:
     """One HTTP request inside the server: a place that is held from before its prompt is read until its reply has ended.
 
     choices: samples in all (prompts x n). owner: whose it is (the number of an API key). sequences: the engine's objects, in
-    order of choices, once it has started.
+    order of choices, once it has started. accepted: done when the engine has checked and queued it. last: when its latest tokens
+    came. arm, on_end: of an experiment it is in (`trial`).
     """
 
     choices: int
@@ -82,10 +87,14 @@ class Ticket:
     names: list[str] = field(default_factory=list)
     admitted: float | None = None
     first: float | None = None
+    last: float | None = None
     prompt_tokens: int = 0
     ended: int = 0
+    arm: str | None = None
+    on_end: Callable[[Ticket], None] | None = None
     outcome: str = "abort"
     open: bool = True
+    accepted: asyncio.Future[None] | None = None
     mail: asyncio.Queue[list[tuple[int, Event]] | OutriderError] = field(default_factory=asyncio.Queue)
     origins: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
 
@@ -120,7 +129,7 @@ class Bridge:
         self.draining = self.broken = False
         self._build, self._prepare = build, prepare
         self._engine: Engine | None = None
-        self._held = 0
+        self._held = self.begun = 0
         self._owned: Counter[int] = Counter()
         self._typical = 1.0  # seconds of a request, exponentially averaged: only for Retry-After
         self._condition = threading.Condition()
@@ -133,6 +142,14 @@ class Bridge:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: Future[None] = Future()
         self._compiler = ThreadPoolExecutor(1, "outrider-grammar")
+        metrics.counters["requests_started"] = (
+            "Requests that got a place; each is counted once more, by how it ended, when it gives the place back.",
+            lambda: self.begun,
+        )
+        metrics.counters["incidents"] = (
+            "Defects that were contained: drafts that were none, grammars that ran out of their budget in the middle of a text.",
+            lambda: None if self._engine is None else self._engine.incidents,
+        )
         self._thread = threading.Thread(target=self._run, name="outrider-engine", daemon=True)
 
     # ------------------------------------------------------------------ life
@@ -206,6 +223,7 @@ class Bridge:
             raise Overloaded(f"{what}: try again later", max(1, min(60, wait)))
         self._held += choices
         self._owned[owner] += choices
+        self.begun += 1
         ticket = Ticket(choices, owner)
         self.tickets[ticket.id] = ticket
         return ticket
@@ -213,7 +231,10 @@ class Bridge:
     async def submit(self, ticket: Ticket, prompts: list[list[int]], params: SamplingParams) -> None:
         """Hand a request to the engine; returns when it has been checked and queued. Raises RequestError for a bad one."""
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ticket.accepted = accepted
         self._command(lambda: self._admit(ticket, prompts, params, accepted))
+        if not self._thread.is_alive():  # it died while the prompt was read, and takes no commands
+            raise EngineFailure(DEAD)
         async with self._deadline(ticket):
             await accepted
 
@@ -261,6 +282,8 @@ class Bridge:
         first = None if ticket.first is None else ticket.first - ticket.arrived
         counts = ticket.counts()
         self.metrics.finished(Finished(ticket.outcome, ticket.prompt_tokens, counts.emitted, first, total, counts))
+        if ticket.on_end is not None:
+            ticket.on_end(ticket)
 
     async def aside(self, work: Callable[[], T], seconds: float = 10.0) -> T:
         """Run a pure function (tokenising, a chat template) beside the loop. Raises Unavailable after `seconds`."""
@@ -299,13 +322,29 @@ class Bridge:
             return
         self._beat = monotonic()
         self._started.set_result(None)
-        while not self._stop:
-            for command in self._take(engine.busy):
-                command()
-            self._expire(engine)
-            self._share(engine)
-            if engine.busy:
-                self._step(engine)
+        try:
+            while not self._stop:
+                self._round(engine)
+        except BaseException:  # nothing is served any more: whoever waits must hear it now, not at a deadline
+            logger.exception("the engine's thread has died")
+            self.broken = True
+            self._post(self._give_up)
+
+    def _round(self, engine: Engine) -> None:
+        """Obey the commands, let those go who have waited too long, and step."""
+        for command in self._take(engine.busy):
+            command()
+        self._expire(engine)
+        self._share(engine)
+        if engine.busy:
+            self._step(engine)
+
+    def _give_up(self) -> None:
+        """End every open request with an error (in the event loop)."""
+        for ticket in self.tickets.values():
+            ticket.mail.put_nowait(EngineFailure(DEAD))
+            if ticket.accepted is not None and not ticket.accepted.done():
+                ticket.accepted.set_exception(EngineFailure(DEAD))
 
     def _take(self, busy: bool) -> list[Callable[[], None]]:
         """The commands since the last step; an idle engine waits for one."""
@@ -318,6 +357,8 @@ class Bridge:
 
     def _step(self, engine: Engine) -> None:
         """One step; a failure ends the requests that were in it and leaves an engine that serves the next ones."""
+        engine.scheduler.admit()
+        ruled = {s.slot: s.request for s in engine.scheduler.running if s.params.grammar is not None}
         try:
             events = engine.step()
             self._failures = 0
@@ -330,15 +371,30 @@ class Bridge:
             for ticket in inside or tickets:
                 self._fail(ticket, EngineFailure(f"the engine failed ({type(error).__name__}): send the request again"))
             return
+        self._end_exhausted(engine, ruled)
         mail: dict[int, tuple[Ticket, list[tuple[int, Event]]]] = {}
         for event in events:
+            if event.request not in self._routes:
+                continue
             ticket, offset = self._routes[event.request]
             mail.setdefault(id(ticket), (ticket, []))[1].append((offset + event.index, event))
         self._note_admissions()
         for name in {event.request for event in events if event.finish_reason is not None}:
             if not engine.sequences(name):
-                del self._routes[name]
+                self._routes.pop(name, None)
         self._post(lambda: self._deliver(list(mail.values())))
+
+    def _end_exhausted(self, engine: Engine, ruled: dict[int, str]) -> None:
+        """End the requests whose grammar ran out of its budget in this step. ruled: those that had one when it began, by slot.
+
+        What the step added to them is dropped, and their automata are: a slot's next request begins with its own budget."""
+        automata = engine.parts.law._automata
+        for slot, name in ruled.items():
+            if slot in automata and automata[slot].exhausted:
+                del automata[slot]
+                engine.incidents += 1
+                if name in self._routes:  # not ended yet for another of its samples
+                    self._fail(self._routes[name][0], RequestError(EXHAUSTED))
 
     def _note_admissions(self) -> None:
         now = monotonic()
@@ -404,8 +460,8 @@ class Bridge:
     def _deliver(self, mail: list[tuple[Ticket, list[tuple[int, Event]]]]) -> None:
         now = monotonic()
         for ticket, events in mail:
-            if ticket.first is None and any(event.tokens for _, event in events):
-                ticket.first = now
+            if any(event.tokens for _, event in events):
+                ticket.first, ticket.last = ticket.first or now, now
             for _, event in events:
                 ticket.origins.extend(origin[0] for origin in event.origins)
             ticket.mail.put_nowait(events)

@@ -10,7 +10,7 @@ from typing import Any
 from outrider import __version__
 from outrider.drafters.prediction import accepted_of
 from outrider.engine.sequence import Event, TokenLogprob
-from outrider.errors import OutriderError
+from outrider.errors import OutriderError, RequestError
 from outrider.serve.bridge import Bridge, Ticket
 from outrider.serve.openai import ChatRequest, CompletionRequest
 from outrider.serve.sse import DONE, frame
@@ -89,7 +89,8 @@ class Reply:
             if self.request.usage_in_stream:
                 yield frame({**self._chunk([], True), **self._metrics()}, pad)
         except OutriderError as error:
-            yield frame(error_body(str(error), "server_error", None, None), pad)
+            kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+            yield frame(error_body(str(error), kind, None, None), pad)
         yield DONE
 
     def _deltas(self, index: int, c: Choice) -> list[dict[str, Any]]:
@@ -182,6 +183,8 @@ class Reply:
         return out
 
     def _string(self, token: int) -> str:
+        if self.tokenizer is None:
+            return f"token_id:{token}"
         return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def _metrics(self) -> dict[str, Any]:

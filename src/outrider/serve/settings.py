@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from dataclasses import dataclass, field
 
-from outrider.errors import ConfigError
 from outrider.serve.bridge import Limits
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -45,21 +43,3 @@ class Settings:
 def digest(key: str) -> bytes:
     """What is kept of an API key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-
-
-def check_address(host: str, keys: tuple[bytes, ...], allow_open: bool) -> None:
-    """ConfigError for an address others can reach without a key, unless that was asked for."""
-    if keys or allow_open or is_loopback(host):
-        return
-    raise ConfigError(
-        f"{host} can be reached by others: set an API key (OUTRIDER_API_KEY or --api-key-file), "
-        "or say --allow-open if everybody may use this server"
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is reachable from this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

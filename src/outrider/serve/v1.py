@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from time import time
@@ -17,6 +18,7 @@ from outrider.serve.openai import BadField, ChatRequest, CompletionRequest, Engi
 from outrider.serve.replies import Reply
 from outrider.serve.settings import Settings
 from outrider.serve.sse import CADENCE, EventStream, paced, while_connected
+from outrider.serve.trial import ARM, USER, Trial, fixed_by_seed, join
 
 Body = CompletionRequest | ChatRequest
 STARTED = int(time())
@@ -25,8 +27,8 @@ STARTED = int(time())
 class OpenAI:
     """The handlers of one server."""
 
-    def __init__(self, bridge: Bridge, settings: Settings) -> None:
-        self.bridge, self.settings = bridge, settings
+    def __init__(self, bridge: Bridge, settings: Settings, trial: Trial | None = None) -> None:
+        self.bridge, self.settings, self.trial = bridge, settings, trial
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
@@ -48,19 +50,24 @@ class OpenAI:
     # ------------------------------------------------------------------ inside
     async def _answer(self, request: Request, kind: type[Body]) -> Any:
         body = parse(kind, await body_of(request, self.settings.body, self.settings.body_seconds))
-        reply = await self.begin(body, request.scope.get(OWNER, 0))
+        who = body.user or request.headers.get(USER) or secrets.token_hex(8)
+        reply = await self.begin(body, request.scope.get(OWNER, 0), who)
+        headers = {"x-request-id": reply.ticket.id} | ({ARM: reply.ticket.arm} if reply.ticket.arm else {})
         if body.stream:
             frames = reply.frames(self.bridge, self.settings.pad)
             frames = paced(frames, CADENCE) if self.settings.pad else frames
-            return EventStream(frames, lambda: self.bridge.release(reply.ticket), {"x-request-id": reply.ticket.id})
+            return EventStream(frames, lambda: self.bridge.release(reply.ticket), headers)
         try:
             whole = await while_connected(request, reply.whole(self.bridge))
         finally:
             self.bridge.release(reply.ticket)
-        return JSONResponse(whole, headers={"x-request-id": reply.ticket.id})
+        return JSONResponse(whole, headers=headers)
 
-    async def begin(self, body: Body, owner: int = 0) -> Reply:
-        """Take a place for `owner`, prepare the prompts, and queue them. On failure the place is given back."""
+    async def begin(self, body: Body, owner: int = 0, who: str | None = None) -> Reply:
+        """Take a place for `owner`, prepare the prompts, and queue them. On failure the place is given back.
+
+        who: whose the request is, in an experiment; None: it is in none, as one that says itself how it is drafted for.
+        """
         try:
             self._check_model(body.model)
             count = len(body.prompts) if isinstance(body, CompletionRequest) else 1
@@ -69,14 +76,14 @@ class OpenAI:
             self.bridge.metrics.refused[type(error).__name__] += 1
             raise
         try:
-            return await self._queue(body, ticket)
+            return await self._queue(body, ticket, None if body.speculation else who)
         except BaseException as error:
             if isinstance(error, RequestError | Unavailable):
                 self.bridge.metrics.refused[type(error).__name__] += 1
             self.bridge.release(ticket)
             raise
 
-    async def _queue(self, body: Body, ticket: Ticket) -> Reply:
+    async def _queue(self, body: Body, ticket: Ticket, who: str | None) -> Reply:
         engine = self.bridge.engine
         facts = served(self.bridge)
         if body.prediction is not None and "prediction" not in facts.drafter.split("+"):
@@ -93,6 +100,8 @@ class OpenAI:
             params = replace(params, max_tokens=engine.max_length, min_tokens=min(params.min_tokens, engine.max_length))
         if params.grammar is not None:
             await self.bridge.compile(params.grammar)
+        if self.trial is not None and who is not None and not fixed_by_seed(params, engine.parts.rule.lane):
+            params = join(self.trial, who, ticket, params)
         await self.bridge.submit(ticket, prompts, params)
         reply = Reply(body, ticket, engine.tokenizer, facts.longest, self.settings.details)
         reply.prediction = predicted

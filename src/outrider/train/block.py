@@ -20,6 +20,7 @@ from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
+from outrider.train.losses import ONLY_KL
 from outrider.train.slots import Objective, law_loss, slot_loss
 
 ANCHOR_STREAM = 0xA2C
@@ -80,8 +81,17 @@ def block_loss(columns: Sequence[int], how: Objective) -> LossOf:
     return loss
 
 
-def block_law_loss(columns: Sequence[int], last: int, target: Target, how: Objective) -> LossOf:
-    """The same against the target's laws, its last hidden states (column `last` of those that are stored) through its head."""
+SHARES = {"staged": ((1.0, 0.0), (0.1, 1.0)), "kl": ((1.0, 0.0),) * 2, "log_acceptance": ((0.0, 1.0),) * 2}
+"""Losses against laws: `entropy` and `overlap` of `slots.law_loss` before and after ONLY_KL of the steps."""
+
+
+def block_law_loss(
+    columns: Sequence[int], last: int, target: Target, how: Objective, loss_name: str = "staged"
+) -> LossOf:
+    """The same against the target's laws, its last hidden states (column `last` of those that are stored) through its head.
+
+    loss_name: one of SHARES.
+    """
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         blocks, logits = packed(model, batch, columns)
@@ -91,7 +101,9 @@ def block_law_loss(columns: Sequence[int], last: int, target: Target, how: Objec
         before = hidden[row, anchors[..., None] + torch.arange(slots), last]
         with torch.no_grad():
             wanted = target.unembed(before.flatten(0, 2).to(target.dtype)).view(*logits.shape)
-        return law_loss(logits, wanted, torch.ones(logits.shape[:2], dtype=torch.bool), how)
+        entropy, overlap = SHARES[loss_name][progress >= ONLY_KL]
+        every = torch.ones(logits.shape[:2], dtype=torch.bool)
+        return law_loss(logits, wanted, every, how, entropy=entropy, overlap=overlap)
 
     return loss
 

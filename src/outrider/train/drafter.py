@@ -132,7 +132,13 @@ def feature_loss(judge: Judge) -> Callable[[nn.Module, Batch, float], Tensor]:
     return loss
 
 
-def measure_of(judge: Judge, predict: Predict, held_out: Features, rows: int = 32) -> Callable[[Any], dict[str, float]]:
+MEASURED = 32
+"""Held-out rows that are measured on, at most."""
+
+
+def measure_of(
+    judge: Judge, predict: Predict, held_out: Features, rows: int = MEASURED
+) -> Callable[[Any], dict[str, float]]:
     """An `evaluate` for `loop.train`: on held-out rows the acceptance of every level, and tokens per step they promise.
 
     accept_d: mean of sum min(p, q) at level d, given that the levels above were accepted. same_d: how often the two agree on

@@ -144,8 +144,8 @@ def train(
 ) -> dict:
     """Train ``model`` in place, from the newest valid checkpoint in ``folder`` if there is one; return the state.
 
-    ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at every
-    checkpoint.
+    ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at checkpoints, as far
+    as a tenth of the time allows, and at the end.
     """
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(model, config)
@@ -156,7 +156,7 @@ def train(
         state |= _restore(model, optimizer, checkpoint)
         report(f"continuing from {checkpoint.path.name}")
     compute = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
-    progress = _Progress(config, report)
+    progress, measure = _Progress(config, report), _Measure(evaluate)
     saved_at = time.monotonic()
     model.train()
     while state["step"] < config.steps:
@@ -173,7 +173,7 @@ def train(
         state["computing"] += now - ready
         progress.add(state["step"], value, tokens_in(batch))
         if now - saved_at >= config.save_every_s or state["step"] == config.steps:
-            _save(model, optimizer, state, config, folder, evaluate, report)
+            _save(model, optimizer, state, config, folder, measure, report)
             saved_at = time.monotonic()
             if state["step"] < config.steps:  # the last one is not in what it wrote
                 state["saving"] += saved_at - now
@@ -191,6 +191,30 @@ SPENT = ("computing", "saving")
 def share_computing(state: dict) -> float:
     """Part of the time of a run that went into model computation; the last measuring apart."""
     return state["computing"] / max(1e-9, state["seconds"] + state["saving"])
+
+
+class _Measure:
+    """Calls ``evaluate``, unless its last call is less than PAUSE times as long ago as it took. It must not draw random
+    numbers: they belong to the training."""
+
+    PAUSE = 9.0
+
+    def __init__(self, evaluate: Evaluate | None) -> None:
+        self.evaluate = evaluate
+        self.cost, self.ended = 0.0, time.monotonic()
+
+    def __call__(self, model: torch.nn.Module, *, in_any_case: bool) -> dict[str, float] | None:
+        """What was measured, None if nothing was."""
+        began = time.monotonic()
+        if self.evaluate is None or not (in_any_case or began - self.ended >= self.PAUSE * self.cost):
+            return None
+        model.eval()
+        with torch.no_grad():
+            found = self.evaluate(model)
+        model.train()
+        self.ended = time.monotonic()
+        self.cost = self.ended - began
+        return found
 
 
 class _Progress:
@@ -223,15 +247,12 @@ def _save(
     state: dict,
     config: LoopConfig,
     folder: Path,
-    evaluate: Evaluate | None,
+    measure: _Measure,
     report: Report,
 ) -> None:
-    """Evaluate, then write a checkpoint. Evaluation must not draw random numbers: they belong to the training."""
-    if evaluate is not None:
-        model.eval()
-        with torch.no_grad():
-            measured = evaluate(model)
-        model.train()
+    """Measure, then write a checkpoint."""
+    measured = measure(model, in_any_case=state["step"] == config.steps)
+    if measured is not None:
         state["history"].append({"step": state["step"], **measured})
         report(f"step {state['step']}  " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
     tensors = {

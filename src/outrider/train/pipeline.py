@@ -31,7 +31,7 @@ from outrider.target.folder import resolve_folder
 from outrider.target.fresh import small_llama
 from outrider.target.load import load_target, load_tokenizer
 from outrider.train import data
-from outrider.train.block import Blocks, block_law_loss, block_loss, new_blocks
+from outrider.train.block import SHARES, Blocks, block_law_loss, block_loss, new_blocks
 from outrider.train.checkpoint import identity_of, replace_folder, write_atomically, write_model
 from outrider.train.corpus import read_corpus
 from outrider.train.drafter import (
@@ -65,8 +65,8 @@ class Job:
     block. blocks: residual blocks of a head, or layers of a block drafter. width: of a feature drafter, 0 for the target's.
     taps: blocks that a feature or block drafter reads, () for EAGLE-3's choice. anchors: blocks of a row and step.
     objective: of a block drafter, a name of `slots.ARMS`; labels: what it learns, the target's "laws" or the "tokens".
-    loss: of the others, a name of `losses.LOSSES`. For a draft model,
-    `blocks` are its layers and a width of 0 is about half of the target's.
+    loss: a name of `losses.LOSSES`; a block drafter that learns laws knows three of them. For a draft model, `blocks` are
+    its layers and a width of 0 is about half of the target's.
     """
 
     kind: str
@@ -105,6 +105,8 @@ class Job:
             raise ConfigError(unknown_name("kind of labels", self.labels, LABELS))
         if self.loss not in LOSSES:
             raise ConfigError(unknown_name("loss", self.loss, LOSSES))
+        if self.kind == "dflash" and self.labels == "laws" and self.loss not in SHARES:
+            raise ConfigError(f"a block drafter learns laws by {', '.join(SHARES)}, not by {self.loss}")
 
     def wanted(self, part: str) -> Wanted:
         """The data of a part, "training" or "held_out"."""
@@ -189,7 +191,7 @@ def fitting(
         first = 1 if job.prompt == job.length else job.prompt - 1
         batches, how = Blocks(training, size, job.anchors, first), arm(job.objective, size)
         if job.labels == "laws":
-            return batches, block_law_loss(judge.taps, judge.last, judge.target, how)
+            return batches, block_law_loss(judge.taps, judge.last, judge.target, how, job.loss)
         return batches, block_loss(judge.taps, how)
     if isinstance(model, LastFeatureModel):
         return training, feature_loss(judge)
@@ -229,11 +231,21 @@ def feature_config(job: Job, target: Target) -> FeatureConfig:
 
 def draft_model(job: Job, target: Target) -> nn.Module:
     """A fresh language model over the target's tokens; its context is the target's."""
-    tokenizer = load_tokenizer(str(job.target))
+    tokenizer = whole_tokenizer(job.target)
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id", None) for n in ("pad", "bos", "eos")}
     width = job.width or max(32, target.hidden_size // 64 * 32)
     length = min(target.max_length, 1 << 17)
     return new_draft(small_llama(target.vocab_size, width, job.blocks, length, seed=job.loop.seed, **ids), target)
+
+
+def whole_tokenizer(path: Path | str) -> Any:
+    """The tokenizer of a folder as transformers has it: one that can be saved, with all its special tokens."""
+    tokenizer = load_tokenizer(str(path))  # which refuses code, and what is too large
+    if hasattr(tokenizer, "save_pretrained"):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve_folder(path), local_files_only=True, trust_remote_code=False)
 
 
 def block_config(job: Job, target: Target) -> BlockConfig:
@@ -283,7 +295,7 @@ def export(model: nn.Module, job: Job, report: Report = print) -> None:
     if isinstance(model, MedusaHeads | FeatureModel | LastFeatureModel | BlockModel):
         model.save(built)
     else:
-        write_model(model, load_tokenizer(str(job.target)), built)
+        write_model(model, whole_tokenizer(job.target), built)
     for card in job.out.glob("*.md"):  # a model card belongs to the place
         shutil.copy(card, built)
     replace_folder(built, job.out)

@@ -134,19 +134,27 @@ def slot_loss(logits: Float[Tensor, "N S V"], labels: Tensor, mask: Bool[Tensor,
 
 
 def law_loss(
-    logits: Float[Tensor, "N S V"], wanted: Float[Tensor, "N S V"], mask: Bool[Tensor, "N S"], how: Objective
+    logits: Float[Tensor, "N S V"],
+    wanted: Float[Tensor, "N S V"],
+    mask: Bool[Tensor, "N S"],
+    how: Objective,
+    *,
+    entropy: float = 1.0,
+    overlap: float = 0.0,
 ) -> Tensor:
-    """The same against laws instead of tokens: cross-entropy with the target's law of every slot, `wanted` its logits.
+    """The same against laws instead of tokens, `wanted` the logits of the target's law of every slot.
 
-    The probability of a label, which the weights are made of, becomes the probability that a sampled proposal is kept,
-    sum min(p, q); a slot is wrong when the two disagree on the most likely token. Tokens are draws from these laws, so this is
-    the same training with less noise.
+    The probability of a label, which the weights are made of, becomes a = sum min(p, q), the probability that a sampled proposal
+    is kept; a slot is wrong when the two disagree on the most likely token. A slot's loss is `entropy` times the
+    cross-entropy of p and q (tokens are draws from p, so that is training on tokens with less noise) and `overlap` times
+    -log a: then the chain reward has the gradient of the accepted tokens of a sampled draft, mean_k prod_{j<=k} a_j, itself.
     """
     p, log_q = torch.softmax(wanted.float(), -1), torch.log_softmax(logits.float(), -1)
-    with torch.no_grad():
-        kept = torch.minimum(p, log_q.exp()).sum(-1).clamp(EPS, 1.0)
-        c = weights(-kept.log(), logits.argmax(-1) == wanted.argmax(-1), mask, how)
-    return -(c * (p * log_q).sum(-1)).sum()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and overlap > 0):
+        refused = -torch.minimum(p, log_q.exp()).sum(-1).clamp(EPS, 1.0).log()
+    c = weights(refused.detach(), logits.argmax(-1) == wanted.argmax(-1), mask, how)
+    loss = overlap * (c * refused).sum() if overlap else log_q.new_zeros(())
+    return loss - entropy * (c * (p * log_q).sum(-1)).sum()
 
 
 def value(nll: Float[Tensor, "N S"], correct: Bool[Tensor, "N S"], mask: Bool[Tensor, "N S"], how: Objective) -> Tensor:

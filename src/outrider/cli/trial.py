@@ -1,0 +1,208 @@
+"""Experiments on live traffic for the commands: from a file and a server's options to a trial, rehearsals, and how it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from outrider.cli import options as opt
+from outrider.errors import CapacityError
+
+ROOM = 8
+"""Requests of a rehearsal that are in the server at once."""
+
+
+def served_by(
+    draft: str,
+    length: int,
+    rule: str,
+    allow_lossy: bool,
+    quantize: str | None,
+    speculative_config: str | None = None,
+    *,
+    fixed: bool,
+) -> Any:
+    """What a server is asked to serve, by the names its options have."""
+    from outrider.drafters.load import parse_speculative_config
+    from outrider.evaluate.online import Served
+
+    found = {"draft": draft, "length": length, "rule": rule}
+    if speculative_config is not None:
+        found |= {k: v for k, v in parse_speculative_config(speculative_config).items() if k in found}
+    return Served(**found, allow_lossy=allow_lossy, draft_quantize=quantize, fixed=fixed)  # type: ignore[arg-type]
+
+
+def trial_of(file: Path, store: str | Path, served: Any, name: str | None = None) -> Any:
+    """The trial of an experiment's file on a server. Raises ConfigError for what it cannot vary, before anything is loaded."""
+    from dataclasses import replace
+
+    from outrider.evaluate.experiment import read_experiment
+    from outrider.evaluate.online import wishes
+    from outrider.evaluate.trial import Trial
+
+    e = read_experiment(file)
+    e = replace(e, name=name or e.name, quality=None)
+    return Trial(e, wishes(e, served), store)
+
+
+# ----------------------------------------------------------------- rehearsals
+async def rehearse(app: Any, model: str, prompts: list[str], requests: int, users: int, tokens: int) -> int:
+    """Send `requests` requests of `users` users through the application, without a socket; how many were answered."""
+    room = asyncio.Semaphore(ROOM)
+
+    async def one(i: int) -> int:
+        body = {"model": model, "prompt": prompts[i % len(prompts)], "max_tokens": tokens, "user": f"user {i % users}"}
+        async with room:
+            return (await post(app, "/v1/completions", body))[0]
+
+    async with app.router.lifespan_context(app):
+        statuses = await asyncio.gather(*(one(i) for i in range(requests)))
+    return sum(status == 200 for status in statuses)
+
+
+async def post(app: Any, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Any:
+    """One POST through an ASGI application: status, headers, body."""
+    data, out = json.dumps(body).encode(), bytearray()
+    start: dict[str, Any] = {}
+    given = {"host": "localhost", "content-type": "application/json", **(headers or {})}
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": path,
+        "raw_path": path.encode(), "root_path": "", "query_string": b"", "client": ("127.0.0.1", 1), "server": ("localhost", 80),
+        "headers": [(k.encode(), v.encode()) for k, v in given.items()],
+    }  # fmt: skip
+    said = feed(data)
+
+    async def send(message: dict[str, Any]) -> None:
+        start.update(message if message["type"] == "http.response.start" else {})
+        out.extend(message.get("body", b""))
+
+    await app(scope, said.__anext__, send)
+    found = {k.decode(): v.decode() for k, v in start["headers"]}
+    return start["status"], found, bytes(out)
+
+
+async def feed(data: bytes) -> AsyncIterator[dict[str, Any]]:
+    """The messages of a client that sends a body and stays until it is answered."""
+    yield {"type": "http.request", "body": data, "more_body": False}
+    await asyncio.Event().wait()
+
+
+def run_rehearsal(file: Path, store: str, requests: int, users: int, length: int, tokens: int) -> str:
+    """Serve an experiment in this process to users that are made up; the name under which it is kept."""
+    from outrider.cli.serve import model_name
+    from outrider.cli.setup import engine_from_options
+    from outrider.evaluate.experiment import read_experiment
+    from outrider.evaluate.workloads import load_prompts
+    from outrider.serve.app import create_app
+    from outrider.serve.settings import Settings
+
+    name, target = f"{file.stem} rehearsal", read_experiment(file).target
+    trial = trial_of(file, store, served_by("auto", length, "auto", False, None, fixed=True), name)
+    app = create_app(
+        lambda: engine_from_options(target=target, length=length),
+        Settings(model_name(target)),
+        adaptive=False,
+        trial=trial,
+    )
+    prompts = load_prompts(Path(trial.e.prompts) if trial.e.prompts else None, trial.e.count)
+    answered = asyncio.run(rehearse(app, model_name(target), prompts, requests, users, tokens))
+    end(name, store)
+    if answered < requests:
+        raise CapacityError(f"{requests - answered} of {requests} requests were refused: see `ab status`")
+    return name
+
+
+# ----------------------------------------------------------------- how it stands
+def is_live(name: str, store: str) -> bool:
+    """Whether an experiment of a store is one on live traffic."""
+    from outrider.evaluate.store import Store
+    from outrider.evaluate.trial import KIND
+
+    with Store(store, read_only=True) as db:
+        return db.run(db.experiment(name)[0]).kind == KIND
+
+
+def end(name: str, store: str) -> None:
+    """Close an experiment, so that its name is free for another. Raises ConfigError while a server runs it."""
+    from dataclasses import asdict
+
+    from outrider.evaluate.store import Store
+    from outrider.evaluate.trial import KIND, read
+
+    standing = read(name, store)[2]
+    with Store(store) as db:
+        run, config, _ = db.experiment(name)
+        if db.run(run).state == "running":
+            db.begin(KIND, name, config)  # it is ours now, or refused while another process writes it
+            db.finish(run, asdict(standing))
+
+
+def document(name: str, store: str) -> dict[str, Any]:
+    """An experiment on live traffic as plain data."""
+    from outrider.cli.ab import ratio_of
+    from outrider.evaluate.online import shares_of
+    from outrider.evaluate.trial import read
+    from outrider.telemetry.ledger import ledger
+
+    e, tally, standing = read(name, store)
+    arms = []
+    for arm, side in tally.sides.items():
+        book = ledger(side.fresh)
+        arms.append(
+            {
+                "arm": arm,
+                "share": shares_of(e)[arm],
+                "requests": side.requests,
+                "units": len(side.units),
+                "values": len(side.values),
+                "tokens": side.tokens,
+                "tokens_per_second": side.later / side.seconds if side.seconds else None,
+                "rejections": {"predicted": book.predicted, "observed": book.observed, "agrees": book.agrees},
+                "outcomes": side.outcomes,
+                "stopped": arm in standing.stopped,
+            }
+        )
+    comparisons = [
+        {
+            "arm": c.arm,
+            "decision": c.decision,
+            "pairs": c.speed.n,
+            "speedup": ratio_of(c.speed),
+            "vetoes": list(c.vetoes),
+        }
+        for c in standing.comparisons
+    ]
+    return {"experiment": name, "live": True, "base": e.base, "arms": arms, "comparisons": comparisons}
+
+
+def show(found: dict[str, Any], json: bool) -> int:
+    """Print a document; its exit code, as for other experiments."""
+    from outrider.cli.ab import code_of, span
+
+    code = code_of([c["decision"] for c in found["comparisons"]])
+    if json:
+        opt.print_json(found)
+        return code
+    table = Table(title=f"{found['experiment']}, on live traffic", title_justify="left")
+    for column in ("arm", "requests", "users", "tokens/s", "rejections (predicted)", "speed over base", "decision"):
+        table.add_column(column, overflow="fold")
+    said = {c["arm"]: c for c in found["comparisons"]}
+    for a in found["arms"]:
+        c, rate, r = said.get(a["arm"]), a["tokens_per_second"], a["rejections"]
+        decision = "base" if c is None else c["decision"] + "".join(f"\n{v}" for v in c["vetoes"])
+        table.add_row(
+            a["arm"] + (", stopped" if a["stopped"] else ""),
+            str(a["requests"]),
+            str(a["units"]),
+            "" if rate is None else f"{rate:.1f}",
+            f"{r['observed']} ({r['predicted']:.1f})",
+            "" if c is None else span(**c["speedup"]),
+            decision,
+        )
+    opt.Console(highlight=False).print(table)
+    return code
