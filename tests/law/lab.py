@@ -173,19 +173,33 @@ class Enumerator:
 
     def _tosses(self, kids, drawn, prefix, weight, token, coins, r) -> Iterator[Probe]:
         depth, coins = len(prefix) + 1, dict(coins)
-        q = self.world.q[index(prefix, self.world.vocab)]
-        for j, (k, x) in enumerate(zip(kids, drawn, strict=True)):
-            gone = [y for y, sibling in zip(drawn[:j], kids, strict=False) if self.world.shape.law[sibling]]
-            law = after(q, gone, self.world.shape.siblings) if self.world.shape.law[k] else None
-            threshold, left = reference_toss(r, law, x)
+        thresholds, rest = self._tests(kids, drawn, prefix, r)
+        for j, (k, x, threshold) in enumerate(zip(kids, drawn, thresholds, strict=False)):
             if weight * threshold > 0:
                 accepted = {**coins, (depth, j): self._pick(0.0, threshold)}
                 yield from self._walk(k, (*prefix, x), weight * threshold, token, accepted)
             coins[depth, j] = self._pick(threshold, 1.0)
-            weight, r = weight * (1.0 - threshold), left
+            weight *= 1.0 - threshold
             if weight <= 0:
                 return
-        yield from self._finals(r, depth, weight, token, coins)
+        yield from self._finals(rest, depth, weight, token, coins)
+
+    def _tests(self, kids, drawn, prefix, r) -> tuple[list[float], np.ndarray]:
+        """Each sibling's acceptance given that those before it were refused, up to a certain one; what is left if all are."""
+        out, q = [], self.world.q[index(prefix, self.world.vocab)]
+        for j, (k, x) in enumerate(zip(kids, drawn, strict=True)):
+            gone = [y for y, sibling in zip(drawn[:j], kids, strict=False) if self.world.shape.law[sibling]]
+            law = after(q, gone, self.world.shape.siblings) if self.world.shape.law[k] else None
+            threshold, r = reference_toss(r, law, x)
+            out.append(threshold)
+            if threshold >= 1.0:
+                break
+        return out, r
+
+    def _all(self, kids, siblings: Siblings) -> bool:
+        """Whether these are two or more siblings drawn in that way from one law: what rules for siblings are for."""
+        shape = self.world.shape
+        return len(kids) >= 2 and shape.siblings == siblings and all(shape.law[k] for k in kids)
 
     def _finals(self, law, depth, weight, token, coins) -> Iterator[Probe]:
         low = 0.0
@@ -221,6 +235,22 @@ class Findings:
     ledger: np.ndarray
     spread: np.ndarray
     accepted: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+def assert_exact(found: Findings, tolerance: float) -> None:
+    """The output law is the target's, and the ledger's two identities hold."""
+    assert found.law.max() <= tolerance
+    assert found.ledger.max() <= tolerance, "E[risk - rejections] is not zero"
+    assert found.spread.max() <= tolerance, "E[(risk - rejections)^2] is not E[spread]"
+
+
+def chances_in_turn(chances: Sequence[float]) -> list[float]:
+    """From probabilities of events of which one at most happens to those given that none before did."""
+    out, left = [], 1.0
+    for chance in chances:
+        out.append(min(chance / left, 1.0) if left > 0 else 0.0)
+        left = max(left - chance, 0.0)
+    return out
 
 
 def assemble(worlds: Sequence[World], probes: Sequence[Probe], dtype: torch.dtype) -> tuple[torch.Tensor, Draft]:

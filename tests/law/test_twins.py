@@ -123,7 +123,7 @@ def test_native_transport_is_its_twin():
             found = passes.transport(p, q, tokens, transport.PIECES, transport._points((k + 1) // 2))
             if found is None:
                 pytest.skip("needs a C++ compiler")
-            plain = transport._judge(p, q, tokens)
+            plain = transport.plain_choice(p, q, tokens)
             assert in_turn(found.taken) == [pytest.approx(test, abs=tolerance) for test in plain.tests]
             assert found.left == pytest.approx(plain.risk, abs=tolerance)
             assert (found.rest - plain.rest).abs().max() < tolerance

@@ -8,39 +8,34 @@ root only). It accepts at least 1 - (1 - 1/k)^k of what any rule can from the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from outrider.noise import Noise
-from outrider.types import POINT_MASS, Draft, Siblings, Verdict
+from outrider.types import POINT_MASS, Draft, Siblings
 from outrider.verify import _common as c
 from outrider.verify import passes
-from outrider.verify.chain import judge_chains
-from outrider.verify.tree import NodeSet, judge_forest, recursive_rejection
+from outrider.verify.tree import ByNode, NodeSet, recursive_rejection
 
 
-class KSeq:
+class KSeq(ByNode):
     """K-SEQ at every node with two or more i.i.d. siblings of one law; every other node is judged as by speculative sampling.
 
     Lossless if the laws a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is (1 - beta)^k.
     """
 
     name = "k_seq"
-    lossless = True
-    trees = True
-    lane = "draft"
-    limit = 0.0
 
-    def __call__(
-        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
-    ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
-
-        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
-        """
-        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise, judge_node)
+    def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
+        """K-SEQ where it applies, else speculative sampling."""
+        found = common_law(here, draft, children)
+        if found is None:
+            return recursive_rejection(here, draft, children)
+        p, law, tokens = here.double(), found[0].double(), found[1]
+        rho = solve_rho(p, law, len(children))
+        beta = covered(p, law, rho)
+        rest = (p - rho * law).clamp_(min=0)
+        tests = [(float(p[0, x]), rho * float(law[0, x])) for x in tokens]
+        return NodeSet(tests, rest, c.unit(1.0 - beta) ** len(children))
 
 
 def common_law(
@@ -55,19 +50,6 @@ def common_law(
     law = q.dense([row], here.shape[1])
     tokens = [draft.tokens[k] for k in children]
     return (law, tokens) if all(c.is_mass(x) for x in law[0, tokens].tolist()) else None
-
-
-def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
-    """K-SEQ where it applies, else speculative sampling."""
-    found = common_law(here, draft, children)
-    if found is None:
-        return recursive_rejection(here, draft, children)
-    p, law, tokens = here.double(), found[0].double(), found[1]
-    rho = solve_rho(p, law, len(children))
-    beta = covered(p, law, rho)
-    rest = (p - rho * law).clamp_(min=0)
-    tests = [(float(p[0, x]), rho * float(law[0, x])) for x in tokens]
-    return NodeSet(tests, rest, c.unit(1.0 - beta) ** len(children))
 
 
 def covered(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], rho: float) -> float:

@@ -1,4 +1,4 @@
-// Passes of the rules over a whole vocabulary. Plain twins: `_pass` in block.py, `best_choice` and `judge_node` in transport.py.
+// Passes of the rules over a whole vocabulary. Plain twins: `_pass` in block.py, `best_choice` and `plain_choice` in transport.py.
 //
 // Everything is one thread and one row: a verdict must not depend on who else is in the batch.
 #include <algorithm>

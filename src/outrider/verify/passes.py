@@ -85,7 +85,7 @@ def transport(
     pieces: int,
     rule: tuple[npt.NDArray, npt.NDArray],
 ) -> Chosen | None:
-    """Twin: `outrider.verify.transport.judge_node`. rule: points and weights on [-1, 1] that integrate degree k - 1 exactly."""
+    """Twin: `outrider.verify.transport.plain_choice`. rule: points and weights on [-1, 1] that integrate degree k - 1 exactly."""
     compiled = _library(p, q)
     if compiled is None:
         return None

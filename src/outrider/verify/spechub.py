@@ -8,67 +8,49 @@ that was filled from it over its own, so the output law is p.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.noise import Noise
-from outrider.types import Draft, Verdict
+from outrider.types import Draft
 from outrider.verify import _common as c
-from outrider.verify.chain import judge_chains
 from outrider.verify.multidraft import common_law
-from outrider.verify.tree import NodeSet, in_turn, judge_forest, recursive_rejection
+from outrider.verify.tree import ByNode, NodeSet, in_turn, recursive_rejection
 
 
-class SpecHub:
+class SpecHub(ByNode):
     """SpecHub where a node has a pair drawn as `Proposal.siblings == "hub"`; every other node as by speculative sampling.
 
     Lossless if the laws a draft declares are true. Ledger: the risk of such a position is the mass of the residual.
     """
 
     name = "spechub"
-    lossless = True
-    trees = True
-    lane = "draft"
-    limit = 0.0
 
-    def __call__(
-        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
-    ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
-
-        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
-        """
-        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise, judge_node)
-
-
-def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
-    """The greedy fill at one node, and from which part of it this pair may be accepted."""
-    found = common_law(here, draft, children, "hub")
-    if found is None or len(children) != 2:
-        return recursive_rejection(here, draft, children)
-    p, law, tokens = here.double(), found[0].double(), found[1]
-    law = law / c.row_sums(law)
-    hub = int(law[0].argmax())
-    top = float(law[0, hub])
-    others = law.clone()
-    others[0, hub] = 0
-    following = others * (top / (1.0 - top))
-    from_first = p.minimum(others)
-    from_second = (p - from_first).minimum(following)
-    room = float(p[0, hub])
-    left = float(c.row_sums(following - from_second)), float(c.row_sums(others - from_first))
-    hub_leading = min(room, left[0])
-    hub_second = min(room - hub_leading, left[1])
-    filled = from_first + from_second
-    filled[0, hub] = hub_leading + hub_second
-    rest = (p - filled).clamp_(min=0)
-    leads = tokens[0] == hub
-    i = tokens[leads]
-    mass, taken, spare, fill = (
-        (following, from_second, left[0], hub_leading) if leads else (others, from_first, left[1], hub_second)
-    )
-    keep = min(1.0, float(taken[0, i]) / float(mass[0, i]))
-    lead = (1.0 - keep) * min(1.0, fill / spare) if c.is_mass(spare) else 0.0
-    return NodeSet(in_turn((lead, keep) if leads else (keep, lead)), rest, c.unit(float(c.row_sums(rest))))
+    def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
+        """The greedy fill at one node, and from which part of it this pair may be accepted."""
+        found = common_law(here, draft, children, "hub")
+        if found is None or len(children) != 2:
+            return recursive_rejection(here, draft, children)
+        p, law, tokens = here.double(), found[0].double(), found[1]
+        law = law / c.row_sums(law)
+        hub = int(law[0].argmax())
+        top = float(law[0, hub])
+        others = law.clone()
+        others[0, hub] = 0
+        following = others * (top / (1.0 - top))
+        from_first = p.minimum(others)
+        from_second = (p - from_first).minimum(following)
+        room = float(p[0, hub])
+        left = float(c.row_sums(following - from_second)), float(c.row_sums(others - from_first))
+        hub_leading = min(room, left[0])
+        hub_second = min(room - hub_leading, left[1])
+        filled = from_first + from_second
+        filled[0, hub] = hub_leading + hub_second
+        rest = (p - filled).clamp_(min=0)
+        leads = tokens[0] == hub
+        i = tokens[leads]
+        mass, taken, spare, fill = (
+            (following, from_second, left[0], hub_leading) if leads else (others, from_first, left[1], hub_second)
+        )
+        keep = min(1.0, float(taken[0, i]) / float(mass[0, i]))
+        lead = (1.0 - keep) * min(1.0, fill / spare) if c.is_mass(spare) else 0.0
+        return NodeSet(in_turn((lead, keep) if leads else (keep, lead)), rest, c.unit(float(c.row_sums(rest))))

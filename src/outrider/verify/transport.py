@@ -26,13 +26,11 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from outrider.noise import Noise
-from outrider.types import Draft, Verdict
+from outrider.types import Draft
 from outrider.verify import _common as c
 from outrider.verify import passes
-from outrider.verify.chain import judge_chains
 from outrider.verify.multidraft import common_law
-from outrider.verify.tree import NodeSet, in_turn, judge_forest, recursive_rejection
+from outrider.verify.tree import ByNode, NodeSet, in_turn, recursive_rejection
 
 Array = npt.NDArray[np.float64]
 
@@ -53,7 +51,7 @@ LEAST = 1e-12
 """Mass of q beyond which the rest of the pieces are taken for empty."""
 
 
-class OptimalTransport:
+class OptimalTransport(ByNode):
     """The optimal choice among the i.i.d. siblings of one law at every node; every other node as by speculative sampling.
 
     Lossless if the laws a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is the mass of (p - m)_+,
@@ -61,35 +59,21 @@ class OptimalTransport:
     """
 
     name = "optimal_transport"
-    lossless = True
-    trees = True
-    lane = "draft"
-    limit = 0.0
 
-    def __call__(
-        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
-    ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
-
-        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
-        """
-        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise, judge_node)
-
-
-def judge_node(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
-    """One node: P(child j is chosen and accepted | the tokens), as tests in turn; what is left if none is."""
-    found = common_law(here, draft, children)
-    if found is None:
-        return recursive_rejection(here, draft, children)
-    law, tokens = found
-    if here.shape[1] > EVERY_TOKEN:
-        done = passes.transport(here, law, tokens, PIECES, _points((len(tokens) + 1) // 2))
-        if done is not None:
-            return NodeSet(in_turn(done.taken), done.rest, c.unit(done.left))
-    return _judge(here.double(), law.double(), tokens)
+    def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
+        """One node: P(child j is chosen and accepted | the tokens), as tests in turn; what is left if none is."""
+        found = common_law(here, draft, children)
+        if found is None:
+            return recursive_rejection(here, draft, children)
+        law, tokens = found
+        if here.shape[1] > EVERY_TOKEN:
+            done = passes.transport(here, law, tokens, PIECES, _points((len(tokens) + 1) // 2))
+            if done is not None:
+                return NodeSet(in_turn(done.taken), done.rest, c.unit(done.left))
+        return plain_choice(here.double(), law.double(), tokens)
 
 
-def _judge(p: Float64[Tensor, "1 V"], law: Float64[Tensor, "1 V"], tokens: list[int]) -> NodeSet:
+def plain_choice(p: Float64[Tensor, "1 V"], law: Float64[Tensor, "1 V"], tokens: list[int]) -> NodeSet:
     """The plain twin of `outrider.verify.passes.transport`."""
     law = law / c.row_sums(law)
     piece, choice = best_choice(p, law, len(tokens))

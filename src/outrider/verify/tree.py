@@ -22,31 +22,6 @@ from outrider.verify import _common as c
 from outrider.verify.chain import judge_chains
 
 
-class SpeculativeSampling:
-    """Speculative sampling on any forest. Lossless if the laws a draft declares are true; it may declare none (q=None).
-
-    Ledger: the risk of a position is one minus the overlap of p and q for one child with a law (Yin et al. 2024,
-    Theorem 1), and the product over the rounds for i.i.d. siblings. Point masses and siblings drawn without replacement
-    are judged given their tokens: the product of 1 - min(1, r(x) / q(x)). Each is the exact probability that the
-    position ends in a rejection, provided the number of siblings was chosen before their tokens were seen.
-    """
-
-    name = "speculative_sampling"
-    lossless = True
-    trees = True
-    lane = "draft"
-    limit = 0.0
-
-    def __call__(
-        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
-    ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
-
-        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
-        """
-        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise)
-
-
 @dataclass(frozen=True, slots=True)
 class NodeSet:
     """The children of one node before their coins.
@@ -82,6 +57,40 @@ def judge_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Jud
         tokens.append(token)
         risks.append(risk)
     return c.verdict(paths, tokens, risks)
+
+
+class ByNode:
+    """A lossless rule that differs from speculative sampling only in what it does with the siblings at one node."""
+
+    lossless = True
+    trees = True
+    lane = "draft"
+    limit = 0.0
+
+    def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
+        """The rule at one node."""
+        return recursive_rejection(here, draft, children)
+
+    def __call__(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Verdict:
+        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
+
+        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
+        """
+        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise, self.judge)
+
+
+class SpeculativeSampling(ByNode):
+    """Speculative sampling on any forest. Lossless if the laws a draft declares are true; it may declare none (q=None).
+
+    Ledger: the risk of a position is one minus the overlap of p and q for one child with a law (Yin et al. 2024,
+    Theorem 1), and the product over the rounds for i.i.d. siblings. Point masses and siblings drawn without replacement
+    are judged given their tokens: the product of 1 - min(1, r(x) / q(x)). Each is the exact probability that the
+    position ends in a rejection, provided the number of siblings was chosen before their tokens were seen.
+    """
+
+    name = "speculative_sampling"
 
 
 def _walk(p: Tensor, draft: Draft, noise: Noise, b: int, judge: Judge) -> tuple[list[int], int, list[float]]:
