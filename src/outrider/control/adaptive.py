@@ -4,7 +4,8 @@ With b sequences in a step and a draft length L, a step takes T(b, L) seconds an
 worth E(L) / T(b, L). Both are measured: E from the steps that were accepted at each depth, ratios of T by trials in which two
 lengths take turns, step by step. Speculation gains over plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et al.
 2023, Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). A ratio of neighbouring
-steps is needed because the speed of a machine changes by more, and for longer, than lengths differ.
+steps is needed because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such
+neighbours are rare: until a load has had a trial, T is put together from whatever passes came by (`outrider.control.rows`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol, cast, runtime_checkable
 
+from outrider.control.acceptance import Depths, break_even
+from outrider.control.rows import RowTimes, load_class
 from outrider.errors import ConfigError
 from outrider.types import SequenceView, StepRecord
 
@@ -28,9 +31,6 @@ SETTLE, FIRST_PAUSE, LAST_PAUSE = 8, 64, 2048
 cost below half a per cent in the long run."""
 HOPELESS, SURE = 0.8, 5
 """A trial ends early when its first SURE pairs all say that it is worth less than HOPELESS of the choice."""
-MEMORY, FLOOR = 1000.0, 30.0
-"""Sequence-steps, drafted for or not, after which evidence about acceptance has lost 63% of its weight; and the number of
-tries it is not faded below, so that a few steps of a trial do not outvote all that is known."""
 
 
 @runtime_checkable
@@ -43,18 +43,6 @@ class _Params(Protocol):
     def greedy(self) -> bool: ...
     @property
     def draft_length(self) -> int | None: ...
-
-
-def load_class(sequences: int) -> int:
-    """Loads that share measurements: 1, 2, 3, 4 sequences by themselves, then 6, 8, 12, 16, 24, ... as upper ends."""
-    if sequences <= 4:
-        return sequences
-    top = 4
-    while True:
-        for upper in (top * 3 // 2, top * 2):
-            if sequences <= upper:
-                return upper
-        top *= 2
 
 
 @dataclass(slots=True)
@@ -137,10 +125,12 @@ class Adaptive:
             raise ConfigError(f"the margin must be at least 0 and below 1, got {margin}")
         self.first, self.longest, self.margin, self.invariant = first, longest, margin, invariant
         self._loads: dict[int, _Load] = {}
-        self._hits, self._tries = [0.0] * longest, [0.0] * longest
+        self._accepted = Depths(longest)
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
         self._now: tuple[int, int] | None = None  # and of the draft that it made
         self._last = self._steps = 0
+        self._passes = RowTimes()  # of the target, by rows
+        self._levels = RowTimes()  # of one level of drafts, by sequences
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
@@ -158,7 +148,8 @@ class Adaptive:
         self._before, self._now = now, None
         self._steps += 1
         if before is not None and record.scored:
-            self._learn_acceptance(record, before[1])
+            self._accepted.learn(record, before[1])
+        self._learn_times(record, now)
         prompts = record.rows > record.scored + record.counts.proposed
         if before is None or now is None or prompts or not record.scored == before[0] == now[0]:
             return
@@ -176,16 +167,8 @@ class Adaptive:
 
     # ------------------------------------------------------------------ what it knows
     def tokens_per_step(self, length: int) -> float:
-        """E(L) = 1 + sum over depths of the share of steps that were accepted there; deeper ones continue geometrically."""
-        total, share, fall = 1.0, 1.0, 0.7
-        for depth in range(length):
-            if self._tries[depth] >= 1.0:
-                new = self._hits[depth] / self._tries[depth]
-                fall, share = min(1.0, new / share) if share > 0 else 0.0, new
-            else:
-                share *= fall
-            total += share
-        return total
+        """E(L) by what was accepted lately."""
+        return self._accepted.tokens_per_step(length)
 
     def outlook(self) -> Outlook:
         """What it believes about the load of the latest step."""
@@ -217,23 +200,39 @@ class Adaptive:
         return self._loads.setdefault(load_class(sequences), _Load(self.first))
 
     def _choice(self, sequences: int) -> int:
-        """The length for this load; in a trial the two lengths in turn."""
+        """The length for this load; in a trial the two lengths in turn; before the first trial what the passes so far foretell."""
         load = self._load(sequences)
         if load.trial < 0:
+            if not load.known and self._steps % SETTLE == 0:
+                load.length = self._foretold(sequences, load.length)
             return load.length
         load.turn += 1
         return load.trial if load.turn % 2 else load.length
 
-    def _learn_acceptance(self, record: StepRecord, length: int) -> None:
-        keep = max(0.0, 1.0 - record.scored / MEMORY)
-        accepted = record.counts.accepted_at
-        for depth in range(self.longest):
-            if self._tries[depth] > FLOOR:
-                self._hits[depth] *= keep
-                self._tries[depth] *= keep
-            if depth < length:
-                self._hits[depth] += accepted[depth] if depth < len(accepted) else 0
-                self._tries[depth] += record.scored
+    def _foretold(self, sequences: int, length: int) -> int:
+        """The length of the best foretold speed if that gains the margin over `length`; plain decoding if it gains at all."""
+        if not self._accepted.known:
+            return length
+        level = self._levels.seconds(sequences)
+        worth = {}
+        for x in range(self.longest + 1):
+            judging = self._passes.seconds(sequences * (1 + x))
+            if judging is not None and (level is not None or x == 0):
+                worth[x] = self.tokens_per_step(x) / (judging + x * (level or 0.0))
+        if 0 not in worth or length not in worth:
+            return length
+        best = max(worth, key=lambda x: worth[x])
+        if worth[best] > worth[length] * (1.0 + self.margin):
+            return best
+        return 0 if worth[0] > worth[length] else length
+
+    def _learn_times(self, record: StepRecord, now: tuple[int, int] | None) -> None:
+        """What a pass of so many rows took, and a level of drafts for so many sequences, whatever else the step did."""
+        drafting = record.seconds["draft"]
+        if record.rows > 0:
+            self._passes.learn(record.rows, sum(record.seconds.values()) - drafting)
+        if now is not None and now[1] > 0:
+            self._levels.learn(now[0], drafting / now[1])
 
     def _decide(self, load: _Load) -> None:
         """At the end of a pause begin a trial; at the end of a trial judge it."""
@@ -288,22 +287,3 @@ class Adaptive:
         load.pause = FIRST_PAUSE if moved else min(LAST_PAUSE, 2 * load.pause)
         unknown = any(x not in load.known for x in self._neighbours(load))
         load.left = SETTLE if unknown else load.pause
-
-
-def break_even(length: int, cost: float) -> float | None:
-    """Rejection probability r per judged token at which `length` gains nothing: 1 + sum over d <= length of (1 - r)^d = cost.
-
-    cost: seconds of a speculative step over those of a plain one. 1.0 if even certain rejection loses nothing, 0.0 if even
-    certain acceptance would not pay, None for length 0.
-    """
-    if length == 0:
-        return None
-    if cost <= 1.0:
-        return 1.0
-    if cost >= 1.0 + length:
-        return 0.0
-    low, high = 0.0, 1.0  # of the acceptance probability: the sum rises with it
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if 1.0 + sum(middle**d for d in range(1, length + 1)) < cost else (low, middle)
-    return 1.0 - (low + high) / 2

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from outrider.control.adaptive import LAST_PAUSE, Adaptive, break_even, load_class
+from outrider.control.acceptance import break_even
+from outrider.control.adaptive import LAST_PAUSE, Adaptive
+from outrider.control.rows import load_class
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.types import Counts, SequenceView, StepRecord

@@ -1,0 +1,57 @@
+"""What drafts are accepted lately, by depth, and what that is worth."""
+
+from __future__ import annotations
+
+from outrider.theory.speedup import break_even_acceptance
+from outrider.types import StepRecord
+
+MEMORY, FLOOR = 1000.0, 30.0
+"""Sequence-steps, drafted for or not, after which evidence about acceptance has lost 63% of its weight; and the number of
+tries it is not faded below, so that a few steps of a trial do not outvote all that is known."""
+
+
+class Depths:
+    """Fading shares of the drafts that were accepted at each depth, 1 to `longest`."""
+
+    def __init__(self, longest: int) -> None:
+        self._hits, self._tries = [0.0] * longest, [0.0] * longest
+
+    @property
+    def known(self) -> bool:
+        """Whether enough drafts have been seen for `tokens_per_step` to rest on them."""
+        return bool(self._tries) and self._tries[0] >= FLOOR
+
+    def learn(self, record: StepRecord, length: int) -> None:
+        """A step that judged drafts of this length."""
+        keep = max(0.0, 1.0 - record.scored / MEMORY)
+        accepted = record.counts.accepted_at
+        for depth in range(len(self._tries)):
+            if self._tries[depth] > FLOOR:
+                self._hits[depth] *= keep
+                self._tries[depth] *= keep
+            if depth < length:
+                self._hits[depth] += accepted[depth] if depth < len(accepted) else 0
+                self._tries[depth] += record.scored
+
+    def tokens_per_step(self, length: int) -> float:
+        """E(L) = 1 + sum over depths of the share of steps that were accepted there; deeper ones continue geometrically."""
+        total, share, fall = 1.0, 1.0, 0.7
+        for depth in range(length):
+            if self._tries[depth] >= 1.0:
+                new = self._hits[depth] / self._tries[depth]
+                fall, share = min(1.0, new / share) if share > 0 else 0.0, new
+            else:
+                share *= fall
+            total += share
+        return total
+
+
+def break_even(length: int, cost: float) -> float | None:
+    """Rejection probability r per judged token at which `length` gains nothing: 1 + sum over d <= length of (1 - r)^d = cost.
+
+    cost: seconds of a speculative step over those of a plain one. 1.0 if even certain rejection loses nothing, 0.0 if even
+    certain acceptance would not pay, None for length 0.
+    """
+    if length == 0:
+        return None
+    return 1.0 if cost <= 1.0 else max(0.0, 1.0 - break_even_acceptance(length, 0.0, cost))
