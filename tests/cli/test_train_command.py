@@ -37,7 +37,9 @@ def options(place: Path, kind: str) -> list[str]:
     return [
         "train", kind, "--target", str(place / "target"), "--data", str(place / "texts"), "--work", str(place / "work"),
         "--out", str(place / kind), "--rows", "12", "--held-out", "4", "--prompt", "8", "--length", "24", "--steps", "4",
-        "--batch", "4", "--levels", "2", "--taps", "1,2", "--anchors", "5", "--json",
+        "--batch", "4", "--levels", "2", "--json",
+        *(["--taps", "1,2"] if kind in ("eagle", "dflash") else []),
+        *(["--anchors", "5"] if kind == "dflash" else []),
         *(["--width", "32"] if kind in ("eagle", "draft") else []),
     ]  # fmt: skip
 
@@ -73,6 +75,22 @@ def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> Non
         texts.append(one.generate(["the line"], p)[0].outputs[0].token_ids)
         assert draft == "none" or one.counts.proposed > 0
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("medusa", ["--taps", "1,2"], "medusa does not read taps; eagle, dflash would"),
+        ("eagle", ["--blocks", "2"], "eagle does not read blocks"),
+        ("eagle1", ["--loss", "kl"], "eagle1 does not read loss"),
+        ("draft", ["--anchors", "5", "--objective", "chain"], "draft does not read anchors, objective; dflash would"),
+        ("dflash", ["--labels", "tokens", "--loss", "kl"], "leave the loss out"),
+    ],
+)
+def test_a_choice_that_would_change_nothing_is_refused(kind, given, said, place: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, *options(place, kind), *given) == 2
+    assert said in capsys.readouterr().err
+    assert not (place / "work").exists()
 
 
 def test_data_of_another_target_are_refused(place: Path, monkeypatch, capsys) -> None:

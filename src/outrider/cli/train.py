@@ -71,8 +71,8 @@ def train(
         str,
         typer.Option(
             "--loss",
-            help="For medusa, eagle and draft: staged (KL, then total variation), hybrid (both, weighted by acceptance), kl, tv, "
-            "log_acceptance, or ce (next tokens of the text).",
+            help="For all but eagle1: staged (KL, then total variation), kl or log_acceptance; for all but dflash also tv, "
+            "hybrid (KL and total variation, weighted by acceptance), or ce (next tokens of the text).",
         ),
     ] = "staged",
     save_every: Annotated[float, typer.Option("--save-every", help="Seconds between checkpoints.")] = 120.0,

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,14 @@ from outrider.train.loop import LoopConfig, LossOf, share_computing, train
 from outrider.train.losses import LOSSES
 from outrider.train.slots import arm
 
-KINDS = ("medusa", "eagle", "eagle1", "dflash", "draft")
+KINDS: dict[str, frozenset[str]] = {
+    "medusa": frozenset({"blocks", "loss"}),
+    "eagle": frozenset({"width", "taps", "loss"}),
+    "eagle1": frozenset({"width"}),
+    "dflash": frozenset({"blocks", "width", "taps", "anchors", "objective", "labels", "loss"}),
+    "draft": frozenset({"blocks", "width", "loss"}),
+}
+"""What can be trained, and which of the choices that not every kind has it reads; the others are refused, not dropped."""
 LABELS = ("laws", "tokens")
 Report = Callable[[str], None]
 
@@ -95,7 +102,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(unknown_name("drafter to train", self.kind, KINDS))
+            raise ConfigError(unknown_name("drafter to train", self.kind, tuple(KINDS)))
         if self.levels < 1 or self.length <= self.levels + 1:
             raise ConfigError(f"levels must be >= 1 and well below the rows' length, got {self.levels}, {self.length}")
         if self.anchors < 1:
@@ -107,6 +114,17 @@ class Job:
             raise ConfigError(unknown_name("loss", self.loss, LOSSES))
         if self.kind == "dflash" and self.labels == "laws" and self.loss not in SHARES:
             raise ConfigError(f"a block drafter learns laws by {', '.join(SHARES)}, not by {self.loss}")
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        """ConfigError for a choice that would change nothing."""
+        given = {f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default}
+        unread = sorted(given & frozenset().union(*KINDS.values()) - KINDS[self.kind])
+        if unread:
+            kinds = ", ".join(kind for kind, read in KINDS.items() if set(unread) <= read)
+            raise ConfigError(f"{self.kind} does not read {', '.join(unread)}" + (f"; {kinds} would" if kinds else ""))
+        if self.kind == "dflash" and self.labels == "tokens" and "loss" in given:
+            raise ConfigError("labels 'tokens' have one loss, weighted by the objective: leave the loss out")
 
     def wanted(self, part: str) -> Wanted:
         """The data of a part, "training" or "held_out"."""
