@@ -15,9 +15,10 @@ from typing import Any
 
 from outrider.engine.build import build_engine
 from outrider.serve.app import create_app
-from outrider.serve.bridge import Bridge, Limits
+from outrider.serve.bridge import Bridge
 from outrider.serve.run import Server, server_for
 from outrider.serve.settings import Settings, digest
+from outrider.serve.tickets import Limits
 from outrider.serve.watch import Watch
 
 KEY = "test-key-123456"

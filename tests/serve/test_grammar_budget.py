@@ -67,7 +67,9 @@ def test_an_exhausted_grammar_ends_its_request_and_nothing_else(small: Running) 
     assert json.loads(beside[0])["choices"][0]["text"] == alone
     status, _, reply = small.call("POST", "/v1/completions", body(3, 20, stream=False, n=2))
     assert status == 400 and json.loads(reply)["error"]["type"] == "invalid_request_error"
-    until(lambda: small.bridge.engine.scheduler.free == 2 and not small.bridge.tickets and not small.bridge._routes)
+    until(
+        lambda: small.bridge.engine.scheduler.free == 2 and not small.bridge.tickets and not small.bridge.worker.routes
+    )
     assert small.bridge.metrics.outcomes["error"] == 3 and small.call("GET", "/ready")[0] == 200
 
 

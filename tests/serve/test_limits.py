@@ -15,9 +15,10 @@ import pytest
 
 from outrider.engine.build import build_engine
 from outrider.engine.scheduler import Scheduler
-from outrider.serve.bridge import Bridge, Limits, Overloaded
+from outrider.serve.bridge import Bridge
 from outrider.serve.guard import DEPTH, nested
 from outrider.serve.sse import EventStream
+from outrider.serve.tickets import Limits, Overloaded
 from outrider.telemetry.prometheus import Metrics
 from tests.serve.harness import KEY, Running, serving, until
 
@@ -62,7 +63,7 @@ def test_a_heavy_key_delays_a_light_one_by_no_more_than_a_request() -> None:
         heavy = [threading.Thread(target=ask, args=(KEY,)) for _ in range(11)]
         for thread in heavy:
             thread.start()
-        until(lambda: running.bridge._held == 11)
+        until(lambda: running.bridge.held == 11)
         status, headers, reply = running.call("POST", "/v1/completions", body, bearer(KEY))
         assert (
             status == 429 and "this key" in json.loads(reply)["error"]["message"] and int(headers["retry-after"]) >= 1
@@ -72,7 +73,7 @@ def test_a_heavy_key_delays_a_light_one_by_no_more_than_a_request() -> None:
         assert done.index(OTHER) - before <= 3  # the running one, and those that ended while we connected
         for thread in heavy:
             thread.join()
-        assert running.bridge._owned[0] == running.bridge._owned[1] == 0
+        assert running.bridge.owned[0] == running.bridge.owned[1] == 0
         assert running.call("POST", "/v1/completions", {**body, "n": 12}, bearer(KEY))[0] == 400
 
 
@@ -145,7 +146,7 @@ def test_a_slow_body_is_cut() -> None:
         sock.sendall(b'Content-Length: 100\r\n\r\n{"model"')
         sock.settimeout(5)
         assert b" 408 " in sock.recv(4096)
-        assert running.bridge._held == 0
+        assert running.bridge.held == 0
 
 
 def test_headers_are_bounded(server: Running) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from outrider.serve.bridge import Limits
+from outrider.serve.tickets import Limits
 from outrider.telemetry.resources import memory_bytes
 from tests.serve.harness import serving, until
 from tests.serve.toyserver import BODY, toy
@@ -78,7 +78,7 @@ def test_nothing_leaks_and_the_books_balance(count: int) -> None:
         seen = Counter(asyncio.run(chaos(running.port, count, 20, seed=count)))
         bridge, metrics = running.bridge, running.bridge.metrics
         until(lambda: not bridge.tickets and bridge.engine.scheduler.free == SLOTS, 20)
-        assert bridge._held == 0 and not bridge._routes and not bridge._queued and not bridge.engine.busy
+        assert bridge.held == 0 and not bridge.worker.routes and not bridge.worker.queued and not bridge.engine.busy
         assert sum(bridge.engine.parts.kv.length) == 0  # every block is back
         assert set(seen) <= {"200", "400", "429", "left", "cut"}, set(seen)
         assert seen["200"] > 0.4 * count and seen["left"] > 0.2 * count
@@ -129,7 +129,7 @@ def test_overload_is_refused_politely() -> None:
     """Far more than one slot can serve: every refusal is a 429 with Retry-After, and none waits behind the work."""
     with serving(engine=toy(1), fixed=True, limits=Limits(queue=3, queue_seconds=20)) as running:
         replies = asyncio.run(flood(running.port, 100, 2.0))
-        until(lambda: running.bridge._held == 0, 20)
+        until(lambda: running.bridge.held == 0, 20)
         refused = [r for r in replies if r[0] != 200]
         assert {status for status, *_ in refused} <= {429, 503} and len(refused) > 0.3 * len(replies)
         assert all(int(headers["retry-after"]) >= 1 for _, headers, _ in refused)

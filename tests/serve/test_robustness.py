@@ -15,7 +15,7 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from outrider.engine.build import build_engine
-from outrider.serve.bridge import Limits
+from outrider.serve.tickets import Limits
 from tests.serve.harness import KEY, Running, serving, until
 
 LONG = {"model": "pycode", "prompt": "def f(", "max_tokens": 900, "ignore_eos": True}
@@ -37,7 +37,7 @@ def test_a_client_that_leaves_frees_its_slots(server: Running, manner: str, n: i
     sock.close()
     until(lambda: free(server) == 8 and not server.bridge.tickets, 10)
     assert server.bridge.engine.steps - steps < 400  # and not because it had run to its end
-    assert server.bridge._held == 0 and not server.bridge._routes and not server.bridge._queued
+    assert server.bridge.held == 0 and not server.bridge.worker.routes and not server.bridge.worker.queued
 
 
 def test_a_client_that_leaves_before_a_whole_reply_frees_its_slot(server: Running) -> None:
@@ -66,7 +66,7 @@ def test_a_full_queue_says_429_at_once_and_a_waiting_request_expires(small: Runn
         waiting: list[tuple[int, dict, bytes]] = []
         thread = threading.Thread(target=lambda: waiting.append(small.call("POST", "/v1/completions", SHORT, AUTH)))
         thread.start()
-        until(lambda: small.bridge._held == 2)
+        until(lambda: small.bridge.held == 2)
         start = time.monotonic()
         status, headers, body = small.call("POST", "/v1/completions", SHORT, AUTH)
         assert (status, json.loads(body)["error"]["type"]) == (429, "rate_limit_error")
@@ -77,7 +77,7 @@ def test_a_full_queue_says_429_at_once_and_a_waiting_request_expires(small: Runn
     assert status == 503
     assert "retry-after" in headers
     assert "too long" in json.loads(body)["error"]["message"]
-    until(lambda: free(small) == 1 and small.bridge._held == 0)
+    until(lambda: free(small) == 1 and small.bridge.held == 0)
     assert small.call("POST", "/v1/completions", SHORT, AUTH)[0] == 200
     assert small.call("POST", "/v1/completions", {**SHORT, "n": 3}, AUTH)[0] == 400  # could never be held
 
@@ -200,7 +200,7 @@ def test_requests_the_engine_refuses(server: Running) -> None:
     for body in ({**SHORT, "prompt": ""}, {**SHORT, "prompt": [999_999]}, {**SHORT, "logit_bias": {"999999": 1}}):
         assert server.call("POST", "/v1/completions", body)[0] == 400
     assert server.call("POST", "/v1/completions", {**SHORT, "prompt": ["x", ""]})[0] == 400  # all or nothing
-    until(lambda: server.bridge._held == 0 and free(server) == 8 and not server.bridge._routes)
+    until(lambda: server.bridge.held == 0 and free(server) == 8 and not server.bridge.worker.routes)
 
 
 @pytest.mark.parametrize(
@@ -319,19 +319,19 @@ def test_a_failing_step_ends_its_requests_and_nothing_else(caplog: pytest.LogCap
         assert free(running) == 2
 
 
-@pytest.mark.parametrize("where", ["_step", "_admit"])
+@pytest.mark.parametrize("where", ["_step", "admit"])
 def test_a_dead_engine_thread_is_told_at_once(caplog: pytest.LogCaptureFixture, where: str) -> None:
     """Those who wait for a token, and those who wait to be queued, hear it now and not at their deadline; /health says it."""
     engine = build_engine(slots=2)
     with caplog.at_level(logging.CRITICAL), serving(engine=engine) as running:
-        setattr(running.bridge, where, lambda *_: (_ for _ in ()).throw(SystemExit("planted")))
+        setattr(running.bridge.worker, where, lambda *_: (_ for _ in ()).throw(SystemExit("planted")))
         start = time.monotonic()
         status, _, reply = running.call("POST", "/v1/completions", SHORT)
         assert status == 500 and "died" in json.loads(reply)["error"]["message"]
         assert time.monotonic() - start < 2
         assert running.call("GET", "/health")[0] == running.call("GET", "/ready")[0] == 503
         assert running.call("POST", "/v1/completions", SHORT)[0] == 503
-        assert running.bridge._held == 0 and not running.bridge.tickets
+        assert running.bridge.held == 0 and not running.bridge.tickets
         assert running.server.state() == b"-"
 
 

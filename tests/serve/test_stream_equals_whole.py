@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from outrider.engine.engine import Engine
-from outrider.serve.bridge import Bridge, Limits
+from outrider.serve.bridge import Bridge
 from outrider.serve.openai import ChatRequest, CompletionRequest, parse
 from outrider.serve.settings import Settings
+from outrider.serve.tickets import Limits
 from outrider.serve.v1 import OpenAI
 from outrider.target.kv import ContiguousKV
 from outrider.telemetry.prometheus import Metrics

@@ -21,9 +21,9 @@ import torch
 
 from outrider.engine.engine import Engine
 from outrider.serve.app import create_app
-from outrider.serve.bridge import Limits
 from outrider.serve.run import server_for
 from outrider.serve.settings import Settings
+from outrider.serve.tickets import Limits
 from outrider.target.toy import TableTarget
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted

@@ -144,9 +144,9 @@ def serve(
     elif restarts:
         raise typer.Exit(keep(host, port, restarts, hang_timeout))
     from outrider.serve.app import create_app
-    from outrider.serve.bridge import Limits
     from outrider.serve.run import server_for, unbind
     from outrider.serve.settings import LOCAL_NAMES, Settings, digest
+    from outrider.serve.tickets import Limits
     from outrider.serve.webhook import check_url
 
     hashed = tuple(digest(key) for key in keys)

@@ -35,6 +35,7 @@ from outrider.serve.trial import Trial, open_gates
 from outrider.serve.v1 import OpenAI
 from outrider.serve.watch import Watch
 from outrider.serve.webhook import Webhook
+from outrider.target.tokenizer import forget_words
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 
 PAGE = Path(__file__).parent / "dashboard" / "index.html"
@@ -105,6 +106,7 @@ def prepare(engine: Engine, metrics: Metrics, adaptive: bool, trial: Trial | Non
     if trial is not None:
         open_gates(engine)
     warm_up(engine)
+    forget_words(engine.tokenizer)
     parts = engine.parts
     if adaptive and parts.drafter.max_depth:
         invariant = parts.rule.lane == "gumbel"

@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.errors import RequestError
-from outrider.serve.bridge import EngineFailure, Overloaded, Unavailable
 from outrider.serve.openai import BadField
 from outrider.serve.replies import error_body
 from outrider.serve.settings import Settings
+from outrider.serve.tickets import EngineFailure, Overloaded, Unavailable
 from outrider.telemetry.prometheus import Metrics
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from outrider import __version__
 from outrider.drafters.prediction import accepted_of
 from outrider.engine.sequence import Event, TokenLogprob
 from outrider.errors import OutriderError, RequestError
-from outrider.serve.bridge import Bridge, Ticket
+from outrider.serve.bridge import Bridge
 from outrider.serve.openai import ChatRequest, CompletionRequest
 from outrider.serve.sse import DONE, frame
+from outrider.serve.tickets import Ticket
 from outrider.telemetry.ledger import ledger, ratio
 from outrider.telemetry.prometheus import drafts
 from outrider.types import Counts

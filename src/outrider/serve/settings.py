@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass, field
 
-from outrider.serve.bridge import Limits
+from outrider.serve.tickets import Limits
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 

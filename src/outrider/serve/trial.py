@@ -9,7 +9,7 @@ from outrider.drafters.gated import gated
 from outrider.engine.engine import Engine
 from outrider.sampling.chosen import Chosen
 from outrider.sampling.params import SamplingParams
-from outrider.serve.bridge import Ticket
+from outrider.serve.tickets import Ticket
 
 USER, ARM = "x-outrider-user", "x-outrider-arm"
 """Headers: whose a request is, where its body has no `user`; and, in replies, the arm it had."""

@@ -12,12 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from outrider.errors import RequestError, unknown_name
-from outrider.serve.bridge import Bridge, Overloaded, Ticket, Unavailable
+from outrider.serve.bridge import Bridge
 from outrider.serve.guard import OWNER, body_of
 from outrider.serve.openai import BadField, ChatRequest, CompletionRequest, Engine, parse, sampling, text_of
 from outrider.serve.replies import Reply
 from outrider.serve.settings import Settings
 from outrider.serve.sse import CADENCE, EventStream, paced, while_connected
+from outrider.serve.tickets import Overloaded, Ticket, Unavailable
 from outrider.serve.trial import ARM, USER, Trial, fixed_by_seed, join
 
 Body = CompletionRequest | ChatRequest

@@ -98,6 +98,18 @@ def _plain(folder: Path) -> PlainTokenizer | None:
     return PlainTokenizer(core, core.token_to_id(eos) if isinstance(eos, str) else None)
 
 
+def forget_words(tokenizer: Any) -> None:
+    """Keep no words of the texts that are encoded: for servers, whose texts are others'.
+
+    A fast BPE tokenizer keeps up to 10,000 words in every thread that encodes, 0.4 MB before the first one, and never lets go of
+    them; encoding a text is some 20% slower without. Nothing is done for a tokenizer that has no such memory.
+    """
+    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
+    resize = getattr(getattr(core, "model", None), "_resize_cache", None)
+    if resize is not None:
+        resize(0)
+
+
 def vocab_fingerprint(tokenizer: Vocabulary) -> str:
     """SHA-256 (hex) of the vocabulary, id by id: equal exactly when every id stands for the same string."""
     digest = hashlib.sha256()

@@ -1,0 +1,102 @@
+"""A request inside the server: its ticket, what the server lets in, and how it may fail."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from outrider.engine.sequence import Event, Sequence
+from outrider.errors import CapacityError, OutriderError
+from outrider.types import Counts
+
+SHOWN = 96
+"""Latest token origins of a running request that the dashboard sees."""
+
+
+class Overloaded(CapacityError):
+    """The queue is full. retry_after: whole seconds after which a place is likely to be free."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(OutriderError):
+    """The server is starting, draining, hung or broken, or a deadline has passed: not this request's fault."""
+
+
+class EngineFailure(OutriderError):
+    """The engine failed while this request was in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server lets in. queue: sequences that may wait beside those that decode. per_owner: most that one owner (API key)
+    may hold of both, None: all of them. Times in seconds."""
+
+    queue: int = 64
+    per_owner: int | None = None
+    queue_seconds: float = 30.0
+    request_seconds: float = 600.0
+    hang_seconds: float = 10.0
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One HTTP request inside the server: a place that is held from before its prompt is read until its reply has ended.
+
+    choices: samples in all (prompts x n). owner: whose it is (the number of an API key). sequences: the engine's objects, in
+    order of choices, once it has started. accepted: done when the engine has checked and queued it. last: when its latest tokens
+    came. arm, on_end: of an experiment it is in (`trial`).
+    """
+
+    choices: int
+    owner: int = 0
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    arrived: float = field(default_factory=monotonic)
+    sequences: list[Sequence] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    admitted: float | None = None
+    first: float | None = None
+    last: float | None = None
+    prompt_tokens: int = 0
+    ended: int = 0
+    arm: str | None = None
+    on_end: Callable[[Ticket], None] | None = None
+    outcome: str = "abort"
+    open: bool = True
+    accepted: asyncio.Future[None] | None = None
+    mail: asyncio.Queue[list[tuple[int, Event]] | OutriderError] = field(default_factory=asyncio.Queue)
+    origins: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
+
+    @property
+    def done(self) -> bool:
+        return self.ended >= self.choices
+
+    def counts(self) -> Counts:
+        """The sums of all its sequences."""
+        total = Counts()
+        for sequence in self.sequences:
+            total.merge(sequence.counts)
+        return total
+
+
+class Deadline:
+    """`asyncio.timeout` whose expiry is an outcome with a sentence."""
+
+    def __init__(self, seconds: float) -> None:
+        self._timeout = asyncio.timeout(max(0.0, seconds))
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *exc: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*exc)
+        except TimeoutError:
+            raise Unavailable("the request took longer than this server allows: ask for fewer tokens") from None
