@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from outrider.drafters._forest import Forest
+from outrider.drafters._growth import BestFirst, Levels
 from outrider.noise import Noise
 from outrider.protocols import DraftLaw
 from outrider.sampling.law import Law
@@ -42,3 +44,26 @@ def evidence(views: Sequence[SequenceView], vocab_size: int, law: DraftLaw | Non
 def chain(draft: Draft, i: int = 0) -> list[int]:
     """The tokens of sequence i."""
     return list(draft.tokens[draft.offsets[i] : draft.offsets[i + 1]])
+
+
+class Seen:
+    """Wraps a growth: keeps the logits it was given, by sequence and path."""
+
+    def __init__(self, inner: Levels | BestFirst) -> None:
+        self.inner, self.logits = inner, {}
+        self.siblings = inner.siblings
+        self.depth, self.nodes, self.looked_at, self.trees = inner.depth, inner.nodes, inner.looked_at, inner.trees
+
+    def grow(self, evidence: Evidence, depths, forest: Forest, logits, follow) -> None:
+        live = [i for i, d in enumerate(depths) if d]
+        history = {i: tuple(evidence.sequences[i].tokens) for i in live}
+        for i, row in zip(live, logits, strict=True):
+            self.logits[history[i], ()] = row.clone()
+
+        def watched(ends):
+            out = follow(ends)
+            for (i, k), row in zip(ends, out, strict=True):
+                self.logits[history[i], forest.path(i, k)] = row.clone()
+            return out
+
+        self.inner.grow(evidence, depths, forest, logits, watched)

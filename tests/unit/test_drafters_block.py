@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outrider.control.fixed import Fixed
-from outrider.drafters._forest import Forest
 from outrider.drafters._growth import BestFirst, Levels
 from outrider.drafters.block import BlockConfig, BlockModel, visible
 from outrider.drafters.dflash import BlockDrafter
@@ -26,7 +25,7 @@ from outrider.train.features import hidden_of
 from outrider.types import Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
-from tests.unit.drafting import evidence, view
+from tests.unit.drafting import Seen, evidence, view
 
 V, H, BLOCK = 19, 16, 4
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
@@ -130,29 +129,6 @@ def test_nothing_leaks_from_the_future() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ serving
-class Seen:
-    """Wraps a growth: keeps the logits it was given, by sequence and path."""
-
-    def __init__(self, inner: Levels | BestFirst) -> None:
-        self.inner, self.logits = inner, {}
-        self.siblings = inner.siblings
-        self.depth, self.nodes, self.looked_at, self.trees = inner.depth, inner.nodes, inner.looked_at, inner.trees
-
-    def grow(self, evidence: Evidence, depths, forest: Forest, logits, follow) -> None:
-        live = [i for i, d in enumerate(depths) if d]
-        history = {i: tuple(evidence.sequences[i].tokens) for i in live}
-        for i, row in zip(live, logits, strict=True):
-            self.logits[history[i], ()] = row.clone()
-
-        def watched(ends):
-            out = follow(ends)
-            for (i, k), row in zip(ends, out, strict=True):
-                self.logits[history[i], forest.path(i, k)] = row.clone()
-            return out
-
-        self.inner.grow(evidence, depths, forest, logits, watched)
-
-
 GROWTHS = {
     "chain": lambda: Levels(levels((1,) * 3), V),
     "short chain": lambda: Levels(levels((1,) * 2), V),

@@ -28,7 +28,7 @@ from outrider.train.features import hidden_of
 from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
-from tests.unit.drafting import evidence, view
+from tests.unit.drafting import Seen, evidence, view
 
 V, H = 19, 16
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
@@ -52,29 +52,6 @@ def heads(shared: bool = True, blocks: int = 2) -> MedusaHeads:
     for p in model.parameters():
         p.normal_(std=0.5)
     return model
-
-
-class Seen:
-    """Wraps a growth: keeps the logits it was given, by sequence and path."""
-
-    def __init__(self, inner: Levels | BestFirst) -> None:
-        self.inner, self.logits = inner, {}
-        self.siblings = inner.siblings
-        self.depth, self.nodes, self.looked_at, self.trees = inner.depth, inner.nodes, inner.looked_at, inner.trees
-
-    def grow(self, evidence: Evidence, depths, forest: Forest, logits, follow) -> None:
-        live = [i for i, d in enumerate(depths) if d]
-        history = {i: tuple(evidence.sequences[i].tokens) for i in live}
-        for i, row in zip(live, logits, strict=True):
-            self.logits[history[i], ()] = row.clone()
-
-        def watched(ends):
-            out = follow(ends)
-            for (i, k), row in zip(ends, out, strict=True):
-                self.logits[history[i], forest.path(i, k)] = row.clone()
-            return out
-
-        self.inner.grow(evidence, depths, forest, logits, watched)
 
 
 GROWTHS = {

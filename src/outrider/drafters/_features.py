@@ -7,6 +7,7 @@ logits follow is what a drafter adds: `read`, `rows`, `join` and `logits`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
     """A network with `embed_tokens`, `fc` and one layer with `self_attn`, `post_attention_layernorm` and `mlp`."""
 
     embed_tokens: nn.Embedding
@@ -62,21 +63,21 @@ class FeatureNetwork(nn.Module):
         self.config = config
 
     # ------------------------------------------------------------------ what a drafter adds
+    @abstractmethod
     def read(self, taps: Float[Tensor, "*n K H"]) -> Float[Tensor, "*n D"]:
         """Features of positions from the target's hidden states there, after the blocks `config.taps`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, token: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
         """What `join` reads of tokens; it depends on nothing else, so serving keeps it for the whole vocabulary."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self, row: Float[Tensor, "*n D"], g: Float[Tensor, "*n D"]) -> tuple[Tensor, Tensor]:
         """Residual stream [*n, D] and input of the attention's projections, from tokens' rows and features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
         """Logits over the target's vocabulary after a row's state."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ the pieces, shared by training and serving
     def enter(
