@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -261,12 +262,15 @@ def engine_runs(
 
 
 def test_the_trainers_rounds_are_the_engines() -> None:
-    """Train-serve parity without any noise: at temperature 0 the walk over finished text makes the engine's rounds, one by one."""
-    model = trained()
+    """Train-serve parity without any noise: at temperature 0 the walk over finished text makes the engine's rounds, one by one.
+
+    In double precision, where serving multiplies by the very weights that were trained.
+    """
+    model = copy.deepcopy(trained()).double()
     rows, runs, one = engine_runs(model, 40, 0.0, "greedy")
     assert torch.equal(rows, plain(40, 0.0)), "a drafter never changes the text"
     hidden = hidden_of(TARGET, rows, READ)
-    assert walk(model, rows, hidden, PROMPT, most_likely) == runs
+    assert walk(model, rows, hidden.double(), PROMPT, most_likely) == runs
     accepted = [a for row in runs for a in row]
     assert {0, BLOCK - 1} <= set(accepted), "rounds of every kind"
     assert one.counts.rejected > 20

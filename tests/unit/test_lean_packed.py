@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
-from outrider.target.packed import Int4Linear, Int8Linear, PackedLinear, PlainLinear, can_pack, make_linear
+from outrider.packed import Int4Linear, Int8Linear, PackedLinear, PlainLinear, can_pack, make_linear
 
 SHAPES = [(700, 384), (513, 777), (2048, 256)]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from outrider.drafters._forest import Forest
 from outrider.drafters._growth import Growth, lattice
 from outrider.drafters._layers import turn
+from outrider.drafters._serving import product, served
 from outrider.drafters.block import BlockModel
 from outrider.errors import ConfigError
 from outrider.types import Draft, Evidence, SequenceView
@@ -27,10 +28,10 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         attn, mlp = layer.self_attn, layer.mlp
-        self.kv = torch.cat([attn.k_proj.weight, attn.v_proj.weight])
-        self.qkv = torch.cat([attn.q_proj.weight, self.kv])
-        self.o, self.down = attn.o_proj.weight.T, mlp.down_proj.weight.T
-        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.kv = attn.k_proj.weight, attn.v_proj.weight
+        self.qkv = product(torch.cat([attn.q_proj.weight, *self.kv]))
+        self.o, self.down = product(attn.o_proj.weight), product(mlp.down_proj.weight)
+        self.gate_up = product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
         self.enter, self.between = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
 
@@ -58,7 +59,8 @@ class BlockDrafter:
         self._order = [self.layers.index(t) for t in c.taps]
         self._size = growth.depth + 1
         self._run = [_Layer(layer) for layer in model.layers]
-        self._inject = torch.cat([layer.kv for layer in self._run])
+        self._net = served(model)
+        self._inject = product(torch.cat([w for layer in self._run for w in layer.kv]))
         self._dtype, self._device = model.fc.weight.dtype, model.fc.weight.device
         self._held: list[int] = []
         self._next: list[int] = []
@@ -114,8 +116,8 @@ class BlockDrafter:
         taps = torch.cat([hidden[n] for n in self._order], -1) if len(self._order) > 1 else hidden[0]
         if rows != list(range(len(taps))):
             taps = taps[rows]
-        context = self.model.hidden_norm(F.linear(taps.to(self._dtype), self.model.fc.weight))
-        kv = F.linear(context, self._inject).view(len(rows), c.layers, 2, c.kv_heads, c.head_dim)
+        context = self._net.hidden_norm(self._net.fc(taps.to(self._dtype)))
+        kv = self._inject(context).view(len(rows), c.layers, 2, c.kv_heads, c.head_dim)
         for n, layer in enumerate(self._run):
             kv[:, n, 0] = self._turn(layer.k_norm(kv[:, n, 0]), self._long(position))
         first = 0
@@ -134,13 +136,13 @@ class BlockDrafter:
         for n, layer in enumerate(self._run):
             x = self._layer(n, layer, x, position, views)
         x = x.view(len(views), size, -1)[:, 1:].transpose(0, 1)
-        return self.model.lm_head(self.model.norm(x))
+        return self._net.lm_head(self._net.norm(x))
 
     def _layer(
         self, n: int, layer: _Layer, x: Float[Tensor, "m H"], position: Tensor, views: list[SequenceView]
     ) -> Float[Tensor, "m H"]:
         c = self.model.config
-        qkv = F.linear(layer.enter(x), layer.qkv).view(len(x), c.heads + 2 * c.kv_heads, c.head_dim)
+        qkv = layer.qkv(layer.enter(x)).view(len(x), c.heads + 2 * c.kv_heads, c.head_dim)
         q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), 1)
         q, k = self._turn(layer.q_norm(q), position), self._turn(layer.k_norm(k), position)
         seen = []
@@ -153,9 +155,9 @@ class BlockDrafter:
                 q[own].transpose(0, 1)[None], kv[0][None], kv[1][None], enable_gqa=c.heads != c.kv_heads
             )
             seen.append(out[0].transpose(0, 1).reshape(self._size, -1))
-        x = torch.addmm(x, seen[0] if len(seen) == 1 else torch.cat(seen), layer.o)
-        gate, up = F.linear(layer.between(x), layer.gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate).mul_(up), layer.down)
+        x = layer.o.add(seen[0] if len(seen) == 1 else torch.cat(seen), x)
+        gate, up = layer.gate_up(layer.between(x)).chunk(2, -1)
+        return layer.down.add(F.silu(gate).mul_(up), x)
 
     def _turn(self, x: Float[Tensor, "m h d"], position: Tensor) -> Float[Tensor, "m h d"]:
         cos, sin = (t[position] for t in self._angles)

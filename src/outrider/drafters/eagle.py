@@ -16,6 +16,7 @@ from torch import Tensor
 from outrider.drafters._features import FeatureNetwork
 from outrider.drafters._forest import Forest
 from outrider.drafters._growth import Growth
+from outrider.drafters._serving import product, served
 from outrider.errors import ConfigError
 from outrider.types import Draft, Evidence, SequenceView
 
@@ -29,12 +30,12 @@ class _Served:
     def __init__(self, model: FeatureNetwork, length: int) -> None:
         c, layer = model.config, model.layers[0]
         attn, mlp = layer.self_attn, layer.mlp
-        self.config, self.model = c, model
+        self.config, self.model = c, served(model)
         self.dtype = model.fc.weight.dtype
-        self._qkv = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])  # type: ignore[union-attr]
-        self._gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])  # type: ignore[union-attr]
+        self._qkv = product(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]))  # type: ignore[union-attr]
+        self._gate_up = product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))  # type: ignore[union-attr]
         self._tokens = model.rows(torch.arange(c.vocab_size, device=model.fc.weight.device))
-        self._o, self._down = attn.o_proj.weight, mlp.down_proj.weight  # type: ignore[union-attr]
+        self._o, self._down = product(attn.o_proj.weight), product(mlp.down_proj.weight)  # type: ignore[union-attr]
         self._norm = layer.post_attention_layernorm
         cos, sin = model.rotation(torch.arange(length, device=model.fc.weight.device))
         half = c.head_dim // 2
@@ -44,7 +45,7 @@ class _Served:
         """`FeatureNetwork.enter` for flat rows."""
         c, half = self.config, self.config.head_dim // 2
         residual, x = self.model.join(self._tokens[token], g)
-        x = F.linear(x, self._qkv).view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
+        x = self._qkv(x).view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
         qk, v = x.split((c.heads + c.kv_heads, c.kv_heads), 1)
         cos, sin = self._turns[position].split(1, 1)
         qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
@@ -53,9 +54,9 @@ class _Served:
 
     def leave(self, residual: Tensor, seen: Tensor) -> Tensor:
         """`FeatureNetwork.leave` for flat rows."""
-        x = torch.addmm(residual, seen, self._o.T)  # type: ignore[union-attr]
-        gate, up = F.linear(self._norm(x), self._gate_up).chunk(2, -1)  # type: ignore[operator]
-        return torch.addmm(x, F.silu(gate).mul_(up), self._down.T)  # type: ignore[union-attr]
+        x = self._o.add(seen, residual)
+        gate, up = self._gate_up(self._norm(x)).chunk(2, -1)  # type: ignore[operator]
+        return self._down.add(F.silu(gate).mul_(up), x)
 
 
 class _Place:
@@ -115,7 +116,7 @@ class Eagle:
                 states.append(place.state)
         if states:
             follow = self._follower(self._run, evidence.sequences, forest)
-            self.growth.grow(evidence, depths, forest, self.model.logits(torch.stack(states)), follow)
+            self.growth.grow(evidence, depths, forest, self._run.model.logits(torch.stack(states)), follow)
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, run: _Served, evidence: Evidence) -> None:
@@ -140,7 +141,7 @@ class Eagle:
         taps = torch.stack([hidden[n] for n in self._order], 1) if len(self._order) > 1 else hidden[0][:, None]
         if rows != list(range(len(taps))):
             taps = taps[rows]
-        g = self.model.read(taps.to(run.dtype))
+        g = run.model.read(taps.to(run.dtype))
         token, position = [], []
         for view, kept in work:
             at = self._places[view.slot].next
@@ -197,7 +198,7 @@ class Eagle:
             state = run.leave(residual, seen[0] if len(seen) == 1 else torch.cat(seen))
             for n, (place, (_, node)) in enumerate(zip(places, ends, strict=True)):
                 place.nodes[node] = (state[n], place.nodes[node][1])
-            return self.model.logits(state)
+            return run.model.logits(state)
 
         return follow
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from outrider.drafters._folder import check_fits, read_folder, target_parts, whole, write_folder
 from outrider.drafters._forest import Forest
 from outrider.drafters._growth import Growth, lattice
+from outrider.drafters._serving import product
 from outrider.drafters._vocabulary import checked, spread
 from outrider.errors import ConfigError
 from outrider.protocols import Target
@@ -215,14 +216,16 @@ def _stacked(heads: MedusaHeads) -> Any:
     c = heads.config
     weights = [torch.stack([b.layers[j].weight.T for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
     biases = [torch.stack([b.layers[j].bias[None] for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
-    out = [head.weight for head in heads.lm_heads]
-    own = None if c.shared else torch.stack([w.T for w in out])  # type: ignore[union-attr]
+    out = [product(head.weight) for head in heads.lm_heads]  # type: ignore[arg-type]
 
     def predict(hidden: Float[Tensor, "n H"]) -> Float[Tensor, "heads n V"]:
         x = heads.norm(hidden).expand(c.heads, -1, -1)
         for weight, bias in zip(weights, biases, strict=True):
             x = x + F.silu(torch.baddbmm(bias, x, weight))
-        logits = F.linear(x, out[0]) if own is None else torch.bmm(x, own)  # type: ignore[arg-type]
+        if c.shared:
+            logits = out[0](x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        else:
+            logits = torch.stack([head(each) for head, each in zip(out, x, strict=True)])
         return spread(logits, heads.support, c.vocab_size)
 
     return predict

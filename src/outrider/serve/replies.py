@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Any
@@ -20,6 +21,9 @@ from outrider.telemetry.prometheus import drafts
 from outrider.types import Counts
 
 FINGERPRINT = f"outrider-{__version__}"
+PIECE = 64
+"""Steps of a text that one chunk may hold. A reader that was slow gets what has come up in several: writing JSON stops every thread,
+for 57 ms if it is 4,096 tokens with 20 log-probabilities each."""
 
 
 @dataclass(slots=True)
@@ -83,16 +87,24 @@ class Reply:
         """The chunks as they come, usage if asked for, and the end; an error becomes one event."""
         try:
             async for batch in bridge.events(self.ticket):
-                new = self._take(batch)
-                for index in sorted(new):
-                    for choice in self._deltas(index, new[index]):
-                        yield frame(self._chunk([choice], self.request.usage_in_chunks), pad)
+                for data in self._rendered(batch, pad):
+                    yield data
+                    if len(batch) > PIECE:
+                        await asyncio.sleep(0)  # others' turn
             if self.request.usage_in_stream:
                 yield frame({**self._chunk([], True), **self._metrics()}, pad)
         except OutriderError as error:
             kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
             yield frame(error_body(str(error), kind, None, None), pad)
         yield DONE
+
+    def _rendered(self, batch: list[tuple[int, Event]], pad: bool) -> Iterator[bytes]:
+        """The chunks of what has come up."""
+        for start in range(0, len(batch), PIECE):
+            new = self._take(batch[start : start + PIECE])
+            for index in sorted(new):
+                for choice in self._deltas(index, new[index]):
+                    yield frame(self._chunk([choice], self.request.usage_in_chunks), pad)
 
     def _deltas(self, index: int, c: Choice) -> list[dict[str, Any]]:
         """The chunk choices of what is new in one sample."""

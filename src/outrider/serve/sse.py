@@ -55,8 +55,8 @@ class EventStream:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._send(send))
         gone = asyncio.create_task(_disconnected(receive))
+        work = asyncio.create_task(self._send(send, gone))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -67,12 +67,14 @@ class EventStream:
             self._close()
             await _end(work, gone)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, gone: asyncio.Task[None]) -> None:
         headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in self._headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for data in self._frames:
             async with asyncio.timeout(self._stall):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+            if gone.done():  # a send to a reader that is gone returns at once: what has come up meanwhile is not written
+                return
         async with asyncio.timeout(self._stall):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.errors import CapabilityError, RequestError
+from outrider.packed import Linear, make_linear, multiplies
 from outrider.protocols import KVCache
 from outrider.target.attention import AttentionPlan
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
 from outrider.target.memory import require_memory
 from outrider.target.native import load_native
-from outrider.target.packed import Linear, make_linear, multiplies
 from outrider.target.split import check_prefix, run_parts
 from outrider.types import Rows, Scores
 

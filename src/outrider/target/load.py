@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from outrider.errors import ConfigError, unknown_name
+from outrider.packed import QUANTIZE
 from outrider.protocols import Target
 from outrider.target.checkpoint import Checkpoint, Progress, read_entries
 from outrider.target.config import Unsupported, read_raw_config
@@ -18,7 +19,6 @@ from outrider.target.folder import resolve_folder
 from outrider.target.lean import LeanTarget
 from outrider.target.memory import available_memory, require_memory
 from outrider.target.native.build import load_library
-from outrider.target.packed import QUANTIZE
 from outrider.target.tokenizer import first_difference, load_tokenizer, stop_ids, vocab_fingerprint
 
 __all__ = [
