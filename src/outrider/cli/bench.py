@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli.bench_print import print_table
 from outrider.errors import ConfigError
 
 
@@ -102,8 +102,7 @@ def bench(
     """
     from outrider.cli.setup import engine_from_options
     from outrider.evaluate import presets
-    from outrider.evaluate.measure import run_arms, summarise
-    from outrider.evaluate.quality import with_quality
+    from outrider.evaluate.measure import summarise
     from outrider.evaluate.runlog import RunLog
     from outrider.evaluate.store import fingerprint
     from outrider.evaluate.workloads import load_prompts
@@ -111,10 +110,7 @@ def bench(
 
     specs = presets.by_length(parse_lengths(lengths)) if preset is None else presets.preset(preset)
     machine = chart_machine(preset, figures, hardware)
-    if compat not in (None, "spec-bench") or (answers is not None and compat is None):
-        raise ConfigError("--compat knows spec-bench, and --answers needs it")
-    if compat is not None and batch != 1:
-        raise ConfigError("Spec-Bench runs one question at a time: use --batch 1")
+    check_compat(compat, answers, batch)
     engine = engine_from_options(
         target=target,
         draft=draft if preset is None else "none",
@@ -133,51 +129,19 @@ def bench(
     for missing, why in absent.items():
         opt.err.print(f"outrider: {missing}: absent ({why})")
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True)
-    groups = -(-len(texts) // batch)
-    with opt.loading(f"measuring {len(arms)} arms on {len(texts)} prompts") as progress:
-        total, done = groups * repeats * len(arms), [0]
-
-        def tick(_: str) -> None:
-            done[0] += 1
-            progress(done[0] / total)
-
-        groups_of = [texts[i : i + batch] for i in range(0, len(texts), batch)]
-
-        def scored(record: Any) -> Any:
-            return with_quality(engine.parts.target, groups_of[record.group], record) if quality else record
-
-        plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
-        config = {
-            **plan,
-            "target": target,
-            "draft": draft,
-            "arms": [(s.name, s.draft, s.length) for s in specs],
-            "rule": rule,
-            "dtype": dtype,
-        }
-        config |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
-        log = RunLog(store, name, {**config, "quantize_draft": quantize_draft, "prompts": texts})
-        known = log.known()
-
-        def keep(record: Any) -> Any:
-            return log.keep(scored(record))
-
-        records = run_arms(arms, texts, params, **plan, progress=tick, known=known, keep=keep)
+    plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
+    sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
+    named = {"target": target, "draft": draft, "rule": rule, "dtype": dtype, "quantize_draft": quantize_draft}
+    which = {"arms": [(s.name, s.draft, s.length) for s in specs], "prompts": texts}
+    log = RunLog(store, name, {**plan, **sampling, **named, **which})
+    records = measure(arms, texts, params, plan, log, engine.parts.target if quality else None)
     document = to_document(summarise(records, arms[0].name), engine, params, batch, repeats, price_per_hour)
-    document["prompts"] = fingerprint(texts)
-    parts = {a.name: a.engine.parts for a in arms}
-    document["arms"].sort(key=lambda row: list(parts).index(row["name"]))
-    for row in document["arms"]:
-        row |= {"drafter": parts[row["name"]].drafter.name, "rule": parts[row["name"]].rule.name}
-    document |= {"absent": absent} | ({"drafter": f"preset {preset}"} if preset else {})
+    document |= {"prompts": fingerprint(texts), "absent": absent}
+    name_parts(document, arms)
     files: list[Path] = []
     if machine is not None:
-        from outrider.evaluate import chart
-
-        rows = chart.measured(specs, records)
-        bars = chart.predicted(specs, records, chart.shares_of(engine, arms, specs), machine)
-        files = chart.save(rows, bars, document, machine, figures or Path("runs/chart"))
-        document["chart"] = {**chart.to_json(rows, bars, machine), "files": [str(f) for f in files]}
+        document["drafter"] = f"preset {preset}"
+        files = draw_charts(document, records, engine, arms, specs, machine, figures or Path("runs/chart"))
     if compat is not None:
         document["spec_bench"] = spec_bench(records, engine, prompts, count, answers)
     log.finish(document)
@@ -189,6 +153,64 @@ def bench(
     if out is not None:
         write_document(out, document, records)
     opt.print_json(document) if json else print_table(document)
+
+
+def check_compat(compat: str | None, answers: Path | None, batch: int) -> None:
+    """ConfigError for another harness than those that are known, and for what it does not do."""
+    if compat not in (None, "spec-bench") or (answers is not None and compat is None):
+        raise ConfigError("--compat knows spec-bench, and --answers needs it")
+    if compat is not None and batch != 1:
+        raise ConfigError("Spec-Bench runs one question at a time: use --batch 1")
+
+
+def measure(
+    arms: list[Any], texts: list[list[int]], params: Any, plan: dict[str, int], log: Any, judge: Any
+) -> list[Any]:
+    """Records of every arm on every group of prompts, kept in `log` as they come. judge: a target that scores them, or None."""
+    from outrider.evaluate.measure import run_arms
+    from outrider.evaluate.quality import with_quality
+
+    batch = plan["batch"]
+    groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+    total, done = len(groups) * plan["repeats"] * len(arms), [0]
+
+    def keep(record: Any) -> Any:
+        return log.keep(record if judge is None else with_quality(judge, groups[record.group], record))
+
+    with opt.loading(f"measuring {len(arms)} arms on {len(texts)} prompts") as progress:
+
+        def tick(_: str) -> None:
+            done[0] += 1
+            progress(done[0] / total)
+
+        return run_arms(arms, texts, params, **plan, progress=tick, known=log.known(), keep=keep)
+
+
+def name_parts(document: dict[str, Any], arms: list[Any]) -> None:
+    """Rows in the order of the arms, each with its drafter and rule."""
+    parts = {a.name: a.engine.parts for a in arms}
+    document["arms"].sort(key=lambda row: list(parts).index(row["name"]))
+    for row in document["arms"]:
+        row |= {"drafter": parts[row["name"]].drafter.name, "rule": parts[row["name"]].rule.name}
+
+
+def draw_charts(
+    document: dict[str, Any],
+    records: list[Any],
+    engine: Any,
+    arms: list[Any],
+    specs: Any,
+    machine: Any,
+    folder: Path,
+) -> list[Path]:
+    """The measured and the predicted chart of a preset, as files and in the document."""
+    from outrider.evaluate import chart
+
+    rows = chart.measured(specs, records)
+    bars = chart.predicted(specs, records, chart.shares_of(engine, arms, specs), machine)
+    files = chart.save(rows, bars, document, machine, folder)
+    document["chart"] = {**chart.to_json(rows, bars, machine), "files": [str(f) for f in files]}
+    return files
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -285,87 +307,3 @@ def write_document(path: Path, document: dict[str, Any], records: list[Any]) -> 
     raw = [{k: v for k, v in asdict(r).items() if k != "outputs"} | {"outputs": []} for r in records]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**document, "records": raw}, indent=1), encoding="utf-8")
-
-
-def print_table(d: dict[str, Any]) -> None:
-    """The document for people."""
-    from outrider.cli.demo import phase_bar
-
-    how = f"{d['drafter']} / {d['rule']}, {d['dtype']}, temperature {d['temperature']:g}"
-    title = f"{how}, batch {d['batch']}, {d['repeats']} repeats"
-    table = Table(title=title, title_justify="left")
-    for column in (
-        "arm",
-        "tokens/s",
-        "p10 to p90",
-        "speed-up (95%)",
-        "predicted",
-        "tokens/step",
-        "rejections: predicted, observed",
-        "step's time",
-    ):
-        table.add_column(column, overflow="fold")
-    for arm in d["arms"]:
-        s, book = arm["speedup"], arm["ledger"]
-        table.add_row(
-            arm["name"],
-            f"{arm['tokens_per_second']:.1f}",
-            f"{arm['low']:.1f} to {arm['high']:.1f}",
-            "base" if s is None else f"{s['value']:.2f} ({s['low']:.2f} to {s['high']:.2f}) {s['verdict']}",
-            "" if s is None else f"{arm['predicted_speedup']:.2f}",
-            "" if arm["acceptance_length"] is None else f"{arm['acceptance_length']:.2f}",
-            ""
-            if s is None
-            else f"{book['predicted']:.1f}, {book['observed']} {'agree' if book['agrees'] else 'DISAGREE'}",
-            phase_bar(arm["phases"], width=10),
-        )
-    console = opt.Console(highlight=False)
-    console.print(table)
-    print_costs(console, d)
-    for arm, rows in d.get("spec_bench", {}).items():
-        print_spec_bench(console, arm, rows)
-    if d.get("chart"):
-        print_chart(console, d["chart"])
-    failed = sum(arm["failed"] for arm in d["arms"])
-    if failed:
-        console.print(f"[bold red]{failed} requests failed; their groups enter no rate[/bold red]")
-    looping = [f"{arm['name']}: {arm['loops']}" for arm in d["arms"] if arm["loops"]]
-    if looping:
-        console.print(f"texts that end in a loop (drafts guess those best): {', '.join(looping)}")
-
-
-def print_chart(console: Any, chart: dict[str, Any]) -> None:
-    """Intervals of the measured bars, and where the pictures are."""
-    table = Table(title="measured, 95% over prompts", title_justify="left")
-    for column in ("arm", "tokens/s", "tokens per step", "draft ms per step", "acceptance by position"):
-        table.add_column(column, overflow="fold")
-    show = lambda r, d: f"{r['value']:.{d}f} ({r['low']:.{d}f} to {r['high']:.{d}f})"  # noqa: E731
-    for row in chart["measured"]:
-        by_position = " ".join(f"{a:.2f}" for a in row["acceptance"])
-        speed, length = show(row["tokens_per_second"], 1), show(row["acceptance_length"], 2)
-        table.add_row(row["name"], speed, length, f"{row['draft_ms']:.3f}", by_position)
-    console.print(table)
-    console.print(f"charts: {', '.join(chart['files'])} (predicted bars are of {chart['predicted']['hardware']})")
-
-
-def print_costs(console: Any, d: dict[str, Any]) -> None:
-    """Cost and energy of every arm, where they were asked for and measured."""
-    if d.get("price_per_hour") is not None:
-        said = (f"{a['name']} {a['cost_per_million_tokens']:.3g}" for a in d["arms"] if a["cost_per_million_tokens"])
-        console.print(f"cost per million tokens at {d['price_per_hour']:g} an hour: {', '.join(said)}")
-        if d.get("energy_absent"):
-            console.print(f"energy: {d['energy_absent']}")
-    if any(a.get("joules_per_token") for a in d["arms"]):
-        said = (f"{a['name']} {a['joules_per_token']:.3g}" for a in d["arms"] if a["joules_per_token"])
-        console.print(f"joules per token, whole machine: {', '.join(said)}")
-
-
-def print_spec_bench(console: Any, arm: str, rows: list[dict[str, Any]]) -> None:
-    """One arm as Spec-Bench prints it."""
-    table = Table(title=f"{arm}, as Spec-Bench counts", title_justify="left")
-    for column in ("task", "questions", "mean accepted tokens", "tokens/s", "baseline", "speed-up ratio"):
-        table.add_column(column)
-    for r in rows:
-        numbers = (r["mean_accepted_tokens"], r["tokens_per_second"], r["baseline_tokens_per_second"], r["speedup"])
-        table.add_row(r["task"], str(r["questions"]), *(f"{x:.2f}" for x in numbers))
-    console.print(table)

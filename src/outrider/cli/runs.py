@@ -52,7 +52,7 @@ def show_run(
     if json:
         opt.print_json(document)
         return
-    from outrider.cli.bench import print_table
+    from outrider.cli.bench_print import print_table
 
     console = opt.Console(highlight=False)
     console.print(f"{found.kind} {found.name} ({found.id}): {found.state}, {document['records']} records")

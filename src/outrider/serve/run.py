@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 from types import FrameType
@@ -37,6 +38,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in (s for server in self.servers for s in server.sockets):
             bound(listener)
+        gc.collect()
+        gc.freeze()  # what a server is made of is never garbage: to look through all of it stops every stream for 0.1 s
         if self.line is not None and self.started:
             self._telling = asyncio.create_task(Line(self.line, self.state).run())
 
@@ -54,6 +57,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list | None = None) -> None:
         """Settle the requests beside uvicorn's own wait for their connections."""
+        gc.unfreeze()
         settled = asyncio.create_task(self.bridge.settle(0.0 if self.force_exit else self.grace))
         await super().shutdown(sockets)
         settled.cancel()

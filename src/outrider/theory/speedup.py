@@ -269,7 +269,14 @@ def _verify(cost: VerifyCost, length: int) -> float:
 
 
 def _root(f: Callable[[float], float], low: float, high: float) -> float:
-    """The root of a function that changes its sign between `low` and `high`."""
-    from scipy.optimize import brentq  # the slowest import of scipy, and most of this module does without
+    """The root of a function that changes its sign once between `low` and `high`, by bisection to 1e-13.
 
-    return float(brentq(f, low, high, xtol=1e-13))  # type: ignore[arg-type]
+    Not scipy's: to import that takes a second and 50 MB, in the middle of whatever a server that looks at its controller is doing.
+    """
+    falls = f(low) > 0.0
+    while (middle := (low + high) / 2) not in (low, high) and high - low > 1e-13:
+        if (f(middle) > 0.0) == falls:
+            low = middle
+        else:
+            high = middle
+    return middle

@@ -1,0 +1,93 @@
+"""What `outrider bench` measured, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from outrider.cli import options as opt
+
+
+def print_table(d: dict[str, Any]) -> None:
+    """The document for people."""
+    from outrider.cli.demo import phase_bar
+
+    how = f"{d['drafter']} / {d['rule']}, {d['dtype']}, temperature {d['temperature']:g}"
+    title = f"{how}, batch {d['batch']}, {d['repeats']} repeats"
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "arm",
+        "tokens/s",
+        "p10 to p90",
+        "speed-up (95%)",
+        "predicted",
+        "tokens/step",
+        "rejections: predicted, observed",
+        "step's time",
+    ):
+        table.add_column(column, overflow="fold")
+    for arm in d["arms"]:
+        s, book = arm["speedup"], arm["ledger"]
+        table.add_row(
+            arm["name"],
+            f"{arm['tokens_per_second']:.1f}",
+            f"{arm['low']:.1f} to {arm['high']:.1f}",
+            "base" if s is None else f"{s['value']:.2f} ({s['low']:.2f} to {s['high']:.2f}) {s['verdict']}",
+            "" if s is None else f"{arm['predicted_speedup']:.2f}",
+            "" if arm["acceptance_length"] is None else f"{arm['acceptance_length']:.2f}",
+            ""
+            if s is None
+            else f"{book['predicted']:.1f}, {book['observed']} {'agree' if book['agrees'] else 'DISAGREE'}",
+            phase_bar(arm["phases"], width=10),
+        )
+    console = opt.Console(highlight=False)
+    console.print(table)
+    print_costs(console, d)
+    for arm, rows in d.get("spec_bench", {}).items():
+        print_spec_bench(console, arm, rows)
+    if d.get("chart"):
+        print_chart(console, d["chart"])
+    failed = sum(arm["failed"] for arm in d["arms"])
+    if failed:
+        console.print(f"[bold red]{failed} requests failed; their groups enter no rate[/bold red]")
+    looping = [f"{arm['name']}: {arm['loops']}" for arm in d["arms"] if arm["loops"]]
+    if looping:
+        console.print(f"texts that end in a loop (drafts guess those best): {', '.join(looping)}")
+
+
+def print_chart(console: Any, chart: dict[str, Any]) -> None:
+    """Intervals of the measured bars, and where the pictures are."""
+    table = Table(title="measured, 95% over prompts", title_justify="left")
+    for column in ("arm", "tokens/s", "tokens per step", "draft ms per step", "acceptance by position"):
+        table.add_column(column, overflow="fold")
+    show = lambda r, d: f"{r['value']:.{d}f} ({r['low']:.{d}f} to {r['high']:.{d}f})"  # noqa: E731
+    for row in chart["measured"]:
+        by_position = " ".join(f"{a:.2f}" for a in row["acceptance"])
+        speed, length = show(row["tokens_per_second"], 1), show(row["acceptance_length"], 2)
+        table.add_row(row["name"], speed, length, f"{row['draft_ms']:.3f}", by_position)
+    console.print(table)
+    console.print(f"charts: {', '.join(chart['files'])} (predicted bars are of {chart['predicted']['hardware']})")
+
+
+def print_costs(console: Any, d: dict[str, Any]) -> None:
+    """Cost and energy of every arm, where they were asked for and measured."""
+    if d.get("price_per_hour") is not None:
+        said = (f"{a['name']} {a['cost_per_million_tokens']:.3g}" for a in d["arms"] if a["cost_per_million_tokens"])
+        console.print(f"cost per million tokens at {d['price_per_hour']:g} an hour: {', '.join(said)}")
+        if d.get("energy_absent"):
+            console.print(f"energy: {d['energy_absent']}")
+    if any(a.get("joules_per_token") for a in d["arms"]):
+        said = (f"{a['name']} {a['joules_per_token']:.3g}" for a in d["arms"] if a["joules_per_token"])
+        console.print(f"joules per token, whole machine: {', '.join(said)}")
+
+
+def print_spec_bench(console: Any, arm: str, rows: list[dict[str, Any]]) -> None:
+    """One arm as Spec-Bench prints it."""
+    table = Table(title=f"{arm}, as Spec-Bench counts", title_justify="left")
+    for column in ("task", "questions", "mean accepted tokens", "tokens/s", "baseline", "speed-up ratio"):
+        table.add_column(column)
+    for r in rows:
+        numbers = (r["mean_accepted_tokens"], r["tokens_per_second"], r["baseline_tokens_per_second"], r["speedup"])
+        table.add_row(r["task"], str(r["questions"]), *(f"{x:.2f}" for x in numbers))
+    console.print(table)
