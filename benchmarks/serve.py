@@ -220,6 +220,8 @@ def main() -> None:
     starts = {name: start_of(name, options) for name in options.arms}
     texts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else shipped_prompts()
     prompts = [p[-options.characters :] for p in texts if p]
+    if options.logs is not None:
+        options.logs.mkdir(parents=True, exist_ok=True)
     arms: list[Arm] = []
     bad = {"hang_up": options.hang_up, "slow": options.slow, "malformed": options.malformed}
     traffic = Traffic(options.model, prompts, options.tokens, options.temperature, **bad)

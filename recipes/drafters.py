@@ -57,16 +57,16 @@ class Config:
     width: int = 160  # of the feature drafter
     levels: int = 4  # of heads and feature drafter
     slots: int = 7  # that the block drafter drafts
-    anchors: int = 16  # blocks of a row and step
+    anchors: int = 32  # blocks of a row and step
     objective: str = "chain"  # of the block drafter, see docs/train.md
     medusa: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=600, lr=1.5e-3, warmup=40, final_lr_ratio=0.02, save_every_s=180.0)
+        default_factory=lambda: LoopConfig(steps=1200, lr=1.5e-3, warmup=60, final_lr_ratio=0.02, save_every_s=180.0)
     )
     eagle: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=3000, lr=2e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
+        default_factory=lambda: LoopConfig(steps=4500, lr=2e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
     )
     dflash: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=1800, lr=2e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
+        default_factory=lambda: LoopConfig(steps=4500, lr=2e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
     )
     count: int = 16  # prompts that are measured on
     tokens: int = 96
@@ -88,11 +88,16 @@ class Config:
             temperature=self.temperature,
             batch=self.batch,
             levels=self.depth(kind),
-            width=self.width if kind == "eagle" else 0,
-            anchors=self.anchors,
-            objective=self.objective,
             loop=getattr(self, kind),
+            **self.own(kind),
         )
+
+    def own(self, kind: str) -> dict[str, Any]:
+        """What only one kind of drafter reads."""
+        return {
+            "eagle": {"width": self.width},
+            "dflash": {"anchors": self.anchors, "objective": self.objective},
+        }.get(kind, {})
 
     def depth(self, kind: str) -> int:
         """Tokens that a drafter can draft."""

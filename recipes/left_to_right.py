@@ -7,7 +7,7 @@
 A block drafter proposes several tokens at once, and the target keeps the leading run of correct ones. Objectives that know this
 weigh early slots more (Whalen et al. 2026, arXiv 2606.11552; D-PACE, arXiv 2605.18810). Here five of them are compared on one
 target: same initial weights, same rows, same blocks, same steps; only the weights of the slots differ. Two more arms are
-trained on text as it was written instead of on text the target wrote.
+trained on text as it was written instead of on text the target wrote, and some are trained four times as long.
 
 Every run has a folder of its own and is skipped when its result is there; a run that was killed continues. Acceptance is
 measured by walking over finished text (`outrider.train.block.walk`): the text is the target's in every arm, so arms are paired
@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import left_to_right_longer as longer
 import left_to_right_report as report
 import numpy as np
 import torch
@@ -50,11 +51,13 @@ from outrider.train.loop import LoopConfig, train
 from outrider.train.pipeline import Job, fitting, new_model, taps_of
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("data", "tune", "runs", "check", "report")
+STAGES = ("data", "tune", "runs", "longer", "check", "report")
 ARMS = ("uniform", "decay", "focal", "chain", "dpace")
 TUNED = {"uniform": "uniform", "decay": "uniform", "focal": "chain", "chain": "chain", "dpace": "chain"}
 """Both ends of the comparison are tuned; an arm between them takes the learning rate of the end it is nearer to."""
 AS_WRITTEN = ("uniform", "chain")
+LONGER = ("uniform", "chain")
+"""Arms that are trained once more, with `Config.longer` times the steps, to see whether the gain grows or shrinks."""
 PARTS = ("training", "as_written", "validation", "greedy", "sampled")
 
 
@@ -73,12 +76,14 @@ class Config:
     length: int = 192
     temperature: float = 0.8  # at which the target writes what is trained on
     steps: int = 480
+    longer: int = 4  # times as many, in the stage `longer`
     batch: int = 2
     anchors: int = 32
     blocks: tuple[int, ...] = (4, 8)
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     tuned_block: int = 8
+    command: str = "python recipes/left_to_right.py all"  # that makes the page from nothing
 
     @property
     def path(self) -> Path:
@@ -266,18 +271,36 @@ def planned(config: Config) -> list[tuple[str, int, int, str]]:
     return out + [(arm, max(config.blocks), seed, "as_written") for seed in config.seeds for arm in AS_WRITTEN]
 
 
-def folder_of(config: Config, arm: str, block: int, seed: int, part: str) -> Path:
-    return config.work / "runs" / f"{part}-{block}-{arm}-{seed}"
+def planned_longer(config: Config) -> list[tuple[str, int, int, str]]:
+    """The same for the stage `longer`: the largest blocks."""
+    return [(arm, max(config.blocks), seed, "training") for seed in config.seeds for arm in LONGER]
+
+
+def folder_of(config: Config, arm: str, block: int, seed: int, part: str, stage: str = "runs") -> Path:
+    return config.work / stage / f"{part}-{block}-{arm}-{seed}"
 
 
 def stage_runs(config: Config) -> None:
-    """Every run that has no result yet: train, measure on greedy text and on sampled text, keep the numbers."""
-    target, todo = load_target(config.path, dtype="float32"), planned(config)
+    """Every run of the comparison."""
+    make_runs(config, "runs", planned(config))
+
+
+def stage_longer(config: Config) -> None:
+    """Some of them with more steps; everything else is the same, and the learning rate is not tuned again."""
+    make_runs(replace(config, steps=config.longer * config.steps), "longer", planned_longer(config))
+
+
+def make_runs(config: Config, stage: str, todo: list[tuple[str, int, int, str]]) -> None:
+    """Every run of `todo` that has no result yet: train, measure on greedy text and on sampled text, keep the numbers."""
+    target = load_target(config.path, dtype="float32")
     for number, (arm, block, seed, part) in enumerate(todo):
-        folder = folder_of(config, arm, block, seed, part)
+        folder = folder_of(config, arm, block, seed, part, stage)
         if (folder / "result.json").exists():
             continue
-        print(f"--- run {number + 1}/{len(todo)}: {arm}, blocks of {block}, seed {seed}, {part}", flush=True)
+        print(
+            f"--- run {number + 1}/{len(todo)}: {arm}, blocks of {block}, seed {seed}, {part}, {config.steps} steps",
+            flush=True,
+        )
         began, rate = time.process_time(), best_rate(config, arm)
         model, judge, seconds = fit(config, target, config.job(arm, block, rate, seed, folder), part)
         result = {
@@ -290,7 +313,7 @@ def stage_runs(config: Config) -> None:
         model.save(folder / "drafter", str(config.path.name))
         finish(folder, result)
         print(f"    {tau(result['greedy']):.3f} tokens per round, greedy")
-        add_seconds(config, "runs", time.process_time() - began)
+        add_seconds(config, stage, time.process_time() - began)
 
 
 def finish(folder: Path, result: dict[str, Any]) -> None:
@@ -357,19 +380,30 @@ def describe(config: Config) -> dict[str, Any]:
     tune = [json.loads(p.read_text()) for p in sorted((config.work / "tune").glob("*/result.json"))]
     check = config.work / "check.json"
     kept = len(features(config, target, "training").tokens)
+    short, long, block = report.read(config.work), report.read(config.work, "longer"), max(config.blocks)
     spans = {
         part: float(np.mean(ends(measured_rows(config, part)[0]))) - config.prompt for part in ("greedy", "sampled")
     }
     return {
         "target": {"layers": target.layers, "hidden": target.hidden_size, "vocabulary": target.vocab_size},
         "rows": config.rows, "prompts": config.prompts, "prompt": config.prompt, "length": config.length,
-        "temperature": config.temperature, "steps": config.steps, "batch": config.batch, "anchors": config.anchors,
-        "tuned_block": config.tuned_block, "tune": tune, "rates": {arm: best_rate(config, arm) for arm in ARMS},
+        "temperature": config.temperature, "steps": config.steps, "times": config.longer,
+        "batch": config.batch, "anchors": config.anchors, "tuned_block": config.tuned_block,
+        "tune": tune, "rates": {arm: best_rate(config, arm) for arm in ARMS},
         "kept": kept, "spans": spans,
         "seconds": json.loads((config.work / "seconds.json").read_text()),
         "check": json.loads(check.read_text()) if check.exists() else [],
-        "command": "python recipes/left_to_right.py all",
+        "longer": longer.section(short, long, block), "longer_verdict": longer.verdict(short, long, block),
+        "command": config.command, "unfinished": unfinished(config),
     }  # fmt: skip
+
+
+def unfinished(config: Config) -> str:
+    """A sentence for the page about runs that are planned and not there; nothing if there are none."""
+    stages = (("runs", planned(config)), ("longer", planned_longer(config)))
+    gone = [folder_of(config, *run, stage) for stage, todo in stages for run in todo]
+    names = [f"{f.parent.name}/{f.name}" for f in gone if not (f / "result.json").exists()]
+    return f"\nThe command was not run to its end; missing: {', '.join(names)}.\n" if names else ""
 
 
 QUICK = {
@@ -400,6 +434,9 @@ def main() -> None:
         changes["blocks"] = tuple(int(b) for b in given.blocks.split(","))
     if given.seeds:
         changes["seeds"] = tuple(range(given.seeds))
+    said = {k: v for k in ("quick", "steps", "blocks", "seeds") if (v := getattr(given, k))}
+    for name, value in said.items():
+        config = replace(config, command=f"{config.command} --{name}" + f" {value}" * (value is not True))
     run(replace(config, **changes), STAGES if given.stage == "all" else (given.stage,))
 
 
@@ -408,7 +445,8 @@ def run(config: Config, stages: tuple[str, ...]) -> None:
     for stage in stages:
         print(f"=== {stage}", flush=True)
         {
-            "data": stage_data, "tune": stage_tune, "runs": stage_runs, "check": stage_check, "report": stage_report,
+            "data": stage_data, "tune": stage_tune, "runs": stage_runs, "longer": stage_longer, "check": stage_check,
+            "report": stage_report,
         }[stage](config)  # fmt: skip
 
 

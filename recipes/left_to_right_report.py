@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from outrider.evaluate.stats import paired_ratio
+from outrider.evaluate.stats import Ratio, paired_ratio
 
 WAYS = ("greedy", "temperature 1, most likely", "temperature 1, sampled")
 STACK = ("uniform", "decay", "focal", "chain")
@@ -24,9 +24,9 @@ TEMPLATE = Path(__file__).with_suffix("").with_name("left_to_right.md.in")
 Results = dict[tuple[str, int, int, str], dict[str, Any]]
 
 
-def read(work: Path) -> Results:
-    """Every result by (arm, block, seed, part)."""
-    found = [json.loads(p.read_text()) for p in sorted((work / "runs").glob("*/result.json"))]
+def read(work: Path, stage: str = "runs") -> Results:
+    """Every result of a stage by (arm, block, seed, part)."""
+    found = [json.loads(p.read_text()) for p in sorted((work / stage).glob("*/result.json"))]
     return {(r["arm"], r["block"], r["seed"], r["part"]): r for r in found}
 
 
@@ -53,19 +53,23 @@ def tau(results: Results, arm: str, block: int, seeds: list[int], part: str, way
 def gain(
     results: Results, arm: str, base: str, block: int, part: str, way: str, base_part: str | None = None
 ) -> dict[str, Any]:
-    """Relative gain in tokens per round of `arm` over `base`, in per cent.
-
-    prompts: 95% interval clustered by prompt, these seeds held fixed. seeds: 95% interval (Student) of the mean over seeds of
-    the paired differences, and the differences themselves. claim: whether both exclude zero on the same side.
-    """
+    """Relative gain in tokens per round of `arm` over `base`, in per cent; its keys are those of `judged`."""
     other = base_part or part
     both = sorted(set(seeds_of(results, block, part, arm)) & set(seeds_of(results, block, other, base)))
     (e, n), (be, bn) = sums(results, arm, block, both, part, way), sums(results, base, block, both, other, way)
     each = 100 * ((e.sum(1) / n.sum(1)) / (be.sum(1) / bn.sum(1)) - 1)
-    pooled = paired_ratio(e.sum(0), n.sum(0), be.sum(0), bn.sum(0))
+    return judged(paired_ratio(e.sum(0), n.sum(0), be.sum(0), bn.sum(0)), each)
+
+
+def judged(pooled: Ratio, each: np.ndarray) -> dict[str, Any]:
+    """What is said of a ratio over all seeds and of its values by seed (`each`, per cent), which are paired.
+
+    low, high: 95% interval clustered by prompt, these seeds held fixed. seeds: the values by seed; seed_low, seed_high: 95%
+    interval (Student) of their mean. claim: whether both exclude zero on the same side.
+    """
     wide = math.nan
-    if len(both) > 1:
-        wide = float(student.ppf(0.975, len(both) - 1) * each.std(ddof=1) / math.sqrt(len(both)))
+    if len(each) > 1:
+        wide = float(student.ppf(0.975, len(each) - 1) * each.std(ddof=1) / math.sqrt(len(each)))
     low, high = 100 * (pooled.low - 1), 100 * (pooled.high - 1)
     middle = float(each.mean())
     claim = low * high > 0 and (middle - wide) * (middle + wide) > 0

@@ -24,6 +24,8 @@ QUANTIZE = ("int8", "int4")
 INT4_GROUP = 32
 _INT4_OUTPUTS = 16
 _BATCH_HINT = 4
+_FEW = 16
+"""Rows up to which a product is of its own size; larger ones are filled up (see `_filled`)."""
 _SMALL = 1 << 18
 """Float32 weights of fewer numbers stay plain: a packed product costs some 20 microseconds to start, a plain one 5."""
 
@@ -59,12 +61,15 @@ class PlainLinear:
 
     def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
         self.weight, self.bias = weight, bias
+        self._prepares = weight.device.type == "cpu" and weight.dtype not in (torch.float32, torch.float64)
 
     def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        return F.linear(x, self.weight, self.bias)
+        if not self._prepares:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(_filled(x), self.weight, self.bias)[: x.shape[0]]
 
     def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
-        return residual + F.linear(x, self.weight, self.bias)
+        return residual + self(x)
 
 
 class PackedLinear:
@@ -78,10 +83,10 @@ class PackedLinear:
         self._weight, self._bias = reorder(weight.contiguous(), _BATCH_HINT), bias
 
     def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        return self._run(x, self._weight, self._bias, "none", [], "")
+        return self._run(_filled(x), self._weight, self._bias, "none", [], "")[: x.shape[0]]
 
     def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
-        return self._run_add(x, residual, self._weight, self._bias, "add")
+        return self._run_add(_filled(x), _filled(residual), self._weight, self._bias, "add")[: x.shape[0]]
 
 
 class Int8Linear:
@@ -144,6 +149,17 @@ def can_pack(weight: Tensor) -> bool:
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether PyTorch has a fast matrix product for this dtype here; without AVX512 its bfloat16 one is ten times slower."""
     return device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _packs(torch.bfloat16)
+
+
+def _filled(x: Float[Tensor, "n I"]) -> Float[Tensor, "m I"]:
+    """The rows, and zeros up to a multiple of 8 (of 16 above 64 rows) where there are more than a few.
+
+    oneDNN prepares a product for every number of rows it meets and keeps it, up to a thousand of them with 0.6 to 0.9 MB each.
+    Prompts of all lengths would cost some hundred MB that are never freed, and every new length the time to prepare for it.
+    """
+    n = x.shape[0]
+    missing = -n % (8 if n <= 64 else 16)
+    return F.pad(x, (0, 0, 0, missing)) if missing and n > _FEW else x
 
 
 def _quantized(weight: Tensor, bias: Tensor | None, quantize: str) -> Linear:

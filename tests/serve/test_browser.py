@@ -54,6 +54,9 @@ def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str,
     assert page.eval_on_selector("#out", "x => x.querySelector('b') === null")  # text stays text
     wait(page, "document.getElementById('len').textContent !== '-'")
     wait(page, "document.querySelectorAll('#pos rect').length >= 1")
+    assert page.evaluate("document.querySelectorAll('#watch tr').length") == 8
+    assert page.inner_text("#watched") == "8 alerts, none firing"
+    assert "first token, median" in page.inner_text("#facts") and page.inner_text("#facts b:first-child")
     assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     assert all(url.startswith(server.url) for url in asked)
@@ -78,6 +81,7 @@ def test_alerts_cost_the_front_and_past_runs_are_shown(browser: Any, tmp_path: P
         page.goto(running.url)
         wait(page, "document.querySelectorAll('#alerts .info').length === 1")
         assert "repetition loops" in page.inner_text("#alerts")
+        assert page.inner_text("#watched") == "1 alert of 8" and page.inner_text("#watch tr:first-child td") == "info"
         wait(page, "document.querySelectorAll('#par circle').length === 1")
         wait(page, "!document.getElementById('past').hidden")
         assert page.inner_text("#runs").split("\t")[2:] == ["<i>trial</i>", "done", "-", "two: faster, speed 11%"]

@@ -1,4 +1,4 @@
-"""Limits hold: fair shares, grammars that cost too much, slow bodies, slow readers, deep bodies, and how soon a slot is free."""
+"""Limits hold: fair shares, grammars that cost too much, slow bodies, deep bodies, and how soon a slot is free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from outrider.engine.build import build_engine
 from outrider.engine.scheduler import Scheduler
 from outrider.serve.bridge import Bridge
 from outrider.serve.guard import DEPTH, nested
-from outrider.serve.sse import EventStream
 from outrider.serve.tickets import Limits, Overloaded
 from outrider.telemetry.prometheus import Metrics
 from tests.serve.harness import KEY, Running, serving, until
@@ -162,55 +161,6 @@ def test_headers_are_bounded(server: Running) -> None:
         except (BrokenPipeError, ConnectionResetError):
             pass  # refused while we were still sending
         assert b" 200 " not in answer
-
-
-def test_a_stalled_reader_is_dropped_and_its_slot_is_free() -> None:
-    """The stream itself: a reader that takes nothing ends it after `stall` seconds, and its close is called once."""
-
-    async def play() -> tuple[int, int, float]:
-        closed, sent = 0, 0
-
-        def close() -> None:
-            nonlocal closed
-            closed += 1
-
-        async def frames() -> Any:
-            while True:
-                yield b"data: x\n\n"
-
-        async def send(message: Any) -> None:
-            nonlocal sent
-            sent += 1
-            if sent > 3:
-                await asyncio.Event().wait()
-
-        async def receive() -> Any:
-            await asyncio.Event().wait()
-
-        start = time.monotonic()
-        await EventStream(frames(), close, stall=0.2)({"type": "http"}, receive, send)
-        return closed, sent, time.monotonic() - start
-
-    closed, sent, seconds = asyncio.run(play())
-    assert (closed, sent) == (1, 4) and 0.15 < seconds < 2
-
-
-def test_a_slow_reader_holds_no_more_than_its_text(server: Running) -> None:
-    """A reader that stops: the engine goes on, the request ends, and its slot is free long before it is read."""
-    with server.stream({**LONG, "max_tokens": 300}) as sock:
-        until(lambda: server.bridge.engine.scheduler.free == 8, 30)
-        rest = b""
-        sock.settimeout(10)
-        while b"[DONE]" not in rest:
-            rest += sock.recv(65536)
-    until(lambda: not server.bridge.tickets)
-
-
-def test_a_socket_that_takes_nothing_is_bounded(server: Running) -> None:
-    """What the kernel holds for it, and how long (the night run waits for that); connections inherit it from their listener."""
-    (listener,) = server.server.servers[0].sockets
-    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * 65536
-    assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
 def test_a_disconnect_frees_the_slot_within_a_step() -> None:

@@ -255,11 +255,11 @@ def stalled(port: int) -> socket.socket:
     return sock
 
 
-def gaps(server: Toy, replies: int) -> list[float]:
+def gaps(server: Toy, replies: int, tokens: int = 800) -> list[float]:
     """Seconds between the chunks that one reader gets."""
     out: list[float] = []
     for _ in range(replies):
-        with server.running.stream({**BODY, "max_tokens": 800}) as sock:
+        with server.running.stream({**BODY, "max_tokens": tokens}) as sock:
             last, rest = time.perf_counter(), b""
             while b"[DONE]" not in rest:
                 rest = rest[-10:] + sock.recv(65536)
@@ -301,7 +301,9 @@ def test_t19_two_hundred_stalled_readers() -> None:
             until(lambda: gauge(server, "vllm:num_requests_running", "vllm:num_requests_waiting") == 0, 300)
             decoded, held, still = time.monotonic(), server.memory() - memory, open_requests(server)
             beside, until_then = gaps(server, 4), open_requests(server)
-            until(lambda: open_requests(server) == 0, 60)
+            falling = list[float]()
+            while open_requests(server) and time.monotonic() < decoded + 60:
+                falling += gaps(server, 1, 200)
             dropped = time.monotonic()
             until(lambda: server.descriptors() < 20, 60)  # the sockets too, though their readers still hold them open
             closed = time.monotonic()
@@ -316,9 +318,10 @@ def test_t19_two_hundred_stalled_readers() -> None:
         f"its socket closed {closed - decoded:.1f} s after the texts were ready"
     )
     for q in (0.5, 0.9, 0.99):
-        one, two = 1e3 * p_of(alone, q), 1e3 * p_of(beside, q)
+        one, two, three = (1e3 * p_of(found, q) for found in (alone, beside, falling))
         print(
-            f"  another reader waits p{100 * q:g} {one:.2f} ms for a chunk alone, {two:.2f} beside them ({two / one - 1:+.1%})"
+            f"  another reader waits p{100 * q:g} {one:.2f} ms for a chunk alone, {two:.2f} beside them ({two / one - 1:+.1%}), "
+            f"{three:.2f} while they are dropped ({three / one - 1:+.1%})"
         )
     assert still > 0.5 * READERS and until_then > 0
     assert held <= READERS * 256 * 1024

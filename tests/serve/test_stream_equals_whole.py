@@ -29,7 +29,7 @@ from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
 from tests.unit.test_text import KINDS, cut
 
-CASES, SLOTS, DEPTH = 5_000, 96, 5
+SLOTS, DEPTH = 96, 5
 """Cases of each of the two tokenizers (10,000 in all), each asked once whole and once as a stream."""
 PIECES = ["the cat ", "é", "漢字", "😀", "👩‍👩‍👧", "abab", "\n\n", "naïve", "€", "𝄞", "  ", "a", "ab", "字😀"]
 STOPS = [
@@ -167,9 +167,9 @@ async def ask(v1: OpenAI, case: Case, chat: bool) -> tuple[tuple[str, str], tupl
     return (text, whole["finish_reason"]), ("".join(pieces), finish), sum(map(bool, pieces))
 
 
-async def play(kind: str, seed: int) -> tuple[list[Case], list[Any]]:
+async def play(kind: str, count: int, seed: int) -> tuple[list[Case], list[Any]]:
     """Ask everything, 2 x SLOTS cases at a time, and shut the bridge down."""
-    played = cases(kind, CASES, seed)
+    played = cases(kind, count, seed)
     bridge = Bridge(lambda: engine_for(kind, played, seed), Metrics("m"), Limits(queue=8 * SLOTS, queue_seconds=600))
     await bridge.start()
     v1, limit = OpenAI(bridge, Settings("m")), asyncio.Semaphore(2 * SLOTS)
@@ -184,10 +184,12 @@ async def play(kind: str, seed: int) -> tuple[list[Case], list[Any]]:
         await bridge.close(1.0)
 
 
+@pytest.mark.parametrize("count", [5_000, pytest.param(50_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-def test_streamed_text_is_the_whole_text(kind: str) -> None:
-    played, answers = asyncio.run(play(kind, seed=1))
-    assert len(played) >= 0.99 * CASES
+def test_streamed_text_is_the_whole_text(kind: str, count: int) -> None:
+    played, answers = asyncio.run(play(kind, count, seed=count))
+    print(f"\nT17: {len(played)} cases, {kind}: {sum(s == w for w, s, _ in answers)} streams equal their whole text")
+    assert len(played) >= 0.99 * count
     for case, (whole, stream, _) in zip(played, answers, strict=True):
         assert stream == whole, case
         if (

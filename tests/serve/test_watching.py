@@ -185,6 +185,10 @@ def test_cost_and_resources() -> None:
         rate = (now["emitted"] - then["emitted"]) / (now["t"] - then["t"])
         assert running.watch.unit_cost() == pytest.approx(1e-3 / rate * 1e6, rel=1e-6)
         assert use["memory"] > 50e6 and 0 <= use["kv"] < 1 and use["cores"] >= 1
+        until(lambda: running.watch.latency()["per_token"]["median"] is not None)
+        for name in ("first", "per_token"):
+            found = json.loads(running.call("GET", "/outrider/state")[2])["resources"][name]
+            assert 0 < found["median"] <= found["high"] < 60
         text = running.call("GET", "/metrics")[2].decode()
         for name in ("cost_dollars_total", "cost_dollars_per_million_tokens", "kv_cache_usage_ratio"):
             assert f"\noutrider_{name}{{" in text, name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +23,13 @@ Z = 6.2
 def test_doctests() -> None:
     result = doctest.testmod(s)
     assert result.attempted >= 10 and not result.failed
+
+
+def test_a_break_even_point_imports_no_scipy() -> None:
+    """A server asks for one in the middle of its work, and the import takes a second and 50 MB."""
+    code = "import sys; from outrider.theory import speedup as s; s.break_even_acceptance(3, 0.0, 1.5); "
+    code += "print('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from tests.checkpoints import make_checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-NAMES = ("left_to_right", "left_to_right_report")
+NAMES = ("left_to_right", "left_to_right_longer", "left_to_right_report")
 
 
 @pytest.fixture
@@ -48,11 +48,16 @@ def config(recipe, place: Path):
 
 def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
     one = config(recipe, tmp_path)
-    recipe.run(one, ("data", "tune", "runs", "check", "report"))
+    recipe.run(one, recipe.STAGES)
     report = sys.modules["left_to_right_report"]
     results = report.read(one.work)
     assert len(results) == len(recipe.planned(one)) == 5 * 2 * 2 + 2 * 2
-    for (arm, block, seed, part), r in results.items():
+    longer = report.read(one.work, "longer")
+    assert (
+        set(longer) == set(recipe.planned_longer(one)) == {(a, 4, s, "training") for a in recipe.LONGER for s in (0, 1)}
+    )
+    assert {r["steps"] for r in longer.values()} == {one.longer * one.steps}
+    for (arm, block, seed, part), r in (*results.items(), *longer.items()):
         assert (r["arm"], r["block"], r["seed"], r["part"]) == (arm, block, seed, part)
         for way in report.WAYS:
             emitted, rounds = np.array(r[way]["emitted"]), np.array(r[way]["rounds"])
@@ -63,7 +68,8 @@ def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
             assert sum(r[way]["accepted_at"]) == (emitted - rounds).sum()
     assert not list(one.work.glob("runs/*/step-*")), "checkpoints of finished runs are gone"
     page = (one.work / "left_to_right.md").read_text()
-    assert "{{" not in page
+    assert "{{" not in page and "missing" not in page
+    assert f"```\n{one.command}\n```" in page
     uniform = report.tau(results, "uniform", 4, [0, 1], "training", "greedy")
     assert f"| uniform | 2 | {uniform:.3f} |" in page
     assert (one.work / "figures" / "left_to_right.png").stat().st_size > 5000
@@ -72,11 +78,12 @@ def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
 
     # nothing is done twice, and a missing run is made again, to the same numbers
     capsys.readouterr()
-    recipe.run(one, ("data", "tune", "runs"))
+    recipe.run(one, ("data", "tune", "runs", "longer"))
     assert "--- " not in capsys.readouterr().out
     gone = recipe.folder_of(one, "chain", 4, 1, "training") / "result.json"
     before = json.loads(gone.read_text())
     gone.unlink()
+    assert "missing: runs/training-4-chain-1" in recipe.unfinished(one)
     recipe.run(one, ("runs",))
     said = capsys.readouterr().out
     assert said.count("--- run") == 1
@@ -118,6 +125,37 @@ def test_gains_are_paired(recipe) -> None:
     assert more["value"] == pytest.approx(50.0)
     assert more["seeds"] == [50.0] * 3
     assert more["claim"]
+
+
+def test_growth_of_a_gain(recipe) -> None:
+    """A training against itself changes no gain, exactly; where uniform weights stay and the arm goes from 2 to 3, it is 50%."""
+    import left_to_right_longer as longer  # type: ignore[import-not-found]
+
+    random = np.random.default_rng(2)
+
+    def made(tokens: int) -> dict:
+        rounds = random.integers(5, 30, 12)
+        ways = {w: {"emitted": (rounds * tokens).tolist(), "rounds": rounds.tolist()} for w, _ in longer.BOTH}
+        return ways | {"steps": 10 * tokens}
+
+    short = {(a, 8, s, "training"): made(2) for s in range(3) for a in ("uniform", "chain", "decay")}
+    long = {(a, 8, s, "training"): made(t) for s in range(3) for a, t in (("uniform", 2), ("chain", 3))}
+    same, more = (longer.growth(short, x, "chain", 8, "greedy") for x in (short, long))
+    assert same["value"] == pytest.approx(0, abs=1e-9) and not same["claim"]
+    assert (more["value"], more["low"], more["high"], more["claim"]) == (*[pytest.approx(50.0)] * 3, True)
+    assert longer.arms_of(short, long, 8) == ["uniform", "chain"]
+    assert "the gain grows" in longer.verdict(short, long, 8)
+    assert longer.section(short, {}, 8) == "Not run.\n" and longer.verdict(short, {}, 8) == ""
+
+
+def test_the_page_names_the_command_that_made_it(recipe, monkeypatch) -> None:
+    kept = []
+    monkeypatch.setattr(recipe, "run", lambda config, stages: kept.append((config.command, stages)))
+    for given in (["all"], ["report", "--blocks", "8", "--seeds", "2", "--work", "elsewhere"]):
+        monkeypatch.setattr(sys, "argv", ["left_to_right.py", *given])
+        recipe.main()
+    whole = "python recipes/left_to_right.py all"
+    assert kept == [(whole, recipe.STAGES), (f"{whole} --blocks 8 --seeds 2", ("report",))]
 
 
 def test_noise_is_rarely_claimed(recipe) -> None:

@@ -323,3 +323,18 @@ def test_the_plain_tokenizer_is_transformers_own(tmp_path: Path) -> None:
         assert ours.encode(text) == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+
+def test_a_tokenizer_that_keeps_no_words_reads_the_same() -> None:
+    from transformers import AutoTokenizer
+
+    from outrider.assets import shipped
+    from outrider.target.tokenizer import forget_words, load_tokenizer
+
+    texts = ("def f(x):\n\treturn x\n", "def f(x):\n\treturn x\n", " 你好 \U0001f600é\r\n", "x" * 500)
+    right = [load_tokenizer(shipped("target")).encode(text) for text in texts]
+    for forgetful in (load_tokenizer(shipped("target")), AutoTokenizer.from_pretrained(shipped("target"))):
+        forget_words(forgetful)
+        assert [forgetful.encode(text) for text in texts] == right
+    forget_words(None)  # an engine may have none
+    forget_words(object())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
-from outrider.packed import Int4Linear, Int8Linear, PackedLinear, PlainLinear, can_pack, make_linear
+from outrider.packed import Int4Linear, Int8Linear, PackedLinear, PlainLinear, _filled, can_pack, make_linear
 
 SHAPES = [(700, 384), (513, 777), (2048, 256)]
 
@@ -38,6 +38,24 @@ def test_packed_equals_plain(shape, bias, dtype, tolerance):
         before = residual.clone()
         assert error(packed.add(x, residual), plain.add(x, residual)) < tolerance
         assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_many_row_counts_have_few_sizes(dtype):
+    """Every size that oneDNN meets costs memory for good. What is filled up changes no row."""
+    weight = drawn(700, 384, dtype=dtype)
+    if not can_pack(weight):
+        pytest.skip(f"no packed {dtype} product on this processor")
+    for layer in (PackedLinear(weight), *([PlainLinear(weight)] if dtype is torch.bfloat16 else [])):
+        sizes = {_filled(torch.zeros(n, 8)).shape[0] for n in range(1, 257)}
+        assert len(sizes) == 34 and max(sizes) == 256
+        x, residual = drawn(256, 384, dtype=dtype), drawn(256, 700, dtype=dtype)
+        for n in (17, 24, 63, 65, 200):
+            assert layer(x[:n]).shape == layer.add(x[:n], residual[:n]).shape == (n, 700)
+            assert error(layer(x[:n]), layer(x)[:n]) < (1e-6 if dtype is torch.float32 else 1e-2)
+            assert error(layer.add(x[:n], residual[:n]), layer(x)[:n] + residual[:n]) < (
+                1e-6 if dtype is torch.float32 else 1e-2
+            )
 
 
 @pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.012), ("int4", 0.12)])

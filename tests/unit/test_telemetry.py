@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binom
 
 from outrider.evaluate.stats import paired_ratio
@@ -15,6 +17,7 @@ from outrider.telemetry.ledger import (
     ledger,
     predicted_speedup,
 )
+from outrider.telemetry.prometheus import SECONDS, Histogram, quantile
 from outrider.types import Counts
 
 
@@ -79,3 +82,16 @@ def test_paired_ratio_cancels_what_both_arms_share() -> None:
     assert r.verdict == "faster"
     same = paired_ratio(tokens, slow, tokens, slow * g.uniform(0.9, 1.1, 40))
     assert same.verdict == "undecided"
+
+
+@given(values=st.lists(st.floats(0.0, 400.0), min_size=1, max_size=60), share=st.sampled_from((0.05, 0.5, 0.95, 1.0)))
+def test_a_quantile_of_a_histogram_is_in_the_bucket_of_the_values_own(values: list[float], share: float) -> None:
+    histogram = Histogram(SECONDS)
+    for value in values:
+        histogram.observe(value)
+    own = float(np.quantile(values, share, method="inverted_cdf"))
+    found = quantile(histogram.bounds, histogram.counts, share)
+    upper = [b for b in SECONDS if own <= b]
+    lower = [b for b in SECONDS if b < own]
+    assert found is not None and max(lower, default=0.0) <= found <= (upper[0] if upper else SECONDS[-1])
+    assert quantile(histogram.bounds, [0] * len(histogram.counts), share) is None

@@ -1,10 +1,10 @@
-"""Server-sent events that notice when nobody listens, and replies that stop when their reader is gone."""
+"""Server-sent events that notice when nobody listens, replies that stop when their reader is gone, and JSON in pieces."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,16 +17,58 @@ BLOCK = 256
 """Bytes to a multiple of which padded frames are filled up."""
 CADENCE = 0.05
 """Seconds between two frames of a padded stream."""
+PIECE = 64
+"""Entries of a list that are written at once, and steps of a text that one chunk may hold: to write JSON stops every thread, for
+57 ms if it is 4,096 tokens with 20 log-probabilities each."""
+TURN = 1 << 14
+"""Characters of JSON after which others have a turn: some 0.4 ms."""
 DONE = b"data: [DONE]\n\n"
 
 
 def frame(document: object, pad: bool = False) -> bytes:
     """One event; padded with a comment to a multiple of BLOCK bytes, so that its size says little about its tokens."""
-    data = b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    data = b"data: " + _json(document).encode() + b"\n\n"
     if not pad:
         return data
     missing = -(len(data) + 3) % BLOCK
     return b":" + b" " * missing + b"\n\n" + data
+
+
+async def written(document: Any) -> bytes:
+    """A document as JSON. Others have a turn after every TURN characters or so."""
+    out: list[str] = []
+    size = 0
+    for piece in pieces(document):
+        out.append(piece)
+        size += len(piece)
+        if size > TURN:
+            size = 0
+            await asyncio.sleep(0)
+    return "".join(out).encode()
+
+
+def pieces(value: Any) -> Iterator[str]:
+    """The JSON of a document, in parts of at most PIECE entries of a list. Keys must be strings."""
+    if isinstance(value, dict) and any(isinstance(x, list | dict) for x in value.values()):
+        for i, (key, inner) in enumerate(value.items()):
+            yield ("," if i else "{") + _json(key) + ":"
+            yield from pieces(inner)
+        yield "}"
+    elif isinstance(value, list) and len(value) > PIECE:
+        for i in range(0, len(value), PIECE):
+            yield ("," if i else "[") + _json(value[i : i + PIECE])[1:-1]
+        yield "]"
+    elif isinstance(value, list) and any(isinstance(x, list | dict) for x in value):
+        for i, inner in enumerate(value):
+            yield "," if i else "["
+            yield from pieces(inner)
+        yield "]"
+    else:
+        yield _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 async def paced(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
@@ -73,7 +115,7 @@ class EventStream:
         async for data in self._frames:
             async with asyncio.timeout(self._stall):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            if gone.done():  # a send to a reader that is gone returns at once: what has come up meanwhile is not written
+            if gone.done():  # sends to it would now return at once: what has come up meanwhile is not even written
                 return
         async with asyncio.timeout(self._stall):
             await send({"type": "http.response.body", "body": b"", "more_body": False})

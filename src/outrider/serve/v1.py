@@ -17,7 +17,7 @@ from outrider.serve.guard import OWNER, body_of
 from outrider.serve.openai import BadField, ChatRequest, CompletionRequest, Engine, parse, sampling, text_of
 from outrider.serve.replies import Reply
 from outrider.serve.settings import Settings
-from outrider.serve.sse import CADENCE, EventStream, paced, while_connected
+from outrider.serve.sse import CADENCE, EventStream, paced, while_connected, written
 from outrider.serve.tickets import Overloaded, Ticket, Unavailable
 from outrider.serve.trial import ARM, USER, Trial, fixed_by_seed, join
 
@@ -62,7 +62,7 @@ class OpenAI:
             whole = await while_connected(request, reply.whole(self.bridge))
         finally:
             self.bridge.release(reply.ticket)
-        return JSONResponse(whole, headers=headers)
+        return Response(await written(whole), media_type="application/json", headers=headers)
 
     async def begin(self, body: Body, owner: int = 0, who: str | None = None) -> Reply:
         """Take a place for `owner`, prepare the prompts, and queue them. On failure the place is given back.

@@ -14,6 +14,7 @@ from outrider.control.adaptive import Adaptive, Outlook
 from outrider.serve.bridge import Bridge
 from outrider.serve.webhook import Webhook
 from outrider.telemetry.alerts import WINDOW, Alerts, Reading
+from outrider.telemetry.prometheus import Histogram, quantile
 from outrider.telemetry.resources import cpu_seconds, memory_bytes
 
 KEPT = 600
@@ -91,6 +92,7 @@ class Watch:
             "overloaded": m.refused["Overloaded"],
             "failed": sum(n for (_, code), n in m.responses.items() if code == "500"),
             "cpu": cpu_seconds(),
+            "latency": {name: tuple(h.counts) for name, h in self._latencies()},
         }
 
     def outlook(self) -> Outlook | None:
@@ -137,11 +139,26 @@ class Watch:
         return sum(kv.length) / (kv.slots * kv.capacity)
 
     def resources(self) -> dict[str, Any]:
-        """Memory, processor time, cache and cost, as the page shows them."""
+        """Memory, processor time, cache, latency and cost, as the page shows them."""
         unit, look = self.unit_cost(), self.outlook()
         plain = unit * look.speedup if unit is not None and look is not None and look.speedup else None
         out: dict[str, Any] = {"memory": memory_bytes(), "cores": os.cpu_count(), "kv": self.kv_usage()}
+        out |= self.latency()
         return out | {"price": self.price, "cost": self.cost(), "per_million": unit, "plain_per_million": plain}
+
+    def _latencies(self) -> list[tuple[str, Histogram]]:
+        return [("first", self.bridge.metrics.first_token), ("per_token", self.bridge.metrics.per_token)]
+
+    def latency(self) -> dict[str, dict[str, float | None]]:
+        """Seconds to the first token, and per later token, of the requests that ended in the window: median and 95th percentile."""
+        if not self.history:
+            return {name: {"median": None, "high": None} for name, _ in self._latencies()}
+        now, then = self.history[-1]["latency"], self._then()["latency"]
+        out: dict[str, dict[str, float | None]] = {}
+        for name, histogram in self._latencies():
+            new = [b - a for a, b in zip(then[name], now[name], strict=True)]
+            out[name] = {key: quantile(histogram.bounds, new, q) for key, q in (("median", 0.5), ("high", 0.95))}
+        return out
 
     def speeds(self) -> list[dict[str, Any]]:
         """Measured draft lengths at the present load: tokens per step, cost of a step over a plain one, speed over plain."""

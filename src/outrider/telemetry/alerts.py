@@ -188,5 +188,5 @@ class Alerts:
         for c in self.conditions:
             s = self._states.get(c.name, _State())
             row = {"name": c.name, "severity": c.severity, "summary": c.summary, "firing": s.since is not None}
-            rows.append(row | {"value": s.value, "threshold": c.fire, "since": s.since})
+            rows.append(row | {"value": s.value, "threshold": c.fire, "above": c.above, "since": s.since})
         return sorted(rows, key=lambda row: not row["firing"])

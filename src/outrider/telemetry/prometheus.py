@@ -60,6 +60,19 @@ class Histogram:
         return out
 
 
+def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
+    """The value that a `share` of those counted do not exceed, linear within its bucket as Prometheus has it; the largest bound for
+    the open bucket, None if nothing was counted."""
+    left = share * sum(counts)
+    if not any(counts):
+        return None
+    for low, high, count in zip((0.0, *bounds), bounds, counts, strict=False):
+        if count and left <= count:
+            return low + (high - low) * left / count
+        left -= count
+    return bounds[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A request that ended. Seconds since it arrived; `first` is None if it never got a token; outcome: a finish reason."""
