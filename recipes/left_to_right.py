@@ -3,6 +3,7 @@
     python recipes/left_to_right.py all                 # data, tuning, every run, the page docs/left_to_right.md
     python recipes/left_to_right.py all --quick         # the same in small, for a look at the machinery; writes no docs
     python recipes/left_to_right.py runs --blocks 8     # one stage
+    python recipes/left_to_right.py longer              # two arms with four times the steps; then `report`
 
 A block drafter proposes several tokens at once, and the target keeps the leading run of correct ones. Objectives that know this
 weigh early slots more (Whalen et al. 2026, arXiv 2606.11552; D-PACE, arXiv 2605.18810). Here five of them are compared on one
@@ -51,7 +52,8 @@ from outrider.train.loop import LoopConfig, train
 from outrider.train.pipeline import Job, fitting, new_model, taps_of
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("data", "tune", "runs", "longer", "check", "report")
+STAGES = ("data", "tune", "runs", "check", "report")
+"""Of `all`; `longer` is a stage beside them, whose results the next report shows."""
 ARMS = ("uniform", "decay", "focal", "chain", "dpace")
 TUNED = {"uniform": "uniform", "decay": "uniform", "focal": "chain", "chain": "chain", "dpace": "chain"}
 """Both ends of the comparison are tuned; an arm between them takes the learning rate of the end it is nearer to."""
@@ -393,15 +395,14 @@ def describe(config: Config) -> dict[str, Any]:
         "kept": kept, "spans": spans,
         "seconds": json.loads((config.work / "seconds.json").read_text()),
         "check": json.loads(check.read_text()) if check.exists() else [],
-        "longer": longer.section(short, long, block), "longer_verdict": longer.verdict(short, long, block),
+        "longer": longer.section(short, long, block, config.longer), "longer_verdict": longer.verdict(short, long, block),
         "command": config.command, "unfinished": unfinished(config),
     }  # fmt: skip
 
 
 def unfinished(config: Config) -> str:
     """A sentence for the page about runs that are planned and not there; nothing if there are none."""
-    stages = (("runs", planned(config)), ("longer", planned_longer(config)))
-    gone = [folder_of(config, *run, stage) for stage, todo in stages for run in todo]
+    gone = [folder_of(config, *run, "runs") for run in planned(config)]
     names = [f"{f.parent.name}/{f.name}" for f in gone if not (f / "result.json").exists()]
     return f"\nThe command was not run to its end; missing: {', '.join(names)}.\n" if names else ""
 
@@ -415,7 +416,7 @@ QUICK = {
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("stage", choices=("all", *STAGES))
+    parser.add_argument("stage", choices=("all", *STAGES, "longer"))
     parser.add_argument("--quick", action="store_true", help="small sizes; results stay in the work folder")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--target", type=Path, help="folder of the target; default: the shipped one")

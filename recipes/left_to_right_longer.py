@@ -37,11 +37,22 @@ def arms_of(short: Results, long: Results, block: int) -> list[str]:
     return there if len(there) > 1 else []
 
 
-def section(short: Results, long: Results, block: int) -> str:
-    """Two tables: both trainings side by side, and the change of every gain."""
+ASIDE = """`python recipes/left_to_right.py longer` trains two arms for {times} times as long, some 20 minutes of a core, and adds
+a section here: does the gain grow or shrink? It was not run for this page.
+"""
+INTRODUCTION = """## Longer (blocks of {block})
+
+The same runs with {times} times the steps: same rows, prompts and intervals, the learning rates of the shorter ones. *Change of the
+gain* is (1 + gain) after the longer training by (1 + gain) after the shorter one: above zero the gain has grown.
+
+"""
+
+
+def section(short: Results, long: Results, block: int, times: int) -> str:
+    """Two tables: both trainings side by side, and the change of every gain. times: how much longer the longer one is."""
     arms = arms_of(short, long, block)
     if not arms:
-        return "Not run.\n"
+        return ASIDE.format(times=times)
     rows = [line(r, a, block) for a in arms for r in (short, long)]
     head = ["arm", "steps", "seeds"]
     for _, name in BOTH:
@@ -59,7 +70,7 @@ def section(short: Results, long: Results, block: int) -> str:
                     "yes" if g["claim"] else "no",
                 ]
             )
-    return "\n".join((
+    return INTRODUCTION.format(block=block, times=times) + "\n".join((
         table([*head, "greedy gain by seed, %", "claim", "slot 1, greedy"], rows),
         table(["arm", "proposals", "change of the gain, % (95% over prompts)", "95% over seeds", "claim"], changes),
     ))  # fmt: skip
