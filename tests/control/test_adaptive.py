@@ -12,7 +12,8 @@ from outrider.control.adaptive import LAST_PAUSE, Adaptive
 from outrider.control.rows import load_class
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
-from outrider.types import Counts, SequenceView, StepRecord
+from outrider.types import SequenceView, StepRecord
+from tests.control.verdicts import judged
 
 FREE, SEEDED, GREEDY = SamplingParams(), SamplingParams(seed=1), SamplingParams(seed=1, temperature=0)
 
@@ -40,13 +41,8 @@ class World:
         views = [SequenceView(i, i, [0], 1, 0, params) for i in range(sequences)]
         for _ in range(steps):
             self.steps += 1
-            counts, used = Counts(), self.pending
-            for length in used:
-                accepted = 0
-                while accepted < length and self.random.random() < self.accept:
-                    accepted += 1
-                counts.add(length, accepted, min(length, accepted + 1), 0.0, 0.0, 0.0)
-                counts.emitted += accepted + 1
+            used = self.pending
+            counts = judged(used, self.accept, self.random)
             now = controller.budget(views)
             asked[now[0]] = asked.get(now[0], 0) + 1
             verified = max(used, default=0)
