@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from outrider.control.acceptance import break_even
-from outrider.control.adaptive import LAST_PAUSE, Adaptive
+from outrider.control.adaptive import Adaptive
+from outrider.control.load import LAST_PAUSE
 from outrider.control.rows import load_class
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams

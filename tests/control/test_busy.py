@@ -35,6 +35,7 @@ class Busy:
         self.seconds, self.level, self.accept, self.noise = seconds, level, accept, noise
         self.random, self.clock, self.tokens = random.Random(1), 0.0, 0
         self.pending: list[int] = []
+        self.changes = 0
 
     def run(self, controller: Adaptive, loads: Iterable[int]) -> dict[int, int]:
         """One step for each load; how often each length was asked for."""
@@ -45,6 +46,7 @@ class Busy:
             views = [SequenceView(i, step + i, [0], 1, 0, FREE) for i in range(sequences)]
             now = controller.budget(views)
             asked[now[0]] = asked.get(now[0], 0) + 1
+            self.changes += bool(self.pending) and self.pending[0] != now[0]
             rows = len(used) + counts.proposed + PROMPT
             factor = 1.0 + self.noise * self.random.uniform(-1, 1)
             spent = {"target": self.seconds(rows) * factor, "rule": 0.0, "host": 0.0, "draft": self.level * max(now)}
@@ -68,10 +70,10 @@ def test_never_slower_where_no_trial_can_be_made(accept, clock) -> None:
     for name, controller in (("adaptive", Adaptive(3, 4)), ("plain", Adaptive(0, 0))):
         world = Busy(clock, 0.0005, accept)
         world.run(controller, traffic())
-        before = world.tokens, world.clock
-        asked = world.run(controller, [16] * 400)
+        before, world.changes = (world.tokens, world.clock), 0
+        world.run(controller, [16] * 400)
         speed[name] = (world.tokens - before[0]) / (world.clock - before[1])
-        assert max(asked.values()) >= 0.95 * 400, asked
+        assert world.changes <= 2, "a length is kept"
     assert speed["adaptive"] >= 0.99 * speed["plain"], speed
     if clock is flat and accept == 0.8:
         assert speed["adaptive"] > 1.5 * speed["plain"], "a control: the gain is seen"

@@ -1,0 +1,66 @@
+"""Seconds of a step for any load and draft length, put together from whatever steps came by.
+
+A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt apart, from
+steps of any kind, so a load and length that never ran can be foretold. What a drafter needs to read prompts is kept apart
+(`outrider.control.reading`).
+"""
+
+from __future__ import annotations
+
+from outrider.control.reading import Reading
+from outrider.control.rows import RowTimes
+from outrider.types import StepRecord
+
+
+class _Drafting:
+    """Seconds of drafting to one length, by sequences."""
+
+    def __init__(self) -> None:
+        self.alone, self.loaded = RowTimes(), RowTimes()  # nothing else being read, and whatever was read beside it
+
+    def seconds(self, sequences: int) -> float | None:
+        alone = self.alone.seconds(sequences)
+        return self.loaded.seconds(sequences) if alone is None else alone
+
+
+class Forecast:
+    """What a step takes, by load and draft length, and what the drafter's reading adds."""
+
+    def __init__(self) -> None:
+        self._passes = RowTimes()  # of the target, by rows
+        self._drafts: dict[int, _Drafting] = {}  # by length
+        self.reading = Reading()
+
+    def learn(self, record: StepRecord, before: tuple[int, int] | None, now: tuple[int, int] | None) -> None:
+        """A step. before, now: sequences and length of the draft it verified and of the one it made; None if lengths differed."""
+        drafting = record.seconds["draft"]
+        if record.rows > 0:
+            self._passes.learn(record.rows, sum(record.seconds.values()) - drafting)
+        if now is None or now[1] == 0 or (before is not None and before[1] == 0):
+            return  # after a plain step the drafter reads what that step emitted
+        sequences, length = now
+        mine = self._drafts.setdefault(length, _Drafting())
+        mine.loaded.learn(sequences, drafting)
+        prompts = record.rows - record.scored - record.counts.proposed
+        alone = mine.alone.seconds(sequences)
+        if prompts <= 0:
+            mine.alone.learn(sequences, drafting)
+        elif alone is not None:
+            self.reading.learn(prompts, drafting - alone)
+
+    def seconds(self, sequences: int, length: int) -> float | None:
+        """A step of so many sequences with drafts of this length, reading aside; None where nothing near has been seen."""
+        judging = self._passes.seconds(sequences * (1 + length))
+        if length == 0 or judging is None:
+            return judging
+        for other in sorted(self._drafts, key=lambda x: abs(x - length)):
+            drafting = self._drafts[other].seconds(sequences)
+            if drafting is not None:
+                return judging + drafting * length / other
+        return None
+
+    def least(self, sequences: int, length: int) -> float | None:
+        """The same from below: drafting to a length that was never drafted to may take no time at all."""
+        judging = self._passes.seconds(sequences * (1 + length))
+        own = self._drafts[length].seconds(sequences) if length in self._drafts else None
+        return None if judging is None else judging + (own or 0.0)

@@ -1,0 +1,121 @@
+"""What is known of one load, and the trial of two draft lengths that may be on there."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+PAIRS, TRIM = 16, 4
+"""Paired step times of a trial of two lengths, and how many of each length's slowest are left out of its mean."""
+SETTLE, FIRST_PAUSE, LAST_PAUSE = 8, 64, 2048
+"""Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, so that trials
+cost below half a per cent in the long run."""
+SPEND = 0.02
+"""Share of the time that may go into the drafter's reading for trials."""
+
+
+@dataclass(slots=True)
+class Load:
+    """One load class.
+
+    first, longest: the length tried first, and the bound of all. length: the choice. trial: the length that takes turns with it,
+    or -1. turn: steps of the trial so far. pairs: T(trial) and T(length), pair by pair. halves: step times of the pair being
+    measured, by part and length. cost[L]: latest T(L) / T(0), reading included. recent: seconds of the latest steps of the
+    choice. at: the step it was last seen in. known: lengths that were held against the choice. pause, left: steps between
+    trials, and to the next. spent: seconds that the drafter read for a trial. asked: times its length was asked for before it
+    had a trial.
+    """
+
+    first: int
+    longest: int
+    length: int
+    trial: int = -1
+    turn: int = 0
+    pairs: list[tuple[float, float]] = field(default_factory=list)
+    halves: dict[tuple[str, int], float] = field(default_factory=dict)
+    cost: dict[int, float] = field(default_factory=lambda: {0: 1.0})
+    known: set[int] = field(default_factory=set)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=PAIRS))
+    pause: int = FIRST_PAUSE
+    left: int = SETTLE
+    tried: int = 0
+    spent: float = 0.0
+    asked: int = 0
+    at: int = -1
+
+    def begin(self, trial: int) -> None:
+        """Let this length and the choice take turns; -1: nothing to try, look again after the longest pause."""
+        self.trial, self.turn = trial, 0
+        self.pairs.clear()
+        self.halves.clear()
+        if trial < 0:
+            self.left = LAST_PAUSE
+
+    def take_turn(self) -> int:
+        """The length of the trial's next step."""
+        self.turn += 1
+        return self.trial if self.turn % 2 else self.length
+
+    def pair(self) -> None:
+        """Complete a pair when both lengths have been verified and drafted once."""
+        sums = [
+            self.halves.get(("verify", x), math.nan) + self.halves.get(("draft", x), math.nan)
+            for x in (self.trial, self.length)
+        ]
+        if not any(math.isnan(x) for x in sums) and sums[1] > 0:
+            self.pairs.append((sums[0], sums[1]))
+            self.halves.clear()
+
+    def means(self) -> tuple[float, float]:
+        """Mean seconds of T(trial) and T(length), without the slowest steps of either: throughput is a ratio of means."""
+        keep = max(1, len(self.pairs) * (PAIRS - TRIM) // PAIRS)
+        one, other = sum(sorted(x for x, _ in self.pairs)[:keep]), sum(sorted(y for _, y in self.pairs)[:keep])
+        return one / keep, other / keep
+
+    def usual(self) -> float:
+        """Median seconds of the latest steps of the choice."""
+        return median(self.recent)
+
+    def near(self) -> list[int]:
+        """Lengths worth trying against the choice: plain decoding, one less, one more; against plain, `first` and one."""
+        near = (0, self.length - 1, self.length + 1) if self.length else (self.first, min(1, self.longest))
+        return [x for x in dict.fromkeys(near) if 0 <= x <= self.longest and x != self.length]
+
+    def next_trial(self) -> int:
+        """An unknown neighbour first, otherwise all neighbours in turn; -1 if there is none."""
+        near = self.near()
+        self.tried += 1
+        unknown = [x for x in near if x not in self.known]
+        return unknown[0] if unknown else near[self.tried % len(near)] if near else -1
+
+    def close(self, ratio: float, moved: bool) -> None:
+        """End the trial. ratio: T(trial) / T(length). moved: the trial's length becomes the choice."""
+        trial, length = self.trial, self.length
+        if length == 0:
+            self.cost[trial] = ratio
+        elif trial == 0:
+            self.cost[length] = 1.0 / ratio
+        elif length in self.cost:
+            self.cost[trial] = ratio * self.cost[length]
+        self.known = {length} if moved else self.known | {trial}
+        self.trial = -1
+        if moved:
+            self.length = trial
+            self.recent.clear()
+            self.pause = FIRST_PAUSE // 2
+        self._pause()
+
+    def put_off(self, trial: int) -> None:
+        """This length is foretold to lose: as if it had been tried and had lost."""
+        self.known.add(trial)
+        self._pause()
+
+    def _pause(self) -> None:
+        self.pause = min(LAST_PAUSE, 2 * self.pause)
+        unknown = any(x not in self.known for x in self.near())
+        self.left = SETTLE if unknown else self.pause
+        if self.spent and self.recent:
+            self.left = max(self.left, int(self.spent / (SPEND * self.usual())))
+        self.spent = 0.0
