@@ -13,6 +13,7 @@ bind_threads()  # before anything imports torch: an OpenMP runtime reads its bin
 import typer  # noqa: E402
 
 from outrider.cli import ab, audit, bench, chat, demo, doctor, generate, plan, predict, runs, serve, train, tree  # noqa: E402
+from outrider.cli import options as opt  # noqa: E402
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError  # noqa: E402
@@ -62,6 +63,7 @@ def root(
 
 
 def _interrupted() -> NoReturn:
+    opt.err.show_cursor()  # a progress bar that was interrupted while it was set up leaves it hidden
     print("\noutrider: interrupted", file=sys.stderr)
     raise SystemExit(INTERRUPTED) from None
 

@@ -119,11 +119,12 @@ inline void step(vf (&acc)[M][R], const bf16* w, int64_t ldw, const Packing<bf16
 #endif
 }
 
-// Asks for the lines at `w` of the R rows that the next tile reads. Hardware follows a row, but starts anew at each.
+// Asks for the lines at `w` of the R rows that the next tile reads. Hardware follows a row, but starts anew at each. Into the
+// second cache (2): the first has few places for lines under way, and asking for more of them is waiting.
 template <class W, int R>
 inline void ask_ahead(const W* w, int64_t ldw) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * ldw);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * ldw, 0, 2);
 }
 
 // out[m * ldo + r] = w[r] . x[m] over k elements.
