@@ -170,8 +170,8 @@ def test_a_disconnect_frees_the_slot_within_a_step() -> None:
     taken: list[tuple[int, int]] = []
     step = engine.step
 
-    def counted() -> Any:
-        events = step()
+    def counted(*deliver: Any) -> Any:
+        events = step(*deliver)
         taken.append((len(bridge.tickets), len(engine.scheduler.running)))
         return events
 

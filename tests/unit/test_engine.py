@@ -7,6 +7,7 @@ import torch
 
 from outrider.drafters.none import NoDraft
 from outrider.engine.engine import Engine
+from outrider.engine.sequence import Event
 from outrider.errors import CapabilityError, ConfigError, RequestError
 from outrider.sampling.params import SamplingParams
 from outrider.target.toy import TableTarget, TinyLM
@@ -161,3 +162,29 @@ def test_an_engine_on_ids_alone() -> None:
     out = one.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=8))[0].outputs[0]
     assert len(out.token_ids) == 8
     assert out.text == ""
+
+
+def test_what_goes_on_is_delivered_before_the_draft_and_what_ends_with_the_step() -> None:
+    """The first half of a step hands out its events; a request aborted there is drafted for no more."""
+    running = drafted(capacity=3)
+    names = [running.submit(PROMPTS[i], SamplingParams(max_tokens=6 + 5 * i, seed=i)) for i in range(3)]
+    early, asked, right = list[Event](), list[int](), running.parts.drafter.draft
+
+    def draft(evidence, budget):
+        assert early == [e for e in early if e.finish_reason is None]
+        asked.append(len(evidence.sequences))
+        return right(evidence, budget)
+
+    def deliver(events: list[Event]) -> None:
+        early[:] = events
+        if any(e.request == names[2] and e.tokens for e in events):
+            running.abort(names[2])
+
+    running.parts.drafter.draft = draft  # type: ignore[method-assign]
+    ended = set[str]()
+    while running.busy:
+        events = running.step(deliver)
+        assert early == [e for e in events if e.finish_reason is None]
+        ended |= {e.request for e in events if e.finish_reason is not None}
+    assert ended == set(names[:2])
+    assert max(asked) == 2, "the third was gone before the first draft with all of them"

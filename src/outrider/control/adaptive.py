@@ -29,6 +29,8 @@ SURE, DRAFTS = 6, 30
 trial in 32 does."""
 DOUBTFUL = 0.9
 """A trial is put off, to the longest pause at most, when its length is foretold to be worth less than this share of the choice."""
+EARN = 2.0
+"""Drafting is taken up again where it is foretold to bring this many times what reading costs: the load may fall before it does."""
 
 
 @runtime_checkable
@@ -141,7 +143,7 @@ class Adaptive:
         cost = load.cost.get(load.length)
         if cost is None or not load.recent or not load.known:
             return Outlook(self._last, load.length, None, None, None)
-        plain = self._charged(load.usual(), load.length) / cost
+        plain = self._charged(load.usual(), self._last, load.length) / cost
         return Outlook(
             self._last, load.length, self.tokens_per_step(load.length) / cost, plain, break_even(load.length, cost)
         )
@@ -162,9 +164,9 @@ class Adaptive:
     def _load(self, sequences: int) -> Load:
         return self._loads.setdefault(load_class(sequences), Load(self.first, self.longest, self.first))
 
-    def _charged(self, seconds: float, length: int) -> float:
-        """A step of the latest load with drafts of this length, and its share of the drafter's reading."""
-        return seconds + (self._forecast.reading.share(self._last * self.tokens_per_step(length)) if length else 0.0)
+    def _charged(self, seconds: float, sequences: int, length: int) -> float:
+        """A step of this load with drafts of this length, and its share of the drafter's reading."""
+        return seconds + (self._forecast.reading.share(sequences * self.tokens_per_step(length)) if length else 0.0)
 
     def _choice(self, sequences: Sequence[SequenceView]) -> int:
         """The length for this load; in a trial the two lengths in turn; before the first trial what is foretold.
@@ -191,12 +193,12 @@ class Adaptive:
             return True
         saved = (plain - drafted / self.tokens_per_step(length)) / len(sequences)  # seconds a token
         reading = self._forecast.reading
-        return saved <= 0 or reading.ahead(sequences) * saved >= reading.behind(sequences)
+        return saved <= 0 or reading.ahead(sequences) * saved >= EARN * reading.behind(sequences)
 
     def _worth(self, sequences: int, length: int) -> float | None:
         """Foretold tokens of a sequence per second of this load; None if nothing like it has been seen."""
         seconds = self._forecast.seconds(sequences, length)
-        return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, length)
+        return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, sequences, length)
 
     def _foretold(self, sequences: int, length: int) -> int:
         """The length of the best foretold speed if that gains the margin over `length`; plain decoding if it gains at all.
@@ -236,12 +238,15 @@ class Adaptive:
         its, present = self._forecast.least(self._last, trial), self._worth(self._last, load.length)
         if its is None or present is None:
             return False
-        return self.tokens_per_step(trial) < DOUBTFUL * present * self._charged(its, trial)
+        return self.tokens_per_step(trial) < DOUBTFUL * present * self._charged(its, self._last, trial)
 
     def _gains(self, load: Load) -> list[float]:
         """Speed of the trial's length over that of the choice, pair by pair."""
         gain = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length)
-        return [gain * self._charged(y, load.length) / self._charged(x, load.trial) for x, y in load.pairs]
+        return [
+            gain * self._charged(y, self._last, load.length) / self._charged(x, self._last, load.trial)
+            for x, y in load.pairs
+        ]
 
     def _needed(self, load: Load) -> float:
         """The gain that the trial's length must show: plain decoding is taken up for any."""
@@ -255,7 +260,7 @@ class Adaptive:
     def _judge(self, load: Load) -> None:
         """Move to the trial's length if it is better by the margin, to plain decoding also if it is better at all."""
         its, present = load.means()
-        ratio = self._charged(its, load.trial) / self._charged(present, load.length)
+        ratio = self._charged(its, self._last, load.trial) / self._charged(present, self._last, load.length)
         gain = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length)
         needed, gains = self._needed(load), self._gains(load)
         agree = sum(g > needed for g in gains) / len(gains)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -164,8 +164,12 @@ class Engine:
         return bool(self._sequences)
 
     # ------------------------------------------------------------------ stepping
-    def step(self) -> list[Event]:
-        """Advance every running sequence once; returns what was added. Nothing to do returns an empty list."""
+    def step(self, deliver: Callable[[list[Event]], None] | None = None) -> list[Event]:
+        """Advance every running sequence once; returns what was added. Nothing to do returns an empty list.
+
+        deliver: called with those of sequences that go on as soon as they are known, before the next draft is made; it may abort
+        requests. What ends a sequence is known when the step is over and in all the sums.
+        """
         start = perf_counter()
         self.scheduler.admit()
         works = self.scheduler.plan()
@@ -176,6 +180,8 @@ class Engine:
         judged = verify(self.parts, works, draft)
         counts, fresh = Counts(), Counts()
         events = self._emit(works, judged, counts, fresh)
+        if deliver is not None:
+            deliver([e for e in events if e.finish_reason is None])
         live = list(self.scheduler.running)
         drafting = perf_counter()
         self._draft, self._drafted = Draft.empty(0, self.parts.target.device), []

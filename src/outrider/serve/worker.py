@@ -131,33 +131,45 @@ class EngineThread:
         return commands
 
     def _step(self, engine: Engine) -> None:
-        """One step; a failure ends the requests that were in it and leaves an engine that serves the next ones."""
+        """One step; a failure ends the requests that were in it and leaves an engine that serves the next ones.
+
+        What it added to those that go on is posted before it drafts: a reader need not wait for a draft.
+        """
         engine.scheduler.admit()
+        inside = {s.request for s in engine.scheduler.running}
         ruled = {s.slot: s.request for s in engine.scheduler.running if s.params.grammar is not None}
         try:
-            events = engine.step()
+            events = engine.step(lambda events: self._first(engine, ruled, events))
             self._failures = 0
         except Exception as error:  # whatever it is, the process and the other requests live on
             logger.exception("a step failed")
             self._failures += 1
             self.broken = self._failures >= BROKEN_STEPS
-            tickets = list({id(t): t for t, _ in self.routes.values()}.values())
-            inside = [t for t in tickets if any(s.slot >= 0 for s in t.sequences)]
-            for ticket in inside or tickets:
+            routes = [route for name, route in self.routes.items() if name in inside] or list(self.routes.values())
+            for ticket in {id(t): t for t, _ in routes}.values():
                 self._fail(ticket, EngineFailure(f"the engine failed ({type(error).__name__}): send the request again"))
             return
+        self._hand_out([event for event in events if event.finish_reason is not None])
+        for name in {event.request for event in events if event.finish_reason is not None}:
+            if not engine.sequences(name):
+                self.routes.pop(name, None)
+
+    def _first(self, engine: Engine, ruled: dict[int, str], events: list[Event]) -> None:
+        """In the middle of a step: what was added to those that go on."""
         self._end_exhausted(engine, ruled)
+        self._note_admissions()
+        self._hand_out(events)
+
+    def _hand_out(self, events: list[Event]) -> None:
+        """Post events to where their readers are."""
         mail: dict[int, tuple[Ticket, list[tuple[int, Event]]]] = {}
         for event in events:
             if event.request not in self.routes:
                 continue
             ticket, offset = self.routes[event.request]
             mail.setdefault(id(ticket), (ticket, []))[1].append((offset + event.index, event))
-        self._note_admissions()
-        for name in {event.request for event in events if event.finish_reason is not None}:
-            if not engine.sequences(name):
-                self.routes.pop(name, None)
-        self._post(lambda: self._deliver(list(mail.values())))
+        if mail:
+            self._post(lambda: self._deliver(list(mail.values())))
 
     def _end_exhausted(self, engine: Engine, ruled: dict[int, str]) -> None:
         """End the requests whose grammar ran out of its budget in this step. ruled: those that had one when it began, by slot.
