@@ -5,9 +5,11 @@ from __future__ import annotations
 from outrider.theory.speedup import break_even_acceptance
 from outrider.types import StepRecord
 
-MEMORY, FLOOR = 1000.0, 30.0
+MEMORY, FLOOR = 1000.0, 120.0
 """Sequence-steps, drafted for or not, after which evidence about acceptance has lost 63% of its weight; and the number of
 tries it is not faded below, so that a few steps of a trial do not outvote all that is known."""
+ENOUGH = 30.0
+"""Tries on which a first look may rest."""
 
 
 class Depths:
@@ -19,7 +21,7 @@ class Depths:
     @property
     def known(self) -> bool:
         """Whether enough drafts have been seen for `tokens_per_step` to rest on them."""
-        return bool(self._tries) and self._tries[0] >= FLOOR
+        return bool(self._tries) and self._tries[0] >= ENOUGH
 
     def learn(self, record: StepRecord, length: int) -> None:
         """A step that judged drafts of this length."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol, cast, runtime_checkable
 
 from outrider.control.acceptance import Depths, break_even
@@ -24,9 +25,8 @@ from outrider.types import SequenceView, StepRecord
 
 AGREE, AGREE_PLAIN = 0.7, 0.5
 """Share of the pairs that must agree with a move, and with one to plain decoding, beside the means."""
-SURE, DRAFTS = 6, 30
-"""Pairs, and drafts judged in them, after which a trial ends early if all pairs agree. At a tie, where nothing is at stake, one
-trial in 32 does."""
+SURE, CLEAR = 6, 0.1
+"""Pairs after which a trial ends early if all of them say that its length gains or loses at least this share."""
 DOUBTFUL = 0.9
 """A trial is put off, to the longest pause at most, when its length is foretold to be worth less than this share of the choice."""
 EARN = 2.0
@@ -253,15 +253,14 @@ class Adaptive:
         return 1.0 if load.trial == 0 else 1.0 + self.margin
 
     def _agreed(self, load: Load) -> bool:
-        """Whether a trial need not go on: every pair so far says the same."""
-        enough = len(load.pairs) >= SURE and len(load.pairs) * self._last >= DRAFTS
-        return enough and len({gain > self._needed(load) for gain in self._gains(load)}) == 1
+        """Whether a trial need not go on: every pair so far says the same, and clearly."""
+        gains, needed = self._gains(load), self._needed(load)
+        return len(gains) >= SURE and (min(gains) > needed * (1.0 + CLEAR) or max(gains) < needed * (1.0 - CLEAR))
 
     def _judge(self, load: Load) -> None:
         """Move to the trial's length if it is better by the margin, to plain decoding also if it is better at all."""
-        its, present = load.means()
-        ratio = self._charged(its, self._last, load.trial) / self._charged(present, self._last, load.length)
-        gain = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length)
-        needed, gains = self._needed(load), self._gains(load)
-        agree = sum(g > needed for g in gains) / len(gains)
-        load.close(ratio, gain > needed * ratio and agree >= (AGREE_PLAIN if load.trial == 0 else AGREE))
+        gains, needed = self._gains(load), self._needed(load)
+        gain, agree = median(gains), sum(g > needed for g in gains) / len(gains)
+        moved = gain > needed and agree >= (AGREE_PLAIN if load.trial == 0 else AGREE)
+        ratio = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length) / gain
+        load.close(ratio, moved, abs(gain / needed - 1.0) > CLEAR)

@@ -7,11 +7,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-PAIRS, TRIM = 16, 4
-"""Paired step times of a trial of two lengths, and how many of each length's slowest are left out of its mean."""
-SETTLE, FIRST_PAUSE, LAST_PAUSE = 8, 64, 2048
-"""Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, so that trials
-cost below half a per cent in the long run."""
+PAIRS = 16
+"""Paired step times of a trial of two lengths."""
+SETTLE, FIRST_PAUSE, CLOSE_PAUSE, LAST_PAUSE = 8, 64, 256, 2048
+"""Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, up to the third after
+a close trial, which costs next to nothing and may have been wrong, and to the last after a clear one. So trials cost below half a
+per cent in the long run."""
 SPEND = 0.02
 """Share of the time that may go into the drafter's reading for trials."""
 
@@ -68,12 +69,6 @@ class Load:
             self.pairs.append((sums[0], sums[1]))
             self.halves.clear()
 
-    def means(self) -> tuple[float, float]:
-        """Mean seconds of T(trial) and T(length), without the slowest steps of either: throughput is a ratio of means."""
-        keep = max(1, len(self.pairs) * (PAIRS - TRIM) // PAIRS)
-        one, other = sum(sorted(x for x, _ in self.pairs)[:keep]), sum(sorted(y for _, y in self.pairs)[:keep])
-        return one / keep, other / keep
-
     def usual(self) -> float:
         """Median seconds of the latest steps of the choice."""
         return median(self.recent)
@@ -90,8 +85,8 @@ class Load:
         unknown = [x for x in near if x not in self.known]
         return unknown[0] if unknown else near[self.tried % len(near)] if near else -1
 
-    def close(self, ratio: float, moved: bool) -> None:
-        """End the trial. ratio: T(trial) / T(length). moved: the trial's length becomes the choice."""
+    def close(self, ratio: float, moved: bool, clear: bool) -> None:
+        """End the trial. ratio: T(trial) / T(length). moved: the trial's length becomes the choice. clear: not a close one."""
         trial, length = self.trial, self.length
         if length == 0:
             self.cost[trial] = ratio
@@ -105,15 +100,15 @@ class Load:
             self.length = trial
             self.recent.clear()
             self.pause = FIRST_PAUSE // 2
-        self._pause()
+        self._pause(LAST_PAUSE if clear else CLOSE_PAUSE)
 
     def put_off(self, trial: int) -> None:
         """This length is foretold to lose: as if it had been tried and had lost."""
         self.known.add(trial)
-        self._pause()
+        self._pause(LAST_PAUSE)
 
-    def _pause(self) -> None:
-        self.pause = min(LAST_PAUSE, 2 * self.pause)
+    def _pause(self, longest: int) -> None:
+        self.pause = min(longest, 2 * self.pause)
         unknown = any(x not in self.known for x in self.near())
         self.left = SETTLE if unknown else self.pause
         if self.spent and self.recent:
