@@ -115,6 +115,10 @@ class Arm:
         """The draft length our server uses now; None for the others."""
         return self._state()["now"]["length"] if self.name in OURS else None
 
+    def phases(self) -> dict[str, float]:
+        """Seconds of our server's steps so far, by phase; empty for the others."""
+        return self._state()["now"]["seconds"] if self.name in OURS else {}
+
     def _state(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.address.port}/outrider/state", timeout=10) as reply:
             return json.load(reply)
@@ -150,6 +154,7 @@ def measure(arms: list[Arm], traffic: Traffic, options: argparse.Namespace) -> d
                 if len(arms) > 1:
                     arm.pause(False)
                     time.sleep(0.2)
+                before = arm.phases()
                 mine = replace(traffic, model=arm.start.model, bare=arm.start.bare)
                 if kind == "open":
                     work = open_loop(arm.address, mine, load, options.seconds, seed=round_)
@@ -158,6 +163,7 @@ def measure(arms: list[Arm], traffic: Traffic, options: argparse.Namespace) -> d
                     work = closed_loop(arm.address, mine, int(load), int(count), seed=round_)
                 run = summary(*asyncio.run(work))
                 run["length"] = arm.length()
+                run["phases"] = {k: v - before[k] for k, v in arm.phases().items()}
                 if round_ >= 0:
                     runs[arm.name].append(run)
                 if len(arms) > 1:
@@ -184,10 +190,19 @@ def report(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             out["ratios"][name] = interval(ratios)
             line += "   x{:.3f} [{:.3f}, {:.3f}]".format(*out["ratios"][name])
         print(line, file=sys.stderr)
+        if mine[0]["phases"]:
+            print(f"            {_where(mine)}", file=sys.stderr)
         bad = {k: v for r in mine for k, v in r["outcomes"].items() if k != "ok"}
         if bad:
             print(f"            not ok: {bad}", file=sys.stderr)
     return out
+
+
+def _where(runs: list[dict[str, Any]]) -> str:
+    """Where the time of our server went, in per cent of all rounds: the phases of its steps, and no step at all."""
+    whole = sum(r["seconds"] for r in runs)
+    shares = {phase: sum(r["phases"][phase] for r in runs) / whole for phase in runs[0]["phases"]}
+    return "time: " + " ".join(f"{k} {v:.0%}" for k, v in (shares | {"idle": 1.0 - sum(shares.values())}).items())
 
 
 def main() -> None:
