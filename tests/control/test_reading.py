@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from outrider.control.adaptive import Adaptive
-from outrider.control.reading import Reading
+from outrider.control.reading import ENOUGH, LAZY, TRUST, Reading
 from outrider.sampling.params import SamplingParams
 from outrider.types import Counts, SequenceView, StepRecord
 from tests.control.verdicts import judged
@@ -157,23 +157,32 @@ def views(*written: int, prompt: int = 10) -> list[SequenceView]:
     return [SequenceView(i, i, [0] * (prompt + n), prompt, prompt + n - 1, FREE) for i, n in enumerate(written)]
 
 
+def known() -> Reading:
+    """A drafter that reads a row in ten milliseconds."""
+    reading = Reading()
+    for _ in range(ENOUGH):
+        reading.learn(rows=100, seconds=1.0)
+    return reading
+
+
 def test_what_was_not_read_is_owed() -> None:
-    reading, live = Reading(), views(0, 0)
-    reading.learn(rows=100, seconds=1.0)
+    reading, live = known(), views(0, 0)
     assert reading.behind(live) == pytest.approx(0.2)  # two prompts of ten rows
     reading.notice(live, drafting=True)
     assert reading.behind(live) == 0.0
     for view in live:
         view.tokens.extend([0] * 5)
+    live = [replace(v, cached=len(v.tokens) - 1) for v in live]
     reading.notice(live, drafting=False)
-    assert reading.behind(live) == pytest.approx(0.1)
+    assert reading.behind(live) == pytest.approx(0.1, rel=0.001)
     reading.notice(live[:1], drafting=True)
-    assert reading.behind(live) == pytest.approx(0.15), "one was read, the other has gone with what was known of it"
+    assert reading.behind(live) == pytest.approx(0.15, rel=0.001), (
+        "one was read, the other has gone with what was known of it"
+    )
 
 
 def test_requests_that_ended_tell_what_is_ahead() -> None:
-    reading = Reading()
-    reading.learn(rows=100, seconds=1.0)
+    reading = known()
     old, new = views(30), views(4)
     assert reading.ahead(new) == math.inf
     assert reading.share(10.0) == 0.0
@@ -182,3 +191,48 @@ def test_requests_that_ended_tell_what_is_ahead() -> None:
     assert reading.ahead(new) == pytest.approx(26.0)
     assert reading.ahead(views(40)) == pytest.approx(30.0 / 4), "longer than usual: not over at once"
     assert reading.share(30.0) == pytest.approx(0.1), "ten rows of prompt to thirty tokens, ten milliseconds each"
+
+
+def test_a_stall_in_one_reading_is_not_believed() -> None:
+    reading, live = Reading(), views(0)
+    reading.learn(rows=100, seconds=100.0)
+    assert reading.behind(live) == 0.0, "one reading says nothing"
+    for _ in range(ENOUGH):
+        reading.learn(rows=100, seconds=1.0)
+    assert reading.behind(live) == pytest.approx(0.1)
+
+
+def test_what_is_not_measured_for_long_is_believed_less() -> None:
+    """So that a time that was wrong cannot keep the drafter from being measured again."""
+    reading, live = known(), views(5)
+    for _ in range(int(3 * TRUST)):
+        reading.notice(live, drafting=False)
+    assert reading.behind(live) < 0.06 * 0.15
+    reading.learn(rows=100, seconds=1.0)
+    assert reading.behind(live) == pytest.approx(0.15)
+
+
+def test_no_more_is_owed_than_a_drafter_puts_off() -> None:
+    assert known().behind(views(2000)) == pytest.approx(0.01 * LAZY)
+
+
+def test_a_slot_that_was_given_away_is_read_again() -> None:
+    """Preempted: the same tokens in the same slot, and nothing in any cache."""
+    reading, (view,) = known(), views(40)
+    reading.notice([view], drafting=True)
+    assert reading.behind([view]) == 0.0
+    again = SequenceView(view.slot, view.seed, view.tokens, view.prompt, 0, view.params)
+    assert reading.behind([again]) == pytest.approx(0.49)
+
+
+def test_who_had_no_draft_refused_none() -> None:
+    """Three sequences whose drafts are all accepted, and every step a fourth that has just read its prompt."""
+    controller, draws = Adaptive(2, 2), random.Random(0)
+    live = [*views(3, 3, 3), replace(views(0)[0], slot=3, cached=0)]
+    for _ in range(40):
+        controller.budget(live)
+        counts = judged([2, 2, 2], 1.0, draws)
+        counts.merge(judged([0], 1.0, draws))
+        spent = {"target": 0.01, "rule": 0.0, "host": 0.0, "draft": 0.001}
+        controller.observe(StepRecord(20, 4, 4, 0, spent, counts))
+    assert controller.tokens_per_step(2) == pytest.approx(3.0)

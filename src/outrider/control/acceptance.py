@@ -23,9 +23,9 @@ class Depths:
         """Whether enough drafts have been seen for `tokens_per_step` to rest on them."""
         return bool(self._tries) and self._tries[0] >= ENOUGH
 
-    def learn(self, record: StepRecord, length: int) -> None:
-        """A step that judged drafts of this length."""
-        keep = max(0.0, 1.0 - record.scored / MEMORY)
+    def learn(self, record: StepRecord, tries: int, length: int) -> None:
+        """A step that judged so many drafts of this length; who had just finished a prompt had none."""
+        keep = max(0.0, 1.0 - tries / MEMORY)
         accepted = record.counts.accepted_at
         for depth in range(len(self._tries)):
             if self._tries[depth] > FLOOR:
@@ -33,7 +33,7 @@ class Depths:
                 self._tries[depth] *= keep
             if depth < length:
                 self._hits[depth] += accepted[depth] if depth < len(accepted) else 0
-                self._tries[depth] += record.scored
+                self._tries[depth] += tries
 
     def tokens_per_step(self, length: int) -> float:
         """E(L) = 1 + sum over depths of the share of steps that were accepted there; deeper ones continue geometrically."""

@@ -18,7 +18,7 @@ from typing import Protocol, cast, runtime_checkable
 
 from outrider.control.acceptance import Depths, break_even
 from outrider.control.forecast import Forecast
-from outrider.control.load import LAST_PAUSE, PAIRS, SETTLE, Load
+from outrider.control.load import LAST_PAUSE, PAIRS, SETTLE, TURNS, Load
 from outrider.control.rows import load_class
 from outrider.errors import ConfigError
 from outrider.types import SequenceView, StepRecord
@@ -91,6 +91,7 @@ class Adaptive:
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
         self._now: tuple[int, int] | None = None  # and of the draft that it made
         self._last = self._steps = 0
+        self._drafted = self._ready = 0  # of those sequences, the ones whose prompt was through
         self._prompts = False  # whether the latest step read prompts
         self._forecast = Forecast()
 
@@ -102,6 +103,7 @@ class Adaptive:
         own = any(cast(_Params, v.params).draft_length is not None for v in sequences)
         self._now = None if own or any(x != length for x in out) else (len(sequences), length)
         self._last = len(sequences)
+        self._ready = sum(len(v.tokens) - v.cached == 1 for v in sequences)
         self._forecast.reading.notice(sequences, length > 0)
         return out
 
@@ -111,7 +113,8 @@ class Adaptive:
         self._before, self._now = now, None
         self._steps += 1
         if before is not None and record.scored:
-            self._accepted.learn(record, before[1])
+            self._accepted.learn(record, min(record.scored, self._drafted), before[1])
+        self._drafted = self._ready
         self._forecast.learn(record, before, now)
         self._prompts = record.rows > record.scored + record.counts.proposed
         if before is None or now is None or self._prompts or not record.scored == before[0] == now[0]:
@@ -140,10 +143,10 @@ class Adaptive:
         load = self._loads.get(load_class(self._last)) if self._last else None
         if load is None:
             return Outlook(self._last, self.first, None, None, None)
-        cost = load.cost.get(load.length)
-        if cost is None or not load.recent or not load.known:
+        cost, usual = load.cost.get(load.length), load.usual()
+        if cost is None or usual is None or not load.known:
             return Outlook(self._last, load.length, None, None, None)
-        plain = self._charged(load.usual(), self._last, load.length) / cost
+        plain = self._charged(usual, self._last, load.length) / cost
         return Outlook(
             self._last, load.length, self.tokens_per_step(load.length) / cost, plain, break_even(load.length, cost)
         )
@@ -174,13 +177,15 @@ class Adaptive:
         A trial pauses while prompts are read: such steps prove nothing, and its length would be paid for them all.
         """
         load = self._load(len(sequences))
+        if load.trial >= 0 and load.turn >= TURNS:
+            load.abandon()
         if load.trial >= 0:
             length = load.length if self._prompts else load.take_turn()
-            load.spent += self._forecast.reading.behind(sequences) if length else 0.0
+            load.spent += self._forecast.reading.behind(sequences) if length and not load.length else 0.0
             return length
         if not load.known:
             if load.asked % SETTLE == 0:
-                load.length = self._foretold(len(sequences), load.length)
+                load.choose(self._foretold(len(sequences), load.length))
             load.asked += 1
         return load.length if self._earned(sequences, load.length) else 0
 

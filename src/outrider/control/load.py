@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-PAIRS = 16
-"""Paired step times of a trial of two lengths."""
+PAIRS, TURNS = 16, 128
+"""Paired step times of a trial of two lengths, and steps of it after which it is given up."""
 SETTLE, FIRST_PAUSE, CLOSE_PAUSE, LAST_PAUSE = 8, 64, 256, 2048
 """Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, up to the third after
 a close trial, which costs next to nothing and may have been wrong, and to the last after a clear one. So trials cost below half a
@@ -69,9 +69,16 @@ class Load:
             self.pairs.append((sums[0], sums[1]))
             self.halves.clear()
 
-    def usual(self) -> float:
-        """Median seconds of the latest steps of the choice."""
-        return median(self.recent)
+    def usual(self) -> float | None:
+        """Median seconds of the latest steps of the choice; asked for by other threads, too."""
+        recent = list(self.recent)
+        return median(recent) if recent else None
+
+    def choose(self, length: int) -> None:
+        """Another choice without a trial."""
+        if length != self.length:
+            self.length = length
+            self.recent.clear()
 
     def near(self) -> list[int]:
         """Lengths worth trying against the choice: plain decoding, one less, one more; against plain, `first` and one."""
@@ -107,10 +114,16 @@ class Load:
         self.known.add(trial)
         self._pause(LAST_PAUSE)
 
+    def abandon(self) -> None:
+        """End a trial that cannot be decided: hardly two steps of this load are neighbours without prompts."""
+        self.trial = -1
+        self._pause(LAST_PAUSE)
+
     def _pause(self, longest: int) -> None:
         self.pause = min(longest, 2 * self.pause)
         unknown = any(x not in self.known for x in self.near())
         self.left = SETTLE if unknown else self.pause
-        if self.spent and self.recent:
-            self.left = max(self.left, int(self.spent / (SPEND * self.usual())))
+        usual = self.usual()
+        if self.spent and usual:
+            self.left = max(self.left, int(self.spent / (SPEND * usual)))
         self.spent = 0.0

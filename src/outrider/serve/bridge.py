@@ -1,8 +1,8 @@
 """The one place where threads and asyncio meet: an engine thread that steps, an event loop that speaks HTTP.
 
 The engine belongs to its thread (`worker`). The loop sends it commands (closures over tickets); the thread sends back what each
-step emitted with one call into the loop per step. So a step never waits for a socket, and a command (an abort, say) is obeyed
-before the next step.
+step emitted with two calls into the loop at most: what goes on, and what ended. So a step never waits for a socket, and a
+command (an abort, say) is obeyed before the next step.
 """
 
 from __future__ import annotations

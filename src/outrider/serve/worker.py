@@ -145,10 +145,11 @@ class EngineThread:
             logger.exception("a step failed")
             self._failures += 1
             self.broken = self._failures >= BROKEN_STEPS
-            routes = [route for name, route in self.routes.items() if name in inside] or list(self.routes.values())
+            routes = [route for name, route in self.routes.items() if name in inside or not inside]
             for ticket in {id(t): t for t, _ in routes}.values():
                 self._fail(ticket, EngineFailure(f"the engine failed ({type(error).__name__}): send the request again"))
             return
+        self._end_exhausted(engine, ruled)  # those that drafting has exhausted
         self._hand_out([event for event in events if event.finish_reason is not None])
         for name in {event.request for event in events if event.finish_reason is not None}:
             if not engine.sequences(name):
