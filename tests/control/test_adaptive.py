@@ -13,8 +13,8 @@ from outrider.control.load import LAST_PAUSE
 from outrider.control.rows import load_class
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
-from outrider.types import SequenceView, StepRecord
-from tests.control.verdicts import judged
+from outrider.types import SequenceView
+from tests.control.verdicts import judged, recorded
 
 FREE, SEEDED, GREEDY = SamplingParams(), SamplingParams(seed=1), SamplingParams(seed=1, temperature=0)
 
@@ -49,10 +49,9 @@ class World:
             verified = max(used, default=0)
             factor = self.weather(self.steps)
             half = lambda length: self.seconds(sequences, length) / 2 * factor  # noqa: E731, B023
-            spent = {"target": half(verified), "rule": 0.0, "host": 0.0, "draft": half(max(now))}
-            rows = len(used) + counts.proposed
-            controller.observe(StepRecord(rows, len(used), sequences, 0, spent, counts))
-            self.clock += sum(spent.values())
+            rows, target, draft = len(used) + counts.proposed, half(verified), half(max(now))
+            controller.observe(recorded(rows, len(used), sequences, target, draft, counts))
+            self.clock += target + draft
             self.tokens += counts.emitted
             self.pending = now
         return asked

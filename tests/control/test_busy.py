@@ -10,22 +10,12 @@ import pytest
 from outrider.control.adaptive import Adaptive
 from outrider.control.rows import REACH, RowTimes
 from outrider.sampling.params import SamplingParams
-from outrider.types import SequenceView, StepRecord
-from tests.control.verdicts import judged
+from outrider.types import SequenceView
+from tests.control.verdicts import flat, judged, recorded, steep
 
 FREE = SamplingParams()
 PROMPT = 12
 """Rows of the prompt that is read in every step."""
-
-
-def flat(rows: int) -> float:
-    """A target bound by memory."""
-    return 0.010 + 0.00002 * rows
-
-
-def steep(rows: int) -> float:
-    """A target bound by arithmetic from the eighth row on."""
-    return 0.001 * max(rows, 8)
 
 
 class Busy:
@@ -49,9 +39,9 @@ class Busy:
             self.changes += bool(self.pending) and self.pending[0] != now[0]
             rows = len(used) + counts.proposed + PROMPT
             factor = 1.0 + self.noise * self.random.uniform(-1, 1)
-            spent = {"target": self.seconds(rows) * factor, "rule": 0.0, "host": 0.0, "draft": self.level * max(now)}
-            controller.observe(StepRecord(rows, len(used), sequences, 0, spent, counts))
-            self.clock += sum(spent.values())
+            target, draft = self.seconds(rows) * factor, self.level * max(now)
+            controller.observe(recorded(rows, len(used), sequences, target, draft, counts))
+            self.clock += target + draft
             self.tokens += counts.emitted
             self.pending = now
         return asked

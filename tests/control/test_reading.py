@@ -12,21 +12,11 @@ import pytest
 from outrider.control.adaptive import Adaptive
 from outrider.control.reading import ENOUGH, LAZY, TRUST, Reading
 from outrider.sampling.params import SamplingParams
-from outrider.types import Counts, SequenceView, StepRecord
-from tests.control.verdicts import judged
+from outrider.types import Counts, SequenceView
+from tests.control.verdicts import flat, judged, recorded, steep
 
 FREE = SamplingParams()
 CHUNK = 256
-
-
-def flat(rows: int) -> float:
-    """A target bound by memory."""
-    return 0.010 + 0.00002 * rows
-
-
-def steep(rows: int) -> float:
-    """A target bound by arithmetic from the eighth row on."""
-    return 0.001 * max(rows, 8)
 
 
 @dataclass
@@ -91,9 +81,8 @@ class Closed:
         self.live = [self._next() if len(r.tokens) - r.prompt >= self.output else r for r in self.live]
         lengths = controller.budget([r.view(i) for i, r in enumerate(self.live)])
         drafting = self._draft(lengths)
-        spent = {"target": self.seconds(rows), "rule": 0.0, "host": 0.0, "draft": drafting}
-        controller.observe(StepRecord(rows, len(scored), len(self.live), 0, spent, counts))
-        self.clock += sum(spent.values())
+        controller.observe(recorded(rows, len(scored), len(self.live), self.seconds(rows), drafting, counts))
+        self.clock += self.seconds(rows) + drafting
 
     def _draft(self, lengths: list[int]) -> float:
         """Seconds of drafting for those whose prompt is through, and of reading what they wrote unseen."""
@@ -151,6 +140,26 @@ def test_the_control_a_fixed_length_loses_there() -> None:
     pinned = Adaptive(3, 3)
     pinned._choice = lambda sequences: 3  # type: ignore[method-assign]
     assert worlds[0].speed(pinned, 1000) < 0.9 * worlds[1].speed(Adaptive(0, 0), 1000)
+
+
+class Stalled(Closed):
+    """The machine stands still for a second while the drafter reads the prompts of some requests."""
+
+    stalls: tuple[int, ...] = (2,)
+
+    def _draft(self, lengths: list[int]) -> float:
+        fresh = any(r.number in self.stalls and r.read == 0 and n for r, n in zip(self.live, lengths, strict=True))
+        return super()._draft(lengths) + (1.0 if fresh else 0.0)
+
+
+@pytest.mark.parametrize("output", [24, 64])
+def test_a_stall_does_not_end_drafting_for_good(output) -> None:
+    """One client for whom drafts pay; afterwards it is as fast as if nothing had been."""
+    worlds = [kind(gentle, clients=1, output=output, row=0.00005) for kind in (Stalled, Closed)]
+    controllers = [Adaptive(3, 4), Adaptive(3, 4)]
+    for world, controller in zip(worlds, controllers, strict=True):
+        world.speed(controller, 2000)
+    assert worlds[0].speed(controllers[0], 2000) >= 0.95 * worlds[1].speed(controllers[1], 2000)
 
 
 def views(*written: int, prompt: int = 10) -> list[SequenceView]:
@@ -233,6 +242,5 @@ def test_who_had_no_draft_refused_none() -> None:
         controller.budget(live)
         counts = judged([2, 2, 2], 1.0, draws)
         counts.merge(judged([0], 1.0, draws))
-        spent = {"target": 0.01, "rule": 0.0, "host": 0.0, "draft": 0.001}
-        controller.observe(StepRecord(20, 4, 4, 0, spent, counts))
+        controller.observe(recorded(20, 4, 4, 0.01, 0.001, counts))
     assert controller.tokens_per_step(2) == pytest.approx(3.0)

@@ -139,7 +139,7 @@ class EngineThread:
         inside = {s.request for s in engine.scheduler.running}
         ruled = {s.slot: s.request for s in engine.scheduler.running if s.params.grammar is not None}
         try:
-            events = engine.step(lambda events: self._first(engine, ruled, events))
+            events = engine.step(lambda events: self._midway(engine, ruled, events))
             self._failures = 0
         except Exception as error:  # whatever it is, the process and the other requests live on
             logger.exception("a step failed")
@@ -155,7 +155,7 @@ class EngineThread:
             if not engine.sequences(name):
                 self.routes.pop(name, None)
 
-    def _first(self, engine: Engine, ruled: dict[int, str], events: list[Event]) -> None:
+    def _midway(self, engine: Engine, ruled: dict[int, str], events: list[Event]) -> None:
         """In the middle of a step: what was added to those that go on."""
         self._end_exhausted(engine, ruled)
         self._note_admissions()
@@ -175,7 +175,8 @@ class EngineThread:
     def _end_exhausted(self, engine: Engine, ruled: dict[int, str]) -> None:
         """End the requests whose grammar ran out of its budget in this step. ruled: those that had one when it began, by slot.
 
-        What the step added to them is dropped, and their automata are: a slot's next request begins with its own budget."""
+        Asked after verification, whose tokens for them are dropped, and after drafting, which walks automata too. The automata
+        go: a slot's next request begins with its own budget."""
         automata = engine.parts.law._automata
         for slot, name in ruled.items():
             if slot in automata and automata[slot].exhausted:
