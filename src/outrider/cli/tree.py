@@ -39,7 +39,7 @@ def tree(
         target=target, draft=draft, length=2, rule="speculative_sampling", dtype=dtype, device=device,
         implementation=implementation, max_length=max_length, slots=1,
     )  # fmt: skip
-    model = next(iter(engine.loaded.models), None) if draft == "auto" else draft
+    model = next((key.name for key in engine.loaded.models), None) if draft == "auto" else draft
     if model is None:
         raise typer.BadParameter("no draft model beside this target: name one with --draft")
     texts = [engine.encode(p) for p in load_prompts(prompts, count)]

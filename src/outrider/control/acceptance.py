@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from outrider.theory.speedup import break_even_acceptance
 from outrider.types import StepRecord
 
@@ -23,15 +25,19 @@ class Depths:
         """Whether enough drafts have been seen for `tokens_per_step` to rest on them."""
         return bool(self._tries) and self._tries[0] >= ENOUGH
 
-    def learn(self, record: StepRecord, tries: int, length: int) -> None:
-        """A step that judged so many drafts of this length; who had just finished a prompt had none."""
-        keep = max(0.0, 1.0 - tries / MEMORY)
+    def learn(self, record: StepRecord, lengths: Sequence[int]) -> None:
+        """A step that judged drafts of these lengths, less those of sequences that have gone; who had just finished a prompt had none."""
+        if not lengths:
+            return
+        there = min(1.0, record.scored / len(lengths))
+        keep = max(0.0, 1.0 - there * len(lengths) / MEMORY)
         accepted = record.counts.accepted_at
         for depth in range(len(self._tries)):
             if self._tries[depth] > FLOOR:
                 self._hits[depth] *= keep
                 self._tries[depth] *= keep
-            if depth < length:
+            tries = there * sum(x > depth for x in lengths)
+            if tries:
                 self._hits[depth] += accepted[depth] if depth < len(accepted) else 0
                 self._tries[depth] += tries
 

@@ -5,8 +5,9 @@ worth E(L) / T(b, L). Both are measured: E from the steps that were accepted at 
 lengths take turns, step by step. Speculation gains over plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et al.
 2023, Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). A ratio of neighbouring
 steps is needed because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such
-neighbours are rare: until a load has had a trial, T is foretold from whatever steps came by (`outrider.control.forecast`). What the
-drafter takes to read prompts, which no trial sees, is laid on the steps of every length but 0.
+neighbours are rare: until a load has had a trial, and again whenever it has been without such neighbours for a while, T is foretold
+from whatever steps came by (`outrider.control.forecast`), so that no choice outlives the evidence for it. What the drafter takes to
+read prompts, which no trial sees, is laid on the steps of every length but 0.
 """
 
 from __future__ import annotations
@@ -89,9 +90,10 @@ class Adaptive:
         self._loads: dict[int, Load] = {}
         self._accepted = Depths(longest)
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
-        self._now: tuple[int, int] | None = None  # and of the draft that it made
+        self._now: tuple[int, int] | None = None  # and of the draft that it made; None where lengths differ
         self._last = self._steps = 0
-        self._drafted = self._ready = 0  # of those sequences, the ones whose prompt was through
+        self._judged: list[int] = []  # lengths of the drafts that this step verified, of sequences whose prompt was through
+        self._ready: list[int] = []  # and of those that it made
         self._prompts = False  # whether the latest step read prompts
         self._forecast = Forecast()
 
@@ -103,7 +105,8 @@ class Adaptive:
         own = any(cast(_Params, v.params).draft_length is not None for v in sequences)
         self._now = None if own or any(x != length for x in out) else (len(sequences), length)
         self._last = len(sequences)
-        self._ready = sum(len(v.tokens) - v.cached == 1 for v in sequences)
+        pairs = zip(out, sequences, strict=True)
+        self._ready = [_at_most(x, v) for x, v in pairs if len(v.tokens) - v.cached == 1]
         self._forecast.reading.notice(sequences, length > 0)
         return out
 
@@ -112,14 +115,16 @@ class Adaptive:
         before, now = self._before, self._now
         self._before, self._now = now, None
         self._steps += 1
-        if before is not None and record.scored:
-            self._accepted.learn(record, min(record.scored, self._drafted), before[1])
-        self._drafted = self._ready
+        if record.scored:
+            self._accepted.learn(record, self._judged)
+        self._judged = self._ready
         self._forecast.learn(record, before, now)
         self._prompts = record.rows > record.scored + record.counts.proposed
-        if before is None or now is None or self._prompts or not record.scored == before[0] == now[0]:
+        load = self._load(self._last)
+        comparable = before is not None and now is not None and record.scored == before[0] == now[0]
+        load.see(comparable and not self._prompts)
+        if before is None or now is None or not comparable or self._prompts or load.blind:
             return
-        load = self._load(now[0])
         if load.trial < 0 and not before[1] == now[1] == load.length:
             return
         if load.at != self._steps - 1:
@@ -172,18 +177,19 @@ class Adaptive:
         return seconds + (self._forecast.reading.share(sequences * self.tokens_per_step(length)) if length else 0.0)
 
     def _choice(self, sequences: Sequence[SequenceView]) -> int:
-        """The length for this load; in a trial the two lengths in turn; before the first trial what is foretold.
+        """The length for this load; in a trial the two lengths in turn; what is foretold before the first trial and while there can
+        be none.
 
         A trial pauses while prompts are read: such steps prove nothing, and its length would be paid for them all.
         """
         load = self._load(len(sequences))
-        if load.trial >= 0 and load.turn >= TURNS:
+        if load.trial >= 0 and (load.turn >= TURNS or load.blind):
             load.abandon()
         if load.trial >= 0:
             length = load.length if self._prompts else load.take_turn()
             load.spent += self._forecast.reading.behind(sequences) if length and not load.length else 0.0
             return length
-        if not load.known:
+        if load.blind or not load.known:
             if load.asked % SETTLE == 0:
                 load.choose(self._foretold(len(sequences), load.length))
             load.asked += 1
@@ -200,9 +206,12 @@ class Adaptive:
         reading = self._forecast.reading
         return saved <= 0 or reading.ahead(sequences) * saved >= EARN * reading.behind(sequences)
 
-    def _worth(self, sequences: int, length: int) -> float | None:
-        """Foretold tokens of a sequence per second of this load; None if nothing like it has been seen."""
-        seconds = self._forecast.seconds(sequences, length)
+    def _worth(self, sequences: int, length: int, *, beside: bool = False) -> float | None:
+        """Foretold tokens of a sequence per second of this load, beside the prompts that are read lately or alone; None if nothing
+        like it has been seen."""
+        forecast = self._forecast
+        alone = not beside or forecast.prompts < 1.0
+        seconds = forecast.seconds(sequences, length) if alone else forecast.beside(sequences, length, self.longest)
         return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, sequences, length)
 
     def _foretold(self, sequences: int, length: int) -> int:
@@ -212,10 +221,10 @@ class Adaptive:
         """
         if not self._accepted.known:
             return length
-        foretold = {x: self._worth(sequences, x) for x in range(self.longest + 1)}
+        foretold = {x: self._worth(sequences, x, beside=True) for x in range(self.longest + 1)}
         worth = {x: w for x, w in foretold.items() if w is not None}
         if length not in worth:
-            return length
+            return 0 if self._load(sequences).blind else length
         if 0 not in worth:
             return 0
         best = max(worth, key=lambda x: worth[x])
@@ -269,3 +278,9 @@ class Adaptive:
         moved = gain > needed and agree >= (AGREE_PLAIN if load.trial == 0 else AGREE)
         ratio = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length) / gain
         load.close(ratio, moved, abs(gain / needed - 1.0) > CLEAR)
+
+
+def _at_most(length: int, view: SequenceView) -> int:
+    """What a sequence drafts where its own request may ask for less."""
+    own = cast(_Params, view.params).draft_length
+    return length if own is None else min(length, own)

@@ -8,8 +8,16 @@ steps of any kind, so a load and length that never ran can be foretold. What a d
 from __future__ import annotations
 
 from outrider.control.reading import Reading
-from outrider.control.rows import RowTimes
+from outrider.control.rows import REACH, RowTimes
 from outrider.types import StepRecord
+
+
+USUAL = 1.0 / 32.0
+"""Weight of the newest step in the rows of prompts that a step usually reads."""
+
+
+NEAR = 0.9 * REACH
+"""How many times fewer rows a slope is taken over where half of them have never been seen."""
 
 
 class _Drafting:
@@ -30,10 +38,14 @@ class Forecast:
         self._passes = RowTimes()  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
         self.reading = Reading()
+        self.prompts = 0.0
+        """Rows of prompts that a step reads lately, on average."""
 
     def learn(self, record: StepRecord, before: tuple[int, int] | None, now: tuple[int, int] | None) -> None:
         """A step. before, now: sequences and length of the draft it verified and of the one it made; None if lengths differed."""
         drafting = record.seconds["draft"]
+        prompts = max(0, record.rows - record.scored - record.counts.proposed)
+        self.prompts += USUAL * (prompts - self.prompts)
         if record.rows > 0:
             self._passes.learn(record.rows, sum(record.seconds.values()) - drafting)
         if now is None or now[1] == 0 or (before is not None and before[1] == 0):
@@ -41,16 +53,31 @@ class Forecast:
         sequences, length = now
         mine = self._drafts.setdefault(length, _Drafting())
         mine.loaded.learn(sequences, drafting)
-        prompts = record.rows - record.scored - record.counts.proposed
         alone = mine.alone.seconds(sequences)
-        if prompts <= 0:
+        if not prompts:
             mine.alone.learn(sequences, drafting)
         elif alone is not None:
             self.reading.learn(prompts, drafting - alone)
 
     def seconds(self, sequences: int, length: int) -> float | None:
         """A step of so many sequences with drafts of this length, reading aside; None where nothing near has been seen."""
-        judging = self._passes.seconds(sequences * (1 + length))
+        return self._step(sequences, length, self._passes.seconds(sequences * (1 + length)))
+
+    def beside(self, sequences: int, length: int, longest: int) -> float | None:
+        """The same for steps that read as many prompts as they do lately, less what those rows take by themselves: they must be read
+        at any length. longest: of all lengths that are compared."""
+        rows, most = sequences * (1 + length), self.prompts + sequences * (1 + longest)
+        judging, above = self._passes.seconds(self.prompts + rows), self._passes.seconds(most)
+        less = next((x for x in (0.5 * most, most / NEAR) if self._passes.seconds(x) is not None), most)
+        below = self._passes.seconds(less)
+        if judging is None or above is None or below is None or less == most:
+            return None
+        row = (above - below) / (most - less)
+        least = judging * rows / (self.prompts + rows)  # where the pass is bound by arithmetic, and no pass is worse than that
+        return self._step(sequences, length, max(least, judging - row * self.prompts))
+
+    def _step(self, sequences: int, length: int, judging: float | None) -> float | None:
+        """Drafting laid on a pass."""
         if length == 0 or judging is None:
             return judging
         for other in sorted(self._drafts, key=lambda x: abs(x - length)):

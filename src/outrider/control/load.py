@@ -13,6 +13,8 @@ SETTLE, FIRST_PAUSE, CLOSE_PAUSE, LAST_PAUSE = 8, 64, 256, 2048
 """Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, up to the third after
 a close trial, which costs next to nothing and may have been wrong, and to the last after a clear one. So trials cost below half a
 per cent in the long run."""
+BLIND = 64
+"""Steps that cannot be compared with a neighbour, beyond those that can, after which a load goes by what is foretold."""
 SPEND = 0.02
 """Share of the time that may go into the drafter's reading for trials."""
 
@@ -25,8 +27,8 @@ class Load:
     or -1. turn: steps of the trial so far. pairs: T(trial) and T(length), pair by pair. halves: step times of the pair being
     measured, by part and length. cost[L]: latest T(L) / T(0), reading included. recent: seconds of the latest steps of the
     choice. at: the step it was last seen in. known: lengths that were held against the choice. pause, left: steps between
-    trials, and to the next. spent: seconds that the drafter read for a trial. asked: times its length was asked for before it
-    had a trial.
+    trials, and to the next. spent: seconds that the drafter read for a trial. asked: times its length was asked for while there
+    was no trial to go by. unseen: steps that had no neighbour to be compared with, less those that had, 0 to 2 BLIND.
     """
 
     first: int
@@ -45,6 +47,16 @@ class Load:
     spent: float = 0.0
     asked: int = 0
     at: int = -1
+    unseen: int = 0
+
+    def see(self, comparable: bool) -> None:
+        """One step of this load. comparable: free of prompts, and of the same sequences and one length like its neighbour."""
+        self.unseen = max(0, self.unseen - 1) if comparable else min(2 * BLIND, self.unseen + 1)
+
+    @property
+    def blind(self) -> bool:
+        """Whether trials cannot be decided here at the moment: most steps have prompts, other lengths or other sequences in them."""
+        return self.unseen >= BLIND
 
     def begin(self, trial: int) -> None:
         """Let this length and the choice take turns; -1: nothing to try, look again after the longest pause."""
@@ -79,6 +91,7 @@ class Load:
         if length != self.length:
             self.length = length
             self.recent.clear()
+            self.known.clear()
 
     def near(self) -> list[int]:
         """Lengths worth trying against the choice: plain decoding, one less, one more; against plain, `first` and one."""

@@ -7,6 +7,7 @@ it is bound by memory and grows in proportion to its rows once it is bound by ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -32,6 +33,11 @@ def load_class(number: int) -> int:
         top *= 2
 
 
+def row_class(rows: int) -> int:
+    """Numbers of rows that share measurements: four groups to a doubling, since a draft more or less must show beside a prompt."""
+    return round(4.0 * math.log2(rows))
+
+
 @dataclass(slots=True)
 class _Group:
     rows: float
@@ -53,21 +59,25 @@ class RowTimes:
             weather = (seconds / foretold) ** WEATHER
             for group in self._groups.values():
                 group.seconds *= weather
-        group = self._groups.setdefault(load_class(rows), _Group(rows, seconds, 0))
+        group = self._groups.setdefault(row_class(rows), _Group(rows, seconds, 0))
         group.steps += 1
         weight = max(FADE, 1.0 / group.steps)
         group.rows += weight * (rows - group.rows)
         group.seconds += weight * (seconds - group.seconds)
 
-    def seconds(self, rows: int) -> float | None:
-        """What a pass of `rows` rows takes; None where nothing near has been seen. More rows are never said to take less."""
+    def seconds(self, rows: float) -> float | None:
+        """What a pass of `rows` rows takes; None where nothing near has been seen. More rows are never said to take less.
+
+        Below all that was seen the time falls in proportion, the most it can: what a wider pass is held against must not look
+        slow for want of evidence.
+        """
         seen = sorted((g.rows, g.seconds) for g in self._groups.values() if g.steps >= ENOUGH)
         if not seen or not seen[0][0] / REACH <= rows <= seen[-1][0] * REACH:
             return None
         highest = 0.0
         points = [(at, highest := max(highest, seconds)) for at, seconds in seen]
         if rows <= points[0][0]:
-            return points[0][1]
+            return points[0][1] * rows / points[0][0]
         for (x0, y0), (x1, y1) in pairwise(points):
             if rows <= x1:
                 return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)

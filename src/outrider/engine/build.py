@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from outrider.assets import HERE, shipped
 from outrider.control.fixed import Fixed
@@ -46,6 +46,14 @@ class Options:
     allow_lossy: bool = False
 
 
+class ModelKey(NamedTuple):
+    """Of a loaded draft model: its name and every option that decides what is loaded; dtype and device are the target's."""
+
+    name: str
+    implementation: str
+    quantize: str | None
+
+
 @dataclass(slots=True)
 class Loaded:
     """What engines on one target share: the weights of target and drafts, and the tokenizer."""
@@ -56,7 +64,7 @@ class Loaded:
     eos: tuple[int, ...]
     options: Options
     sinks: tuple[Sink, ...] = ()
-    models: dict[str, tuple[Target, object]] = field(default_factory=dict)
+    models: dict[ModelKey, tuple[Target, object]] = field(default_factory=dict)
 
 
 def build_engine(
@@ -109,7 +117,7 @@ def _load(
 
 
 def assemble(loaded: Loaded, options: Options) -> Engine:
-    """An engine on loaded parts. Models are loaded once per name, so engines that differ in drafting share weights."""
+    """An engine on loaded parts. A model is loaded once for each way to load it, so engines that differ in drafting share weights."""
     auto = options.rule == "auto"
     rule = load_rule(options.rule) if isinstance(options.rule, str) else options.rule
     drafter = options.draft
@@ -150,7 +158,8 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
     """
     if name.startswith(TRANSLATE):
         return _translated(loaded, options, name.removeprefix(TRANSLATE))
-    if name not in loaded.models:
+    key = ModelKey(name, options.implementation, options.draft_quantize)
+    if key not in loaded.models:
         dtype = str(loaded.target.dtype).removeprefix("torch.")
         model = load_target(
             name,
@@ -159,14 +168,14 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
             implementation=options.implementation,
             quantize=options.draft_quantize,
         )
-        loaded.models[name] = (model, load_tokenizer(name))
-    return loaded.models[name]
+        loaded.models[key] = (model, load_tokenizer(name))
+    return loaded.models[key]
 
 
 def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, object]:
     if loaded.tokenizer is None:
         raise ConfigError("a draft of another vocabulary needs the target's tokenizer: build the engine with one")
-    key = TRANSLATE + name
+    key = ModelKey(TRANSLATE + name, options.implementation, options.draft_quantize)
     if key not in loaded.models:
         model, tokenizer = load_model(loaded, options, name)
         ours = cast(Tokenizer, loaded.tokenizer)
