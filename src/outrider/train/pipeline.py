@@ -101,6 +101,8 @@ class Job:
     loss: str = "staged"
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str | Path):  # one place, not its letters
+            object.__setattr__(self, "data", (Path(self.data),))
         if self.kind not in KINDS:
             raise ConfigError(unknown_name("drafter to train", self.kind, tuple(KINDS)))
         if self.levels < 1 or self.length <= self.levels + 1:
