@@ -10,11 +10,12 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.cli.runs import DEFAULT, StorePath
 from outrider.errors import ConfigError
 
 ab_app = typer.Typer(help="A/B experiments between decoding configurations.", no_args_is_help=True)
-File = Annotated[Path, typer.Argument(help="Experiment file (YAML).")]
+File = Annotated[Path, typer.Argument(callback=paths.file, help="Experiment file (YAML).")]
 Replay = Annotated[
     int | None,
     typer.Option(
@@ -75,7 +76,7 @@ def design(
     if json:
         opt.print_json(document)
         return
-    console = opt.Console(highlight=False)
+    console = opt.console()
     console.print(f"spread of a paired log ratio   {sd:.3f}" + ("" if e.sd else f" (pilot of {pilot} prompt groups)"))
     console.print(
         f"to see {e.min_effect:.1%} with power {power:.0%}   {d.sequential} prompt groups, looked at after each"
@@ -185,7 +186,7 @@ def end(
 @ab_app.command("report")
 def report(
     name: Annotated[str, typer.Argument(help="Name of the experiment.")],
-    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+    out: Annotated[Path, typer.Option("--out", callback=paths.out_file, help="HTML file to write.")],
     store: StorePath = DEFAULT,
 ) -> None:
     """A self-contained page: the intervals as they shrank, and the decisions."""
@@ -282,7 +283,7 @@ def show(document: dict[str, Any], json: bool) -> int:
             "" if q is None else span(q["mean"], q["low"], q["high"]),
             c["decision"] + "".join(f"\n{v}" for v in c["vetoes"]),
         )
-    opt.Console(highlight=False).print(table)
+    opt.show(table)
     return code
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 
 
 def train(
@@ -20,7 +21,7 @@ def train(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            "--data",
+            "--data", callback=paths.readable,
             help="Text to start from: files, JSON lines (text, prompt or messages) or folders; repeatable. Default: the "
             "sources of this Python's standard library.",
             show_default=False,
@@ -32,9 +33,9 @@ def train(
     target: opt.Target = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the drafter. Default: its place in the work folder.", show_default=False),
+        typer.Option("--out", callback=paths.writable, help="Folder of the drafter. Default: its place in the work folder.", show_default=False),
     ] = None,
-    work: Annotated[Path, typer.Option("--work", help="Folder of data and checkpoints; a run continues there.")] = Path(
+    work: Annotated[Path, typer.Option("--work", callback=paths.writable, help="Folder of data and checkpoints; a run continues there.")] = Path(
         "runs/drafters"
     ),
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of training text.")] = 800,

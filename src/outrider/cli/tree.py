@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 
 
 def tree(
@@ -17,7 +18,7 @@ def tree(
     depth: Annotated[int, typer.Option("--depth", min=1, max=16, help="Most levels.")] = 4,
     width: Annotated[int, typer.Option("--width", min=1, max=32, help="Ranks measured: children of a node.")] = 4,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Prompts of your traffic.", show_default=False)
+        Path | None, typer.Option("--prompts", callback=paths.file, help="Prompts of your traffic.", show_default=False)
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts used.")] = 16,
     temperature: opt.Temperature = 1.0,

@@ -88,8 +88,21 @@ def build_engine(
     wanted = Options(draft=str(draft) if isinstance(draft, Path) else draft, **options)  # type: ignore[arg-type]
     if speculative_config is not None:
         wanted = replace(wanted, **parse_speculative_config(speculative_config))
+    check_options(wanted)
     loaded = _load(target, tokenizer, wanted, tuple(sinks), progress)
     return assemble(loaded, wanted)
+
+
+def check_options(options: Options) -> None:
+    """ConfigError for what is wrong whatever the model: said before one is loaded."""
+    if isinstance(options.rule, str):
+        load_rule(options.rule)
+    for name, low in (("length", 0), ("slots", 1), ("chunk", 1)):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    if options.max_length is not None and options.max_length < 1:
+        raise ConfigError(f"max_length must be at least 1, got {options.max_length}")
 
 
 def _load(

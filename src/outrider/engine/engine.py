@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from outrider.engine.contracts import check_parts
 from outrider.engine.guard import honest
 from outrider.engine.prompts import Prompt, Prompts, as_prompt, as_prompts
 from outrider.engine.scheduler import Scheduler, Work
@@ -75,6 +76,7 @@ class Engine:
         sinks: Seq[Sink] = (),
         allow_lossy: bool = False,
     ) -> None:
+        check_parts(target, drafter, rule, controller)
         check_fit(target, drafter, rule, allow_lossy)
         self.max_length = min(max_length or target.max_length, target.max_length)
         self.tokenizer, self.controller, self.sinks, self.eos = tokenizer, controller, tuple(sinks), frozenset(eos)
@@ -390,7 +392,7 @@ def check_fit(target: Target, drafter: Drafter, rule: Rule, allow_lossy: bool) -
         raise CapabilityError("this target cannot forget rejected tokens (recurrent state): use the drafter 'none'")
     if not rule.lossless and not allow_lossy:
         raise CapabilityError(
-            f"rule {rule.name!r} changes the law of the text: say allow_lossy (--allow-lossy) to use it"
+            f"rule {rule.name!r} changes the distribution of the text: say allow_lossy (--allow-lossy) to use it"
         )
 
 
