@@ -94,7 +94,7 @@ def test_a_choice_that_would_change_nothing_is_refused(kind, given, said, place:
 
 
 def test_one_work_folder_holds_all_trainings(place: Path, monkeypatch, capsys) -> None:
-    """Another kind, other layers, text, settings or weights of the target: a place of their own; text is written once where it can."""
+    """Another kind, other layers, text, settings or weights of the target: a place of their own; equal text is written once."""
 
     def made(kind: str, *more: str) -> tuple[int, set[str], dict]:
         """Folders of data afterwards, and the report."""

@@ -40,11 +40,15 @@ def audit(
     texts: Annotated[
         Path | None,
         typer.Option(
-            "--texts", callback=paths.file, help="Audit recorded texts: JSON lines of prompt_token_ids and token_ids.", show_default=False
+            "--texts",
+            callback=paths.file,
+            help="Audit recorded texts: JSON lines of prompt_token_ids and token_ids.",
+            show_default=False,
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", callback=paths.file, help="JSONL or text file of prompts.", show_default=False)
+        Path | None,
+        typer.Option("--prompts", callback=paths.file, help="JSONL or text file of prompts.", show_default=False),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts used, from the start of the set.")] = 32,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Continuations of each prompt.")] = 2,

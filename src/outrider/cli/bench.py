@@ -31,7 +31,8 @@ def bench(
     figures: Annotated[
         Path | None,
         typer.Option(
-            "--figures", callback=paths.writable,
+            "--figures",
+            callback=paths.writable,
             help="With --preset: folder of the charts (SVG and PNG). Default: runs/chart.",
             show_default=False,
         ),
@@ -44,7 +45,10 @@ def bench(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            "--prompts", callback=paths.file, help="JSONL with a `prompt` per line, or a text file with one per line.", show_default=False
+            "--prompts",
+            callback=paths.file,
+            help="JSONL with a `prompt` per line, or a text file with one per line.",
+            show_default=False,
         ),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=2, help="Prompts used, from the start of the set.")] = 16,
@@ -62,7 +66,12 @@ def bench(
     max_length: opt.MaxLength = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", callback=paths.out_file, help="Write the JSON document (records included) to this file.", show_default=False),
+        typer.Option(
+            "--out",
+            callback=paths.out_file,
+            help="Write the JSON document (records included) to this file.",
+            show_default=False,
+        ),
     ] = None,
     store: Annotated[
         str | None,
@@ -79,7 +88,10 @@ def bench(
         bool, typer.Option("--quality", help="Score every text under the target, outside of the measured time.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", callback=paths.out_file, help="Write a self-contained report with plots.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--html", callback=paths.out_file, help="Write a self-contained report with plots.", show_default=False
+        ),
     ] = None,
     price_per_hour: Annotated[
         float | None,
@@ -93,7 +105,12 @@ def bench(
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option("--answers", callback=paths.writable, help="With --compat: folder for its answer files, one an arm.", show_default=False),
+        typer.Option(
+            "--answers",
+            callback=paths.writable,
+            help="With --compat: folder for its answer files, one an arm.",
+            show_default=False,
+        ),
     ] = None,
     json: opt.Json = False,
 ) -> None:

@@ -16,7 +16,9 @@ from outrider.errors import ConfigError
 def doctor(
     target: Annotated[
         str | None,
-        typer.Argument(callback=paths.model, help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False),
+        typer.Argument(
+            callback=paths.model, help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False
+        ),
     ] = None,
     draft: Annotated[
         str | None, typer.Argument(callback=paths.model, help="Draft model to check it with.", show_default=False)

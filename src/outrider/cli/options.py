@@ -51,7 +51,8 @@ Rule = Annotated[
 AllowLossy = Annotated[
     bool,
     typer.Option(
-        "--allow-lossy", help="Let a rule change the distribution of the text; every output then says so and by how much."
+        "--allow-lossy",
+        help="Let a rule change the distribution of the text; every output then says so and by how much.",
     ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
@@ -83,7 +84,12 @@ Regex = Annotated[
 ]
 JsonSchema = Annotated[
     Path | None,
-    typer.Option("--json-schema", callback=paths.readable, help="The output must be JSON of the schema in this file.", show_default=False),
+    typer.Option(
+        "--json-schema",
+        callback=paths.readable,
+        help="The output must be JSON of the schema in this file.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float32 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]

@@ -20,7 +20,8 @@ TEXTS = 3
 def plan(
     target: opt.Target = None,
     draft: Annotated[
-        list[str] | None, typer.Option("--draft", "-d", callback=paths.drafter, help="Drafter to consider (repeatable). Default: auto.")
+        list[str] | None,
+        typer.Option("--draft", "-d", callback=paths.drafter, help="Drafter to consider (repeatable). Default: auto."),
     ] = None,
     lengths: Annotated[
         str, typer.Option("--lengths", help="Draft lengths; 0, plain decoding, is always among them.")
@@ -49,7 +50,12 @@ def plan(
     within: Annotated[float, typer.Option("--within", min=0.01, max=1, help="Error --check allows, as a share.")] = 0.1,
     out: Annotated[
         Path | None,
-        typer.Option("--out", callback=paths.out_file, help="Write the document (.json) or the table (.md) to this file.", show_default=False),
+        typer.Option(
+            "--out",
+            callback=paths.out_file,
+            help="Write the document (.json) or the table (.md) to this file.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     dtype: opt.Dtype = "auto",

@@ -19,7 +19,8 @@ def predict(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            "--prompts", callback=paths.file,
+            "--prompts",
+            callback=paths.file,
             help="JSONL with `prompt`, and if you like `completion` and `domain`, or text with one prompt per line.",
             show_default=False,
         ),
@@ -56,15 +57,24 @@ def predict(
     from_logs: Annotated[
         Path | None,
         typer.Option(
-            "--from-logs", callback=paths.file, help="Predict from logged log-probabilities (JSONL); no model is loaded.", show_default=False
+            "--from-logs",
+            callback=paths.file,
+            help="Predict from logged log-probabilities (JSONL); no model is loaded.",
+            show_default=False,
         ),
     ] = None,
     save_logs: Annotated[
-        Path | None, typer.Option("--save-logs", callback=paths.out_file, help="Write such logs to this file.", show_default=False)
+        Path | None,
+        typer.Option("--save-logs", callback=paths.out_file, help="Write such logs to this file.", show_default=False),
     ] = None,
     check: Annotated[
         Path | None,
-        typer.Option("--check", callback=paths.file, help="JSON of bench, demo or generate: compare its rejections.", show_default=False),
+        typer.Option(
+            "--check",
+            callback=paths.file,
+            help="JSON of bench, demo or generate: compare its rejections.",
+            show_default=False,
+        ),
     ] = None,
     length: Annotated[
         int | None, typer.Option("--length", "-l", min=1, max=64, help="Draft length of --check, if its file lacks it.")

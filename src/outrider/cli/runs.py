@@ -67,7 +67,10 @@ def show_run(
 def export_run(
     run: Annotated[str, typer.Argument(help="Id or name.")],
     store: StorePath = DEFAULT,
-    out: Annotated[Path | None, typer.Option("--out", callback=paths.out_file, help="Default: standard output.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", callback=paths.out_file, help="Default: standard output.", show_default=False),
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +100,9 @@ def export_run(
 
 @runs_app.command("import")
 def import_results(
-    file: Annotated[Path, typer.Argument(callback=paths.file, help="Result file of vLLM's bench serve, AIPerf or guidellm.")],
+    file: Annotated[
+        Path, typer.Argument(callback=paths.file, help="Result file of vLLM's bench serve, AIPerf or guidellm.")
+    ],
     store: StorePath = DEFAULT,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the run. Default: the file's.", show_default=False)

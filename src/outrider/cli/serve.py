@@ -120,7 +120,8 @@ def serve(
     experiment: Annotated[
         Path | None,
         typer.Option(
-            "--experiment", callback=paths.file,
+            "--experiment",
+            callback=paths.file,
             help="Give requests to the arms of this experiment (YAML; see `outrider ab`); its records go to --store.",
             show_default=False,
         ),

@@ -18,6 +18,7 @@ from outrider.errors import ConfigError
 theory_app = typer.Typer(
     name="theory",
     help="Exact rejections, calls and speed-up of speculative decoding, and the figures of the base paper.",
+    short_help="Calculators, and the figures of the base paper.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -134,7 +135,10 @@ theory_app.command("speedup")(speedup)
 
 @theory_app.command("figures")
 def figures(
-    out: Annotated[Path, typer.Option("--out", callback=paths.writable, help="Folder for the pictures and index.md; made if missing.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", callback=paths.writable, help="Folder for the pictures and index.md; made if missing."),
+    ],
     runs: Annotated[
         int, typer.Option("--runs", min=200, help="Simulated outputs per curve; the paper has 20000.")
     ] = 20000,

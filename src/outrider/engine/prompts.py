@@ -9,10 +9,10 @@ from typing import Any
 
 from outrider.errors import RequestError
 
-Prompt = str | Iterable[int]
+Prompt = str | Iterable[Any]
 """One prompt: text, or token ids in a list, tuple, array or tensor of one dimension."""
-Prompts = Prompt | Iterable[Prompt]
-"""One prompt or several."""
+Prompts = Prompt
+"""One prompt or several, in a list or any other sequence."""
 
 
 def as_prompts(prompts: Any) -> list[str | list[int]]:

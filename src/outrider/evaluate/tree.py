@@ -66,9 +66,7 @@ class Ranks:
     seen: int
 
 
-def measure_ranks(
-    engine: Engine, model: str, prompts: Prompts, params: SamplingParams, width: int = 8
-) -> Ranks:
+def measure_ranks(engine: Engine, model: str, prompts: Prompts, params: SamplingParams, width: int = 8) -> Ranks:
     """Acceptance by rank of `width` siblings drawn without replacement, on the engine's own text: two levels of `width` children.
 
     Rounding of counts is taken out by the nearest sequence that does not rise. Raises ConfigError if nothing was judged.

@@ -45,7 +45,9 @@ def reserve(host: str, port: int) -> socket.socket:
     except OSError as error:
         taken.close()
         what = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
-        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another {what}") from None
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another {what}"
+        ) from None
     taken.setblocking(False)
     return taken
 
