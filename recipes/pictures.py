@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,9 +37,7 @@ def draw_demo() -> Path:
 
     shown = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     done = subprocess.run([*OUTRIDER, *DEMO], env=shown, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-    screen = Console(
-        record=True, width=WIDTH, file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor"
-    )  # noqa: SIM115
+    screen = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True, color_system="truecolor")
     screen.print(Text(f"$ outrider {' '.join(DEMO)}", style="bold"))
     screen.print(Text.from_ansi(done.stdout.decode().rstrip()))
     path = FIGURES / "demo.svg"

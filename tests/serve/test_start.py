@@ -79,8 +79,8 @@ def test_a_store_that_is_not_there_yet_is_empty_and_fills(tmp_path: Path) -> Non
     with Store(tmp_path / "runs.db") as db:
         db.begin("bench", "first", {})
     assert [r["name"] for r in read()["runs"]] == ["first"]
+    (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError):
-        (tmp_path / "file").write_text("x")
         past_of(tmp_path / "file" / "runs.db")
 
 

@@ -41,11 +41,11 @@ def prepare(path: Path, replay: int | None = None, metric: str | None = None) ->
 
     e = changed(read_experiment(path), replay=replay, metric=metric)
     lossy = any(a.get("allow_lossy") for a in e.arms.values())
-    engine = engine_from_options(target=e.target, dtype=e.dtype, slots=e.batch, allow_lossy=lossy)
-    prompts = [engine.encode(p) for p in load_prompts(Path(e.prompts) if e.prompts else None, e.count)]
-    if len(prompts) < e.batch * 5:
-        raise ConfigError(f"{path}: {len(prompts)} prompts make fewer than five groups of {e.batch}: add prompts")
-    return e, build_arms(engine, e), prompts
+    texts = load_prompts(Path(e.prompts) if e.prompts else None, e.count)
+    if len(texts) < e.batch * 5:
+        raise ConfigError(f"{path}: {len(texts)} prompts make fewer than five groups of {e.batch}: add prompts")
+    engine = engine_from_options(target=paths.model(e.target), dtype=e.dtype, slots=e.batch, allow_lossy=lossy)
+    return e, build_arms(engine, e), engine.encode_all(texts)
 
 
 @ab_app.command("design")
@@ -69,9 +69,8 @@ def design(
     # speed and quality of every arm share the level, as `Experiment.share` does: as many comparisons as that
     d = plan(math.log1p(e.min_effect), sd, level=e.level, power=power, arms=1 + round(e.level / e.share))
     groups = e.count // e.batch
-    shown = (
-        math.expm1((half_width_factor(groups, e.share, d.g) + 0.84) * sd / math.sqrt(groups)) if groups >= 5 else None
-    )
+    reach = half_width_factor(groups, e.share, d.g) if groups >= 5 else math.inf
+    shown = _finite(math.expm1((reach + 0.84) * sd / math.sqrt(max(1, groups))))
     document = {**asdict(d), "groups": groups, "detectable_with_count": shown, "enough": groups >= d.sequential}
     if json:
         opt.print_json(document)

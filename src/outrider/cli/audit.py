@@ -96,6 +96,7 @@ def audit(
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
     )
+    written = [] if texts else load_prompts(prompts, count)
     engine = engine_from_options(
         target=target,
         draft=draft,
@@ -112,7 +113,7 @@ def audit(
         recorded = src.read_texts(texts)
         asked, samples, source = recorded.prompts, recorded.samples, recorded.source()
     else:
-        asked = [engine.encode(p) for p in load_prompts(prompts, count)]
+        asked = engine.encode_all(written)
     if texts:
         pass
     elif url:

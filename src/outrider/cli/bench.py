@@ -129,6 +129,8 @@ def bench(
     specs = presets.by_length(parse_lengths(lengths)) if preset is None else presets.preset(preset)
     machine = chart_machine(preset, figures, hardware)
     check_compat(compat, answers, batch)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True)
+    asked = load_prompts(prompts, count)
     engine = engine_from_options(
         target=target,
         draft=draft if preset is None else "none",
@@ -142,11 +144,10 @@ def bench(
         max_length=max_length,
         slots=batch,
     )
-    texts = [engine.encode(p) for p in load_prompts(prompts, count)]
+    texts = engine.encode_all(asked)
     arms, absent = presets.arms_of(engine, specs, draft)
     for missing, why in absent.items():
         opt.err.print(f"outrider: {missing}: absent ({why})")
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True)
     plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
     named = {"target": target, "draft": draft, "rule": rule, "dtype": dtype, "quantize_draft": quantize_draft}

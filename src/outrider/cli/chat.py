@@ -35,6 +35,7 @@ def chat(
     from outrider.cli.setup import engine_from_options
     from outrider.sampling.params import SamplingParams
 
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     engine = engine_from_options(
         target=target,
         draft=draft,
@@ -47,7 +48,6 @@ def chat(
         max_length=max_length,
         slots=1,
     )
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     edit_lines()
     talk = Conversation(engine, system)
     if not talk.template:

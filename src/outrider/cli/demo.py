@@ -36,9 +36,9 @@ def demo(
     from outrider.evaluate.measure import Arm, run_arms, summarise
     from outrider.sampling.params import SamplingParams
 
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
     spec = engine_from_options(target=target, draft=draft, length=length, dtype=dtype, slots=1, max_length=1024)
     plain = companion(spec, "none")
-    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
     held_out = shipped_prompts()
     shown = prompt if prompt is not None else held_out[seed % len(held_out)]
     for engine in (plain, spec):  # the first run of anything pays for first touches of memory

@@ -78,14 +78,14 @@ def plan(
     drafts, wanted, sizes = draft or ["auto"], parse_lengths(lengths), parse_batches(batches)
     if rule not in ("auto", *pl.VERIFICATION):
         raise ConfigError(f"plan predicts {', '.join(pl.VERIFICATION)}; rule {rule!r} can be measured with bench")
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+    items = load_items(prompts, count)
+    if check and len(items) < 2 * max(sizes):
+        raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
     engine = engine_from_options(
         target=target, draft=drafts[0], length=max(wanted), rule=rule, dtype=dtype, device=device,
         implementation=implementation, max_length=max_length, slots=1,
     )  # fmt: skip
-    items = load_items(prompts, count)
-    if check and len(items) < 2 * max(sizes):
-        raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     calls, models = predicted_calls(engine, drafts, wanted, items, params, seed)
     texts = [engine.encode(i.prompt) for i in items]
     keys = pl.configurations(drafts, wanted, sizes)

@@ -9,6 +9,7 @@ import typer
 
 from outrider.cli import options as opt
 from outrider.cli import paths
+from outrider.errors import ConfigError
 
 
 def tree(
@@ -36,15 +37,16 @@ def tree(
     from outrider.evaluate.workloads import load_prompts
     from outrider.sampling.params import SamplingParams
 
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+    asked = load_prompts(prompts, count)
     engine = engine_from_options(
         target=target, draft=draft, length=2, rule="speculative_sampling", dtype=dtype, device=device,
         implementation=implementation, max_length=max_length, slots=1,
     )  # fmt: skip
     model = next(iter(engine.loaded.models), None) if draft == "auto" else draft
     if model is None:
-        raise typer.BadParameter("no draft model beside this target: name one with --draft")
-    texts = [engine.encode(p) for p in load_prompts(prompts, count)]
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+        raise ConfigError("no draft model beside this target: name one with --draft")
+    texts = engine.encode_all(asked)
     engine = companion(engine, "none", length=0)
     with opt.loading("measuring acceptance by rank"):
         ranks = tr.measure_ranks(engine, model, texts, params, width)

@@ -160,8 +160,8 @@ def draft_model(engine: Engine) -> Target:
     models = list(engine.loaded.models.values()) if engine.loaded is not None else []
     if len(models) != 1:
         raise ConfigError(
-            f"predict compares two models and drafter {engine.parts.drafter.name!r} has {len(models)}: "
-            "name a draft model with --draft (a folder or a Hub name)"
+            f"predict compares the target with one draft model, and drafter {engine.parts.drafter.name!r} has "
+            f"{len(models) or 'none'}: name a draft model with --draft (a folder or a Hub name)"
         )
     return models[0][0]
 

@@ -1,7 +1,7 @@
 """Where the data of a training lie in its work folder: under a name made of all that they depend on.
 
-Two trainings that differ in target, text or settings find two places, and two that agree share one. Text that the target wrote is the
-dear part, so drafters that read other layers share it and have hidden states of their own beside it.
+Two trainings that differ in target, text or settings find two places, and two that agree share one. Text that the target wrote is
+the dear part, so drafters that read other layers share it and have hidden states of their own beside it.
 """
 
 from __future__ import annotations
