@@ -211,7 +211,8 @@ def write_card(config: Config, kind: str, document: dict[str, Any]) -> None:
     """Put README.md into a drafter's folder, hashes included. What a card says of a training that is not at hand, or not at its
     end, is kept."""
     folder = config.assets / kind
-    checkpoint, old = load_latest(config.work / kind), folder / "README.md"
+    runs = sorted((config.work / kind).glob("*/"), key=lambda run: run.stat().st_mtime)
+    checkpoint, old = load_latest(runs[-1]) if runs else None, folder / "README.md"
     if checkpoint is not None and checkpoint.state["step"] == getattr(config, kind).steps:
         made = describe(config, kind, checkpoint.state)
     elif old.is_file() and ENGINE in old.read_text(encoding="utf-8"):

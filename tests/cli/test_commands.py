@@ -108,4 +108,4 @@ def test_bench(document, tmp_path: Path) -> None:
 def test_doctor(document) -> None:
     d = document("doctor")
     assert d["ok"]
-    assert {c["check"] for c in d["checks"]} == {"memory", "vocabulary", "context", "cost"}
+    assert {c["check"] for c in d["checks"]} == {"memory", "tokenizer", "vocabulary", "context", "cost"}

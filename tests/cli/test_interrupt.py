@@ -72,3 +72,25 @@ def test_ctrl_c_leaves_everything_clean(argv: list[str], ready: bytes, tmp_path:
     assert before == after
     assert seen.rfind(b"\x1b[?25h") >= seen.rfind(b"\x1b[?25l")  # a cursor that was hidden is shown again
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argv", "ready", "said"),
+    [
+        (["train", "medusa", "--rows", "400", "--work", "WORK"], b"text: ", b"the same command goes on"),
+        (["predict", "--count", "64", "--samples", "8"], b"sampling", b"interrupted"),
+        (["audit", "--count", "64", "--samples", "16"], b"auditing", b"interrupted"),
+        (["demo", "--repeats", "50"], b"measuring", b"interrupted"),
+        (["plan", "--rounds", "200"], b"timing", b"interrupted"),
+        (["serve", "--port", "0"], b"loading", b"interrupted"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_ctrl_c_ends_every_long_command_in_a_line(argv: list[str], ready: bytes, said: bytes, tmp_path: Path) -> None:
+    argv = [str(tmp_path / "work") if a == "WORK" else a for a in argv]
+    code, seen, before, after = run_until(argv, ready)
+    assert code == 130, seen[-2000:]
+    assert said in seen and b"interrupted" in seen and b"Traceback" not in seen
+    assert before == after
+    assert seen.rfind(b"\x1b[?25h") >= seen.rfind(b"\x1b[?25l")

@@ -93,13 +93,29 @@ def test_a_choice_that_would_change_nothing_is_refused(kind, given, said, place:
     assert not (place / "work").exists()
 
 
-def test_data_of_another_target_are_refused(place: Path, monkeypatch, capsys) -> None:
-    """Same shapes, other weights: hidden states on disk would be another model's."""
-    assert run(monkeypatch, *options(place, "medusa")) == 0
+def test_one_work_folder_holds_all_trainings(place: Path, monkeypatch, capsys) -> None:
+    """Another kind, other layers, text, settings or weights of the target: a place of their own; equal text is written once."""
+
+    def made(kind: str, *more: str) -> tuple[int, set[str], dict]:
+        """Folders of data afterwards, and the report."""
+        assert run(monkeypatch, *options(place, kind), *more) == 0
+        seen = capsys.readouterr()
+        folders = {p.name for p in (place / "work" / "data").iterdir()}
+        return len(folders), folders, json.loads(seen.out) | {"said": seen.err}
+
+    count, first, heads = made("medusa")
+    assert count == 2 and {name.split("-")[0] for name in first} == {"training", "held_out"}
+    count, _, layer = made("eagle")
+    assert count == 2 and "text:" not in layer["said"], "the same text: it is not written again"
+    assert "hidden states:" in layer["said"], "of other layers"
+    assert "hidden states:" not in made("medusa")[2]["said"]
+    assert made("medusa", "--rows", "10")[0] == 3, "the held-out part is the same"
+    assert made("medusa", "--temperature", "0.5")[0] == 5
+    (place / "texts" / "0.txt").write_text("\n".join(f"another text, line {j}" for j in range(60)))
+    assert made("medusa")[0] == 7
     make_checkpoint(place / "target", "llama", tokenizer=True, seed=1)
-    capsys.readouterr()
-    assert run(monkeypatch, *options(place, "medusa")) == 2
-    assert "of another target" in capsys.readouterr().err
+    count, _, other = made("medusa")
+    assert count == 9 and other["accept_1"] != heads["accept_1"]
 
 
 def test_wrong_input_is_refused(place: Path, monkeypatch, capsys) -> None:

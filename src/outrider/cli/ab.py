@@ -10,11 +10,12 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.cli.runs import DEFAULT, StorePath
 from outrider.errors import ConfigError
 
 ab_app = typer.Typer(help="A/B experiments between decoding configurations.", no_args_is_help=True)
-File = Annotated[Path, typer.Argument(help="Experiment file (YAML).")]
+File = Annotated[Path, typer.Argument(callback=paths.file, help="Experiment file (YAML).")]
 Replay = Annotated[
     int | None,
     typer.Option(
@@ -40,11 +41,11 @@ def prepare(path: Path, replay: int | None = None, metric: str | None = None) ->
 
     e = changed(read_experiment(path), replay=replay, metric=metric)
     lossy = any(a.get("allow_lossy") for a in e.arms.values())
-    engine = engine_from_options(target=e.target, dtype=e.dtype, slots=e.batch, allow_lossy=lossy)
-    prompts = [engine.encode(p) for p in load_prompts(Path(e.prompts) if e.prompts else None, e.count)]
-    if len(prompts) < e.batch * 5:
-        raise ConfigError(f"{path}: {len(prompts)} prompts make fewer than five groups of {e.batch}: add prompts")
-    return e, build_arms(engine, e), prompts
+    texts = load_prompts(Path(e.prompts) if e.prompts else None, e.count)
+    if len(texts) < e.batch * 5:
+        raise ConfigError(f"{path}: {len(texts)} prompts make fewer than five groups of {e.batch}: add prompts")
+    engine = engine_from_options(target=paths.model(e.target), dtype=e.dtype, slots=e.batch, allow_lossy=lossy)
+    return e, build_arms(engine, e), engine.encode_all(texts)
 
 
 @ab_app.command("design")
@@ -68,14 +69,13 @@ def design(
     # speed and quality of every arm share the level, as `Experiment.share` does: as many comparisons as that
     d = plan(math.log1p(e.min_effect), sd, level=e.level, power=power, arms=1 + round(e.level / e.share))
     groups = e.count // e.batch
-    shown = (
-        math.expm1((half_width_factor(groups, e.share, d.g) + 0.84) * sd / math.sqrt(groups)) if groups >= 5 else None
-    )
+    reach = half_width_factor(groups, e.share, d.g) if groups >= 5 else math.inf
+    shown = _finite(math.expm1((reach + 0.84) * sd / math.sqrt(max(1, groups))))
     document = {**asdict(d), "groups": groups, "detectable_with_count": shown, "enough": groups >= d.sequential}
     if json:
         opt.print_json(document)
         return
-    console = opt.Console(highlight=False)
+    console = opt.console()
     console.print(f"spread of a paired log ratio   {sd:.3f}" + ("" if e.sd else f" (pilot of {pilot} prompt groups)"))
     console.print(
         f"to see {e.min_effect:.1%} with power {power:.0%}   {d.sequential} prompt groups, looked at after each"
@@ -185,7 +185,7 @@ def end(
 @ab_app.command("report")
 def report(
     name: Annotated[str, typer.Argument(help="Name of the experiment.")],
-    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+    out: Annotated[Path, typer.Option("--out", callback=paths.out_file, help="HTML file to write.")],
     store: StorePath = DEFAULT,
 ) -> None:
     """A self-contained page: the intervals as they shrank, and the decisions."""
@@ -282,7 +282,7 @@ def show(document: dict[str, Any], json: bool) -> int:
             "" if q is None else span(q["mean"], q["low"], q["high"]),
             c["decision"] + "".join(f"\n{v}" for v in c["vetoes"]),
         )
-    opt.Console(highlight=False).print(table)
+    opt.show(table)
     return code
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.errors import ConfigError
 
 
@@ -39,11 +40,15 @@ def audit(
     texts: Annotated[
         Path | None,
         typer.Option(
-            "--texts", help="Audit recorded texts: JSON lines of prompt_token_ids and token_ids.", show_default=False
+            "--texts",
+            callback=paths.file,
+            help="Audit recorded texts: JSON lines of prompt_token_ids and token_ids.",
+            show_default=False,
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="JSONL or text file of prompts.", show_default=False)
+        Path | None,
+        typer.Option("--prompts", callback=paths.file, help="JSONL or text file of prompts.", show_default=False),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts used, from the start of the set.")] = 32,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Continuations of each prompt.")] = 2,
@@ -91,6 +96,7 @@ def audit(
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
     )
+    written = [] if texts else load_prompts(prompts, count)
     engine = engine_from_options(
         target=target,
         draft=draft,
@@ -107,7 +113,7 @@ def audit(
         recorded = src.read_texts(texts)
         asked, samples, source = recorded.prompts, recorded.samples, recorded.source()
     else:
-        asked = [engine.encode(p) for p in load_prompts(prompts, count)]
+        asked = engine.encode_all(written)
     if texts:
         pass
     elif url:
@@ -188,7 +194,7 @@ def greedy(engine: Any, source: Any, texts: list[list[int]]) -> tuple[dict[str, 
 
 def print_document(d: dict[str, Any]) -> None:
     """The document for people."""
-    console = opt.Console(highlight=False)
+    console = opt.console()
     console.print(f"[bold]{d['generator']}: {d['sentence']}[/bold]")
     console.print(f"judged               {d['tokens']} tokens of {d['texts']} texts, {d['failed']} failed")
     if "departures" in d:
@@ -226,4 +232,4 @@ def print_document(d: dict[str, Any]) -> None:
         mine = [x for x in d["detectable"] if x["family"] == family]
         seen = [x["tv"] for x in mine if x["tv"] is not None]
         table.add_row(family, f"10^{value:.1f}", f"{min(seen):.3f}" if seen else "")
-    console.print(table)
+    opt.show(table, console)

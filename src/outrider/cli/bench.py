@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.cli.bench_print import print_table
 from outrider.errors import ConfigError
 
@@ -31,6 +32,7 @@ def bench(
         Path | None,
         typer.Option(
             "--figures",
+            callback=paths.writable,
             help="With --preset: folder of the charts (SVG and PNG). Default: runs/chart.",
             show_default=False,
         ),
@@ -43,7 +45,10 @@ def bench(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            "--prompts", help="JSONL with a `prompt` per line, or a text file with one per line.", show_default=False
+            "--prompts",
+            callback=paths.file,
+            help="JSONL with a `prompt` per line, or a text file with one per line.",
+            show_default=False,
         ),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=2, help="Prompts used, from the start of the set.")] = 16,
@@ -61,7 +66,12 @@ def bench(
     max_length: opt.MaxLength = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write the JSON document (records included) to this file.", show_default=False),
+        typer.Option(
+            "--out",
+            callback=paths.out_file,
+            help="Write the JSON document (records included) to this file.",
+            show_default=False,
+        ),
     ] = None,
     store: Annotated[
         str | None,
@@ -78,7 +88,10 @@ def bench(
         bool, typer.Option("--quality", help="Score every text under the target, outside of the measured time.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a self-contained report with plots.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--html", callback=paths.out_file, help="Write a self-contained report with plots.", show_default=False
+        ),
     ] = None,
     price_per_hour: Annotated[
         float | None,
@@ -92,7 +105,12 @@ def bench(
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option("--answers", help="With --compat: folder for its answer files, one an arm.", show_default=False),
+        typer.Option(
+            "--answers",
+            callback=paths.writable,
+            help="With --compat: folder for its answer files, one an arm.",
+            show_default=False,
+        ),
     ] = None,
     json: opt.Json = False,
 ) -> None:
@@ -111,6 +129,8 @@ def bench(
     specs = presets.by_length(parse_lengths(lengths)) if preset is None else presets.preset(preset)
     machine = chart_machine(preset, figures, hardware)
     check_compat(compat, answers, batch)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True)
+    asked = load_prompts(prompts, count)
     engine = engine_from_options(
         target=target,
         draft=draft if preset is None else "none",
@@ -124,11 +144,10 @@ def bench(
         max_length=max_length,
         slots=batch,
     )
-    texts = [engine.encode(p) for p in load_prompts(prompts, count)]
+    texts = engine.encode_all(asked)
     arms, absent = presets.arms_of(engine, specs, draft)
     for missing, why in absent.items():
         opt.err.print(f"outrider: {missing}: absent ({why})")
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True)
     plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
     named = {"target": target, "draft": draft, "rule": rule, "dtype": dtype, "quantize_draft": quantize_draft}

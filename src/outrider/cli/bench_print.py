@@ -15,7 +15,7 @@ def print_table(d: dict[str, Any]) -> None:
 
     how = f"{d['drafter']} / {d['rule']}, {d['dtype']}, temperature {d['temperature']:g}"
     title = f"{how}, batch {d['batch']}, {d['repeats']} repeats"
-    table = Table(title=title, title_justify="left")
+    table, console = Table(title=title, title_justify="left"), opt.console()
     for column in (
         "arm",
         "tokens/s",
@@ -39,10 +39,9 @@ def print_table(d: dict[str, Any]) -> None:
             ""
             if s is None
             else f"{book['predicted']:.1f}, {book['observed']} {'agree' if book['agrees'] else 'DISAGREE'}",
-            phase_bar(arm["phases"], width=10),
+            phase_bar(arm["phases"], 0 if opt.plain(console) else 10),
         )
-    console = opt.Console(highlight=False)
-    console.print(table)
+    opt.show(table, console)
     print_costs(console, d)
     for arm, rows in d.get("spec_bench", {}).items():
         print_spec_bench(console, arm, rows)
@@ -66,7 +65,7 @@ def print_chart(console: Any, chart: dict[str, Any]) -> None:
         by_position = " ".join(f"{a:.2f}" for a in row["acceptance"])
         speed, length = show(row["tokens_per_second"], 1), show(row["acceptance_length"], 2)
         table.add_row(row["name"], speed, length, f"{row['draft_ms']:.3f}", by_position)
-    console.print(table)
+    opt.show(table, console)
     console.print(f"charts: {', '.join(chart['files'])} (predicted bars are of {chart['predicted']['hardware']})")
 
 
@@ -90,4 +89,4 @@ def print_spec_bench(console: Any, arm: str, rows: list[dict[str, Any]]) -> None
     for r in rows:
         numbers = (r["mean_accepted_tokens"], r["tokens_per_second"], r["baseline_tokens_per_second"], r["speedup"])
         table.add_row(r["task"], str(r["questions"]), *(f"{x:.2f}" for x in numbers))
-    console.print(table)
+    opt.show(table, console)

@@ -35,6 +35,7 @@ def chat(
     from outrider.cli.setup import engine_from_options
     from outrider.sampling.params import SamplingParams
 
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     engine = engine_from_options(
         target=target,
         draft=draft,
@@ -47,7 +48,6 @@ def chat(
         max_length=max_length,
         slots=1,
     )
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     edit_lines()
     talk = Conversation(engine, system)
     if not talk.template:
@@ -92,8 +92,8 @@ class Conversation:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
 
     def turn(self, line: str, params: Any) -> None:
-        """Stream the answer to `line`, then one line of what the step counts say. Ctrl-C stops the answer only."""
-        from time import perf_counter
+        """Stream the answer to `line`, then one line of how it went. Ctrl-C stops the answer only."""
+        from outrider.cli.closing import Closing
 
         prompt: Any = line
         if self.template:
@@ -101,25 +101,21 @@ class Conversation:
             prompt = self.engine.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        start, answer, tokens, accepted = perf_counter(), "", 0, 0
+        closing, answer = Closing(self.engine), ""
         try:
             for event in self.engine.stream(prompt, params):
                 if event.error:
                     raise RequestError(event.error)
                 answer += event.text
-                tokens += len(event.tokens)
-                accepted += event.origins.count("accepted")
                 typer.echo(event.text, nl=False)
         except KeyboardInterrupt:
             opt.err.print("[dim] (stopped)[/dim]", end="")
         except RequestError:
+            closing.line()
             if self.template:
                 self.messages.pop()
             raise
-        seconds = perf_counter() - start
         typer.echo()
         if self.template:
             self.messages.append({"role": "assistant", "content": answer})
-        opt.err.print(
-            f"[dim]{tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s, {accepted} of them drafted[/dim]"
-        )
+        opt.say(closing.line())

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.errors import ConfigError
 
 dashboards_app = typer.Typer(help="Alert rules and dashboards for Prometheus and Grafana.", no_args_is_help=True)
@@ -20,7 +21,7 @@ def dashboards() -> None:
 
 @dashboards_app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where to write them.")] = Path("dashboards"),
+    folder: Annotated[Path, typer.Argument(callback=paths.writable, help="Where to write them.")] = Path("dashboards"),
     json: opt.Json = False,
 ) -> None:
     """Write alerts.yml (with its tests) and grafana.json to FOLDER.

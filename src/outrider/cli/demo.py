@@ -36,9 +36,9 @@ def demo(
     from outrider.evaluate.measure import Arm, run_arms, summarise
     from outrider.sampling.params import SamplingParams
 
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
     spec = engine_from_options(target=target, draft=draft, length=length, dtype=dtype, slots=1, max_length=1024)
     plain = companion(spec, "none")
-    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
     held_out = shipped_prompts()
     shown = prompt if prompt is not None else held_out[seed % len(held_out)]
     for engine in (plain, spec):  # the first run of anything pays for first touches of memory
@@ -65,19 +65,24 @@ def show(plain: Any, spec: Any, prompt: str, params: Any) -> None:
     from time import perf_counter
 
     console = opt.err
-    console.rule("prompt", style="dim")
+    heading(console, "prompt")
     console.print(Text(prompt[-400:], style="dim"))
     for name, engine in (("plain decoding", plain), ("speculative decoding", spec)):
-        console.rule(name, style="dim")
+        heading(console, name)
         start = perf_counter()
         for event in engine.stream(prompt, params):
             console.print(coloured(engine, event), end="")
         console.print(f"\n[dim]{params.max_tokens / (perf_counter() - start):.0f} tokens/s while printing[/dim]")
     key = Text.assemble(
-        "every colour is the target's own law:  ",
+        "every colour is the target's own distribution:  ",
         *(x for k in ("accepted", "corrected", "bonus") for x in ((k, COLOURS[k]), "  ")),
     )
     console.print(key)
+
+
+def heading(console: Any, text: str) -> None:
+    """A line across the terminal with a title; in a pipe the title alone."""
+    console.print(f"{text}:") if opt.plain(console) else console.rule(text, style="dim")
 
 
 def coloured(engine: Any, event: Any) -> Text:
@@ -146,16 +151,16 @@ def print_report(d: dict[str, Any]) -> None:
     )
     for column in ("", "tokens/s", "10th to 90th percentile", "where a step's time goes"):
         table.add_column(column)
+    out = opt.console()
     for name in ("plain", "speculative"):
         side = d[name]
         table.add_row(
             name,
             f"{side['tokens_per_second']:.0f}",
             f"{side['low']:.0f} to {side['high']:.0f}",
-            phase_bar(side["seconds"]),
+            phase_bar(side["seconds"], 0 if opt.plain(out) else 12),
         )
-    out = opt.Console(highlight=False)
-    out.print(table)
+    opt.show(table, out)
     low, high = d["speedup_interval"]
     out.print(
         f"speed-up            [bold]{d['speedup']:.2f}[/bold]  (95% interval {low:.2f} to {high:.2f}; "
@@ -176,7 +181,7 @@ def print_report(d: dict[str, Any]) -> None:
 
 
 def phase_bar(seconds: dict[str, float], width: int = 24) -> Text:
-    """A bar of phases with their shares."""
+    """A bar of phases with their shares; a width of 0 leaves the bar out."""
     total = sum(seconds.values()) or 1.0
     styles = {"target": "blue", "draft": "green", "rule": "yellow", "host": "magenta"}
     bar, words = Text(), Text()
@@ -185,4 +190,4 @@ def phase_bar(seconds: dict[str, float], width: int = 24) -> Text:
         bar.append("█" * round(share * width), style=styles[phase])
         if share >= 0.005:
             words.append(f" {phase} {share:.0%}", style=styles[phase])
-    return bar + words
+    return bar + words if width else Text(words.plain.strip())

@@ -9,14 +9,20 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli import paths
+from outrider.errors import ConfigError
 
 
 def doctor(
     target: Annotated[
         str | None,
-        typer.Argument(help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False),
+        typer.Argument(
+            callback=paths.model, help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False
+        ),
     ] = None,
-    draft: Annotated[str | None, typer.Argument(help="Draft model to check it with.", show_default=False)] = None,
+    draft: Annotated[
+        str | None, typer.Argument(callback=paths.model, help="Draft model to check it with.", show_default=False)
+    ] = None,
     dtype: opt.Dtype = "auto",
     slots: Annotated[
         int, typer.Option("--slots", min=1, help="Sequences decoded together, for the memory estimate.")
@@ -24,9 +30,9 @@ def doctor(
     max_length: opt.MaxLength = None,
     json: opt.Json = False,
 ) -> None:
-    """Check a checkpoint pair without running it: vocabulary by text, dtype, context length, memory.
+    """Check a checkpoint pair as loading does, without reading its weights: architecture, tensors, tokenizer, memory.
 
-    Exit code 0 if everything fits, 1 if a check fails, 2 if a checkpoint cannot be read.
+    Exit code 0 if everything fits, 1 if a check fails, 2 if a checkpoint cannot be run.
     """
     from outrider.assets import shipped
 
@@ -79,10 +85,17 @@ def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[
             "found": f"about {need / 2**30:.2f} GiB needed (weights, KV, 0.3 working), {told}",
         }
     ]
-    if "draft" not in models:
+    tokenizers, said = {}, []
+    for role, folder in folders.items():
+        try:
+            tokenizers[role] = load_tokenizer(folder)
+        except ConfigError as error:
+            said.append(str(error))
+    checks.append({"check": "tokenizer", "ok": not said, "found": "; ".join(said) or "it can be read"})
+    if "draft" not in models or said:
         return checks
     target, draft = models["target"], models["draft"]
-    found = first_difference(load_tokenizer(folders["target"]), load_tokenizer(folders["draft"]))
+    found = first_difference(tokenizers["target"], tokenizers["draft"])
     checks.append(
         {
             "check": "vocabulary",
@@ -115,7 +128,7 @@ def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[
 
 def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]) -> None:
     """Tables for people."""
-    console = opt.Console(highlight=False)
+    console = opt.console()
     table = Table("", *models, title="checkpoints", title_justify="left")
     size = lambda n: f"{n / 2**20:.1f} MiB"  # noqa: E731
     rows = {
@@ -131,7 +144,7 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
     }
     for key, show in rows.items():
         table.add_row(key.replace("_bytes", ""), *(show(m[key]) for m in models.values()))
-    console.print(table)
+    opt.show(table, console)
     for role, m in models.items():
         if m["reason"]:
             console.print(f"{role}: {m['reason']}")

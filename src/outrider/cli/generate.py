@@ -8,11 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
-from outrider.errors import RequestError
+from outrider.errors import ConfigError, RequestError
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The prompt; '-', or none and a pipe, reads it from standard input.", show_default=False),
+    ] = None,
     target: opt.Target = None,
     draft: opt.Draft = "auto",
     length: opt.Length = 3,
@@ -50,15 +53,16 @@ def generate(
     max_length: opt.MaxLength = None,
     json: opt.Json = False,
 ) -> None:
-    """Continue PROMPT. The text has the target's law, whatever drafts it.
+    """Continue PROMPT. The text is distributed as the target's own, whatever drafts it.
 
     Example: outrider generate "def read_config(path):" --draft ngram --temperature 0
     """
+    text = read_prompt(prompt)
+    from outrider.cli.closing import Closing
     from outrider.cli.setup import engine_from_options
     from outrider.engine.engine import Engine
     from outrider.sampling.params import SamplingParams
 
-    text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -95,6 +99,7 @@ def generate(
         from dataclasses import replace
 
         params = replace(params, prediction=tuple(engine.encode(prediction)))
+    closing = Closing(engine)
     if json or n > 1:
         result = engine.generate([text], params)[0]
         failed = next((o.error for o in result.outputs if o.error), None)
@@ -105,16 +110,34 @@ def generate(
         else:
             for output in result.outputs:
                 typer.echo(f"--- sample {output.index} ({output.finish_reason})\n{output.text}")
+            opt.say(closing.line())
         return
     for event in engine.stream(text, params):
         if event.error:
             raise RequestError(event.error)
         typer.echo(event.text, nl=False)
     typer.echo()
+    opt.say(closing.line())
     if not engine.parts.rule.lossless:
         opt.err.print(
             f"outrider: lossy rule {engine.parts.rule.name!r}: total variation spent on this text {engine.counts.bias:.4f}"
         )
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt of the command line or of standard input. ConfigError where there is none."""
+    if given not in (None, "-"):
+        text = given
+    elif sys.stdin is None or (given is None and sys.stdin.isatty()):
+        raise ConfigError('a prompt is missing: outrider generate "def main(", or - to read it from standard input')
+    else:
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not text:
+        raise ConfigError("the prompt is empty: give at least one character")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def document(engine: Any, result: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -15,11 +16,9 @@ import typer  # noqa: E402
 from outrider.cli import ab, audit, bench, chat, demo, doctor, generate, plan, predict, runs, serve, train, tree  # noqa: E402
 from outrider.cli import options as opt  # noqa: E402
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
+from outrider.cli.ending import INTERRUPTED  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
 from outrider.errors import OutriderError  # noqa: E402
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT."""
 
 app = typer.Typer(
     name="outrider",
@@ -27,22 +26,23 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain help: rich's panels cut words at 80 columns, and a pipe wants none
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("bench")(bench.bench)
-app.command("predict")(predict.predict)
-app.command("serve")(serve.serve)
-app.command("audit")(audit.audit)
-app.command("gate")(runs.gate)
+app.command("demo", short_help="The shipped pair, plain and speculative side by side.")(demo.demo)
+app.command("generate", short_help="Continue a prompt.")(generate.generate)
+app.command("chat", short_help="Talk to a model.")(chat.chat)
+app.command("bench", short_help="Compare draft lengths, or the arms of a preset.")(bench.bench)
+app.command("predict", short_help="What a draft is worth, without running it.")(predict.predict)
+app.command("serve", short_help="OpenAI's HTTP interface, and a page.")(serve.serve)
+app.command("audit", short_help="Is a generator's text distributed as the target's?")(audit.audit)
+app.command("gate", short_help="Compare a run with a baseline.")(runs.gate)
 app.add_typer(runs.runs_app, name="runs")
 app.add_typer(ab.ab_app, name="ab")
-app.command("plan")(plan.plan)
-app.command("tree")(tree.tree)
-app.command("doctor")(doctor.doctor)
-app.command("train")(train.train)
+app.command("plan", short_help="Which drafter, length and batch here.")(plan.plan)
+app.command("tree", short_help="The draft tree with the most tokens per second.")(tree.tree)
+app.command("doctor", short_help="Can these checkpoints be run, and together?")(doctor.doctor)
+app.command("train", short_help="Train a drafter for a target.")(train.train)
 app.add_typer(theory_app, name="theory")
 app.add_typer(dashboards_app, name="dashboards")
 
@@ -63,27 +63,59 @@ def root(
 
 
 def _interrupted() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed once more, it ends at once, whatever is still being put away
     opt.err.show_cursor()  # a progress bar that was interrupted while it was set up leaves it hidden
     print("\noutrider: interrupted", file=sys.stderr)
     raise SystemExit(INTERRUPTED) from None
 
 
+def _wrong(sentence: object) -> NoReturn:
+    print(f"outrider: {sentence}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _unread() -> NoReturn:
+    """The reader of our output went away: not an error of ours, and nothing more to say to it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0) from None
+
+
+def _end(end: SystemExit) -> NoReturn:
+    """typer turns Ctrl-C and a closed pipe into exit codes and says nothing."""
+    if end.code == INTERRUPTED:
+        _interrupted()
+    if isinstance(end.__context__, BrokenPipeError):
+        _unread()
+    sys.stdout.flush()
+    raise end
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short: Python's, or what PyTorch makes of it, which has no class of its own."""
+    said = str(error).lower()
+    short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "unable to mmap")
+    return isinstance(error, MemoryError) or any(words in said for words in short)
+
+
 def main() -> None:
     """Run the command line."""
     try:
-        app()
+        try:
+            app(prog_name="outrider")
+        except SystemExit as end:
+            _end(end)
     except OutriderError as error:
-        print(f"outrider: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _wrong(error)
     except KeyboardInterrupt:
         _interrupted()
-    except SystemExit as end:  # typer turns Ctrl-C into its exit code and says nothing
-        if end.code != INTERRUPTED:
+    except BrokenPipeError:
+        _unread()
+    except (MemoryError, OSError, RuntimeError) as error:
+        if out_of_memory(error):
+            _wrong("out of memory: take a smaller model, fewer --slots or a shorter --max-length, or free memory")
+        if not isinstance(error, OSError) or error.strerror is None:
             raise
-        _interrupted()
-    except BrokenPipeError:  # the reader of our output went away: not an error of ours, and nothing more to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        _wrong(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
 
 
 if __name__ == "__main__":

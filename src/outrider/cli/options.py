@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from outrider.cli import paths
+from outrider.cli.tables import console, plain, show
 from outrider.errors import ConfigError
+
+__all__ = ["console", "err", "plain", "show"]
 
 Target = Annotated[
     str | None,
     typer.Option(
-        "--target", "-t", help="Target model: a folder or a Hub name. Default: the shipped pair.", show_default=False
+        "--target",
+        "-t",
+        callback=paths.model,
+        help="Target model: a folder or a Hub name. Default: the shipped pair.",
+        show_default=False,
     ),
 ]
 Draft = Annotated[
@@ -25,6 +32,7 @@ Draft = Annotated[
     typer.Option(
         "--draft",
         "-d",
+        callback=paths.drafter,
         help="What proposes: none, ngram, auto, a folder or a Hub name, or several joined by '+' (first that has a draft).",
     ),
 ]
@@ -43,7 +51,8 @@ Rule = Annotated[
 AllowLossy = Annotated[
     bool,
     typer.Option(
-        "--allow-lossy", help="Let a rule change the law of the text; every output then says so and by how much."
+        "--allow-lossy",
+        help="Let a rule change the distribution of the text; every output then says so and by how much.",
     ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
@@ -75,7 +84,12 @@ Regex = Annotated[
 ]
 JsonSchema = Annotated[
     Path | None,
-    typer.Option("--json-schema", help="The output must be JSON of the schema in this file.", show_default=False),
+    typer.Option(
+        "--json-schema",
+        callback=paths.readable,
+        help="The output must be JSON of the schema in this file.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float32 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -104,7 +118,12 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")
 ]
 
-err = Console(stderr=True, highlight=False)
+err = console(stderr=True)
+
+
+def say(text: str) -> None:
+    """One dim line on stderr."""
+    err.print(f"outrider: {text}", style="dim", markup=False)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -124,7 +143,10 @@ def _clean(value: Any) -> Any:
 
 @contextmanager
 def loading(text: str) -> Iterator[Any]:
-    """A progress bar on stderr while something loads; yields `progress(fraction)`. Vanishes when done."""
+    """A progress bar on stderr while something loads; yields `progress(fraction)`. Vanishes when done; a pipe gets none."""
+    if plain(err):
+        yield lambda fraction: None
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(text, total=1.0)

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.cli.bench import parse_lengths
 from outrider.errors import ConfigError
 
@@ -19,7 +20,8 @@ TEXTS = 3
 def plan(
     target: opt.Target = None,
     draft: Annotated[
-        list[str] | None, typer.Option("--draft", "-d", help="Drafter to consider (repeatable). Default: auto.")
+        list[str] | None,
+        typer.Option("--draft", "-d", callback=paths.drafter, help="Drafter to consider (repeatable). Default: auto."),
     ] = None,
     lengths: Annotated[
         str, typer.Option("--lengths", help="Draft lengths; 0, plain decoding, is always among them.")
@@ -27,7 +29,7 @@ def plan(
     batches: Annotated[str, typer.Option("--batches", help="Prompts decoded together, as 1,4.")] = "1",
     rule: opt.Rule = "auto",
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Prompts of your traffic.", show_default=False)
+        Path | None, typer.Option("--prompts", callback=paths.file, help="Prompts of your traffic.", show_default=False)
     ] = None,
     count: Annotated[int, typer.Option("--count", min=4, help="Prompts used to predict acceptance.")] = 24,
     temperature: opt.Temperature = 1.0,
@@ -48,7 +50,12 @@ def plan(
     within: Annotated[float, typer.Option("--within", min=0.01, max=1, help="Error --check allows, as a share.")] = 0.1,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write the document (.json) or the table (.md) to this file.", show_default=False),
+        typer.Option(
+            "--out",
+            callback=paths.out_file,
+            help="Write the document (.json) or the table (.md) to this file.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     dtype: opt.Dtype = "auto",
@@ -71,14 +78,14 @@ def plan(
     drafts, wanted, sizes = draft or ["auto"], parse_lengths(lengths), parse_batches(batches)
     if rule not in ("auto", *pl.VERIFICATION):
         raise ConfigError(f"plan predicts {', '.join(pl.VERIFICATION)}; rule {rule!r} can be measured with bench")
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+    items = load_items(prompts, count)
+    if check and len(items) < 2 * max(sizes):
+        raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
     engine = engine_from_options(
         target=target, draft=drafts[0], length=max(wanted), rule=rule, dtype=dtype, device=device,
         implementation=implementation, max_length=max_length, slots=1,
     )  # fmt: skip
-    items = load_items(prompts, count)
-    if check and len(items) < 2 * max(sizes):
-        raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     calls, models = predicted_calls(engine, drafts, wanted, items, params, seed)
     texts = [engine.encode(i.prompt) for i in items]
     keys = pl.configurations(drafts, wanted, sizes)
@@ -209,7 +216,7 @@ def document_of(
 
 def print_document(d: dict[str, Any]) -> None:
     """The document for people."""
-    console = opt.Console(highlight=False)
+    console = opt.console()
     table = Table()
     priced = d["choices"][0]["cost_per_million_tokens"] is not None
     for column in (
@@ -236,7 +243,7 @@ def print_document(d: dict[str, Any]) -> None:
             else f"{c['break_even']:.2f}",
         ]
         table.add_row(*row, *([f"{c['cost_per_million_tokens']:.2f}"] if priced else []))
-    console.print(table)
+    opt.show(table, console)
     for batch, a in d["advice"].items():
         gain = "" if a["speedup"] is None or not a["speculate"] else f", {a['speedup']:.2f} times plain decoding"
         tied = f"; within its interval: {', '.join(a['tied'])}" if a["tied"] else ""
@@ -259,7 +266,7 @@ def print_check(console: Any, d: dict[str, Any]) -> None:
         table.add_column(column, overflow="fold")
     for r in d["rows"]:
         table.add_row(*cells(r))
-    console.print(table)
+    opt.show(table, console)
     for f in d["first_choice"]:
         x = f["ratio"]
         beside = f" {f['best']} ({x['value']:.3f} of its speed, {x['low']:.3f} to {x['high']:.3f})"

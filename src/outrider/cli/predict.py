@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.errors import ConfigError
 
 
@@ -19,6 +20,7 @@ def predict(
         Path | None,
         typer.Option(
             "--prompts",
+            callback=paths.file,
             help="JSONL with `prompt`, and if you like `completion` and `domain`, or text with one prompt per line.",
             show_default=False,
         ),
@@ -55,15 +57,24 @@ def predict(
     from_logs: Annotated[
         Path | None,
         typer.Option(
-            "--from-logs", help="Predict from logged log-probabilities (JSONL); no model is loaded.", show_default=False
+            "--from-logs",
+            callback=paths.file,
+            help="Predict from logged log-probabilities (JSONL); no model is loaded.",
+            show_default=False,
         ),
     ] = None,
     save_logs: Annotated[
-        Path | None, typer.Option("--save-logs", help="Write such logs to this file.", show_default=False)
+        Path | None,
+        typer.Option("--save-logs", callback=paths.out_file, help="Write such logs to this file.", show_default=False),
     ] = None,
     check: Annotated[
         Path | None,
-        typer.Option("--check", help="JSON of bench, demo or generate: compare its rejections.", show_default=False),
+        typer.Option(
+            "--check",
+            callback=paths.file,
+            help="JSON of bench, demo or generate: compare its rejections.",
+            show_default=False,
+        ),
     ] = None,
     length: Annotated[
         int | None, typer.Option("--length", "-l", min=1, max=64, help="Draft length of --check, if its file lacks it.")

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.errors import ConfigError
 
 StorePath = Annotated[
@@ -36,7 +37,7 @@ def list_runs(store: StorePath = DEFAULT, json: opt.Json = False) -> None:
     for run, records in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
         table.add_row(run.id, run.kind, run.name, run.state, str(records), when)
-    opt.Console(highlight=False).print(table)
+    opt.show(table)
 
 
 @runs_app.command("show")
@@ -54,7 +55,7 @@ def show_run(
         return
     from outrider.cli.bench_print import print_table
 
-    console = opt.Console(highlight=False)
+    console = opt.console()
     console.print(f"{found.kind} {found.name} ({found.id}): {found.state}, {document['records']} records")
     if found.kind == "bench" and found.summary:
         print_table(found.summary)
@@ -66,7 +67,10 @@ def show_run(
 def export_run(
     run: Annotated[str, typer.Argument(help="Id or name.")],
     store: StorePath = DEFAULT,
-    out: Annotated[Path | None, typer.Option("--out", help="Default: standard output.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", callback=paths.out_file, help="Default: standard output.", show_default=False),
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
@@ -96,7 +100,9 @@ def export_run(
 
 @runs_app.command("import")
 def import_results(
-    file: Annotated[Path, typer.Argument(help="Result file of vLLM's bench serve, AIPerf or guidellm.")],
+    file: Annotated[
+        Path, typer.Argument(callback=paths.file, help="Result file of vLLM's bench serve, AIPerf or guidellm.")
+    ],
     store: StorePath = DEFAULT,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the run. Default: the file's.", show_default=False)
@@ -114,7 +120,7 @@ def import_results(
     if json:
         opt.print_json(document)
         return
-    console = opt.Console(highlight=False)
+    console = opt.console()
     console.print(f"{found.kind}: {len(found.records)} requests as run {document['name']} ({run})")
     if found.note:
         console.print(found.note)
@@ -150,7 +156,7 @@ def compare_runs(
         table.add_column(column)
     for d in found:
         table.add_row(d.what, f"{d.value:.3f} ({d.low:.3f} to {d.high:.3f})")
-    opt.Console(highlight=False).print(table)
+    opt.show(table)
 
 
 def imported(run: str, baseline: str, store: str) -> bool:
@@ -195,7 +201,7 @@ def _gate(run: str, baseline: str, store: str, json: bool, absolute: bool, *marg
         table.add_column(column, overflow="fold")
     for c in checks:
         table.add_row(c.arm, c.what, c.outcome, _interval(c), "" if c.margin is None else f"{c.margin:.3g}", c.note)
-    opt.Console(highlight=False).print(table)
+    opt.show(table)
     return code
 
 

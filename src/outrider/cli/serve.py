@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
+from outrider.cli.ending import Told, end_now
 from outrider.cli.runs import DEFAULT
 from outrider.cli.trial import served_by, trial_of
 from outrider.errors import ConfigError
@@ -119,6 +121,7 @@ def serve(
         Path | None,
         typer.Option(
             "--experiment",
+            callback=paths.file,
             help="Give requests to the arms of this experiment (YAML; see `outrider ab`); its records go to --store.",
             show_default=False,
         ),
@@ -134,15 +137,17 @@ def serve(
 
     Example: outrider serve --target path/to/model --draft path/to/draft
     """
-    from outrider.serve.address import check_address
+    from outrider.serve.address import check_address, reserve
     from outrider.serve.keeper import die_with_parent
 
+    paths.needs("serve", ("starlette", "uvicorn", "prometheus_client"))
     keys = read_keys(api_key, api_key_file)
     check_address(host, keys, allow_open)
     if kept is not None:
         die_with_parent()
     elif restarts:
         raise typer.Exit(keep(host, port, restarts, hang_timeout))
+    sockets = [reserve(host, port)] if kept is None else [socket.socket(fileno=kept[0])]
     from outrider.serve.app import create_app
     from outrider.serve.run import server_for, unbind
     from outrider.serve.settings import LOCAL_NAMES, Settings, digest
@@ -188,20 +193,16 @@ def serve(
     past = None if store is None else past_of(store)
     app = create_app(build, settings, adaptive=not fixed_length, past=past, trial=trial)
     unbind()
-    sockets, line = None, None
+    line, port = None, sockets[0].getsockname()[1]
     if kept is not None:
-        sockets, line = [socket.socket(fileno=kept[0])], socket.socket(fileno=kept[1])
-        port, again = sockets[0].getsockname()[1], float(kept[2])
+        line, again = socket.socket(fileno=kept[1]), float(kept[2])
         app.state.bridge.metrics.counters["restarts"] = ("Times the keeper has started it again.", lambda: again)
-    server = server_for(app, settings, host, port, line)
-    opt.err.print(
-        f"outrider: {settings.model} on http://{host}:{port} (Ctrl-C ends it)" + (", key needed" if keys else "")
-    )
-    server.run(sockets)
-    if not server.started:
-        raise ConfigError(
-            f"the server could not start on {host}:{port}: choose another --port, or see the message above"
-        )
+    told = Told(f"{settings.model} on http://{host}:{port} (Ctrl-C ends it)" + (", key needed" if keys else ""), grace)
+    told.open = lambda: len(app.state.bridge.tickets)
+    try:
+        server_for(app, settings, host, port, line, told).run(sockets)
+    except KeyboardInterrupt:  # while it loaded
+        end_now()
 
 
 def keep(host: str, port: int, restarts: int, silence: float) -> int:
@@ -227,10 +228,19 @@ def share_of(asked: int | None, keys: int, room: int) -> int | None:
 
 
 def past_of(file: Path) -> Callable[[], dict[str, Any]]:
-    """A function that reads the newest runs and experiments of a store. ConfigError at once if the file is none."""
+    """A function that reads the newest runs and experiments of a store: none where there is no such file yet, which is said.
+
+    ConfigError at once if the file is none of a store, or could not be written where it is.
+    """
     from outrider.evaluate.store import Store
 
+    if not file.exists():
+        paths.out_file(file)
+        opt.say(f"{file} is not there yet: the page shows its runs once there are some (bench --store {file})")
+
     def read() -> dict[str, Any]:
+        if not file.exists():
+            return {"runs": [], "experiments": []}
         with Store(file, read_only=True) as kept:
             latest = kept.runs()[: -PAST - 1 : -1]
             shown = [asdict(r) | {"ledger": kept.ledgers(r.id)} for r in latest]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outrider.cli import options as opt
-from outrider.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from outrider.engine.engine import Engine
 
 
 def engine_from_options(**options: Any) -> Engine:
@@ -15,5 +17,5 @@ def engine_from_options(**options: Any) -> Engine:
     with opt.loading("loading") as progress:
         engine = build_engine(progress=progress, **options)
     for notice in engine.notices:
-        opt.err.print(f"[dim]outrider: {notice}[/dim]")
+        opt.say(notice)
     return engine

@@ -11,12 +11,14 @@ import typer
 from rich.table import Table
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.cli.theory_speedup import speedup
 from outrider.errors import ConfigError
 
 theory_app = typer.Typer(
     name="theory",
     help="Exact rejections, calls and speed-up of speculative decoding, and the figures of the base paper.",
+    short_help="Calculators, and the figures of the base paper.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -120,7 +122,7 @@ def print_chain(d: dict[str, Any]) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    opt.Console(highlight=False).print(table)
+    opt.show(table)
 
 
 # -- speedup ----------------------------------------------------------------------------------------------------------
@@ -133,7 +135,10 @@ theory_app.command("speedup")(speedup)
 
 @theory_app.command("figures")
 def figures(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures and index.md; made if missing.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", callback=paths.writable, help="Folder for the pictures and index.md; made if missing."),
+    ],
     runs: Annotated[
         int, typer.Option("--runs", min=200, help="Simulated outputs per curve; the paper has 20000.")
     ] = 20000,
@@ -160,4 +165,4 @@ def figures(
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(row["name"], row["reproduced"], row["differs"])
-    opt.Console(highlight=False).print(table)
+    opt.show(table)

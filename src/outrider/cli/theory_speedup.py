@@ -98,7 +98,7 @@ def speedup_document(
 
 def print_speedup(d: dict[str, Any]) -> None:
     """The document for people."""
-    out = opt.Console(highlight=False)
+    out = opt.console()
     machine = d["hardware"]
     many = f"{d['devices']} x " if d["devices"] > 1 else ""
     out.print(
@@ -115,7 +115,7 @@ def print_speedup(d: dict[str, Any]) -> None:
             f"devices of {machine['memory'] / 1e9:.0f} GB, and there {'is' if d['devices'] == 1 else 'are'} {d['devices']}; "
             "the speeds below are of a machine that could hold it"
         )
-    out.print(rows_table(d))
+    opt.show(rows_table(d), out)
     chosen, plain = d["chosen"], d["plain"]
     if chosen["length"]:
         out.print(
@@ -136,7 +136,7 @@ def rows_table(d: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for row in d["rows"]:
         table.add_row(
-            str(row["length"]),
+            str(row["length"]) + (" (best)" if row["length"] == d["best"]["length"] else ""),
             f"{row['tokens_per_call']:.2f}",
             f"{1000 * row['draft_seconds']:.2f}",
             f"{1000 * row['verify_seconds']:.2f}",

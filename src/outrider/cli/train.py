@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 
 
 def train(
@@ -21,6 +22,7 @@ def train(
         list[Path] | None,
         typer.Option(
             "--data",
+            callback=paths.readable,
             help="Text to start from: files, JSON lines (text, prompt or messages) or folders; repeatable. Default: the "
             "sources of this Python's standard library.",
             show_default=False,
@@ -32,11 +34,17 @@ def train(
     target: opt.Target = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the drafter. Default: its place in the work folder.", show_default=False),
+        typer.Option(
+            "--out",
+            callback=paths.writable,
+            help="Folder of the drafter. Default: its place in the work folder.",
+            show_default=False,
+        ),
     ] = None,
-    work: Annotated[Path, typer.Option("--work", help="Folder of data and checkpoints; a run continues there.")] = Path(
-        "runs/drafters"
-    ),
+    work: Annotated[
+        Path,
+        typer.Option("--work", callback=paths.writable, help="Folder of data and checkpoints; a run continues there."),
+    ] = Path("runs/drafters"),
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of training text.")] = 800,
     held_out: Annotated[int, typer.Option("--held-out", min=1, help="Rows that are only measured on.")] = 64,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of a row that are given text.")] = 64,
@@ -65,7 +73,7 @@ def train(
         str, typer.Option("--objective", help="For dflash: uniform, decay, focal, chain, dpace or until_error.")
     ] = "decay",
     labels: Annotated[
-        str, typer.Option("--labels", help="For dflash: the target's laws, or the tokens it wrote.")
+        str, typer.Option("--labels", help="For dflash: laws (the target's distributions), or tokens (those it wrote).")
     ] = "laws",
     loss: Annotated[
         str,
@@ -85,7 +93,7 @@ def train(
     ] = False,
     json: opt.Json = False,
 ) -> None:
-    """Train a drafter: the target writes text, its hidden states are kept, the drafter learns to foresee its laws.
+    """Train a drafter: the target writes text, its hidden states are kept, the drafter learns to foresee its distributions.
 
     Killed at any moment it continues with the same command; exit code 1 when the loss is not finite.
     """
@@ -126,6 +134,9 @@ def train(
         return
     try:
         show(run(job, opt.err.print), json)
+    except KeyboardInterrupt:
+        opt.say(f"what is done is kept in {work}: the same command goes on from there")
+        raise
     except DivergedError as error:
         opt.err.print(f"outrider: {error}")
         raise typer.Exit(1) from None

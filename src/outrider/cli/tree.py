@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
+from outrider.errors import ConfigError
 
 
 def tree(
@@ -17,7 +19,7 @@ def tree(
     depth: Annotated[int, typer.Option("--depth", min=1, max=16, help="Most levels.")] = 4,
     width: Annotated[int, typer.Option("--width", min=1, max=32, help="Ranks measured: children of a node.")] = 4,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Prompts of your traffic.", show_default=False)
+        Path | None, typer.Option("--prompts", callback=paths.file, help="Prompts of your traffic.", show_default=False)
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts used.")] = 16,
     temperature: opt.Temperature = 1.0,
@@ -35,15 +37,16 @@ def tree(
     from outrider.evaluate.workloads import load_prompts
     from outrider.sampling.params import SamplingParams
 
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+    asked = load_prompts(prompts, count)
     engine = engine_from_options(
         target=target, draft=draft, length=2, rule="speculative_sampling", dtype=dtype, device=device,
         implementation=implementation, max_length=max_length, slots=1,
     )  # fmt: skip
     model = next((key.name for key in engine.loaded.models), None) if draft == "auto" else draft
     if model is None:
-        raise typer.BadParameter("no draft model beside this target: name one with --draft")
-    texts = [engine.encode(p) for p in load_prompts(prompts, count)]
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
+        raise ConfigError("no draft model beside this target: name one with --draft")
+    texts = engine.encode_all(asked)
     engine = companion(engine, "none", length=0)
     with opt.loading("measuring acceptance by rank"):
         ranks = tr.measure_ranks(engine, model, texts, params, width)

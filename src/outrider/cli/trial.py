@@ -204,5 +204,5 @@ def show(found: dict[str, Any], json: bool) -> int:
             "" if c is None else span(**c["speedup"]),
             decision,
         )
-    opt.Console(highlight=False).print(table)
+    opt.show(table)
     return code

@@ -179,6 +179,8 @@ LEARNED: dict[str, Callable[[Path, Target, _How, str | None], Drafter]] = {
     "dflash": _dflash,
 }
 """Drafters that were trained for one target, and how each is loaded."""
+KINDS_OF = {"medusa": ("medusa",), "eagle": ("eagle", "eagle3", "eagle-3"), "dflash": ("dflash",)}
+"""What config.json of each calls itself, where no language model does."""
 
 
 def _layers(spec: str) -> int:
@@ -236,10 +238,22 @@ def _model(
         raise ConfigError(
             f"the draft model {path!r} cannot be loaded here: pass load_model, or a drafter without a model"
         )
+    refuse_learned(path)
     model, draft_tokenizer = load_model(path)
     if tokenizer is not None and draft_tokenizer is not None:
         check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
     return ModelDrafter(model, length, growth=how.growth(target.vocab_size), vocab_size=target.vocab_size)
+
+
+def refuse_learned(path: str) -> None:
+    """ConfigError for a folder that holds no model but a trained drafter, which goes by the name before its path."""
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        return
+    found = read_config(folder)[1]
+    name = next((name for name, kinds in KINDS_OF.items() if found in kinds), None)
+    if name is not None:
+        raise ConfigError(f"{path} holds a trained drafter of type {found!r}, not a model: write {name}:{path}")
 
 
 def _shape(spec: str, length: int) -> tuple[str, Shape, Siblings]:

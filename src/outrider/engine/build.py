@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.load import load_drafter as _load_drafter
 from outrider.drafters.load import parse_speculative_config
 from outrider.engine.engine import Engine, Result
+from outrider.engine.prompts import Prompts, as_prompts
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
@@ -95,8 +96,21 @@ def build_engine(
     wanted = Options(draft=str(draft) if isinstance(draft, Path) else draft, **options)  # type: ignore[arg-type]
     if speculative_config is not None:
         wanted = replace(wanted, **parse_speculative_config(speculative_config))
+    check_options(wanted)
     loaded = _load(target, tokenizer, wanted, tuple(sinks), progress)
     return assemble(loaded, wanted)
+
+
+def check_options(options: Options) -> None:
+    """ConfigError for what is wrong whatever the model: said before one is loaded."""
+    if isinstance(options.rule, str):
+        load_rule(options.rule)
+    for name, low in (("length", 0), ("slots", 1), ("chunk", 1)):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    if options.max_length is not None and options.max_length < 1:
+        raise ConfigError(f"max_length must be at least 1, got {options.max_length}")
 
 
 def _load(
@@ -197,14 +211,14 @@ def companion(engine: Engine, draft: str | Drafter | None = None, **changes: obj
 
 
 def generate(
-    prompts: str | Seq[str],
-    params: SamplingParams | None = None,
+    prompts: Prompts,
+    params: SamplingParams | Iterable[SamplingParams] | None = None,
     *,
     target: str | Path | None = None,
     **options: object,
 ) -> list[Result]:
     """Decode one or several prompts in one call: builds an engine (see `build_engine`), runs it, returns results in order."""
-    many = [prompts] if isinstance(prompts, str) else list(prompts)
+    many = as_prompts(prompts)
     options.setdefault("slots", min(8, max(1, len(many))))
     return build_engine(target, **options).generate(many, params)  # type: ignore[arg-type]
 

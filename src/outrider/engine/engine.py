@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from outrider.engine.contracts import check_parts
 from outrider.engine.guard import honest
+from outrider.engine.prompts import Prompt, Prompts, as_prompt, as_prompts
 from outrider.engine.scheduler import Scheduler, Work
 from outrider.engine.sequence import Event, Sequence, TokenLogprob
 from outrider.engine.step import Judged, Parts, propose, verify
@@ -74,6 +76,7 @@ class Engine:
         sinks: Seq[Sink] = (),
         allow_lossy: bool = False,
     ) -> None:
+        check_parts(target, drafter, rule, controller)
         check_fit(target, drafter, rule, allow_lossy)
         self.max_length = min(max_length or target.max_length, target.max_length)
         self.tokenizer, self.controller, self.sinks, self.eos = tokenizer, controller, tuple(sinks), frozenset(eos)
@@ -98,10 +101,8 @@ class Engine:
         return build_engine(**options)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ requests
-    def submit(
-        self, prompt: str | Seq[int], params: SamplingParams | None = None, *, request: str | None = None
-    ) -> str:
-        """Queue a request and return its name. Raises RequestError when it cannot be served."""
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request: str | None = None) -> str:
+        """Queue a request and return its name. prompt: text or token ids. Raises RequestError when it cannot be served."""
         params = params or SamplingParams()
         tokens = self.encode(prompt)
         self._check(tokens, params)
@@ -126,13 +127,18 @@ class Engine:
             self.scheduler.waiting.append(sequence)
         return name
 
-    def encode(self, prompt: str | Seq[int]) -> list[int]:
-        """Token ids of a prompt."""
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of one prompt: of its text, or those it is made of. Raises RequestError for anything else."""
+        prompt = as_prompt(prompt)
         if not isinstance(prompt, str):
-            return [int(t) for t in prompt]
+            return prompt
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer: build the engine with one, or pass token ids")
         return list(self.tokenizer.encode(prompt))  # type: ignore[attr-defined]
+
+    def encode_all(self, prompts: Prompts) -> list[list[int]]:
+        """Token ids of every prompt of one or several: a string is one prompt, and so is a flat list of ids."""
+        return [self.encode(prompt) for prompt in as_prompts(prompts)]
 
     def sequences(self, request: str) -> list[Sequence]:
         """The live sequences of a request, by index; each object stays readable after the engine has let go of it."""
@@ -198,7 +204,7 @@ class Engine:
         while self.busy:
             yield from self.step()
 
-    def stream(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Iterator[Event]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
         """Events of one request as they come; leaving the loop early aborts it."""
         name = self.submit(prompt, params)
         try:
@@ -208,13 +214,17 @@ class Engine:
             self.abort(name)
 
     def generate(
-        self, prompts: Seq[str] | Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams] | None = None
+        self, prompts: Prompts, params: SamplingParams | Iterable[SamplingParams] | None = None
     ) -> list[Result]:
-        """Decode prompts together and return results in their order."""
-        many = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(many) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(many)} sampling parameters: give one, or one for each")
-        names = [self.submit(prompt, p) for prompt, p in zip(prompts, many, strict=True)]
+        """Decode one prompt or several together and return a result for each, in their order.
+
+        prompts: text, or token ids (a list, an array or a tensor), or any iterable of those. params: for all, or one for each.
+        """
+        texts = self.encode_all(prompts)
+        many = [params] * len(texts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(many) != len(texts):
+            raise RequestError(f"{len(texts)} prompts but {len(many)} sampling parameters: give one, or one for each")
+        names = self._submit_all(texts, many)
         mine = {name: [s for key, s in self._sequences.items() if key[0] == name] for name in names}
         try:
             while any(s.finish_reason is None for group in mine.values() for s in group):
@@ -223,6 +233,18 @@ class Engine:
             for name in names:
                 self.abort(name)
         return [Result(n, tuple(mine[n][0].tokens[: mine[n][0].prompt]), tuple(map(_output, mine[n]))) for n in names]
+
+    def _submit_all(self, texts: list[list[int]], params: Seq[SamplingParams | None]) -> list[str]:
+        """Queue every prompt, or none of them: one that is refused leaves nothing of its neighbours behind."""
+        names: list[str] = []
+        try:
+            for text, p in zip(texts, params, strict=True):
+                names.append(self.submit(text, p))
+        except BaseException:
+            for name in names:
+                self.abort(name)
+            raise
+        return names
 
     # ------------------------------------------------------------------ inside a step
     def _pending(self, works: list[Work]) -> Draft:
@@ -370,7 +392,7 @@ def check_fit(target: Target, drafter: Drafter, rule: Rule, allow_lossy: bool) -
         raise CapabilityError("this target cannot forget rejected tokens (recurrent state): use the drafter 'none'")
     if not rule.lossless and not allow_lossy:
         raise CapabilityError(
-            f"rule {rule.name!r} changes the law of the text: say allow_lossy (--allow-lossy) to use it"
+            f"rule {rule.name!r} changes the distribution of the text: say allow_lossy (--allow-lossy) to use it"
         )
 
 

@@ -27,8 +27,8 @@ class Decoder(Protocol):
 class StopMatcher:
     """Watches text for stop strings, character by character (Knuth, Morris, Pratt 1977): O(1) amortised per string."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
+    def __init__(self, stop: str | Sequence[str]) -> None:
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self._borders = tuple(_borders(s) for s in self._stop)
         self._matched = [0] * len(self._stop)  # characters of each stop string that the text ends with
 
@@ -81,7 +81,7 @@ class TextStream:
     def __init__(
         self,
         tokenizer: Decoder,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         *,
         context: Sequence[int] = (),
         min_tokens: int = 0,

@@ -9,12 +9,13 @@ tokens drawn from a planted leak as large as the bias the audit promises to see,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from outrider.engine.prompts import as_ids
 from outrider.errors import ConfigError
 from outrider.evaluate.audit_laws import (
     QUANTILES,
@@ -230,7 +231,7 @@ class Auditor:
 
 def audit(
     source: Source,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Sequence[int]],
     auditor: Auditor,
     *,
     samples: int = 2,
@@ -242,10 +243,11 @@ def audit(
 
     group: prompts asked for together. Every continuation gets a seed of its own.
     """
-    if samples < 1 or not prompts:
+    texts = as_ids(prompts)
+    if samples < 1 or not texts:
         raise ConfigError("an audit needs at least one prompt and one sample")
-    for low in range(0, len(prompts), group):
-        some = [list(p) for p in prompts[low : low + group]]
+    for low in range(0, len(texts), group):
+        some = texts[low : low + group]
         jobs = [p for p in some for _ in range(samples)]
         seeds = [1 + (auditor.options.seed << 24) + low * samples + i for i in range(len(jobs))]
         emissions = source(jobs, seeds)
@@ -256,5 +258,5 @@ def audit(
             auditor.add(jobs[i], emission, [e.tokens for e in emissions[start:i]])
             if budget is not None and auditor.process.tokens >= budget:
                 return auditor.verdict()
-        progress(min(1.0, (low + group) / len(prompts)))
+        progress(min(1.0, (low + group) / len(texts)))
     return auditor.verdict()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from outrider.engine.prompts import as_ids
 from outrider.evaluate.audit_sources import Emission, Source
 from outrider.evaluate.lossless import score_last
 from outrider.evaluate.predict import Clock, logits_along
@@ -52,7 +53,7 @@ class GreedyVerdict:
 
 @torch.inference_mode()
 def audit_greedy(
-    source: Source, prompts: Sequence[Sequence[int]], target: Target, *, width: int = 5, group: int = 8
+    source: Source, prompts: Iterable[Sequence[int]], target: Target, *, width: int = 5, group: int = 8
 ) -> GreedyVerdict:
     """One continuation of every prompt; the source runs at temperature 0 without other parameters.
 
@@ -61,8 +62,9 @@ def audit_greedy(
     """
     texts = tokens = failed = 0
     found: list[Departure] = []
-    for low in range(0, len(prompts), group):
-        some = [list(p) for p in prompts[low : low + group]]
+    asked = as_ids(prompts)
+    for low in range(0, len(asked), group):
+        some = asked[low : low + group]
         for i, (prompt, emission) in enumerate(
             zip(some, source(some, [low + j for j in range(len(some))]), strict=True)
         ):

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from outrider.engine.build import Options, assemble
 from outrider.engine.engine import Engine
+from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.continuations import Continuations
 from outrider.evaluate.measure import Arm, Record, run_group
@@ -255,7 +256,7 @@ def decide(experiment: Experiment, speed: Bounds, quality: Bounds | None, vetoes
 def run_experiment(
     experiment: Experiment,
     arms: list[Arm],
-    prompts: list[list[int]],
+    prompts: Prompts,
     store: Store,
     *,
     stop_early: bool = True,
@@ -265,15 +266,16 @@ def run_experiment(
 
     An interrupted experiment goes on where it was. Raises ConfigError if its file has changed since.
     """
-    config = {**asdict(experiment), "prompts": fingerprint(prompts)}
+    texts = arms[0].engine.encode_all(prompts)
+    config = {**asdict(experiment), "prompts": fingerprint(texts)}
     run = store.begin("ab", experiment.name, config)
     known = {key: Record.from_dict(data) for key, data in store.records(run).items()}
     params = SamplingParams(
         temperature=experiment.temperature, top_p=experiment.top_p, max_tokens=experiment.max_tokens, ignore_eos=True
     )
     batch = experiment.batch
-    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    along = Continuations(arms, prompts, params, experiment.replay, experiment.seed) if experiment.replay else None
+    groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+    along = Continuations(arms, texts, params, experiment.replay, experiment.seed) if experiment.replay else None
     order, target = random.Random(experiment.seed), arms[0].engine.parts.target
     if len(known) < len(groups) * len(arms):
         for arm in arms:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from outrider.engine.engine import Engine
-from outrider.errors import RequestError
+from outrider.engine.prompts import Prompts
+from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.energy import Meter
 from outrider.evaluate.stats import Ratio, paired_ratio
 from outrider.evaluate.store import Key
@@ -140,7 +141,7 @@ def ends_in_a_loop(tokens: Seq[int], *, longest: int = 32, times: int = 4, least
 
 def run_arms(
     arms: list[Arm],
-    prompts: list[list[int]],
+    prompts: Prompts,
     params: SamplingParams,
     *,
     batch: int = 1,
@@ -157,7 +158,11 @@ def run_arms(
     outcome (`Record.failed`) and its record enters no rate. known: records of an interrupted run, which are not run again.
     keep: called with every new record outside of any measured time; what it returns takes the record's place.
     """
-    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    if not arms:
+        raise ConfigError("nothing is measured without an arm: name at least one")
+    if not (texts := arms[0].engine.encode_all(prompts)):
+        raise ConfigError("nothing is measured without a prompt: give at least one")
+    groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
     order, known = random.Random(seed), known or {}
     for arm in arms:
         if any((arm.name, g, r) not in known for g in range(len(groups)) for r in range(repeats)):

@@ -21,6 +21,7 @@ import numpy as np
 from outrider.drafters.vllm_config import LEARNED
 from outrider.engine.build import Options, assemble
 from outrider.engine.engine import Engine
+from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
 from outrider.evaluate import predict as ev
 from outrider.evaluate.measure import Arm, Record, run_group
@@ -98,14 +99,15 @@ class Timing:
         return {p: x / (sum(total.values()) or 1.0) * self.step for p, x in total.items()}
 
 
-def configurations(drafts: Sequence[str], lengths: Sequence[int], batches: Sequence[int]) -> list[Key]:
+def configurations(drafts: str | Sequence[str], lengths: Sequence[int], batches: Sequence[int]) -> list[Key]:
     """Every combination once; length 0 is plain decoding, whatever the drafter."""
+    drafts = [drafts] if isinstance(drafts, str) else drafts
     every = (("none" if n == 0 else d, n, batch) for batch in batches for d in drafts for n in lengths)
     return list(dict.fromkeys(every))
 
 
 def time_steps(
-    engine: Engine, prompts: list[list[int]], keys: Sequence[Key], params: SamplingParams, *, rounds: int = 4,
+    engine: Engine, prompts: Prompts, keys: Sequence[Key], params: SamplingParams, *, rounds: int = 4,
     check: bool = False, seed: int = 0, progress: Callable[[float], None] = lambda _: None,
 ) -> dict[Key, Timing]:  # fmt: skip
     """Short runs of every configuration, interleaved in random order; the first round warms up and is thrown away.
@@ -114,18 +116,19 @@ def time_steps(
     prompt once, with seeds that the plan has not seen, in between its other runs: what slows the machine down for a while slows
     both. A batch that the prompts do not fill is filled from their start.
     """
+    texts = engine.encode_all(prompts)
     base: Options = engine.loaded.options
     arms = {k: Arm(str(k), assemble(engine.loaded, replace(base, draft=k[0], length=k[1], slots=k[2]))) for k in keys}
     out = {key: Timing(key[2]) for key in keys}
-    work = [(turn, key, kind) for key in keys for turn, kind in _turns(key[2], len(prompts), rounds, check)]
+    work = [(turn, key, kind) for key in keys for turn, kind in _turns(key[2], len(texts), rounds, check)]
     chance = random.Random(seed)
     work.sort(key=lambda w: (w[0], chance.random()))
     for key, arm in arms.items():
-        run_group(arm, *_group(prompts, params, key[2], 0, 0), (0, 0, 0))
+        run_group(arm, *_group(texts, params, key[2], 0, 0), (0, 0, 0))
     for done, (turn, key, kind) in enumerate(work):
-        group = round(turn * len(prompts)) // key[2] * key[2]
+        group = round(turn * len(texts)) // key[2] * key[2]
         stream = 1_000_003 * (2 if kind == "checked" else 1) + 7 * seed
-        record = run_group(arms[key], *_group(prompts, params, key[2], group, stream), (group // key[2], 0, 0))
+        record = run_group(arms[key], *_group(texts, params, key[2], group, stream), (group // key[2], 0, 0))
         getattr(out[key], kind).append(record)
         progress((done + 1) / len(work))
     return out

@@ -49,6 +49,11 @@ class Item:
     domain: str = ""
 
 
+def as_items(items: str | Sequence[str | Item]) -> list[Item]:
+    """Items of which some may be given as their prompts alone; a string is one prompt."""
+    return [i if isinstance(i, Item) else Item(i) for i in ([items] if isinstance(items, str) else items)]
+
+
 def load_items(path: Path | None, count: int) -> list[Item]:
     """The first `count` prompts of a set, the shipped held-out ones if `path` is None; see `workloads.load_prompts`.
 
@@ -102,7 +107,7 @@ class Emitted(NamedTuple):
 
 def sample(
     engine: Engine,
-    items: Sequence[Item],
+    items: str | Sequence[str | Item],
     params: SamplingParams,
     clock: Clock,
     progress: Progress,
@@ -115,6 +120,7 @@ def sample(
     batch: sequences decoded together. Raises RequestError for a prompt that does not fit the target's context.
     """
     out: list[Emitted] = []
+    items = as_items(items)
     wanted = [i for i, item in enumerate(items) if item.completion is None]
     prompts = {i: engine.encode(items[i].prompt) for i in wanted}
     longest = max((len(p) for p in prompts.values()), default=0) + params.max_tokens
@@ -154,8 +160,8 @@ def draft_model(engine: Engine) -> Target:
     models = list(engine.loaded.models.values()) if engine.loaded is not None else []
     if len(models) != 1:
         raise ConfigError(
-            f"predict compares two models and drafter {engine.parts.drafter.name!r} has {len(models)}: "
-            "name a draft model with --draft (a folder or a Hub name)"
+            f"predict compares the target with one draft model, and drafter {engine.parts.drafter.name!r} has "
+            f"{len(models) or 'none'}: name a draft model with --draft (a folder or a Hub name)"
         )
     return models[0][0]
 
@@ -230,7 +236,7 @@ def score(
     engine: Engine,
     draft: Target,
     emitted: Sequence[Emitted],
-    items: Sequence[Item],
+    items: str | Sequence[str | Item],
     params: SamplingParams,
     clock: Clock,
     progress: Progress,
@@ -245,7 +251,7 @@ def score(
     target, law = engine.parts.target, Law(engine.parts.target.vocab_size, tuple(engine.eos))
     total = sum(len(e.output) for e in emitted)
     kept = set(np.random.default_rng(seed).choice(total, min(rows, total), replace=False).tolist())
-    texts: list[Text] = []
+    items, texts = as_items(items), list[Text]()
     laws: list[tuple[Tensor, Tensor]] = []
     done = moved = 0
     for k, e in enumerate(emitted):

@@ -17,6 +17,7 @@ from torch import Tensor
 from outrider.drafters.shapes import Static, accepted, best_tree, best_tree_for
 from outrider.engine.build import companion
 from outrider.engine.engine import Engine
+from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm, Record, run_arms
 from outrider.noise import Noise
@@ -65,16 +66,14 @@ class Ranks:
     seen: int
 
 
-def measure_ranks(
-    engine: Engine, model: str, prompts: list[list[int]], params: SamplingParams, width: int = 8
-) -> Ranks:
+def measure_ranks(engine: Engine, model: str, prompts: Prompts, params: SamplingParams, width: int = 8) -> Ranks:
     """Acceptance by rank of `width` siblings drawn without replacement, on the engine's own text: two levels of `width` children.
 
     Rounding of counts is taken out by the nearest sequence that does not rise. Raises ConfigError if nothing was judged.
     """
     rule = RankCounter(engine.parts.rule, width)
     one = companion(engine, f"tree:{width}x{width}:{model}", length=2, rule=rule, slots=1)
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(engine.encode_all(prompts)):
         one.generate([prompt], [SamplingParams(**{**_plain(params), "seed": i})])
     if not rule.seen:
         raise ConfigError("no node with siblings was judged: more prompts, or more tokens, are needed")
@@ -100,7 +99,7 @@ class Times:
 
 
 def measure_times(
-    engine: Engine, model: str, prompts: list[list[int]], params: SamplingParams, ranks: Ranks,
+    engine: Engine, model: str, prompts: Prompts, params: SamplingParams, ranks: Ranks,
     *, most: int, depth: int, repeats: int = 2, seed: int = 0,
 ) -> Times:  # fmt: skip
     """Steps with the best trees of 1, 2, 4, .. `most` nodes and without a draft, interleaved; between them, straight lines."""

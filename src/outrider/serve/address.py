@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import os
 import socket
 from collections.abc import Sized
 
@@ -27,15 +29,35 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
-    """A socket that listens and does not block. ConfigError if the address cannot be had."""
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet: who connects is refused. ConfigError if it cannot be had."""
     name = host.strip("[]")
     try:
-        family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((name, port), family=family, backlog=backlog)
+        family, *_, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
+        raise ConfigError(f"there is no address {host!r} ({error.strerror or error}): choose another --host") from None
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+        if family == socket.AF_INET6:
+            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        taken.bind(place)
+    except OSError as error:
+        taken.close()
+        what = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port"
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another {what}"
         ) from None
-    listener.setblocking(False)
+    taken.setblocking(False)
+    return taken
+
+
+def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
+    """A socket that listens and does not block. ConfigError if the address cannot be had."""
+    listener = reserve(host, port)
+    try:
+        listener.listen(backlog)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
     return listener

@@ -28,6 +28,21 @@ def resolve_folder(path_or_name: str | Path) -> Path:
     return _download(name)
 
 
+def require_config(folder: Path) -> None:
+    """ConfigError for a folder without config.json, which says what else it seems to hold."""
+    if (folder / "config.json").is_file():
+        return
+    hint = ""
+    inner = sorted(p.parent for p in folder.glob("*/config.json"))
+    if (folder / "adapter_config.json").is_file():
+        hint = "; this one holds an adapter (LoRA): merge it into its base model (merge_and_unload) and save that"
+    elif any(folder.glob("*.gguf")):
+        hint = "; this one holds GGUF files, which are not read: use the checkpoint they were made from"
+    elif inner:
+        hint = f"; did you mean {inner[0]}?"
+    raise ConfigError(f"{folder} has no config.json: give a folder in Hugging Face format{hint}")
+
+
 @cache
 def _download(name: str) -> Path:
     """One snapshot per name and process, so that weights and tokenizer come from the same revision."""

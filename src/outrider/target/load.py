@@ -13,9 +13,10 @@ import torch
 from outrider.errors import ConfigError, unknown_name
 from outrider.packed import QUANTIZE
 from outrider.protocols import Target
+from outrider.target.admit import admit
 from outrider.target.checkpoint import Checkpoint, Progress, read_entries
 from outrider.target.config import Unsupported, read_raw_config
-from outrider.target.folder import resolve_folder
+from outrider.target.folder import require_config, resolve_folder
 from outrider.target.lean import LeanTarget
 from outrider.target.memory import available_memory, require_memory
 from outrider.target.native.build import load_library
@@ -77,6 +78,7 @@ def load_target(
     where = _device(device)
     _named_dtype(dtype)
     folder = resolve_folder(path_or_name)
+    require_config(folder)
     if implementation == "hf":
         return _load_hf(folder, dtype, where, quantize, max_length, None)
     try:
@@ -104,6 +106,7 @@ def _load_hf(
             f"quantize={quantize!r} needs the lean runtime, which does not run {folder}: leave quantize out"
         )
     raw = read_raw_config(folder)
+    admit(folder, raw)
     chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device)
     size = sum(math.prod(entry.shape) for entry in read_entries(folder).values()) * chosen.itemsize
     require_memory(size, device, "the model's weights", "choose a smaller model or dtype, or free memory")
@@ -135,6 +138,7 @@ class Facts:
 def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
     """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError for what that would refuse."""
     folder, where = resolve_folder(path_or_name), _device(device)
+    require_config(folder)
     raw = read_raw_config(folder)
     chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where)
     entries = read_entries(folder)
@@ -145,7 +149,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     except Unsupported as why:
         runtime, reason = "transformers", str(why)
         parameters = sum(math.prod(entry.shape) for entry in entries.values())
-        sizes = _sizes_by_transformers(folder)
+        sizes = _sizes_by_transformers(admit(folder, raw))
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]
     return Facts(
@@ -161,15 +165,8 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     )
 
 
-def _sizes_by_transformers(folder: Path) -> tuple[int, int, int, int, int]:
+def _sizes_by_transformers(config: Any) -> tuple[int, int, int, int, int]:
     """Vocabulary, positions, layers, key heads and their size, as transformers reads them; 0 where a model has no such thing."""
-    from transformers import AutoConfig
-
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        brief = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"transformers cannot read {folder / 'config.json'} ({brief}): use another model") from None
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None) or 0
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

@@ -15,7 +15,7 @@ MAX_BYTES = 1 << 30
 
 
 def read_corpus(
-    paths: Sequence[Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     pattern: str = "*",
     skip_bad: bool = False,
@@ -29,6 +29,7 @@ def read_corpus(
     one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
     """
     found: list[Document] = []
+    paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     for path in paths:
         if path.is_dir():
             found += find_documents(path, pattern)

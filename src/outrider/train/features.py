@@ -163,18 +163,30 @@ def hidden_of(target: Target, tokens: Int[Tensor, "r L"], layers: tuple[int, ...
     return torch.stack(states, 1).float().view(count, length, len(layers), -1)
 
 
-def read_features(folder: Path, layers: tuple[int, ...], *, rows: int, seed: int, report: Report = print) -> Features:
-    """Finished data of `folder`, without rows that go in circles. Raises ConfigError for another choice of layers."""
-    held = json.loads((folder / "hidden.json").read_text())["layers"]
+def read_features(
+    folder: Path,
+    layers: tuple[int, ...],
+    *,
+    hidden: Path | None = None,
+    rows: int,
+    seed: int,
+    report: Report = print,
+) -> Features:
+    """Finished data of `folder`, without rows that go in circles. Raises ConfigError for another choice of layers.
+
+    hidden: the folder of the hidden states, None: they stand beside the text.
+    """
+    beside = folder if hidden is None else hidden
+    held = json.loads((beside / "hidden.json").read_text())["layers"]
     if not set(layers) <= set(held):
-        raise ConfigError(f"{folder} holds hidden states of layers {held}, not of {list(layers)}: use a new folder")
+        raise ConfigError(f"{beside} holds hidden states of layers {held}, not of {list(layers)}: use a new folder")
     tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    hidden = np.load(folder / "hidden.npy", mmap_mode="r", allow_pickle=False)
+    states = np.load(beside / "hidden.npy", mmap_mode="r", allow_pickle=False)
     fine = [i for i, row in enumerate(tokens) if repeated(row) <= MOST_REPEATED]
     if len(fine) < len(tokens):
         report(f"{len(tokens) - len(fine)} of {len(tokens)} rows go in circles and are left out")
-        tokens, hidden = _Rows(tokens, fine), _Rows(hidden, fine)
-    return Features(tokens, hidden, tuple(held), rows, seed)  # type: ignore[arg-type]
+        tokens, states = _Rows(tokens, fine), _Rows(states, fine)
+    return Features(tokens, states, tuple(held), rows, seed)  # type: ignore[arg-type]
 
 
 class _Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -32,7 +31,7 @@ from outrider.target.fresh import small_llama
 from outrider.target.load import load_target, load_tokenizer
 from outrider.train import data
 from outrider.train.block import SHARES, Blocks, block_law_loss, block_loss, new_blocks
-from outrider.train.checkpoint import identity_of, replace_folder, write_atomically, write_model
+from outrider.train.checkpoint import identity_of, replace_folder, write_model
 from outrider.train.corpus import read_corpus
 from outrider.train.drafter import (
     Judge,
@@ -47,6 +46,7 @@ from outrider.train.drafter import (
     predictor,
 )
 from outrider.train.features import Features, Wanted, hidden_of, read_features, write_hidden, write_tokens
+from outrider.train.keyed import hidden_folder, part_folder, run_folder
 from outrider.train.loop import LoopConfig, LossOf, share_computing, train
 from outrider.train.losses import LOSSES
 from outrider.train.slots import arm
@@ -101,6 +101,8 @@ class Job:
     loss: str = "staged"
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str | Path):  # one place, not its letters
+            object.__setattr__(self, "data", (Path(self.data),))
         if self.kind not in KINDS:
             raise ConfigError(unknown_name("drafter to train", self.kind, tuple(KINDS)))
         if self.levels < 1 or self.length <= self.levels + 1:
@@ -143,35 +145,42 @@ def taps_of(job: Job, target: Target) -> tuple[int, ...]:
     return taps
 
 
-def prepare(job: Job, report: Report = print) -> None:
-    """Text and hidden states of the training and the held-out part, continued where they are not there yet."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Data on disk. training, held_out: the folders of their text; layers: of the hidden states that are asked for."""
+
+    training: Path
+    held_out: Path
+    layers: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[Path, Path]:
+        return self.training, self.held_out
+
+
+def texts_of(job: Job, report: Report = print) -> dict[str, list[data.Document]]:
+    """The documents of either part: every one once, whole files on one side."""
     documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, report=report)
     training, held_out = data.split(documents)
     if not training or not held_out:  # few documents: every tenth, at least one
         training, held_out = [d for i, d in enumerate(documents) if i % 10], documents[::10]
-    check_target(job)
+    return {"held_out": held_out, "training": training or held_out}
+
+
+def prepare(job: Job, report: Report = print) -> Prepared:
+    """Text and hidden states of the training and the held-out part, continued where they are not there yet."""
+    texts, identity = texts_of(job, report), identity_of(resolve_folder(job.target))
     engine = engine_of(job)
     target = engine.parts.target
     layers = tuple(sorted({*taps_of(job, target), target.layers}))
-    for part, texts in (("held_out", held_out), ("training", training or held_out)):
-        folder = job.work / "data" / part
-        tokens = write_tokens(engine, texts, job.wanted(part), folder, report)
-        held = folder / "hidden.json"
-        if not (held.exists() and set(layers) <= set(json.loads(held.read_text())["layers"])):
-            write_hidden(target, tokens, layers, folder, report=report)
-        else:
-            write_hidden(target, tokens, tuple(json.loads(held.read_text())["layers"]), folder, report=report)
-
-
-def check_target(job: Job) -> None:
-    """Note which target the data of the work folder are of; ConfigError if they are of another one."""
-    folder, found = job.work / "data", identity_of(resolve_folder(job.target))
-    note = folder / "target"
-    if not note.exists() and not folder.exists():
-        folder.mkdir(parents=True)
-        write_atomically(note, found)
-    if not note.exists() or note.read_text() != found:
-        raise ConfigError(f"{folder} holds the text and hidden states of another target: use a new --work folder")
+    folders = {}
+    for part, documents in texts.items():
+        folders[part] = part_folder(job.work, part, identity, documents, job.wanted(part))
+        tokens = write_tokens(engine, documents, job.wanted(part), folders[part], report)
+        place, held = hidden_folder(folders[part], layers)
+        place.mkdir(exist_ok=True)
+        write_hidden(target, tokens, held, place, report=report)
+    return Prepared(folders["training"], folders["held_out"], layers)
 
 
 def engine_of(job: Job) -> Engine:
@@ -181,20 +190,20 @@ def engine_of(job: Job) -> Engine:
 
 def run(job: Job, report: Report = print) -> dict[str, Any]:
     """Everything; the last measures on held-out rows. Finished stages are not done again."""
-    prepare(job, report)
+    ready = prepare(job, report)
     target = load_target(job.target, dtype="float32")
     taps = taps_of(job, target)
-    parts = {
-        p: read_features(job.work / "data" / p, taps, rows=job.batch, seed=job.loop.seed, report=report)
-        for p in ("training", "held_out")
-    }
-    model = new_model(job, target, parts["training"])
+    held = {p: hidden_folder(p, ready.layers)[0] for p in ready.parts}
+    training, held_out = (
+        read_features(p, taps, hidden=held[p], rows=job.batch, seed=job.loop.seed, report=report) for p in ready.parts
+    )
+    model = new_model(job, target, training)
     report(f"{job.kind}: {sum(p.numel() for p in model.parameters()):,} parameters, reads layers {taps}")
-    judge = Judge.of(target, parts["training"].layers, taps)
+    judge = Judge.of(target, training.layers, taps)
     predict = predictor(model, job.levels)
-    evaluate = measure_of(judge, predict, parts["held_out"])
-    batches, loss = fitting(job, judge, model, parts["training"])
-    state = train(model, batches, loss, job.loop, job.work / job.kind, evaluate, report)
+    evaluate = measure_of(judge, predict, held_out)
+    batches, loss = fitting(job, judge, model, training)
+    state = train(model, batches, loss, job.loop, run_folder(job.work, job.kind, ready.parts, taps), evaluate, report)
     export(model, job, report)
     spent = {"seconds": state["seconds"], "computing": share_computing(state)}
     return {"drafter": job.kind, "steps": state["step"], **spent, **state["history"][-1]}

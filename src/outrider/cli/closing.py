@@ -1,0 +1,47 @@
+"""The line that ends a text in the terminal: how fast it came, what drafting gave, and whether the ledger agrees."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+from outrider.types import Counts, StepRecord
+
+
+class Closing:
+    """Watches an engine from now on: a sink for its steps, and afterwards the line.
+
+    The engine's sums are started anew, so that they are those of the text that follows.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.first = engine, None
+        engine.reset()
+        engine.sinks = (*engine.sinks, self)
+        self.start = perf_counter()
+
+    def __call__(self, record: StepRecord) -> None:
+        if self.first is None and record.counts.emitted:
+            self.first = perf_counter() - self.start
+
+    def line(self) -> str:
+        """The line, and the end of watching."""
+        seconds = perf_counter() - self.start
+        self.engine.sinks = tuple(s for s in self.engine.sinks if s is not self)
+        return sentence(self.engine.counts, seconds, self.first)
+
+
+def sentence(counts: Counts, seconds: float, first: float | None) -> str:
+    """Tokens per second, tokens per step, rejections as the rule predicted and as they came, and seconds to the first token."""
+    from outrider.telemetry.ledger import acceptance_length, ledger
+
+    if not counts.emitted or first is None:
+        return f"no token came in {seconds:.2f} s"
+    parts = [f"{counts.emitted} tokens, {counts.emitted / max(seconds, 1e-9):.0f} tokens/s"]
+    if counts.judged:
+        book = ledger(counts)
+        parts.append(f"acceptance length {acceptance_length(counts):.2f}")
+        parts.append(f"rejections {book.predicted:.1f} predicted, {book.observed} observed")
+    else:
+        parts.append("nothing was drafted")
+    return "; ".join([*parts, f"first token after {first:.2f} s"])

@@ -1,0 +1,45 @@
+"""What a server says to the terminal, and how it ends when it is told to a second time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from outrider.cli import options as opt
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
+
+class Told:
+    """Says where a server is once it answers, and what it waits for when it is asked to end; asked again, it ends at once.
+
+    where: the sentence with the address. grace: seconds that open requests get. open: how many there are.
+    """
+
+    def __init__(self, where: str, grace: float) -> None:
+        self.where, self.grace, self.asked = where, grace, False
+        self.open: Callable[[], int] = lambda: 0
+
+    def __call__(self, serving: bool) -> None:
+        if self.asked:
+            end_now()
+        self.asked = not serving
+        print(f"outrider: {self.where if serving else self.waiting()}", file=sys.stderr, flush=True)
+
+    def waiting(self) -> str:
+        """What the end waits for."""
+        count = self.open()
+        if not count:
+            return "ending; no request is open"
+        requests = "1 open request" if count == 1 else f"{count} open requests"
+        return f"ending: {requests} may take up to {self.grace:g} s more; Ctrl-C again ends at once"
+
+
+def end_now() -> NoReturn:
+    """End without waiting for threads that load a model or are in the middle of a step."""
+    opt.err.show_cursor()
+    print("\noutrider: interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)

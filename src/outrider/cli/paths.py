@@ -1,0 +1,81 @@
+"""Options that name files and models, looked at before anything heavy is imported: a mistyped path is said at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from outrider.errors import ConfigError
+
+_FIRST = re.compile(r"(?:(?:ngram(?::[^+/]*)?|prediction|forced(?::\d*)?)\+)*")
+_HOW = re.compile(r"(?:greedy|dynamic:[^:]*|(?:tree|iid|hub|batch|shared):[^:]*|medusa|eagle|dflash|translate):")
+_LOCAL = (".", "/", "~")
+"""How a path begins that can be nothing but a path."""
+
+
+def model(name: str | None) -> str | None:
+    """A folder that is there, or what may be a Hub name. Raises ConfigError for a path that leads nowhere."""
+    if name is not None:
+        if not name.strip():
+            raise ConfigError("the name of a model is empty: give a folder or a Hub name")
+        from outrider.target.folder import require_config, resolve_folder
+
+        require_config(resolve_folder(name))
+    return name
+
+
+def drafter(spec: Any) -> Any:
+    """A drafter, or several, whose paths lead somewhere. What is no path is looked at when it is loaded."""
+    for one in [spec] if isinstance(spec, str) else spec or ():
+        path = _HOW.sub("", _FIRST.sub("", one, count=1))
+        if path.startswith(_LOCAL) and not Path(path).expanduser().exists():
+            raise ConfigError(f"--draft: there is no {path}: give a folder, a Hub name, or none, ngram or auto")
+    return spec
+
+
+def readable(given: Any) -> Any:
+    """Files (or folders) that are there and may be read. Raises ConfigError for the first that is not."""
+    for path in [given] if isinstance(given, str | Path) else given or ():
+        if not Path(path).exists():
+            raise ConfigError(f"{path}: no such file; check the path")
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"{path} may not be read: change its permissions, or name another")
+    return given
+
+
+def file(given: Path | None) -> Path | None:
+    """A file that is there, is no folder and may be read."""
+    if given is not None and given.is_dir():
+        raise ConfigError(f"{given} is a folder: name a file in it")
+    return readable(given)
+
+
+def writable(given: Path | None) -> Path | None:
+    """A file or folder that can be written once the work is done: nobody should learn at the end that it cannot."""
+    if given is None:
+        return None
+    place = next((p for p in (given, *given.absolute().parents) if p.exists()), Path("/"))
+    if place != given and not place.is_dir():
+        raise ConfigError(f"{given} cannot be written: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{given} cannot be written: {place} may not be changed by you; name another place")
+    return given
+
+
+def out_file(given: Path | None) -> Path | None:
+    """A file that can be written."""
+    if given is not None and given.is_dir():
+        raise ConfigError(f"{given} is a folder: name a file in it")
+    return writable(given)
+
+
+def needs(extra: str, modules: Iterable[str]) -> None:
+    """ConfigError unless all of an extra's packages are installed; nothing is imported."""
+    from importlib.util import find_spec
+
+    absent = [name for name in modules if find_spec(name) is None]
+    if absent:
+        raise ConfigError(f"{' and '.join(absent)} missing for this: pip install 'outrider[{extra}]'")

@@ -1,0 +1,95 @@
+"""How answers are shown to people: tables that fit the terminal without breaking a word, and plain text into a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PIPE = 4096
+"""Columns of a line that nobody looks at in a window: it is never broken."""
+CELL, GAP = 3, 2
+"""Columns that a cell of a framed table takes besides its text, and spaces between the columns of a plain one."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where people read: as wide as their terminal; into a pipe or a file neither colour nor line breaks of ours."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        return Console(stderr=stderr, highlight=False, width=PIPE, color_system=None, force_terminal=False)
+    return console
+
+
+def plain(console: Console) -> bool:
+    """Whether what is written goes into a pipe or a file."""
+    return not console.is_terminal
+
+
+def show(table: Table, to: Console | None = None) -> None:
+    """Print a table: framed where every word of it fits the terminal, else one block of lines a row; plain into a pipe."""
+    out = console() if to is None else to
+    columns = [[as_text(out, c.header), *(as_text(out, cell) for cell in c.cells)] for c in table.columns]
+    if table.title:
+        out.print(as_text(out, table.title), style="" if plain(out) else "italic")
+    rows = list(zip(*columns, strict=True))
+    if plain(out):
+        for line in aligned(columns, rows):
+            out.print(line, markup=False, soft_wrap=True)
+        return
+    widths = fitted([(longest_word(c), longest_line(c)) for c in columns], out.width - CELL * len(columns) - 1)
+    if widths is None:
+        for row in rows[1:]:
+            for line in block(rows[0], row):
+                out.print(line)
+        return
+    table.title = None
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width, column.overflow = width, "fold"
+    out.print(table)
+
+
+def as_text(out: Console, cell: Any) -> Text:
+    """A cell or a title, with its markup."""
+    return cell.copy() if isinstance(cell, Text) else out.render_str(str(cell))
+
+
+def longest_word(cells: Sequence[Text]) -> int:
+    return max((Text(word).cell_len for cell in cells for word in cell.plain.split()), default=0)
+
+
+def longest_line(cells: Sequence[Text]) -> int:
+    return max((Text(line).cell_len for cell in cells for line in cell.plain.split("\n")), default=0)
+
+
+def fitted(sizes: Sequence[tuple[int, int]], room: int) -> list[int] | None:
+    """Widths between the longest word and the longest line of every column that fill at most `room`; None if words do not fit."""
+    least, widths = [max(1, low) for low, _ in sizes], [max(1, high) for _, high in sizes]
+    if sum(least) > room:
+        return None
+    while sum(widths) > room:
+        spare = [w - low for w, low in zip(widths, least, strict=True)]
+        widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+def aligned(columns: Sequence[Sequence[Text]], rows: Sequence[Sequence[Text]]) -> list[str]:
+    """Plain lines with the columns below one another, two spaces apart."""
+    widths = [longest_line(c) for c in columns]
+    lines = []
+    for row in rows:
+        cells = [cell.plain.replace("\n", "; ") for cell in row]
+        lines.append((" " * GAP).join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip())
+    return lines
+
+
+def block(header: Sequence[Text], row: Sequence[Text]) -> list[Text]:
+    """A row as lines of name and value, for a terminal too narrow for the table; the first cell is its headline."""
+    width = max(h.cell_len for h in header)
+    lines = [Text.assemble((row[0].plain, "bold"))]
+    for name, cell in zip(header[1:], row[1:], strict=True):
+        if cell.plain.strip():
+            lines.append(Text.assemble("  ", (name.plain.ljust(width), "dim"), "  ", cell))
+    return lines

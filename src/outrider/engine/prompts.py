@@ -1,0 +1,76 @@
+"""What may stand where a prompt or several are asked for. A string is a sequence of strings, so it is looked at first."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AnySet
+from typing import Any
+
+from outrider.errors import RequestError
+
+Prompt = str | Iterable[Any]
+"""One prompt: text, or token ids in a list, tuple, array or tensor of one dimension."""
+Prompts = Prompt
+"""One prompt or several, in a list or any other sequence."""
+
+
+def as_prompts(prompts: Any) -> list[str | list[int]]:
+    """One prompt or several, as a list: a string is one prompt, and so is a flat sequence of token ids.
+
+    An empty sequence is no prompt at all. Raises RequestError for what is neither text nor token ids.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    items = _items(prompts)
+    return [as_prompt(items)] if any(_is_number(i) for i in items) else [as_prompt(i) for i in items]
+
+
+def as_prompt(prompt: Any) -> str | list[int]:
+    """One prompt: its text, or its token ids. Raises RequestError for anything else, several prompts among it."""
+    if isinstance(prompt, str):
+        return prompt
+    items = _items(prompt)
+    wrong = next((i for i in items if i is not None and not _is_number(i)), None)
+    if wrong is not None:
+        _ = isinstance(wrong, str) or _items(wrong)  # what is no prompt itself is refused by what it is
+        raise RequestError("one prompt is wanted here, text or a flat list of token ids, and this is a list of several")
+    return [_id(i) for i in items]
+
+
+def as_ids(prompts: Any) -> list[list[int]]:
+    """Several prompts of token ids, where nothing is there that could read text. Raises RequestError for text."""
+    found = as_prompts(prompts)
+    if any(isinstance(p, str) for p in found):
+        raise RequestError("token ids are wanted here, not text: encode it first (engine.encode)")
+    return [list(p) for p in found]  # type: ignore[arg-type]
+
+
+def _items(value: Any) -> list[Any]:
+    """The elements of a sequence, tensor, array or generator. RequestError for what is none or has no order."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise RequestError("a prompt is text or token ids, and this is bytes: decode it first, as in prompt.decode()")
+    if isinstance(value, Mapping):
+        raise RequestError("a prompt is text or token ids, and this is a mapping: pass what is in it, as its input_ids")
+    if callable(getattr(value, "tolist", None)):  # an array or a tensor, whoever made it
+        value = value.tolist()
+    if isinstance(value, AnySet) or not isinstance(value, Iterable):
+        kind = type(value).__name__
+        raise RequestError(f"a prompt is text or a list of token ids, and a list of those is several; got {kind}")
+    return list(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a single number, of whatever library: a token id, if it is whole."""
+    plain = value.tolist() if callable(getattr(value, "tolist", None)) else value
+    return isinstance(plain, int | float)
+
+
+def _id(value: Any) -> int:
+    try:
+        plain = value.tolist() if callable(getattr(value, "tolist", None)) else value
+        if isinstance(plain, bool):
+            raise TypeError
+        return operator.index(plain)
+    except TypeError:
+        raise RequestError(f"a token id is a whole number, got {value!r}") from None

@@ -1,0 +1,53 @@
+"""Where the data of a training lie in its work folder: under a name made of all that they depend on.
+
+Two trainings that differ in target, text or settings find two places, and two that agree share one. Text that the target wrote is
+the dear part, so drafters that read other layers share it and have hidden states of their own beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from outrider.train.checkpoint import write_atomically
+from outrider.train.data import Document
+from outrider.train.features import Wanted
+
+ABOUT = "about.json"
+
+
+def key_of(known: Any) -> str:
+    """A short name for plain data: other data, another name."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def part_folder(work: Path, part: str, target: str, documents: Sequence[Document], wanted: Wanted) -> Path:
+    """The folder of a part ("training" or "held_out") of the data, which says in about.json what it is of; it is made.
+
+    target: identity of the model that writes (`checkpoint.identity_of`). documents: the text the part starts from, in its order.
+    """
+    text = hashlib.sha256("".join(d.digest for d in documents).encode()).hexdigest()
+    known = {"target": target, "text": text, **asdict(wanted)}
+    folder = work / "data" / f"{part}-{key_of(known)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / ABOUT).exists():
+        write_atomically(folder / ABOUT, json.dumps(known, indent=1) + "\n")
+    return folder
+
+
+def hidden_folder(part: Path, layers: tuple[int, ...]) -> tuple[Path, tuple[int, ...]]:
+    """Where the hidden states of these layers are or shall be, and which layers are there: more of them will do."""
+    for note in sorted(part.glob("layers-*/hidden.json")):
+        held = tuple(json.loads(note.read_text())["layers"])
+        if set(layers) <= set(held):
+            return note.parent, held
+    return part / ("layers-" + "-".join(map(str, layers))), layers
+
+
+def run_folder(work: Path, kind: str, parts: Sequence[Path], taps: tuple[int, ...]) -> Path:
+    """Where a drafter of this kind is trained on these parts, reading these layers."""
+    return work / kind / key_of([*(p.name for p in parts), *taps])

@@ -1,0 +1,103 @@
+"""`outrider doctor` and loading give one answer about one folder: what one refuses the other does not call fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+from outrider.cli.main import main
+from outrider.errors import ConfigError
+from outrider.target.load import inspect_checkpoint, load_target
+from tests.checkpoints import make_checkpoint
+
+QUANTISED = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "unheard of": {"quant_method": "quux"},
+}
+
+
+def edit(folder: Path, **changes: object) -> Path:
+    """A folder with other entries in its config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def bert(folder: Path) -> Path:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=101, **shape)).save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path) -> Path:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=101, **shape)).save_pretrained(folder)
+    return folder
+
+
+def gpt2(folder: Path) -> Path:
+    GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(folder)
+    return folder
+
+
+MADE = {
+    **{
+        name: lambda p, how=how: edit(make_checkpoint(p, "llama"), quantization_config=how)
+        for name, how in QUANTISED.items()
+    },
+    "bert": bert,
+    "t5": t5,
+    "a name that nobody knows": lambda p: edit(make_checkpoint(p, "llama"), model_type="quux"),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_loading_refuses_doctor_refuses_in_the_same_words(kind: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = MADE[kind](tmp_path / "model")
+    with pytest.raises(ConfigError) as loading:
+        load_target(folder)
+    with pytest.raises(ConfigError) as looking:
+        inspect_checkpoint(folder)
+    assert str(loading.value) == str(looking.value)
+    monkeypatch.setattr(sys, "argv", ["outrider", "doctor", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert str(looking.value) in capsys.readouterr().err
+
+
+def test_what_loads_is_fit_whatever_runs_it(tmp_path: Path) -> None:
+    assert inspect_checkpoint(gpt2(tmp_path / "gpt2")).runtime == "transformers"
+    assert load_target(tmp_path / "gpt2").vocab_size == 101
+    assert inspect_checkpoint(make_checkpoint(tmp_path / "llama", "llama")).runtime == "lean"
+
+
+def test_a_folder_without_tokenizer_is_not_fit(tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = make_checkpoint(tmp_path / "model", "llama", tokenizer=True)
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    for name, code, ok in (("model", 0, True), ("bare", 1, False)):
+        monkeypatch.setattr(sys, "argv", ["outrider", "doctor", str(tmp_path / name), "--json"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        found = json.loads(capsys.readouterr().out)
+        assert (int(end.value.code or 0), found["ok"]) == (code, ok)
+        assert [c["ok"] for c in found["checks"] if c["check"] == "tokenizer"] == [ok]
+    assert "has no tokenizer.json" in str(found["checks"])
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("adapter_config.json", "LoRA"), ("weights.gguf", "GGUF"), ("inner/config.json", "did you mean")]
+)
+def test_a_folder_of_something_else_is_named(file: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    for look in (load_target, inspect_checkpoint):
+        with pytest.raises(ConfigError, match=said):
+            look(tmp_path)
