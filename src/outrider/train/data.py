@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from outrider.errors import ConfigError
+
 # Folders of the standard library that are not its sources, or hold deliberately broken files.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib2to3"})
 
@@ -73,14 +75,37 @@ def split(documents: Sequence[Document], one_in: int = 40) -> tuple[list[Documen
     return training, held_out
 
 
+def token_type(vocab_size: int) -> np.dtype:
+    """The narrowest type that holds every id below ``vocab_size``: uint16 up to 65,536 tokens, uint32 beyond."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def narrowed(ids: Sequence[int] | np.ndarray, kind: np.dtype) -> np.ndarray:
+    """The same ids as a smaller type; ConfigError for one that it cannot hold, since a cast would make it another token."""
+    wide = np.asarray(ids, dtype=np.int64)
+    if wide.size and not 0 <= wide.min() <= wide.max() <= np.iinfo(kind).max:
+        raise ConfigError(
+            f"token {int(wide.max())} does not fit into {kind}: the tokenizer has more tokens than the model says it has"
+        )
+    return wide.astype(kind)
+
+
+def halve(document: Document, share: float = 0.1) -> tuple[Document, Document]:
+    """(training, held-out) parts of a single text: the last ``share`` of its lines is held out. ConfigError for fewer than two."""
+    lines = document.text.splitlines(keepends=True)
+    cut = min(len(lines) - 1, round(len(lines) * (1.0 - share)))
+    if cut < 1:
+        raise ConfigError(f"{document.path} is the only text and has one line: give more text, so that some can be held out")
+    return tuple(Document(f"{document.path}:{i}", "".join(part)) for i, part in enumerate((lines[:cut], lines[cut:])))  # type: ignore[return-value]
+
+
 def encode(documents: Sequence[Document], tokenizer, end_of_text: int) -> np.ndarray:
-    """One flat stream of token ids ``[N] uint16``, with ``end_of_text`` after every document."""
-    if len(tokenizer) > np.iinfo(np.uint16).max:
-        raise ValueError(f"a vocabulary of {len(tokenizer)} does not fit in uint16")
+    """One flat stream of token ids ``[N]`` of `token_type`, with ``end_of_text`` after every document."""
+    kind = token_type(max(len(tokenizer), end_of_text + 1))
     parts = []
     for document in documents:
         ids = tokenizer.encode(document.text, add_special_tokens=False)
-        parts.append(np.asarray([*ids, end_of_text], dtype=np.uint16))
+        parts.append(narrowed([*ids, end_of_text], kind))
     return np.concatenate(parts)
 
 

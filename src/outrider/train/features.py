@@ -23,7 +23,7 @@ from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.sampling.params import SamplingParams
 from outrider.train.checkpoint import write_atomically
-from outrider.train.data import Document
+from outrider.train.data import Document, narrowed, token_type
 from outrider.types import Draft, Rows
 
 Report = Callable[[str], None]
@@ -48,9 +48,9 @@ class Wanted:
         if self.rows < 1 or not 1 <= self.prompt <= self.length:
             raise ConfigError(f"rows >= 1 and 1 <= prompt <= length are needed, got {self}")
 
-    def bytes(self, layers: int, hidden: int) -> int:
+    def bytes(self, layers: int, hidden: int, vocab_size: int) -> int:
         """Disk that tokens and hidden states of so many layers take."""
-        return self.rows * self.length * (2 + 2 * layers * hidden)
+        return self.rows * self.length * (token_type(vocab_size).itemsize + 2 * layers * hidden)
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,14 @@ def write_tokens(
     """Text rows [M, L] of `folder`, continued by the engine where they are not there yet. A row depends on its number alone."""
     folder.mkdir(parents=True, exist_ok=True)
     _same(folder / "wanted.json", asdict(wanted))
-    done, tokens = _open(folder, "tokens", (wanted.rows, wanted.length), np.uint16)
+    kind = token_type(engine.parts.target.vocab_size)
+    done, tokens = _open(folder, "tokens", (wanted.rows, wanted.length), kind)
     if done < wanted.rows:
         prompts = cut_prompts(documents, engine.encode, wanted)
         group = 4 * engine.scheduler.slots
         for first in range(done, wanted.rows, group):
             part = prompts[first : first + group]
-            tokens[first : first + len(part)] = _continue(engine, part, first, wanted)
+            tokens[first : first + len(part)] = narrowed(_continue(engine, part, first, wanted), kind)
             _flush(folder, "tokens", tokens, first + len(part))
             report(f"text: {first + len(part)}/{wanted.rows} rows")
     return tokens
@@ -223,8 +224,9 @@ def _open(folder: Path, name: str, shape: tuple[int, ...], kind: Any) -> tuple[i
     if not done:
         np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape).flush()
     array = np.lib.format.open_memmap(path, mode="r+")
-    if array.shape != shape:
-        raise ConfigError(f"{path} has the shape {array.shape}, not {shape}: use a new folder")
+    if array.shape != shape or array.dtype != np.dtype(kind):
+        found, wanted = (f"{t} of shape {s}" for t, s in ((array.dtype, array.shape), (np.dtype(kind), shape)))
+        raise ConfigError(f"{path} holds {found}, not {wanted}: use a new folder")
     return done, array
 
 

@@ -48,6 +48,11 @@ def hidden_folder(part: Path, layers: tuple[int, ...]) -> tuple[Path, tuple[int,
     return part / ("layers-" + "-".join(map(str, layers))), layers
 
 
-def run_folder(work: Path, kind: str, parts: Sequence[Path], taps: tuple[int, ...]) -> Path:
-    """Where a drafter of this kind is trained on these parts, reading these layers."""
-    return work / kind / key_of([*(p.name for p in parts), *taps])
+def run_folder(work: Path, kind: str, parts: Sequence[Path], choices: dict[str, Any]) -> Path:
+    """Where a drafter of this kind is trained on these parts with these choices, which it says in about.json; it is made."""
+    known = {"parts": [p.name for p in parts], **choices}
+    folder = work / kind / key_of(known)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / ABOUT).exists():
+        write_atomically(folder / ABOUT, json.dumps(known, indent=1) + "\n")
+    return folder

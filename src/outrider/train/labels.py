@@ -7,12 +7,14 @@ a token takes ``2 V`` bytes, so this is for small vocabularies.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from outrider.errors import ConfigError
 from outrider.train import CausalLM
 
 
@@ -46,26 +48,42 @@ def write_labels(target: CausalLM, tokens: torch.Tensor, folder: Path, rows: int
     folder.mkdir(parents=True, exist_ok=True)
     shape = (len(tokens), tokens.shape[1] - 1, target.config.vocab_size)
     path, progress = folder / "logits.npy", folder / "done"
-    done = int(progress.read_text()) if progress.exists() else 0
+    done, writer = int(progress.read_text()) if progress.exists() else 0, folder / "target"
     if done and not np.array_equal(np.load(folder / "tokens.npy", allow_pickle=False), tokens.numpy()):
-        raise ValueError(f"{folder} holds labels of other text; use a new folder")
+        raise ConfigError(f"{folder} holds labels of other text; use a new folder")
+    if done and writer.exists() and writer.read_text() != weights_of(target):
+        raise ConfigError(f"{folder} holds labels of another target; use a new folder")
     if not done:
+        writer.write_text(weights_of(target))
         np.save(folder / "tokens.npy", tokens.numpy(), allow_pickle=False)
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
     logits = np.lib.format.open_memmap(path, mode="r+")
     with torch.no_grad():
         for first in range(done, len(tokens), rows):
             part = tokens[first : first + rows, :-1]
-            logits[first : first + rows] = target(input_ids=part, use_cache=False).logits.half().numpy()
+            found = target(input_ids=part, use_cache=False).logits.half()
+            if not bool(torch.isfinite(found).all()):
+                raise ConfigError("a logit does not fit into float16: use a target of a smaller range")
+            logits[first : first + rows] = found.numpy()
             if first // rows % 16 == 15 or first + rows >= len(tokens):
                 logits.flush()
                 progress.write_text(str(min(first + rows, len(tokens))))
                 report(f"labels: {min(first + rows, len(tokens))}/{len(tokens)} windows")
 
 
+def weights_of(model: CausalLM) -> str:
+    """Which model this is: a digest of samples spread over its weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().flatten()
+        digest.update(f"{name} {tuple(weight.shape)};".encode())
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def read_labels(folder: Path, rows: int, seed: int) -> Labels:
     """Finished labels of ``folder``."""
     tokens = torch.from_numpy(np.load(folder / "tokens.npy", allow_pickle=False))
     if int((folder / "done").read_text()) != len(tokens):
-        raise ValueError(f"{folder}: labels are not finished")
+        raise ConfigError(f"{folder}: labels are not finished")
     return Labels(tokens, np.load(folder / "logits.npy", mmap_mode="r", allow_pickle=False), rows, seed)

@@ -30,6 +30,10 @@ def tokens_in(batch: Batch) -> int:
     return tokens[:, 1:].numel()
 
 
+BOOKKEEPING = frozenset({"save_every_s", "log_every", "compile"})
+"""Settings of a loop that do not change what is learnt."""
+
+
 class DivergedError(RuntimeError):
     """The loss or the gradient is not finite."""
 
@@ -109,9 +113,8 @@ def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoin
 
 def _check_same_run(saved: dict, config: LoopConfig) -> None:
     """Refuse to continue a run under settings that change its trajectory."""
-    bookkeeping = {"save_every_s", "log_every", "compile"}
     now = asdict(config) | {"betas": list(config.betas)}
-    changed = [k for k, v in saved.items() if k not in bookkeeping and now.get(k) != v]
+    changed = [k for k, v in saved.items() if k not in BOOKKEEPING and now.get(k) != v]
     if changed:
         raise ConfigError(f"the checkpoint was made with other settings of {', '.join(changed)}; use a new folder")
 

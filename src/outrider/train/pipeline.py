@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from outrider.train.drafter import (
 )
 from outrider.train.features import Features, Wanted, hidden_of, read_features, write_hidden, write_tokens
 from outrider.train.keyed import hidden_folder, part_folder, run_folder
-from outrider.train.loop import LoopConfig, LossOf, share_computing, train
+from outrider.train.loop import BOOKKEEPING, LoopConfig, LossOf, share_computing, train
 from outrider.train.losses import LOSSES
 from outrider.train.slots import arm
 
@@ -60,6 +60,8 @@ KINDS: dict[str, frozenset[str]] = {
 }
 """What can be trained, and which of the choices that not every kind has it reads; the others are refused, not dropped."""
 LABELS = ("laws", "tokens")
+ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots"})
+"""Fields of a job that do not bear on the training of a drafter, or do so through the data alone."""
 Report = Callable[[str], None]
 
 
@@ -128,6 +130,16 @@ class Job:
         if self.kind == "dflash" and self.labels == "tokens" and "loss" in given:
             raise ConfigError("labels 'tokens' have one loss, weighted by the objective: leave the loss out")
 
+    def choices(self, taps: tuple[int, ...]) -> dict[str, Any]:
+        """All that decides what a training on given data makes: two trainings that differ in any of it share no checkpoint.
+
+        Every field counts but those that say where things lie, what the data are of (which have a name of their own) and how a
+        run is watched; so a field that is added counts. taps: as `taps_of` has them.
+        """
+        plain = asdict(self)
+        loop = {k: v for k, v in plain.pop("loop").items() if k not in BOOKKEEPING}
+        return {k: v for k, v in plain.items() if k not in ELSEWHERE} | {"loop": loop, "taps": taps}
+
     def wanted(self, part: str) -> Wanted:
         """The data of a part, "training" or "held_out"."""
         rows = self.rows if part == "training" else self.held_out
@@ -159,12 +171,14 @@ class Prepared:
 
 
 def texts_of(job: Job, report: Report = print) -> dict[str, list[data.Document]]:
-    """The documents of either part: every one once, whole files on one side."""
+    """The documents of either part: every one once, whole files on one side; a single text is cut in two."""
     documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, report=report)
     training, held_out = data.split(documents)
-    if not training or not held_out:  # few documents: every tenth, at least one
+    if len(documents) == 1:
+        training, held_out = ([part] for part in data.halve(documents[0]))
+    elif not training or not held_out:  # few documents: every tenth, at least one
         training, held_out = [d for i, d in enumerate(documents) if i % 10], documents[::10]
-    return {"held_out": held_out, "training": training or held_out}
+    return {"held_out": held_out, "training": training}
 
 
 def prepare(job: Job, report: Report = print) -> Prepared:
@@ -201,9 +215,9 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     report(f"{job.kind}: {sum(p.numel() for p in model.parameters()):,} parameters, reads layers {taps}")
     judge = Judge.of(target, training.layers, taps)
     predict = predictor(model, job.levels)
-    evaluate = measure_of(judge, predict, held_out)
+    evaluate = measure_of(Judge.of(target, held_out.layers, taps), predict, held_out)
     batches, loss = fitting(job, judge, model, training)
-    state = train(model, batches, loss, job.loop, run_folder(job.work, job.kind, ready.parts, taps), evaluate, report)
+    state = train(model, batches, loss, job.loop, run_folder(job.work, job.kind, ready.parts, job.choices(taps)), evaluate, report)
     export(model, job, report)
     spent = {"seconds": state["seconds"], "computing": share_computing(state)}
     return {"drafter": job.kind, "steps": state["step"], **spent, **state["history"][-1]}
@@ -351,7 +365,7 @@ def estimate(job: Job) -> dict[str, Any]:
             prompts, SamplingParams(temperature=job.temperature, max_tokens=tokens, ignore_eos=True, seed=0)
         )
         write = (time.perf_counter() - started) / (job.slots * tokens) * (job.length - job.prompt) * rows
-    held = Features(probe.astype(np.uint16)[:4], probe_hidden.half().cpu().numpy(), layers)
+    held = Features(probe[:4], probe_hidden.half().cpu().numpy(), layers)
     exact = load_target(job.target, dtype="float32")
     model = new_model(job, exact, held)
     batches, loss = fitting(job, Judge.of(exact, layers, taps_of(job, exact)), model, replace(held, rows=1))
@@ -365,7 +379,7 @@ def estimate(job: Job) -> dict[str, Any]:
         "documents": len(documents),
         "rows": rows,
         "parameters": parameters,
-        "disk_bytes": sum(job.wanted(p).bytes(len(layers), target.hidden_size) for p in ("training", "held_out"))
+        "disk_bytes": sum(job.wanted(p).bytes(len(layers), target.hidden_size, target.vocab_size) for p in ("training", "held_out"))
         + 2 * 12 * parameters,
         "memory_bytes": 16 * parameters + activations,
         "seconds": {"text": write, "hidden states": capture, "training": step * job.loop.steps},
