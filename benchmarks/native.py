@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -75,10 +76,13 @@ def chain(n: int) -> Rows:
 
 
 def interleaved(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of every arm in every round; arms take turns, so that all meet the same noise."""
+    """Microseconds of every arm in every round; arms take turns in random order, so that all meet the same noise and none is
+    always in another's wake."""
     out: dict[str, list[float]] = {name: [] for name in arms}
+    chance = random.Random(rounds)
     for r in range(rounds + 2):
-        for name, arm in arms.items():
+        for name in chance.sample(list(arms), len(arms)):
+            arm = arms[name]
             start = time.perf_counter()
             arm()
             if r >= 2:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -78,8 +79,10 @@ def measure(vocab: int, rounds: int) -> list[dict[str, object]]:
     target = forward(vocab, (1, *(n + 1 for n in NODES)))
     spent: dict[tuple[str, int], list[float]] = {key: [] for key in arms}
     base: dict[int, list[float]] = {n: [] for n in target}
+    chance = random.Random(rounds)
     for r in range(rounds + 2):
-        for key, arm in arms.items():
+        for key in chance.sample(list(arms), len(arms)):
+            arm = arms[key]
             start = time.perf_counter()
             arm(r)
             spent[key].append(time.perf_counter() - start)

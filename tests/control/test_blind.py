@@ -1,4 +1,4 @@
-"""The controller when the evidence for its choice stops coming: a state that it entered in quiet traffic must be left in any other."""
+"""The controller when the evidence for its choice stops coming: what it chose in quiet traffic must be left in any other."""
 
 from __future__ import annotations
 

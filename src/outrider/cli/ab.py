@@ -225,7 +225,7 @@ def document_of(e: Any, state: Any) -> dict[str, Any]:
                 "reduction": None if c.reduction is None else reduction_of(c.reduction),
             }
         )
-    head = {"experiment": e.name, "metric": e.metric, "groups": state.groups, "total": state.total}
+    head = {"experiment": e.name, "metric": e.metric, "groups": state.groups, "total": state.total, "lossy": e.lossy}
     return head | {"comparisons": comparisons}
 
 
@@ -268,6 +268,8 @@ def show(document: dict[str, Any], json: bool) -> int:
         title=f"{document['experiment']}: {document['groups']} of {document['total']} prompt groups",
         title_justify="left",
     )
+    from outrider.evaluate.report import mark_lossy
+
     replayed = any(c["reduction"] for c in document["comparisons"])
     sharper = ("without replay", "groups needed") if replayed else ()
     for column in ("arm", METRICS[document["metric"]], *sharper, "quality lost (nats/token)", "decision"):
@@ -276,7 +278,7 @@ def show(document: dict[str, Any], json: bool) -> int:
         s, q, r = c["speedup"], c["quality"], c["reduction"]
         cells = ["", ""] if r is None else [span(**r["without"]), _factor(r["factor"])]
         table.add_row(
-            c["arm"],
+            mark_lossy(c["arm"], document["lossy"]),
             span(**s),
             *(cells if replayed else ()),
             "" if q is None else span(q["mean"], q["low"], q["high"]),

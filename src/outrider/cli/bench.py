@@ -58,7 +58,7 @@ def bench(
     temperature: opt.Temperature = 1.0,
     top_p: opt.TopP = 1.0,
     max_tokens: opt.MaxTokens = 128,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the order of arms.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the texts that are drawn and of the order of arms.")] = 0,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     quantize_draft: opt.Quantize = None,
@@ -151,11 +151,12 @@ def bench(
     plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
     named = {"target": target, "draft": draft, "rule": rule, "dtype": dtype, "quantize_draft": quantize_draft}
+    named |= {"implementation": implementation, "device": device, "max_length": max_length}
     which = {"arms": [(s.name, s.draft, s.length) for s in specs], "prompts": texts}
     log = RunLog(store, name, {**plan, **sampling, **named, **which})
     records = measure(arms, texts, params, plan, log, engine.parts.target if quality else None)
     document = to_document(summarise(records, arms[0].name), engine, params, batch, repeats, price_per_hour)
-    document |= {"prompts": fingerprint(texts), "absent": absent}
+    document |= {"prompts": fingerprint(texts), "absent": absent, "seed": seed}
     name_parts(document, arms)
     files: list[Path] = []
     if machine is not None:
@@ -210,7 +211,12 @@ def name_parts(document: dict[str, Any], arms: list[Any]) -> None:
     parts = {a.name: a.engine.parts for a in arms}
     document["arms"].sort(key=lambda row: list(parts).index(row["name"]))
     for row in document["arms"]:
-        row |= {"drafter": parts[row["name"]].drafter.name, "rule": parts[row["name"]].rule.name}
+        mine = parts[row["name"]]
+        row |= {
+            "drafter": mine.drafter.name,
+            "rule": mine.rule.name,
+            "lossless": mine.rule.lossless or not mine.drafter.max_nodes,
+        }
 
 
 def draw_charts(

@@ -13,7 +13,8 @@ def print_table(d: dict[str, Any]) -> None:
     """The document for people."""
     from outrider.cli.demo import phase_bar
 
-    how = f"{d['drafter']} / {d['rule']}, {d['dtype']}, temperature {d['temperature']:g}"
+    rule = d["rule"] if d.get("lossless", True) else f"{d['rule']} (LOSSY)"
+    how = f"{d['drafter']} / {rule}, {d['dtype']}, temperature {d['temperature']:g}"
     title = f"{how}, batch {d['batch']}, {d['repeats']} repeats"
     table, console = Table(title=title, title_justify="left"), opt.console()
     for column in (
@@ -36,9 +37,7 @@ def print_table(d: dict[str, Any]) -> None:
             "base" if s is None else f"{s['value']:.2f} ({s['low']:.2f} to {s['high']:.2f}) {s['verdict']}",
             "" if s is None else f"{arm['predicted_speedup']:.2f}",
             "" if arm["acceptance_length"] is None else f"{arm['acceptance_length']:.2f}",
-            ""
-            if s is None
-            else f"{book['predicted']:.1f}, {book['observed']} {'agree' if book['agrees'] else 'DISAGREE'}",
+            "" if s is None else f"{book['predicted']:.1f}, {book['observed']} {arm_standing(arm)}",
             phase_bar(arm["phases"], 0 if opt.plain(console) else 10),
         )
     opt.show(table, console)
@@ -53,6 +52,13 @@ def print_table(d: dict[str, Any]) -> None:
     looping = [f"{arm['name']}: {arm['loops']}" for arm in d["arms"] if arm["loops"]]
     if looping:
         console.print(f"texts that end in a loop (drafts guess those best): {', '.join(looping)}")
+
+
+def arm_standing(arm: dict[str, Any]) -> str:
+    """What the ledger of an arm says; arms of older documents do not say whether their rule was lossless, but what it spent."""
+    from outrider.telemetry.ledger import standing
+
+    return standing(arm["ledger"]["agrees"], arm["counts"]["bias"], arm["tokens"], lossless=arm.get("lossless", True))
 
 
 def print_chart(console: Any, chart: dict[str, Any]) -> None:

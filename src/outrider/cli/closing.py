@@ -28,12 +28,12 @@ class Closing:
         """The line, and the end of watching."""
         seconds = perf_counter() - self.start
         self.engine.sinks = tuple(s for s in self.engine.sinks if s is not self)
-        return sentence(self.engine.counts, seconds, self.first)
+        return sentence(self.engine.counts, seconds, self.first, lossless=self.engine.parts.rule.lossless)
 
 
-def sentence(counts: Counts, seconds: float, first: float | None) -> str:
+def sentence(counts: Counts, seconds: float, first: float | None, *, lossless: bool = True) -> str:
     """Tokens per second, tokens per step, rejections as the rule predicted and as they came, and seconds to the first token."""
-    from outrider.telemetry.ledger import acceptance_length, ledger
+    from outrider.telemetry.ledger import acceptance_length, ledger, spent
 
     if not counts.emitted or first is None:
         return f"no token came in {seconds:.2f} s"
@@ -44,4 +44,6 @@ def sentence(counts: Counts, seconds: float, first: float | None) -> str:
         parts.append(f"rejections {book.predicted:.1f} predicted, {book.observed} observed")
     else:
         parts.append("nothing was drafted")
+    if counts.bias or not lossless:
+        parts.append(spent(counts.bias, counts.emitted))
     return "; ".join([*parts, f"first token after {first:.2f} s"])

@@ -88,9 +88,14 @@ def plan(
     )  # fmt: skip
     calls, models = predicted_calls(engine, drafts, wanted, items, params, seed)
     texts = [engine.encode(i.prompt) for i in items]
-    keys = pl.configurations(drafts, wanted, sizes)
+    keys = pl.configurations(drafts, wanted, sizes, pl.idle_drafters(engine, drafts))
     with opt.loading(f"timing {len(keys)} configurations") as progress:
         timings = pl.time_steps(engine, texts, keys, params, rounds=rounds, check=check, seed=seed, progress=progress)
+    for key in pl.silent(timings):
+        opt.say(
+            f"{key[0]}, length {key[1]}, batch {key[2]} proposed nothing on these prompts: plain decoding, left out"
+        )
+        del timings[key]
     choices = pl.rank(timings, calls)
     document = document_of(choices, sizes, price, models, rule)
     document |= {"predicted": sorted(calls), "machine": machine(), "temperature": temperature, "max_tokens": max_tokens}
@@ -121,7 +126,7 @@ def predicted_calls(
         one = assemble(replace(engine.loaded, models={}), replace(engine.loaded.options, draft=name))
         if len(one.loaded.models) != 1 or "+" in name or ":" in name or name in ("none", "ngram", "prediction"):
             continue  # no law of its own to replay, or not a plain chain of it: its own counts are taken
-        models[name] = next(iter(one.loaded.models))
+        models[name] = next(iter(one.loaded.models)).name
         with opt.loading(f"predicting acceptance of {name}") as progress:
             texts = pl.read_texts(one, items, replace(params, n=TEXTS), progress, seed=seed)
         rules = {n: companion(engine, name, length=n).parts.rule.name for n in lengths if n}

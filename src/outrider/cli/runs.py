@@ -27,17 +27,23 @@ def list_runs(store: StorePath = DEFAULT, json: opt.Json = False) -> None:
     from outrider.evaluate.store import Store
 
     with Store(store, read_only=True) as db:
-        found = [(r, len(db.records(r.id))) for r in db.runs()]
+        found = [(r, len(db.records(r.id)), lossy(r, db.ledgers(r.id))) for r in db.runs()]
     if json:
-        opt.print_json({"runs": [{**asdict(r), "records": n} for r, n in found]})
+        opt.print_json({"runs": [{**asdict(r), "records": n, "lossy": bent} for r, n, bent in found]})
         return
     table = Table()
-    for column in ("id", "kind", "name", "state", "records", "started"):
+    for column in ("id", "kind", "name", "state", "records", "started", "exact"):
         table.add_column(column)
-    for run, records in found:
+    for run, records, bent in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
-        table.add_row(run.id, run.kind, run.name, run.state, str(records), when)
+        table.add_row(run.id, run.kind, run.name, run.state, str(records), when, "LOSSY" if bent else "")
     opt.show(table)
+
+
+def lossy(run: Any, ledgers: dict[str, dict[str, float]]) -> bool:
+    """Whether texts of a run were not distributed as the target's: by what its rules spent, or by what it says of them."""
+    said = run.summary or {}
+    return any(sums["bias"] for sums in ledgers.values()) or said.get("lossless") is False or bool(said.get("lossy"))
 
 
 @runs_app.command("show")
@@ -186,15 +192,17 @@ def gate(
 
 
 def _gate(run: str, baseline: str, store: str, json: bool, absolute: bool, *margins: float) -> int:
-    from outrider.evaluate.gate import Margins, comparable, load_run, overall
+    from outrider.evaluate.gate import Margins, comparable, load_run, overall, same_draws
     from outrider.evaluate.gate import gate as check
 
     (ours_config, ours), (base_config, theirs) = load_run(run, store), load_run(baseline, store)
     comparable(ours_config, base_config)
     checks = check(ours, theirs, Margins(*margins), relative=not absolute)
     answer, code = overall(checks)
+    said = same_draws(ours, theirs)
     if json:
-        opt.print_json({"outcome": answer, "checks": [asdict(c) for c in checks]})
+        note = {"same_draws": said is not None, "note": said}
+        opt.print_json({"outcome": answer, "checks": [asdict(c) for c in checks], **note})
         return code
     table = Table(title=f"{run} against {baseline}: {answer}", title_justify="left")
     for column in ("arm", "check", "outcome", "value (95%)", "margin", "note"):
@@ -202,6 +210,8 @@ def _gate(run: str, baseline: str, store: str, json: bool, absolute: bool, *marg
     for c in checks:
         table.add_row(c.arm, c.what, c.outcome, _interval(c), "" if c.margin is None else f"{c.margin:.3g}", c.note)
     opt.show(table)
+    if said is not None:
+        opt.console().print(f"note: {said}")
     return code
 
 

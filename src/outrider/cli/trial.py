@@ -163,6 +163,8 @@ def document(name: str, store: str) -> dict[str, Any]:
                 "tokens": side.tokens,
                 "tokens_per_second": side.later / side.seconds if side.seconds else None,
                 "rejections": {"predicted": book.predicted, "observed": book.observed, "agrees": book.agrees},
+                "lossless": arm not in e.lossy and not side.fresh.bias,
+                "total_variation": side.fresh.bias,
                 "outcomes": side.outcomes,
                 "stopped": arm in standing.stopped,
             }
@@ -188,6 +190,9 @@ def show(found: dict[str, Any], json: bool) -> int:
     if json:
         opt.print_json(found)
         return code
+    from outrider.evaluate.report import mark_lossy
+
+    lossy = [a["arm"] for a in found["arms"] if not a["lossless"]]
     table = Table(title=f"{found['experiment']}, on live traffic", title_justify="left")
     for column in ("arm", "requests", "users", "tokens/s", "rejections (predicted)", "speed over base", "decision"):
         table.add_column(column, overflow="fold")
@@ -196,7 +201,7 @@ def show(found: dict[str, Any], json: bool) -> int:
         c, rate, r = said.get(a["arm"]), a["tokens_per_second"], a["rejections"]
         decision = "base" if c is None else c["decision"] + "".join(f"\n{v}" for v in c["vetoes"])
         table.add_row(
-            a["arm"] + (", stopped" if a["stopped"] else ""),
+            mark_lossy(a["arm"], lossy) + (", stopped" if a["stopped"] else ""),
             str(a["requests"]),
             str(a["units"]),
             "" if rate is None else f"{rate:.1f}",

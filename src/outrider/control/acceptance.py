@@ -26,7 +26,7 @@ class Depths:
         return bool(self._tries) and self._tries[0] >= ENOUGH
 
     def learn(self, record: StepRecord, lengths: Sequence[int]) -> None:
-        """A step that judged drafts of these lengths, less those of sequences that have gone; who had just finished a prompt had none."""
+        """A step that judged drafts of these lengths, less those of sequences that have gone."""
         if not lengths:
             return
         there = min(1.0, record.scored / len(lengths))

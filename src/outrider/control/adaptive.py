@@ -92,8 +92,8 @@ class Adaptive:
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
         self._now: tuple[int, int] | None = None  # and of the draft that it made; None where lengths differ
         self._last = self._steps = 0
-        self._judged: list[int] = []  # lengths of the drafts that this step verified, of sequences whose prompt was through
-        self._ready: list[int] = []  # and of those that it made
+        self._judged: list[int] = []  # lengths of the drafts that this step verified
+        self._ready: list[int] = []  # and of those that it made, for sequences whose prompt was through
         self._prompts = False  # whether the latest step read prompts
         self._forecast = Forecast()
 

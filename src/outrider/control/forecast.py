@@ -11,7 +11,6 @@ from outrider.control.reading import Reading
 from outrider.control.rows import REACH, RowTimes
 from outrider.types import StepRecord
 
-
 USUAL = 1.0 / 32.0
 """Weight of the newest step in the rows of prompts that a step usually reads."""
 
@@ -64,8 +63,8 @@ class Forecast:
         return self._step(sequences, length, self._passes.seconds(sequences * (1 + length)))
 
     def beside(self, sequences: int, length: int, longest: int) -> float | None:
-        """The same for steps that read as many prompts as they do lately, less what those rows take by themselves: they must be read
-        at any length. longest: of all lengths that are compared."""
+        """The same for steps that read as many prompts as they do lately, less what those rows take by themselves: they must be
+        read at any length. longest: of all lengths that are compared."""
         rows, most = sequences * (1 + length), self.prompts + sequences * (1 + longest)
         judging, above = self._passes.seconds(self.prompts + rows), self._passes.seconds(most)
         less = next((x for x in (0.5 * most, most / NEAR) if self._passes.seconds(x) is not None), most)
@@ -73,7 +72,7 @@ class Forecast:
         if judging is None or above is None or below is None or less == most:
             return None
         row = (above - below) / (most - less)
-        least = judging * rows / (self.prompts + rows)  # where the pass is bound by arithmetic, and no pass is worse than that
+        least = judging * rows / (self.prompts + rows)  # of a pass that is bound by arithmetic, and none is worse
         return self._step(sequences, length, max(least, judging - row * self.prompts))
 
     def _step(self, sequences: int, length: int, judging: float | None) -> float | None:

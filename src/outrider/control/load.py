@@ -55,7 +55,7 @@ class Load:
 
     @property
     def blind(self) -> bool:
-        """Whether trials cannot be decided here at the moment: most steps have prompts, other lengths or other sequences in them."""
+        """Whether trials cannot be decided here at the moment: most steps have prompts, several lengths or other sequences."""
         return self.unseen >= BLIND
 
     def begin(self, trial: int) -> None:

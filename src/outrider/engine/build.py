@@ -131,7 +131,7 @@ def _load(
 
 
 def assemble(loaded: Loaded, options: Options) -> Engine:
-    """An engine on loaded parts. A model is loaded once for each way to load it, so engines that differ in drafting share weights."""
+    """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights."""
     auto = options.rule == "auto"
     rule = load_rule(options.rule) if isinstance(options.rule, str) else options.rule
     drafter = options.draft

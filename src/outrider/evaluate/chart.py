@@ -149,7 +149,8 @@ def _draw_measured(rows: Sequence[Row], d: Mapping[str, Any]) -> Any:
     left, right = canvas.subplots(1, 2, sharey=True)
     canvas.suptitle(
         f"Measured, 95% over prompts: temperature {d['temperature']:g}, batch {d['batch']}, {d['dtype']}, "
-        f"{d['machine']['cpu']}, {d['machine']['threads']} thread{'s' * (d['machine']['threads'] > 1)}",
+        f"{d['machine']['cpu']}, {d['machine']['threads']} thread{'s' * (d['machine']['threads'] > 1)}"
+        + ("" if d.get("lossless", True) else f"\nLOSSY rule {d['rule']}: not the target's distribution"),
         fontsize=9,
     )
     names = [r.name for r in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,9 @@ def measure_costs(
 ) -> Costs:
     """Costs of target forwards of 1 .. longest + 1 rows and of a draft forward of one row, behind a cache of `tokens`.
 
-    The fastest of interleaved rounds each, since a shared machine's noise only adds; and as fewer rows cannot cost more than
-    more rows, each cost is at most those of the longer forwards. The first round warms up and is thrown away. Sampling,
+    The fastest of interleaved rounds each, since a shared machine's noise only adds; every round has an order of its own, since a
+    forward that always followed the widest one would always find the caches as that one left them. As fewer rows cannot cost more
+    than more rows, each cost is at most those of the longer forwards. The first round warms up and is thrown away. Sampling,
     judging and the engine's own work are not in these costs.
     """
     held = list(tokens)[: min(target.max_length, draft.max_length) - longest - 1]
@@ -41,8 +43,9 @@ def measure_costs(
         clock.time(model.device, lambda m=model, r=rows, kv=caches[name]: m.forward(r, kv).logits)
         caches[name].commit(rows, [[]])
     work = [("draft", 1), *(("target", n) for n in range(1, longest + 2))]
+    chance = random.Random(len(held))
     for turn in range(rounds + 1):
-        for name, n in work:
+        for name, n in chance.sample(work, len(work)):
             model, kv = (target, caches["target"]) if name == "target" else (draft, caches["draft"])
             rows = chain_rows(model, (held * n)[:n], len(held))
             took = clock.time(model.device, lambda m=model, r=rows, c=kv: m.forward(r, c).logits)[1]

@@ -18,7 +18,7 @@ from outrider.engine.engine import Engine
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.continuations import Continuations
-from outrider.evaluate.measure import Arm, Record, run_group
+from outrider.evaluate.measure import Arm, Record, run_group, text_seed
 from outrider.evaluate.quality import with_quality
 from outrider.evaluate.reduction import METRICS, Metric, Reduction, compare
 from outrider.evaluate.sequential import Bounds, bounds
@@ -26,6 +26,7 @@ from outrider.evaluate.store import Store, fingerprint
 from outrider.sampling.params import SamplingParams
 from outrider.telemetry.ledger import ledger
 from outrider.types import Counts
+from outrider.verify import load_rule
 
 MAX_BYTES = 1 << 20
 ARM_OPTIONS: dict[str, tuple[type, ...]] = {
@@ -78,6 +79,17 @@ class Experiment:
     @property
     def others(self) -> list[str]:
         return [a for a in self.arms if a != self.base]
+
+    @property
+    def lossy(self) -> list[str]:
+        """The arms whose texts are not distributed as the target's: by their rule, or a budget of it that they may spend."""
+        named = {a: options.get("rule") for a, options in self.arms.items()}
+        budget = {a for a, options in self.arms.items() if options.get("tv_budget")}
+        return [
+            a
+            for a, rule in named.items()
+            if a in budget or (rule not in (None, "auto") and not load_rule(rule).lossless)
+        ]
 
     @property
     def share(self) -> float:
@@ -282,7 +294,7 @@ def run_experiment(
             run_group(arm, groups[0], [params] * len(groups[0]), (0, -1, 0))
     state = State(0, len(groups))
     for g, group in enumerate(groups):
-        seeds = [replace(params, seed=g * batch + i) for i in range(len(group))]
+        seeds = [replace(params, seed=text_seed(experiment.seed, 0, g * batch + i)) for i in range(len(group))]
         left = any((arm.name, g, 0) not in known for arm in arms)
         calls = along.calls(along.draw(group, g * batch)) if along and left else {}
         for place, arm in enumerate(order.sample(arms, len(arms))):

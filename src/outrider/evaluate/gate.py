@@ -81,6 +81,27 @@ def comparable(run: Mapping[str, Any], base: Mapping[str, Any]) -> None:
             raise ConfigError(f"the runs differ in {name} ({ours}{theirs}): bench both with the same options")
 
 
+def same_draws(ours: Sequence[Record], theirs: Sequence[Record]) -> str | None:
+    """A sentence if both runs hold the very same plain texts, as two runs with one seed do; None if they are two samples.
+
+    Such runs differ in speed alone: intervals of everything that is decided by the texts have no width, and say that the engine
+    is deterministic, not that a margin was held. Known by the texts; runs of files, which hold none, by their counts.
+    """
+    sides = [{r.key: r for r in records if r.arm == "plain"} for records in (ours, theirs)]
+    both = sides[0].keys() & sides[1].keys()
+    alike = [_drawn(sides[0][k]) == _drawn(sides[1][k]) for k in both]
+    if not both or not all(alike) or len(sides[0]) != len(sides[1]):
+        return None
+    return (
+        "both runs drew the same texts (one --seed, or greedy): acceptance and quality show that the engine repeats itself, not "
+        "that a margin holds; bench one side with another --seed for two samples"
+    )
+
+
+def _drawn(r: Record) -> object:
+    return r.outputs or (r.tokens, r.loops, tuple(t.tokens for t in r.timings), r.nll)
+
+
 def gate(run: Sequence[Record], base: Sequence[Record], margins: Margins, *, relative: bool) -> list[Check]:
     """All checks of every arm that both runs have.
 

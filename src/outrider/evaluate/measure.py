@@ -22,6 +22,7 @@ from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.energy import Meter
 from outrider.evaluate.stats import Ratio, paired_ratio
 from outrider.evaluate.store import Key
+from outrider.noise import derive_seed
 from outrider.sampling.params import SamplingParams
 from outrider.types import PHASES, Counts
 
@@ -139,6 +140,11 @@ def ends_in_a_loop(tokens: Seq[int], *, longest: int = 32, times: int = 4, least
     return False
 
 
+def text_seed(seed: int, repeat: int, prompt: int) -> int:
+    """Sampling seed of a prompt's text, >= 0: another run seed draws other texts, so that two runs are two samples."""
+    return derive_seed(derive_seed(seed, repeat + 1), prompt + 1) >> 1
+
+
 def run_arms(
     arms: list[Arm],
     prompts: Prompts,
@@ -154,8 +160,9 @@ def run_arms(
 ) -> list[Record]:
     """Run every arm on every group of `batch` prompts `repeats` times, the arms of a group next to each other in random order.
 
-    Sampled runs use the same per-prompt seed in every arm. Warm-up runs are thrown away. A failed request is kept as an
-    outcome (`Record.failed`) and its record enters no rate. known: records of an interrupted run, which are not run again.
+    seed: of the run: it decides the texts that are drawn (`text_seed`, the same in every arm) and the order of arms. Warm-up runs
+    are thrown away. A failed request is kept as an outcome (`Record.failed`) and its record enters no rate. known: records of an
+    interrupted run, which are not run again.
     keep: called with every new record outside of any measured time; what it returns takes the record's place.
     """
     if not arms:
@@ -171,7 +178,7 @@ def run_arms(
     records: list[Record] = []
     for repeat in range(repeats):
         for g, group in enumerate(groups):
-            seeds = [replace(params, seed=(repeat * 1_000_003 + g * batch + i)) for i in range(len(group))]
+            seeds = [replace(params, seed=text_seed(seed, repeat, g * batch + i)) for i in range(len(group))]
             for place, arm in enumerate(order.sample(arms, len(arms))):
                 record = known.get((arm.name, g, repeat))
                 if record is None:

@@ -99,11 +99,33 @@ class Timing:
         return {p: x / (sum(total.values()) or 1.0) * self.step for p, x in total.items()}
 
 
-def configurations(drafts: str | Sequence[str], lengths: Sequence[int], batches: Sequence[int]) -> list[Key]:
-    """Every combination once; length 0 is plain decoding, whatever the drafter."""
+PLAIN = "none"
+
+
+def configurations(
+    drafts: str | Sequence[str], lengths: Sequence[int], batches: Sequence[int], idle: Sequence[str] = (PLAIN,)
+) -> list[Key]:
+    """Every combination once; length 0, and a drafter of `idle`, is plain decoding, which stands there once a batch."""
     drafts = [drafts] if isinstance(drafts, str) else drafts
-    every = (("none" if n == 0 else d, n, batch) for batch in batches for d in drafts for n in lengths)
+    every = (
+        (PLAIN, 0, batch) if n == 0 or d in idle else (d, n, batch)
+        for batch in batches
+        for d in drafts
+        for n in lengths
+    )
     return list(dict.fromkeys(every))
+
+
+def idle_drafters(engine: Engine, drafts: Sequence[str]) -> list[str]:
+    """Those that never propose anything on this target: plain decoding under another name."""
+    options: Options = engine.loaded.options
+    made = {d: assemble(engine.loaded, replace(options, draft=d)).parts.drafter for d in drafts}
+    return [d for d, drafter in made.items() if not drafter.max_nodes]
+
+
+def silent(timings: Mapping[Key, Timing]) -> list[Key]:
+    """Configurations that could have drafted and did not, on any prompt: their speed is plain decoding's, up to noise."""
+    return [key for key, t in timings.items() if key[1] and not t.counts.proposed]
 
 
 def time_steps(

@@ -66,7 +66,11 @@ def arms_of(engine: Engine, specs: Sequence[Spec], draft: str = "auto") -> tuple
     arms, absent = [], {}
     for spec in specs:
         try:
-            arms.append(Arm(spec.name, companion(engine, _draft(engine, spec, draft), length=spec.length)))
+            made = companion(engine, _draft(engine, spec, draft), length=spec.length)
+            if spec.length and not made.parts.drafter.max_nodes:
+                absent[spec.name] = f"the drafter {made.parts.drafter.name!r} proposes nothing: it is plain decoding"
+                continue
+            arms.append(Arm(spec.name, made))
         except (ConfigError, CapabilityError) as error:
             if spec is specs[0]:
                 raise

@@ -11,12 +11,15 @@ from typing import Any
 from outrider.errors import ConfigError
 from outrider.evaluate.experiment import Experiment, State
 from outrider.evaluate.measure import Record
+from outrider.telemetry.ledger import spent, standing
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, one colour an arm."""
 METRIC = {"speed": "speed over base", "acceptance": "tokens per target call over base"}
 PHASE_COLOURS = {"target": "#0072b2", "rule": "#e69f00", "draft": "#009e73", "host": "#999999"}
-NUMBERS = ("arm", "tokens", "tokens/s", "tokens per step", "rejections predicted", "observed", "failed", "loops")
+NUMBERS = (
+    "arm", "tokens", "tokens/s", "tokens per step", "rejections predicted", "observed", "the ledger", "failed", "loops",
+)  # fmt: skip
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}"
@@ -141,6 +144,7 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
     per_token = [(a["name"], {p: s / max(1, a["tokens"]) * 1e3 for p, s in a["phases"].items()}) for a in arms]
     ratios = [(a["name"], *(a["speedup"][k] for k in ("value", "low", "high"))) for a in arms if a["speedup"]]
     body = [
+        *warning(document),
         f"<p>{_e(document['drafter'])} / {_e(document['rule'])}, {_e(document['dtype'])}, temperature {document['temperature']:g}, "
         f"batch {document['batch']}, {document['repeats']} repeats, {len({r.group for r in records})} prompt groups. "
         f"<code>{_e(document['command'])}</code></p>",
@@ -161,11 +165,21 @@ def write_html(path: Path, document: dict[str, Any], records: Sequence[Record], 
     _write(path, page("Benchmark", body))
 
 
+def warning(document: dict[str, Any]) -> list[str]:
+    """The arms whose texts are not distributed as the target's, if there are any: the first thing that a report says."""
+    lossy = {a["name"]: a for a in document["arms"] if a["counts"]["bias"] or not a.get("lossless", True)}
+    if not lossy and document.get("lossless", True):
+        return []
+    said = "; ".join(f"{name}: {spent(a['counts']['bias'], a['tokens'])}" for name, a in lossy.items())
+    return [f"<p><strong>LOSSY rule: this text is not distributed as the target's. {_e(said)}</strong></p>"]
+
+
 def _row(a: dict[str, Any]) -> list[object]:
     length = a["acceptance_length"]
     book = a["ledger"]
     per_step = "" if length is None else f"{length:.2f}"
-    rejections = (f"{book['predicted']:.1f}", book["observed"])
+    word = standing(book["agrees"], a["counts"]["bias"], a["tokens"], lossless=a.get("lossless", True))
+    rejections = (f"{book['predicted']:.1f}", book["observed"], word)
     return [a["name"], a["tokens"], f"{a['tokens_per_second']:.1f}", per_step, *rejections, a["failed"], a["loops"]]
 
 
@@ -186,9 +200,14 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
         arm: [(float(s.groups), *next(c for c in s.comparisons if c.arm == arm).ratio) for s in states if s.comparisons]
         for arm in e.others
     }
-    unit = METRIC[e.metric]
+    unit, lossy = METRIC[e.metric], e.lossy
     rows = [
-        (c["arm"], c["decision"], *(_number(c["speedup"][k]) for k in ("value", "low", "high")), "; ".join(c["vetoes"]))
+        (
+            mark_lossy(c["arm"], lossy),
+            c["decision"],
+            *(_number(c["speedup"][k]) for k in ("value", "low", "high")),
+            "; ".join(c["vetoes"]),
+        )
         for c in document["comparisons"]
     ]
     body = [
@@ -200,9 +219,14 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
         "smallest effects that matter.</p>",
         lines(unit, series, "prompt groups", (1.0, 1 / (1 + e.min_effect), 1 + e.min_effect)),
         "<h2>Arms</h2>",
-        table(["arm", "options"], [(name, options) for name, options in e.arms.items()]),
+        table(["arm", "options", "exact"], [(n, o, "LOSSY" if n in lossy else "yes") for n, o in e.arms.items()]),
     ]
     _write(path, page(f"Experiment {e.name}", body))
+
+
+def mark_lossy(arm: str, lossy: Sequence[str]) -> str:
+    """The name of an arm, and that its rule is lossy where it is."""
+    return f"{arm} (LOSSY)" if arm in lossy else arm
 
 
 def replay_table(comparisons: Sequence[dict[str, Any]]) -> list[str]:

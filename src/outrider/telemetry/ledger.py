@@ -41,6 +41,21 @@ def ledger(counts: Counts, level: float = LEVEL) -> Ledger:
     return Ledger(counts.risk, counts.rejected, low - slack if low > slack else 0.0, high + slack, counts.judged)
 
 
+def standing(agrees: bool, bias: float, tokens: int, *, lossless: bool = True) -> str:
+    """What a ledger says, in the words of every output: of a lossy rule never without what it has spent.
+
+    bias: total variation spent; tokens: emitted meanwhile. A rule that spent any was lossy, whatever `lossless` says of it.
+    """
+    word = "agree" if agrees else "DISAGREE"
+    return word if lossless and not bias else f"{word}; {spent(bias, tokens)}"
+
+
+def spent(bias: float, tokens: int) -> str:
+    """That a rule is lossy, and what it has spent."""
+    each = f", {bias / tokens:.2g} per token" if tokens else ""
+    return f"LOSSY: total variation {bias:.3g} spent{each}"
+
+
 def ratio(numerator: float, denominator: float) -> float | None:
     """A ratio of sums, or None when nothing was counted."""
     return numerator / denominator if denominator else None
@@ -100,6 +115,7 @@ def summary(counts: Counts) -> dict[str, object]:
         "draft_acceptance_rate": draft_acceptance_rate(counts),
         "rejection_probability": rejection_probability(counts),
         "acceptance_by_position": acceptance_at(counts),
+        "total_variation_per_token": ratio(counts.bias, counts.emitted),
         "ledger": {
             "predicted": book.predicted,
             "observed": book.observed,

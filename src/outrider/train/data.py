@@ -95,7 +95,9 @@ def halve(document: Document, share: float = 0.1) -> tuple[Document, Document]:
     lines = document.text.splitlines(keepends=True)
     cut = min(len(lines) - 1, round(len(lines) * (1.0 - share)))
     if cut < 1:
-        raise ConfigError(f"{document.path} is the only text and has one line: give more text, so that some can be held out")
+        raise ConfigError(
+            f"{document.path} is the only text and has one line: give more text, so that some can be held out"
+        )
     return tuple(Document(f"{document.path}:{i}", "".join(part)) for i, part in enumerate((lines[:cut], lines[cut:])))  # type: ignore[return-value]
 
 

@@ -217,7 +217,9 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     predict = predictor(model, job.levels)
     evaluate = measure_of(Judge.of(target, held_out.layers, taps), predict, held_out)
     batches, loss = fitting(job, judge, model, training)
-    state = train(model, batches, loss, job.loop, run_folder(job.work, job.kind, ready.parts, job.choices(taps)), evaluate, report)
+    state = train(
+        model, batches, loss, job.loop, run_folder(job.work, job.kind, ready.parts, job.choices(taps)), evaluate, report
+    )
     export(model, job, report)
     spent = {"seconds": state["seconds"], "computing": share_computing(state)}
     return {"drafter": job.kind, "steps": state["step"], **spent, **state["history"][-1]}
@@ -379,7 +381,9 @@ def estimate(job: Job) -> dict[str, Any]:
         "documents": len(documents),
         "rows": rows,
         "parameters": parameters,
-        "disk_bytes": sum(job.wanted(p).bytes(len(layers), target.hidden_size, target.vocab_size) for p in ("training", "held_out"))
+        "disk_bytes": sum(
+            job.wanted(p).bytes(len(layers), target.hidden_size, target.vocab_size) for p in ("training", "held_out")
+        )
         + 2 * 12 * parameters,
         "memory_bytes": 16 * parameters + activations,
         "seconds": {"text": write, "hidden states": capture, "training": step * job.loop.steps},
