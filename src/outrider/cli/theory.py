@@ -146,14 +146,13 @@ def figures(
     json: opt.Json = False,
 ) -> None:
     """Every figure of Yin et al., NeurIPS 2024, recomputed: exact beside simulated, as SVG and PNG, with a page."""
+    paths.needs("plot", ("matplotlib",))
     from outrider.theory import figures as book
 
     with theory_errors(), opt.loading("simulating and drawing"):
         made = book.all_figures(1000 if quick else runs)
         try:
             files = book.write(made, out)
-        except ImportError as error:
-            raise ConfigError(f'figures need matplotlib ({error}); pip install "outrider[plot]"') from None
         except OSError as error:
             raise ConfigError(f"--out {out}: {error.strerror or error}") from None
     rows = [{"name": f.name, "caption": f.caption, "reproduced": f.reproduced, "differs": f.differs} for f in made]
