@@ -37,7 +37,7 @@ def theory_errors() -> Iterator[None]:
 # -- chain ------------------------------------------------------------------------------------------------------------
 
 
-@theory_app.command("chain")
+@theory_app.command("chain", short_help="Rejections and calls of a random pair, exactly.")
 def chain(
     states: Annotated[int, typer.Option("--states", min=1, max=1000, help="Size of the vocabulary.")] = 7,
     horizon: Annotated[int, typer.Option("--horizon", min=1, max=2000, help="Tokens of one output.")] = 50,
@@ -127,13 +127,13 @@ def print_chain(d: dict[str, Any]) -> None:
 
 # -- speedup ----------------------------------------------------------------------------------------------------------
 
-theory_app.command("speedup")(speedup)
+theory_app.command("speedup", short_help="Tokens per second, from data sheets.")(speedup)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-@theory_app.command("figures")
+@theory_app.command("figures", short_help="Every figure of the base paper, recomputed.")
 def figures(
     out: Annotated[
         Path,
