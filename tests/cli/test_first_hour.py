@@ -195,7 +195,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch) -> None:
 
 def test_what_an_extra_lacks_is_named() -> None:
     paths.needs("serve", ("json",))
-    with pytest.raises(ConfigError, match=r"no_such_package missing for this: pip install 'outrider\[serve\]'"):
+    with pytest.raises(ConfigError, match=r"this needs no_such_package: pip install 'outrider\[serve\]'"):
         paths.needs("serve", ("json", "no_such_package"))
 
 

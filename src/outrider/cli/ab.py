@@ -48,7 +48,7 @@ def prepare(path: Path, replay: int | None = None, metric: str | None = None) ->
     return e, build_arms(engine, e), engine.encode_all(texts)
 
 
-@ab_app.command("design")
+@ab_app.command("design", short_help="How many prompts an effect needs.")
 def design(
     file: File,
     pilot: Annotated[int, typer.Option("--pilot", min=5, help="Prompt groups run to learn the spread.")] = 8,
@@ -110,7 +110,7 @@ def run_pilot(file: Path, groups: int) -> float:
     return max(float(np.std(d, ddof=1)) for d in diffs.values())
 
 
-@ab_app.command("run")
+@ab_app.command("run", short_help="Run, or go on with, an experiment.")
 def run(
     file: File,
     store: StorePath = DEFAULT,
@@ -133,7 +133,7 @@ def run(
     raise typer.Exit(show(document_of(e, state), json))
 
 
-@ab_app.command("status")
+@ab_app.command("status", short_help="What an experiment says now.")
 def status(
     name: Annotated[str, typer.Argument(help="Name of the experiment.")],
     store: StorePath = DEFAULT,
@@ -154,7 +154,7 @@ def status(
     raise typer.Exit(show(document_of(e, analyse(e, records, state["total"])), json))
 
 
-@ab_app.command("rehearse")
+@ab_app.command("rehearse", short_help="Try an experiment for live traffic.")
 def rehearse(
     file: File,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests to send.")] = 200,
@@ -171,7 +171,7 @@ def rehearse(
     raise typer.Exit(trial.show(trial.document(name, store), json))
 
 
-@ab_app.command("end")
+@ab_app.command("end", short_help="Close an experiment on live traffic.")
 def end(
     name: Annotated[str, typer.Argument(help="Name of an experiment on live traffic.")], store: StorePath = DEFAULT
 ) -> None:
@@ -182,7 +182,7 @@ def end(
     opt.err.print(f"outrider: {name} has ended")
 
 
-@ab_app.command("report")
+@ab_app.command("report", short_help="A self-contained page of an experiment.")
 def report(
     name: Annotated[str, typer.Argument(help="Name of the experiment.")],
     out: Annotated[Path, typer.Option("--out", callback=paths.out_file, help="HTML file to write.")],

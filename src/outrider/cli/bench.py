@@ -257,6 +257,7 @@ def chart_machine(preset: str | None, figures: Path | None, hardware: str) -> An
         if figures is not None:
             raise ConfigError("--figures draws the charts of a preset: add --preset chart")
         return None
+    paths.needs("plot", ("matplotlib",))
     try:
         return find(hardware)
     except ValueError as error:

@@ -73,6 +73,8 @@ def show(plain: Any, spec: Any, prompt: str, params: Any) -> None:
         for event in engine.stream(prompt, params):
             console.print(coloured(engine, event), end="")
         console.print(f"\n[dim]{params.max_tokens / (perf_counter() - start):.0f} tokens/s while printing[/dim]")
+    if opt.plain(console):
+        return
     key = Text.assemble(
         "every colour is the target's own distribution:  ",
         *(x for k in ("accepted", "corrected", "bonus") for x in ((k, COLOURS[k]), "  ")),

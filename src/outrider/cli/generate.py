@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli import paths
 from outrider.errors import ConfigError, RequestError
 
 
@@ -58,6 +59,8 @@ def generate(
     Example: outrider generate "def read_config(path):" --draft ngram --temperature 0
     """
     text = read_prompt(prompt)
+    if regex is not None or json_schema is not None:
+        paths.needs("grammar", ("llguidance",))
     from outrider.cli.closing import Closing
     from outrider.cli.setup import engine_from_options
     from outrider.engine.engine import Engine

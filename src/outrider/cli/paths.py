@@ -78,4 +78,4 @@ def needs(extra: str, modules: Iterable[str]) -> None:
 
     absent = [name for name in modules if find_spec(name) is None]
     if absent:
-        raise ConfigError(f"{' and '.join(absent)} missing for this: pip install 'outrider[{extra}]'")
+        raise ConfigError(f"this needs {', '.join(absent)}: pip install 'outrider[{extra}]'")

@@ -69,7 +69,7 @@ def show_run(
         console.print_json(data=found.summary or found.config)
 
 
-@runs_app.command("export")
+@runs_app.command("export", short_help="A run as JSON lines, CSV or Parquet.")
 def export_run(
     run: Annotated[str, typer.Argument(help="Id or name.")],
     store: StorePath = DEFAULT,
@@ -104,7 +104,7 @@ def export_run(
         opt.err.print(f"outrider: wrote {out}")
 
 
-@runs_app.command("import")
+@runs_app.command("import", short_help="Read another tool's results into a store.")
 def import_results(
     file: Annotated[
         Path, typer.Argument(callback=paths.file, help="Result file of vLLM's bench serve, AIPerf or guidellm.")
@@ -132,7 +132,7 @@ def import_results(
         console.print(found.note)
 
 
-@runs_app.command("compare")
+@runs_app.command("compare", short_help="Two runs beside each other.")
 def compare_runs(
     run: Annotated[str, typer.Argument(help="Id or name, or a file of bench --out.")],
     baseline: Annotated[str, typer.Argument(help="The same.")],

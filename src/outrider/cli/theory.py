@@ -37,7 +37,7 @@ def theory_errors() -> Iterator[None]:
 # -- chain ------------------------------------------------------------------------------------------------------------
 
 
-@theory_app.command("chain")
+@theory_app.command("chain", short_help="Rejections and calls of a random pair, exactly.")
 def chain(
     states: Annotated[int, typer.Option("--states", min=1, max=1000, help="Size of the vocabulary.")] = 7,
     horizon: Annotated[int, typer.Option("--horizon", min=1, max=2000, help="Tokens of one output.")] = 50,
@@ -127,13 +127,13 @@ def print_chain(d: dict[str, Any]) -> None:
 
 # -- speedup ----------------------------------------------------------------------------------------------------------
 
-theory_app.command("speedup")(speedup)
+theory_app.command("speedup", short_help="Tokens per second, from data sheets.")(speedup)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-@theory_app.command("figures")
+@theory_app.command("figures", short_help="Every figure of the base paper, recomputed.")
 def figures(
     out: Annotated[
         Path,
@@ -146,14 +146,13 @@ def figures(
     json: opt.Json = False,
 ) -> None:
     """Every figure of Yin et al., NeurIPS 2024, recomputed: exact beside simulated, as SVG and PNG, with a page."""
+    paths.needs("plot", ("matplotlib",))
     from outrider.theory import figures as book
 
     with theory_errors(), opt.loading("simulating and drawing"):
         made = book.all_figures(1000 if quick else runs)
         try:
             files = book.write(made, out)
-        except ImportError as error:
-            raise ConfigError(f'figures need matplotlib ({error}); pip install "outrider[plot]"') from None
         except OSError as error:
             raise ConfigError(f"--out {out}: {error.strerror or error}") from None
     rows = [{"name": f.name, "caption": f.caption, "reproduced": f.reproduced, "differs": f.differs} for f in made]

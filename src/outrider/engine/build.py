@@ -12,6 +12,7 @@ from outrider.assets import HERE, shipped
 from outrider.control.fixed import Fixed
 from outrider.drafters.load import load_drafter as _load_drafter
 from outrider.drafters.load import parse_speculative_config
+from outrider.engine import contracts
 from outrider.engine.engine import Engine, Result
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.errors import ConfigError
@@ -105,6 +106,8 @@ def check_options(options: Options) -> None:
     """ConfigError for what is wrong whatever the model: said before one is loaded."""
     if isinstance(options.rule, str):
         load_rule(options.rule)
+    if not isinstance(options.draft, str):
+        contracts.check("drafter", options.draft, contracts.DRAFTER)
     for name, low in (("length", 0), ("slots", 1), ("chunk", 1)):
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -121,6 +124,7 @@ def _load(
     progress: Progress | None,
 ) -> Loaded:
     if target is not None and not isinstance(target, str | Path):
+        contracts.check("target", target, contracts.TARGET)  # before a drafter is made for it
         return Loaded(None, target, tokenizer, (), options, sinks)
     path = str(shipped("target") if target is None else target)
     model = load_target(
