@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
@@ -38,6 +38,7 @@ from outrider.target.folder import resolve_folder
 from outrider.target.hf_cache import CachePath, RecomputePath, RecurrentPath
 from outrider.target.hf_prefix import HFPrefix
 from outrider.target.hf_seam import SeamPath, attention_of
+from outrider.target.hf_state import Handover, croppable, find_handover
 from outrider.target.hf_taps import Taps, find_blocks, steps_after, tail_of
 from outrider.target.split import check_prefix
 from outrider.types import Draft, Rows, Scores
@@ -47,7 +48,6 @@ _UNBOUNDED = 1 << 20
 _PROBE = 8
 
 
-@runtime_checkable
 @runtime_checkable
 class _Path(Protocol):
     name: str
@@ -207,9 +207,15 @@ class HFTarget:
     def _choose(self, token: list[int], reference: Tensor) -> tuple[_Path, dict[str, str]]:
         why: dict[str, str] = {}
         limit = _tolerance(self.dtype)
+
+        def handover(*makers: Callable[[], Any]) -> Handover:
+            return find_handover(
+                self.model, token, lambda logits, at: _error(logits, reference[at : at + 1]) <= limit, makers
+            )
+
         drafting: tuple[tuple[str, Callable[[], _Path]], ...] = (
             ("seam", lambda: SeamPath(self.model, token, self.max_length)),
-            ("cache", lambda: CachePath(self.model)),
+            ("cache", lambda: CachePath(self.model, handover(croppable))),
         )
         for name, make in drafting:
             trial = _try(make, token, reference, _DRAFTED, _DRAFTED_ROWS, limit)
@@ -217,8 +223,12 @@ class HFTarget:
                 return trial.path, why
             why[name] = trial.fault
         # token by token is right wherever states are; pieces are quicker, and some models forget their state over them
-        careful = _try(lambda: RecurrentPath(self.model, by_token=True), token, reference, _PLAIN, _PLAIN_ROWS, limit)
-        quick = _try(lambda: RecurrentPath(self.model, by_token=False), token, reference, _PLAIN, _PLAIN_ROWS, limit)
+        try:
+            way = handover(lambda: None, lambda: DynamicCache(config=self.model.config))
+        except CapabilityError as failure:
+            return RecomputePath(self.model), why | {"recurrent": str(failure)}
+        careful = _try(lambda: RecurrentPath(self.model, way, True), token, reference, _PLAIN, _PLAIN_ROWS, limit)
+        quick = _try(lambda: RecurrentPath(self.model, way, False), token, reference, _PLAIN, _PLAIN_ROWS, limit)
         if careful.path is None:
             return RecomputePath(self.model), why | {"recurrent": careful.fault}
         alike = quick.path is not None and quick.error <= 2 * careful.error + 1e-4

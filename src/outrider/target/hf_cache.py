@@ -7,31 +7,33 @@ the whole sequence every time, for models without a cache that grows.
 
 from __future__ import annotations
 
-import inspect
+from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from outrider.errors import CapabilityError, CapacityError
 from outrider.protocols import KVCache
+from outrider.target.hf_state import Handover, keeping
 from outrider.target.hf_taps import Taps
 from outrider.types import Rows, Segment
 
 
 class SlotCaches:
-    """One transformers cache per slot, or its tokens where there is no cache.
+    """One state of the model per slot (a cache of transformers, mostly), or its tokens where there is none.
 
-    length: committed tokens of every slot. fed: tokens its cache has seen; the next forward crops what was not kept.
+    length: committed tokens of every slot. fed: tokens its state has seen; the next forward crops what was not kept.
     """
 
     def __init__(self, slots: int, capacity: int, rewinds: bool) -> None:
         self.slots, self.capacity, self.rewinds = slots, capacity, rewinds
         self.length: list[int] = [0] * slots
         self.fed: list[int] = [0] * slots
-        self.cache: list[Cache | None] = [None] * slots
+        self.state: list[Any] = [None] * slots
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
 
     def reserve(self, rows: Rows) -> None:
@@ -65,7 +67,7 @@ class SlotCaches:
     def release(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self.length[slot] = self.fed[slot] = 0
-            self.cache[slot] = None
+            self.state[slot] = None
             self.tokens[slot] = []
 
     def erase(self, slot: int) -> None:
@@ -78,14 +80,21 @@ def _caches(kv: KVCache) -> SlotCaches:
     return kv
 
 
-def _keyword(model: PreTrainedModel, *names: str) -> str | None:
-    """The first of `names` that the model's forward takes."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in names if name in known), None)
+class _Scored:
+    """Collects the logits of a step's scored rows, which come call by call, and puts them in the step's order."""
 
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.wanted = rows, sorted(rows.scored.tolist())
+        self.parts: list[Tensor] = []
 
-def _pick(logits: Sequence[Tensor], rows: Rows) -> Float[Tensor, "M V"]:
-    return torch.cat([x[0] for x in logits])[rows.scored]
+    def within(self, first: int, end: int, shift: int = 0) -> Tensor:
+        """Scored rows among `first` .. `end`, counted from `first - shift`."""
+        mine = self.wanted[bisect_left(self.wanted, first) : bisect_left(self.wanted, end)]
+        return torch.tensor([row - first + shift for row in mine], dtype=torch.int64, device=self.rows.token.device)
+
+    def logits(self) -> Float[Tensor, "M V"]:
+        """Segments come in the order of their rows, so what was collected is sorted by row."""
+        return torch.cat(self.parts)[torch.argsort(torch.argsort(self.rows.scored))]
 
 
 class CachePath:
@@ -93,45 +102,40 @@ class CachePath:
 
     name, trees, rewinds = "cache", False, True
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        keyword = _keyword(model, "past_key_values", "cache_params")
-        if keyword is None:
-            raise CapabilityError("it takes no cache")
-        self.keyword = keyword
-
-    def fresh(self) -> Cache:
-        """Without the configuration no layer forgets what left its window, so every layer can be cropped."""
-        return DynamicCache()
+    def __init__(self, model: PreTrainedModel, handover: Handover) -> None:
+        self.model, self.handover = model, handover
 
     def new_kv(self, slots: int, length: int) -> SlotCaches:
         return SlotCaches(slots, length, self.rewinds)
 
     def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
-        held, logits = _caches(kv), []
+        held, out = _caches(kv), _Scored(rows)
         with taps.listen() as heard:
             for s in rows.segments:
                 if not s.is_chain:
                     raise CapabilityError("this model runs on chains only: use a drafter that proposes one")
-                cache = self._at(held, s)
+                state = self._at(held, s)
                 for piece in self.pieces(s):
-                    call = {self.keyword: cache}
-                    logits.append(self.model(input_ids=rows.token[None, piece], use_cache=True, **call).logits)
-                held.fed[s.slot] = s.cached + s.count
-        return _pick(logits, rows), heard.states()
+                    scored = out.within(piece.start, piece.stop)
+                    logits, state = self.handover.call(self.model, rows.token[piece], state, scored)
+                    out.parts.append(logits)
+                held.state[s.slot], held.fed[s.slot] = state, s.cached + s.count
+        return out.logits(), heard.states()
 
     def pieces(self, s: Segment) -> list[slice]:
         """Rows of each call of the model."""
         return [slice(s.first, s.first + s.count)]
 
-    def _at(self, held: SlotCaches, s: Segment) -> Cache:
-        """The slot's cache, holding exactly the committed tokens."""
-        cache, extra = held.cache[s.slot], held.fed[s.slot] - s.cached
-        if cache is None or not s.cached:
-            cache = held.cache[s.slot] = self.fresh()
-        elif extra:
-            cache.crop(-extra)
-        return cache
+    def _at(self, held: SlotCaches, s: Segment) -> Any:
+        """The slot's state, of exactly the committed tokens."""
+        if held.state[s.slot] is None or not s.cached:
+            held.state[s.slot] = None  # nothing of an abandoned text stays, whatever the model raises
+            return self.handover.fresh()
+        extra = held.fed[s.slot] - s.cached
+        if extra:
+            held.state[s.slot].crop(-extra)
+            held.fed[s.slot] = s.cached
+        return held.state[s.slot]
 
 
 class RecurrentPath(CachePath):
@@ -139,19 +143,16 @@ class RecurrentPath(CachePath):
 
     name, trees, rewinds = "recurrent", False, False
 
-    def __init__(self, model: PreTrainedModel, by_token: bool) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, handover: Handover, by_token: bool) -> None:
+        super().__init__(model, handover)
         self.by_token = by_token
-
-    def fresh(self) -> Cache:
-        return DynamicCache(config=self.model.config)
 
     def pieces(self, s: Segment) -> list[slice]:
         if not s.cached or not self.by_token:
             return super().pieces(s)
         return [slice(i, i + 1) for i in range(s.first, s.first + s.count)]
 
-    def _at(self, held: SlotCaches, s: Segment) -> Cache:
+    def _at(self, held: SlotCaches, s: Segment) -> Any:
         if s.parent:
             raise CapabilityError(
                 "this model has a recurrent state that cannot be rewound: decode it without a drafter"
@@ -167,14 +168,13 @@ class RecomputePath:
     name, trees, rewinds = "recompute", False, True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.extra = {"use_cache": False} if _keyword(model, "use_cache") else {}
+        self.model, self.extra = model, keeping(model, False)
 
     def new_kv(self, slots: int, length: int) -> SlotCaches:
         return SlotCaches(slots, length, self.rewinds)
 
     def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
-        held, logits, states = _caches(kv), [], []
+        held, out, states = _caches(kv), _Scored(rows), []
         token = rows.token.tolist()
         for s in rows.segments:
             if not s.is_chain:
@@ -182,7 +182,7 @@ class RecomputePath:
             whole = held.tokens[s.slot][: s.cached] + token[s.first : s.first + s.count]
             held.tokens[s.slot] = whole
             with taps.listen() as heard:
-                out = self.model(input_ids=torch.tensor([whole], device=rows.token.device), **self.extra)
-            logits.append(out.logits[:, s.cached :])
+                logits = self.model(input_ids=torch.tensor([whole], device=rows.token.device), **self.extra).logits[0]
+            out.parts.append(logits[out.within(s.first, s.first + s.count, s.cached)])
             states.append([h[s.cached :] for h in heard.states()])
-        return _pick(logits, rows), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+        return out.logits(), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
