@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from outrider.errors import CapabilityError, CapacityError
 from outrider.protocols import KVCache
 from outrider.target.hf_state import Handover, keeping
-from outrider.target.hf_taps import Taps
+from outrider.target.hf_taps import Heard, Taps
 from outrider.types import Rows, Segment
 
 
@@ -100,7 +100,9 @@ class _Scored:
 class CachePath:
     """One call per sequence with transformers' growing cache; rejected tokens are cropped away."""
 
-    name, trees, rewinds = "cache", False, True
+    name = "cache"
+    trees: bool = False
+    rewinds: bool = True
 
     def __init__(self, model: PreTrainedModel, handover: Handover) -> None:
         self.model, self.handover = model, handover
@@ -114,28 +116,64 @@ class CachePath:
             for s in rows.segments:
                 if not s.is_chain:
                     raise CapabilityError("this model runs on chains only: use a drafter that proposes one")
-                state = self._at(held, s)
                 for piece in self.pieces(s):
-                    scored = out.within(piece.start, piece.stop)
-                    logits, state = self.handover.call(self.model, rows.token[piece], state, scored)
-                    out.parts.append(logits)
-                held.state[s.slot], held.fed[s.slot] = state, s.cached + s.count
+                    self._feed(held, s, piece, out, heard)
         return out.logits(), heard.states()
 
     def pieces(self, s: Segment) -> list[slice]:
         """Rows of each call of the model."""
         return [slice(s.first, s.first + s.count)]
 
-    def _at(self, held: SlotCaches, s: Segment) -> Any:
-        """The slot's state, of exactly the committed tokens."""
-        if held.state[s.slot] is None or not s.cached:
-            held.state[s.slot] = None  # nothing of an abandoned text stays, whatever the model raises
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
+        """One call: rows of `piece`, which continue the slot's text."""
+        state = self._at(held, s.slot, s.cached + piece.start - s.first)
+        scored = out.within(piece.start, piece.stop)
+        logits, state = self.handover.call(self.model, out.rows.token[piece], state, scored)
+        out.parts.append(logits)
+        held.state[s.slot], held.fed[s.slot] = state, s.cached + piece.stop - s.first
+
+    def _at(self, held: SlotCaches, slot: int, length: int) -> Any:
+        """The slot's state, of exactly its first `length` tokens."""
+        if held.state[slot] is None or not length:
+            held.state[slot] = None  # nothing of an abandoned text stays, whatever the model raises
             return self.handover.fresh()
-        extra = held.fed[s.slot] - s.cached
-        if extra:
-            held.state[s.slot].crop(-extra)
-            held.fed[s.slot] = s.cached
-        return held.state[s.slot]
+        if held.fed[slot] != length:
+            held.state[slot].crop(length - held.fed[slot])
+            held.fed[slot] = length
+        return held.state[slot]
+
+
+class BentPath(CachePath):
+    """A cache whose keys are all turned anew when the text grows beyond `limit` tokens (long-range rotary scaling).
+
+    Rows up to there are those of a shorter text, rows beyond those of a longer one: a cache serves one of the two, and is
+    made again from the text when a step, or a rejection, crosses the limit.
+    """
+
+    def __init__(self, model: PreTrainedModel, handover: Handover, limit: int) -> None:
+        super().__init__(model, handover)
+        self.limit = limit
+
+    def pieces(self, s: Segment) -> list[slice]:
+        middle, end = s.first + self.limit - s.cached, s.first + s.count
+        if not s.first < middle < end:
+            return [slice(s.first, end)]
+        return [slice(s.first, middle), slice(middle, end)]
+
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
+        known, new = held.tokens[s.slot], out.rows.token[piece]
+        at = s.cached + piece.start - s.first
+        same_side = (held.fed[s.slot] > self.limit) == (at + len(new) > self.limit)
+        held.tokens[s.slot] = [*known[:at], *new.tolist()]
+        if not at or (held.state[s.slot] is not None and same_side):
+            return super()._feed(held, s, piece, out, heard)
+        whole = torch.tensor(held.tokens[s.slot], device=new.device)
+        logits, state = self.handover.call(
+            self.model, whole, self.handover.fresh(), out.within(piece.start, piece.stop, at)
+        )
+        out.parts.append(logits)
+        heard.keep(len(new))
+        held.state[s.slot], held.fed[s.slot] = state, len(whole)
 
 
 class RecurrentPath(CachePath):
@@ -152,14 +190,15 @@ class RecurrentPath(CachePath):
             return super().pieces(s)
         return [slice(i, i + 1) for i in range(s.first, s.first + s.count)]
 
-    def _at(self, held: SlotCaches, s: Segment) -> Any:
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
         if s.parent:
             raise CapabilityError(
                 "this model has a recurrent state that cannot be rewound: decode it without a drafter"
             )
-        if s.cached and held.fed[s.slot] != s.cached:
+        at = s.cached + piece.start - s.first
+        if at and held.fed[s.slot] != at:
             raise CapabilityError("this model's recurrent state has seen tokens that were not kept: release the slot")
-        return super()._at(held, s)
+        super()._feed(held, s, piece, out, heard)
 
 
 class RecomputePath:

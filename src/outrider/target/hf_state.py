@@ -24,7 +24,8 @@ from outrider.errors import CapabilityError
 _NEVER_STATE = ("loss", "logits", "hidden_states", "attentions", "router_logits", "aux_loss")
 _ROWS = "logits_to_keep"
 _PLAIN = frozenset(
-    "bool int float str None NoneType Optional Union typing torch Tensor LongTensor FloatTensor BoolTensor IntTensor".split()
+    """bool int float str None NoneType Optional Union typing torch Tensor LongTensor FloatTensor BoolTensor
+    IntTensor""".split()  # noqa: SIM905
 )
 
 
@@ -46,8 +47,7 @@ class Handover:
     ) -> tuple[Float[Tensor, "s V"], Any]:
         """Logits of the rows `scored` of `token` [n], and the state behind them. `state` None: the text begins here."""
         given = {} if state is None else {self.argument: state}
-        wanted = {_ROWS: scored} if self.rows else {}
-        out = model(input_ids=token[None], **given, **wanted, **self.extra)
+        out = model(input_ids=token[None], **given, **named_rows(scored if self.rows else None), **self.extra)
         return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.field]
 
 
@@ -63,6 +63,11 @@ def keeping(model: PreTrainedModel, state: bool) -> dict[str, bool]:
     return {"use_cache": state} if takes else {}
 
 
+def named_rows(scored: Tensor | None) -> dict[str, Tensor]:
+    """What tells the model to compute the logits of these rows alone, where it can (`scores_rows`); None: of all."""
+    return {} if scored is None else {_ROWS: scored}
+
+
 @torch.no_grad()
 def scores_rows(model: PreTrainedModel, token: Sequence[int]) -> bool:
     """Whether forward computes the logits of the rows it is asked for, in the order asked, and of no others."""
@@ -71,7 +76,7 @@ def scores_rows(model: PreTrainedModel, token: Sequence[int]) -> bool:
     inputs = torch.tensor([list(token)], device=model.device)
     rows = torch.tensor([2, 0], device=model.device)
     try:
-        return model(input_ids=inputs, **{_ROWS: rows}).logits.shape[1] == len(rows)
+        return model(input_ids=inputs, **named_rows(rows)).logits.shape[1] == len(rows)
     except (TypeError, IndexError, ValueError, RuntimeError):
         return False
 
@@ -84,7 +89,10 @@ def croppable() -> Cache:
 
 @torch.no_grad()
 def find_handover(
-    model: PreTrainedModel, token: Sequence[int], agrees: Callable[[Tensor, int], bool], makers: Sequence[Callable[[], Any]]
+    model: PreTrainedModel,
+    token: Sequence[int],
+    agrees: Callable[[Tensor, int], bool],
+    makers: Sequence[Callable[[], Any]],
 ) -> Handover:
     """The way in which states made by one of `makers` (tried in order; one that returns None leaves it to the model) go
     through this model. agrees(logits [1, V], at): whether these are the logits of row `at` of `token`.
@@ -102,7 +110,7 @@ def find_handover(
             except torch.OutOfMemoryError:
                 raise
             except Exception as failure:  # an argument that was not made for a state may raise anything
-                fault = f"its {way.argument} takes no state: {_first_line(failure)}"
+                fault = f"its {way.argument} takes no state: {brief(failure)}"
                 continue
             if agrees(logits, half) and (again is state or not isinstance(state, Cache)):
                 return way
@@ -145,10 +153,12 @@ def _plain(annotation: Any) -> bool:
     """Whether an argument of this type is numbers, words or one tensor, and no state. One without a type may be anything."""
     if annotation is inspect.Parameter.empty:
         return False
-    words = set(re.findall(r"\w+", getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation)))
+    words = set(
+        re.findall(r"\w+", getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation))
+    )
     return words <= _PLAIN
 
 
-def _first_line(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:200].rstrip(".")

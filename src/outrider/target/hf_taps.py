@@ -48,6 +48,11 @@ class Heard:
     def hear(self, layer: int, state: Tensor) -> None:
         self.parts.setdefault(layer, []).append(state[0])
 
+    def keep(self, count: int) -> None:
+        """Of the newest call, only the last `count` rows are of this step; those before were fed again."""
+        for parts in self.parts.values():
+            parts[-1] = parts[-1][-count:]
+
     def states(self) -> tuple[Float[Tensor, "N H"], ...]:
         """One tensor per layer asked for: the rows of all calls, in order."""
         return tuple(torch.cat(self.parts[i]) if len(self.parts[i]) > 1 else self.parts[i][0] for i in self.layers)
