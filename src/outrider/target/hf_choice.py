@@ -52,9 +52,7 @@ def choose(
     bend = _bend(model, token, length)
 
     def handover(*makers: Callable[[], Any]) -> Handover:
-        return find_handover(
-            model, token, lambda logits, at: disagreement(logits, reference[at : at + 1]) <= limit, makers
-        )
+        return find_handover(model, token, _agrees(reference, limit), makers)
 
     def cache() -> CachePath:
         way = handover(croppable)
@@ -102,6 +100,18 @@ def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:
             f"because {why['seam']}: {remedy}",
         )
     return ()
+
+
+def handover_of(model: PreTrainedModel) -> Handover:
+    """How this model hands on a cache of any number of tokens; CapabilityError if it has none."""
+    token = list(range(1, 9))
+    with torch.no_grad():
+        reference = model(input_ids=torch.tensor([token], device=model.device)).logits[0]
+    return find_handover(model, token, _agrees(reference, tolerance(model.dtype)), [croppable])
+
+
+def _agrees(reference: Float[Tensor, "P V"], limit: float) -> Callable[[Tensor, int], bool]:
+    return lambda logits, at: disagreement(logits, reference[at : at + 1]) <= limit
 
 
 def _bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend | None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 _RECORD = "outrider_record"
-_OBEYED = frozenset(["scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"])
-"""What our attention makes use of; all else that is not empty must be something that we handed to the model ourselves."""
-_OURS = frozenset(["outrider", "position_ids", "use_cache"])
+_OBEYED = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"})
+"""What our attention makes use of."""
+_HARMLESS = frozenset({"outrider", "position_ids", "use_cache", "return_dict", "output_router_logits"})
+"""What changes nothing that is attended to. All else that is not empty must be our own positions under another name."""
 
 
 class _Heard(Exception):
@@ -42,8 +43,9 @@ class Call:
 
 @dataclass(slots=True)
 class _Listener:
-    """last: number of calls after which to stop; None: all."""
+    """position: of the rows of the call. last: number of layers after which to stop; None: all."""
 
+    position: Tensor
     last: int | None = None
     calls: list[Call] = field(default_factory=list)
 
@@ -53,8 +55,10 @@ class _Listener:
             raise _Heard
 
 
-def _inert(value: Any) -> bool:
-    """None, False, zero, nothing: an argument that asks for nothing."""
+def _inert(value: Any, position: Tensor) -> bool:
+    """None, False, zero, nothing, or the positions of the rows again: an argument that asks for nothing."""
+    if isinstance(value, Tensor):
+        return value.numel() == position.numel() and bool((value.flatten() == position).all())
     return value is None or (isinstance(value, bool | int | float | str | tuple | list | dict) and not value)
 
 
@@ -62,7 +66,9 @@ def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The registered attention that only listens."""
-    unknown = [name for name, given in kwargs.items() if not _inert(given) and name not in _OBEYED | _OURS]
+    listener: _Listener = kwargs["outrider"]
+    asked = {name: given for name, given in kwargs.items() if name not in _OBEYED | _HARMLESS}
+    unknown = [name for name, given in asked.items() if not _inert(given, listener.position)]
     if attention_mask is not None:
         unknown.append("attention_mask")
     if kwargs.get("is_causal") is False:
@@ -71,7 +77,7 @@ def _record(
         unknown.append("keys of other rows")
     head_dim = max(key.shape[-1], value.shape[-1])
     window, layer = kwargs.get("sliding_window") or 0, int(module.layer_idx)  # type: ignore[arg-type]
-    kwargs["outrider"].hear(Call(layer, key.shape[1], head_dim, window, key.dtype, tuple(unknown), query[0]))
+    listener.hear(Call(layer, key.shape[1], head_dim, window, key.dtype, tuple(unknown), query[0]))
     return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
 
@@ -97,11 +103,12 @@ def listen(
     model: PreTrainedModel, token: Sequence[int], position: Sequence[int], last: int | None = None
 ) -> list[Call]:
     """What every layer asks for, in the order of the calls, when the model reads `token` at `position`; the first `last` only."""
-    heard = _Listener(last)
+    at = torch.tensor(list(position), device=model.device)
+    heard = _Listener(at, last)
     with attention_of(model, _RECORD), suppress(_Heard):
         model(
             input_ids=torch.tensor([list(token)], device=model.device),
-            position_ids=torch.tensor([list(position)], device=model.device),
+            position_ids=at[None],
             use_cache=False,
             outrider=heard,
         )
