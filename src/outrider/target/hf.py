@@ -47,10 +47,10 @@ _UNBOUNDED = 1 << 20
 _PROBE = 8
 
 
-def _context(config: Any) -> int:
-    """The longest sequence a model was built for, in tokens; 2^20 where its configuration names none."""
+def _context(config: Any) -> int | None:
+    """The longest sequence a model was built for, in tokens; None where its configuration names none."""
     found = [int(n) for n in (getattr(config, name, None) for name in _LENGTHS) if isinstance(n, int) and n > 0]
-    return found[0] if found else _UNBOUNDED
+    return found[0] if found else None
 
 
 class HFTarget:
@@ -71,7 +71,8 @@ class HFTarget:
         config = model.config.get_text_config(decoder=True)
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
-        context = _context(config)
+        named = _context(config)
+        context = _UNBOUNDED if named is None else named
         if max_length is not None and not 0 < max_length <= context:
             raise ConfigError(f"max_length {max_length} is outside the model's 1 to {context} positions")
         self.model = model.eval().requires_grad_(False)
@@ -82,7 +83,7 @@ class HFTarget:
         token = [(7 * i + 3) % int(config.vocab_size) for i in range(_PROBE)]
         reference = self._watch(token)
         self.vocab_size = reference.shape[-1]
-        self._path, self.why = choose(self.model, token, reference, self.max_length)
+        self._path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
         self.path, self.trees, self.rewinds = self._path.name, self._path.trees, self._path.rewinds
         self.notices = costs(type(model).__name__, self._path, self.why)
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from outrider.errors import CapabilityError
 from outrider.protocols import KVCache
 from outrider.target.hf_cache import BentPath, CachePath, RecomputePath, RecurrentPath
-from outrider.target.hf_probe import Bend, find_bend
+from outrider.target.hf_probe import Bend, NoSeam, find_bend
 from outrider.target.hf_seam import SeamPath
 from outrider.target.hf_state import Handover, brief, croppable, find_handover
 from outrider.target.hf_taps import Taps
@@ -46,7 +46,10 @@ PLAIN: Plan = ((4, 0, False), (3, 0, False), (1, 0, False)), [3, 6, 7]
 def choose(
     model: PreTrainedModel, token: Sequence[int], reference: Float[Tensor, "P V"], length: int
 ) -> tuple[Drive, dict[str, str]]:
-    """The best path for texts of up to `length` tokens, and what ruled out each better one. reference: logits of `token`."""
+    """The best path for texts of up to `length` tokens (0: not known), and what ruled out each better one.
+
+    reference: logits of `token`.
+    """
     why: dict[str, str] = {}
     limit = tolerance(model.dtype)
     bend = _bend(model, token, length)
@@ -90,7 +93,7 @@ def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:
     if isinstance(path, RecurrentPath):
         slow = ", and prompts beyond the first chunk token by token: raise chunk" if path.by_token else ""
         return (
-            f"{model} is decoded without drafts, because its state cannot be rewound ({why['cache']}){slow}; "
+            f"{model} is decoded without drafts, because its state cannot be rewound{slow}; "
             "for speculation use a model with a cache of keys and values",
         )
     if isinstance(path, CachePath):
@@ -146,8 +149,10 @@ def rehearse(
         error = disagreement(_play(path, token, steps, reference.device), reference[rows])
     except torch.OutOfMemoryError:
         raise
+    except (NoSeam, CapabilityError) as reason:
+        return Trial(None, float("inf"), brief(reason))
     except Exception as failure:  # a model called as it was not made for may raise anything: not its way
-        return Trial(None, float("inf"), brief(failure))
+        return Trial(None, float("inf"), f"it fails when driven that way ({brief(failure)})")
     if error > limit:
         return Trial(None, error, f"its logits differ by {error:.1e} of their spread")
     return Trial(path, error, "")

@@ -24,6 +24,10 @@ _HARMLESS = frozenset({"outrider", "position_ids", "use_cache", "return_dict", "
 """What changes nothing that is attended to. All else that is not empty must be our own positions under another name."""
 
 
+class NoSeam(Exception):
+    """Why a model cannot be driven through the attention interface; never reaches the user as an error."""
+
+
 class _Heard(Exception):
     """The layer asked for was heard: the rest of the call is not needed. Never reaches the user."""
 
@@ -66,7 +70,9 @@ def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The registered attention that only listens."""
-    listener: _Listener = kwargs["outrider"]
+    listener: _Listener | None = kwargs.get("outrider")
+    if listener is None:
+        raise NoSeam("it does not hand keyword arguments on to its attention")
     asked = {name: given for name, given in kwargs.items() if name not in _OBEYED | _HARMLESS}
     unknown = [name for name, given in asked.items() if not _inert(given, listener.position)]
     if attention_mask is not None:
@@ -137,8 +143,10 @@ def find_bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend
             return [c.query for c in listen(model, token, range(n), last)]
         return [c.query[:, :n] for c in listen(model, [*token, token[0]], [*range(n), reach - 1], last)]
 
+    if length <= n:
+        return None
     far, near = queries(length), queries(n)  # near ones last: some models keep what the longest call made them use
-    if length <= n or len(far) != len(near):
+    if len(far) != len(near):
         return None
     changed = next((i for i, (a, b) in enumerate(zip(far, near, strict=True)) if not _alike(a, b)), None)
     if changed is None:

@@ -21,17 +21,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.protocols import KVCache
 from outrider.target.attention import visible
-from outrider.target.hf_probe import Bend, attention_of, listen
+from outrider.target.hf_probe import Bend, NoSeam, attention_of, listen
 from outrider.target.hf_state import named_rows, scores_rows
 from outrider.target.hf_taps import Enough, Taps
 from outrider.target.kv import ContiguousKV
 from outrider.types import Rows
 
 _ATTEND = "outrider"
-
-
-class NoSeam(Exception):
-    """Why a model cannot be driven through the attention interface; never reaches the user."""
 
 
 @dataclass(slots=True)
