@@ -81,7 +81,8 @@ class Output(dict):
 
 
 def renamed(inner: PreTrainedModel, argument: str, returned: str) -> PreTrainedModel:
-    """`inner` as a later release may have it: what it does not know is swallowed, its state is called `argument` where it goes in and `returned` where it comes out."""
+    """`inner` as a later release may have it: it swallows what it does not know, takes its state as `argument` and returns
+    it as `returned`."""
     kind = type(inner)
     target = HFTarget(inner)
     way = target._path.handover  # type: ignore[attr-defined]
