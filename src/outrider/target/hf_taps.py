@@ -100,7 +100,7 @@ class Taps:
             return self.blocks[layer - 1].register_forward_hook(lambda m, args, out: heard.hear(layer, _state(out)))
 
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            heard.hear(0, args[0] if args else kwargs["hidden_states"])
+            heard.hear(0, next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()))
 
         return self.blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
 
