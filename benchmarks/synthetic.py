@@ -147,7 +147,7 @@ def own_samples(
     ids, step, cache = prompts, prompts, way.fresh()
     for _ in range(tokens):
         out = model(step, logits_to_keep=1, **{way.argument: cache}, **way.extra)
-        cache = out[way.field]
+        cache = out[way.returned]
         law = out.logits[:, -1].float().softmax(-1)
         # Inverse transform in float64: one uniform per token, so nearby models draw nearby samples.
         uniform = torch.rand(len(law), 1, generator=generator, dtype=torch.float64)

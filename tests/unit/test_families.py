@@ -97,7 +97,9 @@ def renamed(inner: PreTrainedModel, argument: str, returned: str) -> PreTrainedM
         out = kind.forward(
             self, input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **given, **kwargs
         )
-        return Output({("logits" if k == "logits" else returned if k == way.field else k): v for k, v in out.items()})
+        return Output(
+            {("logits" if k == "logits" else returned if k == way.returned else k): v for k, v in out.items()}
+        )
 
     old = inspect.signature(forward)
     parameters = list(old.parameters.values())

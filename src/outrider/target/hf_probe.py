@@ -138,33 +138,31 @@ def find_bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend
     n = len(token)
 
     def queries(reach: int, last: int | None = None) -> list[Tensor]:
-        """Queries of the first n rows of a call that reaches `reach` tokens."""
-        if reach <= n:
-            return [c.query for c in listen(model, token, range(n), last)]
+        """Queries of the first n rows of a call of n + 1 rows that reaches `reach` tokens: always the same products."""
         return [c.query[:, :n] for c in listen(model, [*token, token[0]], [*range(n), reach - 1], last)]
 
-    if length <= n:
+    if length <= n + 1:
         return None
-    far, near = queries(length), queries(n)  # near ones last: some models keep what the longest call made them use
+    far, near = queries(length), queries(n + 1)  # near ones last: some models keep what the longest call made them use
     if len(far) != len(near):
         return None
     changed = next((i for i, (a, b) in enumerate(zip(far, near, strict=True)) if not _alike(a, b)), None)
     if changed is None:
         return None
-    low, high = n, length
+    low, high = n + 1, length
     while high - low > 1:
         middle = (low + high) // 2
-        queries(n, changed + 1)
+        queries(n + 1, changed + 1)
         if _alike(queries(middle, changed + 1)[-1], near[changed]):
             low = middle
         else:
             high = middle
     first = queries(low + 1, changed + 1)[-1]
-    queries(n, changed + 1)
+    queries(n + 1, changed + 1)
     return Bend(low, _alike(first, far[changed]))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the rounding of a product of another number of rows."""
+    """Equal but for rounding: experts may be given the last row too, or not."""
     limit = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.03
     return float((a - b).abs().max()) <= limit * float(b.abs().max().clamp(min=1e-12))

@@ -31,13 +31,13 @@ _PLAIN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """argument: of forward, takes the state. field: of the output, gives it back. fresh: makes the first state (None: the model).
+    """argument: of forward, takes the state. returned: field of the output that gives it back. fresh: makes the first state (None: the model).
 
     extra: what else a call needs. rows: forward computes the logits of named rows alone.
     """
 
     argument: str
-    field: str
+    returned: str
     fresh: Callable[[], Any]
     extra: dict[str, Any] = field(default_factory=dict)
     rows: bool = False
@@ -48,7 +48,7 @@ class Handover:
         """Logits of the rows `scored` of `token` [n], and the state behind them. `state` None: the text begins here."""
         given = {} if state is None else {self.argument: state}
         out = model(input_ids=token[None], **given, **named_rows(scored if self.rows else None), **self.extra)
-        return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.field]
+        return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.returned]
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:
