@@ -31,9 +31,10 @@ _PLAIN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """argument: of forward, takes the state. returned: field of the output that gives it back. fresh: makes the first state (None: the model).
+    """One way of giving a model its state and of getting it back.
 
-    extra: what else a call needs. rows: forward computes the logits of named rows alone.
+    argument: of forward, takes the state. returned: field of the output that gives it back. fresh: makes the first state
+    (None: the model does). extra: what else a call needs. rows: forward computes the logits of named rows alone.
     """
 
     argument: str
