@@ -34,6 +34,8 @@ from synthetic_files import save, write_json
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from outrider.target.hf_choice import handover_of
+
 ROOT = Path("runs/synthetic")
 BRANCHES = ("self_attn.o_proj", "mlp.down_proj")
 NATS = 2.5
@@ -141,10 +143,11 @@ def own_samples(
     model: LlamaForCausalLM, prompts: Int[Tensor, "B P"], tokens: int, generator: torch.Generator
 ) -> Int[Tensor, "B T"]:
     """`prompts`, each followed by `tokens` tokens drawn from the model at temperature 1."""
-    ids, step, cache = prompts, prompts, None
+    way = handover_of(model)
+    ids, step, cache = prompts, prompts, way.fresh()
     for _ in range(tokens):
-        out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(step, logits_to_keep=1, **{way.argument: cache}, **way.extra)
+        cache = out[way.returned]
         law = out.logits[:, -1].float().softmax(-1)
         # Inverse transform in float64: one uniform per token, so nearby models draw nearby samples.
         uniform = torch.rand(len(law), 1, generator=generator, dtype=torch.float64)
@@ -155,7 +158,8 @@ def own_samples(
 
 def scored(model: LlamaForCausalLM, ids: Int[Tensor, "B T"], first: int) -> Float[Tensor, "n V"]:
     """Float32 logits of the laws that token `first` and its successors were drawn from, all sequences flat."""
-    logits = model(ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - first).logits
+    rows = ids.shape[1] - first
+    logits = model(ids[:, :-1], use_cache=False, logits_to_keep=rows).logits[:, -rows:]
     return logits.float().flatten(0, 1)
 
 

@@ -7,9 +7,13 @@ import os
 os.environ.setdefault("OMP_PROC_BIND", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.origins import warn_about_caller
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
@@ -22,3 +26,10 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warnings_name_who_caused_them():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "warn", warn_about_caller)
+        yield

@@ -4,27 +4,25 @@ How a model is driven is found out when it is loaded, by running it, never by th
 
     path       needs                                          drafts         calls of the model per step
     seam       all attention through transformers' interface  chains, trees  one
-    cache      transformers' growing cache                    chains         one per sequence
-    recurrent  transformers' cache with recurrent states      none           one per sequence, or token of later chunks
+    cache      a cache that can be cropped                    chains         one per sequence
+    recurrent  a state that it hands out and takes back       none           one per sequence, or token of later chunks
     recompute  nothing                                        chains         one per sequence, of its whole length
 
 The first path is taken whose logits agree with the plain model's on a short sequence, fed in pieces with a wrong draft
-token in between. With transformers 5.23:
+token in between (`hf_choice`). With transformers 5.16 to 5.24 that comes to:
 
     seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT,
-               GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3
-    cache      BLOOM, MPT, Falcon, GPT-J, GPT-Neo, StableLM, Llama 4
-    recurrent  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next
-    recompute  RWKV, the first GPT
+               GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3, and GPT-J where it attends through the interface
+    cache      BLOOM, MPT, Falcon, GPT-Neo, StableLM, Nemotron, Llama 4, Phi-3 beyond its native length
+    recurrent  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV
+    recompute  the first GPT
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,34 +33,24 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
 from outrider.target.folder import resolve_folder
-from outrider.target.hf_cache import CachePath, RecomputePath, RecurrentPath
+from outrider.target.hf_choice import choose, costs, disagreement, tolerance
 from outrider.target.hf_prefix import HFPrefix
-from outrider.target.hf_seam import SeamPath, attention_of
+from outrider.target.hf_probe import attention_of
+from outrider.target.hf_seam import SeamPath
+from outrider.target.hf_state import brief
 from outrider.target.hf_taps import Taps, find_blocks, steps_after, tail_of
 from outrider.target.split import check_prefix
-from outrider.types import Draft, Rows, Scores
+from outrider.types import Rows, Scores
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "context_length")
 _UNBOUNDED = 1 << 20
 _PROBE = 8
 
 
-@runtime_checkable
-@runtime_checkable
-class _Path(Protocol):
-    name: str
-    trees: bool
-    rewinds: bool
-
-    def new_kv(self, slots: int, length: int) -> KVCache: ...
-
-    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-
-
-def _context(config: Any) -> int:
-    """The longest sequence a model was built for, in tokens; 2^20 where its configuration names none."""
+def _context(config: Any) -> int | None:
+    """The longest sequence a model was built for, in tokens; None where its configuration names none."""
     found = [int(n) for n in (getattr(config, name, None) for name in _LENGTHS) if isinstance(n, int) and n > 0]
-    return found[0] if found else _UNBOUNDED
+    return found[0] if found else None
 
 
 class HFTarget:
@@ -71,6 +59,7 @@ class HFTarget:
     path:    how the model is driven (see the module). why: what ruled out each path before it, by name.
     trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
     notice:  a sentence for the user from whoever chose this runtime, or None.
+    notices: what the chosen path costs, and the remedy: a sentence each.
     layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
 
     Raises ConfigError if the model is not a decoder or cannot hold `max_length` tokens.
@@ -82,7 +71,8 @@ class HFTarget:
         config = model.config.get_text_config(decoder=True)
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
-        context = _context(config)
+        named = _context(config)
+        context = _UNBOUNDED if named is None else named
         if max_length is not None and not 0 < max_length <= context:
             raise ConfigError(f"max_length {max_length} is outside the model's 1 to {context} positions")
         self.model = model.eval().requires_grad_(False)
@@ -93,8 +83,9 @@ class HFTarget:
         token = [(7 * i + 3) % int(config.vocab_size) for i in range(_PROBE)]
         reference = self._watch(token)
         self.vocab_size = reference.shape[-1]
-        self._path, self.why = self._choose(token, reference)
+        self._path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
         self.path, self.trees, self.rewinds = self._path.name, self._path.trees, self._path.rewinds
+        self.notices = costs(type(model).__name__, self._path, self.why)
 
     @staticmethod
     def load(
@@ -118,7 +109,7 @@ class HFTarget:
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ConfigError(
-                f"cannot load {name!r} as a causal language model in safetensors: {_brief(error)}"
+                f"cannot load {name!r} as a causal language model in safetensors: {brief(error)}"
             ) from error
         absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
         if absent:
@@ -200,102 +191,10 @@ class HFTarget:
             again = tail(inputs_embeds=heard.states()[0][None], use_cache=False).logits[0]
         except Exception:  # whatever a head wants that it does not get: no unembedding, and it is said when asked for
             return reference
-        if _error(again, reference) <= _tolerance(self.dtype):
+        if disagreement(again, reference) <= tolerance(self.dtype):
             self._tail, self._owner, self._steps = tail, owner, steps
         return reference
-
-    def _choose(self, token: list[int], reference: Tensor) -> tuple[_Path, dict[str, str]]:
-        why: dict[str, str] = {}
-        limit = _tolerance(self.dtype)
-        drafting: tuple[tuple[str, Callable[[], _Path]], ...] = (
-            ("seam", lambda: SeamPath(self.model, token, self.max_length)),
-            ("cache", lambda: CachePath(self.model)),
-        )
-        for name, make in drafting:
-            trial = _try(make, token, reference, _DRAFTED, _DRAFTED_ROWS, limit)
-            if trial.path is not None:
-                return trial.path, why
-            why[name] = trial.fault
-        # token by token is right wherever states are; pieces are quicker, and some models forget their state over them
-        careful = _try(lambda: RecurrentPath(self.model, by_token=True), token, reference, _PLAIN, _PLAIN_ROWS, limit)
-        quick = _try(lambda: RecurrentPath(self.model, by_token=False), token, reference, _PLAIN, _PLAIN_ROWS, limit)
-        if careful.path is None:
-            return RecomputePath(self.model), why | {"recurrent": careful.fault}
-        alike = quick.path is not None and quick.error <= 2 * careful.error + 1e-4
-        return (quick.path if quick.path is not None and alike else careful.path), why
 
 
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-# A rehearsal: per step how many tokens go in as prefix, how many as drafts, and whether one wrong draft follows them.
-_DRAFTED: tuple[tuple[int, int, bool], ...] = ((4, 1, True), (1, 2, False))
-_DRAFTED_ROWS = [3, 4, 5, 6, 7]
-_PLAIN: tuple[tuple[int, int, bool], ...] = ((4, 0, False), (3, 0, False), (1, 0, False))
-_PLAIN_ROWS = [3, 6, 7]
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """A path and its error if the rehearsal went well; otherwise no path, and what went wrong in a few words."""
-
-    path: _Path | None
-    error: float
-    fault: str
-
-
-def _try(
-    make: Callable[[], _Path],
-    token: Sequence[int],
-    reference: Float[Tensor, "P V"],
-    plan: Sequence[tuple[int, int, bool]],
-    rows: list[int],
-    tolerance: float,
-) -> _Trial:
-    try:
-        path = make()
-        error = _error(_rehearse(path, token, plan, reference.device), reference[rows])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failure:  # a model called as it was not made for may raise anything: not its way
-        return _Trial(None, float("inf"), _brief(failure))
-    if error > tolerance:
-        return _Trial(None, error, f"its logits differ by {error:.1e} of their spread")
-    return _Trial(path, error, "")
-
-
-@torch.no_grad()
-def _rehearse(path: _Path, token: Sequence[int], plan: Sequence[tuple[int, int, bool]], device: torch.device) -> Tensor:
-    """Logits of the right tokens. It runs in slot 1 of 2: a path that mixes up slots does not pass."""
-    kv, at, out = path.new_kv(2, len(token) + 1), 0, []
-    for prefix, drafted, wrong in plan:
-        right = list(token[at : at + prefix + drafted])
-        nodes = right[prefix:] + [token[0]] * wrong
-        parents = tuple(range(-1, len(nodes) - 1))
-        draft = Draft(torch.tensor(nodes, dtype=torch.int64, device=device), parents, (len(nodes),))
-        rows = Rows.assemble([1], [right[:prefix]], [at], draft)
-        kv.reserve(rows)
-        out.append(path.run(rows, kv, Taps(None, ()))[0][: 1 + drafted])
-        kv.commit(rows, [range(drafted)])
-        at += prefix + drafted
-    return torch.cat(out)
-
-
-def _error(logits: Float[Tensor, "n V"], reference: Float[Tensor, "n V"]) -> float:
-    """Largest difference in the typical row, as a share of the logits' spread.
-
-    The median row, because in half precision a mixture of experts may route a single row elsewhere.
-    """
-    worst = (logits.double() - reference.double()).abs().amax(-1)
-    return float(worst.median() / reference.double().std().clamp(min=1e-12))
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Rounding through many layers of weights of this type (heads may upcast), with room."""
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.25
-
-
-def _brief(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200].rstrip(".")

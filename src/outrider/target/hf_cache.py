@@ -7,31 +7,33 @@ the whole sequence every time, for models without a cache that grows.
 
 from __future__ import annotations
 
-import inspect
+from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from outrider.errors import CapabilityError, CapacityError
 from outrider.protocols import KVCache
-from outrider.target.hf_taps import Taps
+from outrider.target.hf_state import Handover, keeping
+from outrider.target.hf_taps import Heard, Taps
 from outrider.types import Rows, Segment
 
 
 class SlotCaches:
-    """One transformers cache per slot, or its tokens where there is no cache.
+    """One state of the model per slot (a cache of transformers, mostly), or its tokens where there is none.
 
-    length: committed tokens of every slot. fed: tokens its cache has seen; the next forward crops what was not kept.
+    length: committed tokens of every slot. fed: tokens its state has seen; the next forward crops what was not kept.
     """
 
     def __init__(self, slots: int, capacity: int, rewinds: bool) -> None:
         self.slots, self.capacity, self.rewinds = slots, capacity, rewinds
         self.length: list[int] = [0] * slots
         self.fed: list[int] = [0] * slots
-        self.cache: list[Cache | None] = [None] * slots
+        self.state: list[Any] = [None] * slots
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
 
     def reserve(self, rows: Rows) -> None:
@@ -65,7 +67,7 @@ class SlotCaches:
     def release(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self.length[slot] = self.fed[slot] = 0
-            self.cache[slot] = None
+            self.state[slot] = None
             self.tokens[slot] = []
 
     def erase(self, slot: int) -> None:
@@ -78,60 +80,100 @@ def _caches(kv: KVCache) -> SlotCaches:
     return kv
 
 
-def _keyword(model: PreTrainedModel, *names: str) -> str | None:
-    """The first of `names` that the model's forward takes."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in names if name in known), None)
+class _Scored:
+    """Collects the logits of a step's scored rows, which come call by call, and puts them in the step's order."""
 
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.wanted = rows, sorted(rows.scored.tolist())
+        self.parts: list[Tensor] = []
 
-def _pick(logits: Sequence[Tensor], rows: Rows) -> Float[Tensor, "M V"]:
-    return torch.cat([x[0] for x in logits])[rows.scored]
+    def within(self, first: int, end: int, shift: int = 0) -> Tensor:
+        """Scored rows among `first` .. `end`, counted from `first - shift`."""
+        mine = self.wanted[bisect_left(self.wanted, first) : bisect_left(self.wanted, end)]
+        return torch.tensor([row - first + shift for row in mine], dtype=torch.int64, device=self.rows.token.device)
+
+    def logits(self) -> Float[Tensor, "M V"]:
+        """Segments come in the order of their rows, so what was collected is sorted by row."""
+        return torch.cat(self.parts)[torch.argsort(torch.argsort(self.rows.scored))]
 
 
 class CachePath:
     """One call per sequence with transformers' growing cache; rejected tokens are cropped away."""
 
-    name, trees, rewinds = "cache", False, True
+    name = "cache"
+    trees: bool = False
+    rewinds: bool = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        keyword = _keyword(model, "past_key_values", "cache_params")
-        if keyword is None:
-            raise CapabilityError("it takes no cache")
-        self.keyword = keyword
-
-    def fresh(self) -> Cache:
-        """Without the configuration no layer forgets what left its window, so every layer can be cropped."""
-        return DynamicCache()
+    def __init__(self, model: PreTrainedModel, handover: Handover) -> None:
+        self.model, self.handover = model, handover
 
     def new_kv(self, slots: int, length: int) -> SlotCaches:
         return SlotCaches(slots, length, self.rewinds)
 
     def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
-        held, logits = _caches(kv), []
+        held, out = _caches(kv), _Scored(rows)
         with taps.listen() as heard:
             for s in rows.segments:
                 if not s.is_chain:
                     raise CapabilityError("this model runs on chains only: use a drafter that proposes one")
-                cache = self._at(held, s)
                 for piece in self.pieces(s):
-                    call = {self.keyword: cache}
-                    logits.append(self.model(input_ids=rows.token[None, piece], use_cache=True, **call).logits)
-                held.fed[s.slot] = s.cached + s.count
-        return _pick(logits, rows), heard.states()
+                    self._feed(held, s, piece, out, heard)
+        return out.logits(), heard.states()
 
     def pieces(self, s: Segment) -> list[slice]:
         """Rows of each call of the model."""
         return [slice(s.first, s.first + s.count)]
 
-    def _at(self, held: SlotCaches, s: Segment) -> Cache:
-        """The slot's cache, holding exactly the committed tokens."""
-        cache, extra = held.cache[s.slot], held.fed[s.slot] - s.cached
-        if cache is None or not s.cached:
-            cache = held.cache[s.slot] = self.fresh()
-        elif extra:
-            cache.crop(-extra)
-        return cache
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
+        """One call: rows of `piece`, which continue the slot's text."""
+        state = self._at(held, s.slot, s.cached + piece.start - s.first)
+        scored = out.within(piece.start, piece.stop)
+        logits, state = self.handover.call(self.model, out.rows.token[piece], state, scored)
+        out.parts.append(logits)
+        held.state[s.slot], held.fed[s.slot] = state, s.cached + piece.stop - s.first
+
+    def _at(self, held: SlotCaches, slot: int, length: int) -> Any:
+        """The slot's state, of exactly its first `length` tokens."""
+        if held.state[slot] is None or not length:
+            held.state[slot] = None  # nothing of an abandoned text stays, whatever the model raises
+            return self.handover.fresh()
+        if held.fed[slot] != length:
+            held.state[slot].crop(length - held.fed[slot])
+            held.fed[slot] = length
+        return held.state[slot]
+
+
+class BentPath(CachePath):
+    """A cache whose keys are all turned anew when the text grows beyond `limit` tokens (long-range rotary scaling).
+
+    Rows up to there are those of a shorter text, rows beyond those of a longer one: a cache serves one of the two, and is
+    made again from the text when a step, or a rejection, crosses the limit.
+    """
+
+    def __init__(self, model: PreTrainedModel, handover: Handover, limit: int) -> None:
+        super().__init__(model, handover)
+        self.limit = limit
+
+    def pieces(self, s: Segment) -> list[slice]:
+        middle, end = s.first + self.limit - s.cached, s.first + s.count
+        if not s.first < middle < end:
+            return [slice(s.first, end)]
+        return [slice(s.first, middle), slice(middle, end)]
+
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
+        known, new = held.tokens[s.slot], out.rows.token[piece]
+        at = s.cached + piece.start - s.first
+        same_side = (held.fed[s.slot] > self.limit) == (at + len(new) > self.limit)
+        held.tokens[s.slot] = [*known[:at], *new.tolist()]
+        if not at or (held.state[s.slot] is not None and same_side):
+            return super()._feed(held, s, piece, out, heard)
+        whole = torch.tensor(held.tokens[s.slot], device=new.device)
+        logits, state = self.handover.call(
+            self.model, whole, self.handover.fresh(), out.within(piece.start, piece.stop, at)
+        )
+        out.parts.append(logits)
+        heard.keep(len(new))
+        held.state[s.slot], held.fed[s.slot] = state, len(whole)
 
 
 class RecurrentPath(CachePath):
@@ -139,26 +181,24 @@ class RecurrentPath(CachePath):
 
     name, trees, rewinds = "recurrent", False, False
 
-    def __init__(self, model: PreTrainedModel, by_token: bool) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, handover: Handover, by_token: bool) -> None:
+        super().__init__(model, handover)
         self.by_token = by_token
-
-    def fresh(self) -> Cache:
-        return DynamicCache(config=self.model.config)
 
     def pieces(self, s: Segment) -> list[slice]:
         if not s.cached or not self.by_token:
             return super().pieces(s)
         return [slice(i, i + 1) for i in range(s.first, s.first + s.count)]
 
-    def _at(self, held: SlotCaches, s: Segment) -> Cache:
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
         if s.parent:
             raise CapabilityError(
                 "this model has a recurrent state that cannot be rewound: decode it without a drafter"
             )
-        if s.cached and held.fed[s.slot] != s.cached:
+        at = s.cached + piece.start - s.first
+        if at and held.fed[s.slot] != at:
             raise CapabilityError("this model's recurrent state has seen tokens that were not kept: release the slot")
-        return super()._at(held, s)
+        super()._feed(held, s, piece, out, heard)
 
 
 class RecomputePath:
@@ -167,14 +207,13 @@ class RecomputePath:
     name, trees, rewinds = "recompute", False, True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.extra = {"use_cache": False} if _keyword(model, "use_cache") else {}
+        self.model, self.extra = model, keeping(model, False)
 
     def new_kv(self, slots: int, length: int) -> SlotCaches:
         return SlotCaches(slots, length, self.rewinds)
 
     def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
-        held, logits, states = _caches(kv), [], []
+        held, out, states = _caches(kv), _Scored(rows), []
         token = rows.token.tolist()
         for s in rows.segments:
             if not s.is_chain:
@@ -182,7 +221,7 @@ class RecomputePath:
             whole = held.tokens[s.slot][: s.cached] + token[s.first : s.first + s.count]
             held.tokens[s.slot] = whole
             with taps.listen() as heard:
-                out = self.model(input_ids=torch.tensor([whole], device=rows.token.device), **self.extra)
-            logits.append(out.logits[:, s.cached :])
+                logits = self.model(input_ids=torch.tensor([whole], device=rows.token.device), **self.extra).logits[0]
+            out.parts.append(logits[out.within(s.first, s.first + s.count, s.cached)])
             states.append([h[s.cached :] for h in heard.states()])
-        return _pick(logits, rows), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+        return out.logits(), tuple(torch.cat(parts) for parts in zip(*states, strict=True))

@@ -8,8 +8,8 @@ function gets no mask at all (`masking_utils._preprocess_mask_arguments`): nobod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,20 +21,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.protocols import KVCache
 from outrider.target.attention import visible
+from outrider.target.hf_probe import Bend, NoSeam, attention_of, listen
+from outrider.target.hf_state import named_rows, scores_rows
 from outrider.target.hf_taps import Enough, Taps
 from outrider.target.kv import ContiguousKV
 from outrider.types import Rows
 
-_ATTEND, _RECORD = "outrider", "outrider_record"
-_UNDERSTOOD = frozenset(
-    """outrider scaling sliding_window softcap s_aux is_causal dropout position_ids cache_position use_cache
-    return_dict output_attentions output_hidden_states output_router_logits""".split()  # noqa: SIM905
-)
-"""Keyword arguments that this attention obeys, or that do not change what is attended to."""
-
-
-class NoSeam(Exception):
-    """Why a model cannot be driven through the attention interface; never reaches the user."""
+_ATTEND = "outrider"
 
 
 @dataclass(slots=True)
@@ -121,38 +114,7 @@ def _attend(
 
 
 # ---------------------------------------------------------------------------------- can this model be driven this way?
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What one attention layer asked for."""
-
-    layer: int
-    groups: int
-    head_dim: int
-    window: int
-    dtype: torch.dtype
-    unknown: tuple[str, ...]
-
-
-def _record(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention that computes nothing: it writes down what the model would have asked for."""
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD]
-    if attention_mask is not None:
-        unknown.append("attention_mask")
-    if kwargs.get("is_causal") is False:
-        unknown.append("is_causal=False")
-    if query.shape[2] != key.shape[2]:
-        unknown.append("keys of other rows")
-    head_dim = max(key.shape[-1], value.shape[-1])
-    window = kwargs.get("sliding_window") or 0
-    call = _Call(int(module.layer_idx), key.shape[1], head_dim, window, key.dtype, tuple(unknown))  # type: ignore[arg-type]
-    kwargs["outrider"].append(call)
-    return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
-
-
 AttentionInterface.register(_ATTEND, _attend)
-AttentionInterface.register(_RECORD, _record)
 
 
 def _expected_windows(config: Any, layers: int) -> list[bool]:
@@ -166,50 +128,16 @@ def _expected_windows(config: Any, layers: int) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _check_rotary(config: Any, length: int) -> None:
-    """Refuse rotary frequencies that change with the longest sequence of a call: rows of many sequences share one."""
-    given = getattr(config, "rope_parameters", None) or {}
-    for rope in [given, *(v for v in given.values() if isinstance(v, dict))]:
-        kind = rope.get("rope_type")
-        if kind not in ("dynamic", "longrope"):
-            continue
-        native = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-        if length > native:
-            raise NoSeam(f"its {kind} rotary frequencies depend on the length of the sequence beyond {native} tokens")
-
-
-@contextmanager
-def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """The model uses another attention inside, its own again afterwards: outside this block it stays as it was."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    before = [(c, c._attn_implementation) for c in configs]
-    try:
-        for c in configs:
-            c._attn_implementation = implementation
-        yield
-    finally:
-        for c, own in before:
-            c._attn_implementation = own
-
-
 class SeamPath:
     """All sequences, prompt chunks and trees in one call of the model."""
 
     name, trees, rewinds = "seam", True, True
 
-    def __init__(self, model: PreTrainedModel, probe: Sequence[int], max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, probe: Sequence[int], bend: Bend | None) -> None:
         """Raises NoSeam, or whatever the model raises when it is called in a way it was not made for."""
         self.model = model
         config = model.config.get_text_config(decoder=True)
-        calls: list[_Call] = []
-        token = torch.tensor([list(probe)], device=model.device)
-        with attention_of(model, _RECORD):
-            model(
-                input_ids=token,
-                position_ids=torch.arange(len(probe), device=model.device)[None],
-                use_cache=False,
-                outrider=calls,
-            )
+        calls = listen(model, probe, range(len(probe)))
         layers = int(config.num_hidden_layers)
         if sorted(c.layer for c in calls) != list(range(layers)):
             raise NoSeam(f"{len(calls)} of its {layers} layers go through the attention interface")
@@ -219,7 +147,9 @@ class SeamPath:
         windows = _expected_windows(config, layers)
         if any(bool(c.window) != windows[c.layer] for c in calls):
             raise NoSeam("its sliding windows are not handed to the attention interface")
-        _check_rotary(config, max_length)
+        if bend is not None:
+            raise NoSeam(f"its rotary frequencies depend on the length of the sequence beyond {bend.limit} tokens")
+        self.rows = scores_rows(model, probe)
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
@@ -246,7 +176,7 @@ class SeamPath:
                 input_ids=rows.token[None],
                 position_ids=rows.position[None],
                 use_cache=False,
-                logits_to_keep=rows.scored,
                 outrider=_Step(rows, kv),
+                **named_rows(rows.scored if self.rows else None),
             )
-        return out.logits[0]
+        return out.logits[0] if self.rows else out.logits[0, rows.scored]

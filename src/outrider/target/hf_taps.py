@@ -48,6 +48,11 @@ class Heard:
     def hear(self, layer: int, state: Tensor) -> None:
         self.parts.setdefault(layer, []).append(state[0])
 
+    def keep(self, count: int) -> None:
+        """Of the newest call, only the last `count` rows are of this step; those before were fed again."""
+        for parts in self.parts.values():
+            parts[-1] = parts[-1][-count:]
+
     def states(self) -> tuple[Float[Tensor, "N H"], ...]:
         """One tensor per layer asked for: the rows of all calls, in order."""
         return tuple(torch.cat(self.parts[i]) if len(self.parts[i]) > 1 else self.parts[i][0] for i in self.layers)
@@ -95,7 +100,7 @@ class Taps:
             return self.blocks[layer - 1].register_forward_hook(lambda m, args, out: heard.hear(layer, _state(out)))
 
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            heard.hear(0, args[0] if args else kwargs["hidden_states"])
+            heard.hear(0, next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()))
 
         return self.blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
 

@@ -1,0 +1,168 @@
+"""What a Hugging Face model asks of its attention, heard by an attention that computes nothing.
+
+Two things are found so: whether all layers attend through transformers' `AttentionInterface` and in which way, and
+whether the rotary frequencies of a call depend on its longest position (dynamic and long-range scaling), which no row
+may do that shares a call, or a cache, with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+_RECORD = "outrider_record"
+_OBEYED = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"})
+"""What our attention makes use of."""
+_HARMLESS = frozenset({"outrider", "position_ids", "use_cache", "return_dict", "output_router_logits"})
+"""What changes nothing that is attended to. All else that is not empty must be our own positions under another name."""
+
+
+class NoSeam(Exception):
+    """Why a model cannot be driven through the attention interface; never reaches the user as an error."""
+
+
+class _Heard(Exception):
+    """The layer asked for was heard: the rest of the call is not needed. Never reaches the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one attention layer asked for. unknown: keyword arguments that change what is attended to in ways unknown to us."""
+
+    layer: int
+    groups: int
+    head_dim: int
+    window: int
+    dtype: torch.dtype
+    unknown: tuple[str, ...]
+    query: Float[Tensor, "h n D"]
+
+
+@dataclass(slots=True)
+class _Listener:
+    """position: of the rows of the call. last: number of layers after which to stop; None: all."""
+
+    position: Tensor
+    last: int | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def hear(self, call: Call) -> None:
+        self.calls.append(call)
+        if len(self.calls) == self.last:
+            raise _Heard
+
+
+def _inert(value: Any, position: Tensor) -> bool:
+    """None, False, zero, nothing, or the positions of the rows again: an argument that asks for nothing."""
+    if isinstance(value, Tensor):
+        return value.numel() == position.numel() and bool((value.flatten() == position).all())
+    return value is None or (isinstance(value, bool | int | float | str | tuple | list | dict) and not value)
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The registered attention that only listens."""
+    listener: _Listener | None = kwargs.get("outrider")
+    if listener is None:
+        raise NoSeam("it does not hand keyword arguments on to its attention")
+    asked = {name: given for name, given in kwargs.items() if name not in _OBEYED | _HARMLESS}
+    unknown = [name for name, given in asked.items() if not _inert(given, listener.position)]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if kwargs.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if query.shape[2] != key.shape[2]:
+        unknown.append("keys of other rows")
+    head_dim = max(key.shape[-1], value.shape[-1])
+    window, layer = kwargs.get("sliding_window") or 0, int(module.layer_idx)  # type: ignore[arg-type]
+    listener.hear(Call(layer, key.shape[1], head_dim, window, key.dtype, tuple(unknown), query[0]))
+    return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+AttentionInterface.register(_RECORD, _record)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model uses another attention inside, its own again afterwards: outside this block it stays as it was."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(c, c._attn_implementation) for c in configs]
+    try:
+        for c in configs:
+            c._attn_implementation = implementation
+        yield
+    finally:
+        for c, own in before:
+            c._attn_implementation = own
+
+
+@torch.no_grad()
+def listen(
+    model: PreTrainedModel, token: Sequence[int], position: Sequence[int], last: int | None = None
+) -> list[Call]:
+    """What every layer asks for, in the order of the calls, when the model reads `token` at `position`; the first `last` only."""
+    at = torch.tensor(list(position), device=model.device)
+    heard = _Listener(at, last)
+    with attention_of(model, _RECORD), suppress(_Heard):
+        model(
+            input_ids=torch.tensor([list(token)], device=model.device),
+            position_ids=at[None],
+            use_cache=False,
+            outrider=heard,
+        )
+    return heard.calls
+
+
+# ------------------------------------------------------------------------------------------------------ long positions
+@dataclass(frozen=True, slots=True)
+class Bend:
+    """Rotary frequencies change as soon as a call reaches beyond `limit` tokens. once: they change there, and never again."""
+
+    limit: int
+    once: bool
+
+
+def find_bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend | None:
+    """Where rows at the start of a text turn differently because a call has a row further on, up to `length` tokens.
+
+    None: nowhere, or the model does not attend through the interface.
+    """
+    n = len(token)
+
+    def queries(reach: int, last: int | None = None) -> list[Tensor]:
+        """Queries of the first n rows of a call of n + 1 rows that reaches `reach` tokens: always the same products."""
+        return [c.query[:, :n] for c in listen(model, [*token, token[0]], [*range(n), reach - 1], last)]
+
+    if length <= n + 1:
+        return None
+    far, near = queries(length), queries(n + 1)  # near ones last: some models keep what the longest call made them use
+    if len(far) != len(near):
+        return None
+    changed = next((i for i, (a, b) in enumerate(zip(far, near, strict=True)) if not _alike(a, b)), None)
+    if changed is None:
+        return None
+    low, high = n + 1, length
+    while high - low > 1:
+        middle = (low + high) // 2
+        queries(n + 1, changed + 1)
+        if _alike(queries(middle, changed + 1)[-1], near[changed]):
+            low = middle
+        else:
+            high = middle
+    first = queries(low + 1, changed + 1)[-1]
+    queries(n + 1, changed + 1)
+    return Bend(low, _alike(first, far[changed]))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding: experts may be given the last row too, or not."""
+    limit = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.03
+    return float((a - b).abs().max()) <= limit * float(b.abs().max().clamp(min=1e-12))

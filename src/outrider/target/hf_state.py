@@ -1,0 +1,165 @@
+"""How a Hugging Face model hands its state from one call to the next, found by calling it.
+
+Releases of transformers, and models of other people, call the state by different names (`past_key_values`,
+`cache_params`, `state`, since 5.24 `cache`), and a name that a model does not know is swallowed without a word by its
+`**kwargs`. So no name is believed: a model is called once, what it returns is fed back, and the argument and the field
+are those with which a call of one further token gives the logits of the whole text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from outrider.errors import CapabilityError
+
+_NEVER_STATE = ("loss", "logits", "hidden_states", "attentions", "router_logits", "aux_loss")
+_ROWS = "logits_to_keep"
+_PLAIN = frozenset(
+    """bool int float str None NoneType Optional Union typing torch Tensor LongTensor FloatTensor BoolTensor
+    IntTensor""".split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """One way of giving a model its state and of getting it back.
+
+    argument: of forward, takes the state. returned: field of the output that gives it back. fresh: makes the first state
+    (None: the model does). extra: what else a call needs. rows: forward computes the logits of named rows alone.
+    """
+
+    argument: str
+    returned: str
+    fresh: Callable[[], Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+    rows: bool = False
+
+    def call(
+        self, model: PreTrainedModel, token: Tensor, state: Any, scored: Tensor
+    ) -> tuple[Float[Tensor, "s V"], Any]:
+        """Logits of the rows `scored` of `token` [n], and the state behind them. `state` None: the text begins here."""
+        given = {} if state is None else {self.argument: state}
+        out = model(input_ids=token[None], **given, **named_rows(scored if self.rows else None), **self.extra)
+        return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.returned]
+
+
+def accepts(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's forward names this argument (one that falls into its `**kwargs` may be forgotten there)."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def keeping(model: PreTrainedModel, state: bool) -> dict[str, bool]:
+    """What tells the model to return a state, or to make none."""
+    known = inspect.signature(model.forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in known)
+    return {"use_cache": state} if takes else {}
+
+
+def named_rows(scored: Tensor | None) -> dict[str, Tensor]:
+    """What tells the model to compute the logits of these rows alone, where it can (`scores_rows`); None: of all."""
+    return {} if scored is None else {_ROWS: scored}
+
+
+@torch.no_grad()
+def scores_rows(model: PreTrainedModel, token: Sequence[int]) -> bool:
+    """Whether forward computes the logits of the rows it is asked for, in the order asked, and of no others."""
+    if not accepts(model, _ROWS) or len(token) < 3:
+        return False
+    inputs = torch.tensor([list(token)], device=model.device)
+    rows = torch.tensor([2, 0], device=model.device)
+    try:
+        return model(input_ids=inputs, **named_rows(rows)).logits.shape[1] == len(rows)
+    except (TypeError, IndexError, ValueError, RuntimeError):
+        return False
+
+
+def croppable() -> Cache:
+    """A cache for any number of layers of keys and values. Without the model's configuration no layer forgets what left
+    its window, so that every layer can be cropped."""
+    return DynamicCache()
+
+
+@torch.no_grad()
+def find_handover(
+    model: PreTrainedModel,
+    token: Sequence[int],
+    agrees: Callable[[Tensor, int], bool],
+    makers: Sequence[Callable[[], Any]],
+) -> Handover:
+    """The way in which states made by one of `makers` (tried in order; one that returns None leaves it to the model) go
+    through this model. agrees(logits [1, V], at): whether these are the logits of row `at` of `token`.
+
+    Raises CapabilityError, with what the last attempt came to, where the model keeps no state.
+    """
+    extra, rows, fault = keeping(model, True), scores_rows(model, token), "it returns no state that it takes back"
+    inputs = torch.tensor(list(token), device=model.device)
+    half, last = len(token) // 2, torch.zeros(1, dtype=torch.int64, device=model.device)
+    for maker in makers:
+        for way in _ways(model, inputs[:half], maker, extra, rows):
+            try:
+                _, state = way.call(model, inputs[:half], way.fresh(), last)
+                logits, again = way.call(model, inputs[half : half + 1], state, last)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as failure:  # an argument that was not made for a state may raise anything
+                fault = f"its {way.argument} takes no state: {brief(failure)}"
+                continue
+            if agrees(logits, half) and (again is state or not isinstance(state, Cache)):
+                return way
+            fault = f"its {way.argument} does not carry the text from call to call"
+    raise CapabilityError(fault)
+
+
+def _ways(
+    model: PreTrainedModel, inputs: Tensor, maker: Callable[[], Any], extra: dict[str, Any], rows: bool
+) -> Iterator[Handover]:
+    """Arguments and fields that may be the state's, the likely first."""
+    given = maker()
+    arguments = _arguments(model)
+    if given is None:
+        out = model(input_ids=inputs[None], **extra)
+        fields = [n for n in out if n not in _NEVER_STATE and not isinstance(out[n], Tensor)]
+        for name in sorted(fields, key=lambda n: not isinstance(out[n], Cache)):
+            for argument in sorted(arguments, key=lambda a: a != name):
+                yield Handover(argument, name, maker, extra, rows)
+        return
+    for argument in arguments:
+        given = maker()
+        try:
+            out = model(input_ids=inputs[None], **{argument: given}, **extra)
+        except Exception:  # not made for a cache; `find_handover` names what the likeliest argument came to
+            continue
+        for name in out:
+            if out[name] is given:  # what we handed in came back: the model wrote into it
+                yield Handover(argument, name, maker, extra, rows)
+
+
+def _arguments(model: PreTrainedModel) -> list[str]:
+    """Optional arguments of forward whose type may be a state's, those first that speak of a cache."""
+    known = inspect.signature(model.forward).parameters.values()
+    optional = [p for p in known if p.default is None and not _plain(p.annotation) and p.name not in _NEVER_STATE]
+    return [p.name for p in sorted(optional, key=lambda p: "Cache" not in str(p.annotation))]
+
+
+def _plain(annotation: Any) -> bool:
+    """Whether an argument of this type is numbers, words or one tensor, and no state. One without a type may be anything."""
+    if annotation is inspect.Parameter.empty:
+        return False
+    words = set(
+        re.findall(r"\w+", getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation))
+    )
+    return words <= _PLAIN
+
+
+def brief(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200].rstrip(".")

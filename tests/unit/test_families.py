@@ -1,0 +1,146 @@
+"""Families without a place on the fast paths are driven as transformers' own `generate` drives them: same calls, same text.
+
+What a step costs is counted in tokens fed to the model, not in seconds: they must not grow with the text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import contextmanager
+
+import pytest
+import transformers
+from transformers import PreTrainedModel
+
+from benchmarks.families import FAMILIES, PROMPT, build, engine_of, known, ours, theirs
+from outrider.target.hf import HFTarget
+
+NEW = 16
+DAILY = ("bloom", "falcon", "gpt_neo", "mamba2", "phi3", "qwen3_next", "rwkv", "stablelm", "jamba", "lfm2")
+SPREAD = [f if f in DAILY else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
+@contextmanager
+def counted(model: PreTrainedModel):
+    """Tokens of every call of the model."""
+    fed: list[int] = []
+
+    def count(module: object, args: tuple, kwargs: dict) -> None:
+        given = args[0] if args else kwargs["input_ids"]
+        fed.append(given.shape[1])
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield fed
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("family", SPREAD)
+def test_a_step_costs_what_it_costs_in_transformers(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    if not known(family):
+        pytest.skip("not in this release of transformers")
+    model = build(family)
+    engine = engine_of(model, 64)
+    assert engine.parts.target.path != "recompute", engine.parts.target.why
+    with counted(model) as fed, caplog.at_level(logging.WARNING), propagating():
+        text = ours(engine, NEW)
+    assert "deprecated" not in caplog.text.lower()  # transformers says so by its log, once per process
+    with counted(model) as expected:
+        assert text == theirs(model, NEW)
+    assert fed == expected
+
+
+@contextmanager
+def propagating():
+    """transformers keeps its log to itself otherwise."""
+    logger = transformers.logging.get_logger("transformers")
+    before, logger.propagate = logger.propagate, True
+    try:
+        yield
+    finally:
+        logger.propagate = before
+
+
+def test_a_text_that_outgrows_its_frequencies_is_read_once_more_and_no_more() -> None:
+    model = build("phi3", positions=64)  # other frequencies beyond 32 tokens
+    with counted(model) as fed:
+        ours(engine_of(model, 64), 20)
+    again = [n for n in fed[fed.index(len(PROMPT)) + 1 :] if n > 1]
+    assert again == [33]
+
+
+class Output(dict):
+    """What a call returns, by key and by attribute."""
+
+    def __getattr__(self, name: str) -> object:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+def renamed(inner: PreTrainedModel, argument: str, returned: str) -> PreTrainedModel:
+    """`inner` as a later release may have it: it swallows what it does not know, takes its state as `argument` and returns
+    it as `returned`."""
+    kind = type(inner)
+    target = HFTarget(inner)
+    way = target._path.handover  # type: ignore[attr-defined]
+
+    class Later(kind):  # type: ignore[misc, valid-type]
+        pass
+
+    def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, **kwargs):
+        state = kwargs.pop(argument, None)
+        kwargs = {k: v for k, v in kwargs.items() if k in ("position_ids", "outrider", "logits_to_keep")}
+        given = {} if state is None else {way.argument: state}
+        out = kind.forward(
+            self, input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **given, **kwargs
+        )
+        return Output(
+            {("logits" if k == "logits" else returned if k == way.returned else k): v for k, v in out.items()}
+        )
+
+    old = inspect.signature(forward)
+    parameters = list(old.parameters.values())
+    parameters.insert(2, inspect.Parameter(argument, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None))
+    forward.__signature__ = old.replace(parameters=parameters)  # type: ignore[attr-defined]
+    Later.forward = forward
+    inner.__class__ = Later
+    return inner
+
+
+@pytest.mark.parametrize(("argument", "returned"), [("memory", "memory"), ("what_was_read", "kept")])
+@pytest.mark.parametrize("family", ["bloom", "mamba2"])
+def test_the_next_rename_changes_nothing(family: str, argument: str, returned: str) -> None:
+    model = build(family)
+    before = HFTarget(model)
+    text = ours(engine_of(model, 64), NEW)
+    later = renamed(model, argument, returned)
+    target = HFTarget(later)
+    assert (target.path, target.why) == (before.path, before.why)
+    with counted(later) as fed:
+        assert ours(engine_of(later, 64), NEW) == text
+    assert fed[-NEW + 1 :] == [1] * (NEW - 1)
+
+
+def test_recomputing_is_said_with_its_reason() -> None:
+    config = transformers.AutoConfig.for_model(
+        "openai-gpt", n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=64
+    )
+    target = HFTarget(transformers.AutoModelForCausalLM.from_config(config))
+    assert target.path == "recompute"
+    (notice,) = target.notices
+    assert (
+        "recomputing the whole text at every step, whose time grows with its length, because it returns no state"
+        in notice
+    )
+    assert notice.count(": ") == 1 and "\n" not in notice  # one remedy, one line
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [("bloom", "few slots"), ("mamba2", "without drafts"), ("phi3", "max_length")]
+)
+def test_what_a_path_costs_is_said(family: str, words: str) -> None:
+    (notice,) = HFTarget(build(family)).notices
+    assert words in notice
