@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("OMP_PROC_BIND", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import outrider  # noqa: F401, I001  (before torch, which OUTRIDER_ISA may hold to fewer instructions)
+
 import pytest
 import torch
 from hypothesis import settings

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
+
 from outrider.cli import options as opt
 from outrider.engine.engine import Engine
 
@@ -15,5 +17,5 @@ def engine_from_options(**options: Any) -> Engine:
     with opt.loading("loading") as progress:
         engine = build_engine(progress=progress, **options)
     for notice in engine.notices:
-        opt.err.print(f"[dim]outrider: {notice}[/dim]")
+        opt.err.print(f"[dim]outrider: {escape(notice)}[/dim]", soft_wrap=True)
     return engine
