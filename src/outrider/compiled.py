@@ -41,8 +41,8 @@ FLAGS = (
 """-O2: -O3 takes twice as long to compile for the same speed. No contraction: see target/native/simd.h."""
 NATIVE = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to use all of this CPU: x86 and newer ARM compilers, older ARM compilers, those that cannot be told."""
-STATIC = ("-static-libstdc++", "-static-libgcc")
-"""For libraries that go elsewhere: another machine's C++ runtime may be an older one."""
+STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s")
+"""For libraries that go elsewhere, where the C++ runtime may be an older one: what they need of it is in them, and nothing else."""
 TIMEOUT = 300.0
 HERE = Path(__file__).parent
 WHEEL = HERE / "prebuilt"
@@ -204,6 +204,14 @@ def build(
     if not library.exists():
         compile_unit(unit, compiler, flags, library)
     _check_owner(library)
+    return library
+
+
+def build_for_wheel(unit: Unit, compiler: list[str], level: isa.Level, folder: Path) -> Path:
+    """The library for any machine with these instructions, under the name that a wheel gives it. Raises BuildError."""
+    library = folder / wheel_name(unit, level)
+    compile_unit(unit, compiler, [*FLAGS, *level.flags, *(["-fopenmp"] if unit.threads else [])], library, STATIC)
+    library.chmod(0o755)
     return library
 
 
