@@ -17,7 +17,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))  # the tree that is built, not an outrider that is installed
 
-from outrider import compiled, isa  # noqa: E402
+from outrider import compiled, isa
 
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 
@@ -38,7 +38,9 @@ class NativeLibraries(BuildHookInterface):
             build_data["pure_python"] = False
             build_data["tag"] = "py3-none-" + ".".join(f"linux_{machine}" for machine in machines)
         else:
-            self.app.display_warning("no C++ compiler: this wheel has no native libraries, they are compiled where it runs")
+            self.app.display_warning(
+                "no C++ compiler: this wheel has no native libraries, they are compiled where it runs"
+            )
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if hasattr(self, "_folder"):

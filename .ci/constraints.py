@@ -1,7 +1,7 @@
 """Writes constraints.txt: every package that the tests were run with, for each Python we support.
 
-    constraints.py PYTHON...       resolve the newest that pyproject.toml admits under each of these interpreters (`make constraints`)
-    constraints.py --oldest        print the oldest direct dependencies that pyproject.toml admits (`make test-latest`)
+    constraints.py PYTHON...    resolve the newest that pyproject.toml admits, for each of these interpreters (`make constraints`)
+    constraints.py --oldest     print the oldest direct dependencies that pyproject.toml admits (`make test-latest`)
 
 Nothing is installed: pip resolves and reports. Local versions ("+cpu") are left out, so that a constraint fits every build of a
 release; and the file names no index. Other constraints (a machine's own, in pip's configuration) stay in force beside it.
@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "constraints.txt"
 OURS = "outrider"
-HEAD = """# Every package the tests were run with. Written by `make constraints`; used by the targets of the Makefile, not by `pip install outrider`.
+HEAD = """# Every package the tests were run with. Written by `make constraints`.
+# The Makefile's targets install by it; `pip install outrider` does not.
 """
 Version = tuple[int, int]
 
@@ -33,14 +34,20 @@ def normal(name: str) -> str:
 
 def resolve(python: str) -> tuple[Version, dict[str, str]]:
     """The interpreter's version, and the packages pip would install into an empty environment of it, by name."""
-    version = subprocess.check_output(
-        [python, "-c", "import sys; print(*sys.version_info[:2])"], text=True
-    )
+    version = subprocess.check_output([python, "-c", "import sys; print(*sys.version_info[:2])"], text=True)
     major, minor = map(int, version.split())
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         report = Path(folder) / "report.json"
-        command = [Path(folder) / "bin" / "python", "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        command = [
+            Path(folder) / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--ignore-installed",
+        ]
         subprocess.run([*command, "--report", report, f"{ROOT}[dev,peers]"], check=True)
         found = json.loads(report.read_text())["install"]
     pins = {normal(item["metadata"]["name"]): item["metadata"]["version"].partition("+")[0] for item in found}
@@ -91,7 +98,9 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit("give the interpreters to resolve for: constraints.py python3.11 python3.12 python3.13")
     pins = dict(resolve(python) for python in arguments)
     FILE.write_text(HEAD + "".join(f"{line}\n" for line in lines(pins)), encoding="utf-8")
-    print(f"{FILE.name}: {len(lines(pins))} constraints for Python {', '.join('.'.join(map(str, p)) for p in sorted(pins))}")
+    print(
+        f"{FILE.name}: {len(lines(pins))} constraints for Python {', '.join('.'.join(map(str, p)) for p in sorted(pins))}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Native libraries: those that came with the wheel, or compiled here once per machine and kept in the user's cache.
 
-The decoder and the rules' passes over a vocabulary have native twins. Both load through here. The wheel's library is taken where it is
-for all the instructions of this CPU that our kernels use; otherwise one is compiled; where that cannot be, a lesser one of the wheel's;
-where there is none, PyTorch serves. Whatever is not the fastest comes with a notice. Imports nothing heavy: wheels are built with it.
+The decoder and the rules' passes over a vocabulary have native twins. Both load through here. The wheel's library is taken where
+it is for all the instructions of this CPU that our kernels use; otherwise one is compiled; where that cannot be, a lesser one of
+the wheel's serves; where there is none, PyTorch. Whatever is not the fastest comes with a notice. Imports nothing heavy: wheels
+are built with it.
 """
 
 from __future__ import annotations
@@ -99,14 +100,19 @@ def cache_folder() -> Path:
 
 @functools.cache
 def load(unit: Unit) -> Loaded:
-    """The unit's library, once a process. May compile for some seconds the first time on a machine. ConfigError for a bad OUTRIDER_ISA."""
+    """The unit's library, once a process. May compile for some seconds the first time on a machine.
+
+    Raises ConfigError if OUTRIDER_ISA names what cannot be.
+    """
     choice = isa.chosen()
     ready = prebuilt(unit, choice)
     try:
         if ready is not None and (choice.prebuilt or ready[1] == choice.level):
             return Loaded(ctypes.CDLL(str(ready[0])))
         if choice.prebuilt:
-            raise BuildError(f"no library came with this installation, and {isa.VARIABLE} asks for it", f"unset {isa.VARIABLE}")
+            raise BuildError(
+                f"no library came with this installation, and {isa.VARIABLE} asks for it", f"unset {isa.VARIABLE}"
+            )
         return _compiled(unit, None if choice.native else choice.level)
     except (BuildError, OSError) as error:
         return _without(unit, error, ready)
@@ -186,9 +192,7 @@ def find_compiler() -> list[str]:
     raise BuildError("there is no C++ compiler", COMPILER)
 
 
-def build(
-    unit: Unit, compiler: list[str], folder: Path, *, openmp: bool, level: isa.Level | None = None
-) -> Path:
+def build(unit: Unit, compiler: list[str], folder: Path, *, openmp: bool, level: isa.Level | None = None) -> Path:
     """Path of the shared library for this compiler and these instructions, compiled if it is not in `folder` yet.
 
     openmp: with threads. level: its instructions; None for all of this CPU's. Raises BuildError when it cannot be compiled, or when
@@ -226,7 +230,9 @@ def _probe(compiler: list[str], options: Sequence[tuple[str, ...]]) -> tuple[tup
     raise BuildError(f"{compiler[0]} does not run ({error})", COMPILER)
 
 
-def compile_unit(unit: Unit, compiler: list[str], flags: Sequence[str], library: Path, link: Sequence[str] = ()) -> None:
+def compile_unit(
+    unit: Unit, compiler: list[str], flags: Sequence[str], library: Path, link: Sequence[str] = ()
+) -> None:
     """Compile beside the place and rename: two processes may do this at once. link: further flags of the linker."""
     logger.info("compiling %s (once per machine, some seconds)", unit.name)
     start = time.perf_counter()

@@ -1,8 +1,8 @@
 """Which of this CPU's instructions our kernels use, and how to do without some: the environment variable `OUTRIDER_ISA`.
 
-`OUTRIDER_ISA=avx2` stands in for a machine without AVX-512: our libraries are compiled (or chosen) for AVX2, and PyTorch is held to it,
-if `outrider` is imported before it. A name with `prebuilt:` before it takes the library that came with the wheel, as if there were no
-compiler. Imports nothing heavy: it must run before torch is imported, and when a wheel is built.
+`OUTRIDER_ISA=avx2` stands in for a machine without AVX-512: our libraries are compiled (or chosen) for AVX2, and PyTorch is held
+to it, if `outrider` is imported before it. A name with `prebuilt:` before it takes the library that came with the wheel, as if
+there were no compiler. Imports nothing heavy: it must run before torch is imported, and when a wheel is built.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PREBUILT = "prebuilt:"
 class Level:
     """A set of instructions that one build of our kernels is for.
 
-    name: in OUTRIDER_ISA and in file names. kind: as the decoder's `outrider_kind` calls it. flags: for the compiler. needs: what the
-    kernel calls the instructions. torch: variables that hold PyTorch and its libraries to them.
+    name: in OUTRIDER_ISA and in file names. kind: as the decoder's `outrider_kind` calls it. flags: for the compiler. needs: what
+    the system's kernel calls the instructions. torch: variables that hold PyTorch and its libraries to them.
     """
 
     name: str

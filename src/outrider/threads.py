@@ -36,7 +36,10 @@ def thread_notice(threads: int) -> str | None:
     if sys.platform != "linux":
         return None
     cores = min(_cores(os.sched_getaffinity(0)), quota())
-    if os.environ.get("OMP_PROC_BIND", "false").lower() not in ("false", ""):  # bound, this thread sees its own core only
+    if os.environ.get("OMP_PROC_BIND", "false").lower() not in (
+        "false",
+        "",
+    ):  # bound, this thread sees its own core only
         named = os.environ.get("OMP_NUM_THREADS", "")
         cores = min(int(named), quota()) if named.isdigit() else threads
     if threads == cores:

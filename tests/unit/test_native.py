@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from outrider import compiled, isa
+from outrider.compiled import DECODER, Unit
 from outrider.errors import CapacityError, RequestError
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
 from outrider.target.native import NativeDecoder, load_native
-from outrider.compiled import DECODER, Unit
 from outrider.target.native.build import load_library
 from outrider.types import Draft, Rows
 
@@ -454,7 +454,9 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
 
 def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
     """Compiled without this CPU's own instructions and without threads: the same reference, the same invariance."""
-    library = compiled.build(DECODER, compiled.find_compiler(), tmp_path, openmp=False, level=isa.LEVELS[isa.machine()][0])
+    library = compiled.build(
+        DECODER, compiled.find_compiler(), tmp_path, openmp=False, level=isa.LEVELS[isa.machine()][0]
+    )
     for dtype in (torch.float32, torch.bfloat16):
         config, extras = SHAPES["odd sizes"]
         weights, path = random_weights(config, extras, dtype), tokens(9, config.vocab_size)

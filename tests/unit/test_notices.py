@@ -67,7 +67,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     except compiled.BuildError:
         pytest.skip("no compiler")
     level = isa.chosen()
-    built = {u.name: compiled.build(u, compiler, folder, openmp=u.threads, level=None if level.native else level.level) for u in compiled.UNITS}
+    built = {
+        u.name: compiled.build(u, compiler, folder, openmp=u.threads, level=None if level.native else level.level)
+        for u in compiled.UNITS
+    }
     kept = tmp_path_factory.mktemp("built")
     return {name: Path(shutil.copy(path, kept / f"{name}.so")) for name, path in built.items()}
 
@@ -76,7 +79,9 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def quick(libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that takes no time."""
 
-    def compile_unit(unit: compiled.Unit, compiler: list[str], flags: list[str], library: Path, link: object = ()) -> None:
+    def compile_unit(
+        unit: compiled.Unit, compiler: list[str], flags: list[str], library: Path, link: object = ()
+    ) -> None:
         library.write_bytes(libraries[unit.name].read_bytes())
         library.chmod(0o700)
 
@@ -88,7 +93,9 @@ def said(model: Path, draft: str | None = None) -> str:
     engine = build_engine(model, str(draft or model), slots=1, max_length=64, length=2)
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(set(engine.notices)) == len(engine.notices)
-    assert all("\n" not in n and any(w in n for w in ("set ", "install ", "leave ", "choose ", "use ")) for n in engine.notices)
+    assert all(
+        "\n" not in n and any(w in n for w in ("set ", "install ", "leave ", "choose ", "use ")) for n in engine.notices
+    )
     return "\n".join(engine.notices)
 
 
@@ -130,7 +137,9 @@ def test_with_a_cache_that_others_can_write(fresh: Path, model: Path) -> None:
 def test_with_a_compiler_without_openmp(
     fresh: Path, model: Path, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_unit(unit: compiled.Unit, compiler: list[str], flags: list[str], library: Path, link: object = ()) -> None:
+    def compile_unit(
+        unit: compiled.Unit, compiler: list[str], flags: list[str], library: Path, link: object = ()
+    ) -> None:
         if "-fopenmp" in flags:
             raise compiled.BuildError("clang++ failed (no OpenMP)", compiled.COMPILER)
         library.write_bytes(libraries[unit.name].read_bytes())
@@ -187,7 +196,9 @@ def test_dtypes_that_are_emulated(gpt2: Path, model: Path, monkeypatch: pytest.M
     assert load_target(gpt2).dtype == torch.float32
     assert not any("emulates" in n for n in load_target(gpt2).notices)
     for dtype in ("bfloat16", "float16"):
-        assert any(f"runs in {dtype}, which this CPU only emulates" in n for n in load_target(gpt2, dtype=dtype).notices)
+        assert any(
+            f"runs in {dtype}, which this CPU only emulates" in n for n in load_target(gpt2, dtype=dtype).notices
+        )
         assert any("emulates" in n for n in inspect_checkpoint(gpt2, dtype=dtype).notices)
     assert any("float16; choose dtype float32" in n for n in load_target(model, dtype="float16").notices)
     assert any("float64; choose dtype float32" in n for n in load_target(model, dtype="float64").notices)
@@ -261,7 +272,9 @@ def test_threads_and_cores(
     assert expected is None or expected in (found or "")
 
 
-@pytest.mark.parametrize(("text", "cores"), [("max 100000", None), ("150000 100000", 2), ("20000 100000", 1), ("x", None)])
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", None), ("150000 100000", 2), ("20000 100000", 1), ("x", None)]
+)
 def test_a_container_s_quota(text: str, cores: int | None, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text(text)
     assert threads.quota(tmp_path) == cores or (cores is None and threads.quota(tmp_path) > 10**6)

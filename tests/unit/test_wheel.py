@@ -17,13 +17,19 @@ ROOT = Path(__file__).parent.parent.parent
 DRIVER = ROOT / "tests" / "native" / "driver.cpp"
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 
-linux = pytest.mark.skipif(sys.platform != "linux" or isa.machine() not in CROSS, reason="wheels have libraries for Linux")
+linux = pytest.mark.skipif(
+    sys.platform != "linux" or isa.machine() not in CROSS, reason="wheels have libraries for Linux"
+)
 pytestmark = [pytest.mark.slow, linux]
 
 
 def compiler_for(machine: str) -> list[str]:
     try:
-        return compiled.find_compiler() if machine == isa.machine() else [shutil.which(CROSS[machine]) or pytest.skip("no cross compiler")]
+        return (
+            compiled.find_compiler()
+            if machine == isa.machine()
+            else [shutil.which(CROSS[machine]) or pytest.skip("no cross compiler")]
+        )
     except compiled.BuildError:
         pytest.skip("no compiler")
 
@@ -53,8 +59,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize(("machine", "name"), [(m, level.name) for m in isa.LEVELS for level in isa.LEVELS[m]])
-def test_every_library_of_a_wheel_computes_the_same(machine: str, name: str, plain: list[float], tmp_path: Path) -> None:
-    """To rounding, on this machine's levels and on the other one's; and rows are the same bits in any company (the driver looks)."""
+def test_every_library_of_a_wheel_computes_the_same(
+    machine: str, name: str, plain: list[float], tmp_path: Path
+) -> None:
+    """To rounding, on this machine's levels and the other one's; and rows are the same bits in any company (the driver looks)."""
     level = next(level for level in isa.LEVELS[machine] if level.name == name)
     if machine == isa.machine() and level not in isa.levels():
         pytest.skip("this CPU lacks these instructions")
@@ -73,7 +81,9 @@ def test_a_wheel_has_them_and_says_for_which_machines(tmp_path: Path) -> None:
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is not installed")
     compiler_for(isa.machine())
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], check=True, cwd=ROOT
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert f"linux_{isa.machine()}" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()

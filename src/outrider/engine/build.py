@@ -177,7 +177,9 @@ def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, ob
         ours = cast(Tokenizer, loaded.tokenizer)
         seen = translate(model, cast(Tokenizer, tokenizer), ours, loaded.target.vocab_size, name)
         sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in ours.encode(row)]
-        told = f"{seen.notices[0]}: {ceiling(seen, sample):.0%} of the tokens of a sample of code, a ceiling of acceptance"
+        told = (
+            f"{seen.notices[0]}: {ceiling(seen, sample):.0%} of the tokens of a sample of code, a ceiling of acceptance"
+        )
         seen.notices = (told, *model.notices)
         loaded.models[key] = (seen, loaded.tokenizer)
     return loaded.models[key]

@@ -39,4 +39,6 @@ def wasted_option(quantize: str | None, models: int) -> list[str]:
     """A notice if a draft was to be quantised and there is no draft model."""
     if quantize is None or models:
         return []
-    return [f"draft_quantize={quantize!r} does nothing, for only a draft model is quantised: leave it out, or name a draft model"]
+    return [
+        f"draft_quantize={quantize!r} does nothing, for only a draft model is quantised: leave it out, or name a draft model"
+    ]

@@ -77,7 +77,7 @@ def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeD
 
 
 def library_for(config: DecoderConfig, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library if models of this shape and type can be decoded natively on this CPU; and a notice if there is none or a slow one."""
+    """The library if models of this shape and type can be decoded natively on this CPU; a notice if there is none or a slow one."""
     reason = _unfit(config, dtype)
     if reason is not None:
         return None, f"{DECODER.instead}: {reason}"
