@@ -151,6 +151,8 @@ def prepare(job: Job, report: Report = print) -> None:
         training, held_out = [d for i, d in enumerate(documents) if i % 10], documents[::10]
     check_target(job)
     engine = engine_of(job)
+    for notice in engine.notices:
+        report(notice)
     target = engine.parts.target
     layers = tuple(sorted({*taps_of(job, target), target.layers}))
     for part, texts in (("held_out", held_out), ("training", training or held_out)):
