@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "constraints.txt"
 OURS = "outrider"
+OF_A_BUILD = ("nvidia-", "cuda-", "triton")
+"""What one build of PyTorch needs and another does not, or in another version; each pins its own."""
 HEAD = """# Every package the tests were run with. Written by `make constraints`.
 # The Makefile's targets install by it; `pip install outrider` does not.
 """
@@ -51,8 +53,7 @@ def resolve(python: str) -> tuple[Version, dict[str, str]]:
         subprocess.run([*command, "--report", report, f"{ROOT}[dev,peers]"], check=True)
         found = json.loads(report.read_text())["install"]
     pins = {normal(item["metadata"]["name"]): item["metadata"]["version"].partition("+")[0] for item in found}
-    pins.pop(OURS)
-    return (major, minor), pins
+    return (major, minor), {n: v for n, v in pins.items() if n != OURS and not n.startswith(OF_A_BUILD)}
 
 
 def lines(pins: Mapping[Version, Mapping[str, str]]) -> list[str]:
