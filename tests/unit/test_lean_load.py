@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from outrider import isa
 from outrider.errors import CapacityError, ConfigError
 from outrider.target import load, memory
 from outrider.target.hf import HFTarget
@@ -123,10 +124,14 @@ def test_a_file_is_not_a_folder(model):
 
 def test_dtype_auto_follows_processor_and_checkpoint(monkeypatch):
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(load, "_cpu_multiplies_bfloat16", lambda able=able: able)
-        assert load._choose_dtype("auto", "float16", torch.device("cpu")) is dtype
-    assert load._choose_dtype("auto", "float16", torch.device("cuda")) is torch.float16
-    assert load._choose_dtype("auto", None, torch.device("cuda")) is torch.bfloat16
+        monkeypatch.setattr(isa, "multiplies_bfloat16", lambda able=able: able)
+        for lean in (True, False):
+            assert load._choose_dtype("auto", "float16", torch.device("cpu"), lean=lean) is dtype
+    monkeypatch.setattr(load, "load_library", lambda: object())  # the native decoder multiplies any CPU's bfloat16
+    assert load._choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=True) is torch.bfloat16
+    assert load._choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=False) is torch.float32
+    assert load._choose_dtype("auto", "float16", torch.device("cuda"), lean=True) is torch.float16
+    assert load._choose_dtype("auto", None, torch.device("cuda"), lean=True) is torch.bfloat16
 
 
 def test_too_little_memory(model, monkeypatch):
