@@ -144,7 +144,7 @@ def _without(unit: Unit, error: Exception, ready: tuple[Path, isa.Level] | None)
         except OSError as broken:
             why += f"; the wheel's library does not load ({broken})"
         else:
-            slower = f"{unit.name} uses {ready[1].kind} instructions and not all of this CPU's"
+            slower = f"the native library '{unit.name}' uses {ready[1].kind} instructions, not all of this CPU's"
             return Loaded(library, f"{slower}: {why}; {remedy}")
     logger.info("no native %s: %s", unit.name, why)
     return Loaded(None, f"{unit.instead}: {why}; {remedy}")
@@ -162,7 +162,7 @@ def _compiled(unit: Unit, level: isa.Level | None) -> Loaded:
             raise
         with tempfile.TemporaryDirectory(prefix="outrider-") as folder:  # a loaded library needs its file no longer
             made = _linked(unit, compiler, Path(folder), level)
-        again = f"the native {unit.name} is compiled again at every start, for some seconds: {error}; {CACHE}"
+        again = f"the native library '{unit.name}' is compiled again at every start, for some seconds: {error}; {CACHE}"
         return Loaded(made.library, again)
 
 
@@ -177,7 +177,7 @@ def _linked(unit: Unit, compiler: list[str], folder: Path, level: isa.Level | No
                 raise
             first = error
         else:
-            alone = f"the native {unit.name} uses one thread: {first}; set CXX to a compiler with OpenMP, g++ for one"
+            alone = f"the native library '{unit.name}' uses one thread: {first}; set CXX to a compiler with OpenMP, g++ for one"
             return Loaded(library, None if first is None else alone)
     raise AssertionError("unreachable")
 

@@ -176,7 +176,7 @@ def test_a_wheel_s_library_needs_no_compiler(
         (folder / compiled.wheel_name(unit, BEST)).rename(folder / compiled.wheel_name(unit, lesser))
     compiled.load.cache_clear()
     text = said(model)
-    assert f"decoder uses {lesser.kind} instructions" in text
+    assert f"'decoder' uses {lesser.kind} instructions" in text
     assert "no C++ compiler" in text
 
 
