@@ -111,7 +111,9 @@ def unused(kind: str) -> str | None:
         return None
     best, what = have[-1].kind, f"decoding uses {kind} instructions though this CPU has {have[-1].kind}"
     if choice.level is not None and choice.level.kind == kind:
-        return f"{what}: {VARIABLE}={choice.level.name} asks for it; unset it"
+        late = any(name not in os.environ for name, _ in choice.level.torch)
+        alone = " (and PyTorch, which was imported before outrider, is not held to it)" if late else ""
+        return f"{what}: {VARIABLE}={choice.level.name} asks for it{alone}; unset it"
     return f"{what}: no compiler here knows {best}; install a newer g++ or clang++, or a wheel with prebuilt libraries"
 
 

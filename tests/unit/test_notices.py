@@ -321,7 +321,12 @@ def test_fewer_instructions_than_there_are(monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip("this CPU has one level")
     assert "newer g++" in (isa.unused(lesser.kind) or "")
     monkeypatch.setenv(isa.VARIABLE, lesser.name)
+    for name, value in lesser.torch:
+        monkeypatch.setenv(name, value)
     assert f"{isa.VARIABLE}={lesser.name} asks for it; unset it" in (isa.unused(lesser.kind) or "")
+    monkeypatch.delenv(lesser.torch[0][0])
+    assert "PyTorch, which was imported before outrider, is not held to it" in (isa.unused(lesser.kind) or "")
+    assert not isa.limit_torch()  # too late
     assert not isa.chosen().native
     assert not isa.multiplies_bfloat16()
 
