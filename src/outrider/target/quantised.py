@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from outrider.target.kv import ContiguousKV
 from outrider.types import Draft, Rows, Scores
@@ -14,6 +14,7 @@ SIZES = (1, 4)
 """Rows of a forward: a draft model's step, and its catching up with what was accepted."""
 
 
+@runtime_checkable
 class Forward(Protocol):
     """What quantised and plain blocks have in common."""
 
