@@ -10,13 +10,29 @@ WORKERS ?= 2
 TYPED := tests/unit tests/cli tests/contract/test_scripted.py
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
-.PHONY: demo test test-slow test-browser check docs bench clean
+INSTALL := python -m pip install --quiet --disable-pip-version-check
+# The interpreters that constraints.txt is resolved for.
+PYTHONS ?= python3.11 python3.12 python3.13
 
-$(STAMP): pyproject.toml
+.PHONY: demo test test-latest test-slow test-browser check constraints docs bench clean
+
+# What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
+$(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once; about 1.3 GB with PyTorch)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/$(INSTALL) --constraint constraints.txt --editable ".[dev]"
 	@touch $(STAMP)
+
+.venv-latest/.outrider: pyproject.toml
+	@test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	@.venv-latest/bin/$(INSTALL) --upgrade --upgrade-strategy eager --editable ".[dev]"
+	@touch $@
+
+.venv-oldest/.outrider: pyproject.toml .ci/constraints.py
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@$(PYTHON) .ci/constraints.py --oldest > .venv-oldest/constraints.txt
+	@.venv-oldest/bin/$(INSTALL) --constraint .venv-oldest/constraints.txt --editable ".[dev]"
+	@touch $@
 
 demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 	@$(BIN)/outrider demo
@@ -25,6 +41,20 @@ test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(SHAPES) $(TYPED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" tests $(addprefix --ignore=,$(TYPED))
+
+# Both are run whatever comes of the first. What third parties say they will take away is an error here, and a warning in `make test`.
+NEWS := -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
+test-latest: .venv-latest/.outrider .venv-oldest/.outrider  ## the newest and the oldest of everything that pyproject.toml admits
+	@.venv-latest/bin/python -m pip list --outdated --disable-pip-version-check || true
+	@status=0; \
+	echo "--- the newest of everything; deprecations are errors"; \
+	$(TEST_ENV) .venv-latest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(NEWS) tests || status=1; \
+	echo "--- the oldest of everything"; \
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" tests || status=1; \
+	exit $$status
+
+constraints:  ## resolve the newest of everything anew, for every Python that we support
+	@$(PYTHON) .ci/constraints.py $(PYTHONS)
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
@@ -43,4 +73,4 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-latest .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache

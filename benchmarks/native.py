@@ -92,7 +92,7 @@ def interleaved(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def measure(title: str, config: DecoderConfig, dtype: torch.dtype, rounds: int) -> None:
     weights = random_weights(config, dtype)
-    decoder = load_native(config, weights)
+    decoder, _ = load_native(config, weights)
     if decoder is None:
         raise SystemExit("no native decoder here: run with logging to see why")
     kv = ContiguousKV(config.layers, 1, config.kv_heads, 512, config.head_dim, dtype, torch.device("cpu"))

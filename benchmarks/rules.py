@@ -59,7 +59,7 @@ def case(vocab: int, nodes: int, trees: bool) -> tuple[torch.Tensor, Draft]:
 def forward(vocab: int, rows: tuple[int, ...]) -> dict[int, Callable[[], object]]:
     """For each number of rows, a forward through a 12-layer decoder, or nothing where the native decoder does not run."""
     config = decoder_config(vocab, 1024, 12, 16, 2816)
-    decoder = load_native(config, random_weights(config, torch.bfloat16))
+    decoder, _ = load_native(config, random_weights(config, torch.bfloat16))
     if decoder is None:
         return {}
     kv = ContiguousKV(config.layers, 1, config.kv_heads, 256, config.head_dim, torch.bfloat16, torch.device("cpu"))

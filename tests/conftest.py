@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import warnings
 
+import outrider  # noqa: F401, I001  (before torch, which OUTRIDER_ISA may hold to fewer instructions)
+
 import pytest
 import torch
 from hypothesis import settings

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from outrider.isa import limit_torch
+
+limit_torch()
+
 if TYPE_CHECKING:
     from outrider.engine.build import generate, load_drafter, load_target
     from outrider.engine.engine import Engine

@@ -52,7 +52,7 @@ class Target(Protocol):
     """A causal language model that scores flat rows.
 
     trees: rows may be siblings. rewinds: rows may be forgotten again (False for recurrent states: plain decoding only).
-    notice: one sentence about how it was loaded that a user should read, or None.
+    notices: what a user should read about how it was loaded (why it is not faster, and what to do), a sentence each.
     """
 
     vocab_size: int
@@ -61,7 +61,7 @@ class Target(Protocol):
     max_length: int
     trees: bool
     rewinds: bool
-    notice: str | None
+    notices: tuple[str, ...]
     dtype: dtype
     device: device
 

@@ -7,6 +7,7 @@ torch, so it has to be set in the environment before that.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,9 +26,37 @@ def bind_threads(threads: int | None = None) -> bool:
     if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in _USERS):
         return False
     usable = os.sched_getaffinity(0)
-    count = threads or _cores(usable)
+    count = threads or min(_cores(usable), quota())
     os.environ.update(dict(zip(_OURS, ("close", "cores", str(count)), strict=True)))
     return True
+
+
+def thread_notice(threads: int) -> str | None:
+    """A sentence if an OpenMP runtime of so many threads does not fit the cores that this process may use."""
+    if sys.platform != "linux":
+        return None
+    cores = min(_cores(os.sched_getaffinity(0)), quota())
+    if os.environ.get("OMP_PROC_BIND", "false").lower() not in (
+        "false",
+        "",
+    ):  # bound, this thread sees its own core only
+        named = os.environ.get("OMP_NUM_THREADS", "")
+        cores = min(int(named), quota()) if named.isdigit() else threads
+    if threads == cores:
+        return None
+    remedy = "unset OMP_NUM_THREADS" if "OMP_NUM_THREADS" in os.environ else f"set OMP_NUM_THREADS={cores}"
+    if threads < cores:
+        return f"decoding uses {threads} of the {cores} cores it may use: {remedy} (or call torch.set_num_threads({cores}))"
+    return f"decoding uses {threads} threads on {cores} cores, which wait for each other: set OMP_NUM_THREADS={cores}"
+
+
+def quota(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Whole cores that a container's CPU quota allows, at least 1; a large number where there is no quota."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+        return max(1, math.ceil(int(limit) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # also "max": no limit
+        return sys.maxsize
 
 
 def _cores(usable: set[int]) -> int:

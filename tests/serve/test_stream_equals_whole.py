@@ -66,7 +66,7 @@ class Case:
 class Play:
     """A target whose next token after `prompt + script[:n]` is script[n]; the prompt's first rows say which script it is."""
 
-    layers, hidden_size, trees, rewinds, notice = 1, 1, True, True, None
+    layers, hidden_size, trees, rewinds, notices = 1, 1, True, True, ()
     dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, vocab_size: int, scripts: dict[tuple[int, ...], list[int]]) -> None:

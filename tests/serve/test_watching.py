@@ -251,3 +251,9 @@ def test_a_webhook_that_is_not_there_loses_notices_and_nothing_else() -> None:
 
     hook = asyncio.run(deliver())
     assert (hook.sent, hook.lost) == (0, 1)
+
+
+def test_the_page_is_told_why_it_is_not_faster(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices = ["decoding is slow: nobody installed a compiler; install one"]
+    monkeypatch.setattr(server.bridge.engine, "notices", notices)
+    assert json.loads(server.call("GET", "/outrider/state")[2])["server"]["notices"] == notices

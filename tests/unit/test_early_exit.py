@@ -37,6 +37,8 @@ def make(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> OpenTarget
         return HFTarget.load(path, dtype=torch.float32)
     monkeypatch.setenv("OUTRIDER_NATIVE", "1" if kind == "native" else "0")
     target = load_target(path, dtype="float32", implementation="lean")
+    if kind == "native" and target.native is None:  # type: ignore[attr-defined]
+        pytest.skip("no native decoder here")
     assert (target.native is not None) == (kind == "native")  # type: ignore[attr-defined]
     return target  # type: ignore[return-value]
 

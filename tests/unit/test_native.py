@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import logging
 import os
 import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from outrider import compiled
+from outrider import compiled, isa
+from outrider.compiled import DECODER, Unit
 from outrider.errors import CapacityError, RequestError
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
 from outrider.target.native import NativeDecoder, load_native
-from outrider.target.native.build import DECODER, load_library
+from outrider.target.native.build import load_library
 from outrider.types import Draft, Rows
 
 pytestmark = pytest.mark.skipif(
@@ -104,7 +104,7 @@ def new_kv(config: DecoderConfig, dtype: torch.dtype, slots: int = 1, capacity: 
 
 
 def native(config: DecoderConfig, weights: DecoderWeights) -> NativeDecoder:
-    decoder = load_native(config, weights)
+    decoder, _ = load_native(config, weights)
     assert decoder is not None
     return decoder
 
@@ -420,52 +420,20 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
         ({}, r"embedding has shape \(101, 64\), not \(102, 64\)"),
     ],
 )
-def test_says_why_not(change: dict[str, Tensor], reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_says_why_not(change: dict[str, Tensor], reason: str) -> None:
     config, weights = tiny()
     if not change:
         config = dataclasses.replace(config, vocab_size=102)
-    with caplog.at_level(logging.INFO):
-        assert load_native(config, dataclasses.replace(weights, **change)) is None
-    assert re.search(reason, caplog.text)
+    decoder, notices = load_native(config, dataclasses.replace(weights, **change))
+    assert decoder is None
+    assert re.search(reason, *notices)
 
 
-def test_is_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTRIDER_NATIVE", "0")
-    with caplog.at_level(logging.INFO):
-        assert load_native(*tiny()) is None
-    assert "OUTRIDER_NATIVE" in caplog.text
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache and no memory of an earlier load."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.load.cache_clear()
-    yield tmp_path
-    compiled.load.cache_clear()
-
-
-def test_without_a_compiler_says_so_once(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(fresh))
-    with caplog.at_level(logging.INFO):
-        assert load_native(*tiny()) is None
-        assert load_native(*tiny()) is None
-    assert caplog.text.count("no C++ compiler") == 1
-
-
-def test_a_broken_compiler_is_no_error(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    compiler = fresh / "broken"
-    compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CXX", str(compiler))
-    with caplog.at_level(logging.INFO):
-        assert load_native(*tiny()) is None
-    assert "out of order" in caplog.text
+    decoder, notices = load_native(*tiny())
+    assert decoder is None
+    assert [("OUTRIDER_NATIVE" in n, "unset it" in n) for n in notices] == [(True, True)]
 
 
 def test_two_builds_at_once(tmp_path: Path) -> None:
@@ -486,7 +454,9 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
 
 def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
     """Compiled without this CPU's own instructions and without threads: the same reference, the same invariance."""
-    library = compiled.build(DECODER, compiled.find_compiler(), tmp_path, openmp=False, native=False)
+    library = compiled.build(
+        DECODER, compiled.find_compiler(), tmp_path, openmp=False, level=isa.LEVELS[isa.machine()][0]
+    )
     for dtype in (torch.float32, torch.bfloat16):
         config, extras = SHAPES["odd sizes"]
         weights, path = random_weights(config, extras, dtype), tokens(9, config.vocab_size)
@@ -516,11 +486,11 @@ def test_refuses_code_of_another_user(tmp_path: Path, monkeypatch: pytest.Monkey
 def _stand_in(folder: Path) -> Path:
     """An empty file where the library would be."""
 
-    def compile_nothing(compiler: list[str], flags: list[str], source: Path, library: Path) -> None:
+    def compile_nothing(unit: Unit, compiler: list[str], flags: list[str], library: Path) -> None:
         library.touch(mode=0o700)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_compile", compile_nothing)
+        patch.setattr(compiled, "compile_unit", compile_nothing)
         return compiled.build(DECODER, compiled.find_compiler(), folder, openmp=True)
 
 

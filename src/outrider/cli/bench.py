@@ -118,7 +118,7 @@ def bench(
 
     Exit code 0; a failed request is reported and enters no rate.
     """
-    from outrider.cli.setup import engine_from_options
+    from outrider.cli.setup import engine_from_options, tell
     from outrider.evaluate import presets
     from outrider.evaluate.measure import summarise
     from outrider.evaluate.runlog import RunLog
@@ -148,6 +148,7 @@ def bench(
     arms, absent = presets.arms_of(engine, specs, draft)
     for missing, why in absent.items():
         opt.err.print(f"outrider: {missing}: absent ({why})")
+    tell(n for arm in arms for n in arm.engine.notices if n not in engine.notices)
     plan = {"batch": batch, "repeats": repeats, "warmup": warmup, "seed": seed}
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "quality": quality}
     named = {"target": target, "draft": draft, "rule": rule, "dtype": dtype, "quantize_draft": quantize_draft}

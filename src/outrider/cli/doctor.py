@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from outrider.cli import options as opt
@@ -42,10 +43,11 @@ def doctor(
     models = {role: examine(name, dtype, slots, max_length) for role, name in folders.items()}
     checks = compare(models, folders)
     ok = all(c["ok"] for c in checks)
+    notices = slow_parts(models)
     if json:
-        opt.print_json({"ok": ok, "models": models, "checks": checks})
+        opt.print_json({"ok": ok, "models": models, "checks": checks, "notices": notices})
     else:
-        print_report(models, checks)
+        print_report(models, checks, notices)
     if not ok:
         raise typer.Exit(1)
 
@@ -67,7 +69,19 @@ def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[s
         "context": facts.max_length,
         "weights_bytes": facts.weights_bytes,
         "kv_bytes": facts.kv_bytes_per_token * length * slots,
+        "notices": list(facts.notices),
     }
+
+
+def slow_parts(models: dict[str, dict[str, Any]]) -> list[str]:
+    """Why this pair will not run as fast as it could on this machine, each reason once."""
+    import torch
+
+    from outrider.engine.notices import machine_notices
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [notice for m in models.values() for notice in m["notices"]]
+    return list(dict.fromkeys([*found, *machine_notices(device, "draft" in models)]))
 
 
 def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[dict[str, Any]]:
@@ -126,7 +140,7 @@ def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[
     return checks
 
 
-def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]) -> None:
+def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]], notices: list[str]) -> None:
     """Tables for people."""
     console = opt.console()
     table = Table("", *models, title="checkpoints", title_justify="left")
@@ -145,9 +159,8 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
     for key, show in rows.items():
         table.add_row(key.replace("_bytes", ""), *(show(m[key]) for m in models.values()))
     opt.show(table, console)
-    for role, m in models.items():
-        if m["reason"]:
-            console.print(f"{role}: {m['reason']}")
     for check in checks:
         mark = "[green]ok[/green]  " if check["ok"] else "[bold red]FAIL[/bold red]"
         console.print(f"{mark} {check['check']:<11} {check['found']}")
+    for notice in notices:
+        console.print(f"[yellow]note[/yellow] {'speed':<11} {escape(notice)}")

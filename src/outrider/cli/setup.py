@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
 
 from outrider.cli import options as opt
 
@@ -16,6 +19,11 @@ def engine_from_options(**options: Any) -> Engine:
 
     with opt.loading("loading") as progress:
         engine = build_engine(progress=progress, **options)
-    for notice in engine.notices:
-        opt.say(notice)
+    tell(engine.notices)
     return engine
+
+
+def tell(notices: Iterable[str]) -> None:
+    """Say on stderr what keeps an engine from being faster, each once."""
+    for notice in dict.fromkeys(notices):
+        opt.err.print(f"[dim]outrider: {escape(notice)}[/dim]", soft_wrap=True)

@@ -15,10 +15,11 @@ from outrider.drafters.load import parse_speculative_config
 from outrider.engine import contracts
 from outrider.engine.engine import Engine, Result
 from outrider.engine.prompts import Prompts, as_prompts
+from outrider.engine.notices import notices_of, wasted_option
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
-from outrider.target.load import load_target, load_tokenizer, stop_ids
+from outrider.target.load import load_target, load_tokenizer, reads_emulated, stop_ids
 from outrider.target.translate import Tokenizer, ceiling, translate
 from outrider.verify import best_exact, load_rule
 
@@ -165,7 +166,9 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
     )
     engine.loaded = replace(loaded, options=options)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
-    engine.notices = [t.notice for t in targets if t.notice is not None]
+    drafts = bool(engine.parts.drafter.max_depth)
+    engine.notices = notices_of(targets, loaded.target.device, drafts, options.device)
+    engine.notices += wasted_option(options.draft_quantize if drafts else None, len(loaded.models))
     return engine
 
 
@@ -178,7 +181,9 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
         return _translated(loaded, options, name.removeprefix(TRANSLATE))
     key = ModelKey(name, options.implementation, options.draft_quantize)
     if key not in loaded.models:
-        dtype = str(loaded.target.dtype).removeprefix("torch.")
+        ours, device = loaded.target.dtype, loaded.target.device
+        free = options.dtype == "auto" and reads_emulated(name, ours, device, options.implementation)
+        dtype = "auto" if free else str(ours).removeprefix("torch.")
         model = load_target(
             name,
             dtype=dtype,
@@ -199,9 +204,10 @@ def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, ob
         ours = cast(Tokenizer, loaded.tokenizer)
         seen = translate(model, cast(Tokenizer, tokenizer), ours, loaded.target.vocab_size, name)
         sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in ours.encode(row)]
-        seen.notice = (
-            f"{seen.notice}: {ceiling(seen, sample):.0%} of the tokens of a sample of code, a ceiling of acceptance"
+        told = (
+            f"{seen.notices[0]}: {ceiling(seen, sample):.0%} of the tokens of a sample of code, a ceiling of acceptance"
         )
+        seen.notices = (told, *model.notices)
         loaded.models[key] = (seen, loaded.tokenizer)
     return loaded.models[key]
 

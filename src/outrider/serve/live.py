@@ -56,6 +56,7 @@ class Live:
                     "longest": engine.parts.drafter.max_depth,
                     "max_length": engine.max_length,
                     "ready": self.bridge.ready,
+                    "notices": engine.notices,
                 },
                 "now": watch.sample(),
                 "positions": {"judged": c.judged_at, "accepted": c.accepted_at},

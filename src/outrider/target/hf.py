@@ -58,14 +58,13 @@ class HFTarget:
 
     path:    how the model is driven (see the module). why: what ruled out each path before it, by name.
     trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
-    notice:  a sentence for the user from whoever chose this runtime, or None.
-    notices: what the chosen path costs, and the remedy: a sentence each.
+    notices: sentences for the user: why it is not faster (what the chosen path costs), and the remedy.
     layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
 
     Raises ConfigError if the model is not a decoder or cannot hold `max_length` tokens.
     """
 
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
 
     def __init__(self, model: PreTrainedModel, *, max_length: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)

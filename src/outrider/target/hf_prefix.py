@@ -16,7 +16,7 @@ from outrider.types import Rows, Scores
 class HFPrefix:
     """Implements `protocols.Target` over the first `layers` blocks of `whole`; see `protocols.OpenTarget.prefix`."""
 
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
     trees = rewinds = True
 
     def __init__(self, whole: Target, path: SeamPath, blocks: nn.ModuleList, layers: int) -> None:

@@ -29,6 +29,7 @@ from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.kv import ContiguousKV
 from outrider.target.memory import require_memory
 from outrider.target.native import load_native
+from outrider.target.quantised import SIZES, seconds, slower
 from outrider.target.split import check_prefix, run_parts
 from outrider.types import Rows, Scores
 
@@ -57,7 +58,7 @@ class LeanTarget:
               ones while they are packed, and no more than one block is in memory twice.
     quantize: None, or "int8" / "int4" linear layers (for drafts).
     native:   whether to use the compiled decoder where it can be had; quantized and float64 weights never do.
-    notice:   what the user should know about how this target was loaded, or None.
+    notices:  what the user should know about how this target was loaded, a sentence each.
     """
 
     trees = True
@@ -74,10 +75,12 @@ class LeanTarget:
         w = weights() if callable(weights) else weights
         del weights
         self.config = config
-        self.notice: str | None = None
         self.vocab_size, self.hidden_size, self.layers = config.vocab_size, config.hidden, config.layers
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.embedding.device
-        self.native = load_native(config, w) if native and quantize is None else None
+        self.native, found = load_native(config, w) if native and quantize is None else (None, [])
+        self.notices: tuple[str, ...] = tuple(found)
+        # the block and the head that a quantised draft must beat
+        plain = load_native(_first(config), replace(w, layers=w.layers[:1]))[0] if native and quantize else None
         # where PyTorch has no real product for this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = self.native.max_rows if self.native and multiplies(self.dtype, self.device) else sys.maxsize
         self._embedding, self._norm = w.embedding, _norm(w.norm, config.eps)
@@ -90,6 +93,11 @@ class LeanTarget:
         self._blocks: list[_Block] = []
         while left:
             self._blocks.append(_block(config, left.pop(0), quantize, pack))
+        if plain is not None and quantize is not None:
+            new_kv = lambda: self.prefix(1).new_kv(1, max(SIZES))  # noqa: E731
+            times = seconds(self.prefix(1), new_kv), seconds(plain, new_kv)
+            found = slower(quantize, *times, str(self.dtype).removeprefix("torch."))
+            self.notices += () if found is None else (found,)
 
     def new_kv(self, slots: int, length: int) -> ContiguousKV:
         """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
@@ -199,6 +207,11 @@ class LeanTarget:
         """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is asked for."""
         if self._rope.shape[0] < length:
             self._rope = _rope_table(self.config, length, self.dtype, self.device)
+
+
+def _first(config: DecoderConfig) -> DecoderConfig:
+    """The shape of the first block alone."""
+    return replace(config, layers=1, window=config.window[:1])
 
 
 def _block(config: DecoderConfig, w: LayerWeights, quantize: str | None, pack: bool) -> _Block:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from outrider import isa
 from outrider.errors import ConfigError, unknown_name
 from outrider.packed import QUANTIZE
 from outrider.protocols import Target
@@ -20,6 +20,7 @@ from outrider.target.folder import require_config, resolve_folder
 from outrider.target.lean import LeanTarget
 from outrider.target.memory import available_memory, require_memory
 from outrider.target.native.build import load_library
+from outrider.target.native.runtime import library_for
 from outrider.target.tokenizer import first_difference, load_tokenizer, stop_ids, vocab_fingerprint
 
 __all__ = [
@@ -33,8 +34,8 @@ __all__ = [
     "vocab_fingerprint",
 ]
 
-logger = logging.getLogger(__name__)
-
+FLOAT16 = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
+"""Instructions with products of float16."""
 IMPLEMENTATIONS = ("auto", "lean", "hf")
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -64,7 +65,7 @@ def load_target(
                     (AVX512_BF16, AMX, ARM's bf16) or, for bfloat16 checkpoints, that has the native decoder (half the
                     bytes to read, arithmetic in float32), else float32; on a GPU the checkpoint's own.
     device:         "auto" (a GPU if there is one), or a PyTorch device.
-    implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean where it can; `notice` says why not.
+    implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean where it can; `notices` say why not.
     quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
@@ -79,25 +80,42 @@ def load_target(
     _named_dtype(dtype)
     folder = resolve_folder(path_or_name)
     require_config(folder)
-    if implementation == "hf":
-        return _load_hf(folder, dtype, where, quantize, max_length, None)
+    found = _runtime(folder, implementation, max_length)
+    if isinstance(found, str):
+        return _load_hf(folder, dtype, where, quantize, max_length, found)
+    chosen = _choose_dtype(dtype, found.layout.stored, where, lean=True)
+    target = LeanTarget(found.config, lambda: found.read(chosen, where, progress), quantize=quantize)
+    target.notices += _dtype_notices(folder, chosen, where, target.native is not None)
+    return target
+
+
+def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | str:
+    """A checkpoint that the lean runtime reads, or why transformers is used: a sentence, empty where nothing is lost."""
     try:
         checkpoint = Checkpoint(folder, max_length=max_length)
-        stored = checkpoint.layout.stored
-        return LeanTarget(
-            checkpoint.config,
-            lambda: checkpoint.read(_choose_dtype(dtype, stored, where), where, progress),
-            quantize=quantize,
-        )
-    except Unsupported as reason:
+    except (Unsupported, ConfigError) as reason:
+        if implementation == "hf":  # transformers has its own words for what is wrong, if anything is
+            return ""
+        if not isinstance(reason, Unsupported):
+            raise
         if implementation == "lean":
             raise ConfigError(f"the lean runtime cannot run {folder}: {reason}; use implementation 'hf'") from None
-        notice = f"{folder.name} runs on transformers, not on the lean runtime (slower): {reason}"
-        return _load_hf(folder, dtype, where, quantize, max_length, notice)
+        return (
+            f"{folder.name} runs on transformers, not on the lean runtime (slower): {reason}; a model of the Llama, Qwen2, "
+            "Qwen3 or Mistral families would run on it"
+        )
+    if implementation == "hf":
+        return f"{folder.name} runs on transformers though the lean runtime is faster: leave implementation 'hf' out"
+    return checkpoint
+
+
+def reads_emulated(path_or_name: str | Path, dtype: torch.dtype, device: torch.device, implementation: str) -> bool:
+    """Whether this checkpoint would run on transformers in a type that this machine multiplies only by emulating it."""
+    return _emulated(dtype, device) and isinstance(_runtime(resolve_folder(path_or_name), implementation), str)
 
 
 def _load_hf(
-    folder: Path, dtype: str, device: torch.device, quantize: str | None, max_length: int | None, notice: str | None
+    folder: Path, dtype: str, device: torch.device, quantize: str | None, max_length: int | None, notice: str
 ) -> Target:
     from outrider.target.hf import HFTarget
 
@@ -107,13 +125,11 @@ def _load_hf(
         )
     raw = read_raw_config(folder)
     admit(folder, raw)
-    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device)
+    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device, lean=False)
     size = sum(math.prod(entry.shape) for entry in read_entries(folder).values()) * chosen.itemsize
     require_memory(size, device, "the model's weights", "choose a smaller model or dtype, or free memory")
     target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
-    target.notice = notice
-    if notice is not None:
-        logger.warning("%s", notice)
+    target.notices = (*([notice] if notice else []), *target.notices, *_dtype_notices(folder, chosen, device, False))
     return target
 
 
@@ -121,7 +137,8 @@ def _load_hf(
 class Facts:
     """What a checkpoint's files say, without loading weights.
 
-    runtime: "lean" or "transformers"; reason: why not lean, or "". kv_bytes_per_token: of one sequence, in `dtype`.
+    runtime: "lean" or "transformers"; reason: why not lean, or "". kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
+    will not run as fast as it could here, as far as files and the machine tell.
     """
 
     architecture: str
@@ -133,6 +150,7 @@ class Facts:
     max_length: int
     weights_bytes: int
     kv_bytes_per_token: int
+    notices: tuple[str, ...]
 
 
 def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
@@ -140,14 +158,16 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     folder, where = resolve_folder(path_or_name), _device(device)
     require_config(folder)
     raw = read_raw_config(folder)
-    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where)
     entries = read_entries(folder)
-    try:
-        checkpoint = Checkpoint(folder)
-        c, parameters, runtime, reason = checkpoint.config, checkpoint.parameters, "lean", ""
+    found = _runtime(folder, "auto")
+    lean = not isinstance(found, str)
+    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where, lean=lean)
+    if isinstance(found, Checkpoint):
+        c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
-    except Unsupported as why:
-        runtime, reason = "transformers", str(why)
+        library, told = library_for(c, chosen) if where.type == "cpu" else (None, None)
+    else:
+        runtime, reason, library, told = "transformers", found, None, found
         parameters = sum(math.prod(entry.shape) for entry in entries.values())
         sizes = _sizes_by_transformers(admit(folder, raw))
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
@@ -162,6 +182,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         max_length=max_length,
         weights_bytes=parameters * chosen.itemsize,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * chosen.itemsize,
+        notices=(*([told] if told else []), *_dtype_notices(folder, chosen, where, library is not None)),
     )
 
 
@@ -194,22 +215,29 @@ def _named_dtype(name: str) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
-def _choose_dtype(name: str, stored: object, device: torch.device) -> torch.dtype:
+def _choose_dtype(name: str, stored: object, device: torch.device, *, lean: bool) -> torch.dtype:
+    """lean: our runtime may have the native decoder, whose arithmetic on bfloat16 weights is float32's everywhere."""
     named = _named_dtype(name)
     if named is not None:
         return named
     if device.type != "cpu":
         return DTYPES.get(str(stored), torch.bfloat16)
-    if _cpu_multiplies_bfloat16() or (DTYPES.get(str(stored)) is torch.bfloat16 and load_library() is not None):
-        return torch.bfloat16
-    return torch.float32
+    halves = lean and DTYPES.get(str(stored)) is torch.bfloat16 and load_library() is not None
+    return torch.bfloat16 if isa.multiplies_bfloat16() or halves else torch.float32
 
 
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor has bfloat16 products (Linux says so; elsewhere float32 is the safe choice)."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            flags = next((line.split() for line in info if line.lower().startswith(("flags", "features"))), [])
-    except OSError:
+def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine has no products of this type, and PyTorch widens every number first."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+    if dtype is torch.bfloat16:
+        return not isa.multiplies_bfloat16()
+    return not isa.chosen().native or FLOAT16.isdisjoint(isa.cpu_flags())
+
+
+def _dtype_notices(folder: Path, dtype: torch.dtype, device: torch.device, native: bool) -> tuple[str, ...]:
+    """Whether the type slows PyTorch down on this machine. native: the decoder is ours, for which it does not."""
+    if native or not _emulated(dtype, device):
+        return ()
+    name = str(dtype).removeprefix("torch.")
+    return (f"{folder.name} runs in {name}, which this CPU only emulates (slower): choose --dtype float32",)

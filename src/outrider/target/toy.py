@@ -52,7 +52,7 @@ class TableTarget:
     layers = 1
     trees = True
     rewinds = True
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
 
     def __init__(self, logits: Float[Tensor, "..."], *, order: int = 1, max_length: int = 1 << 16) -> None:
         sizes = logits.shape[-order - 1 :]
@@ -144,7 +144,7 @@ class TinyLM:
 
     trees = True
     rewinds = True
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
 
     def __init__(
         self,

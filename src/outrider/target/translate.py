@@ -76,8 +76,8 @@ class Translated:
         self._fed = torch.tensor(list(fed), device=model.device)
         self.hidden_size, self.layers, self.max_length = model.hidden_size, model.layers, model.max_length
         self.trees, self.rewinds, self.dtype, self.device = model.trees, model.rewinds, model.dtype, model.device
-        self.notice: str | None = (
-            f"{name}: {len(shared):,} of the target's {vocab_size:,} tokens are also the draft's; only those can be drafted"
+        self.notices: tuple[str, ...] = (
+            f"{name}: {len(shared):,} of the target's {vocab_size:,} tokens are also the draft's; only those can be drafted",
         )
 
     def new_kv(self, slots: int, length: int) -> KVCache:

@@ -185,6 +185,8 @@ def prepare(job: Job, report: Report = print) -> Prepared:
     """Text and hidden states of the training and the held-out part, continued where they are not there yet."""
     texts, identity = texts_of(job, report), identity_of(resolve_folder(job.target))
     engine = engine_of(job)
+    for notice in engine.notices:
+        report(notice)
     target = engine.parts.target
     layers = tuple(sorted({*taps_of(job, target), target.layers}))
     folders = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from outrider.compiled import Unit, load
-
-PASSES = Unit("passes of the rules", Path(__file__).parent, ("passes.cpp",), threads=False, instead="they run on torch")
-
+from outrider.compiled import PASSES, load
 
 BELOW_ONE = 1.0 - 2.0**-53
 
@@ -112,10 +108,17 @@ def serve(p: Tensor) -> bool:
     return p.device.type == "cpu" and os.environ.get("OUTRIDER_NATIVE") != "0" and library() is not None
 
 
+def notice() -> str | None:
+    """A sentence for the user where drafts judged on the CPU are not judged as fast as they could be."""
+    if os.environ.get("OUTRIDER_NATIVE") == "0":
+        return f"{PASSES.instead}: OUTRIDER_NATIVE is 0; unset it"
+    return load(PASSES).notice
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library with the types of its functions."""
-    found = load(PASSES)
+    found = load(PASSES).library
     if found is not None:
         pointer, whole, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
         found.outrider_overlap.argtypes = (pointer, pointer, real, whole, flag, pointer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import struct
 import sys
@@ -14,13 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from outrider import isa
+from outrider.compiled import DECODER, load
 from outrider.errors import CapacityError, RequestError
 from outrider.target.decoder import DecoderConfig, DecoderWeights
 from outrider.target.kv import ContiguousKV
-from outrider.target.native.build import load_library
 from outrider.types import Rows, Scores
-
-logger = logging.getLogger(__name__)
 
 LAYER_TENSORS = ("norm1", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "norm2", "gate_up", "down")
 
@@ -58,38 +56,64 @@ class _Model(ctypes.Structure):
 _CALL = struct.Struct("7q9Q")
 """`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity; then nine pointers."""
 
+ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
+
 OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
 
 
-def load_native(config: DecoderConfig, weights: DecoderWeights) -> NativeDecoder | None:
-    """The native decoder for these weights, or None where it cannot be: the reason is logged, torch serves instead.
+def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:
+    """The native decoder for these weights, or None where it cannot be and PyTorch serves; and what a user should know about it.
 
-    It needs float32 or bfloat16 weights on the CPU and a C++ compiler (the first call on a machine compiles for some seconds);
-    the environment variable OUTRIDER_NATIVE=0 switches it off.
+    It needs float32 or bfloat16 weights on the CPU and its library (see `outrider.compiled`); the environment variable
+    OUTRIDER_NATIVE=0 switches it off. Weights on a GPU have nothing to miss.
     """
-    reason = _unfit(config, weights)
-    if reason is not None:
-        logger.info("no native decoder: %s; decoding runs on torch", reason)
-        return None
-    library = load_library()
-    return None if library is None else NativeDecoder(library, config, weights)
-
-
-def _unfit(config: DecoderConfig, weights: DecoderWeights) -> str | None:
-    """Why these weights cannot be decoded natively, in a clause; None if they can."""
-    if os.environ.get("OUTRIDER_NATIVE") == "0":
-        return "OUTRIDER_NATIVE is 0"
     if weights.embedding.device.type != "cpu":
-        return f"the weights are on {weights.embedding.device.type}"
-    if weights.dtype not in (torch.float32, torch.bfloat16):
-        return f"the weights are {str(weights.dtype).removeprefix('torch.')}, not float32 or bfloat16"
+        return None, []
+    library, notice = library_for(config, weights.dtype)
+    unlike = _unlike(config, weights) if library is not None else None
+    if library is None or unlike is not None:
+        return None, [notice or "" if unlike is None else f"{DECODER.instead}: {unlike}"]
+    return NativeDecoder(library, config, weights), [] if notice is None else [notice]
+
+
+def library_for(config: DecoderConfig, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library if models of this shape and type can be decoded natively on this CPU; a notice if there is none or a slow one."""
+    reason = _unfit(config, dtype)
+    if reason is not None:
+        return None, f"{DECODER.instead}: {reason}"
+    loaded = load(DECODER)
+    if loaded.library is None or loaded.notice is not None:
+        return loaded.library, loaded.notice
+    return loaded.library, isa.unused(_kind(loaded.library))
+
+
+def _kind(library: ctypes.CDLL) -> str:
+    """The instructions that a decoder's library was compiled for."""
+    library.outrider_kind.argtypes, library.outrider_kind.restype = (), ctypes.c_char_p
+    return library.outrider_kind().decode()
+
+
+def _unfit(config: DecoderConfig, dtype: torch.dtype) -> str | None:
+    """Why they cannot be, and what to do about it, in a clause; None if they can."""
+    if os.environ.get("OUTRIDER_NATIVE") == "0":
+        return "OUTRIDER_NATIVE is 0; unset it"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {str(dtype).removeprefix('torch.')}; choose dtype float32 or bfloat16"
     if config.head_dim % 2 or config.heads % config.kv_heads:
-        return f"{config.heads} heads of {config.head_dim} over {config.kv_heads} do not pair up"
+        return (
+            f"{config.heads} heads of {config.head_dim} over {config.kv_heads} do not pair up as the native decoder needs; "
+            "choose a model whose heads do, if speed matters"
+        )
+    return None
+
+
+def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
+    """Why these tensors are not what the decoder reads, in a clause; None if they are."""
     for name, tensor, shape in _expected(config, weights):
         if tensor.shape != shape:
-            return f"{name} has shape {tuple(tensor.shape)}, not {shape}"
+            return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
         if tensor.dtype != weights.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return f"{name} is not a contiguous CPU tensor of the embedding's type"
+            return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
     return None
 
 
@@ -137,8 +161,7 @@ class NativeDecoder:
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
-        library.outrider_kind.argtypes, library.outrider_kind.restype = (), ctypes.c_char_p
-        self.kind: str = library.outrider_kind().decode()
+        self.kind: str = _kind(library)
         alone = weights.dtype is torch.bfloat16 and self.kind in WITHOUT_TORCH
         self.max_rows = sys.maxsize if alone else ROWS if self.kind.startswith("AVX-512") else FEW_ROWS
         handle = self._new(library)

@@ -1,0 +1,44 @@
+"""What keeps an engine from being as fast as this machine allows, a sentence each with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from outrider.protocols import Target
+from outrider.threads import thread_notice
+from outrider.verify import passes
+
+GPU = Path("/dev/nvidia0")
+"""There where the driver of an NVIDIA GPU is."""
+
+
+def notices_of(targets: Iterable[Target], device: torch.device, drafts: bool, asked: str = "auto") -> list[str]:
+    """The notices of `targets` and of the machine, each once. drafts: drafts are verified. asked: the device that was asked for."""
+    found = [notice for target in targets for notice in target.notices]
+    return list(dict.fromkeys([*found, *machine_notices(device, drafts, asked)]))
+
+
+def machine_notices(device: torch.device, drafts: bool, asked: str = "auto") -> list[str]:
+    """The same without models: what holds for whatever runs on this device."""
+    if device.type != "cpu":
+        return []
+    verified = passes.notice() if drafts else None
+    idle = asked == "auto" and GPU.exists() and not torch.cuda.is_available()
+    unused = (
+        "this machine has a GPU that PyTorch cannot use: install a CUDA build of PyTorch, or choose --device cpu if that is meant"
+        if idle
+        else None
+    )
+    return [n for n in (verified, thread_notice(torch.get_num_threads()), unused) if n is not None]
+
+
+def wasted_option(quantize: str | None, models: int) -> list[str]:
+    """A notice if a draft was to be quantised and there is no draft model."""
+    if quantize is None or models:
+        return []
+    return [
+        f"draft_quantize={quantize!r} does nothing, for only a draft model is quantised: leave it out, or name a draft model"
+    ]

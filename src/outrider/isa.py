@@ -1,0 +1,135 @@
+"""Which of this CPU's instructions our kernels use, and how to do without some: the environment variable `OUTRIDER_ISA`.
+
+`OUTRIDER_ISA=avx2` stands in for a machine without AVX-512: our libraries are compiled (or chosen) for AVX2, and PyTorch is held
+to it, if `outrider` is imported before it. A name with `prebuilt:` before it takes the library that came with the wheel, as if
+there were no compiler. Imports nothing heavy: it must run before torch is imported, and when a wheel is built.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import sys
+from dataclasses import dataclass
+
+from outrider.errors import ConfigError
+
+VARIABLE = "OUTRIDER_ISA"
+PREBUILT = "prebuilt:"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A set of instructions that one build of our kernels is for.
+
+    name: in OUTRIDER_ISA and in file names. kind: as the decoder's `outrider_kind` calls it. flags: for the compiler. needs: what
+    the system's kernel calls the instructions. torch: variables that hold PyTorch and its libraries to them.
+    """
+
+    name: str
+    kind: str
+    flags: tuple[str, ...]
+    needs: frozenset[str] = frozenset()
+    torch: tuple[tuple[str, str], ...] = ()
+
+
+def _torch(aten: str, onednn: str, mkl: str) -> tuple[tuple[str, str], ...]:
+    return ("ATEN_CPU_CAPABILITY", aten), ("ONEDNN_MAX_CPU_ISA", onednn), ("MKL_ENABLE_INSTRUCTIONS", mkl)
+
+
+_V3 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+X86 = (
+    Level("generic", "generic", (), torch=_torch("default", "SSE41", "SSE4_2")),
+    Level("avx2", "AVX2", ("-march=x86-64-v3",), _V3, _torch("avx2", "AVX2", "AVX2")),
+    Level("avx512", "AVX-512", ("-march=x86-64-v4",), _V4, _torch("avx512", "AVX512_CORE_VNNI", "AVX512")),
+    Level(
+        "avx512_bf16", "AVX-512 BF16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"},
+        _torch("avx512", "AVX512_CORE_BF16", "AVX512"),
+    ),
+)  # fmt: skip
+"""From the least to the most; version 4 of x86-64 has no bfloat16 products, hence a build of its own for those."""
+ARM = (Level("neon", "NEON", ("-march=armv8-a",)),)
+LEVELS = {"x86_64": X86, "aarch64": ARM}
+"""By machine, as Linux calls it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """level: the instructions to use, None where this system does not say what it has. native: nothing was asked for: all of them.
+    prebuilt: only what came with the wheel."""
+
+    level: Level | None
+    native: bool
+    prebuilt: bool
+
+
+def machine() -> str:
+    """This CPU's architecture in Linux's words: x86_64, aarch64, ..."""
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instructions that Linux names in /proc/cpuinfo; none on other systems."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            line = next((line for line in info if line.lower().startswith(("flags", "features"))), "")
+    except OSError:
+        return frozenset()
+    return frozenset(line.partition(":")[2].split())
+
+
+def levels() -> tuple[Level, ...]:
+    """What this CPU can run, from the least to the most; empty where the system does not say."""
+    flags = cpu_flags()
+    return tuple(level for level in LEVELS.get(machine(), ()) if flags and level.needs <= flags)
+
+
+def chosen() -> Choice:
+    """What `OUTRIDER_ISA` asks for, by default everything this CPU has. Raises ConfigError for what it cannot be."""
+    text = os.environ.get(VARIABLE, "").strip() or "native"
+    name, have = text.removeprefix(PREBUILT), levels()
+    if name == "native":
+        return Choice(have[-1] if have else None, True, text.startswith(PREBUILT))
+    for level in have:
+        if level.name == name:
+            return Choice(level, level is have[-1], text.startswith(PREBUILT))
+    names = ", ".join(["native", *(level.name for level in have)])
+    every = {level.name for levels in LEVELS.values() for level in levels}
+    what = "instructions that this CPU lacks" if name in every else "no set of instructions"
+    raise ConfigError(
+        f"{VARIABLE}={text!r} names {what}: use {names} (or one of them behind '{PREBUILT}'), or unset it"
+    )
+
+
+def unused(kind: str) -> str | None:
+    """A notice if a library for the instructions `kind` leaves faster ones of this CPU unused."""
+    choice, have = chosen(), levels()
+    if not have or kind == have[-1].kind:
+        return None
+    best, what = have[-1].kind, f"decoding uses {kind} instructions though this CPU has {have[-1].kind}"
+    if choice.level is not None and choice.level.kind == kind:
+        late = any(name not in os.environ for name, _ in choice.level.torch)
+        alone = " (and PyTorch, which was imported before outrider, is not held to it)" if late else ""
+        return f"{what}: {VARIABLE}={choice.level.name} asks for it{alone}; unset it"
+    return f"{what}: no compiler here knows {best}; install a newer g++ or clang++, or a wheel with prebuilt libraries"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor may use bfloat16 products (Linux says so; elsewhere float32 is the safe choice)."""
+    return chosen().native and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags())
+
+
+def limit_torch() -> bool:
+    """Hold PyTorch to the instructions that OUTRIDER_ISA names; False if nothing was asked for or torch is imported already."""
+    try:
+        choice = chosen()
+    except ConfigError:  # said where a library is loaded, as a sentence
+        return False
+    if choice.native or choice.level is None or "torch" in sys.modules:
+        return False
+    for name, value in choice.level.torch:
+        os.environ.setdefault(name, value)
+    return True

@@ -1,0 +1,138 @@
+// Runs the libraries of a wheel on a small random model, without Python: for machines that are emulated.
+//
+//     driver DECODER.so PASSES.so
+//
+// Prints every number on a line of its own, in hexadecimal. Ends with 1 if a row's numbers depend on its company.
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../../src/outrider/target/native/layout.h"
+
+using namespace outrider;
+
+namespace {
+
+uint64_t state = 1;
+float uniform() {  // between -1 and 1; the same on every machine
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return (float)((int32_t)(state >> 32)) * 0x1p-31f;
+}
+
+constexpr int64_t VOCAB = 77, HIDDEN = 50, LAYERS = 2, HEADS = 5, KV = 1, HEAD = 40, INNER = 71, CAPACITY = 32, ROWS = 9;
+
+// Weights of one model, as floats or as the upper halves of floats.
+struct Weights {
+    bool half;
+    std::vector<std::vector<float>> kept;
+    std::vector<std::vector<uint16_t>> halves;
+    const void* make(int64_t count, float scale, float middle = 0) {
+        std::vector<float> x(count);
+        for (float& v : x) v = middle + scale * uniform();
+        if (!half) return kept.push_back(std::move(x)), kept.back().data();
+        std::vector<uint16_t> h(count);
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t bits;
+            __builtin_memcpy(&bits, &x[i], 4);
+            h[i] = (uint16_t)(bits >> 16);
+        }
+        return halves.push_back(std::move(h)), halves.back().data();
+    }
+};
+
+void* symbol(void* library, const char* name) {
+    void* found = dlsym(library, name);
+    if (found == nullptr) std::fprintf(stderr, "%s\n", dlerror()), std::exit(2);
+    return found;
+}
+
+void* open(const char* path) {
+    void* library = dlopen(path, RTLD_NOW);
+    if (library == nullptr) std::fprintf(stderr, "%s\n", dlerror()), std::exit(2);
+    return library;
+}
+
+// Logits [ROWS - from, VOCAB] of tokens from : ROWS behind those before, which are fed first; on `threads` threads.
+std::vector<float> logits(void* library, void* handle, bool half, int64_t from, int64_t threads) {
+    auto* forward = (int (*)(void*, const CallPointers*))symbol(library, "outrider_forward");
+    const int64_t places = LAYERS * KV * CAPACITY * HEAD * (half ? 2 : 4);
+    std::vector<char> k(places), v(places);
+    std::vector<float> out;
+    const int64_t pieces[2][2] = {{0, from}, {from, ROWS}};
+    for (const auto& piece : pieces) {
+        const int64_t n = piece[1] - piece[0];
+        if (n == 0) continue;
+        std::vector<int64_t> token, position, scored;
+        for (int64_t i = 0; i < n; ++i) {
+            token.push_back((7 * (piece[0] + i) + 3) % VOCAB), position.push_back(piece[0] + i), scored.push_back(i);
+        }
+        const int64_t segment[5] = {0, 0, piece[0], n, 0};
+        out.assign(n * VOCAB, 0);
+        const CallPointers call{n, n, 1, 0, threads, 1, CAPACITY, token.data(), position.data(), scored.data(), segment,
+                                nullptr, nullptr, k.data(), v.data(), out.data()};
+        if (const int status = forward(handle, &call)) std::fprintf(stderr, "status %d\n", status), std::exit(2);
+    }
+    return out;
+}
+
+void decode(void* library, bool half) {
+    Weights w{half, {}, {}};
+    std::vector<LayerPointers> layers;
+    const int64_t wide = HEADS * HEAD, fused = wide + 2 * KV * HEAD;
+    for (int64_t i = 0; i < LAYERS; ++i) {
+        LayerPointers p{};
+        p.norm1 = w.make(HIDDEN, 0.3f, 1), p.qkv = w.make(fused * HIDDEN, 0.3f), p.qkv_bias = w.make(fused, 0.3f);
+        p.o = w.make(HIDDEN * wide, 0.1f), p.norm2 = w.make(HIDDEN, 0.3f, 1);
+        p.gate_up = w.make(2 * INNER * HIDDEN, 0.2f), p.down = w.make(HIDDEN * INNER, 0.2f);
+        layers.push_back(p);
+    }
+    float frequency[HEAD / 2];
+    for (int64_t i = 0; i < HEAD / 2; ++i) frequency[i] = 1.0f / (float)(1 << (i / 2));
+    ModelPointers model{VOCAB, HIDDEN, LAYERS, HEADS, KV, HEAD, INNER, half, 1e-6, 1.0, frequency, nullptr, nullptr, nullptr, layers.data()};
+    model.embedding = w.make(VOCAB * HIDDEN, 1), model.norm = w.make(HIDDEN, 0.3f, 1), model.head = w.make(VOCAB * HIDDEN, 0.5f);
+    void* handle = ((void* (*)(const ModelPointers*))symbol(library, "outrider_new"))(&model);
+    const std::vector<float> all = logits(library, handle, half, 0, 1);
+    for (const float x : all) std::printf("%a\n", (double)x);
+    for (int64_t from = 1; from < ROWS; ++from)
+        for (int64_t threads = 1; threads < 3; ++threads) {
+            const std::vector<float> part = logits(library, handle, half, from, threads);
+            if (__builtin_memcmp(part.data(), all.data() + from * VOCAB, part.size() * 4) != 0) {
+                std::fprintf(stderr, "rows from %d on %d threads are not the same bits\n", (int)from, (int)threads), std::exit(1);
+            }
+        }
+    ((void (*)(void*))symbol(library, "outrider_free"))(handle);
+}
+
+void judge(void* library) {
+    std::vector<double> p(5000), q(5000);
+    double sums[2] = {0, 0};
+    for (size_t i = 0; i < p.size(); ++i) {
+        p[i] = 1.001 + uniform(), q[i] = 1.001 + uniform();
+        sums[0] += p[i], sums[1] += q[i];
+    }
+    for (size_t i = 0; i < p.size(); ++i) p[i] /= sums[0], q[i] /= sums[1];
+    double out[3];
+    ((void (*)(const void*, const void*, double, int64_t, int, double*))symbol(library, "outrider_overlap"))(
+        p.data(), q.data(), 0.8, (int64_t)p.size(), 1, out);
+    for (const double x : out) std::printf("%a\n", x);
+    const auto draw = (int64_t (*)(const void*, const void*, double, int64_t, double, int, double*))symbol(library, "outrider_draw");
+    for (double u = 0.05; u < 1; u += 0.1) {
+        double total;
+        std::printf("%a\n", (double)draw(p.data(), q.data(), 1.0, (int64_t)p.size(), u, 1, &total));
+        std::printf("%a\n", total);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 3) return 2;
+    void* decoder = open(arguments[1]);
+    std::fprintf(stderr, "%s\n", ((const char* (*)())symbol(decoder, "outrider_kind"))());
+    decode(decoder, false);
+    decode(decoder, true);
+    judge(open(arguments[2]));
+    return 0;
+}
