@@ -7,8 +7,9 @@ through one map holds the weights twice. Here the peak is the weights plus one b
 from __future__ import annotations
 
 import math
+import re
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +28,26 @@ Progress = Callable[[float], None]
 
 INDEX_BYTES = 64 << 20
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+_DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.bias", "attention.masked_bias")
+"""Ends of names of buffers that old releases stored and that follow from the configuration."""
+_APART = re.compile(
+    r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mtp|mtp_block)\."
+)
+"""Begins of names of parts that do not take part in text: eyes, ears, and heads for drafting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies and what it is, from the header of its file."""
+    """Where a tensor lies and what it is, from the header of its file. stored: safetensors' name of its type."""
 
     file: Path
-    dtype: torch.dtype | None
+    stored: str
     shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its type, None for one that is no plain floating-point number."""
+        return _STORED.get(self.stored)
 
     @property
     def bytes(self) -> int:
@@ -113,10 +124,25 @@ class Checkpoint:
                 )
             if entry.dtype is None:
                 raise Unsupported(f"tensor {name} is stored in a quantized format")
-        blocks = tuple(f"model.layers.{i}." for i in range(self.config.layers))
-        for name in self.entries.keys() - expected.keys():
-            if name.startswith(blocks) and not name.endswith(_IGNORED):
-                raise Unsupported(f"tensor {reprlib.repr(name)} has no place in a {self.config.family} block")
+        extra = without_place(self.entries.keys() - expected.keys())
+        if extra:
+            raise Unsupported(f"tensor {extra[0]} has no place in a {self.config.family} model of this configuration")
+
+
+def without_place(names: Iterable[str]) -> list[str]:
+    """Of tensors that a model has no place for, those whose absence may be another text, sorted and shortened for a message."""
+    return sorted(name[:120] for name in names if not name.endswith(_DERIVED) and not _APART.match(name))
+
+
+def check_numbers(entries: Mapping[str, Entry], quantized: bool) -> None:
+    """Raise ConfigError for weights that are codes and not numbers, unless the configuration says how to read them."""
+    codes = sorted(n for n, e in entries.items() if n.endswith("weight") and e.stored[:1] in "IUB" and e.stored != "BF16")
+    if codes and not quantized:
+        entry = entries[codes[0]]
+        raise ConfigError(
+            f"tensor {codes[0][:120]} is stored as {entry.stored} and config.json has no quantization_config that says how to read "
+            "it (MLX and others pack weights so): use the unquantized checkpoint"
+        )
 
 
 def load_checkpoint(
@@ -134,6 +160,10 @@ def load_checkpoint(
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of the folder's safetensors files, by name."""
+    if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
+        raise ConfigError(
+            f"{folder} holds an adapter beside its weights: merge it into them (peft: merge_and_unload), or remove its files"
+        )
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return dict(_header(_inside(folder, single.name)))
@@ -149,7 +179,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         raise ConfigError(f"{index} has no weight_map of file names: download it again")
     found: dict[str, Entry] = {}
     for name in sorted(set(placed.values())):
-        found |= {key: entry for key, entry in _header(_inside(folder, name)) if placed.get(key) == name}
+        for key, entry in _header(_inside(folder, name)):
+            if key in found:
+                raise ConfigError(
+                    f"tensor {reprlib.repr(key)} lies in {found[key].file.name} and in {name}: download the checkpoint again"
+                )
+            found[key] = entry
     lost = placed.keys() - found.keys()
     if lost:
         raise ConfigError(
@@ -177,7 +212,7 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
-                yield name, Entry(file, _STORED.get(part.get_dtype()), tuple(part.get_shape()))
+                yield name, Entry(file, part.get_dtype(), tuple(part.get_shape()))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{file} is damaged ({reprlib.repr(str(error))}): download it again") from None
 

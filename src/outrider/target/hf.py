@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
+from outrider.target.checkpoint import without_place
 from outrider.target.folder import resolve_folder
 from outrider.target.hf_cache import CachePath, RecomputePath, RecurrentPath
 from outrider.target.hf_prefix import HFPrefix
@@ -116,7 +117,7 @@ class HFTarget:
             model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
             raise ConfigError(
                 f"cannot load {name!r} as a causal language model in safetensors: {_brief(error)}"
             ) from error
@@ -124,6 +125,12 @@ class HFTarget:
         if absent:
             raise ConfigError(
                 f"checkpoint {name!r} lacks {len(absent)} of the model's weights, {absent[0]} first: fetch it again"
+            )
+        extra = without_place(info["unexpected_keys"])
+        if extra:
+            raise ConfigError(
+                f"checkpoint {name!r} has {len(extra)} tensors that its configuration has no place for, {extra[0]} first (an "
+                "adapter, scales or biases that are not merged?): without them it is another model; use a merged, unquantized one"
             )
         return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ import torch
 from outrider.errors import ConfigError, unknown_name
 from outrider.packed import QUANTIZE
 from outrider.protocols import Target
-from outrider.target.checkpoint import Checkpoint, Progress, read_entries
+from outrider.target.checkpoint import Checkpoint, Progress, check_numbers, read_entries
 from outrider.target.config import Unsupported, read_raw_config
 from outrider.target.folder import resolve_folder
 from outrider.target.lean import LeanTarget
@@ -105,7 +105,9 @@ def _load_hf(
         )
     raw = read_raw_config(folder)
     chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device)
-    size = sum(math.prod(entry.shape) for entry in read_entries(folder).values()) * chosen.itemsize
+    entries = read_entries(folder)
+    check_numbers(entries, bool((raw.get("quantization_config") or {}).get("quant_method")))
+    size = sum(math.prod(entry.shape) for entry in entries.values()) * chosen.itemsize
     require_memory(size, device, "the model's weights", "choose a smaller model or dtype, or free memory")
     target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
     target.notice = notice
