@@ -108,7 +108,9 @@ def by_lean(folder: Path) -> torch.Tensor | str:
         target = LeanTarget(*load_checkpoint(folder, torch.float32), native=False)
     except (Unsupported, ConfigError) as refusal:
         return str(refusal)
-    rows = [target.forward(Rows.assemble([0], [TOKENS[:n]], [0], Draft.empty(1)), target.new_kv(1, 16)) for n in (1, 7, 12)]
+    rows = [
+        target.forward(Rows.assemble([0], [TOKENS[:n]], [0], Draft.empty(1)), target.new_kv(1, 16)) for n in (1, 7, 12)
+    ]
     return torch.cat([scores.logits for scores in rows])
 
 

@@ -40,10 +40,14 @@ def check_keys(config: Mapping[str, Any], known: Set[str], folder: Path) -> None
     """Raise ConfigError for a key of a configuration's top that nobody here reads, by name."""
     packed = next((key for key in PACKED if config.get(key) is not None), None)
     if packed is not None:
-        raise ConfigError(f"{folder} holds quantized weights ({packed}): use the drafter in bfloat16, as it was trained")
+        raise ConfigError(
+            f"{folder} holds quantized weights ({packed}): use the drafter in bfloat16, as it was trained"
+        )
     unknown = unknown_keys(config, known)
     if unknown:
-        raise ConfigError(f"{folder}: config.json has the key {unknown[0][:80]!r}, which is not supported for this drafter")
+        raise ConfigError(
+            f"{folder}: config.json has the key {unknown[0][:80]!r}, which is not supported for this drafter"
+        )
 
 
 def check_layers(shape: Mapping[str, Any], folder: Path, family: str) -> None:
@@ -57,7 +61,9 @@ def check_layers(shape: Mapping[str, Any], folder: Path, family: str) -> None:
             raise ConfigError(f"{folder}: {key} = {str(value)[:80]} is not supported: use a drafter without it")
     kinds = shape.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(k != "full_attention" for k in kinds)):
-        raise ConfigError(f"{folder}: sliding windows (layer_types) are not supported: use a drafter with full attention")
+        raise ConfigError(
+            f"{folder}: sliding windows (layer_types) are not supported: use a drafter with full attention"
+        )
     if shape.get("sliding_window") is not None and kinds is None and shape.get("use_sliding_window") is not False:
         raise ConfigError(f"{folder}: sliding_window is not supported: use a drafter with full attention")
 

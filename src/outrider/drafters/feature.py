@@ -29,9 +29,10 @@ from outrider.drafters.heads import fill
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 
-
 TAPS = "eagle_aux_hidden_state_layer_ids"
-READ = frozenset({TAPS, "eagle_config", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"}) | SPECULATORS
+READ = (
+    frozenset({TAPS, "eagle_config", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"}) | SPECULATORS
+)
 """Keys at the top of a folder in the `speculators` layout; EAGLE's own folders have those of the layer there as well."""
 
 
@@ -177,6 +178,8 @@ def _taps(config: dict[str, Any], folder: Path, target: Target) -> tuple[int, ..
     if not isinstance(nested, dict) or nested.keys() - {TAPS, "use_aux_hidden_state"}:
         raise ConfigError(f"{folder}: eagle_config may name {TAPS} and use_aux_hidden_state only")
     if not flag(nested, "use_aux_hidden_state", folder, True):
-        raise ConfigError(f"{folder}: use_aux_hidden_state = false is not supported: use a drafter that reads three layers")
+        raise ConfigError(
+            f"{folder}: use_aux_hidden_state = false is not supported: use a drafter that reads three layers"
+        )
     place = config if config.get(TAPS) is not None else nested
     return layer_ids(place, TAPS, folder, [2, target.layers // 2, target.layers - 3])

@@ -25,7 +25,6 @@ from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence
 
-
 READ = frozenset({
     "hidden_size", "vocab_size", "truncated_vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias", "original_lm_head",
     "rms_norm_eps", "target_layer", "hidden_act", "max_position_embeddings",
@@ -170,7 +169,9 @@ def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
     extra, absent = sorted(tensors.keys() - wanted.keys()), sorted(wanted.keys() - tensors.keys())
     if extra or absent:
         what = f"has no place for tensor {extra[0][:120]}" if extra else f"needs tensor {absent[0]}, which is not there"
-        raise ConfigError(f"{folder}: the drafter that its config.json describes {what}: use a drafter of another layout")
+        raise ConfigError(
+            f"{folder}: the drafter that its config.json describes {what}: use a drafter of another layout"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name]:
             raise ConfigError(

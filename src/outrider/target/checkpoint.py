@@ -7,9 +7,8 @@ through one map holds the weights twice. Here the peak is the weights plus one b
 from __future__ import annotations
 
 import math
-import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +21,13 @@ from outrider.errors import ConfigError
 from outrider.target.config import Layout, Unsupported, read_json, read_layout
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.memory import require_memory
+from outrider.target.places import without_place
 
 Progress = Callable[[float], None]
 """Called with the share of the weights read so far, in (0, 1]."""
 
 INDEX_BYTES = 64 << 20
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.bias", "attention.masked_bias")
-"""Ends of names of buffers that old releases stored and that follow from the configuration."""
-_APART = re.compile(
-    r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mtp|mtp_block)\."
-)
-"""Begins of names of parts that do not take part in text: eyes, ears, and heads for drafting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +70,22 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in self._expected().values())
 
     def read(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Progress | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        progress: Progress | None = None,
+        role: str = "model",
     ) -> DecoderWeights:
-        """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit."""
+        """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit.
+
+        role: what the model is to its user, for that sentence: "target", "draft".
+        """
         where = torch.device(device)
         require_memory(
             self.parameters * dtype.itemsize,
             where,
-            "the model's weights",
-            "choose a smaller model or dtype, or free memory",
+            f"the weights of the {role}",
+            f"choose a smaller {role} or dtype, or free memory",
         )
         reader = _Reader(self.entries, self._expected(), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
@@ -127,22 +128,6 @@ class Checkpoint:
         extra = without_place(self.entries.keys() - expected.keys())
         if extra:
             raise Unsupported(f"tensor {extra[0]} has no place in a {self.config.family} model of this configuration")
-
-
-def without_place(names: Iterable[str]) -> list[str]:
-    """Of tensors that a model has no place for, those whose absence may be another text, sorted and shortened for a message."""
-    return sorted(name[:120] for name in names if not name.endswith(_DERIVED) and not _APART.match(name))
-
-
-def check_numbers(entries: Mapping[str, Entry], quantized: bool) -> None:
-    """Raise ConfigError for weights that are codes and not numbers, unless the configuration says how to read them."""
-    codes = sorted(n for n, e in entries.items() if n.endswith("weight") and e.stored[:1] in "IUB" and e.stored != "BF16")
-    if codes and not quantized:
-        entry = entries[codes[0]]
-        raise ConfigError(
-            f"tensor {codes[0][:120]} is stored as {entry.stored} and config.json has no quantization_config that says how to read "
-            "it (MLX and others pack weights so): use the unquantized checkpoint"
-        )
 
 
 def load_checkpoint(

@@ -154,7 +154,9 @@ def _family(raw: dict) -> Family:
         raise Unsupported(f"architecture {reprlib.repr(named[0])} is not a causal language model")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise Unsupported(f"hidden_act {reprlib.repr(raw.get('hidden_act'))} is not silu")
-    packed = next((k for k in ("quantization_config", "compression_config", "quantization") if raw.get(k) is not None), None)
+    packed = next(
+        (k for k in ("quantization_config", "compression_config", "quantization") if raw.get(k) is not None), None
+    )
     if packed is not None:
         raise Unsupported(f"the weights are quantized ({packed})")
     family = FAMILIES[kind]

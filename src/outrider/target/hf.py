@@ -34,12 +34,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache
-from outrider.target.checkpoint import without_place
 from outrider.target.folder import resolve_folder
 from outrider.target.hf_cache import CachePath, RecomputePath, RecurrentPath
 from outrider.target.hf_prefix import HFPrefix
 from outrider.target.hf_seam import SeamPath, attention_of
 from outrider.target.hf_taps import Taps, find_blocks, steps_after, tail_of
+from outrider.target.places import refuse_extra
 from outrider.target.split import check_prefix
 from outrider.types import Draft, Rows, Scores
 
@@ -117,7 +117,16 @@ class HFTarget:
             model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ImportError,
+            SafetensorError,
+        ) as error:
             raise ConfigError(
                 f"cannot load {name!r} as a causal language model in safetensors: {_brief(error)}"
             ) from error
@@ -126,12 +135,7 @@ class HFTarget:
             raise ConfigError(
                 f"checkpoint {name!r} lacks {len(absent)} of the model's weights, {absent[0]} first: fetch it again"
             )
-        extra = without_place(info["unexpected_keys"])
-        if extra:
-            raise ConfigError(
-                f"checkpoint {name!r} has {len(extra)} tensors that its configuration has no place for, {extra[0]} first (an "
-                "adapter, scales or biases that are not merged?): without them it is another model; use a merged, unquantized one"
-            )
+        refuse_extra(info["unexpected_keys"], name)
         return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
 
     def new_kv(self, slots: int, length: int) -> KVCache:

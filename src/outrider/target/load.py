@@ -13,17 +13,25 @@ import torch
 from outrider.errors import ConfigError, unknown_name
 from outrider.packed import QUANTIZE
 from outrider.protocols import Target
-from outrider.target.checkpoint import Checkpoint, Progress, check_numbers, read_entries
+from outrider.target.checkpoint import Checkpoint, Progress, read_entries
 from outrider.target.config import Unsupported, read_raw_config
 from outrider.target.folder import resolve_folder
 from outrider.target.lean import LeanTarget
 from outrider.target.memory import available_memory, require_memory
 from outrider.target.native.build import load_library
-from outrider.target.tokenizer import first_difference, load_tokenizer, stop_ids, vocab_fingerprint
+from outrider.target.places import check_numbers
+from outrider.target.tokenizer import (
+    find_tokenizer,
+    first_difference,
+    load_tokenizer,
+    stop_ids,
+    vocab_fingerprint,
+)
 
 __all__ = [
     "Facts",
     "available_memory",
+    "find_tokenizer",
     "first_difference",
     "inspect_checkpoint",
     "load_target",
@@ -56,6 +64,7 @@ def load_target(
     quantize: str | None = None,
     max_length: int | None = None,
     progress: Progress | None = None,
+    role: str = "model",
 ) -> Target:
     """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint is run.
 
@@ -67,6 +76,7 @@ def load_target(
     quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
+    role:           what it is to its user, for messages: "target", "draft".
 
     Raises ConfigError for a wrong option or checkpoint, CapacityError if the weights do not fit into memory.
     """
@@ -78,24 +88,30 @@ def load_target(
     _named_dtype(dtype)
     folder = resolve_folder(path_or_name)
     if implementation == "hf":
-        return _load_hf(folder, dtype, where, quantize, max_length, None)
+        return _load_hf(folder, dtype, where, quantize, max_length, None, role)
     try:
         checkpoint = Checkpoint(folder, max_length=max_length)
         stored = checkpoint.layout.stored
         return LeanTarget(
             checkpoint.config,
-            lambda: checkpoint.read(_choose_dtype(dtype, stored, where), where, progress),
+            lambda: checkpoint.read(_choose_dtype(dtype, stored, where), where, progress, role),
             quantize=quantize,
         )
     except Unsupported as reason:
         if implementation == "lean":
             raise ConfigError(f"the lean runtime cannot run {folder}: {reason}; use implementation 'hf'") from None
         notice = f"{folder.name} runs on transformers, not on the lean runtime (slower): {reason}"
-        return _load_hf(folder, dtype, where, quantize, max_length, notice)
+        return _load_hf(folder, dtype, where, quantize, max_length, notice, role)
 
 
 def _load_hf(
-    folder: Path, dtype: str, device: torch.device, quantize: str | None, max_length: int | None, notice: str | None
+    folder: Path,
+    dtype: str,
+    device: torch.device,
+    quantize: str | None,
+    max_length: int | None,
+    notice: str | None,
+    role: str,
 ) -> Target:
     from outrider.target.hf import HFTarget
 
@@ -106,9 +122,11 @@ def _load_hf(
     raw = read_raw_config(folder)
     chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device)
     entries = read_entries(folder)
-    check_numbers(entries, bool((raw.get("quantization_config") or {}).get("quant_method")))
+    packing = raw.get("quantization_config")
+    quantized = isinstance(packing, dict) and "quant_method" in packing
+    check_numbers({name: entry.stored for name, entry in entries.items()}, quantized)
     size = sum(math.prod(entry.shape) for entry in entries.values()) * chosen.itemsize
-    require_memory(size, device, "the model's weights", "choose a smaller model or dtype, or free memory")
+    require_memory(size, device, f"the weights of the {role}", f"choose a smaller {role} or dtype, or free memory")
     target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
     target.notice = notice
     if notice is not None:

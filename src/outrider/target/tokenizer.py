@@ -56,6 +56,12 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
         ) from None
 
 
+def find_tokenizer(path_or_name: str | Path) -> Any | None:
+    """`load_tokenizer`, or None for a folder that holds none: such a model works on token ids."""
+    folder = resolve_folder(path_or_name)
+    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
 class PlainTokenizer:
     """A tokenizer.json and nothing else: what transformers' generic class does for text and ids, without importing it.
 
@@ -132,8 +138,14 @@ def first_difference(a: Vocabulary, b: Vocabulary) -> tuple[int, str, str] | Non
 
 
 def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
-    """Tokens that end a text: of generation_config.json, else of config.json; and the tokenizer's own end of text."""
+    """Tokens that end a text: of generation_config.json, else of config.json; and the tokenizer's own end of text.
+
+    Raises ConfigError if generation_config.json asks for a constraint on every text, which is nothing a model can ask for here.
+    """
     folder = resolve_folder(path_or_name)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        _refuse_constraints(read_json(generation, CONFIG_BYTES), generation)
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file() and not found:
@@ -141,3 +153,32 @@ def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]
             found = [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
     own = getattr(tokenizer, "eos_token_id", None)
     return tuple(dict.fromkeys([*found, *([own] if isinstance(own, int) else [])]))
+
+
+CONSTRAINTS: dict[str, tuple[Any, ...]] = {
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "exponential_decay_length_penalty": (),
+    "no_repeat_ngram_size": (0,),
+    "stop_strings": ([],),
+    "watermarking_config": (),
+    "guidance_scale": (1,),
+}
+"""Keys of generation_config.json that bind every text of transformers' `generate`, and their values that bind none.
+
+Its other keys are defaults of sampling: here a request says how it is sampled.
+"""
+
+
+def _refuse_constraints(raw: Mapping[str, Any], file: Path) -> None:
+    for key, free in CONSTRAINTS.items():
+        if raw.get(key) is not None and raw[key] not in free:
+            raise ConfigError(
+                f"{file} sets {key}, which is not applied here: remove it, and say it in the request "
+                "(logit_bias bans tokens, stop ends texts)"
+            )
