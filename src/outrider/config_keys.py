@@ -24,7 +24,8 @@ BOOKKEEPING = GENERATION | frozenset({
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype",
     "torch_dtype", "torchscript", "use_bfloat16", "tokenizer_class", "prefix", "unsloth_fixed", "unsloth_version",
     "base_model_name", "base_model_name_or_path", "license", "language", "pipeline_tag", "_attn_implementation_autoset",
-    "_flash_attn_2_enabled", "model_max_length", "max_sequence_length",
+    "_flash_attn_2_enabled", "model_max_length", "max_sequence_length", "is_llama_config", "rope_interleaved", "use_mrope",
+    "transformers.js_config", "attn_implementation",
     # labels and tasks
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
     # tokens; which of them end a text is read elsewhere

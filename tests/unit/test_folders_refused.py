@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from outrider.cli.chat import Conversation
 from outrider.engine.build import build_engine
@@ -17,7 +18,8 @@ from outrider.sampling.cpu import law_of
 from outrider.sampling.params import SamplingParams
 from outrider.target.attention import AttentionPlan
 from outrider.target.kv import ContiguousKV
-from outrider.target.load import load_target, stop_ids
+from outrider.target.load import load_target, load_tokenizer, stop_ids
+from outrider.target.tokenizer import PlainTokenizer
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
 
@@ -129,6 +131,27 @@ def test_a_folder_without_a_tokenizer_works_on_ids(model, copy) -> None:
     assert (
         build_engine(model, str(copy), dtype="float32", max_length=64).generate([ids], params)[0].outputs[0].token_ids
     )
+
+
+@pytest.mark.parametrize("changes", [{"text_config": {"hidden_size": 7}}, {"is_encoder_decoder": True}])
+def test_a_configuration_that_transformers_half_reads_is_refused_in_a_sentence(copy, changes) -> None:
+    edit_config(copy, (), **changes)
+    with pytest.raises(ConfigError, match="text_config|encoder-decoder"):
+        load_target(copy, dtype="float32")
+
+
+def test_settings_of_a_tokenizer_that_change_its_ids_are_read(model, copy) -> None:
+    """A token that only the settings mark as special is one token in a text and none in its decoding, as in transformers."""
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    settings = {"tokenizer_class": "TokenizersBackend", "eos_token": "</s>"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert isinstance(load_tokenizer(copy), PlainTokenizer)
+    for more in ({"pad_token": "<new>"}, {"additional_special_tokens": ["<tool>"]}, {"add_bos_token": True}):
+        (copy / "tokenizer_config.json").write_text(json.dumps(settings | more))
+        ours, theirs = load_tokenizer(copy), AutoTokenizer.from_pretrained(copy)
+        assert not isinstance(ours, PlainTokenizer)
+        for text in ("a<new>b", "<tool>x", "</s>"):
+            assert ours.encode(text) == theirs.encode(text)
 
 
 def test_more_positions_than_the_model_has_and_ends_behind_the_embedding_are_refused(copy) -> None:

@@ -163,7 +163,7 @@ def _family(raw: dict) -> Family:
     if "mlp_bias" in family.options and _flag(raw, "mlp_bias", False):
         raise Unsupported("mlp_bias is set")
     if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
-        raise Unsupported("it is not a decoder with causal attention")
+        raise Unsupported("its attention is not causal")
     unknown = unknown_keys(raw, COMMON | OPTIONS)
     if unknown:
         raise Unsupported(f"config.json has a key {unknown[0][:80]!r} that is not known to be without effect")

@@ -28,7 +28,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -81,6 +80,11 @@ class HFTarget:
 
     def __init__(self, model: PreTrainedModel, *, max_length: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
+        if not hasattr(config, "num_hidden_layers"):
+            raise ConfigError(
+                f"the configuration has a text_config that {type(model).__name__} does not read: remove it"
+            )
+        model.config.return_dict = True  # a leftover false would make its outputs tuples
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
         context = _context(config)
@@ -117,16 +121,7 @@ class HFTarget:
             model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            ImportError,
-            SafetensorError,
-        ) as error:
+        except Exception as error:  # a wrong configuration ends in whatever its class stumbles over
             raise ConfigError(
                 f"cannot load {name!r} as a causal language model in safetensors: {_brief(error)}"
             ) from error

@@ -34,7 +34,9 @@ def check_numbers(stored: Mapping[str, str], quantized: bool) -> None:
     stored: name of a tensor -> safetensors' name of its type.
     """
     codes = sorted(
-        name for name, kind in stored.items() if name.endswith("weight") and re.match(r"[IU]\d|BOOL|F4", kind)
+        name
+        for name, kind in stored.items()
+        if name.endswith("weight") and re.match(r"[IUC]\d|BOOL|F4|F6|F8_E8M0", kind)
     )
     if codes and not quantized:
         raise ConfigError(

@@ -83,23 +83,29 @@ class PlainTokenizer:
         return self._core.get_vocab(with_added_tokens=True)
 
 
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+PLAIN_SETTINGS = frozenset({
+    "tokenizer_class", "clean_up_tokenization_spaces", "model_max_length", "backend", "is_local", "local_files_only",
+    "name_or_path", "transformers_version", "padding_side", "truncation_side", "model_input_names",
+})  # fmt: skip
+"""Keys of tokenizer_config.json that say nothing about the ids of one text; with any other one transformers reads the folder."""
+
+
 def _plain(folder: Path) -> PlainTokenizer | None:
     """The plain tokenizer of a folder whose settings leave nothing for transformers to do, else None."""
     file = folder / "tokenizer_config.json"
     settings = read_json(file, TOKENIZER_BYTES) if file.is_file() else {}
     generic = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    special = {
-        "chat_template",
-        "add_bos_token",
-        "add_eos_token",
-        "add_prefix_space",
-        "added_tokens_decoder",
-    } & settings.keys()
-    if not generic or special or settings.get("clean_up_tokenization_spaces") or any(folder.glob("*.jinja")):
+    unread = {key for key, value in settings.items() if value is not None} - PLAIN_SETTINGS - set(SPECIAL)
+    if not generic or unread or settings.get("clean_up_tokenization_spaces") or any(folder.glob("*.jinja")):
         return None
     core = Tokenizer.from_file(str(folder / "tokenizer.json"))
     core.no_padding()
     core.no_truncation()
+    marked = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+    named = [settings[key] for key in SPECIAL if settings.get(key) is not None]
+    if not all(isinstance(token, str) and token in marked for token in named):
+        return None  # transformers marks it, so that it is one token in a text and none in its decoding
     eos = settings.get("eos_token")
     return PlainTokenizer(core, core.token_to_id(eos) if isinstance(eos, str) else None)
 
