@@ -164,7 +164,8 @@ def test_bookkeeping_moves_no_logit(models, tmp_path, family: str) -> None:
         "id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0}, "num_labels": 3, "return_dict": True,
         "problem_type": "regression", "tokenizer_class": "T", "bos_token_id": 3, "eos_token_id": [4, 5], "pad_token_id": 6,
         "is_decoder": False, "use_cache": False, "output_attentions": False, "output_hidden_states": True,
-        "attn_implementation": "eager", "pretraining_tp": 4, "chunk_size_feed_forward": 2, "initializer_range": 0.5, "transformers_version": "4.1.0",
+        "attn_implementation": "eager", "pretraining_tp": 4, "chunk_size_feed_forward": 2, "initializer_range": 0.5,
+        "transformers_version": "4.1.0",
     }  # fmt: skip
     odd = {key: shaped.get(key, 0.37) for key in sorted(BOOKKEEPING)}
     assert agree_or_refuse(models[family], tmp_path, **odd) is None
