@@ -168,15 +168,15 @@ def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     extra, absent = sorted(tensors.keys() - wanted.keys()), sorted(wanted.keys() - tensors.keys())
     if extra or absent:
-        what = f"has no place for tensor {extra[0][:120]}" if extra else f"needs tensor {absent[0]}, which is not there"
+        what = f"it has no place for {extra[0][:120]}" if extra else f"{absent[0]} is not there"
         raise ConfigError(
-            f"{folder}: the drafter that its config.json describes {what}: use a drafter of another layout"
+            f"{folder}: the tensors are not those its config.json describes ({what}): download or train it again"
         )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name]:
+            what = f"{name} has shape {list(tensor.shape)}, not {list(wanted[name])}"
             raise ConfigError(
-                f"{folder}: tensor {name} has shape {list(tensor.shape)}, config.json says {list(wanted[name])}: "
-                "download or train it again"
+                f"{folder}: the tensors are not those its config.json describes ({what}): download it again"
             )
         if not tensor.is_floating_point():
             raise ConfigError(
