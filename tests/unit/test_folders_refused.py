@@ -83,6 +83,13 @@ def test_codes_without_a_key_to_them_are_refused(copy, implementation: str) -> N
         load_target(copy, implementation=implementation)
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "nonsense"])
+def test_quantized_checkpoints_name_the_unquantized_one(copy, method: str) -> None:
+    edit_config(copy, quantization_config={"quant_method": method, "load_in_4bit": True, "bits": 4})
+    with pytest.raises(ConfigError, match=f"quantized .{method}.*use the unquantized checkpoint"):
+        load_target(copy)
+
+
 def test_a_head_that_differs_from_a_tied_embedding_is_used_as_transformers_uses_it(copy) -> None:
     edit_config(copy, tie_word_embeddings=True)
     assert (logits(copy, "lean") - logits(copy, "hf")).abs().max() < 2e-4

@@ -135,7 +135,7 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
         drafter = _load_drafter(
             drafter if options.length else "none",
             target=loaded.target,
-            target_path=loaded.path,
+            target_path=None if loaded.path is None else str(resolve_folder(loaded.path)),
             tokenizer=loaded.tokenizer,
             length=options.length,
             rule=rule,
