@@ -9,12 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import warnings
 
-import outrider  # noqa: F401, I001  (before torch, which OUTRIDER_ISA may hold to fewer instructions)
-
 import pytest
 import torch
 from hypothesis import settings
 
+import outrider  # noqa: F401  (before torch, which OUTRIDER_ISA may hold to fewer instructions)
 from tests.origins import warn_about_caller
 
 settings.register_profile("ci", derandomize=True, deadline=None)

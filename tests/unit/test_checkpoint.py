@@ -150,7 +150,7 @@ def test_peak_memory_of_loading_is_the_weights_and_little_more(model, tmp_path):
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between layers"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ({"per_layer_config": {"1": {"hidden_act": "gelu"}}}, "per_layer_config"),
         ({"is_causal": False}, "not causal"),
     ],
 )

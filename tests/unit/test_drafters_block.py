@@ -344,7 +344,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"aux_hidden_state_layer_ids": "1,3"}, ConfigError, "aux_hidden_state_layer_ids"),
         ({"aux_hidden_state_layer_ids": [1, 9]}, CapabilityError, "reads layers"),
         ({"transformer_layer_config": shape | {"layer_types": ["sliding_attention"] * 2}}, ConfigError, "sliding"),
-        ({"transformer_layer_config": shape | {"attention_bias": True}}, ConfigError, "biases"),
+        ({"transformer_layer_config": shape | {"attention_bias": True}}, ConfigError, "attention_bias"),
         ({"transformer_layer_config": shape | {"hidden_size": 32}}, CapabilityError, "width 32"),
         ({"transformer_layer_config": shape | {"intermediate_size": 21}}, ConfigError, "tensors"),
         ({"transformer_layer_config": shape | {"rope_parameters": {"rope_type": "yarn"}}}, ConfigError, "yarn"),

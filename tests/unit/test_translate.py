@@ -120,3 +120,17 @@ def test_by_name_on_the_shipped_pair(tmp_path: Path) -> None:
     )
     assert speculative.counts.proposed > 0
     assert any("tokens are also the draft's" in notice for notice in speculative.notices)
+
+
+class Framed(Letters):
+    """A tokenizer that writes a begin of text before every text and an end behind it."""
+
+    def encode(self, text: str) -> list[int]:
+        return [0, *super().encode(text), 1]
+
+
+def test_what_the_draft_lacks_is_fed_as_the_beginning_of_its_text_never_as_a_begin_of_text() -> None:
+    theirs = Framed(["<s>", "</s>", "a", "th", "t", " ", "é"])
+    ours = Letters(["<s>", "the", "tea", "ab", "zoo", "é", "th"])
+    made = translate(TinyLM(7, 16, 1), theirs, ours, 9)
+    assert made._fed.tolist() == [0, 3, 4, 2, 5, 6, 3, 5, 5]  # the last two are padding of the target's embedding

@@ -87,9 +87,23 @@ class Conversation:
         if system and not self.template:
             raise ConfigError("--system needs a target with a chat template")
         self.clear()
+        if self.template:
+            try:
+                self._prompt([*self.messages, {"role": "user", "content": "hello"}])
+            except RequestError as error:
+                raise ConfigError(f"{error}: leave --system out, or use another target") from None
 
     def clear(self) -> None:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
+
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation. Raises RequestError for one that the template refuses."""
+        try:
+            return self.engine.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # templates are programs of the model's makers and raise what they like
+            raise RequestError(f"the target's chat template refuses this conversation ({str(error)[:200]})") from None
 
     def turn(self, line: str, params: Any) -> None:
         """Stream the answer to `line`, then one line of how it went. Ctrl-C stops the answer only."""
@@ -98,9 +112,11 @@ class Conversation:
         prompt: Any = line
         if self.template:
             self.messages.append({"role": "user", "content": line})
-            prompt = self.engine.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            try:
+                prompt = self._prompt(self.messages)
+            except RequestError:
+                self.messages.pop()
+                raise
         closing, answer = Closing(self.engine), ""
         try:
             for event in self.engine.stream(prompt, params):

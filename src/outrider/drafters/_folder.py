@@ -36,19 +36,51 @@ def read_folder(folder: Path, kind: str | tuple[str, ...]) -> tuple[dict[str, An
     kinds = (kind,) if isinstance(kind, str) else kind
     if found not in kinds:
         raise ConfigError(f"{folder} holds a model of type {found!r}, not {kinds[0]!r}: use the drafter of that name")
-    weights = folder / "model.safetensors"
+    tensors: dict[str, Tensor] = {}
+    for weights in weight_files(folder):
+        try:
+            part = load_file(weights)
+        except SafetensorError as error:
+            raise ConfigError(f"{weights} cannot be read ({error}): download or train it again") from None
+        twice = sorted(tensors.keys() & part.keys())
+        if twice:
+            raise ConfigError(f"{folder}: tensor {twice[0][:120]} lies in two files: download it again")
+        tensors |= part
+    return config, tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a drafter's folder: one, or those its index names. Raises ConfigError where they are not to be had."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+            raise ConfigError(
+                f"{folder} holds pickled weights, which can run code when read: convert them to model.safetensors "
+                "(safetensors.torch.save_file) where you trust them"
+            )
+        raise ConfigError(f"{folder} holds no trained drafter: it needs config.json and model.safetensors")
     try:
-        return config, load_file(weights)
-    except SafetensorError as error:
-        raise ConfigError(f"{weights} cannot be read ({error}): download or train it again") from None
+        placed = json.loads(index.read_bytes() if index.stat().st_size <= CONFIG_BYTES else b"")["weight_map"]
+        names = sorted(set(placed.values()))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(f"{index} has no weight_map of file names: download it again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{index} names {str(name)[:80]!r}, which is no safetensors file of this folder")
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder / name} is missing: download the drafter again")
+    return [folder / name for name in names]
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
     """Configuration of a drafter's folder and the kind it says it is of. Raises ConfigError where there is none."""
-    config_file, weights = folder / "config.json", folder / "model.safetensors"
-    if not config_file.is_file() or not weights.is_file():
+    config_file = folder / "config.json"
+    if not config_file.is_file():
         raise ConfigError(f"{folder} holds no trained drafter: it needs config.json and model.safetensors")
-    if config_file.stat().st_size > CONFIG_BYTES or weights.stat().st_size > WEIGHT_BYTES:
+    size = sum(weights.stat().st_size for weights in weight_files(folder))
+    if config_file.stat().st_size > CONFIG_BYTES or size > WEIGHT_BYTES:
         raise ConfigError(f"{folder}: a file is larger than a drafter's can be; check the path")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))

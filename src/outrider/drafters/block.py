@@ -25,13 +25,18 @@ from outrider.drafters._folder import (
     whole,
     write_folder,
 )
+from outrider.drafters._keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, real, rope_theta
 from outrider.drafters._layers import Mlp, rotation, turn
+from outrider.drafters._vocabulary import from_offsets
 from outrider.drafters.heads import fill
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 """The target's own tables: read from the target, and written only on request."""
+TAPS = "aux_hidden_state_layer_ids"
+READ = frozenset({TAPS, "block_size", "mask_token_id", "sample_from_anchor", "sliding_window_non_causal"}) | SPECULATORS
+"""Keys at the top of a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +187,9 @@ class BlockModel(nn.Module):
         config, tensors = read_folder(folder, "dflash")
         made = _read_config(config, folder, target)
         check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=made.taps)
-        tensors = {n: t for n, t in tensors.items() if n not in ("d2t", "t2d")}
+        tensors.pop("t2d", None)
+        if from_offsets(tensors.pop("d2t", None), made.vocab_size, made.vocab_size, folder) is not None:
+            raise ConfigError(f"{folder}: a map of tokens (d2t) is not supported: train with the target's own tokens")
         if TABLES[0] not in tensors:
             tensors[TABLES[0]] = target.embed(torch.arange(target.vocab_size, device=target.device)).float()
         if TABLES[1] not in tensors:
@@ -241,11 +248,12 @@ def _layout(c: BlockConfig, verifier: str) -> dict[str, Any]:
 
 def _read_config(config: dict[str, Any], folder: Path, target: Target) -> BlockConfig:
     shape = config.get("transformer_layer_config")
-    if not isinstance(shape, dict) or shape.get("attention_bias"):
-        raise ConfigError(f"{folder}: transformer_layer_config must describe layers without biases")
+    if not isinstance(shape, dict):
+        raise ConfigError(f"{folder}: transformer_layer_config must describe layers")
+    check_keys(config, READ, folder)
+    check_keys(shape, LAYER, folder)
+    check_layers(shape, folder, "qwen3")
     layers = whole(shape, "num_hidden_layers", folder, most=64)
-    if any(kind != "full_attention" for kind in shape.get("layer_types") or ()):
-        raise ConfigError(f"{folder}: sliding windows are not supported: use a drafter with full attention")
     if config.get("sample_from_anchor"):
         raise ConfigError(
             f"{folder}: sample_from_anchor is not supported: use a drafter whose anchor slot predicts nothing"
@@ -253,19 +261,13 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> BlockC
     vocab_size = whole(shape, "vocab_size", folder)
     if config.get("draft_vocab_size", vocab_size) != vocab_size:
         raise ConfigError(f"{folder}: a reduced draft vocabulary is not supported: train with the full one")
-    taps = config.get("aux_hidden_state_layer_ids") or [2, target.layers // 2, target.layers - 3]
-    if not isinstance(taps, list) or not all(isinstance(t, int) for t in taps):
-        raise ConfigError(f"{folder}: aux_hidden_state_layer_ids must be a list of layers, got {taps!r}")
-    rope = shape.get("rope_parameters") or shape
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"{folder}: rotary positions of type {rope['rope_type']!r} are not supported")
     mask = config.get("mask_token_id")
     if isinstance(mask, bool) or not isinstance(mask, int):
         raise ConfigError(f"{folder}: mask_token_id must be a token, got {mask!r}")
     hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
     return BlockConfig(
         hidden=hidden,
-        taps=tuple(taps),
+        taps=layer_ids(config, TAPS, folder, [2, target.layers // 2, target.layers - 3]),
         vocab_size=vocab_size,
         heads=heads,
         kv_heads=whole(shape, "num_key_value_heads", folder, default=heads),
@@ -274,6 +276,6 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> BlockC
         block=whole(config, "block_size", folder, default=8, most=256),
         mask=mask,
         layers=layers,
-        eps=float(shape.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        eps=real(shape, "rms_norm_eps", folder, 1e-6),
+        rope_theta=rope_theta(shape, folder),
     )

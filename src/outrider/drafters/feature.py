@@ -22,11 +22,18 @@ from outrider.drafters._folder import (
     whole,
     write_folder,
 )
+from outrider.drafters._keys import LAYER, SPECULATORS, check_keys, check_layers, flag, layer_ids, real, rope_theta
 from outrider.drafters._layers import Mlp
 from outrider.drafters._vocabulary import from_offsets, spread, to_offsets
 from outrider.drafters.heads import fill
 from outrider.errors import ConfigError
 from outrider.protocols import Target
+
+TAPS = "eagle_aux_hidden_state_layer_ids"
+READ = (
+    frozenset({TAPS, "eagle_config", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"}) | SPECULATORS
+)
+"""Keys at the top of a folder in the `speculators` layout; EAGLE's own folders have those of the layer there as well."""
 
 
 class _Layer(nn.Module):
@@ -124,8 +131,6 @@ class FeatureModel(FeatureNetwork):
         size = made.draft_vocab or made.vocab_size
         support = from_offsets(tensors.pop("d2t", None), size, made.vocab_size, folder)
         tensors.pop("t2d", None)
-        if config.get("norm_before_fc") or config.get("fc_norm") or config.get("norm_output"):
-            raise ConfigError(f"{folder}: norm_before_fc, fc_norm and norm_output are not supported")
         tensors = {n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}
         if "embed_tokens.weight" not in tensors and made.hidden == target.hidden_size:  # EAGLE's own files leave it out
             tensors["embed_tokens.weight"] = target.embed(torch.arange(target.vocab_size, device=target.device)).cpu()
@@ -137,15 +142,15 @@ class FeatureModel(FeatureNetwork):
 
 def _read_config(config: dict[str, Any], folder: Path, target: Target) -> FeatureConfig:
     shape = config.get("transformer_layer_config", config)  # EAGLE's own folders describe the layer at the top
-    if not isinstance(shape, dict) or shape.get("num_hidden_layers", 1) != 1 or shape.get("attention_bias"):
-        raise ConfigError(f"{folder}: transformer_layer_config must describe one layer without biases")
+    if not isinstance(shape, dict) or shape.get("num_hidden_layers", 1) != 1:
+        raise ConfigError(f"{folder}: transformer_layer_config must describe one layer")
+    flat = shape is config
+    check_keys(config, READ | LAYER if flat else READ, folder)
+    check_keys(shape, READ | LAYER if flat else LAYER, folder)
+    check_layers({**shape, "model_type": "llama"} if flat else shape, folder, "llama")
+    if config.get("norm_before_fc") or config.get("fc_norm") or config.get("norm_output"):
+        raise ConfigError(f"{folder}: norm_before_fc, fc_norm and norm_output are not supported")
     hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
-    taps = config.get("eagle_aux_hidden_state_layer_ids") or [2, target.layers // 2, target.layers - 3]
-    if not isinstance(taps, list) or not all(isinstance(t, int) for t in taps):
-        raise ConfigError(f"{folder}: eagle_aux_hidden_state_layer_ids must be a list of layers, got {taps!r}")
-    rope = shape.get("rope_parameters") or shape
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"{folder}: rotary positions of type {rope['rope_type']!r} are not supported")
     vocab_size = whole(shape, "vocab_size", folder)
     size = whole(config, "draft_vocab_size", folder, default=vocab_size)
     return FeatureConfig(
@@ -153,14 +158,28 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> Featur
         target_hidden=whole(config, "target_hidden_size", folder, default=hidden)
         if config.get("target_hidden_size")
         else hidden,
-        taps=tuple(taps),
+        taps=_taps(config, folder, target),
         vocab_size=vocab_size,
         heads=heads,
         kv_heads=whole(shape, "num_key_value_heads", folder, default=heads),
         head_dim=whole(shape, "head_dim", folder, default=max(1, hidden // heads)),
         inner=whole(shape, "intermediate_size", folder),
-        eps=float(shape.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        norm_before_residual=bool(config.get("norm_before_residual", False)),
+        eps=real(shape, "rms_norm_eps", folder, 1e-6),
+        rope_theta=rope_theta(shape, folder),
+        norm_before_residual=flag(config, "norm_before_residual", folder),
         draft_vocab=0 if size == vocab_size else size,
     )
+
+
+def _taps(config: dict[str, Any], folder: Path, target: Target) -> tuple[int, ...]:
+    """The target's layers that `fc` reads: at the top, or in `eagle_config`, as some trainers write them."""
+    nested = config.get("eagle_config")
+    nested = {} if nested is None else nested
+    if not isinstance(nested, dict) or nested.keys() - {TAPS, "use_aux_hidden_state"}:
+        raise ConfigError(f"{folder}: eagle_config may name {TAPS} and use_aux_hidden_state only")
+    if not flag(nested, "use_aux_hidden_state", folder, True):
+        raise ConfigError(
+            f"{folder}: use_aux_hidden_state = false is not supported: use a drafter that reads three layers"
+        )
+    place = config if config.get(TAPS) is not None else nested
+    return layer_ids(place, TAPS, folder, [2, target.layers // 2, target.layers - 3])

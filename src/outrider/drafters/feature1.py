@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from outrider.drafters._features import Attention, FeatureConfig, FeatureNetwork
 from outrider.drafters._folder import check_fits, read_folder, target_parts, whole, write_folder
+from outrider.drafters._keys import LAYER, check_keys, check_layers, real, rope_theta
 from outrider.drafters._layers import Mlp
 from outrider.drafters.heads import fill
 from outrider.errors import ConfigError
@@ -112,14 +113,10 @@ class LastFeatureModel(FeatureNetwork):
 
 
 def _read_config(config: dict[str, Any], folder: Path, target: Target) -> FeatureConfig:
-    if (
-        whole(config, "num_hidden_layers", folder, default=1) != 1
-        or config.get("attention_bias")
-        or config.get("qkv_bias")
-    ):
-        raise ConfigError(f"{folder}: a feature drafter has one layer, without biases in attention")
-    if config.get("rope_scaling"):
-        raise ConfigError(f"{folder}: scaled rotary positions are not supported")
+    if whole(config, "num_hidden_layers", folder, default=1) != 1:
+        raise ConfigError(f"{folder}: a feature drafter has one layer")
+    check_keys(config, LAYER | {"bias", "base_model", "target_layer"}, folder)
+    check_layers({**config, "model_type": "llama"}, folder, "llama")
     hidden, heads = whole(config, "hidden_size", folder), whole(config, "num_attention_heads", folder)
     return FeatureConfig(
         hidden=hidden,
@@ -130,6 +127,6 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> Featur
         kv_heads=whole(config, "num_key_value_heads", folder, default=heads),
         head_dim=whole(config, "head_dim", folder, default=max(1, hidden // heads)),
         inner=whole(config, "intermediate_size", folder),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(config.get("rope_theta", 10000.0)),
+        eps=real(config, "rms_norm_eps", folder, 1e-6),
+        rope_theta=rope_theta(config, folder),
     )

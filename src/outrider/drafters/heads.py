@@ -18,11 +18,19 @@ from torch import Tensor, nn
 from outrider.drafters._folder import check_fits, read_folder, target_parts, whole, write_folder
 from outrider.drafters._forest import Forest
 from outrider.drafters._growth import Growth, lattice
+from outrider.drafters._keys import check_keys, check_layers, flag, real
 from outrider.drafters._serving import product
 from outrider.drafters._vocabulary import checked, spread
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence
+
+READ = frozenset({
+    "hidden_size", "vocab_size", "truncated_vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias", "original_lm_head",
+    "rms_norm_eps", "target_layer", "hidden_act", "max_position_embeddings",
+    "max_paths", "topk", "num_lookahead_tokens", "n_predict", "version",  # how others propose with the same heads
+})  # fmt: skip
+"""Keys of a folder of heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +124,7 @@ class MedusaHeads(nn.Module):
         Raises ConfigError for a folder that holds something else, CapabilityError for heads of a target of other sizes.
         """
         config, tensors = read_folder(folder, "medusa")
-        if not config.get("medusa_fc_bias", True):
+        if not flag(config, "medusa_fc_bias", folder, True):
             tensors |= {
                 n.removesuffix("weight") + "bias": t.new_zeros(t.shape[0])
                 for n, t in tensors.items()
@@ -137,6 +145,8 @@ class MedusaHeads(nn.Module):
 
 
 def _read_config(config: dict[str, Any], folder: Path, target: Target) -> HeadsConfig:
+    check_keys(config, READ, folder)
+    check_layers({**config, "model_type": "medusa"}, folder, "medusa")
     hidden, vocab_size = whole(config, "hidden_size", folder), whole(config, "vocab_size", folder)
     size = config.get("truncated_vocab_size") or vocab_size
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= vocab_size:
@@ -147,18 +157,32 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> HeadsC
         heads=whole(config, "num_heads", folder, most=64),
         tap=whole(config, "target_layer", folder, default=target.layers),
         layers=whole(config, "num_hidden_layers", folder, most=64),
-        shared=bool(config.get("original_lm_head", False)),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
+        shared=flag(config, "original_lm_head", folder),
+        eps=real(config, "rms_norm_eps", folder, 1e-6),
         draft_vocab=0 if size == vocab_size else size,
     )
 
 
 def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
-    """`model` (made without storage) with `tensors` in float32, ready to serve; ConfigError if names or shapes differ."""
-    try:
-        model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, assign=True)
-    except RuntimeError as error:
-        raise ConfigError(f"{folder}: the tensors are not those its config.json describes ({error})") from None
+    """`model` (made without storage) with `tensors` in float32, ready to serve; ConfigError if names, shapes or types differ."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    extra, absent = sorted(tensors.keys() - wanted.keys()), sorted(wanted.keys() - tensors.keys())
+    if extra or absent:
+        what = f"it has no place for {extra[0][:120]}" if extra else f"{absent[0]} is not there"
+        raise ConfigError(
+            f"{folder}: the tensors are not those its config.json describes ({what}): download or train it again"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name]:
+            what = f"{name} has shape {list(tensor.shape)}, not {list(wanted[name])}"
+            raise ConfigError(
+                f"{folder}: the tensors are not those its config.json describes ({what}): download it again"
+            )
+        if not tensor.is_floating_point():
+            raise ConfigError(
+                f"{folder}: tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: use the unquantized drafter"
+            )
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -44,6 +44,8 @@ WAYS: dict[str, Siblings] = {"tree": "without_replacement", "iid": "iid", "hub":
 """How siblings of a tree written level by level are drawn."""
 LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
+FindFolder = Callable[[str], Path]
+"""Path or Hub name -> the folder, downloaded if need be."""
 
 
 @runtime_checkable
@@ -60,6 +62,7 @@ def load_drafter(
     tokenizer: object | None = None,
     target_path: str | None = None,
     load_model: LoadModel | None = None,
+    find_folder: FindFolder | None = None,
 ) -> Drafter:
     """The drafter `spec` for `target`, at most `length` deep.
 
@@ -83,7 +86,8 @@ def load_drafter(
       "A+B"         per sequence the first of A ("ngram", "prediction" or "forced") and B that proposes something
 
     rule: a rule that couples through noise lane `gumbel` makes a draft model draw with the same noise.
-    load_model: loads a draft model; how (device, dtype, quantisation) is the caller's business.
+    load_model: loads a draft model; how (device, dtype, quantisation) is the caller's business. find_folder: finds the folder of
+    a learned drafter; without it only folders are read.
     Raises ConfigError for a bad spec, CapabilityError for a draft model whose tokens mean other strings.
     """
     if length < 0:
@@ -110,7 +114,9 @@ def load_drafter(
     if kind == "early":
         return first_of(*parts, early_exit(target, _layers(how.path), how.growth(target.vocab_size)))
     if kind in LEARNED and (path or not Path(kind).exists()):
-        return first_of(*parts, LEARNED[kind](_learned_folder(kind, path, target_path), target, how, target_path))
+        return first_of(
+            *parts, LEARNED[kind](_learned_folder(kind, path, target_path, find_folder), target, how, target_path)
+        )
     return first_of(*parts, _model(how, target, length, tokenizer, load_model))
 
 
@@ -126,12 +132,12 @@ def companion_folder(target_path: str | None, part: str) -> str | None:
     return next((str(path) for path in found if path.is_dir()), None)
 
 
-def _learned_folder(kind: str, path: str, target_path: str | None) -> Path:
-    """The folder of a learned drafter: the one that is named, or the target's companion."""
+def _learned_folder(kind: str, path: str, target_path: str | None, find_folder: FindFolder | None) -> Path:
+    """The folder of a learned drafter: the one that is named (a path or a Hub name), or the target's companion."""
     folder = path or companion_folder(target_path, kind)
     if folder is None:
         raise ConfigError(f"this target has no companion folder {kind!r}: write '{kind}:PATH', or train one")
-    return Path(folder).expanduser()
+    return Path(folder).expanduser() if find_folder is None else find_folder(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +295,7 @@ def check_vocabulary(target: object, draft: object, limit: int, name: str) -> No
         token, ours, theirs = differs
         raise CapabilityError(
             f"token {token} is {ours!r} for the target and {theirs!r} for the draft model {name!r}: "
-            "use a draft with the target's tokenizer, or 'ngram'"
+            f"write 'translate:{name}' to draft with the tokens that both spell alike, or use 'ngram'"
         )
 
 

@@ -13,7 +13,7 @@ from outrider.drafters._catchup import TokenCache
 from outrider.drafters._forest import Forest
 from outrider.drafters._growth import Growth, Levels, Sample, Siblings
 from outrider.drafters.shapes import Shape, levels
-from outrider.errors import CapabilityError, ConfigError
+from outrider.errors import CapabilityError, CapacityError, ConfigError
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence, Rows, SequenceView
 
@@ -69,7 +69,10 @@ class ModelDrafter:
         """Make the draft model's own cache."""
         limit = min(length, self.max_length)
         slack = self.growth.looked_at if self.trees else 0
-        self._cache = TokenCache(self.model, slots, limit + slack, limit)
+        try:
+            self._cache = TokenCache(self.model, slots, limit + slack, limit)
+        except CapacityError as error:
+            raise CapacityError(f"the draft model {self.name!r}: {error}") from None
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""

@@ -14,12 +14,13 @@ from outrider.drafters.load import load_drafter as _load_drafter
 from outrider.drafters.load import parse_speculative_config
 from outrider.engine import contracts
 from outrider.engine.engine import Engine, Result
-from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.notices import notices_of, wasted_option
+from outrider.engine.prompts import Prompts, as_prompts
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
-from outrider.target.load import load_target, load_tokenizer, reads_emulated, stop_ids
+from outrider.target.folder import resolve_folder
+from outrider.target.load import find_tokenizer, load_target, reads_emulated, stop_ids
 from outrider.target.translate import Tokenizer, ceiling, translate
 from outrider.verify import best_exact, load_rule
 
@@ -129,14 +130,31 @@ def _load(
         return Loaded(None, target, tokenizer, (), options, sinks)
     path = str(shipped("target") if target is None else target)
     model = load_target(
-        path, dtype=options.dtype, device=options.device, implementation=options.implementation, progress=progress
+        path,
+        dtype=options.dtype,
+        device=options.device,
+        implementation=options.implementation,
+        progress=progress,
+        role="target",
     )
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
-    return Loaded(path, model, tokenizer, stop_ids(path, tokenizer), options, sinks)
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(path)
+    ends = stop_ids(path, tokenizer)
+    behind = [token for token in ends if not 0 <= token < model.vocab_size]
+    if behind:
+        raise ConfigError(
+            f"{path} names the end-of-text token {behind[0]}, and its embedding has {model.vocab_size} rows: correct eos_token_id "
+            "in its generation_config.json and config.json, or eos_token in its tokenizer_config.json"
+        )
+    return Loaded(path, model, tokenizer, ends, options, sinks)
 
 
 def assemble(loaded: Loaded, options: Options) -> Engine:
     """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights."""
+    if options.max_length is not None and options.max_length > loaded.target.max_length:
+        raise ConfigError(
+            f"max_length {options.max_length} is more than the {loaded.target.max_length} positions of the target: "
+            "choose at most that"
+        )
     auto = options.rule == "auto"
     rule = load_rule(options.rule) if isinstance(options.rule, str) else options.rule
     drafter = options.draft
@@ -144,11 +162,12 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
         drafter = _load_drafter(
             drafter if options.length else "none",
             target=loaded.target,
-            target_path=loaded.path,
+            target_path=None if loaded.path is None else str(resolve_folder(loaded.path)),
             tokenizer=loaded.tokenizer,
             length=options.length,
             rule=rule,
             load_model=lambda name: load_model(loaded, options, name),
+            find_folder=resolve_folder,
         )
     rule = best_exact(drafter) if auto else rule
     engine = Engine(
@@ -190,8 +209,9 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
             device=str(loaded.target.device),
             implementation=options.implementation,
             quantize=options.draft_quantize,
+            role="draft",
         )
-        loaded.models[key] = (model, load_tokenizer(name))
+        loaded.models[key] = (model, find_tokenizer(name))
     return loaded.models[key]
 
 
@@ -201,6 +221,10 @@ def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, ob
     key = ModelKey(TRANSLATE + name, options.implementation, options.draft_quantize)
     if key not in loaded.models:
         model, tokenizer = load_model(loaded, options, name)
+        if tokenizer is None:
+            raise ConfigError(
+                f"{name} has no tokenizer.json, and translating needs the draft's tokenizer: add it to the folder"
+            )
         ours = cast(Tokenizer, loaded.tokenizer)
         seen = translate(model, cast(Tokenizer, tokenizer), ours, loaded.target.vocab_size, name)
         sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in ours.encode(row)]

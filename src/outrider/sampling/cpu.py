@@ -81,7 +81,7 @@ def _few(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         weights[:, 1:][running[:, :-1] >= mass * running[:, -1:]] = 0.0
     # A running sum: the zeros that fill up a row, whose number depends on the batch, do not change it.
     probs = weights / np.maximum(weights.cumsum(axis=-1)[:, -1:], 1.0)
-    out = torch.zeros_like(x)
+    out = torch.zeros(x.shape, dtype=x.dtype)  # by rows whatever the memory of x, so that `ravel` is a view
     out.numpy().ravel()[flat[real]] = probs[real]
     return out
 

@@ -75,6 +75,8 @@ class _Piece:
     def _view(self, run: list[Segment], kv: ContiguousKV, width: int) -> _View:
         start = min(max(0, s.cached - width + 1) if width else 0 for s in run)
         end = max(s.cached for s in run) + self._count
+        for s in run:
+            kv.clean(s.slot, s.cached + s.count, end)
         slots, places = slice(run[0].slot, run[0].slot + self._batch), slice(start, end)
         keys, values = kv.k[:, slots, :, places].unbind(0), kv.v[:, slots, :, places].unbind(0)
         alone = len(run) == 1

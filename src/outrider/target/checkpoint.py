@@ -21,22 +21,27 @@ from outrider.errors import ConfigError
 from outrider.target.config import Layout, Unsupported, read_json, read_layout
 from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.target.memory import require_memory
+from outrider.target.places import without_place
 
 Progress = Callable[[float], None]
 """Called with the share of the weights read so far, in (0, 1]."""
 
 INDEX_BYTES = 64 << 20
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies and what it is, from the header of its file."""
+    """Where a tensor lies and what it is, from the header of its file. stored: safetensors' name of its type."""
 
     file: Path
-    dtype: torch.dtype | None
+    stored: str
     shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its type, None for one that is no plain floating-point number."""
+        return _STORED.get(self.stored)
 
     @property
     def bytes(self) -> int:
@@ -65,15 +70,22 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in self._expected().values())
 
     def read(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Progress | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        progress: Progress | None = None,
+        role: str = "model",
     ) -> DecoderWeights:
-        """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit."""
+        """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit.
+
+        role: what the model is to its user, for that sentence: "target", "draft".
+        """
         where = torch.device(device)
         require_memory(
             self.parameters * dtype.itemsize,
             where,
-            "the model's weights",
-            "choose a smaller model or dtype, or free memory",
+            f"the weights of the {role}",
+            f"choose a smaller {role} or dtype, or free memory",
         )
         reader = _Reader(self.entries, self._expected(), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
@@ -113,10 +125,9 @@ class Checkpoint:
                 )
             if entry.dtype is None:
                 raise Unsupported(f"tensor {name} is stored in a quantized format")
-        blocks = tuple(f"model.layers.{i}." for i in range(self.config.layers))
-        for name in self.entries.keys() - expected.keys():
-            if name.startswith(blocks) and not name.endswith(_IGNORED):
-                raise Unsupported(f"tensor {reprlib.repr(name)} has no place in a {self.config.family} block")
+        extra = without_place(self.entries.keys() - expected.keys())
+        if extra:
+            raise Unsupported(f"tensor {extra[0]} has no place in a {self.config.family} model of this configuration")
 
 
 def load_checkpoint(
@@ -134,6 +145,10 @@ def load_checkpoint(
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of the folder's safetensors files, by name."""
+    if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
+        raise ConfigError(
+            f"{folder} holds an adapter beside its weights: merge it into them (peft: merge_and_unload), or remove its files"
+        )
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return dict(_header(_inside(folder, single.name)))
@@ -149,7 +164,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         raise ConfigError(f"{index} has no weight_map of file names: download it again")
     found: dict[str, Entry] = {}
     for name in sorted(set(placed.values())):
-        found |= {key: entry for key, entry in _header(_inside(folder, name)) if placed.get(key) == name}
+        for key, entry in _header(_inside(folder, name)):
+            if key in found:
+                raise ConfigError(
+                    f"tensor {reprlib.repr(key)} lies in {found[key].file.name} and in {name}: download the checkpoint again"
+                )
+            found[key] = entry
     lost = placed.keys() - found.keys()
     if lost:
         raise ConfigError(
@@ -177,7 +197,7 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
-                yield name, Entry(file, _STORED.get(part.get_dtype()), tuple(part.get_shape()))
+                yield name, Entry(file, part.get_dtype(), tuple(part.get_shape()))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{file} is damaged ({reprlib.repr(str(error))}): download it again") from None
 

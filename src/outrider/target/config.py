@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.config_keys import COMMON, OPTIONS, ROPE, WINDOWS, unknown_keys
 from outrider.errors import ConfigError
 from outrider.target.decoder import DecoderConfig
 
@@ -29,23 +30,26 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Which parts a model type has, and transformers' defaults of absent keys."""
+    """Which parts a model type has, and transformers' defaults of absent keys.
+
+    options: keys of `OPTIONS` that its class reads; the others mean nothing for it, in whatever file they are left over.
+    """
+
+    options: frozenset[str]
 
     kv_heads: int | None = None
     head_dim: int | None = None
     max_length: int = 32768
-    window: int | None = 4096
+    window: int = 4096
     qkv_bias: bool = False
-    bias_option: bool = False
     qk_norm: bool = False
-    layer_windows: bool = False
 
 
 FAMILIES = {
-    "llama": Family(max_length=2048, window=None, bias_option=True),
-    "qwen2": Family(kv_heads=32, qkv_bias=True, layer_windows=True),
-    "qwen3": Family(kv_heads=32, head_dim=128, bias_option=True, qk_norm=True, layer_windows=True),
-    "mistral": Family(kv_heads=8, max_length=131072),
+    "llama": Family(frozenset({"attention_bias", "mlp_bias"}), max_length=2048),
+    "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
+    "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm=True),
+    "mistral": Family(frozenset({"sliding_window"}), kv_heads=8, max_length=131072),
 }
 
 
@@ -102,7 +106,8 @@ def read_layout(folder: Path, max_length: int | None = None) -> Layout:
     layers = _whole(raw, "num_hidden_layers", None, 1, 1024)
     heads = _whole(raw, "num_attention_heads", None, 1, 4096)
     kv_heads = _whole(raw, "num_key_value_heads", family.kv_heads or heads, 1, 4096, null=heads)
-    head_dim = _whole(raw, "head_dim", family.head_dim or hidden // heads, 2, 4096, null=hidden // heads)
+    null_dim = None if family.head_dim else hidden // heads
+    head_dim = _whole(raw, "head_dim", family.head_dim or hidden // heads, 2, 4096, null=null_dim)
     if heads % kv_heads or head_dim % 2:
         raise ConfigError(
             f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}) "
@@ -127,7 +132,7 @@ def read_layout(folder: Path, max_length: int | None = None) -> Layout:
         inv_freq=inv_freq,
         rope_scale=rope_scale,
     )
-    bias = family.bias_option and _flag(raw, "attention_bias", False)
+    bias = "attention_bias" in family.options and _flag(raw, "attention_bias", False)
     stored = raw.get("dtype") or raw.get("torch_dtype")
     return Layout(
         decoder=decoder,
@@ -149,22 +154,30 @@ def _family(raw: dict) -> Family:
         raise Unsupported(f"architecture {reprlib.repr(named[0])} is not a causal language model")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise Unsupported(f"hidden_act {reprlib.repr(raw.get('hidden_act'))} is not silu")
-    if raw.get("quantization_config"):
-        raise Unsupported("the weights are quantized (quantization_config)")
-    if kind == "llama" and _flag(raw, "mlp_bias", False):
+    packed = next(
+        (k for k in ("quantization_config", "compression_config", "quantization") if raw.get(k) is not None), None
+    )
+    if packed is not None:
+        raise Unsupported(f"the weights are quantized ({packed})")
+    family = FAMILIES[kind]
+    if "mlp_bias" in family.options and _flag(raw, "mlp_bias", False):
         raise Unsupported("mlp_bias is set")
-    if raw.get("is_causal") is False or raw.get("use_bidirectional_attention"):
-        raise Unsupported("attention is not causal")
-    return FAMILIES[kind]
+    if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
+        raise Unsupported("its attention is not causal")
+    unknown = unknown_keys(raw, COMMON | OPTIONS)
+    if unknown:
+        raise Unsupported(f"config.json has a key {unknown[0][:80]!r} that is not known to be without effect")
+    return family
 
 
 def _windows(raw: dict, family: Family, layers: int) -> tuple[int, ...]:
     """Sliding window of each layer, 0 for none: a row sees itself and the `window - 1` positions before it."""
+    if "sliding_window" not in family.options:
+        return (0,) * layers
+    if "layer_types" not in family.options:
+        absent = raw.get("sliding_window", family.window) is None
+        return (0 if absent else _whole(raw, "sliding_window", family.window, 1, 1 << 30),) * layers
     kinds = raw.get("layer_types")
-    if not family.layer_windows:
-        if kinds and any(kind != "full_attention" for kind in kinds):
-            raise Unsupported("layer_types has layers of several kinds")
-        return (_whole(raw, "sliding_window", family.window or 0, 0, 1 << 30, null=0),) * layers
     if not _flag(raw, "use_sliding_window", False) or raw.get("sliding_window", family.window) is None:
         width = 0
     else:
@@ -186,11 +199,16 @@ def _rope(raw: dict, head_dim: int, positions: int) -> tuple[Float[Tensor, "half
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise Unsupported("rotary parameters differ between layers")
+    unknown = unknown_keys(given, ROPE)
+    if unknown:
+        raise Unsupported(f"the rotary parameters have a key {unknown[0][:80]!r} that is not known here")
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | given
+    if "original_max_position_embeddings" in raw:  # beside the parameters it counts more than among them
+        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise Unsupported("partial_rotary_factor is not 1")
-    theta = _real(rope, "rope_theta", 10000.0, 1.0, 1e12, null=10000.0)
+    theta = _real(rope, "rope_theta", 10000.0, 1.0, 1e12)
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if kind == "default":
         return inv_freq, 1.0
@@ -223,6 +241,8 @@ def _yarn(rope: dict, theta: float, head_dim: int, positions: int) -> tuple[Floa
     """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow frequencies, keep fast ones, a ramp between."""
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise Unsupported("yarn with mscale")
+    if "factor" not in rope:
+        raise Unsupported("yarn without a factor")
     old = _whole(rope, "original_max_position_embeddings", positions, 1, 1 << 26)
     factor = _real(rope, "factor", positions / old, 1e-6, 1e6, null=positions / old)
 
@@ -231,7 +251,7 @@ def _yarn(rope: dict, theta: float, head_dim: int, positions: int) -> tuple[Floa
 
     low = dimension(_real(rope, "beta_fast", 32.0, 1e-6, 1e6, null=32.0))
     high = dimension(_real(rope, "beta_slow", 1.0, 1e-6, 1e6, null=1.0))
-    if _flag(rope, "truncate", True):
+    if rope.get("truncate", True) is not None and _flag(rope, "truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2).float() - low) / ((high + 0.001 if low == high else high) - low)).clamp(0, 1)

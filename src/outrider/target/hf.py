@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -39,6 +38,7 @@ from outrider.target.hf_probe import attention_of
 from outrider.target.hf_seam import SeamPath
 from outrider.target.hf_state import brief
 from outrider.target.hf_taps import Taps, find_blocks, steps_after, tail_of
+from outrider.target.places import refuse_extra
 from outrider.target.split import check_prefix
 from outrider.types import Rows, Scores
 
@@ -68,6 +68,11 @@ class HFTarget:
 
     def __init__(self, model: PreTrainedModel, *, max_length: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
+        if not hasattr(config, "num_hidden_layers"):
+            raise ConfigError(
+                f"the configuration has a text_config that {type(model).__name__} does not read: remove it"
+            )
+        model.config.return_dict = True  # a leftover false would make its outputs tuples
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
         named = _context(config)
@@ -106,7 +111,7 @@ class HFTarget:
             model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except Exception as error:  # a wrong configuration ends in whatever its class stumbles over
             raise ConfigError(
                 f"cannot load {name!r} as a causal language model in safetensors: {brief(error)}"
             ) from error
@@ -115,6 +120,7 @@ class HFTarget:
             raise ConfigError(
                 f"checkpoint {name!r} lacks {len(absent)} of the model's weights, {absent[0]} first: fetch it again"
             )
+        refuse_extra(info["unexpected_keys"], name)
         return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
 
     def new_kv(self, slots: int, length: int) -> KVCache:

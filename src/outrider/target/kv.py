@@ -33,6 +33,8 @@ class ContiguousKV:
         self.v: Tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.slots, self.capacity = slots, capacity
         self.length: list[int] = [0] * slots
+        self._end = [0] * slots  # places that this owner has written, kept or not
+        self._foreign = [0] * slots  # places below which earlier owners have written
 
     @property
     def bytes(self) -> int:
@@ -48,6 +50,19 @@ class ContiguousKV:
                     f"slot {s.slot} has room for {self.capacity} tokens, {s.cached + s.count} are needed: "
                     "raise the engine's max_length or shorten the draft"
                 )
+
+        for s in rows.segments:
+            self._end[s.slot] = max(self._end[s.slot], s.cached + s.count)
+
+    def clean(self, slot: int, start: int, end: int) -> None:
+        """Before places up to `end` of a slot are read whose own content ends at `start`: forget what earlier owners left there.
+
+        A masked place counts for nothing only if it holds numbers: NaN times zero is NaN. Each owner pays for this once at most.
+        """
+        if end > start and self._foreign[slot] > start:
+            self.k[:, slot, :, start : self._foreign[slot]] = 0
+            self.v[:, slot, :, start : self._foreign[slot]] = 0
+            self._foreign[slot] = 0
 
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
         """Keep prefixes and accepted paths, in order; every other row of the forward is forgotten."""
@@ -66,9 +81,11 @@ class ContiguousKV:
 
     def release(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self.length[slot] = 0
+            self._foreign[slot] = max(self._foreign[slot], self._end[slot])
+            self.length[slot] = self._end[slot] = 0
 
     def erase(self, slot: int) -> None:
         """Overwrite a slot: what a broken sequence left (NaN) must not reach others through a masked product."""
         self.k[:, slot] = 0
         self.v[:, slot] = 0
+        self._end[slot] = self._foreign[slot] = 0

@@ -21,11 +21,19 @@ from outrider.target.lean import LeanTarget
 from outrider.target.memory import available_memory, require_memory
 from outrider.target.native.build import load_library
 from outrider.target.native.runtime import library_for
-from outrider.target.tokenizer import first_difference, load_tokenizer, stop_ids, vocab_fingerprint
+from outrider.target.places import check_numbers
+from outrider.target.tokenizer import (
+    find_tokenizer,
+    first_difference,
+    load_tokenizer,
+    stop_ids,
+    vocab_fingerprint,
+)
 
 __all__ = [
     "Facts",
     "available_memory",
+    "find_tokenizer",
     "first_difference",
     "inspect_checkpoint",
     "load_target",
@@ -58,6 +66,7 @@ def load_target(
     quantize: str | None = None,
     max_length: int | None = None,
     progress: Progress | None = None,
+    role: str = "model",
 ) -> Target:
     """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint is run.
 
@@ -69,6 +78,7 @@ def load_target(
     quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
+    role:           what it is to its user, for messages: "target", "draft".
 
     Raises ConfigError for a wrong option or checkpoint, CapacityError if the weights do not fit into memory.
     """
@@ -82,9 +92,9 @@ def load_target(
     require_config(folder)
     found = _runtime(folder, implementation, max_length)
     if isinstance(found, str):
-        return _load_hf(folder, dtype, where, quantize, max_length, found)
+        return _load_hf(folder, dtype, where, quantize, max_length, found, role)
     chosen = _choose_dtype(dtype, found.layout.stored, where, lean=True)
-    target = LeanTarget(found.config, lambda: found.read(chosen, where, progress), quantize=quantize)
+    target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role), quantize=quantize)
     target.notices += _dtype_notices(folder, chosen, where, target.native is not None)
     return target
 
@@ -115,7 +125,13 @@ def reads_emulated(path_or_name: str | Path, dtype: torch.dtype, device: torch.d
 
 
 def _load_hf(
-    folder: Path, dtype: str, device: torch.device, quantize: str | None, max_length: int | None, notice: str
+    folder: Path,
+    dtype: str,
+    device: torch.device,
+    quantize: str | None,
+    max_length: int | None,
+    notice: str,
+    role: str,
 ) -> Target:
     from outrider.target.hf import HFTarget
 
@@ -126,9 +142,22 @@ def _load_hf(
     raw = read_raw_config(folder)
     admit(folder, raw)
     chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device, lean=False)
-    size = sum(math.prod(entry.shape) for entry in read_entries(folder).values()) * chosen.itemsize
-    require_memory(size, device, "the model's weights", "choose a smaller model or dtype, or free memory")
-    target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
+    entries = read_entries(folder)
+    packing = raw.get("quantization_config")
+    packing = packing if isinstance(packing, dict) else {}
+    quantized = "quant_method" in packing
+    check_numbers({name: entry.stored for name, entry in entries.items()}, quantized)
+    size = sum(math.prod(entry.shape) for entry in entries.values()) * chosen.itemsize
+    require_memory(size, device, f"the weights of the {role}", f"choose a smaller {role} or dtype, or free memory")
+    try:
+        target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
+    except ConfigError as error:
+        if not quantized:
+            raise
+        raise ConfigError(
+            f"{folder} is quantized ({str(packing['quant_method'])[:40]}) and transformers cannot run it here: use the unquantized "
+            f"checkpoint ({error})"
+        ) from None
     target.notices = (*([notice] if notice else []), *target.notices, *_dtype_notices(folder, chosen, device, False))
     return target
 

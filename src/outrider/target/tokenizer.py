@@ -56,6 +56,12 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
         ) from None
 
 
+def find_tokenizer(path_or_name: str | Path) -> Any | None:
+    """`load_tokenizer`, or None for a folder that holds none: such a model works on token ids."""
+    folder = resolve_folder(path_or_name)
+    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
 class PlainTokenizer:
     """A tokenizer.json and nothing else: what transformers' generic class does for text and ids, without importing it.
 
@@ -77,23 +83,29 @@ class PlainTokenizer:
         return self._core.get_vocab(with_added_tokens=True)
 
 
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+PLAIN_SETTINGS = frozenset({
+    "tokenizer_class", "clean_up_tokenization_spaces", "model_max_length", "backend", "is_local", "local_files_only",
+    "name_or_path", "transformers_version", "padding_side", "truncation_side", "model_input_names",
+})  # fmt: skip
+"""Keys of tokenizer_config.json that say nothing about the ids of one text; with any other one transformers reads the folder."""
+
+
 def _plain(folder: Path) -> PlainTokenizer | None:
     """The plain tokenizer of a folder whose settings leave nothing for transformers to do, else None."""
     file = folder / "tokenizer_config.json"
     settings = read_json(file, TOKENIZER_BYTES) if file.is_file() else {}
     generic = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    special = {
-        "chat_template",
-        "add_bos_token",
-        "add_eos_token",
-        "add_prefix_space",
-        "added_tokens_decoder",
-    } & settings.keys()
-    if not generic or special or settings.get("clean_up_tokenization_spaces") or any(folder.glob("*.jinja")):
+    unread = {key for key, value in settings.items() if value is not None} - PLAIN_SETTINGS - set(SPECIAL)
+    if not generic or unread or settings.get("clean_up_tokenization_spaces") or any(folder.glob("*.jinja")):
         return None
     core = Tokenizer.from_file(str(folder / "tokenizer.json"))
     core.no_padding()
     core.no_truncation()
+    marked = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+    named = [settings[key] for key in SPECIAL if settings.get(key) is not None]
+    if not all(isinstance(token, str) and token in marked for token in named):
+        return None  # transformers marks it, so that it is one token in a text and none in its decoding
     eos = settings.get("eos_token")
     return PlainTokenizer(core, core.token_to_id(eos) if isinstance(eos, str) else None)
 
@@ -132,8 +144,14 @@ def first_difference(a: Vocabulary, b: Vocabulary) -> tuple[int, str, str] | Non
 
 
 def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
-    """Tokens that end a text: of generation_config.json, else of config.json; and the tokenizer's own end of text."""
+    """Tokens that end a text: of generation_config.json, else of config.json; and the tokenizer's own end of text.
+
+    Raises ConfigError if generation_config.json asks for a constraint on every text, which is nothing a model can ask for here.
+    """
     folder = resolve_folder(path_or_name)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        _refuse_constraints(read_json(generation, CONFIG_BYTES), generation)
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file() and not found:
@@ -141,3 +159,32 @@ def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]
             found = [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
     own = getattr(tokenizer, "eos_token_id", None)
     return tuple(dict.fromkeys([*found, *([own] if isinstance(own, int) else [])]))
+
+
+CONSTRAINTS: dict[str, tuple[Any, ...]] = {
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "exponential_decay_length_penalty": (),
+    "no_repeat_ngram_size": (0,),
+    "stop_strings": ([],),
+    "watermarking_config": (),
+    "guidance_scale": (1,),
+}
+"""Keys of generation_config.json that bind every text of transformers' `generate`, and their values that bind none.
+
+Its other keys are defaults of sampling: here a request says how it is sampled.
+"""
+
+
+def _refuse_constraints(raw: Mapping[str, Any], file: Path) -> None:
+    for key, free in CONSTRAINTS.items():
+        if raw.get(key) is not None and raw[key] not in free:
+            raise ConfigError(
+                f"{file} sets {key}, which is not applied here: remove it, and say it in the request "
+                "(logit_bias bans tokens, stop ends texts)"
+            )

@@ -2,12 +2,14 @@
 
 As a draft it proposes only tokens that both have; their laws are renormalised over that intersection, and declared as such, so the
 output keeps the target's law whatever is lost in translation. What is lost is acceptance: at most the target's probability
-of the intersection can be accepted. History is fed token by token; a token the draft does not have is fed as the first piece
-of its text (token-level intersection: Timor et al. 2025, arXiv 2502.05202).
+of the intersection can be accepted. History is fed token by token; a token the draft does not have is fed as the longest
+beginning of its text that the draft has, and one that begins like none of them as a blank (token-level intersection: Timor et al.
+2025, arXiv 2502.05202).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -36,24 +38,29 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def spelling(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    """The bytes each token stands for -> its id; the lowest id where several spell alike.
+def spelled(vocab: Mapping[str, int]) -> list[tuple[int, bytes]]:
+    """(id, the bytes it stands for), by id.
 
     Byte-level vocabularies (a space is written U+0120) and SentencePiece's (U+2581, <0xNN>) are read; a token that is neither,
     such as <s>, stands for its own characters.
     """
     alphabet = byte_alphabet()
     bytewise = any("\u0120" in token for token in vocab)
-    out: dict[bytes, int] = {}
+    out: list[tuple[int, bytes]] = []
     for token, number in sorted(vocab.items(), key=lambda item: item[1]):
         if bytewise and token and all(c in alphabet for c in token):
             text = bytes(alphabet[c] for c in token)
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             text = bytes([int(token[3:5], 16)])
         else:
             text = token.replace("\u2581", " ").encode()
-        out.setdefault(text, number)
+        out.append((number, text))
     return out
+
+
+def spelling(vocab: Mapping[str, int]) -> dict[bytes, int]:
+    """The bytes each token stands for -> its id; the lowest id where several spell alike."""
+    return {text: number for number, text in reversed(spelled(vocab))}
 
 
 class Translated:
@@ -106,13 +113,14 @@ def translate(
     theirs = {text: i for text, i in spelling(draft.get_vocab()).items() if i < model.vocab_size}
     ours = {text: i for text, i in spelling(target.get_vocab()).items() if i < vocab_size}
     shared = sorted((i, theirs[text]) for text, i in ours.items() if text in theirs)
-    fed = [shared[0][1] if shared else 0] * vocab_size
-    for text, i in ours.items():
-        if text in theirs:
-            fed[i] = theirs[text]
-        else:
-            pieces = draft.encode(text.decode("utf-8", errors="replace"))
-            fed[i] = next((p for p in pieces if p < model.vocab_size), fed[i])
+    # never through `encode`: what a tokenizer writes before a text (a begin of text, a blank) is no piece of it
+    blank = next((theirs[text] for text in (b" ", b"\n") if text in theirs), shared[-1][1] if shared else 0)
+    fed = [blank] * vocab_size
+    for i, text in spelled(target.get_vocab()):
+        if i >= vocab_size:
+            break
+        begins = (text[:n] for n in range(len(text), 0, -1))
+        fed[i] = next((theirs[begin] for begin in begins if begin in theirs), blank)
     return Translated(model, vocab_size, shared, fed, name)
 
 

@@ -1,0 +1,107 @@
+"""Keys of the configurations of learned drafters: every one is read, is without effect, or is refused by name.
+
+A key that is dropped in silence would be a drafter other than the one that was trained: no text changes, but drafts are rejected
+and nobody learns why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from outrider.config_keys import COMMON, OPTIONS, ROPE, unknown_keys
+from outrider.errors import ConfigError
+
+PACKED = ("quantization_config", "compression_config", "quantization")
+LAYER = COMMON | OPTIONS | {"qkv_bias"}
+"""What describes decoder layers: in `transformer_layer_config`, or at the top of EAGLE's own folders."""
+SPECULATORS = frozenset({
+    "speculators_model_type", "speculators_version", "speculators_config", "transformer_layer_config", "auto_map",
+    "has_no_defaults_at_init", "draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "embed_requires_grad",
+})  # fmt: skip
+"""What all drafters in the `speculators` layout have at the top."""
+SILENT: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "rope_scaling": ({},),
+}
+"""Keys of layers with the only values that describe what is computed here; null is one everywhere."""
+
+
+def check_keys(config: Mapping[str, Any], known: Set[str], folder: Path) -> None:
+    """Raise ConfigError for a key of a configuration's top that nobody here reads, by name."""
+    packed = next((key for key in PACKED if config.get(key) is not None), None)
+    if packed is not None:
+        raise ConfigError(
+            f"{folder} holds quantized weights ({packed}): use the drafter in bfloat16, as it was trained"
+        )
+    unknown = unknown_keys(config, known)
+    if unknown:
+        raise ConfigError(
+            f"{folder}: config.json has the key {unknown[0][:80]!r}, which is not supported for this drafter"
+        )
+
+
+def check_layers(shape: Mapping[str, Any], folder: Path, family: str) -> None:
+    """Raise ConfigError for a description of decoder layers of another `family` or with a part that is not computed here."""
+    kind = shape.get("model_type", family)
+    if kind != family:
+        raise ConfigError(f"{folder}: layers of type {kind!r} are not supported, only {family!r}: use another drafter")
+    for key, fine in SILENT.items():
+        value = shape.get(key)
+        if value is not None and value not in fine:
+            raise ConfigError(f"{folder}: {key} = {str(value)[:80]} is not supported: use a drafter without it")
+    kinds = shape.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(k != "full_attention" for k in kinds)):
+        raise ConfigError(
+            f"{folder}: sliding windows (layer_types) are not supported: use a drafter with full attention"
+        )
+    if shape.get("sliding_window") is not None and kinds is None and shape.get("use_sliding_window") is not False:
+        raise ConfigError(f"{folder}: sliding_window is not supported: use a drafter with full attention")
+
+
+def rope_theta(shape: Mapping[str, Any], folder: Path) -> float:
+    """The base of plain rotary positions; ConfigError for any other kind."""
+    rope = shape.get("rope_parameters")
+    rope = {} if rope is None else rope
+    if not isinstance(rope, dict) or unknown_keys(rope, ROPE) or any(isinstance(v, dict) for v in rope.values()):
+        raise ConfigError(f"{folder}: rope_parameters must describe plain rotary positions, got {str(rope)[:80]}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"{folder}: rotary positions of type {kind!r} are not supported")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError(f"{folder}: partial_rotary_factor is not supported: use a drafter without it")
+    return real(rope if rope.get("rope_theta") is not None else shape, "rope_theta", folder, 10000.0, most=1e12)
+
+
+def real(config: Mapping[str, Any], key: str, folder: Path, default: float, *, most: float = 1.0) -> float:
+    """A number of (0, most] from a configuration."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise ConfigError(f"{folder}: {key} must be a number above 0, at most {most:g}, got {str(value)[:80]!r}")
+    return float(value)
+
+
+def flag(config: Mapping[str, Any], key: str, folder: Path, default: bool = False) -> bool:
+    """True or false from a configuration; null is the default."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{folder}: {key} must be true or false, got {str(value)[:80]!r}")
+    return default if value is None else value
+
+
+def layer_ids(config: Mapping[str, Any], key: str, folder: Path, default: list[int]) -> tuple[int, ...]:
+    """The target's layers that are read; null is the default, an empty list is none."""
+    taps = config.get(key)
+    taps = default if taps is None else taps
+    if not isinstance(taps, list) or not taps or not all(isinstance(t, int) and not isinstance(t, bool) for t in taps):
+        raise ConfigError(f"{folder}: {key} must be a list of layers, got {str(taps)[:80]}")
+    return tuple(taps)
