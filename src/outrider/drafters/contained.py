@@ -52,6 +52,9 @@ class Contained:
             except Exception as error:  # whatever it is, the requests live on
                 problem = f"{type(error).__name__}: {error}"
                 logger.warning("drafter %r failed", self.drafter.name, exc_info=True)
+            except BaseException:  # an interrupt, after which somebody may well go on
+                self.release([view.slot for view in evidence.sequences])
+                raise
             self._strike(problem)
             self.release([view.slot for view in evidence.sequences])
         return Draft.empty(len(evidence.sequences), evidence.scores.logits.device)

@@ -6,7 +6,6 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -29,7 +28,7 @@ from outrider.sampling.law import Law
 from outrider.sampling.params import SamplingParams
 from outrider.types import PHASES, Counts, Draft, StepRecord
 
-__all__ = ["Engine", "Output", "Result", "with_seed"]
+__all__ = ["Engine", "Output", "Result"]
 
 
 class Engine:
@@ -37,7 +36,8 @@ class Engine:
 
     target, drafter, rule, controller: see `protocols`. tokenizer: a Hugging Face tokenizer, or None to work on ids alone.
     slots: sequences decoded together. max_length: most tokens (prompt and output) of a sequence; the target's context if None.
-    chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step.
+    chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step. turns: of engines that
+    share a model, so that they take turns too.
     Raises CapabilityError when parts do not fit together.
 
     Sharing: several streams, `generate` and `step` may be under way at once and are decoded together. Any thread may call any
@@ -61,8 +61,9 @@ class Engine:
         eos: Iterable[int] = (),
         sinks: Seq[Sink] = (),
         allow_lossy: bool = False,
+        turns: Turns | None = None,
     ) -> None:
-        self._turns = Turns()
+        self._turns = turns or Turns()
         check_fit(target, drafter, rule, allow_lossy)
         self.max_length = min(max_length or target.max_length, target.max_length)
         self.tokenizer, self.controller, self.sinks, self.eos = tokenizer, controller, tuple(sinks), frozenset(eos)
@@ -343,8 +344,3 @@ class Engine:
             self._names += 1
             if not self.sequences(name := f"request-{self._names}"):
                 return name
-
-
-def with_seed(params: SamplingParams, seed: int) -> SamplingParams:
-    """The same parameters with another seed."""
-    return replace(params, seed=seed)

@@ -30,6 +30,9 @@ from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
 from outrider.verify.chain import judging_rows, probs_of_tokens
 
+FORBIDDEN = 1e-30
+"""A probability up to this counts as 0: more than a `logit_bias` of -100, the way to say "never", leaves in single precision."""
+
 ROUNDING = 1e-12
 """How far the masses of a choice may be from one before it counts as one that the target forbids in part."""
 
@@ -150,8 +153,8 @@ def bias_of(choice: Choice, position: Position) -> float:
 
 
 def allowed(wish: Choice, position: Position) -> Choice:
-    """The wish without the tokens that the target forbids (p = 0); what they were to get is refused, and drawn from p instead."""
-    accept = wish.accept.where(position.p > 0, 0.0)
+    """The wish without the tokens that the target forbids; what they were to get is refused, and drawn from p instead."""
+    accept = wish.accept.where(position.p > FORBIDDEN, 0.0)
     missing = 1.0 - float(c.row_sums(accept * position.q)) - float(c.row_sums(wish.rest))
     return Choice(accept, wish.rest) if abs(missing) <= ROUNDING else optimal(accept, position)
 
