@@ -51,7 +51,7 @@ class Contained:
                     return draft
             except Exception as error:  # whatever it is, the requests live on
                 problem = f"{type(error).__name__}: {error}"
-                logger.warning("drafter %r failed", self.drafter.name, exc_info=True)
+                logger.warning("drafter %r failed (%s)", self.drafter.name, problem, exc_info=not self._faults)
             except BaseException:  # an interrupt, after which somebody may well go on
                 self.release([view.slot for view in evidence.sequences])
                 raise

@@ -67,8 +67,8 @@ class Spelling:
     def _piece(self, token: int) -> str:
         """The token as the vocabulary writes it."""
         core = getattr(self.tokenizer, "_core", None) or getattr(self.tokenizer, "backend_tokenizer", None)
-        ask = getattr(core or self.tokenizer, "id_to_token", None) or self.tokenizer.convert_ids_to_tokens
-        return ask(token) or ""
+        ask = getattr(core, "id_to_token", None) or getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        return ("" if ask is None else ask(token)) or ""
 
 
 class Offsets:
