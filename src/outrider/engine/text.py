@@ -116,7 +116,7 @@ class TextStream:
         self._full = StopMatcher(named) if named else None  # reads the text with its special tokens
         self._hidden: list[
             int
-        ] = []  # for each character of special tokens in the buffer, how many of the text stand before it
+        ] = []  # for each held character of special tokens, how many of the buffer stand before it
         self._window = 0  # first token of the window
         self._border = self._start  # a later token where characters begin: the next window starts there
         # Characters of the window's text already taken; a character the prompt only began belongs to the output.
@@ -221,7 +221,7 @@ class TextStream:
         for i, char in enumerate(new, start=len(self._buffer) + 1):
             stop, full = self._matcher.feed(char), self._full.feed(char) if self._full else None
             if not self._early and (stop is not None or full is not None):
-                at = min(i - len(stop) if stop else i, self._begin(i, len(full)) if full else i)
+                at = min(i - len(stop) if stop else i, self._begin(i, len(full))[0] if full else i)
                 return self._stop_at(text[:at], stop if full is None or (stop and len(stop) > len(full)) else full)
         return self._release(text)
 
@@ -237,19 +237,20 @@ class TextStream:
             stop = self._full.feed(char)
             self._hidden.append(size)
             if stop is not None and not self._early:
-                return self._stop_at(self._buffer[: self._begin(size, len(stop))], stop)
+                return self._stop_at(self._buffer[: self._begin(size, len(stop))[0]], stop)
         return self._release(self._buffer)
 
-    def _begin(self, end: int, length: int) -> int:
-        """Where in the buffered text the last `length` characters begin, special tokens' own counted; `end`: characters so far."""
-        hidden = list(self._hidden)
+    def _begin(self, end: int, length: int) -> tuple[int, int]:
+        """Where the last `length` characters behind `end` of the text begin, those of special tokens counted: characters of the
+        buffer before it, and hidden ones."""
+        hidden = len(self._hidden)
         while length and (end or hidden):
-            if hidden and hidden[-1] >= end:
-                hidden.pop()
+            if hidden and self._hidden[hidden - 1] >= end:
+                hidden -= 1
             else:
                 end -= 1
             length -= 1
-        return end
+        return end, hidden
 
     def _stop_at(self, text: str, stop: str) -> str:
         self.stop_string, self._buffer, self._hidden = stop, "", []
@@ -260,7 +261,8 @@ class TextStream:
         assert self._matcher is not None
         keep = len(text) - self._matcher.held
         if self._full:
-            keep = min(keep, self._begin(len(text), self._full.held))
-            self._hidden = [at - keep for at in self._hidden if at >= keep]
+            begin, hidden = self._begin(len(text), self._full.held)
+            keep = min(keep, begin)
+            self._hidden = [at - keep for at in self._hidden[hidden:]]
         self._buffer = text[keep:]
         return text[:keep]
