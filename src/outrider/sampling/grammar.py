@@ -36,7 +36,7 @@ LIMITS: dict[str, Any] = {
 grammars are cheap to compile and spend it all in the middle of a text: see `Automaton.exhausted`."""
 KEPT = 64
 """Compiled grammars that are kept."""
-BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,16}|\n\t{0,8}"}
+BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,24}|\n\t{0,8}"}
 """White space between the parts of JSON: a blank, or a line break and some indentation. Without a bound a model that likes blanks
 writes nothing else until its last token. A schema may choose another pattern (`x-guidance`)."""
 EXHAUSTED = (
