@@ -16,6 +16,7 @@ from outrider.engine import contracts
 from outrider.engine.engine import Engine, Result
 from outrider.engine.notices import notices_of, wasted_option
 from outrider.engine.prompts import Prompts, as_prompts
+from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
@@ -60,7 +61,7 @@ class ModelKey(NamedTuple):
 
 @dataclass(slots=True)
 class Loaded:
-    """What engines on one target share: the weights of target and drafts, and the tokenizer."""
+    """What engines on one target share: the weights of target and drafts, the tokenizer, and whose turn it is."""
 
     path: str | None
     target: Target
@@ -69,6 +70,7 @@ class Loaded:
     options: Options
     sinks: tuple[Sink, ...] = ()
     models: dict[ModelKey, tuple[Target, object]] = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
 
 
 def build_engine(
@@ -182,6 +184,7 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
         eos=loaded.eos,
         sinks=loaded.sinks,
         allow_lossy=options.allow_lossy,
+        turns=loaded.turns,
     )
     engine.loaded = replace(loaded, options=options)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]

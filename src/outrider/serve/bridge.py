@@ -63,6 +63,10 @@ class Bridge:
             "Defects that were contained: drafts that were none, grammars that ran out of their budget in the middle of a text.",
             lambda: None if self.worker.engine is None else self.worker.engine.incidents,
         )
+        metrics.counters["drafter_faults"] = (
+            "Calls of a drafter that raised or returned what is no draft; each cost a step's drafts and no text.",
+            lambda: None if self.worker.engine is None else self.worker.engine.drafter_faults,
+        )
 
     # ------------------------------------------------------------------ life
     async def start(self) -> None:
@@ -176,7 +180,7 @@ class Bridge:
             for _, event in batch:
                 if event.error is not None:
                     ticket.outcome = "error"
-                    raise EngineFailure(event.error)
+                    raise RequestError(event.error) if event.blame == "request" else EngineFailure(event.error)
                 ticket.outcome = event.finish_reason or ticket.outcome
             if not ticket.done:
                 ticket.outcome = "abort"
