@@ -16,7 +16,7 @@ from outrider.cli import ab, audit, bench, chat, demo, doctor, generate, plan, p
 from outrider.cli import options as opt  # noqa: E402
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
-from outrider.errors import OutriderError  # noqa: E402
+from outrider.errors import OutriderError, printable  # noqa: E402
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -73,7 +73,7 @@ def main() -> None:
     try:
         app()
     except OutriderError as error:
-        print(f"outrider: {error}", file=sys.stderr)
+        print(f"outrider: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         _interrupted()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from outrider.cli.console import Console
 from outrider.errors import ConfigError
 
 Target = Annotated[
@@ -107,9 +108,14 @@ Json = Annotated[
 err = Console(stderr=True, highlight=False)
 
 
+_UNSEEN = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
+"""What JSON may hold as it is and a terminal or an encoding may not: written as JSON's escapes."""
+
+
 def print_json(document: dict[str, Any]) -> None:
     """The one JSON document of a command; NaN becomes null."""
-    typer.echo(json.dumps(_clean(document), indent=2, ensure_ascii=False))
+    text = json.dumps(_clean(document), indent=2, ensure_ascii=False)
+    typer.echo(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _clean(value: Any) -> Any:

@@ -17,23 +17,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from outrider.errors import CapabilityError, RequestError
+from outrider.automata import Compiler
 
-KINDS = ("regex", "json")
-LIMITS: dict[str, Any] = {
-    "max_items_in_row": 2000,
-    "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000,
-    "max_lexer_states": 50_000,
-    "max_grammar_size": 100_000,
-    "verbose_errors": False,
-}
-"""What one grammar may cost: some ten milliseconds to compile and a few for a step, whatever it says; and no text in errors. Some
-grammars are cheap to compile and spend it all in the middle of a text: see `Automaton.exhausted`."""
 KEPT = 64
 """Compiled grammars that are kept."""
-INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
 
 
 def tokenizer_json(tokenizer: Any) -> str | None:
@@ -50,13 +37,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
-        try:
-            import llguidance
-        except ImportError:
-            raise CapabilityError(INSTALL) from None
-        self._lib, self.vocab_size, self.eos = llguidance, vocab_size, tuple(eos)
-        self._tokenizer = llguidance.LLTokenizer(tokenizer, eos_token=eos[0] if eos else None)
-        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._compiler, self.vocab_size, self.eos = Compiler(tokenizer, eos), vocab_size, tuple(eos)
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = Lock()
 
@@ -72,27 +53,11 @@ class Grammars:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
-        made = self._make(text)
+        made = self._compiler.make(text)
         with self._lock:
             self._compiled[text] = made
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return made
-
-    def _make(self, text: str) -> Any:
-        kind, colon, body = text.partition(":")
-        matcher = self._lib.LLMatcher
-        if not colon or kind not in KINDS:
-            raise RequestError(f"a grammar is written 'regex:PATTERN' or 'json:SCHEMA', got {text[:60]!r}")
-        if not self.eos:
-            raise RequestError("a grammar needs an end-of-sequence token, and this target has none")
-        try:
-            grammar = matcher.grammar_from_regex(body) if kind == "regex" else matcher.grammar_from_json_schema(body)
-        except Exception as error:  # the library raises ValueError, or its own errors for a schema it cannot read
-            raise RequestError(f"the {kind} grammar cannot be read: {_first_line(error)}") from None
-        made = matcher(self._tokenizer, grammar, limits=self._limits, log_level=0)
-        if made.is_error():
-            raise RequestError(f"the {kind} grammar cannot be used: {_first_line(made.get_error())}")
         return made
 
     def start(self, text: str) -> Automaton:
@@ -107,11 +72,7 @@ class Grammars:
         """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
         with self._lock:
             self._compiled.pop(text, None)
-        return self._make(text)
-
-
-def _first_line(error: object) -> str:
-    return " ".join(str(error).split())[:160]
+        return self._compiler.make(text)
 
 
 class Automaton:

@@ -9,6 +9,10 @@ from collections.abc import Sized
 from outrider.errors import ConfigError
 
 
+BACKLOG = 2048
+"""Connections that may wait to be taken."""
+
+
 def check_address(host: str, keys: Sized, allow_open: bool) -> None:
     """ConfigError for an address others can reach without a key, unless that was asked for."""
     if len(keys) or allow_open or is_loopback(host):
@@ -27,7 +31,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
+def listen(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
     """A socket that listens and does not block. ConfigError if the address cannot be had."""
     name = host.strip("[]")
     try:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from outrider.errors import RequestError, unknown_name
 from outrider.sampling.params import SamplingParams
@@ -23,7 +23,7 @@ DEFAULT_TOKENS = 16
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$", max_length=10)]
@@ -46,7 +46,7 @@ class TextPart(Strict):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Prediction(Strict):
@@ -102,7 +102,7 @@ class Shared(Strict):
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -115,7 +115,8 @@ class Shared(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=256, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: Literal[True] | None = None
     include_stop_str_in_output: Literal[False] | None = None
@@ -143,8 +144,8 @@ class CompletionRequest(Shared):
     prompt: (
         Text
         | Tokens
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -163,20 +164,40 @@ class CompletionRequest(Shared):
         return self.logprobs
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+"""A list of a message that clients send back as they got it: empty or null."""
+
+
 class Message(Strict):
+    """One message. What a reply of this server has may be sent back as it came, and so may what a client library adds to it."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
+    refusal: Text | None = None
+    tool_calls: Nothing = None
+    annotations: Nothing = None
+    function_call: None = None
+    audio: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        """Only an assistant's message may be empty: that is what some replies are."""
+        if self.role != "assistant" and self.content is None:
+            raise ValueError("content is needed: give a text (null is for messages of the assistant)")
+        if self.role != "assistant" and self.refusal is not None:
+            raise ValueError("refusal is for messages of the assistant: leave it out")
+        return self
 
     @property
     def text(self) -> str:
-        return text_of(self.content)
+        return text_of(self.content) if self.content is not None else self.refusal or ""
 
 
 class ChatRequest(Shared):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -277,7 +298,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _plain(error: Any) -> str:
-    message = str(error["msg"])
+    message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "literal_error":
         return f"{message}; other values are not supported"
     return message[0].lower() + message[1:]
