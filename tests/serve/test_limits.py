@@ -16,7 +16,7 @@ import pytest
 from outrider.engine.build import build_engine
 from outrider.engine.scheduler import Scheduler
 from outrider.serve.bridge import Bridge
-from outrider.serve.guard import DEPTH, nested
+from outrider.serve.body import DEPTH
 from outrider.serve.tickets import Limits, Overloaded
 from outrider.telemetry.prometheus import Metrics
 from tests.serve.harness import KEY, Running, serving, until
@@ -133,7 +133,6 @@ def test_nesting_is_bounded(server: Running, depth: int) -> None:
     value: Any = 1
     for _ in range(depth):
         value = [value]
-    assert nested(value, DEPTH) is (depth > DEPTH)
     status, _, reply = server.call("POST", "/v1/completions", {**SHORT, "metadata": value})
     message = json.loads(reply)["error"]["message"]
     assert status == 400 and ("nested too deeply" in message) is (depth + 1 > DEPTH)

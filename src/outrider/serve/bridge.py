@@ -35,7 +35,8 @@ class Bridge:
 
     build: makes the engine, in the engine's thread. metrics: gets every step and every finished request.
     prepare: called with the new engine before it serves (warm-up, controller).
-    tickets: the open requests; held: their samples, and owned: those of each owner; begun: requests so far.
+    tickets: the open requests; held: their samples, and owned: those of each owner; begun: requests so far, failures: those that
+    the engine failed after their reply had begun or while they waited.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Bridge:
         self.limits, self.metrics = limits or Limits(), metrics
         self.tickets: dict[str, Ticket] = {}
         self.draining = False
-        self.held = self.begun = 0
+        self.held = self.begun = self.failures = 0
         self.owned: Counter[int] = Counter()
         self.worker = EngineThread(
             build, prepare, metrics, self._post, self._deliver, self._give_up, self.limits.queue_seconds
@@ -63,6 +64,7 @@ class Bridge:
             "Requests that got a place; each is counted once more, by how it ended, when it gives the place back.",
             lambda: self.begun,
         )
+        metrics.counters["requests_failed"] = ("Requests that the engine failed.", lambda: self.failures)
         metrics.counters["incidents"] = (
             "Defects that were contained: drafts that were none, grammars that ran out of their budget in the middle of a text.",
             lambda: None if self.worker.engine is None else self.worker.engine.incidents,
@@ -195,12 +197,14 @@ class Bridge:
             for part in parts:
                 if isinstance(part, OutriderError):
                     ticket.outcome = "error"
+                    self.failures += isinstance(part, EngineFailure)
                     raise part
                 batch += part
             ticket.ended += sum(event.finish_reason is not None for _, event in batch)
             for _, event in batch:
                 if event.error is not None:
                     ticket.outcome = "error"
+                    self.failures += 1
                     raise EngineFailure(event.error)
                 ticket.outcome = event.finish_reason or ticket.outcome
             if not ticket.done:

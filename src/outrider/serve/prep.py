@@ -15,6 +15,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from outrider.errors import RequestError
@@ -30,7 +31,9 @@ GRAMMAR_SECONDS, TEXT_SECONDS = 2.0, 5.0
 WAIT_SECONDS = 10.0
 """Seconds a job may wait for a process."""
 START_SECONDS = 60.0
-"""Seconds a process may take to start and to load its tokenizer, which is added to its first job."""
+"""Seconds a process may take to start and to load its tokenizer."""
+MEMORY = 1 << 30
+"""Bytes of its own that a process may have."""
 KEPT = 1024
 """Grammars of which it is known whether they can be compiled."""
 ANSWER = 64 << 20
@@ -41,11 +44,15 @@ class Ended(Exception):
     """The process that had the job was ended: by its clock, by its memory, or because it failed."""
 
 
+class Unfit(Exception):
+    """No process can be made for this tokenizer."""
+
+
 class _Process:
     """One process: takes a job at a time."""
 
     def __init__(self, hello: dict[str, Any]) -> None:
-        self._hello, self._fresh = hello, True
+        self._hello = hello
         self._process: asyncio.subprocess.Process | None = None
 
     async def do(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -53,9 +60,8 @@ class _Process:
         try:
             if self._process is None or self._process.returncode is not None:
                 await self._start()
-            more, self._fresh = START_SECONDS if self._fresh else 0.0, False
-            async with asyncio.timeout(seconds + more + 1.0):
-                return await self._ask({**job, "seconds": seconds + more})
+            async with asyncio.timeout(seconds + 1.0):
+                return await self._ask({**job, "seconds": seconds})
         except (TimeoutError, OSError, asyncio.IncompleteReadError, ValueError):
             await self.end()
             raise Ended from None
@@ -74,8 +80,10 @@ class _Process:
             process_group=0,  # a signal of the terminal is for the server, which lets requests finish
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
-        self._fresh = True
-        self._stdin.write(packed(self._hello))
+        async with asyncio.timeout(START_SECONDS + 1.0):
+            if "failed" in await self._ask({**self._hello, "memory": MEMORY, "seconds": START_SECONDS}):
+                await self.end()
+                raise Unfit
 
     @property
     def _stdin(self) -> asyncio.StreamWriter:
@@ -115,7 +123,7 @@ class Pool:
     async def do(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The answer to a job; one whose client goes away is finished all the same, since its process is busy with it.
 
-        Raises Unavailable if no process is free in time, Ended if the job was given up.
+        Raises Unavailable if no process is free in time, Ended if the job was given up, Unfit if there can be none.
         """
         try:
             await asyncio.wait_for(self._free.acquire(), WAIT_SECONDS)
@@ -155,7 +163,7 @@ class Prep:
         self.most = most
         core = tokenizer_json(tokenizer)
         self._folder = folder_of(tokenizer)
-        self._compiles = core is not None
+        self._compiles = core is not None and find_spec("llguidance") is not None
         self._reads = self._folder is not None or (core is not None and not getattr(tokenizer, "chat_template", None))
         self.wild = core is not None and wild(core)
         self._texts = Pool(2, lambda: {"folder": self._folder} if self._folder else {"core": tokenizer_json(tokenizer)})
@@ -180,6 +188,8 @@ class Prep:
             answer = await self._texts.do(job, TEXT_SECONDS)
         except Ended:
             raise RequestError(f"the prompt could not be read within {TEXT_SECONDS:g} seconds: make it shorter") from None
+        except Unfit:
+            raise RequestError("the prompt cannot be read by this model's tokenizer: send token ids") from None
         if "long" in answer:
             raise too_long(answer["long"], job["most"])
         if "bad" in answer:
@@ -196,6 +206,8 @@ class Prep:
         if key not in self._known:
             try:
                 why = (await self._grammars.do({"do": "grammar", "text": text}, GRAMMAR_SECONDS)).get("bad")
+            except Unfit:
+                why = "structured output is not possible with this model's tokenizer"
             except Ended:
                 why = f"the grammar cannot be compiled within {GRAMMAR_SECONDS:g} seconds: make it simpler"
             self._known[key] = why

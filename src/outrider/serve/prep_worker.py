@@ -18,8 +18,6 @@ from typing import Any, BinaryIO
 from outrider.automata import Compiler
 from outrider.errors import OutriderError, RequestError
 
-MEMORY = 1 << 30
-"""Bytes of private memory a process may have."""
 NICE = 5
 """So much it gives way to the engine when cores are few."""
 Encode = Callable[[str, bool], list[int]]
@@ -53,12 +51,22 @@ def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool) 
 
 
 class Work:
-    """The jobs of one process. given: {"core": text of a tokenizer.json} or {"folder": where transformers reads it}, and "eos"."""
+    """The jobs of one process. given: {"core": text of a tokenizer.json} or {"folder": where transformers reads it}, for texts;
+    {"grammar": text of a tokenizer.json, "eos": ids that end a text} for grammars."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self._given = given
         self._tokenizer: Any = None
         self._compiler: Compiler | None = None
+
+    def prepare(self) -> dict[str, Any]:
+        """Load what the jobs need, so that no job's time goes into it."""
+        if "grammar" in self._given:
+            self._compiler = Compiler(self._given.pop("grammar"), self._given["eos"])
+        else:
+            given = self._given
+            self._tokenizer = _Core(given.pop("core")) if "core" in given else _of_folder(given["folder"])
+        return {}
 
     def do(self, job: dict[str, Any]) -> dict[str, Any]:
         """One job; its answer: {"ids"}, {"long": tokens of a text that is too long}, {"bad": a sentence}, {} for a grammar."""
@@ -66,20 +74,15 @@ class Work:
             return self._grammar(job["text"])
         if job["do"] == "chat":
             try:
-                return _bounded([conversation(self._loaded(), job["messages"], job["special"])], job["most"])
+                return _bounded([conversation(self._tokenizer, job["messages"], job["special"])], job["most"])
             except Refused as error:
                 return {"bad": error.name}
-        encode = encoder(self._loaded())
+        encode = encoder(self._tokenizer)
         return _bounded([encode(text, job["special"]) for text in job["texts"]], job["most"])
-
-    def _loaded(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = _Core(self._given["core"]) if "core" in self._given else _of_folder(self._given["folder"])
-        return self._tokenizer
 
     def _grammar(self, text: str) -> dict[str, Any]:
         try:
-            self._compiler = self._compiler or Compiler(self._given["grammar"], self._given["eos"])
+            assert self._compiler is not None
             self._compiler.make(text)
         except OutriderError as error:
             return {"bad": str(error)}
@@ -123,6 +126,14 @@ def packed(message: Any) -> bytes:
     return len(data).to_bytes(4) + data
 
 
+def limit_memory(size: int) -> None:
+    """Let this process have so many bytes of its own, where the system can be told; what asks for more fails or ends it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
 def main() -> None:
     """Do jobs until the parent has gone. Every one has so many seconds: then the kernel ends this process, whatever it is in."""
     from outrider.serve.keeper import die_with_parent
@@ -135,14 +146,18 @@ def main() -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.nice(NICE)
-    work = Work(read(jobs))
+    work: Work | None = None
     while (job := read(jobs)) is not None:
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])
         try:
-            answer = work.do(job)
+            if work is None:
+                limit_memory(job["memory"])
+                work = Work(job)
+                answer = work.prepare()
+            else:
+                answer = work.do(job)
         except Exception as error:
             answer = {"failed": type(error).__name__}
         signal.setitimer(signal.ITIMER_REAL, 0)
