@@ -31,7 +31,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def printable(text: str) -> str:
-    """Others' text as it may be shown: what commands a terminal, turns the direction of writing or is half a character is spelt out."""
+    """Others' text as it may be shown: commands to a terminal, turns of the direction and half characters are spelt out."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 

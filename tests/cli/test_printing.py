@@ -16,7 +16,19 @@ from outrider.errors import ConfigError, printable
 from outrider.evaluate.database import connect, place_of
 
 RUN = CliRunner()
-NAMES = ["[/b]", "[bold]x", "[/dim]", "[link=file:///etc]x", ":smile:", "\x1b[2J", "a\x9b31m", "\ud800", "x\u202ey", "[", "[]"]
+NAMES = [
+    "[/b]",
+    "[bold]x",
+    "[/dim]",
+    "[link=file:///etc]x",
+    ":smile:",
+    "\x1b[2J",
+    "a\x9b31m",
+    "\ud800",
+    "x\u202ey",
+    "[",
+    "[]",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +55,9 @@ def test_a_store_with_any_name_can_be_listed(tmp_path: Path) -> None:
         assert found.exit_code == 0, found.output
     shown = RUN.invoke(app, ["runs", "list", "--store", store])
     assert shown.exit_code == 0 and "[/b]" in shown.output and "\x1b" not in shown.output
-    assert {r["name"] for r in json.loads(RUN.invoke(app, ["runs", "list", "--json", "--store", store]).output)["runs"]} == {
+    assert {
+        r["name"] for r in json.loads(RUN.invoke(app, ["runs", "list", "--json", "--store", store]).output)["runs"]
+    } == {
         "[/b]",
         "\x1b[2Jx",
         "plain",

@@ -78,7 +78,9 @@ def test_an_answer_of_the_wrong_shape_is_no_verdict(address: str, choice: bytes)
         ask(address)
 
 
-@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"choices": {"0": {}}}', b"[]", b'{"choices": []}', b"\xff", b"NaN"])
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"choices": {"0": {}}}', b"[]", b'{"choices": []}', b"\xff", b"NaN"]
+)
 def test_an_answer_that_is_none_is_no_verdict(address: str, body: bytes) -> None:
     Hostile.status, Hostile.body = 200, body
     with pytest.raises(ConfigError):

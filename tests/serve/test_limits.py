@@ -15,8 +15,8 @@ import pytest
 
 from outrider.engine.build import build_engine
 from outrider.engine.scheduler import Scheduler
-from outrider.serve.bridge import Bridge
 from outrider.serve.body import DEPTH
+from outrider.serve.bridge import Bridge
 from outrider.serve.tickets import Limits, Overloaded
 from outrider.telemetry.prometheus import Metrics
 from tests.serve.harness import KEY, Running, serving, until

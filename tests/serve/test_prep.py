@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +24,7 @@ from tests.serve.harness import Running
 
 T = TypeVar("T")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{Lm}\p{M}]+(?i:'s|'t|'re)?|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -162,7 +160,7 @@ def test_a_process_takes_no_more_memory_than_it_may(tokenizer: Any, monkeypatch:
 
 
 @pytest.fixture(scope="module")
-def looping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def looping(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped tokenizer with a template that loops when it is told to, and an expression that may."""
     import shutil
 
@@ -182,7 +180,7 @@ def looping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, document["pre_tokenizer"]]}
     (folder / "tokenizer.json").write_text(json.dumps(document))
-    yield folder
+    return folder
 
 
 def test_templates_and_expressions_that_loop_are_ended(looping: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +237,10 @@ def test_long_bodies_stop_no_stream(server: Running) -> None:
 
 def test_special_tokens_are_a_field(server: Running) -> None:
     """vLLM's name, for both kinds of request; a tokenizer without special tokens writes the same either way."""
-    for path, more in (("completions", {"prompt": "x = "}), ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})):
+    for path, more in (
+        ("completions", {"prompt": "x = "}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
         counts = []
         for special in (True, False):
             body = {"model": "pycode", "max_tokens": 1, "add_special_tokens": special, **more}

@@ -15,7 +15,7 @@ _TAG = re.compile(r"\[(/?)(dim|bold red|bold|green)\]")
 
 
 class Console(RichConsole):
-    """rich's console, whose tables hold any text. No tag but our own few is read, none in a cell of a table, and none is an error."""
+    """rich's console, whose tables hold any text: no tag but our own few is read, none in a cell, and none is an error."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"emoji": False, **options})

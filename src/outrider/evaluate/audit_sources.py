@@ -156,7 +156,7 @@ class Endpoint:
 
 
 def _refusal(base: str, error: urllib.error.HTTPError) -> str:
-    """The sentence for an answer that is an error, or a direction to another place, which is not followed: the key is for this one."""
+    """The sentence for an error, or for a direction to another place, which is not followed: the key is for this one."""
     if 300 <= error.code < 400:
         place = _words(str(error.headers.get("Location", "another address")))
         return f"{base} sends elsewhere ({error.code}, to {place}): redirects are not followed, so give that address as --url"

@@ -158,7 +158,9 @@ def place_of(url: str) -> tuple[str, str | None]:
     user, _, place = rest.rpartition("@")
     query = parse_qs(place.partition("?")[2]).get("password", [])
     if any(c in user for c in "/?#@[]") or "@" in user:
-        raise ConfigError("the URL of the store cannot be read: write / ? # @ [ ] in its user or password as %2F %3F %23 %40 %5B %5D")
+        raise ConfigError(
+            "the URL of the store cannot be read: write / ? # @ [ ] in its user or password as %2F %3F %23 %40 %5B %5D"
+        )
     secret = user.partition(":")[2] or (query[0] if query else None)
     return f"{scheme}://{place.partition('?')[0]}", secret or None
 

@@ -8,7 +8,6 @@ from collections.abc import Sized
 
 from outrider.errors import ConfigError
 
-
 BACKLOG = 2048
 """Connections that may wait to be taken."""
 

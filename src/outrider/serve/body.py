@@ -45,7 +45,9 @@ class Bodies:
                     data += part
                     self.held += len(part)
                     if len(data) > self.limit:
-                        raise HTTPException(413, f"the body is larger than {self.limit} bytes: make the request smaller")
+                        raise HTTPException(
+                            413, f"the body is larger than {self.limit} bytes: make the request smaller"
+                        )
                     if self.held > TOGETHER:
                         raise HTTPException(503, "too many large requests at once: try again", {"retry-after": "5"})
         except TimeoutError:
@@ -69,7 +71,7 @@ def parsed(data: bytes, values: int) -> Any:
 
 
 def check(data: bytes, values: int) -> None:
-    """BadField for a body that is nested too deeply or has too much in it, before it is read: texts aside, brackets and commas say."""
+    """BadField for a body that is nested too deeply or has too much in it, before it is read: brackets and commas say."""
     bare = _STRINGS.sub(b"", data)
     if bare.count(b",") > values:
         raise BadField(f"the body has more than {values} values: no prompt of this model is so long")

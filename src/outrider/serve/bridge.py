@@ -240,8 +240,8 @@ class Bridge:
             raise Unavailable("the prompt took too long to prepare: make it shorter") from None
 
     async def compile(self, grammar: str) -> None:
-        """Compile a grammar so that the engine finds it ready: first in a process, which shows that it can be done in time, then in a
-        thread kept for that, so that neither engine nor tokenising waits for it. Raises RequestError for one that cannot be used."""
+        """Compile a grammar so that the engine finds it ready: first in a process, which shows that it can be done in time, then
+        in a thread kept for that, so that neither engine nor tokenising waits. Raises RequestError for one that cannot be used."""
         await self.prep.try_grammar(grammar)
         await asyncio.get_running_loop().run_in_executor(self._compiler, self.engine.compile_grammar, grammar)
 

@@ -1,7 +1,7 @@
 """Connections: how many there may be, and how long one may owe a request.
 
-A connection that has not sent a whole request owes one: it is ended after some seconds, however its bytes trickle, and the oldest of
-them makes room when the server is full. So newcomers get in whatever others hold open. A connection whose request is being
+A connection that has not sent a whole request owes one: it is ended after some seconds, however its bytes trickle, and the oldest
+of them makes room when the server is full. So newcomers get in whatever others hold open. A connection whose request is being
 answered is watched to the end: bytes behind the request are dropped, not kept (they would hide that the client has gone).
 """
 
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
             self._timer = None
 
     def _alone(self) -> None:
-        """More came behind a request that is being answered: that is dropped, the reply says that it is the last, and reading goes on."""
+        """More came behind a request that is being answered: it is dropped, and the reply says that it is the last."""
         self.cycle.keep_alive = False
         if CLOSE_HEADER not in self.scope["headers"]:
             self.scope["headers"].append(CLOSE_HEADER)  # type: ignore[attr-defined]

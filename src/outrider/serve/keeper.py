@@ -70,7 +70,7 @@ class Line:
 
 
 class Awake:
-    """Seconds that this process has seen go by: of the time in which it was stopped (Ctrl-Z, a frozen container) only a moment counts.
+    """Seconds that this process has seen go by: of a time in which it was stopped (Ctrl-Z, a frozen container) a moment counts.
 
     Whoever reads `seconds` calls `tick` about every BEAT.
     """

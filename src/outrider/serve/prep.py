@@ -157,7 +157,7 @@ class Pool:
 
 
 class Prep:
-    """What one server has made of clients' texts and grammars. tokenizer, eos: the engine's; most: tokens that a prompt may have."""
+    """Clients' texts and grammars, read for one server. tokenizer, eos: the engine's; most: tokens that a prompt may have."""
 
     def __init__(self, tokenizer: Any, eos: tuple[int, ...], most: int) -> None:
         self.most = most
@@ -187,7 +187,9 @@ class Prep:
         try:
             answer = await self._texts.do(job, TEXT_SECONDS)
         except Ended:
-            raise RequestError(f"the prompt could not be read within {TEXT_SECONDS:g} seconds: make it shorter") from None
+            raise RequestError(
+                f"the prompt could not be read within {TEXT_SECONDS:g} seconds: make it shorter"
+            ) from None
         except Unfit:
             raise RequestError("the prompt cannot be read by this model's tokenizer: send token ids") from None
         if "long" in answer:

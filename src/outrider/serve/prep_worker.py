@@ -1,5 +1,5 @@
-"""What is made of a client's text before decoding: token ids, a conversation's prompt, a compiled grammar. Here and, as a program, in a
-process that can be ended: none of the libraries that do it has a limit that holds for every tokenizer, template and schema.
+"""What is made of a client's text before decoding: token ids, a conversation's prompt, a compiled grammar. Here and, as a program,
+in a process that can be ended: none of the libraries that do it has a limit that holds for every tokenizer, template and schema.
 
 As a program it reads jobs and writes answers over its standard streams, each JSON behind its length; what it works for (the
 tokenizer) is its first. It ends with its parent, after a job's time, and before it takes too much memory. No torch is needed here.

@@ -11,10 +11,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from outrider.errors import RequestError, unknown_name
-from outrider.serve.bridge import Bridge
 from outrider.serve.body import Bodies
+from outrider.serve.bridge import Bridge
 from outrider.serve.guard import OWNER
-from outrider.serve.openai import MAX_PROMPTS, BadField, ChatRequest, CompletionRequest, Engine, parse, sampling, text_of
+from outrider.serve.openai import (
+    MAX_PROMPTS,
+    BadField,
+    ChatRequest,
+    CompletionRequest,
+    Engine,
+    parse,
+    sampling,
+    text_of,
+)
 from outrider.serve.prep import Refused, too_long
 from outrider.serve.prep_worker import conversation, encoder
 from outrider.serve.replies import Reply

@@ -231,7 +231,7 @@ class Metrics(Collector):
             ("tokens", "Tokens emitted.", self.counts.emitted),
         ):
             yield _counter(f"outrider_{name}", text, names, [(values, value)])
-        reasons = {reason: 0 for reason in REFUSALS} | self.refused  # from 0: the first refusal is a rise too
+        reasons = dict.fromkeys(REFUSALS, 0) | self.refused  # from 0: the first refusal is a rise too
         refused = [([self.model, reason], n) for reason, n in sorted(reasons.items())]
         yield _counter(
             "outrider_requests_refused", "Requests refused before decoding.", ["model_name", "reason"], refused
