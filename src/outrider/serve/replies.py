@@ -69,7 +69,7 @@ class Reply:
         return {**self._head(kind), "choices": choices, "usage": self.usage(), **self._metrics()}
 
     async def _spaced(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
-        """The log-probabilities of a whole text. Others have a turn after every PIECE of them: each token is decoded for its string."""
+        """The log-probabilities of a whole text. Others have a turn after every PIECE of them."""
         out = self._logprobs(index, entries[:PIECE])
         for start in range(PIECE, len(entries), PIECE):
             await asyncio.sleep(0)
