@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.control.adaptive import Outlook
 from outrider.engine.engine import Engine
 from outrider.serve.tickets import Limits
 from outrider.serve.watch import Watch
@@ -75,7 +76,7 @@ def watched(engine: Engine, body: dict[str, Any] | None = None, clients: int = 1
     stop = threading.Event()
 
     def quick(watch: Watch) -> None:
-        watch.period, watch.window, watch.alerts.hold = 0.05, 3.0, 0.1
+        watch.period, watch.window, watch.alerts.hold = 0.05, 6.0, 0.1
 
     with serving(engine=engine, arrange=quick, **options) as running:
 
@@ -111,8 +112,9 @@ def test_drafts_that_never_fit_are_seen_without_any_measure_of_cost() -> None:
 
 
 def test_drafts_that_never_fit_are_seen_when_their_requests_do_not_follow_the_controller() -> None:
-    """Requests with seeds of their own draft whatever the controller says, which has gone to length 0 or is on its way."""
+    """Requests with seeds of their own draft whatever the controller says, which has gone to length 0, where break-even is none."""
     with watched(engine_with(0), {"seed": 7}) as running:
+        running.watch.outlook = lambda: Outlook(1, 0, 1.0, 0.01, None)  # type: ignore[method-assign]
         fires(running, "rejections_above_break_even")
 
 

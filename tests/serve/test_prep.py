@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from pydantic import ValidationError
 
 from outrider.errors import RequestError
 from outrider.serve import prep as prep_module
@@ -66,10 +67,9 @@ def test_json_is_judged_before_it_is_read() -> None:
 )
 def test_one_wrong_value_says_as_much_as_a_million(fields: dict[str, Any]) -> None:
     """Validation ends at the first one: no object is made of each of the others."""
-    with pytest.raises(BadField) as caught:
-        parse(CompletionRequest, {"model": "m", **fields})
-    cause = caught.value.__context__
-    assert len(str(caught.value)) < 300 and (cause is None or len(getattr(cause, "errors", list)()) < 50)
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"model": "m", **fields})
+    assert caught.value.error_count() < 10
 
 
 def test_what_a_reply_has_may_be_sent_back() -> None:

@@ -33,7 +33,7 @@ from outrider.serve.tickets import Overloaded, Ticket, Unavailable
 from outrider.serve.trial import ARM, USER, Trial, fixed_by_seed, join
 
 Body = CompletionRequest | ChatRequest
-T = TypeVar("T", CompletionRequest, ChatRequest)
+T = TypeVar("T", bound=CompletionRequest | ChatRequest)
 VALUES = 50_000
 """Values of a body beside the ids of its prompts: schemas may have many."""
 PREDICTED = 4
