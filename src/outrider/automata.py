@@ -24,6 +24,9 @@ LIMITS: dict[str, Any] = {
 """What one grammar may cost: some ten milliseconds to compile and a few for a step, whatever it says; and no text in errors. Some
 grammars are cheap to compile and spend it all in the middle of a text: see `sampling.grammar.Automaton.exhausted`. What a schema's
 numbers cost (`multipleOf`) the library counts nowhere."""
+BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,24}|\n\t{0,8}"}
+"""White space between the parts of JSON: a blank, or a line break and some indentation. Without a bound a model that likes blanks
+writes nothing else until its last token. A schema may choose another pattern (`x-guidance`)."""
 INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
 
 
@@ -52,7 +55,9 @@ class Compiler:
         if not self.eos:
             raise RequestError("a grammar needs an end-of-sequence token, and this target has none")
         try:
-            grammar = matcher.grammar_from_regex(body) if kind == "regex" else matcher.grammar_from_json_schema(body)
+            grammar = (
+                matcher.grammar_from_regex(body) if kind == "regex" else matcher.grammar_from_json_schema(body, BLANKS)
+            )
         except Exception as error:  # the library raises ValueError, or its own errors for a schema it cannot read
             raise RequestError(f"the {kind} grammar cannot be read: {_first_line(error)}") from None
         made = matcher(self._tokenizer, grammar, limits=self._limits, log_level=0)

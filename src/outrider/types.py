@@ -7,6 +7,7 @@ step waits for the device to learn its own shapes. Only tokens, laws and scores 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -85,6 +86,41 @@ class Draft:
     def tokens(self) -> tuple[int, ...]:
         """The proposed tokens on the host."""
         return tuple(self.token.tolist())
+
+    def misshapen(self) -> str:
+        """What makes the tensors and tuples of this draft disagree with each other, or an empty string."""
+        nodes, q = len(self.parent), self.q
+        if self.token.shape != (nodes,) or sum(self.counts) != nodes or any(n < 0 for n in self.counts):
+            return f"{self.token.numel()} tokens and {nodes} parents for counts that sum to {sum(self.counts)}"
+        if q is None:
+            return ""
+        if len(q.row) != nodes or q.probs.dim() != 2:
+            return f"{len(q.row)} law numbers for {nodes} nodes, and laws of shape {tuple(q.probs.shape)}"
+        if q.support is not None and q.support.shape != q.probs.shape[1:]:
+            return f"a support of shape {tuple(q.support.shape)} for laws of shape {tuple(q.probs.shape)}"
+        return ""
+
+    def defect(self, sequences: int, depth: Sequence[int] | None = None) -> str:
+        """What makes this no draft for `sequences` of at most `depth` levels each, or an empty string. Host data only.
+
+        Tokens and probabilities are not looked at.
+        """
+        if problem := self.misshapen():
+            return problem
+        if len(self.counts) != sequences:
+            return f"trees for {len(self.counts)} sequences instead of {sequences}"
+        if self.q is not None and not all(POINT_MASS <= row < len(self.q.probs) for row in self.q.row):
+            return f"law numbers outside its {len(self.q.probs)} laws"
+        level: list[int] = []
+        for b, low in enumerate(self.offsets[:-1]):
+            for k in range(low, low + self.counts[b]):
+                up = self.parent[k]
+                if up != -1 and not low <= up < k:
+                    return f"node {k} has parent {up}, which is not an earlier node of its sequence"
+                level.append(1 + (level[up] if up >= 0 else 0))
+                if depth is not None and level[k] > depth[b]:
+                    return f"{level[k]} levels for sequence {b}, which was asked for {depth[b]}"
+        return ""
 
     def path_to(self, node: int) -> tuple[int, ...]:
         """Node numbers from the anchor's child down to `node`."""
@@ -294,15 +330,19 @@ class Evidence:
 
 
 PHASES: tuple[str, ...] = ("target", "rule", "draft", "host")
+_SUMS = ("steps", "proposed", "judged", "accepted", "dropped", "cut", "rejected", "emitted", "risk", "spread", "bias")
 
 
 @dataclass(slots=True)
 class Counts:
     """Raw counts, only ever summed; ratios are formed at the edge, as ratios of sums.
 
-    steps: sequence-steps with a verdict. proposed: nodes proposed. judged, accepted, rejected, emitted: see `Verdict`.
-    risk, spread, bias: sums of the ledger. accepted_at[d]: steps in which the node at depth d + 1 was accepted;
-    judged_at[d]: steps in which depth d + 1 was judged.
+    steps: sequence-steps with a verdict. proposed: nodes proposed. judged, rejected: see `Verdict`. accepted: accepted nodes that
+    were emitted. emitted: tokens. A text may end (end of text, stop string, limit) within the draft of its last step: dropped are
+    the accepted nodes behind that end, cut the steps that lost their own token with it. So judged = accepted + dropped + rejected
+    and emitted = accepted + steps - cut. risk, spread, bias: sums of the ledger, over all that was judged.
+    accepted_at[d]: steps whose node at depth d + 1 was accepted and emitted; judged_at[d]: steps in which depth d + 1 was judged,
+    none behind an end.
     """
 
     steps: int = 0
@@ -316,26 +356,45 @@ class Counts:
     bias: float = 0.0
     accepted_at: list[int] = field(default_factory=list)
     judged_at: list[int] = field(default_factory=list)
+    dropped: int = 0
+    cut: int = 0
 
-    def add(self, proposed: int, accepted: int, judged: int, risk: float, spread: float, bias: float) -> None:
-        """One sequence-step with a verdict."""
+    @property
+    def tokens(self) -> int:
+        """Tokens of the steps: what plain decoding would have taken steps for."""
+        return self.accepted + self.steps - self.cut
+
+    def add(
+        self,
+        proposed: int,
+        accepted: int,
+        judged: int,
+        risk: float,
+        spread: float,
+        bias: float,
+        kept: int | None = None,
+    ) -> None:
+        """One sequence-step with a verdict. kept: how many of its accepted + 1 tokens were emitted; None: all of them."""
+        kept = accepted + 1 if kept is None else kept
         self.steps += 1
         self.proposed += proposed
         self.judged += judged
-        self.accepted += accepted
+        self.accepted += min(accepted, kept)
+        self.dropped += max(accepted - kept, 0)
+        self.cut += kept <= accepted
         self.rejected += judged - accepted
         self.risk += risk
         self.spread += spread
         self.bias += bias
-        self._grow(judged)
-        for d in range(judged):
+        self._grow(min(judged, kept))
+        for d in range(min(judged, kept)):
             self.judged_at[d] += 1
-        for d in range(accepted):
+        for d in range(min(accepted, kept)):
             self.accepted_at[d] += 1
 
     def merge(self, other: Counts) -> None:
         """Add the sums of `other`."""
-        for name in ("steps", "proposed", "judged", "accepted", "rejected", "emitted", "risk", "spread", "bias"):
+        for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self._grow(len(other.judged_at))
         for d, (a, j) in enumerate(zip(other.accepted_at, other.judged_at, strict=True)):

@@ -95,6 +95,7 @@ DRAFTERS: dict[str, Factory] = {
     "model-padded": lambda target, slots: ModelDrafter(
         other_vocabulary(target, 3), 3, sample="greedy", vocab_size=target.vocab_size
     ),
+    "model-smaller": lambda target, slots: ModelDrafter(other_vocabulary(target, -3), 3, vocab_size=target.vocab_size),
     "tree-iid": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 2, 1)),
     "tree-coupled": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 1, 2), sample="coupled"),
     "batch": lambda target, slots: ModelDrafter(small(target), 3, branching=(3, 1, 1)),

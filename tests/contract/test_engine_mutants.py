@@ -73,8 +73,8 @@ def strings() -> None:
             finish(one, got)
             assert [got[n] for n in names] == plain(sampling)
             counts = one.counts
-            assert counts.emitted == sum(map(len, got.values())) <= counts.accepted + counts.steps
-            assert counts.judged == counts.accepted + counts.rejected <= counts.proposed
+            assert counts.emitted == sum(map(len, got.values())) == counts.accepted + counts.steps - counts.cut
+            assert counts.judged == counts.accepted + counts.dropped + counts.rejected <= counts.proposed
 
 
 def churn() -> None:
@@ -198,7 +198,9 @@ def settings() -> None:
 CHECKS = (strings, churn, caches, itself, ends, guards, settings)
 
 # ----------------------------------------------------------------------------------------------------- the mistakes
-STEP, ENGINE, SCHEDULER, SEQUENCE = (f"outrider.engine.{name}" for name in ("step", "engine", "scheduler", "sequence"))
+STEP, ENGINE, SCHEDULER, SEQUENCE, EMISSION = (
+    f"outrider.engine.{name}" for name in ("step", "engine", "scheduler", "sequence", "emission")
+)
 TYPES, KV, TOY, LAW = "outrider.types", "outrider.target.kv", "outrider.target.toy", "outrider.sampling.law"
 CATCHUP, HISTORY, GUARD = "outrider.drafters._catchup", "outrider.sampling.history", "outrider.engine.guard"
 MUTANTS = [  # name, module, text, mistake, the check that kills it
@@ -208,15 +210,16 @@ MUTANTS = [  # name, module, text, mistake, the check that kills it
     ("paths: numbers of the draft instead of the segment", STEP, "k - draft.offsets[b] for k", "k for k", strings),
     ("paths: a prompt chunk eats a verdict", STEP, "            paths.append([])\n            continue", "            paths.append([])", strings),
     ("noise: the drafter's is one position late", STEP, "len(v.tokens) - 1 for v in views))\n    limit", "len(v.tokens) for v in views))\n    limit", strings),
-    ("verdict: order of accepted and corrected", ENGINE, "[draft.tokens[k] for k in path] + [verdict.next_token[b]]\n            rejected", "[verdict.next_token[b]] + [draft.tokens[k] for k in path]\n            rejected", strings),
-    ("verdict: a neighbour's next token", ENGINE, "[verdict.next_token[b]]\n            rejected", "[verdict.next_token[0]]\n            rejected", strings),
-    ("verdict: prompt chunks shift the sequences", ENGINE, "            if not work.scored:\n                continue\n            b += 1", "            b += 1\n            if not work.scored:\n                continue", strings),
+    ("verdict: order of accepted and corrected", EMISSION, "[draft.tokens[k] for k in path] + [verdict.next_token[b]]\n    last", "[verdict.next_token[b]] + [draft.tokens[k] for k in path]\n    last", strings),
+    ("verdict: a neighbour's next token", EMISSION, "[verdict.next_token[b]]\n    last", "[verdict.next_token[0]]\n    last", strings),
+    ("verdict: prompt chunks shift the sequences", EMISSION, "        if not work.scored:\n            continue\n        b += 1", "        b += 1\n        if not work.scored:\n            continue", strings),
     ("pending: by place in the batch instead of by sequence", ENGINE, "where.get(w.sequence.key, -1) for w in works if", "i if i < len(where) else -1 for i, w in enumerate(works) if", itself),
     ("budget: one beyond the limit", ENGINE, "min(w, s.room - 1, self.parts", "min(w, s.room, self.parts", ends),
     ("release: the cache keeps its length", ENGINE, "        self.parts.kv.release(slots)", "        pass", churn),
-    ("counts: proposed instead of accepted", ENGINE, "sums.add(draft.counts[b], accepted,", "sums.add(draft.counts[b], draft.counts[b],", strings),
-    ("counts: tokens behind the end", ENGINE, "counts.emitted += sequence.counts.emitted - before", "counts.emitted += len(tokens)", strings),
-    ("end: finished sequences stay", ENGINE, "            if sequence.finish_reason is not None:\n                self._forget(sequence)", "            pass", strings),
+    ("counts: proposed instead of accepted", EMISSION, "sums.add(draft.counts[b], accepted,", "sums.add(draft.counts[b], draft.counts[b],", strings),
+    ("counts: drafts behind the end count as accepted", EMISSION, "*ledger, kept)", "*ledger)", strings),
+    ("counts: tokens behind the end", EMISSION, "counts.emitted += kept", "counts.emitted += len(tokens)", strings),
+    ("end: finished sequences stay", ENGINE, "        for sequence in out.ended:\n            self._forget(sequence)", "        pass", strings),
     ("guard: tokens outside the vocabulary pass", GUARD, "if not 0 <= token < vocab_size}", "if not 0 <= token}", guards),
     ("guard: negative tokens pass", GUARD, "if not 0 <= token < vocab_size}", "if not token < vocab_size}", guards),
     ("guard: laws of NaN pass", GUARD, "return set() if bool(fine.all()) else", "return set() if True else", guards),

@@ -55,7 +55,12 @@ class LossyEnumerator(Enumerator):
 def accept_of(rule: Lossy, p: np.ndarray, q: np.ndarray, left: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Acceptance, residual weights and bias within what is left, in numpy, from a wish that the theory's tables give below."""
     wish = rule.accept(Position(torch.from_numpy(p)[None], torch.from_numpy(q)[None], left))
-    b, rest = wish.accept[0].numpy(), wish.rest[0].numpy()
+    b, rest = np.where(p > 0, wish.accept[0].numpy(), 0.0), wish.rest[0].numpy()
+    if (
+        1 - (b * q).sum() - rest.sum() > 1e-9
+    ):  # what the target forbids is refused: the rest that is optimal for such an acceptance
+        rest = np.maximum(p - b * q, 0)
+        rest *= (1 - (b * q).sum()) / rest.sum()
     allowance = max(0.0, min(rule.per_token, left))
     bias = np.maximum(b * q + rest - p, 0).sum()
     if bias > allowance:

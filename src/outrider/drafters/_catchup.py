@@ -11,11 +11,17 @@ from torch import Tensor
 from outrider.protocols import Target
 from outrider.types import Rows, Segment, SequenceView
 
+STAND_IN = 0
+"""What a model reads for a token it does not know."""
+
 
 class TokenCache:
     """A model's KV cache together with the tokens it holds, slot by slot: history first, then drafts not yet judged.
 
     model: scores rows. slots, capacity: sequences and tokens of each. limit: most history tokens the model may be fed.
+
+    A token that the model has no embedding for (of a target with a larger one) is kept as what it is and fed as STAND_IN: the
+    model's view of the text is a little off, and what it declares of its drafts is true all the same.
     """
 
     def __init__(self, model: Target, slots: int, capacity: int, limit: int) -> None:
@@ -78,7 +84,12 @@ class TokenCache:
         else:
             position = self._tensor([p for s in segments for p in range(s.cached, s.cached + s.prefix)])
             last = self._ruler[:n] if n == rows else self._tensor([s.first + s.prefix - 1 for s in segments])
-        return Rows(self._tensor(token), position, tuple(segments), last if scored else last[:0])
+        return Rows(self._tensor(self.known(token)), position, tuple(segments), last if scored else last[:0])
+
+    def known(self, tokens: list[int]) -> list[int]:
+        """The tokens as the model can read them."""
+        size = self.model.vocab_size
+        return tokens if max(tokens, default=0) < size else [t if t < size else STAND_IN for t in tokens]
 
     def _tensor(self, x: list[int]) -> Int[Tensor, "n"]:
         return torch.tensor(x, dtype=torch.int64, device=self.model.device)

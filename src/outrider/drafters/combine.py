@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from outrider.drafters.contained import Contained
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter
 from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores, Siblings
@@ -18,13 +19,15 @@ class FirstOf:
     """Per sequence the first non-empty draft of `parts`, in their order.
 
     A later part gets budget 0 for a sequence that has a draft already: it still catches up. Which part speaks depends
-    on the text and on the earlier ones having nothing to say, never on what was drawn, so laws stay honest.
+    on the text and on the earlier ones having nothing to say, never on what was drawn, so laws stay honest. A part that fails has
+    nothing to say, and one that fails again and again is not asked any more (`contained`).
     """
 
     def __init__(self, parts: Sequence[Drafter]) -> None:
         if not parts:
             raise ConfigError("first_of needs at least one drafter")
         self.parts = tuple(parts)
+        self._contained = tuple(Contained(p) for p in parts)
         self.name = "+".join(p.name for p in parts)
         self.layers = tuple(sorted({layer for p in parts for layer in p.layers}))
         self.max_nodes = max(p.max_nodes for p in parts)
@@ -38,16 +41,26 @@ class FirstOf:
 
     def release(self, slots: Sequence[int]) -> None:
         """Every part forgets these slots."""
-        for part in self.parts:
+        for part in self._contained:
             part.release(slots)
+
+    @property
+    def faults(self) -> int:
+        """Faults of all parts so far."""
+        return sum(part.faults for part in self._contained)
+
+    @property
+    def notices(self) -> list[str]:
+        """One sentence for each part that was switched off."""
+        return [notice for part in self._contained for notice in part.notices]
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """Ask the parts in turn; merge what they propose."""
         left = list(budget)
         drafts: list[Draft] = []
         chosen = [-1] * len(left)
-        for n, part in enumerate(self.parts):
-            draft = part.draft(self._seen_by(part, evidence), left)
+        for n, part in enumerate(self._contained):
+            draft = part.draft(self._seen_by(part.drafter, evidence), left)
             drafts.append(draft)
             for i, count in enumerate(draft.counts):
                 if count:

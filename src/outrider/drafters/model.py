@@ -30,7 +30,8 @@ class ModelDrafter:
     siblings:   how several children of a node are drawn: "iid", or "without_replacement".
     sample:     "law", "greedy" or "coupled", see `_growth.Levels`.
     growth:     another way to grow, such as `_growth.BestFirst`, instead of depth, branching, shape, siblings and sample.
-    vocab_size: of the model that is drafted for; the draft's further tokens are masked, its missing ones have no mass.
+    vocab_size: of the model that is drafted for; the draft's further tokens are masked, its missing ones have no mass, and it reads
+                another token where the text has one of them (`TokenCache`).
                 None: the draft's own.
     max_length: most tokens the draft model reads; beyond it a sequence is not drafted for. None: the model's own.
     """
@@ -125,7 +126,10 @@ class ModelDrafter:
         views = [evidence.sequences[i] for i in live]
         nodes = forest.nodes(live, self.model.device)
         rows = Rows.assemble(
-            [v.slot for v in views], [v.tokens[-1:] for v in views], [len(v.tokens) - 1 for v in views], nodes
+            [v.slot for v in views],
+            [cache.known(v.tokens[-1:]) for v in views],
+            [len(v.tokens) - 1 for v in views],
+            nodes,
         )
         number = {i: b for b, i in enumerate(live)}
         scored = [len(live) + nodes.offsets[number[i]] + k for i, k in ends]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol, cast, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from outrider.drafters._forest import chains
 from outrider.errors import ConfigError
@@ -15,12 +17,62 @@ MAX_N = 4
 """Longest n-gram looked for when the output has left the prediction."""
 
 
+_MASK = (1 << 64) - 1
+_FACTORS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)
+"""A key is the sum of an n-gram's tokens, last first, times these, modulo 2^64."""
+
+
 @runtime_checkable
 class _Params(Protocol):
     """What this drafter reads of a request's sampling parameters."""
 
     @property
     def prediction(self) -> tuple[int, ...]: ...
+
+
+class Places:
+    """Where in a prediction its n-grams stand, for n up to MAX_N: sorted by their keys once, then found by bisection.
+
+    Prepared in O(n log n) when first asked, or by `prepare` from any thread; asking is O(log n), whatever the prediction is.
+    """
+
+    def __init__(self, prediction: tuple[int, ...]) -> None:
+        self.prediction = prediction
+        self._tables: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] | None = None
+
+    def prepare(self) -> None:
+        """Sort the n-grams, if that has not been done."""
+        if self._tables is not None:
+            return
+        tokens = np.array(self.prediction, dtype=np.uint64)
+        keys, tables = np.zeros(len(tokens) + 1, dtype=np.uint64), []
+        for n in range(1, MAX_N + 1):  # keys[i]: of the n tokens before place i + n
+            keys = keys[1:] + tokens[: len(keys) - 1] * np.uint64(_FACTORS[n - 1])
+            order = np.argsort(keys, kind="stable")
+            tables.append((keys[order], order + n))
+        self._tables = tables
+
+    def behind(self, end: list[int], base: int) -> tuple[int, int]:
+        """The place behind the longest n-gram that is the last n of `end`, nearest after `base` (or the first), and its n.
+
+        (-1, 0): not even the last token is predicted.
+        """
+        self.prepare()
+        assert self._tables is not None
+        key, best = 0, (-1, 0)
+        for n, (keys, places) in enumerate(self._tables, start=1):
+            if n > len(end):
+                break
+            key = (key + end[-n] * _FACTORS[n - 1]) & _MASK
+            low, high = (int(np.searchsorted(keys, np.uint64(key), side)) for side in ("left", "right"))
+            if low == high:
+                break
+            near = low + int(np.searchsorted(places[low:high], base))
+            place = int(places[near if near < high else low])
+            if list(self.prediction[place - n : place]) != end[-n:]:  # two n-grams with one key: shorter ones will do
+                break
+            best = place, n
+        return best
 
 
 class _Pointer:
@@ -32,15 +84,12 @@ class _Pointer:
     run:  output tokens in a row that agreed. read: output tokens seen.
     """
 
-    __slots__ = ("at", "base", "behind", "last", "prediction", "read", "run")
+    __slots__ = ("at", "base", "last", "places", "prediction", "read", "run")
 
-    def __init__(self, prediction: tuple[int, ...]) -> None:
-        self.prediction = prediction
+    def __init__(self, places: Places) -> None:
+        self.places, self.prediction = places, places.prediction
         self.at = self.base = self.run = self.read = 0
         self.last = -1
-        self.behind: defaultdict[int, list[int]] = defaultdict(list)  # token -> the places behind it, ascending
-        for place, token in enumerate(prediction, start=1):
-            self.behind[token].append(place)
 
     def follows(self, view: SequenceView, prediction: tuple[int, ...]) -> bool:
         """Whether `view` may be the sequence whose output was read so far."""
@@ -55,21 +104,10 @@ class _Pointer:
             if 0 <= self.at < len(self.prediction) and self.prediction[self.at] == tokens[n]:
                 self.at, self.run = self.at + 1, self.run + 1
             else:
-                self.at, self.run = self._realign(tokens[max(prompt, n + 1 - MAX_N) : n + 1])
+                self.at, self.run = self.places.behind(tokens[max(prompt, n + 1 - MAX_N) : n + 1], self.base)
             if self.run > 1:
                 self.base = self.at
         self.read, self.last = len(tokens) - prompt, tokens[-1]
-
-    def _realign(self, end: list[int]) -> tuple[int, int]:
-        """The place behind the longest n-gram at the output's `end`, nearest after `base` (or the first), and its n."""
-        places = self.behind.get(end[-1])
-        if places is None:
-            return -1, 0
-        n = 1
-        while n < len(end) and (longer := [p for p in places if p > n and self.prediction[p - n - 1] == end[-n - 1]]):
-            places, n = longer, n + 1
-        i = bisect_left(places, self.base)
-        return places[i if i < len(places) else 0], n
 
 
 class Prediction:
@@ -107,9 +145,14 @@ class Prediction:
             return ()
         pointer = self._pointer.get(view.slot)
         if pointer is None or not pointer.follows(view, prediction):
-            pointer = self._pointer[view.slot] = _Pointer(prediction)
+            pointer = self._pointer[view.slot] = _Pointer(self._places(prediction))
         pointer.advance(view.tokens, view.prompt)
         return prediction[pointer.at : pointer.at + depth] if pointer.at >= 0 else ()
+
+    def _places(self, prediction: tuple[int, ...]) -> Places:
+        """The places of a prediction: those of another sample of the same request, or new ones."""
+        others = (p.places for p in self._pointer.values() if p.prediction is prediction)
+        return next(others, None) or Places(prediction)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
@@ -117,17 +160,30 @@ class Prediction:
             self._pointer.pop(slot, None)
 
 
-def accepted_of(prediction: tuple[int, ...], steps: Sequence[tuple[Sequence[int], int]]) -> int:
-    """How many tokens of an output were accepted drafts of this `prediction`.
+class Replay:
+    """How many tokens of an output were accepted drafts of a prediction, kept up to date as the output grows.
 
-    steps: for each step of the output its tokens and how many of them were accepted drafts. The pointer is replayed: in a
-    step where it had something to say it was first to speak (`first_of`), so what was accepted then was its own.
+    steps: for each step of the output its tokens and how many of them were accepted drafts; the list may grow. The pointer is
+    replayed: in a step where it had something to say it was first to speak (`first_of`), so what was accepted then was its own.
     """
-    pointer, output, total = _Pointer(prediction), list[int](), 0
-    for n, (tokens, accepted) in enumerate(steps):
-        if n:
-            pointer.advance(output, 0)
-        if n and 0 <= pointer.at < len(prediction):
-            total += accepted
-        output += tokens
-    return total
+
+    def __init__(self, places: Places, steps: Sequence[tuple[Sequence[int], int]]) -> None:
+        self.places, self.steps = places, steps
+        self._pointer, self._output = _Pointer(places), list[int]()
+        self._read = self._total = 0
+
+    def accepted(self) -> int:
+        """The number, after all steps so far. O(tokens that are new)."""
+        for tokens, accepted in islice(self.steps, self._read, None):
+            if self._read:
+                self._pointer.advance(self._output, 0)
+            if self._read and 0 <= self._pointer.at < len(self.places.prediction):
+                self._total += accepted
+            self._output += tokens
+            self._read += 1
+        return self._total
+
+
+def accepted_of(prediction: tuple[int, ...], steps: Sequence[tuple[Sequence[int], int]]) -> int:
+    """How many tokens of an output were accepted drafts of this `prediction`; see `Replay`."""
+    return Replay(Places(prediction), steps).accepted()

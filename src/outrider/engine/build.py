@@ -13,6 +13,7 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.load import load_drafter as _load_drafter
 from outrider.drafters.load import parse_speculative_config
 from outrider.engine.engine import Engine, Result
+from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
@@ -48,7 +49,7 @@ class Options:
 
 @dataclass(slots=True)
 class Loaded:
-    """What engines on one target share: the weights of target and drafts, and the tokenizer."""
+    """What engines on one target share: the weights of target and drafts, the tokenizer, and whose turn it is."""
 
     path: str | None
     target: Target
@@ -57,6 +58,7 @@ class Loaded:
     options: Options
     sinks: tuple[Sink, ...] = ()
     models: dict[str, tuple[Target, object]] = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
 
 
 def build_engine(
@@ -136,6 +138,7 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
         eos=loaded.eos,
         sinks=loaded.sinks,
         allow_lossy=options.allow_lossy,
+        turns=loaded.turns,
     )
     engine.loaded = replace(loaded, options=options)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]

@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from outrider.drafters.contained import Contained
+from outrider.engine.emission import Emission, emit
+from outrider.engine.fit import check_fit
 from outrider.engine.guard import honest
+from outrider.engine.intake import Intake
+from outrider.engine.outputs import Output, Result, result_of
 from outrider.engine.scheduler import Scheduler, Work
-from outrider.engine.sequence import Event, Sequence, TokenLogprob
+from outrider.engine.sequence import Event, Sequence
 from outrider.engine.step import Judged, Parts, propose, verify
-from outrider.engine.text import TextStream
-from outrider.errors import CapabilityError, RequestError
+from outrider.engine.turns import Turns
+from outrider.engine.watchers import Watchers
+from outrider.errors import RequestError
 from outrider.noise import derive_seed
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target
-from outrider.sampling.grammar import Grammars, tokenizer_json
-from outrider.sampling.law import Law, logprobs_of
+from outrider.sampling.grammar import Grammars
+from outrider.sampling.law import Law
 from outrider.sampling.params import SamplingParams
 from outrider.types import PHASES, Counts, Draft, StepRecord
 
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One finished sample of a request."""
-
-    index: int
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str
-    counts: Counts
-    origins: tuple[str, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One finished request: its prompt and its `n` outputs."""
-
-    request: str
-    prompt: tuple[int, ...]
-    outputs: tuple[Output, ...]
-
-    @property
-    def text(self) -> str:
-        return self.outputs[0].text
+__all__ = ["Engine", "Output", "Result"]
 
 
 class Engine:
@@ -55,8 +36,15 @@ class Engine:
 
     target, drafter, rule, controller: see `protocols`. tokenizer: a Hugging Face tokenizer, or None to work on ids alone.
     slots: sequences decoded together. max_length: most tokens (prompt and output) of a sequence; the target's context if None.
-    chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step.
+    chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step. turns: of engines that
+    share a model, so that they take turns too.
     Raises CapabilityError when parts do not fit together.
+
+    Sharing: several streams, `generate` and `step` may be under way at once and are decoded together. Any thread may call any
+    method: calls take turns, in the order they came, a step at a time. `abort` may be called from inside a step (`deliver`, a
+    sink); `step`, `generate` and `stream` may not. A process that is forked from one that has built an engine cannot compute:
+    there every call raises CapabilityError; start processes with multiprocessing's "spawn".
+    What a drafter, the controller or a sink raises is contained, counted in `incidents` and told in `notices`; it ends no request.
     """
 
     def __init__(
@@ -73,7 +61,9 @@ class Engine:
         eos: Iterable[int] = (),
         sinks: Seq[Sink] = (),
         allow_lossy: bool = False,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns or Turns()
         check_fit(target, drafter, rule, allow_lossy)
         self.max_length = min(max_length or target.max_length, target.max_length)
         self.tokenizer, self.controller, self.sinks, self.eos = tokenizer, controller, tuple(sinks), frozenset(eos)
@@ -82,11 +72,17 @@ class Engine:
         self.parts = Parts(target, kv, Law(target.vocab_size, tuple(self.eos)), rule, drafter)
         self.scheduler = Scheduler(slots, chunk=chunk)
         self.counts, self.seconds = Counts(), dict.fromkeys(PHASES, 0.0)
-        self.steps = self.incidents = 0
+        self.steps = 0
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._draft, self._drafted = Draft.empty(0, target.device), list[Sequence]()
         self._names = 0
-        self.notices: list[str] = []
+        self._intake = Intake(tokenizer, self.parts.law, self.max_length)
+        self._contained, self._watchers = Contained(drafter), Watchers()
+        self._stepping = self._sealed = False
+        self._doomed: list[str] = []
+        self._readers: dict[str, deque[Event]] = {}
+        self._defects = 0
+        self._notices: list[str] = []
         self.loaded: Any = None
         """What `engine.build` loaded, so that a companion can share it; None for an engine made by hand."""
 
@@ -104,60 +100,76 @@ class Engine:
         """Queue a request and return its name. Raises RequestError when it cannot be served."""
         params = params or SamplingParams()
         tokens = self.encode(prompt)
-        self._check(tokens, params)
-        name = request if request is not None else self._name()
-        if (name, 0) in self._sequences:
-            raise RequestError(f"request {name!r} is already running; use another name")
+        self._intake.check(tokens, params)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        for index in range(params.n):
-            text = self._text(tokens, params)
-            sequence = Sequence(
-                name,
-                index,
-                list(tokens),
-                len(tokens),
-                params,
-                derive_seed(seed, index),
-                self.max_length,
-                self.eos,
-                text,
-            )
-            self._sequences[sequence.key] = sequence
-            self.scheduler.waiting.append(sequence)
+        seeds = [derive_seed(seed, index) for index in range(params.n)]
+        texts = [self._intake.text(tokens, params) for _ in seeds]
+        with self._turns:
+            name = request if request is not None else self._name()
+            if self.sequences(name):
+                raise RequestError(f"request {name!r} is already running; use another name")
+            for index, (own, text) in enumerate(zip(seeds, texts, strict=True)):
+                made = Sequence(name, index, list(tokens), len(tokens), params, own, self.max_length, self.eos, text)
+                self._sequences[made.key] = made
+                self.scheduler.waiting.append(made)
         return name
 
     def encode(self, prompt: str | Seq[int]) -> list[int]:
         """Token ids of a prompt."""
         if not isinstance(prompt, str):
             return [int(t) for t in prompt]
-        if self.tokenizer is None:
-            raise RequestError("a text prompt needs a tokenizer: build the engine with one, or pass token ids")
-        return list(self.tokenizer.encode(prompt))  # type: ignore[attr-defined]
+        return self._intake.encode(prompt)
 
     def sequences(self, request: str) -> list[Sequence]:
         """The live sequences of a request, by index; each object stays readable after the engine has let go of it."""
-        return [s for key, s in self._sequences.items() if key[0] == request]
+        with self._turns:
+            return [s for key, s in self._sequences.items() if key[0] == request]
 
     def abort(self, request: str) -> bool:
         """Drop a request; its slots are free before the next step. True if it was there."""
-        found = self.sequences(request)
-        for sequence in found:
-            self._forget(sequence)
+        with self._turns:
+            found = self.sequences(request)
+            if self._sealed:  # a collected stream, say, in the middle of a forward: its rows are still on their way
+                self._doomed.append(request)
+            else:
+                for sequence in found:
+                    self._forget(sequence)
         return bool(found)
 
     def preempt(self, request: str) -> bool:
         """Send a request back to the queue; it resumes with the same tokens and the same noise. True if it was running."""
-        found = [s for s in self.scheduler.running if s.request == request]
-        for sequence in found:
-            self.scheduler.drop(sequence, self._release)
-            self.scheduler.waiting.appendleft(sequence)
+        with self._turns:
+            found = [s for s in self.scheduler.running if s.request == request]
+            for sequence in found:
+                self.scheduler.drop(sequence, self._release)
+                self.scheduler.waiting.appendleft(sequence)
         return bool(found)
 
     def reset(self) -> tuple[Counts, dict[str, float]]:
         """Start new sums (counts, seconds by phase) and return the old ones."""
-        old = self.counts, self.seconds
-        self.counts, self.seconds = Counts(), dict.fromkeys(PHASES, 0.0)
+        with self._turns:
+            old = self.counts, self.seconds
+            self.counts, self.seconds = Counts(), dict.fromkeys(PHASES, 0.0)
         return old
+
+    @property
+    def incidents(self) -> int:
+        """Defects that were contained: drafts that were none, drafters, controllers and sinks that raised, grammars given up."""
+        return self._defects + self._contained.faults + self._watchers.incidents
+
+    @property
+    def drafter_faults(self) -> int:
+        """How often a drafter has raised, or returned what is no draft; each cost its drafts of a step."""
+        return self._contained.faults
+
+    @property
+    def notices(self) -> list[str]:
+        """Sentences that a user should read: how parts were loaded, and which of them failed since."""
+        return [*self._notices, *self._contained.notices, *self._watchers.notices]
+
+    @notices.setter
+    def notices(self, sentences: Iterable[str]) -> None:
+        self._notices = list(sentences)
 
     @property
     def busy(self) -> bool:
@@ -170,41 +182,65 @@ class Engine:
         deliver: called with those of sequences that go on as soon as they are known, before the next draft is made; it may abort
         requests. What ends a sequence is known when the step is over and in all the sums.
         """
-        start = perf_counter()
+        with self._turns:
+            if self._stepping:
+                raise RequestError(
+                    "the engine is in the middle of a step: a sink or `deliver` may abort requests, not step"
+                )
+            self._stepping = True
+            try:
+                return self._step(deliver)
+            finally:
+                self._stepping = False
+                self._unseal()
+
+    def _step(self, deliver: Callable[[list[Event]], None] | None) -> list[Event]:
+        start, self._sealed = perf_counter(), True
         self.scheduler.admit()
         works = self.scheduler.plan()
         if not works:
             return []
         draft, defects = honest(self._pending(works), self.parts.target.vocab_size)
-        self.incidents += defects
-        judged = verify(self.parts, works, draft)
-        counts, fresh = Counts(), Counts()
-        events = self._emit(works, judged, counts, fresh)
-        if deliver is not None:
-            deliver([e for e in events if e.finish_reason is None])
-        live = list(self.scheduler.running)
-        drafting = perf_counter()
+        # a draft is looked at once: should this step fail, the next one must not judge tokens that have been seen
         self._draft, self._drafted = Draft.empty(0, self.parts.target.device), []
-        if live:
-            self._draft, self._drafted = propose(self.parts, judged, works, live, self._budget(live)), live
+        judged = verify(self.parts, works, draft)
+        out = emit(self.parts, works, judged)
+        self._defects += defects + out.incidents
+        for sequence in out.ended:
+            self._forget(sequence)
+        self._unseal()
+        for event in out.events:
+            if event.request in self._readers:
+                self._readers[event.request].append(event)
+        if deliver is not None:
+            deliver([e for e in out.events if e.finish_reason is None])
+        drafting = perf_counter()
+        self._propose(works, judged)
         end = perf_counter()
         judged.seconds["draft"] = end - drafting
         judged.seconds["host"] = (end - start) - sum(judged.seconds[k] for k in PHASES if k != "host")
-        self._record(judged, counts, fresh)
-        return events
+        self._record(judged, out)
+        return out.events
 
     def run(self) -> Iterator[Event]:
-        """Step until nothing is left, yielding events."""
+        """Step until nothing is left, yielding the events of all requests."""
         while self.busy:
             yield from self.step()
 
     def stream(self, prompt: str | Seq[int], params: SamplingParams | None = None) -> Iterator[Event]:
         """Events of one request as they come; leaving the loop early aborts it."""
-        name = self.submit(prompt, params)
+        with self._turns:
+            name = self.submit(prompt, params)
+            samples, events = self.sequences(name), deque[Event]()
+            self._readers[name] = events  # others' steps add to it too
         try:
-            while any(key[0] == name for key in self._sequences):
-                yield from (e for e in self.step() if e.request == name)
+            while events or self._alive(samples):
+                if not events:
+                    self.step()
+                while events:
+                    yield events.popleft()
         finally:
+            self._readers.pop(name, None)
             self.abort(name)
 
     def generate(
@@ -214,15 +250,18 @@ class Engine:
         many = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(many) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(many)} sampling parameters: give one, or one for each")
-        names = [self.submit(prompt, p) for prompt, p in zip(prompts, many, strict=True)]
-        mine = {name: [s for key, s in self._sequences.items() if key[0] == name] for name in names}
+        mine: dict[str, list[Sequence]] = {}
         try:
-            while any(s.finish_reason is None for group in mine.values() for s in group):
+            for prompt, p in zip(prompts, many, strict=True):
+                with self._turns:
+                    name = self.submit(prompt, p)
+                    mine[name] = self.sequences(name)
+            while any(map(self._alive, mine.values())):
                 self.step()
         finally:
-            for name in names:
+            for name in mine:
                 self.abort(name)
-        return [Result(n, tuple(mine[n][0].tokens[: mine[n][0].prompt]), tuple(map(_output, mine[n]))) for n in names]
+        return [result_of(name, group) for name, group in mine.items()]
 
     # ------------------------------------------------------------------ inside a step
     def _pending(self, works: list[Work]) -> Draft:
@@ -230,10 +269,24 @@ class Engine:
         where = {s.key: b for b, s in enumerate(self._drafted) if s.slot >= 0}
         return self._draft.take([where.get(w.sequence.key, -1) for w in works if w.scored])
 
+    def _propose(self, works: list[Work], judged: Judged) -> None:
+        """The next draft, of every sequence that goes on."""
+        live = list(self.scheduler.running)
+        if not live:
+            return
+        self._draft = propose(self.parts, judged, works, live, self._budget(live), self._drafter())
+        self._drafted = live
+
+    def _drafter(self) -> Contained:
+        """The drafter, which may have been exchanged for one that the engine knows as little."""
+        if self._contained.drafter is not self.parts.drafter:
+            self._contained = Contained(self.parts.drafter)
+        return self._contained
+
     def _budget(self, live: list[Sequence]) -> list[int]:
         """Depth each sequence may draft: the controller's wish within what may still be emitted."""
-        wish = self.controller.budget([s.view() for s in live])
-        ready = [len(s.tokens) - s.cached == 1 for s in live]
+        wish = self._watchers.wish(self.controller, [s.view() for s in live])
+        ready = [len(s.tokens) - s.cached == 1 and not self.parts.law.weary(s.slot) for s in live]
         wish = [
             w if s.params.draft_length is None else min(w, s.params.draft_length)
             for w, s in zip(wish, live, strict=True)
@@ -243,52 +296,9 @@ class Engine:
             for w, s, r in zip(wish, live, ready, strict=True)
         ]
 
-    def _emit(self, works: list[Work], judged: Judged, counts: Counts, fresh: Counts) -> list[Event]:
-        """Append the verdict's tokens, cut where a sequence ends, free finished slots; add to the sums of the step."""
-        events: list[Event] = []
-        verdict, draft, b = judged.verdict, judged.draft, -1
-        for work in works:
-            sequence = work.sequence
-            sequence.cached = self.parts.kv.length[sequence.slot]
-            if not work.scored:
-                continue
-            b += 1
-            if b in judged.unusable:
-                events.append(
-                    sequence.fail("the target returned NaN or empty logits: check the checkpoint and the dtype")
-                )
-                self.parts.kv.erase(sequence.slot)
-                self._forget(sequence)
-                continue
-            path, accepted = verdict.path[b], len(verdict.path[b])
-            tokens = [draft.tokens[k] for k in path] + [verdict.next_token[b]]
-            rejected = verdict.judged[b] > accepted
-            last = "corrected" if rejected else "bonus" if accepted else "sampled"
-            ledger = (verdict.risk[b], verdict.spread[b], verdict.bias[b])
-            before = sequence.counts.emitted
-            event = sequence.emit(tokens, ["accepted"] * accepted + [last], self._logprobs(sequence, judged, b))
-            for sums in (sequence.counts, counts, *([fresh] if sequence.params.seed is None else [])):
-                sums.add(draft.counts[b], accepted, verdict.judged[b], *ledger)
-            counts.emitted += sequence.counts.emitted - before
-            events.append(event)
-            if sequence.finish_reason is not None:
-                self._forget(sequence)
-        return events
-
-    def _logprobs(self, sequence: Sequence, judged: Judged, b: int) -> list[TokenLogprob]:
-        """Log-probabilities of the tokens of a verdict, read off the rows that verified them."""
-        top = sequence.params.logprobs
-        if top is None:
-            return []
-        path = judged.verdict.path[b]
-        rows = [b, *(len(judged.draft.counts) + k for k in path)]
-        tokens = [*(judged.draft.tokens[k] for k in path), judged.verdict.next_token[b]]
-        values, best = logprobs_of(judged.scores.logits[rows], tokens, top)
-        return [TokenLogprob(t, v, tuple(alt)) for t, v, alt in zip(tokens, values, best, strict=True)]
-
-    def _record(self, judged: Judged, counts: Counts, fresh: Counts) -> None:
+    def _record(self, judged: Judged, out: Emission) -> None:
         self.steps += 1
-        self.counts.merge(counts)
+        self.counts.merge(out.counts)
         for phase in PHASES:
             self.seconds[phase] += judged.seconds[phase]
         record = StepRecord(
@@ -297,96 +307,40 @@ class Engine:
             len(self.scheduler.running),
             len(self.scheduler.waiting),
             judged.seconds,
-            counts,
-            fresh,
+            out.counts,
+            out.fresh,
         )
-        self.controller.observe(record)
-        for sink in self.sinks:
-            sink(record)
+        self._watchers.tell(self.controller, self.sinks, record)
 
     # ------------------------------------------------------------------ small helpers
+    def _alive(self, sequences: list[Sequence]) -> bool:
+        """Whether some of them neither ended nor were aborted."""
+        return any(self._sequences.get(s.key) is s for s in sequences)
+
+    def _unseal(self) -> None:
+        """From here on requests may go at once; those that were to go in the meantime go now."""
+        self._sealed = False
+        while self._doomed:
+            self.abort(self._doomed.pop())
+
     def _forget(self, sequence: Sequence) -> None:
         self.scheduler.drop(sequence, self._release)
         self._sequences.pop(sequence.key, None)
 
     def _release(self, slots: list[int]) -> None:
         self.parts.kv.release(slots)
-        self.parts.drafter.release(slots)
-
-    def _check(self, tokens: list[int], params: SamplingParams) -> None:
-        vocab = self.parts.target.vocab_size
-        if not tokens:
-            raise RequestError("the prompt is empty: give at least one token")
-        if len(tokens) >= self.max_length:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens and the context holds {self.max_length}: shorten it to at most "
-                f"{self.max_length - 1}, or build the engine with a larger max_length if the model allows it"
-            )
-        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
-        if wrong is not None:
-            raise RequestError(
-                f"prompt token {wrong} is outside the vocabulary of {vocab}: use this target's tokenizer"
-            )
-        params.check_vocab(vocab)
-        if params.grammar is not None:
-            self.compile_grammar(params.grammar)
+        self.parts.law.release(slots)
+        self._drafter().release(slots)
 
     def compile_grammar(self, grammar: str) -> None:
         """Compile a `SamplingParams.grammar` ahead of its request, from any thread. Raises RequestError for a bad one."""
-        self._grammars().compile(grammar)
+        self._intake.grammars().compile(grammar)
 
     def _grammars(self) -> Grammars:
-        """The grammars of this engine's tokenizer, made for the first request that needs them."""
-        law = self.parts.law
-        if law.grammars is None:
-            text = tokenizer_json(self.tokenizer)
-            if text is None:
-                raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
-            law.grammars = Grammars(text, law.vocab_size, law.eos_ids)
-        return law.grammars
-
-    def _text(self, prompt: list[int], params: SamplingParams) -> TextStream | None:
-        """The text of one sequence; tokenizers whose decoding looks to the left need the prompt's last tokens."""
-        if self.tokenizer is None:
-            return None
-        return TextStream(self.tokenizer, params.stop, context=prompt[-12:], min_tokens=params.min_tokens)
+        return self._intake.grammars()
 
     def _name(self) -> str:
-        self._names += 1
-        return f"request-{self._names}"
-
-
-def check_fit(target: Target, drafter: Drafter, rule: Rule, allow_lossy: bool) -> None:
-    """Mismatches fail when the engine is built, with the remedy in the sentence (contract 8)."""
-    if drafter.trees and not target.trees:
-        raise CapabilityError(
-            f"drafter {drafter.name!r} proposes trees and this target cannot score them: use a chain (branching 1)"
-        )
-    if drafter.trees and not rule.trees:
-        raise CapabilityError(
-            f"rule {rule.name!r} judges chains only and drafter {drafter.name!r} proposes trees: change one"
-        )
-    if drafter.max_nodes and not target.rewinds:
-        raise CapabilityError("this target cannot forget rejected tokens (recurrent state): use the drafter 'none'")
-    if not rule.lossless and not allow_lossy:
-        raise CapabilityError(
-            f"rule {rule.name!r} changes the law of the text: say allow_lossy (--allow-lossy) to use it"
-        )
-
-
-def with_seed(params: SamplingParams, seed: int) -> SamplingParams:
-    """The same parameters with another seed."""
-    return replace(params, seed=seed)
-
-
-def _output(s: Sequence) -> Output:
-    return Output(
-        s.index,
-        tuple(s.output),
-        "".join(s.pieces),
-        s.finish_reason or "abort",
-        s.counts,
-        tuple(s.origins),
-        tuple(s.logprobs),
-        s.error,
-    )
+        while True:
+            self._names += 1
+            if not self.sequences(name := f"request-{self._names}"):
+                return name

@@ -17,12 +17,12 @@ TOLERANCE = 1e-3
 def honest(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
     """The draft without its defects, and how many sequences had one.
 
-    A token outside the vocabulary takes its subtree with it; a law that is not one (NaN, infinite, not summing to one) is not
-    used. In a sequence with a defect every remaining node counts as a point mass, which is lossless whatever the tokens are
-    and however they were chosen (contract 1), so the output keeps the target's law.
+    A token outside the vocabulary takes its subtree with it; a law that is not one (NaN, infinite, partly negative, not summing to
+    one, over another vocabulary) is not used. In a sequence with a defect every remaining node counts as a point mass, which is
+    lossless whatever the tokens are and however they were chosen (contract 1), so the output keeps the target's law.
     """
     bad_nodes = {k for k, token in enumerate(draft.tokens) if not 0 <= token < vocab_size}
-    bad_rows = _bad_rows(draft.q)
+    bad_rows = _bad_rows(draft.q, vocab_size)
     if not bad_nodes and not bad_rows:
         return draft, 0
     marked = bad_nodes | ({k for k, r in enumerate(draft.q.row) if r in bad_rows} if draft.q else set())
@@ -30,10 +30,14 @@ def honest(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
     return _repair(draft, bad_nodes, broken), len(broken)
 
 
-def _bad_rows(q: Proposal | None) -> set[int]:
+def _bad_rows(q: Proposal | None, vocab_size: int) -> set[int]:
     if q is None or q.probs.shape[0] == 0:
         return set()
-    error = (q.probs.sum(-1) - 1).abs()
+    if q.support is None and q.probs.shape[1] != vocab_size:
+        return set(range(len(q.probs)))
+    error = (
+        torch.linalg.vector_norm(q.probs, 1, -1) - 1
+    ).abs()  # as fast as a sum, and more than one if a part is negative
     fine = error <= TOLERANCE  # NaN compares false
     return set() if bool(fine.all()) else set(torch.nonzero(~fine).flatten().tolist())
 
@@ -52,7 +56,9 @@ def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
             keep.append(k)
             counts[b] += 1
             law.append(POINT_MASS if draft.q is None or b in broken else draft.q.row[k])
-    q = draft.q and Proposal(draft.q.probs, tuple(law), draft.q.support, draft.q.siblings)
+    q = None
+    if draft.q is not None and any(row != POINT_MASS for row in law):
+        q = Proposal(draft.q.probs, tuple(law), draft.q.support, draft.q.siblings)
     pick = torch.tensor(keep, dtype=torch.int64, device=draft.token.device)
     return Draft(draft.token[pick], tuple(new[draft.parent[k]] for k in keep), tuple(counts), q)
 

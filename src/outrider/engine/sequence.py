@@ -26,7 +26,8 @@ class TokenLogprob:
 class Event:
     """What one step added to one sequence. `text` is what may be shown now; `finish_reason` is set on the last event.
 
-    tokens[:accepted] were drafted and accepted; origins names each token's origin (see ORIGINS).
+    origins names each token's origin (see ORIGINS). error: why it failed, and blame whose trouble that is: "request" (it cannot be
+    served as it is) or "engine".
     """
 
     request: str
@@ -37,6 +38,7 @@ class Event:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    blame: str | None = None
 
 
 @dataclass(eq=False)
@@ -123,7 +125,7 @@ class Sequence:
             )  # the last text may complete a stop
         return text
 
-    def fail(self, message: str) -> Event:
+    def fail(self, message: str, blame: str = "engine") -> Event:
         """End with an error: an outcome of this request, not a number and not its neighbours' trouble."""
         self.finish_reason, self.error = "error", message
-        return Event(self.request, self.index, (), (), "", (), "error", message)
+        return Event(self.request, self.index, (), (), "", (), "error", message, blame)

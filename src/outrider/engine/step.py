@@ -7,8 +7,10 @@ from time import perf_counter
 
 import torch
 
+from outrider.drafters.contained import Contained
 from outrider.engine.guard import silence
 from outrider.engine.scheduler import Work
+from outrider.engine.sequence import Sequence
 from outrider.noise import Noise
 from outrider.protocols import Drafter, KVCache, Rule, Target
 from outrider.sampling.law import Law
@@ -106,7 +108,9 @@ def kept_paths(works: list[Work], draft: Draft, verdict: Verdict) -> list[list[i
 
 
 @torch.inference_mode()
-def propose(parts: Parts, judged: Judged, works: list[Work], live: list, budget: list[int]) -> Draft:
+def propose(
+    parts: Parts, judged: Judged, works: list[Work], live: list[Sequence], budget: list[int], drafter: Contained
+) -> Draft:
     """Let the drafter look at the step and make the next draft, one tree for each of the `live` sequences."""
     segment = {w.sequence.key: i for i, w in enumerate(works)}
     number: dict[tuple[str, int], int] = {}
@@ -125,4 +129,4 @@ def propose(parts: Parts, judged: Judged, works: list[Work], live: list, budget:
         noise=Noise(tuple(v.seed for v in views), tuple(len(v.tokens) - 1 for v in views)),
         law=parts.law,
     )
-    return parts.drafter.draft(evidence, budget)
+    return drafter.draft(evidence, budget)

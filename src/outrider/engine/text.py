@@ -8,7 +8,7 @@ every push, and the part of the text not shown before is new: the windowed decod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -22,6 +22,14 @@ class Decoder(Protocol):
     """The part of a tokenizer that a stream needs: `tokenizers.Tokenizer` and Hugging Face's tokenizers both have it."""
 
     def decode(self, ids: list[int], /, skip_special_tokens: bool = True) -> str: ...
+
+
+def special_tokens(tokenizer: object) -> dict[int, str]:
+    """The special tokens of a tokenizer and how they are spelled: those that a text leaves out."""
+    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None) or tokenizer
+    ask = getattr(core, "get_added_tokens_decoder", None)
+    added = ask() if ask is not None else getattr(tokenizer, "added_tokens_decoder", {})
+    return {int(i): str(t.content) for i, t in added.items() if t.special and t.content}
 
 
 class StopMatcher:
@@ -75,7 +83,8 @@ class TextStream:
     """The text of one output. All pieces that `push` and `finish` return, joined, are the decoded output up to its stop.
 
     The stop is the stop string that completes first, whatever the borders of tokens; it is not part of the text. Of several
-    that complete with the same character it is the longest.
+    that complete with the same character it is the longest. A stop string may name special tokens, which the text leaves out: it is
+    looked for where they stand.
     """
 
     def __init__(
@@ -86,9 +95,11 @@ class TextStream:
         context: Sequence[int] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        special: Mapping[int, str] | None = None,
     ) -> None:
         """stop: non-empty strings that end the text. context: the last tokens of the prompt (8 or so are plenty), for
         tokenizers whose first word has no space. min_tokens: a stop string completed by these first tokens is only text.
+        special: tokens that the text leaves out, and how stop strings spell them (`special_tokens`).
         """
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
@@ -99,6 +110,13 @@ class TextStream:
         self._start = len(self._ids)
         self._min_tokens = min_tokens
         self._matcher = StopMatcher(stop) if stop else None
+        spelled = special if special and skip_special_tokens else {}
+        named = [s for s in stop if any(name in s or s in name for name in spelled.values())]
+        self._special = spelled if named else {}
+        self._full = StopMatcher(named) if named else None  # reads the text with its special tokens
+        self._hidden: list[
+            int
+        ] = []  # for each held character of special tokens, how many of the buffer stand before it
         self._window = 0  # first token of the window
         self._border = self._start  # a later token where characters begin: the next window starts there
         # Characters of the window's text already taken; a character the prompt only began belongs to the output.
@@ -122,7 +140,8 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token)
-        return self._take()
+        text = self._take()
+        return text + self._pass(self._special[token]) if token in self._special and not self.stopped else text
 
     def extend(self, tokens: Sequence[int]) -> tuple[str, int]:
         """Append the tokens of one step: the text that is certain now, and how many of the tokens were used.
@@ -131,8 +150,11 @@ class TextStream:
         """
         if self.stopped or not tokens:
             return "", 0
+        if any(token in self._special for token in tokens):
+            return self._one_by_one(tokens)
         before = (self._window, self._border, self._shown, self._waiting, self._buffer)
         size, matched = len(self._ids), self._matcher.save() if self._matcher else []
+        full, hidden = self._full.save() if self._full else [], list(self._hidden)
         self._ids += tokens
         text = self._take()
         if self._waiting == 0 and not self.stopped:
@@ -141,9 +163,15 @@ class TextStream:
         del self._ids[size:]
         self._window, self._border, self._shown, self._waiting, self._buffer = before
         self.stop_string = None
+        self._hidden = hidden
         if self._matcher:
             self._matcher.restore(matched)
-        pieces = []
+        if self._full:
+            self._full.restore(full)
+        return self._one_by_one(tokens)
+
+    def _one_by_one(self, tokens: Sequence[int]) -> tuple[str, int]:
+        size, pieces = len(self._ids), list[str]()
         for token in tokens:
             pieces.append(self.push(token))
             if self.stopped:
@@ -157,7 +185,7 @@ class TextStream:
         text = self._decode(self._window)
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         shown = self._scan(new)
-        rest, self._buffer = self._buffer, ""
+        rest, self._buffer, self._hidden = self._buffer, "", []
         return shown + rest
 
     def _take(self) -> str:
@@ -190,12 +218,51 @@ class TextStream:
         if self._matcher is None:
             return new
         text = self._buffer + new
-        early = self.tokens <= self._min_tokens
         for i, char in enumerate(new, start=len(self._buffer) + 1):
-            stop = self._matcher.feed(char)
-            if stop is not None and not early:
-                self.stop_string, self._buffer = stop, ""
-                return text[: i - len(stop)]
+            stop, full = self._matcher.feed(char), self._full.feed(char) if self._full else None
+            if not self._early and (stop is not None or full is not None):
+                at = min(i - len(stop) if stop else i, self._begin(i, len(full))[0] if full else i)
+                return self._stop_at(text[:at], stop if full is None or (stop and len(stop) > len(full)) else full)
+        return self._release(text)
+
+    @property
+    def _early(self) -> bool:
+        return self.tokens <= self._min_tokens
+
+    def _pass(self, name: str) -> str:
+        """A special token, spelled `name`, which the text leaves out; what is certain to be text now."""
+        assert self._full is not None
+        size = len(self._buffer)
+        for char in name:
+            stop = self._full.feed(char)
+            self._hidden.append(size)
+            if stop is not None and not self._early:
+                return self._stop_at(self._buffer[: self._begin(size, len(stop))[0]], stop)
+        return self._release(self._buffer)
+
+    def _begin(self, end: int, length: int) -> tuple[int, int]:
+        """Where the last `length` characters behind `end` of the text begin, those of special tokens counted: characters of the
+        buffer before it, and hidden ones."""
+        hidden = len(self._hidden)
+        while length and (end or hidden):
+            if hidden and self._hidden[hidden - 1] >= end:
+                hidden -= 1
+            else:
+                end -= 1
+            length -= 1
+        return end, hidden
+
+    def _stop_at(self, text: str, stop: str) -> str:
+        self.stop_string, self._buffer, self._hidden = stop, "", []
+        return text
+
+    def _release(self, text: str) -> str:
+        """Keep what a stop string may still claim; the rest is shown."""
+        assert self._matcher is not None
         keep = len(text) - self._matcher.held
+        if self._full:
+            begin, hidden = self._begin(len(text), self._full.held)
+            keep = min(keep, begin)
+            self._hidden = [at - keep for at in self._hidden[hidden:]]
         self._buffer = text[keep:]
         return text[:keep]

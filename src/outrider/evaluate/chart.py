@@ -62,7 +62,7 @@ def measured(specs: Sequence[Spec], records: Sequence[Record]) -> list[Row]:
             for number in (
                 lambda r: r.tokens,
                 lambda r: r.seconds,
-                lambda r: r.counts.accepted + r.counts.steps,
+                lambda r: r.counts.tokens,
                 lambda r: r.counts.steps,
             )
         )

@@ -73,7 +73,7 @@ class Imported:
                 "tokens": tokens,
                 "seconds": took,
                 "tokens_per_second": tokens / took if took else None,
-                "acceptance_length": (counts.accepted + counts.steps) / counts.steps if counts.steps else None,
+                "acceptance_length": counts.tokens / counts.steps if counts.steps else None,
                 "draft_acceptance_rate": counts.accepted / counts.proposed if counts.proposed else None,
                 "latency": latency([r for r in mine if not r.failed]),
             }

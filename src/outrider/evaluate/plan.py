@@ -159,7 +159,7 @@ def tokens_per_call(
 
 def own_rate(t: Timing) -> fc.Estimate:
     """Tokens per call as counted in the timing runs, with an interval over them: for drafters without a law to replay."""
-    tokens = np.array([r.counts.accepted + r.counts.steps for r in t.planned], dtype=float)
+    tokens = np.array([r.counts.tokens for r in t.planned], dtype=float)
     steps = t.steps()[1]
     value, wide = float(tokens.sum() / steps.sum()), margin([difference_influence(tokens, steps)])
     return fc.Estimate(value, value - wide, value + wide)

@@ -7,12 +7,15 @@ it too, and the law under speculation is the law without: p restricted to the al
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -21,12 +24,33 @@ from outrider.automata import Compiler
 
 KEPT = 64
 """Compiled grammars that are kept."""
+EXHAUSTED = (
+    "the grammar needs more work than this server allows, and was given up in the middle of the text: make it simpler"
+)
+LOST = "the grammar allows only tokens to which the model gives no probability, in the middle of the text: change it"
 
 
 def tokenizer_json(tokenizer: Any) -> str | None:
-    """The contents of tokenizer.json of a fast tokenizer, or None for one that has none."""
+    """The contents of tokenizer.json of a fast tokenizer, or None for one that has none.
+
+    Its special tokens have names that nobody can spell: a text that a grammar dictates ("<pad>") is written with ordinary tokens,
+    while the compiler, which asks the tokenizer how, would dictate the special one and then refuse it.
+    """
     core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
-    return core.to_str() if core is not None else None
+    if core is None:
+        return None
+    data = json.loads(core.to_str())
+    model = data["model"]
+    special = {t["content"] for t in data.get("added_tokens") or () if t["special"]} - {model.get("unk_token")}
+    hidden = {name: f"{name}{secrets.token_hex(12)}" for name in special}
+    for token in data.get("added_tokens") or ():
+        token["content"] = hidden.get(token["content"], token["content"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
+    elif isinstance(model.get("vocab"), list):
+        model["vocab"] = [[hidden.get(row[0], row[0]), *row[1:]] for row in model["vocab"]]
+    data["post_processor"] = None  # it names special tokens, and a dictated text has neither a beginning nor an end
+    return json.dumps(data)
 
 
 class Grammars:
@@ -76,19 +100,39 @@ class Grammars:
 
 
 class Automaton:
-    """Where one sequence stands in its grammar. A memo: `follow` starts again when the text is not the one it knows."""
+    """Where one sequence stands in its grammar. A memo: it starts again when the text is not the one it knows.
+
+    Behind the end of a text, which only `ignore_eos` lets pass, nothing is allowed but more ends.
+    """
 
     def __init__(self, grammars: Grammars, text: str) -> None:
         self._grammars, self.text = grammars, text
         self._size, self._eos = grammars.vocab_size, grammars.eos
         self._matcher, self._alone = grammars.shared(text), False
+        self._tokens, self._prompt = list[int](), 0
+        self.weary = False
+        self._start()
+
+    def _start(self) -> None:
         self._seen: list[int] = []
+        self._ended = self._strayed = False
+        self._void: dict[tuple[int, ...], str] = {}
 
     @property
     def exhausted(self) -> bool:
-        """The grammar has spent what LIMITS allow, in this text or on a drafted path behind it. Nobody knows any more what it
-        allows: only the end is left, and the text is no text of the grammar. Whoever decodes must say so."""
-        return self._matcher.is_error()
+        """The grammar has spent what LIMITS allow in this text, or the text is none of the grammar. Nobody knows any more what it
+        allows: only the end is left. Whoever decodes must say so."""
+        return self._matcher.is_error() or self._strayed
+
+    def keep_up(self, tokens: list[int], prompt: int) -> None:
+        """`follow` the output behind the first `prompt` of `tokens`; O(new tokens) while it is the same list, grown at its end."""
+        size = prompt + len(self._seen)
+        same = tokens is self._tokens and prompt == self._prompt and len(tokens) >= size
+        if same and (not self._seen or tokens[size - 1] == self._seen[-1]):
+            self._advance(tokens[size:])
+            return
+        self._tokens, self._prompt = tokens, prompt
+        self.follow(tokens[prompt:])
 
     def follow(self, output: Sequence[int]) -> None:
         """Consume what `output` has more than last time."""
@@ -96,46 +140,84 @@ class Automaton:
             if self._alone:
                 self._matcher, self._alone = self._grammars.shared(self.text), False
             self._matcher.reset()
-            self._seen = []
-        new = [int(t) for t in output[len(self._seen) :]]
-        self._matcher.try_consume_tokens(new)
-        self._seen += new
+            self._start()
+        self._advance(output[len(self._seen) :])
+
+    def _advance(self, new: Sequence[int]) -> None:
+        if not new:
+            return
+        _, self._ended, broken = self._walk(new)
+        self._strayed = self._strayed or broken
+        self._seen += [int(t) for t in new]
+        self._void.clear()
+
+    def _walk(self, path: Sequence[int]) -> tuple[int, bool, bool]:
+        """Consume `path`: how many of its tokens the matcher has taken, whether it ended, and whether the grammar forbids it."""
+        taken, ended = 0, self._ended
+        for token in path:
+            final = token in self._eos and (ended or self._matcher.is_accepting())
+            if not final and (ended or not self._matcher.try_consume_tokens([int(token)])):
+                return taken, ended, True
+            ended, taken = ended or final, taken + (not final)
+        return taken, ended, False
 
     def _renew(self) -> bool:
         """Others with this grammar may have spent the budget: try once with one of our own. False if that is not enough."""
         if self._alone:
             return False
-        self._matcher, self._alone = self._grammars.own(self.text), True
-        self._matcher.try_consume_tokens(self._seen)
+        self._restore()
         return not self.exhausted
+
+    def _restore(self) -> None:
+        """A matcher of our own, where the text stands."""
+        self._matcher, self._alone = self._grammars.own(self.text), True
+        self._matcher.try_consume_tokens([t for t in self._seen if t not in self._eos])
 
     def forced(self) -> list[int]:
         """Tokens of the text that the grammar dictates next, as the tokenizer would write it; none where there is a choice."""
-        if self._matcher.is_stopped():
+        if self._ended or self._matcher.is_stopped():
             return []
         return [t for t in self._matcher.compute_ff_tokens() if t < self._size]
 
     def allowed(self, path: Sequence[int]) -> Bool[Tensor, "V"]:
-        """Tokens that may follow the text and then `path`; all of them behind a path that breaks the grammar, which no
-        exact rule ever reaches; the end alone once the grammar is exhausted."""
+        """Tokens that may follow the text and then `path`; all of them behind a path that breaks the grammar, which no rule ever
+        reaches; the end alone where the grammar is exhausted. If it is so on the path only, nothing more should be drafted for
+        this sequence (`weary`): the text itself may well come to its end."""
         mask = self._mask(path)
-        if self.exhausted and self._renew():
+        if self._matcher.is_error() and self._renew():
             mask = self._mask(path)
-        if self.exhausted:
-            mask[:] = False
-            mask[list(self._eos)] = True
-        return torch.from_numpy(mask)
+        if self._matcher.is_error() and path:
+            self.weary = True
+            self._void[tuple(path)] = EXHAUSTED
+            self._restore()
+            mask = self._ends()
+        return torch.from_numpy(self._ends() if self.exhausted else mask)
 
-    def _mask(self, path: Sequence[int]) -> Any:
-        """[V] bool: the same, while the budget lasts."""
-        taken = self._matcher.try_consume_tokens([int(t) for t in path]) if path else 0
+    def lose(self, path: Sequence[int]) -> None:
+        """The model gives no probability to anything that is allowed behind `path`."""
+        self._void[tuple(path)] = LOST
+
+    def trouble(self, path: Sequence[int]) -> str:
+        """Why the tokens of a step that accepted the drafted `path` are worth nothing, or an empty string."""
+        if self.exhausted:
+            return EXHAUSTED
+        return next((self._void[p] for n in range(len(path) + 1) if (p := tuple(path[:n])) in self._void), "")
+
+    def _ends(self) -> npt.NDArray[np.bool_]:
         mask = np.zeros(self._size, dtype=bool)
-        if taken < len(path):
-            mask[:] = True
-        elif self._matcher.is_stopped():
-            mask[list(self._eos)] = True
+        mask[list(self._eos)] = True
+        return mask
+
+    def _mask(self, path: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """[V] bool: what `allowed` says while the budget lasts."""
+        taken, ended, broken = self._walk(path)
+        if broken:
+            mask = np.ones(self._size, dtype=bool)
+        elif ended or self._matcher.is_stopped():
+            mask = self._ends()
         else:
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+            mask = np.zeros(self._size, dtype=bool)
             size = min(len(bits), self._size)
             mask[:size] = bits[:size].astype(bool)
             if mask[self._eos[0]]:

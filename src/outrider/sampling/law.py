@@ -78,7 +78,7 @@ class Law:
         processors.add_bias(x, params)
         for i, p in enumerate(params):
             if p.grammar is not None:
-                x[i].masked_fill_(~self._allowed(sequences[i], p.grammar, paths[i]).to(x.device), -torch.inf)
+                self._rule_out(x[i], self._automaton(sequences[i], p.grammar), paths[i])
         short = [i for i, p in enumerate(params) if output_length(sequences[i]) + len(paths[i]) < p.min_tokens]
         if short:
             processors.forbid(x, params, short, self.eos_ids)
@@ -89,9 +89,26 @@ class Law:
             )
         return x
 
-    def _allowed(self, sequence: SequenceView, grammar: str, path: Sequence[int]) -> Tensor:
-        """[V] tokens that the request's grammar allows behind its output and `path`."""
-        return self._automaton(sequence, grammar).allowed(path)
+    def _rule_out(self, row: Float[Tensor, "V"], automaton: Automaton, path: Sequence[int]) -> None:
+        """Forbid in a row what the request's grammar does not allow behind its output and `path`."""
+        row.masked_fill_(~automaton.allowed(path).to(row.device), -torch.inf)
+        if not torch.isfinite(row.amax()):  # a row must have a law: this one is not used
+            automaton.lose(path)
+            row[list(self.eos_ids)] = 0.0
+
+    def automaton(self, slot: int) -> Automaton | None:
+        """Where the sequence in a slot stands in its grammar; None if it has none, or has not been looked at."""
+        return self._automata.get(slot)
+
+    def weary(self, slot: int) -> bool:
+        """Whether drafts for the sequence in a slot cost its grammar more than its text may."""
+        return slot in self._automata and self._automata[slot].weary
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget these slots."""
+        for slot in slots:
+            self._automata.pop(slot, None)
+            self._histories.pop(slot, None)
 
     def forced(self, sequence: SequenceView) -> list[int]:
         """Tokens that the request's grammar dictates behind its output; none without a grammar."""
@@ -104,7 +121,7 @@ class Law:
         if automaton is None or automaton.text != grammar:
             assert self.grammars is not None, "the engine refuses grammars it cannot serve"
             automaton = self._automata[sequence.slot] = self.grammars.start(grammar)
-        automaton.follow(sequence.tokens[sequence.prompt :])
+        automaton.keep_up(sequence.tokens, sequence.prompt)
         return automaton
 
     def _history(self, sequence: SequenceView) -> History:

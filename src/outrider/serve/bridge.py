@@ -69,6 +69,10 @@ class Bridge:
             "Defects that were contained: drafts that were none, grammars that ran out of their budget in the middle of a text.",
             lambda: None if self.worker.engine is None else self.worker.engine.incidents,
         )
+        metrics.counters["drafter_faults"] = (
+            "Calls of a drafter that raised or returned what is no draft; each cost a step's drafts and no text.",
+            lambda: None if self.worker.engine is None else self.worker.engine.drafter_faults,
+        )
 
     # ------------------------------------------------------------------ life
     async def start(self) -> None:
@@ -204,8 +208,9 @@ class Bridge:
             for _, event in batch:
                 if event.error is not None:
                     ticket.outcome = "error"
-                    self.failures += 1
-                    raise EngineFailure(event.error)
+                    ours = event.blame != "request"
+                    self.failures += ours
+                    raise EngineFailure(event.error) if ours else RequestError(event.error)
                 ticket.outcome = event.finish_reason or ticket.outcome
             if not ticket.done:
                 ticket.outcome = "abort"

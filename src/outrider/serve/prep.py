@@ -161,12 +161,12 @@ class Prep:
 
     def __init__(self, tokenizer: Any, eos: tuple[int, ...], most: int) -> None:
         self.most = most
-        core = tokenizer_json(tokenizer)
+        core = core_of(tokenizer)
         self._folder = folder_of(tokenizer)
         self._compiles = core is not None and find_spec("llguidance") is not None
         self._reads = self._folder is not None or (core is not None and not getattr(tokenizer, "chat_template", None))
         self.wild = core is not None and wild(core)
-        self._texts = Pool(2, lambda: {"folder": self._folder} if self._folder else {"core": tokenizer_json(tokenizer)})
+        self._texts = Pool(2, lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)})
         self._grammars = Pool(1, lambda: {"grammar": tokenizer_json(tokenizer), "eos": list(eos)})
         self._known: OrderedDict[bytes, str | None] = OrderedDict()  # digests of grammars: None, or why one is refused
 
@@ -228,6 +228,12 @@ class Prep:
 def too_long(tokens: int, most: int) -> RequestError:
     """The error for a prompt beyond the context."""
     return RequestError(f"a text has {tokens} tokens and the context holds {most + 1}: shorten it to at most {most}")
+
+
+def core_of(tokenizer: Any) -> str | None:
+    """The text of a fast tokenizer's tokenizer.json; None for one that has none."""
+    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
+    return None if core is None else core.to_str()
 
 
 def folder_of(tokenizer: Any) -> str | None:

@@ -9,8 +9,9 @@ from time import monotonic, time
 from typing import Any
 
 from outrider import __version__
-from outrider.drafters.prediction import accepted_of
+from outrider.drafters.prediction import Places, Replay
 from outrider.engine.sequence import Event, TokenLogprob
+from outrider.engine.spelling import Offsets, Spelling
 from outrider.errors import OutriderError, RequestError
 from outrider.serve.bridge import Bridge
 from outrider.serve.openai import ChatRequest, CompletionRequest
@@ -56,12 +57,16 @@ class Reply:
         self.created = int(time())
         self.choices = [Choice() for _ in range(ticket.choices)]
         self.prediction: tuple[int, ...] = ()
-        self._offset = [0] * ticket.choices  # characters sent, for the legacy log-probabilities
+        self._places: Places | None = None
+        self._replays: dict[int, Replay] = {}
+        self._spelling = Spelling(tokenizer)
+        self._offsets = [Offsets(self._spelling) for _ in self.choices]
         self._begun = [False] * ticket.choices
 
     # ------------------------------------------------------------------ whole
     async def whole(self, bridge: Bridge) -> dict[str, Any]:
         """Wait for the end and build the reply."""
+        await self._prepare()
         async for batch in bridge.events(self.ticket):
             self._take(batch)
         choices = [self._choice(i, c, await self._spaced(i, c.logprobs)) for i, c in enumerate(self.choices)]
@@ -93,6 +98,7 @@ class Reply:
     async def frames(self, bridge: Bridge, pad: bool = False) -> AsyncIterator[bytes]:
         """The chunks as they come, usage if asked for, and the end; an error becomes one event."""
         try:
+            await self._prepare()
             async for batch in bridge.events(self.ticket):
                 for data in self._rendered(batch, pad):
                     yield data
@@ -140,6 +146,21 @@ class Reply:
         return out
 
     # ------------------------------------------------------------------ parts of both
+    async def _prepare(self) -> None:
+        """Sort the prediction, which may be long, beside the loop."""
+        if self.prediction:
+            self._places = Places(self.prediction)
+            await asyncio.to_thread(self._places.prepare)
+
+    def _accepted(self, index: int) -> int:
+        """Tokens of a sample that were accepted drafts of the prediction; what has been counted is not looked at again."""
+        if self._places is None or self._places.prediction is not self.prediction:
+            self._places = Places(self.prediction)
+        replay, steps = self._replays.get(index), self.choices[index].steps
+        if replay is None or replay.steps is not steps or replay.places is not self._places:
+            replay = self._replays[index] = Replay(self._places, steps)
+        return replay.accepted()
+
     def _take(self, batch: list[tuple[int, Event]]) -> dict[int, Choice]:
         """Add events to the samples; what is new, by sample."""
         new: dict[int, Choice] = {}
@@ -168,11 +189,10 @@ class Reply:
             "total_tokens": prompt + written,
         }
         if self.prediction:
-            accepted = sum(accepted_of(self.prediction, c.steps) for c in self.choices)
-            rejected = sum(max(0, len(self.prediction) - accepted_of(self.prediction, c.steps)) for c in self.choices)
+            accepted = [self._accepted(index) for index in range(len(self.choices))]
             out["completion_tokens_details"] = {
-                "accepted_prediction_tokens": accepted,
-                "rejected_prediction_tokens": rejected,
+                "accepted_prediction_tokens": sum(accepted),
+                "rejected_prediction_tokens": sum(max(0, len(self.prediction) - n) for n in accepted),
             }
         return out
 
@@ -187,25 +207,18 @@ class Reply:
         return {**self._token(e.token, e.logprob), "top_logprobs": [self._token(t, v) for t, v in e.top]}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._string(token)
-        whole = "\N{REPLACEMENT CHARACTER}" not in text
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()) if whole else None}
+        spelled = None if self.tokenizer is None else list(self._spelling.bytes_of(token))
+        return {"token": self._spelling.text(token), "logprob": max(logprob, -9999.0), "bytes": spelled}
 
     def _legacy(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for e in entries:
-            text = self._string(e.token)
-            out["tokens"].append(text)
+            out["tokens"].append(self._spelling.text(e.token))
             out["token_logprobs"].append(max(e.logprob, -9999.0))
-            out["top_logprobs"].append({self._string(t): max(v, -9999.0) for t, v in e.top})
-            out["text_offset"].append(self._offset[index])
-            self._offset[index] += len(text)
+            keys = self._spelling.keys([t for t, _ in e.top], e.token)
+            out["top_logprobs"].append({key: max(v, -9999.0) for key, (_, v) in zip(keys, e.top, strict=True)})
+            out["text_offset"].append(self._offsets[index].next(e.token))
         return out
-
-    def _string(self, token: int) -> str:
-        if self.tokenizer is None:
-            return f"token_id:{token}"
-        return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def _metrics(self) -> dict[str, Any]:
         """vLLM's per-request metrics, and what it does not have under our own name; null for several samples, as there."""
@@ -232,7 +245,7 @@ def acceptance(counts: Counts, longest: int) -> dict[str, Any]:
     steps = drafts(counts)
     reached = [steps, *counts.accepted_at, *[0] * (longest + 1)][: longest + 2]
     return {
-        "mean_acceptance_length": 1 + counts.accepted / steps if steps else 1.0,
+        "mean_acceptance_length": 1 + (counts.accepted - counts.cut) / steps if steps else 1.0,
         "draft_acceptance_rate": ratio(counts.accepted, counts.proposed) or 0.0,
         "acceptance_histogram": [reached[j] - reached[j + 1] for j in range(longest + 1)],
         "num_spec_steps": steps,

@@ -13,7 +13,7 @@ from time import monotonic
 
 from outrider.engine.engine import Engine
 from outrider.engine.sequence import Event
-from outrider.errors import OutriderError, RequestError
+from outrider.errors import OutriderError
 from outrider.sampling.params import SamplingParams
 from outrider.serve.tickets import EngineFailure, Ticket, Unavailable
 from outrider.telemetry.prometheus import Metrics
@@ -23,9 +23,6 @@ IDLE_BEAT = 0.5
 """Seconds between two heartbeats of an idle engine thread."""
 BROKEN_STEPS = 3
 """Steps in a row that may fail, each ending the requests that were in it, before the engine is given up."""
-EXHAUSTED = (
-    "the grammar needs more work than this server allows, and was given up in the middle of the text: make it simpler"
-)
 Mail = list[tuple[Ticket, list[tuple[int, Event]]]]
 
 
@@ -137,9 +134,8 @@ class EngineThread:
         """
         engine.scheduler.admit()
         inside = {s.request for s in engine.scheduler.running}
-        ruled = {s.slot: s.request for s in engine.scheduler.running if s.params.grammar is not None}
         try:
-            events = engine.step(lambda events: self._midway(engine, ruled, events))
+            events = engine.step(self._midway)
             self._failures = 0
         except Exception as error:  # whatever it is, the process and the other requests live on
             logger.exception("a step failed")
@@ -149,15 +145,13 @@ class EngineThread:
             for ticket in {id(t): t for t, _ in routes}.values():
                 self._fail(ticket, EngineFailure(f"the engine failed ({type(error).__name__}): send the request again"))
             return
-        self._end_exhausted(engine, ruled)  # those that drafting has exhausted
         self._hand_out([event for event in events if event.finish_reason is not None])
         for name in {event.request for event in events if event.finish_reason is not None}:
             if not engine.sequences(name):
                 self.routes.pop(name, None)
 
-    def _midway(self, engine: Engine, ruled: dict[int, str], events: list[Event]) -> None:
+    def _midway(self, events: list[Event]) -> None:
         """In the middle of a step: what was added to those that go on."""
-        self._end_exhausted(engine, ruled)
         self._note_admissions()
         self._hand_out(events)
 
@@ -171,19 +165,6 @@ class EngineThread:
             mail.setdefault(id(ticket), (ticket, []))[1].append((offset + event.index, event))
         if mail:
             self._post(lambda: self._deliver(list(mail.values())))
-
-    def _end_exhausted(self, engine: Engine, ruled: dict[int, str]) -> None:
-        """End the requests whose grammar ran out of its budget in this step. ruled: those that had one when it began, by slot.
-
-        Asked after verification, whose tokens for them are dropped, and after drafting, which walks automata too. The automata
-        go: a slot's next request begins with its own budget."""
-        automata = engine.parts.law._automata
-        for slot, name in ruled.items():
-            if slot in automata and automata[slot].exhausted:
-                del automata[slot]
-                engine.incidents += 1
-                if name in self.routes:  # not ended yet for another of its samples
-                    self._fail(self.routes[name][0], RequestError(EXHAUSTED))
 
     def _note_admissions(self) -> None:
         now = monotonic()

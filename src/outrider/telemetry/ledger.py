@@ -48,7 +48,7 @@ def ratio(numerator: float, denominator: float) -> float | None:
 
 def acceptance_length(counts: Counts) -> float | None:
     """Tokens per step, bonus or correction included: (accepted + steps) / steps."""
-    return ratio(counts.accepted + counts.steps, counts.steps)
+    return ratio(counts.tokens, counts.steps)
 
 
 def draft_acceptance_rate(counts: Counts) -> float | None:

@@ -141,7 +141,7 @@ class Metrics(Collector):
             if request.tokens > 1:
                 self.per_token.observe((request.total - request.first) / (request.tokens - 1))
         if request.counts.steps:
-            self.lengths.observe((request.counts.accepted + request.counts.steps) / request.counts.steps)
+            self.lengths.observe(request.counts.tokens / request.counts.steps)
 
     def text(self) -> bytes:
         """The exposition (text format 0.0.4)."""

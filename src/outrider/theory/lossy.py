@@ -13,7 +13,7 @@ with another residual elsewhere is shown here at its best.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -73,6 +73,23 @@ def step(
         optimal_bias=pareto.optimal_loss(p, q, b),
         excess=pareto.excess(p, q, b),
     )
+
+
+def supported(target: npt.ArrayLike, draft: npt.ArrayLike, rule: Step) -> Step:
+    """`rule` without the tokens that the target forbids (p = 0): they are refused, and an optimal residual is drawn instead.
+
+    What the engine does with every lossy rule: a ban is not a part of the distribution that may be bent. A rule on the front
+    stays on it, and the rejection probability is at least the mass that the draft has on forbidden tokens.
+
+    >>> s = supported([0.5, 0.5, 0.0], [0.25, 0.25, 0.5], epsilon([0.5, 0.5, 0.0], [0.25, 0.25, 0.5], eps=1.0))
+    >>> s.kernel, float(s.reject), float(s.bias)
+    (array([0.5, 0.5, 0. ]), 0.5, 0.0)
+    """
+    p, q = pair(target, draft)
+    bent = np.any((p <= 0) & (rule.accept * q > 0), axis=-1)
+    lawful = step(p, q, np.where(p > 0, rule.accept, 0.0))
+    pick = lambda ours, theirs: np.where(bent.reshape(bent.shape + (1,) * (ours.ndim - bent.ndim)), ours, theirs)  # noqa: E731
+    return Step(*(pick(getattr(lawful, f.name), getattr(rule, f.name)) for f in fields(Step)))
 
 
 def epsilon(target: npt.ArrayLike, draft: npt.ArrayLike, eps: npt.ArrayLike) -> Step:

@@ -226,7 +226,7 @@ def check_draft(draft: Draft, vocab_size: int) -> dict[int, str]:
     Checked: counts, parent order, token range, laws (finite, not negative, sum one), and that each node's law can have
     produced its token.
     """
-    if problem := _check_structure(draft):
+    if problem := draft.misshapen():
         return {-1: problem}
     q = draft.q if draft.parent else None
     laws = _check_laws(q, vocab_size) if q is not None else []
@@ -243,20 +243,6 @@ def check_draft(draft: Draft, vocab_size: int) -> dict[int, str]:
             elif row >= 0 and laws[row]:
                 out[b] = f"law {row} {laws[row]}"
     return out if out or q is None else _check_drawn(draft, q)
-
-
-def _check_structure(draft: Draft) -> str:
-    """What makes the tensors and tuples of a draft disagree with each other, or an empty string."""
-    nodes, q = len(draft.parent), draft.q
-    if draft.token.shape != (nodes,) or sum(draft.counts) != nodes or any(n < 0 for n in draft.counts):
-        return f"{draft.token.numel()} tokens and {nodes} parents for counts that sum to {sum(draft.counts)}"
-    if q is None:
-        return ""
-    if len(q.row) != nodes or q.probs.dim() != 2:
-        return f"{len(q.row)} law numbers for {nodes} nodes, and laws of shape {tuple(q.probs.shape)}"
-    if q.support is not None and q.support.shape != q.probs.shape[1:]:
-        return f"a support of shape {tuple(q.support.shape)} for laws of shape {tuple(q.probs.shape)}"
-    return ""
 
 
 def _check_laws(q: Proposal, vocab_size: int) -> list[str]:

@@ -5,6 +5,10 @@ b(x), and a refusal draws from a residual. The law of the position is b q plus t
 the `bias` of the verdict, summed over judged positions. The residual (p - b q)_+ is optimal for every b, with bias
 sum (b q - p)_+ (Theorem 4). Where b >= min(1, p / q), rejection probability + bias = TV(p, q) exactly (Theorem 5): the front.
 
+A token of target probability 0 was forbidden (by a grammar, a ban, `min_tokens`, a cut), and no lossy rule may bend that: whatever
+an acceptance function says, `allowed` refuses such tokens. As b >= min(1, p / q) still holds where it held, the front is the same
+line; it only ends at the rejection probability q(p = 0). At temperature 0 all but one token are forbidden: every rule is exact.
+
 Whatever is spent adds up: two copies of the text, one exact and one by the rule, can be coupled so that they part at a judged
 position with probability at most its bias, so the law of a whole text is within E[sum of biases] of the target's.
 """
@@ -26,6 +30,12 @@ from outrider.types import Draft, Verdict
 from outrider.verify import _common as c
 from outrider.verify.chain import judging_rows, probs_of_tokens
 
+FORBIDDEN = 1e-30
+"""A probability up to this counts as 0: more than a `logit_bias` of -100, the way to say "never", leaves in single precision."""
+
+ROUNDING = 1e-12
+"""How far the masses of a choice may be from one before it counts as one that the target forbids in part."""
+
 
 class Position(NamedTuple):
     """A judged position: laws of the target and of the draft [1, V] float64, and what its sequence may still spend."""
@@ -44,7 +54,7 @@ class Choice(NamedTuple):
 
 @runtime_checkable
 class Acceptance(Protocol):
-    """How a rule would treat a position if it could spend what it likes. Pure."""
+    """How a rule would treat a position if it could spend what it likes. Pure. What it says of tokens without p is not heard."""
 
     def __call__(self, position: Position) -> Choice: ...
 
@@ -94,12 +104,11 @@ class Lossy:
             k = low + d
             law = _law(draft, k, qx[k], p)
             here = Position(_normal(p[rows[k] : rows[k] + 1]), law, max(0.0, min(self.per_token, left - bias)))
-            choice, cost = within(self.accept(here), here)
-            chance = c.unit(1.0 - float(c.row_sums(choice.accept * law)))
+            taken, left_over, chance, cost = within(allowed(self.accept(here), here), here, draft.tokens[k])
             risk, spread, bias = risk + chance, spread + chance * (1.0 - chance), bias + cost
             judged += 1
-            if not noise.uniform(b, d + 1, "accept") < float(choice.accept[0, draft.tokens[k]]):
-                rest = choice.rest
+            if not noise.uniform(b, d + 1, "accept") < taken:
+                rest = left_over
                 break
             row = len(draft.counts) + k
         accepted = judged - (rest is not None)
@@ -143,22 +152,32 @@ def bias_of(choice: Choice, position: Position) -> float:
     return float(c.row_sums((choice.accept * position.q + choice.rest - position.p).clamp_(min=0)))
 
 
-def within(wish: Choice, position: Position) -> tuple[Choice, float]:
-    """The wish, or as much of it as the allowance pays for, and what it costs.
+def allowed(wish: Choice, position: Position) -> Choice:
+    """The wish without the tokens that the target forbids; what they were to get is refused, and drawn from p instead."""
+    accept = wish.accept.where(position.p > FORBIDDEN, 0.0)
+    missing = 1.0 - float(c.row_sums(accept * position.q)) - float(c.row_sums(wish.rest))
+    return Choice(accept, wish.rest) if abs(missing) <= ROUNDING else optimal(accept, position)
+
+
+def within(wish: Choice, position: Position, token: int) -> tuple[float, Float64[Tensor, "1 V"], float, float]:
+    """The wish, or as much of it as the allowance pays for: how `token` is accepted, what a refusal draws from, risk and bias.
 
     A mixture of s parts of the wish with 1 - s of the exact rule has s times the bias of the wish; s is what can be paid.
     """
     bias = bias_of(wish, position)
-    if bias <= position.allowance:
-        return wish, bias
-    share, honest = position.allowance / bias, exact(position)
-    return Choice(honest.accept.lerp(wish.accept, share), honest.rest.lerp(wish.rest, share)), position.allowance
+    taken, rest = float(wish.accept[0, token]), wish.rest
+    if bias > position.allowance:
+        share, bias = position.allowance / bias, position.allowance
+        px, qx = float(position.p[0, token]), float(position.q[0, token])
+        honest = (position.p - position.q).clamp_(min=0)
+        taken, rest = (1.0 - share) * min(1.0, px / qx) + share * taken, honest.lerp_(rest, share)
+    return taken, rest, c.unit(float(c.row_sums(rest))), bias
 
 
 # ------------------------------------------------------------------------------------------------- acceptance functions
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """Everything is accepted: with a budget, the wish that turns all of it into fewer rejections.
+    """Everything that is allowed is accepted: with a budget, the wish that turns all of it into fewer rejections.
 
     Mixed with the exact one by `within`, it spends min(allowance, TV) at every position and lies on the front. Where on the
     text a total-variation budget is spent does not matter for the sum of rejections and bias (the front is a line).

@@ -1,0 +1,92 @@
+"""A drafter's faults cost drafts, never requests: what it raises stays here, is counted, and in the end switches it off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from outrider.protocols import Drafter
+from outrider.types import Draft, Evidence
+
+logger = logging.getLogger(__name__)
+STRIKES = 3.0
+"""A drafter is switched off when it has so many strikes: one for each fault,"""
+FORGIVEN = 1 / 64
+"""and so many less for each call that went well."""
+
+
+class Contained:
+    """Asks one drafter and answers with the empty draft where it raises, or returns what is no draft (`Draft.defect`).
+
+    After a fault the drafter forgets the slots it was asked about: nobody knows what it left there half done. Which tokens come out
+    does not depend on any of this: plain decoding is the empty draft.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.off = False
+        self._faults, self._strikes = 0, 0.0
+        self._notices: list[str] = []
+        self._support: Tensor | None = None
+
+    @property
+    def faults(self) -> int:
+        """Faults so far, those that a combination of drafters has contained for its parts included."""
+        return self._faults + getattr(self.drafter, "faults", 0)
+
+    @property
+    def notices(self) -> list[str]:
+        """One sentence for each drafter that was switched off."""
+        return [*self._notices, *getattr(self.drafter, "notices", ())]
+
+    def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
+        """The drafter's draft, or the empty one."""
+        if not self.off:
+            try:
+                draft = self.drafter.draft(evidence, budget)
+                if not (problem := draft.defect(len(evidence.sequences), budget) or self._strange(draft, evidence)):
+                    self._strikes = max(0.0, self._strikes - FORGIVEN)
+                    return draft
+            except Exception as error:  # whatever it is, the requests live on
+                problem = f"{type(error).__name__}: {error}"
+                logger.warning("drafter %r failed (%s)", self.drafter.name, problem, exc_info=not self._faults)
+            except BaseException:  # an interrupt, after which somebody may well go on
+                self.release([view.slot for view in evidence.sequences])
+                raise
+            self._strike(problem)
+            self.release([view.slot for view in evidence.sequences])
+        return Draft.empty(len(evidence.sequences), evidence.scores.logits.device)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """The drafter forgets these slots."""
+        try:
+            self.drafter.release(slots)
+        except Exception as error:
+            logger.warning("drafter %r failed to forget slots", self.drafter.name, exc_info=True)
+            self._strike(f"{type(error).__name__}: {error}")
+
+    def _strange(self, draft: Draft, evidence: Evidence) -> str:
+        """What is wrong with the tokens that the columns of its laws stand for; a support that was seen before is not looked at."""
+        support = None if draft.q is None else draft.q.support
+        if support is None or support is self._support:
+            return ""
+        size = evidence.scores.logits.shape[-1]
+        if support.numel() and not 0 <= int(support.min()) <= int(support.max()) < size:
+            return f"a support outside the vocabulary of {size}"
+        self._support = support
+        return ""
+
+    def _strike(self, problem: str) -> None:
+        self._faults += 1
+        self._strikes += 1.0
+        if self._strikes < STRIKES or self.off:
+            return
+        self.off = True
+        said = " ".join(problem.split())[:160]
+        self._notices.append(
+            f"drafter {self.drafter.name!r} failed {self._faults} times and is switched off ({said}): texts are right without it "
+            "and slower; mend it or build the engine with another draft"
+        )
+        logger.error("%s", self._notices[-1])

@@ -1,0 +1,89 @@
+"""From a verdict to events: tokens are appended where a sequence goes on, cut where it ends, and counted."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from outrider.engine.scheduler import Work
+from outrider.engine.sequence import Event, Sequence, TokenLogprob
+from outrider.engine.step import Judged, Parts
+from outrider.sampling.law import logprobs_of
+from outrider.types import Counts
+
+logger = logging.getLogger(__name__)
+UNUSABLE = "the target returned NaN or empty logits: check the checkpoint and the dtype"
+
+
+@dataclass(slots=True)
+class Emission:
+    """What a step added: events in the order of its works, the sequences that ended, and the sums.
+
+    fresh: the sums of sequences whose seed the engine chose. incidents: sequences that failed.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    fresh: Counts = field(default_factory=Counts)
+    incidents: int = 0
+
+
+def emit(parts: Parts, works: list[Work], judged: Judged) -> Emission:
+    """Append the verdict's tokens to their sequences. One that cannot go on fails alone; its slot is not freed here."""
+    out, b = Emission(), -1
+    for work in works:
+        sequence = work.sequence
+        sequence.cached = parts.kv.length[sequence.slot]
+        if not work.scored:
+            continue
+        b += 1
+        event = _trouble(parts, sequence, b, judged) or _append(sequence, judged, b, out)
+        out.incidents += event.blame == "request"
+        out.events.append(event)
+        if sequence.finish_reason is not None:
+            out.ended.append(sequence)
+    return out
+
+
+def _trouble(parts: Parts, sequence: Sequence, b: int, judged: Judged) -> Event | None:
+    """The last event of a sequence whose tokens of this step are worth nothing; None for all others."""
+    if b in judged.unusable:
+        parts.kv.erase(sequence.slot)
+        return sequence.fail(UNUSABLE)
+    automaton = None if sequence.params.grammar is None else parts.law.automaton(sequence.slot)
+    why = "" if automaton is None else automaton.trouble([judged.draft.tokens[k] for k in judged.verdict.path[b]])
+    return sequence.fail(why, "request") if why else None
+
+
+def _append(sequence: Sequence, judged: Judged, b: int, out: Emission) -> Event:
+    """Append the tokens of a verdict, as far as the text goes, and count them."""
+    verdict, draft = judged.verdict, judged.draft
+    path, accepted = verdict.path[b], len(verdict.path[b])
+    tokens = [draft.tokens[k] for k in path] + [verdict.next_token[b]]
+    last = "corrected" if verdict.judged[b] > accepted else "bonus" if accepted else "sampled"
+    before, size = sequence.counts.emitted, len(sequence.tokens)
+    try:
+        event = sequence.emit(tokens, ["accepted"] * accepted + [last], _logprobs(sequence, judged, b))
+    except Exception as error:  # a tokenizer that cannot decode its own tokens is this request's trouble alone
+        logger.warning("the text of %r failed", sequence.request, exc_info=True)
+        del sequence.tokens[size:]
+        event = sequence.fail(f"the tokenizer failed on the text ({type(error).__name__}): check the tokenizer's files")
+    kept = sequence.counts.emitted - before
+    ledger = (verdict.risk[b], verdict.spread[b], verdict.bias[b])
+    for sums in (sequence.counts, out.counts, *([out.fresh] if sequence.params.seed is None else [])):
+        sums.add(draft.counts[b], accepted, verdict.judged[b], *ledger, kept)
+    out.counts.emitted += kept
+    return event
+
+
+def _logprobs(sequence: Sequence, judged: Judged, b: int) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens of a verdict, read off the rows that verified them."""
+    top = sequence.params.logprobs
+    if top is None:
+        return []
+    path = judged.verdict.path[b]
+    rows = [b, *(len(judged.draft.counts) + k for k in path)]
+    tokens = [*(judged.draft.tokens[k] for k in path), judged.verdict.next_token[b]]
+    values, best = logprobs_of(judged.scores.logits[rows], tokens, top)
+    return [TokenLogprob(t, v, tuple(alt)) for t, v, alt in zip(tokens, values, best, strict=True)]

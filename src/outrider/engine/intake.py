@@ -1,0 +1,71 @@
+"""What happens to a request before it is queued: its text becomes tokens, and what cannot be served is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from outrider.engine.text import TextStream, special_tokens
+from outrider.errors import RequestError
+from outrider.sampling.grammar import Grammars, tokenizer_json
+from outrider.sampling.law import Law
+from outrider.sampling.params import SamplingParams
+
+
+class Intake:
+    """Checks requests for one engine. May be used from any thread.
+
+    tokenizer: a Hugging Face tokenizer, or None: then prompts are ids, and there is no text. most: tokens of a sequence.
+    """
+
+    def __init__(self, tokenizer: Any, law: Law, most: int) -> None:
+        self.tokenizer, self.law, self.most = tokenizer, law, most
+        self._special: dict[int, str] | None = None
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a text. Raises RequestError without a tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer: build the engine with one, or pass token ids")
+        return list(self.tokenizer.encode(prompt))
+
+    def check(self, tokens: list[int], params: SamplingParams) -> None:
+        """Raise RequestError for a request that cannot be served."""
+        vocab = self.law.vocab_size
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token")
+        if len(tokens) >= self.most:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens and the context holds {self.most}: shorten it to at most "
+                f"{self.most - 1}, or build the engine with a larger max_length if the model allows it"
+            )
+        wrong = next((t for t in tokens if not 0 <= t < vocab), None)
+        if wrong is not None:
+            raise RequestError(
+                f"prompt token {wrong} is outside the vocabulary of {vocab}: use this target's tokenizer"
+            )
+        params.check_vocab(vocab)
+        if params.grammar is not None:
+            self.grammars().compile(params.grammar)
+
+    def grammars(self) -> Grammars:
+        """The grammars of the tokenizer, made for the first request that needs them."""
+        law = self.law
+        if law.grammars is None:
+            text = tokenizer_json(self.tokenizer)
+            if text is None:
+                raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
+            law.grammars = Grammars(text, law.vocab_size, law.eos_ids)
+        return law.grammars
+
+    def text(self, prompt: list[int], params: SamplingParams) -> TextStream | None:
+        """The text of one sequence; tokenizers whose decoding looks to the left need the prompt's last tokens."""
+        if self.tokenizer is None:
+            return None
+        if params.stop and self._special is None:
+            self._special = special_tokens(self.tokenizer)
+        return TextStream(
+            self.tokenizer,
+            params.stop,
+            context=prompt[-12:],
+            min_tokens=params.min_tokens,
+            special=self._special if params.stop else None,
+        )

@@ -1,0 +1,89 @@
+"""Who may touch an engine: one thread after the other, in the order they came, and the process that built it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from types import TracebackType
+
+from outrider.errors import CapabilityError
+
+_SPAWN = (
+    "start the process with multiprocessing's 'spawn' (multiprocessing.get_context('spawn'), or set_start_method('spawn')) and "
+    "build the engine there"
+)
+_used: set[int] = set()
+"""The process that has built an engine; after a fork the child finds its parent's number here."""
+
+
+class Turns:
+    """A lock that threads get in the order they asked for it; the one that has it may take it again.
+
+    Entering raises CapabilityError in a process that was forked from the one that made it: the threads that compute are not there
+    after a fork, and whoever waits for them waits for ever.
+    """
+
+    def __init__(self) -> None:
+        check_process()
+        self._process = os.getpid()
+        _used.add(self._process)
+        self._door = threading.Lock()
+        self._queue: deque[threading.Lock] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._process:
+            raise CapabilityError(
+                f"this engine was built before its process was forked, and cannot compute here: {_SPAWN}"
+            )
+        me = threading.get_ident()
+        if self._owner == me:
+            self._depth += 1
+            return
+        turn = (
+            threading.Lock()
+        )  # made here: behind the door nothing may be collected, whose end might come to this door
+        turn.acquire()
+        with self._door:
+            if self._owner is None:
+                self._owner = me
+                return
+            self._queue.append(turn)
+        self._wait(turn)
+        self._owner = me
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._depth:
+            self._depth -= 1
+        else:
+            self._hand_over()
+
+    def _wait(self, turn: threading.Lock) -> None:
+        try:
+            turn.acquire()
+        except BaseException:  # an interrupt: leave the queue, or hand the turn on if it has just come
+            with self._door:
+                waiting = turn in self._queue
+                if waiting:
+                    self._queue.remove(turn)
+            if not waiting:
+                self._hand_over()
+            raise
+
+    def _hand_over(self) -> None:
+        with self._door:
+            if self._queue:
+                self._owner = -1  # taken: the next in the queue has it
+                self._queue.popleft().release()
+            else:
+                self._owner = None
+
+
+def check_process() -> None:
+    """Raise CapabilityError in a process that was forked from one that had computed with an engine: its threads are not here."""
+    if _used and os.getpid() not in _used:
+        raise CapabilityError(f"this process was forked from one that has used an engine, and cannot compute: {_SPAWN}")
