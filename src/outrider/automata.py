@@ -6,6 +6,8 @@ can be ended (`serve.prep`), since no limit of the library holds for every schem
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +30,32 @@ BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,24}|\n\t{0,8}"}
 """White space between the parts of JSON: a blank, or a line break and some indentation. Without a bound a model that likes blanks
 writes nothing else until its last token. A schema may choose another pattern (`x-guidance`)."""
 INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
+
+
+def core_of(tokenizer: Any) -> str | None:
+    """The text of a fast tokenizer's tokenizer.json; None for one that has none."""
+    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
+    return None if core is None else core.to_str()
+
+
+def unspelled(core: str) -> str:
+    """A tokenizer.json whose special tokens have names that nobody can spell.
+
+    A text that a grammar dictates ("<pad>") is written with ordinary tokens, while the compiler, which asks the tokenizer how, would
+    dictate the special one and then refuse it.
+    """
+    data = json.loads(core)
+    model = data["model"]
+    special = {t["content"] for t in data.get("added_tokens") or () if t["special"]} - {model.get("unk_token")}
+    hidden = {name: f"{name}{secrets.token_hex(12)}" for name in special}
+    for token in data.get("added_tokens") or ():
+        token["content"] = hidden.get(token["content"], token["content"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
+    elif isinstance(model.get("vocab"), list):
+        model["vocab"] = [[hidden.get(row[0], row[0]), *row[1:]] for row in model["vocab"]]
+    data["post_processor"] = None  # it names special tokens, and a dictated text has neither a beginning nor an end
+    return json.dumps(data)
 
 
 class Compiler:

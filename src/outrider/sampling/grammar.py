@@ -7,8 +7,6 @@ it too, and the law under speculation is the law without: p restricted to the al
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
@@ -20,7 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from outrider.automata import Compiler
+from outrider.automata import Compiler, core_of, unspelled
 
 KEPT = 64
 """Compiled grammars that are kept."""
@@ -31,26 +29,9 @@ LOST = "the grammar allows only tokens to which the model gives no probability, 
 
 
 def tokenizer_json(tokenizer: Any) -> str | None:
-    """The contents of tokenizer.json of a fast tokenizer, or None for one that has none.
-
-    Its special tokens have names that nobody can spell: a text that a grammar dictates ("<pad>") is written with ordinary tokens,
-    while the compiler, which asks the tokenizer how, would dictate the special one and then refuse it.
-    """
-    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
-    if core is None:
-        return None
-    data = json.loads(core.to_str())
-    model = data["model"]
-    special = {t["content"] for t in data.get("added_tokens") or () if t["special"]} - {model.get("unk_token")}
-    hidden = {name: f"{name}{secrets.token_hex(12)}" for name in special}
-    for token in data.get("added_tokens") or ():
-        token["content"] = hidden.get(token["content"], token["content"])
-    if isinstance(model.get("vocab"), dict):
-        model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
-    elif isinstance(model.get("vocab"), list):
-        model["vocab"] = [[hidden.get(row[0], row[0]), *row[1:]] for row in model["vocab"]]
-    data["post_processor"] = None  # it names special tokens, and a dictated text has neither a beginning nor an end
-    return json.dumps(data)
+    """The contents of tokenizer.json of a fast tokenizer as a compiler should read it, or None for one that has none."""
+    core = core_of(tokenizer)
+    return None if core is None else unspelled(core)
 
 
 class Grammars:

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from outrider.automata import core_of
 from outrider.errors import RequestError
-from outrider.sampling.grammar import tokenizer_json
 from outrider.serve.expressions import wild
 from outrider.serve.prep_worker import Refused, packed
 from outrider.serve.tickets import Unavailable
@@ -135,11 +135,13 @@ class Pool:
         return await asyncio.shield(task)
 
     async def _run(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
-        process = self._idle.pop() if self._idle else _Process(self._hello())
         try:
-            return await process.do(job, seconds)
+            process = self._idle.pop() if self._idle else _Process(await asyncio.to_thread(self._hello))
+            try:
+                return await process.do(job, seconds)
+            finally:
+                self._idle.append(process)
         finally:
-            self._idle.append(process)
             self._free.release()
 
     def _done(self, task: asyncio.Task[Any]) -> None:
@@ -167,7 +169,7 @@ class Prep:
         self._reads = self._folder is not None or (core is not None and not getattr(tokenizer, "chat_template", None))
         self.wild = core is not None and wild(core)
         self._texts = Pool(2, lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)})
-        self._grammars = Pool(1, lambda: {"grammar": tokenizer_json(tokenizer), "eos": list(eos)})
+        self._grammars = Pool(1, lambda: {"grammar": core_of(tokenizer), "eos": list(eos)})
         self._known: OrderedDict[bytes, str | None] = OrderedDict()  # digests of grammars: None, or why one is refused
 
     def aside(self, characters: int, template: bool) -> bool:
@@ -228,12 +230,6 @@ class Prep:
 def too_long(tokens: int, most: int) -> RequestError:
     """The error for a prompt beyond the context."""
     return RequestError(f"a text has {tokens} tokens and the context holds {most + 1}: shorten it to at most {most}")
-
-
-def core_of(tokenizer: Any) -> str | None:
-    """The text of a fast tokenizer's tokenizer.json; None for one that has none."""
-    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
-    return None if core is None else core.to_str()
 
 
 def folder_of(tokenizer: Any) -> str | None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from outrider.automata import Compiler
+from outrider.automata import Compiler, unspelled
 from outrider.errors import OutriderError, RequestError
 
 NICE = 5
@@ -62,7 +62,7 @@ class Work:
     def prepare(self) -> dict[str, Any]:
         """Load what the jobs need, so that no job's time goes into it."""
         if "grammar" in self._given:
-            self._compiler = Compiler(self._given.pop("grammar"), self._given["eos"])
+            self._compiler = Compiler(unspelled(self._given.pop("grammar")), self._given["eos"])
         else:
             given = self._given
             self._tokenizer = _Core(given.pop("core")) if "core" in given else _of_folder(given["folder"])
