@@ -41,8 +41,8 @@ def core_of(tokenizer: Any) -> str | None:
 def unspelled(core: str) -> str:
     """A tokenizer.json whose special tokens have names that nobody can spell.
 
-    A text that a grammar dictates ("<pad>") is written with ordinary tokens, while the compiler, which asks the tokenizer how, would
-    dictate the special one and then refuse it.
+    A text that a grammar dictates ("<pad>") is written with ordinary tokens, while the compiler, which asks the tokenizer how,
+    would dictate the special one and then refuse it.
     """
     data = json.loads(core)
     model = data["model"]

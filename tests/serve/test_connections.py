@@ -114,6 +114,22 @@ def test_a_reply_before_pipelined_bytes_is_whole_and_the_last(server: Running) -
     assert answer.count(b"HTTP/1.1") == 1 and json.loads(answer.partition(b"\r\n\r\n")[2])["usage"]
 
 
+def test_a_body_of_crumbs_is_refused(server: Running) -> None:
+    """A byte a chunk costs the loop as much as a page a chunk does; whoever streams a body in sensible chunks is served."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    data = json.dumps({"model": "pycode", "prompt": "x" * 5000, "max_tokens": 2}).encode()
+
+    def reply_to(size: int) -> bytes:
+        pieces = [data[i : i + size] for i in range(0, len(data), size)]
+        sock = connected(server, head + b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n")
+        answer = sock.recv(65536)
+        sock.close()
+        return answer
+
+    assert reply_to(1).startswith(b"HTTP/1.1 400")
+    assert b"context holds" in reply_to(100) or reply_to(100).startswith(b"HTTP/1.1 200")
+
+
 def test_two_requests_after_each_other_share_a_connection(server: Running) -> None:
     sock = connected(server)
     for _ in range(2):

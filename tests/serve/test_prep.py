@@ -43,10 +43,13 @@ def test_expressions_of_common_tokenizers_are_tame(pattern: str) -> None:
 )
 def test_expressions_that_may_loop_are_wild(pattern: str) -> None:
     assert risky(pattern)
-    assert wild(json.dumps({"normalizer": {"type": "Sequence", "normalizers": [{"pattern": {"Regex": pattern}}]}}))
+    part = {"type": "Sequence", "of": [{"pattern": {"Regex": pattern}}]}
+    assert wild(json.dumps({"normalizer": part})) == (True, False)
+    assert wild(json.dumps({"pre_tokenizer": None, "decoder": part})) == (False, True)
 
 
 def test_json_is_judged_before_it_is_read() -> None:
+    check(b'"' + b'\\"' * 500_000, 0)  # a text that does not end is looked at once
     check(b'{"a": "[[[[,,,,\\"{{{{", "b": [1, 2]}', 2)  # what stands in texts is no structure
     for data in (b"[" + b"1," * 100 + b"1]", b"[" + b"[]," * CONTAINERS + b"1]", b"[" * 40 + b"]" * 40):
         with pytest.raises(BadField):

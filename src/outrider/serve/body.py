@@ -19,8 +19,9 @@ CONTAINERS = 20_000
 KEYS = 4096
 """Most keys of an object."""
 TOGETHER = 64 << 20
-"""Bytes of bodies that may be in hand at once; more are refused, since they come before their requests have a place."""
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+"""Bytes of bodies that may be in hand at once; beyond, those above SMALL are refused: they come before their requests have a place."""
+SMALL = 1 << 16
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # an open one goes to the end: linear
 _BRACKETS = re.compile(rb"[\[\]{}]")
 
 
@@ -48,7 +49,7 @@ class Bodies:
                         raise HTTPException(
                             413, f"the body is larger than {self.limit} bytes: make the request smaller"
                         )
-                    if self.held > TOGETHER:
+                    if self.held > TOGETHER and len(data) > SMALL:
                         raise HTTPException(503, "too many large requests at once: try again", {"retry-after": "5"})
         except TimeoutError:
             raise HTTPException(408, f"the body took longer than {self.seconds:g} seconds") from None

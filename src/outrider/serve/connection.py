@@ -12,7 +12,9 @@ from asyncio import TimerHandle, Transport
 from contextlib import suppress
 from typing import Any
 
+import h11
 from starlette.responses import JSONResponse
+from uvicorn import Config
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,6 +23,8 @@ RESERVED = 8
 SPARE = 40
 """Descriptors kept for everything else: files, helper processes, the store."""
 FEWEST = 4
+PIECES, TINY = 2000, 64
+"""So many pieces of a body may be of any size; those of a longer one have so many bytes on average."""
 BURST = 8
 """Connections that are taken from the queue at a time, before others' bytes are looked at."""
 OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})
@@ -44,10 +48,30 @@ class Door:
         return False
 
 
+class Crumbs(h11.Connection):
+    """The parser of one connection. It refuses a body that comes in thousands of tiny chunks: each costs as much as a large one."""
+
+    pieces = size = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.pieces = self.size = 0
+        elif isinstance(event, h11.Data):
+            self.pieces, self.size = self.pieces + 1, self.size + len(event.data)
+            if self.pieces > PIECES and self.size < TINY * self.pieces:
+                raise h11.RemoteProtocolError("the body comes in too many tiny chunks")
+        return event
+
+
 class Connection(H11Protocol):
     """One connection. door: of its server (see `at`)."""
 
     door: Door
+
+    def __init__(self, config: Config, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.conn = Crumbs(h11.SERVER, config.h11_max_incomplete_event_size or 16384)
 
     @classmethod
     def at(cls, door: Door) -> type[Connection]:

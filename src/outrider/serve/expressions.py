@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+READING, WRITING = ("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)
 _TOKEN = re.compile(
     r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?[:=!>]|\(\?[a-z-]+:|\(\?<?|\(|\)|[*+?]|\{\d*,?\d*\}|\||.", re.DOTALL
 )
@@ -21,14 +21,15 @@ FEW = 8
 """So many repetitions of one piece are no repetition without bound, and so many pieces in a row may be there or not."""
 
 
-def wild(core: str) -> bool:
-    """The same for the text of a tokenizer.json."""
-    return any(risky(pattern) for pattern in _patterns(json.loads(core)))
+def wild(core: str) -> tuple[bool, bool]:
+    """The same for the text of a tokenizer.json: of what reads a text, and of what writes one."""
+    document = json.loads(core)
+    return tuple(any(map(risky, _patterns(document, parts))) for parts in (READING, WRITING))  # type: ignore[return-value]
 
 
-def _patterns(document: dict[str, Any]) -> Iterator[str]:
-    """Every expression of a tokenizer's parts."""
-    stack: list[Any] = [document.get(part) for part in _PARTS]
+def _patterns(document: dict[str, Any], parts: tuple[str, ...]) -> Iterator[str]:
+    """Every expression of some of a tokenizer's parts."""
+    stack: list[Any] = [document.get(part) for part in parts]
     while stack:
         held = stack.pop()
         if isinstance(held, dict):

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from outrider.automata import core_of
-from outrider.errors import RequestError
+from outrider.errors import ConfigError, RequestError
 from outrider.serve.expressions import wild
 from outrider.serve.prep_worker import Refused, packed
 from outrider.serve.tickets import Unavailable
@@ -167,7 +167,11 @@ class Prep:
         self._folder = folder_of(tokenizer)
         self._compiles = core is not None and find_spec("llguidance") is not None
         self._reads = self._folder is not None or (core is not None and not getattr(tokenizer, "chat_template", None))
-        self.wild = core is not None and wild(core)
+        self.wild, writing = (False, False) if core is None else wild(core)
+        if writing:  # every token of every text goes through it, in the engine's thread
+            raise ConfigError(
+                "the decoder in the target's tokenizer.json has an expression that may take for ever: use another tokenizer"
+            )
         self._texts = Pool(2, lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)})
         self._grammars = Pool(1, lambda: {"grammar": core_of(tokenizer), "eos": list(eos)})
         self._known: OrderedDict[bytes, str | None] = OrderedDict()  # digests of grammars: None, or why one is refused

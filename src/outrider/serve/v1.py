@@ -69,7 +69,7 @@ class OpenAI:
     async def _answer(self, request: Request, kind: type[Body]) -> Any:
         body = await self.body(request, kind)
         who = body.user or request.headers.get(USER) or secrets.token_hex(8)
-        reply = await self.begin(body, request.scope.get(OWNER, 0), who)
+        reply = await while_connected(request, self.begin(body, request.scope.get(OWNER, 0), who))
         headers = {"x-request-id": reply.ticket.id} | ({ARM: reply.ticket.arm} if reply.ticket.arm else {})
         if body.stream:
             frames = reply.frames(self.bridge, self.settings.pad)
