@@ -116,7 +116,8 @@ def test_a_reply_before_pipelined_bytes_is_whole_and_the_last(server: Running) -
 
 def test_a_body_of_crumbs_is_refused(server: Running) -> None:
     """A byte a chunk costs the loop as much as a page a chunk does; whoever streams a body in sensible chunks is served."""
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     data = json.dumps({"model": "pycode", "prompt": "x" * 5000, "max_tokens": 2}).encode()
 
     def reply_to(size: int) -> bytes:

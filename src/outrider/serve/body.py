@@ -19,7 +19,7 @@ CONTAINERS = 20_000
 KEYS = 4096
 """Most keys of an object."""
 TOGETHER = 64 << 20
-"""Bytes of bodies that may be in hand at once; beyond, those above SMALL are refused: they come before their requests have a place."""
+"""Bytes of bodies that may be in hand at once, before their requests have a place; beyond, those above SMALL are refused."""
 SMALL = 1 << 16
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # an open one goes to the end: linear
 _BRACKETS = re.compile(rb"[\[\]{}]")

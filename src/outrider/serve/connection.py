@@ -59,7 +59,8 @@ class Crumbs(h11.Connection):
             self.pieces = self.size = 0
         elif isinstance(event, h11.Data):
             self.pieces, self.size = self.pieces + 1, self.size + len(event.data)
-            if self.pieces > PIECES and self.size < TINY * self.pieces:
+            few = self.size < TINY * self.pieces and self.our_state is h11.SEND_RESPONSE
+            if self.pieces > PIECES and few:
                 raise h11.RemoteProtocolError("the body comes in too many tiny chunks")
         return event
 
