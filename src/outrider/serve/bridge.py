@@ -81,7 +81,9 @@ class Bridge:
         self.worker.start()
         await asyncio.wrap_future(self.worker.started)
         self._watching, engine = asyncio.create_task(self._watch()), self.engine
-        self._prep = await asyncio.to_thread(Prep, engine.tokenizer, tuple(engine.eos), engine.max_length - 1)
+        self._prep = await asyncio.to_thread(
+            Prep, engine.tokenizer, tuple(engine.eos), engine.max_length - 1, self.limits.per_owner is not None
+        )
 
     @property
     def prep(self) -> Prep:
@@ -244,10 +246,10 @@ class Bridge:
         except TimeoutError:
             raise Unavailable("the prompt took too long to prepare: make it shorter") from None
 
-    async def compile(self, grammar: str) -> None:
+    async def compile(self, grammar: str, owner: int = 0) -> None:
         """Compile a grammar so that the engine finds it ready: first in a process, which shows that it can be done in time, then
         in a thread kept for that, so that neither engine nor tokenising waits. Raises RequestError for one that cannot be used."""
-        await self.prep.try_grammar(grammar)
+        await self.prep.try_grammar(grammar, owner)
         await asyncio.get_running_loop().run_in_executor(self._compiler, self.engine.compile_grammar, grammar)
 
     def _deadline(self, ticket: Ticket) -> Any:

@@ -72,6 +72,7 @@ class _Process:
     async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # no module of the folder that the server was started in
             "-m",
             "outrider.serve.prep_worker",
             stdin=asyncio.subprocess.PIPE,
@@ -112,29 +113,38 @@ class _Process:
 
 
 class Pool:
-    """So many processes at most, each started when it is first needed. hello: what they are told first."""
+    """So many processes at most, each started when it is first needed. hello: what they are told first. share: most that one
+    client (API key) may have at a time; its further jobs wait behind its own, and not before others'."""
 
-    def __init__(self, most: int, hello: Callable[[], dict[str, Any]]) -> None:
-        self._hello = hello
+    def __init__(self, most: int, hello: Callable[[], dict[str, Any]], share: int) -> None:
+        self._hello, self._share = hello, share
+        self._turns: dict[int, asyncio.Semaphore] = {}
         self._idle: list[_Process] = []
         self._free = asyncio.Semaphore(most)
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def do(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer to a job; one whose client goes away is finished all the same, since its process is busy with it.
+    async def do(self, job: dict[str, Any], seconds: float, owner: int) -> dict[str, Any]:
+        """The answer to a job of a client; one whose client goes away is finished all the same, since its process is busy with it.
 
         Raises Unavailable if no process is free in time, Ended if the job was given up, Unfit if there can be none.
         """
+        turn = self._turns.setdefault(owner, asyncio.Semaphore(self._share))
         try:
-            await asyncio.wait_for(self._free.acquire(), WAIT_SECONDS)
+            async with asyncio.timeout(WAIT_SECONDS):
+                await turn.acquire()
+                try:
+                    await self._free.acquire()
+                except BaseException:
+                    turn.release()
+                    raise
         except TimeoutError:
-            raise Unavailable("others' long prompts or grammars are being read: try again later") from None
-        task = asyncio.get_running_loop().create_task(self._run(job, seconds))
+            raise Unavailable("other long prompts or grammars are being read: try again later") from None
+        task = asyncio.get_running_loop().create_task(self._run(job, seconds, turn))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return await asyncio.shield(task)
 
-    async def _run(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
+    async def _run(self, job: dict[str, Any], seconds: float, turn: asyncio.Semaphore) -> dict[str, Any]:
         try:
             process = self._idle.pop() if self._idle else _Process(await asyncio.to_thread(self._hello))
             try:
@@ -143,6 +153,7 @@ class Pool:
                 self._idle.append(process)
         finally:
             self._free.release()
+            turn.release()
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -159,9 +170,10 @@ class Pool:
 
 
 class Prep:
-    """Clients' texts and grammars, read for one server. tokenizer, eos: the engine's; most: tokens that a prompt may have."""
+    """Clients' texts and grammars, read for one server. tokenizer, eos: the engine's; most: tokens that a prompt may have.
+    shared: several clients share it (an owner is the number of an API key)."""
 
-    def __init__(self, tokenizer: Any, eos: tuple[int, ...], most: int) -> None:
+    def __init__(self, tokenizer: Any, eos: tuple[int, ...], most: int, shared: bool = False) -> None:
         self.most = most
         core = core_of(tokenizer)
         self._folder = folder_of(tokenizer)
@@ -172,26 +184,27 @@ class Prep:
             raise ConfigError(
                 "the decoder in the target's tokenizer.json has an expression that may take for ever: use another tokenizer"
             )
-        self._texts = Pool(2, lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)})
-        self._grammars = Pool(1, lambda: {"grammar": core_of(tokenizer), "eos": list(eos)})
+        texts = lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)}  # noqa: E731
+        grammars = lambda: {"grammar": core_of(tokenizer), "eos": list(eos)}  # noqa: E731
+        self._texts, self._grammars = (Pool(2, hello, 1 if shared else 2) for hello in (texts, grammars))
         self._known: OrderedDict[bytes, str | None] = OrderedDict()  # digests of grammars: None, or why one is refused
 
     def aside(self, characters: int, template: bool) -> bool:
         """Whether so much text goes to a process. Never where none can be told of the tokenizer (it is no file's)."""
         return self._reads and (template or self.wild or characters > SHORT)
 
-    async def encode(self, texts: list[str], special: bool, most: int) -> list[list[int]]:
+    async def encode(self, texts: list[str], special: bool, most: int, owner: int = 0) -> list[list[int]]:
         """Ids of texts, in a process. RequestError for one of more than `most` tokens, or that is not read in time."""
-        return await self._ids({"do": "encode", "texts": texts, "special": special, "most": most})
+        return await self._ids({"do": "encode", "texts": texts, "special": special, "most": most}, owner)
 
-    async def chat(self, messages: list[dict[str, Any]], special: bool) -> list[int]:
+    async def chat(self, messages: list[dict[str, Any]], special: bool, owner: int = 0) -> list[int]:
         """Ids of a conversation by the model's template, in a process."""
         job = {"do": "chat", "messages": messages, "special": special, "most": self.most}
-        return (await self._ids(job))[0]
+        return (await self._ids(job, owner))[0]
 
-    async def _ids(self, job: dict[str, Any]) -> list[list[int]]:
+    async def _ids(self, job: dict[str, Any], owner: int) -> list[list[int]]:
         try:
-            answer = await self._texts.do(job, TEXT_SECONDS)
+            answer = await self._texts.do(job, TEXT_SECONDS, owner)
         except Ended:
             raise RequestError(
                 f"the prompt could not be read within {TEXT_SECONDS:g} seconds: make it shorter"
@@ -206,14 +219,15 @@ class Prep:
             raise RequestError("the prompt cannot be read by this model's tokenizer")
         return answer["ids"]
 
-    async def try_grammar(self, text: str) -> None:
+    async def try_grammar(self, text: str, owner: int = 0) -> None:
         """Compile a grammar in a process unless it is known. RequestError for a bad one and for one that is not done in time."""
         if not self._compiles:
             return  # the engine says so itself
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         if key not in self._known:
             try:
-                why = (await self._grammars.do({"do": "grammar", "text": text}, GRAMMAR_SECONDS)).get("bad")
+                job = {"do": "grammar", "text": text}
+                why = (await self._grammars.do(job, GRAMMAR_SECONDS, owner)).get("bad")
             except Unfit:
                 why = "structured output is not possible with this model's tokenizer"
             except Ended:

@@ -113,13 +113,13 @@ class OpenAI:
             raise BadField(
                 "this server's drafter does not read predictions: start it with --draft prediction+...", "prediction"
             )
-        prompts = await self._prompts(body)
-        predicted = await self._predicted(body)
+        prompts = await self._prompts(body, ticket.owner)
+        predicted = await self._predicted(body, ticket.owner)
         params = sampling(body, facts, predicted)
         if params.max_tokens >= engine.max_length:
             params = replace(params, max_tokens=engine.max_length, min_tokens=min(params.min_tokens, engine.max_length))
         if params.grammar is not None:
-            await self.bridge.compile(params.grammar)
+            await self.bridge.compile(params.grammar, ticket.owner)
         if self.trial is not None and who is not None and not fixed_by_seed(params, engine.parts.rule.lane):
             params = join(self.trial, who, ticket, params)
         await self.bridge.submit(ticket, prompts, params)
@@ -127,22 +127,24 @@ class OpenAI:
         reply.prediction = predicted
         return reply
 
-    async def _prompts(self, body: Body) -> list[list[int]]:
+    async def _prompts(self, body: Body, owner: int) -> list[list[int]]:
         if isinstance(body, ChatRequest):
-            return [await self._conversation(body)]
+            return [await self._conversation(body, owner)]
         prep = self.bridge.prep
         for prompt in body.prompts:
             if not isinstance(prompt, str) and len(prompt) > prep.most:
                 raise too_long(len(prompt), prep.most)
         texts = [p for p in body.prompts if isinstance(p, str)]
-        read = iter(await self._read(texts, body.add_special_tokens is not False, prep.most))
+        read = iter(await self._read(texts, body.add_special_tokens is not False, prep.most, owner))
         return [next(read) if isinstance(p, str) else p for p in body.prompts]
 
-    async def _predicted(self, body: Body) -> tuple[int, ...]:
+    async def _predicted(self, body: Body, owner: int) -> tuple[int, ...]:
         text = "" if body.prediction is None else text_of(body.prediction.content)
-        return tuple((await self._read([text], True, PREDICTED * self.bridge.engine.max_length))[0]) if text else ()
+        return (
+            tuple((await self._read([text], True, PREDICTED * self.bridge.engine.max_length, owner))[0]) if text else ()
+        )
 
-    async def _read(self, texts: list[str], special: bool, most: int) -> list[list[int]]:
+    async def _read(self, texts: list[str], special: bool, most: int, owner: int) -> list[list[int]]:
         """Ids of texts, each of at most `most` tokens. special: with what the tokenizer begins or ends a text with."""
         prep, tokenizer = self.bridge.prep, self.bridge.engine.tokenizer
         if not texts:
@@ -150,11 +152,11 @@ class OpenAI:
         if tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer, and this server has none: send token ids")
         if prep.aside(sum(map(len, texts)), False):
-            return await prep.encode(texts, special, most)
+            return await prep.encode(texts, special, most, owner)
         encode = encoder(tokenizer)
         return await self.bridge.aside(lambda: [encode(text, special) for text in texts])
 
-    async def _conversation(self, body: ChatRequest) -> list[int]:
+    async def _conversation(self, body: ChatRequest, owner: int) -> list[int]:
         """The prompt of a conversation: the model's own chat template, never a client's, in transformers' immutable sandbox.
 
         A model without a template continues text: where that is allowed, it is given the messages' texts, a line each.
@@ -165,11 +167,11 @@ class OpenAI:
             if not self.settings.fallback_chat:
                 raise BadField("this model has no chat template: use /v1/completions", "messages")
             text = "\n".join(m["content"] for m in messages)
-            return (await self._read([text], body.add_special_tokens is not False, prep.most))[0]
+            return (await self._read([text], body.add_special_tokens is not False, prep.most, owner))[0]
         special = body.add_special_tokens is True
         try:
             if prep.aside(sum(len(m["content"]) for m in messages), True):
-                return await prep.chat(messages, special)
+                return await prep.chat(messages, special, owner)
             return await self.bridge.aside(lambda: conversation(tokenizer, messages, special))
         except Refused as error:
             raise BadField(str(error), "messages") from None
