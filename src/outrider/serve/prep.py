@@ -212,7 +212,7 @@ class Prep:
         except Unfit:
             raise RequestError("the prompt cannot be read by this model's tokenizer: send token ids") from None
         if "long" in answer:
-            raise too_long(answer["long"], job["most"])
+            raise TooLong(answer["long"], job["most"])
         if "bad" in answer:
             raise Refused(answer["bad"])
         if "failed" in answer:
@@ -245,9 +245,14 @@ class Prep:
         await self._grammars.close()
 
 
-def too_long(tokens: int, most: int) -> RequestError:
-    """The error for a prompt beyond the context."""
-    return RequestError(f"a text has {tokens} tokens and the context holds {most + 1}: shorten it to at most {most}")
+class TooLong(RequestError):
+    """A text of more tokens than there may be."""
+
+    def __init__(self, tokens: int, most: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens and the context holds {most + 1}: shorten it to at most {most}"
+        )
+        self.tokens = tokens
 
 
 def folder_of(tokenizer: Any) -> str | None:

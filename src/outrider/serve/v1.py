@@ -24,7 +24,7 @@ from outrider.serve.openai import (
     sampling,
     text_of,
 )
-from outrider.serve.prep import Refused, too_long
+from outrider.serve.prep import Refused, TooLong
 from outrider.serve.prep_worker import conversation, encoder
 from outrider.serve.replies import Reply
 from outrider.serve.settings import Settings
@@ -133,16 +133,21 @@ class OpenAI:
         prep = self.bridge.prep
         for prompt in body.prompts:
             if not isinstance(prompt, str) and len(prompt) > prep.most:
-                raise too_long(len(prompt), prep.most)
+                raise TooLong(len(prompt), prep.most)
         texts = [p for p in body.prompts if isinstance(p, str)]
         read = iter(await self._read(texts, body.add_special_tokens is not False, prep.most, owner))
         return [next(read) if isinstance(p, str) else p for p in body.prompts]
 
     async def _predicted(self, body: Body, owner: int) -> tuple[int, ...]:
         text = "" if body.prediction is None else text_of(body.prediction.content)
-        return (
-            tuple((await self._read([text], True, PREDICTED * self.bridge.engine.max_length, owner))[0]) if text else ()
-        )
+        most = PREDICTED * self.bridge.engine.max_length
+        try:
+            return tuple((await self._read([text], True, most, owner))[0]) if text else ()
+        except TooLong as error:
+            message = (
+                f"the prediction has {error.tokens} tokens, and at most {most} are read: send the part that you expect"
+            )
+            raise BadField(message, "prediction") from None
 
     async def _read(self, texts: list[str], special: bool, most: int, owner: int) -> list[list[int]]:
         """Ids of texts, each of at most `most` tokens. special: with what the tokenizer begins or ends a text with."""
