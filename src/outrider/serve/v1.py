@@ -14,16 +14,8 @@ from outrider.errors import RequestError, unknown_name
 from outrider.serve.body import Bodies
 from outrider.serve.bridge import Bridge
 from outrider.serve.guard import OWNER
-from outrider.serve.openai import (
-    MAX_PROMPTS,
-    BadField,
-    ChatRequest,
-    CompletionRequest,
-    Engine,
-    parse,
-    sampling,
-    text_of,
-)
+from outrider.serve.meaning import Engine, sampling
+from outrider.serve.openai import MAX_PROMPTS, BadField, ChatRequest, CompletionRequest, parse, text_of
 from outrider.serve.prep import Refused, TooLong
 from outrider.serve.prep_worker import conversation, encoder
 from outrider.serve.replies import Reply
