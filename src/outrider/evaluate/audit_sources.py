@@ -142,7 +142,8 @@ class Endpoint:
             with OPENER.open(request, timeout=self.timeout) as response:
                 raw = response.read(MAX_RESPONSE + 1)
         except urllib.error.HTTPError as error:
-            raise ConfigError(_refusal(base, error)) from None
+            with error:
+                raise ConfigError(_refusal(base, error)) from None
         except (OSError, HTTPException, ValueError) as error:
             words = _words(str(error) or type(error).__name__)
             raise ConfigError(f"{base} cannot be reached ({words}): check the address and that it is serving") from None

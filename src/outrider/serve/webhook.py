@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from outrider.errors import ConfigError
@@ -96,5 +97,8 @@ def post(url: str, data: bytes, seconds: float = SECONDS) -> bool:
     try:
         with DIRECT.open(request, timeout=seconds) as reply:
             return 200 <= reply.status < 300
+    except HTTPError as error:
+        error.close()
+        return False
     except (OSError, ValueError, HTTPException):  # refused, timed out, an error status, a name that does not resolve
         return False
