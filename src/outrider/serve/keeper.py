@@ -70,7 +70,7 @@ class Line:
 
 
 class Awake:
-    """Seconds that this process has seen go by: of a time in which it was stopped (Ctrl-Z, a frozen container) a moment counts.
+    """Seconds that this process has seen go by: a time in which it was stopped (Ctrl-Z, a frozen container) does not count.
 
     Whoever reads `seconds` calls `tick` about every BEAT.
     """
@@ -80,8 +80,8 @@ class Awake:
 
     def tick(self) -> None:
         now = monotonic()
-        self.seconds += min(now - self._last, 4 * BEAT)
-        self._last = now
+        step, self._last = now - self._last, now
+        self.seconds += step if step <= 2 * BEAT else 0.0  # whatever came meanwhile is looked at first
 
 
 def turned_away() -> int:
