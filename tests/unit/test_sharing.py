@@ -94,7 +94,7 @@ def test_an_abort_within_a_forward_waits_for_its_end() -> None:
     done = []
 
     def forward(*args, **more):
-        if one.steps == 5 and not done:
+        if one.steps == 2 and not done:
             done.append(one.abort(names[0]))
         return inner(*args, **more)
 

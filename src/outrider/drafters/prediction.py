@@ -47,7 +47,7 @@ class Places:
         tokens = np.array(self.prediction, dtype=np.uint64)
         keys, tables = np.zeros(len(tokens) + 1, dtype=np.uint64), []
         for n in range(1, MAX_N + 1):  # keys[i]: of the n tokens before place i + n
-            keys = keys[1:] + tokens[: len(keys) - 1] * np.uint64(_FACTORS[n - 1])
+            keys = keys[1:] + tokens[: max(len(keys) - 1, 0)] * np.uint64(_FACTORS[n - 1])
             order = np.argsort(keys, kind="stable")
             tables.append((keys[order], order + n))
         self._tables = tables

@@ -105,10 +105,9 @@ class Law:
         return slot in self._automata and self._automata[slot].weary
 
     def release(self, slots: Sequence[int]) -> None:
-        """Forget these slots."""
+        """Forget where these slots stand in their grammars: what comes next begins with a budget of its own."""
         for slot in slots:
             self._automata.pop(slot, None)
-            self._histories.pop(slot, None)
 
     def forced(self, sequence: SequenceView) -> list[int]:
         """Tokens that the request's grammar dictates behind its output; none without a grammar."""
