@@ -57,7 +57,7 @@ def test_an_exhausted_grammar_ends_its_request_and_nothing_else(small: Running) 
     thread.start()
     before = incidents(small)
     for again in range(2):
-        status, _, reply = small.call("POST", "/v1/completions", body(3, 20))
+        status, _, reply = small.call("POST", "/v1/completions", body(6, 20, max_tokens=300))
         *texts, last = events(reply)
         assert status == 200 and reply.endswith(b"data: [DONE]\n\n")
         assert last["error"]["type"] == "invalid_request_error" and "middle of the text" in last["error"]["message"]
@@ -65,7 +65,7 @@ def test_an_exhausted_grammar_ends_its_request_and_nothing_else(small: Running) 
         assert incidents(small) == before + again + 1
     thread.join()
     assert json.loads(beside[0])["choices"][0]["text"] == alone
-    status, _, reply = small.call("POST", "/v1/completions", body(3, 20, stream=False, n=2))
+    status, _, reply = small.call("POST", "/v1/completions", body(6, 20, stream=False, n=2, max_tokens=300))
     assert status == 400 and json.loads(reply)["error"]["type"] == "invalid_request_error"
     until(
         lambda: small.bridge.engine.scheduler.free == 2 and not small.bridge.tickets and not small.bridge.worker.routes

@@ -22,7 +22,7 @@ def engine() -> Engine:
 
 
 def texts(engine: Engine, grammar: str, **options) -> list:
-    asked = [SamplingParams(**{"grammar": grammar, "max_tokens": 30, "seed": i, **options}) for i in range(3)]
+    asked = [SamplingParams(**{"grammar": grammar, "max_tokens": 18, "seed": i, **options}) for i in range(3)]
     return [r.outputs[0] for r in engine.generate(["x = ", "ab", "class A"], asked)]
 
 
@@ -33,14 +33,14 @@ def test_behind_the_end_are_only_ends(engine: Engine, grammar: str, temperature:
     """With `ignore_eos`: the text of plain decoding for every drafter, a text of the grammar, and then ends until the limit."""
     eos = set(engine.eos)
     plain = texts(companion(engine, "none", rule="match"), grammar, temperature=temperature, ignore_eos=True)
-    for draft in (None, "ngram:1-3", "forced", "early:2", "prediction"):
+    for draft in (None, "ngram:1-3", "forced+prediction"):
         one = companion(engine, draft, rule="match")
-        guess = {"prediction": tuple(engine.encode("abab(){}"))} if draft == "prediction" else {}
+        guess = {"prediction": tuple(engine.encode("abab(){}"))} if draft == "forced+prediction" else {}
         got = texts(one, grammar, temperature=temperature, ignore_eos=True, **guess)
         assert [o.token_ids for o in got] == [o.token_ids for o in plain]
     for output in plain:
         ends = [t in eos for t in output.token_ids]
-        assert output.finish_reason == "length" and len(ends) == 30
+        assert output.finish_reason == "length" and len(ends) == 18
         assert ends == sorted(ends) and any(ends)
         if grammar.startswith("regex"):
             assert re.fullmatch(ENDLESS, output.text)
@@ -69,23 +69,28 @@ def test_every_end_is_an_end(engine: Engine) -> None:
 
 # ------------------------------------------------------------------ lossy rules
 @pytest.mark.parametrize(
-    "rule", ["tv_budget:per_token=0.5", "over_acceptance:eps=0.5", "lenience:l=0.1", "typical:eps=0", "top_k:k=50"]
+    ("rule", "draft"),
+    [
+        ("tv_budget:per_token=0.5", "ngram:1-3"),
+        ("over_acceptance:eps=0.5", "ngram:1-3"),
+        ("lenience:l=0.1", "early:2"),
+        ("top_k:k=50", "ngram:1-3"),
+    ],
 )
-@pytest.mark.parametrize("draft", ["ngram:1-3", "early:2"])
 def test_a_lossy_rule_keeps_to_the_grammar(engine: Engine, rule: str, draft: str) -> None:
     """Drafts from text that the grammar forbids, and requests with bans and least lengths beside them."""
     one = companion(engine, draft, rule=rule, allow_lossy=True)
     prompt = "ab = [ab, ab, abab]\nfor ab in ab:\n    print(ab, ab, ab)\n"
-    asked = [SamplingParams(max_tokens=24, seed=s, grammar="regex:[0-9]{3}(, [0-9]{3}){0,9}") for s in range(4)]
+    asked = [SamplingParams(max_tokens=24, seed=s, grammar="regex:[0-9]{3}(, [0-9]{3}){0,9}") for s in range(2)]
     banned, only = engine.encode(" ab")[-1], engine.encode("=")[0]
-    asked += [SamplingParams(max_tokens=24, min_tokens=20, seed=s, top_k=5) for s in range(4)]
-    asked += [SamplingParams(max_tokens=24, seed=s, logit_bias={banned: -100.0}) for s in range(4)]
+    asked += [SamplingParams(max_tokens=24, min_tokens=20, seed=s, top_k=5) for s in range(2)]
+    asked += [SamplingParams(max_tokens=24, seed=s, logit_bias={banned: -100.0}) for s in range(2)]
     asked += [SamplingParams(max_tokens=24, seed=s, logit_bias={only: 100.0}) for s in range(2)]
-    outputs = [r.outputs[0] for r in one.generate([prompt] * 14, asked)]
-    assert all(re.fullmatch(r"[0-9]{1,3}(, ?[0-9]{0,3})*,?", o.text) for o in outputs[:4])
-    assert all(len(o.token_ids) >= 20 for o in outputs[4:8])
-    assert all(banned not in o.token_ids for o in outputs[8:12])
-    assert all(set(o.token_ids) == {only} for o in outputs[12:])
+    outputs = [r.outputs[0] for r in one.generate([prompt] * 8, asked)]
+    assert all(re.fullmatch(r"[0-9]{1,3}(, ?[0-9]{0,3})*,?", o.text) for o in outputs[:2])
+    assert all(len(o.token_ids) >= 20 for o in outputs[2:4])
+    assert all(banned not in o.token_ids for o in outputs[4:6])
+    assert all(set(o.token_ids) == {only} for o in outputs[6:])
 
 
 # ------------------------------------------------------------------ blanks

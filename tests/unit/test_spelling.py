@@ -67,7 +67,12 @@ def test_special_tokens_are_named_and_take_no_room() -> None:
     tokenizer = bytewise()
     end = tokenizer.get_vocab()["<|end|>"]
     spelling, offsets = Spelling(tokenizer), Offsets(Spelling(tokenizer))
-    assert spelling.text(end) == "<|end|>" and special_tokens(tokenizer)[end] == "<|end|>"
+    assert (
+        spelling.text(end) == "<|end|>"
+        and spelling.shown(end) == ""
+        and spelling.keys([end], end) == [""]
+        and special_tokens(tokenizer)[end] == "<|end|>"
+    )
     (a, b) = ids_of(tokenizer, b"ab")
     assert [offsets.next(t) for t in (a, end, b, end)] == [0, 1, 1, 2]
 

@@ -29,15 +29,19 @@ class Spelling:
         """The token's characters; U+FFFD for bytes that are none on their own."""
         return self.bytes_of(token).decode("utf-8", "replace")
 
+    def shown(self, token: int) -> str:
+        """What the token adds to a text: nothing if it is special."""
+        return "" if token in self.special else self.text(token)
+
     def escaped(self, token: int) -> str:
         """The token as OpenAI writes one that is no text on its own: `bytes:` and each byte as \\xNN."""
         return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes_of(token))
 
     def keys(self, tokens: list[int], chosen: int) -> list[str]:
-        """Different strings for different tokens. The chosen one has its text; of the others those that are text on their own."""
-        taken, out = {self.text(chosen): chosen}, []
+        """Different strings for different tokens: the chosen one as it is shown, the others as text if they are any alone."""
+        taken, out = {self.shown(chosen): chosen}, []
         for token in tokens:
-            key = self.text(token)
+            key = self.shown(token) if token == chosen else self.text(token)
             if token != chosen and (UNKNOWN in key or taken.get(key, token) != token):
                 key = self.escaped(token) if UNKNOWN in key else f"token_id:{token}"
             if taken.setdefault(key, token) != token:

@@ -222,7 +222,7 @@ class TextStream:
             stop, full = self._matcher.feed(char), self._full.feed(char) if self._full else None
             if not self._early and (stop is not None or full is not None):
                 at = min(i - len(stop) if stop else i, self._begin(i, len(full))[0] if full else i)
-                return self._stop_at(text[:at], stop if full is None or (stop and len(stop) > len(full)) else full)
+                return self._stop_at(text[:at], max(stop or "", full or "", key=len))
         return self._release(text)
 
     @property

@@ -207,13 +207,14 @@ class Reply:
         return {**self._token(e.token, e.logprob), "top_logprobs": [self._token(t, v) for t, v in e.top]}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        spelled = None if self.tokenizer is None else list(self._spelling.bytes_of(token))
+        special = token in self._spelling.special  # no bytes of the text, so that the others' joined are the text
+        spelled = None if self.tokenizer is None else [] if special else list(self._spelling.bytes_of(token))
         return {"token": self._spelling.text(token), "logprob": max(logprob, -9999.0), "bytes": spelled}
 
     def _legacy(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for e in entries:
-            out["tokens"].append(self._spelling.text(e.token))
+            out["tokens"].append(self._spelling.shown(e.token))
             out["token_logprobs"].append(max(e.logprob, -9999.0))
             keys = self._spelling.keys([t for t, _ in e.top], e.token)
             out["top_logprobs"].append({key: max(v, -9999.0) for key, (_, v) in zip(keys, e.top, strict=True)})
