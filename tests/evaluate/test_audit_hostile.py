@@ -26,7 +26,7 @@ class Hostile(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(self.status)
         if 300 <= self.status < 400:
-            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/stolen\x1b[2J")
+            self.send_header("Location", f"http://localhost:{self.headers['Host'].rpartition(':')[2]}/stolen\x1b[2J")
         self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
         self.wfile.write(self.body)
