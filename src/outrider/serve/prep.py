@@ -26,7 +26,7 @@ from outrider.serve.tickets import Unavailable
 
 SHORT = 4096
 """Characters of a request that are read at once: some milliseconds."""
-GRAMMAR_SECONDS, TEXT_SECONDS = 2.0, 5.0
+GRAMMAR_SECONDS, TEXT_SECONDS = 2.0, 10.0
 """Seconds a client's grammar may take to compile, and its text or conversation to be read."""
 WAIT_SECONDS = 10.0
 """Seconds a job may wait for a process."""
