@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -24,6 +25,14 @@ class CapacityError(OutriderError):
 
 class RequestError(OutriderError):
     """One request cannot be served; its neighbours are not disturbed."""
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Others' text as it may be shown: commands to a terminal, turns of the direction and half characters are spelt out."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -104,6 +104,8 @@ def serving(
         price=options.pop("price", None),
         webhook=options.pop("webhook", None),
         body_seconds=options.pop("body_seconds", 30.0),
+        head_seconds=options.pop("head_seconds", 10.0),
+        connections=options.pop("connections", 1024),
     )
     past, arrange = options.pop("past", None), options.pop("arrange", lambda watch: None)
     before = set(threading.enumerate())

@@ -15,8 +15,8 @@ import pytest
 
 from outrider.engine.build import build_engine
 from outrider.engine.scheduler import Scheduler
+from outrider.serve.body import DEPTH
 from outrider.serve.bridge import Bridge
-from outrider.serve.guard import DEPTH, nested
 from outrider.serve.tickets import Limits, Overloaded
 from outrider.telemetry.prometheus import Metrics
 from tests.serve.harness import KEY, Running, serving, until
@@ -115,14 +115,14 @@ def test_the_engine_finds_a_grammar_compiled() -> None:
     engine.compile_grammar('json:{"type":"object"}')
     grammars = engine.parts.law.grammars
     assert grammars is not None
-    made = grammars._make
-    grammars._make = lambda text: pytest.fail("compiled twice")  # type: ignore[method-assign]
+    made = grammars._compiler.make
+    grammars._compiler.make = lambda text: pytest.fail("compiled twice")  # type: ignore[method-assign]
     one, two = grammars.start('json:{"type":"object"}'), grammars.start('json:{"type":"object"}')
     token = engine.encode("{")[0]
     assert one.allowed([])[token] and not one.allowed([token])[token]
     one.follow([token])
     assert not one.allowed([])[token] and two.allowed([])[token]  # copies do not share their place
-    grammars._make = made  # type: ignore[method-assign]
+    grammars._compiler.make = made  # type: ignore[method-assign]
     for i in range(100):
         engine.compile_grammar(f"regex:a{i}")
     assert len(grammars._compiled) <= 64
@@ -133,7 +133,6 @@ def test_nesting_is_bounded(server: Running, depth: int) -> None:
     value: Any = 1
     for _ in range(depth):
         value = [value]
-    assert nested(value, DEPTH) is (depth > DEPTH)
     status, _, reply = server.call("POST", "/v1/completions", {**SHORT, "metadata": value})
     message = json.loads(reply)["error"]["message"]
     assert status == 400 and ("nested too deeply" in message) is (depth + 1 > DEPTH)

@@ -133,9 +133,9 @@ def test_a_text_may_spell_a_special_token(engine: Engine, value: str, draft: str
 
 # ------------------------------------------------------------------ budgets
 def spent(engine: Engine, monkeypatch: pytest.MonkeyPatch, **limits: int) -> Engine:
-    from outrider.sampling import grammar
+    from outrider import automata
 
-    monkeypatch.setattr(grammar, "LIMITS", {**grammar.LIMITS, **limits})
+    monkeypatch.setattr(automata, "LIMITS", {**automata.LIMITS, **limits})
     return companion(engine, "none")
 
 

@@ -120,7 +120,7 @@ def audit(
         name = model or target
         if name is None:
             raise ConfigError("--url needs the model's name there: add --model")
-        source = src.of_endpoint(src.Endpoint(url, name, api_key), params)
+        source = src.of_endpoint(src.Endpoint(url, name, api_key), params, engine.parts.target.vocab_size)
     elif python:
         source = src.of_callable(src.load_callable(python))
     else:

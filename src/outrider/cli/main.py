@@ -18,7 +18,7 @@ from outrider.cli import options as opt  # noqa: E402
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.ending import INTERRUPTED  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
-from outrider.errors import OutriderError  # noqa: E402
+from outrider.errors import OutriderError, printable  # noqa: E402
 
 app = typer.Typer(
     name="outrider",
@@ -70,7 +70,7 @@ def _interrupted() -> NoReturn:
 
 
 def _wrong(sentence: object) -> NoReturn:
-    print(f"outrider: {sentence}", file=sys.stderr)
+    print(f"outrider: {printable(str(sentence))}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,9 +127,14 @@ def say(text: str) -> None:
     err.print(f"outrider: {text}", style="dim", markup=False)
 
 
+_UNSEEN = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
+"""What JSON may hold as it is and a terminal or an encoding may not: written as JSON's escapes."""
+
+
 def print_json(document: dict[str, Any]) -> None:
     """The one JSON document of a command; NaN becomes null."""
-    typer.echo(json.dumps(_clean(document), indent=2, ensure_ascii=False))
+    text = json.dumps(_clean(document), indent=2, ensure_ascii=False)
+    typer.echo(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _clean(value: Any) -> Any:

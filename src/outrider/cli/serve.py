@@ -74,6 +74,15 @@ def serve(
     hang_timeout: Annotated[
         float, typer.Option("--hang-timeout", min=0.5, help="Seconds without a step: unhealthy.")
     ] = 10.0,
+    connections: Annotated[
+        int,
+        typer.Option(
+            "--connections",
+            min=1,
+            max=65536,
+            help="Connections at once; fewer where the system allows fewer descriptors.",
+        ),
+    ] = 1024,
     grace: Annotated[
         float, typer.Option("--grace", min=0, help="Seconds running requests may take to finish on shutdown.")
     ] = 30.0,
@@ -162,6 +171,7 @@ def serve(
         pad=pad_streams,
         details=details,
         limits=Limits(queue, share_of(per_key, len(keys), slots + queue), queue_timeout, request_timeout, hang_timeout),
+        connections=connections,
         grace=grace,
         price=price_per_hour,
         webhook=None if alert_webhook is None else check_url(alert_webhook),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from outrider.cli import options as opt
 
 if TYPE_CHECKING:
@@ -26,4 +24,4 @@ def engine_from_options(**options: Any) -> Engine:
 def tell(notices: Iterable[str]) -> None:
     """Say on stderr what keeps an engine from being faster, each once."""
     for notice in dict.fromkeys(notices):
-        opt.err.print(f"[dim]outrider: {escape(notice)}[/dim]", soft_wrap=True)
+        opt.say(notice)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from outrider.cli.console import Console
 
 PIPE = 4096
 """Columns of a line that nobody looks at in a window: it is never broken."""

@@ -10,12 +10,14 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
 from outrider.engine.engine import Engine
-from outrider.errors import ConfigError
+from outrider.errors import ConfigError, printable
 from outrider.sampling.params import SamplingParams
+from outrider.web import OPENER
 
 MAX_RESPONSE = 1 << 26
 """Most bytes read of one response."""
@@ -137,24 +139,42 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(f"{base}/v1/completions", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with OPENER.open(request, timeout=self.timeout) as response:
                 raw = response.read(MAX_RESPONSE + 1)
         except urllib.error.HTTPError as error:
-            words = error.read(2000).decode("utf-8", "replace")
-            raise ConfigError(f"{base} refused the request ({error.code}): {words[:300]}") from None
-        except OSError as error:
-            raise ConfigError(f"{base} cannot be reached ({error}): check the address and that it is serving") from None
+            with error:
+                raise ConfigError(_refusal(base, error)) from None
+        except (OSError, HTTPException, ValueError) as error:
+            words = _words(str(error) or type(error).__name__)
+            raise ConfigError(f"{base} cannot be reached ({words}): check the address and that it is serving") from None
         try:
             document = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(f"{base} did not answer with JSON of at most {MAX_RESPONSE >> 20} MiB") from None
         if not isinstance(document, dict) or not isinstance(document.get("choices"), list) or not document["choices"]:
             raise ConfigError(f"{base} answered without `choices`: is it an OpenAI-compatible completions server?")
         return document
 
 
-def of_endpoint(endpoint: Endpoint, params: SamplingParams) -> Source:
-    """Completions of token-id prompts over HTTP, several at a time.
+def _refusal(base: str, error: urllib.error.HTTPError) -> str:
+    """The sentence for an error, or for a direction to another place, which is not followed: the key is for this one."""
+    if 300 <= error.code < 400:
+        place = _words(str(error.headers.get("Location", "another address")))
+        return f"{base} sends elsewhere ({error.code}, to {place}): redirects are not followed, so give that address as --url"
+    try:
+        words = error.read(2000).decode("utf-8", "replace")
+    except (OSError, HTTPException):
+        words = ""
+    return f"{base} refused the request ({error.code}): {_words(words)}"
+
+
+def _words(text: str) -> str:
+    """A server's own words, in one short line."""
+    return printable(" ".join(text.split()))[:300]
+
+
+def of_endpoint(endpoint: Endpoint, params: SamplingParams, vocab: int | None = None) -> Source:
+    """Completions of token-id prompts over HTTP, several at a time. vocab: ids that the target knows.
 
     A server that cannot be used at all (nothing there, no token ids) shows at the first request, which raises ConfigError; after
     that a request that fails is a failed text, so that what has been judged is not lost.
@@ -162,7 +182,8 @@ def of_endpoint(endpoint: Endpoint, params: SamplingParams) -> Source:
     answered = threading.Event()
 
     def ask(prompt: list[int], seed: int) -> Emission:
-        return read_choice(endpoint.complete(request_body(endpoint.model, prompt, params, seed))["choices"][0])
+        choice = endpoint.complete(request_body(endpoint.model, prompt, params, seed))["choices"][0]
+        return read_choice(choice, params.max_tokens, vocab)
 
     def one(prompt: list[int], seed: int) -> Emission:
         try:
@@ -202,21 +223,35 @@ def request_body(model: str, prompt: list[int], params: SamplingParams, seed: in
     return body
 
 
-def read_choice(choice: dict[str, Any]) -> Emission:
-    """Token ids of a choice: `token_ids`, or `logprobs.tokens` in the form `token_id:17`. Raises ConfigError without either."""
-    book = choice.get("logprobs") or {}
-    values = [x for x in (book.get("token_logprobs") or []) if isinstance(x, int | float)]
+def read_choice(choice: Any, most: int, vocab: int | None = None) -> Emission:
+    """Token ids of a choice: `token_ids`, or `logprobs.tokens` in the form `token_id:17`.
+
+    most: tokens that were asked for. vocab: ids that there are. Raises ConfigError without ids, and for what can be no answer to
+    that request: a server that answers so has not been judged.
+    """
+    book = choice.get("logprobs") if isinstance(choice, dict) else None
+    book = {} if book is None else book
+    if not isinstance(choice, dict) or not isinstance(book, dict):
+        raise ConfigError("the server's answer is no completion: its choices or their logprobs have another shape")
     ids = choice.get("token_ids")
     if ids is None:
-        words = book.get("tokens") or []
-        ids = [int(w.removeprefix("token_id:")) for w in words if isinstance(w, str) and _names_id(w)]
-        if not ids or len(ids) != len(words):
+        words = book.get("tokens")
+        ids = [_id_of(w) for w in words] if isinstance(words, list) else []
+        if not ids or None in ids:
             raise ConfigError(
                 "the server returns no token ids, and text alone does not say which tokens were drawn: start it so that "
                 "completions carry `token_ids` or `token_id:N` (vLLM: --return-tokens-as-token-ids)"
             )
-    return Emission(tuple(int(t) for t in ids), tuple(float(v) for v in values) if len(values) == len(ids) else ())
+    last = (1 << 31) - 1 if vocab is None else vocab - 1
+    if not isinstance(ids, list) or len(ids) > most or any(type(t) is not int or not 0 <= t <= last for t in ids):
+        raise ConfigError(
+            f"the server's answer is no list of at most {most} token ids between 0 and {last}: is it the model that --target names?"
+        )
+    values = book.get("token_logprobs")
+    known = isinstance(values, list) and len(values) == len(ids) and all(type(v) in (int, float) for v in values)
+    return Emission(tuple(ids), tuple(map(float, values)) if known else ())  # type: ignore[arg-type]
 
 
-def _names_id(word: str) -> bool:
-    return word.startswith("token_id:") and word.removeprefix("token_id:").isdigit()
+def _id_of(word: Any) -> int | None:
+    digits = word.removeprefix("token_id:") if isinstance(word, str) and word.startswith("token_id:") else ""
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote
 
 from outrider.errors import ConfigError
 
@@ -60,6 +60,9 @@ def connect(where: str | Path, *, read_only: bool) -> Database:
     """The database of a store: a path, or a URL that begins with postgresql://. Raises ConfigError."""
     if isinstance(where, str) and where.startswith(URLS):
         return Postgres(where, read_only=read_only)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(where))
+    if scheme:  # never a file of that name, which may have a password in it
+        raise ConfigError(f"{scheme[1]}: is no kind of store: give a file, or a URL that begins with postgresql://")
     return Sqlite(Path(where), read_only=read_only)
 
 
@@ -148,6 +151,20 @@ def _recover(path: Path) -> None:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
+def place_of(url: str) -> tuple[str, str | None]:
+    """What messages call a Postgres URL, without user and password, and the password as it stands in it. ConfigError for one that
+    cannot be told apart from its password."""
+    scheme, _, rest = url.partition("://")
+    user, _, place = rest.rpartition("@")
+    query = parse_qs(place.partition("?")[2]).get("password", [])
+    if any(c in user for c in "/?#@[]") or "@" in user:
+        raise ConfigError(
+            "the URL of the store cannot be read: write / ? # @ [ ] in its user or password as %2F %3F %23 %40 %5B %5D"
+        )
+    secret = user.partition(":")[2] or (query[0] if query else None)
+    return f"{scheme}://{place.partition('?')[0]}", secret or None
+
+
 class Postgres:
     """A Postgres database, schema `public` or the one the URL's options name. Needs `pip install 'outrider[postgres]'`."""
 
@@ -156,9 +173,7 @@ class Postgres:
             import psycopg
         except ImportError:
             raise ConfigError("a store in Postgres needs psycopg: pip install 'outrider[postgres]'") from None
-        parts = urlsplit(url)
-        place = parts.netloc.rpartition("@")[2]
-        self.name = f"{parts.scheme}://{place}{parts.path}"  # messages never show a password
+        self.name, secret = place_of(url)
         self.error: tuple[type[Exception], ...] = (psycopg.Error,)
         try:
             # its stubs take only literal statements; ours are literals with `?` exchanged
@@ -167,6 +182,7 @@ class Postgres:
             self.connection.read_only = read_only
         except psycopg.Error as error:
             words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            words = words if secret is None else words.replace(secret, "***").replace(unquote(secret), "***")
             raise ConfigError(f"{self.name}: cannot be used as a store ({words})") from None
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:

@@ -112,6 +112,7 @@ class Store:
 
         Raises ConfigError when that run was configured differently, or is being written by a process that is alive.
         """
+        name = name.encode("utf-8", "backslashreplace").decode()  # of a file whose name is no text
         with self._write():
             row = self.db.execute(
                 "SELECT id, config, pid, host, updated FROM runs WHERE kind = ? AND name = ? AND state = 'running' "

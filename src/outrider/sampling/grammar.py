@@ -7,8 +7,6 @@ it too, and the law under speculation is the law without: p restricted to the al
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
@@ -20,53 +18,20 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from outrider.errors import CapabilityError, RequestError
+from outrider.automata import Compiler, core_of, unspelled
 
-KINDS = ("regex", "json")
-LIMITS: dict[str, Any] = {
-    "max_items_in_row": 2000,
-    "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000,
-    "max_lexer_states": 50_000,
-    "max_grammar_size": 100_000,
-    "verbose_errors": False,
-}
-"""What one grammar may cost: some ten milliseconds to compile and a few for a step, whatever it says; and no text in errors. Some
-grammars are cheap to compile and spend it all in the middle of a text: see `Automaton.exhausted`."""
 KEPT = 64
 """Compiled grammars that are kept."""
-BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,24}|\n\t{0,8}"}
-"""White space between the parts of JSON: a blank, or a line break and some indentation. Without a bound a model that likes blanks
-writes nothing else until its last token. A schema may choose another pattern (`x-guidance`)."""
 EXHAUSTED = (
     "the grammar needs more work than this server allows, and was given up in the middle of the text: make it simpler"
 )
 LOST = "the grammar allows only tokens to which the model gives no probability, in the middle of the text: change it"
-INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
 
 
 def tokenizer_json(tokenizer: Any) -> str | None:
-    """The contents of tokenizer.json of a fast tokenizer, or None for one that has none.
-
-    Its special tokens have names that nobody can spell: a text that a grammar dictates ("<pad>") is written with ordinary tokens,
-    while the compiler, which asks the tokenizer how, would dictate the special one and then refuse it.
-    """
-    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
-    if core is None:
-        return None
-    data = json.loads(core.to_str())
-    model = data["model"]
-    special = {t["content"] for t in data.get("added_tokens") or () if t["special"]} - {model.get("unk_token")}
-    hidden = {name: f"{name}{secrets.token_hex(12)}" for name in special}
-    for token in data.get("added_tokens") or ():
-        token["content"] = hidden.get(token["content"], token["content"])
-    if isinstance(model.get("vocab"), dict):
-        model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
-    elif isinstance(model.get("vocab"), list):
-        model["vocab"] = [[hidden.get(row[0], row[0]), *row[1:]] for row in model["vocab"]]
-    data["post_processor"] = None  # it names special tokens, and a dictated text has neither a beginning nor an end
-    return json.dumps(data)
+    """The contents of tokenizer.json of a fast tokenizer as a compiler should read it, or None for one that has none."""
+    core = core_of(tokenizer)
+    return None if core is None else unspelled(core)
 
 
 class Grammars:
@@ -77,13 +42,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
-        try:
-            import llguidance
-        except ImportError:
-            raise CapabilityError(INSTALL) from None
-        self._lib, self.vocab_size, self.eos = llguidance, vocab_size, tuple(eos)
-        self._tokenizer = llguidance.LLTokenizer(tokenizer, eos_token=eos[0] if eos else None)
-        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._compiler, self.vocab_size, self.eos = Compiler(tokenizer, eos), vocab_size, tuple(eos)
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = Lock()
 
@@ -99,29 +58,11 @@ class Grammars:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
-        made = self._make(text)
+        made = self._compiler.make(text)
         with self._lock:
             self._compiled[text] = made
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return made
-
-    def _make(self, text: str) -> Any:
-        kind, colon, body = text.partition(":")
-        matcher = self._lib.LLMatcher
-        if not colon or kind not in KINDS:
-            raise RequestError(f"a grammar is written 'regex:PATTERN' or 'json:SCHEMA', got {text[:60]!r}")
-        if not self.eos:
-            raise RequestError("a grammar needs an end-of-sequence token, and this target has none")
-        try:
-            grammar = (
-                matcher.grammar_from_regex(body) if kind == "regex" else matcher.grammar_from_json_schema(body, BLANKS)
-            )
-        except Exception as error:  # the library raises ValueError, or its own errors for a schema it cannot read
-            raise RequestError(f"the {kind} grammar cannot be read: {_first_line(error)}") from None
-        made = matcher(self._tokenizer, grammar, limits=self._limits, log_level=0)
-        if made.is_error():
-            raise RequestError(f"the {kind} grammar cannot be used: {_first_line(made.get_error())}")
         return made
 
     def start(self, text: str) -> Automaton:
@@ -136,11 +77,7 @@ class Grammars:
         """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
         with self._lock:
             self._compiled.pop(text, None)
-        return self._make(text)
-
-
-def _first_line(error: object) -> str:
-    return " ".join(str(error).split())[:160]
+        return self._compiler.make(text)
 
 
 class Automaton:

@@ -10,6 +10,9 @@ from collections.abc import Sized
 
 from outrider.errors import ConfigError
 
+BACKLOG = 2048
+"""Connections that may wait to be taken."""
+
 
 def check_address(host: str, keys: Sized, allow_open: bool) -> None:
     """ConfigError for an address others can reach without a key, unless that was asked for."""
@@ -52,7 +55,7 @@ def reserve(host: str, port: int) -> socket.socket:
     return taken
 
 
-def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
+def listen(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
     """A socket that listens and does not block. ConfigError if the address cannot be had."""
     listener = reserve(host, port)
     try:

@@ -123,11 +123,6 @@ def prepare(engine: Engine, metrics: Metrics, adaptive: bool, trial: Trial | Non
         look = engine.controller.outlook
         metrics.gauges.update(
             spec_decode_length=("Draft length chosen for the present load.", lambda: look().length),
-            spec_decode_speedup_ratio_estimate=("Estimated speed over plain decoding.", lambda: look().speedup),
-            spec_decode_break_even_rejection_probability=(
-                "Rejection probability per judged token at which speculation gains nothing.",
-                lambda: look().break_even,
-            ),
         )
 
 

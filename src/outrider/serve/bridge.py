@@ -19,14 +19,15 @@ from outrider.engine.engine import Engine
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError, RequestError
 from outrider.sampling.params import SamplingParams
+from outrider.serve.keeper import BEAT, Awake
+from outrider.serve.prep import Prep
 from outrider.serve.tickets import Deadline, EngineFailure, Limits, Overloaded, Ticket, Unavailable
 from outrider.serve.worker import EngineThread, Mail
 from outrider.telemetry.prometheus import Finished, Metrics
 
 T = TypeVar("T")
 DEAD = "the engine has died: send the request again later"
-GRAMMAR_SECONDS = 2.0
-"""Seconds a client's grammar may take to compile."""
+LOADING = "the engine is still loading: try again in some seconds"
 
 
 class Bridge:
@@ -34,7 +35,8 @@ class Bridge:
 
     build: makes the engine, in the engine's thread. metrics: gets every step and every finished request.
     prepare: called with the new engine before it serves (warm-up, controller).
-    tickets: the open requests; held: their samples, and owned: those of each owner; begun: requests so far.
+    tickets: the open requests; held: their samples, and owned: those of each owner; begun: requests so far, failures: those that
+    the engine failed after their reply had begun or while they waited.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Bridge:
         self.limits, self.metrics = limits or Limits(), metrics
         self.tickets: dict[str, Ticket] = {}
         self.draining = False
-        self.held = self.begun = 0
+        self.held = self.begun = self.failures = 0
         self.owned: Counter[int] = Counter()
         self.worker = EngineThread(
             build, prepare, metrics, self._post, self._deliver, self._give_up, self.limits.queue_seconds
@@ -55,10 +57,14 @@ class Bridge:
         self._typical = 1.0  # seconds of a request, exponentially averaged: only for Retry-After
         self._loop: asyncio.AbstractEventLoop | None = None
         self._compiler = ThreadPoolExecutor(1, "outrider-grammar")
+        self._prep: Prep | None = None
+        self._quiet, self._beat = Awake(), 0.0  # how long the engine's thread has not come round, and since when
+        self._watching: asyncio.Task[None] | None = None
         metrics.counters["requests_started"] = (
             "Requests that got a place; each is counted once more, by how it ended, when it gives the place back.",
             lambda: self.begun,
         )
+        metrics.counters["requests_failed"] = ("Requests that the engine failed.", lambda: self.failures)
         metrics.counters["incidents"] = (
             "Defects that were contained: drafts that were none, grammars that ran out of their budget in the middle of a text.",
             lambda: None if self.worker.engine is None else self.worker.engine.incidents,
@@ -74,12 +80,23 @@ class Bridge:
         self._loop = asyncio.get_running_loop()
         self.worker.start()
         await asyncio.wrap_future(self.worker.started)
+        self._watching, engine = asyncio.create_task(self._watch()), self.engine
+        self._prep = await asyncio.to_thread(
+            Prep, engine.tokenizer, tuple(engine.eos), engine.max_length - 1, self.limits.per_owner is not None
+        )
+
+    @property
+    def prep(self) -> Prep:
+        """Where clients' texts and grammars are read."""
+        if self._prep is None:
+            raise Unavailable(LOADING)
+        return self._prep
 
     @property
     def engine(self) -> Engine:
         """The engine: for reading what never changes (tokenizer, parts, limits)."""
         if self.worker.engine is None:
-            raise Unavailable("the engine is still loading: try again in some seconds")
+            raise Unavailable(LOADING)
         return self.worker.engine
 
     @property
@@ -89,13 +106,21 @@ class Bridge:
 
     @property
     def silence(self) -> float:
-        """Seconds since the engine thread last came round."""
-        return self.worker.silence
+        """Seconds since the engine thread last came round; a time in which this process was stopped does not count."""
+        return min(self.worker.silence, self._quiet.seconds)
 
     @property
     def ready(self) -> bool:
         """New requests are welcome."""
         return self.worker.engine is not None and self.alive and not self.draining
+
+    async def _watch(self) -> None:
+        """Keep the clock of the engine's silence."""
+        while True:
+            if self.worker.beat != self._beat:
+                self._quiet, self._beat = Awake(), self.worker.beat
+            self._quiet.tick()
+            await asyncio.sleep(BEAT)
 
     def drain(self) -> None:
         """Take nothing new; what runs may finish. Safe from a signal handler."""
@@ -108,6 +133,10 @@ class Bridge:
         self.worker.stop()
         await asyncio.to_thread(self.worker.join, self.limits.hang_seconds)
         self._compiler.shutdown(wait=False, cancel_futures=True)
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._prep is not None:
+            await self._prep.close()
 
     async def settle(self, grace: float) -> None:
         """Wait until nothing is open; after `grace` seconds end what is left with an error and give it a second to say so."""
@@ -174,13 +203,16 @@ class Bridge:
             for part in parts:
                 if isinstance(part, OutriderError):
                     ticket.outcome = "error"
+                    self.failures += isinstance(part, EngineFailure)
                     raise part
                 batch += part
             ticket.ended += sum(event.finish_reason is not None for _, event in batch)
             for _, event in batch:
                 if event.error is not None:
                     ticket.outcome = "error"
-                    raise RequestError(event.error) if event.blame == "request" else EngineFailure(event.error)
+                    ours = event.blame != "request"
+                    self.failures += ours
+                    raise EngineFailure(event.error) if ours else RequestError(event.error)
                 ticket.outcome = event.finish_reason or ticket.outcome
             if not ticket.done:
                 ticket.outcome = "abort"
@@ -214,14 +246,11 @@ class Bridge:
         except TimeoutError:
             raise Unavailable("the prompt took too long to prepare: make it shorter") from None
 
-    async def compile(self, grammar: str, seconds: float = GRAMMAR_SECONDS) -> None:
-        """Compile a grammar in a thread kept for that, so that neither engine nor tokenising waits for it; the engine then finds
-        it ready. Raises RequestError for a bad one, Unavailable after `seconds`."""
-        work = asyncio.get_running_loop().run_in_executor(self._compiler, self.engine.compile_grammar, grammar)
-        try:
-            await asyncio.wait_for(work, seconds)
-        except TimeoutError:
-            raise Unavailable("the grammar took too long to compile: make it smaller") from None
+    async def compile(self, grammar: str, owner: int = 0) -> None:
+        """Compile a grammar so that the engine finds it ready: first in a process, which shows that it can be done in time, then
+        in a thread kept for that, so that neither engine nor tokenising waits. Raises RequestError for one that cannot be used."""
+        await self.prep.try_grammar(grammar, owner)
+        await asyncio.get_running_loop().run_in_executor(self._compiler, self.engine.compile_grammar, grammar)
 
     def _deadline(self, ticket: Ticket) -> Any:
         return Deadline(ticket.arrived + self.limits.request_seconds - monotonic())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-import json
 import logging
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -26,8 +23,6 @@ OPEN = frozenset({"/health"})
 """The only paths that need no key."""
 OWNER = "outrider.owner"
 """Where a request's scope has the number of its key."""
-DEPTH = 32
-"""Most lists and objects in each other in a body."""
 HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
@@ -120,58 +115,6 @@ def reply(
 ) -> JSONResponse:
     """An error in OpenAI's shape."""
     return JSONResponse(error_body(message, kind, param, code), status, headers)
-
-
-async def body_of(request: Request, limit: int, seconds: float) -> Any:
-    """The JSON body. Raises HTTPException for another type, or a body above `limit` bytes or slower than `seconds`; BadField
-    for bad JSON."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "send the body as application/json")
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise HTTPException(415, "send the body without content-encoding")
-    data = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                data += part
-                if len(data) > limit:
-                    raise HTTPException(413, f"the body is larger than {limit} bytes: make the request smaller")
-    except TimeoutError:
-        raise HTTPException(408, f"the body took longer than {seconds:g} seconds") from None
-    try:
-        body = json.loads(bytes(data).decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
-    except UnicodeDecodeError:
-        raise BadField("the body is not UTF-8") from None
-    except RecursionError:
-        raise BadField("the body is nested too deeply") from None
-    except ValueError as error:
-        raise BadField(f"the body is not valid JSON: {getattr(error, 'msg', str(error))[:100]}") from None
-    if nested(body, DEPTH):
-        raise BadField(f"the body is nested too deeply: at most {DEPTH} levels")
-    return body
-
-
-def nested(value: Any, depth: int) -> bool:
-    """Whether a JSON value has more than `depth` lists and objects in each other."""
-    level = [value]
-    for _ in range(depth + 1):
-        held = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, list | dict)]
-        if not held:
-            return False
-        level = [x for values in held for x in values]
-    return True
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand once: two readers of the same bytes must not see two requests."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a key stands twice")
-    return out
 
 
 async def on_error(request: Request, error: Exception) -> Response:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -29,6 +30,12 @@ PATIENCE = 5.0
 """Seconds a client that is turned away may take to send its request and to read the reply."""
 TURNED_AWAY = 512
 """Most clients that are being turned away at once; more are cut without a word."""
+SPARE = 32
+"""Descriptors kept for the worker to be started."""
+PAUSE = 0.5
+"""Seconds until the next client is looked at when no descriptor is left."""
+FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Reasons for which nobody can be let in now."""
 DEATH_SIGNAL = 1
 """prctl(2): PR_SET_PDEATHSIG."""
 
@@ -62,6 +69,30 @@ class Line:
             await asyncio.sleep(BEAT)
 
 
+class Awake:
+    """Seconds that this process has seen go by: a time in which it was stopped (Ctrl-Z, a frozen container) does not count.
+
+    Whoever reads `seconds` calls `tick` about every BEAT.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self._last = 0.0, monotonic()
+
+    def tick(self) -> None:
+        now = monotonic()
+        step, self._last = now - self._last, now
+        self.seconds += step if step <= 2 * BEAT else 0.0  # whatever came meanwhile is looked at first
+
+
+def turned_away() -> int:
+    """Most clients to turn away at once, with the descriptors that this process may open."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        return max(1, min(TURNED_AWAY, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE) // 2))
+    return TURNED_AWAY
+
+
 def die_with_parent() -> None:
     """Let the kernel end this process with its parent, where it offers that: a process that hangs reads no line."""
     with contextlib.suppress(OSError, AttributeError):
@@ -91,6 +122,8 @@ class Keeper:
         self._process: asyncio.subprocess.Process | None = None
         self._served: float | None = None  # since when the present worker has served
         self._turned: set[asyncio.Task[None]] = set()
+        self._most = turned_away()
+        self._open = True  # whether the worker takes those who connect
 
     def run(self) -> int:
         """Until a signal ends the worker, it cannot start, or it dies too often; returns the exit code for this process."""
@@ -141,16 +174,23 @@ class Keeper:
 
     async def _hear(self, reader: asyncio.StreamReader) -> bool:
         """Listen to a worker. True: it has closed the line and is about to end; False: it is lost and must be ended."""
+        heard = asyncio.create_task(reader.read(64))
+        clock = Awake()
         while True:
-            try:
-                async with asyncio.timeout(None if self._served is None else self.silence):
-                    word = (await reader.read(64))[-1:]
-            except TimeoutError:
-                self.say(f"the server has not said a word for {self.silence:g} s")
-                return False
+            await asyncio.wait({heard}, timeout=BEAT)
+            clock.tick()
+            if not heard.done():
+                if self._served is not None and clock.seconds >= self.silence:
+                    heard.cancel()
+                    self.say(f"the server has not said a word for {self.silence:g} s")
+                    return False
+                continue
+            word = heard.result()[-1:]
+            clock, heard = Awake(), asyncio.create_task(reader.read(64)) if word else heard
             if not word:
                 return True
             if word == LOST:
+                heard.cancel()
                 self.say("the server's engine is dead or hangs")
                 return False
             self._served = self._served or monotonic()
@@ -166,18 +206,26 @@ class Keeper:
     # ------------------------------------------------------------------ while nobody serves
     def _door(self, open: bool) -> None:
         """Leave those who connect to the worker, or turn them away."""
-        loop = asyncio.get_running_loop()
+        loop, self._open = asyncio.get_running_loop(), open
         if open:
             loop.remove_reader(self.listener)
         else:
             loop.add_reader(self.listener, self._accept)
 
+    def _look_again(self) -> None:
+        if not self._open:
+            self._door(False)
+
     def _accept(self) -> None:
         try:
             client, _ = self.listener.accept()
-        except OSError:  # the worker was faster, or the client has gone
+        except OSError as error:  # the worker was faster, or the client has gone
+            if error.errno in FULL:  # nothing has been taken: the listener would wake this process again at once
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self.listener)
+                loop.call_later(PAUSE, self._look_again)
             return
-        if len(self._turned) >= TURNED_AWAY:
+        if len(self._turned) >= self._most:
             client.close()
             return
         task = asyncio.get_running_loop().create_task(self._turn_away(client))

@@ -15,8 +15,8 @@ from outrider import __version__
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError
 from outrider.serve.bridge import Bridge
-from outrider.serve.guard import OWNER, body_of
-from outrider.serve.openai import BadField, CompletionRequest, parse
+from outrider.serve.guard import OWNER
+from outrider.serve.openai import BadField, CompletionRequest
 from outrider.serve.settings import Settings
 from outrider.serve.sse import DONE, EventStream, frame
 from outrider.serve.v1 import OpenAI
@@ -107,7 +107,7 @@ class Live:
     # ------------------------------------------------------------------ the playground
     async def play(self, request: Request) -> EventStream:
         """POST /outrider/play: a streamed completion of one sample, each piece of text with the origin of its token."""
-        body = parse(CompletionRequest, await body_of(request, self.settings.body, self.settings.body_seconds))
+        body = await self.v1.body(request, CompletionRequest)
         if len(body.prompts) * body.samples > 1:
             raise BadField("the playground shows one sample", "n")
         ticket = (await self.v1.begin(body, request.scope.get(OWNER, 0))).ticket

@@ -1,4 +1,4 @@
-"""OpenAI's requests, field by field: what is accepted, within which bounds, and the sampling parameters it means.
+"""OpenAI's requests, field by field: what is accepted, and within which bounds.
 
 Every field is bounded here, before anything is allocated. A field that is not known, or known and not supported, is refused: there
 is no field that is read and dropped, but for those that OpenAI defines as having no effect on the text (`user`, `metadata`).
@@ -8,22 +8,18 @@ Checked against OpenAI's openapi.yaml 2.3.0 (August 2026) and the extra fields o
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from outrider.errors import RequestError, unknown_name
-from outrider.sampling.params import SamplingParams
 
 MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_TEXT = 64, 1 << 20, 2_000_000
 MAX_MESSAGES, MAX_PARTS, MAX_TOKEN, MAX_TOKENS, MAX_LENGTH = 1024, 64, (1 << 31) - 1, (1 << 31) - 1, 64
-DEFAULT_TOKENS = 16
-"""`max_tokens` of a completion that names none, as OpenAI has it."""
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$", max_length=10)]
@@ -46,7 +42,7 @@ class TextPart(Strict):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Prediction(Strict):
@@ -102,7 +98,7 @@ class Shared(Strict):
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -115,7 +111,8 @@ class Shared(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=256, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: Literal[True] | None = None
     include_stop_str_in_output: Literal[False] | None = None
@@ -143,8 +140,8 @@ class CompletionRequest(Shared):
     prompt: (
         Text
         | Tokens
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -163,20 +160,40 @@ class CompletionRequest(Shared):
         return self.logprobs
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+"""A list of a message that clients send back as they got it: empty or null."""
+
+
 class Message(Strict):
+    """One message. What a reply of this server has may be sent back as it came, and so may what a client library adds to it."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
+    refusal: Text | None = None
+    tool_calls: Nothing = None
+    annotations: Nothing = None
+    function_call: None = None
+    audio: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        """Only an assistant's message may be empty: that is what some replies are."""
+        if self.role != "assistant" and self.content is None:
+            raise ValueError("content is needed: give a text (null is for messages of the assistant)")
+        if self.role != "assistant" and self.refusal is not None:
+            raise ValueError("refusal is for messages of the assistant: leave it out")
+        return self
 
     @property
     def text(self) -> str:
-        return text_of(self.content)
+        return text_of(self.content) if self.content is not None else self.refusal or ""
 
 
 class ChatRequest(Shared):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -195,16 +212,6 @@ class ChatRequest(Shared):
     @property
     def top(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """What a request is checked against: the served engine's drafter, rule, most tokens it drafts, and whether it is lossless."""
-
-    drafter: str
-    rule: str
-    longest: int
-    lossless: bool
 
 
 _FIELDS = frozenset(
@@ -277,71 +284,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _plain(error: Any) -> str:
-    message = str(error["msg"])
+    message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "literal_error":
         return f"{message}; other values are not supported"
     return message[0].lower() + message[1:]
-
-
-def sampling(request: CompletionRequest | ChatRequest, engine: Engine, predicted: tuple[int, ...]) -> SamplingParams:
-    """The sampling parameters a request means. predicted: its `prediction` as token ids."""
-    asked = request.max_tokens
-    if isinstance(request, ChatRequest):
-        if request.max_tokens is not None and request.max_completion_tokens is not None:
-            raise BadField("give max_completion_tokens or max_tokens, not both", "max_tokens")
-        asked = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
-        if request.top_logprobs and not request.logprobs:
-            raise BadField("top_logprobs needs logprobs to be true", "top_logprobs")
-    elif request.best_of is not None and request.best_of != request.samples:
-        raise BadField("best_of must equal n: samples are not ranked here", "best_of")
-    wish = request.speculation or Speculation()
-    _check_speculation(wish, engine)
-    given = {
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": None if request.top_k == -1 else request.top_k,
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "logit_bias": {int(k): v for k, v in request.logit_bias.items()} if request.logit_bias else None,
-        "seed": request.seed,
-        "n": request.samples,
-        "max_tokens": asked if asked is not None else DEFAULT_TOKENS,
-        "min_tokens": request.min_tokens,
-        "ignore_eos": request.ignore_eos,
-        "stop": request.stop,
-        "stop_token_ids": request.stop_token_ids,
-        "logprobs": request.top,
-        "tv_budget": wish.tv_budget,
-        "grammar": grammar_of(request.response_format),
-        "prediction": predicted,
-        "draft_length": 0 if wish.mode == "off" else wish.length,
-    }
-    return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
-
-
-def grammar_of(wanted: ResponseFormat | None) -> str | None:
-    """The grammar of a response format; BadField for a schema without its type or a type without its schema."""
-    if wanted is None:
-        return None
-    if (wanted.type == "json_schema") != (wanted.json_schema is not None):
-        raise BadField("json_schema goes with the type 'json_schema', and that type needs it", "response_format")
-    return wanted.grammar
-
-
-def _check_speculation(wish: Speculation, engine: Engine) -> None:
-    """BadField for what this server's engine cannot do for one request alone."""
-    for name, asked, served in (("drafter", wish.drafter, engine.drafter), ("rule", wish.rule, engine.rule)):
-        if asked is not None and asked != served:
-            raise BadField(f"this server's {name} is {served!r}: leave speculation.{name} out", f"speculation.{name}")
-    if wish.length is not None and wish.length > engine.longest:
-        raise BadField(f"this server drafts at most {engine.longest} tokens a step", "speculation.length")
-    if wish.mode == "off" and wish.length:
-        raise BadField("speculation.length must be 0 or absent when the mode is off", "speculation.length")
-    if wish.tv_budget and engine.lossless:
-        raise BadField(
-            f"the rule {engine.rule!r} is exact and spends no total variation: leave tv_budget out, "
-            "or ask the operator for a lossy rule",
-            "speculation.tv_budget",
-        )

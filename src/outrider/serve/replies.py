@@ -69,13 +69,23 @@ class Reply:
         await self._prepare()
         async for batch in bridge.events(self.ticket):
             self._take(batch)
-        choices = [self._choice(i, c) for i, c in enumerate(self.choices)]
+        choices = [self._choice(i, c, await self._spaced(i, c.logprobs)) for i, c in enumerate(self.choices)]
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage(), **self._metrics()}
 
-    def _choice(self, index: int, c: Choice) -> dict[str, Any]:
+    async def _spaced(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+        """The log-probabilities of a whole text. Others have a turn after every PIECE of them."""
+        out = self._logprobs(index, entries[:PIECE])
+        for start in range(PIECE, len(entries), PIECE):
+            await asyncio.sleep(0)
+            for name, more in (self._logprobs(index, entries[start : start + PIECE]) or {}).items():
+                if out is not None and isinstance(more, list):
+                    out[name] += more
+        return out
+
+    def _choice(self, index: int, c: Choice, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         text = "".join(c.text)
-        out: dict[str, Any] = {"index": index, "finish_reason": c.finish, "logprobs": self._logprobs(index, c.logprobs)}
+        out: dict[str, Any] = {"index": index, "finish_reason": c.finish, "logprobs": logprobs}
         if self.chat:
             out["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:

@@ -15,7 +15,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from outrider.errors import ConfigError
+from outrider.serve.address import BACKLOG
 from outrider.serve.bridge import Bridge
+from outrider.serve.connection import BURST, Connection, Door, room
 from outrider.serve.keeper import CLOSED, LOST, SERVING, Line
 from outrider.serve.settings import Settings
 from outrider.serve.sse import STALL_SECONDS
@@ -56,6 +58,7 @@ class Server(uvicorn.Server):
         self.say(True)
         for listener in (s for server in self.servers for s in server.sockets):
             bound(listener)
+            queued(listener.fileno())
         gc.collect()
         gc.freeze()  # what a server is made of is never garbage: to look through all of it stops every stream for 0.1 s
         if self.line is not None and self.started:
@@ -113,7 +116,8 @@ def server_for(
         proxy_headers=False,
         lifespan="off",  # the server runs it itself, so that its errors are ours to tell
         ws="none",
-        backlog=2048,
+        backlog=BURST,
+        http=Connection.at(Door(room(settings.connections), settings.head_seconds)),
         timeout_keep_alive=5,
         timeout_graceful_shutdown=int(settings.grace) + 3,
         h11_max_incomplete_event_size=16384,
@@ -127,6 +131,12 @@ def bound(listener: Any) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if hasattr(socket, "TCP_USER_TIMEOUT") and listener.family in (socket.AF_INET, socket.AF_INET6):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALL_SECONDS))
+
+
+def queued(descriptor: int) -> None:
+    """Let the kernel keep as many newcomers as it will: asyncio asks it for no more than it takes at a time."""
+    with socket.socket(fileno=os.dup(descriptor)) as listener:
+        listener.listen(BACKLOG)
 
 
 def unbind() -> None:

@@ -16,8 +16,10 @@ class Settings:
     """model: served name. title: shown on the page. keys: SHA-256 digests of the API keys; empty: no key is asked for.
 
     hosts: names the server answers to when no key is set (a page of another site that resolves its own name to this
-    machine must not reach it). body: largest request body in bytes. pad: pad and pace streams. details: per-request
-    acceptance metrics in replies. price: dollars an hour of this machine. webhook: where alerts are told (`webhook.check_url`).
+    machine must not reach it). body: largest request body in bytes; body_seconds, head_seconds: what it and its head may take.
+    connections: most at once, fewer if the process may not open so many descriptors. pad: pad and pace streams. details:
+    per-request acceptance metrics in replies. price: dollars an hour of this machine. webhook: where alerts are told
+    (`webhook.check_url`).
     """
 
     model: str
@@ -25,6 +27,8 @@ class Settings:
     hosts: tuple[str, ...] = LOCAL_NAMES
     body: int = 2_000_000
     body_seconds: float = 30.0
+    head_seconds: float = 10.0
+    connections: int = 1024
     pad: bool = False
     details: bool = True
     fallback_chat: bool = True

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from time import monotonic, time
 from typing import Any
 
+from outrider.control.acceptance import break_even
 from outrider.control.adaptive import Adaptive, Outlook
 from outrider.serve.bridge import Bridge
 from outrider.serve.webhook import Webhook
-from outrider.telemetry.alerts import WINDOW, Alerts, Reading
-from outrider.telemetry.prometheus import Histogram, quantile
+from outrider.telemetry.alerts import HOPELESS, WINDOW, Alerts, Reading
+from outrider.telemetry.prometheus import Histogram, drafts, quantile
 from outrider.telemetry.resources import cpu_seconds, memory_bytes
 
 KEPT = 600
@@ -48,6 +49,15 @@ class Watch:
             "Natural logarithm of the change detector on rejections minus predicted rejections (alarm at 20.7).",
             lambda: None if residuals.log_detector == float("-inf") else residuals.log_detector,
         )
+        gauges["spec_decode_speedup_ratio_estimate"] = (
+            "Estimated speed of what was decoded lately over plain decoding.",
+            self.speedup,
+        )
+        gauges["spec_decode_break_even_rejection_probability"] = (
+            f"Rejection probability per judged token at which speculation gains nothing; {HOPELESS} where it was never measured.",
+            lambda: HOPELESS if (level := self.break_even()) is None else level,
+        )
+        gauges["engine_alive"] = ("1 while the engine comes round.", lambda: float(self.bridge.alive))
         gauges["kv_cache_usage_ratio"] = ("Tokens in the cache over its capacity.", self.kv_usage)
         if self.price is not None:
             gauges["cost_dollars_per_million_tokens"] = ("Price of a million tokens, latest minute.", self.unit_cost)
@@ -90,7 +100,8 @@ class Watch:
             "length": look.length if look else None,
             "speedup": look.speedup if look else None,
             "overloaded": m.refused["Overloaded"],
-            "failed": sum(n for (_, code), n in m.responses.items() if code == "500"),
+            "failed": sum(n for (_, code), n in m.responses.items() if code == "500") + self.bridge.failures,
+            "drafts": drafts(c),
             "cpu": cpu_seconds(),
             "latency": {name: tuple(h.counts) for name, h in self._latencies()},
         }
@@ -105,15 +116,45 @@ class Watch:
         if not self.history:
             return Reading()
         now, then = self.history[-1], self._then()
-        names = ("judged", "rejected", "emitted", "bias", "overloaded", "failed")
-        look, residuals = self.outlook(), self.bridge.metrics.residuals
+        names = ("judged", "rejected", "accepted", "drafts", "emitted", "bias", "overloaded", "failed")
+        residuals = self.bridge.metrics.residuals
         return Reading(
             **{name: now[name] - then[name] for name in names},
-            speedup=look.speedup if look else None,
-            break_even=look.break_even if look else None,
+            steps=now["sequence_steps"] - then["sequence_steps"],
+            speedup=self.speedup(),
+            break_even=self.break_even(),
+            deep=self.bridge.engine.parts.drafter.max_depth > 0,
+            alive=self.bridge.alive,
             doubted=residuals.doubted,
             changed=residuals.changed,
         )
+
+    def break_even(self) -> float | None:
+        """Rejections per judged token at which drafts gain nothing: of the length that is chosen, or, while that is plain decoding,
+        of the one that is kindest to them. None if no length was ever measured."""
+        look = self.outlook()
+        if look is not None and look.break_even is not None:
+            return look.break_even
+        levels = [break_even(s["length"], s["cost"]) for s in self.speeds() if s["length"]]
+        return max((x for x in levels if x is not None), default=None)
+
+    def speedup(self) -> float | None:
+        """Speed over plain decoding of the window's steps, whoever chose how they draft (a request with a seed of its own does not
+        follow the controller): tokens a step, over its time by the measured cost of the drafted length that is nearest. None if
+        steps drafted and no cost was measured, or nothing is known."""
+        look = self.outlook()
+        if look is None or not self.history:
+            return look.speedup if look else None
+        now, then = self.history[-1], self._then()
+        of = {k: now[k] - then[k] for k in ("sequence_steps", "drafts", "proposed", "accepted")}
+        if not of["drafts"]:
+            return look.speedup
+        length = of["proposed"] / of["drafts"]
+        near = min((s for s in self.speeds() if s["length"]), key=lambda s: abs(s["length"] - length), default=None)
+        if near is None:
+            return None
+        share = of["drafts"] / of["sequence_steps"]
+        return (1 + of["accepted"] / of["sequence_steps"]) / (1 + share * (near["cost"] - 1))
 
     def _then(self) -> dict[str, Any]:
         """The sample at the beginning of the window: the oldest that is not older."""

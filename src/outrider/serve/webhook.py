@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from outrider.errors import ConfigError
 from outrider.telemetry.alerts import Notice
+from outrider.web import DIRECT
 
 logger = logging.getLogger(__name__)
 PAUSES = (1.0, 5.0, 25.0)
@@ -38,16 +40,6 @@ def check_url(url: str) -> str:
     if not good or any(c.isspace() for c in url):
         raise ConfigError("the alert webhook must be a http:// or https:// URL")
     return url
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Redirects are answers, not directions."""
-
-    def redirect_request(self, *_: object) -> None:  # type: ignore[override]
-        return None
-
-
-_OPENER = urllib.request.build_opener(_Stay, urllib.request.ProxyHandler({}))
 
 
 def body_of(notice: Notice, model: str) -> bytes:
@@ -103,7 +95,10 @@ def post(url: str, data: bytes, seconds: float = SECONDS) -> bool:
     """One attempt: whether the other side said 2xx."""
     request = urllib.request.Request(url, data, {"content-type": "application/json", "user-agent": "outrider"})
     try:
-        with _OPENER.open(request, timeout=seconds) as reply:
+        with DIRECT.open(request, timeout=seconds) as reply:
             return 200 <= reply.status < 300
-    except (OSError, ValueError):  # refused, timed out, an error status, a name that does not resolve
+    except HTTPError as error:
+        error.close()
+        return False
+    except (OSError, ValueError, HTTPException):  # refused, timed out, an error status, a name that does not resolve
         return False

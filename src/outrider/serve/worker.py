@@ -56,7 +56,7 @@ class EngineThread:
         self._condition = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._stop = False
-        self._beat = monotonic()
+        self.beat = monotonic()
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="outrider-engine", daemon=True)
 
@@ -68,7 +68,7 @@ class EngineThread:
     @property
     def silence(self) -> float:
         """Seconds since the thread last came round."""
-        return monotonic() - self._beat
+        return monotonic() - self.beat
 
     def start(self) -> None:
         """Begin; `started` is done when the engine serves, or has the error of its construction."""
@@ -99,7 +99,7 @@ class EngineThread:
         except BaseException as error:
             self.started.set_exception(error)
             return
-        self._beat = monotonic()
+        self.beat = monotonic()
         self.started.set_result(None)
         try:
             while not self._stop:
@@ -124,7 +124,7 @@ class EngineThread:
             if not busy and not self._commands and not self._stop:
                 self._condition.wait(IDLE_BEAT)
             commands, self._commands = self._commands, []
-        self._beat = monotonic()
+        self.beat = monotonic()
         return commands
 
     def _step(self, engine: Engine) -> None:

@@ -73,8 +73,8 @@ class PlainTokenizer:
     def __init__(self, core: Tokenizer, eos_token_id: int | None) -> None:
         self._core, self.eos_token_id = core, eos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        return self._core.encode(text).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._core.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._core.decode(ids, skip_special_tokens=skip_special_tokens)

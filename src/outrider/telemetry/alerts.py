@@ -1,7 +1,8 @@
 """Built-in alerts: conditions on windowed sums, with hysteresis, for servers that nobody scrapes.
 
 A condition fires when it has held for `hold` seconds and clears when its opposite, at another threshold, has held as long: a
-value that hovers around a threshold says nothing twice. Every rate asks for a minimum of traffic. What an alert carries are
+value that hovers around a threshold says nothing twice. Every rate asks for a minimum of traffic. No threshold vanishes with the
+trouble: where a measure that a condition would like is missing, one that needs nothing takes its place. What an alert carries are
 numbers of this module and the served model's name: never a client's word.
 """
 
@@ -12,24 +13,36 @@ from dataclasses import dataclass, field
 
 WINDOW = 60.0
 """Seconds over which rates are formed."""
+HOPELESS = 0.9
+"""Rejections per judged token that no draft is cheap enough for, where break-even was never measured: of ten steps that draft, nine
+gain nothing."""
+LEAST_COST = 1.1
+"""Time of a step that drafts over that of a plain one, where it was never measured: hardly any draft costs less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What the conditions look at: sums of the latest WINDOW seconds, and what is believed now. None: not known.
 
-    judged, rejected, emitted: tokens. bias: total variation spent. overloaded, failed: refused and failed requests. speedup,
-    break_even: of the controller. doubted, changed: of `detect.Residuals`.
+    judged, rejected, accepted, emitted: tokens. steps: of sequences, drafts: those of them that judged a draft. bias: total
+    variation spent. overloaded, failed: refused and failed requests. speedup: of what was decoded, over plain decoding. break_even:
+    rejections per judged token at which drafts gain nothing. deep: whether the drafter can draft at all. doubted, changed: of
+    `detect.Residuals`. alive: whether the engine comes round.
     """
 
     judged: int = 0
     rejected: int = 0
+    accepted: int = 0
+    steps: int = 0
+    drafts: int = 0
     emitted: int = 0
     bias: float = 0.0
     overloaded: int = 0
     failed: int = 0
     speedup: float | None = None
     break_even: float | None = None
+    deep: bool = True
+    alive: bool = True
     doubted: bool = False
     changed: bool = False
 
@@ -61,9 +74,16 @@ class Condition:
 
 def _excess(r: Reading) -> float | None:
     """Rejection probability over break-even."""
-    if r.judged < 300 or r.break_even is None:
+    if r.judged < 300:
         return None
-    return r.rejection / max(r.break_even, 1e-6)
+    return r.rejection / max(HOPELESS if r.break_even is None else r.break_even, 1e-6)
+
+
+def _speed(r: Reading) -> float | None:
+    """Speed of what was decoded over plain decoding."""
+    if not r.judged:
+        return None
+    return r.speedup if r.speedup is not None else (1 + r.accepted / max(r.drafts, 1)) / LEAST_COST
 
 
 CONDITIONS: tuple[Condition, ...] = (
@@ -88,7 +108,7 @@ CONDITIONS: tuple[Condition, ...] = (
         "speculation_loses",
         "warning",
         "speculation costs more than it saves",
-        lambda r: r.speedup if r.judged else None,
+        _speed,
         0.97,
         1.0,
         above=False,
@@ -127,6 +147,18 @@ CONDITIONS: tuple[Condition, ...] = (
         2.5,
         0.5,
         hold=5.0,
+    ),
+    Condition(
+        "few_drafts",
+        "info",
+        "hardly a step drafts: on this traffic, or with this draft, speculation does not pay",
+        lambda r: r.drafts / r.steps if r.deep and r.steps >= 1000 else None,
+        0.1,
+        0.3,
+        above=False,
+    ),
+    Condition(
+        "engine_silent", "critical", "the engine is dead or hangs", lambda r: float(not r.alive), 0.5, 0.5, hold=0.0
     ),
     Condition("requests_fail", "critical", "requests fail", lambda r: r.failed, 0.5, 0.5, hold=0.0),
 )

@@ -34,6 +34,8 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 """Bucket ends for latencies of requests."""
 TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 """Bucket ends for seconds per token: finer than usual, since speculation moves them by tens of per cent."""
+REFUSALS = ("BadField", "Overloaded", "RequestError", "Unavailable")
+"""Reasons for which requests are refused."""
 LENGTHS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
 """Bucket ends for acceptance lengths of requests."""
 
@@ -229,7 +231,8 @@ class Metrics(Collector):
             ("tokens", "Tokens emitted.", self.counts.emitted),
         ):
             yield _counter(f"outrider_{name}", text, names, [(values, value)])
-        refused = [([self.model, reason], n) for reason, n in sorted(self.refused.items())]
+        reasons = dict.fromkeys(REFUSALS, 0) | self.refused  # from 0: the first refusal is a rise too
+        refused = [([self.model, reason], n) for reason, n in sorted(reasons.items())]
         yield _counter(
             "outrider_requests_refused", "Requests refused before decoding.", ["model_name", "reason"], refused
         )

@@ -1,0 +1,99 @@
+"""Bodies of requests: their size, the time they take, and how much there is to read in them, before anything is made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from outrider.serve.openai import BadField
+
+DEPTH = 32
+"""Most lists and objects in each other in a body."""
+CONTAINERS = 20_000
+"""Most lists and objects in a body: reading JSON stops every thread, for seconds if a body is nothing else."""
+KEYS = 4096
+"""Most keys of an object."""
+TOGETHER = 64 << 20
+"""Bytes of bodies that may be in hand at once, before their requests have a place; beyond, those above SMALL are refused."""
+SMALL = 1 << 16
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # an open one goes to the end: linear
+_BRACKETS = re.compile(rb"[\[\]{}]")
+
+
+class Bodies:
+    """The bodies that one server has in hand. limit: bytes of one. seconds: it may take. values: most values in it."""
+
+    def __init__(self, limit: int, seconds: float) -> None:
+        self.limit, self.seconds, self.held = limit, seconds, 0
+
+    async def read(self, request: Request, values: int) -> Any:
+        """The JSON body. Raises HTTPException for another type, for a body above `limit` bytes or slower than `seconds`, and while
+        too many others are in hand; BadField for bad JSON, and for more than `values` values in it.
+        """
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "send the body as application/json")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPException(415, "send the body without content-encoding")
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self.seconds):
+                async for part in request.stream():
+                    data += part
+                    self.held += len(part)
+                    if len(data) > self.limit:
+                        raise HTTPException(
+                            413, f"the body is larger than {self.limit} bytes: make the request smaller"
+                        )
+                    if self.held > TOGETHER and len(data) > SMALL:
+                        raise HTTPException(503, "too many large requests at once: try again", {"retry-after": "5"})
+        except TimeoutError:
+            raise HTTPException(408, f"the body took longer than {self.seconds:g} seconds") from None
+        finally:
+            self.held -= len(data)
+        return parsed(bytes(data), values)
+
+
+def parsed(data: bytes, values: int) -> Any:
+    """The value of a body. Raises BadField for bad JSON, and for more than there may be in it."""
+    check(data, values)
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+    except UnicodeDecodeError:
+        raise BadField("the body is not UTF-8") from None
+    except RecursionError:
+        raise BadField("the body is nested too deeply") from None
+    except ValueError as error:
+        raise BadField(f"the body is not valid JSON: {getattr(error, 'msg', str(error))[:100]}") from None
+
+
+def check(data: bytes, values: int) -> None:
+    """BadField for a body that is nested too deeply or has too much in it, before it is read: brackets and commas say."""
+    bare = _STRINGS.sub(b"", data)
+    if bare.count(b",") > values:
+        raise BadField(f"the body has more than {values} values: no prompt of this model is so long")
+    if bare.count(b"[") + bare.count(b"{") > CONTAINERS:
+        raise BadField(f"the body has more than {CONTAINERS} lists and objects: make it simpler")
+    depth = 0
+    for bracket in _BRACKETS.findall(bare):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > DEPTH:
+            raise BadField(f"the body is nested too deeply: at most {DEPTH} levels")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once: two readers of the same bytes must not see two requests."""
+    if len(pairs) > KEYS:
+        raise ValueError(f"an object has more than {KEYS} keys")
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key stands twice")
+    return out

@@ -1,0 +1,122 @@
+"""Whether the expressions of a tokenizer may take more than quadratic time: read from how they are built, without running them.
+
+A matcher that backtracks takes exponential time where something is repeated that is itself repeated or a choice, and a power of the
+text's length where several repetitions stand before something that must follow. What cannot be judged (look behind, back
+references) counts as wild. That errs on the safe side: texts of such a tokenizer take the way through a process (`prep`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+READING, WRITING = ("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)
+_TOKEN = re.compile(
+    r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?[:=!>]|\(\?[a-z-]+:|\(\?<?|\(|\)|[*+?]|\{\d*,?\d*\}|\||.", re.DOTALL
+)
+FEW = 8
+"""So many repetitions of one piece are no repetition without bound, and so many pieces in a row may be there or not."""
+
+
+def wild(core: str) -> tuple[bool, bool]:
+    """The same for the text of a tokenizer.json: of what reads a text, and of what writes one."""
+    document = json.loads(core)
+    return tuple(any(map(risky, _patterns(document, parts))) for parts in (READING, WRITING))  # type: ignore[return-value]
+
+
+def _patterns(document: dict[str, Any], parts: tuple[str, ...]) -> Iterator[str]:
+    """Every expression of some of a tokenizer's parts."""
+    stack: list[Any] = [document.get(part) for part in parts]
+    while stack:
+        held = stack.pop()
+        if isinstance(held, dict):
+            if isinstance(held.get("Regex"), str):
+                yield held["Regex"]
+            stack += held.values()
+        elif isinstance(held, list):
+            stack += held
+
+
+def risky(pattern: str) -> bool:
+    """Whether an expression may take more than quadratic time, or cannot be judged."""
+    if re.search(r"\\[1-9gk]|\(\?<", pattern):
+        return True
+    try:
+        node = _Reader(_TOKEN.findall(pattern)).choice()
+    except RecursionError:
+        return True
+    return node.nested or node.degree > 1 or node.ways > FEW
+
+
+@dataclass(slots=True)
+class _Node:
+    """repeats: repetitions without bound in a row at most. degree: those before something that must follow. ways: pieces that may
+    be there or not, and choices. nested: a repetition of such a piece or of a repetition is in it. branches: alternatives."""
+
+    repeats: int = 0
+    degree: int = 0
+    ways: int = 0
+    nested: bool = False
+    branches: int = 1
+
+
+class _Reader:
+    """Reads the pieces of an expression from the left."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self._tokens, self._at = tokens, 0
+
+    def _next(self) -> str:
+        return self._tokens[self._at] if self._at < len(self._tokens) else ""
+
+    def choice(self) -> _Node:
+        """Alternatives, to the end or to the closing bracket."""
+        out = self._sequence()
+        while self._next() == "|":
+            self._at += 1
+            more = self._sequence()
+            out = _Node(
+                max(out.repeats, more.repeats),
+                max(out.degree, more.degree),
+                max(out.ways, more.ways),
+                out.nested or more.nested,
+                out.branches + 1,
+            )
+        return out
+
+    def _sequence(self) -> _Node:
+        out = _Node()
+        while self._next() not in ("", "|", ")"):
+            part = self._atom()
+            optional, times = self._quantifier()
+            many, loose = times > FEW, part.repeats + part.ways + part.branches > 1
+            out.nested = out.nested or part.nested or (times > 1 and loose)
+            out.ways += part.ways + int(optional or part.branches > 1)
+            out.degree = max(out.degree, part.degree + (0 if optional else out.repeats))
+            out.repeats += max(part.repeats, int(many))
+        return out
+
+    def _atom(self) -> _Node:
+        token = self._next()
+        self._at += 1
+        if not token.startswith("("):
+            return _Node()
+        inside = self.choice()
+        self._at += 1
+        return inside
+
+    def _quantifier(self) -> tuple[bool, float]:
+        """Whether the piece may be missing, and how often it may stand."""
+        optional, times = False, 1.0
+        while (token := self._next()) and (token in "*+?" or re.fullmatch(r"\{\d*,?\d*\}", token)):
+            self._at += 1
+            low, comma, high = token.strip("{}").partition(",")
+            optional = optional or token in "*?" or (token[0] == "{" and low in ("", "0"))
+            if token in "*+" or (comma and not high):
+                times = float("inf")
+            elif token[0] == "{":
+                times *= float(high or low or 0)
+        return optional, times

@@ -1,0 +1,85 @@
+"""What a checked request asks of the engine that is served: sampling parameters, or which field that engine cannot serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.sampling.params import SamplingParams
+from outrider.serve.openai import MAX_TOKENS, BadField, ChatRequest, CompletionRequest, ResponseFormat, Speculation
+
+DEFAULT_TOKENS = 16
+"""`max_tokens` of a completion that names none, as OpenAI has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a request is checked against: the served engine's drafter, rule, most tokens it drafts, and whether it is lossless."""
+
+    drafter: str
+    rule: str
+    longest: int
+    lossless: bool
+
+
+def sampling(request: CompletionRequest | ChatRequest, engine: Engine, predicted: tuple[int, ...]) -> SamplingParams:
+    """The sampling parameters a request means. predicted: its `prediction` as token ids."""
+    asked = request.max_tokens
+    if isinstance(request, ChatRequest):
+        if request.max_tokens is not None and request.max_completion_tokens is not None:
+            raise BadField("give max_completion_tokens or max_tokens, not both", "max_tokens")
+        asked = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
+        if request.top_logprobs and not request.logprobs:
+            raise BadField("top_logprobs needs logprobs to be true", "top_logprobs")
+    elif request.best_of is not None and request.best_of != request.samples:
+        raise BadField("best_of must equal n: samples are not ranked here", "best_of")
+    wish = request.speculation or Speculation()
+    _check_speculation(wish, engine)
+    given = {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": None if request.top_k == -1 else request.top_k,
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "logit_bias": {int(k): v for k, v in request.logit_bias.items()} if request.logit_bias else None,
+        "seed": request.seed,
+        "n": request.samples,
+        "max_tokens": asked if asked is not None else DEFAULT_TOKENS,
+        "min_tokens": request.min_tokens,
+        "ignore_eos": request.ignore_eos,
+        "stop": request.stop,
+        "stop_token_ids": request.stop_token_ids,
+        "logprobs": request.top,
+        "tv_budget": wish.tv_budget,
+        "grammar": grammar_of(request.response_format),
+        "prediction": predicted,
+        "draft_length": 0 if wish.mode == "off" else wish.length,
+    }
+    return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
+
+
+def grammar_of(wanted: ResponseFormat | None) -> str | None:
+    """The grammar of a response format; BadField for a schema without its type or a type without its schema."""
+    if wanted is None:
+        return None
+    if (wanted.type == "json_schema") != (wanted.json_schema is not None):
+        raise BadField("json_schema goes with the type 'json_schema', and that type needs it", "response_format")
+    return wanted.grammar
+
+
+def _check_speculation(wish: Speculation, engine: Engine) -> None:
+    """BadField for what this server's engine cannot do for one request alone."""
+    for name, asked, served in (("drafter", wish.drafter, engine.drafter), ("rule", wish.rule, engine.rule)):
+        if asked is not None and asked != served:
+            raise BadField(f"this server's {name} is {served!r}: leave speculation.{name} out", f"speculation.{name}")
+    if wish.length is not None and wish.length > engine.longest:
+        raise BadField(f"this server drafts at most {engine.longest} tokens a step", "speculation.length")
+    if wish.mode == "off" and wish.length:
+        raise BadField("speculation.length must be 0 or absent when the mode is off", "speculation.length")
+    if wish.tv_budget and engine.lossless:
+        raise BadField(
+            f"the rule {engine.rule!r} is exact and spends no total variation: leave tv_budget out, "
+            "or ask the operator for a lossy rule",
+            "speculation.tv_budget",
+        )

@@ -1,0 +1,169 @@
+"""What is made of a client's text before decoding: token ids, a conversation's prompt, a compiled grammar. Here and, as a program,
+in a process that can be ended: none of the libraries that do it has a limit that holds for every tokenizer, template and schema.
+
+As a program it reads jobs and writes answers over its standard streams, each JSON behind its length; what it works for (the
+tokenizer) is its first. It ends with its parent, after a job's time, and before it takes too much memory. No torch is needed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from outrider.automata import Compiler, unspelled
+from outrider.errors import OutriderError, RequestError
+
+NICE = 5
+"""So much it gives way to the engine when cores are few."""
+Encode = Callable[[str, bool], list[int]]
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """Text to ids by a Hugging Face tokenizer or its like; the flag: with the special tokens it begins or ends a text with."""
+    return lambda text, special: list(
+        tokenizer.encode(text) if special else tokenizer.encode(text, add_special_tokens=False)
+    )
+
+
+class Refused(RequestError):
+    """The model's chat template refuses the messages."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the model's chat template refuses these messages ({name})")
+        self.name = name
+
+
+def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool) -> list[int]:
+    """The prompt of a conversation by the model's own chat template, in transformers' immutable sandbox. Raises Refused.
+
+    special: let the tokenizer add its special tokens to what the template wrote, which as a rule has them already.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates refuse orders of roles by raising, and are outside code
+        raise Refused(type(error).__name__) from None
+    return encoder(tokenizer)(text, special)
+
+
+class Work:
+    """The jobs of one process. given: {"core": text of a tokenizer.json} or {"folder": where transformers reads it}, for texts;
+    {"grammar": text of a tokenizer.json, "eos": ids that end a text} for grammars."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self._given = given
+        self._tokenizer: Any = None
+        self._compiler: Compiler | None = None
+
+    def prepare(self) -> dict[str, Any]:
+        """Load what the jobs need, so that no job's time goes into it."""
+        if "grammar" in self._given:
+            self._compiler = Compiler(unspelled(self._given.pop("grammar")), self._given["eos"])
+        else:
+            given = self._given
+            self._tokenizer = _Core(given.pop("core")) if "core" in given else _of_folder(given["folder"])
+        return {}
+
+    def do(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One job; its answer: {"ids"}, {"long": tokens of a text that is too long}, {"bad": a sentence}, {} for a grammar."""
+        if job["do"] == "grammar":
+            return self._grammar(job["text"])
+        if job["do"] == "chat":
+            try:
+                return _bounded([conversation(self._tokenizer, job["messages"], job["special"])], job["most"])
+            except Refused as error:
+                return {"bad": error.name}
+        encode = encoder(self._tokenizer)
+        return _bounded([encode(text, job["special"]) for text in job["texts"]], job["most"])
+
+    def _grammar(self, text: str) -> dict[str, Any]:
+        try:
+            assert self._compiler is not None
+            self._compiler.make(text)
+        except OutriderError as error:
+            return {"bad": str(error)}
+        return {}
+
+
+class _Core:
+    """A tokenizer.json as `target.tokenizer.PlainTokenizer` reads it, without what that module imports."""
+
+    def __init__(self, core: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._core = Tokenizer.from_str(core)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _of_folder(folder: str) -> Any:
+    """As `target.tokenizer.load_tokenizer` reads a folder, which it has checked. Torch is not needed for it, and not imported."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, trust_remote_code=False)
+
+
+def _bounded(ids: list[list[int]], most: int) -> dict[str, Any]:
+    longest = max(map(len, ids))
+    return {"ids": ids} if longest <= most else {"long": longest}
+
+
+def read(stream: BinaryIO) -> Any:
+    """One message; None when the other side has gone."""
+    head = stream.read(4)
+    return json.loads(stream.read(int.from_bytes(head))) if len(head) == 4 else None
+
+
+def packed(message: Any) -> bytes:
+    """A message as it is sent."""
+    data = json.dumps(message).encode()
+    return len(data).to_bytes(4) + data
+
+
+def limit_memory(size: int) -> None:
+    """Let this process have so many bytes of its own, where the system can be told; what asks for more fails or ends it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def main() -> None:
+    """Do jobs until the parent has gone. Every one has so many seconds: then the kernel ends this process, whatever it is in."""
+    from outrider.serve.keeper import die_with_parent
+
+    die_with_parent()
+    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing that a library prints is an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.nice(NICE)
+    work: Work | None = None
+    while (job := read(jobs)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+        try:
+            if work is None:
+                limit_memory(job["memory"])
+                work = Work(job)
+                answer = work.prepare()
+            else:
+                answer = work.do(job)
+        except Exception as error:
+            answer = {"failed": type(error).__name__}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(packed(answer))
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
