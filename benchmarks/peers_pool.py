@@ -99,6 +99,7 @@ def end(running: Running, patience: float = 15) -> None:
 
 
 def _environment(worker: Worker, threads: int) -> dict[str, str]:
+    """An empty value in the worker's own takes a variable away."""
     keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
     common = {
         "OMP_NUM_THREADS": str(threads),
@@ -110,7 +111,7 @@ def _environment(worker: Worker, threads: int) -> dict[str, str]:
     bound = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"} if "LD_PRELOAD" not in worker.env else {}
     for name in ("OMP_PROC_BIND", "OMP_PLACES"):
         keep.pop(name, None)
-    return keep | common | bound | worker.env
+    return {name: value for name, value in (keep | common | bound | worker.env).items() if value}
 
 
 def _exchange(running: Running, message: Mapping[str, Any], timeout: float) -> dict[str, Any]:

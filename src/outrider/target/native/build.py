@@ -10,7 +10,9 @@ from outrider.compiled import Unit, load
 DECODER = Unit(
     name="decoder",
     folder=Path(__file__).parent,
-    sources=("decoder.cpp", "decoder.h", "plan.h", "attention.h", "linear.h", "parallel.h", "simd.h", "layout.h"),
+    sources=(
+        "decoder.cpp", "decoder.h", "plan.h", "crew.h", "choice.h", "attention.h", "linear.h", "parallel.h", "simd.h", "layout.h",
+    ),  # fmt: skip
     threads=True,
     instead="decoding runs on torch",
 )
