@@ -35,9 +35,10 @@ class Choice {
         if (most_ == 1) return false;
         (trying_ ? tried_ : usual_)[bucket_].add(spent, spent, MEMORY);
         if (!trying_) return false;
-        trial_ += spent;
+        trial_ += spent, ++forwards_;
         if (usual_[bucket_].known) compared_ += spent, expected_ += usual_[bucket_].value;
-        return (trial_ >= TRIAL || compared_ > 1.5 * expected_ + SLICE) && judge(now);
+        const bool hopeless = compared_ > 1.5 * expected_ + SLICE;
+        return (hopeless || (trial_ >= TRIAL && forwards_ >= FORWARDS)) && judge(now);
     }
 
     // What a forward like the one begun usually takes, in seconds; 0: not known.
@@ -49,8 +50,10 @@ class Choice {
     static constexpr int BUCKETS = 64;
     static constexpr double SLICE = 4e-3;   // about what a scheduler gives to one thread before the next
     static constexpr double TRIAL = 6 * SLICE;
+    static constexpr int FORWARDS = 3;      // that a trial has at least, unless it is hopeless
     static constexpr double FASTER = 0.95;  // what a trial must take of the usual time to be followed
     static constexpr double FIRST_PAUSE = 0.06, LAST_PAUSE = 1.0;  // seconds between trials
+    static constexpr double PRICE = 0.03;   // part of the time that trials may cost: longer pauses where they cost more
 
     explicit Choice(int most) : most_(most), size_(most) {}
 
@@ -66,7 +69,7 @@ class Choice {
         if (!down && !up) return;
         other_ = down && !(up && was_down_) ? (size_ > crowded ? size_ - crowded : 1) : most_;
         was_down_ = other_ < size_;
-        trying_ = true, trial_ = compared_ = expected_ = 0.0;
+        trying_ = true, trial_ = compared_ = expected_ = 0.0, forwards_ = 0;
         for (Mean& m : tried_) m = Mean();
     }
 
@@ -83,11 +86,13 @@ class Choice {
         }
         double& pause = up ? up_pause_ : down_pause_;
         if (better != up) pause = 2 * pause < LAST_PAUSE ? 2 * pause : LAST_PAUSE;
-        next_ = now + (size_ < most_ ? up_pause_ : down_pause_);
+        const double cost = better ? 0.0 : (compared_ - expected_) / PRICE;
+        const double wait = size_ < most_ ? up_pause_ : down_pause_;
+        next_ = now + (cost > wait ? cost : wait);
         return better;
     }
 
-    int most_ = 0, size_ = 0, other_ = 0, bucket_ = 0;
+    int most_ = 0, size_ = 0, other_ = 0, bucket_ = 0, forwards_ = 0;
     bool trying_ = false, was_down_ = false;
     double next_ = 0.0, changed_ = 0.0, down_pause_ = FIRST_PAUSE, up_pause_ = FIRST_PAUSE;
     double trial_ = 0.0, compared_ = 0.0, expected_ = 0.0;
