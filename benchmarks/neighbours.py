@@ -4,8 +4,9 @@
     python benchmarks/neighbours.py table runs/neighbours/*.json
 
 `run` starts one process per arm and measures them in turn, in random order, beside 0, 1 and 2 neighbours that it starts and
-stops itself. Arms of ours: what a user gets, one thread, a thread on each core (bound and not), and the same three from the
-checkout of an earlier commit, whose threads share their work by halves. Every call adds its rounds to the pair's file.
+stops itself. Arms of ours: what a user gets, and one thread; of an earlier commit's checkout: one thread and all threads, bound
+to cores (what a user got) and not. A sample is taken again, and in the end left out, if others computed meanwhile. Every call
+adds its rounds to the pair's file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +32,8 @@ from peers_stats import Speeds, describe_machine, ratio, speeds, table
 
 OUT = Path("runs/neighbours")
 NEIGHBOURS = (0, 1, 2)
+WARM = 16
+DISTURBED = 0.1
 PLAIN, SPECULATIVE = "plain", "speculative"
 USERS = {"OMP_NUM_THREADS": "", "OMP_PROC_BIND": "", "OMP_PLACES": ""}  # a user sets none of these
 FREE = {"OMP_PROC_BIND": "false", "OMP_PLACES": ""}
@@ -49,6 +53,16 @@ def busy(count: int) -> Iterator[None]:
             process.wait()
 
 
+def core_seconds(pids: Sequence[int] | None = None) -> float:
+    """What processes and everything they started have computed so far, in seconds of a core; None: everyone."""
+    if pids is None:
+        ticks = sum(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:4]))
+    else:
+        family = {member for pid in pids for member in pool.descendants(pid)}
+        ticks = sum(int(t) for pid in family for t in pool.stat_of(pid)[11:13])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def arms(length: int, before: Path | None, peers: bool) -> list[tuple[Arm, bool]]:
     """Every arm, and whether it has one thread."""
     made: list[tuple[Arm, bool]] = []
@@ -58,15 +72,17 @@ def arms(length: int, before: Path | None, peers: bool) -> list[tuple[Arm, bool]
         made.extend((Arm(f"{name}, {kind}", engine, kind, worker, setting), one) for kind, setting in settings.items())
 
     lengths = {PLAIN: {"length": 0}, SPECULATIVE: {"length": length}}
-    for engine, root in {"ours": HERE.parent, "before": before}.items():
+    fixed = {"one thread": FREE, "all threads": FREE, "all threads bound": {}}
+    for engine, root, settings in (
+        ("ours", HERE.parent, {"default": USERS, "one thread": FREE}),
+        ("before", before, fixed),
+    ):
         if root is None:
             continue
-        path = {"PYTHONPATH": str(root / "src")}
-        settings = {"default": USERS, "one thread": FREE, "all threads": FREE, "all threads bound": {}}
         for how, env in settings.items():
             name = f"{engine}, {how}"
-            options = {"lengths": [0, length]}
-            worker = Worker(name, "peers_ours.py", Path(sys.executable), "torch", options, path | env)
+            path = {"PYTHONPATH": str(root / "src")}
+            worker = Worker(name, "peers_ours.py", Path(sys.executable), "torch", {"lengths": [0, length]}, path | env)
             add(name, worker, how == "one thread", lengths)
     if peers:
         assistant = {PLAIN: {"assistant_tokens": 0}, SPECULATIVE: {"assistant_tokens": 3}}
@@ -94,7 +110,9 @@ def load_of(pair: str) -> tuple[dict[str, Any], list[list[int]]]:
     if pair == "shipped":
         from outrider.assets import shipped
 
-        parts, prompts = {part: str(shipped(part)) for part in ("target", "draft")}, shipped_texts()
+        parts, prompts = {part: str(OUT / "pair" / part) for part in ("target", "draft")}, shipped_texts()
+        for part, folder in parts.items():  # copied: llama.cpp's file is written beside it
+            shutil.copytree(shipped(part), folder, dirs_exist_ok=True)
     else:
         folder = Path("runs/synthetic") / pair
         size = json.loads((folder / "measured.json").read_text())["recipe"]["size"]
@@ -133,10 +151,21 @@ class Bench:
             with busy(count):
                 for arm in order.sample(self.arms, len(self.arms)):
                     command = {"prompts": [prompt], "temperature": 1.0, "seed": seed, "setting": arm.setting}
-                    warm = command | {"tokens": 16}
-                    found = pool.ask(self.running[arm.worker.name], command | {"tokens": self.tokens}, warm)
+                    found = self._ask(arm, command)
                     if turn >= 0:
                         self.samples[str(count)][arm.name].append(found)
+
+    def _ask(self, arm: Arm, command: dict[str, Any], tries: int = 4) -> dict[str, Any] | None:
+        """A sample, or None if every time others than the neighbours took more than DISTURBED of a core meanwhile."""
+        running = self.running[arm.worker.name]
+        ours = [os.getpid()]  # with its workers and neighbours
+        for _ in range(tries):
+            start, before = time.monotonic(), core_seconds() - core_seconds(ours)
+            found = pool.ask(running, command | {"tokens": self.tokens}, command | {"tokens": WARM})
+            others = core_seconds() - core_seconds(ours) - before
+            if others <= DISTURBED * (time.monotonic() - start):
+                return found
+        return None
 
     def end(self) -> None:
         """End every worker."""
@@ -212,9 +241,9 @@ def _ratios(by_count: Mapping[str, Speeds], kind: str) -> list[list[str]]:
     """The default over the best fixed choice of each engine, and over the default before."""
     ours, rows = f"ours, default, {kind}", []
     compared = {
-        "ours / the better of one and all threads": ("ours, one", "ours, all"),
-        "ours / the better of one and all threads before": ("before, one", "before, all"),
-        "ours / before": ("before, default",),
+        "ours / one thread": ("ours, one",),
+        "ours / the better of one and all threads before": ("before,",),
+        "ours / all threads bound before": ("before, all threads bound",),
         "ours / the better of transformers": ("transformers",),
         "ours / the better of llama.cpp": ("llama.cpp",),
     }

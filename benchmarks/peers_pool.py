@@ -141,7 +141,7 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            for parent in _stat(int(entry.name))[1:2]:
+            for parent in stat_of(int(entry.name))[1:2]:
                 children.setdefault(int(parent), []).append(int(entry.name))
     family = [pid]
     for member in family:
@@ -180,10 +180,10 @@ def resume(pid: int) -> None:
 
 def _state(pid: int) -> str:
     """One letter: R running, S sleeping, D waiting for a device, T stopped, Z ended."""
-    return next(iter(_stat(pid)), "Z")
+    return next(iter(stat_of(pid)), "Z")
 
 
-def _stat(pid: int) -> list[str]:
+def stat_of(pid: int) -> list[str]:
     """Fields of /proc/<pid>/stat from the state on; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
