@@ -125,7 +125,9 @@ def load_of(pair: str) -> tuple[dict[str, Any], list[list[int]]]:
 class Bench:
     """Started workers and the samples by number of neighbours and arm."""
 
-    def __init__(self, wanted: Sequence[tuple[Arm, bool]], load: dict[str, Any], prompts: Sequence[list[int]], tokens: int):
+    def __init__(
+        self, wanted: Sequence[tuple[Arm, bool]], load: dict[str, Any], prompts: Sequence[list[int]], tokens: int
+    ):
         self.prompts, self.tokens = prompts, tokens
         self.load = load | {"length": tokens + max(map(len, prompts)) + 16}
         self.running: dict[str, pool.Running] = {}

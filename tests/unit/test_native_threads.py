@@ -20,7 +20,17 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="the native decoder nee
 
 
 def compile_(source: str, out: Path, *flags: str) -> Path:
-    command = [COMPILER, "-std=c++17", "-ffp-contract=off", "-pthread", f"-I{HEADERS}", *flags, HERE / source, "-o", out]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-pthread",
+        f"-I{HEADERS}",
+        *flags,
+        HERE / source,
+        "-o",
+        out,
+    ]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     return out
 
@@ -53,7 +63,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @dataclass
 class World:
-    """A machine with its own clock. seconds(threads, now): what a forward of one row takes. crowded(now): threads without a core."""
+    """A machine with its own clock. seconds(threads, now): what a forward of one row takes. crowded(now): crowded threads."""
 
     library: ctypes.CDLL
     seconds: Callable[[int, float], float]
@@ -110,7 +120,9 @@ def test_one_thread_is_all_there_is(world: Callable[..., World]) -> None:
 
 @FORWARDS
 @pytest.mark.parametrize("full", [0.5, 0.9, 1.5, 3.0], ids=lambda r: f"all threads {r} of one's time")
-def test_beside_neighbours_it_is_nearly_the_better_of_both(world: Callable[..., World], one: float, full: float) -> None:
+def test_beside_neighbours_it_is_nearly_the_better_of_both(
+    world: Callable[..., World], one: float, full: float
+) -> None:
     """At least 0.88 of the better choice's speed, whichever that is, once it has had a second to find out."""
     draw = random.Random(f"{one} {full}")
     noisy = world(lambda n, now: one * (1.0 if n == 1 else full) * draw.choice((0.5, 1.0, 1.5)), lambda now: 1)

@@ -144,7 +144,7 @@ def serve(
     elif restarts:
         raise typer.Exit(keep(host, port, restarts, hang_timeout))
     from outrider.serve.app import create_app
-    from outrider.serve.run import server_for, unbind
+    from outrider.serve.run import server_for
     from outrider.serve.settings import LOCAL_NAMES, Settings, digest
     from outrider.serve.tickets import Limits
     from outrider.serve.webhook import check_url
@@ -187,7 +187,6 @@ def serve(
         trial = trial_of(experiment, store, served_by(*options, speculative_config, fixed=fixed_length))
     past = None if store is None else past_of(store)
     app = create_app(build, settings, adaptive=not fixed_length, past=past, trial=trial)
-    unbind()
     sockets, line = None, None
     if kept is not None:
         sockets, line = [socket.socket(fileno=kept[0])], socket.socket(fileno=kept[1])

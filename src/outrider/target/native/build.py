@@ -11,8 +11,17 @@ DECODER = Unit(
     name="decoder",
     folder=Path(__file__).parent,
     sources=(
-        "decoder.cpp", "decoder.h", "plan.h", "crew.h", "choice.h", "attention.h", "linear.h", "parallel.h", "simd.h", "layout.h",
-    ),  # fmt: skip
+        "decoder.cpp",
+        "decoder.h",
+        "plan.h",
+        "crew.h",
+        "choice.h",
+        "attention.h",
+        "linear.h",
+        "parallel.h",
+        "simd.h",
+        "layout.h",
+    ),
     threads=True,
     instead="decoding runs on torch",
 )
