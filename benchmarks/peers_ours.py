@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import peers_channel as channel
-import torch
 
 import outrider
-from outrider import Engine, SamplingParams
+from outrider import Engine, SamplingParams  # before torch: threads are set up first
 from outrider.engine.build import companion
+
+import torch  # isort: skip
 
 
 def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:

@@ -99,6 +99,7 @@ def end(running: Running, patience: float = 15) -> None:
 
 
 def _environment(worker: Worker, threads: int) -> dict[str, str]:
+    """An empty value in the worker's own takes a variable away."""
     keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
     common = {
         "OMP_NUM_THREADS": str(threads),
@@ -110,7 +111,7 @@ def _environment(worker: Worker, threads: int) -> dict[str, str]:
     bound = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"} if "LD_PRELOAD" not in worker.env else {}
     for name in ("OMP_PROC_BIND", "OMP_PLACES"):
         keep.pop(name, None)
-    return keep | common | bound | worker.env
+    return {name: value for name, value in (keep | common | bound | worker.env).items() if value}
 
 
 def _exchange(running: Running, message: Mapping[str, Any], timeout: float) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            for parent in _stat(int(entry.name))[1:2]:
+            for parent in stat_of(int(entry.name))[1:2]:
                 children.setdefault(int(parent), []).append(int(entry.name))
     family = [pid]
     for member in family:
@@ -179,10 +180,10 @@ def resume(pid: int) -> None:
 
 def _state(pid: int) -> str:
     """One letter: R running, S sleeping, D waiting for a device, T stopped, Z ended."""
-    return next(iter(_stat(pid)), "Z")
+    return next(iter(stat_of(pid)), "Z")
 
 
-def _stat(pid: int) -> list[str]:
+def stat_of(pid: int) -> list[str]:
     """Fields of /proc/<pid>/stat from the state on; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

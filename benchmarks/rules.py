@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from outrider.threads import bind_threads
+from outrider.threads import set_threads
 
-bind_threads()  # two threads on one core take turns of 8 ms, and every operation of 0.1 ms may take as long
+set_threads()  # as a user has them
 
 import torch  # noqa: E402
 from native import chain as chain_rows  # noqa: E402

@@ -31,12 +31,12 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use: `outrider --help` must not wait for torch, and threads must be bound before torch is imported."""
+    """Import on first use: `outrider --help` must not wait for torch, and threads are counted before torch is imported."""
     if name not in _HOME:
         raise AttributeError(f"module 'outrider' has no attribute {name!r}")
     from importlib import import_module
 
-    from outrider.threads import bind_threads
+    from outrider.threads import set_threads
 
-    bind_threads()
+    set_threads()
     return getattr(import_module(_HOME[name]), name)

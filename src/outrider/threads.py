@@ -1,33 +1,34 @@
-"""One OpenMP thread per core, bound to it. Imports nothing heavy: it must run before torch does.
+"""One OpenMP thread per core, and one alone where work is small. Imports nothing heavy: it must run before torch does.
 
-Unbound, libgomp now and then puts two of its threads on one core; each then waits for the other's time slice, and an
-operation of 0.3 ms takes 8 ms, for seconds on end. An OpenMP runtime reads its binding once, when it is loaded with
-torch, so it has to be set in the environment before that.
+Threads are not bound to cores. Two processes that bind theirs choose the same cores, and wait for each other there beside idle
+ones; and a bound thread cannot leave a core to someone who needs all of it. The native decoder sees to it that its threads do
+not share a core while another is free (target/native/crew.h).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_OURS = ("OMP_PROC_BIND", "OMP_PLACES", "OMP_NUM_THREADS")
-_USERS = (*_OURS, "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+_NUMBER = "OMP_NUM_THREADS"
+_USERS = (_NUMBER, "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
-def bind_threads(threads: int | None = None) -> bool:
-    """Set OMP_PROC_BIND=close, OMP_PLACES=cores and OMP_NUM_THREADS for this process and its children.
+def set_threads(threads: int | None = None) -> bool:
+    """Set OMP_NUM_THREADS for this process and its children. An OpenMP runtime reads it once, when it is loaded with torch.
 
-    threads: how many; None for the physical cores this process may run on. Returns whether the binding was set: it is
-    not if torch is imported already, if the user has set any of these variables (OMP_PROC_BIND=false keeps several
-    processes on one machine from being bound to the same core), or where the system is not Linux.
+    threads: how many; None for the physical cores this process may run on. Returns whether it was set: it is not if torch is
+    imported already, if the user has set any variable of this kind, or where the system is not Linux.
     """
     if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in _USERS):
         return False
-    usable = os.sched_getaffinity(0)
-    count = threads or min(_cores(usable), quota())
-    os.environ.update(dict(zip(_OURS, ("close", "cores", str(count)), strict=True)))
+    os.environ[_NUMBER] = str(threads or min(_cores(os.sched_getaffinity(0)), quota()))
     return True
 
 
@@ -36,10 +37,8 @@ def thread_notice(threads: int) -> str | None:
     if sys.platform != "linux":
         return None
     cores = min(_cores(os.sched_getaffinity(0)), quota())
-    if os.environ.get("OMP_PROC_BIND", "false").lower() not in (
-        "false",
-        "",
-    ):  # bound, this thread sees its own core only
+    bound = os.environ.get("OMP_PROC_BIND", "false").lower() not in ("false", "")
+    if bound:  # by the user; this thread sees its own core only
         named = os.environ.get("OMP_NUM_THREADS", "")
         cores = min(int(named), quota()) if named.isdigit() else threads
     if threads == cores:
@@ -69,3 +68,38 @@ def _cores(usable: set[int]) -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+FEW = 1 << 18
+"""Numbers that one thread works through in less than 0.1 ms: hardly more than it costs to call another one, and on a busy
+machine the other one may be milliseconds away, while the part of the work that it was given waits."""
+
+
+@contextmanager
+def serially(numbers: int) -> Iterator[None]:
+    """Inside, this thread works alone if `numbers`, the size of what is worked on, is FEW at most. Other threads notice nothing.
+
+    Depends on nothing but the size, so that results have the same bits on a busy machine and on an idle one.
+    """
+    openmp = _openmp() if numbers <= FEW else None
+    threads = 1 if openmp is None else openmp.omp_get_max_threads()
+    if openmp is None or threads == 1:
+        yield
+        return
+    openmp.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        openmp.omp_set_num_threads(threads)
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch has loaded, whose number of threads torch goes by; None if it uses another one."""
+    import torch
+
+    try:
+        library = ctypes.CDLL(None)
+        return library if library.omp_get_max_threads() == torch.get_num_threads() else None
+    except (OSError, TypeError, AttributeError):
+        return None

@@ -210,34 +210,34 @@ def test_own_code_is_refused_on_the_way_to_transformers_too(copy):
 
 # ---------------------------------------------------------------------------------------------------------------- threads
 
-_BIND = """
+_SET = """
 import os, sys
-from outrider.threads import bind_threads
-names = ("OMP_PROC_BIND", "OMP_PLACES", "OMP_NUM_THREADS")
-print(bind_threads({threads}), *map(os.environ.get, names), "torch" in sys.modules)
+from outrider.threads import set_threads
+names = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES")
+print(set_threads({threads}), *map(os.environ.get, names), "torch" in sys.modules)
 """
 
 
-def bind(threads: str = "", **environment: str) -> list[str]:
+def set_in_a_new_process(threads: str = "", **environment: str) -> list[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
     run = subprocess.run(
-        [sys.executable, "-c", _BIND.format(threads=threads)],
+        [sys.executable, "-c", _SET.format(threads=threads)],
         env=clean | environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return run.stdout.split()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are bound on Linux only")
-def test_threads_are_bound_before_torch_and_never_against_the_user():
-    done, how, places, threads, torch_imported = bind()
-    assert (done, how, places, torch_imported) == ("True", "close", "cores", "False")
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted on Linux only")
+def test_threads_are_counted_before_torch_never_bound_and_never_against_the_user():
+    done, threads, how, places, torch_imported = set_in_a_new_process()
+    assert (done, how, places, torch_imported) == ("True", "None", "None", "False")
     assert 1 <= int(threads) <= len(os.sched_getaffinity(0))
-    assert bind("3")[3] == "3"
-    assert bind(OMP_PROC_BIND="false")[:4] == ["False", "false", "None", "None"]
-    assert bind(OMP_NUM_THREADS="1")[:4] == ["False", "None", "None", "1"]
+    assert set_in_a_new_process("3")[1] == "3"
+    assert set_in_a_new_process(OMP_PROC_BIND="close")[:4] == ["False", "None", "close", "None"]
+    assert set_in_a_new_process(OMP_NUM_THREADS="1")[:4] == ["False", "1", "None", "None"]
 
 
 def test_threads_are_left_alone_once_torch_is_there():
-    from outrider.threads import bind_threads
+    from outrider.threads import set_threads
 
-    assert not bind_threads()
+    assert not set_threads()

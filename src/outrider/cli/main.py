@@ -7,9 +7,9 @@ import signal
 import sys
 from typing import NoReturn
 
-from outrider.threads import bind_threads
+from outrider.threads import set_threads
 
-bind_threads()  # before anything imports torch: an OpenMP runtime reads its binding once, when it is loaded
+set_threads()  # before anything imports torch: an OpenMP runtime reads it once, when it is loaded
 
 import typer  # noqa: E402
 

@@ -158,7 +158,7 @@ def serve(
         raise typer.Exit(keep(host, port, restarts, hang_timeout))
     sockets = [reserve(host, port)] if kept is None else [socket.socket(fileno=kept[0])]
     from outrider.serve.app import create_app
-    from outrider.serve.run import server_for, unbind
+    from outrider.serve.run import server_for
     from outrider.serve.settings import LOCAL_NAMES, Settings, digest
     from outrider.serve.tickets import Limits
     from outrider.serve.webhook import check_url
@@ -202,7 +202,6 @@ def serve(
         trial = trial_of(experiment, store, served_by(*options, speculative_config, fixed=fixed_length))
     past = None if store is None else past_of(store)
     app = create_app(build, settings, adaptive=not fixed_length, past=past, trial=trial)
-    unbind()
     line, port = None, sockets[0].getsockname()[1]
     if kept is not None:
         line, again = socket.socket(fileno=kept[1]), float(kept[2])

@@ -14,6 +14,7 @@ from outrider.engine.sequence import Sequence
 from outrider.noise import Noise
 from outrider.protocols import Drafter, KVCache, Rule, Target
 from outrider.sampling.law import Law
+from outrider.threads import serially
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 
@@ -71,12 +72,13 @@ def verify(parts: Parts, works: list[Work], draft: Draft) -> Judged:
     scores = parts.target.forward(rows, parts.kv, layers=parts.drafter.layers)
     scored_at = perf_counter()
     views = [w.sequence.view() for w in works if w.scored]
-    broken = silence(scores.logits, draft.counts)
-    p = parts.law(scores.logits, *row_laws(draft, views))
     noise = Noise(tuple(v.seed for v in views), tuple(len(v.tokens) - 1 for v in views))
     limit = parts.rule.limit
     allowance = [left(limit, w.sequence.params.tv_budget, w.sequence.counts.bias) for w in works if w.scored]
-    verdict = parts.rule(p, draft, noise, allowance)
+    with serially(scores.logits.numel()):
+        broken = silence(scores.logits, draft.counts)
+        p = parts.law(scores.logits, *row_laws(draft, views))
+        verdict = parts.rule(p, draft, noise, allowance)
     judged_at = perf_counter()
     parts.kv.commit(rows, kept_paths(works, draft, verdict))
     end = perf_counter()

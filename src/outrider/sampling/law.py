@@ -14,6 +14,7 @@ from outrider.sampling import cpu, processors
 from outrider.sampling.grammar import Automaton, Grammars
 from outrider.sampling.history import History
 from outrider.sampling.params import SamplingParams
+from outrider.threads import serially
 from outrider.types import SequenceView
 
 
@@ -52,6 +53,12 @@ class Law:
                 f"a law over {self.vocab_size} tokens for {len(sequences)} rows and {len(paths)} paths was given logits of shape "
                 f"{tuple(logits.shape)}; map the draft's vocabulary to the target's first"
             )
+        with serially(logits.numel()):
+            return self._laws(logits, sequences, paths)
+
+    def _laws(
+        self, logits: Tensor, sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "M V"]:
         params = [params_of(s) for s in sequences]
         x = logits if logits.dtype == torch.float64 else logits.float()
         if any(p.edits for p in params):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import socket
@@ -137,9 +136,3 @@ def queued(descriptor: int) -> None:
     """Let the kernel keep as many newcomers as it will: asyncio asks it for no more than it takes at a time."""
     with socket.socket(fileno=os.dup(descriptor)) as listener:
         listener.listen(BACKLOG)
-
-
-def unbind() -> None:
-    """Let this thread run on every core: an OpenMP runtime has bound it to the first, where the engine's own work is."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "crew.h"
 #include "plan.h"
 
 namespace outrider {
@@ -93,7 +94,14 @@ class Decoder {
         const Status status = plan_.build(c_, m_.vocab, rows_per_task, group_);
         if (status != OK) return status;
         if (!make_room()) return NO_MEMORY;
-        in_parallel((int)c_.threads, [this](int thread, int threads) { run(thread, threads); });
+        const int threads = crew_.begin((int)c_.threads, c_.rows);
+        if (threads == 0 || !phases_.start(threads)) return NO_MEMORY;
+        in_parallel(threads, [this](int thread, int count) {
+            crew_.enter(thread);
+            run(thread, count);
+            crew_.leave(thread);
+        });
+        crew_.end();
         return OK;
     }
 
@@ -114,48 +122,36 @@ class Decoder {
     }
 
     void run(int thread, int threads) {
-        const auto sync = [&] { barrier_.wait(threads); };
-        const auto share = [&](int64_t units) { return Share(units, thread, threads); };
+        Phases::Walk phase(phases_, thread, threads);
         float* const scratch = scratch_ + thread * scratch_size_;
         const int64_t wide = m_.heads * m_.head_dim;
-        embed(share(c_.rows));
-        finish_block(0, share(c_.rows), share(0), scratch);
-        sync();
+        phase(c_.rows, [&](int64_t i) { embed(i), finish_block(0, i, scratch); });
         for (int64_t l = 0; l < m_.layers; ++l) {
             const Layer<W>& layer = layer_[l];
-            project_heads(layer, l, share(m_.heads + 2 * m_.kv_heads), scratch);
-            sync();
-            mix(layer, l, share(m_.kv_heads * plan_.tasks), scratch);
-            sync();
-            add_product(layer.o, wide, mixed_ + 0, mixed_size_, layer.o_bias, share(blocks(m_.hidden)), scratch);
-            sync();
-            for (int64_t i = share(c_.rows).begin; i < share(c_.rows).end; ++i) normalise(i, i, layer.norm2, scratch);
-            sync();
-            activate(layer, share(blocks(m_.inner)), scratch);
-            sync();
-            add_product(layer.down, m_.inner, inner_ + 0, inner_size_, Vector(), share(blocks(m_.hidden)), scratch);
-            sync();
-            finish_block(l + 1, share(c_.rows), share(c_.scored), scratch);
-            sync();
+            phase(m_.heads + 2 * m_.kv_heads, [&](int64_t u) { project_head(layer, l, u, scratch); });
+            phase(m_.kv_heads * plan_.tasks, [&](int64_t u) { mix(layer, l, u, scratch); });
+            phase(blocks(m_.hidden), [&](int64_t u) { add_product(layer.o, wide, mixed_ + 0, mixed_size_, layer.o_bias, u, scratch); });
+            phase(c_.rows, [&](int64_t i) { normalise(i, i, layer.norm2, scratch); });
+            phase(blocks(m_.inner), [&](int64_t u) { activate(layer, u, scratch); });
+            phase(blocks(m_.hidden), [&](int64_t u) { add_product(layer.down, m_.inner, inner_ + 0, inner_size_, Vector(), u, scratch); });
+            const bool last = l + 1 == m_.layers;
+            phase(last && c_.scored > c_.rows ? c_.scored : c_.rows, [&](int64_t i) { finish_block(l + 1, i, scratch); });
         }
-        score(share(blocks(m_.vocab)));
+        phase(c_.scored > 0 ? blocks(m_.vocab) : 0, [&](int64_t u) { score(u); });
     }
 
     static int64_t blocks(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
     static int64_t block_size(int64_t from, int64_t outputs) { return outputs - from < BLOCK ? outputs - from : BLOCK; }
 
-    // Token embeddings and rotary angles of some rows.
-    void embed(Share rows) {
-        const W* table = static_cast<const W*>(m_.embedding);
-        for (int64_t i = rows.begin; i < rows.end; ++i) {
-            const W* from = table + c_.token[i] * m_.hidden;
-            float* x = x_ + i * x_size_;
-            for (int64_t h = 0; h < m_.hidden; ++h) x[h] = widen(from[h]);
-            for (int64_t j = 0; j < half_; ++j) {
-                const float angle = (float)c_.position[i] * inv_freq_.data()[j];
-                cosine_[i * half_ + j] = std::cos(angle) * (float)m_.rope_scale;
-                sine_[i * half_ + j] = std::sin(angle) * (float)m_.rope_scale;
-            }
+    // Token embedding and rotary angles of row i.
+    void embed(int64_t i) {
+        const W* from = static_cast<const W*>(m_.embedding) + c_.token[i] * m_.hidden;
+        float* x = x_ + i * x_size_;
+        for (int64_t h = 0; h < m_.hidden; ++h) x[h] = widen(from[h]);
+        for (int64_t j = 0; j < half_; ++j) {
+            const float angle = (float)c_.position[i] * inv_freq_.data()[j];
+            cosine_[i * half_ + j] = std::cos(angle) * (float)m_.rope_scale;
+            sine_[i * half_ + j] = std::sin(angle) * (float)m_.rope_scale;
         }
     }
 
@@ -165,42 +161,37 @@ class Decoder {
         Packing<W>::pack(normed_ + to * normed_size_, 0, line, (int)m_.hidden);
     }
 
-    // What follows block `done` (0: the embeddings): taps, and the next norm; for the last block the norm of the scored rows.
-    void finish_block(int64_t done, Share rows, Share scored, float* line) {
-        for (int64_t t = 0; t < c_.taps; ++t) {
-            if (c_.tap[t] != done) continue;
-            W* out = static_cast<W*>(c_.tap_out[t]);
-            for (int64_t i = rows.begin; i < rows.end; ++i) narrow(x_ + i * x_size_, m_.hidden, out + i * m_.hidden);
-        }
+    // What follows block `done` (0: the embeddings) for row i: taps, and the next norm; for the last block the norm of scored row i.
+    void finish_block(int64_t done, int64_t i, float* line) {
+        for (int64_t t = 0; i < c_.rows && t < c_.taps; ++t)
+            if (c_.tap[t] == done) narrow(x_ + i * x_size_, m_.hidden, static_cast<W*>(c_.tap_out[t]) + i * m_.hidden);
         if (done < m_.layers)
-            for (int64_t i = rows.begin; i < rows.end; ++i) normalise(i, i, layer_[done].norm1, line);
-        else
-            for (int64_t i = scored.begin; i < scored.end; ++i) normalise(c_.scored_row[i], i, norm_, line);
+            normalise(i, i, layer_[done].norm1, line);
+        else if (i < c_.scored)
+            normalise(c_.scored_row[i], i, norm_, line);
     }
 
-    // Some of the query, key and value heads of all rows: product, bias, norm, rotation; queries are packed, keys and values cached.
-    void project_heads(const Layer<W>& layer, int64_t l, Share heads, float* scratch) {
+    // Query, key or value head u of all rows: product, bias, norm, rotation; queries are packed, keys and values cached.
+    void project_head(const Layer<W>& layer, int64_t l, int64_t u, float* scratch) {
         const int64_t d = m_.head_dim;
         float* tile = scratch + tile_at_;
-        for (int64_t u = heads.begin; u < heads.end; ++u) {
-            product<W>(layer.qkv + u * d * m_.hidden, m_.hidden, (int)d, normed_ + 0, normed_size_, (int)c_.rows, (int)m_.hidden, tile, d);
-            const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
-            const Vector& norm = is_query ? layer.q_norm : layer.k_norm;
-            for (int64_t i = 0; i < c_.rows; ++i) {
-                float* head = tile + i * d;
-                if (layer.qkv_bias)
-                    for (int64_t j = 0; j < d; ++j) head[j] += layer.qkv_bias.data()[u * d + j];
-                if (norm && !is_value) rms_norm(head, norm.data(), d, (float)m_.eps, head);
-                if (!is_value) rotate(head, cosine_ + i * half_, sine_ + i * half_, half_);
-                if (is_query) {
-                    Packing<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
-                    continue;
-                }
-                const Row& row = plan_.row(i);
-                const Segment& s = plan_.segment(row.segment);
-                W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
-                narrow(head, d, places + (s.cached + row.offset) * d);
+        product<W>(layer.qkv + u * d * m_.hidden, m_.hidden, (int)d, normed_ + 0, normed_size_, (int)c_.rows, (int)m_.hidden, tile, d);
+        const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
+        const Vector& norm = is_query ? layer.q_norm : layer.k_norm;
+        for (int64_t i = 0; i < c_.rows; ++i) {
+            float* head = tile + i * d;
+            if (layer.qkv_bias)
+                for (int64_t j = 0; j < d; ++j) head[j] += layer.qkv_bias.data()[u * d + j];
+            if (norm && !is_value) rms_norm(head, norm.data(), d, (float)m_.eps, head);
+            if (!is_value) rotate(head, cosine_ + i * half_, sine_ + i * half_, half_);
+            if (is_query) {
+                Packing<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
+                continue;
             }
+            const Row& row = plan_.row(i);
+            const Segment& s = plan_.segment(row.segment);
+            W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
+            narrow(head, d, places + (s.cached + row.offset) * d);
         }
     }
 
@@ -208,73 +199,65 @@ class Decoder {
         return static_cast<W*>(base) + ((l * c_.slots + slot) * m_.kv_heads + head) * c_.capacity * m_.head_dim;
     }
 
-    // Attention: some of the tasks of each KV head.
-    void mix(const Layer<W>& layer, int64_t l, Share units, float* scratch) {
-        const int64_t d = m_.head_dim;
+    // Attention: one task of one KV head.
+    void mix(const Layer<W>& layer, int64_t l, int64_t u, float* scratch) {
+        const int64_t d = m_.head_dim, head = u / plan_.tasks;
         const float scale = 1.0f / std::sqrt((float)d);
-        for (int64_t u = units.begin; u < units.end; ++u) {
-            const int64_t head = u / plan_.tasks;
-            const Task& task = plan_.task(u % plan_.tasks);
-            const Segment& s = plan_.segment(task.segment);
-            const int64_t row = s.first + task.offset;
-            attend<W>(
-                s, &plan_.row(row), task.count, c_.position, layer.window, (int)group_,
-                query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, s.slot, head),
-                cache(c_.v, l, s.slot, head), (int)d, scale, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
-                    Packing<W>::pack(mixed_ + (row + i) * mixed_size_, (int)((head * group_ + g) * d), out, (int)d);
-                }
-            );
-        }
-    }
-
-    // x += weight @ input (+ bias), some blocks of outputs.
-    void add_product(const W* weight, int64_t k, const Item* input, int64_t stride, const Vector& bias, Share units, float* scratch) {
-        float* tile = scratch + tile_at_;
-        for (int64_t u = units.begin; u < units.end; ++u) {
-            const int64_t from = u * BLOCK, n = block_size(from, m_.hidden);
-            product<W>(weight + from * k, k, (int)n, input, stride, (int)c_.rows, (int)k, tile, BLOCK);
-            for (int64_t i = 0; i < c_.rows; ++i) {
-                float* x = x_ + i * x_size_ + from;
-                if (bias)
-                    for (int64_t j = 0; j < n; ++j) tile[i * BLOCK + j] += bias.data()[from + j];
-                for (int64_t j = 0; j < n; ++j) x[j] += tile[i * BLOCK + j];
+        const Task& task = plan_.task(u % plan_.tasks);
+        const Segment& s = plan_.segment(task.segment);
+        const int64_t row = s.first + task.offset;
+        attend<W>(
+            s, &plan_.row(row), task.count, c_.position, layer.window, (int)group_,
+            query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, s.slot, head),
+            cache(c_.v, l, s.slot, head), (int)d, scale, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
+                Packing<W>::pack(mixed_ + (row + i) * mixed_size_, (int)((head * group_ + g) * d), out, (int)d);
             }
+        );
+    }
+
+    // x += weight @ input (+ bias), block u of outputs.
+    void add_product(const W* weight, int64_t k, const Item* input, int64_t stride, const Vector& bias, int64_t u, float* scratch) {
+        float* tile = scratch + tile_at_;
+        const int64_t from = u * BLOCK, n = block_size(from, m_.hidden);
+        product<W>(weight + from * k, k, (int)n, input, stride, (int)c_.rows, (int)k, tile, BLOCK);
+        for (int64_t i = 0; i < c_.rows; ++i) {
+            float* x = x_ + i * x_size_ + from;
+            if (bias)
+                for (int64_t j = 0; j < n; ++j) tile[i * BLOCK + j] += bias.data()[from + j];
+            for (int64_t j = 0; j < n; ++j) x[j] += tile[i * BLOCK + j];
         }
     }
 
-    // inner = silu(gate) * up, some blocks of outputs.
-    void activate(const Layer<W>& layer, Share units, float* scratch) {
+    // inner = silu(gate) * up, block u of outputs.
+    void activate(const Layer<W>& layer, int64_t u, float* scratch) {
         float* gate = scratch + tile_at_;
         float* up = gate + c_.rows * BLOCK;
         const W* weight = layer.gate_up;
-        for (int64_t u = units.begin; u < units.end; ++u) {
-            const int64_t from = u * BLOCK, n = block_size(from, m_.inner), h = m_.hidden;
-            product<W>(weight + from * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, gate, BLOCK);
-            product<W>(weight + (m_.inner + from) * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, up, BLOCK);
-            for (int64_t i = 0; i < c_.rows; ++i) {
-                float* g = gate + i * BLOCK;
-                for (int64_t j = 0; j < n; j += LANES) {  // BLOCK is a multiple of LANES: what is behind n is not used
-                    const vf x = load<vf>(g + j);
-                    store(g + j, x / (1.0f + exp_near(-x)) * load<vf>(up + i * BLOCK + j));
-                }
-                Packing<W>::pack(inner_ + i * inner_size_, (int)from, g, (int)n);
+        const int64_t from = u * BLOCK, n = block_size(from, m_.inner), h = m_.hidden;
+        product<W>(weight + from * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, gate, BLOCK);
+        product<W>(weight + (m_.inner + from) * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, up, BLOCK);
+        for (int64_t i = 0; i < c_.rows; ++i) {
+            float* g = gate + i * BLOCK;
+            for (int64_t j = 0; j < n; j += LANES) {  // BLOCK is a multiple of LANES: what is behind n is not used
+                const vf x = load<vf>(g + j);
+                store(g + j, x / (1.0f + exp_near(-x)) * load<vf>(up + i * BLOCK + j));
             }
+            Packing<W>::pack(inner_ + i * inner_size_, (int)from, g, (int)n);
         }
     }
 
-    void score(Share units) {
-        const int64_t h = m_.hidden;
-        for (int64_t u = units.begin; c_.scored > 0 && u < units.end; ++u) {
-            const int64_t from = u * BLOCK, n = block_size(from, m_.vocab);
-            const W* weight = static_cast<const W*>(m_.head) + from * h;
-            product<W>(weight, h, (int)n, normed_ + 0, normed_size_, (int)c_.scored, (int)h, c_.logits + from, m_.vocab);
-        }
+    // Logits of the scored rows, block u of the vocabulary.
+    void score(int64_t u) {
+        const int64_t h = m_.hidden, from = u * BLOCK, n = block_size(from, m_.vocab);
+        const W* weight = static_cast<const W*>(m_.head) + from * h;
+        product<W>(weight, h, (int)n, normed_ + 0, normed_size_, (int)c_.scored, (int)h, c_.logits + from, m_.vocab);
     }
 
     ModelPointers m_;
     CallPointers c_;
     Plan plan_;
-    Barrier barrier_;
+    Crew crew_;
+    Phases phases_;
     Layer<W>* layer_ = nullptr;
     Vector norm_, inv_freq_;
     int64_t group_ = 1, half_ = 0;

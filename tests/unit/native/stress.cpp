@@ -1,0 +1,125 @@
+// A decoder on threads that are held up at random between units: the same bits as on one thread, and no deadlock.
+//
+// Prints nothing and returns 0 if all is well. Meant to be compiled with -fsanitize=thread too.
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "decoder.h"
+
+namespace outrider {
+
+thread_local std::minstd_rand chance;
+
+void between_units() {
+    const unsigned drawn = chance() % 256;
+    if (drawn == 0) std::this_thread::sleep_for(std::chrono::microseconds(chance() % 500));
+    if (drawn < 8) std::this_thread::yield();
+}
+
+void in_threads(int threads, const std::function<void(int, int)>& body) {
+    static unsigned seed = 1;
+    std::vector<std::thread> pool;
+    for (int i = 1; i < threads; ++i)
+        pool.emplace_back([&body, i, threads, s = ++seed] {
+            chance.seed(s);
+            if (s % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(s % 4));  // comes late, or when all is done
+            body(i, threads);
+        });
+    body(0, threads);
+    for (std::thread& thread : pool) thread.join();
+}
+
+}  // namespace outrider
+
+namespace {
+
+using namespace outrider;
+
+constexpr int64_t VOCAB = 301, HIDDEN = 104, LAYERS = 3, HEADS = 6, KV = 2, WIDTH = 24, INNER = 200, ROWS = 11, CAPACITY = 40;
+
+template <class W>
+std::vector<W> random_numbers(int64_t n, float size, std::minstd_rand& draw) {
+    std::uniform_real_distribution<float> uniform(-size, size);
+    std::vector<float> x(n);
+    for (float& v : x) v = uniform(draw);
+    std::vector<W> out(n);
+    narrow(x.data(), n, out.data());
+    return out;
+}
+
+// One random model of weights W and a call with a chain of 7 rows, a tree of 4 and taps.
+template <class W>
+class Case {
+   public:
+    Case() {
+        const auto make = [&](int64_t n, float size) { return tensors_.emplace_back(random_numbers<W>(n, size, draw_)).data(); };
+        tensors_.reserve(2 + LAYERS * 6 + 1);
+        for (int64_t l = 0; l < LAYERS; ++l) {
+            const int64_t wide = HEADS * WIDTH;
+            const W *norm1 = make(HIDDEN, 2), *qkv = make((wide + 2 * KV * WIDTH) * HIDDEN, .3f), *o = make(HIDDEN * wide, .2f);
+            const W *norm2 = make(HIDDEN, 2), *gate_up = make(2 * INNER * HIDDEN, .2f), *down = make(HIDDEN * INNER, .2f);
+            layers_.push_back({norm1, qkv, nullptr, nullptr, nullptr, o, nullptr, norm2, gate_up, down, l % 2 ? 5 : 0});
+        }
+        for (int64_t i = 0; i < WIDTH / 2; ++i) frequency_.push_back(1.0f / (float)(i + 1));
+        const W *embedding = make(VOCAB * HIDDEN, 1), *norm = make(HIDDEN, 2), *head = make(VOCAB * HIDDEN, .3f);
+        model_ = {VOCAB, HIDDEN, LAYERS, HEADS, KV, WIDTH, INNER, 0, 1e-6, 1.0, frequency_.data(), embedding, norm, head, layers_.data()};
+    }
+
+    // Everything a new decoder writes in some forwards on `threads` threads.
+    std::vector<char> results(int threads, int forwards) {
+        Decoder<W> decoder;
+        std::vector<char> out;
+        if (!decoder.build(model_)) return out;
+        std::vector<W> k(LAYERS * 2 * KV * CAPACITY * WIDTH), v(k.size());
+        for (int i = 0; i < forwards; ++i) {
+            std::vector<float> logits(ROWS * VOCAB);
+            std::vector<W> first(ROWS * HIDDEN), last(ROWS * HIDDEN);
+            void* outs[] = {first.data(), last.data()};
+            const int64_t from = i % 3;
+            std::vector<int64_t> token, position, scored, segment{1, 0, from, 7, 0, 0, 7, from, 1, 3, 0, 0, 2};
+            for (int64_t r = 0; r < ROWS; ++r) token.push_back((r * 37 + i) % VOCAB), scored.push_back(ROWS - 1 - r);
+            for (int64_t r = 0; r < 7; ++r) position.push_back(from + r);
+            for (const int64_t depth : {0, 1, 1, 2}) position.push_back(from + depth);
+            const int64_t taps[] = {0, LAYERS};
+            const CallPointers call{ROWS, ROWS, 2, 2, threads, 2, CAPACITY, token.data(), position.data(), scored.data(),
+                                    segment.data(), taps, outs, k.data(), v.data(), logits.data()};
+            if (decoder.forward(call) != OK) return {};
+            append(out, logits), append(out, first), append(out, last);
+        }
+        append(out, k), append(out, v);
+        return out;
+    }
+
+   private:
+    template <class T>
+    static void append(std::vector<char>& out, const std::vector<T>& more) {
+        const char* bytes = reinterpret_cast<const char*>(more.data());
+        out.insert(out.end(), bytes, bytes + more.size() * sizeof(T));
+    }
+
+    std::minstd_rand draw_{7};
+    std::vector<std::vector<W>> tensors_;
+    std::vector<LayerPointers> layers_;
+    std::vector<float> frequency_;
+    ModelPointers model_{};
+};
+
+template <class W>
+bool same(const char* name, int rounds) {
+    Case<W> model;
+    const auto expected = model.results(1, 6);
+    if (expected.empty()) return std::puts("a forward failed"), false;
+    for (int round = 0; round < rounds; ++round)
+        for (const int threads : {2, 3, 5})
+            if (model.results(threads, 6) != expected) return std::printf("%s: other bits on %d threads\n", name, threads), false;
+    return true;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const int rounds = count > 1 ? std::atoi(arguments[1]) : 10;
+    return same<float>("float32", rounds) && same<bf16>("bfloat16", rounds) ? 0 : 1;
+}
