@@ -1,4 +1,4 @@
-"""Which combinations of a table run in `make test`: a set that covers what is asked; the others are marked slow, for `make test-slow`.
+"""Which combinations of a table run in `make test`: a set that covers what is asked. The others run in `make test-slow`.
 
 Nothing is dropped: the union of both is the full product.
 """
