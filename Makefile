@@ -6,8 +6,11 @@ STAMP := $(VENV)/.outrider
 # Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
 TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
-# Shapes and types of every call are checked at run time in these tests (five times slower, so not in the statistical ones).
+# Shapes and types of every call are checked at run time in these tests, but not in the statistical ones, which make the same calls
+# thousands of times (five times slower then).
 TYPED := tests/unit tests/cli tests/contract/test_scripted.py
+STATISTICAL := $(addprefix tests/unit/test_,detect.py drafters_law.py noise.py predict.py)
+UNTYPED := $(filter-out $(TYPED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 .PHONY: demo test test-slow test-browser check docs bench clean
@@ -23,8 +26,8 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(SHAPES) $(TYPED)
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" tests $(addprefix --ignore=,$(TYPED))
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(SHAPES) $(TYPED) $(addprefix --ignore=,$(STATISTICAL))
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(UNTYPED) --ignore=tests/contract/test_scripted.py
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
