@@ -13,7 +13,7 @@ STATISTICAL := $(addprefix tests/unit/test_,detect.py drafters_law.py predict.py
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
-.PHONY: demo test test-slow test-browser check docs bench clean
+.PHONY: demo test durations test-slow test-browser check docs bench clean
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,8 +26,13 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(SHAPES) $(TYPED) $(addprefix --ignore=,$(STATISTICAL))
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(UNTYPED) --ignore=tests/contract/test_scripted.py
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(STATISTICAL))
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) --ignore=tests/contract/test_scripted.py
+
+durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
+	@rm -f .cpu-seconds
+	@$(MAKE) --no-print-directory test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"
+	@$(BIN)/python -m tests.durations .cpu-seconds
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
@@ -46,4 +51,4 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds
