@@ -111,12 +111,13 @@ def test_trees(case, share):
     _check(RULE, [random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 2)
 
 
+@SHARES
 @pytest.mark.parametrize("shape", [chain(2), *shapes().values(), *shapes("without_replacement").values()])
-def test_float32(shape):
+def test_float32(shape, share):
     rng = np.random.default_rng(13)
     vocab = 2 if len(shape.parent) > 3 else 4
     full = shape.siblings == "without_replacement"
-    worlds = [rounded(random_world(rng, vocab, shape, full=full), torch.float32) for _ in range(20)]
+    worlds = [rounded(random_world(rng, vocab, shape, full=full), torch.float32) for _ in range(some(20, share))]
     _check(RULE, worlds, 3, torch.float32, COARSE, 1e-6)
 
 

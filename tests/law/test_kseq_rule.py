@@ -85,9 +85,10 @@ def test_the_law_is_the_targets(case, share):
     check([random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 1)
 
 
-def test_float32():
-    rng = np.random.default_rng(33)
-    worlds = [rounded(random_world(rng, 4, Shape((-1, -1), PAIR)), torch.float32) for _ in range(40)]
+@SHARES
+def test_float32(share):
+    rng, count = np.random.default_rng(33), some(40, share)
+    worlds = [rounded(random_world(rng, 4, Shape((-1, -1), PAIR)), torch.float32) for _ in range(count)]
     check(worlds, 3, torch.float32, COARSE, 1e-6)
 
 
