@@ -76,7 +76,7 @@ def build(kind: str, growth: Growth) -> Engine:
     return Engine(TARGET, drafter, load_rule("speculative_sampling"), depth, slots=512, max_length=32)
 
 
-@pytest.mark.parametrize(("case",), slow_beyond([(c,) for c in CASES], [(c,) for c in QUICK]))
+@pytest.mark.parametrize("case", slow_beyond([(c,) for c in CASES], [(c,) for c in QUICK]))
 def test_joint_law_of_four_tokens(case: str) -> None:
     engine = build(*CASES[case])
     value, bound = statistic(collect(engine, N, seed=5, disturb=True), exact_joint() * N)
