@@ -3,7 +3,7 @@
 Strings are compared, not distributions: at temperature 0 for every lossless rule, at every temperature for `match`, whose
 noise depends on the position alone. A new drafter is a row of `drafters.DRAFTERS`, a new rule a row of `verify.RULES`.
 
-`make test` runs a covering set: every drafter with every kind of rule, set of parameters and capacity, and every rule with
+`make test` runs a covering set: every drafter with every lossless rule, set of parameters and capacity, and every rule with
 each set of parameters and capacity; the whole product runs in `make test-slow`.
 """
 
@@ -91,9 +91,10 @@ PAIRS = [
 
 
 def company(combination: tuple[str, str, str]) -> set[Hashable]:
-    """What a combination shows. Lossy rules are one class with different acceptances; for `match` see above: no company matters."""
+    """What a combination shows: every drafter with the rule of every engine, another lossless and a lossy one (each drafter meets
+    every lossless rule above), every rule with its parameters. `match` is met above: no company matters to it."""
     drafter, rule, sampling = combination
-    kind = rule if rule in LOSSLESS else "lossy"
+    kind = rule if rule in EVERY else "lossless" if rule in LOSSLESS else "lossy"
     shows: set[Hashable] = {(drafter, kind)} if rule != "match" else set()
     return shows | {(rule, sampling)} if rule in TREES or drafter == CHAIN else shows
 
