@@ -6,15 +6,18 @@ STAMP := $(VENV)/.outrider
 # Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
 TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
-# Shapes and types of every call are checked at run time in these tests (five times slower, so not in the statistical ones).
+# Shapes and types of every call are checked at run time in these tests, but not in the statistical ones, which make the same calls
+# thousands of times (five times slower then).
 TYPED := tests/unit tests/cli tests/contract/test_scripted.py
+STATISTICAL := $(addprefix tests/unit/test_,detect.py drafters_law.py predict.py)
+UNTYPED := $(filter-out $(TYPED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest test-slow test-browser check constraints docs bench clean
+.PHONY: demo test test-latest durations test-slow test-browser check constraints docs bench clean
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -39,8 +42,13 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(SHAPES) $(TYPED)
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" tests $(addprefix --ignore=,$(TYPED))
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(STATISTICAL))
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) --ignore=tests/contract/test_scripted.py
+
+durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
+	@rm -f .cpu-seconds
+	@$(MAKE) --no-print-directory test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"
+	@$(BIN)/python -m tests.durations .cpu-seconds
 
 # Both are run whatever comes of the first. What third parties say they will take away is an error here, and a warning in `make test`.
 NEWS := -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
@@ -73,4 +81,4 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-latest .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds

@@ -10,7 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import warnings
 
 import pytest
-import torch
 from hypothesis import settings
 
 import outrider  # noqa: F401  (before torch, which OUTRIDER_ISA may hold to fewer instructions)
@@ -18,11 +17,20 @@ from tests.origins import warn_about_caller
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
-torch.use_deterministic_algorithms(True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Not where workers run the tests and this process only hands them out: it does without torch, which takes seconds."""
+    if not config.getoption("numprocesses", None):
+        import torch
+
+        torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

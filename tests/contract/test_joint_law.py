@@ -122,9 +122,17 @@ CASES = {
     "block": ("block", {}),
     "block, greedy draft": ("block", {"sample": "greedy"}),
 }
+LATER = (
+    "batch of drafts",
+    "shared prefixes, k-seq",
+    "shared prefixes, optimal transport",
+    "traversal",
+    "block, greedy draft",
+)
+"""What others show in `make test`: every rule, every shape and every way to draw is in one of them. `make test-slow` has all."""
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", [c for c in CASES if c not in LATER])
 def test_joint_law_of_four_tokens(case: str) -> None:
     rule, how = CASES[case]
     n = 6_000

@@ -24,6 +24,7 @@ from outrider.verify import load_rule
 from tests.contract.drafters import learned
 from tests.contract.scripted import Budgets
 from tests.contract.test_joint_law import TARGET, V, collect, exact_joint, statistic
+from tests.covering import slow_beyond
 
 N = 6_000
 CASES: dict[str, tuple[str, Growth]] = {
@@ -45,6 +46,19 @@ CASES: dict[str, tuple[str, Growth]] = {
 }
 
 
+QUICK = (
+    "heads, sampled chain",
+    "heads, most likely tokens",
+    "features, tree without replacement",
+    "features, best first",
+    "last features, sampled chain",
+    "early exit, iid tree",
+    "blocks, sampled chain",
+    "blocks, best first",
+)
+"""Every drafter and every growth, which drafters share; the other pairs of them run in `make test-slow`."""
+
+
 class Deep(TableTarget):
     """The table with a prefix that is another one: what an early exit of a target of several layers is."""
 
@@ -62,7 +76,7 @@ def build(kind: str, growth: Growth) -> Engine:
     return Engine(TARGET, drafter, load_rule("speculative_sampling"), depth, slots=512, max_length=32)
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", slow_beyond([(c,) for c in CASES], [(c,) for c in QUICK]))
 def test_joint_law_of_four_tokens(case: str) -> None:
     engine = build(*CASES[case])
     value, bound = statistic(collect(engine, N, seed=5, disturb=True), exact_joint() * N)

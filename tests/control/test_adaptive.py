@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 
@@ -15,6 +16,7 @@ from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.types import SequenceView
 from tests.control.verdicts import judged, recorded
+from tests.covering import covering, slow_beyond
 
 FREE, SEEDED, GREEDY = SamplingParams(), SamplingParams(seed=1), SamplingParams(seed=1, temperature=0)
 
@@ -74,9 +76,11 @@ def compute_bound(b: int, length: int) -> float:
     return 0.004 + 0.002 * b * (length + 1)
 
 
-@pytest.mark.parametrize("accept", [0.0, 0.3, 0.6, 0.9])
-@pytest.mark.parametrize("clock", [memory_bound, compute_bound])
-@pytest.mark.parametrize("sequences", [1, 8])
+FOUND = list(product([0.0, 0.3, 0.6, 0.9], [memory_bound, compute_bound], [1, 8]))
+STEADY = list(product([0.0, 0.2, 0.5, 0.8], [memory_bound, compute_bound], [1, 4, 8]))
+
+
+@pytest.mark.parametrize(("accept", "clock", "sequences"), slow_beyond(FOUND, covering(FOUND)))
 def test_it_finds_a_length_within_a_few_per_cent_of_the_best(accept, clock, sequences) -> None:
     world = World(clock, accept)
     controller = Adaptive(3, 6)
@@ -87,15 +91,13 @@ def test_it_finds_a_length_within_a_few_per_cent_of_the_best(accept, clock, sequ
     assert worth[length] >= 0.999 * worth[0]
 
 
-@pytest.mark.parametrize("accept", [0.0, 0.2, 0.5, 0.8])
-@pytest.mark.parametrize("clock", [memory_bound, compute_bound])
-def test_it_is_never_slower_than_plain_decoding(accept, clock) -> None:
+@pytest.mark.parametrize(("accept", "clock", "sequences"), slow_beyond(STEADY, covering(STEADY)))
+def test_it_is_never_slower_than_plain_decoding(accept, clock, sequences) -> None:
     """Over 6,000 steps, learning included, at several loads: at least 98% of the plain rate."""
-    for sequences in (1, 4, 8):
-        world, plain = World(clock, accept), World(clock, accept)
-        world.run(Adaptive(3, 4), sequences, 6000)
-        plain.run(Adaptive(0, 0), sequences, 6000)
-        assert world.tokens / world.clock >= 0.98 * plain.tokens / plain.clock
+    world, plain = World(clock, accept), World(clock, accept)
+    world.run(Adaptive(3, 4), sequences, 6000)
+    plain.run(Adaptive(0, 0), sequences, 6000)
+    assert world.tokens / world.clock >= 0.98 * plain.tokens / plain.clock
 
 
 def test_the_control_a_fixed_length_is_slower_there() -> None:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import pytest
 
@@ -14,6 +15,7 @@ from outrider.control.reading import ENOUGH, LAZY, TRUST, Reading
 from outrider.sampling.params import SamplingParams
 from outrider.types import Counts, SequenceView
 from tests.control.verdicts import flat, judged, recorded, steep
+from tests.covering import covering, slow_beyond
 
 FREE = SamplingParams()
 CHUNK = 256
@@ -104,9 +106,10 @@ class Closed:
         return (self.tokens - tokens) / (self.clock - clock)
 
 
-@pytest.mark.parametrize("row", [0.0, 0.0002])
-@pytest.mark.parametrize("accept", [0.2, 0.8])
-@pytest.mark.parametrize("clock", [flat, steep])
+CLOSED = list(product([flat, steep], [0.2, 0.8], [0.0, 0.0002]))
+
+
+@pytest.mark.parametrize(("clock", "accept", "row"), slow_beyond(CLOSED, covering(CLOSED)))
 def test_never_slower_in_a_closed_loop(clock, accept, row) -> None:
     """Learning included at most 3% are lost over 1,500 steps; afterwards at most 1%."""
     ours, plain = (Closed(clock, accept=accept, row=row) for _ in range(2))

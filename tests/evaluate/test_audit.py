@@ -59,14 +59,15 @@ def test_the_honest_twin_of_the_liars_passes(params: SamplingParams) -> None:
     assert v.resolution is not None and v.resolution <= 0.15
 
 
-def test_no_false_alarm_in_200_honest_runs() -> None:
+@pytest.mark.parametrize("runs", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_no_false_alarm_in_honest_runs(runs: int) -> None:
     """At most 1% of honest runs may ever alarm; the bound on their number is exceeded with probability below 1e-9."""
     honest = src.of_engine(lie.engine(load_rule("speculative_sampling")), params := SamplingParams(max_tokens=60))
     alarms = 0
-    for run in range(200):
+    for run in range(runs):
         v = judge(honest, params, prompts=[lie.PROMPTS[run % 20]], level=0.01, seed=run)
         alarms += v.outcome == NOT_THE_LAW
-    assert alarms <= binom.isf(FALSE_ALARM, 200, 0.01)
+    assert alarms <= binom.isf(FALSE_ALARM, runs, 0.01)
     assert alarms == 0  # the seeds are fixed: what these runs are known to give
 
 

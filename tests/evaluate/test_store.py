@@ -165,8 +165,8 @@ WORK = [killed_bench, killed_experiment]
 @pytest.mark.usefixtures("repeatable")
 @pytest.mark.parametrize("work", WORK, ids=["bench", "ab"])
 def test_nothing_is_lost_or_written_twice_under_kill_9(work: Callable[[Path], None], tmp_path: Path) -> None:
-    """50 random points in all."""
-    survives(work, tmp_path, 25)
+    """20 random points in all."""
+    survives(work, tmp_path, 10)
 
 
 @pytest.mark.slow

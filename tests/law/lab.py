@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import pytest
 import torch
 
 from outrider.noise import Noise
@@ -23,6 +24,9 @@ EDGE = 1e-13
 """How near to the ends of a cell coins are placed: thresholds are checked to this."""
 COARSE = 1e-5
 """The same for laws whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
+
+SHARES = pytest.mark.parametrize("share", [0.25, pytest.param(1.0, marks=pytest.mark.slow)], ids=["some", "all"])
+"""Of the cases of a table: a quarter in `make test`, all in `make test-slow`."""
 
 Siblings = Literal["iid", "without_replacement", "hub"]
 RuleFn = Callable[[torch.Tensor, Draft, Noise], Verdict]
@@ -49,6 +53,11 @@ class Shape:
 
 def chain(length: int, law: bool = True) -> Shape:
     return Shape(tuple(range(-1, length - 1)), (law,) * length)
+
+
+def some(count: int, share: float) -> int:
+    """A share of `count` cases, 8 at least: enough for every relation of two laws to come up (`random_world`)."""
+    return min(count, max(8, round(share * count)))
 
 
 def prefixes(vocab: int, depth: int) -> int:

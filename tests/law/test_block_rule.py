@@ -20,6 +20,7 @@ from outrider.verify.block import BlockVerification
 from outrider.verify.tree import SpeculativeSampling
 from tests.law.lab import (
     COARSE,
+    SHARES,
     Enumerator,
     Probe,
     Shape,
@@ -30,6 +31,7 @@ from tests.law.lab import (
     index,
     random_world,
     rounded,
+    some,
 )
 
 RULE = BlockVerification()
@@ -104,10 +106,11 @@ def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = NEA
     assert_exact(found, tolerance)
 
 
+@SHARES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case):
+def test_the_law_is_the_targets(case, share):
     name, vocab, shape, support, count = case
-    rng = np.random.default_rng([21, len(name), vocab])
+    rng, count = np.random.default_rng([21, len(name), vocab]), some(count, share)
     for _ in range(0, count, 200):
         check([random_world(rng, vocab, shape, support) for _ in range(min(count, 200))], 1)
 

@@ -1,7 +1,8 @@
 """EX-1: the output law of speculative sampling equals the target's, by enumeration; and the ledger's two identities.
 
-10,000 cases in all, on every shape of draft. No sampling error, so no tolerance but rounding: 1e-12 in float64. In float32
-the laws of a case are rounded first and the target is the rounded law, which leaves its own 1e-7 of a sum.
+10,000 cases in all (a quarter of them in `make test`), on every shape of draft. No sampling error, so no tolerance but rounding:
+1e-12 in float64. In float32 the laws of a case are rounded first and the target is the rounded law, which leaves its own 1e-7 of
+a sum.
 """
 
 from __future__ import annotations
@@ -13,7 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.law import subject
-from tests.law.lab import COARSE, EDGE, Shape, Siblings, World, chain, examine, prefixes, random_world, rounded
+from tests.law.lab import (
+    COARSE,
+    EDGE,
+    SHARES,
+    Shape,
+    Siblings,
+    World,
+    chain,
+    examine,
+    prefixes,
+    random_world,
+    rounded,
+    some,
+)  # fmt: skip
 
 SUBJECT = subject.load()
 RULE = SUBJECT.rule
@@ -80,27 +94,30 @@ def _check(
     assert found.spread.max() <= tolerance, "E[(risk - rejections)^2] is not E[spread]"
 
 
+@SHARES
 @pytest.mark.parametrize("case", CHAINS, ids=lambda case: case[0])
-def test_chains(case):
+def test_chains(case, share):
     name, vocab, shape, support, count = case
-    rng = np.random.default_rng([11, len(name), vocab])
+    rng, count = np.random.default_rng([11, len(name), vocab]), some(count, share)
     for _ in range(0, count, 200):
         _check(RULE, [random_world(rng, vocab, shape, support) for _ in range(200 if count > 200 else count)], 1)
 
 
+@SHARES
 @pytest.mark.parametrize("case", TREES, ids=lambda case: case[0])
-def test_trees(case):
+def test_trees(case, share):
     name, vocab, shape, full, count = case
     rng = np.random.default_rng([12, len(name), vocab])
-    _check(RULE, [random_world(rng, vocab, shape, full=full) for _ in range(count)], 2)
+    _check(RULE, [random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 2)
 
 
+@SHARES
 @pytest.mark.parametrize("shape", [chain(2), *shapes().values(), *shapes("without_replacement").values()])
-def test_float32(shape):
+def test_float32(shape, share):
     rng = np.random.default_rng(13)
     vocab = 2 if len(shape.parent) > 3 else 4
     full = shape.siblings == "without_replacement"
-    worlds = [rounded(random_world(rng, vocab, shape, full=full), torch.float32) for _ in range(20)]
+    worlds = [rounded(random_world(rng, vocab, shape, full=full), torch.float32) for _ in range(some(20, share))]
     _check(RULE, worlds, 3, torch.float32, COARSE, 1e-6)
 
 

@@ -11,6 +11,7 @@ from outrider.verify.tree import SpeculativeSampling
 from tests.law.lab import (
     COARSE,
     EDGE,
+    SHARES,
     Enumerator,
     Shape,
     World,
@@ -20,6 +21,7 @@ from tests.law.lab import (
     index,
     random_world,
     rounded,
+    some,
 )
 
 RULE = KSeq()
@@ -74,17 +76,19 @@ def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-
     assert_exact(found, tolerance)
 
 
+@SHARES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case):
+def test_the_law_is_the_targets(case, share):
     name, vocab, shape, count = case
     rng = np.random.default_rng([31, len(name), vocab])
     full = shape.siblings == "without_replacement"
-    check([random_world(rng, vocab, shape, full=full) for _ in range(count)], 1)
+    check([random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 1)
 
 
-def test_float32():
-    rng = np.random.default_rng(33)
-    worlds = [rounded(random_world(rng, 4, Shape((-1, -1), PAIR)), torch.float32) for _ in range(40)]
+@SHARES
+def test_float32(share):
+    rng, count = np.random.default_rng(33), some(40, share)
+    worlds = [rounded(random_world(rng, 4, Shape((-1, -1), PAIR)), torch.float32) for _ in range(count)]
     check(worlds, 3, torch.float32, COARSE, 1e-6)
 
 

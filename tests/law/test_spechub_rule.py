@@ -15,6 +15,7 @@ from outrider.verify.tree import SpeculativeSampling
 from tests.law.lab import (
     COARSE,
     EDGE,
+    SHARES,
     Enumerator,
     Shape,
     World,
@@ -25,6 +26,7 @@ from tests.law.lab import (
     index,
     random_world,
     rounded,
+    some,
 )
 
 RULE = SpecHub()
@@ -63,11 +65,12 @@ def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-
     assert_exact(found, tolerance)
 
 
+@SHARES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case):
+def test_the_law_is_the_targets(case, share):
     name, vocab, shape, count = case
     rng = np.random.default_rng([71, len(name), vocab])
-    check([full_world(rng, vocab, shape) for _ in range(count)], 1)
+    check([full_world(rng, vocab, shape) for _ in range(some(count, share))], 1)
 
 
 def test_float32():

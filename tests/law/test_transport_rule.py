@@ -16,6 +16,7 @@ from outrider.verify.transport import OptimalTransport, best_choice, choose
 from tests.law.lab import (
     COARSE,
     EDGE,
+    SHARES,
     Enumerator,
     Shape,
     World,
@@ -26,6 +27,7 @@ from tests.law.lab import (
     index,
     random_world,
     rounded,
+    some,
 )
 
 RULE = OptimalTransport()
@@ -72,26 +74,29 @@ def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-
     assert_exact(found, tolerance)
 
 
+@SHARES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case):
+def test_the_law_is_the_targets(case, share):
     name, vocab, shape, count = case
     rng = np.random.default_rng([41, len(name), vocab])
     full = shape.siblings == "without_replacement"
-    check([random_world(rng, vocab, shape, full=full) for _ in range(count)], 1)
+    check([random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 1)
 
 
-def test_float32():
-    rng = np.random.default_rng(43)
-    worlds = [rounded(random_world(rng, 4, Shape((-1, -1), PAIR)), torch.float32) for _ in range(40)]
+@SHARES
+def test_float32(share):
+    rng, count = np.random.default_rng(43), some(40, share)
+    worlds = [rounded(random_world(rng, 4, Shape((-1, -1), PAIR)), torch.float32) for _ in range(count)]
     check(worlds, 3, torch.float32, COARSE, 1e-6)
 
 
+@SHARES
 @pytest.mark.parametrize("pieces", [1, 2, 5])
-def test_few_pieces_cost_acceptance_and_never_the_law(monkeypatch, pieces):
+def test_few_pieces_cost_acceptance_and_never_the_law(monkeypatch, pieces, share):
     monkeypatch.setattr(transport, "EVERY_TOKEN", 0)
     monkeypatch.setattr(transport, "PIECES", pieces)
     rng = np.random.default_rng(44)
-    check([random_world(rng, 4, Shape((-1, -1), PAIR)) for _ in range(60)], 4)
+    check([random_world(rng, 4, Shape((-1, -1), PAIR)) for _ in range(some(60, share))], 4)
 
 
 def pairs_of_laws(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -15,6 +15,7 @@ from outrider.verify.tree import SpeculativeSampling
 from tests.law.lab import (
     COARSE,
     EDGE,
+    SHARES,
     Enumerator,
     Probe,
     Shape,
@@ -27,6 +28,7 @@ from tests.law.lab import (
     index,
     random_world,
     rounded,
+    some,
 )
 
 RULE = Traversal()
@@ -120,12 +122,13 @@ def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-
     assert_exact(found, tolerance)
 
 
+@SHARES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case):
+def test_the_law_is_the_targets(case, share):
     name, vocab, shape, count = case
     rng = np.random.default_rng([61, len(name), vocab])
     full = shape.siblings == "without_replacement"
-    check([random_world(rng, vocab, shape, full=full) for _ in range(count)], 1)
+    check([random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 1)
 
 
 def test_float32():

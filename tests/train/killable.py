@@ -1,4 +1,4 @@
-"""Trainings killed by SIGKILL at random moments: `python -m tests.train.killable KIND FOLDER KILLS SEED`, one JSON document.
+"""Trainings killed by SIGKILL at random moments: `python -m tests.train.killable FOLDER KILLS SEED KIND...`, JSON by kind.
 
 One process imports torch and forks a child for every attempt, so that an attempt costs milliseconds. A child trains from the
 newest checkpoint; one that comes to its end starts the next run afresh, and after `KILLS` kills the last one is left alone.
@@ -131,4 +131,5 @@ def main(kind: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+    where, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    print(json.dumps({kind: main(kind, where / kind, kills, seed) for kind in sys.argv[4:]}))

@@ -46,13 +46,15 @@ READ = (1, 3)
 JUDGE = Judge.of(TARGET, STORED, READ)
 
 
-def plain(count: int, temperature: float) -> Tensor:
-    """Rows [count, LENGTH] that the target wrote after PROMPT given tokens."""
+@cache
+def plain(count: int, temperature: float, first: int = 0) -> Tensor:
+    """Rows [count, LENGTH] that the target wrote after PROMPT given tokens, with the prompts and seeds from `first` on."""
     one = Engine(
         TARGET, NoDraft(), load_rule("speculative_sampling"), Fixed(0), slots=64, max_length=LENGTH + 2, eos=()
     )
-    params = [SamplingParams(temperature=temperature, max_tokens=LENGTH - PROMPT, seed=i) for i in range(count)]
-    return rows_of(one.generate(prompts(count), params))
+    seeds = range(first, first + count)
+    params = [SamplingParams(temperature=temperature, max_tokens=LENGTH - PROMPT, seed=i) for i in seeds]
+    return rows_of(one.generate(prompts(first + count)[first:], params))
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -286,7 +288,7 @@ def test_the_trainers_acceptance_is_the_engines(sample: str) -> None:
     """
     model, count = trained(), 250
     _, runs, _ = engine_runs(model, count, 1.0, sample)
-    rows = plain(2 * count, 1.0)[count:]  # other seeds, so that the two are independent
+    rows = plain(count, 1.0, first=count)  # other seeds, so that the two are independent
     hidden = hidden_of(TARGET, rows, STORED)
     log_p = torch.zeros(rows.shape)
     laws = torch.log_softmax(JUDGE.laws(hidden), -1)

@@ -42,8 +42,9 @@ def block_model(kv_heads: int = 1, layers: int = 2) -> BlockModel:
     return model
 
 
-def states(text: tuple[int, ...] | list[int]) -> torch.Tensor:
-    return hidden_of(TARGET, torch.tensor([list(text)]), TAPS).double()  # float32 on the way
+@cache
+def states(text: tuple[int, ...]) -> torch.Tensor:
+    return hidden_of(TARGET, torch.tensor([text]), TAPS).double()  # float32 on the way
 
 
 # ------------------------------------------------------------------------------------------------------ packed blocks
@@ -117,7 +118,7 @@ def test_nothing_leaks_from_the_future() -> None:
     position = torch.arange(1, length - BLOCK + 1)[None]
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        keys = model.inject(states(tokens[0].tolist()))
+        keys = model.inject(states(tuple(tokens[0].tolist())))
         return model.blocks(keys, tokens.gather(1, position), position)[0]
 
     base = logits(text)
@@ -172,7 +173,7 @@ def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
         out = honest(seen, budget)
         for v in seen.sequences:
             assert drafter._held[v.slot] == drafter._next[v.slot] == v.cached
-            for n, (k, value) in enumerate(model.inject(states(v.tokens[: v.cached])) if v.cached else ()):
+            for n, (k, value) in enumerate(model.inject(states(tuple(v.tokens[: v.cached]))) if v.cached else ()):
                 held = drafter._kv[n, :, v.slot, :, : v.cached]
                 torch.testing.assert_close(held[0], k[0].transpose(0, 1), rtol=0, atol=2e-4)
                 torch.testing.assert_close(held[1], value[0].transpose(0, 1), rtol=0, atol=2e-4)

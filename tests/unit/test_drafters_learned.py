@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from outrider.train.features import hidden_of
 from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
+from tests.covering import covering, slow_beyond
 from tests.unit.drafting import Seen, evidence, view
 
 V, H = 19, 16
@@ -69,13 +71,15 @@ def decode(drafter: Medusa | Eagle, slots: int, temperature: float = 1.0) -> Non
     assert one.counts.rejected > 5
 
 
-def states(text: tuple[int, ...]) -> torch.Tensor:
-    return hidden_of(TARGET, torch.tensor([text]), TAPS).double()[0]  # float32 on the way
+@cache
+def states(text: tuple[int, ...], taps: tuple[int, ...] = TAPS) -> torch.Tensor:
+    return hidden_of(TARGET, torch.tensor([text]), taps).double()[0]  # float32 on the way
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("how", list(GROWTHS))
+KINDS = list(product(GROWTHS, (1, 2), (False, True)))
+
+
+@pytest.mark.parametrize(("how", "kv_heads", "residual"), slow_beyond(KINDS, covering(KINDS)))
 def test_cached_logits_are_those_of_training(how: str, kv_heads: int, residual: bool) -> None:
     """After any history of partial acceptances every logit served equals the training-time unroll of the same tokens.
 
@@ -99,7 +103,7 @@ def test_heads_serve_what_they_were_trained_as(shared: bool) -> None:
     decode(Medusa(model, seen), 3)
     assert len(seen.logits) > 60
     for (history, path), row in seen.logits.items():
-        last = hidden_of(TARGET, torch.tensor([history[:-1]]), (3,)).double()[0, -1, 0]
+        last = states(history[:-1], (3,))[-1, 0]
         torch.testing.assert_close(row, model(last)[len(path)], rtol=0, atol=2e-4)
 
 
