@@ -98,7 +98,9 @@ def test_help_is_plain_and_whole_everywhere(command: tuple[str, ...], monkeypatc
     for flag in ("-h", "--help"):
         assert run(monkeypatch, *command, flag) == 0
         text = capsys.readouterr().out
-        assert text.startswith("Usage: outrider") and not set(text) & set("…─│") and "..." not in text.replace("]...", "")
+        assert (
+            text.startswith("Usage: outrider") and not set(text) & set("…─│") and "..." not in text.replace("]...", "")
+        )
 
 
 def test_wrong_paths_are_said_before_torch_is_imported(tmp_path: Path) -> None:

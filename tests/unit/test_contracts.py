@@ -94,7 +94,9 @@ def test_a_wrong_shape_is_said(wrong: dict, said: str) -> None:
 
 
 def test_a_model_of_transformers_is_refused_with_the_way_to_make_it_a_target() -> None:
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
     with pytest.raises(CapabilityError, match=r"LlamaForCausalLM cannot be a target.*HFTarget\(model\)"):
         build_engine(model, "ngram")
     with pytest.raises(CapabilityError, match="LlamaForCausalLM cannot be a drafter"):
