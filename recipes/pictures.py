@@ -94,6 +94,7 @@ def play(page: Any) -> None:
     end = time.monotonic() + 60
     while "ended" not in page.inner_text("#out2") and time.monotonic() < end:
         page.wait_for_timeout(50)
+    page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(1500)
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
-from outrider.engine.build import build_engine
 from outrider.engine.contracts import check_parts
 from outrider.errors import CapabilityError
-from outrider.sampling.params import SamplingParams
-from outrider.target.hf import HFTarget
 from outrider.verify import LOSSLESS, SpeculativeSampling, load_rule
 from tests.contract.asked import target
 from tests.contract.drafters import DRAFTERS
@@ -91,15 +87,6 @@ def test_a_wrong_shape_is_said(wrong: dict, said: str) -> None:
     parts = {"target": MODEL, "drafter": NoDraft(), "rule": SpeculativeSampling(), "controller": Fixed(2)} | wrong
     with pytest.raises(CapabilityError, match=said):
         check_parts(**parts)
-
-
-def test_a_model_of_transformers_is_refused_with_the_way_to_make_it_a_target() -> None:
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
-    with pytest.raises(CapabilityError, match=r"LlamaForCausalLM cannot be a target.*HFTarget\(model\)"):
-        build_engine(model, "ngram")
-    with pytest.raises(CapabilityError, match="LlamaForCausalLM cannot be a drafter"):
-        build_engine(MODEL, model)
-    assert build_engine(HFTarget(model), "ngram", length=2).generate([1, 2, 3], SamplingParams(max_tokens=3))
 
 
 def test_all_of_ours_pass() -> None:

@@ -11,8 +11,6 @@ from outrider.control.fixed import Fixed
 from outrider.engine.engine import Engine
 from outrider.engine.prompts import as_ids, as_prompt, as_prompts
 from outrider.errors import ConfigError, RequestError
-from outrider.evaluate.audit import audit
-from outrider.evaluate.audit_greedy import audit_greedy
 from outrider.evaluate.measure import Arm, run_arms
 from outrider.evaluate.plan import configurations
 from outrider.evaluate.predict import Item, as_items
@@ -136,9 +134,8 @@ def test_what_measures_sees_one_prompt_too(one) -> None:
 
 def test_what_audits_asks_for_ids() -> None:
     assert as_ids(IDS) == [IDS]
-    for run in (lambda: audit(None, "def f", None), lambda: audit_greedy(None, ["def f"], None)):
-        with pytest.raises(RequestError, match="token ids are wanted"):
-            run()
+    with pytest.raises(RequestError, match="token ids are wanted"):
+        as_ids(["def f"])
 
 
 def test_the_one_call_function_takes_a_string_and_ids() -> None:
