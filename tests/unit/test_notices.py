@@ -204,6 +204,7 @@ def test_a_draft_on_transformers_is_not_emulated_for_its_target_s_sake(
     gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({"fpu", "avx2"}))
+    monkeypatch.delenv(isa.VARIABLE, raising=False)
     monkeypatch.setattr("outrider.engine.build.load_tokenizer", lambda name: None)
     monkeypatch.setattr("outrider.target.load.load_library", lambda: object())
     monkeypatch.setattr(lean, "load_native", lambda config, weights: (None, []))
