@@ -60,17 +60,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The libraries that this machine's cache has anyway, by their unit's name; without threads, as any compiler makes them."""
+    """The libraries that this machine's cache has anyway, by their unit's name: for all of its instructions."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "outrider" / "native"
     try:
         compiler = compiled.find_compiler()
     except compiled.BuildError:
         pytest.skip("no compiler")
-    level = isa.chosen()
-    built = {
-        u.name: compiled.build(u, compiler, folder, openmp=u.threads, level=None if level.native else level.level)
-        for u in compiled.UNITS
-    }
+    built = {u.name: compiled.build(u, compiler, folder, openmp=u.threads) for u in compiled.UNITS}
     kept = tmp_path_factory.mktemp("built")
     return {name: Path(shutil.copy(path, kept / f"{name}.so")) for name, path in built.items()}
 
@@ -208,6 +204,7 @@ def test_a_draft_on_transformers_is_not_emulated_for_its_target_s_sake(
     gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({"fpu", "avx2"}))
+    monkeypatch.delenv(isa.VARIABLE, raising=False)
     monkeypatch.setattr("outrider.engine.build.load_tokenizer", lambda name: None)
     monkeypatch.setattr("outrider.target.load.load_library", lambda: object())
     monkeypatch.setattr(lean, "load_native", lambda config, weights: (None, []))
