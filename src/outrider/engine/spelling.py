@@ -38,7 +38,7 @@ class Spelling:
         return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes_of(token))
 
     def keys(self, tokens: list[int], chosen: int) -> list[str]:
-        """Different strings for different tokens: the chosen one as it is shown, the others as text if they are that on their own."""
+        """Different strings for different tokens: the chosen one as it is shown, the others as text if they are any alone."""
         taken, out = {self.shown(chosen): chosen}, []
         for token in tokens:
             key = self.shown(token) if token == chosen else self.text(token)
