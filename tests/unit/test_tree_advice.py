@@ -21,8 +21,8 @@ from outrider.sampling.params import SamplingParams
 def test_what_is_written_is_read():
     tree = Static((-1, -1, 0, 0, 2))
     engine = build_engine(length=3, slots=1, max_length=64)
-    model = next(iter(engine.loaded.models))
-    load = lambda path: engine.loaded.models[path]  # noqa: E731
+    model = next(iter(engine.loaded.models)).name
+    load = lambda path: next(iter(engine.loaded.models.values()))  # noqa: E731
     found = load_drafter(f"{written(tree)}:{model}", target=engine.parts.target, length=3, load_model=load)
     assert (found.max_nodes, found.max_depth, found.trees) == (5, 3, True)
     with pytest.raises(ConfigError, match="raise the length"):
@@ -53,7 +53,7 @@ def test_the_advice_is_the_best_of_all_trees():
 def test_acceptance_by_rank_adds_up_to_that_of_the_whole_node():
     """Ranks are disjoint outcomes: their sum is the acceptance of the anchor's children together, as the engine counts it."""
     engine = build_engine(draft="none", length=0, slots=1, max_length=128)
-    model = next(iter(build_engine(length=1, slots=1, max_length=64).loaded.models))
+    model = next(iter(build_engine(length=1, slots=1, max_length=64).loaded.models)).name
     prompts = [engine.encode(p) for p in ("import ", "def f(x):\n    return ", "class A:\n    ")]
     ranks = measure_ranks(engine, model, prompts, SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True), 3)
     assert 0 < sum(ranks.acceptance) <= 1
