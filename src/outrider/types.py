@@ -92,8 +92,12 @@ class Draft:
         nodes, q = len(self.parent), self.q
         if self.token.shape != (nodes,) or sum(self.counts) != nodes or any(n < 0 for n in self.counts):
             return f"{self.token.numel()} tokens and {nodes} parents for counts that sum to {sum(self.counts)}"
+        if self.token.dtype is not torch.int64 or {type(n) for n in (*self.parent, *self.counts)} - {int}:
+            return f"tokens of type {self.token.dtype}, or parents and counts that are no whole numbers"
         if q is None:
             return ""
+        if not q.probs.is_floating_point() or (q.support is not None and q.support.dtype is not torch.int64):
+            return f"laws of type {q.probs.dtype}, or a support that is not int64"
         if len(q.row) != nodes or q.probs.dim() != 2:
             return f"{len(q.row)} law numbers for {nodes} nodes, and laws of shape {tuple(q.probs.shape)}"
         if q.support is not None and q.support.shape != q.probs.shape[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -103,6 +104,20 @@ MALFORMED: dict[str, Callable[[Draft], Draft]] = {
             torch.tensor([[-1.0, 2.0, *[0.0] * (VOCAB - 2)]], dtype=torch.float64), (0,) * len(d.parent)
         )
     ),
+    "tokens that are no whole numbers": spoil(token=lambda d: d.token.double()),
+    "tokens that are yes or no": spoil(token=lambda d: d.token > 0),
+    "counts that are no whole numbers": spoil(counts=lambda d: tuple(float(n) for n in d.counts)),
+    "laws of whole numbers": spoil(
+        q=lambda d: Proposal(torch.eye(VOCAB, dtype=torch.int64)[d.token], tuple(range(len(d.parent))))
+    ),
+    "laws of complex numbers": spoil(
+        q=lambda d: Proposal(torch.eye(VOCAB, dtype=torch.complex64)[d.token], tuple(range(len(d.parent))))
+    ),
+    "a support of fractions": spoil(
+        q=lambda d: Proposal(torch.ones(1, 2) / 2, (0,) * len(d.parent), torch.tensor([0.0, 1.0]))
+    ),
+    "tokens without memory": spoil(token=lambda d: d.token.to("meta")),
+    "laws without memory": spoil(q=lambda d: Proposal(torch.ones(1, VOCAB, device="meta"), (0,) * len(d.parent))),
     "nothing at all": lambda d: None,  # type: ignore[arg-type,return-value]
 }
 
@@ -115,6 +130,43 @@ def test_what_is_no_draft_is_not_used(how: str) -> None:
     one = engine(MODEL, inner, load_rule("speculative_sampling"), 3)
     assert tokens(one.generate(PROMPTS, params("greedy"))) == plain("greedy")
     assert one.incidents > 0
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    "fault", [SystemExit(1), GeneratorExit(), CancelledError(), StopIteration(), MemoryError(), Speechless()]
+)
+@pytest.mark.parametrize("where", ["draft", "release"])
+def test_whatever_is_raised_ends_no_request(fault: BaseException, where: str) -> None:
+    """Also what is no Exception (a library that ends its program, a cancellation), and what has no words."""
+    inner = NGram(4, min_n=1)
+
+    def fail(*_: object) -> Draft:
+        raise fault
+
+    setattr(inner, where, fail)
+    one = engine(MODEL, inner, load_rule("match"), 3)
+    assert tokens(one.generate(PROMPTS, params("greedy"))) == plain("greedy")
+    assert one.drafter_faults >= 3 and any(type(fault).__name__ in n for n in one.notices)
+
+
+def test_an_interrupt_in_a_draft_is_an_interrupt() -> None:
+    inner = NGram(4, min_n=1)
+    asked = inner.draft
+
+    def stop(*_: object) -> Draft:
+        inner.draft = asked  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    inner.draft = stop  # type: ignore[method-assign]
+    one = engine(MODEL, inner, load_rule("match"), 3)
+    with pytest.raises(KeyboardInterrupt):
+        one.generate(PROMPTS, params("greedy"))
+    assert tokens(one.generate(PROMPTS, params("greedy"))) == plain("greedy") and not one.drafter_faults
 
 
 def test_deeper_than_asked_is_no_draft() -> None:

@@ -15,10 +15,11 @@ from outrider.drafters.none import NoDraft
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
 from outrider.target.toy import TinyLM
+from outrider.train.checkpoint import identity_of
 from outrider.train.data import Document, encode, halve, narrowed, token_type
 from outrider.train.features import Wanted, write_tokens
 from outrider.train.keyed import run_folder
-from outrider.train.labels import write_labels
+from outrider.train.labels import weights_of, write_labels
 from outrider.train.loop import BOOKKEEPING, LoopConfig
 from outrider.train.pipeline import ELSEWHERE, Job, texts_of
 from outrider.verify import load_rule
@@ -135,3 +136,41 @@ def test_labels_of_another_target_are_not_gone_on_with(tmp_path: Path) -> None:
 def test_a_logit_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="float16"):
         write_labels(Teacher(0, 1e6), torch.zeros(2, 4, dtype=torch.int64), tmp_path, report=lambda _: None)  # type: ignore[arg-type]
+
+
+def test_a_model_is_told_from_one_that_differs_in_one_number(tmp_path: Path) -> None:
+    """Anywhere in its weights, and in the tokenizer that makes its tokens."""
+    weights = tmp_path / "model.safetensors"
+    whole = np.random.default_rng(0).integers(0, 256, 5 << 20, dtype=np.uint8)
+    weights.write_bytes(whole.tobytes())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    first = identity_of(tmp_path)
+    for at in np.random.default_rng(1).integers(0, len(whole), 8):
+        other = whole.copy()
+        other[at] ^= 1
+        weights.write_bytes(other.tobytes())
+        assert identity_of(tmp_path) != first
+    weights.write_bytes(whole.tobytes())
+    assert identity_of(tmp_path) == first
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    assert identity_of(tmp_path) != first
+
+
+def test_labels_tell_a_target_from_one_that_differs_in_one_weight() -> None:
+    one = torch.nn.Linear(200, 100)
+    known = weights_of(one)  # type: ignore[arg-type]
+    for at in ((0, 1), (57, 101), (99, 199)):
+        with torch.no_grad():
+            one.weight[at] += 1.0
+        assert weights_of(one) != known  # type: ignore[arg-type]
+        with torch.no_grad():
+            one.weight[at] -= 1.0
+
+
+def test_labels_of_nobody_knows_whom_are_not_gone_on_with(tmp_path: Path) -> None:
+    tokens = torch.arange(24).view(4, 6) % 8
+    write_labels(Teacher(0), tokens, tmp_path, report=lambda _: None)  # type: ignore[arg-type]
+    (tmp_path / "target").unlink()
+    with pytest.raises(ConfigError, match="another target"):
+        write_labels(Teacher(0), tokens, tmp_path, report=lambda _: None)  # type: ignore[arg-type]

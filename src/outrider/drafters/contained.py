@@ -49,12 +49,12 @@ class Contained:
                 if not (problem := draft.defect(len(evidence.sequences), budget) or self._strange(draft, evidence)):
                     self._strikes = max(0.0, self._strikes - FORGIVEN)
                     return draft
-            except Exception as error:  # whatever it is, the requests live on
-                problem = f"{type(error).__name__}: {error}"
-                logger.warning("drafter %r failed (%s)", self.drafter.name, problem, exc_info=not self._faults)
-            except BaseException:  # an interrupt, after which somebody may well go on
+            except KeyboardInterrupt:  # after which somebody may well go on
                 self.release([view.slot for view in evidence.sequences])
                 raise
+            except BaseException as error:  # whatever it is (a library's sys.exit, a cancellation), the requests live on
+                problem = _told(error)
+                logger.warning("drafter %r failed (%s)", self.drafter.name, problem, exc_info=not self._faults)
             self._strike(problem)
             self.release([view.slot for view in evidence.sequences])
         return Draft.empty(len(evidence.sequences), evidence.scores.logits.device)
@@ -63,12 +63,18 @@ class Contained:
         """The drafter forgets these slots."""
         try:
             self.drafter.release(slots)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             logger.warning("drafter %r failed to forget slots", self.drafter.name, exc_info=True)
-            self._strike(f"{type(error).__name__}: {error}")
+            self._strike(_told(error))
 
     def _strange(self, draft: Draft, evidence: Evidence) -> str:
-        """What is wrong with the tokens that the columns of its laws stand for; a support that was seen before is not looked at."""
+        """What is wrong with where its tensors lie, or with the tokens that the columns of its laws stand for; a support that was
+        seen before is not looked at."""
+        tensors = (draft.token,) if draft.q is None else (draft.token, draft.q.probs)
+        if len({evidence.scores.logits.device.type, *(t.device.type for t in tensors)}) > 1:
+            return f"tensors on {', '.join(sorted({t.device.type for t in tensors}))}"
         support = None if draft.q is None else draft.q.support
         if support is None or support is self._support:
             return ""
@@ -90,3 +96,11 @@ class Contained:
             "and slower; mend it or build the engine with another draft"
         )
         logger.error("%s", self._notices[-1])
+
+
+def _told(error: BaseException) -> str:
+    """The kind of an error and its words, if it has any that can be asked for."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its own words fail
+        return type(error).__name__

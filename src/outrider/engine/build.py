@@ -20,7 +20,7 @@ from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.sampling.params import SamplingParams
-from outrider.target.folder import resolve_folder
+from outrider.target.folder import files_of, resolve_folder
 from outrider.target.load import find_tokenizer, load_target, reads_emulated, stop_ids
 from outrider.target.translate import Tokenizer, ceiling, translate
 from outrider.verify import best_exact, load_rule
@@ -52,11 +52,15 @@ class Options:
 
 
 class ModelKey(NamedTuple):
-    """Of a loaded draft model: its name and every option that decides what is loaded; dtype and device are the target's."""
+    """Of a loaded draft model: which files it is, as they were, and every option that decides what is loaded; the device is the
+    target's. dtype: as `load_target` is asked for it."""
 
     name: str
+    folder: Path
+    files: tuple[tuple[str, int, int], ...]
     implementation: str
     quantize: str | None
+    dtype: str
 
 
 @dataclass(slots=True)
@@ -201,14 +205,11 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
     """
     if name.startswith(TRANSLATE):
         return _translated(loaded, options, name.removeprefix(TRANSLATE))
-    key = ModelKey(name, options.implementation, options.draft_quantize)
+    key = _key(loaded, options, name)
     if key not in loaded.models:
-        ours, device = loaded.target.dtype, loaded.target.device
-        free = options.dtype == "auto" and reads_emulated(name, ours, device, options.implementation)
-        dtype = "auto" if free else str(ours).removeprefix("torch.")
         model = load_target(
             name,
-            dtype=dtype,
+            dtype=key.dtype,
             device=str(loaded.target.device),
             implementation=options.implementation,
             quantize=options.draft_quantize,
@@ -218,10 +219,18 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
     return loaded.models[key]
 
 
+def _key(loaded: Loaded, options: Options, name: str, mark: str = "") -> ModelKey:
+    """What tells the draft model `name` from every other; `mark` from the same one seen in another way."""
+    folder, ours = resolve_folder(name).resolve(), loaded.target.dtype
+    free = options.dtype == "auto" and reads_emulated(name, ours, loaded.target.device, options.implementation)
+    dtype = "auto" if free else str(ours).removeprefix("torch.")
+    return ModelKey(mark + name, folder, files_of(folder), options.implementation, options.draft_quantize, dtype)
+
+
 def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, object]:
     if loaded.tokenizer is None:
         raise ConfigError("a draft of another vocabulary needs the target's tokenizer: build the engine with one")
-    key = ModelKey(TRANSLATE + name, options.implementation, options.draft_quantize)
+    key = _key(loaded, options, name, TRANSLATE)
     if key not in loaded.models:
         model, tokenizer = load_model(loaded, options, name)
         if tokenizer is None:
@@ -240,10 +249,16 @@ def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, ob
 
 
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
-    """Another engine on the same target: same options but for `draft` and `changes`; weights are shared, caches are not."""
+    """Another engine on the same target: same options but for `draft` and `changes`; weights are shared, caches are not.
+
+    Raises ConfigError for what was decided when the target was loaded: its dtype and device.
+    """
     if engine.loaded is None:
         raise ConfigError("this engine was made by hand: build the companion from the same parts")
     options: Options = engine.loaded.options
+    for name in ("dtype", "device"):
+        if changes.get(name, getattr(options, name)) != getattr(options, name):
+            raise ConfigError(f"{name} was decided when the target was loaded: build a new engine for {changes[name]!r}")
     return assemble(engine.loaded, replace(options, **({"draft": draft} if draft is not None else {}), **changes))
 
 

@@ -28,6 +28,12 @@ def resolve_folder(path_or_name: str | Path) -> Path:
     return _download(name)
 
 
+def files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, bytes and time of change (ns) of the files that a model is read from: another training in the same place differs."""
+    found = (p for kind in ("*.safetensors", "*.json") for p in folder.glob(kind))
+    return tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found))
+
+
 def require_config(folder: Path) -> None:
     """ConfigError for a folder without config.json, which says what else it seems to hold."""
     if (folder / "config.json").is_file():

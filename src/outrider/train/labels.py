@@ -51,7 +51,7 @@ def write_labels(target: CausalLM, tokens: torch.Tensor, folder: Path, rows: int
     done, writer = int(progress.read_text()) if progress.exists() else 0, folder / "target"
     if done and not np.array_equal(np.load(folder / "tokens.npy", allow_pickle=False), tokens.numpy()):
         raise ConfigError(f"{folder} holds labels of other text; use a new folder")
-    if done and writer.exists() and writer.read_text() != weights_of(target):
+    if done and not (writer.exists() and writer.read_text() == weights_of(target)):
         raise ConfigError(f"{folder} holds labels of another target; use a new folder")
     if not done:
         writer.write_text(weights_of(target))
@@ -72,12 +72,11 @@ def write_labels(target: CausalLM, tokens: torch.Tensor, folder: Path, rows: int
 
 
 def weights_of(model: CausalLM) -> str:
-    """Which model this is: a digest of samples spread over its weights."""
+    """Which model this is: a digest of all its weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
-        digest.update(f"{name} {tuple(weight.shape)};".encode())
-        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -1,0 +1,72 @@
+"""Engines on one target share a draft model exactly if they would load the same one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from outrider.assets import shipped
+from outrider.engine.build import Options, build_engine, companion
+from outrider.engine.engine import Engine
+from outrider.errors import ConfigError
+
+OTHER = {"implementation": "hf", "draft_quantize": "int8"}
+SHARED = {"length": 2, "slots": 1, "rule": "match", "max_length": 64, "chunk": 32, "allow_lossy": True}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return build_engine(draft="none", slots=2, max_length=96)
+
+
+def model_of(engine: Engine, draft: Path | str, **changes: object) -> object:
+    return companion(engine, str(draft), **changes).parts.drafter.model  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shipped("draft"), tmp_path / "draft"))
+
+
+def test_what_decides_the_model_and_what_does_not(engine: Engine, draft: Path) -> None:
+    """Option by option: a new one must be put into one of the tables."""
+    assert set(OTHER) | set(SHARED) | {"draft", "dtype", "device"} == set(Options.__dataclass_fields__)
+    first = model_of(engine, draft)
+    for name, value in SHARED.items():
+        assert model_of(engine, draft, **{name: value}) is first, name
+    for name, value in OTHER.items():
+        assert model_of(engine, draft, **{name: value}) is not first, name
+
+
+def test_another_training_in_the_same_folder_is_another_model(engine: Engine, draft: Path) -> None:
+    first = model_of(engine, draft)
+    assert model_of(engine, draft) is first
+    weights = draft / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    second = model_of(engine, draft)
+    assert second is not first
+    config = draft / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert model_of(engine, draft) is not second
+
+
+def test_one_name_in_two_folders_is_two_models(
+    engine: Engine, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = model_of(engine, "draft")
+    (tmp_path / "b").mkdir()
+    shutil.copytree(draft, tmp_path / "b" / "draft", copy_function=shutil.copy2)
+    monkeypatch.chdir(tmp_path / "b")
+    assert model_of(engine, "draft") is not first
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float64"}, {"device": "meta"}])
+def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, changes: dict[str, str]) -> None:
+    """It would be dropped in silence: the companion has the weights that are there."""
+    with pytest.raises(ConfigError, match="decided when the target was loaded"):
+        companion(engine, "none", **changes)
+    assert companion(engine, "none", dtype="auto").parts.target is engine.parts.target
