@@ -181,17 +181,21 @@ def _in_a_fork(work: Callable[[], object], answer) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_a_fork_is_refused_in_a_sentence() -> None:
-    """The engine, and a new one: the threads that compute are not in a fork, and waiting for them would hang."""
+def test_a_fork_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine, and a new one: the threads that compute are not in a fork, and waiting for them would hang. Where one thread
+    computes there are none to wait for: a new engine works."""
     one = drafted(2)
     one.generate([PROMPTS[0]], [PARAMS[0]])
     fork = multiprocessing.get_context("fork")
-    for work in (lambda: one.generate([PROMPTS[0]], [PARAMS[0]]), lambda: list(one.stream([1], PARAMS[0])), drafted):
+    used = (lambda: one.generate([PROMPTS[0]], [PARAMS[0]]), lambda: list(one.stream([1], PARAMS[0])))
+    new = lambda: drafted(2).generate([PROMPTS[0]], [PARAMS[0]])  # noqa: E731
+    for work, threads, said in (*((w, 1, "'spawn'") for w in used), (new, 2, "'spawn'"), (new, 1, "worked")):
+        monkeypatch.setattr("outrider.engine.turns.torch.get_num_threads", lambda n=threads: n)
         here, there = fork.Pipe()
         child = fork.Process(target=_in_a_fork, args=(work, there))
         child.start()
         assert here.poll(20), "the child hangs"
-        assert "'spawn'" in here.recv()
+        assert said in here.recv()
         child.join(20)
         assert child.exitcode == 0
     assert one.generate([PROMPTS[0]], [PARAMS[0]])[0].outputs[0].token_ids == alone(0)

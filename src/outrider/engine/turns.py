@@ -7,6 +7,8 @@ import threading
 from collections import deque
 from types import TracebackType
 
+import torch
+
 from outrider.errors import CapabilityError
 
 _SPAWN = (
@@ -84,6 +86,9 @@ class Turns:
 
 
 def check_process() -> None:
-    """Raise CapabilityError in a process that was forked from one that had computed with an engine: its threads are not here."""
-    if _used and os.getpid() not in _used:
+    """Raise CapabilityError in a process that was forked from one that had computed with an engine: its threads are not here.
+
+    One that computes on one thread needs no others, and may build engines of its own.
+    """
+    if _used and os.getpid() not in _used and torch.get_num_threads() > 1:
         raise CapabilityError(f"this process was forked from one that has used an engine, and cannot compute: {_SPAWN}")

@@ -16,6 +16,8 @@ WINDOW = 60.0
 HOPELESS = 0.9
 """Rejections per judged token that no draft is cheap enough for, where break-even was never measured: of ten steps that draft, nine
 gain nothing."""
+FEW = 300
+"""Judged drafts in the window below which a share of them says nothing yet."""
 LEAST_COST = 1.1
 """Time of a step that drafts over that of a plain one, where it was never measured: hardly any draft costs less."""
 
@@ -74,16 +76,18 @@ class Condition:
 
 def _excess(r: Reading) -> float | None:
     """Rejection probability over break-even."""
-    if r.judged < 300:
+    if r.judged < FEW:
         return None
     return r.rejection / max(HOPELESS if r.break_even is None else r.break_even, 1e-6)
 
 
 def _speed(r: Reading) -> float | None:
-    """Speed of what was decoded over plain decoding."""
+    """Speed of what was decoded over plain decoding; where nobody has measured it, at most what was accepted can have brought."""
     if not r.judged:
         return None
-    return r.speedup if r.speedup is not None else (1 + r.accepted / max(r.drafts, 1)) / LEAST_COST
+    if r.speedup is None:
+        return None if r.judged < FEW else (1 + r.accepted / max(r.drafts, 1)) / LEAST_COST
+    return r.speedup
 
 
 CONDITIONS: tuple[Condition, ...] = (
