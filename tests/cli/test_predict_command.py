@@ -127,7 +127,7 @@ def test_given_completions_and_measured_costs(run, tmp_path: Path) -> None:
         (("--from-logs", "LOG", "--draft-cost", "0.1", "--verify-cost", "0"), "positive"),
         (("--drafting", "beam"), "sampled or greedy"),
         (("--draft-cost", "0.1", "--measure"), "use one"),
-        (("--from-logs", "LOG", "--check", "/nowhere.json"), "No such file"),
+        (("--from-logs", "LOG", "--check", "/nowhere.json"), "no such file"),
         (("--from-logs", "LOG", "--check", "LOG"), "not JSON"),
         (("--draft", "ngram"), "name a draft model with --draft"),
         (("--prompts", "/nowhere.txt"), "no such file"),

@@ -258,7 +258,7 @@ HOSTILE = {
     "heads that do not divide": (_config(num_key_value_heads=3), "multiple of num_key_value_heads"),
     "a flag that is none": (_config(tie_word_embeddings="yes"), "true or false"),
     "own code": (_config(auto_map={"AutoModelForCausalLM": "evil.Model"}), "auto_map"),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "configuration that is no JSON": (_write("config.json", "{"), "cannot be read as JSON"),
     "configuration that is a list": (_write("config.json", "[]"), "JSON object"),
     "deeply nested configuration": (_write("config.json", "[" * 200_000), "cannot be read as JSON"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
@@ -24,12 +25,12 @@ def console(*, stderr: bool = False) -> Console:
     return console
 
 
-def plain(console: Console) -> bool:
+def plain(console: RichConsole) -> bool:
     """Whether what is written goes into a pipe or a file."""
     return not console.is_terminal
 
 
-def show(table: Table, to: Console | None = None) -> None:
+def show(table: Table, to: RichConsole | None = None) -> None:
     """Print a table: framed where every word of it fits the terminal, else one block of lines a row; plain into a pipe."""
     out = console() if to is None else to
     columns = [[as_text(out, c.header), *(as_text(out, cell) for cell in c.cells)] for c in table.columns]
@@ -52,7 +53,7 @@ def show(table: Table, to: Console | None = None) -> None:
     out.print(table)
 
 
-def as_text(out: Console, cell: Any) -> Text:
+def as_text(out: RichConsole, cell: Any) -> Text:
     """A cell or a title, with its markup."""
     return cell.copy() if isinstance(cell, Text) else out.render_str(str(cell))
 

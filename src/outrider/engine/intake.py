@@ -43,6 +43,8 @@ class Intake:
                 f"prompt token {wrong} is outside the vocabulary of {vocab}: use this target's tokenizer"
             )
         params.check_vocab(vocab)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("a stop string needs a tokenizer: build the engine with one, or use stop_token_ids")
         if params.grammar is not None:
             self.grammars().compile(params.grammar)
 

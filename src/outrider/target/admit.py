@@ -67,7 +67,7 @@ def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:
 def _admit_quantized(folder: Path, config: Any, how: Any) -> None:
     """ConfigError unless transformers can read weights that were quantised like this, here and now."""
     method = how.get("quant_method", "an unnamed method") if isinstance(how, dict) else how
-    instead = "use the checkpoint it was made from (--quantize-draft makes a draft small)"
+    instead = "use the unquantized checkpoint it was made from (--quantize-draft makes a draft small)"
     try:
         from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -75,7 +75,9 @@ def _admit_quantized(folder: Path, config: Any, how: Any) -> None:
             raise ValueError("transformers does not know that method")
         AutoHfQuantizer.from_config(how, pre_quantized=True).validate_environment(device_map=None, weights_only=True)
     except Exception as error:  # every method checks its own surroundings and complains in its own way
-        raise ConfigError(f"the weights of {folder} are quantised ({method}: {brief(error)}): {instead}") from None
+        raise ConfigError(
+            f"{folder} is quantized ({str(method)[:40]}) and transformers cannot run it here ({brief(error)}): {instead}"
+        ) from None
 
 
 def brief(error: BaseException) -> str:

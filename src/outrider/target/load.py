@@ -143,21 +143,10 @@ def _load_hf(
     admit(folder, raw)
     chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device, lean=False)
     entries = read_entries(folder)
-    packing = raw.get("quantization_config")
-    packing = packing if isinstance(packing, dict) else {}
-    quantized = "quant_method" in packing
-    check_numbers({name: entry.stored for name, entry in entries.items()}, quantized)
+    check_numbers({name: entry.stored for name, entry in entries.items()}, bool(raw.get("quantization_config")))
     size = sum(math.prod(entry.shape) for entry in entries.values()) * chosen.itemsize
     require_memory(size, device, f"the weights of the {role}", f"choose a smaller {role} or dtype, or free memory")
-    try:
-        target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
-    except ConfigError as error:
-        if not quantized:
-            raise
-        raise ConfigError(
-            f"{folder} is quantized ({str(packing['quant_method'])[:40]}) and transformers cannot run it here: use the unquantized "
-            f"checkpoint ({error})"
-        ) from None
+    target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
     target.notices = (*([notice] if notice else []), *target.notices, *_dtype_notices(folder, chosen, device, False))
     return target
 
