@@ -81,9 +81,23 @@ def test_what_a_reply_has_may_be_sent_back() -> None:
     answer = {"role": "assistant", "content": "y", "refusal": None, "annotations": None, "audio": None}
     answer |= {"function_call": None, "tool_calls": None}
     empty = {"role": "assistant", "content": None, "tool_calls": [], "annotations": []}
-    body = parse(ChatRequest, {"model": "m", "messages": [{"role": "user", "content": "x"}, answer, empty]})
-    assert [m.text for m in body.messages] == ["x", "y", ""]
-    for wrong in ({"role": "user", "content": None}, {"role": "user"}, {**answer, "tool_calls": [{"id": "1"}]}):
+    read = {
+        "role": "assistant",
+        "content": '{"a": 1}',
+        "parsed": {"a": 1},
+        "reasoning": None,
+        "reasoning_content": None,
+    }
+    body = parse(ChatRequest, {"model": "m", "messages": [{"role": "user", "content": "x"}, answer, empty, read]})
+    assert [m.text for m in body.messages] == ["x", "y", "", '{"a": 1}']
+    user = {"role": "user", "content": "x"}
+    for wrong in (
+        {"role": "user", "content": None},
+        {"role": "user"},
+        {**answer, "tool_calls": [{"id": "1"}]},
+        {**user, "parsed": {"a": 1}},
+        {**answer, "reasoning": "because"},
+    ):
         with pytest.raises(BadField):
             parse(ChatRequest, {"model": "m", "messages": [wrong]})
 
