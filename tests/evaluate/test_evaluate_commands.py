@@ -24,7 +24,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         monkeypatch.setattr(sys, "argv", ["outrider", *map(str, argv)])
         with pytest.raises(SystemExit) as end:
             main()
-        return int(end.value.code or 0), "".join(capsys.readouterr())
+        seen = capsys.readouterr()  # with --json stdout is the document alone, whatever else there is to say
+        return int(end.value.code or 0), seen.out if "--json" in argv and seen.out else "".join(seen)
 
     return one
 
@@ -89,7 +90,7 @@ def test_audit_of_greedy_text(run) -> None:
         (("audit", "--detect", 2, "--count", 1), "between 0 and 1"),
         (("runs", "list", "--store", "/nonexistent.db"), "no such store"),
         (("plan", "--batches", "0"), "--batches"),
-        (("ab", "run", "/nonexistent.yaml"), "no such experiment"),
+        (("ab", "run", "/nonexistent.yaml"), "no such file"),
         (("bench", "--answers", "x"), "--compat"),
         (("bench", "--store", "postgresql://me:secret@127.0.0.1:9/x", "--count", 2), "postgresql://127.0.0.1:9/x"),
     ],

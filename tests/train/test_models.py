@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from outrider.errors import ConfigError
 from outrider.train import measure
 from outrider.train.checkpoint import export_model, verify
 from outrider.train.grow import multiply_layers, project_embeddings
@@ -92,7 +93,7 @@ def test_labels_continue_after_a_kill_and_hold_the_targets_logits(tmp_path):
     assert torch.equal(tokens, IDS)  # one batch holds all rows, in order
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
     (tmp_path / "done").write_text("2")
-    with pytest.raises(ValueError, match="not finished"):
+    with pytest.raises(ConfigError, match="not finished"):
         read_labels(tmp_path, rows=3, seed=0)
 
 

@@ -25,6 +25,7 @@ PAST = 50
 
 
 def serve(
+    context: typer.Context,
     target: opt.Target = None,
     draft: opt.Draft = "auto",
     length: opt.Length = 3,
@@ -157,6 +158,7 @@ def serve(
     elif restarts:
         raise typer.Exit(keep(host, port, restarts, hang_timeout))
     sockets = [reserve(host, port)] if kept is None else [socket.socket(fileno=kept[0])]
+    context.call_on_close(sockets[0].close)  # also where something below is refused
     from outrider.serve.app import create_app
     from outrider.serve.run import server_for
     from outrider.serve.settings import LOCAL_NAMES, Settings, digest

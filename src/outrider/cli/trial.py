@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +75,26 @@ async def post(app: Any, path: str, body: dict[str, Any], headers: dict[str, str
         "raw_path": path.encode(), "root_path": "", "query_string": b"", "client": ("127.0.0.1", 1), "server": ("localhost", 80),
         "headers": [(k.encode(), v.encode()) for k, v in given.items()],
     }  # fmt: skip
-    said = feed(data)
 
     async def send(message: dict[str, Any]) -> None:
         start.update(message if message["type"] == "http.response.start" else {})
         out.extend(message.get("body", b""))
 
-    await app(scope, said.__anext__, send)
+    await app(scope, client(data), send)
     found = {k.decode(): v.decode() for k, v in start["headers"]}
     return start["status"], found, bytes(out)
 
 
-async def feed(data: bytes) -> AsyncIterator[dict[str, Any]]:
-    """The messages of a client that sends a body and stays until it is answered."""
-    yield {"type": "http.request", "body": data, "more_body": False}
-    await asyncio.Event().wait()
+def client(data: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
+    """What receives from a client that sends a body and stays until it is answered; as in a server, several may wait for it."""
+    body = [data]
+
+    async def receive() -> dict[str, Any]:
+        if not body:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": body.pop(), "more_body": False}
+
+    return receive
 
 
 def run_rehearsal(file: Path, store: str, requests: int, users: int, length: int, tokens: int) -> str:

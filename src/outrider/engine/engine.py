@@ -69,7 +69,7 @@ class Engine:
         self._turns = turns or Turns()
         check_fit(target, drafter, rule, allow_lossy)
         self.max_length = min(max_length or target.max_length, target.max_length)
-        self.tokenizer, self.controller, self.sinks, self.eos = tokenizer, controller, tuple(sinks), frozenset(eos)
+        self.controller, self.sinks, self.eos = controller, tuple(sinks), frozenset(eos)
         kv = target.new_kv(slots, self.max_length + drafter.max_nodes)
         drafter.bind(slots, self.max_length)
         self.parts = Parts(target, kv, Law(target.vocab_size, tuple(self.eos)), rule, drafter)
@@ -88,6 +88,15 @@ class Engine:
         self._notices: list[str] = []
         self.loaded: Any = None
         """What `engine.build` loaded, so that a companion can share it; None for an engine made by hand."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """What reads and writes text, or None."""
+        return self._intake.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._intake = Intake(tokenizer, self.parts.law, self.max_length)
 
     @classmethod
     def build(cls, **options: object) -> Engine:
