@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -54,6 +55,8 @@ MADE = {
     },
     "bert": bert,
     "t5": t5,
+    "a field that its class refuses": lambda p: edit(gpt2(p), n_embd="sixteen"),
+    "a field of nothing": lambda p: edit(gpt2(p), layer_norm_epsilon=None),
     "a name that nobody knows": lambda p: edit(make_checkpoint(p, "llama"), model_type="quux"),
 }
 
@@ -101,3 +104,18 @@ def test_a_folder_of_something_else_is_named(file: str, said: str, tmp_path: Pat
     for look in (load_target, inspect_checkpoint):
         with pytest.raises(ConfigError, match=said):
             look(tmp_path)
+
+
+def test_a_note_is_printed_as_text_and_not_as_markup(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Whatever is printed for people: no tag of a style is left in it."""
+    from transformers import AutoTokenizer
+
+    folder = gpt2(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(make_checkpoint(tmp_path / "llama", "llama", tokenizer=True)).save_pretrained(folder)
+    monkeypatch.setattr(sys, "argv", ["outrider", "doctor", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().out
+    assert not end.value.code
+    assert "note speed" in " ".join(said.split()) and "runs on transformers" in said
+    assert not re.search(r"\[/?[a-z ]+\]", said)

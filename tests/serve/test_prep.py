@@ -20,6 +20,7 @@ from outrider.serve.expressions import risky, wild
 from outrider.serve.openai import BadField, ChatRequest, CompletionRequest, parse
 from outrider.serve.prep import SHORT, Prep
 from outrider.serve.prep_worker import Refused, conversation, encoder
+from outrider.serve.tickets import Unavailable
 from outrider.target.tokenizer import load_tokenizer
 from tests.serve.harness import Running
 
@@ -80,9 +81,23 @@ def test_what_a_reply_has_may_be_sent_back() -> None:
     answer = {"role": "assistant", "content": "y", "refusal": None, "annotations": None, "audio": None}
     answer |= {"function_call": None, "tool_calls": None}
     empty = {"role": "assistant", "content": None, "tool_calls": [], "annotations": []}
-    body = parse(ChatRequest, {"model": "m", "messages": [{"role": "user", "content": "x"}, answer, empty]})
-    assert [m.text for m in body.messages] == ["x", "y", ""]
-    for wrong in ({"role": "user", "content": None}, {"role": "user"}, {**answer, "tool_calls": [{"id": "1"}]}):
+    read = {
+        "role": "assistant",
+        "content": '{"a": 1}',
+        "parsed": {"a": 1},
+        "reasoning": None,
+        "reasoning_content": None,
+    }
+    body = parse(ChatRequest, {"model": "m", "messages": [{"role": "user", "content": "x"}, answer, empty, read]})
+    assert [m.text for m in body.messages] == ["x", "y", "", '{"a": 1}']
+    user = {"role": "user", "content": "x"}
+    for wrong in (
+        {"role": "user", "content": None},
+        {"role": "user"},
+        {**answer, "tool_calls": [{"id": "1"}]},
+        {**user, "parsed": {"a": 1}},
+        {**answer, "reasoning": "because"},
+    ):
         with pytest.raises(BadField):
             parse(ChatRequest, {"model": "m", "messages": [wrong]})
 
@@ -149,6 +164,61 @@ def test_a_grammar_that_does_not_end_costs_its_own_request_alone(
     assert within(work, tokenizer) < 0.4  # it was not tried again
 
 
+def test_a_grammar_that_a_busy_machine_gave_up_is_tried_again_later(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that time decides is held against a grammar for good."""
+    pytest.importorskip("llguidance")
+    grammar = 'json:{"type": "integer"}'
+
+    async def work(prep: Prep) -> None:
+        await prep.try_grammar('json:{"type": "null"}')  # its process has started
+        monkeypatch.setattr(prep_module, "GRAMMAR_SECONDS", 1e-6)
+        monkeypatch.setattr(prep_module, "AGAIN_SECONDS", 3600.0)
+        with pytest.raises(RequestError, match="cannot be compiled"):
+            await prep.try_grammar(grammar)
+        monkeypatch.setattr(prep_module, "GRAMMAR_SECONDS", 30.0)
+        with pytest.raises(RequestError, match="cannot be compiled"):
+            await prep.try_grammar(grammar)
+        monkeypatch.setattr(prep_module, "monotonic", lambda: time.monotonic() + 3601.0)
+        await prep.try_grammar(grammar)
+
+    within(work, tokenizer)
+
+
+def test_a_grammar_that_fails_beside_the_server_is_not_compiled_in_it(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that runs out of memory, say, has not said yes."""
+    pytest.importorskip("llguidance")
+
+    async def work(prep: Prep) -> None:
+        async def fail(*_: Any) -> dict[str, Any]:
+            return {"failed": "MemoryError"}
+
+        monkeypatch.setattr(prep._grammars, "do", fail)
+        for _ in range(2):
+            with pytest.raises(RequestError, match="cannot be compiled .MemoryError"):
+                await prep.try_grammar('json:{"type": "integer"}')
+
+    within(work, tokenizer)
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_job(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(prep: Prep) -> list[list[int]]:
+        with monkeypatch.context() as broken:
+            broken.setattr(prep_module.sys, "executable", "/no/such/program")
+            with pytest.raises(Unavailable, match="started"):
+                await prep.encode(["x"], True, 10)
+            with pytest.raises(Unavailable, match="started"):
+                await prep.try_grammar('json:{"type": "integer"}')
+        await prep.try_grammar('json:{"type": "integer"}')
+        return await prep.encode(["x"], True, 10)
+
+    pytest.importorskip("llguidance")
+    assert within(work, tokenizer) == [encoder(tokenizer)("x", True)]
+
+
 def test_a_process_takes_no_more_memory_than_it_may(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that would take more ends with its process, and the next one finds another."""
     monkeypatch.setattr(prep_module, "TEXT_SECONDS", 30.0)
@@ -199,7 +269,7 @@ def test_templates_and_expressions_that_loop_are_ended(looping: Path, monkeypatc
             prep.chat([{"role": "user", "content": "loop"}], False),
             prep.encode(["a" * 60 + "!"], True, 1000),
         ):
-            with pytest.raises(RequestError, match="could not be read within"):
+            with pytest.raises(RequestError, match="could not be read"):
                 await hopeless
         with pytest.raises(Refused):
             await prep.chat([{"role": "user", "content": "no"}], False)

@@ -17,8 +17,8 @@ from outrider.errors import ConfigError
 from outrider.target.toy import TinyLM
 from outrider.train.checkpoint import identity_of
 from outrider.train.data import Document, encode, halve, narrowed, token_type
-from outrider.train.features import Wanted, write_tokens
-from outrider.train.keyed import run_folder
+from outrider.train.features import Wanted, cut_prompts, write_tokens
+from outrider.train.keyed import part_folder, run_folder
 from outrider.train.labels import weights_of, write_labels
 from outrider.train.loop import BOOKKEEPING, LoopConfig
 from outrider.train.pipeline import ELSEWHERE, Job, texts_of
@@ -174,3 +174,19 @@ def test_labels_of_nobody_knows_whom_are_not_gone_on_with(tmp_path: Path) -> Non
     (tmp_path / "target").unlink()
     with pytest.raises(ConfigError, match="another target"):
         write_labels(Teacher(0), tokens, tmp_path, report=lambda _: None)  # type: ignore[arg-type]
+
+
+def test_what_the_training_starts_from_is_not_held_out(tmp_path: Path) -> None:
+    """Two texts with one heading: a row of the heading is on one side only, and so said where there is nothing else."""
+    engine = Engine(TinyLM(300, 4, 1, heads=1), NoDraft(), load_rule("block"), Fixed(0), slots=2, max_length=32)
+    engine.encode = lambda text: list(text.encode()) if isinstance(text, str) else text  # type: ignore[method-assign]
+    wanted, heading = Wanted(4, 8, 8), "a heading\n"
+    begun = cut_prompts([Document("a", heading)], engine.encode, wanted)  # type: ignore[arg-type]
+    held_out = [Document("b", heading), Document("c", heading + "and one line\nor two lines\n")]
+    apart = {tuple(p) for p in begun}
+    place = part_folder(tmp_path, "held_out", "target", held_out, wanted, sorted(apart))
+    assert place != part_folder(tmp_path, "held_out", "target", held_out, wanted)
+    with pytest.raises(ConfigError, match="that the training does not have"):
+        write_tokens(engine, held_out[:1], wanted, tmp_path / "none", lambda _: None, apart)
+    rows = write_tokens(engine, [Document("d", "another\n" * 9), *held_out], wanted, place, lambda _: None, apart)
+    assert not apart & {tuple(row) for row in rows.tolist()}

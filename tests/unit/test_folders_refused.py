@@ -83,6 +83,14 @@ def test_codes_without_a_key_to_them_are_refused(copy, implementation: str) -> N
         load_target(copy, implementation=implementation)
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["auto", "hf"])
+def test_weights_that_are_numbers_are_no_codes(model, copy, kind: torch.dtype, implementation: str) -> None:
+    want = logits(model, implementation)
+    rewrite(copy, **{name.replace(".", "__"): t.to(kind) for name, t in load_file(copy / "model.safetensors").items()})
+    assert torch.allclose(logits(copy, implementation), want, atol=0.05 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "nonsense"])
 def test_quantized_checkpoints_name_the_unquantized_one(copy, method: str) -> None:
     edit_config(copy, quantization_config={"quant_method": method, "load_in_4bit": True, "bits": 4})

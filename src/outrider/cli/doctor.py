@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from outrider.cli import options as opt
@@ -163,4 +162,4 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
         mark = "[green]ok[/green]  " if check["ok"] else "[bold red]FAIL[/bold red]"
         console.print(f"{mark} {check['check']:<11} {check['found']}")
     for notice in notices:
-        console.print(f"[yellow]note[/yellow] {'speed':<11} {escape(notice)}")
+        console.print(f"[bold]note[/bold] {'speed':<11} {notice}")

@@ -52,7 +52,9 @@ class Contained:
             except KeyboardInterrupt:  # after which somebody may well go on
                 self.release([view.slot for view in evidence.sequences])
                 raise
-            except BaseException as error:  # whatever it is (a library's sys.exit, a cancellation), the requests live on
+            except (
+                BaseException
+            ) as error:  # whatever it is (a library's sys.exit, a cancellation), the requests live on
                 problem = _told(error)
                 logger.warning("drafter %r failed (%s)", self.drafter.name, problem, exc_info=not self._faults)
             self._strike(problem)

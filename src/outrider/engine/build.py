@@ -258,7 +258,9 @@ def companion(engine: Engine, draft: str | Drafter | None = None, **changes: obj
     options: Options = engine.loaded.options
     for name in ("dtype", "device"):
         if changes.get(name, getattr(options, name)) != getattr(options, name):
-            raise ConfigError(f"{name} was decided when the target was loaded: build a new engine for {changes[name]!r}")
+            raise ConfigError(
+                f"{name} was decided when the target was loaded: build a new engine for {changes[name]!r}"
+            )
     return assemble(engine.loaded, replace(options, **({"draft": draft} if draft is not None else {}), **changes))
 
 

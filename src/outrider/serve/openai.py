@@ -175,14 +175,18 @@ class Message(Strict):
     annotations: Nothing = None
     function_call: None = None
     audio: None = None
+    parsed: Any = None  # what the official client has read from `content`, which stands beside it
+    reasoning_content: None = None
+    reasoning: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
         """Only an assistant's message may be empty: that is what some replies are."""
         if self.role != "assistant" and self.content is None:
             raise ValueError("content is needed: give a text (null is for messages of the assistant)")
-        if self.role != "assistant" and self.refusal is not None:
-            raise ValueError("refusal is for messages of the assistant: leave it out")
+        for name in ("refusal", "parsed"):
+            if self.role != "assistant" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for messages of the assistant: leave it out")
         return self
 
     @property

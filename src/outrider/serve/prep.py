@@ -16,6 +16,8 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
+from math import inf
+from time import monotonic
 from typing import Any
 
 from outrider.automata import core_of
@@ -34,6 +36,8 @@ START_SECONDS = 60.0
 """Seconds a process may take to start and to load its tokenizer."""
 MEMORY = 1 << 30
 """Bytes of its own that a process may have."""
+AGAIN_SECONDS = 60.0
+"""Seconds after which a grammar that was given up is tried again."""
 KEPT = 1024
 """Grammars of which it is known whether they can be compiled."""
 ANSWER = 64 << 20
@@ -41,7 +45,11 @@ ANSWER = 64 << 20
 
 
 class Ended(Exception):
-    """The process that had the job was ended: by its clock, by its memory, or because it failed."""
+    """The process that had the job was ended. late: by its clock; otherwise it asked for too much memory, or failed."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__(late)
+        self.late = late
 
 
 class Unfit(Exception):
@@ -56,15 +64,21 @@ class _Process:
         self._process: asyncio.subprocess.Process | None = None
 
     async def do(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer. Raises Ended; the next job then starts another process."""
+        """The answer. Raises Ended; the next job then starts another process. Raises Unavailable if none can be started."""
+        begun = 0.0
         try:
             if self._process is None or self._process.returncode is not None:
                 await self._start()
+            begun = monotonic()
             async with asyncio.timeout(seconds + 1.0):
                 return await self._ask({**job, "seconds": seconds})
         except (TimeoutError, OSError, asyncio.IncompleteReadError, ValueError):
             await self.end()
-            raise Ended from None
+            if not begun:  # no fault of the job
+                raise Unavailable(
+                    "no process for long prompts and grammars could be started: try again later"
+                ) from None
+            raise Ended(monotonic() - begun >= seconds) from None
         except asyncio.CancelledError:
             await self.end()
             raise
@@ -187,7 +201,7 @@ class Prep:
         texts = lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)}  # noqa: E731
         grammars = lambda: {"grammar": core_of(tokenizer), "eos": list(eos)}  # noqa: E731
         self._texts, self._grammars = (Pool(2, hello, 1 if shared else 2) for hello in (texts, grammars))
-        self._known: OrderedDict[bytes, str | None] = OrderedDict()  # digests of grammars: None, or why one is refused
+        self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # digest of a grammar: see `_tried`
 
     def aside(self, characters: int, template: bool) -> bool:
         """Whether so much text goes to a process. Never where none can be told of the tokenizer (it is no file's)."""
@@ -205,9 +219,14 @@ class Prep:
     async def _ids(self, job: dict[str, Any], owner: int) -> list[list[int]]:
         try:
             answer = await self._texts.do(job, TEXT_SECONDS, owner)
-        except Ended:
+        except Ended as error:
+            if error.late:
+                raise RequestError(
+                    f"the prompt could not be read within {TEXT_SECONDS:g} seconds: make it shorter"
+                ) from None
             raise RequestError(
-                f"the prompt could not be read within {TEXT_SECONDS:g} seconds: make it shorter"
+                f"the prompt could not be read, as it needs more than {MEMORY >> 20} MiB or this model's tokenizer fails on it: "
+                "change it, or send token ids"
             ) from None
         except Unfit:
             raise RequestError("the prompt cannot be read by this model's tokenizer: send token ids") from None
@@ -224,20 +243,28 @@ class Prep:
         if not self._compiles:
             return  # the engine says so itself
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        if key not in self._known:
-            try:
-                job = {"do": "grammar", "text": text}
-                why = (await self._grammars.do(job, GRAMMAR_SECONDS, owner)).get("bad")
-            except Unfit:
-                why = "structured output is not possible with this model's tokenizer"
-            except Ended:
-                why = f"the grammar cannot be compiled within {GRAMMAR_SECONDS:g} seconds: make it simpler"
-            self._known[key] = why
+        if key not in self._known or self._known[key][1] < monotonic():
+            self._known[key] = await self._tried(text, owner)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        if self._known[key] is not None:
-            raise RequestError(str(self._known[key]))
+        why = self._known[key][0]
+        if why:
+            raise RequestError(why)
+
+    async def _tried(self, text: str, owner: int) -> tuple[str, float]:
+        """Why a grammar is refused, or an empty string, and until when that is known: what a busy machine did not do in time it may
+        do later."""
+        try:
+            answer = await self._grammars.do({"do": "grammar", "text": text}, GRAMMAR_SECONDS, owner)
+        except Unfit:
+            return "structured output is not possible with this model's tokenizer", inf
+        except Ended as error:
+            how = f" within {GRAMMAR_SECONDS:g} seconds" if error.late else f", or needs more than {MEMORY >> 20} MiB"
+            return f"the grammar cannot be compiled{how}: make it simpler", monotonic() + AGAIN_SECONDS
+        if "failed" in answer:
+            return f"the grammar cannot be compiled ({answer['failed']}): make it simpler", inf
+        return answer.get("bad", ""), inf
 
     async def close(self) -> None:
         """End the processes."""

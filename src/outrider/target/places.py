@@ -36,7 +36,7 @@ def check_numbers(stored: Mapping[str, str], quantized: bool) -> None:
     codes = sorted(
         name
         for name, kind in stored.items()
-        if name.endswith("weight") and re.match(r"[IUC]\d|BOOL|F4|F6|F8_E8M0", kind)
+        if name.endswith("weight") and re.match(r"[IUC]\d|BOOL|F4|F6_|F8_E8M0", kind)
     )
     if codes and not quantized:
         raise ConfigError(

@@ -8,7 +8,7 @@ captures hidden states through `Target.forward`. The target's law is not stored:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,14 @@ class Features:
         return torch.from_numpy(self.tokens[chosen].astype(np.int64)), hidden
 
 
-def cut_prompts(documents: Sequence[Document], encode: Callable[[str], list[int]], wanted: Wanted) -> list[list[int]]:
-    """`wanted.rows` pieces of exactly `wanted.prompt` tokens that begin at line starts, taking the documents in turn."""
+def cut_prompts(
+    documents: Sequence[Document],
+    encode: Callable[[str], list[int]],
+    wanted: Wanted,
+    apart: Collection[tuple[int, ...]] = (),
+) -> list[list[int]]:
+    """`wanted.rows` pieces of exactly `wanted.prompt` tokens that begin at line starts, taking the documents in turn; none of
+    those in `apart`."""
     random = np.random.default_rng(wanted.seed)
     order = random.permutation(len(documents))
     found: list[list[int]] = []
@@ -93,23 +99,34 @@ def cut_prompts(documents: Sequence[Document], encode: Callable[[str], list[int]
         start = int(random.integers(max(1, len(lines) - wanted.prompt // 8)))
         text = "".join(lines[start : start + 2 * wanted.prompt])[: 16 * wanted.prompt]
         piece = encode(text)[: wanted.prompt]
-        if len(piece) == wanted.prompt:
+        if len(piece) == wanted.prompt and tuple(piece) not in apart:
             found.append(piece)
         if len(found) == wanted.rows:
             return found
-    raise ConfigError(f"the text has only {len(found)} pieces of {wanted.prompt} tokens, {wanted.rows} are needed")
+    other = " that the training does not have" if apart else ""
+    raise ConfigError(
+        f"the text has only {len(found)} pieces of {wanted.prompt} tokens{other}, {wanted.rows} are needed"
+    )
 
 
 def write_tokens(
-    engine: Engine, documents: Sequence[Document], wanted: Wanted, folder: Path, report: Report = print
+    engine: Engine,
+    documents: Sequence[Document],
+    wanted: Wanted,
+    folder: Path,
+    report: Report = print,
+    apart: Collection[tuple[int, ...]] = (),
 ) -> np.ndarray:
-    """Text rows [M, L] of `folder`, continued by the engine where they are not there yet. A row depends on its number alone."""
+    """Text rows [M, L] of `folder`, continued by the engine where they are not there yet. A row depends on its number alone.
+
+    apart: beginnings that no row may have, those of the rows it is to be held against.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _same(folder / "wanted.json", asdict(wanted))
     kind = token_type(engine.parts.target.vocab_size)
     done, tokens = _open(folder, "tokens", (wanted.rows, wanted.length), kind)
     if done < wanted.rows:
-        prompts = cut_prompts(documents, engine.encode, wanted)
+        prompts = cut_prompts(documents, engine.encode, wanted, apart)
         group = 4 * engine.scheduler.slots
         for first in range(done, wanted.rows, group):
             part = prompts[first : first + group]

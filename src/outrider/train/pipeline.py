@@ -45,7 +45,7 @@ from outrider.train.drafter import (
     output_of,
     predictor,
 )
-from outrider.train.features import Features, Wanted, hidden_of, read_features, write_hidden, write_tokens
+from outrider.train.features import Features, Wanted, cut_prompts, hidden_of, read_features, write_hidden, write_tokens
 from outrider.train.keyed import hidden_folder, part_folder, run_folder
 from outrider.train.loop import BOOKKEEPING, LoopConfig, LossOf, share_computing, train
 from outrider.train.losses import LOSSES
@@ -189,10 +189,13 @@ def prepare(job: Job, report: Report = print) -> Prepared:
         report(notice)
     target = engine.parts.target
     layers = tuple(sorted({*taps_of(job, target), target.layers}))
-    folders = {}
+    folders: dict[str, Path] = {}
+    # files may begin alike (a licence): what the training starts from is not held out
+    begun = cut_prompts(texts["training"], engine.encode, job.wanted("training"))
     for part, documents in texts.items():
-        folders[part] = part_folder(job.work, part, identity, documents, job.wanted(part))
-        tokens = write_tokens(engine, documents, job.wanted(part), folders[part], report)
+        apart = sorted({tuple(p) for p in begun}) if part == "held_out" else []
+        folders[part] = part_folder(job.work, part, identity, documents, job.wanted(part), apart)
+        tokens = write_tokens(engine, documents, job.wanted(part), folders[part], report, frozenset(apart))
         place, held = hidden_folder(folders[part], layers)
         place.mkdir(exist_ok=True)
         write_hidden(target, tokens, held, place, report=report)
