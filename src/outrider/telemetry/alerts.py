@@ -81,9 +81,9 @@ def _excess(r: Reading) -> float | None:
 
 def _speed(r: Reading) -> float | None:
     """Speed of what was decoded over plain decoding."""
-    if not r.judged:
-        return None
-    return r.speedup if r.speedup is not None else (1 + r.accepted / max(r.drafts, 1)) / LEAST_COST
+    if r.speedup is not None and r.judged:
+        return r.speedup
+    return (1 + r.accepted / max(r.drafts, 1)) / LEAST_COST if r.judged >= 300 else None  # a few say nothing
 
 
 CONDITIONS: tuple[Condition, ...] = (
