@@ -60,7 +60,7 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
     table: dict[str, dict[str, Any]] = {
         "bloom": {"hidden_size": hidden, "n_layer": layers, "n_head": heads},
         "mpt": {"d_model": hidden, "n_layers": layers, "n_heads": heads, "max_seq_len": positions},
-        "falcon": {**new, "alibi": False},
+        "falcon": {**{k: v for k, v in new.items() if k != "head_dim"}, "alibi": False},  # computed by it, from the others
         "stablelm": new,
         "nemotron": new,
         "gptj": {**old, "rotary_dim": 8},
@@ -141,8 +141,8 @@ def ours(engine: Engine, tokens: int) -> list[int]:
 
 
 @torch.no_grad()
-def theirs(model: PreTrainedModel, tokens: int) -> list[int]:
-    out = model.generate(torch.tensor([PROMPT]), max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
+def theirs(model: PreTrainedModel, tokens: int, **options: Any) -> list[int]:
+    out = model.generate(torch.tensor([PROMPT]), max_new_tokens=tokens, do_sample=False, **options)  # type: ignore[operator]
     return out[0, len(PROMPT) :].tolist()
 
 
