@@ -16,6 +16,8 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
+from math import inf
+from time import monotonic
 from typing import Any
 
 from outrider.automata import core_of
@@ -36,6 +38,8 @@ MEMORY = 1 << 30
 """Bytes of its own that a process may have."""
 KEPT = 1024
 """Grammars of which it is known whether they can be compiled."""
+AGAIN_SECONDS = 60.0
+"""After so long a grammar that was not done in time may try again: the machine may have been busy with something else."""
 ANSWER = 64 << 20
 """Largest answer of a process, bytes."""
 
@@ -56,14 +60,18 @@ class _Process:
         self._process: asyncio.subprocess.Process | None = None
 
     async def do(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer. Raises Ended; the next job then starts another process."""
+        """The answer. Raises Ended, and Unavailable if no process starts; the next job then starts another."""
+        starting = self._process is None or self._process.returncode is not None
         try:
-            if self._process is None or self._process.returncode is not None:
+            if starting:
                 await self._start()
+                starting = False
             async with asyncio.timeout(seconds + 1.0):
                 return await self._ask({**job, "seconds": seconds})
         except (TimeoutError, OSError, asyncio.IncompleteReadError, ValueError):
             await self.end()
+            if starting:  # too few descriptors, too busy a machine: no fault of the job
+                raise Unavailable("the server is too busy to read this prompt or grammar: try again later") from None
             raise Ended from None
         except asyncio.CancelledError:
             await self.end()
@@ -105,10 +113,14 @@ class _Process:
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
         if process.stdin is not None:
             process.stdin.close()
+        if process.stdout is not None and process.stdout.at_eof():  # it ends by itself; to kill it now would take asyncio's
+            with contextlib.suppress(TimeoutError):  # news of it away, which then says so in the log
+                await asyncio.wait_for(process.wait(), 1.0)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         await process.wait()
 
 
@@ -182,12 +194,13 @@ class Prep:
         self.wild, writing = (False, False) if core is None else wild(core)
         if writing:  # every token of every text goes through it, in the engine's thread
             raise ConfigError(
-                "the decoder in the target's tokenizer.json has an expression that may take for ever: use another tokenizer"
+                "the decoder in the target's tokenizer.json may take for ever or write without bound: use another tokenizer"
             )
         texts = lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)}  # noqa: E731
         grammars = lambda: {"grammar": core_of(tokenizer), "eos": list(eos)}  # noqa: E731
         self._texts, self._grammars = (Pool(2, hello, 1 if shared else 2) for hello in (texts, grammars))
-        self._known: OrderedDict[bytes, str | None] = OrderedDict()  # digests of grammars: None, or why one is refused
+        # Digests of grammars: None, or why one is refused; and until when (monotonic) that is believed.
+        self._known: OrderedDict[bytes, tuple[str | None, float]] = OrderedDict()
 
     def aside(self, characters: int, template: bool) -> bool:
         """Whether so much text goes to a process. Never where none can be told of the tokenizer (it is no file's)."""
@@ -224,7 +237,8 @@ class Prep:
         if not self._compiles:
             return  # the engine says so itself
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        if key not in self._known:
+        if key not in self._known or self._known[key][1] < monotonic():
+            until = inf
             try:
                 job = {"do": "grammar", "text": text}
                 why = (await self._grammars.do(job, GRAMMAR_SECONDS, owner)).get("bad")
@@ -232,12 +246,14 @@ class Prep:
                 why = "structured output is not possible with this model's tokenizer"
             except Ended:
                 why = f"the grammar cannot be compiled within {GRAMMAR_SECONDS:g} seconds: make it simpler"
-            self._known[key] = why
+                until = monotonic() + AGAIN_SECONDS
+            self._known[key] = why, until
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        if self._known[key] is not None:
-            raise RequestError(str(self._known[key]))
+        why, _ = self._known[key]
+        if why is not None:
+            raise RequestError(why)
 
     async def close(self) -> None:
         """End the processes."""
