@@ -116,7 +116,9 @@ def test_a_store_is_read_once_at_a_time(reading: tuple[Running, threading.Event,
     """However many ask for it: a prompt that is read meanwhile finds a thread, and all of them get the answer."""
     running, go, marks = reading
     found: list[int] = []
-    asking = [threading.Thread(target=lambda: found.append(running.call("GET", "/outrider/runs")[0])) for _ in range(40)]
+    asking = [
+        threading.Thread(target=lambda: found.append(running.call("GET", "/outrider/runs")[0])) for _ in range(40)
+    ]
     for thread in asking:
         thread.start()
     until(lambda: marks)

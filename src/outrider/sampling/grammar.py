@@ -22,7 +22,7 @@ from torch import Tensor
 from outrider.automata import Compiler, core_of, unspelled
 
 DEAR = 0.1
-"""Seconds of work above which a grammar is not compiled for one text alone: sixteen samples would stop all others for so long each."""
+"""Seconds of work above which no grammar is compiled for one text alone: each of its samples would stop all others for so long."""
 KEPT = 64
 """Compiled grammars that are kept."""
 EXHAUSTED = (

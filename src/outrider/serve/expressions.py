@@ -1,4 +1,4 @@
-"""Whether a tokenizer's expressions may take more than quadratic time, or write far more than they read: told from how they are built.
+"""Whether a tokenizer's expressions may take more than quadratic time, or write far more than they read: told from their form.
 
 A matcher that backtracks takes exponential time where something is repeated that is itself repeated or a choice, and a power of the
 text's length where several repetitions stand before something that must follow. What cannot be judged (look behind, back

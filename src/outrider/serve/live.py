@@ -90,7 +90,9 @@ class Live:
         """GET /outrider/runs: runs and experiments of the store the operator named, newest first; 404 without a store."""
         if self._past is None:
             raise HTTPException(404, "no store is shown: start with --store FILE")
-        if self._reading is None or self._reading.done():  # one at a time: threads that prompts need must not all be here
+        if (
+            self._reading is None or self._reading.done()
+        ):  # one at a time: threads that prompts need must not all be here
             self._reading = asyncio.ensure_future(asyncio.to_thread(self._past))
         try:
             async with asyncio.timeout(READ_SECONDS):

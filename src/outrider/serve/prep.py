@@ -115,7 +115,9 @@ class _Process:
             return
         if process.stdin is not None:
             process.stdin.close()
-        if process.stdout is not None and process.stdout.at_eof():  # it ends by itself; to kill it now would take asyncio's
+        if (
+            process.stdout is not None and process.stdout.at_eof()
+        ):  # it ends by itself; to kill it now would take asyncio's
             with contextlib.suppress(TimeoutError):  # news of it away, which then says so in the log
                 await asyncio.wait_for(process.wait(), 1.0)
         if process.returncode is None:
