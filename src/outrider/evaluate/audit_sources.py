@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError, printable
@@ -139,7 +138,7 @@ class Endpoint:
         base = self.url.rstrip("/").removesuffix("/v1")
         if not base.startswith(("http://", "https://")):
             raise ConfigError("--url is not an http or https address")
-        if "@" in urlsplit(base).netloc:  # it would be printed with every error
+        if "@" in base.partition("://")[2].partition("/")[0]:  # it would be printed with every error
             raise ConfigError("--url has a user or a password in it: leave it out, and give a key with --api-key")
         headers = {"Content-Type": "application/json"}
         if self.key:
