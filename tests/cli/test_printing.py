@@ -93,6 +93,8 @@ def test_a_password_that_cannot_be_told_apart_is_refused_unseen(password: str) -
 
 
 def test_a_place_is_named_without_user_and_password() -> None:
-    assert place_of("postgresql://u:hid%2Fden@h:5/x?sslmode=off") == ("postgresql://h:5/x", "hid%2Fden")
-    assert place_of("postgresql://h/x?password=hidden") == ("postgresql://h/x", "hidden")
-    assert place_of("postgres:///x") == ("postgres:///x", None)
+    assert place_of("postgresql://u:hid%2Fden@h:5/x?sslmode=off") == ("postgresql://h:5/x", ("hid%2Fden",))
+    assert place_of("postgresql://h/x?password=hidden") == ("postgresql://h/x", ("hidden",))
+    both = place_of("postgresql://u:one@h/x?password=t%2Fwo&sslpassword=three")
+    assert both == ("postgresql://h/x", ("one", "t%2Fwo", "three"))
+    assert place_of("postgres:///x") == ("postgres:///x", ())

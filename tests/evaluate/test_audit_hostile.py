@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +101,30 @@ def test_an_answer_that_is_one_is_read(address: str) -> None:
     assert ask(address) == [src.Emission((5, 49), (-1.0, -0.5))]
     Hostile.body = b'{"choices": [{"logprobs": {"tokens": ["token_id:7"], "token_logprobs": [null]}}]}'
     assert ask(address) == [src.Emission((7,))]
+
+
+@pytest.mark.parametrize(
+    "value", [b"1" + b"0" * 400, b"NaN", b"Infinity", b"-Infinity", b"-1e300", b"5", b"true", b'"x"']
+)
+def test_what_is_no_logarithm_of_a_probability_is_not_compared(address: str, value: bytes) -> None:
+    Hostile.status = 200
+    Hostile.body = b'{"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [' + value + b"]}}]}"
+    assert ask(address) == [src.Emission((5,))]
+
+
+@pytest.mark.parametrize("url", ["http://u:hidden@127.0.0.1:1", "https://hidden@h/v1", "ftp://u:hidden@h"])
+def test_a_password_in_the_address_is_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="--url") as caught:
+        ask(url)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff\xfe", b"[" * 100_000, b"1", b"[]", b'{"prompt_token_ids": [1e999], "token_ids": [1]}', b"{}",
+     b'{"prompt_token_ids": [1], "token_ids": [1], "logprobs": [1' + b"0" * 400 + b"]}"],
+)  # fmt: skip
+def test_recorded_texts_that_are_none_are_no_verdict(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_bytes(data)
+    with pytest.raises(ConfigError):
+        src.read_texts(tmp_path / "texts.jsonl")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from outrider.engine.build import build_engine
+from outrider.sampling import grammar as grammar_module
 from outrider.sampling.grammar import Automaton, Grammars
 from tests.serve.harness import Running, serving, until
 
@@ -101,6 +102,24 @@ def test_an_automaton_says_that_it_is_exhausted_and_its_successor_is_not() -> No
     assert (tame.allowed([]) == fresh.allowed([])).all() and not tame.exhausted
     wild.follow([])  # another sequence takes its place
     assert (wild.allowed([]) == fresh.allowed([])).all() and not wild.exhausted
+
+
+def test_a_grammar_that_is_dear_is_not_compiled_in_the_middle_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody would wait for it, once for every sample: the text ends with an error instead, and the next one begins anew."""
+    monkeypatch.setattr(grammar_module, "DEAR", -1.0)
+    engine = build_engine(slots=1, draft="none")
+    grammars: Grammars = engine._grammars()
+    text = f"regex:({pattern(6, 20)}){{1,3}}"
+    automaton = grammars.start(text)
+    monkeypatch.setattr(grammars, "own", None)
+    output: list[int] = []
+    while not automaton.exhausted and len(output) < 400:
+        choices = automaton.allowed([]).nonzero().flatten().tolist()
+        output.append(choices[(len(output) * 7919) % len(choices)])
+        automaton.follow(output)
+    assert 3 < len(output) < 400
+    assert set(automaton.allowed([]).nonzero().flatten().tolist()) == set(grammars.eos)
+    assert text not in grammars._compiled and not grammars.start(text).exhausted
 
 
 def _parts(engine: Any) -> tuple[str, int, tuple[int, ...]]:

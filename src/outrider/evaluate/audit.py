@@ -169,7 +169,7 @@ class Auditor:
         ours = laws.scene.logits.double().log_softmax(-1)
         ours = ours[torch.arange(len(output)), torch.tensor(output)].cpu().numpy()
         theirs = np.asarray(emission.logprobs[: len(output)])
-        self.gaps += (0.5 * np.abs(1 - np.exp(ours[: len(theirs)] - theirs))).tolist()
+        self.gaps += (0.5 * np.abs(1 - np.exp(np.minimum(ours[: len(theirs)] - theirs, 700.0)))).tolist()
 
     # ------------------------------------------------------------------ the answer
     def verdict(self) -> Verdict:

@@ -101,12 +101,16 @@ def read_texts(path: Path) -> Recorded:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give JSON lines of prompt_token_ids and token_ids")
     groups: dict[tuple[int, ...], list[Emission]] = {}
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8; give JSON lines of prompt_token_ids and token_ids") from None
+    for i, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             prompt, tokens = (tuple(int(t) for t in row[k]) for k in ("prompt_token_ids", "token_ids"))
             logprobs = tuple(float(x) for x in row.get("logprobs") or ())
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{path}:{i}: not a text of token ids ({type(error).__name__}: {error})") from None
         groups.setdefault(prompt, []).append(Emission(tokens, logprobs))
     if not groups or not all(groups):
@@ -133,7 +137,9 @@ class Endpoint:
         """One POST. Raises ConfigError with the server's own words."""
         base = self.url.rstrip("/").removesuffix("/v1")
         if not base.startswith(("http://", "https://")):
-            raise ConfigError(f"{self.url!r} is not an http or https address")
+            raise ConfigError("--url is not an http or https address")
+        if "@" in base.partition("://")[2].partition("/")[0]:  # it would be printed with every error
+            raise ConfigError("--url has a user or a password in it: leave it out, and give a key with --api-key")
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -248,8 +254,13 @@ def read_choice(choice: Any, most: int, vocab: int | None = None) -> Emission:
             f"the server's answer is no list of at most {most} token ids between 0 and {last}: is it the model that --target names?"
         )
     values = book.get("token_logprobs")
-    known = isinstance(values, list) and len(values) == len(ids) and all(type(v) in (int, float) for v in values)
+    known = isinstance(values, list) and len(values) == len(ids) and all(_is_logprob(v) for v in values)
     return Emission(tuple(ids), tuple(map(float, values)) if known else ())  # type: ignore[arg-type]
+
+
+def _is_logprob(value: Any) -> bool:
+    """Whether it is a logarithm that a server may report: -9999 is what some say for minus infinity."""
+    return type(value) in (int, float) and -1e4 < value < 1
 
 
 def _id_of(word: Any) -> int | None:

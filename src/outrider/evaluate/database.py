@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 from outrider.errors import ConfigError
 
@@ -151,18 +151,18 @@ def _recover(path: Path) -> None:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
-def place_of(url: str) -> tuple[str, str | None]:
-    """What messages call a Postgres URL, without user and password, and the password as it stands in it. ConfigError for one that
+def place_of(url: str) -> tuple[str, tuple[str, ...]]:
+    """What messages call a Postgres URL, without user and password, and the passwords as they stand in it. ConfigError for one that
     cannot be told apart from its password."""
     scheme, _, rest = url.partition("://")
     user, _, place = rest.rpartition("@")
-    query = parse_qs(place.partition("?")[2]).get("password", [])
+    query = re.findall(r"(?:^|&)(?:ssl)?password=([^&]+)", place.partition("?")[2])
     if any(c in user for c in "/?#@[]") or "@" in user:
         raise ConfigError(
             "the URL of the store cannot be read: write / ? # @ [ ] in its user or password as %2F %3F %23 %40 %5B %5D"
         )
-    secret = user.partition(":")[2] or (query[0] if query else None)
-    return f"{scheme}://{place.partition('?')[0]}", secret or None
+    secrets = (user.partition(":")[2], *query)
+    return f"{scheme}://{place.partition('?')[0]}", tuple(s for s in secrets if s)
 
 
 class Postgres:
@@ -173,7 +173,7 @@ class Postgres:
             import psycopg
         except ImportError:
             raise ConfigError("a store in Postgres needs psycopg: pip install 'outrider[postgres]'") from None
-        self.name, secret = place_of(url)
+        self.name, secrets = place_of(url)
         self.error: tuple[type[Exception], ...] = (psycopg.Error,)
         try:
             # its stubs take only literal statements; ours are literals with `?` exchanged
@@ -182,7 +182,8 @@ class Postgres:
             self.connection.read_only = read_only
         except psycopg.Error as error:
             words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            words = words if secret is None else words.replace(secret, "***").replace(unquote(secret), "***")
+            for secret in secrets:
+                words = words.replace(secret, "***").replace(unquote(secret), "***")
             raise ConfigError(f"{self.name}: cannot be used as a store ({words})") from None
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:

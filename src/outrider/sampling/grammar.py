@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from outrider.automata import Compiler, core_of, unspelled
 
+DEAR = 0.1
+"""Seconds of work above which no grammar is compiled for one text alone: each of its samples would stop all others for so long."""
 KEPT = 64
 """Compiled grammars that are kept."""
 EXHAUSTED = (
@@ -43,7 +46,7 @@ class Grammars:
 
     def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
         self._compiler, self.vocab_size, self.eos = Compiler(tokenizer, eos), vocab_size, tuple(eos)
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._compiled: OrderedDict[str, tuple[Any, float]] = OrderedDict()  # and the seconds of work that it took
         self._lock = Lock()
 
     def compile(self, text: str) -> None:
@@ -54,16 +57,21 @@ class Grammars:
 
     def _matcher(self, text: str) -> Any:
         """The compiled grammar, never advanced; made at most KEPT grammars ago, or now."""
+        return self._made(text)[0]
+
+    def _made(self, text: str) -> tuple[Any, float]:
         with self._lock:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
+        start = thread_time()
         made = self._compiler.make(text)
+        kept = made, thread_time() - start
         with self._lock:
-            self._compiled[text] = made
+            self._compiled[text] = kept
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return made
+        return kept
 
     def start(self, text: str) -> Automaton:
         """The automaton of a new sequence."""
@@ -73,10 +81,18 @@ class Grammars:
         """A matcher of the grammar that has not been advanced. Copies share what they learn of the grammar, and its budget."""
         return self._matcher(text).deep_copy()
 
-    def own(self, text: str) -> Any:
-        """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
+    def dear(self, text: str) -> bool:
+        """Whether it takes too long to compile this grammar in the middle of a text, where everybody waits."""
+        return self._made(text)[1] > DEAR
+
+    def drop(self, text: str) -> None:
+        """Whoever comes next compiles it anew: its budget is spent."""
         with self._lock:
             self._compiled.pop(text, None)
+
+    def own(self, text: str) -> Any:
+        """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
+        self.drop(text)
         return self._compiler.make(text)
 
 
@@ -89,6 +105,7 @@ class Automaton:
     def __init__(self, grammars: Grammars, text: str) -> None:
         self._grammars, self.text = grammars, text
         self._size, self._eos = grammars.vocab_size, grammars.eos
+        self._dear = grammars.dear(text)
         self._matcher, self._alone = grammars.shared(text), False
         self._tokens, self._prompt = list[int](), 0
         self.weary = False
@@ -150,7 +167,10 @@ class Automaton:
         return not self.exhausted
 
     def _restore(self) -> None:
-        """A matcher of our own, where the text stands."""
+        """A matcher of our own, where the text stands. None for a grammar that is dear: its text then ends here, with an error."""
+        if self._dear:
+            self._grammars.drop(self.text)
+            return
         self._matcher, self._alone = self._grammars.own(self.text), True
         self._matcher.try_consume_tokens([t for t in self._seen if t not in self._eos])
 

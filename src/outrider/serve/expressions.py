@@ -1,4 +1,4 @@
-"""Whether the expressions of a tokenizer may take more than quadratic time: read from how they are built, without running them.
+"""Whether a tokenizer's expressions may take more than quadratic time, or write far more than they read: told from their form.
 
 A matcher that backtracks takes exponential time where something is repeated that is itself repeated or a choice, and a power of the
 text's length where several repetitions stand before something that must follow. What cannot be judged (look behind, back
@@ -17,6 +17,8 @@ READING, WRITING = ("normalizer", "pre_tokenizer", "post_processor"), ("decoder"
 _TOKEN = re.compile(
     r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?[:=!>]|\(\?[a-z-]+:|\(\?<?|\(|\)|[*+?]|\{\d*,?\d*\}|\||.", re.DOTALL
 )
+GROWTH = 64
+"""So many characters may come of one; a replacement by a longer text can follow another."""
 FEW = 8
 """So many repetitions of one piece are no repetition without bound, and so many pieces in a row may be there or not."""
 
@@ -24,17 +26,32 @@ FEW = 8
 def wild(core: str) -> tuple[bool, bool]:
     """The same for the text of a tokenizer.json: of what reads a text, and of what writes one."""
     document = json.loads(core)
-    return tuple(any(map(risky, _patterns(document, parts))) for parts in (READING, WRITING))  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        any(map(risky, _patterns(document, parts))) or growth(document, parts) > GROWTH for parts in (READING, WRITING)
+    )
+
+
+def growth(document: dict[str, Any], parts: tuple[str, ...]) -> float:
+    """Characters that one may become at most, where one replacement comes after another: ten times ten of ten times ..."""
+    out = 1.0
+    for held in _objects(document, parts):
+        if held.get("type") == "Replace" and isinstance(held.get("content"), str):
+            out *= max(1, len(held["content"]))
+    return out
 
 
 def _patterns(document: dict[str, Any], parts: tuple[str, ...]) -> Iterator[str]:
     """Every expression of some of a tokenizer's parts."""
+    return (held["Regex"] for held in _objects(document, parts) if isinstance(held.get("Regex"), str))
+
+
+def _objects(document: dict[str, Any], parts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Every object in some of a tokenizer's parts."""
     stack: list[Any] = [document.get(part) for part in parts]
     while stack:
         held = stack.pop()
         if isinstance(held, dict):
-            if isinstance(held.get("Regex"), str):
-                yield held["Regex"]
+            yield held
             stack += held.values()
         elif isinstance(held, list):
             stack += held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from time import monotonic
@@ -18,13 +19,16 @@ from outrider.serve.bridge import Bridge
 from outrider.serve.guard import OWNER
 from outrider.serve.openai import BadField, CompletionRequest
 from outrider.serve.settings import Settings
-from outrider.serve.sse import DONE, EventStream, frame
+from outrider.serve.sse import DONE, EventStream, frame, while_connected
+from outrider.serve.tickets import Unavailable
 from outrider.serve.v1 import OpenAI
 from outrider.serve.watch import Watch
 from outrider.telemetry.ledger import ledger
 
 Past = Callable[[], dict[str, Any]]
 """What a store has: {"runs": [...], "experiments": [...]}; called beside the event loop."""
+READ_SECONDS = 10.0
+"""Seconds a page waits for the store."""
 
 
 class Live:
@@ -32,6 +36,7 @@ class Live:
 
     def __init__(self, bridge: Bridge, settings: Settings, v1: OpenAI, watch: Watch, past: Past | None = None) -> None:
         self.bridge, self.settings, self.v1, self.watch, self._past = bridge, settings, v1, watch, past
+        self._reading: asyncio.Future[dict[str, Any]] | None = None
 
     async def state(self, request: Request) -> Response:
         """GET /outrider/state: everything the page needs; `?after=T` leaves out the history up to time T."""
@@ -85,7 +90,15 @@ class Live:
         """GET /outrider/runs: runs and experiments of the store the operator named, newest first; 404 without a store."""
         if self._past is None:
             raise HTTPException(404, "no store is shown: start with --store FILE")
-        found = await self.bridge.aside(self._past)
+        if (
+            self._reading is None or self._reading.done()
+        ):  # one at a time: threads that prompts need must not all be here
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._past))
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                found = await asyncio.shield(self._reading)
+        except TimeoutError:
+            raise Unavailable("the store takes long to read: try again later") from None
         return JSONResponse(found, headers={"cache-control": "no-store"})
 
     def _requests(self) -> list[dict[str, Any]]:
@@ -110,7 +123,7 @@ class Live:
         body = await self.v1.body(request, CompletionRequest)
         if len(body.prompts) * body.samples > 1:
             raise BadField("the playground shows one sample", "n")
-        ticket = (await self.v1.begin(body, request.scope.get(OWNER, 0))).ticket
+        ticket = (await while_connected(request, self.v1.begin(body, request.scope.get(OWNER, 0)))).ticket
         return EventStream(self._pieces(ticket), lambda: self.bridge.release(ticket))
 
     async def _pieces(self, ticket: Any) -> AsyncIterator[bytes]:

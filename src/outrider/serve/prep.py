@@ -67,7 +67,7 @@ class _Process:
         """The answer. Raises Ended; the next job then starts another process. Raises Unavailable if none can be started."""
         begun = 0.0
         try:
-            if self._process is None or self._process.returncode is not None:
+            if starting:
                 await self._start()
             begun = monotonic()
             async with asyncio.timeout(seconds + 1.0):
@@ -119,10 +119,16 @@ class _Process:
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
         if process.stdin is not None:
             process.stdin.close()
+        if (
+            process.stdout is not None and process.stdout.at_eof()
+        ):  # it ends by itself; to kill it now would take asyncio's
+            with contextlib.suppress(TimeoutError):  # news of it away, which then says so in the log
+                await asyncio.wait_for(process.wait(), 1.0)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         await process.wait()
 
 
@@ -196,7 +202,7 @@ class Prep:
         self.wild, writing = (False, False) if core is None else wild(core)
         if writing:  # every token of every text goes through it, in the engine's thread
             raise ConfigError(
-                "the decoder in the target's tokenizer.json has an expression that may take for ever: use another tokenizer"
+                "the decoder in the target's tokenizer.json may take for ever or write without bound: use another tokenizer"
             )
         texts = lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)}  # noqa: E731
         grammars = lambda: {"grammar": core_of(tokenizer), "eos": list(eos)}  # noqa: E731
