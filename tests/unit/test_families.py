@@ -10,10 +10,12 @@ import logging
 from contextlib import contextmanager
 
 import pytest
+import torch
 import transformers
 from transformers import PreTrainedModel
 
 from benchmarks.families import FAMILIES, PROMPT, build, engine_of, known, ours, theirs
+from outrider.errors import ConfigError
 from outrider.target.hf import HFTarget
 
 NEW = 16
@@ -154,6 +156,13 @@ def test_recomputing_is_said_with_its_reason() -> None:
         in notice
     )
     assert notice.count(": ") == 1 and "\n" not in notice  # one remedy, one line
+
+
+def test_a_model_that_cannot_run_is_refused_in_a_sentence() -> None:
+    model = build("bloom")
+    model.lm_head = torch.nn.Linear(31, 512)
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM fails on a text of 8 tokens \(.*\): check"):
+        HFTarget(model)
 
 
 @pytest.mark.parametrize(
