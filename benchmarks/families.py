@@ -60,7 +60,7 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
     table: dict[str, dict[str, Any]] = {
         "bloom": {"hidden_size": hidden, "n_layer": layers, "n_head": heads},
         "mpt": {"d_model": hidden, "n_layers": layers, "n_heads": heads, "max_seq_len": positions},
-        "falcon": {**{k: v for k, v in new.items() if k != "head_dim"}, "alibi": False},  # computed by it, from the others
+        "falcon": {k: v for k, v in new.items() if k != "head_dim"} | {"alibi": False},
         "stablelm": new,
         "nemotron": new,
         "gptj": {**old, "rotary_dim": 8},
@@ -97,7 +97,7 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
         "qwen3_next": {**new, **experts, **linear, "shared_expert_intermediate_size": hidden},
         "olmo_hybrid": {**new, **linear},
     }
-    return {"vocab_size": 512, "initializer_range": 0.1, "init_std": 0.1, **_IDS, **table[family]}
+    return {"vocab_size": 512, "initializer_range": 0.1, "init_std": 0.1, "use_cache": True, **_IDS, **table[family]}
 
 
 FAMILIES = tuple(

@@ -10,14 +10,16 @@ import logging
 from contextlib import contextmanager
 
 import pytest
+import torch
 import transformers
 from transformers import PreTrainedModel
 
 from benchmarks.families import FAMILIES, PROMPT, build, engine_of, known, ours, theirs
+from outrider.errors import ConfigError
 from outrider.target.hf import HFTarget
 
 NEW = 16
-DAILY = ("bloom", "falcon", "gpt_neo", "mamba2", "phi3", "qwen3_next", "rwkv", "stablelm", "jamba", "lfm2")
+DAILY = ("bamba", "bloom", "falcon", "gpt_neo", "mamba2", "phi3", "qwen3_next", "rwkv", "stablelm", "jamba", "lfm2")
 SPREAD = [f if f in DAILY else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
@@ -46,13 +48,31 @@ def test_a_step_costs_what_it_costs_in_transformers(family: str, caplog: pytest.
     assert engine.parts.target.path != "recompute", engine.parts.target.why
     with counted(model) as fed, caplog.at_level(logging.WARNING), propagating():
         text = ours(engine, NEW)
-    assert "deprecated" not in caplog.text.lower()  # transformers says so by its log, once per process
-    with counted(model) as expected:
+    said = deprecations(caplog)
+    caplog.clear()
+    with counted(model) as expected, caplog.at_level(logging.WARNING), propagating():
         reference = theirs(model, NEW)
     if text != reference:  # 5.16 loses all but one token where Phi-3 changes its frequencies
         assert text == theirs(model, NEW, use_cache=False)
         pytest.skip("this release's own generate decodes another text with its cache than without")
     assert fed == expected
+    assert said <= deprecations(caplog)  # what a model says of itself, it says to `generate` too
+
+
+def deprecations(caplog: pytest.LogCaptureFixture) -> set[str]:
+    """transformers deprecates in its log, not by warnings."""
+    return {r.getMessage() for r in caplog.records if "deprecated" in r.getMessage().lower()}
+
+
+def test_a_model_that_counts_from_zero_in_every_call_is_told_its_positions() -> None:
+    """In half precision too, where the logits of a short text do not show that it was not."""
+    model = build("bamba").bfloat16()
+    engine, told = engine_of(model, 64), []
+    hook = model.register_forward_pre_hook(lambda _m, _a, kw: told.extend(kw["position_ids"][0].tolist()), with_kwargs=True)
+    ours(engine, NEW)
+    hook.remove()
+    assert engine.parts.target.path == "recurrent"
+    assert told == list(range(len(PROMPT) + NEW - 1))
 
 
 @contextmanager
@@ -139,6 +159,13 @@ def test_recomputing_is_said_with_its_reason() -> None:
         in notice
     )
     assert notice.count(": ") == 1 and "\n" not in notice  # one remedy, one line
+
+
+def test_a_model_that_cannot_run_is_refused_in_a_sentence() -> None:
+    model = build("bloom")
+    model.lm_head = torch.nn.Linear(31, 512)
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM fails on a text of 8 tokens \(.*\): check"):
+        HFTarget(model)
 
 
 @pytest.mark.parametrize(

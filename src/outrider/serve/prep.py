@@ -67,7 +67,7 @@ class _Process:
         """The answer. Raises Ended; the next job then starts another process. Raises Unavailable if none can be started."""
         begun = 0.0
         try:
-            if starting:
+            if self._process is None or self._process.returncode is not None:
                 await self._start()
             begun = monotonic()
             async with asyncio.timeout(seconds + 1.0):

@@ -61,7 +61,7 @@ class HFTarget:
     notices: sentences for the user: why it is not faster (what the chosen path costs), and the remedy.
     layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
 
-    Raises ConfigError if the model is not a decoder or cannot hold `max_length` tokens.
+    Raises ConfigError if the model is not a decoder, cannot hold `max_length` tokens, or fails when it is run.
     """
 
     notices: tuple[str, ...] = ()
@@ -85,7 +85,14 @@ class HFTarget:
         self.layers, self.hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
         self._blocks: nn.ModuleList | None = None
         token = [(7 * i + 3) % int(config.vocab_size) for i in range(_PROBE)]
-        reference = self._watch(token)
+        try:
+            reference = self._watch(token)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # sizes that do not fit together show when it runs, in whatever it stumbles over
+            raise ConfigError(
+                f"{type(model).__name__} fails on a text of {_PROBE} tokens ({brief(error)}): check its configuration"
+            ) from error
         self.vocab_size = reference.shape[-1]
         self._path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
         self.path, self.trees, self.rewinds = self._path.name, self._path.trees, self._path.rewinds

@@ -126,9 +126,10 @@ class CachePath:
 
     def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
         """One call: rows of `piece`, which continue the slot's text."""
-        state = self._at(held, s.slot, s.cached + piece.start - s.first)
+        at = s.cached + piece.start - s.first
+        state = self._at(held, s.slot, at)
         scored = out.within(piece.start, piece.stop)
-        logits, state = self.handover.call(self.model, out.rows.token[piece], state, scored)
+        logits, state = self.handover.call(self.model, out.rows.token[piece], state, scored, at)
         out.parts.append(logits)
         held.state[s.slot], held.fed[s.slot] = state, s.cached + piece.stop - s.first
 

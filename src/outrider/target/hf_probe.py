@@ -8,14 +8,14 @@ may do that shares a call, or a cache, with others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 _RECORD = "outrider_record"
 _OBEYED = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"})
@@ -90,10 +90,19 @@ def _record(
 AttentionInterface.register(_RECORD, _record)
 
 
-@contextmanager
-def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations that say how the model's parts attend, each once. It visits every module: not for every step."""
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+
+
+def attention_of(model: PreTrainedModel, implementation: str) -> AbstractContextManager[None]:
     """The model uses another attention inside, its own again afterwards: outside this block it stays as it was."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    return attention_in(configs_of(model), implementation)
+
+
+@contextmanager
+def attention_in(configs: Sequence[PreTrainedConfig], implementation: str) -> Iterator[None]:
+    """`attention_of` a model whose configurations are known."""
     before = [(c, c._attn_implementation) for c in configs]
     try:
         for c in configs:

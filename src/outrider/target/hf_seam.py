@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.protocols import KVCache
 from outrider.target.attention import visible
-from outrider.target.hf_probe import Bend, NoSeam, attention_of, listen
+from outrider.target.hf_probe import Bend, NoSeam, attention_in, configs_of, listen
 from outrider.target.hf_state import named_rows, scores_rows
 from outrider.target.hf_taps import Enough, Taps
 from outrider.target.kv import ContiguousKV
@@ -149,7 +149,7 @@ class SeamPath:
             raise NoSeam("its sliding windows are not handed to the attention interface")
         if bend is not None:
             raise NoSeam(f"its rotary frequencies depend on the length of the sequence beyond {bend.limit} tokens")
-        self.rows = scores_rows(model, probe)
+        self.rows, self.configs = scores_rows(model, probe), configs_of(model)
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
@@ -171,7 +171,7 @@ class SeamPath:
 
     def _call(self, rows: Rows, kv: KVCache) -> Float[Tensor, "M V"]:
         assert isinstance(kv, ContiguousKV)
-        with attention_of(self.model, _ATTEND):
+        with attention_in(self.configs, _ATTEND):
             out = self.model(
                 input_ids=rows.token[None],
                 position_ids=rows.position[None],

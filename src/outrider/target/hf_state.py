@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from outrider.errors import CapabilityError
 
 _NEVER_STATE = ("loss", "logits", "hidden_states", "attentions", "router_logits", "aux_loss")
-_ROWS = "logits_to_keep"
+_ROWS, _POSITIONS = "logits_to_keep", "position_ids"
 _PLAIN = frozenset(
     """bool int float str None NoneType Optional Union typing torch Tensor LongTensor FloatTensor BoolTensor
     IntTensor""".split()  # noqa: SIM905
@@ -35,6 +35,7 @@ class Handover:
 
     argument: of forward, takes the state. returned: field of the output that gives it back. fresh: makes the first state
     (None: the model does). extra: what else a call needs. rows: forward computes the logits of named rows alone.
+    positions: forward is told where its tokens stand, as `generate` tells it; some models count from 0 in every call.
     """
 
     argument: str
@@ -42,12 +43,18 @@ class Handover:
     fresh: Callable[[], Any]
     extra: dict[str, Any] = field(default_factory=dict)
     rows: bool = False
+    positions: bool = False
 
     def call(
-        self, model: PreTrainedModel, token: Tensor, state: Any, scored: Tensor
+        self, model: PreTrainedModel, token: Tensor, state: Any, scored: Tensor, at: int = 0
     ) -> tuple[Float[Tensor, "s V"], Any]:
-        """Logits of the rows `scored` of `token` [n], and the state behind them. `state` None: the text begins here."""
-        given = {} if state is None else {self.argument: state}
+        """Logits of the rows `scored` of `token` [n], and the state behind them. `state` None: the model makes the first.
+
+        at: tokens that `state` has seen.
+        """
+        given: dict[str, Any] = {} if state is None else {self.argument: state}
+        if self.positions:
+            given[_POSITIONS] = torch.arange(at, at + len(token), device=token.device)[None]
         out = model(input_ids=token[None], **given, **named_rows(scored if self.rows else None), **self.extra)
         return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.returned]
 
@@ -104,10 +111,10 @@ def find_handover(
     inputs = torch.tensor(list(token), device=model.device)
     half, last = len(token) // 2, torch.zeros(1, dtype=torch.int64, device=model.device)
     for maker in makers:
-        for way in _ways(model, inputs[:half], maker, extra, rows):
+        for way in _placed(model, _ways(model, inputs[:half], maker, extra, rows)):
             try:
                 _, state = way.call(model, inputs[:half], way.fresh(), last)
-                logits, again = way.call(model, inputs[half : half + 1], state, last)
+                logits, again = way.call(model, inputs[half : half + 1], state, last, half)
             except torch.OutOfMemoryError:
                 raise
             except Exception as failure:  # an argument that was not made for a state may raise anything
@@ -141,6 +148,15 @@ def _ways(
         for name in out:
             if out[name] is given:  # what we handed in came back: the model wrote into it
                 yield Handover(argument, name, maker, extra, rows)
+
+
+def _placed(model: PreTrainedModel, ways: Iterator[Handover]) -> Iterator[Handover]:
+    """Each way with positions first, where forward takes them: half precision is too coarse to show that they are missing."""
+    told = accepts(model, _POSITIONS)
+    for way in ways:
+        if told:
+            yield replace(way, positions=True)
+        yield way
 
 
 def _arguments(model: PreTrainedModel) -> list[str]:
