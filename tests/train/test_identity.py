@@ -184,8 +184,9 @@ def test_what_the_training_starts_from_is_not_held_out(tmp_path: Path) -> None:
     begun = cut_prompts([Document("a", heading)], engine.encode, wanted)  # type: ignore[arg-type]
     held_out = [Document("b", heading), Document("c", heading + "and one line\nor two lines\n")]
     apart = {tuple(p) for p in begun}
-    place = part_folder(tmp_path, "held_out", "target", held_out, wanted, sorted(apart))
-    assert place != part_folder(tmp_path, "held_out", "target", held_out, wanted)
+    kept, all_of = (cut_prompts(held_out, engine.encode, wanted, x) for x in (apart, ()))  # type: ignore[arg-type]
+    place = part_folder(tmp_path, "held_out", "target", held_out, wanted, kept)
+    assert kept != all_of and place != part_folder(tmp_path, "held_out", "target", held_out, wanted, all_of)
     with pytest.raises(ConfigError, match="that the training does not have"):
         write_tokens(engine, held_out[:1], wanted, tmp_path / "none", lambda _: None, apart)
     rows = write_tokens(engine, [Document("d", "another\n" * 9), *held_out], wanted, place, lambda _: None, apart)

@@ -31,15 +31,15 @@ def part_folder(
     target: str,
     documents: Sequence[Document],
     wanted: Wanted,
-    apart: Sequence[Sequence[int]] = (),
+    prompts: Sequence[Sequence[int]],
 ) -> Path:
     """The folder of a part ("training" or "held_out") of the data, which says in about.json what it is of; it is made.
 
     target: identity of the model that writes (`checkpoint.identity_of`). documents: the text the part starts from, in its order.
-    apart: beginnings that its rows may not have.
+    prompts: tokens that its rows begin with, cut from the documents.
     """
     text = hashlib.sha256("".join(d.digest for d in documents).encode()).hexdigest()
-    known = {"target": target, "text": text, "apart": key_of([list(p) for p in apart]), **asdict(wanted)}
+    known = {"target": target, "text": text, "prompts": key_of([list(p) for p in prompts]), **asdict(wanted)}
     folder = work / "data" / f"{part}-{key_of(known)}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():

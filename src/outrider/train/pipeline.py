@@ -191,11 +191,12 @@ def prepare(job: Job, report: Report = print) -> Prepared:
     layers = tuple(sorted({*taps_of(job, target), target.layers}))
     folders: dict[str, Path] = {}
     # files may begin alike (a licence): what the training starts from is not held out
-    begun = cut_prompts(texts["training"], engine.encode, job.wanted("training"))
+    begun = {tuple(p) for p in cut_prompts(texts["training"], engine.encode, job.wanted("training"))}
     for part, documents in texts.items():
-        apart = sorted({tuple(p) for p in begun}) if part == "held_out" else []
-        folders[part] = part_folder(job.work, part, identity, documents, job.wanted(part), apart)
-        tokens = write_tokens(engine, documents, job.wanted(part), folders[part], report, frozenset(apart))
+        wanted, apart = job.wanted(part), begun if part == "held_out" else set[tuple[int, ...]]()
+        prompts = cut_prompts(documents, engine.encode, wanted, apart)
+        folders[part] = part_folder(job.work, part, identity, documents, wanted, prompts)
+        tokens = write_tokens(engine, documents, wanted, folders[part], report, apart)
         place, held = hidden_folder(folders[part], layers)
         place.mkdir(exist_ok=True)
         write_hidden(target, tokens, held, place, report=report)
