@@ -92,7 +92,9 @@ def test_hysteresis() -> None:
 
 
 def test_every_condition_fires_on_its_own_trouble_and_none_on_a_good_day() -> None:
-    good = {"judged": 5000, "rejected": 1500, "emitted": 9000, "speedup": 1.4, "break_even": 0.5}
+    good = {
+        "judged": 5000, "rejected": 1500, "emitted": 9000, "steps": 3000, "drafts": 2500, "speedup": 1.4, "break_even": 0.5,
+    }  # fmt: skip
     trouble = {
         "rejections_above_break_even": {"rejected": 3000},
         "acceptance_suspicious": {"rejected": 3},
@@ -102,6 +104,8 @@ def test_every_condition_fires_on_its_own_trouble_and_none_on_a_good_day() -> No
         "quality_spent": {"bias": 400.0},
         "queue_full": {"overloaded": 7},
         "requests_fail": {"failed": 1},
+        "few_drafts": {"drafts": 200},
+        "engine_silent": {"alive": False},
     }
     assert set(trouble) == {c.name for c in Alerts().conditions}
     for name, change in trouble.items():
