@@ -66,10 +66,10 @@ def test_a_busy_machine_condemns_no_grammar(tokenizer: Any, monkeypatch: pytest.
     """No process could start: that says nothing of the grammar. Too slow: it may try again after a while. Bad: it stays bad."""
     prep, told = prepared(tokenizer, Unavailable("busy"), {})
     assert outcomes(prep, 3) == ["Unavailable", "made", "made"] and not told.ends
-    prep, told = prepared(tokenizer, Ended(), {})
+    prep, told = prepared(tokenizer, Ended(True), {})
     assert outcomes(prep, 2) == ["RequestError"] * 2 and told.ends
     monkeypatch.setattr(prep_module, "AGAIN_SECONDS", -1.0)
-    prep, told = prepared(tokenizer, Ended(), {})
+    prep, told = prepared(tokenizer, Ended(True), {})
     assert outcomes(prep, 3) == ["RequestError", "made", "made"] and not told.ends
     for end in ({"bad": "it cannot be read"}, Unfit()):
         prep, told = prepared(tokenizer, end, {})

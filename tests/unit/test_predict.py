@@ -30,13 +30,16 @@ Z = 6.2
 SILENT = lambda share: None  # noqa: E731
 
 
-def toy_engine(length: int, *, drawn: str = "law", eos: tuple[int, ...] = ()) -> tuple[Engine, TableTarget]:
+def toy_engine(
+    length: int, *, drawn: str = "law", eos: tuple[int, ...] = (), tokenizer: object = None
+) -> tuple[Engine, TableTarget]:
     """An engine on a table of 9 tokens with a perturbed table as its draft."""
     target = TableTarget.random(9, seed=1, positions=3, sharp=1.5)
     draft = target.perturbed(0.8, seed=2)
     drafter = ModelDrafter(draft, length, sample=drawn)  # type: ignore[arg-type]
     rule = load_rule("speculative_sampling")
-    return Engine(target, drafter, rule, Fixed(length), slots=16, max_length=64, eos=eos), draft
+    engine = Engine(target, drafter, rule, Fixed(length), slots=16, max_length=64, eos=eos, tokenizer=tokenizer)
+    return engine, draft
 
 
 def decode(engine: Engine, params: SamplingParams, texts: int) -> tuple[list[Emitted], list[Counts]]:
@@ -238,8 +241,7 @@ def test_given_completions_join_at_the_border() -> None:
     def pairs(text: str) -> list[tuple[str, str]]:
         return [(text[i : i + 1], text[i + 1 : i + 2]) for i in range(0, len(text), 2)]
 
-    engine, _ = toy_engine(2)
-    engine.tokenizer = Joins()
+    engine, _ = toy_engine(2, tokenizer=Joins())
     e = given_text(engine, Item("abc", "defg"), 0, 64)
     assert [*e.prompt, *e.output] == Joins().encode("abcdefg")
     assert len(e.prompt) == 1  # "c" alone is another token than "cd"
