@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -163,3 +164,22 @@ def test_a_signal_while_it_loads_ends_it(sig: signal.Signals) -> None:
                 process.send_signal(sig)
         assert process.wait(20) == 130
     assert "outrider: interrupted\n" in said and not any("Traceback" in line for line in said), said
+
+
+def test_a_small_piece_is_sent_at_once() -> None:
+    """Tokens are a few bytes each: held back until the one before is acknowledged, the second comes 40 ms late (Nagle, RFC 896)."""
+
+    async def asked() -> int:
+        told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            told.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(answer, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await told
+
+    assert asyncio.run(asked())

@@ -76,9 +76,9 @@ def audit(
     max_length: opt.MaxLength = None,
     json: opt.Json = False,
 ) -> None:
-    """Audit our engine, a server (--url) or a Python function (--python) against the target's own law.
+    """Audit our engine, a server (--url) or a Python function (--python) against the target's own distribution.
 
-    Exit code 0: exact so far, to the stated resolution. 1: not the target's law. 3: inconclusive.
+    Exit code 0: exact so far, to the stated resolution. 1: not the target's distribution. 3: inconclusive.
     """
     from outrider.cli.setup import engine_from_options
     from outrider.evaluate import audit_sources as src
@@ -206,7 +206,7 @@ def print_document(d: dict[str, Any]) -> None:
         return
     alarm = "" if d["alarm_at"] is None else f", alarm after {d['alarm_at']} tokens"
     console.print(
-        f"evidence             10^{d['log10_evidence']:.1f} against the target's law (alarm at {1 / d['level']:.0f}){alarm}"
+        f"evidence             10^{d['log10_evidence']:.1f} against the target's distribution (alarm at {1 / d['level']:.0f}){alarm}"
     )
     console.print(f"tolerance            {d['tolerance']:.2g} total variation per token")
     if d["bias"] is not None:
@@ -214,7 +214,7 @@ def print_document(d: dict[str, Any]) -> None:
             f"bias                 about {d['bias']:.3f} per token; 10^{d['odds']:.1f} times likelier than the next cause"
         )
     console.print(
-        f"controls             target's own law 10^{d['control_honest']:.1f}, planted bias of {d['detect']:g} "
+        f"controls             target's own text 10^{d['control_honest']:.1f}, planted bias of {d['detect']:g} "
         f"10^{d['control_planted']:.1f} (at their highest)"
     )
     if d["law_gap"] is not None:
@@ -223,7 +223,7 @@ def print_document(d: dict[str, Any]) -> None:
         book = d["white_box"]["ledger"]
         console.print(
             f"ledger               predicted {book['predicted']:.1f} rejections, observed {book['observed']}: "
-            f"{'agree' if book['agrees'] else 'DISAGREE'}; joint law of the rule p = {d['white_box']['joint_law_p_value']:.3g}"
+            f"{'agree' if book['agrees'] else 'DISAGREE'}; joint distribution of the rule p = {d['white_box']['joint_law_p_value']:.3g}"
         )
     table = Table(title="families of mistakes", title_justify="left")
     for column in ("mistake", "evidence", "detectable bias per token"):

@@ -115,7 +115,7 @@ def print_rest(out: Any, d: dict[str, Any]) -> None:
             out.print(
                 f"{k} drafts at the first position   accepted {found['recursive_rejection']:.3f} (recursive rejection), "
                 f"{found['k_seq']:.3f} (K-SEQ), {found['optimal_transport']:.3f} (optimum); one draft {one:.3f}; "
-                f"{multi['laws']} laws"
+                f"{multi['laws']} distributions"
             )
     if d["lossy"] is not None:
         words = ", ".join(f"{x['rejection']['value']:.3f} at {x['budget']:g}" for x in d["lossy"])

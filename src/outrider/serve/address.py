@@ -39,7 +39,8 @@ def reserve(host: str, port: int) -> socket.socket:
         family, *_, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"there is no address {host!r} ({error.strerror or error}): choose another --host") from None
-    taken = socket.socket(family, socket.SOCK_STREAM)
+    # named, since asyncio sends small pieces at once only on sockets that say they are TCP's
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         if family == socket.AF_INET6:
