@@ -206,7 +206,8 @@ def print_document(d: dict[str, Any]) -> None:
         return
     alarm = "" if d["alarm_at"] is None else f", alarm after {d['alarm_at']} tokens"
     console.print(
-        f"evidence             10^{d['log10_evidence']:.1f} against the target's distribution (alarm at {1 / d['level']:.0f}){alarm}"
+        f"evidence             10^{d['log10_evidence']:.1f} against the target's distribution "
+        f"(alarm at {1 / d['level']:.0f}){alarm}"
     )
     console.print(f"tolerance            {d['tolerance']:.2g} total variation per token")
     if d["bias"] is not None:
@@ -223,7 +224,8 @@ def print_document(d: dict[str, Any]) -> None:
         book = d["white_box"]["ledger"]
         console.print(
             f"ledger               predicted {book['predicted']:.1f} rejections, observed {book['observed']}: "
-            f"{'agree' if book['agrees'] else 'DISAGREE'}; joint distribution of the rule p = {d['white_box']['joint_law_p_value']:.3g}"
+            f"{'agree' if book['agrees'] else 'DISAGREE'}; "
+            f"joint distribution of the rule p = {d['white_box']['joint_law_p_value']:.3g}"
         )
     table = Table(title="families of mistakes", title_justify="left")
     for column in ("mistake", "evidence", "detectable bias per token"):
