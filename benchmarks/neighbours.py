@@ -239,6 +239,11 @@ def _speed(values: np.ndarray) -> str:
     return f"{np.median(values):.0f} ({len(values)})" if len(values) else ""
 
 
+def measured(values: np.ndarray | None) -> bool:
+    """Whether there are rounds enough for an interval."""
+    return values is not None and int((~np.isnan(values)).sum()) > 1
+
+
 def _ratios(by_count: Mapping[str, Speeds], kind: str) -> list[list[str]]:
     """The default over the best fixed choice of each engine, and over the default before."""
     ours, rows = f"ours, default, {kind}", []
@@ -252,8 +257,8 @@ def _ratios(by_count: Mapping[str, Speeds], kind: str) -> list[list[str]]:
     for title, starts in compared.items():
         row = [f"{title}, {kind}"]
         for found in by_count.values():
-            others = {n: v for n, v in found.items() if n.endswith(kind) and n.startswith(starts)}
-            got = ratio({ours: found[ours]}, others) if ours in found else None
+            others = {n: v for n, v in found.items() if n.endswith(kind) and n.startswith(starts) and measured(v)}
+            got = ratio({ours: found[ours]}, others) if others and measured(found.get(ours)) else None
             row.append(f"{got.value:.2f} ({got.low:.2f} to {got.high:.2f})" if got else "")
         if any(row[1:]):
             rows.append(row)
