@@ -17,7 +17,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))  # the tree that is built, not an outrider that is installed
 
-from outrider import compiled, isa
+from outrider import isa
+from outrider.nn import compiled
 
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 

@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from outrider import Engine, SamplingParams
-from outrider.target.hf import HFTarget
+from outrider.models.hf.target import HFTarget
 
 PROMPT = [7 * i % 90 + 5 for i in range(24)]
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from outrider.assets import shipped
-from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
-from outrider.target.kv import ContiguousKV
-from outrider.target.lean import LeanTarget
-from outrider.target.native import load_native
+from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.lean import LeanTarget
+from outrider.models.native import load_native
+from outrider.nn.kv import ContiguousKV
 from outrider.types import Draft, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 16)

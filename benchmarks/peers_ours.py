@@ -11,7 +11,7 @@ import peers_channel as channel
 
 import outrider
 from outrider import Engine, SamplingParams  # before torch: threads are set up first
-from outrider.engine.build import companion
+from outrider.build import companion
 
 import torch  # isort: skip
 

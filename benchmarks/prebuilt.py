@@ -22,11 +22,12 @@ import torch
 from native import CACHED, chain, decoder_config, interleaved, random_weights, shipped_config
 from peers_stats import ratio
 
-from outrider import compiled, isa
-from outrider.compiled import DECODER
-from outrider.target.decoder import DecoderConfig
-from outrider.target.kv import ContiguousKV
-from outrider.target.native.runtime import NativeDecoder
+from outrider import isa
+from outrider.models.decoder import DecoderConfig
+from outrider.models.native.runtime import NativeDecoder
+from outrider.nn import compiled
+from outrider.nn.compiled import DECODER
+from outrider.nn.kv import ContiguousKV
 
 HERE = "here"
 ROWS = (1, 4)

@@ -25,9 +25,9 @@ import torch  # noqa: E402
 from native import chain as chain_rows  # noqa: E402
 from native import decoder_config, random_weights  # noqa: E402
 
+from outrider.models.native import load_native  # noqa: E402
+from outrider.nn.kv import ContiguousKV  # noqa: E402
 from outrider.noise import Noise  # noqa: E402
-from outrider.target.kv import ContiguousKV  # noqa: E402
-from outrider.target.native import load_native  # noqa: E402
 from outrider.types import Draft, Proposal  # noqa: E402
 from outrider.verify import LOSSLESS, RULES, load_rule  # noqa: E402
 

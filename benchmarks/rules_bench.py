@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from outrider.engine.build import build_engine, companion
+from outrider.build import build_engine, companion
 from outrider.evaluate.measure import Arm, run_arms, summarise
 from outrider.evaluate.workloads import load_prompts
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.telemetry.ledger import acceptance_length, ledger
 
 

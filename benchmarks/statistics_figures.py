@@ -16,10 +16,10 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the planted mistakes live with the tests
 
-from outrider.evaluate.audit import Auditor, audit
-from outrider.evaluate.audit_sources import of_engine
-from outrider.evaluate.audit_verdict import AuditOptions
-from outrider.evaluate.sequential import half_width_factor
+from outrider.evaluate.audit.audit import Auditor, audit
+from outrider.evaluate.audit.findings import AuditOptions
+from outrider.evaluate.audit.sources import of_engine
+from outrider.evaluate.statistics.sequential import half_width_factor
 from outrider.verify import load_rule
 from tests.evaluate import liars as lie
 

@@ -34,7 +34,7 @@ from synthetic_files import save, write_json
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from outrider.target.hf_choice import handover_of
+from outrider.models.hf.choice import handover_of
 
 ROOT = Path("runs/synthetic")
 BRANCHES = ("self_attn.o_proj", "mlp.down_proj")

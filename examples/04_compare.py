@@ -2,7 +2,7 @@
 
 from outrider import Engine, SamplingParams
 from outrider.assets import shipped_prompts
-from outrider.engine.build import companion
+from outrider.build import companion
 from outrider.evaluate.measure import Arm, run_arms, summarise
 from outrider.telemetry.ledger import acceptance_length, ledger
 

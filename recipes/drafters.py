@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from outrider.assets import shipped_prompts
-from outrider.engine.build import build_engine
-from outrider.evaluate.chart import measured
+from outrider.build import build_engine
+from outrider.evaluate.bench.chart import measured
+from outrider.evaluate.bench.presets import arms_of, preset
 from outrider.evaluate.measure import machine, run_arms, summarise
-from outrider.evaluate.presets import arms_of, preset
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.train.checkpoint import load_latest, replace_folder, write_atomically
 from outrider.train.drafter import MEASURED
 from outrider.train.loop import LoopConfig, share_computing

@@ -33,16 +33,16 @@ import torch
 from torch import Tensor
 
 from outrider.assets import shipped
+from outrider.build import build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters._growth import Levels
-from outrider.drafters.block import BlockModel
-from outrider.drafters.dflash import BlockDrafter
-from outrider.drafters.shapes import levels
-from outrider.engine.build import build_engine
-from outrider.engine.engine import Engine
+from outrider.drafters.dflash.drafter import BlockDrafter
+from outrider.drafters.dflash.network import BlockModel
+from outrider.drafters.tree.growth import Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.engine.core import Engine
+from outrider.models.load import load_target
+from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.sampling.params import SamplingParams
-from outrider.target.load import load_target
 from outrider.train import data
 from outrider.train.block import most_likely, sampled, walk
 from outrider.train.checkpoint import write_atomically

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from left_to_right_report import NAMES, Results, gain, judged, seeds_of, span, sums, table, tau
 
-from outrider.evaluate.stats import Ratio, influence, margin
+from outrider.evaluate.statistics.ratios import Ratio, influence, margin
 
 BOTH = (("greedy", "greedy"), ("temperature 1, sampled", "T = 1, sampled"))
 

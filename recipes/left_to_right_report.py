@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from outrider.evaluate.stats import Ratio, paired_ratio
+from outrider.evaluate.statistics.ratios import Ratio, paired_ratio
 
 WAYS = ("greedy", "temperature 1, most likely", "temperature 1, sampled")
 STACK = ("uniform", "decay", "focal", "chain")

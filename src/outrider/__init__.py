@@ -14,19 +14,19 @@ from outrider.isa import limit_torch
 limit_torch()
 
 if TYPE_CHECKING:
-    from outrider.engine.build import generate, load_drafter, load_target
-    from outrider.engine.engine import Engine
-    from outrider.sampling.params import SamplingParams
+    from outrider.build import generate, load_drafter, load_target
+    from outrider.engine.core import Engine
+    from outrider.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "SamplingParams", "generate", "load_drafter", "load_target"]
 
 _HOME = {
-    "Engine": "outrider.engine.engine",
-    "SamplingParams": "outrider.sampling.params",
-    "generate": "outrider.engine.build",
-    "load_drafter": "outrider.engine.build",
-    "load_target": "outrider.engine.build",
+    "Engine": "outrider.engine.core",
+    "SamplingParams": "outrider.params",
+    "generate": "outrider.build",
+    "load_drafter": "outrider.build",
+    "load_target": "outrider.build",
 }
 
 

@@ -2,7 +2,7 @@
 
 Threads are not bound to cores. Two processes that bind theirs choose the same cores, and wait for each other there beside idle
 ones; and a bound thread cannot leave a core to someone who needs all of it. The native decoder sees to it that its threads do
-not share a core while another is free (target/native/crew.h).
+not share a core while another is free (models/native/crew.h).
 """
 
 from __future__ import annotations

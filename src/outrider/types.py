@@ -287,7 +287,7 @@ class SequenceView:
     tokens:  prompt and output so far, the anchor last (read only: the engine's own list).
     prompt:  how many of them are the prompt.
     cached:  how many of them are in the target's cache (after the step: all but the anchor, or the prompt chunks so far).
-    params:  the request's sampling parameters (`sampling.params.SamplingParams`).
+    params:  the request's sampling parameters (`params.SamplingParams`).
     """
 
     slot: int

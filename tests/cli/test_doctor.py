@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from outrider.cli.main import main
 from outrider.errors import ConfigError
-from outrider.target.load import inspect_checkpoint, load_target
+from outrider.models.load import inspect_checkpoint, load_target
 from tests.checkpoints import make_checkpoint
 
 QUANTISED = {

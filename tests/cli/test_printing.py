@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from outrider.cli.console import Console
 from outrider.cli.main import app
 from outrider.errors import ConfigError, printable
-from outrider.evaluate.database import connect, place_of
+from outrider.evaluate.store.database import connect, place_of
 
 RUN = CliRunner()
 NAMES = [

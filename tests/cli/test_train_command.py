@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from outrider.build import build_engine
 from outrider.cli.main import main
-from outrider.engine.build import build_engine
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.train.checkpoint import verify
 from tests.checkpoints import make_checkpoint
 

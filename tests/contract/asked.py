@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from outrider.control.fixed import Fixed
-from outrider.engine.engine import Engine, Result
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TinyLM
+from outrider.engine.core import Engine, Result
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 
 VOCAB = 23
 PROMPTS = [[(7 * i + 3 * j * j) % VOCAB for j in range(n)] for i, n in enumerate((3, 17, 1, 9, 2, 12))]

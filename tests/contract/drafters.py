@@ -8,21 +8,21 @@ from functools import cache
 import torch
 from torch import nn
 
-from outrider.drafters._growth import BestFirst, Levels
-from outrider.drafters.block import BlockConfig
 from outrider.drafters.combine import first_of
-from outrider.drafters.dflash import BlockDrafter
-from outrider.drafters.eagle import Eagle
-from outrider.drafters.early_exit import early_exit
-from outrider.drafters.feature import FeatureConfig
-from outrider.drafters.heads import HeadsConfig, Medusa
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.dflash.drafter import BlockDrafter
+from outrider.drafters.dflash.network import BlockConfig
+from outrider.drafters.eagle.drafter import Eagle
+from outrider.drafters.eagle.eagle3 import FeatureConfig
+from outrider.drafters.medusa.network import HeadsConfig, Medusa
+from outrider.drafters.model.drafter import ModelDrafter
+from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
-from outrider.drafters.shapes import Shared, best_tree, levels
+from outrider.drafters.tree.growth import BestFirst, Levels
+from outrider.drafters.tree.shapes import Shared, best_tree, levels
+from outrider.models.toy import TableTarget, TinyLM
 from outrider.protocols import Drafter
-from outrider.target.toy import TableTarget, TinyLM
 from outrider.train.block import new_blocks
 from outrider.train.drafter import Judge, loss_of, new_features, new_heads, new_last_features, output_of, predictor
 from outrider.train.features import hidden_of

@@ -12,12 +12,12 @@ import torch
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import first_of
 from outrider.drafters.contained import Contained
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TinyLM
+from outrider.engine.core import Engine
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.types import Draft, Evidence, Proposal
 from outrider.verify import load_rule
 from tests.contract.asked import PROMPTS, VOCAB, engine, params, target, tokens

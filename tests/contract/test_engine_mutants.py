@@ -15,11 +15,11 @@ from types import FunctionType, ModuleType
 import pytest
 import torch
 
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import OutriderError
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
 from tests.contract.asked import PROMPTS, SAMPLING, VOCAB, engine, params, target
@@ -201,8 +201,8 @@ CHECKS = (strings, churn, caches, itself, ends, guards, settings)
 STEP, ENGINE, SCHEDULER, SEQUENCE, EMISSION = (
     f"outrider.engine.{name}" for name in ("step", "engine", "scheduler", "sequence", "emission")
 )
-TYPES, KV, TOY, LAW = "outrider.types", "outrider.target.kv", "outrider.target.toy", "outrider.sampling.law"
-CATCHUP, HISTORY, GUARD = "outrider.drafters._catchup", "outrider.sampling.history", "outrider.engine.guard"
+TYPES, KV, TOY, LAW = "outrider.types", "outrider.nn.kv", "outrider.models.toy", "outrider.sampling.pipeline"
+CATCHUP, HISTORY, GUARD = "outrider.drafters.model.token_cache", "outrider.sampling.history", "outrider.engine.sanitize"
 MUTANTS = [  # name, module, text, mistake, the check that kills it
     ("row laws: a node forgets its ancestors", STEP, "paths.append((*above, draft.tokens[k]))", "paths.append((draft.tokens[k],))", strings),
     ("row laws: a node counts itself as unseen", STEP, "paths.append((*above, draft.tokens[k]))", "paths.append(above)", strings),

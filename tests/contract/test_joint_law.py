@@ -15,11 +15,11 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from outrider.drafters.model import ModelDrafter
-from outrider.drafters.shapes import Shape, Shared, levels
-from outrider.engine.engine import Engine
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TableTarget
+from outrider.drafters.model.drafter import ModelDrafter
+from outrider.drafters.tree.shapes import Shape, Shared, levels
+from outrider.engine.core import Engine
+from outrider.models.toy import TableTarget
+from outrider.params import SamplingParams
 from outrider.types import Draft
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets

@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from outrider.drafters._growth import BestFirst, Growth, Levels
-from outrider.drafters.dflash import BlockDrafter
-from outrider.drafters.eagle import Eagle
-from outrider.drafters.early_exit import early_exit
-from outrider.drafters.heads import Medusa
-from outrider.drafters.shapes import levels
-from outrider.engine.engine import Engine
+from outrider.drafters.dflash.drafter import BlockDrafter
+from outrider.drafters.eagle.drafter import Eagle
+from outrider.drafters.medusa.network import Medusa
+from outrider.drafters.model.early_exit import early_exit
+from outrider.drafters.tree.growth import BestFirst, Growth, Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.engine.core import Engine
+from outrider.models.toy import TableTarget
 from outrider.protocols import Drafter
-from outrider.target.toy import TableTarget
 from outrider.types import Evidence
 from outrider.verify import load_rule
 from tests.contract.drafters import learned

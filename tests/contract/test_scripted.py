@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
-from outrider.sampling.params import SamplingParams
+from outrider.engine.core import Engine
+from outrider.params import SamplingParams
 from outrider.verify import load_rule
 from tests.contract.asked import VOCAB, engine, target
 from tests.contract.scripted import Budgets, Scripted

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TinyLM
+from outrider.engine.core import Engine
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
 from tests.contract.asked import PROMPTS, VOCAB, engine, params, target, tokens
@@ -57,7 +57,7 @@ def test_the_cache_after_every_step_is_that_of_a_fresh_run(drafter: str) -> None
 
 def test_a_model_that_drafts_for_itself_is_never_rejected() -> None:
     """EX-8: acceptance exactly 1, at temperature 1, over hundreds of steps."""
-    from outrider.drafters.model import ModelDrafter
+    from outrider.drafters.model.drafter import ModelDrafter
 
     one = engine(MODEL, ModelDrafter(MODEL, depth=4), load_rule("speculative_sampling"), 2, eos=())
     p = [SamplingParams(temperature=1.0, max_tokens=40, seed=i) for i in range(20)]

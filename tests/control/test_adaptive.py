@@ -10,10 +10,10 @@ import pytest
 
 from outrider.control.acceptance import break_even
 from outrider.control.adaptive import Adaptive
-from outrider.control.load import LAST_PAUSE
-from outrider.control.rows import load_class
+from outrider.control.length_search import LAST_PAUSE
+from outrider.control.row_times import load_class
 from outrider.errors import ConfigError
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.types import SequenceView
 from tests.control.verdicts import judged, recorded
 from tests.covering import covering, slow_beyond

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from outrider.control.adaptive import Adaptive
-from outrider.control.load import BLIND, LAST_PAUSE
-from outrider.sampling.params import SamplingParams
+from outrider.control.length_search import BLIND, LAST_PAUSE
+from outrider.params import SamplingParams
 from outrider.types import SequenceView
 from tests.control.verdicts import judged, recorded
 

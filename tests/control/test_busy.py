@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from outrider.control.adaptive import Adaptive
-from outrider.control.rows import REACH, RowTimes
-from outrider.sampling.params import SamplingParams
+from outrider.control.row_times import REACH, RowTimes
+from outrider.params import SamplingParams
 from outrider.types import SequenceView
 from tests.control.verdicts import flat, judged, recorded, steep
 

@@ -11,8 +11,8 @@ from itertools import product
 import pytest
 
 from outrider.control.adaptive import Adaptive
-from outrider.control.reading import ENOUGH, LAZY, TRUST, Reading
-from outrider.sampling.params import SamplingParams
+from outrider.control.prefill_cost import ENOUGH, LAZY, TRUST, Reading
+from outrider.params import SamplingParams
 from outrider.types import Counts, SequenceView
 from tests.control.verdicts import flat, judged, recorded, steep
 from tests.covering import covering, slow_beyond

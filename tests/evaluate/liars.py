@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from outrider.control.fixed import Fixed
-from outrider.drafters.model import ModelDrafter
-from outrider.engine.engine import Engine
-from outrider.evaluate.audit_sources import Emission, Source, of_engine
+from outrider.drafters.model.drafter import ModelDrafter
+from outrider.engine.core import Engine
+from outrider.evaluate.audit.sources import Emission, Source, of_engine
+from outrider.models.toy import TableTarget
 from outrider.noise import Noise
+from outrider.params import SamplingParams
 from outrider.protocols import Rule
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TableTarget
 from outrider.types import Draft, Verdict
 
 VOCAB, LENGTH, EOS = 24, 4, 3

@@ -13,14 +13,14 @@ import pytest
 from scipy.stats import binom
 
 from outrider.errors import ConfigError
-from outrider.evaluate import audit_sources as src
-from outrider.evaluate.audit import Auditor, audit
-from outrider.evaluate.audit_greedy import audit_greedy
-from outrider.evaluate.audit_verdict import EXACT, INCONCLUSIVE, NOT_THE_LAW, AuditOptions, Verdict
-from outrider.evaluate.audit_whitebox import joint_law, rounding
-from outrider.evaluate.eprocess import Cells, Component, EProcess, bet, clipped, log_factors
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TableTarget
+from outrider.evaluate.audit import sources as src
+from outrider.evaluate.audit.audit import Auditor, audit
+from outrider.evaluate.audit.findings import EXACT, INCONCLUSIVE, NOT_THE_LAW, AuditOptions, Verdict
+from outrider.evaluate.audit.greedy import audit_greedy
+from outrider.evaluate.audit.whitebox import joint_law, rounding
+from outrider.evaluate.statistics.eprocess import Cells, Component, EProcess, bet, clipped, log_factors
+from outrider.models.toy import TableTarget
+from outrider.params import SamplingParams
 from outrider.verify import LOSSLESS, load_rule
 from tests.evaluate import liars as lie
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from outrider.errors import ConfigError
-from outrider.evaluate import audit_sources as src
-from outrider.sampling.params import SamplingParams
+from outrider.evaluate.audit import sources as src
+from outrider.params import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=4)
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from outrider.build import build_engine
 from outrider.cli.main import main
-from outrider.drafters.heads import HeadsConfig
-from outrider.engine.build import build_engine
+from outrider.drafters.medusa.network import HeadsConfig
 from outrider.errors import ConfigError
-from outrider.evaluate.chart import measured
+from outrider.evaluate.bench.chart import measured
+from outrider.evaluate.bench.presets import PRESETS, Spec, arms_of, by_length, preset
+from outrider.evaluate.bench.scale import Measured, carry_over, devices_for, drafter_of, predict_arm, survival
 from outrider.evaluate.measure import Record
-from outrider.evaluate.presets import PRESETS, Spec, arms_of, by_length, preset
-from outrider.evaluate.scale import Measured, carry_over, devices_for, drafter_of, predict_arm, survival
-from outrider.evaluate.stats import Ratio, ratio_of_sums
-from outrider.target.load import load_target
+from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
+from outrider.models.load import load_target
 from outrider.theory.hardware import HARDWARE, MODELS
 from outrider.theory.roofline import Setting, forward
 from outrider.theory.speedup import tokens_per_call_by_position

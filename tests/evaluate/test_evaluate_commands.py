@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from outrider.cli.main import main
+from outrider.evaluate.bench.report import intervals, lines
 from outrider.evaluate.measure import machine
-from outrider.evaluate.plan import Choice, advice
-from outrider.evaluate.report import intervals, lines
+from outrider.evaluate.planning.plan import Choice, advice
 from outrider.types import PHASES
 
 

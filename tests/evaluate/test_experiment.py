@@ -12,12 +12,12 @@ from scipy.stats import binom
 
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
-from outrider.evaluate.experiment import Experiment, analyse, read_experiment, run_experiment
+from outrider.evaluate.experiments.experiment import Experiment, analyse, read_experiment, run_experiment
 from outrider.evaluate.measure import Arm, Record, Timing
-from outrider.evaluate.sequential import bounds, design, half_width_factor, prior
-from outrider.evaluate.store import Store
+from outrider.evaluate.statistics.sequential import bounds, design, half_width_factor, prior
+from outrider.evaluate.store.store import Store
 from outrider.types import PHASES, Counts
 from outrider.verify import load_rule
 from tests.evaluate.liars import TARGET, engine

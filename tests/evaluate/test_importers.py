@@ -11,10 +11,10 @@ import pytest
 
 from outrider.cli.main import main
 from outrider.errors import ConfigError
-from outrider.evaluate import importers, tables
-from outrider.evaluate.importers import differences, import_run, read_results
 from outrider.evaluate.measure import Record
-from outrider.evaluate.store import Store
+from outrider.evaluate.store import importers, tables
+from outrider.evaluate.store.importers import differences, import_run, read_results
+from outrider.evaluate.store.store import Store
 
 
 def vllm(detailed: bool = True, scale: float = 1.0) -> dict:

@@ -10,11 +10,11 @@ import pytest
 from scipy.stats import binom
 
 from outrider.errors import ConfigError
-from outrider.evaluate import spec_bench as sb
+from outrider.evaluate.bench import spec_bench as sb
+from outrider.evaluate.bench.gate import comparable
 from outrider.evaluate.energy import Meter
-from outrider.evaluate.gate import comparable
 from outrider.evaluate.measure import Record, Timing, summarise
-from outrider.evaluate.stats import margin, paired_ratio
+from outrider.evaluate.statistics.ratios import margin, paired_ratio
 from outrider.types import PHASES, Counts
 
 RUNS, FALSE_ALARM, COVERED = 2000, 1e-9, 0.915

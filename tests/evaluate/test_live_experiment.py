@@ -22,18 +22,18 @@ from outrider.cli import trial as command
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import first_of
 from outrider.drafters.gated import gated
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import CapacityError, ConfigError
-from outrider.evaluate import trial as module
-from outrider.evaluate.experiment import Experiment
-from outrider.evaluate.online import Served, arm_of, unit_of, wishes
-from outrider.evaluate.store import Store
-from outrider.evaluate.tally import STOPPED
-from outrider.evaluate.trial import KIND, Trial, read
+from outrider.evaluate.experiments import live as module
+from outrider.evaluate.experiments.assignment import Served, arm_of, unit_of, wishes
+from outrider.evaluate.experiments.experiment import Experiment
+from outrider.evaluate.experiments.live import KIND, Trial, read
+from outrider.evaluate.experiments.tally import STOPPED
+from outrider.evaluate.store.store import Store
+from outrider.params import SamplingParams
 from outrider.sampling.chosen import Chosen
-from outrider.sampling.params import SamplingParams
 from outrider.serve.app import create_app
 from outrider.serve.settings import Settings
 from outrider.verify import load_rule

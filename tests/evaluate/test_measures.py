@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.build import build_engine, companion
 from outrider.cli.main import main
 from outrider.control.fixed import Fixed
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
-from outrider.engine.build import build_engine, companion
-from outrider.engine.engine import Engine
-from outrider.evaluate import costs
-from outrider.evaluate import plan as pl
-from outrider.evaluate.experiment import Experiment, analyse, build_arms, run_experiment
-from outrider.evaluate.gate import Margins, gate, same_draws
+from outrider.engine.core import Engine
+from outrider.evaluate.bench.gate import Margins, gate, same_draws
+from outrider.evaluate.bench.presets import arms_of, by_length
+from outrider.evaluate.bench.report import write_experiment
+from outrider.evaluate.experiments.experiment import Experiment, analyse, build_arms, run_experiment
 from outrider.evaluate.measure import Arm, Record, run_arms, text_seed
-from outrider.evaluate.predict import Clock
-from outrider.evaluate.presets import arms_of, by_length
-from outrider.evaluate.report import write_experiment
-from outrider.evaluate.store import Store
-from outrider.sampling.params import SamplingParams
+from outrider.evaluate.planning import plan as pl
+from outrider.evaluate.scoring import costs
+from outrider.evaluate.scoring.score import Clock
+from outrider.evaluate.store.store import Store
+from outrider.params import SamplingParams
 from outrider.telemetry.ledger import standing
 from outrider.types import PHASES, Counts
 from outrider.verify import load_rule

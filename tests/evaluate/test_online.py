@@ -18,9 +18,9 @@ from scipy.integrate import quad
 from scipy.stats import binom, binomtest
 
 from outrider.errors import ConfigError
-from outrider.evaluate.experiment import Experiment, build_arms, read_experiment
-from outrider.evaluate.online import Served, arm_of, parts_of, shares_of, unit_of, whose, wishes
-from outrider.evaluate.tally import HELD, Tally, log_evidence
+from outrider.evaluate.experiments.assignment import Served, arm_of, parts_of, shares_of, unit_of, whose, wishes
+from outrider.evaluate.experiments.experiment import Experiment, build_arms, read_experiment
+from outrider.evaluate.experiments.tally import HELD, Tally, log_evidence
 from outrider.types import Counts
 
 FALSE_ALARM = 1e-9

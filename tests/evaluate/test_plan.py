@@ -9,9 +9,9 @@ import pytest
 
 from outrider.drafters.vllm_config import parse_speculative_config
 from outrider.errors import ConfigError
-from outrider.evaluate import plan as pl
-from outrider.evaluate import plan_check as pc
 from outrider.evaluate.measure import Record
+from outrider.evaluate.planning import plan as pl
+from outrider.evaluate.planning import plan_check as pc
 from outrider.theory.forecast import Estimate
 from outrider.types import PHASES, Counts
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from outrider.errors import CapacityError, ConfigError
-from outrider.evaluate import tables
-from outrider.evaluate.store import Store
+from outrider.evaluate.store import tables
+from outrider.evaluate.store.store import Store
 from tests.evaluate.test_store import bench, killed_bench, repeatable, report
 
 __all__ = ["repeatable"]  # the fixture

@@ -15,18 +15,18 @@ from scipy.stats import binom
 
 from outrider.control.adaptive import Adaptive
 from outrider.control.fixed import Fixed
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
-from outrider.evaluate.continuations import Continuations, way_of
-from outrider.evaluate.experiment import Experiment, analyse, run_experiment
+from outrider.evaluate.experiments.continuations import Continuations, way_of
+from outrider.evaluate.experiments.control_variates import compare, controlled, luck, ratio_bounds
+from outrider.evaluate.experiments.experiment import Experiment, analyse, run_experiment
 from outrider.evaluate.measure import Arm, Record
-from outrider.evaluate.reduction import compare, controlled, luck, ratio_bounds
-from outrider.evaluate.sequential import bounds
-from outrider.evaluate.store import Store
-from outrider.sampling.params import SamplingParams
+from outrider.evaluate.statistics.sequential import bounds
+from outrider.evaluate.store.store import Store
+from outrider.params import SamplingParams
 from outrider.types import PHASES, Counts
 from outrider.verify import load_rule
 from tests.evaluate.liars import DRAFT, TARGET, VOCAB

@@ -18,15 +18,16 @@ import pytest
 
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import CapacityError, ConfigError
-from outrider.evaluate import experiment, measure
-from outrider.evaluate.experiment import Experiment, run_experiment
-from outrider.evaluate.gate import Margins, gate, load_run, overall
+from outrider.evaluate import measure
+from outrider.evaluate.bench.gate import Margins, gate, load_run, overall
+from outrider.evaluate.experiments import experiment
+from outrider.evaluate.experiments.experiment import Experiment, run_experiment
 from outrider.evaluate.measure import Arm, Record, Timing, ends_in_a_loop, run_arms, run_group, summarise
-from outrider.evaluate.runlog import RunLog
-from outrider.evaluate.store import LEASE, Store
-from outrider.sampling.params import SamplingParams
+from outrider.evaluate.store.runlog import RunLog
+from outrider.evaluate.store.store import LEASE, Store
+from outrider.params import SamplingParams
 from outrider.types import PHASES, Counts
 from outrider.verify import load_rule
 from tests.evaluate.liars import TARGET, engine
@@ -178,7 +179,7 @@ def test_nothing_is_lost_or_written_twice_under_many_kills(work: Callable[[Path]
 
 SCRIPT = """
 import sys
-from outrider.evaluate.store import LEASE, Store
+from outrider.evaluate.store.store import LEASE, Store
 with Store(sys.argv[1]) as db:
     run = db.begin("bench", "kill", {})
     for i in range(3):

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import chi2, norm
 
 from outrider.types import Draft, Proposal
-from outrider.verify import passes
+from outrider.verify import native
 from outrider.verify.block import overlap_sums
 from tests.law.lab import Shape, Siblings, chain, examine, random_world
 from tests.law.subject import Patch, Subject, load
@@ -147,7 +147,7 @@ def long_draws(subject: Subject) -> None:
             weight = (w * p[0] - (0 if law is None else law[0])).clamp(min=0).numpy()
             cdf = np.cumsum(weight)
             for u in (0.0, 0.1, 0.35, 0.999, 1.0, *rng.random(20)):
-                found = passes.draw(p, law, w, u)
+                found = native.draw(p, law, w, u)
                 assert found is not None
                 assert found[1] == pytest.approx(cdf[-1], rel=1e-12)
                 assert weight[found[0]] > 0
@@ -161,7 +161,7 @@ def long_overlaps(subject: Subject) -> None:
         p, q = (torch.from_numpy(rng.dirichlet(np.full(size, 0.5))).to(dtype).unsqueeze(0) for _ in range(2))
         q[0, rng.integers(size)] = 0
         for w in (1.0, 0.4):
-            native = passes.overlap(p, q, w)
+            native = native.overlap(p, q, w)
             assert native is not None
             assert native == pytest.approx(overlap_sums(p * w, q, None), rel=close)
 
@@ -317,7 +317,7 @@ def test_mutant_is_killed(mutant, torch_only):
         check(subject)
 
 
-@pytest.mark.skipif(not passes.serve(torch.zeros(1)), reason="needs a C++ compiler")
+@pytest.mark.skipif(not native.serve(torch.zeros(1)), reason="needs a C++ compiler")
 @pytest.mark.parametrize("mutant", NATIVE_MUTANTS, ids=lambda mutant: mutant[0])
 def test_mutant_beside_native_passes_is_killed(mutant):
     _, file, old, new, check = mutant
@@ -326,19 +326,19 @@ def test_mutant_beside_native_passes_is_killed(mutant):
         check(subject)
 
 
-@pytest.mark.skipif(not passes.serve(torch.zeros(1)), reason="needs a C++ compiler")
+@pytest.mark.skipif(not native.serve(torch.zeros(1)), reason="needs a C++ compiler")
 @pytest.mark.parametrize("mutant", CXX_MUTANTS, ids=lambda mutant: mutant[0])
 def test_mutant_of_the_native_passes_is_killed(mutant, tmp_path, monkeypatch):
     _, old, new, check = mutant
-    source = (passes.PASSES.folder / passes.PASSES.sources[0]).read_text()
+    source = (native.PASSES.folder / native.PASSES.sources[0]).read_text()
     assert source.count(old) == 1
     (tmp_path / "passes.cpp").write_text(source.replace(old, new))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(passes, "PASSES", replace(passes.PASSES, folder=tmp_path))
-    passes.library.cache_clear()
+    monkeypatch.setattr(native, "PASSES", replace(native.PASSES, folder=tmp_path))
+    native.library.cache_clear()
     try:
-        assert passes.library() is not None
+        assert native.library() is not None
         with pytest.raises(AssertionError):
             check(honest())
     finally:
-        passes.library.cache_clear()
+        native.library.cache_clear()

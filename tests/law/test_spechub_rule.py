@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.drafters import _draw
+from outrider.drafters.tree import draws
 from outrider.theory import tuples
 from outrider.theory.multidraft import spechub
 from outrider.verify.spechub import SpecHub
@@ -120,9 +120,9 @@ def test_pairs_are_drawn_with_their_law():
     seen: dict[tuple[int, ...], float] = {}
     for u in grid:
         for v in (0.1, 0.3, 0.5, 0.7, 0.9):
-            pair = tuple(_draw.hub_pairs(law, [[u, v]])[0])
+            pair = tuple(draws.hub_pairs(law, [[u, v]])[0])
             seen[pair] = seen.get(pair, 0.0) + 1 / (5 * n)
     drawn = tuples.hub_pairs(spechub([0.2, 0.3, 0.5], law[0].numpy()))
     want = {tuple(map(int, t)): float(w) for t, w in zip(drawn.tokens, drawn.probability, strict=True)}
     assert seen == pytest.approx(want, abs=1e-9)
-    assert _draw.hub_pairs(torch.tensor([[0.0, 1.0]]), [[0.4, 0.6]]) == [[1]]
+    assert draws.hub_pairs(torch.tensor([[0.0, 1.0]]), [[0.4, 0.6]]) == [[1]]

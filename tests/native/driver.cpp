@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../src/outrider/target/native/layout.h"
+#include "../../src/outrider/models/native/layout.h"
 
 using namespace outrider;
 

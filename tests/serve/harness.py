@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from outrider.engine.build import build_engine
+from outrider.build import build_engine
 from outrider.serve.app import create_app
 from outrider.serve.bridge import Bridge
-from outrider.serve.run import Server, server_for
+from outrider.serve.server import Server, server_for
 from outrider.serve.settings import Settings, digest
 from outrider.serve.tickets import Limits
 from outrider.serve.watch import Watch

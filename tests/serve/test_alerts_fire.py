@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from outrider.control.adaptive import Outlook
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
+from outrider.models.toy import TableTarget
 from outrider.serve.tickets import Limits
 from outrider.serve.watch import Watch
-from outrider.target.toy import TableTarget
 from outrider.telemetry.alerts import CONDITIONS, Alerts, Reading
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted

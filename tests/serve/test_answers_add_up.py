@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from outrider.engine.build import build_engine
+from outrider.build import build_engine
 from tests.serve.harness import Running, serving
 
 TEXT = "for i in range(10):\n    print(i)\nfor i in range(10):\n    print(i)\nfor i in range(10):\n"

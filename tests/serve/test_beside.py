@@ -13,11 +13,11 @@ import pytest
 
 from outrider.assets import shipped
 from outrider.errors import RequestError
+from outrider.models.tokenizer import load_tokenizer
 from outrider.serve import prep as prep_module
 from outrider.serve.expressions import wild
 from outrider.serve.prep import Ended, Prep, Unfit, _Process
 from outrider.serve.tickets import Unavailable
-from outrider.target.tokenizer import load_tokenizer
 from tests.serve.harness import Running, serving, until
 
 

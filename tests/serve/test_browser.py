@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from outrider.cli.serve import past_of
-from outrider.evaluate.store import Store
+from outrider.evaluate.store.store import Store
 from outrider.telemetry.alerts import Reading
 from tests.serve.harness import Running, serving, until
 

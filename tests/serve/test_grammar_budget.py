@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from outrider.engine.build import build_engine
+from outrider.build import build_engine
 from outrider.sampling import grammar as grammar_module
 from outrider.sampling.grammar import Automaton, Grammars
 from tests.serve.harness import Running, serving, until

@@ -23,14 +23,14 @@ from typing import Any
 
 import pytest
 
-from outrider.engine.build import build_engine
-from outrider.sampling.params import SamplingParams
+from outrider.build import build_engine
+from outrider.params import SamplingParams
 from tests.serve.harness import a_port, until
 
 KEEP = """
 import sys
 from outrider.serve.address import listen
-from outrider.serve.keeper import Keeper
+from outrider.serve.supervisor import Keeper
 port, restarts, silence, *worker = sys.argv[1:]
 say = lambda text: print(text, file=sys.stderr, flush=True)
 keeper = Keeper(listen("127.0.0.1", int(port)), lambda *n: [*worker, *map(str, n)], int(restarts), float(silence), say)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from outrider.serve.keeper import BEAT, Awake, turned_away
+from outrider.serve.supervisor import BEAT, Awake, turned_away
 from tests.serve.harness import a_port, until
 from tests.serve.test_keeper import KEEP, WORKER, keeping, scripted
 
@@ -38,7 +38,7 @@ def test_a_worker_that_is_stopped_is_replaced_all_the_same() -> None:
 
 def test_a_clock_leaves_out_what_it_did_not_see(monkeypatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("outrider.serve.keeper.monotonic", lambda: now[0])
+    monkeypatch.setattr("outrider.serve.supervisor.monotonic", lambda: now[0])
     clock = Awake()
     for step in (BEAT, BEAT, 100.0, BEAT):
         now[0] += step

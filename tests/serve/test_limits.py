@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from outrider.engine.build import build_engine
+from outrider.build import build_engine
 from outrider.engine.scheduler import Scheduler
 from outrider.serve.body import DEPTH
 from outrider.serve.bridge import Bridge
@@ -177,7 +177,7 @@ def test_a_disconnect_frees_the_slot_within_a_step() -> None:
     engine.step = counted  # type: ignore[method-assign]
 
     async def play() -> None:
-        from outrider.sampling.params import SamplingParams
+        from outrider.params import SamplingParams
 
         await bridge.start()
         for _ in range(5):

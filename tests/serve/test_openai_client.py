@@ -12,8 +12,8 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from outrider.assets import shipped_prompts
-from outrider.engine.build import build_engine
-from outrider.sampling.params import SamplingParams
+from outrider.build import build_engine
+from outrider.params import SamplingParams
 from tests.serve.harness import Running
 
 PROMPT = "def read(path):\n    "

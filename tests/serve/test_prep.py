@@ -14,14 +14,14 @@ import pytest
 from pydantic import ValidationError
 
 from outrider.errors import RequestError
+from outrider.models.tokenizer import load_tokenizer
 from outrider.serve import prep as prep_module
 from outrider.serve.body import CONTAINERS, KEYS, check, parsed
 from outrider.serve.expressions import risky, wild
-from outrider.serve.openai import BadField, ChatRequest, CompletionRequest, parse
 from outrider.serve.prep import SHORT, Prep
 from outrider.serve.prep_worker import Refused, conversation, encoder
+from outrider.serve.requests import BadField, ChatRequest, CompletionRequest, parse
 from outrider.serve.tickets import Unavailable
-from outrider.target.tokenizer import load_tokenizer
 from tests.serve.harness import Running
 
 T = TypeVar("T")

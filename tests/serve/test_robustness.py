@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
-from outrider.engine.build import build_engine
+from outrider.build import build_engine
 from outrider.serve.tickets import Limits
 from tests.serve.harness import KEY, Running, serving, until
 

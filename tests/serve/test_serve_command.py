@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from outrider.build import build_engine
 from outrider.cli.main import app
-from outrider.engine.build import build_engine
 from outrider.errors import ConfigError
 from outrider.serve.address import check_address, is_loopback
 from outrider.serve.app import create_app

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.engine.sequence import Event
-from outrider.serve.openai import CompletionRequest
 from outrider.serve.replies import Reply
+from outrider.serve.requests import CompletionRequest
 from outrider.serve.sse import PIECE, EventStream, pieces, written
 from outrider.serve.tickets import Ticket
 from tests.serve.harness import Running, until

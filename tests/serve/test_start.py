@@ -73,7 +73,7 @@ def test_what_loading_refuses_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_not_there_yet_is_empty_and_fills(tmp_path: Path) -> None:
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.store import Store
 
     read = past_of(tmp_path / "runs.db")
     assert read() == {"runs": [], "experiments": []}

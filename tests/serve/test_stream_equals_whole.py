@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
+from outrider.nn.kv import ContiguousKV
 from outrider.serve.bridge import Bridge
-from outrider.serve.openai import ChatRequest, CompletionRequest, parse
+from outrider.serve.requests import ChatRequest, CompletionRequest, parse
+from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
 from outrider.serve.tickets import Limits
-from outrider.serve.v1 import OpenAI
-from outrider.target.kv import ContiguousKV
 from outrider.telemetry.prometheus import Metrics
 from outrider.types import Rows, Scores
 from outrider.verify import load_rule

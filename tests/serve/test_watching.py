@@ -16,12 +16,12 @@ import torch
 
 from outrider.cli.serve import past_of
 from outrider.control.adaptive import Outlook
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
-from outrider.evaluate.store import Store
+from outrider.evaluate.store.store import Store
+from outrider.models.toy import TableTarget
 from outrider.serve.watch import Watch
 from outrider.serve.webhook import Webhook, check_url, post
-from outrider.target.toy import TableTarget
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
 from tests.serve.harness import Running, serving, until

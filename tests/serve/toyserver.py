@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
+from outrider.models.toy import TableTarget
 from outrider.serve.app import create_app
-from outrider.serve.run import server_for
+from outrider.serve.server import server_for
 from outrider.serve.settings import Settings
 from outrider.serve.tickets import Limits
-from outrider.target.toy import TableTarget
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
 from tests.serve.harness import Running, a_port, until

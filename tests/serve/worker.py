@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from outrider.serve.keeper import CLOSED, LOST, SERVING, Line, die_with_parent
+from outrider.serve.supervisor import CLOSED, LOST, SERVING, Line, die_with_parent
 
 
 class Worker:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from outrider.drafters.block import BlockConfig
-from outrider.drafters.feature import FeatureConfig
-from outrider.drafters.heads import HeadsConfig
-from outrider.target.fresh import small_llama
-from outrider.target.toy import TinyLM
+from outrider.drafters.dflash.network import BlockConfig
+from outrider.drafters.eagle.eagle3 import FeatureConfig
+from outrider.drafters.medusa.network import HeadsConfig
+from outrider.models.hf.fresh import small_llama
+from outrider.models.toy import TinyLM
 from outrider.train.block import Blocks, block_law_loss, new_blocks
 from outrider.train.checkpoint import checkpoints, sha256_of
 from outrider.train.drafter import (

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from outrider.control.fixed import Fixed
-from outrider.drafters._growth import Levels
-from outrider.drafters.block import BlockConfig, BlockModel
-from outrider.drafters.dflash import BlockDrafter
+from outrider.drafters.dflash.drafter import BlockDrafter
+from outrider.drafters.dflash.network import BlockConfig, BlockModel
 from outrider.drafters.none import NoDraft
-from outrider.drafters.shapes import levels
-from outrider.engine.engine import Engine, Result
+from outrider.drafters.tree.growth import Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.engine.core import Engine, Result
 from outrider.errors import ConfigError
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TinyLM
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.train.block import (
     Blocks,
     block_law_loss,

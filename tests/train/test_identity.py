@@ -12,9 +12,9 @@ import torch
 
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
-from outrider.target.toy import TinyLM
+from outrider.models.toy import TinyLM
 from outrider.train.checkpoint import identity_of
 from outrider.train.data import Document, encode, halve, narrowed, token_type
 from outrider.train.features import Wanted, cut_prompts, write_tokens

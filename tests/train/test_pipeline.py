@@ -13,17 +13,17 @@ from torch import Tensor
 
 from outrider.assets import shipped
 from outrider.control.fixed import Fixed
-from outrider.drafters._growth import Levels
-from outrider.drafters.eagle import Eagle
-from outrider.drafters.feature import FeatureConfig
-from outrider.drafters.heads import HeadsConfig, Medusa
+from outrider.drafters.eagle.drafter import Eagle
+from outrider.drafters.eagle.eagle3 import FeatureConfig
+from outrider.drafters.medusa.network import HeadsConfig, Medusa
 from outrider.drafters.none import NoDraft
-from outrider.drafters.shapes import levels
-from outrider.engine.engine import Engine
+from outrider.drafters.tree.growth import Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
-from outrider.sampling.params import SamplingParams
-from outrider.target.tokenizer import load_tokenizer, vocab_fingerprint
-from outrider.target.toy import TinyLM
+from outrider.models.tokenizer import load_tokenizer, vocab_fingerprint
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.train import losses
 from outrider.train.corpus import read_corpus
 from outrider.train.data import Document

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from outrider.drafters._forest import Forest
-from outrider.drafters._growth import BestFirst, Levels
+from outrider.drafters.tree.forest import Forest
+from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.noise import Noise
+from outrider.params import SamplingParams
 from outrider.protocols import DraftLaw
-from outrider.sampling.law import Law
-from outrider.sampling.params import SamplingParams
+from outrider.sampling.pipeline import Law
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outrider.errors import CapacityError, ConfigError
-from outrider.target import memory
-from outrider.target.checkpoint import Checkpoint, load_checkpoint
-from outrider.target.config import Unsupported, read_layout
-from outrider.target.lean import LeanTarget
-from outrider.target.load import load_target
+from outrider.models.checkpoint import Checkpoint, load_checkpoint
+from outrider.models.config import Unsupported, read_layout
+from outrider.models.lean import LeanTarget
+from outrider.models.load import load_target
+from outrider.nn import memory
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
 
@@ -109,8 +109,8 @@ def test_max_length_shortens_and_never_lengthens(model):
 _PEAK = """
 import sys, torch
 from pathlib import Path
-from outrider.target.checkpoint import Checkpoint
-from outrider.target.lean import LeanTarget
+from outrider.models.checkpoint import Checkpoint
+from outrider.models.lean import LeanTarget
 def kilobytes(field):
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])
 LeanTarget(*(lambda c: (c.config, c.read(torch.float32)))(Checkpoint(Path(sys.argv[1]))), native=False)
@@ -312,7 +312,7 @@ def test_the_plain_tokenizer_is_transformers_own(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from outrider.assets import shipped
-    from outrider.target.tokenizer import PlainTokenizer, load_tokenizer
+    from outrider.models.tokenizer import PlainTokenizer, load_tokenizer
 
     ours, theirs = load_tokenizer(shipped("target")), AutoTokenizer.from_pretrained(shipped("target"))
     assert isinstance(ours, PlainTokenizer)
@@ -329,7 +329,7 @@ def test_a_tokenizer_that_keeps_no_words_reads_the_same() -> None:
     from transformers import AutoTokenizer
 
     from outrider.assets import shipped
-    from outrider.target.tokenizer import forget_words, load_tokenizer
+    from outrider.models.tokenizer import forget_words, load_tokenizer
 
     texts = ("def f(x):\n\treturn x\n", "def f(x):\n\treturn x\n", " 你好 \U0001f600é\r\n", "x" * 500)
     right = [load_tokenizer(shipped("target")).encode(text) for text in texts]

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from outrider.config_keys import BOOKKEEPING
 from outrider.errors import ConfigError
-from outrider.target.checkpoint import load_checkpoint
-from outrider.target.config import FAMILIES, Unsupported
-from outrider.target.lean import LeanTarget
+from outrider.models.checkpoint import load_checkpoint
+from outrider.models.config import FAMILIES, Unsupported
+from outrider.models.lean import LeanTarget
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
-from outrider.sampling.params import SamplingParams
+from outrider.engine.core import Engine
+from outrider.params import SamplingParams
 from outrider.serve.replies import acceptance
 from outrider.types import Counts
 from outrider.verify import load_rule

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.drafters._features import FeatureConfig
-from outrider.drafters.block import BlockConfig, BlockModel
-from outrider.drafters.feature import FeatureModel
-from outrider.drafters.feature1 import LastFeatureModel
-from outrider.drafters.heads import HeadsConfig, MedusaHeads
-from outrider.drafters.load import load_drafter
+from outrider.drafters.dflash.network import BlockConfig, BlockModel
+from outrider.drafters.eagle.eagle1 import LastFeatureModel
+from outrider.drafters.eagle.eagle3 import FeatureModel
+from outrider.drafters.eagle.network import FeatureConfig
+from outrider.drafters.medusa.network import HeadsConfig, MedusaHeads
+from outrider.drafters.registry import load_drafter
 from outrider.errors import ConfigError
-from outrider.target.toy import TinyLM
+from outrider.models.toy import TinyLM
 
 WIDTH, VOCAB, LAYERS = 16, 32, 6
 TARGET = TinyLM(VOCAB, WIDTH, LAYERS)

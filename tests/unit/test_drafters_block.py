@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from outrider.build import build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters._growth import BestFirst, Levels
-from outrider.drafters.block import BlockConfig, BlockModel, visible
-from outrider.drafters.dflash import BlockDrafter
-from outrider.drafters.load import load_drafter
-from outrider.drafters.shapes import levels
-from outrider.engine.build import build_engine
-from outrider.engine.engine import Engine
+from outrider.drafters.dflash.drafter import BlockDrafter
+from outrider.drafters.dflash.network import BlockConfig, BlockModel, visible
+from outrider.drafters.registry import load_drafter
+from outrider.drafters.tree.growth import BestFirst, Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TinyLM
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.train.features import hidden_of
 from outrider.types import Evidence
 from outrider.verify import load_rule

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from outrider.drafters._forest import chains
 from outrider.drafters.combine import FirstOf, first_of, merge
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
+from outrider.drafters.tree.forest import chains
 from outrider.errors import ConfigError
-from outrider.target.toy import TinyLM
+from outrider.models.toy import TinyLM
 from outrider.types import Draft, Evidence, Proposal, Scores
 from tests.unit.drafting import chain, evidence, view
 

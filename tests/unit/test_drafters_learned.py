@@ -11,20 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from outrider.build import build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters._forest import Forest
-from outrider.drafters._growth import BestFirst, Levels
-from outrider.drafters.eagle import Eagle
-from outrider.drafters.feature import FeatureConfig, FeatureModel
-from outrider.drafters.heads import HeadsConfig, Medusa, MedusaHeads
-from outrider.drafters.load import load_drafter
-from outrider.drafters.shapes import levels
-from outrider.engine.build import build_engine
-from outrider.engine.engine import Engine
+from outrider.drafters.eagle.drafter import Eagle
+from outrider.drafters.eagle.eagle3 import FeatureConfig, FeatureModel
+from outrider.drafters.medusa.network import HeadsConfig, Medusa, MedusaHeads
+from outrider.drafters.registry import load_drafter
+from outrider.drafters.tree.forest import Forest
+from outrider.drafters.tree.growth import BestFirst, Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
-from outrider.sampling.params import SamplingParams
-from outrider.target.load import load_target
-from outrider.target.toy import TinyLM
+from outrider.models.load import load_target
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.train.features import hidden_of
 from outrider.types import Draft, Evidence
 from outrider.verify import load_rule

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from outrider.drafters.combine import FirstOf
-from outrider.drafters.load import first_difference, load_drafter, parse_speculative_config
-from outrider.drafters.model import ModelDrafter
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
+from outrider.drafters.registry import first_difference, load_drafter, parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError
+from outrider.models.toy import TinyLM
 from outrider.protocols import Drafter
-from outrider.target.toy import TinyLM
 from outrider.verify import Match
 
 MODEL, DRAFT = TinyLM(10), TinyLM(12, layers=1)

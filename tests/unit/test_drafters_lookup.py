@@ -13,10 +13,10 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TinyLM
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.verify import SpeculativeSampling
 from tests.unit.drafting import chain, evidence, view
 

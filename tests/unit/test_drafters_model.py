@@ -8,10 +8,10 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from outrider.drafters.model import CHUNK, ModelDrafter
+from outrider.drafters.model.drafter import CHUNK, ModelDrafter
 from outrider.errors import CapabilityError, ConfigError
+from outrider.models.toy import TinyLM
 from outrider.protocols import KVCache
-from outrider.target.toy import TinyLM
 from outrider.types import Draft, Rows, Scores, SequenceView
 from tests.unit.drafting import chain, evidence, view
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from outrider.build import build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters._growth import Levels
-from outrider.drafters.early_exit import early_exit
-from outrider.drafters.load import load_drafter
-from outrider.drafters.shapes import levels
-from outrider.engine.build import build_engine
-from outrider.engine.engine import Engine
+from outrider.drafters.model.early_exit import early_exit
+from outrider.drafters.registry import load_drafter
+from outrider.drafters.tree.growth import Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
+from outrider.models.hf.target import HFTarget
+from outrider.models.load import load_target
+from outrider.models.toy import TableTarget, TinyLM
+from outrider.params import SamplingParams
 from outrider.protocols import OpenTarget, Target
-from outrider.sampling.params import SamplingParams
-from outrider.target.hf import HFTarget
-from outrider.target.load import load_target
-from outrider.target.toy import TableTarget, TinyLM
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.engine.sequence import Event
 from outrider.errors import CapabilityError, ConfigError, RequestError
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TableTarget, TinyLM
+from outrider.models.toy import TableTarget, TinyLM
+from outrider.params import SamplingParams
 from outrider.telemetry.sinks import MemorySink
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.families import FAMILIES, PROMPT, build, engine_of, known, ours, theirs
 from outrider.errors import ConfigError
-from outrider.target.hf import HFTarget
+from outrider.models.hf.target import HFTarget
 
 NEW = 16
 DAILY = ("bamba", "bloom", "falcon", "gpt_neo", "mamba2", "phi3", "qwen3_next", "rwkv", "stablelm", "jamba", "lfm2")

@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outrider.control.fixed import Fixed
-from outrider.drafters._features import FeatureConfig, FeatureNetwork
-from outrider.drafters._folder import target_parts
-from outrider.drafters._growth import BestFirst, Levels
-from outrider.drafters._vocabulary import from_offsets, spread, to_offsets
-from outrider.drafters.eagle import Eagle
-from outrider.drafters.feature import FeatureModel
-from outrider.drafters.feature1 import LastFeatureModel
-from outrider.drafters.heads import HeadsConfig, Medusa, MedusaHeads
-from outrider.drafters.load import load_drafter
-from outrider.drafters.shapes import levels
-from outrider.engine.engine import Engine
+from outrider.drafters.checkpoint import target_parts
+from outrider.drafters.eagle.drafter import Eagle
+from outrider.drafters.eagle.eagle1 import LastFeatureModel
+from outrider.drafters.eagle.eagle3 import FeatureModel
+from outrider.drafters.eagle.network import FeatureConfig, FeatureNetwork
+from outrider.drafters.medusa.network import HeadsConfig, Medusa, MedusaHeads
+from outrider.drafters.registry import load_drafter
+from outrider.drafters.tree.growth import BestFirst, Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
+from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
+from outrider.models.load import load_target
+from outrider.models.toy import TinyLM
+from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.sampling.params import SamplingParams
-from outrider.target.load import load_target
-from outrider.target.toy import TinyLM
 from outrider.train.drafter import Judge, feature_loss, measure_of, new_last_features, predictor
 from outrider.train.features import Features, hidden_of
 from outrider.verify import load_rule

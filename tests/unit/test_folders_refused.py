@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from outrider.build import build_engine
 from outrider.cli.chat import Conversation
-from outrider.engine.build import build_engine
 from outrider.errors import ConfigError, RequestError
+from outrider.models.load import load_target, load_tokenizer, stop_ids
+from outrider.models.tokenizer import PlainTokenizer
+from outrider.nn.attention import AttentionPlan
+from outrider.nn.kv import ContiguousKV
+from outrider.params import SamplingParams
 from outrider.sampling.cpu import law_of
-from outrider.sampling.params import SamplingParams
-from outrider.target.attention import AttentionPlan
-from outrider.target.kv import ContiguousKV
-from outrider.target.load import load_target, load_tokenizer, stop_ids
-from outrider.target.tokenizer import PlainTokenizer
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
 

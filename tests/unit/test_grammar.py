@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
-from outrider.engine.build import build_engine, companion
-from outrider.engine.engine import Engine
+from outrider.build import build_engine, companion
+from outrider.engine.core import Engine
 from outrider.errors import RequestError
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 
 PATTERN = r"[a-c]{2,6}(x|yz)[0-9]{1,3}"
 SCHEMA = {

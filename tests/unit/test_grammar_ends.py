@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
-from outrider.engine.build import build_engine, companion
-from outrider.engine.engine import Engine
-from outrider.sampling.params import SamplingParams
+from outrider.build import build_engine, companion
+from outrider.engine.core import Engine
+from outrider.params import SamplingParams
 from outrider.types import SequenceView
 
 ENDLESS = r"[ab]{2,4}(c|dd)?"

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, CapacityError, ConfigError
-from outrider.target.hf import HFTarget
+from outrider.models.hf.target import HFTarget
 from outrider.types import Draft, Rows
 
 V = 61

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, CapacityError, RequestError
-from outrider.target.attention import visible
-from outrider.target.checkpoint import load_checkpoint
-from outrider.target.lean import LeanTarget
+from outrider.models.checkpoint import load_checkpoint
+from outrider.models.lean import LeanTarget
+from outrider.nn.attention import visible
 from outrider.types import Draft, Rows, Segment
 from tests.checkpoints import make_checkpoint
 

@@ -15,10 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from outrider import isa
 from outrider.errors import CapacityError, ConfigError
-from outrider.target import load, memory
-from outrider.target.hf import HFTarget
-from outrider.target.lean import LeanTarget
-from outrider.target.load import (
+from outrider.models import load
+from outrider.models.hf.target import HFTarget
+from outrider.models.lean import LeanTarget
+from outrider.models.load import (
     first_difference,
     inspect_checkpoint,
     load_target,
@@ -26,6 +26,7 @@ from outrider.target.load import (
     stop_ids,
     vocab_fingerprint,
 )
+from outrider.nn import memory
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
 

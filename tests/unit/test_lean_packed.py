@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
-from outrider.packed import Int4Linear, Int8Linear, PackedLinear, PlainLinear, _filled, can_pack, make_linear
+from outrider.nn.linear import Int4Linear, Int8Linear, PackedLinear, PlainLinear, _filled, can_pack, make_linear
 
 SHAPES = [(700, 384), (513, 777), (2048, 256)]
 

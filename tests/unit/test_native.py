@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from outrider import compiled, isa
-from outrider.compiled import DECODER, Unit
+from outrider import isa
 from outrider.errors import CapacityError, RequestError
-from outrider.target.decoder import DecoderConfig, DecoderWeights, LayerWeights
-from outrider.target.kv import ContiguousKV
-from outrider.target.native import NativeDecoder, load_native
-from outrider.target.native.build import load_library
+from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.native import NativeDecoder, load_native
+from outrider.models.native.build import load_library
+from outrider.nn import compiled
+from outrider.nn.compiled import DECODER, Unit
+from outrider.nn.kv import ContiguousKV
 from outrider.types import Draft, Rows
 
 pytestmark = pytest.mark.skipif(

@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from outrider import compiled, isa, threads
+from outrider import isa, threads
+from outrider.build import build_engine
 from outrider.cli import setup
 from outrider.engine import notices
-from outrider.engine.build import build_engine
 from outrider.errors import ConfigError
-from outrider.sampling.params import SamplingParams
-from outrider.target import lean
-from outrider.target.load import inspect_checkpoint, load_target
-from outrider.verify import passes
+from outrider.models import lean
+from outrider.models.load import inspect_checkpoint, load_target
+from outrider.nn import compiled
+from outrider.params import SamplingParams
+from outrider.verify import native
 from tests.checkpoints import make_checkpoint
 
 COMPILER = pytest.mark.skipif(
@@ -48,7 +49,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
     def forget() -> None:
         compiled.load.cache_clear()
-        passes.library.cache_clear()
+        native.library.cache_clear()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(compiled, "WHEEL", tmp_path / "wheel")
@@ -205,11 +206,11 @@ def test_a_draft_on_transformers_is_not_emulated_for_its_target_s_sake(
 ) -> None:
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({"fpu", "avx2"}))
     monkeypatch.delenv(isa.VARIABLE, raising=False)
-    monkeypatch.setattr("outrider.engine.build.find_tokenizer", lambda name: None)
-    monkeypatch.setattr("outrider.target.load.load_library", lambda: object())
+    monkeypatch.setattr("outrider.build.find_tokenizer", lambda name: None)
+    monkeypatch.setattr("outrider.models.load.load_library", lambda: object())
     monkeypatch.setattr(lean, "load_native", lambda config, weights: (None, []))
     target = make_checkpoint(tmp_path, "llama", hidden_size=64, vocab_size=96, dtype=torch.bfloat16)
-    from outrider.engine.build import Loaded, Options, load_model
+    from outrider.build import Loaded, Options, load_model
 
     loaded = Loaded(str(target), load_target(target), None, (), Options())
     assert loaded.target.dtype == torch.bfloat16

@@ -11,16 +11,26 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.build import build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters.model import ModelDrafter
-from outrider.engine.build import build_engine
-from outrider.engine.engine import Engine
+from outrider.drafters.model.drafter import ModelDrafter
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
-from outrider.evaluate.costs import measure_costs
-from outrider.evaluate.predict import Clock, Emitted, Item, draft_model, fit, given_text, load_items, sample, score
-from outrider.evaluate.predict_report import report
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TableTarget, TinyLM
+from outrider.evaluate.planning.predict_report import report
+from outrider.evaluate.scoring.costs import measure_costs
+from outrider.evaluate.scoring.score import (
+    Clock,
+    Emitted,
+    Item,
+    draft_model,
+    fit,
+    given_text,
+    load_items,
+    sample,
+    score,
+)
+from outrider.models.toy import TableTarget, TinyLM
+from outrider.params import SamplingParams
 from outrider.theory import forecast as fc
 from outrider.theory.replay import replay
 from outrider.types import Counts
@@ -197,13 +207,13 @@ def test_the_shipped_pair() -> None:
 
 
 def test_long_texts_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from outrider.evaluate import predict
+    from outrider.evaluate.scoring import score
 
     model, other = TinyLM(11, seed=3), TinyLM(11, seed=3).perturbed(0.1, seed=4)
     tokens = np.random.default_rng(0).integers(0, 11, 40).tolist()
-    whole = torch.cat(list(predict.logits_along(model, tokens, 12, Clock())))
-    monkeypatch.setattr(predict, "CHUNK", 5)
-    pieces = torch.cat(list(predict.logits_along(model, tokens, 12, Clock())))
+    whole = torch.cat(list(score.logits_along(model, tokens, 12, Clock())))
+    monkeypatch.setattr(score, "CHUNK", 5)
+    pieces = torch.cat(list(score.logits_along(model, tokens, 12, Clock())))
     assert whole.shape == (27, 11)
     torch.testing.assert_close(whole, pieces, atol=1e-12, rtol=0)
     costs = measure_costs(model, other, tokens, Clock(), longest=4, rounds=2)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from outrider.drafters import prediction as module
 from outrider.drafters.prediction import MAX_N, Places, Replay, accepted_of
 from outrider.errors import RequestError
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 
 
 def by_scanning(prediction: list[int], end: list[int], base: int) -> tuple[int, int]:

@@ -8,13 +8,13 @@ import torch
 
 import outrider
 from outrider.control.fixed import Fixed
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.engine.prompts import as_ids, as_prompt, as_prompts
 from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.measure import Arm, run_arms
-from outrider.evaluate.plan import configurations
-from outrider.evaluate.predict import Item, as_items
-from outrider.sampling.params import SamplingParams
+from outrider.evaluate.planning.plan import configurations
+from outrider.evaluate.scoring.score import Item, as_items
+from outrider.params import SamplingParams
 from outrider.train.corpus import read_corpus
 from outrider.verify import load_rule
 from tests.contract.asked import target

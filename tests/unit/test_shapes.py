@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from outrider.drafters.shapes import MAX_NODES, Shared, Static, accepted, best_tree, best_tree_for, levels
+from outrider.drafters.tree.shapes import MAX_NODES, Shared, Static, accepted, best_tree, best_tree_for, levels
 from outrider.errors import ConfigError
 
 

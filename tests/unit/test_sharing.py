@@ -11,11 +11,11 @@ from contextlib import suppress
 import pytest
 
 from outrider.drafters.none import NoDraft
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.engine.sequence import Event
 from outrider.engine.turns import Turns
 from outrider.errors import CapabilityError, RequestError
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.verify import load_rule
 from tests.contract.asked import PROMPTS, engine, target
 from tests.contract.drafters import DRAFTERS

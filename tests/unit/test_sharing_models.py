@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from outrider.assets import shipped
-from outrider.engine.build import Options, build_engine, companion
-from outrider.engine.engine import Engine
+from outrider.build import Options, build_engine, companion
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 
 OTHER = {"implementation": "hf", "draft_quantize": "int8"}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from outrider.drafters.block import BlockConfig, BlockModel
-from outrider.engine.build import build_engine
+from outrider.build import build_engine
+from outrider.drafters.dflash.network import BlockConfig, BlockModel
 from tests.checkpoints import make_checkpoint
 
 WIDE, TAPS, LENGTH, BLOCK = 48, (1, 3), 24, 4

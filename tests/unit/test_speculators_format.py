@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from outrider.assets import shipped
-from outrider.drafters._features import FeatureConfig
-from outrider.drafters.feature import FeatureModel
+from outrider.drafters.eagle.eagle3 import FeatureModel
+from outrider.drafters.eagle.network import FeatureConfig
 
 LENGTH, STEPS = 20, 3
 

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from outrider.engine.spelling import Offsets, Spelling
 from outrider.engine.text import TextStream, special_tokens
-from outrider.target.tokenizer import PlainTokenizer
-from outrider.target.translate import byte_alphabet
+from outrider.models.tokenizer import PlainTokenizer
+from outrider.models.translate import byte_alphabet
 
 LETTERS = {b: c for c, b in byte_alphabet().items()}
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from outrider.evaluate.stats import paired_ratio
+from outrider.evaluate.statistics.ratios import paired_ratio
 from outrider.telemetry.ledger import (
     LEVEL,
     acceptance_at,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.errors import ConfigError
+from outrider.models.toy import TableTarget, TinyLM
+from outrider.nn.kv import ContiguousKV
 from outrider.protocols import Target
-from outrider.target.kv import ContiguousKV
-from outrider.target.toy import TableTarget, TinyLM
 from outrider.types import Draft, Rows
 
 V = 11

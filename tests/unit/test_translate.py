@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from outrider.assets import shipped
-from outrider.drafters.model import ModelDrafter
+from outrider.build import build_engine
+from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
-from outrider.engine.build import build_engine
 from outrider.errors import CapabilityError
-from outrider.sampling.params import SamplingParams
-from outrider.target.toy import TinyLM
-from outrider.target.translate import ceiling, spelling, translate
+from outrider.models.toy import TinyLM
+from outrider.models.translate import ceiling, spelling, translate
+from outrider.params import SamplingParams
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.contract.asked import PROMPTS, VOCAB, engine, params, target, tokens

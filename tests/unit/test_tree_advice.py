@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from outrider.build import build_engine
 from outrider.cli.main import app
-from outrider.drafters.load import load_drafter
-from outrider.drafters.shapes import Static, accepted
-from outrider.engine.build import build_engine
+from outrider.drafters.registry import load_drafter
+from outrider.drafters.tree.shapes import Static, accepted
 from outrider.errors import ConfigError
-from outrider.evaluate.tree import Ranks, Times, advise, measure_ranks, written
-from outrider.sampling.params import SamplingParams
+from outrider.evaluate.planning.tree import Ranks, Times, advise, measure_ranks, written
+from outrider.params import SamplingParams
 
 
 def test_what_is_written_is_read():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider import compiled, isa
+from outrider import isa
+from outrider.nn import compiled
 
 ROOT = Path(__file__).parent.parent.parent
 DRIVER = ROOT / "tests" / "native" / "driver.cpp"

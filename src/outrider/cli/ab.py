@@ -36,7 +36,7 @@ METRICS = {"speed": "speed over base", "acceptance": "tokens per call over base"
 def prepare(path: Path, replay: int | None = None, metric: str | None = None) -> tuple[Any, list[Any], list[list[int]]]:
     """The experiment of a file, its arms on one set of weights, and its prompts. replay, metric: instead of the file's."""
     from outrider.cli.setup import engine_from_options
-    from outrider.evaluate.experiment import build_arms, changed, read_experiment
+    from outrider.evaluate.experiments.experiment import build_arms, changed, read_experiment
     from outrider.evaluate.workloads import load_prompts
 
     e = changed(read_experiment(path), replay=replay, metric=metric)
@@ -60,9 +60,9 @@ def design(
     """Prompts needed to see `min_effect`, from the file's `sd` or a short pilot; and the effect that `count` can show."""
     from dataclasses import asdict
 
-    from outrider.evaluate.experiment import read_experiment
-    from outrider.evaluate.sequential import design as plan
-    from outrider.evaluate.sequential import half_width_factor
+    from outrider.evaluate.experiments.experiment import read_experiment
+    from outrider.evaluate.statistics.sequential import design as plan
+    from outrider.evaluate.statistics.sequential import half_width_factor
 
     e = read_experiment(file)
     sd = e.sd if e.sd is not None else run_pilot(file, pilot)
@@ -92,7 +92,7 @@ def run_pilot(file: Path, groups: int) -> float:
     import numpy as np
 
     from outrider.evaluate.measure import run_arms
-    from outrider.sampling.params import SamplingParams
+    from outrider.params import SamplingParams
 
     e, arms, prompts = prepare(file)
     params = SamplingParams(temperature=e.temperature, top_p=e.top_p, max_tokens=e.max_tokens, ignore_eos=True)
@@ -122,8 +122,8 @@ def run(
     json: opt.Json = False,
 ) -> None:
     """Run, or go on with, an experiment. Exit code 0: every arm decided and none vetoed; 1: an arm vetoed; 3: undecided."""
-    from outrider.evaluate.experiment import run_experiment
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.experiments.experiment import run_experiment
+    from outrider.evaluate.store.store import Store
 
     e, arms, prompts = prepare(file, replay, metric)
     with Store(store) as db, opt.loading(f"{e.name}: {len(arms)} arms") as progress:
@@ -141,9 +141,9 @@ def status(
 ) -> None:
     """What an experiment says now, finished or running, of prompts or on live traffic. Exit codes as `run`."""
     from outrider.cli import trial
-    from outrider.evaluate.experiment import Experiment, analyse
+    from outrider.evaluate.experiments.experiment import Experiment, analyse
     from outrider.evaluate.measure import Record
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.store import Store
 
     if trial.is_live(name, store):
         raise typer.Exit(trial.show(trial.document(name, store), json))
@@ -190,10 +190,10 @@ def report(
 ) -> None:
     """A self-contained page: the intervals as they shrank, and the decisions."""
     from outrider.cli import trial
-    from outrider.evaluate.experiment import Experiment, analyse
+    from outrider.evaluate.bench.report import write_experiment
+    from outrider.evaluate.experiments.experiment import Experiment, analyse
     from outrider.evaluate.measure import Record
-    from outrider.evaluate.report import write_experiment
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.store import Store
 
     if trial.is_live(name, store):
         raise ConfigError(f"{name!r} is on live traffic: `outrider ab status {name}` says how it stands")
@@ -268,7 +268,7 @@ def show(document: dict[str, Any], json: bool) -> int:
         title=f"{document['experiment']}: {document['groups']} of {document['total']} prompt groups",
         title_justify="left",
     )
-    from outrider.evaluate.report import mark_lossy
+    from outrider.evaluate.bench.report import mark_lossy
 
     replayed = any(c["reduction"] for c in document["comparisons"])
     sharper = ("without replay", "groups needed") if replayed else ()

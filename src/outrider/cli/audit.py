@@ -81,9 +81,9 @@ def audit(
     Exit code 0: exact so far, to the stated resolution. 1: not the target's distribution. 3: inconclusive.
     """
     from outrider.cli.setup import engine_from_options
-    from outrider.evaluate import audit_sources as src
+    from outrider.evaluate.audit import sources as src
     from outrider.evaluate.workloads import load_prompts
-    from outrider.sampling.params import SamplingParams
+    from outrider.params import SamplingParams
 
     if sum(x is not None for x in (url, python, texts)) > 1:
         raise ConfigError("--url, --python and --texts each name a generator: use one")
@@ -150,10 +150,10 @@ def sampled(
     ours: bool,
 ) -> tuple[dict[str, Any], int]:
     """The audit of sampled text: the document and the exit code."""
-    from outrider.evaluate.audit import Auditor
-    from outrider.evaluate.audit import audit as run
-    from outrider.evaluate.audit_verdict import EXACT, NOT_THE_LAW, AuditOptions, as_document
-    from outrider.evaluate.audit_whitebox import joint_law, rounding
+    from outrider.evaluate.audit.audit import Auditor
+    from outrider.evaluate.audit.audit import audit as run
+    from outrider.evaluate.audit.findings import EXACT, NOT_THE_LAW, AuditOptions, as_document
+    from outrider.evaluate.audit.whitebox import joint_law, rounding
     from outrider.evaluate.measure import machine
     from outrider.telemetry.ledger import ledger, summary
 
@@ -184,7 +184,7 @@ def greedy(engine: Any, source: Any, texts: list[list[int]]) -> tuple[dict[str, 
     """The audit of greedy text: the document and the exit code."""
     from dataclasses import asdict
 
-    from outrider.evaluate.audit_greedy import audit_greedy
+    from outrider.evaluate.audit.greedy import audit_greedy
 
     with opt.loading(f"auditing greedy continuations of {len(texts)} prompts"):
         v = audit_greedy(source, texts, engine.parts.target)

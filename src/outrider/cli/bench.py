@@ -119,12 +119,12 @@ def bench(
     Exit code 0; a failed request is reported and enters no rate.
     """
     from outrider.cli.setup import engine_from_options, tell
-    from outrider.evaluate import presets
+    from outrider.evaluate.bench import presets
     from outrider.evaluate.measure import summarise
-    from outrider.evaluate.runlog import RunLog
-    from outrider.evaluate.store import fingerprint
+    from outrider.evaluate.store.runlog import RunLog
+    from outrider.evaluate.store.store import fingerprint
     from outrider.evaluate.workloads import load_prompts
-    from outrider.sampling.params import SamplingParams
+    from outrider.params import SamplingParams
 
     specs = presets.by_length(parse_lengths(lengths)) if preset is None else presets.preset(preset)
     machine = chart_machine(preset, figures, hardware)
@@ -167,8 +167,8 @@ def bench(
         document["spec_bench"] = spec_bench(records, engine, prompts, count, answers)
     log.finish(document)
     if html is not None:
-        from outrider.evaluate.chart import inline
-        from outrider.evaluate.report import write_html
+        from outrider.evaluate.bench.chart import inline
+        from outrider.evaluate.bench.report import write_html
 
         write_html(html, document, records, inline(files))
     if out is not None:
@@ -189,7 +189,7 @@ def measure(
 ) -> list[Any]:
     """Records of every arm on every group of prompts, kept in `log` as they come. judge: a target that scores them, or None."""
     from outrider.evaluate.measure import run_arms
-    from outrider.evaluate.quality import with_quality
+    from outrider.evaluate.scoring.quality import with_quality
 
     batch = plan["batch"]
     groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
@@ -230,7 +230,7 @@ def draw_charts(
     folder: Path,
 ) -> list[Path]:
     """The measured and the predicted chart of a preset, as files and in the document."""
-    from outrider.evaluate import chart
+    from outrider.evaluate.bench import chart
 
     rows = chart.measured(specs, records)
     bars = chart.predicted(specs, records, chart.shares_of(engine, arms, specs), machine)
@@ -272,8 +272,8 @@ def spec_bench(
     import json
     from dataclasses import asdict
 
-    from outrider.evaluate import spec_bench as sb
-    from outrider.evaluate.tables import write_whole
+    from outrider.evaluate.bench import spec_bench as sb
+    from outrider.evaluate.store.tables import write_whole
     from outrider.evaluate.workloads import load_questions
 
     questions = load_questions(prompts, count)

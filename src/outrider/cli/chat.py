@@ -33,7 +33,7 @@ def chat(
     A target without a chat template (the shipped pair, any base model) continues what you type instead.
     """
     from outrider.cli.setup import engine_from_options
-    from outrider.sampling.params import SamplingParams
+    from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     engine = engine_from_options(

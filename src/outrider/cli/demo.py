@@ -31,10 +31,10 @@ def demo(
 ) -> None:
     """The same prompt plain and speculative, side by side: speed, acceptance, the ledger, and where the time goes."""
     from outrider.assets import shipped_prompts
+    from outrider.build import companion
     from outrider.cli.setup import engine_from_options
-    from outrider.engine.build import companion
     from outrider.evaluate.measure import Arm, run_arms, summarise
-    from outrider.sampling.params import SamplingParams
+    from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
     spec = engine_from_options(target=target, draft=draft, length=length, dtype=dtype, slots=1, max_length=1024)
@@ -97,8 +97,8 @@ def coloured(engine: Any, event: Any) -> Text:
 
 def greedy_check(plain: Any, spec: Any, texts: list[list[int]], max_tokens: int, length: int) -> dict[str, Any]:
     """At temperature 0 both must give the same tokens; where rounding decides, the certificate says so."""
-    from outrider.evaluate.lossless import certify
-    from outrider.sampling.params import SamplingParams
+    from outrider.evaluate.scoring.divergence import certify
+    from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     pairs = zip(plain.generate(texts, params), spec.generate(texts, params), strict=True)

@@ -53,7 +53,7 @@ def doctor(
 
 def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[str, Any]:
     """What one checkpoint is: read from its files alone, no weights loaded."""
-    from outrider.target.load import inspect_checkpoint
+    from outrider.models.load import inspect_checkpoint
 
     facts = inspect_checkpoint(name, dtype=dtype)
     length = min(max_length or facts.max_length, facts.max_length)
@@ -85,7 +85,7 @@ def slow_parts(models: dict[str, dict[str, Any]]) -> list[str]:
 
 def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[dict[str, Any]]:
     """The checks, each with a sentence that says what was found."""
-    from outrider.target.load import available_memory, first_difference, load_tokenizer
+    from outrider.models.load import available_memory, first_difference, load_tokenizer
 
     need = sum(m["weights_bytes"] + m["kv_bytes"] for m in models.values()) + (300 << 20)
     have = available_memory()

@@ -63,8 +63,8 @@ def generate(
         paths.needs("grammar", ("llguidance",))
     from outrider.cli.closing import Closing
     from outrider.cli.setup import engine_from_options
-    from outrider.engine.engine import Engine
-    from outrider.sampling.params import SamplingParams
+    from outrider.engine.core import Engine
+    from outrider.params import SamplingParams
 
     params = SamplingParams(
         temperature=temperature,

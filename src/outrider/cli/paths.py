@@ -21,7 +21,7 @@ def model(name: str | None) -> str | None:
     if name is not None:
         if not name.strip():
             raise ConfigError("the name of a model is empty: give a folder or a Hub name")
-        from outrider.target.folder import require_config, resolve_folder
+        from outrider.models.folder import require_config, resolve_folder
 
         require_config(resolve_folder(name))
     return name

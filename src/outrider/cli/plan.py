@@ -70,10 +70,10 @@ def plan(
     3, too few prompts to tell.
     """
     from outrider.cli.setup import engine_from_options
-    from outrider.evaluate import plan as pl
     from outrider.evaluate.measure import machine
-    from outrider.evaluate.predict import load_items
-    from outrider.sampling.params import SamplingParams
+    from outrider.evaluate.planning import plan as pl
+    from outrider.evaluate.scoring.score import load_items
+    from outrider.params import SamplingParams
 
     drafts, wanted, sizes = draft or ["auto"], parse_lengths(lengths), parse_batches(batches)
     if rule not in ("auto", *pl.VERIFICATION):
@@ -117,8 +117,8 @@ def predicted_calls(
     """
     from dataclasses import replace
 
-    from outrider.engine.build import assemble, companion
-    from outrider.evaluate import plan as pl
+    from outrider.build import assemble, companion
+    from outrider.evaluate.planning import plan as pl
 
     calls: dict[str, Any] = {}
     models: dict[str, str] = {}
@@ -140,7 +140,7 @@ def checked(choices: list[Any], timings: Any, within: float) -> tuple[dict[str, 
     """The plan beside its measurement: the part of the document, and the exit code."""
     from dataclasses import asdict
 
-    from outrider.evaluate import plan_check as pc
+    from outrider.evaluate.planning import plan_check as pc
 
     rows = pc.check(choices, timings)
     firsts = pc.first_choices(choices, timings)
@@ -155,7 +155,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
     """The document as JSON, or its tables as Markdown."""
     import json
 
-    from outrider.evaluate.tables import write_whole
+    from outrider.evaluate.store.tables import write_whole
 
     text = markdown(document) if path.suffix == ".md" else json.dumps(document, indent=1)
     write_whole(path, text.encode())
@@ -210,7 +210,7 @@ def document_of(
     """The ranking and the advice for every batch size."""
     from dataclasses import asdict
 
-    from outrider.evaluate.plan import advice
+    from outrider.evaluate.planning.plan import advice
 
     rows = []
     for c in choices:

@@ -93,7 +93,7 @@ def predict(
 
     Exit code 1 when --check finds that a run's rejections disagree with the prediction.
     """
-    from outrider.evaluate import predict_report as pr
+    from outrider.evaluate.planning import predict_report as pr
 
     if drafting not in ("sampled", "greedy"):
         raise ConfigError(f"--drafting is sampled or greedy, got {drafting!r}")
@@ -140,7 +140,7 @@ def predict(
 
 def parse_costs(draft_cost: float | None, verify_cost: str | None) -> Any:
     """The costs given on the command line, or None."""
-    from outrider.evaluate.costs import Costs
+    from outrider.evaluate.scoring.costs import Costs
     from outrider.theory.forecast import LENGTHS
 
     if draft_cost is None:
@@ -160,7 +160,7 @@ def parse_costs(draft_cost: float | None, verify_cost: str | None) -> Any:
 
 def of_logs(path: Path, costs: Any) -> dict[str, Any]:
     """The document of a log; no torch is needed for what it computes."""
-    from outrider.evaluate import predict_report as pr
+    from outrider.evaluate.planning import predict_report as pr
     from outrider.theory.logs import read_log
 
     if not path.is_file():
@@ -189,11 +189,11 @@ def of_models(
 ) -> dict[str, Any]:
     """Sample, score, measure, report; the document says which share of the time was spent in models."""
     from outrider.cli.setup import engine_from_options
-    from outrider.evaluate import predict as ev
-    from outrider.evaluate import predict_report as pr
-    from outrider.evaluate.costs import measure_costs
     from outrider.evaluate.measure import machine
-    from outrider.sampling.params import SamplingParams
+    from outrider.evaluate.planning import predict_report as pr
+    from outrider.evaluate.scoring import score as ev
+    from outrider.evaluate.scoring.costs import measure_costs
+    from outrider.params import SamplingParams
 
     params = SamplingParams(**sampling)
     items = ev.load_items(prompts, count)

@@ -24,7 +24,7 @@ DEFAULT = "outrider.db"
 @runs_app.command("list")
 def list_runs(store: StorePath = DEFAULT, json: opt.Json = False) -> None:
     """All runs of a store, oldest first."""
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
         found = [(r, len(db.records(r.id)), lossy(r, db.ledgers(r.id))) for r in db.runs()]
@@ -51,7 +51,7 @@ def show_run(
     run: Annotated[str, typer.Argument(help="Id or name.")], store: StorePath = DEFAULT, json: opt.Json = False
 ) -> None:
     """One run: its configuration, summary and ledgers."""
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
         found = db.run(run)
@@ -85,8 +85,8 @@ def export_run(
     ] = None,
 ) -> None:
     """A run as canonical JSON lines (the run first, then one record a line), or its records as a CSV or Parquet table."""
-    from outrider.evaluate import tables
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store import tables
+    from outrider.evaluate.store.store import Store
 
     wanted = tables.format_of(out, kind)
     if wanted == "parquet" and out is None:
@@ -117,8 +117,8 @@ def import_results(
     json: opt.Json = False,
 ) -> None:
     """Read another tool's results into a store, one record per request; `runs show`, `compare` and `export` take them."""
-    from outrider.evaluate.importers import import_run
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.importers import import_run
+    from outrider.evaluate.store.store import Store
 
     with Store(store) as db:
         run, found = import_run(db, file, name or file.stem, kind)
@@ -143,9 +143,9 @@ def compare_runs(
     if not imported(run, baseline, store):
         _gate(run, baseline, store, json, absolute=False)
         return
-    from outrider.evaluate.importers import differences
     from outrider.evaluate.measure import Record
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.importers import differences
+    from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
         ours, theirs = ([Record.from_dict(d) for d in db.records(db.run(r).id).values()] for r in (run, baseline))
@@ -167,7 +167,7 @@ def compare_runs(
 
 def imported(run: str, baseline: str, store: str) -> bool:
     """Whether one of two runs came from another tool's file."""
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.store import Store
 
     if any(Path(r).suffix == ".json" and Path(r).is_file() for r in (run, baseline)):
         return False
@@ -192,8 +192,8 @@ def gate(
 
 
 def _gate(run: str, baseline: str, store: str, json: bool, absolute: bool, *margins: float) -> int:
-    from outrider.evaluate.gate import Margins, comparable, load_run, overall, same_draws
-    from outrider.evaluate.gate import gate as check
+    from outrider.evaluate.bench.gate import Margins, comparable, load_run, overall, same_draws
+    from outrider.evaluate.bench.gate import gate as check
 
     (ours_config, ours), (base_config, theirs) = load_run(run, store), load_run(baseline, store)
     comparable(ours_config, base_config)

@@ -148,7 +148,7 @@ def serve(
     Example: outrider serve --target path/to/model --draft path/to/draft
     """
     from outrider.serve.address import check_address, reserve
-    from outrider.serve.keeper import die_with_parent
+    from outrider.serve.supervisor import die_with_parent
 
     paths.needs("serve", ("starlette", "uvicorn", "prometheus_client"))
     keys = read_keys(api_key, api_key_file)
@@ -160,7 +160,7 @@ def serve(
     sockets = [reserve(host, port)] if kept is None else [socket.socket(fileno=kept[0])]
     context.call_on_close(sockets[0].close)  # also where something below is refused
     from outrider.serve.app import create_app
-    from outrider.serve.run import server_for
+    from outrider.serve.server import server_for
     from outrider.serve.settings import LOCAL_NAMES, Settings, digest
     from outrider.serve.tickets import Limits
     from outrider.serve.webhook import check_url
@@ -219,7 +219,7 @@ def serve(
 def keep(host: str, port: int, restarts: int, silence: float) -> int:
     """Serve from a child with the same command line and the socket that is opened here; returns the exit code."""
     from outrider.serve.address import listen
-    from outrider.serve.keeper import Keeper
+    from outrider.serve.supervisor import Keeper
 
     if os.name != "posix":
         raise ConfigError(
@@ -243,7 +243,7 @@ def past_of(file: Path) -> Callable[[], dict[str, Any]]:
 
     ConfigError at once if the file is none of a store, or could not be written where it is.
     """
-    from outrider.evaluate.store import Store
+    from outrider.evaluate.store.store import Store
 
     if not file.exists():
         paths.out_file(file)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from outrider.cli import options as opt
 
 if TYPE_CHECKING:
-    from outrider.engine.engine import Engine
+    from outrider.engine.core import Engine
 
 
 def engine_from_options(**options: Any) -> Engine:
     """`build_engine` with a progress bar and with notices (fallbacks, choices) on stderr."""
-    from outrider.engine.build import build_engine
+    from outrider.build import build_engine
 
     with opt.loading("loading") as progress:
         engine = build_engine(progress=progress, **options)

@@ -31,11 +31,11 @@ def tree(
     json: opt.Json = False,
 ) -> None:
     """Measure acceptance by rank and the time of a step by nodes, and print the best tree as a --draft (Chen et al. 2024)."""
+    from outrider.build import companion
     from outrider.cli.setup import engine_from_options
-    from outrider.engine.build import companion
-    from outrider.evaluate import tree as tr
+    from outrider.evaluate.planning import tree as tr
     from outrider.evaluate.workloads import load_prompts
-    from outrider.sampling.params import SamplingParams
+    from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     asked = load_prompts(prompts, count)
@@ -59,7 +59,7 @@ def tree(
 
 def document_of(ranks: Any, times: Any, found: Any, model: str) -> dict[str, Any]:
     """All that was measured and what follows, as plain data."""
-    from outrider.evaluate.tree import written
+    from outrider.evaluate.planning.tree import written
 
     return {
         "acceptance_by_rank": list(ranks.acceptance),

@@ -28,8 +28,8 @@ def served_by(
     fixed: bool,
 ) -> Any:
     """What a server is asked to serve, by the names its options have."""
-    from outrider.drafters.load import parse_speculative_config
-    from outrider.evaluate.online import Served
+    from outrider.drafters.registry import parse_speculative_config
+    from outrider.evaluate.experiments.assignment import Served
 
     found = {"draft": draft, "length": length, "rule": rule}
     if speculative_config is not None:
@@ -41,9 +41,9 @@ def trial_of(file: Path, store: str | Path, served: Any, name: str | None = None
     """The trial of an experiment's file on a server. Raises ConfigError for what it cannot vary, before anything is loaded."""
     from dataclasses import replace
 
-    from outrider.evaluate.experiment import read_experiment
-    from outrider.evaluate.online import wishes
-    from outrider.evaluate.trial import Trial
+    from outrider.evaluate.experiments.assignment import wishes
+    from outrider.evaluate.experiments.experiment import read_experiment
+    from outrider.evaluate.experiments.live import Trial
 
     e = read_experiment(file)
     e = replace(e, name=name or e.name, quality=None)
@@ -101,7 +101,7 @@ def run_rehearsal(file: Path, store: str, requests: int, users: int, length: int
     """Serve an experiment in this process to users that are made up; the name under which it is kept."""
     from outrider.cli.serve import model_name
     from outrider.cli.setup import engine_from_options
-    from outrider.evaluate.experiment import read_experiment
+    from outrider.evaluate.experiments.experiment import read_experiment
     from outrider.evaluate.workloads import load_prompts
     from outrider.serve.app import create_app
     from outrider.serve.settings import Settings
@@ -125,8 +125,8 @@ def run_rehearsal(file: Path, store: str, requests: int, users: int, length: int
 # ----------------------------------------------------------------- how it stands
 def is_live(name: str, store: str) -> bool:
     """Whether an experiment of a store is one on live traffic."""
-    from outrider.evaluate.store import Store
-    from outrider.evaluate.trial import KIND
+    from outrider.evaluate.experiments.live import KIND
+    from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
         return db.run(db.experiment(name)[0]).kind == KIND
@@ -136,8 +136,8 @@ def end(name: str, store: str) -> None:
     """Close an experiment, so that its name is free for another. Raises ConfigError while a server runs it."""
     from dataclasses import asdict
 
-    from outrider.evaluate.store import Store
-    from outrider.evaluate.trial import KIND, read
+    from outrider.evaluate.experiments.live import KIND, read
+    from outrider.evaluate.store.store import Store
 
     standing = read(name, store)[2]
     with Store(store) as db:
@@ -150,8 +150,8 @@ def end(name: str, store: str) -> None:
 def document(name: str, store: str) -> dict[str, Any]:
     """An experiment on live traffic as plain data."""
     from outrider.cli.ab import ratio_of
-    from outrider.evaluate.online import shares_of
-    from outrider.evaluate.trial import read
+    from outrider.evaluate.experiments.assignment import shares_of
+    from outrider.evaluate.experiments.live import read
     from outrider.telemetry.ledger import ledger
 
     e, tally, standing = read(name, store)
@@ -195,7 +195,7 @@ def show(found: dict[str, Any], json: bool) -> int:
     if json:
         opt.print_json(found)
         return code
-    from outrider.evaluate.report import mark_lossy
+    from outrider.evaluate.bench.report import mark_lossy
 
     lossy = [a["arm"] for a in found["arms"] if not a["lossless"]]
     table = Table(title=f"{found['experiment']}, on live traffic", title_justify="left")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from outrider.packed import Linear, can_pack, make_linear
+from outrider.nn.linear import Linear, can_pack, make_linear
 
 M = TypeVar("M", bound=nn.Module)
 

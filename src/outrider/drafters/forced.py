@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, cast, runtime_checkable
 
-from outrider.drafters._forest import chains
+from outrider.drafters.tree.forest import chains
 from outrider.errors import ConfigError
 from outrider.types import Draft, Evidence, SequenceView
 

@@ -9,7 +9,7 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from outrider.drafters._forest import chains
+from outrider.drafters.tree.forest import chains
 from outrider.errors import ConfigError
 from outrider.types import Draft, Evidence, SequenceView
 

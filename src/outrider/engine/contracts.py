@@ -26,7 +26,7 @@ ATTRIBUTES = {
     "controller": (),
 }
 HINTS = {
-    "target": "a model of transformers becomes a target by outrider.target.hf.HFTarget(model)",
+    "target": "a model of transformers becomes a target by outrider.models.hf.target.HFTarget(model)",
     "rule": "see outrider.protocols.Rule; a subclass of outrider.verify.SpeculativeSampling has them",
     "drafter": "see outrider.protocols.Drafter and examples/03_own_drafter.py",
     "controller": "see outrider.protocols.Controller",

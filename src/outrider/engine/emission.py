@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from outrider.engine.scheduler import Work
 from outrider.engine.sequence import Event, Sequence, TokenLogprob
 from outrider.engine.step import Judged, Parts
-from outrider.sampling.law import logprobs_of
+from outrider.sampling.pipeline import logprobs_of
 from outrider.types import Counts
 
 logger = logging.getLogger(__name__)

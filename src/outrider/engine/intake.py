@@ -6,9 +6,9 @@ from typing import Any
 
 from outrider.engine.text import TextStream, special_tokens
 from outrider.errors import RequestError
+from outrider.params import SamplingParams
 from outrider.sampling.grammar import Grammars, tokenizer_json
-from outrider.sampling.law import Law
-from outrider.sampling.params import SamplingParams
+from outrider.sampling.pipeline import Law
 
 
 class Intake:

@@ -9,7 +9,7 @@ import torch
 
 from outrider.protocols import Target
 from outrider.threads import thread_notice
-from outrider.verify import passes
+from outrider.verify import native
 
 GPU = Path("/dev/nvidia0")
 """There where the driver of an NVIDIA GPU is."""
@@ -25,7 +25,7 @@ def machine_notices(device: torch.device, drafts: bool, asked: str = "auto") -> 
     """The same without models: what holds for whatever runs on this device."""
     if device.type != "cpu":
         return []
-    verified = passes.notice() if drafts else None
+    verified = native.notice() if drafts else None
     idle = asked == "auto" and GPU.exists() and not torch.cuda.is_available()
     unused = (
         "this machine has a GPU that PyTorch cannot use: install a CUDA build of PyTorch, or choose --device cpu if that is meant"

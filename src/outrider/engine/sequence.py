@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from outrider.engine.text import TextStream
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.types import Counts, SequenceView
 
 ORIGINS = ("accepted", "corrected", "bonus", "sampled")

@@ -6,7 +6,7 @@ import codecs
 from typing import Any
 
 from outrider.engine.text import UNKNOWN, special_tokens
-from outrider.target.translate import byte_alphabet
+from outrider.models.translate import byte_alphabet
 
 ALPHABET = byte_alphabet()
 

@@ -8,12 +8,12 @@ from time import perf_counter
 import torch
 
 from outrider.drafters.contained import Contained
-from outrider.engine.guard import silence
+from outrider.engine.sanitize import silence
 from outrider.engine.scheduler import Work
 from outrider.engine.sequence import Sequence
 from outrider.noise import Noise
 from outrider.protocols import Drafter, KVCache, Rule, Target
-from outrider.sampling.law import Law
+from outrider.sampling.pipeline import Law
 from outrider.threads import serially
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.energy import Meter
-from outrider.evaluate.stats import Ratio, paired_ratio
-from outrider.evaluate.store import Key
+from outrider.evaluate.statistics.ratios import Ratio, paired_ratio
+from outrider.evaluate.store.store import Key
 from outrider.noise import derive_seed
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.types import PHASES, Counts
 
 

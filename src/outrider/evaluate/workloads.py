@@ -7,7 +7,7 @@ from pathlib import Path
 
 from outrider.assets import shipped_prompts
 from outrider.errors import ConfigError
-from outrider.evaluate.spec_bench import Question
+from outrider.evaluate.bench.spec_bench import Question
 
 MAX_BYTES = 1 << 28
 

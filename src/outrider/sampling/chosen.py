@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import no_type_check
 
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 
 
 @no_type_check  # as its base

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outrider.sampling.params import SamplingParams
+from outrider.params import SamplingParams
 from outrider.sampling.processors import NEVER, log_min_p, temper
 
 Array = NDArray[np.floating]

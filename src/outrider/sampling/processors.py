@@ -20,8 +20,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from outrider.params import SamplingParams
 from outrider.sampling.history import History
-from outrider.sampling.params import SamplingParams
 
 NEVER = -math.inf
 

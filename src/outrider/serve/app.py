@@ -23,19 +23,19 @@ except ImportError as error:
     raise ConfigError("the server needs starlette and uvicorn: pip install 'outrider[serve]'") from error
 
 from outrider.control.adaptive import Adaptive
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import OutriderError
-from outrider.sampling.params import SamplingParams
+from outrider.models.tokenizer import forget_words
+from outrider.params import SamplingParams
 from outrider.serve.bridge import Bridge
-from outrider.serve.guard import Guard, on_error
+from outrider.serve.experiment import Trial, open_gates
 from outrider.serve.live import Live, Past
-from outrider.serve.openai import ChatRequest, CompletionRequest
+from outrider.serve.middleware import Guard, on_error
+from outrider.serve.requests import ChatRequest, CompletionRequest
+from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
-from outrider.serve.trial import Trial, open_gates
-from outrider.serve.v1 import OpenAI
 from outrider.serve.watch import Watch
 from outrider.serve.webhook import Webhook
-from outrider.target.tokenizer import forget_words
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 
 PAGE = Path(__file__).parent / "dashboard" / "index.html"

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from outrider.serve.openai import BadField
+from outrider.serve.requests import BadField
 
 DEPTH = 32
 """Most lists and objects in each other in a body."""

@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, TypeVar
 
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError, RequestError
-from outrider.sampling.params import SamplingParams
-from outrider.serve.keeper import BEAT, Awake
+from outrider.params import SamplingParams
+from outrider.serve.engine_thread import EngineThread, Mail
 from outrider.serve.prep import Prep
+from outrider.serve.supervisor import BEAT, Awake
 from outrider.serve.tickets import Deadline, EngineFailure, Limits, Overloaded, Ticket, Unavailable
-from outrider.serve.worker import EngineThread, Mail
 from outrider.telemetry.prometheus import Finished, Metrics
 
 T = TypeVar("T")

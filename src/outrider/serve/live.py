@@ -16,12 +16,12 @@ from outrider import __version__
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError
 from outrider.serve.bridge import Bridge
-from outrider.serve.guard import OWNER
-from outrider.serve.openai import BadField, CompletionRequest
+from outrider.serve.middleware import OWNER
+from outrider.serve.requests import BadField, CompletionRequest
+from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
 from outrider.serve.sse import DONE, EventStream, frame, while_connected
 from outrider.serve.tickets import Unavailable
-from outrider.serve.v1 import OpenAI
 from outrider.serve.watch import Watch
 from outrider.telemetry.ledger import ledger
 

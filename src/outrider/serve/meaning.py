@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from outrider.sampling.params import SamplingParams
-from outrider.serve.openai import MAX_TOKENS, BadField, ChatRequest, CompletionRequest, ResponseFormat, Speculation
+from outrider.params import SamplingParams
+from outrider.serve.requests import MAX_TOKENS, BadField, ChatRequest, CompletionRequest, ResponseFormat, Speculation
 
 DEFAULT_TOKENS = 16
 """`max_tokens` of a completion that names none, as OpenAI has it."""

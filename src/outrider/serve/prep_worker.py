@@ -90,7 +90,7 @@ class Work:
 
 
 class _Core:
-    """A tokenizer.json as `target.tokenizer.PlainTokenizer` reads it, without what that module imports."""
+    """A tokenizer.json as `models.tokenizer.PlainTokenizer` reads it, without what that module imports."""
 
     def __init__(self, core: str) -> None:
         from tokenizers import Tokenizer
@@ -102,7 +102,7 @@ class _Core:
 
 
 def _of_folder(folder: str) -> Any:
-    """As `target.tokenizer.load_tokenizer` reads a folder, which it has checked. Torch is not needed for it, and not imported."""
+    """As `models.tokenizer.load_tokenizer` reads a folder, which it has checked. Torch is not needed for it, and not imported."""
     sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers import AutoTokenizer
 
@@ -136,7 +136,7 @@ def limit_memory(size: int) -> None:
 
 def main() -> None:
     """Do jobs until the parent has gone. Every one has so many seconds: then the kernel ends this process, whatever it is in."""
-    from outrider.serve.keeper import die_with_parent
+    from outrider.serve.supervisor import die_with_parent
 
     die_with_parent()
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

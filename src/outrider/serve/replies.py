@@ -14,7 +14,7 @@ from outrider.engine.sequence import Event, TokenLogprob
 from outrider.engine.spelling import Offsets, Spelling
 from outrider.errors import OutriderError, RequestError
 from outrider.serve.bridge import Bridge
-from outrider.serve.openai import ChatRequest, CompletionRequest
+from outrider.serve.requests import ChatRequest, CompletionRequest
 from outrider.serve.sse import DONE, PIECE, frame
 from outrider.serve.tickets import Ticket
 from outrider.telemetry.ledger import ledger, ratio

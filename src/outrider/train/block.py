@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters.block import BlockConfig, BlockModel
+from outrider.drafters.dflash.network import BlockConfig, BlockModel
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.train.features import Features

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters._features import FeatureConfig, FeatureNetwork
-from outrider.drafters._folder import target_parts
-from outrider.drafters.block import BlockModel
-from outrider.drafters.feature import FeatureModel
-from outrider.drafters.feature1 import LastFeatureModel
-from outrider.drafters.heads import HeadsConfig, MedusaHeads
+from outrider.drafters.checkpoint import target_parts
+from outrider.drafters.dflash.network import BlockModel
+from outrider.drafters.eagle.eagle1 import LastFeatureModel
+from outrider.drafters.eagle.eagle3 import FeatureModel
+from outrider.drafters.eagle.network import FeatureConfig, FeatureNetwork
+from outrider.drafters.medusa.network import HeadsConfig, MedusaHeads
 from outrider.protocols import Target
 from outrider.train import CausalLM, losses
 from outrider.train.block import predict_blocks

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from outrider.engine.engine import Engine
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError
+from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.sampling.params import SamplingParams
 from outrider.train.checkpoint import write_atomically
 from outrider.train.data import Document, narrowed, token_type
 from outrider.types import Draft, Rows

@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from outrider.drafters._features import FeatureConfig
-from outrider.drafters._folder import output_head
-from outrider.drafters.block import BlockConfig, BlockModel
-from outrider.drafters.feature import FeatureModel
-from outrider.drafters.feature1 import LastFeatureModel
-from outrider.drafters.heads import HeadsConfig, MedusaHeads
-from outrider.engine.build import build_engine
-from outrider.engine.engine import Engine
+from outrider.build import build_engine
+from outrider.drafters.checkpoint import output_head
+from outrider.drafters.dflash.network import BlockConfig, BlockModel
+from outrider.drafters.eagle.eagle1 import LastFeatureModel
+from outrider.drafters.eagle.eagle3 import FeatureModel
+from outrider.drafters.eagle.network import FeatureConfig
+from outrider.drafters.medusa.network import HeadsConfig, MedusaHeads
+from outrider.engine.core import Engine
 from outrider.errors import ConfigError, unknown_name
+from outrider.models.checkpoint import Checkpoint
+from outrider.models.config import Unsupported
+from outrider.models.folder import resolve_folder
+from outrider.models.hf.fresh import small_llama
+from outrider.models.load import load_target, load_tokenizer
 from outrider.protocols import Target
-from outrider.target.checkpoint import Checkpoint
-from outrider.target.config import Unsupported
-from outrider.target.folder import resolve_folder
-from outrider.target.fresh import small_llama
-from outrider.target.load import load_target, load_tokenizer
 from outrider.train import data
 from outrider.train.block import SHARES, Blocks, block_law_loss, block_loss, new_blocks
 from outrider.train.checkpoint import identity_of, replace_folder, write_model
@@ -362,7 +362,7 @@ def estimate(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     probe_hidden = hidden_of(target, torch.from_numpy(probe[: min(4, job.slots)]), layers)
     capture = (time.perf_counter() - started) / len(probe_hidden) * rows
-    from outrider.sampling.params import SamplingParams
+    from outrider.params import SamplingParams
 
     tokens = min(32, job.length - job.prompt)
     write = 0.0

@@ -12,11 +12,11 @@ from types import MappingProxyType
 
 from outrider.errors import ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule
-from outrider.verify._common import check_draft
 from outrider.verify.block import BlockVerification
 from outrider.verify.lossy import Acceptance, Lenience, Lossy, Mentored, OverAcceptance, Spend, TopK, Typical
 from outrider.verify.match import Match
 from outrider.verify.multidraft import KSeq
+from outrider.verify.numerics import check_draft
 from outrider.verify.spechub import SpecHub
 from outrider.verify.transport import OptimalTransport
 from outrider.verify.traversal import Traversal

@@ -20,8 +20,8 @@ from torch import Tensor
 from outrider.errors import CapabilityError
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
-from outrider.verify import _common as c
-from outrider.verify import passes
+from outrider.verify import native
+from outrider.verify import numerics as c
 from outrider.verify.chain import judging_rows, probs_of_tokens
 
 
@@ -99,13 +99,13 @@ def _lost(
         assert draft.q is not None
         law = draft.q.row[k]
         here, q, support = p[rows[k] : rows[k] + 1], draft.q.probs[law : law + 1], draft.q.support
-        found = None if support is not None else passes.overlap(here, q, above[k])
+        found = None if support is not None else native.overlap(here, q, above[k])
         common, loss, square = found or overlap_sums(here * above[k], q, support)
         lost[k], variance[k] = c.unit(loss), max(square - common * common, 0.0)
     return lost, variance
 
 
-def overlap_sums(here: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Tensor | None) -> passes.Overlap:
+def overlap_sums(here: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Tensor | None) -> native.Overlap:
     """Sums of min(wp, q), of (wp - q)_+ and of min(wp, q)^2 / q, from weights wp."""
     share = here if support is None else here.index_select(1, support)
     rest = c.row_sums((share - q).clamp_(min=0))
@@ -114,7 +114,7 @@ def overlap_sums(here: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: T
     common = torch.minimum(share, q)
     mean = c.row_sums(common)
     square = c.row_sums(common.square_().div_(q.clamp(min=torch.finfo(q.dtype).tiny)))
-    return passes.Overlap(float(mean), float(rest), float(square))
+    return native.Overlap(float(mean), float(rest), float(square))
 
 
 def _longest(nodes: range, keep: list[float], lost: list[float], noise: Noise, b: int) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
-from outrider.verify import _common as c
-from outrider.verify import passes
+from outrider.verify import native
+from outrider.verify import numerics as c
 
 FEW = 1 << 18
 """Probabilities whose overlap is taken at once: temporaries stay in cache, and long rows are read in place."""
@@ -94,7 +94,7 @@ def _finish(
     p: Float[Tensor, "M V"], draft: Draft, noise: Noise, walks: list[_Walk], lawful: list[int], rows: list[int]
 ) -> tuple[list[int], list[float]]:
     """The last token of every sequence, and the overlap of p and q at each of the `lawful` judged nodes."""
-    if passes.serve(p):
+    if native.serve(p):
         return _finish_in_turn(p, draft, noise, walks, lawful, rows)
     order = sorted(range(len(walks)), key=lambda b: walks[b].law < 0)  # those refused by a law first: one slice
     u = [noise.uniform(b, walks[b].accepted + 1, "final") for b in order]

@@ -27,7 +27,7 @@ from torch import Tensor
 from outrider.errors import CapabilityError, ConfigError
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
-from outrider.verify import _common as c
+from outrider.verify import numerics as c
 from outrider.verify.chain import judging_rows, probs_of_tokens
 
 FORBIDDEN = 1e-30

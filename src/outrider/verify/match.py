@@ -16,7 +16,7 @@ from torch import Tensor
 
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Verdict
-from outrider.verify import _common as c
+from outrider.verify import numerics as c
 
 
 class Match:

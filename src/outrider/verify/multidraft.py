@@ -12,8 +12,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from outrider.types import POINT_MASS, Draft, Siblings
-from outrider.verify import _common as c
-from outrider.verify import passes
+from outrider.verify import native
+from outrider.verify import numerics as c
 from outrider.verify.tree import ByNode, NodeSet, recursive_rejection
 
 
@@ -54,7 +54,7 @@ def common_law(
 
 def covered(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], rho: float) -> float:
     """Sum of min(p / rho, q)."""
-    found = passes.overlap(p, q, 1.0 / rho)
+    found = native.overlap(p, q, 1.0 / rho)
     return float(c.row_sums((p / rho).minimum(q))) if found is None else found.common
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.types import Draft
-from outrider.verify import _common as c
+from outrider.verify import numerics as c
 from outrider.verify.multidraft import common_law
 from outrider.verify.tree import ByNode, NodeSet, in_turn, recursive_rejection
 

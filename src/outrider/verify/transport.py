@@ -27,8 +27,8 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from outrider.types import Draft
-from outrider.verify import _common as c
-from outrider.verify import passes
+from outrider.verify import native
+from outrider.verify import numerics as c
 from outrider.verify.multidraft import common_law
 from outrider.verify.tree import ByNode, NodeSet, in_turn, recursive_rejection
 
@@ -67,14 +67,14 @@ class OptimalTransport(ByNode):
             return recursive_rejection(here, draft, children)
         law, tokens = found
         if here.shape[1] > EVERY_TOKEN:
-            done = passes.transport(here, law, tokens, PIECES, _points((len(tokens) + 1) // 2))
+            done = native.transport(here, law, tokens, PIECES, _points((len(tokens) + 1) // 2))
             if done is not None:
                 return NodeSet(in_turn(done.taken), done.rest, c.unit(done.left))
         return plain_choice(here.double(), law.double(), tokens)
 
 
 def plain_choice(p: Float64[Tensor, "1 V"], law: Float64[Tensor, "1 V"], tokens: list[int]) -> NodeSet:
-    """The plain twin of `outrider.verify.passes.transport`."""
+    """The plain twin of `outrider.verify.native.transport`."""
     law = law / c.row_sums(law)
     piece, choice = best_choice(p, law, len(tokens))
     mixed = law * torch.from_numpy(choice.multiplier)[piece]

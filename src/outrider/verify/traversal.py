@@ -22,7 +22,7 @@ from torch import Tensor
 
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
-from outrider.verify import _common as c
+from outrider.verify import numerics as c
 from outrider.verify.block import BlockVerification
 from outrider.verify.tree import Laws
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal, Verdict
-from outrider.verify import _common as c
+from outrider.verify import numerics as c
 from outrider.verify.chain import judge_chains
 
 

@@ -1,0 +1,1 @@
+"""Block drafters: network, drafter, checkpoint format."""

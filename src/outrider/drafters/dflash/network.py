@@ -1,0 +1,281 @@
+"""Block-diffusion drafters in the manner of DFlash (arXiv 2602.06036): a whole block of tokens from one pass.
+
+A block is the anchor followed by copies of a mask token; slot k predicts the token k places behind the anchor. Hidden states of
+the target at the positions before the anchor are fused by `fc` and *injected*: they become keys and values of every layer, and
+nothing else. Within the block attention is bidirectional. There is one denoising step, so no slot knows what another one
+will propose: given the context the draft's law is a product of the slots' laws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from outrider.drafters._layers import Mlp, rotation, turn
+from outrider.drafters.checkpoint import (
+    SPECULATORS_VERSION,
+    check_fits,
+    output_head,
+    read_folder,
+    speculators_config,
+    whole,
+    write_folder,
+)
+from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, real, rope_theta
+from outrider.drafters.medusa.network import fill
+from outrider.drafters.vocabulary import from_offsets
+from outrider.errors import ConfigError
+from outrider.protocols import Target
+
+TABLES = ("embed_tokens.weight", "lm_head.weight")
+"""The target's own tables: read from the target, and written only on request."""
+TAPS = "aux_hidden_state_layer_ids"
+READ = frozenset({TAPS, "block_size", "mask_token_id", "sample_from_anchor", "sliding_window_non_causal"}) | SPECULATORS
+"""Keys at the top of a folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockConfig:
+    """hidden: width of target and drafter. taps: blocks of the target whose outputs are read (0: the embeddings).
+
+    block: slots, the anchor's included; block - 1 tokens are drafted. mask: id of the token that stands in the other slots.
+    layers: decoder layers of the drafter. inner: width of their feed-forward parts.
+    """
+
+    hidden: int
+    taps: tuple[int, ...]
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    block: int
+    mask: int
+    layers: int = 1
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.block < 2 or not self.taps or self.layers < 1:
+            raise ConfigError("a block drafter needs a block of at least 2 slots, one tap and one layer")
+        if not 0 <= self.mask < self.vocab_size:
+            raise ConfigError(f"the mask token {self.mask} is not one of the {self.vocab_size} tokens")
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ConfigError("heads must be a multiple of kv_heads, and head_dim even")
+
+
+class _Attention(nn.Module):
+    """Projections with per-head norms before the rotation, as in Qwen3; keys of context and block by the same matrices."""
+
+    def __init__(self, c: BlockConfig) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.eps)
+        self.k_norm = nn.RMSNorm(c.head_dim, c.eps)
+
+
+class _Layer(nn.Module):
+    def __init__(self, c: BlockConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden, c.eps)
+        self.self_attn = _Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden, c.eps)
+        self.mlp = Mlp(c.hidden, c.inner)
+
+
+Keys = list[tuple[Float[Tensor, "r T h d"], Float[Tensor, "r T h d"]]]
+"""Per layer the rotated keys and the values that context rows were turned into."""
+
+
+class BlockModel(nn.Module):
+    """The network; tensors are named as in the `speculators` layout of DFlash. Both token tables are the target's, frozen."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden)
+        self.fc = nn.Linear(len(c.taps) * c.hidden, c.hidden, bias=False)
+        self.hidden_norm = nn.RMSNorm(c.hidden, c.eps)
+        self.layers = nn.ModuleList(_Layer(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.hidden, c.eps)
+        self.lm_head = nn.Linear(c.hidden, c.vocab_size, bias=False)
+        self.embed_tokens.weight.requires_grad_(False)
+        self.lm_head.weight.requires_grad_(False)
+
+    def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [*n, 1, head_dim] of rotary positions, in the module's dtype."""
+        return rotation(position, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+
+    def inject(self, taps: Float[Tensor, "r T K H"]) -> Keys:
+        """Keys and values of context rows 0 .. T - 1: hidden states of the same positions, `taps[:, t, k]` after block taps[k]."""
+        c = self.config
+        context = self.hidden_norm(self.fc(taps.flatten(2)))
+        cos, sin = self.rotation(torch.arange(taps.shape[1], device=taps.device))
+        out: Keys = []
+        for layer in self.layers:
+            attn: Any = layer.self_attn
+            k = attn.k_norm(attn.k_proj(context).unflatten(-1, (c.kv_heads, c.head_dim)))
+            out.append((turn(k, cos, sin), attn.v_proj(context).unflatten(-1, (c.kv_heads, c.head_dim))))
+        return out
+
+    def blocks(
+        self,
+        keys: Keys,
+        anchor: Int[Tensor, "r N"],
+        position: Int[Tensor, "r N"],
+        *,
+        slots: int | None = None,
+        document: Int[Tensor, "r T"] | None = None,
+    ) -> Float[Tensor, "r N S V"]:
+        """Logits of slots 1 .. S of N blocks of every row, packed: blocks see their context and themselves, never each other.
+
+        anchor, position: token and position of each block's anchor. slots: of a block with the anchor's, S + 1 (None: as
+        configured). document: which text each position belongs to, if a row holds several.
+        """
+        c, size = self.config, slots or self.config.block
+        see = visible(position, keys[0][0].shape[1], document)[:, None, :, None]  # [r, 1, N, 1, T]
+        token = torch.full((*anchor.shape, size), c.mask, dtype=torch.int64, device=anchor.device)
+        token[..., 0] = anchor
+        x = self.embed_tokens(token)
+        cos, sin = self.rotation(position[..., None] + torch.arange(size, device=position.device))
+        for layer, (k, v) in zip(self.layers, keys, strict=True):
+            x = self._layer(layer, x, k, v, (cos, sin), see)
+        return self.lm_head(self.norm(x[:, :, 1:]))
+
+    def _layer(self, layer: Any, x: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], see: Tensor) -> Tensor:
+        """One layer on blocks [r, N, S + 1, H]; k, v: of the context; see: which context rows a block sees."""
+        c, attn, normed = self.config, layer.self_attn, layer.input_layernorm(x)
+        q = turn(attn.q_norm(attn.q_proj(normed).unflatten(-1, (c.heads, c.head_dim))), *angles)
+        own_k = turn(attn.k_norm(attn.k_proj(normed).unflatten(-1, (c.kv_heads, c.head_dim))), *angles)
+        own_v = attn.v_proj(normed).unflatten(-1, (c.kv_heads, c.head_dim))
+        repeat = c.heads // c.kv_heads
+        k, v, own_k, own_v = (t.repeat_interleave(repeat, -2) for t in (k, v, own_k, own_v))
+        past = torch.einsum("rnshd,rthd->rhnst", q, k).masked_fill(~see, float("-inf"))
+        own = torch.einsum("rnshd,rnuhd->rhnsu", q, own_k)
+        weight = torch.softmax(torch.cat([past, own], -1) * c.head_dim**-0.5, -1)
+        length = k.shape[1]
+        seen = torch.einsum("rhnst,rthd->rnshd", weight[..., :length], v)
+        seen = seen + torch.einsum("rhnsu,rnuhd->rnshd", weight[..., length:], own_v)
+        x = x + attn.o_proj(seen.flatten(-2))
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    # ------------------------------------------------------------------ folders
+    def save(self, folder: Path, verifier: str = "", *, tables: bool = False) -> None:
+        """Write the `speculators` layout (bfloat16). verifier: name or path of the target, for programs that load it too.
+
+        tables: write the target's embeddings and head as well, for readers that do not take them from the target.
+        """
+        c = self.config
+        held = {n: t.bfloat16() for n, t in self.state_dict().items() if tables or n not in TABLES}
+        write_folder(folder, _layout(c, verifier), held)
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, target_path: str | None = None) -> BlockModel:
+        """A drafter of a folder for `target`; its tables are the target's where the folder does not hold them.
+
+        target_path: the target's folder, from which an output head is read that is not its embedding table. Raises ConfigError
+        for a folder that holds something else or what is not supported.
+        """
+        config, tensors = read_folder(folder, "dflash")
+        made = _read_config(config, folder, target)
+        check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=made.taps)
+        tensors.pop("t2d", None)
+        if from_offsets(tensors.pop("d2t", None), made.vocab_size, made.vocab_size, folder) is not None:
+            raise ConfigError(f"{folder}: a map of tokens (d2t) is not supported: train with the target's own tokens")
+        if TABLES[0] not in tensors:
+            tensors[TABLES[0]] = target.embed(torch.arange(target.vocab_size, device=target.device)).float()
+        if TABLES[1] not in tensors:
+            tensors[TABLES[1]] = output_head(target, target_path, folder)
+        with torch.device("meta"):
+            model = cls(made)
+        return fill(model, {n: t.to(target.device) for n, t in tensors.items()}, folder)
+
+
+def visible(position: Int[Tensor, "r N"], length: int, document: Int[Tensor, "r T"] | None) -> Bool[Tensor, "r N T"]:
+    """Which context rows each block sees: those at positions before its anchor, by position, of the anchor's own document."""
+    see = torch.arange(length, device=position.device) < position[..., None]
+    if document is not None:
+        see = see & (document[:, None, :] == document.gather(1, position)[..., None])
+    return see
+
+
+def _layout(c: BlockConfig, verifier: str) -> dict[str, Any]:
+    """config.json. Attention is full and bidirectional, which vLLM must be told: a missing flag makes it serve causally."""
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": "dflash",
+        "speculators_version": SPECULATORS_VERSION,
+        "draft_vocab_size": c.vocab_size,
+        "target_hidden_size": None,
+        "block_size": c.block,
+        "mask_token_id": c.mask,
+        "aux_hidden_state_layer_ids": list(c.taps),
+        "sample_from_anchor": False,
+        "sliding_window_non_causal": True,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "speculators_config": speculators_config("dflash", c.block - 1, verifier),
+        "transformer_layer_config": {
+            "model_type": "qwen3",
+            "hidden_size": c.hidden,
+            "intermediate_size": c.inner,
+            "num_hidden_layers": c.layers,
+            "num_attention_heads": c.heads,
+            "num_key_value_heads": c.kv_heads,
+            "head_dim": c.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": c.eps,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "vocab_size": c.vocab_size,
+            "max_position_embeddings": 1 << 20,
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+            "layer_types": ["full_attention"] * c.layers,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+        },
+    }
+
+
+def _read_config(config: dict[str, Any], folder: Path, target: Target) -> BlockConfig:
+    shape = config.get("transformer_layer_config")
+    if not isinstance(shape, dict):
+        raise ConfigError(f"{folder}: transformer_layer_config must describe layers")
+    check_keys(config, READ, folder)
+    check_keys(shape, LAYER, folder)
+    check_layers(shape, folder, "qwen3")
+    layers = whole(shape, "num_hidden_layers", folder, most=64)
+    if config.get("sample_from_anchor"):
+        raise ConfigError(
+            f"{folder}: sample_from_anchor is not supported: use a drafter whose anchor slot predicts nothing"
+        )
+    vocab_size = whole(shape, "vocab_size", folder)
+    if config.get("draft_vocab_size", vocab_size) != vocab_size:
+        raise ConfigError(f"{folder}: a reduced draft vocabulary is not supported: train with the full one")
+    mask = config.get("mask_token_id")
+    if isinstance(mask, bool) or not isinstance(mask, int):
+        raise ConfigError(f"{folder}: mask_token_id must be a token, got {mask!r}")
+    hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
+    return BlockConfig(
+        hidden=hidden,
+        taps=layer_ids(config, TAPS, folder, [2, target.layers // 2, target.layers - 3]),
+        vocab_size=vocab_size,
+        heads=heads,
+        kv_heads=whole(shape, "num_key_value_heads", folder, default=heads),
+        head_dim=whole(shape, "head_dim", folder, default=max(1, hidden // heads)),
+        inner=whole(shape, "intermediate_size", folder),
+        block=whole(config, "block_size", folder, default=8, most=256),
+        mask=mask,
+        layers=layers,
+        eps=real(shape, "rms_norm_eps", folder, 1e-6),
+        rope_theta=rope_theta(shape, folder),
+    )

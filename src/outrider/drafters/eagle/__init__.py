@@ -1,0 +1,1 @@
+"""EAGLE-1 to 3: network, drafter, checkpoint formats."""

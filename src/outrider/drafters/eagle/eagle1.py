@@ -1,0 +1,132 @@
+"""EAGLE-1: a feature drafter that foresees the target's last hidden state, and lets the target's own head read it.
+
+Li et al. 2024 (EAGLE, arXiv 2401.15077): the feature of a position is what the target's head reads there, after the final norm.
+`fc` joins it with the embedding of the next token; one decoder layer without an input norm gives the feature of the next
+position. Embeddings and head are the target's, frozen. With `dynamic:` trees the same weights are EAGLE-2's drafter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from outrider.drafters._layers import Mlp
+from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, whole, write_folder
+from outrider.drafters.eagle.network import Attention, FeatureConfig, FeatureNetwork
+from outrider.drafters.keys import LAYER, check_keys, check_layers, real, rope_theta
+from outrider.drafters.medusa.network import fill
+from outrider.errors import ConfigError
+from outrider.protocols import Target
+
+TABLES = ("embed_tokens.weight", "lm_head.weight", "norm.weight")
+"""The target's own: read from the target where a folder does not hold them, and never written."""
+
+
+class _Layer(nn.Module):
+    def __init__(self, c: FeatureConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(c, c.hidden)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden, c.eps)
+        self.mlp = Mlp(c.hidden, c.inner)
+
+
+class LastFeatureModel(FeatureNetwork):
+    """The network; tensors are named as in EAGLE's own files. hidden = target_hidden, and one tap: the target's last block."""
+
+    def __init__(self, config: FeatureConfig) -> None:
+        super().__init__(config)
+        c = config
+        if c.hidden != c.target_hidden or len(c.taps) != 1:
+            raise ConfigError(
+                f"a drafter of last features has the width of its target and one tap, got {c.hidden}, {c.target_hidden}, {c.taps}"
+            )
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden)
+        self.fc = nn.Linear(2 * c.hidden, c.hidden)
+        self.layers = nn.ModuleList([_Layer(c)])
+        self.norm = nn.RMSNorm(c.hidden, c.eps)
+        self.lm_head = nn.Linear(c.hidden, c.vocab_size, bias=False)
+        for table in (self.embed_tokens, self.norm, self.lm_head):
+            table.requires_grad_(False)
+
+    def read(self, taps: Float[Tensor, "*n K H"]) -> Float[Tensor, "*n D"]:
+        """What the target's head reads: its last hidden state, normed."""
+        return self.norm(taps[..., 0, :])
+
+    def rows(self, token: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+        """Embeddings."""
+        return self.embed_tokens(token)
+
+    def join(self, row: Float[Tensor, "*n D"], g: Float[Tensor, "*n D"]) -> tuple[Tensor, Tensor]:
+        """Token and feature through `fc`: both the residual and what the attention reads."""
+        x = self.fc(torch.cat([row, g], -1))
+        return x, x
+
+    def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
+        """The target's head on a foreseen feature."""
+        return self.lm_head(state)
+
+    # ------------------------------------------------------------------ folders
+    def save(self, folder: Path, verifier: str = "") -> None:
+        """Write EAGLE's own layout (bfloat16) without the target's tables. verifier: name or path of the target."""
+        c = self.config
+        write_folder(
+            folder,
+            {
+                "architectures": ["EagleLlamaForCausalLM"],
+                "model_type": "eagle",
+                "base_model": verifier,
+                "hidden_size": c.hidden,
+                "intermediate_size": c.inner,
+                "num_hidden_layers": 1,
+                "num_attention_heads": c.heads,
+                "num_key_value_heads": c.kv_heads,
+                "head_dim": c.head_dim,
+                "hidden_act": "silu",
+                "rms_norm_eps": c.eps,
+                "bias": True,
+                "vocab_size": c.vocab_size,
+                "max_position_embeddings": 1 << 20,
+                "rope_theta": c.rope_theta,
+                "target_layer": c.taps[0],
+                "dtype": "bfloat16",
+            },
+            {name: value.bfloat16() for name, value in self.state_dict().items() if name not in TABLES},
+        )
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> LastFeatureModel:
+        """A drafter of a folder for `target`; ConfigError for a folder that holds something else or what is not supported."""
+        config, tensors = read_folder(folder, ("eagle", "llama"))
+        made = _read_config(config, folder, target)
+        check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=made.taps)
+        if "fc.bias" not in tensors and "fc.weight" in tensors:
+            tensors["fc.bias"] = torch.zeros(made.hidden)
+        if any(name not in tensors for name in TABLES):
+            tensors = target_parts(target, folder) | tensors
+        with torch.device("meta"):
+            model = cls(made)
+        return fill(model, tensors, folder)
+
+
+def _read_config(config: dict[str, Any], folder: Path, target: Target) -> FeatureConfig:
+    if whole(config, "num_hidden_layers", folder, default=1) != 1:
+        raise ConfigError(f"{folder}: a feature drafter has one layer")
+    check_keys(config, LAYER | {"bias", "base_model", "target_layer"}, folder)
+    check_layers({**config, "model_type": "llama"}, folder, "llama")
+    hidden, heads = whole(config, "hidden_size", folder), whole(config, "num_attention_heads", folder)
+    return FeatureConfig(
+        hidden=hidden,
+        target_hidden=hidden,
+        taps=(whole(config, "target_layer", folder, default=target.layers),),
+        vocab_size=whole(config, "vocab_size", folder),
+        heads=heads,
+        kv_heads=whole(config, "num_key_value_heads", folder, default=heads),
+        head_dim=whole(config, "head_dim", folder, default=max(1, hidden // heads)),
+        inner=whole(config, "intermediate_size", folder),
+        eps=real(config, "rms_norm_eps", folder, 1e-6),
+        rope_theta=rope_theta(config, folder),
+    )

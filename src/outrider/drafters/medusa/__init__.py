@@ -1,0 +1,1 @@
+"""Medusa heads: network, drafter, checkpoint format."""

@@ -1,0 +1,157 @@
+"""A language model of its own proposes: chains token by token, trees level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from outrider.drafters.model.token_cache import TokenCache
+from outrider.drafters.tree.forest import Forest
+from outrider.drafters.tree.growth import Growth, Levels, Sample, Siblings
+from outrider.drafters.tree.shapes import Shape, levels
+from outrider.errors import CapabilityError, CapacityError, ConfigError
+from outrider.protocols import Target
+from outrider.types import Draft, Evidence, Rows, SequenceView
+
+CHUNK = 256
+"""Most history tokens of one sequence that one draft forward catches up on."""
+
+
+class ModelDrafter:
+    """Drafts with a language model `target` (any `Target`: it is the *draft* model here) and its own KV cache.
+
+    depth:      levels of a draft, >= 1.
+    branching:  children of each node of levels 1 .. depth; None is a chain. (2, 2, 1) has 2 + 4 + 4 nodes.
+    shape:      any tree of `shapes` instead; its depth counts, not `depth`.
+    siblings:   how several children of a node are drawn: "iid", or "without_replacement".
+    sample:     "law", "greedy" or "coupled", see `_growth.Levels`.
+    growth:     another way to grow, such as `_growth.BestFirst`, instead of depth, branching, shape, siblings and sample.
+    vocab_size: of the model that is drafted for; the draft's further tokens are masked, its missing ones have no mass, and it reads
+                another token where the text has one of them (`TokenCache`).
+                None: the draft's own.
+    max_length: most tokens the draft model reads; beyond it a sequence is not drafted for. None: the model's own.
+    """
+
+    layers: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        target: Target,
+        depth: int,
+        *,
+        branching: Sequence[int] | None = None,
+        shape: Shape | None = None,
+        siblings: Siblings = "iid",
+        sample: Sample = "law",
+        growth: Growth | None = None,
+        vocab_size: int | None = None,
+        max_length: int | None = None,
+        name: str = "model",
+    ) -> None:
+        _check(target, depth if shape is None else shape.depth, branching)
+        self.name, self.model = name, target
+        self.vocab_size = target.vocab_size if vocab_size is None else vocab_size
+        self.max_length = target.max_length if max_length is None else min(max_length, target.max_length)
+        if growth is None:
+            growth = Levels(
+                shape or levels(branching or (1,) * depth), self.vocab_size, sample=sample, siblings=siblings
+            )
+        self.growth, self.trees = growth, growth.trees
+        _check_trees(target, self.trees)
+        self.max_depth, self.max_nodes = growth.depth, growth.nodes
+        self._follow = self._regrow if self.trees else self._append
+        self._cache: TokenCache | None = None
+
+    def bind(self, slots: int, length: int) -> None:
+        """Make the draft model's own cache."""
+        limit = min(length, self.max_length)
+        slack = self.growth.looked_at if self.trees else 0
+        try:
+            self._cache = TokenCache(self.model, slots, limit + slack, limit)
+        except CapacityError as error:
+            raise CapacityError(f"the draft model {self.name!r}: {error}") from None
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget these slots."""
+        self._bound.release(slots)
+
+    @property
+    def _bound(self) -> TokenCache:
+        if self._cache is None:
+            raise ConfigError("the model drafter has no cache yet: call bind(slots, length) before drafting")
+        return self._cache
+
+    @torch.inference_mode()
+    def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
+        """Catch up with every sequence, then propose `budget[i]` levels for sequence i, fewer where the context ends.
+
+        A sequence with budget 0 is caught up lazily, in full chunks of its committed tokens.
+        """
+        cache, views = self._bound, evidence.sequences
+        depths = [self._room(v, b) for v, b in zip(views, budget, strict=True)]
+        for view in views:
+            cache.rewind(view)
+        cache.ingest(views, [len(v.tokens) if d else v.cached for v, d in zip(views, depths, strict=True)], CHUNK)
+        forest = Forest(len(views))
+        live = [i for i, d in enumerate(depths) if d]
+        if live:
+            self._propose(cache, evidence, depths, live, forest)
+        return forest.draft(evidence.scores.logits.device, self.growth.siblings)
+
+    def _room(self, view: SequenceView, budget: int) -> int:
+        """Levels to draft: the deepest node that is fed to the model stands at position len + levels - 2."""
+        return max(0, min(budget, self.max_depth, self._bound.limit - len(view.tokens) + 1))
+
+    def _propose(
+        self, cache: TokenCache, evidence: Evidence, depths: list[int], live: list[int], forest: Forest
+    ) -> None:
+        views = evidence.sequences
+        slots = [views[i].slot for i in live]
+        # what the cache lacks and the anchor, in one forward: its last rows give the first level
+        logits = cache.append(slots, [views[i].tokens[len(cache.held[s]) :] for i, s in zip(live, slots, strict=True)])
+        self.growth.grow(evidence, depths, forest, logits, lambda ends: self._follow(cache, evidence, forest, ends))
+
+    def _append(
+        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int]]
+    ) -> Float[Tensor, "n V"]:
+        """The next level of chains: each node's keys and values are kept, and truncated later to what was accepted."""
+        return cache.append([evidence.sequences[i].slot for i, _ in ends], [[forest.tokens[i][k]] for i, k in ends])
+
+    def _regrow(
+        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int]]
+    ) -> Float[Tensor, "n V"]:
+        """The next level of trees: the anchor and all nodes so far are scored again as one forest."""
+        live = list(dict.fromkeys(i for i, _ in ends))
+        views = [evidence.sequences[i] for i in live]
+        nodes = forest.nodes(live, self.model.device)
+        rows = Rows.assemble(
+            [v.slot for v in views],
+            [cache.known(v.tokens[-1:]) for v in views],
+            [len(v.tokens) - 1 for v in views],
+            nodes,
+        )
+        number = {i: b for b, i in enumerate(live)}
+        scored = [len(live) + nodes.offsets[number[i]] + k for i, k in ends]
+        return cache.score(replace(rows, scored=rows.scored[scored]))
+
+
+def _check(target: Target, depth: int, branching: Sequence[int] | None) -> None:
+    if depth < 1:
+        raise ConfigError(f"a draft model needs a length >= 1, got {depth}; use the drafter 'none' to draft nothing")
+    if branching is not None and len(branching) != depth:
+        raise ConfigError(
+            f"branching needs {depth} numbers >= 1, one for each level of the draft, got {tuple(branching)}"
+        )
+    if not target.rewinds:
+        raise CapabilityError(
+            "this draft model cannot forget rejected tokens (recurrent state): choose an attention model"
+        )
+
+
+def _check_trees(target: Target, trees: bool) -> None:
+    if trees and not target.trees:
+        raise CapabilityError("this draft model cannot score trees: use a chain (branching 1 at every level)")

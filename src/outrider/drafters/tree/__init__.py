@@ -1,0 +1,1 @@
+"""Growing trees of draft tokens and drawing their tokens."""

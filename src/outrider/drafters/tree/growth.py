@@ -1,0 +1,274 @@
+"""How trees grow from logits, whatever gives the logits: level by level in a fixed shape, or best node first.
+
+A drafter hands over the logits below the anchor of every live sequence and a function that gives the logits below any nodes;
+what is drawn, from which law, with which noise, and what is declared, is decided here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from outrider.drafters.tree import draws
+from outrider.drafters.tree.forest import Forest
+from outrider.drafters.tree.shapes import MAX_NODES, Shape
+from outrider.errors import ConfigError, unknown_name
+from outrider.types import POINT_MASS, Evidence, Siblings
+
+Sample = Literal["law", "greedy", "coupled"]
+SAMPLES: tuple[Sample, ...] = ("law", "greedy", "coupled")
+SIBLINGS: tuple[Siblings, ...] = get_args(Siblings)
+DRAWS = {"iid": draws.inverse_cdf, "without_replacement": draws.without_replacement, "hub": draws.hub_pairs}
+Follow = Callable[[list[tuple[int, int]]], Float[Tensor, "n W"]]
+"""Logits below nodes (sequence, node), all of one depth and grouped by sequence; called once per level."""
+
+
+@runtime_checkable
+class _Params(Protocol):
+    """What is read of a request's sampling parameters."""
+
+    @property
+    def greedy(self) -> bool: ...
+    @property
+    def edits(self) -> bool: ...
+
+
+@runtime_checkable
+class Growth(Protocol):
+    """depth, nodes: of the largest tree. looked_at: most nodes of a sequence in the forest on the way there. trees: whether
+    nodes may be siblings. siblings: how they are drawn."""
+
+    siblings: Siblings
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def looked_at(self) -> int: ...
+    @property
+    def trees(self) -> bool: ...
+
+    def grow(
+        self, evidence: Evidence, depths: Sequence[int], forest: Forest, logits: Float[Tensor, "n W"], follow: Follow
+    ) -> None:
+        """Add to `forest` a tree of at most depths[i] levels for each sequence i with depths[i] > 0.
+
+        logits: what is below the anchor of each of those, in order.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """One level about to be drawn: `ends[e]` = (sequence, node, state of the shape) whose children row e of the logits decides.
+
+    width: most children of any node of the shape, so that a node's noise does not depend on its neighbours.
+    kinds[i]: how the nodes of sequence i are chosen, see `Levels._kind`.
+    """
+
+    evidence: Evidence
+    depth: int
+    width: int
+    ends: list[tuple[int, int, int]]
+    kinds: list[str]
+
+    def uniforms(self, rows: Sequence[int]) -> list[list[float]]:
+        """The uniforms of the children of the ends `rows`; siblings and cousins differ by their index in the level."""
+        first: dict[int, int] = {}
+        ordinal = [e - first.setdefault(i, e) for e, (i, _, _) in enumerate(self.ends)]
+        noise, w = self.evidence.noise, self.width
+        return [
+            [noise.uniform(self.ends[e][0], self.depth, "draft", ordinal[e] * w + j) for j in range(w)] for e in rows
+        ]
+
+    def exponentials(self, rows: Sequence[int], vocab_size: int, device: torch.device) -> Float[Tensor, "r V"]:
+        """The race noise of the position below each of the ends `rows`; cousins share it, as the target will."""
+        own = {
+            i: self.evidence.noise.exponential(i, self.depth, vocab_size, device)
+            for i in {self.ends[e][0] for e in rows}
+        }
+        return torch.stack([own[self.ends[e][0]] for e in rows])
+
+
+class Levels:
+    """Trees of a fixed shape, level by level.
+
+    shape:      who gets how many children. vocab_size: the target's.
+    sample:     "law": from the request's own law on the logits (noise lane `draft`). "greedy": the most likely tokens, as
+                point masses. "coupled": by the exponential race of lane `gumbel`, for the rule `match` (with another rule
+                the drafts of two steps would share noise); siblings are drawn without replacement.
+    siblings:   how several children of a node are drawn: "iid", "without_replacement", or "hub" (pairs only).
+
+    At temperature 0 the draft is greedy whatever `sample` says: point masses, no law computed. Otherwise the proposal's
+    laws are the very rows the tokens were drawn from. A node's draws never depend on the batch around it.
+    """
+
+    def __init__(self, shape: Shape, vocab_size: int, *, sample: Sample = "law", siblings: Siblings = "iid") -> None:
+        if sample not in SAMPLES:
+            raise ConfigError(unknown_name("way to sample a draft", sample, SAMPLES))
+        if siblings not in SIBLINGS:
+            raise ConfigError(unknown_name("way to draw siblings", siblings, SIBLINGS))
+        if siblings == "hub" and (shape.width > 2 or sample == "coupled"):
+            raise ConfigError("siblings of 'hub' are pairs drawn from a law: at most 2 children of a node, not coupled")
+        self.shape, self.vocab_size, self.sample = shape, vocab_size, sample
+        self.depth, self.nodes, self.trees = shape.depth, shape.nodes, shape.width > 1
+        self.looked_at = self.nodes
+        self.siblings: Siblings = "without_replacement" if sample == "coupled" and self.trees else siblings
+        self._draw = self._race if sample == "coupled" else self._inverse_cdf
+
+    def grow(
+        self, evidence: Evidence, depths: Sequence[int], forest: Forest, logits: Float[Tensor, "n W"], follow: Follow
+    ) -> None:
+        """See `Growth.grow`."""
+        ends = [(i, -1, self.shape.start) for i, d in enumerate(depths) if d]
+        kinds = [self._kind(cast(_Params, v.params)) for v in evidence.sequences]
+        for depth in range(1, self.depth + 1):
+            level = _Level(evidence, depth, self.shape.width, ends, kinds)
+            new = self._level(level, fit(logits, self.vocab_size), forest)
+            ends = [(i, k, state) for i, k, state in new if depths[i] > depth and self.shape.children(state)]
+            if not ends:
+                return
+            logits = follow([(i, k) for i, k, _ in ends])
+
+    def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int, int]]:
+        """Choose the children of every end and add them to the forest; the new (sequence, node, state) triples."""
+        views = level.evidence.sequences
+        new: list[tuple[int, int, int]] = []
+        for kind in sorted({level.kinds[i] for i, _, _ in level.ends}):
+            rows = [e for e, (i, _, _) in enumerate(level.ends) if level.kinds[i] == kind]
+            mine = logits if len(rows) == len(level.ends) else logits[rows]
+            first = POINT_MASS
+            if kind == "raw":
+                chosen = draws.top(mine, level.width)
+            else:
+                ends = [level.ends[e] for e in rows]
+                mine = level.evidence.law(mine, [views[i] for i, _, _ in ends], [forest.path(i, k) for i, k, _ in ends])
+                if kind == "edited":
+                    chosen = draws.top(mine, level.width, floor=0.0)
+                else:
+                    first, chosen = forest.add_laws(mine), self._draw(mine, level, rows)
+            for j, (e, tokens) in enumerate(zip(rows, chosen, strict=True)):
+                i, up, state = level.ends[e]
+                row = first + j if kind == "drawn" else POINT_MASS
+                tokens = tokens[: self.shape.children(state)]  # as many as were decided before any was drawn
+                after = self.shape.states(state, tokens)
+                new += [(i, forest.add(i, up, t, row), s) for t, s in zip(tokens, after, strict=True)]
+        return new
+
+    def _kind(self, params: _Params) -> str:
+        """How nodes are chosen: "drawn" from the request's law, or the best of that law ("edited") or of the logits."""
+        if self.sample != "greedy" and not params.greedy:
+            return "drawn"
+        return "edited" if params.edits else "raw"
+
+    def _inverse_cdf(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> list[list[int]]:
+        uniform = level.uniforms(rows)
+        draw = DRAWS[self.siblings] if level.width > 1 else draws.inverse_cdf
+        return draw(q, uniform)
+
+    def _race(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> list[list[int]]:
+        return draws.race(q, level.exponentials(rows, self.vocab_size, q.device), level.width)
+
+
+class BestFirst:
+    """The tree of the most promising nodes, found anew in every step (EAGLE-2: Li et al. 2024, section 4).
+
+    The value of a node is the product of the draft's probabilities on its path, its chance to be accepted as the draft sees
+    it. Level by level the `width` best nodes are expanded by their `width` most likely children; of all children the
+    `nodes` best are kept. A child is never worth more than its parent, so the kept ones are a tree. All are point masses:
+    which nodes stand there depends on the logits alone.
+    """
+
+    siblings: Siblings = "iid"
+    trees = True
+
+    def __init__(self, nodes: int, depth: int, vocab_size: int, *, width: int = 8) -> None:
+        if not 1 <= nodes <= MAX_NODES or depth < 1 or width < 1:
+            raise ConfigError(
+                f"a dynamic tree needs 1 .. {MAX_NODES} nodes, a depth and a width >= 1, got {nodes}, {depth}, {width}"
+            )
+        self.nodes, self.depth, self.vocab_size, self.width = nodes, depth, vocab_size, width
+        self.looked_at = width + (depth - 1) * width * width
+
+    def grow(
+        self, evidence: Evidence, depths: Sequence[int], forest: Forest, logits: Float[Tensor, "n W"], follow: Follow
+    ) -> None:
+        """See `Growth.grow`. The forest grows by every node that is looked at and is pruned at the end."""
+        live = [i for i, d in enumerate(depths) if d]
+        ends = [(i, -1) for i in live]
+        value: dict[int, list[float]] = {i: [] for i in live}
+        for depth in range(1, self.depth + 1):
+            fresh = self._expand(evidence, forest, value, ends, fit(logits, self.vocab_size))
+            # what is not among the best so far never will be, nor will anything below it
+            frontier = [n for i in live if depths[i] > depth for n in self._frontier(i, fresh.get(i, []), value[i])]
+            if not frontier:
+                break
+            ends, logits = frontier, follow(frontier)
+        for i in live:
+            forest.keep(i, sorted(self._best(value[i])))
+
+    def _expand(
+        self,
+        evidence: Evidence,
+        forest: Forest,
+        value: dict[int, list[float]],
+        ends: list[tuple[int, int]],
+        logits: Float[Tensor, "n V"],
+    ) -> dict[int, list[int]]:
+        """Add the most likely children of every end; the new nodes of each sequence."""
+        views = evidence.sequences
+        edits = [cast(_Params, views[i].params).edits for i, _ in ends]
+        if any(edits):
+            law = evidence.law(logits, [views[i] for i, _ in ends], [forest.path(i, k) for i, k in ends])
+            plain = torch.softmax(logits, -1)
+            law = torch.where(torch.tensor(edits, device=logits.device)[:, None], law, plain)
+        else:
+            law = torch.softmax(logits, -1)
+        best = law.topk(min(self.width, law.shape[-1]), -1)
+        fresh: dict[int, list[int]] = {}
+        for (i, up), tokens, chances in zip(ends, best.indices.tolist(), best.values.tolist(), strict=True):
+            above = 1.0 if up < 0 else value[i][up]
+            for token, chance in zip(tokens, chances, strict=True):
+                if chance > 0.0:
+                    fresh.setdefault(i, []).append(forest.add(i, up, token))
+                    value[i].append(above * chance)
+        return fresh
+
+    def _frontier(self, i: int, fresh: list[int], value: list[float]) -> list[tuple[int, int]]:
+        """The nodes of the newest level that are worth looking below: its `width` best, if the whole tree has room for them."""
+        kept = set(self._best(value))
+        best = sorted((k for k in fresh if k in kept), key=lambda k: -value[k])[: self.width]
+        return [(i, k) for k in sorted(best)]
+
+    def _best(self, value: list[float]) -> list[int]:
+        """The `nodes` most valuable nodes; of equals the one that was found first, so that parents come before children."""
+        return sorted(range(len(value)), key=lambda k: (-value[k], k))[: self.nodes]
+
+
+def lattice(logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> Follow:
+    """What is below nodes when a level has one law whatever path leads to it: heads, and the slots of a block.
+
+    logits[d, j]: of level d + 1 for the j-th sequence i with depths[i] > 0.
+    """
+    number = {i: n for n, i in enumerate(i for i, d in enumerate(depths) if d)}
+
+    def follow(ends: list[tuple[int, int]]) -> Float[Tensor, "n W"]:
+        level = logits[len(forest.path(*ends[0]))]
+        return level if len(ends) == len(number) == 1 else level[[number[i] for i, _ in ends]]
+
+    return follow
+
+
+def fit(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:
+    """Logits over the target's vocabulary: a draft's padding cut off, or its missing tokens without mass."""
+    missing = vocab_size - logits.shape[-1]
+    if missing == 0:
+        return logits
+    return logits[:, :vocab_size] if missing < 0 else pad(logits, (0, missing), value=-torch.inf)

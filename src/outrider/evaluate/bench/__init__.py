@@ -1,0 +1,1 @@
+"""Paired benchmarks and their pages."""

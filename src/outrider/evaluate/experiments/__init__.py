@@ -1,0 +1,1 @@
+"""A/B tests, offline and on live traffic."""

@@ -1,0 +1,1 @@
+"""What speed to expect, and whether to speculate at all."""

@@ -1,0 +1,1 @@
+"""What texts are worth: scores, qualities, divergences, costs."""

@@ -1,0 +1,1 @@
+"""Ratios, intervals and sequential tests of measurements."""

@@ -1,0 +1,293 @@
+"""Weights of a Hugging Face folder -> DecoderWeights, from safetensors only, every size checked before anything is allocated.
+
+Files are mapped anew for each group of tensors: an open map keeps every page it has touched resident, so reading a file
+through one map holds the weights twice. Here the peak is the weights plus one block (or one embedding).
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from outrider.errors import ConfigError
+from outrider.models.config import Layout, Unsupported, read_json, read_layout
+from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.places import without_place
+from outrider.nn.memory import require_memory
+
+Progress = Callable[[float], None]
+"""Called with the share of the weights read so far, in (0, 1]."""
+
+INDEX_BYTES = 64 << 20
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies and what it is, from the header of its file. stored: safetensors' name of its type."""
+
+    file: Path
+    stored: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its type, None for one that is no plain floating-point number."""
+        return _STORED.get(self.stored)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 1)
+
+
+class Checkpoint:
+    """A folder whose configuration and tensor headers have been read and agree; nothing is allocated yet.
+
+    folder:     with config.json and model.safetensors, or model.safetensors.index.json and its files.
+    max_length: may shorten the context. Raises ConfigError for what is wrong, Unsupported for what only transformers may run.
+    """
+
+    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
+        self.layout = read_layout(folder, max_length)
+        self.entries = read_entries(folder)
+        self._check()
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.layout.decoder
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights that will be held (a tied head counts once)."""
+        return sum(math.prod(shape) for shape in self._expected().values())
+
+    def read(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        progress: Progress | None = None,
+        role: str = "model",
+    ) -> DecoderWeights:
+        """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit.
+
+        role: what the model is to its user, for that sentence: "target", "draft".
+        """
+        where = torch.device(device)
+        require_memory(
+            self.parameters * dtype.itemsize,
+            where,
+            f"the weights of the {role}",
+            f"choose a smaller {role} or dtype, or free memory",
+        )
+        reader = _Reader(self.entries, self._expected(), dtype, where, progress)
+        embedding = reader.tensor("model.embed_tokens.weight")
+        head = embedding
+        if "lm_head.weight" in self._expected():
+            head = reader.tensor("lm_head.weight")
+            if self.layout.tied and torch.equal(
+                head, embedding
+            ):  # both stored; unequal ones stay two, as in transformers
+                head = embedding
+        layers = tuple(reader.layer(i, self.layout) for i in range(self.config.layers))
+        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head)
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor the decoder needs."""
+        c = self.config
+        out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden)}
+        if not self.layout.tied or "lm_head.weight" in self.entries:
+            out["lm_head.weight"] = (c.vocab_size, c.hidden)
+        out["model.norm.weight"] = (c.hidden,)
+        for i in range(c.layers):
+            out |= {f"model.layers.{i}.{name}": shape for name, shape in _block_shapes(self.layout).items()}
+        return out
+
+    def _check(self) -> None:
+        expected = self._expected()
+        if not any(name in self.entries for name in expected):
+            raise Unsupported("its tensors have other names than those of a causal language model")
+        for name, shape in expected.items():
+            entry = self.entries.get(name)
+            if entry is None:
+                raise ConfigError(f"tensor {name} is missing from the weight files: download the checkpoint again")
+            if entry.shape != shape:
+                raise ConfigError(
+                    f"tensor {name} has shape {list(entry.shape)}, config.json says {list(shape)}: "
+                    "the two do not belong together, download the checkpoint again"
+                )
+            if entry.dtype is None:
+                raise Unsupported(f"tensor {name} is stored in a quantized format")
+        extra = without_place(self.entries.keys() - expected.keys())
+        if extra:
+            raise Unsupported(f"tensor {extra[0]} has no place in a {self.config.family} model of this configuration")
+
+
+def load_checkpoint(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    max_length: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[DecoderConfig, DecoderWeights]:
+    """Shape and weights of the checkpoint in `folder`: see `Checkpoint`."""
+    checkpoint = Checkpoint(folder, max_length=max_length)
+    return checkpoint.config, checkpoint.read(dtype, device, progress)
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the folder's safetensors files, by name."""
+    if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
+        raise ConfigError(
+            f"{folder} holds an adapter beside its weights: merge it into them (peft: merge_and_unload), or remove its files"
+        )
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return dict(_header(_inside(folder, single.name)))
+    if not index.exists():
+        if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+            raise ConfigError(
+                f"{folder} holds pickled weights, which can run code when read: convert them with transformers "
+                "(model.save_pretrained(folder) writes safetensors)"
+            )
+        raise ConfigError(f"{folder} holds no model.safetensors: give a folder in Hugging Face format")
+    placed = read_json(index, INDEX_BYTES).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise ConfigError(f"{index} has no weight_map of file names: download it again")
+    found: dict[str, Entry] = {}
+    for name in sorted(set(placed.values())):
+        for key, entry in _header(_inside(folder, name)):
+            if key in found:
+                raise ConfigError(
+                    f"tensor {reprlib.repr(key)} lies in {found[key].file.name} and in {name}: download the checkpoint again"
+                )
+            found[key] = entry
+    lost = placed.keys() - found.keys()
+    if lost:
+        raise ConfigError(
+            f"tensor {reprlib.repr(min(lost))} is not in the file the index names: download the checkpoint again"
+        )
+    return found
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A weight file of the folder. Links may lead elsewhere in the folder, or to the blobs of the Hub's own cache layout."""
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise ConfigError(f"the weight index names {reprlib.repr(name)}, which is no safetensors file of this folder")
+    file, home = folder / name, folder.resolve()
+    real = file.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        raise ConfigError(f"{file} is a link that leaves its folder: copy the file itself into the folder")
+    if not real.is_file():
+        raise ConfigError(f"{file} is missing: download the checkpoint again")
+    return real
+
+
+def _header(file: Path) -> Iterator[tuple[str, Entry]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                part = tensors.get_slice(name)
+                yield name, Entry(file, part.get_dtype(), tuple(part.get_shape()))
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{file} is damaged ({reprlib.repr(str(error))}): download it again") from None
+
+
+def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    c = layout.decoder
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    out: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (c.hidden,),
+        "post_attention_layernorm.weight": (c.hidden,),
+    }
+    for name, size in (("q", queries), ("k", keys), ("v", keys)):
+        out[f"self_attn.{name}_proj.weight"] = (size, c.hidden)
+        if layout.qkv_bias:
+            out[f"self_attn.{name}_proj.bias"] = (size,)
+    out["self_attn.o_proj.weight"] = (c.hidden, queries)
+    if layout.o_bias:
+        out["self_attn.o_proj.bias"] = (c.hidden,)
+    if layout.qk_norm:
+        out |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
+    for name in ("gate", "up"):
+        out[f"mlp.{name}_proj.weight"] = (c.inner, c.hidden)
+    out["mlp.down_proj.weight"] = (c.hidden, c.inner)
+    return out
+
+
+class _Reader:
+    """Copies tensors into freshly allocated, fused ones, in the dtype and on the device asked for."""
+
+    def __init__(
+        self,
+        entries: dict[str, Entry],
+        wanted: dict[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self._entries, self._dtype, self._device, self._progress = entries, dtype, device, progress
+        self._done, self._all = 0, sum(entries[name].bytes for name in wanted)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._group([(name,)])[0]
+
+    def layer(self, i: int, layout: Layout) -> LayerWeights:
+        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        names: dict[str, tuple[str, ...]] = {
+            "norm1": (f"model.layers.{i}.input_layernorm.weight",),
+            "qkv": tuple(f"{attention}{part}_proj.weight" for part in "qkv"),
+            "o": (f"{attention}o_proj.weight",),
+            "norm2": (f"model.layers.{i}.post_attention_layernorm.weight",),
+            "gate_up": (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
+            "down": (f"{mlp}down_proj.weight",),
+        }
+        if layout.qkv_bias:
+            names["qkv_bias"] = tuple(f"{attention}{part}_proj.bias" for part in "qkv")
+        if layout.o_bias:
+            names["o_bias"] = (f"{attention}o_proj.bias",)
+        if layout.qk_norm:
+            names |= {"q_norm": (f"{attention}q_norm.weight",), "k_norm": (f"{attention}k_norm.weight",)}
+        t = dict(zip(names, self._group(list(names.values())), strict=True))
+        return LayerWeights(
+            norm1=t["norm1"],
+            qkv=t["qkv"],
+            qkv_bias=t.get("qkv_bias"),
+            q_norm=t.get("q_norm"),
+            k_norm=t.get("k_norm"),
+            o=t["o"],
+            o_bias=t.get("o_bias"),
+            norm2=t["norm2"],
+            gate_up=t["gate_up"],
+            down=t["down"],
+        )
+
+    def _group(self, fused: Sequence[tuple[str, ...]]) -> list[Tensor]:
+        """One tensor for each tuple of names: those tensors, one under the other."""
+        files = {self._entries[name].file for names in fused for name in names}
+        try:
+            with ExitStack() as stack:
+                maps = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+                return [self._fuse(names, maps) for names in fused]
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"a weight file cannot be read ({reprlib.repr(str(error))}): download it again") from None
+
+    def _fuse(self, names: tuple[str, ...], maps: dict[Path, safe_open]) -> Tensor:
+        shapes = [self._entries[name].shape for name in names]
+        out = torch.empty((sum(s[0] for s in shapes), *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        for name, part in zip(names, out.split([s[0] for s in shapes]), strict=True):
+            entry = self._entries[name]
+            part.copy_(maps[entry.file].get_tensor(name))
+            self._done += entry.bytes
+            if self._progress:
+                self._progress(self._done / self._all)
+        return out

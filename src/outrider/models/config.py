@@ -1,0 +1,293 @@
+"""`config.json` of a dense decoder -> DecoderConfig. The folder may be hostile: every number is bounded before it is used.
+
+Both spellings are read: transformers 4 (`rope_theta` beside `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
+`dtype`). Defaults of absent keys are those of each family's configuration class in transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from outrider.config_keys import COMMON, OPTIONS, ROPE, WINDOWS, unknown_keys
+from outrider.errors import ConfigError
+from outrider.models.decoder import DecoderConfig
+
+CONFIG_BYTES = 4 << 20
+"""Largest config.json that is read: real ones have a few kilobytes."""
+
+
+class Unsupported(Exception):
+    """The lean runtime does not run this checkpoint, transformers may; the text is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Which parts a model type has, and transformers' defaults of absent keys.
+
+    options: keys of `OPTIONS` that its class reads; the others mean nothing for it, in whatever file they are left over.
+    """
+
+    options: frozenset[str]
+
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    max_length: int = 32768
+    window: int = 4096
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "llama": Family(frozenset({"attention_bias", "mlp_bias"}), max_length=2048),
+    "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
+    "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm=True),
+    "mistral": Family(frozenset({"sliding_window"}), kv_heads=8, max_length=131072),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What to expect in the weight files. stored: the dtype the config names, if any."""
+
+    decoder: DecoderConfig
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    tied: bool
+    stored: str | None
+
+
+def read_json(path: Path, limit: int) -> dict:
+    """A JSON object of at most `limit` bytes; anything else is a ConfigError."""
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: give a folder in Hugging Face format")
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise ConfigError(
+                f"{path} is larger than {limit >> 20} MiB: that is no {path.name} of a model; download it again"
+            )
+        value = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({reprlib.repr(str(error))}): download it again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} does not hold a JSON object: download it again")
+    return value
+
+
+def read_raw_config(folder: Path) -> dict:
+    """config.json, refused if it wants code of its own to be run."""
+    raw = read_json(folder / "config.json", CONFIG_BYTES)
+    if raw.get("auto_map"):
+        raise ConfigError(
+            f"{folder / 'config.json'} names code of its own (auto_map), which Outrider never runs: "
+            "use a checkpoint of an architecture that transformers has built in, without auto_map"
+        )
+    return raw
+
+
+def read_layout(folder: Path, max_length: int | None = None) -> Layout:
+    """Shape of the checkpoint in `folder`; `max_length` may shorten the context, never lengthen it.
+
+    Raises ConfigError for a wrong value and Unsupported for an architecture or option the lean runtime does not have.
+    """
+    raw = read_raw_config(folder)
+    family = _family(raw)
+    hidden = _whole(raw, "hidden_size", None, 1, 1 << 17)
+    layers = _whole(raw, "num_hidden_layers", None, 1, 1024)
+    heads = _whole(raw, "num_attention_heads", None, 1, 4096)
+    kv_heads = _whole(raw, "num_key_value_heads", family.kv_heads or heads, 1, 4096, null=heads)
+    null_dim = None if family.head_dim else hidden // heads
+    head_dim = _whole(raw, "head_dim", family.head_dim or hidden // heads, 2, 4096, null=null_dim)
+    if heads % kv_heads or head_dim % 2:
+        raise ConfigError(
+            f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}) "
+            f"and head_dim ({head_dim}) must be even: the file is damaged, download it again"
+        )
+    positions = _whole(raw, "max_position_embeddings", family.max_length, 1, 1 << 26)
+    if max_length is not None and not 1 <= max_length <= positions:
+        raise ConfigError(f"max_length {max_length} is outside the model's positions: choose 1 to {positions}")
+    inv_freq, rope_scale = _rope(raw, head_dim, positions)
+    decoder = DecoderConfig(
+        family=str(raw["model_type"]),
+        vocab_size=_whole(raw, "vocab_size", None, 1, 1 << 24),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        inner=_whole(raw, "intermediate_size", None, 1, 1 << 20),
+        eps=_real(raw, "rms_norm_eps", 1e-6, 0.0, 1.0),
+        max_length=max_length or positions,
+        window=_windows(raw, family, layers),
+        inv_freq=inv_freq,
+        rope_scale=rope_scale,
+    )
+    bias = "attention_bias" in family.options and _flag(raw, "attention_bias", False)
+    stored = raw.get("dtype") or raw.get("torch_dtype")
+    return Layout(
+        decoder=decoder,
+        qkv_bias=family.qkv_bias or bias,
+        o_bias=bias,
+        qk_norm=family.qk_norm,
+        tied=_flag(raw, "tie_word_embeddings", False),
+        stored=stored if isinstance(stored, str) else None,
+    )
+
+
+def _family(raw: dict) -> Family:
+    """The family of the file, after refusing what changes the computation in a way the lean runtime does not know."""
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise Unsupported(f"model_type {reprlib.repr(kind)} is not one of {', '.join(FAMILIES)}")
+    named = raw.get("architectures") or []
+    if isinstance(named, list) and named and not any(str(n).endswith("ForCausalLM") for n in named):
+        raise Unsupported(f"architecture {reprlib.repr(named[0])} is not a causal language model")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise Unsupported(f"hidden_act {reprlib.repr(raw.get('hidden_act'))} is not silu")
+    packed = next(
+        (k for k in ("quantization_config", "compression_config", "quantization") if raw.get(k) is not None), None
+    )
+    if packed is not None:
+        raise Unsupported(f"the weights are quantized ({packed})")
+    family = FAMILIES[kind]
+    if "mlp_bias" in family.options and _flag(raw, "mlp_bias", False):
+        raise Unsupported("mlp_bias is set")
+    if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
+        raise Unsupported("its attention is not causal")
+    unknown = unknown_keys(raw, COMMON | OPTIONS)
+    if unknown:
+        raise Unsupported(f"config.json has a key {unknown[0][:80]!r} that is not known to be without effect")
+    return family
+
+
+def _windows(raw: dict, family: Family, layers: int) -> tuple[int, ...]:
+    """Sliding window of each layer, 0 for none: a row sees itself and the `window - 1` positions before it."""
+    if "sliding_window" not in family.options:
+        return (0,) * layers
+    if "layer_types" not in family.options:
+        absent = raw.get("sliding_window", family.window) is None
+        return (0 if absent else _whole(raw, "sliding_window", family.window, 1, 1 << 30),) * layers
+    kinds = raw.get("layer_types")
+    if not _flag(raw, "use_sliding_window", False) or raw.get("sliding_window", family.window) is None:
+        width = 0
+    else:
+        width = _whole(raw, "sliding_window", family.window, 1, 1 << 30)
+    if kinds is None:
+        first = _whole(raw, "max_window_layers", 28, 0, 1 << 20)
+        return tuple(width if i >= first else 0 for i in range(layers))
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ConfigError(f"config.json: layer_types must name {layers} layers: the file is damaged, download it again")
+    if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise Unsupported(f"layer_types has {reprlib.repr(sorted({str(kind) for kind in kinds}))}")
+    if "sliding_attention" in kinds and not width:
+        raise Unsupported("layer_types has sliding_attention without a sliding_window")
+    return tuple(width if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _rope(raw: dict, head_dim: int, positions: int) -> tuple[Float[Tensor, "half"], float]:
+    """Rotary frequencies and the factor of cos and sin, computed in float32 in the order transformers computes them."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise Unsupported("rotary parameters differ between layers")
+    unknown = unknown_keys(given, ROPE)
+    if unknown:
+        raise Unsupported(f"the rotary parameters have a key {unknown[0][:80]!r} that is not known here")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | given
+    if "original_max_position_embeddings" in raw:  # beside the parameters it counts more than among them
+        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise Unsupported("partial_rotary_factor is not 1")
+    theta = _real(rope, "rope_theta", 10000.0, 1.0, 1e12)
+    inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if kind == "default":
+        return inv_freq, 1.0
+    if kind == "linear":
+        return inv_freq / _real(rope, "factor", None, 1e-6, 1e6), 1.0
+    if kind == "llama3":
+        return _llama3(inv_freq, rope, positions), 1.0
+    if kind == "yarn":
+        return _yarn(rope, theta, head_dim, positions)
+    raise Unsupported(f"rotary scaling {reprlib.repr(kind)}")
+
+
+def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int) -> Float[Tensor, "half"]:
+    """Llama 3.1: divide frequencies slower than the old context by `factor`, keep fast ones, blend between."""
+    factor = _real(rope, "factor", None, 1e-6, 1e6)
+    low, high = _real(rope, "low_freq_factor", None, 1e-6, 1e6), _real(rope, "high_freq_factor", None, 1e-6, 1e6)
+    if high <= low:
+        raise ConfigError(
+            f"config.json: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file"
+        )
+    old = _whole(rope, "original_max_position_embeddings", positions, 1, 1 << 26)
+    wavelength = 2 * math.pi / inv_freq
+    scaled = torch.where(wavelength > old / low, inv_freq / factor, inv_freq)
+    smooth = (old / wavelength - low) / (high - low)
+    between = ~(wavelength < old / high) * ~(wavelength > old / low)
+    return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled)
+
+
+def _yarn(rope: dict, theta: float, head_dim: int, positions: int) -> tuple[Float[Tensor, "half"], float]:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow frequencies, keep fast ones, a ramp between."""
+    if rope.get("mscale") or rope.get("mscale_all_dim"):
+        raise Unsupported("yarn with mscale")
+    if "factor" not in rope:
+        raise Unsupported("yarn without a factor")
+    old = _whole(rope, "original_max_position_embeddings", positions, 1, 1 << 26)
+    factor = _real(rope, "factor", positions / old, 1e-6, 1e6, null=positions / old)
+
+    def dimension(rotations: float) -> float:
+        return (head_dim * math.log(old / (rotations * 2 * math.pi))) / (2 * math.log(theta))
+
+    low = dimension(_real(rope, "beta_fast", 32.0, 1e-6, 1e6, null=32.0))
+    high = dimension(_real(rope, "beta_slow", 1.0, 1e-6, 1e6, null=1.0))
+    if rope.get("truncate", True) is not None and _flag(rope, "truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = ((torch.arange(head_dim // 2).float() - low) / ((high + 0.001 if low == high else high) - low)).clamp(0, 1)
+    powers = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    keep = 1 - ramp
+    default = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
+    scale = _real(rope, "attention_factor", default, 1e-6, 1e6, null=default)
+    return 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep, scale
+
+
+def _whole(raw: dict, key: str, default: int | None, low: int, high: int, *, null: int | None = None) -> int:
+    """raw[key] as a whole number of [low, high]; `default` if the key is absent, `null` if its value is null."""
+    value = raw.get(key, default)
+    value = null if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(
+            f"config.json: {key} must be a whole number from {low} to {high}, got {reprlib.repr(value)}: "
+            "the file is damaged, download it again"
+        )
+    return value
+
+
+def _real(raw: dict, key: str, default: float | None, low: float, high: float, *, null: float | None = None) -> float:
+    value = raw.get(key, default)
+    value = null if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(
+            f"config.json: {key} must be a number from {low} to {high}, got {reprlib.repr(value)}: "
+            "the file is damaged, download it again"
+        )
+    return float(value)
+
+
+def _flag(raw: dict, key: str, default: bool) -> bool:
+    value = raw.get(key, default)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} must be true or false, got {reprlib.repr(value)}: correct the file")
+    return value

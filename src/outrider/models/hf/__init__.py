@@ -1,0 +1,1 @@
+"""Unmodified models of transformers as targets."""

@@ -1,0 +1,182 @@
+"""The seam path: flat rows through an unmodified Hugging Face model by a registered attention function.
+
+`AttentionInterface` of transformers lets a model's attention be any registered function, and hands it the extra keyword
+arguments of `model(...)`. So the model is called once with all rows of a step as one "sequence" of N tokens, and the
+function below writes keys and values to our cache and attends segment by segment. An implementation without a mask
+function gets no mask at all (`masking_utils._preprocess_mask_arguments`): nobody else decides what a row sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from outrider.models.hf.hooks import Enough, Taps
+from outrider.models.hf.probe import Bend, NoSeam, attention_in, configs_of, listen
+from outrider.models.hf.state import named_rows, scores_rows
+from outrider.nn.attention import visible
+from outrider.nn.kv import ContiguousKV
+from outrider.protocols import KVCache
+from outrider.types import Rows
+
+_ATTEND = "outrider"
+
+
+@dataclass(slots=True)
+class _Step:
+    """One forward as the attention function needs it. Masks are made once, for all layers with the same window."""
+
+    rows: Rows
+    kv: ContiguousKV
+    masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+
+    def mask(self, index: int, low: int, window: int) -> Tensor | None:
+        key = (index, window)
+        if key not in self.masks:
+            s = self.rows.segments[index]
+            # a single row sees all that is left of its window
+            see = None if s.count == 1 else visible(s, window, low, s.cached + s.count).to(self.kv.k.device)
+            self.masks[key] = see
+        return self.masks[key]
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Float[Tensor, "h n D"]:
+    """Attention written out, for what fused kernels lack: a cap on the scores (Gemma 2), a sink per head (gpt-oss)."""
+    groups = q.shape[0] // k.shape[0]
+    score = q @ k.repeat_interleave(groups, 0).mT * scale
+    if softcap:
+        score = torch.tanh(score / softcap) * softcap
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        score = torch.cat([score, sinks[:, None, None].to(score.dtype).expand(-1, score.shape[1], 1)], -1)
+    weight = torch.softmax(score, -1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
+    return weight[..., : k.shape[1]] @ v.repeat_interleave(groups, 0)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Float[Tensor, "h n D"]:
+    heads, n, _ = q.shape
+    groups = heads // k.shape[0]
+    if causal or mask is None:
+        out = scaled_dot_product_attention(
+            q[None], k[None], v[None], scale=scale, is_causal=causal, enable_gqa=groups > 1
+        )
+        return out[0]
+    # heads that share keys become rows of one head: no repeated keys, and the fast kernels still take the mask
+    grouped = q.reshape(k.shape[0], groups * n, -1)
+    out = scaled_dot_product_attention(grouped[None], k[None], v[None], attn_mask=mask.repeat(groups, 1), scale=scale)
+    return out[0].reshape(heads, n, -1)
+
+
+def _attend(
+    module: nn.Module,
+    query: Float[Tensor, "1 h N D"],
+    key: Float[Tensor, "1 g N D"],
+    value: Float[Tensor, "1 g N E"],
+    attention_mask: Tensor | None,
+    *,
+    outrider: _Step,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "1 N h E"], None]:
+    """The registered attention function: write rows behind their slot's tokens, then attend per segment."""
+    kv, layer, window = outrider.kv, int(module.layer_idx), sliding_window or 0  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups, key_size, value_size = key.shape[1], key.shape[-1], value.shape[-1]
+    out = query.new_empty(1, query.shape[2], query.shape[1], value_size)
+    for i, s in enumerate(outrider.rows.segments):
+        mine, end = slice(s.first, s.first + s.count), s.cached + s.count
+        kv.k[layer, s.slot, :groups, s.cached : end, :key_size] = key[0, :, mine]
+        kv.v[layer, s.slot, :groups, s.cached : end, :value_size] = value[0, :, mine]
+        low = max(0, s.cached - window + 1) if window else 0
+        q = query[0, :, mine]
+        k = kv.k[layer, s.slot, :groups, low:end, :key_size]
+        v = kv.v[layer, s.slot, :groups, low:end, :value_size]
+        causal = s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
+        plain = not softcap and s_aux is None
+        mask = None if causal and plain else outrider.mask(i, low, window)
+        seen = _fused(q, k, v, mask, scale, causal) if plain else _explicit(q, k, v, mask, scale, softcap, s_aux)
+        out[0, mine] = seen.transpose(0, 1)
+    return out, None
+
+
+# ---------------------------------------------------------------------------------- can this model be driven this way?
+AttentionInterface.register(_ATTEND, _attend)
+
+
+def _expected_windows(config: Any, layers: int) -> list[bool]:
+    """Whether each layer has a sliding window, from the configuration."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)] * layers
+    other = set(kinds) - {"full_attention", "sliding_attention", "attention"}
+    if other:
+        raise NoSeam(f"it has layers of kind {', '.join(sorted(map(str, other)))}")
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+class SeamPath:
+    """All sequences, prompt chunks and trees in one call of the model."""
+
+    name, trees, rewinds = "seam", True, True
+
+    def __init__(self, model: PreTrainedModel, probe: Sequence[int], bend: Bend | None) -> None:
+        """Raises NoSeam, or whatever the model raises when it is called in a way it was not made for."""
+        self.model = model
+        config = model.config.get_text_config(decoder=True)
+        calls = listen(model, probe, range(len(probe)))
+        layers = int(config.num_hidden_layers)
+        if sorted(c.layer for c in calls) != list(range(layers)):
+            raise NoSeam(f"{len(calls)} of its {layers} layers go through the attention interface")
+        unknown = sorted({name for c in calls for name in c.unknown})
+        if unknown:
+            raise NoSeam(f"its attention also wants {', '.join(unknown)}")
+        windows = _expected_windows(config, layers)
+        if any(bool(c.window) != windows[c.layer] for c in calls):
+            raise NoSeam("its sliding windows are not handed to the attention interface")
+        if bend is not None:
+            raise NoSeam(f"its rotary frequencies depend on the length of the sequence beyond {bend.limit} tokens")
+        self.rows, self.configs = scores_rows(model, probe), configs_of(model)
+        self.layers, self.groups = layers, max(c.groups for c in calls)
+        self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
+
+    def new_kv(self, slots: int, length: int, layers: int | None = None) -> ContiguousKV:
+        """layers: of a prefix of the model; None: all."""
+        depth = self.layers if layers is None else layers
+        return ContiguousKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
+
+    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
+        with taps.listen() as heard:
+            logits = self._call(rows, kv)
+        return logits, heard.states()
+
+    def run_until(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "N H"], ...]:
+        """The states of `taps`; nothing behind the deepest of them is computed."""
+        with taps.listen() as heard, taps.stop(), suppress(Enough):
+            self._call(rows, kv)
+        return heard.states()
+
+    def _call(self, rows: Rows, kv: KVCache) -> Float[Tensor, "M V"]:
+        assert isinstance(kv, ContiguousKV)
+        with attention_in(self.configs, _ATTEND):
+            out = self.model(
+                input_ids=rows.token[None],
+                position_ids=rows.position[None],
+                use_cache=False,
+                outrider=_Step(rows, kv),
+                **named_rows(rows.scored if self.rows else None),
+            )
+        return out.logits[0] if self.rows else out.logits[0, rows.scored]

@@ -1,0 +1,189 @@
+"""Which way of driving a Hugging Face model is taken: the first that gives the plain model's logits on a short text, played
+through as the engine would, with a wrong draft token in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from outrider.errors import CapabilityError
+from outrider.models.hf.attention_interface import SeamPath
+from outrider.models.hf.cache import BentPath, CachePath, RecomputePath, RecurrentPath
+from outrider.models.hf.hooks import Taps
+from outrider.models.hf.probe import Bend, NoSeam, find_bend
+from outrider.models.hf.state import Handover, brief, croppable, find_handover
+from outrider.protocols import KVCache
+from outrider.types import Draft, Rows
+
+Plan = tuple[tuple[tuple[int, int, bool], ...], list[int]]
+"""Steps of a rehearsal, and the rows of the text whose logits they give."""
+
+
+@runtime_checkable
+class Drive(Protocol):
+    """A way of driving a model. trees: rows may be siblings. rewinds: rows may be forgotten again."""
+
+    name: str
+    trees: bool
+    rewinds: bool
+
+    def new_kv(self, slots: int, length: int) -> KVCache: ...
+
+    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+
+# A rehearsal: per step how many tokens go in as prefix, how many as drafts, and whether one wrong draft follows them.
+DRAFTED: Plan = ((4, 1, True), (1, 2, False)), [3, 4, 5, 6, 7]
+PLAIN: Plan = ((4, 0, False), (3, 0, False), (1, 0, False)), [3, 6, 7]
+
+
+def choose(
+    model: PreTrainedModel, token: Sequence[int], reference: Float[Tensor, "P V"], length: int
+) -> tuple[Drive, dict[str, str]]:
+    """The best path for texts of up to `length` tokens (0: not known), and what ruled out each better one.
+
+    reference: logits of `token`.
+    """
+    why: dict[str, str] = {}
+    limit = tolerance(model.dtype)
+    bend = _bend(model, token, length)
+
+    def handover(*makers: Callable[[], Any]) -> Handover:
+        return find_handover(model, token, _agrees(reference, limit), makers)
+
+    def cache() -> CachePath:
+        way = handover(croppable)
+        return BentPath(model, way, bend.limit) if bend and bend.once else CachePath(model, way)
+
+    drafting: tuple[tuple[str, Callable[[], Drive]], ...] = (
+        ("seam", lambda: SeamPath(model, token, bend)),
+        ("cache", cache),
+    )
+    for name, make in drafting:
+        trial = rehearse(make, token, reference, DRAFTED, limit)
+        if trial.path is not None:
+            return trial.path, why
+        why[name] = trial.fault
+    # token by token is right wherever states are; pieces are quicker, and some models forget their state over them
+    try:
+        way = handover(lambda: None, lambda: DynamicCache(config=model.config))
+    except CapabilityError as failure:
+        return RecomputePath(model), why | {"recurrent": str(failure)}
+    careful = rehearse(lambda: RecurrentPath(model, way, True), token, reference, PLAIN, limit)
+    quick = rehearse(lambda: RecurrentPath(model, way, False), token, reference, PLAIN, limit)
+    if careful.path is None:
+        return RecomputePath(model), why | {"recurrent": careful.fault}
+    alike = quick.path is not None and quick.error <= 2 * careful.error + 1e-4
+    return (quick.path if quick.path is not None and alike else careful.path), why
+
+
+def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:
+    """What the path costs the user of this model, why it was taken, and what to do: a sentence each, none for the fastest."""
+    if isinstance(path, RecomputePath):
+        return (
+            f"{model} runs on transformers by recomputing the whole text at every step, whose time grows with its length, because "
+            f"{why['recurrent']}: keep texts short, or use a model with a cache",
+        )
+    if isinstance(path, RecurrentPath):
+        slow = ", and prompts beyond the first chunk token by token: raise chunk" if path.by_token else ""
+        return (
+            f"{model} is decoded without drafts, because its state cannot be rewound{slow}; "
+            "for speculation use a model with a cache of keys and values",
+        )
+    if isinstance(path, CachePath):
+        remedy = f"set max_length to at most {path.limit}" if isinstance(path, BentPath) else "use few slots"
+        return (
+            f"{model} is called once per sequence and step and takes chains of drafts only (many sequences at a time are slower), "
+            f"because {why['seam']}: {remedy}",
+        )
+    return ()
+
+
+def handover_of(model: PreTrainedModel) -> Handover:
+    """How this model hands on a cache of any number of tokens; CapabilityError if it has none."""
+    token = list(range(1, 9))
+    with torch.no_grad():
+        reference = model(input_ids=torch.tensor([token], device=model.device)).logits[0]
+    return find_handover(model, token, _agrees(reference, tolerance(model.dtype)), [croppable])
+
+
+def _agrees(reference: Float[Tensor, "P V"], limit: float) -> Callable[[Tensor, int], bool]:
+    return lambda logits, at: disagreement(logits, reference[at : at + 1]) <= limit
+
+
+def _bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend | None:
+    try:
+        return find_bend(model, token, length)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # off the attention interface a model may raise anything: then its positions are its own affair
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A path and its error if the rehearsal went well; otherwise no path, and what went wrong in a few words."""
+
+    path: Drive | None
+    error: float
+    fault: str
+
+
+def rehearse(
+    make: Callable[[], Drive],
+    token: Sequence[int],
+    reference: Float[Tensor, "P V"],
+    plan: Plan,
+    limit: float,
+) -> Trial:
+    """One trial of the path that `make` makes; a disagreement above `limit` is a fault."""
+    steps, rows = plan
+    try:
+        path = make()
+        error = disagreement(_play(path, token, steps, reference.device), reference[rows])
+    except torch.OutOfMemoryError:
+        raise
+    except (NoSeam, CapabilityError) as reason:
+        return Trial(None, float("inf"), brief(reason))
+    except Exception as failure:  # a model called as it was not made for may raise anything: not its way
+        return Trial(None, float("inf"), f"it fails when driven that way ({brief(failure)})")
+    if error > limit:
+        return Trial(None, error, f"its logits differ by {error:.1e} of their spread")
+    return Trial(path, error, "")
+
+
+@torch.no_grad()
+def _play(path: Drive, token: Sequence[int], plan: Sequence[tuple[int, int, bool]], device: torch.device) -> Tensor:
+    """Logits of the right tokens. It runs in slot 1 of 2: a path that mixes up slots does not pass."""
+    kv, at, out = path.new_kv(2, len(token) + 1), 0, []
+    for prefix, drafted, wrong in plan:
+        right = list(token[at : at + prefix + drafted])
+        nodes = right[prefix:] + [token[0]] * wrong
+        parents = tuple(range(-1, len(nodes) - 1))
+        draft = Draft(torch.tensor(nodes, dtype=torch.int64, device=device), parents, (len(nodes),))
+        rows = Rows.assemble([1], [right[:prefix]], [at], draft)
+        kv.reserve(rows)
+        out.append(path.run(rows, kv, Taps(None, ()))[0][: 1 + drafted])
+        kv.commit(rows, [range(drafted)])
+        at += prefix + drafted
+    return torch.cat(out)
+
+
+def disagreement(logits: Float[Tensor, "n V"], reference: Float[Tensor, "n V"]) -> float:
+    """Largest difference in the typical row, as a share of the logits' spread.
+
+    The median row, because in half precision a mixture of experts may route a single row elsewhere.
+    """
+    worst = (logits.double() - reference.double()).abs().amax(-1)
+    return float(worst.median() / reference.double().std().clamp(min=1e-12))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Rounding through many layers of weights of this type (heads may upcast), with room."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.25

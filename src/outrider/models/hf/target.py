@@ -1,0 +1,212 @@
+"""Any Hugging Face causal language model as a target, unmodified.
+
+How a model is driven is found out when it is loaded, by running it, never by the name of its family:
+
+    path       needs                                          drafts         calls of the model per step
+    seam       all attention through transformers' interface  chains, trees  one
+    cache      a cache that can be cropped                    chains         one per sequence
+    recurrent  a state that it hands out and takes back       none           one per sequence, or token of later chunks
+    recompute  nothing                                        chains         one per sequence, of its whole length
+
+The first path is taken whose logits agree with the plain model's on a short sequence, fed in pieces with a wrong draft
+token in between (`hf_choice`). With transformers 5.16 to 5.24 that comes to:
+
+    seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT,
+               GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3, and GPT-J where it attends through the interface
+    cache      BLOOM, MPT, Falcon, GPT-Neo, StableLM, Nemotron, Llama 4, Phi-3 beyond its native length
+    recurrent  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV
+    recompute  the first GPT
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from outrider.errors import CapabilityError, ConfigError
+from outrider.models.folder import resolve_folder
+from outrider.models.hf.attention_interface import SeamPath
+from outrider.models.hf.choice import choose, costs, disagreement, tolerance
+from outrider.models.hf.hooks import Taps, find_blocks, steps_after, tail_of
+from outrider.models.hf.prefix import HFPrefix
+from outrider.models.hf.probe import attention_of
+from outrider.models.hf.state import brief
+from outrider.models.places import refuse_extra
+from outrider.nn.row_parts import check_prefix
+from outrider.protocols import KVCache
+from outrider.types import Rows, Scores
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "context_length")
+_UNBOUNDED = 1 << 20
+_PROBE = 8
+
+
+def _context(config: Any) -> int | None:
+    """The longest sequence a model was built for, in tokens; None where its configuration names none."""
+    found = [int(n) for n in (getattr(config, name, None) for name in _LENGTHS) if isinstance(n, int) and n > 0]
+    return found[0] if found else None
+
+
+class HFTarget:
+    """Implements `protocols.Target` over a transformers model, which is frozen and put in eval mode but not changed.
+
+    path:    how the model is driven (see the module). why: what ruled out each path before it, by name.
+    trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
+    notices: sentences for the user: why it is not faster (what the chosen path costs), and the remedy.
+    layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
+
+    Raises ConfigError if the model is not a decoder, cannot hold `max_length` tokens, or fails when it is run.
+    """
+
+    notices: tuple[str, ...] = ()
+
+    def __init__(self, model: PreTrainedModel, *, max_length: int | None = None) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if not hasattr(config, "num_hidden_layers"):
+            raise ConfigError(
+                f"the configuration has a text_config that {type(model).__name__} does not read: remove it"
+            )
+        model.config.return_dict = True  # a leftover false would make its outputs tuples
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
+        named = _context(config)
+        context = _UNBOUNDED if named is None else named
+        if max_length is not None and not 0 < max_length <= context:
+            raise ConfigError(f"max_length {max_length} is outside the model's 1 to {context} positions")
+        self.model = model.eval().requires_grad_(False)
+        self.max_length = context if max_length is None else max_length
+        self.dtype, self.device = model.dtype, model.device
+        self.layers, self.hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
+        self._blocks: nn.ModuleList | None = None
+        token = [(7 * i + 3) % int(config.vocab_size) for i in range(_PROBE)]
+        try:
+            reference = self._watch(token)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # sizes that do not fit together show when it runs, in whatever it stumbles over
+            raise ConfigError(
+                f"{type(model).__name__} fails on a text of {_PROBE} tokens ({brief(error)}): check its configuration"
+            ) from error
+        self.vocab_size = reference.shape[-1]
+        self._path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
+        self.path, self.trees, self.rewinds = self._path.name, self._path.trees, self._path.rewinds
+        self.notices = costs(type(model).__name__, self._path, self.why)
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        max_length: int | None = None,
+    ) -> HFTarget:
+        """Load a checkpoint folder or Hub name: safetensors only, no code from the checkpoint.
+
+        dtype: of weights and cache, None for the checkpoint's own. Raises ConfigError in one sentence if the checkpoint
+        is absent, incomplete, corrupt, pickled, or of a model that transformers does not know.
+        """
+        name = str(resolve_folder(path))
+        if not (Path(name) / "config.json").is_file():
+            raise ConfigError(f"{name} has no config.json: give a folder in Hugging Face format")
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+        except Exception as error:  # a wrong configuration ends in whatever its class stumbles over
+            raise ConfigError(
+                f"cannot load {name!r} as a causal language model in safetensors: {brief(error)}"
+            ) from error
+        absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+        if absent:
+            raise ConfigError(
+                f"checkpoint {name!r} lacks {len(absent)} of the model's weights, {absent[0]} first: fetch it again"
+            )
+        refuse_extra(info["unexpected_keys"], name)
+        return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
+
+    def new_kv(self, slots: int, length: int) -> KVCache:
+        """A cache of `length` tokens a slot; it may exceed `max_length`, which bounds positions: siblings share one."""
+        return self._path.new_kv(slots, length)
+
+    @torch.no_grad()
+    def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
+        """See `protocols.Target`. Raises CapabilityError for what the model's path cannot score."""
+        wrong = [i for i in layers if not 0 <= i <= self.layers]
+        if wrong:
+            raise CapabilityError(
+                f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
+            )
+        logits, hidden = self._path.run(rows, kv, Taps(self._blocks, layers))
+        return Scores(_wide(logits), hidden)
+
+    def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
+        return self.model.get_input_embeddings()(token)
+
+    def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """Final norm and head, with the family's own scaling of logits; gradients flow to `hidden`."""
+        if self._tail is None:
+            raise CapabilityError(
+                f"what follows the blocks of {type(self.model).__name__} was not found: use a drafter with its own head"
+            )
+        return _wide(self._tail(inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        """What the family does between its last block and its head."""
+        for step in self._steps:
+            hidden = step(hidden[None])[0]
+        return hidden
+
+    def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """The head alone, with the family's own scaling of logits."""
+        if self._tail is None or self._owner is None:
+            raise CapabilityError(f"the head of {type(self.model).__name__} was not found: use another drafter")
+        behind = tail_of(self.model, self._owner, [])
+        return _wide(behind(inputs_embeds=normed[None], use_cache=False).logits[0])
+
+    def prefix(self, layers: int) -> HFPrefix:
+        """See `protocols.OpenTarget`. Raises CapabilityError off the seam path: other caches cannot be half filled."""
+        check_prefix(layers, self.layers)
+        if not isinstance(self._path, SeamPath) or self._blocks is None or self._tail is None:
+            raise CapabilityError(
+                f"{type(self.model).__name__} cannot be run in part: use a draft model of its own, or 'ngram'"
+            )
+        return HFPrefix(self, self._path, self._blocks, layers)
+
+    # ----------------------------------------------------------------------------------- finding out how to drive it
+    @torch.no_grad()
+    def _watch(self, token: list[int]) -> Float[Tensor, "P V"]:
+        """Logits of the plain model, and on the way where its hidden states come out and what follows its blocks."""
+        inputs = torch.tensor([token], device=self.device)
+        # some releases of transformers drop the cap on attention scores without a word in their fused attention
+        capped = getattr(self.model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+        faithful = attention_of(self.model, "eager") if capped else nullcontext()
+        self._tail: nn.Module | None = None
+        self._owner: nn.Module | None = None
+        self._steps: list[nn.Module] = []
+        found = find_blocks(self.model, self.layers)
+        if found is None:
+            with faithful:
+                return self.model(input_ids=inputs).logits[0]
+        owner, blocks = found
+        steps, hooks = steps_after(owner, blocks)
+        with faithful, hooks, Taps(blocks, (self.layers,)).listen() as heard:
+            reference = self.model(input_ids=inputs).logits[0]
+        self._blocks = blocks
+        tail = tail_of(self.model, owner, steps)
+        try:
+            again = tail(inputs_embeds=heard.states()[0][None], use_cache=False).logits[0]
+        except Exception:  # whatever a head wants that it does not get: no unembedding, and it is said when asked for
+            return reference
+        if disagreement(again, reference) <= tolerance(self.dtype):
+            self._tail, self._owner, self._steps = tail, owner, steps
+        return reference
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,267 @@
+"""Our own decoder runtime for the Llama, Qwen2, Qwen3 and Mistral families: the fast twin of `models/hf/target.py`.
+
+Weights that share an input are fused, linear layers are packed for few rows, keys and values lie in a static cache,
+rotary tables are static, rows lie flat. Where the native decoder (`models/native`) can be built it scores short
+segments, and only long prompts go through the layers here, alone: so a sequence's numbers do not depend, bit for bit,
+on its neighbours.
+
+The formulas are those of transformers' modelling files: RMSNorm (Zhang, Sennrich 2019), rotary positions (Su et al.
+2021), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from outrider.errors import CapabilityError, RequestError
+from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.native import load_native
+from outrider.models.quantised import SIZES, seconds, slower
+from outrider.nn.attention import AttentionPlan
+from outrider.nn.kv import ContiguousKV
+from outrider.nn.linear import Linear, make_linear, multiplies
+from outrider.nn.memory import require_memory
+from outrider.nn.row_parts import check_prefix, run_parts
+from outrider.protocols import KVCache
+from outrider.types import Rows, Scores
+
+Norm = Callable[[Tensor], Tensor]
+TIED_COPY_BYTES = 64 << 20
+"""Largest tied embedding of which the head gets a packed copy of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One block, ready to run. qk_norm: of queries and keys [n, heads + kv_heads, head_dim], where there is one."""
+
+    norm1: Norm
+    qkv: Linear
+    qk_norm: Norm | None
+    o: Linear
+    norm2: Norm
+    gate_up: Linear
+    down: Linear
+
+
+class LeanTarget:
+    """Implements `protocols.Target` over `DecoderWeights`, for chains and trees.
+
+    config:   the decoder's shape. weights: its weights, or a function that reads them: then nobody else holds the plain
+              ones while they are packed, and no more than one block is in memory twice.
+    quantize: None, or "int8" / "int4" linear layers (for drafts).
+    native:   whether to use the compiled decoder where it can be had; quantized and float64 weights never do.
+    notices:  what the user should know about how this target was loaded, a sentence each.
+    """
+
+    trees = True
+    rewinds = True
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights | Callable[[], DecoderWeights],
+        *,
+        quantize: str | None = None,
+        native: bool = True,
+    ) -> None:
+        w = weights() if callable(weights) else weights
+        del weights
+        self.config = config
+        self.vocab_size, self.hidden_size, self.layers = config.vocab_size, config.hidden, config.layers
+        self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.embedding.device
+        self.native, found = load_native(config, w) if native and quantize is None else (None, [])
+        self.notices: tuple[str, ...] = tuple(found)
+        # the block and the head that a quantised draft must beat
+        plain = load_native(_first(config), replace(w, layers=w.layers[:1]))[0] if native and quantize else None
+        # where PyTorch has no real product for this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
+        self._native_rows = self.native.max_rows if self.native and multiplies(self.dtype, self.device) else sys.maxsize
+        self._embedding, self._norm = w.embedding, _norm(w.norm, config.eps)
+        self._rope = _rope_table(config, 1, self.dtype, self.device)
+        pack = self.native is None  # the native decoder reads the plain weights in place, and long prompts share them
+        copy = w.head is not w.embedding or w.head.nbytes <= TIED_COPY_BYTES
+        self._head = make_linear(w.head, quantize=quantize, pack=pack and copy)
+        left = list(w.layers)
+        del w
+        self._blocks: list[_Block] = []
+        while left:
+            self._blocks.append(_block(config, left.pop(0), quantize, pack))
+        if plain is not None and quantize is not None:
+            new_kv = lambda: self.prefix(1).new_kv(1, max(SIZES))  # noqa: E731
+            times = seconds(self.prefix(1), new_kv), seconds(plain, new_kv)
+            found = slower(quantize, *times, str(self.dtype).removeprefix("torch."))
+            self.notices += () if found is None else (found,)
+
+    def new_kv(self, slots: int, length: int) -> ContiguousKV:
+        """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
+        c = self.config
+        size = 2 * c.layers * slots * c.kv_heads * length * c.head_dim * self.dtype.itemsize
+        require_memory(
+            size, self.device, f"a cache of {slots} x {length} tokens", "lower max_length or the number of slots"
+        )
+        self._grow_rope(length)
+        return ContiguousKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device)
+
+    def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
+        """See `protocols.Target`. Raises CapabilityError for a layer there is not, CapacityError and RequestError for
+        rows that do not fit the cache or the vocabulary.
+
+        With the native decoder a mixed forward is split, short segments together and every long one alone, so that a
+        sequence's numbers never depend on its neighbours.
+        """
+        if not isinstance(kv, ContiguousKV):
+            raise CapabilityError(f"LeanTarget cannot read a {type(kv).__name__}: make the cache with its new_kv()")
+        if any(not 0 <= i <= self.layers for i in layers):
+            raise CapabilityError(
+                f"layers {layers} were asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
+            )
+        kv.reserve(rows)
+        cache, native = kv, self.native
+        if native is None:
+            return self._torch_forward(rows, cache, layers)
+        long = [i for i, s in enumerate(rows.segments) if s.count > self._native_rows]
+        if not long:
+            return native.forward(rows, cache, layers)
+        if len(rows.segments) == 1:
+            return self._torch_forward(rows, cache, layers)
+        groups = [([i], lambda part: self._torch_forward(part, cache, layers)) for i in long]
+        short = [i for i, s in enumerate(rows.segments) if s.count <= self._native_rows]
+        if short:
+            groups.append((short, lambda part: native.forward(part, cache, layers)))
+        return run_parts(rows, groups)
+
+    def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
+        return F.embedding(token, self._embedding)
+
+    def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """Final norm and output head, in float32 (float64 if the model is)."""
+        return self.head(self.norm(hidden))
+
+    def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        """The final norm, in the model's dtype."""
+        return self._norm(hidden.to(self.dtype))
+
+    def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """The output head, in float32 (float64 if the model is)."""
+        logits = self._head(normed.to(self.dtype))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def prefix(self, layers: int) -> LeanTarget:
+        """See `protocols.OpenTarget`."""
+        check_prefix(layers, self.layers)
+        other = copy.copy(self)
+        other.config = replace(self.config, layers=layers, window=self.config.window[:layers])
+        other.layers, other._blocks = layers, self._blocks[:layers]
+        other.native = self.native and self.native.prefix(other.config)
+        return other
+
+    @torch.no_grad()
+    def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:
+        """All rows in one pass through PyTorch's operators.
+
+        The blocks run in inference mode, where views cost half; what comes out is made outside of it, as ordinary tensors.
+        """
+        self._grow_rope(kv.capacity)
+        with torch.inference_mode():
+            x, taps = self._run_blocks(rows, kv, layers)
+        return Scores(self.unembed(x.index_select(0, rows.scored)), tuple(taps[i].clone() for i in layers))
+
+    def _run_blocks(
+        self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "N H"], dict[int, Tensor]]:
+        c = self.config
+        n, turned = rows.count, c.heads + c.kv_heads
+        attend = AttentionPlan(rows, kv, c.heads, c.window)
+        cos, sin = F.embedding(rows.position, self._rope).view(n, 2, 1, c.head_dim).unbind(1)
+        x = self._embed_rows(rows)
+        taps = {0: x}
+        for i, block in enumerate(self._blocks):
+            qkv = block.qkv(block.norm1(x)).view(n, turned + c.kv_heads, c.head_dim)
+            qk, v = qkv.split((turned, c.kv_heads), 1)
+            if block.qk_norm is not None:
+                qk = block.qk_norm(qk)
+            q, k = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin).split((c.heads, c.kv_heads), 1)
+            x = block.o.add(attend(i, q, k, v), x)
+            gate, up = block.gate_up(block.norm2(x)).split(c.inner, 1)
+            x = block.down.add(F.silu(gate).mul_(up), x)
+            if layers:
+                taps[i + 1] = x
+        return x, taps
+
+    def _embed_rows(self, rows: Rows) -> Float[Tensor, "N H"]:
+        try:
+            return F.embedding(rows.token, self._embedding)
+        except IndexError:
+            raise RequestError(
+                f"a token is not in the model's vocabulary of {self.vocab_size}: check the tokenizer"
+            ) from None
+
+    def _grow_rope(self, length: int) -> None:
+        """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is asked for."""
+        if self._rope.shape[0] < length:
+            self._rope = _rope_table(self.config, length, self.dtype, self.device)
+
+
+def _first(config: DecoderConfig) -> DecoderConfig:
+    """The shape of the first block alone."""
+    return replace(config, layers=1, window=config.window[:1])
+
+
+def _block(config: DecoderConfig, w: LayerWeights, quantize: str | None, pack: bool) -> _Block:
+    qk_norm = None
+    if w.q_norm is not None and w.k_norm is not None:
+        both = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
+        qk_norm = _norm(both, config.eps)
+
+    def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return make_linear(weight, bias, quantize=quantize, pack=pack)
+
+    return _Block(
+        norm1=_norm(w.norm1, config.eps),
+        qkv=linear(w.qkv, w.qkv_bias),
+        qk_norm=qk_norm,
+        o=linear(w.o, w.o_bias),
+        norm2=_norm(w.norm2, config.eps),
+        gate_up=linear(w.gate_up),
+        down=linear(w.down),
+    )
+
+
+def _rope_table(config: DecoderConfig, length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "L DD"]:
+    """Row t: cosines of position t for a head's two halves, then sines with the rotation's sign folded in.
+
+    Computed in float32 whatever the model's dtype, as transformers does.
+    """
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), config.inv_freq.float().cpu())
+    cos, sin = angle.cos() * config.rope_scale, angle.sin() * config.rope_scale
+    return torch.cat([cos, cos, -sin, sin], -1).to(device=device, dtype=dtype)
+
+
+def _norm(weight: Tensor, eps: float) -> Norm:
+    """x / rms(x) * weight over the last dimension; half precision is rounded before the weight, as in transformers."""
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+        return _CpuNorm(weight, eps)
+
+    def norm(x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    return norm
+
+
+class _CpuNorm:
+    """The same in five operations instead of eleven: for few rows, starting one costs more than its arithmetic."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight, self._eps, self._share = weight, weight.new_full((), eps), 1 / weight.shape[-1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_().mul(x).mul_(self._weight)

@@ -1,0 +1,261 @@
+"""From a folder or a Hub name to a target: the lean runtime where it can, transformers where it must."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider import isa
+from outrider.errors import ConfigError, unknown_name
+from outrider.models.admit import admit
+from outrider.models.checkpoint import Checkpoint, Progress, read_entries
+from outrider.models.config import Unsupported, read_raw_config
+from outrider.models.folder import require_config, resolve_folder
+from outrider.models.lean import LeanTarget
+from outrider.models.native.build import load_library
+from outrider.models.native.runtime import library_for
+from outrider.models.places import check_numbers
+from outrider.models.tokenizer import (
+    find_tokenizer,
+    first_difference,
+    load_tokenizer,
+    stop_ids,
+    vocab_fingerprint,
+)
+from outrider.nn.linear import QUANTIZE
+from outrider.nn.memory import available_memory, require_memory
+from outrider.protocols import Target
+
+__all__ = [
+    "Facts",
+    "available_memory",
+    "find_tokenizer",
+    "first_difference",
+    "inspect_checkpoint",
+    "load_target",
+    "load_tokenizer",
+    "stop_ids",
+    "vocab_fingerprint",
+]
+
+FLOAT16 = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
+"""Instructions with products of float16."""
+IMPLEMENTATIONS = ("auto", "lean", "hf")
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+}
+
+
+def load_target(
+    path_or_name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    implementation: str = "auto",
+    quantize: str | None = None,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+    role: str = "model",
+) -> Target:
+    """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint is run.
+
+    dtype:          "auto", or "bfloat16", "float16", "float32", "float64". Auto is bfloat16 on a CPU that multiplies it
+                    (AVX512_BF16, AMX, ARM's bf16) or, for bfloat16 checkpoints, that has the native decoder (half the
+                    bytes to read, arithmetic in float32), else float32; on a GPU the checkpoint's own.
+    device:         "auto" (a GPU if there is one), or a PyTorch device.
+    implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean where it can; `notices` say why not.
+    quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
+    max_length:     tokens of context, at most the model's; None for all of them.
+    progress:       called with the share of the weights read so far.
+    role:           what it is to its user, for messages: "target", "draft".
+
+    Raises ConfigError for a wrong option or checkpoint, CapacityError if the weights do not fit into memory.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(unknown_name("implementation", implementation, IMPLEMENTATIONS))
+    if quantize is not None and quantize not in QUANTIZE:
+        raise ConfigError(unknown_name("quantize", quantize, QUANTIZE))
+    where = _device(device)
+    _named_dtype(dtype)
+    folder = resolve_folder(path_or_name)
+    require_config(folder)
+    found = _runtime(folder, implementation, max_length)
+    if isinstance(found, str):
+        return _load_hf(folder, dtype, where, quantize, max_length, found, role)
+    chosen = _choose_dtype(dtype, found.layout.stored, where, lean=True)
+    target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role), quantize=quantize)
+    target.notices += _dtype_notices(folder, chosen, where, target.native is not None)
+    return target
+
+
+def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | str:
+    """A checkpoint that the lean runtime reads, or why transformers is used: a sentence, empty where nothing is lost."""
+    try:
+        checkpoint = Checkpoint(folder, max_length=max_length)
+    except (Unsupported, ConfigError) as reason:
+        if implementation == "hf":  # transformers has its own words for what is wrong, if anything is
+            return ""
+        if not isinstance(reason, Unsupported):
+            raise
+        if implementation == "lean":
+            raise ConfigError(f"the lean runtime cannot run {folder}: {reason}; use implementation 'hf'") from None
+        return (
+            f"{folder.name} runs on transformers, not on the lean runtime (slower): {reason}; a model of the Llama, Qwen2, "
+            "Qwen3 or Mistral families would run on it"
+        )
+    if implementation == "hf":
+        return f"{folder.name} runs on transformers though the lean runtime is faster: leave implementation 'hf' out"
+    return checkpoint
+
+
+def reads_emulated(path_or_name: str | Path, dtype: torch.dtype, device: torch.device, implementation: str) -> bool:
+    """Whether this checkpoint would run on transformers in a type that this machine multiplies only by emulating it."""
+    return _emulated(dtype, device) and isinstance(_runtime(resolve_folder(path_or_name), implementation), str)
+
+
+def _load_hf(
+    folder: Path,
+    dtype: str,
+    device: torch.device,
+    quantize: str | None,
+    max_length: int | None,
+    notice: str,
+    role: str,
+) -> Target:
+    from outrider.models.hf.target import HFTarget
+
+    if quantize is not None:
+        raise ConfigError(
+            f"quantize={quantize!r} needs the lean runtime, which does not run {folder}: leave quantize out"
+        )
+    raw = read_raw_config(folder)
+    admit(folder, raw)
+    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device, lean=False)
+    entries = read_entries(folder)
+    check_numbers({name: entry.stored for name, entry in entries.items()}, bool(raw.get("quantization_config")))
+    size = sum(math.prod(entry.shape) for entry in entries.values()) * chosen.itemsize
+    require_memory(size, device, f"the weights of the {role}", f"choose a smaller {role} or dtype, or free memory")
+    target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
+    target.notices = (*([notice] if notice else []), *target.notices, *_dtype_notices(folder, chosen, device, False))
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a checkpoint's files say, without loading weights.
+
+    runtime: "lean" or "transformers"; reason: why not lean, or "". kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
+    will not run as fast as it could here, as far as files and the machine tell.
+    """
+
+    architecture: str
+    runtime: str
+    reason: str
+    parameters: int
+    dtype: str
+    vocab_size: int
+    max_length: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    notices: tuple[str, ...]
+
+
+def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
+    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError for what that would refuse."""
+    folder, where = resolve_folder(path_or_name), _device(device)
+    require_config(folder)
+    raw = read_raw_config(folder)
+    entries = read_entries(folder)
+    found = _runtime(folder, "auto")
+    lean = not isinstance(found, str)
+    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where, lean=lean)
+    if isinstance(found, Checkpoint):
+        c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
+        sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
+        library, told = library_for(c, chosen) if where.type == "cpu" else (None, None)
+    else:
+        runtime, reason, library, told = "transformers", found, None, found
+        parameters = sum(math.prod(entry.shape) for entry in entries.values())
+        sizes = _sizes_by_transformers(admit(folder, raw))
+    vocab_size, max_length, layers, kv_heads, head_dim = sizes
+    named = raw.get("architectures") or [raw.get("model_type", "unknown")]
+    return Facts(
+        architecture=str(named[0]) if isinstance(named, list) and named else str(named),
+        runtime=runtime,
+        reason=reason,
+        parameters=parameters,
+        dtype=str(chosen).removeprefix("torch."),
+        vocab_size=vocab_size,
+        max_length=max_length,
+        weights_bytes=parameters * chosen.itemsize,
+        kv_bytes_per_token=2 * layers * kv_heads * head_dim * chosen.itemsize,
+        notices=(*([told] if told else []), *_dtype_notices(folder, chosen, where, library is not None)),
+    )
+
+
+def _sizes_by_transformers(config: Any) -> tuple[int, int, int, int, int]:
+    """Vocabulary, positions, layers, key heads and their size, as transformers reads them; 0 where a model has no such thing."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None) or 0
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    positions = getattr(text, "max_position_embeddings", None) or 0
+    return text.vocab_size, positions, text.num_hidden_layers, kv_heads, head_dim
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use 'auto', 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} is not there (PyTorch sees no GPU); use 'auto' or 'cpu'")
+    return device
+
+
+def _named_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, None for "auto"."""
+    if name != "auto" and name not in DTYPES:
+        raise ConfigError(unknown_name("dtype", name, ["auto", *DTYPES]))
+    return DTYPES.get(name)
+
+
+def _choose_dtype(name: str, stored: object, device: torch.device, *, lean: bool) -> torch.dtype:
+    """lean: our runtime may have the native decoder, whose arithmetic on bfloat16 weights is float32's everywhere."""
+    named = _named_dtype(name)
+    if named is not None:
+        return named
+    if device.type != "cpu":
+        return DTYPES.get(str(stored), torch.bfloat16)
+    halves = lean and DTYPES.get(str(stored)) is torch.bfloat16 and load_library() is not None
+    return torch.bfloat16 if isa.multiplies_bfloat16() or halves else torch.float32
+
+
+def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine has no products of this type, and PyTorch widens every number first."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if dtype is torch.bfloat16:
+        return not isa.multiplies_bfloat16()
+    return not isa.chosen().native or FLOAT16.isdisjoint(isa.cpu_flags())
+
+
+def _dtype_notices(folder: Path, dtype: torch.dtype, device: torch.device, native: bool) -> tuple[str, ...]:
+    """Whether the type slows PyTorch down on this machine. native: the decoder is ours, for which it does not."""
+    if native or not _emulated(dtype, device):
+        return ()
+    name = str(dtype).removeprefix("torch.")
+    return (f"{folder.name} runs in {name}, which this CPU only emulates (slower): choose --dtype float32",)

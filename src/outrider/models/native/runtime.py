@@ -1,0 +1,261 @@
+"""The native decoder seen from Python: pointers in, logits out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+import weakref
+from array import array
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from outrider import isa
+from outrider.errors import CapacityError, RequestError
+from outrider.models.decoder import DecoderConfig, DecoderWeights
+from outrider.nn.compiled import DECODER, load
+from outrider.nn.kv import ContiguousKV
+from outrider.types import Rows, Scores
+
+LAYER_TENSORS = ("norm1", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "norm2", "gate_up", "down")
+
+
+WITHOUT_TORCH = ("AVX2", "generic")
+"""Kinds of CPU for which torch has no bfloat16 products: its stand-in is 3 to 5 times slower than ours at any number of rows."""
+
+FEW_ROWS = 32
+"""Up to here weights are read as fast as they are multiplied, on any CPU; beyond, torch's products may be the faster ones."""
+
+ROWS = 256
+"""The same for CPUs with AVX-512, where ours are 1.3 to 2 times faster at 33 to 128 rows, and level at 400."""
+
+
+class _Layer(ctypes.Structure):
+    """`LayerPointers` of layout.h."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in LAYER_TENSORS), ("window", ctypes.c_int64)]
+
+
+class _Model(ctypes.Structure):
+    """`ModelPointers` of layout.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half")
+        ),
+        *((name, ctypes.c_double) for name in ("eps", "rope_scale")),
+        *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "norm", "head")),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+_CALL = struct.Struct("7q9Q")
+"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity; then nine pointers."""
+
+ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
+
+OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
+
+
+def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:
+    """The native decoder for these weights, or None where it cannot be and PyTorch serves; and what a user should know about it.
+
+    It needs float32 or bfloat16 weights on the CPU and its library (see `outrider.nn.compiled`); the environment variable
+    OUTRIDER_NATIVE=0 switches it off. Weights on a GPU have nothing to miss.
+    """
+    if weights.embedding.device.type != "cpu":
+        return None, []
+    library, notice = library_for(config, weights.dtype)
+    unlike = _unlike(config, weights) if library is not None else None
+    if library is None or unlike is not None:
+        return None, [notice or "" if unlike is None else f"{DECODER.instead}: {unlike}"]
+    return NativeDecoder(library, config, weights), [] if notice is None else [notice]
+
+
+def library_for(config: DecoderConfig, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library if models of this shape and type can be decoded natively on this CPU; a notice if there is none or a slow one."""
+    reason = _unfit(config, dtype)
+    if reason is not None:
+        return None, f"{DECODER.instead}: {reason}"
+    loaded = load(DECODER)
+    if loaded.library is None or loaded.notice is not None:
+        return loaded.library, loaded.notice
+    return loaded.library, isa.unused(_kind(loaded.library))
+
+
+def _kind(library: ctypes.CDLL) -> str:
+    """The instructions that a decoder's library was compiled for."""
+    library.outrider_kind.argtypes, library.outrider_kind.restype = (), ctypes.c_char_p
+    return library.outrider_kind().decode()
+
+
+def _unfit(config: DecoderConfig, dtype: torch.dtype) -> str | None:
+    """Why they cannot be, and what to do about it, in a clause; None if they can."""
+    if os.environ.get("OUTRIDER_NATIVE") == "0":
+        return "OUTRIDER_NATIVE is 0; unset it"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {str(dtype).removeprefix('torch.')}; choose dtype float32 or bfloat16"
+    if config.head_dim % 2 or config.heads % config.kv_heads:
+        return (
+            f"{config.heads} heads of {config.head_dim} over {config.kv_heads} do not pair up as the native decoder needs; "
+            "choose a model whose heads do, if speed matters"
+        )
+    return None
+
+
+def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
+    """Why these tensors are not what the decoder reads, in a clause; None if they are."""
+    for name, tensor, shape in _expected(config, weights):
+        if tensor.shape != shape:
+            return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
+        if tensor.dtype != weights.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
+    return None
+
+
+def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+    """Every tensor that is there, with the shape it must have."""
+    c, wide = config, config.heads * config.head_dim
+    fused = wide + 2 * config.kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm1": (c.hidden,),
+        "qkv": (fused, c.hidden),
+        "qkv_bias": (fused,),
+        "q_norm": (c.head_dim,),
+        "k_norm": (c.head_dim,),
+        "o": (c.hidden, wide),
+        "o_bias": (c.hidden,),
+        "norm2": (c.hidden,),
+        "gate_up": (2 * c.inner, c.hidden),
+        "down": (c.hidden, c.inner),
+    }
+    out = [
+        ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
+        ("norm", weights.norm, (c.hidden,)),
+        ("head", weights.head, (c.vocab_size, c.hidden)),
+    ]
+    for i, layer in enumerate(weights.layers):
+        tensors = {name: getattr(layer, name) for name in LAYER_TENSORS}
+        out += [(f"{name} of layer {i}", t, shapes[name]) for name, t in tensors.items() if t is not None]
+    return out
+
+
+class NativeDecoder:
+    """Runs forwards of few rows per sequence at the speed of memory.
+
+    A row's logits, hidden states, keys and values are the same bits whatever else is in the call and whatever the number of
+    threads: they depend on its token, its position and the keys and values it sees. Big weights are read in place; norm
+    weights and biases are copied, so weights must not be changed under it. Calls from several threads take turns.
+
+    kind:     the instructions it was compiled for. max_rows: most rows of one segment for which this is the fast path; more
+              are correct, but torch is faster.
+    """
+
+    def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: DecoderWeights) -> None:
+        self._library, self._config, self._weights = library, config, weights
+        self._forward = library.outrider_forward
+        self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
+        library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
+        library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
+        self.kind: str = _kind(library)
+        alone = weights.dtype is torch.bfloat16 and self.kind in WITHOUT_TORCH
+        self.max_rows = sys.maxsize if alone else ROWS if self.kind.startswith("AVX-512") else FEW_ROWS
+        handle = self._new(library)
+        if not handle:
+            raise CapacityError("no memory for the native decoder: set OUTRIDER_NATIVE=0 or use a smaller model")
+        self._handle: int = handle
+        weakref.finalize(self, library.outrider_free, handle)
+        self._checked: weakref.ref[ContiguousKV] | None = None
+
+    def forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...] = ()) -> Scores:
+        """Score `rows` and write their keys and values behind the cached tokens; see `protocols.Target.forward`.
+
+        kv must hold this model's shapes and type. Hidden states have the type of the weights. Raises RequestError for a
+        token outside of the vocabulary and CapacityError for rows that do not fit into the cache.
+        """
+        if self._checked is None or self._checked() is not kv:
+            self._check(kv)
+        token, position, scored = _long(rows.token), _long(rows.position), _long(rows.scored)
+        n, m = token.shape[0], scored.shape[0]
+        if position.shape[0] != n or any(not 0 <= i <= self._config.layers for i in layers):
+            raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
+        logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
+        hidden = tuple(torch.empty(n, self._config.hidden, dtype=self._weights.dtype) for _ in layers)
+        taps, outs = array("q", layers), array("Q", [h.data_ptr() for h in hidden])
+        segments = array("q", _flat(rows))
+        call = _CALL.pack(
+            n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
+            token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
+            taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
+        )  # fmt: skip
+        status = self._forward(self._handle, call)
+        if status != OK:
+            self._fail(status)
+        return Scores(logits, hidden)
+
+    def prefix(self, config: DecoderConfig) -> NativeDecoder:
+        """A decoder of the first `config.layers` blocks on the same weights."""
+        return NativeDecoder(
+            self._library, config, replace(self._weights, layers=self._weights.layers[: config.layers])
+        )
+
+    def _new(self, library: ctypes.CDLL) -> int | None:
+        c, w = self._config, self._weights
+        pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
+        layers = (_Layer * c.layers)(
+            *(
+                _Layer(*(pointer(getattr(layer, name)) for name in LAYER_TENSORS), window)
+                for layer, window in zip(w.layers, c.window, strict=True)
+            )
+        )
+        inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
+        half = int(w.dtype is torch.bfloat16)
+        model = _Model(
+            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, c.eps, c.rope_scale,
+            inv_freq.data_ptr(), pointer(w.embedding), pointer(w.norm), pointer(w.head), layers,
+        )  # fmt: skip
+        return library.outrider_new(ctypes.addressof(model))
+
+    def _check(self, kv: ContiguousKV) -> None:
+        """A cache is looked at once: its shape and type do not change."""
+        c = self._config
+        shape = (c.layers, kv.slots, c.kv_heads, kv.capacity, c.head_dim)
+        for t in (kv.k, kv.v):
+            if t.shape != shape or t.dtype != self._weights.dtype or t.device.type != "cpu" or not t.is_contiguous():
+                raise ValueError(f"the cache must be contiguous {self._weights.dtype} on the CPU of shape {shape}")
+        self._checked = weakref.ref(kv)
+
+    def _fail(self, status: int) -> None:
+        if status == BAD_TOKEN:
+            raise RequestError(
+                f"a token is not in the model's vocabulary of {self._config.vocab_size}: check the tokenizer"
+            )
+        if status == NO_ROOM:
+            raise CapacityError(
+                "a sequence outgrows its cache slot: raise the engine's max_length or shorten the draft"
+            )
+        if status == NO_MEMORY:
+            raise CapacityError("no memory for a forward: use fewer or shorter sequences at a time")
+        raise ValueError(
+            "the segments do not describe the rows" if status == BAD_SEGMENT else "a scored row is not a row"
+        )
+
+
+def _flat(rows: Rows) -> list[int]:
+    """What the segments say, as layout.h wants it."""
+    out: list[int] = []
+    for s in rows.segments:
+        out += (s.slot, s.first, s.cached, s.prefix, len(s.parent))
+        out += s.parent
+    return out
+
+
+def _long(index: Tensor) -> Tensor:
+    """int64 on the CPU, in one piece."""
+    if index.dtype is torch.int64 and index.is_cpu and index.is_contiguous():
+        return index
+    return index.to("cpu", torch.int64).contiguous()

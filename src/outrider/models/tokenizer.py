@@ -1,0 +1,190 @@
+"""Tokenizers of checkpoints: loading one safely, and telling two vocabularies apart."""
+
+from __future__ import annotations
+
+import hashlib
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from tokenizers import Tokenizer
+
+from outrider.errors import ConfigError
+from outrider.models.config import CONFIG_BYTES, read_json
+from outrider.models.folder import resolve_folder
+
+TOKENIZER_BYTES = 128 << 20
+"""Largest tokenizer.json that is read: the largest real ones have 35 MB."""
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What is needed of a tokenizer to compare it: its strings and their ids."""
+
+    def get_vocab(self) -> Mapping[str, int]: ...
+
+
+def load_tokenizer(path_or_name: str | Path) -> Any:
+    """The fast tokenizer of a folder or Hub name; no code of the folder is run. Raises ConfigError if there is none."""
+    folder = resolve_folder(path_or_name)
+    core = folder / "tokenizer.json"
+    if not core.is_file():
+        raise ConfigError(
+            f"{folder} has no tokenizer.json: save it with transformers' fast tokenizer "
+            "(tokenizer.save_pretrained(folder))"
+        )
+    for file in (core, *folder.glob("*.jinja"), *folder.glob("*token*.json")):
+        if file.stat().st_size > TOKENIZER_BYTES:
+            raise ConfigError(f"{file} is larger than {TOKENIZER_BYTES >> 20} MiB, no tokenizer is: download it again")
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and read_json(settings, TOKENIZER_BYTES).get("auto_map"):
+        raise ConfigError(
+            f"{settings} names code of its own (auto_map), which Outrider never runs: remove it "
+            "or use another tokenizer"
+        )
+    try:
+        plain = _plain(folder)
+        if plain is not None:
+            return plain
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise ConfigError(
+            f"the tokenizer in {folder} cannot be read ({reprlib.repr(str(error))}): download it again"
+        ) from None
+
+
+def find_tokenizer(path_or_name: str | Path) -> Any | None:
+    """`load_tokenizer`, or None for a folder that holds none: such a model works on token ids."""
+    folder = resolve_folder(path_or_name)
+    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+class PlainTokenizer:
+    """A tokenizer.json and nothing else: what transformers' generic class does for text and ids, without importing it.
+
+    That import costs 85 MB and two seconds, more than a small model needs altogether.
+    """
+
+    chat_template = None
+
+    def __init__(self, core: Tokenizer, eos_token_id: int | None) -> None:
+        self._core, self.eos_token_id = core, eos_token_id
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self._core.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._core.get_vocab(with_added_tokens=True)
+
+
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+PLAIN_SETTINGS = frozenset({
+    "tokenizer_class", "clean_up_tokenization_spaces", "model_max_length", "backend", "is_local", "local_files_only",
+    "name_or_path", "transformers_version", "padding_side", "truncation_side", "model_input_names",
+})  # fmt: skip
+"""Keys of tokenizer_config.json that say nothing about the ids of one text; with any other one transformers reads the folder."""
+
+
+def _plain(folder: Path) -> PlainTokenizer | None:
+    """The plain tokenizer of a folder whose settings leave nothing for transformers to do, else None."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file, TOKENIZER_BYTES) if file.is_file() else {}
+    generic = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    unread = {key for key, value in settings.items() if value is not None} - PLAIN_SETTINGS - set(SPECIAL)
+    if not generic or unread or settings.get("clean_up_tokenization_spaces") or any(folder.glob("*.jinja")):
+        return None
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.no_padding()
+    core.no_truncation()
+    marked = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+    named = [settings[key] for key in SPECIAL if settings.get(key) is not None]
+    if not all(isinstance(token, str) and token in marked for token in named):
+        return None  # transformers marks it, so that it is one token in a text and none in its decoding
+    eos = settings.get("eos_token")
+    return PlainTokenizer(core, core.token_to_id(eos) if isinstance(eos, str) else None)
+
+
+def forget_words(tokenizer: Any) -> None:
+    """Keep no words of the texts that are encoded: for servers, whose texts are others'.
+
+    A fast BPE tokenizer keeps up to 10,000 words in every thread that encodes, 0.4 MB before the first one, and never lets go of
+    them; encoding a text is some 20% slower without. Nothing is done for a tokenizer that has no such memory.
+    """
+    core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
+    resize = getattr(getattr(core, "model", None), "_resize_cache", None)
+    if resize is not None:
+        resize(0)
+
+
+def vocab_fingerprint(tokenizer: Vocabulary) -> str:
+    """SHA-256 (hex) of the vocabulary, id by id: equal exactly when every id stands for the same string."""
+    digest = hashlib.sha256()
+    for text, token in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{token}:{len(text)}:{text}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def first_difference(a: Vocabulary, b: Vocabulary) -> tuple[int, str, str] | None:
+    """The lowest id that stands for different strings in the two vocabularies, with both strings; None if there is none.
+
+    Ids that only one of them knows are padding of a model's embedding and do not count.
+    """
+    ours = {token: text for text, token in a.get_vocab().items()}
+    theirs = {token: text for text, token in b.get_vocab().items()}
+    for token in sorted(ours.keys() & theirs.keys()):
+        if ours[token] != theirs[token]:
+            return token, ours[token], theirs[token]
+    return None
+
+
+def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
+    """Tokens that end a text: of generation_config.json, else of config.json; and the tokenizer's own end of text.
+
+    Raises ConfigError if generation_config.json asks for a constraint on every text, which is nothing a model can ask for here.
+    """
+    folder = resolve_folder(path_or_name)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        _refuse_constraints(read_json(generation, CONFIG_BYTES), generation)
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and not found:
+            named = read_json(folder / name, CONFIG_BYTES).get("eos_token_id")
+            found = [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
+    own = getattr(tokenizer, "eos_token_id", None)
+    return tuple(dict.fromkeys([*found, *([own] if isinstance(own, int) else [])]))
+
+
+CONSTRAINTS: dict[str, tuple[Any, ...]] = {
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "exponential_decay_length_penalty": (),
+    "no_repeat_ngram_size": (0,),
+    "stop_strings": ([],),
+    "watermarking_config": (),
+    "guidance_scale": (1,),
+}
+"""Keys of generation_config.json that bind every text of transformers' `generate`, and their values that bind none.
+
+Its other keys are defaults of sampling: here a request says how it is sampled.
+"""
+
+
+def _refuse_constraints(raw: Mapping[str, Any], file: Path) -> None:
+    for key, free in CONSTRAINTS.items():
+        if raw.get(key) is not None and raw[key] not in free:
+            raise ConfigError(
+                f"{file} sets {key}, which is not applied here: remove it, and say it in the request "
+                "(logit_bias bans tokens, stop ends texts)"
+            )

@@ -1,0 +1,282 @@
+"""Native libraries: those that came with the wheel, or compiled here once per machine and kept in the user's cache.
+
+The decoder and the rules' passes over a vocabulary have native twins. Both load through here. The wheel's library is taken where
+it is for all the instructions of this CPU that our kernels use; otherwise one is compiled; where that cannot be, a lesser one of
+the wheel's serves; where there is none, PyTorch. Whatever is not the fastest comes with a notice. Imports nothing heavy: wheels
+are built with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from outrider import isa
+
+logger = logging.getLogger(__name__)
+
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+)
+"""-O2: -O3 takes twice as long to compile for the same speed. No contraction: see models/native/simd.h."""
+NATIVE = (("-march=native",), ("-mcpu=native",), ())
+"""How compilers are told to use all of this CPU: x86 and newer ARM compilers, older ARM compilers, those that cannot be told."""
+STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s")
+"""For libraries that go elsewhere, where the C++ runtime may be an older one: what they need of it is in them, and nothing else."""
+TIMEOUT = 300.0
+HERE = Path(__file__).parent
+WHEEL = HERE / "prebuilt"
+"""Where a wheel brings its libraries; a source tree has none."""
+COMPILER = "install g++ or clang++, or set CXX"
+CACHE = "set XDG_CACHE_HOME to a folder that only you can write to, on a disk that programs may run from"
+
+
+class BuildError(Exception):
+    """Why a library cannot be had here, and what to do. Never reaches a user as an error: `load` makes a notice of it."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(why)
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is compiled into one library.
+
+    name: of the source in `folder`, which includes whatever else is C++ there. threads: whether it is worth OpenMP. instead: what
+    happens where there is no library.
+    """
+
+    name: str
+    folder: Path
+    threads: bool
+    instead: str
+
+    @property
+    def sources(self) -> list[Path]:
+        """Its files; a library is of exactly these."""
+        return sorted(p for p in self.folder.iterdir() if p.suffix in (".cpp", ".h"))
+
+
+DECODER = Unit("decoder", HERE / "target" / "native", True, "decoding runs on PyTorch, up to four times slower")
+PASSES = Unit("passes", HERE / "verify", False, "drafts are verified by PyTorch, which is slower")
+UNITS = (DECODER, PASSES)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A unit's library, or None where PyTorch must serve; and a sentence for the user if it is not the fastest that could be."""
+
+    library: ctypes.CDLL | None
+    notice: str | None = None
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/outrider/native`, or the same under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "outrider" / "native"
+
+
+@functools.cache
+def load(unit: Unit) -> Loaded:
+    """The unit's library, once a process. May compile for some seconds the first time on a machine.
+
+    Raises ConfigError if OUTRIDER_ISA names what cannot be.
+    """
+    choice = isa.chosen()
+    ready = prebuilt(unit, choice)
+    try:
+        if ready is not None and (choice.prebuilt or ready[1] == choice.level):
+            return Loaded(ctypes.CDLL(str(ready[0])))
+        if choice.prebuilt:
+            raise BuildError(
+                f"no library came with this installation, and {isa.VARIABLE} asks for it", f"unset {isa.VARIABLE}"
+            )
+        return _compiled(unit, None if choice.native else choice.level)
+    except (BuildError, OSError) as error:
+        return _without(unit, error, ready)
+
+
+def prebuilt(unit: Unit, choice: isa.Choice) -> tuple[Path, isa.Level] | None:
+    """The wheel's library for the most of the instructions that may be used here, or None."""
+    for level in reversed(isa.levels() if choice.level is not None and sys.platform == "linux" else ()):
+        path = WHEEL / isa.machine() / wheel_name(unit, level)
+        if isa.levels().index(level) <= isa.levels().index(choice.level) and path.is_file():  # type: ignore[arg-type]
+            return path, level
+    return None
+
+
+def wheel_name(unit: Unit, level: isa.Level) -> str:
+    """A library's file name in a wheel; it says of which sources it is, so that a stale one is never loaded."""
+    digest = hashlib.sha256("\0".join(FLAGS).encode())
+    for source in unit.sources:
+        digest.update(source.read_bytes())
+    return f"{unit.name}-{level.name}-{digest.hexdigest()[:16]}.so"
+
+
+def _without(unit: Unit, error: Exception, ready: tuple[Path, isa.Level] | None) -> Loaded:
+    """What is left where the best library cannot be had, with the reason."""
+    why, remedy = str(error), getattr(error, "remedy", CACHE)
+    if ready is not None:
+        try:
+            library = ctypes.CDLL(str(ready[0]))
+        except OSError as broken:
+            why += f"; the wheel's library does not load ({broken})"
+        else:
+            slower = f"the native library '{unit.name}' uses {ready[1].kind} instructions, not all of this CPU's"
+            return Loaded(library, f"{slower}: {why}; {remedy}")
+    logger.info("no native %s: %s", unit.name, why)
+    return Loaded(None, f"{unit.instead}: {why}; {remedy}")
+
+
+def _compiled(unit: Unit, level: isa.Level | None) -> Loaded:
+    """From the cache, or from a folder for this process alone where the cache cannot be used."""
+    if os.name != "posix":
+        raise BuildError("native libraries are compiled on Linux and macOS only", "use one of these")
+    compiler = find_compiler()
+    try:
+        return _linked(unit, compiler, cache_folder(), level)
+    except (BuildError, OSError) as error:
+        if getattr(error, "remedy", CACHE) != CACHE:
+            raise
+        with tempfile.TemporaryDirectory(prefix="outrider-") as folder:  # a loaded library needs its file no longer
+            made = _linked(unit, compiler, Path(folder), level)
+        again = f"the native library '{unit.name}' is compiled again at every start, for some seconds: {error}; {CACHE}"
+        return Loaded(made.library, again)
+
+
+def _linked(unit: Unit, compiler: list[str], folder: Path, level: isa.Level | None) -> Loaded:
+    """With torch's OpenMP runtime if it is wanted and its symbols are found, else for one thread."""
+    first: Exception | None = None
+    for openmp in (True, False) if unit.threads else (False,):
+        try:
+            library = ctypes.CDLL(str(build(unit, compiler, folder, openmp=openmp, level=level)))
+        except (BuildError, OSError) as error:
+            if first is not None or not unit.threads:
+                raise
+            first = error
+        else:
+            alone = f"the native library '{unit.name}' uses one thread: {first}; set CXX to a compiler with OpenMP, g++ for one"
+            return Loaded(library, None if first is None else alone)
+    raise AssertionError("unreachable")
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: `$CXX`, else the first of c++, g++ and clang++ on the path."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in ([chosen] if chosen else []) + [["c++"], ["g++"], ["clang++"]]:
+        path = shutil.which(command[0])
+        if path is not None:
+            return [path, *command[1:]]
+    raise BuildError("there is no C++ compiler", COMPILER)
+
+
+def build(unit: Unit, compiler: list[str], folder: Path, *, openmp: bool, level: isa.Level | None = None) -> Path:
+    """Path of the shared library for this compiler and these instructions, compiled if it is not in `folder` yet.
+
+    openmp: with threads. level: its instructions; None for all of this CPU's. Raises BuildError when it cannot be compiled, or when
+    what lies in the cache could be another user's work.
+    """
+    target, macros = _probe(compiler, NATIVE if level is None else (level.flags,))
+    flags = [*FLAGS, *target, *(["-fopenmp"] if openmp else [])]
+    digest = hashlib.sha256("\0".join([*compiler, *flags, sys.platform, macros]).encode())
+    for source in unit.sources:
+        digest.update(source.read_bytes())
+    _make_private(folder)
+    library = folder / f"{digest.hexdigest()[:32]}.so"
+    if not library.exists():
+        compile_unit(unit, compiler, flags, library)
+    _check_owner(library)
+    return library
+
+
+def build_for_wheel(unit: Unit, compiler: list[str], level: isa.Level, folder: Path) -> Path:
+    """The library for any machine with these instructions, under the name that a wheel gives it. Raises BuildError."""
+    library = folder / wheel_name(unit, level)
+    compile_unit(unit, compiler, [*FLAGS, *level.flags, *(["-fopenmp"] if unit.threads else [])], library, STATIC)
+    library.chmod(0o755)
+    return library
+
+
+def _probe(compiler: list[str], options: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], str]:
+    """The first flags that the compiler takes, and every macro it defines under them: its version and the CPU's instructions."""
+    error = ""
+    for flags in options:
+        done = _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        if done.returncode == 0:
+            return flags, done.stdout
+        error = error or _last_line(done.stderr)
+    raise BuildError(f"{compiler[0]} does not run ({error})", COMPILER)
+
+
+def compile_unit(
+    unit: Unit, compiler: list[str], flags: Sequence[str], library: Path, link: Sequence[str] = ()
+) -> None:
+    """Compile beside the place and rename: two processes may do this at once. link: further flags of the linker."""
+    logger.info("compiling %s (once per machine, some seconds)", unit.name)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+        part, made = Path(name) / "unit.o", Path(name) / "unit.so"
+        _call([*compiler, *flags, "-c", str(unit.folder / f"{unit.name}.cpp"), "-o", str(part)])
+        # Linked without -fopenmp: the OpenMP symbols stay open and resolve to the runtime torch has loaded.
+        loose = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        _call([*compiler, "-shared", *loose, *link, str(part), "-o", str(made), "-lm", "-pthread"])
+        os.chmod(made, 0o700)
+        os.replace(made, library)
+    logger.info("compiled in %.1f s: %s", time.perf_counter() - start, library)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{command[0]} does not run ({error})", COMPILER) from None
+
+
+def _call(command: list[str]) -> None:
+    done = _run(command)
+    if done.returncode != 0:
+        raise BuildError(f"{command[0]} failed ({_last_line(done.stderr)})", COMPILER)
+
+
+def _last_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if "error" in line]
+    return (errors or text.splitlines() or ["no message"])[0].strip()
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be made ({error.strerror})", CACHE) from None
+    _check_owner(folder)
+
+
+def _check_owner(path: Path) -> None:
+    """Code is loaded only from places that nobody but this user can write to."""
+    about = path.stat()
+    if about.st_uid != os.getuid():
+        raise BuildError(f"{path} belongs to another user", CACHE)
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(f"{path} can be written by other users (chmod go-w takes that away)", CACHE)

@@ -1,0 +1,178 @@
+"""Logits to laws: p = softmax of the processed logits; at temperature 0 the point mass at their maximum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from outrider.errors import CapabilityError, ConfigError
+from outrider.params import SamplingParams
+from outrider.sampling import cpu, processors
+from outrider.sampling.grammar import Automaton, Grammars
+from outrider.sampling.history import History
+from outrider.threads import serially
+from outrider.types import SequenceView
+
+
+class Law:
+    """The request's processors as one function of (logits, history): implements `protocols.DraftLaw`.
+
+    A pure function; it only remembers token counts per slot so as not to recount a growing sequence. Row i of the result
+    depends on row i of the logits, on `sequences[i]` and on `paths[i]`, and on nothing else, bit for bit.
+    """
+
+    def __init__(self, vocab_size: int, eos_ids: Sequence[int] = (), grammars: Grammars | None = None) -> None:
+        """vocab_size: columns of the logits. eos_ids: tokens that end a sequence, forbidden below `min_tokens`. grammars: those
+        of the tokenizer, needed by requests with a grammar."""
+        if vocab_size < 1:
+            raise ConfigError(f"a law needs at least one token, got vocab_size = {vocab_size}")
+        if any(not 0 <= t < vocab_size for t in eos_ids):
+            raise ConfigError(
+                f"end-of-sequence tokens {tuple(eos_ids)} are not all tokens of a vocabulary of {vocab_size}"
+            )
+        self.vocab_size = vocab_size
+        self.eos_ids = tuple(eos_ids)
+        self.grammars = grammars
+        self._histories: dict[int, History] = {}
+        self._automata: dict[int, Automaton] = {}
+
+    def __call__(
+        self, logits: Float[Tensor, "M V"], sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "M V"]:
+        """Laws float32 (float64 if the logits are); rows sum to one. The logits are not changed.
+
+        sequences: per row its sequence. paths: per row the drafted tokens between the sequence's anchor and this row.
+        A row whose logits `finite_rows` rejects gets NaN (or an arbitrary token); its neighbours get what they always get.
+        """
+        if logits.shape != (len(sequences), self.vocab_size) or len(paths) != len(sequences):
+            raise CapabilityError(
+                f"a law over {self.vocab_size} tokens for {len(sequences)} rows and {len(paths)} paths was given logits of shape "
+                f"{tuple(logits.shape)}; map the draft's vocabulary to the target's first"
+            )
+        with serially(logits.numel()):
+            return self._laws(logits, sequences, paths)
+
+    def _laws(
+        self, logits: Tensor, sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "M V"]:
+        params = [params_of(s) for s in sequences]
+        x = logits if logits.dtype == torch.float64 else logits.float()
+        if any(p.edits for p in params):
+            x = self._edit(x.clone(), params, sequences, paths)
+        on_cpu = x.device.type == "cpu"
+        law_of = cpu.law_of if on_cpu else processors.law_of
+        warm = [i for i, p in enumerate(params) if not p.greedy]
+        if len(warm) == len(params):
+            return law_of(x, params) if params else x
+        most_likely = cpu.argmax(x) if on_cpu else x.argmax(-1, keepdim=True)
+        out = torch.zeros_like(x).scatter_(1, most_likely, 1.0)
+        if warm:
+            out[warm] = law_of(x[warm], [params[i] for i in warm])
+        return out
+
+    def _edit(
+        self,
+        x: Tensor,
+        params: Sequence[SamplingParams],
+        sequences: Sequence[SequenceView],
+        paths: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """Apply bias, bans and penalties to the caller's own `x`."""
+        processors.add_bias(x, params)
+        for i, p in enumerate(params):
+            if p.grammar is not None:
+                self._rule_out(x[i], self._automaton(sequences[i], p.grammar), paths[i])
+        short = [i for i, p in enumerate(params) if output_length(sequences[i]) + len(paths[i]) < p.min_tokens]
+        if short:
+            processors.forbid(x, params, short, self.eos_ids)
+        penalised = [i for i, p in enumerate(params) if p.penalised]
+        if penalised:
+            processors.penalise(
+                x, params, penalised, [self._history(sequences[i]) for i in penalised], [paths[i] for i in penalised]
+            )
+        return x
+
+    def _rule_out(self, row: Float[Tensor, "V"], automaton: Automaton, path: Sequence[int]) -> None:
+        """Forbid in a row what the request's grammar does not allow behind its output and `path`."""
+        row.masked_fill_(~automaton.allowed(path).to(row.device), -torch.inf)
+        if not torch.isfinite(row.amax()):  # a row must have a law: this one is not used
+            automaton.lose(path)
+            row[list(self.eos_ids)] = 0.0
+
+    def automaton(self, slot: int) -> Automaton | None:
+        """Where the sequence in a slot stands in its grammar; None if it has none, or has not been looked at."""
+        return self._automata.get(slot)
+
+    def weary(self, slot: int) -> bool:
+        """Whether drafts for the sequence in a slot cost its grammar more than its text may."""
+        return slot in self._automata and self._automata[slot].weary
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget where these slots stand in their grammars: what comes next begins with a budget of its own."""
+        for slot in slots:
+            self._automata.pop(slot, None)
+
+    def forced(self, sequence: SequenceView) -> list[int]:
+        """Tokens that the request's grammar dictates behind its output; none without a grammar."""
+        grammar = params_of(sequence).grammar
+        return self._automaton(sequence, grammar).forced() if grammar is not None else []
+
+    def _automaton(self, sequence: SequenceView, grammar: str) -> Automaton:
+        """The automaton of the slot, behind the output of `sequence`."""
+        automaton = self._automata.get(sequence.slot)
+        if automaton is None or automaton.text != grammar:
+            assert self.grammars is not None, "the engine refuses grammars it cannot serve"
+            automaton = self._automata[sequence.slot] = self.grammars.start(grammar)
+        automaton.keep_up(sequence.tokens, sequence.prompt)
+        return automaton
+
+    def _history(self, sequence: SequenceView) -> History:
+        history = self._histories.setdefault(sequence.slot, History())
+        history.follow(sequence.tokens, sequence.prompt)
+        return history
+
+
+def params_of(sequence: SequenceView) -> SamplingParams:
+    """The sampling parameters of a sequence."""
+    assert isinstance(sequence.params, SamplingParams)
+    return sequence.params
+
+
+def output_length(sequence: SequenceView) -> int:
+    """Tokens of the output so far, the anchor included."""
+    return len(sequence.tokens) - sequence.prompt
+
+
+def finite_rows(logits: Float[Tensor, "M V"]) -> list[bool]:
+    """Which rows have a law: no NaN, no +inf, at least one finite logit (-inf is an impossible token). One reduction."""
+    return torch.isfinite(logits.amax(-1)).tolist() if logits.shape[0] else []
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities on the host: of the n chosen tokens, and per row the most likely (token, log-probability) pairs."""
+
+    chosen: list[float]
+    top: list[list[tuple[int, float]]]
+
+
+def logprobs_of(logits: Float[Tensor, "n V"], tokens: Sequence[int], top: int) -> Logprobs:
+    """Natural log-probabilities of `tokens` and of the `top` most likely tokens, likeliest first, lowest number on ties.
+
+    Of the raw logits, before any processor: the default meaning in vLLM (`logprobs_mode="raw_logprobs"`). Of equally likely
+    tokens at the border any may be reported.
+    """
+    if not tokens:
+        return Logprobs([], [])
+    scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    chosen = (
+        scores.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    )
+    if top == 0:
+        return Logprobs(chosen, [[] for _ in tokens])
+    best = scores.topk(min(top, logits.shape[1]), dim=-1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Logprobs(chosen, [sorted(zip(i, v, strict=True), key=lambda pair: (-pair[1], pair[0])) for i, v in pairs])

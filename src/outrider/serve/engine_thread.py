@@ -1,0 +1,228 @@
+"""The engine's thread: it builds the engine, obeys commands between steps, and posts what each step emitted.
+
+Nothing here knows of an event loop: results leave through `post`, which runs a closure where the tickets live.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from time import monotonic
+
+from outrider.engine.core import Engine
+from outrider.engine.sequence import Event
+from outrider.errors import OutriderError
+from outrider.params import SamplingParams
+from outrider.serve.tickets import EngineFailure, Ticket, Unavailable
+from outrider.telemetry.prometheus import Metrics
+
+logger = logging.getLogger(__name__)
+IDLE_BEAT = 0.5
+"""Seconds between two heartbeats of an idle engine thread."""
+BROKEN_STEPS = 3
+"""Steps in a row that may fail, each ending the requests that were in it, before the engine is given up."""
+Mail = list[tuple[Ticket, list[tuple[int, Event]]]]
+
+
+class EngineThread:
+    """A thread that owns an engine: it is built there, and only there is it called.
+
+    build: makes the engine. prepare: called with it before it serves. metrics: gets every step. post: runs a closure in
+    the event loop. deliver, give_up: called there, with what a step emitted, and when nothing is served any more.
+    queue_seconds: how long a request may wait for a slot.
+    `run` belongs to the thread, `command` and `stop` to everybody, the rest to commands.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Engine],
+        prepare: Callable[[Engine], None] | None,
+        metrics: Metrics,
+        post: Callable[[Callable[[], object]], None],
+        deliver: Callable[[Mail], None],
+        give_up: Callable[[], None],
+        queue_seconds: float,
+    ) -> None:
+        self.engine: Engine | None = None
+        self.broken = False
+        self.started: Future[None] = Future()
+        self.routes: dict[str, tuple[Ticket, int]] = {}  # request name -> ticket, first choice
+        self.queued: dict[str, Ticket] = {}  # names that have no slot yet
+        self._build, self._prepare, self._metrics = build, prepare, metrics
+        self._post, self._deliver, self._give_up = post, deliver, give_up
+        self._queue_seconds = queue_seconds
+        self._condition = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._stop = False
+        self.beat = monotonic()
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="outrider-engine", daemon=True)
+
+    @property
+    def running(self) -> bool:
+        """The thread has begun and not ended."""
+        return self._thread.is_alive()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the thread last came round."""
+        return monotonic() - self.beat
+
+    def start(self) -> None:
+        """Begin; `started` is done when the engine serves, or has the error of its construction."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the present step."""
+        self._stop = True
+        self.command(lambda: None)
+
+    def join(self, seconds: float) -> None:
+        """Wait so long for the thread's end."""
+        self._thread.join(seconds)
+
+    def command(self, command: Callable[[], None]) -> None:
+        """Have something done in the thread, before its next step."""
+        with self._condition:
+            self._commands.append(command)
+            self._condition.notify()
+
+    def _run(self) -> None:
+        try:
+            engine = self._build()
+            if self._prepare is not None:
+                self._prepare(engine)
+            engine.sinks = (*engine.sinks, self._metrics)
+            self.engine = engine
+        except BaseException as error:
+            self.started.set_exception(error)
+            return
+        self.beat = monotonic()
+        self.started.set_result(None)
+        try:
+            while not self._stop:
+                self._round(engine)
+        except BaseException:  # nothing is served any more: whoever waits must hear it now, not at a deadline
+            logger.exception("the engine's thread has died")
+            self.broken = True
+            self._post(self._give_up)
+
+    def _round(self, engine: Engine) -> None:
+        """Obey the commands, let those go who have waited too long, and step."""
+        for command in self._take(engine.busy):
+            command()
+        self._expire()
+        self._share(engine)
+        if engine.busy:
+            self._step(engine)
+
+    def _take(self, busy: bool) -> list[Callable[[], None]]:
+        """The commands since the last step; an idle engine waits for one."""
+        with self._condition:
+            if not busy and not self._commands and not self._stop:
+                self._condition.wait(IDLE_BEAT)
+            commands, self._commands = self._commands, []
+        self.beat = monotonic()
+        return commands
+
+    def _step(self, engine: Engine) -> None:
+        """One step; a failure ends the requests that were in it and leaves an engine that serves the next ones.
+
+        What it added to those that go on is posted before it drafts: a reader need not wait for a draft.
+        """
+        engine.scheduler.admit()
+        inside = {s.request for s in engine.scheduler.running}
+        try:
+            events = engine.step(self._midway)
+            self._failures = 0
+        except Exception as error:  # whatever it is, the process and the other requests live on
+            logger.exception("a step failed")
+            self._failures += 1
+            self.broken = self._failures >= BROKEN_STEPS
+            routes = [route for name, route in self.routes.items() if name in inside or not inside]
+            for ticket in {id(t): t for t, _ in routes}.values():
+                self._fail(ticket, EngineFailure(f"the engine failed ({type(error).__name__}): send the request again"))
+            return
+        self._hand_out([event for event in events if event.finish_reason is not None])
+        for name in {event.request for event in events if event.finish_reason is not None}:
+            if not engine.sequences(name):
+                self.routes.pop(name, None)
+
+    def _midway(self, events: list[Event]) -> None:
+        """In the middle of a step: what was added to those that go on."""
+        self._note_admissions()
+        self._hand_out(events)
+
+    def _hand_out(self, events: list[Event]) -> None:
+        """Post events to where their readers are."""
+        mail: dict[int, tuple[Ticket, list[tuple[int, Event]]]] = {}
+        for event in events:
+            if event.request not in self.routes:
+                continue
+            ticket, offset = self.routes[event.request]
+            mail.setdefault(id(ticket), (ticket, []))[1].append((offset + event.index, event))
+        if mail:
+            self._post(lambda: self._deliver(list(mail.values())))
+
+    def _note_admissions(self) -> None:
+        now = monotonic()
+        for name, ticket in list(self.queued.items()):
+            first = self.routes[name][1]
+            if ticket.sequences[first].slot >= 0 or ticket.sequences[first].finish_reason is not None:
+                ticket.admitted = ticket.admitted or now
+                del self.queued[name]
+
+    def admit(
+        self,
+        ticket: Ticket,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        answer: Callable[[OutriderError | None], None],
+    ) -> None:
+        """Queue a request (a command); `answer` is posted None when it is queued, or why it cannot be."""
+        engine = self.engine
+        if not ticket.open or engine is None:
+            return
+        try:
+            for i, prompt in enumerate(prompts):
+                name = engine.submit(prompt, params, request=f"{ticket.id}/{i}")
+                ticket.names.append(name)
+                self.routes[name] = (ticket, len(ticket.sequences))
+                self.queued[name] = ticket
+                ticket.sequences += engine.sequences(name)
+                ticket.prompt_tokens += len(prompt)
+        except Exception as error:
+            self.abort(ticket)
+            failure = error if isinstance(error, OutriderError) else EngineFailure("the request could not be queued")
+            self._post(lambda: answer(failure))
+            return
+        self._post(lambda: answer(None))
+
+    def abort(self, ticket: Ticket) -> None:
+        """End what still runs of a request (a command)."""
+        if self.engine is None:
+            return
+        for name in ticket.names:
+            self.engine.abort(name)
+            self.routes.pop(name, None)
+            self.queued.pop(name, None)
+
+    def _fail(self, ticket: Ticket, error: OutriderError) -> None:
+        self.abort(ticket)
+        self._post(lambda: ticket.mail.put_nowait(error))
+
+    def _share(self, engine: Engine) -> None:
+        """Before free slots are given away: owners take turns, so that one with many requests delays another by one of them."""
+        if len(engine.scheduler.waiting) > 1 and len({t.owner for t in self.queued.values()}) > 1:
+            engine.scheduler.share(lambda s: self.routes[s.request][0].owner)
+
+    def _expire(self) -> None:
+        """End requests that have waited too long for a slot."""
+        if not self.queued:
+            return
+        limit = monotonic() - self._queue_seconds
+        for ticket in {id(t): t for t in self.queued.values()}.values():
+            if ticket.arrived < limit and ticket.admitted is None:
+                self._fail(ticket, Unavailable("the request waited too long for a free slot: try again later"))

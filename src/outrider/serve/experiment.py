@@ -1,0 +1,71 @@
+"""What a server needs of an experiment on its requests: a place for each, and somebody to tell how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any, Protocol, runtime_checkable
+
+from outrider.drafters.gated import gated
+from outrider.engine.core import Engine
+from outrider.params import SamplingParams
+from outrider.sampling.chosen import Chosen
+from outrider.serve.tickets import Ticket
+
+USER, ARM = "x-outrider-user", "x-outrider-arm"
+"""Headers: whose a request is, where its body has no `user`; and, in replies, the arm it had."""
+
+
+@runtime_checkable
+class Trial(Protocol):
+    """An experiment. A place has a `label`, the arm, and a `wish`, sampling parameters that the request gets besides its own (with
+    `drafters`, see `Chosen`); each comes back to `ended` once, with a record of plain data."""
+
+    def start(self) -> None: ...
+    def place(self, who: str) -> Any | None: ...
+    def ended(self, place: Any, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+def open_gates(engine: Engine) -> None:
+    """Let requests choose among the drafters that the engine has."""
+    engine.parts = replace(engine.parts, drafter=gated(engine.parts.drafter))
+
+
+def fixed_by_seed(params: SamplingParams, lane: str) -> bool:
+    """Whether a request's seed has promised its client one text: another draft length would give it another draw of the same law.
+    lane: of the server's rule; on lane `gumbel` (match) the text is the same whatever the length."""
+    return params.seed is not None and not params.greedy and lane != "gumbel"
+
+
+def join(trial: Trial, who: str, ticket: Ticket, params: SamplingParams) -> SamplingParams:
+    """Put a request into its arm: its parameters there. What it was like is told when its reply has ended."""
+    place = trial.place(who)
+    if place is None:
+        return params
+    ticket.arm, ticket.on_end = place.label, lambda done: trial.ended(place, record_of(done))
+    wish = dict(place.wish)
+    drafters = wish.pop("drafters", None)
+    params = replace(params, **wish)
+    return params if drafters is None else Chosen.of(params, tuple(drafters))
+
+
+def record_of(ticket: Ticket) -> dict[str, Any]:
+    """How a request ended.
+
+    outcome: why; "refused" if it never reached the engine. tokens: emitted; later: those behind the first of each sample, which
+    took `seconds`. queued, first: seconds until it had a slot, and until its first token. seeded: its noise was the client's
+    choice. counts: raw sums of its drafts, rejections and predicted rejections.
+    """
+    counts, samples = ticket.counts(), ticket.sequences
+    first, last = ticket.first, ticket.last
+    return {
+        "outcome": ticket.outcome if samples else "refused",
+        "prompt_tokens": ticket.prompt_tokens,
+        "tokens": counts.emitted,
+        "later": max(0, counts.emitted - len(samples)),
+        "seconds": 0.0 if first is None or last is None else last - first,
+        "queued": None if ticket.admitted is None else ticket.admitted - ticket.arrived,
+        "first": None if first is None else first - ticket.arrived,
+        "seeded": any(s.params.seed is not None for s in samples),
+        "counts": asdict(counts),
+    }

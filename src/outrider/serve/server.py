@@ -1,0 +1,138 @@
+"""Running the application: uvicorn with our shutdown, on threads that leave the engine its cores."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from outrider.errors import ConfigError
+from outrider.serve.address import BACKLOG
+from outrider.serve.bridge import Bridge
+from outrider.serve.connection import BURST, Connection, Door, room
+from outrider.serve.settings import Settings
+from outrider.serve.sse import STALL_SECONDS
+from outrider.serve.supervisor import CLOSED, LOST, SERVING, Line
+
+Say = Callable[[bool], object]
+BLINK = 0.05
+"""Seconds between two looks whether a signal has come while the engine loads."""
+SEND_BUFFER = 65536
+"""Bytes of a reply the kernel may hold for a reader that takes nothing (it keeps as much again for its books); by itself it would
+hold megabytes. asyncio holds as much, and the engine's text waits as tokens."""
+
+
+def silent(serving: bool) -> None:
+    """Say nothing."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains on the first signal: nothing new, what runs may finish for `grace` seconds, then ends with an error.
+
+    line: to the keeper that has started this process, if one has; it is told how the server is.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, app: Starlette, grace: float, line: socket.socket | None = None, say: Say = silent
+    ) -> None:
+        super().__init__(config)
+        self.bridge: Bridge = app.state.bridge
+        self.grace, self.line, self.say = grace, line, say
+        self._life = app.router.lifespan_context(app)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve, and then say so. Raises what the engine's construction raised, KeyboardInterrupt for a signal."""
+        await self._begin()
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process listens there by now
+            raise ConfigError(f"cannot listen here ({error.strerror or error}): choose another --port") from None
+        self.say(True)
+        for listener in (s for server in self.servers for s in server.sockets):
+            bound(listener)
+            queued(listener.fileno())
+        gc.collect()
+        gc.freeze()  # what a server is made of is never garbage: to look through all of it stops every stream for 0.1 s
+        if self.line is not None and self.started:
+            self._telling = asyncio.create_task(Line(self.line, self.state).run())
+
+    def state(self) -> bytes:
+        """How the server is, in a keeper's words."""
+        if self.bridge.draining:
+            return CLOSED
+        return SERVING if self.bridge.alive else LOST
+
+    async def _begin(self) -> None:
+        """The application's own start, given up when a signal comes meanwhile: nobody is served yet."""
+        starting = asyncio.ensure_future(self._life.__aenter__())
+        while not (await asyncio.wait([starting], timeout=BLINK))[0]:
+            if self.should_exit:
+                starting.cancel()
+                raise KeyboardInterrupt
+        await starting
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first drains, a second one ends at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self.bridge.drain()
+        if self.started:
+            self.say(False)
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        """Settle the requests beside uvicorn's own wait for their connections."""
+        gc.unfreeze()
+        settled = asyncio.create_task(self.bridge.settle(0.0 if self.force_exit else self.grace))
+        await super().shutdown(sockets)
+        settled.cancel()
+        await asyncio.gather(settled, return_exceptions=True)
+        if not self.force_exit:
+            await self._life.__aexit__(None, None, None)
+
+
+def server_for(
+    app: Starlette, settings: Settings, host: str, port: int, line: socket.socket | None = None, say: Say = silent
+) -> Server:
+    """A server for `app`; serve it with `run()` or, inside a loop, `await serve()`. line: to its keeper, if it has one.
+
+    say: called with True when requests are answered, with False when a signal has asked it to end and again for the second.
+    """
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        lifespan="off",  # the server runs it itself, so that its errors are ours to tell
+        ws="none",
+        backlog=BURST,
+        http=Connection.at(Door(room(settings.connections), settings.head_seconds)),
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(settings.grace) + 3,
+        h11_max_incomplete_event_size=16384,
+    )
+    return Server(config, app, settings.grace, line, say)
+
+
+def bound(listener: Any) -> None:
+    """Limit what a reader that takes nothing costs; every connection inherits it. Where the kernel offers it, it also cuts such a
+    connection, which otherwise stays open with its last bytes when the stream behind it has long been given up."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if hasattr(socket, "TCP_USER_TIMEOUT") and listener.family in (socket.AF_INET, socket.AF_INET6):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALL_SECONDS))
+
+
+def queued(descriptor: int) -> None:
+    """Let the kernel keep as many newcomers as it will: asyncio asks it for no more than it takes at a time."""
+    with socket.socket(fileno=os.dup(descriptor)) as listener:
+        listener.listen(BACKLOG)

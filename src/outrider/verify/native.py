@@ -1,0 +1,130 @@
+"""The rules' passes over a vocabulary in C++: one read of a row where torch makes several temporaries, no Python per piece.
+
+Every function returns None where it cannot serve (no compiler, laws on a GPU, rows that are not in one piece), and the caller
+then takes its plain twin. `OUTRIDER_NATIVE=0` switches them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from outrider.nn.compiled import PASSES, load
+
+BELOW_ONE = 1.0 - 2.0**-53
+
+
+class _Node(ctypes.Structure):
+    """`Node` of passes.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("p", "q", "token", "at", "weight", "rest", "taken")),
+        *((name, ctypes.c_int64) for name in ("size", "k", "pieces", "points")),
+    ]
+
+
+class Overlap(NamedTuple):
+    """Sums over a row of min(w p, q), of max(w p - q, 0), and of min(w p, q)^2 / q."""
+
+    common: float
+    rest: float
+    square: float
+
+
+class Chosen(NamedTuple):
+    """Optimal transport at one node.
+
+    taken: for every candidate the probability, given all tokens, that it is chosen and accepted. rest: the weights left if none
+    is. left: their total.
+    """
+
+    taken: list[float]
+    rest: Float64[Tensor, "1 V"]
+    left: float
+
+
+def overlap(p: Float[Tensor, "1 V"], q: Float[Tensor, "1 V"], w: float) -> Overlap | None:
+    """Twin: `outrider.verify.block.overlap_sums`."""
+    compiled = _library(p, q)
+    if compiled is None:
+        return None
+    out = (ctypes.c_double * 3)()
+    compiled.outrider_overlap(p.data_ptr(), q.data_ptr(), w, p.shape[1], p.dtype == torch.float64, ctypes.byref(out))
+    return Overlap(*out)
+
+
+def draw(p: Float[Tensor, "1 V"], q: Float[Tensor, "1 V"] | None, w: float, u: float) -> tuple[int, float] | None:
+    """(token, total): a draw from (w p - q)_+, or from w p without q, by the uniform u. Twin: `as_weights`, `subtract`, `draw`."""
+    compiled = _library(p, p if q is None else q)
+    if compiled is None:
+        return None
+    total = ctypes.c_double()
+    token = compiled.outrider_draw(
+        p.data_ptr(), None if q is None else q.data_ptr(), w, p.shape[1], min(u, BELOW_ONE), p.dtype == torch.float64,
+        ctypes.byref(total),
+    )  # fmt: skip
+    return token, total.value
+
+
+def transport(
+    p: Float[Tensor, "1 V"],
+    q: Float[Tensor, "1 V"],
+    token: list[int],
+    pieces: int,
+    rule: tuple[npt.NDArray, npt.NDArray],
+) -> Chosen | None:
+    """Twin: `outrider.verify.transport.plain_choice`. rule: points and weights on [-1, 1] that integrate degree k - 1 exactly."""
+    compiled = _library(p, q)
+    if compiled is None:
+        return None
+    k = len(token)
+    tokens, taken = np.array(token, dtype=np.int64), np.empty(k)
+    rest = torch.empty(1, p.shape[1], dtype=torch.float64)
+    at, weight = rule
+    node = _Node(
+        p.data_ptr(), q.data_ptr(), tokens.ctypes.data, at.ctypes.data, weight.ctypes.data, rest.data_ptr(),
+        taken.ctypes.data, p.shape[1], k, pieces, len(at),
+    )  # fmt: skip
+    left = compiled.outrider_transport(ctypes.byref(node), p.dtype == torch.float64)
+    return Chosen(taken.tolist(), rest, left)
+
+
+def _library(p: Tensor, q: Tensor) -> ctypes.CDLL | None:
+    """The compiled passes, if these rows are what they read."""
+    fit = p.dtype == q.dtype and p.dtype in (torch.float32, torch.float64) and p.shape == q.shape
+    return library() if fit and p.is_contiguous() and q.is_contiguous() and serve(p) and q.device == p.device else None
+
+
+def serve(p: Tensor) -> bool:
+    """Whether rows of p can be passed over here: they are in this machine's memory, and there is a library."""
+    return p.device.type == "cpu" and os.environ.get("OUTRIDER_NATIVE") != "0" and library() is not None
+
+
+def notice() -> str | None:
+    """A sentence for the user where drafts judged on the CPU are not judged as fast as they could be."""
+    if os.environ.get("OUTRIDER_NATIVE") == "0":
+        return f"{PASSES.instead}: OUTRIDER_NATIVE is 0; unset it"
+    return load(PASSES).notice
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library with the types of its functions."""
+    found = load(PASSES).library
+    if found is not None:
+        pointer, whole, real, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+        found.outrider_overlap.argtypes = (pointer, pointer, real, whole, flag, pointer)
+        found.outrider_overlap.restype = None
+        found.outrider_draw.argtypes = (pointer, pointer, real, whole, real, flag, pointer)
+        found.outrider_draw.restype = whole
+        found.outrider_transport.argtypes = (pointer, flag)
+        found.outrider_transport.restype = real
+    return found

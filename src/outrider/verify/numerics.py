@@ -1,0 +1,273 @@
+"""What the rules share: exact draws, overlaps of laws, the ledger's sums, and the check of a draft before a step.
+
+Every number is computed row by row: no result depends on which other rows share the tensor, so the batch is invisible
+bit for bit. Draws and residuals are float64, whatever the laws are stored in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from outrider.errors import RequestError
+from outrider.types import POINT_MASS, Draft, Proposal, Verdict
+from outrider.verify import native
+
+BLOCK = 1024
+"""Columns of a row that are summed together. A running sum over all of V is the slow way to draw from a long row."""
+
+SHORT = 4 * BLOCK
+"""Rows up to this long are drawn from by one running sum: there the second level costs more than it saves."""
+
+MIN_MASS = 1e-300
+"""Smallest total that is drawn from: below it u * total is not safely smaller than total."""
+
+SUM_TOLERANCE = 1e-3
+"""How far from one the sum of a draft law may be before `check_draft` calls the declaration false."""
+
+_BELOW_ONE = 1.0 - 2.0**-53
+
+
+def row_sums(x: Float[Tensor, "n V"]) -> Float64[Tensor, "n"]:
+    """Sum of each row: blocks in the dtype of `x`, then float64 over blocks, in an order that n does not change."""
+    size = x.shape[1]
+    whole = size // BLOCK * BLOCK
+    if not whole:
+        return x.sum(-1).double()
+    if whole == size:
+        return x.unflatten(1, (-1, BLOCK)).sum(-1).double().sum(-1)
+    return row_sums(x[:, :whole]) + x[:, whole:].sum(-1)
+
+
+def overlap(
+    p: Float[Tensor, "n V"], q: Float[Tensor, "n S"], support: Int[Tensor, "S"] | None = None
+) -> Float64[Tensor, "n"]:
+    """Sum of min(p, q) per row: the probability that one draw from q is accepted (Yin et al. 2024, Theorem 1)."""
+    return row_sums(torch.minimum(p if support is None else p.index_select(1, support), q))
+
+
+def overlap_one(p: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Int[Tensor, "S"] | None = None) -> float:
+    """`overlap` of one row."""
+    found = native.overlap(p, q, 1.0) if support is None else None
+    return float(overlap(p, q, support)) if found is None else found.common
+
+
+def subtract(weight: Float64[Tensor, "n V"], q: Float[Tensor, "n S"], support: Int[Tensor, "S"] | None = None) -> None:
+    """The residual of a refused draw, in place: weight becomes max(weight - q, 0)."""
+    if support is None:
+        weight.sub_(q)
+    else:
+        weight.index_add_(1, support, q.double(), alpha=-1)
+    weight.clamp_(min=0)
+
+
+def take_rows(x: Float[Tensor, "R V"], rows: Sequence[int]) -> Float[Tensor, "n V"]:
+    """Some rows of `x`; a view where they stand next to each other, which saves a pass over V."""
+    if not rows:
+        return x[:0]  # a step of prompt chunks alone judges nobody
+    if _are_neighbours(rows):
+        return x[rows[0] : rows[0] + len(rows)]
+    return x.index_select(0, torch.tensor(rows, device=x.device))
+
+
+def take_pairs(x: Float[Tensor, "R V"], rows: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """x[rows[i], token[i]] for every i."""
+    if _are_neighbours(rows):
+        return x[rows[0] : rows[0] + len(rows)].gather(1, token.unsqueeze(1)).squeeze(1)
+    return x[torch.tensor(rows, device=x.device), token]
+
+
+def _are_neighbours(rows: Sequence[int]) -> bool:
+    return all(row == rows[0] + i for i, row in enumerate(rows))
+
+
+def as_weights(rows: Float[Tensor, "n V"]) -> Float64[Tensor, "n W"]:
+    """A float64 copy of laws to draw from, or to take from first; long rows are padded with zeros to whole blocks."""
+    n, size = rows.shape
+    if size <= SHORT:
+        return rows.to(torch.float64, copy=True)
+    out = torch.empty(n, -(-size // BLOCK) * BLOCK, dtype=torch.float64, device=rows.device)
+    out[:, :size] = rows
+    out[:, size:] = 0
+    return out
+
+
+def draw(weight: Float64[Tensor, "n W"], u: Sequence[float]) -> tuple[Int[Tensor, "n"], Float64[Tensor, "n"]]:
+    """Inverse-CDF draws from rows made by `as_weights`, one uniform of [0, 1] per row; and the rows' totals.
+
+    A column of weight zero is never drawn. A row whose total is not a number above MIN_MASS has no law: its token means
+    nothing, and the caller must look at the total.
+    """
+    level = torch.tensor([min(x, _BELOW_ONE) for x in u], dtype=torch.float64, device=weight.device).unsqueeze(1)
+    if weight.shape[1] <= SHORT:
+        cumulative = weight.cumsum(1)
+        total = cumulative[:, -1:]
+        return torch.searchsorted(cumulative, level * total, right=True).squeeze(1), total.squeeze(1)
+    blocks = weight.unflatten(1, (-1, BLOCK))
+    mass = blocks.sum(-1)
+    cumulative = mass.cumsum(1)
+    total = cumulative[:, -1:]
+    level = level * total
+    block = torch.searchsorted(cumulative, level, right=True).clamp_(max=mass.shape[1] - 1)
+    level = level - cumulative.gather(1, block) + mass.gather(1, block)
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).cumsum(1)
+    # a block's sum and its running sum round differently: stay strictly inside the running sum
+    level = torch.minimum(level.clamp_(min=0), inside[:, -1:] * _BELOW_ONE)
+    return (block * BLOCK + torch.searchsorted(inside, level, right=True)).squeeze(1), total.squeeze(1)
+
+
+def draw_one(weight: Float[Tensor, "1 V"], u: float) -> tuple[int, float]:
+    """(token, total) of one row as it is."""
+    found = native.draw(weight, None, 1.0, u)
+    if found is not None:
+        return found
+    token, total = draw(as_weights(weight), [u])
+    return int(token), float(total)
+
+
+def draw_residual(here: Float[Tensor, "1 V"], q: Proposal, row: int, w: float, u: float) -> tuple[int, float]:
+    """(token, total) of (w p - q)_+ with law `row` of q."""
+    law = q.probs[row : row + 1]
+    found = native.draw(here, law, w, u) if q.support is None else None
+    if found is not None:
+        return found
+    weight = as_weights(here)
+    subtract(weight[:, : here.shape[1]].mul_(w), law, q.support)
+    token, total = draw(weight, [u])
+    return int(token), float(total)
+
+
+def draw_without(here: Float[Tensor, "1 V"], banned: int, u: float) -> tuple[int, float]:
+    """(token, total) of p without one token."""
+    weight = as_weights(here)
+    weight[0, banned] = 0
+    token, total = draw(weight, [u])
+    return int(token), float(total)
+
+
+def draw_row(p: Float[Tensor, "M V"], row: int, u: float, b: int) -> int:
+    """One draw from a row of p itself. Raises RequestError if it has no law."""
+    token, total = draw_one(p[row : row + 1], u)
+    if not is_total(total):
+        raise no_law(b)
+    return token
+
+
+def no_law(b: int) -> RequestError:
+    """The error for a target law that nothing can be drawn from."""
+    return RequestError(
+        f"the target law of sequence {b} of this step has no positive finite sum; "
+        "look for NaN or infinities in the model's logits and for a request that bans every token"
+    )
+
+
+def is_total(x: float) -> bool:
+    """Whether weights with this total can be drawn from (false for NaN)."""
+    return MIN_MASS < x < math.inf
+
+
+def is_mass(x: float) -> bool:
+    """Whether x can be the probability of something that has happened: positive and finite (false for NaN)."""
+    return 0.0 < x < math.inf
+
+
+def unit(x: float) -> float:
+    """x rounded into [0, 1]; one for NaN."""
+    return min(max(x, 0.0), 1.0) if x == x else 1.0
+
+
+def root(f: Callable[[float], float], low: float, high: float) -> float:
+    """The zero of a monotone function on [low, high], to 1e-14 (Brent's method); an end if rounding hides the change of sign."""
+    from scipy.optimize import brentq  # 50 MB that most runs never need
+
+    ends = f(low), f(high)
+    if not ends[0] * ends[1] < 0.0:
+        return low if abs(ends[0]) <= abs(ends[1]) else high
+    return float(brentq(f, low, high, xtol=1e-14, rtol=1e-14))  # type: ignore[arg-type]
+
+
+def law_risk(shared: float, px: float, qx: float) -> float:
+    """Probability that a draw from q is refused: one minus the overlap; if that is not finite, given the token only."""
+    return unit(1.0 - shared) if math.isfinite(shared) else unit(1.0 - px / qx)
+
+
+def token_probs(q: Proposal, row: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """q(x) of each token under its law; zero for a point mass and for a token outside the support."""
+    known = None if min(row) >= 0 else torch.tensor([r >= 0 for r in row], device=token.device)
+    row = [max(r, 0) for r in row]
+    if q.support is None:
+        probs = take_pairs(q.probs, row, token)
+    else:
+        hit = q.support.unsqueeze(0) == token.unsqueeze(1)
+        probs = take_pairs(q.probs, row, hit.to(torch.uint8).argmax(1)).where(hit.any(1), 0.0)
+    return probs if known is None else probs.where(known, 0.0)
+
+
+def verdict(paths: Sequence[Sequence[int]], tokens: Sequence[int], risks: Sequence[Sequence[float]]) -> Verdict:
+    """A lossless rule's verdict from, per sequence, its path, its next token and the risk of each judged position."""
+    return Verdict(
+        path=tuple(tuple(path) for path in paths),
+        next_token=tuple(tokens),
+        judged=tuple(len(risk) for risk in risks),
+        risk=tuple(math.fsum(risk) for risk in risks),
+        spread=tuple(math.fsum(r * (1.0 - r) for r in risk) for risk in risks),
+        bias=(0.0,) * len(risks),
+    )
+
+
+def check_draft(draft: Draft, vocab_size: int) -> dict[int, str]:
+    """What is wrong with a draft, per sequence; empty when nothing is. Key -1: the forest as a whole has no structure.
+
+    For the engine, before a step: a sequence with a problem is stepped with an empty draft and the incident is counted.
+    Checked: counts, parent order, token range, laws (finite, not negative, sum one), and that each node's law can have
+    produced its token.
+    """
+    if problem := draft.misshapen():
+        return {-1: problem}
+    q = draft.q if draft.parent else None
+    laws = _check_laws(q, vocab_size) if q is not None else []
+    out: dict[int, str] = {}
+    for b, low in enumerate(draft.offsets[:-1]):
+        for k in range(low, low + draft.counts[b]):
+            parent, token, row = draft.parent[k], draft.tokens[k], POINT_MASS if q is None else q.row[k]
+            if parent != -1 and not low <= parent < k:
+                out[b] = f"node {k} has parent {parent}, which is not an earlier node of its sequence"
+            elif not 0 <= token < vocab_size:
+                out[b] = f"node {k} proposes token {token}, outside the vocabulary of {vocab_size}"
+            elif not POINT_MASS <= row < max(len(laws), 1):
+                out[b] = f"node {k} names law {row} of {len(laws)}"
+            elif row >= 0 and laws[row]:
+                out[b] = f"law {row} {laws[row]}"
+    return out if out or q is None else _check_drawn(draft, q)
+
+
+def _check_laws(q: Proposal, vocab_size: int) -> list[str]:
+    """For each law what is wrong with it, or an empty string."""
+    laws, columns = q.probs.shape
+    if q.support is None and columns != vocab_size:
+        return [f"has {columns} columns for a vocabulary of {vocab_size}"] * laws
+    if q.support is not None and columns and not 0 <= int(q.support.min()) <= int(q.support.max()) < vocab_size:
+        return [f"has a support outside the vocabulary of {vocab_size}"] * laws
+    sums, least = torch.stack([row_sums(q.probs), q.probs.amin(-1).double()]).tolist()
+    out = []
+    for total, low in zip(sums, least, strict=True):
+        if not math.isfinite(total) or low < 0:
+            out.append("has negative or non-finite probabilities")
+        else:
+            out.append("" if abs(total - 1.0) <= SUM_TOLERANCE else f"sums to {total:.6g}")
+    return out
+
+
+def _check_drawn(draft: Draft, q: Proposal) -> dict[int, str]:
+    """Sequences with a node whose law gives its token no probability: it cannot have been drawn from that law."""
+    out: dict[int, str] = {}
+    probs = token_probs(q, q.row, draft.token).tolist()
+    for b, low in enumerate(draft.offsets[:-1]):
+        for k in range(low, low + draft.counts[b]):
+            if q.row[k] >= 0 and not is_mass(probs[k]):
+                out[b] = f"node {k} proposes token {draft.tokens[k]}, to which its law gives probability {probs[k]}"
+    return out
