@@ -23,7 +23,7 @@ from agreement_report import write
 
 from outrider.build import build_engine, companion
 from outrider.engine.core import Engine, Result
-from outrider.evaluate.scoring import score
+from outrider.evaluate.scoring import score as scoring
 from outrider.params import SamplingParams
 from outrider.telemetry.ledger import ledger
 from outrider.theory import forecast, multidraft
@@ -89,12 +89,12 @@ def held_out_prompts(engine: Engine, count: int, size: int = 48) -> list[str]:
     return [engine.tokenizer.decode(pieces[i]) for i in sorted(pick)]
 
 
-def score(s: Setting, temperature: float, samples: int, seed: int, rows: int = 512) -> score.Scored:
+def score(s: Setting, temperature: float, samples: int, seed: int, rows: int = 512) -> scoring.Scored:
     """`samples` plain texts of every prompt under both models."""
-    items, params, clock = [score.Item(p) for p in s.prompts], s.params(temperature, samples), score.Clock()
-    emitted = score.sample(s.engine, items, params, clock, lambda x: None, batch=s.slots, seed=seed)
-    draft = score.draft_model(s.engine)
-    return score.score(s.engine, draft, emitted, items, params, clock, lambda x: None, rows=rows, seed=seed)
+    items, params, clock = [scoring.Item(p) for p in s.prompts], s.params(temperature, samples), scoring.Clock()
+    emitted = scoring.sample(s.engine, items, params, clock, lambda x: None, batch=s.slots, seed=seed)
+    draft = scoring.draft_model(s.engine)
+    return scoring.score(s.engine, draft, emitted, items, params, clock, lambda x: None, rows=rows, seed=seed)
 
 
 def sums(results: Sequence[Result]) -> Counts:
@@ -353,7 +353,7 @@ def one_point(s: Setting, rule: Lossy, what: dict[str, Any]) -> dict[str, Any]:
 
 def likelihood(s: Setting, results: Sequence[Result]) -> dict[str, float]:
     """Mean log-probability in nats per token of the texts under the target, and its error over prompts."""
-    target, clock = s.engine.parts.target, score.Clock()
+    target, clock = s.engine.parts.target, scoring.Clock()
     means = []
     for r in results:
         tokens, output = [*r.prompt, *r.outputs[0].token_ids], r.outputs[0].token_ids

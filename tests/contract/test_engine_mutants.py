@@ -199,7 +199,7 @@ CHECKS = (strings, churn, caches, itself, ends, guards, settings)
 
 # ----------------------------------------------------------------------------------------------------- the mistakes
 STEP, ENGINE, SCHEDULER, SEQUENCE, EMISSION = (
-    f"outrider.engine.{name}" for name in ("step", "engine", "scheduler", "sequence", "emission")
+    f"outrider.engine.{name}" for name in ("step", "core", "scheduler", "sequence", "emission")
 )
 TYPES, KV, TOY, LAW = "outrider.types", "outrider.nn.kv", "outrider.models.toy", "outrider.sampling.pipeline"
 CATCHUP, HISTORY, GUARD = "outrider.drafters.model.token_cache", "outrider.sampling.history", "outrider.engine.sanitize"

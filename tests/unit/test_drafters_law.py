@@ -52,7 +52,7 @@ def law(path: tuple[int, ...], params: dict) -> np.ndarray:
     return Law(V)(logits, [view(TEXT, **params)], [path])[0].numpy()
 
 
-def draws(depth: int, how: dict, params: dict, calls: int, batch: int) -> Iterator[Draft]:
+def drawn_drafts(depth: int, how: dict, params: dict, calls: int, batch: int) -> Iterator[Draft]:
     """The drafts of `calls` calls, every sequence with its own seed."""
     drafter = ModelDrafter(MODEL, depth, **how)
     drafter.bind(batch, 8)
@@ -81,7 +81,7 @@ def p_value(count: np.ndarray, expected: np.ndarray) -> float:
 def test_many_draws_from_one_law(params: str, batch: int) -> None:
     """Sixteen siblings a sequence are sixteen draws from its law."""
     count, want = np.zeros(V), law((), GRID[params])
-    for draft in draws(1, {"branching": (16,)}, GRID[params], calls=4, batch=batch):
+    for draft in drawn_drafts(1, {"branching": (16,)}, GRID[params], calls=4, batch=batch):
         assert draft.q is not None
         np.testing.assert_allclose(draft.q.probs.numpy(), np.tile(want, (batch, 1)), atol=1e-12)
         count += np.bincount(draft.tokens, minlength=V)
@@ -108,7 +108,7 @@ def test_trees_are_drawn_as_declared(case: str) -> None:
     how, params = CASES[case]
     siblings, child = np.zeros((V, V)), np.zeros((V, V))
     laws: dict[tuple[int, ...], np.ndarray] = {}
-    for draft in draws(2, how, params, calls=3, batch=100 if how.get("sample") == "coupled" else 2000):
+    for draft in drawn_drafts(2, how, params, calls=3, batch=100 if how.get("sample") == "coupled" else 2000):
         assert draft.q is not None
         probs = draft.q.probs.numpy()
         np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-12)

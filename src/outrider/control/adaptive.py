@@ -6,7 +6,7 @@ lengths take turns, step by step. Speculation gains over plain decoding exactly 
 2023, Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). A ratio of neighbouring
 steps is needed because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such
 neighbours are rare: until a load has had a trial, and again whenever it has been without such neighbours for a while, T is foretold
-from whatever steps came by (`outrider.control.step_times`), so that no choice outlives the evidence for it. What the drafter takes to
+from whatever steps came by (`control.step_times`), so that no choice outlives the evidence for it. What the drafter takes to
 read prompts, which no trial sees, is laid on the steps of every length but 0.
 """
 

@@ -20,7 +20,7 @@ LATEST, ENOUGH = 33, 4
 TRUST = 16384.0
 """Plain steps after which a time that cannot be measured meanwhile is believed to 37%, so that it comes to be measured again."""
 LAZY = 256
-"""Rows of a sequence that a drafter puts off while it is not asked (`drafters.model.drafter.CHUNK`); it reads the others as they come."""
+"""Rows of a sequence that a drafter puts off while it is not asked (its module's `CHUNK`); it reads the others as they come."""
 OLD = 4.0
 """A sequence that is as long as others became is expected to go on for this part of their length, and not to end at once."""
 

@@ -45,8 +45,8 @@ NATIVE = (("-march=native",), ("-mcpu=native",), ())
 STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s")
 """For libraries that go elsewhere, where the C++ runtime may be an older one: what they need of it is in them, and nothing else."""
 TIMEOUT = 300.0
-HERE = Path(__file__).parent
-WHEEL = HERE / "prebuilt"
+PACKAGE = Path(__file__).parent.parent
+WHEEL = PACKAGE / "prebuilt"
 """Where a wheel brings its libraries; a source tree has none."""
 COMPILER = "install g++ or clang++, or set CXX"
 CACHE = "set XDG_CACHE_HOME to a folder that only you can write to, on a disk that programs may run from"
@@ -79,8 +79,8 @@ class Unit:
         return sorted(p for p in self.folder.iterdir() if p.suffix in (".cpp", ".h"))
 
 
-DECODER = Unit("decoder", HERE / "target" / "native", True, "decoding runs on PyTorch, up to four times slower")
-PASSES = Unit("passes", HERE / "verify", False, "drafts are verified by PyTorch, which is slower")
+DECODER = Unit("decoder", PACKAGE / "target" / "native", True, "decoding runs on PyTorch, up to four times slower")
+PASSES = Unit("passes", PACKAGE / "verify", False, "drafts are verified by PyTorch, which is slower")
 UNITS = (DECODER, PASSES)
 
 

@@ -290,6 +290,6 @@ def score(
 
 
 def fit(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:
-    """Draft logits over the target's vocabulary, as `drafters.model.drafter` makes them: padding cut off, missing tokens without mass."""
+    """Draft logits over the target's vocabulary, as a model drafter makes them: padding cut off, missing tokens without mass."""
     missing = vocab_size - logits.shape[-1]
     return logits[:, :vocab_size] if missing <= 0 else pad(logits, (0, missing), value=-torch.inf)
