@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from agreement_report import write
 
-from outrider.build import build_engine, companion
-from outrider.engine.core import Engine, Result
+from outrider.build import Engine, build_engine, companion
+from outrider.engine.outputs import Result
 from outrider.evaluate.scoring import score as scoring
 from outrider.params import SamplingParams
 from outrider.telemetry.ledger import ledger

@@ -33,13 +33,12 @@ import torch
 from torch import Tensor
 
 from outrider.assets import shipped
-from outrider.build import build_engine
+from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.dflash.drafter import BlockDrafter
 from outrider.drafters.dflash.network import BlockModel
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
-from outrider.engine.core import Engine
 from outrider.models.load import load_target
 from outrider.params import SamplingParams
 from outrider.protocols import Target

@@ -41,7 +41,9 @@ def _one_thread():
 def _warnings_name_who_caused_them():
     from torch.jit._builtins import _register_builtin
 
-    _register_builtin(warn_about_caller, "aten::warn")  # as warnings.warn is: older releases of transformers script models
+    _register_builtin(
+        warn_about_caller, "aten::warn"
+    )  # as warnings.warn is: older releases of transformers script models
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warnings, "warn", warn_about_caller)
         yield

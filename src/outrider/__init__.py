@@ -14,15 +14,14 @@ from outrider.isa import limit_torch
 limit_torch()
 
 if TYPE_CHECKING:
-    from outrider.build import generate, load_drafter, load_target
-    from outrider.engine.core import Engine
+    from outrider.build import Engine, generate, load_drafter, load_target
     from outrider.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "SamplingParams", "generate", "load_drafter", "load_target"]
 
 _HOME = {
-    "Engine": "outrider.engine.core",
+    "Engine": "outrider.build",
     "SamplingParams": "outrider.params",
     "generate": "outrider.build",
     "load_drafter": "outrider.build",

@@ -35,6 +35,7 @@ _MAX_BIASES, _MAX_BIAS = 1024, 100.0
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256
 _MAX_STOP_IDS, _MAX_PREDICTION = 256, 65_536
 _MAX_GRAMMAR = 65_536
+_MAX_DRAFTERS = 64
 
 
 @no_type_check  # its own checks speak to users; a type checker in tests must not speak first
@@ -64,6 +65,8 @@ class SamplingParams:
     prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the law.
     draft_length:       most tokens drafted in a step of this request, >= 0; None = what the engine's controller wishes. It never
                         changes the law; 0 is plain decoding.
+    drafters:           numbers of the parts of a combined draft that may propose for this request, where the engine lets requests
+                        choose (`selectable`); None = all of them.
     """
 
     temperature: float = 1.0
@@ -86,6 +89,7 @@ class SamplingParams:
     grammar: str | None = None
     prediction: tuple[int, ...] = ()
     draft_length: int | None = None
+    drafters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -106,6 +110,8 @@ class SamplingParams:
         put("stop", _strings(self.stop))
         put("stop_token_ids", _tokens("stop_token_ids", self.stop_token_ids, _MAX_STOP_IDS))
         put("prediction", _tokens("prediction", self.prediction, _MAX_PREDICTION))
+        if self.drafters is not None:
+            put("drafters", _tokens("drafters", self.drafters, _MAX_DRAFTERS))
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> SamplingParams:

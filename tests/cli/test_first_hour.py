@@ -98,9 +98,7 @@ def test_help_is_plain_and_whole_everywhere(command: tuple[str, ...], monkeypatc
     for flag in ("-h", "--help"):
         assert run(monkeypatch, *command, flag) == 0
         text = capsys.readouterr().out
-        assert (
-            text.startswith("Usage: outrider") and not set(text) & set("…─│")
-        )
+        assert text.startswith("Usage: outrider") and not set(text) & set("…─│")
 
 
 def test_wrong_paths_are_said_before_torch_is_imported(tmp_path: Path) -> None:
@@ -213,12 +211,13 @@ def test_output_that_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the closing line
 def test_the_line_says_what_the_counts_say() -> None:
     model = target()
-    one = engine(model, DRAFTERS["model"](model, 1), load_rule("auto"), 1, eos=())
+    closing = Closing()
+    one = engine(model, DRAFTERS["model"](model, 1), load_rule("auto"), 1, eos=(), sinks=(closing,))
     one.generate([PROMPTS[0]], SamplingParams(max_tokens=5, seed=1))
-    closing = Closing(one)
+    closing.begin(one)
     list(one.stream(PROMPTS[1], SamplingParams(max_tokens=12, seed=1, ignore_eos=True)))
     line = closing.line()
-    assert line.startswith("12 tokens, ") and one.sinks == ()
+    assert line.startswith("12 tokens, ")
     assert f"{one.counts.rejected} observed" in line and "first token after" in line
     assert f"acceptance length {1 + one.counts.accepted / one.counts.steps:.2f}" in line
 

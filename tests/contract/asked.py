@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
-from outrider.engine.core import Engine, Result
+from outrider.engine.outputs import Result
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 
@@ -42,11 +43,10 @@ def target() -> TinyLM:
     return TinyLM(VOCAB, 16, 2, seed=0, sharp=4.0)
 
 
-def engine(model, drafter, rule, capacity: int, *, length: int = 4, chunk: int = 5, eos=(1,)) -> Engine:
+def engine(model, drafter, rule, capacity: int, *, length: int = 4, chunk: int = 5, eos=(1,), sinks=()) -> Engine:
     """A small engine: chunks of 5 rows, so that prompts of 9, 12 and 17 tokens are fed in pieces."""
-    return Engine(
-        model, drafter, rule, Fixed(length), slots=capacity, max_length=64, chunk=chunk, eos=eos, allow_lossy=True
-    )
+    more = {"slots": capacity, "max_length": 64, "chunk": chunk, "eos": eos, "sinks": sinks, "allow_lossy": True}
+    return Engine(model, drafter, rule, Fixed(length), **more)
 
 
 def tokens(results: list[Result]) -> list[tuple[int, ...]]:

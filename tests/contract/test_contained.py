@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from outrider.build import Engine
+from outrider.contained import Contained
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import first_of
-from outrider.drafters.contained import Contained
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.types import Draft, Evidence, Proposal

@@ -15,9 +15,9 @@ from types import FunctionType, ModuleType
 import pytest
 import torch
 
+from outrider.build import Engine
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.errors import OutriderError
 from outrider.params import SamplingParams
 from outrider.types import Draft, Rows

@@ -15,9 +15,9 @@ import pytest
 import torch
 from scipy.stats import chi2
 
+from outrider.build import Engine
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.tree.shapes import Shape, Shared, levels
-from outrider.engine.core import Engine
 from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams
 from outrider.types import Draft

@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from outrider.build import Engine
 from outrider.drafters.dflash.drafter import BlockDrafter
 from outrider.drafters.eagle.drafter import Eagle
 from outrider.drafters.medusa.network import Medusa
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels
 from outrider.drafters.tree.shapes import levels
-from outrider.engine.core import Engine
 from outrider.models.toy import TableTarget
 from outrider.protocols import Drafter
 from outrider.types import Evidence

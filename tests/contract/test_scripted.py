@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
+from outrider.build import Engine
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.params import SamplingParams
 from outrider.verify import load_rule
 from tests.contract.asked import VOCAB, engine, target

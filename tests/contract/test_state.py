@@ -8,8 +8,8 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from outrider.build import Engine
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.types import Draft, Rows

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.engine.core import Engine
 from outrider.evaluate.audit.sources import Emission, Source, of_engine
 from outrider.models.toy import TableTarget
 from outrider.noise import Noise

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import Experiment, analyse, read_experiment, run_experiment
 from outrider.evaluate.measure import Arm, Record, Timing

@@ -13,18 +13,19 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from outrider.build import Engine
 from outrider.cli import trial as command
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import first_of
 from outrider.drafters.gated import gated
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
-from outrider.engine.core import Engine
 from outrider.errors import CapacityError, ConfigError
 from outrider.evaluate.experiments import live as module
 from outrider.evaluate.experiments.assignment import Served, arm_of, unit_of, wishes
@@ -33,7 +34,6 @@ from outrider.evaluate.experiments.live import KIND, Trial, read
 from outrider.evaluate.experiments.tally import STOPPED
 from outrider.evaluate.store.store import Store
 from outrider.params import SamplingParams
-from outrider.sampling.chosen import Chosen
 from outrider.serve.app import create_app
 from outrider.serve.settings import Settings
 from outrider.verify import load_rule
@@ -63,10 +63,11 @@ class Sleepy(ModelDrafter):
         return super().draft(evidence, budget)
 
 
-def engine(pause: float = 0.0, slots: int = 8) -> Engine:
+def engine(pause: float = 0.0, slots: int = 8, *, selectable: bool = False, **wiring: Any) -> Engine:
     drafter = Sleepy(DRAFT, LENGTH)
     drafter.pause = pause
-    return Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(LENGTH), slots=slots, max_length=400)
+    part = gated(drafter) if selectable else drafter
+    return Engine(TARGET, part, load_rule("speculative_sampling"), Fixed(LENGTH), slots=slots, max_length=400, **wiring)
 
 
 def trial(path: Path, e: Experiment = E) -> Trial:
@@ -76,7 +77,7 @@ def trial(path: Path, e: Experiment = E) -> Trial:
 def served(path: Path, work: Callable[[Any], Any], e: Experiment = E, *, grace: float = 5.0, **made: Any) -> Any:
     """The result of `work(app)` while the application runs with the experiment; everything is closed afterwards."""
     one = trial(path, e)
-    app = create_app(lambda: engine(**made), Settings("toy", grace=grace), adaptive=False, trial=one)
+    app = create_app(partial(engine, **made), Settings("toy", grace=grace), adaptive=False, trial=one)
 
     async def run() -> Any:
         async with app.router.lifespan_context(app):
@@ -188,7 +189,7 @@ def test_requests_draft_with_the_drafters_they_chose(choice: tuple[int, ...] | N
         TARGET, gated(first_of(*parts)), load_rule("speculative_sampling"), Fixed(LENGTH), slots=4, max_length=64
     )
     params = SamplingParams(max_tokens=20, seed=1)
-    got = one.generate([[3, 1], [5, 7]], Chosen.of(params, choice) if choice else params)
+    got = one.generate([[3, 1], [5, 7]], replace(params, drafters=choice) if choice else params)
     first = choice is None or 0 in choice
     assert (parts[0].asked > 0, parts[1].asked > 0) == (first, not first)
     alone = Heard(DRAFT if first else TARGET.perturbed(0.3, 2), LENGTH)
@@ -203,8 +204,14 @@ def test_an_arm_may_leave_loaded_drafters_out(tmp_path: Path) -> None:
     e = Experiment("parts", {"all": {}, "gram": {"draft": "ngram"}}, "all")
     parts = (NGram(LENGTH), Heard(DRAFT, LENGTH))
     one = Trial(e, wishes(e, Served("ngram+toy", LENGTH, "auto")), path)
-    made = Engine(TARGET, first_of(*parts), load_rule("speculative_sampling"), Fixed(LENGTH), slots=8, max_length=64)
-    app = create_app(lambda: made, Settings("toy"), adaptive=False, trial=one)
+
+    def made(*, selectable: bool, **wiring: Any) -> Engine:
+        drafter = gated(first_of(*parts)) if selectable else first_of(*parts)
+        return Engine(
+            TARGET, drafter, load_rule("speculative_sampling"), Fixed(LENGTH), slots=8, max_length=64, **wiring
+        )
+
+    app = create_app(made, Settings("toy"), adaptive=False, trial=one)
     users = {arm: next(f"u{i}" for i in range(99) if arm_of(e, f"u{i}") == arm) for arm in e.arms}
 
     async def work() -> tuple[int, int]:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.build import build_engine, companion
+from outrider.build import Engine, build_engine, companion
 from outrider.cli.main import main
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.evaluate.bench.gate import Margins, gate, same_draws
 from outrider.evaluate.bench.presets import arms_of, by_length
 from outrider.evaluate.bench.report import write_experiment

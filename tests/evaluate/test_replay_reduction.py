@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from outrider.build import Engine
 from outrider.control.adaptive import Adaptive
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate.experiments.continuations import Continuations, way_of
 from outrider.evaluate.experiments.control_variates import compare, controlled, luck, ratio_bounds

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.errors import CapacityError, ConfigError
 from outrider.evaluate import measure
 from outrider.evaluate.bench.gate import Margins, gate, load_run, overall

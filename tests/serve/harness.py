@@ -8,12 +8,15 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from outrider.build import build_engine
+from outrider.engine.core import EngineCore
+from outrider.engine.parts import Hooks
 from outrider.serve.app import create_app
 from outrider.serve.bridge import Bridge
 from outrider.serve.server import Server, server_for
@@ -88,6 +91,17 @@ def _unchunk(data: bytes) -> bytes:
     return out
 
 
+def rewired(engine: EngineCore) -> Callable[..., EngineCore]:
+    """Makes an engine on the same parts that a server looks on."""
+
+    def build(*, sinks: tuple[Any, ...], controller: Any = None) -> EngineCore:
+        parts = engine.parts
+        made = engine.controller if controller is None else controller(parts.drafter, parts.rule)
+        return EngineCore(parts, Hooks(made, sinks), engine.options)
+
+    return build
+
+
 @contextmanager
 def serving(
     keys: tuple[str, ...] = (), limits: Limits | None = None, engine: Any = None, **options: Any
@@ -109,7 +123,8 @@ def serving(
     )
     past, arrange = options.pop("past", None), options.pop("arrange", lambda watch: None)
     before = set(threading.enumerate())
-    app = create_app(lambda: engine or build_engine(**{"slots": 8, **options}), settings, adaptive=not fixed, past=past)
+    build = partial(build_engine, **{"slots": 8, **options}) if engine is None else rewired(engine)
+    app = create_app(build, settings, adaptive=not fixed, past=past)
     arrange(app.state.watch)
     port = a_port()
     RUNNING.add(port)

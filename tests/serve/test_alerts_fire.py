@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.build import Engine
 from outrider.control.adaptive import Outlook
-from outrider.engine.core import Engine
 from outrider.models.toy import TableTarget
 from outrider.serve.tickets import Limits
 from outrider.serve.watch import Watch

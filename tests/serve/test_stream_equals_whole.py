@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.nn.kv import ContiguousKV
 from outrider.serve.bridge import Bridge
 from outrider.serve.requests import ChatRequest, CompletionRequest, parse

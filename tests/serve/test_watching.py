@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.build import Engine
 from outrider.cli.serve import past_of
 from outrider.control.adaptive import Outlook
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate.store.store import Store
 from outrider.models.toy import TableTarget

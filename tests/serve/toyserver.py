@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.models.toy import TableTarget
 from outrider.serve.app import create_app
 from outrider.serve.server import server_for
@@ -27,7 +27,7 @@ from outrider.serve.settings import Settings
 from outrider.serve.tickets import Limits
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
-from tests.serve.harness import Running, a_port, until
+from tests.serve.harness import Running, a_port, rewired, until
 
 V = 16
 BODY = {"model": "pycode", "prompt": [3, 1, 4], "max_tokens": 60, "ignore_eos": True, "stream": True}
@@ -94,7 +94,9 @@ def toy_process(slots: int, queue: int, pause: float, sure: float = 0.0) -> Iter
 
 def main(port: int, slots: int, queue: int, pause: float, sure: float) -> None:
     settings = Settings("pycode", limits=Limits(queue=queue, queue_seconds=20), grace=1.0)
-    server_for(create_app(lambda: toy(slots, pause, sure), settings, adaptive=False), settings, "127.0.0.1", port).run()
+    server_for(
+        create_app(rewired(toy(slots, pause, sure)), settings, adaptive=False), settings, "127.0.0.1", port
+    ).run()
 
 
 if __name__ == "__main__":

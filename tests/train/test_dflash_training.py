@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.dflash.drafter import BlockDrafter
 from outrider.drafters.dflash.network import BlockConfig, BlockModel
 from outrider.drafters.none import NoDraft
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
-from outrider.engine.core import Engine, Result
+from outrider.engine.outputs import Result
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.train.checkpoint import identity_of

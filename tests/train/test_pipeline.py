@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outrider.assets import shipped
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import Eagle
 from outrider.drafters.eagle.eagle3 import FeatureConfig
@@ -19,7 +20,6 @@ from outrider.drafters.medusa.network import HeadsConfig, Medusa
 from outrider.drafters.none import NoDraft
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.models.tokenizer import load_tokenizer, vocab_fingerprint
 from outrider.models.toy import TinyLM

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from outrider.build import Engine
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.params import SamplingParams
 from outrider.serve.replies import acceptance
 from outrider.types import Counts

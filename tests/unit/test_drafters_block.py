@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.build import build_engine
+from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.dflash.drafter import BlockDrafter
 from outrider.drafters.dflash.network import BlockConfig, BlockModel, visible
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import levels
-from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.build import build_engine
+from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import Eagle
 from outrider.drafters.eagle.eagle3 import FeatureConfig, FeatureModel
@@ -20,7 +20,6 @@ from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import levels
-from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.load import load_target
 from outrider.models.toy import TinyLM

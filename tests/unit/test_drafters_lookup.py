@@ -9,11 +9,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams

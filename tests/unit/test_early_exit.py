@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from outrider.build import build_engine
+from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
-from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.hf.target import HFTarget
 from outrider.models.load import load_target

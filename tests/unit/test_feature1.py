@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.checkpoint import target_parts
 from outrider.drafters.eagle.drafter import Eagle
@@ -21,7 +22,6 @@ from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
-from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.load import load_target
 from outrider.models.toy import TinyLM
@@ -220,11 +220,11 @@ def test_only_known_tokens_are_drafted_and_the_text_keeps_its_law() -> None:
             out = text.setdefault((how, temperature), [])
             while one.busy:
                 out += [t for e in one.step() if e.request == name for t in e.tokens]
-                drafted |= set(one._draft.tokens)
-                if one._draft.q is not None:
+                drafted |= set(one.pending.draft.tokens)
+                if one.pending.draft.q is not None:
                     other = torch.ones(V, dtype=torch.bool)
                     other[SUPPORT] = False
-                    assert float(one._draft.q.probs[:, other].sum()) == 0.0
+                    assert float(one.pending.draft.q.probs[:, other].sum()) == 0.0
         assert drafted <= set(SUPPORT.tolist())
         assert how == "none" or len(drafted) > 2
     assert text["none", 0.0] == text["chain", 0.0] == text["dynamic", 0.0]

@@ -8,8 +8,7 @@ import re
 import pytest
 import torch
 
-from outrider.build import build_engine, companion
-from outrider.engine.core import Engine
+from outrider.build import Engine, build_engine, companion
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
 
@@ -85,7 +84,6 @@ def test_the_law_is_the_targets_restricted_and_renormalised(engine: Engine) -> N
     logits = torch.randn(2, law.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     prompt = engine.encode("x = ")
     a, b, one = (engine.encode(c)[0] for c in ("a", "b", "1"))
-    engine._grammars()
     free = SequenceView(7, 0, [*prompt, a], len(prompt), 0, SamplingParams())
     bound = SequenceView(7, 0, [*prompt, a], len(prompt), 0, SamplingParams(grammar=f"regex:{PATTERN}"))
     whole, cut = law(logits, [free, free], [(), (b,)]), law(logits, [bound, bound], [(), (b,)])

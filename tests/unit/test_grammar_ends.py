@@ -8,8 +8,7 @@ import re
 import pytest
 import torch
 
-from outrider.build import build_engine, companion
-from outrider.engine.core import Engine
+from outrider.build import Engine, build_engine, companion
 from outrider.params import SamplingParams
 from outrider.types import SequenceView
 
@@ -55,7 +54,7 @@ def test_every_end_is_an_end(engine: Engine) -> None:
         engine.parts.target, companion(engine, "none").parts.drafter, engine.parts.rule, engine.controller,
         tokenizer=engine.tokenizer, slots=1, max_length=80, eos=ends,
     )  # fmt: skip
-    automaton = one._grammars().start("regex:[ab]{1,3}")
+    automaton = one.parts.law.grammars.start("regex:[ab]{1,3}")
     (a,) = one.encode("a")
     for path in ([a, 5], [a, ends[0]], [a, 5, ends[0]], [a, ends[0], 5, 5]):
         assert set(automaton.allowed(path).nonzero().flatten().tolist()) == set(ends)
@@ -116,7 +115,7 @@ def test_what_programs_print_as_json_is_allowed(engine: Engine, style: dict) -> 
     items = {"type": "array", "items": {"type": ["null", "object"]}}
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": items}, "required": ["a", "b"]}
     written = json.dumps({"a": True, "b": [None, {"c": {"d": [1]}}]}, **style)
-    automaton = engine._grammars().start("json:" + json.dumps(schema))
+    automaton = engine.parts.law.grammars.start("json:" + json.dumps(schema))
     automaton.follow(engine.encode(written))
     assert not automaton.exhausted and automaton.allowed([])[next(iter(engine.eos))]
 
@@ -157,7 +156,6 @@ def test_a_grammar_that_is_given_up_is_an_error_outside_a_server_too(
 def test_tokens_that_the_model_never_gives_are_an_error_and_no_nan(engine: Engine) -> None:
     """Logits of minus infinity on all that the grammar allows: one sentence for that request, its neighbour's text as ever."""
     law, seen = engine.parts.law, SamplingParams(grammar="regex:[0-9]+")
-    engine._grammars()
     prompt = engine.encode("x = ")
     view = SequenceView(1, 0, [*prompt], len(prompt), 0, seen)
     free = SequenceView(2, 0, [*prompt], len(prompt), 0, SamplingParams())

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.build import build_engine
+from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate.planning.predict_report import report
 from outrider.evaluate.scoring.costs import measure_costs

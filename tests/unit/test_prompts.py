@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import outrider
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
-from outrider.engine.core import Engine
 from outrider.engine.prompts import as_ids, as_prompt, as_prompts
 from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.measure import Arm, run_arms

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import pytest
 
+from outrider.build import Engine
 from outrider.drafters.none import NoDraft
-from outrider.engine.core import Engine
 from outrider.engine.sequence import Event
 from outrider.engine.turns import Turns
 from outrider.errors import CapabilityError, RequestError
@@ -51,7 +51,7 @@ def test_streams_side_by_side_are_whole() -> None:
         events += stream
     assert [text(events) for events in got] == [alone(i) for i in range(3)]
     assert all(events[-1].finish_reason == "length" for events in got)
-    assert one.scheduler.free == 3 and not one.busy and not one._readers
+    assert one.scheduler.free == 3 and not one.busy and not one.readers
 
 
 def test_a_stream_that_is_dropped_disturbs_nobody() -> None:
@@ -70,18 +70,18 @@ def test_a_stream_that_is_dropped_disturbs_nobody() -> None:
 
 def test_a_request_that_somebody_aborts_ends_its_stream_and_its_generate() -> None:
     """From outside between two steps, and from a sink inside one."""
-    one = drafted(2)
+
+    def killer(record: object) -> None:
+        if one.steps > 6:
+            for name in {key[0] for key in list(one.live)}:
+                one.abort(name)
+
+    one = drafted(2, sinks=(killer,))
     stream = one.stream(PROMPTS[0], PARAMS[0])
     seen = [next(stream)]
     assert one.abort(seen[0].request)
     assert list(stream) == [] and one.scheduler.free == 2
 
-    def killer(record: object) -> None:
-        if one.steps > 6:
-            for name in {key[0] for key in list(one._sequences)}:
-                one.abort(name)
-
-    one.sinks = (killer,)
     output = one.generate([PROMPTS[0]], [SamplingParams(max_tokens=40, seed=1)])[0].outputs[0]
     assert output.finish_reason == "abort" and one.scheduler.free == 2
 
@@ -157,7 +157,6 @@ def test_turns_come_in_the_order_of_asking_and_nest() -> None:
 
 
 def test_no_step_within_a_step() -> None:
-    one = drafted(2)
     said: list[str] = []
 
     def again(record: object) -> None:
@@ -166,7 +165,7 @@ def test_no_step_within_a_step() -> None:
         except RequestError as error:
             said.append(str(error))
 
-    one.sinks = (again,)
+    one = drafted(2, sinks=(again,))
     assert one.generate([PROMPTS[0]], [PARAMS[0]])[0].outputs[0].token_ids == alone(0)
     assert said and "in the middle of a step" in said[0]
     assert one.scheduler.free == 2 and not one.busy
@@ -205,7 +204,7 @@ def test_a_name_is_taken_until_its_last_sample_has_ended() -> None:
     one = drafted(2)
     one.submit(PROMPTS[0], SamplingParams(n=2, max_tokens=30, seed=1, ignore_eos=True), request="mine")
     one.step()
-    one._forget(one.sequences("mine")[0])  # as if its first sample had ended
+    one.forget(one.sequences("mine")[0])  # as if its first sample had ended
     with pytest.raises(RequestError, match="already running"):
         one.submit(PROMPTS[1], request="mine")
     assert one.submit(PROMPTS[1], request="request-1") == "request-1"

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from outrider.assets import shipped
-from outrider.build import Options, build_engine, companion
-from outrider.engine.core import Engine
+from outrider.build import Engine, Options, build_engine, companion
 from outrider.errors import ConfigError
 
 OTHER = {"implementation": "hf", "draft_quantize": "int8"}

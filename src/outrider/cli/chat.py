@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import options as opt
+from outrider.cli.closing import Closing
 from outrider.errors import ConfigError, RequestError
 
 
@@ -36,7 +37,9 @@ def chat(
     from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    closing = Closing()
     engine = engine_from_options(
+        sinks=(closing,),
         target=target,
         draft=draft,
         length=length,
@@ -49,7 +52,7 @@ def chat(
         slots=1,
     )
     edit_lines()
-    talk = Conversation(engine, system)
+    talk = Conversation(engine, system, closing)
     if not talk.template:
         opt.err.print("[dim]this target has no chat template: it continues your text[/dim]")
     while (line := read_line()) is not None:
@@ -81,8 +84,8 @@ def read_line() -> str | None:
 class Conversation:
     """Messages so far, and one turn at a time."""
 
-    def __init__(self, engine: Any, system: str | None) -> None:
-        self.engine, self.system = engine, system
+    def __init__(self, engine: Any, system: str | None, closing: Closing) -> None:
+        self.engine, self.system, self.closing = engine, system, closing
         self.template = bool(getattr(engine.tokenizer, "chat_template", None))
         if system and not self.template:
             raise ConfigError("--system needs a target with a chat template")
@@ -107,8 +110,6 @@ class Conversation:
 
     def turn(self, line: str, params: Any) -> None:
         """Stream the answer to `line`, then one line of how it went. Ctrl-C stops the answer only."""
-        from outrider.cli.closing import Closing
-
         prompt: Any = line
         if self.template:
             self.messages.append({"role": "user", "content": line})
@@ -117,7 +118,7 @@ class Conversation:
             except RequestError:
                 self.messages.pop()
                 raise
-        closing, answer = Closing(self.engine), ""
+        closing, answer = self.closing.begin(self.engine), ""
         try:
             for event in self.engine.stream(prompt, params):
                 if event.error:

@@ -9,25 +9,27 @@ from outrider.types import Counts, StepRecord
 
 
 class Closing:
-    """Watches an engine from now on: a sink for its steps, and afterwards the line.
+    """A sink of an engine's steps: `begin` before a text, and afterwards the line."""
 
-    The engine's sums are started anew, so that they are those of the text that follows.
-    """
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.first: float | None = None
+        self.start = 0.0
 
-    def __init__(self, engine: Any) -> None:
+    def begin(self, engine: Any) -> Closing:
+        """A text begins. The engine's sums are started anew, so that they are those of the text that follows."""
         self.engine, self.first = engine, None
         engine.reset()
-        engine.sinks = (*engine.sinks, self)
         self.start = perf_counter()
+        return self
 
     def __call__(self, record: StepRecord) -> None:
         if self.first is None and record.counts.emitted:
             self.first = perf_counter() - self.start
 
     def line(self) -> str:
-        """The line, and the end of watching."""
+        """The line."""
         seconds = perf_counter() - self.start
-        self.engine.sinks = tuple(s for s in self.engine.sinks if s is not self)
         return sentence(self.engine.counts, seconds, self.first, lossless=self.engine.parts.rule.lossless)
 
 

@@ -61,9 +61,9 @@ def generate(
     text = read_prompt(prompt)
     if regex is not None or json_schema is not None:
         paths.needs("grammar", ("llguidance",))
+    from outrider.build import Engine
     from outrider.cli.closing import Closing
     from outrider.cli.setup import engine_from_options
-    from outrider.engine.core import Engine
     from outrider.params import SamplingParams
 
     params = SamplingParams(
@@ -84,7 +84,9 @@ def generate(
     )
     if prediction is not None and draft == "auto":
         draft = "prediction+auto" if target else "prediction"
+    closing = Closing()
     engine: Engine = engine_from_options(
+        sinks=(closing,),
         target=target,
         draft=draft,
         length=length,
@@ -102,7 +104,7 @@ def generate(
         from dataclasses import replace
 
         params = replace(params, prediction=tuple(engine.encode(prediction)))
-    closing = Closing(engine)
+    closing.begin(engine)
     if json or n > 1:
         result = engine.generate([text], params)[0]
         failed = next((o.error for o in result.outputs if o.error), None)

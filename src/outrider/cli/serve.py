@@ -179,10 +179,11 @@ def serve(
         webhook=None if alert_webhook is None else check_url(alert_webhook),
     )
 
-    def build() -> Any:
+    def build(**wiring: Any) -> Any:
         from outrider.cli.setup import engine_from_options
 
         return engine_from_options(
+            **wiring,
             target=target,
             draft=draft,
             length=length,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from outrider.cli import options as opt
 
 if TYPE_CHECKING:
-    from outrider.engine.core import Engine
+    from outrider.build import Engine
 
 
 def engine_from_options(**options: Any) -> Engine:

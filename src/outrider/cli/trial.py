@@ -109,7 +109,7 @@ def run_rehearsal(file: Path, store: str, requests: int, users: int, length: int
     name, target = f"{file.stem} rehearsal", read_experiment(file).target
     trial = trial_of(file, store, served_by("auto", length, "auto", False, None, fixed=True), name)
     app = create_app(
-        lambda: engine_from_options(target=target, length=length),
+        lambda **wiring: engine_from_options(target=target, length=length, **wiring),
         Settings(model_name(target)),
         adaptive=False,
         trial=trial,

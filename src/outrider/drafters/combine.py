@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from outrider.drafters.contained import Contained
+from outrider.contained import Contained
 from outrider.errors import ConfigError
 from outrider.protocols import Drafter
 from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores, Siblings

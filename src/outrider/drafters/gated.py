@@ -13,7 +13,7 @@ class Gated:
     """The drafter `inner` as part number `number`: silent for a sequence whose `params.drafters` does not name it.
 
     It then has budget 0, as if another part had spoken: it still catches up. The choice is made before anything is drawn, so the
-    laws of drafts stay honest. Requests without `drafters` (see `sampling.chosen`) may have them all.
+    laws of drafts stay honest. Requests without `drafters` may have them all.
     """
 
     def __init__(self, inner: Drafter, number: int) -> None:
@@ -31,7 +31,7 @@ class Gated:
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """What the drafter proposes for the sequences that chose it."""
-        chosen = [getattr(v.params, "drafters", None) for v in evidence.sequences]
+        chosen = [v.params.drafters for v in evidence.sequences]
         left = [b if c is None or self.number in c else 0 for b, c in zip(budget, chosen, strict=True)]
         return self.inner.draft(evidence, left)
 

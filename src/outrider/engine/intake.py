@@ -7,7 +7,6 @@ from typing import Any
 from outrider.engine.text import TextStream, special_tokens
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
-from outrider.sampling.grammar import Grammars, tokenizer_json
 from outrider.sampling.pipeline import Law
 
 
@@ -46,17 +45,13 @@ class Intake:
         if params.stop and self.tokenizer is None:
             raise RequestError("a stop string needs a tokenizer: build the engine with one, or use stop_token_ids")
         if params.grammar is not None:
-            self.grammars().compile(params.grammar)
+            self.compile(params.grammar)
 
-    def grammars(self) -> Grammars:
-        """The grammars of the tokenizer, made for the first request that needs them."""
-        law = self.law
-        if law.grammars is None:
-            text = tokenizer_json(self.tokenizer)
-            if text is None:
-                raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
-            law.grammars = Grammars(text, law.vocab_size, law.eos_ids)
-        return law.grammars
+    def compile(self, grammar: str) -> None:
+        """Compile a grammar and keep it. Raises RequestError for a bad one, and where the tokenizer cannot have any."""
+        if self.law.grammars is None:
+            raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
+        self.law.grammars.compile(grammar)
 
     def text(self, prompt: list[int], params: SamplingParams) -> TextStream | None:
         """The text of one sequence; tokenizers whose decoding looks to the left need the prompt's last tokens."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.energy import Meter

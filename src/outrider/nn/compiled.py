@@ -79,7 +79,7 @@ class Unit:
         return sorted(p for p in self.folder.iterdir() if p.suffix in (".cpp", ".h"))
 
 
-DECODER = Unit("decoder", PACKAGE / "target" / "native", True, "decoding runs on PyTorch, up to four times slower")
+DECODER = Unit("decoder", PACKAGE / "models" / "native", True, "decoding runs on PyTorch, up to four times slower")
 PASSES = Unit("passes", PACKAGE / "verify", False, "drafts are verified by PyTorch, which is slower")
 UNITS = (DECODER, PASSES)
 

@@ -8,7 +8,7 @@ it too, and the law under speculation is the law without: p restricted to the al
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from time import thread_time
 from typing import Any
@@ -20,6 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from outrider.automata import Compiler, core_of, unspelled
+from outrider.errors import RequestError
 
 DEAR = 0.1
 """Seconds of work above which no grammar is compiled for one text alone: each of its samples would stop all others for so long."""
@@ -37,15 +38,29 @@ def tokenizer_json(tokenizer: Any) -> str | None:
     return None if core is None else unspelled(core)
 
 
+def grammars_of(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> Grammars:
+    """The grammars of a tokenizer, or of None. The first one that is asked for raises RequestError if it is not a fast one."""
+
+    def text() -> str:
+        found = tokenizer_json(tokenizer)
+        if found is None:
+            raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
+        return found
+
+    return Grammars(text, vocab_size, eos)
+
+
 class Grammars:
     """Compiled grammars of one tokenizer.
 
-    tokenizer: text of its tokenizer.json. vocab_size: columns of the logits. eos: tokens that end a text; allowed where the
-    grammar may end. Raises CapabilityError if llguidance is missing.
+    tokenizer: text of its tokenizer.json, or what makes it when the first grammar is compiled. vocab_size: columns of the logits.
+    eos: tokens that end a text; allowed where the grammar may end. Compiling raises CapabilityError if llguidance is missing.
     """
 
-    def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
-        self._compiler, self.vocab_size, self.eos = Compiler(tokenizer, eos), vocab_size, tuple(eos)
+    def __init__(self, tokenizer: str | Callable[[], str], vocab_size: int, eos: Sequence[int]) -> None:
+        self.vocab_size, self.eos = vocab_size, tuple(eos)
+        self._tokenizer = tokenizer
+        self._made_compiler: Compiler | None = None
         self._compiled: OrderedDict[str, tuple[Any, float]] = OrderedDict()  # and the seconds of work that it took
         self._lock = Lock()
 
@@ -59,13 +74,21 @@ class Grammars:
         """The compiled grammar, never advanced; made at most KEPT grammars ago, or now."""
         return self._made(text)[0]
 
+    def _compiler(self) -> Compiler:
+        with self._lock:
+            if self._made_compiler is None:
+                text = self._tokenizer if isinstance(self._tokenizer, str) else self._tokenizer()
+                self._made_compiler = Compiler(text, self.eos)
+            return self._made_compiler
+
     def _made(self, text: str) -> tuple[Any, float]:
         with self._lock:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
+        compiler = self._compiler()
         start = thread_time()
-        made = self._compiler.make(text)
+        made = compiler.make(text)
         kept = made, thread_time() - start
         with self._lock:
             self._compiled[text] = kept
@@ -93,7 +116,7 @@ class Grammars:
     def own(self, text: str) -> Any:
         """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
         self.drop(text)
-        return self._compiler.make(text)
+        return self._compiler().make(text)
 
 
 class Automaton:

@@ -22,13 +22,14 @@ try:
 except ImportError as error:
     raise ConfigError("the server needs starlette and uvicorn: pip install 'outrider[serve]'") from error
 
+from outrider.build import Engine
 from outrider.control.adaptive import Adaptive
-from outrider.engine.core import Engine
+from outrider.control.fixed import Fixed
 from outrider.errors import OutriderError
 from outrider.models.tokenizer import forget_words
-from outrider.params import SamplingParams
+from outrider.protocols import Controller, Drafter, Rule
 from outrider.serve.bridge import Bridge
-from outrider.serve.experiment import Trial, open_gates
+from outrider.serve.experiment import Trial
 from outrider.serve.live import Live, Past
 from outrider.serve.middleware import Guard, on_error
 from outrider.serve.requests import ChatRequest, CompletionRequest
@@ -43,7 +44,7 @@ CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'
 
 
 def create_app(
-    build: Callable[[], Engine],
+    build: Callable[..., Engine],
     settings: Settings,
     *,
     adaptive: bool = True,
@@ -52,12 +53,18 @@ def create_app(
 ) -> Starlette:
     """The server for the engine that `build` makes (in the engine's own thread).
 
+    build: called with what `build_engine` takes by these names: sinks, and where they are wanted controller and selectable.
     adaptive: set the draft length by load, "never slower than plain decoding"; otherwise the engine keeps its controller.
     past: reads the runs and experiments that the page shows; None: none are shown. trial: an experiment on the requests.
     `app.state.bridge` is the bridge and `app.state.watch` what is known over time, for whoever runs the app.
     """
     metrics = Metrics(settings.model)
-    bridge = Bridge(build, metrics, settings.limits, lambda engine: prepare(engine, metrics, adaptive, trial))
+    wiring: dict[str, Any] = {"sinks": (metrics,)}
+    if adaptive:
+        wiring["controller"] = controller_for
+    if trial is not None:
+        wiring["selectable"] = True
+    bridge = Bridge(lambda: build(**wiring), metrics, settings.limits, lambda engine: prepare(engine, metrics))
     v1 = OpenAI(bridge, settings, trial)
     hook = Webhook(settings.webhook, settings.model) if settings.webhook else None
     watch = Watch(bridge, settings.price, hook)
@@ -101,16 +108,17 @@ def create_app(
     return app
 
 
-def prepare(engine: Engine, metrics: Metrics, adaptive: bool, trial: Trial | None = None) -> None:
-    """Warm an engine up, set its controller, and describe it to the metrics. Runs in the engine's thread, before it serves."""
-    if trial is not None:
-        open_gates(engine)
-    warm_up(engine)
+def controller_for(drafter: Drafter, rule: Rule) -> Controller:
+    """Sets the draft length by load; nothing is to be set where nothing is drafted."""
+    depth = drafter.max_depth
+    return Adaptive(depth, depth, invariant=rule.lane == "gumbel") if depth else Fixed(0)
+
+
+def prepare(engine: Engine, metrics: Metrics) -> None:
+    """Warm an engine up and describe it to the metrics. Runs in the engine's thread, before it serves."""
+    engine.warm_up()
     forget_words(engine.tokenizer)
     parts = engine.parts
-    if adaptive and parts.drafter.max_depth:
-        invariant = parts.rule.lane == "gumbel"
-        engine.controller = Adaptive(parts.drafter.max_depth, parts.drafter.max_depth, invariant=invariant)
     metrics.info.update(
         drafter=parts.drafter.name,
         rule=parts.rule.name,
@@ -124,15 +132,6 @@ def prepare(engine: Engine, metrics: Metrics, adaptive: bool, trial: Trial | Non
         metrics.gauges.update(
             spec_decode_length=("Draft length chosen for the present load.", lambda: look().length),
         )
-
-
-def warm_up(engine: Engine) -> None:
-    """Touch every part once, plain and drafted, so that the first user does not pay for it."""
-    params = SamplingParams(max_tokens=8, ignore_eos=True, seed=0)
-    prompt = [0, 1, 2, 3][: engine.parts.target.vocab_size]
-    for count in {1, min(2, engine.scheduler.slots)}:
-        engine.generate([prompt] * count, params)
-    engine.reset()
 
 
 async def page(request: Request) -> Response:

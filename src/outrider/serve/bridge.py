@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, TypeVar
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError, RequestError
 from outrider.params import SamplingParams
@@ -33,8 +33,9 @@ LOADING = "the engine is still loading: try again in some seconds"
 class Bridge:
     """An engine in a thread of its own, as asyncio sees it. All public methods belong to the event loop.
 
-    build: makes the engine, in the engine's thread. metrics: gets every step and every finished request.
-    prepare: called with the new engine before it serves (warm-up, controller).
+    build: makes the engine, in the engine's thread. metrics: gets every finished request; the engine that
+    is built should have them as a sink.
+    prepare: called with the new engine before it serves (warm-up).
     tickets: the open requests; held: their samples, and owned: those of each owner; begun: requests so far, failures: those that
     the engine failed after their reply had begun or while they waited.
     """
@@ -51,9 +52,7 @@ class Bridge:
         self.draining = False
         self.held = self.begun = self.failures = 0
         self.owned: Counter[int] = Counter()
-        self.worker = EngineThread(
-            build, prepare, metrics, self._post, self._deliver, self._give_up, self.limits.queue_seconds
-        )
+        self.worker = EngineThread(build, prepare, self._post, self._deliver, self._give_up, self.limits.queue_seconds)
         self._typical = 1.0  # seconds of a request, exponentially averaged: only for Retry-After
         self._loop: asyncio.AbstractEventLoop | None = None
         self._compiler = ThreadPoolExecutor(1, "outrider-grammar")

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from time import monotonic
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError
 from outrider.params import SamplingParams
 from outrider.serve.tickets import EngineFailure, Ticket, Unavailable
-from outrider.telemetry.prometheus import Metrics
 
 logger = logging.getLogger(__name__)
 IDLE_BEAT = 0.5
@@ -29,7 +28,7 @@ Mail = list[tuple[Ticket, list[tuple[int, Event]]]]
 class EngineThread:
     """A thread that owns an engine: it is built there, and only there is it called.
 
-    build: makes the engine. prepare: called with it before it serves. metrics: gets every step. post: runs a closure in
+    build: makes the engine. prepare: called with it before it serves. post: runs a closure in
     the event loop. deliver, give_up: called there, with what a step emitted, and when nothing is served any more.
     queue_seconds: how long a request may wait for a slot.
     `run` belongs to the thread, `command` and `stop` to everybody, the rest to commands.
@@ -39,7 +38,6 @@ class EngineThread:
         self,
         build: Callable[[], Engine],
         prepare: Callable[[Engine], None] | None,
-        metrics: Metrics,
         post: Callable[[Callable[[], object]], None],
         deliver: Callable[[Mail], None],
         give_up: Callable[[], None],
@@ -50,7 +48,7 @@ class EngineThread:
         self.started: Future[None] = Future()
         self.routes: dict[str, tuple[Ticket, int]] = {}  # request name -> ticket, first choice
         self.queued: dict[str, Ticket] = {}  # names that have no slot yet
-        self._build, self._prepare, self._metrics = build, prepare, metrics
+        self._build, self._prepare = build, prepare
         self._post, self._deliver, self._give_up = post, deliver, give_up
         self._queue_seconds = queue_seconds
         self._condition = threading.Condition()
@@ -94,7 +92,6 @@ class EngineThread:
             engine = self._build()
             if self._prepare is not None:
                 self._prepare(engine)
-            engine.sinks = (*engine.sinks, self._metrics)
             self.engine = engine
         except BaseException as error:
             self.started.set_exception(error)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any, Protocol, runtime_checkable
 
-from outrider.drafters.gated import gated
-from outrider.engine.core import Engine
 from outrider.params import SamplingParams
-from outrider.sampling.chosen import Chosen
 from outrider.serve.tickets import Ticket
 
 USER, ARM = "x-outrider-user", "x-outrider-arm"
@@ -17,18 +14,13 @@ USER, ARM = "x-outrider-user", "x-outrider-arm"
 
 @runtime_checkable
 class Trial(Protocol):
-    """An experiment. A place has a `label`, the arm, and a `wish`, sampling parameters that the request gets besides its own (with
-    `drafters`, see `Chosen`); each comes back to `ended` once, with a record of plain data."""
+    """An experiment. A place has a `label`, the arm, and a `wish`, sampling parameters that the request gets besides its own; each
+    comes back to `ended` once, with a record of plain data."""
 
     def start(self) -> None: ...
     def place(self, who: str) -> Any | None: ...
     def ended(self, place: Any, record: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
-
-
-def open_gates(engine: Engine) -> None:
-    """Let requests choose among the drafters that the engine has."""
-    engine.parts = replace(engine.parts, drafter=gated(engine.parts.drafter))
 
 
 def fixed_by_seed(params: SamplingParams, lane: str) -> bool:
@@ -43,10 +35,7 @@ def join(trial: Trial, who: str, ticket: Ticket, params: SamplingParams) -> Samp
     if place is None:
         return params
     ticket.arm, ticket.on_end = place.label, lambda done: trial.ended(place, record_of(done))
-    wish = dict(place.wish)
-    drafters = wish.pop("drafters", None)
-    params = replace(params, **wish)
-    return params if drafters is None else Chosen.of(params, tuple(drafters))
+    return replace(params, **place.wish)
 
 
 def record_of(ticket: Ticket) -> dict[str, Any]:

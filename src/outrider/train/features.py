@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.errors import ConfigError
 from outrider.params import SamplingParams
 from outrider.protocols import Target

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from outrider.build import build_engine
+from outrider.build import Engine, build_engine
 from outrider.drafters.checkpoint import output_head
 from outrider.drafters.dflash.network import BlockConfig, BlockModel
 from outrider.drafters.eagle.eagle1 import LastFeatureModel
 from outrider.drafters.eagle.eagle3 import FeatureModel
 from outrider.drafters.eagle.network import FeatureConfig
 from outrider.drafters.medusa.network import HeadsConfig, MedusaHeads
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import Unsupported

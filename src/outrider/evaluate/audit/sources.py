@@ -14,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.errors import ConfigError, printable
 from outrider.params import SamplingParams
 from outrider.web import OPENER

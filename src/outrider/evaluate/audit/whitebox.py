@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from scipy.stats import chi2
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.engine.core import Engine
 from outrider.evaluate.scoring.score import Clock, chain_rows, logits_along
 from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.engine.core import Engine
+from outrider.build import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate.bench.presets import Spec
 from outrider.evaluate.bench.scale import TARGETS, Predicted, carry_over, predict_arm

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from outrider.build import companion
+from outrider.build import Engine, companion
 from outrider.drafters.registry import companion_folder
-from outrider.engine.core import Engine
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.evaluate.measure import Arm
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import FirstOf
 from outrider.drafters.forced import Forced
@@ -24,7 +25,6 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
 from outrider.drafters.tree.growth import Levels
-from outrider.engine.core import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm
 from outrider.evaluate.planning.plan import VERIFICATION

@@ -13,8 +13,7 @@ from typing import Any, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from outrider.build import Options, assemble
-from outrider.engine.core import Engine
+from outrider.build import Engine, Options, assemble
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.experiments.continuations import Continuations

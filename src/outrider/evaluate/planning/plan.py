@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from outrider.build import Options, assemble
+from outrider.build import Engine, Options, assemble
 from outrider.drafters.vllm_config import LEARNED
-from outrider.engine.core import Engine
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm, Record, run_group

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from outrider.build import companion
+from outrider.build import Engine, companion
 from outrider.drafters.tree.shapes import Static, accepted, best_tree, best_tree_for
-from outrider.engine.core import Engine
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm, Record, run_arms

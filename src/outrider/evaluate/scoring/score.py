@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.assets import HERE
-from outrider.build import companion
-from outrider.engine.core import Engine
+from outrider.build import Engine, companion
 from outrider.errors import ConfigError
 from outrider.evaluate.workloads import load_prompts
 from outrider.noise import derive_seed

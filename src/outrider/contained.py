@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -24,8 +24,9 @@ class Contained:
     does not depend on any of this: plain decoding is the empty draft.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: Drafter, on_fault: Callable[[str], None] | None = None) -> None:
+        """on_fault: told what happened, at every fault of this drafter."""
+        self.drafter, self._on_fault = drafter, on_fault
         self.off = False
         self._faults, self._strikes = 0, 0.0
         self._notices: list[str] = []
@@ -89,6 +90,8 @@ class Contained:
     def _strike(self, problem: str) -> None:
         self._faults += 1
         self._strikes += 1.0
+        if self._on_fault is not None:
+            self._on_fault(f"drafter {self.drafter.name!r}: {problem}")
         if self._strikes < STRIKES or self.off:
             return
         self.off = True

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from outrider.engine.parts import Parts
+from outrider.engine.rows import VerifiedStep
 from outrider.engine.scheduler import Work
 from outrider.engine.sequence import Event, Sequence, TokenLogprob
-from outrider.engine.step import Judged, Parts
 from outrider.sampling.pipeline import logprobs_of
 from outrider.types import Counts
 
@@ -19,17 +20,16 @@ UNUSABLE = "the target returned NaN or empty logits: check the checkpoint and th
 class Emission:
     """What a step added: events in the order of its works, the sequences that ended, and the sums.
 
-    fresh: the sums of sequences whose seed the engine chose. incidents: sequences that failed.
+    fresh: the sums of sequences whose seed the engine chose.
     """
 
     events: list[Event] = field(default_factory=list)
     ended: list[Sequence] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     fresh: Counts = field(default_factory=Counts)
-    incidents: int = 0
 
 
-def emit(parts: Parts, works: list[Work], judged: Judged) -> Emission:
+def emit(parts: Parts, works: list[Work], verified: VerifiedStep) -> Emission:
     """Append the verdict's tokens to their sequences. One that cannot go on fails alone; its slot is not freed here."""
     out, b = Emission(), -1
     for work in works:
@@ -38,33 +38,32 @@ def emit(parts: Parts, works: list[Work], judged: Judged) -> Emission:
         if not work.scored:
             continue
         b += 1
-        event = _trouble(parts, sequence, b, judged) or _append(sequence, judged, b, out)
-        out.incidents += event.blame == "request"
+        event = _trouble(parts, sequence, b, verified) or _append(sequence, verified, b, out)
         out.events.append(event)
         if sequence.finish_reason is not None:
             out.ended.append(sequence)
     return out
 
 
-def _trouble(parts: Parts, sequence: Sequence, b: int, judged: Judged) -> Event | None:
+def _trouble(parts: Parts, sequence: Sequence, b: int, verified: VerifiedStep) -> Event | None:
     """The last event of a sequence whose tokens of this step are worth nothing; None for all others."""
-    if b in judged.unusable:
+    if b in verified.unusable:
         parts.kv.erase(sequence.slot)
         return sequence.fail(UNUSABLE)
     automaton = None if sequence.params.grammar is None else parts.law.automaton(sequence.slot)
-    why = "" if automaton is None else automaton.trouble([judged.draft.tokens[k] for k in judged.verdict.path[b]])
+    why = "" if automaton is None else automaton.trouble([verified.draft.tokens[k] for k in verified.verdict.path[b]])
     return sequence.fail(why, "request") if why else None
 
 
-def _append(sequence: Sequence, judged: Judged, b: int, out: Emission) -> Event:
+def _append(sequence: Sequence, verified: VerifiedStep, b: int, out: Emission) -> Event:
     """Append the tokens of a verdict, as far as the text goes, and count them."""
-    verdict, draft = judged.verdict, judged.draft
+    verdict, draft = verified.verdict, verified.draft
     path, accepted = verdict.path[b], len(verdict.path[b])
     tokens = [draft.tokens[k] for k in path] + [verdict.next_token[b]]
     last = "corrected" if verdict.judged[b] > accepted else "bonus" if accepted else "sampled"
     before, size = sequence.counts.emitted, len(sequence.tokens)
     try:
-        event = sequence.emit(tokens, ["accepted"] * accepted + [last], _logprobs(sequence, judged, b))
+        event = sequence.emit(tokens, ["accepted"] * accepted + [last], _logprobs(sequence, verified, b))
     except Exception as error:  # a tokenizer that cannot decode its own tokens is this request's trouble alone
         logger.warning("the text of %r failed", sequence.request, exc_info=True)
         del sequence.tokens[size:]
@@ -77,13 +76,13 @@ def _append(sequence: Sequence, judged: Judged, b: int, out: Emission) -> Event:
     return event
 
 
-def _logprobs(sequence: Sequence, judged: Judged, b: int) -> list[TokenLogprob]:
+def _logprobs(sequence: Sequence, verified: VerifiedStep, b: int) -> list[TokenLogprob]:
     """Log-probabilities of the tokens of a verdict, read off the rows that verified them."""
     top = sequence.params.logprobs
     if top is None:
         return []
-    path = judged.verdict.path[b]
-    rows = [b, *(len(judged.draft.counts) + k for k in path)]
-    tokens = [*(judged.draft.tokens[k] for k in path), judged.verdict.next_token[b]]
-    values, best = logprobs_of(judged.scores.logits[rows], tokens, top)
+    path = verified.verdict.path[b]
+    rows = [b, *(len(verified.draft.counts) + k for k in path)]
+    tokens = [*(verified.draft.tokens[k] for k in path), verified.verdict.next_token[b]]
+    values, best = logprobs_of(verified.scores.logits[rows], tokens, top)
     return [TokenLogprob(t, v, tuple(alt)) for t, v, alt in zip(tokens, values, best, strict=True)]

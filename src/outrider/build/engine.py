@@ -1,0 +1,215 @@
+"""The engine that users build: parts and hooks from a target and a drafter, or from paths and names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from outrider.build.contracts import check_parts
+from outrider.build.fit import check_fit
+from outrider.build.loading import Loaded, Progress, load, load_model
+from outrider.build.notices import notices_of, wasted_option
+from outrider.build.options import Options, check_options
+from outrider.control.fixed import Fixed
+from outrider.drafters.gated import gated
+from outrider.drafters.registry import load_drafter as _load_drafter
+from outrider.drafters.registry import parse_speculative_config
+from outrider.engine.core import EngineCore
+from outrider.engine.outputs import Result
+from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
+from outrider.engine.prompts import Prompts, as_prompts
+from outrider.engine.turns import Turns
+from outrider.errors import ConfigError, unknown_name
+from outrider.models.folder import resolve_folder
+from outrider.params import SamplingParams
+from outrider.protocols import Controller, Drafter, Rule, Sink, Target
+from outrider.sampling.grammar import grammars_of
+from outrider.sampling.pipeline import Law
+from outrider.verify import best_exact, load_rule
+
+ControllerFor = Callable[[Drafter, Rule], Controller]
+"""Makes the controller of an engine, once it is known what it drafts with."""
+
+
+class Engine(EngineCore):
+    """Decodes many sequences together, each exactly by the target's distribution (see `engine.core.EngineCore`).
+
+    target, drafter, rule, controller: see `protocols`. tokenizer: a Hugging Face tokenizer, or None to work on ids alone.
+    slots: sequences decoded together. max_length: most tokens (prompt and output) of a sequence; the target's context if None.
+    chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step. on_defect: told of what
+    fails and is contained. turns: of engines that share a model, so that they take turns too. loaded, notices: what `build` knows.
+    Raises CapabilityError when parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        rule: Rule,
+        controller: Controller,
+        *,
+        tokenizer: Any = None,
+        slots: int = 8,
+        max_length: int | None = None,
+        chunk: int = 256,
+        eos: Iterable[int] = (),
+        sinks: Seq[Sink] = (),
+        on_defect: Callable[[Defect], None] | None = None,
+        allow_lossy: bool = False,
+        turns: Turns | None = None,
+        loaded: Loaded | None = None,
+        notices: Iterable[str] = (),
+    ) -> None:
+        check_parts(target, drafter, rule, controller)
+        turns = turns or Turns()  # first: a forked process is told so before anything is made
+        check_fit(target, drafter, rule, allow_lossy)
+        most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
+        kv = target.new_kv(slots, most + drafter.max_nodes)
+        drafter.bind(slots, most)
+        law = Law(target.vocab_size, ends, grammars_of(tokenizer, target.vocab_size, ends))
+        super().__init__(
+            Parts(target, kv, law, rule, drafter),
+            Hooks(controller, tuple(sinks), on_defect),
+            CoreOptions(slots, most, chunk, tokenizer, turns),
+        )
+        self.loaded = loaded
+        self._notices = tuple(notices)
+
+    @classmethod
+    def build(cls, **options: Any) -> Engine:
+        """An engine from paths and names; see `build_engine` for the options."""
+        return build_engine(**options)
+
+    @property
+    def notices(self) -> list[str]:
+        """Sentences that a user should read: how parts were loaded, and which of them failed since."""
+        return [*self._notices, *super().notices]
+
+
+def build_engine(
+    target: str | Path | Target | None = None,
+    draft: str | Path | Drafter = "auto",
+    *,
+    tokenizer: object | None = None,
+    sinks: Seq[Sink] = (),
+    speculative_config: str | dict | None = None,
+    capacity: int | None = None,
+    progress: Progress | None = None,
+    controller: ControllerFor | None = None,
+    on_defect: Callable[[Defect], None] | None = None,
+    selectable: bool = False,
+    **options: object,
+) -> Engine:
+    """An engine for `target` (a folder, a Hub name, a Target, or None: the shipped pair) with `draft` (see `load_drafter`).
+
+    length: tokens proposed per step. rule: "auto", "speculative_sampling", "match", or a Rule. dtype, device, implementation,
+    draft_quantize: see `models.load.load_target`. slots (alias capacity): sequences decoded together. max_length: context to
+    reserve, prompt and output. chunk: rows of a prompt chunk. speculative_config: vLLM's JSON, replaces draft, length, rule.
+    controller: makes what sets the draft length (a fixed length if None). on_defect: told of what fails and is contained.
+    selectable: a request's `drafters` may choose among the parts of a combined draft.
+    Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
+    """
+    if capacity is not None:
+        options["slots"] = capacity
+    unknown = set(options) - set(Options.__dataclass_fields__)
+    if unknown:
+        raise ConfigError(unknown_name("engine option", sorted(unknown)[0], Options.__dataclass_fields__))
+    wanted = Options(draft=str(draft) if isinstance(draft, Path) else draft, **options)  # type: ignore[arg-type]
+    if speculative_config is not None:
+        wanted = replace(wanted, **parse_speculative_config(speculative_config))
+    check_options(wanted)
+    loaded = load(target, tokenizer, wanted, tuple(sinks), progress)
+    return assemble(loaded, wanted, controller=controller, on_defect=on_defect, selectable=selectable)
+
+
+def assemble(
+    loaded: Loaded,
+    options: Options,
+    *,
+    controller: ControllerFor | None = None,
+    on_defect: Callable[[Defect], None] | None = None,
+    selectable: bool = False,
+) -> Engine:
+    """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights."""
+    if options.max_length is not None and options.max_length > loaded.target.max_length:
+        raise ConfigError(
+            f"max_length {options.max_length} is more than the {loaded.target.max_length} positions of the target: "
+            "choose at most that"
+        )
+    rule = load_rule(options.rule) if isinstance(options.rule, str) else options.rule
+    drafter = _drafter(loaded, options, rule)
+    rule = best_exact(drafter) if options.rule == "auto" else rule
+    drafts = bool(drafter.max_depth)
+    return Engine(
+        loaded.target,
+        gated(drafter) if selectable else drafter,
+        rule,
+        Fixed(options.length) if controller is None else controller(drafter, rule),
+        tokenizer=loaded.tokenizer,
+        slots=options.slots,
+        max_length=options.max_length,
+        chunk=options.chunk,
+        eos=loaded.eos,
+        sinks=loaded.sinks,
+        on_defect=on_defect,
+        allow_lossy=options.allow_lossy,
+        turns=loaded.turns,
+        loaded=replace(loaded, options=options),
+        notices=[
+            *notices_of([loaded.target, *(m for m, _ in loaded.models.values())], loaded.target.device, drafts, options.device),
+            *wasted_option(options.draft_quantize if drafts else None, len(loaded.models)),
+        ],
+    )
+
+
+def _drafter(loaded: Loaded, options: Options, rule: Rule) -> Drafter:
+    """The drafter that was asked for."""
+    if not isinstance(options.draft, str):
+        return options.draft
+    return _load_drafter(
+        options.draft if options.length else "none",
+        target=loaded.target,
+        target_path=None if loaded.path is None else str(resolve_folder(loaded.path)),
+        tokenizer=loaded.tokenizer,
+        length=options.length,
+        rule=rule,
+        load_model=lambda name: load_model(loaded, options, name),
+        find_folder=resolve_folder,
+    )
+
+
+def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
+    """Another engine on the same target: same options but for `draft` and `changes`; weights are shared, caches are not.
+
+    Raises ConfigError for what was decided when the target was loaded: its dtype and device.
+    """
+    if engine.loaded is None:
+        raise ConfigError("this engine was made by hand: build the companion from the same parts")
+    options: Options = engine.loaded.options
+    for name in ("dtype", "device"):
+        if changes.get(name, getattr(options, name)) != getattr(options, name):
+            raise ConfigError(
+                f"{name} was decided when the target was loaded: build a new engine for {changes[name]!r}"
+            )
+    return assemble(engine.loaded, replace(options, **({"draft": draft} if draft is not None else {}), **changes))
+
+
+def generate(
+    prompts: Prompts,
+    params: SamplingParams | Iterable[SamplingParams] | None = None,
+    *,
+    target: str | Path | None = None,
+    **options: object,
+) -> list[Result]:
+    """Decode one or several prompts in one call: builds an engine (see `build_engine`), runs it, returns results in order."""
+    many = as_prompts(prompts)
+    options.setdefault("slots", min(8, max(1, len(many))))
+    return build_engine(target, **options).generate(many, params)  # type: ignore[arg-type]
+
+
+def load_drafter(spec: str, engine: Engine) -> Drafter:
+    """The drafter `spec` for an engine's target."""
+    return companion(engine, spec).parts.drafter

@@ -1,0 +1,62 @@
+"""What an engine is made of, and who looks on. Both are given when it is made and never assigned again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from outrider.engine.turns import Turns
+from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
+from outrider.sampling.pipeline import Law
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a step is made of: values that compose."""
+
+    target: Target
+    kv: KVCache
+    law: Law
+    rule: Rule
+    drafter: Drafter
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """Something that failed and was contained. It ends no request but the one it belongs to.
+
+    kind: "draft" (it was none: a token outside the vocabulary, a distribution that is none), "drafter", "controller" or "sink" (it
+    raised), "request" (a sequence that cannot go on: its grammar is exhausted) or "target" (no finite logits).
+    """
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Who looks on while an engine steps.
+
+    controller: sets how deep each sequence drafts. sinks: receive the record of every step. on_defect: told of every defect when it
+    happens, in the thread that steps; it must not raise.
+    """
+
+    controller: Controller
+    sinks: tuple[Sink, ...] = ()
+    on_defect: Callable[[Defect], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CoreOptions:
+    """How an engine runs.
+
+    tokenizer: a Hugging Face tokenizer, or None to work on ids alone. slots: sequences decoded together. max_length: most tokens
+    (prompt and output) of a sequence. chunk: rows of a prompt chunk. turns: of engines that share a model, so that they take turns.
+    """
+
+    slots: int
+    max_length: int
+    chunk: int = 256
+    tokenizer: Any = None
+    turns: Turns | None = None

@@ -1,0 +1,97 @@
+"""From sequences and their drafts to the rows of a step, and back from a verdict to what is kept of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outrider.engine.parts import Parts
+from outrider.engine.scheduler import Work
+from outrider.engine.sequence import Sequence
+from outrider.noise import Noise
+from outrider.protocols import Rule
+from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedStep:
+    """What was scored and what was decided. unusable: sequences whose rows the target could not score."""
+
+    rows: Rows
+    scores: Scores
+    draft: Draft
+    verdict: Verdict
+    unusable: set[int]
+
+
+def assemble(works: list[Work], draft: Draft) -> Rows:
+    """The rows of a step: what each sequence feeds, and behind the scored ones their drafts."""
+    sequences = [work.sequence for work in works]
+    return Rows.assemble(
+        [s.slot for s in sequences],
+        [s.tokens[s.cached : s.cached + w.prefix] for s, w in zip(sequences, works, strict=True)],
+        [s.cached for s in sequences],
+        draft,
+        [work.scored for work in works],
+    )
+
+
+def row_laws(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], list[tuple[int, ...]]]:
+    """For each scored row its sequence and the drafted tokens on its own path: what a distribution needs to be exact on trees."""
+    owners = list(views)
+    paths: list[tuple[int, ...]] = [()] * len(views)
+    for b, view in enumerate(views):
+        low = draft.offsets[b]
+        for k in range(low, draft.offsets[b + 1]):
+            up = draft.parent[k]
+            above = () if up < 0 else paths[len(views) + up]
+            owners.append(view)
+            paths.append((*above, draft.tokens[k]))
+    return owners, paths
+
+
+def noise_of(views: list[SequenceView] | tuple[SequenceView, ...]) -> Noise:
+    """The noise of the position behind each sequence's last token."""
+    return Noise(tuple(v.seed for v in views), tuple(len(v.tokens) - 1 for v in views))
+
+
+def allowances(rule: Rule, works: list[Work]) -> list[float]:
+    """Total variation each scored sequence may still spend: the rule's limit, or the request's own if less, minus what it spent."""
+    return [_left(rule.limit, w.sequence.params.tv_budget, w.sequence.counts.bias) for w in works if w.scored]
+
+
+def _left(limit: float, own: float | None, spent: float) -> float:
+    return max(0.0, (limit if own is None else min(limit, own)) - spent)
+
+
+def kept_paths(works: list[Work], verified: VerifiedStep) -> list[list[int]]:
+    """Per segment, the accepted nodes as offsets into the segment's nodes: what `KVCache.commit` takes."""
+    paths: list[list[int]] = []
+    b = 0
+    for work in works:
+        if not work.scored:
+            paths.append([])
+            continue
+        paths.append([k - verified.draft.offsets[b] for k in verified.verdict.path[b]])
+        b += 1
+    return paths
+
+
+def evidence_of(parts: Parts, works: list[Work], verified: VerifiedStep, live: list[Sequence]) -> Evidence:
+    """What a drafter may look at: the step, and the sequences that go on."""
+    segment = {w.sequence.key: i for i, w in enumerate(works)}
+    number: dict[tuple[str, int], int] = {}
+    for w in works:
+        if w.scored:
+            number[w.sequence.key] = len(number)
+    views = tuple(s.view() for s in live)
+    return Evidence(
+        rows=verified.rows,
+        scores=verified.scores,
+        draft=verified.draft,
+        verdict=verified.verdict,
+        sequences=views,
+        source=tuple(segment.get(s.key, -1) for s in live),
+        judged=tuple(number.get(s.key, -1) for s in live),
+        noise=noise_of(views),
+        law=parts.law,
+    )
