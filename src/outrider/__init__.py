@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from outrider import moved
 from outrider.isa import limit_torch
 
 limit_torch()
+moved.install()
 
 if TYPE_CHECKING:
     from outrider.build import Engine, generate, load_drafter, load_target

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from outrider.automata import Compiler
 from outrider.build import build_engine
 from outrider.engine.scheduler import Scheduler
 from outrider.serve.body import DEPTH
@@ -110,19 +111,18 @@ def test_a_heavy_grammar_does_not_stall_the_engine(server: Running, schema: dict
     assert longest < 2.0
 
 
-def test_the_engine_finds_a_grammar_compiled() -> None:
+def test_the_engine_finds_a_grammar_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build_engine(slots=1)
     engine.compile_grammar('json:{"type":"object"}')
     grammars = engine.parts.law.grammars
     assert grammars is not None
-    made = grammars._compiler.make
-    grammars._compiler.make = lambda text: pytest.fail("compiled twice")  # type: ignore[method-assign]
-    one, two = grammars.start('json:{"type":"object"}'), grammars.start('json:{"type":"object"}')
+    with monkeypatch.context() as patched:
+        patched.setattr(Compiler, "make", lambda *_: pytest.fail("compiled twice"))
+        one, two = grammars.start('json:{"type":"object"}'), grammars.start('json:{"type":"object"}')
     token = engine.encode("{")[0]
     assert one.allowed([])[token] and not one.allowed([token])[token]
     one.follow([token])
     assert not one.allowed([])[token] and two.allowed([])[token]  # copies do not share their place
-    grammars._compiler.make = made  # type: ignore[method-assign]
     for i in range(100):
         engine.compile_grammar(f"regex:a{i}")
     assert len(grammars._compiled) <= 64

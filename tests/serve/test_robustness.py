@@ -308,6 +308,7 @@ def test_shutdown_ends_late_requests_with_an_error() -> None:
 def test_a_failing_step_ends_its_requests_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     engine = build_engine(slots=2)
     with caplog.at_level(logging.CRITICAL), serving(engine=engine) as running:
+        engine = running.bridge.engine
         right = engine.step
         engine.step = lambda *_: (_ for _ in ()).throw(RuntimeError("planted"))  # type: ignore[method-assign]
         status, _, reply = running.call("POST", "/v1/completions", SHORT)
@@ -340,6 +341,7 @@ def test_a_hung_engine_is_noticed_and_forgiven() -> None:
     with serving(engine=engine, limits=Limits(hang_seconds=0.6)) as running:
         time.sleep(1.0)
         assert running.call("GET", "/ready")[0] == 200  # idle is not hung
+        engine = running.bridge.engine
         right, gate = engine.step, threading.Event()
         engine.step = lambda *a: (gate.wait(20), right(*a))[1]  # type: ignore[method-assign]
         answer: list[int] = []

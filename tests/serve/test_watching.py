@@ -256,5 +256,5 @@ def test_a_webhook_that_is_not_there_loses_notices_and_nothing_else() -> None:
 
 def test_the_page_is_told_why_it_is_not_faster(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     notices = ["decoding is slow: nobody installed a compiler; install one"]
-    monkeypatch.setattr(server.bridge.engine, "notices", notices)
+    monkeypatch.setattr(type(server.bridge.engine), "notices", property(lambda engine: notices))
     assert json.loads(server.call("GET", "/outrider/state")[2])["server"]["notices"] == notices

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from outrider.errors import ConfigError
 from outrider.models.config import CONFIG_BYTES, read_json
+from outrider.models.fast_tokenizer import read_fast_tokenizer
 from outrider.models.folder import resolve_folder
 
 TOKENIZER_BYTES = 128 << 20
@@ -47,9 +48,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
         plain = _plain(folder)
         if plain is not None:
             return plain
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, trust_remote_code=False)
+        return read_fast_tokenizer(folder)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ConfigError(
             f"the tokenizer in {folder} cannot be read ({reprlib.repr(str(error))}): download it again"

@@ -104,9 +104,9 @@ class _Core:
 def _of_folder(folder: str) -> Any:
     """As `models.tokenizer.load_tokenizer` reads a folder, which it has checked. Torch is not needed for it, and not imported."""
     sys.modules["torch"] = None  # type: ignore[assignment]
-    from transformers import AutoTokenizer
+    from outrider.models.fast_tokenizer import read_fast_tokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True, trust_remote_code=False)
+    return read_fast_tokenizer(folder)
 
 
 def _bounded(ids: list[list[int]], most: int) -> dict[str, Any]:

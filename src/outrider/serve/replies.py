@@ -11,10 +11,10 @@ from typing import Any
 from outrider import __version__
 from outrider.drafters.prediction import Places, Replay
 from outrider.engine.sequence import Event, TokenLogprob
-from outrider.engine.spelling import Offsets, Spelling
 from outrider.errors import OutriderError, RequestError
 from outrider.serve.bridge import Bridge
 from outrider.serve.requests import ChatRequest, CompletionRequest
+from outrider.serve.spelling import Offsets, Spelling
 from outrider.serve.sse import DONE, PIECE, frame
 from outrider.serve.tickets import Ticket
 from outrider.telemetry.ledger import ledger, ratio

@@ -7,10 +7,10 @@ import itertools
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from outrider.engine.spelling import Offsets, Spelling
 from outrider.engine.text import TextStream, special_tokens
 from outrider.models.tokenizer import PlainTokenizer
 from outrider.models.translate import byte_alphabet
+from outrider.serve.spelling import Offsets, Spelling
 
 LETTERS = {b: c for c, b in byte_alphabet().items()}
 

@@ -1,0 +1,94 @@
+"""Addresses of before the house was rebuilt. Each works for one more release, with a warning that names the new one.
+
+A row is (old address, new address): of a module, or of a name in one (then with a colon). Ask `git log --follow` for all others.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MODULES = {
+    "outrider.drafters.block": "outrider.drafters.dflash.network",
+    "outrider.drafters.load": "outrider.drafters.registry",
+    "outrider.drafters.shapes": "outrider.drafters.tree.shapes",
+    "outrider.engine.build": "outrider.build",
+    "outrider.engine.engine": "outrider.engine.core",
+    "outrider.evaluate.stats": "outrider.evaluate.statistics.ratios",
+    "outrider.evaluate.presets": "outrider.evaluate.bench.presets",
+    "outrider.evaluate.chart": "outrider.evaluate.bench.chart",
+    "outrider.sampling.law": "outrider.sampling.pipeline",
+    "outrider.sampling.params": "outrider.params",
+    "outrider.target": "outrider.models",
+    "outrider.target.hf": "outrider.models.hf.target",
+    "outrider.target.lean": "outrider.models.lean",
+    "outrider.target.load": "outrider.models.load",
+    "outrider.target.toy": "outrider.models.toy",
+}
+NAMES = {
+    "outrider.engine.core:Engine": "outrider.build:Engine",
+    "outrider.engine.core:Result": "outrider.engine.outputs:Result",
+    "outrider.engine.core:Output": "outrider.engine.outputs:Output",
+}
+"""Names that did not move with their module; looked up at the module's new address when it has no such name."""
+
+
+def find(module: str, name: str) -> object:
+    """What `name` of a module that has it no more is today. Raises AttributeError if it never was there, or is gone."""
+    new = NAMES.get(f"{module}:{name}")
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    home, new_name = new.split(":")
+    _warn(f"{module}.{name}", f"{home}.{new_name}", 4)
+    return getattr(import_module(home), new_name)
+
+
+def names_of(module: str) -> Callable[[str], object]:
+    """A module's `__getattr__` for names that have left it."""
+    return lambda name: find(module, name)
+
+
+class _Alias(ModuleType):
+    """An old address: every name is looked up at the new one."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        new = MODULES[self.__name__]
+        module = import_module(new)
+        return getattr(module, name) if hasattr(module, name) else find(new, name)
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Asked last, for modules that nobody else has found."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in MODULES:
+            return None
+        return ModuleSpec(fullname, self, is_package=any(old.startswith(f"{fullname}.") for old in MODULES))
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Alias(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        _warn(module.__name__, MODULES[module.__name__], 3)
+
+
+def _warn(old: str, new: str, level: int) -> None:
+    """level: frames up to whoever asks."""
+    warnings.warn(
+        f"{old} is now {new}; the old address goes with the next release", DeprecationWarning, stacklevel=level
+    )
+
+
+def install() -> None:
+    """From here on the old addresses can be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
