@@ -84,7 +84,19 @@ def create_app(
         if trial is not None:
             await asyncio.to_thread(trial.close)
 
-    routes = [
+    routes = routes_of(bridge, metrics, v1, live)
+    known = frozenset(route.path for route in routes)
+    handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
+    guard = Middleware(Guard, settings=settings, metrics=metrics, routes=known)
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    app.state.bridge, app.state.watch = bridge, watch
+    return app
+
+
+def routes_of(bridge: Bridge, metrics: Metrics, v1: OpenAI, live: Live) -> list[Route]:
+    """Every address of the server."""
+    return [
         Route("/", page),
         Route("/health", Health(bridge).health),
         Route("/ready", Health(bridge).ready),
@@ -99,13 +111,6 @@ def create_app(
         Route("/outrider/runs", live.runs),
         Route("/outrider/play", live.play, methods=["POST"]),
     ]
-    known = frozenset(route.path for route in routes)
-    handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
-    guard = Middleware(Guard, settings=settings, metrics=metrics, routes=known)
-    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
-    app.router.redirect_slashes = False
-    app.state.bridge, app.state.watch = bridge, watch
-    return app
 
 
 def controller_for(drafter: Drafter, rule: Rule) -> Controller:
