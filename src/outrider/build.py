@@ -20,9 +20,9 @@ from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
 from outrider.models.folder import files_of, resolve_folder
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
-from outrider.models.translate import Tokenizer, ceiling, translate
+from outrider.models.translate import ceiling, translate
 from outrider.params import SamplingParams
-from outrider.protocols import Drafter, Rule, Sink, Target
+from outrider.protocols import Drafter, Rule, Sink, Target, Tokenizer
 from outrider.verify import best_exact, load_rule
 
 Progress = Callable[[float], None]

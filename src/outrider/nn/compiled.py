@@ -45,7 +45,7 @@ NATIVE = (("-march=native",), ("-mcpu=native",), ())
 STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s")
 """For libraries that go elsewhere, where the C++ runtime may be an older one: what they need of it is in them, and nothing else."""
 TIMEOUT = 300.0
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 WHEEL = HERE / "prebuilt"
 """Where a wheel brings its libraries; a source tree has none."""
 COMPILER = "install g++ or clang++, or set CXX"
