@@ -1,4 +1,4 @@
-"""Keys of a model's configuration that say nothing about what the network computes.
+"""Keys of a model's configuration: which say nothing about what the network computes, and how the others are read.
 
 Every other key of a configuration is read, or its model is refused by the reader that does not know it: a key that is dropped
 in silence is another text. A test holds the list against transformers: none of these moves a logit of a family we run.
@@ -6,8 +6,12 @@ in silence is another text. A test holds the list against transformers: none of 
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping, Set
 from typing import Any
+
+from outrider.errors import ConfigError
 
 GENERATION = frozenset({
     "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens", "diversity_penalty",
@@ -57,3 +61,67 @@ ROPE = frozenset({
 def unknown_keys(raw: Mapping[str, Any], known: Set[str]) -> list[str]:
     """Keys of a configuration that are neither known to its reader nor bookkeeping, sorted; a null says nothing."""
     return sorted(str(key) for key, value in raw.items() if value is not None and key not in known | BOOKKEEPING)
+
+
+PACKED = ("quantization_config", "compression_config", "quantization")
+
+
+def packed_key(config: Mapping[str, Any]) -> str | None:
+    """The key that says that the weights beside a configuration are quantized, if there is one."""
+    return next((key for key in PACKED if config.get(key) is not None), None)
+
+
+def whole(
+    config: Mapping[str, Any],
+    key: str,
+    where: object,
+    *,
+    default: int | None = None,
+    null: int | None = None,
+    least: int = 1,
+    most: int = 1 << 24,
+) -> int:
+    """config[key] as a whole number of [least, most]; `default` if the key is absent, `null` if its value is null.
+
+    where: the file or folder that the error names. Raises ConfigError for anything else.
+    """
+    value = config.get(key, default)
+    value = null if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(
+            f"{where}: {key} must be a whole number from {least} to {most}, got {reprlib.repr(value)}: "
+            "the file is damaged, download it again"
+        )
+    return value
+
+
+def real(
+    config: Mapping[str, Any],
+    key: str,
+    where: object,
+    default: float | None = None,
+    *,
+    null: float | None = None,
+    least: float | None = None,
+    most: float = 1.0,
+) -> float:
+    """The same for a number of [least, most], or of (0, most] without `least`."""
+    value = config.get(key, default)
+    value = null if value is None else value
+    number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
+    if not number <= most or not (number > 0 if least is None else number >= least):
+        allowed = f"above 0, at most {most:g}" if least is None else f"from {least:g} to {most:g}"
+        raise ConfigError(
+            f"{where}: {key} must be a number {allowed}, got {reprlib.repr(value)}: "
+            "the file is damaged, download it again"
+        )
+    return float(number)
+
+
+def flag(config: Mapping[str, Any], key: str, where: object, default: bool = False) -> bool:
+    """The same for true or false; null is the default."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key} must be true or false, got {reprlib.repr(value)}: correct the file")
+    return value

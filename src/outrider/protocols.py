@@ -5,7 +5,7 @@ They are runtime-checkable for the type checks in the tests alone; nothing in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -13,6 +13,17 @@ from torch import Tensor, device, dtype
 
 from outrider.noise import Noise
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, StepRecord, Verdict
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids. What a stream of text needs of one (decoding) is `engine.text.Decoder`."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """String -> id."""
+        ...
+
+    def encode(self, text: str) -> Sequence[int]: ...
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.noise import Noise
@@ -180,16 +180,6 @@ class Segment:
     def is_chain(self) -> bool:
         """True when every row sees exactly the rows before it: attention is plain causal."""
         return all(p == self.prefix + i - 1 for i, p in enumerate(self.parent))
-
-    def visible(self) -> Bool[Tensor, "n n"]:
-        """Which new rows (columns) each new row sees: ancestors and itself. All cached tokens are visible besides."""
-        n = self.count
-        see = torch.ones(n, n, dtype=torch.bool).tril()
-        for i, p in enumerate(self.parent):
-            row = self.prefix + i
-            see[row] = see[p]
-            see[row, row] = True
-        return see
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def test_an_old_name_is_the_new_one(old: str, new: str) -> None:
 def test_names_that_left_their_module_are_found_by_its_old_address() -> None:
     from outrider import Engine
 
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="is now"):
         from outrider.engine.engine import Engine as old  # type: ignore[import-not-found]
     assert old is Engine
 
@@ -46,5 +46,5 @@ def test_names_that_left_their_module_are_found_by_its_old_address() -> None:
 def test_what_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError):
         import_module("outrider.engine.never")
-    with pytest.warns(DeprecationWarning), pytest.raises(ImportError):
+    with pytest.warns(DeprecationWarning, match="is now"), pytest.raises(ImportError):
         from outrider.engine.engine import never  # type: ignore[import-not-found] # noqa: F401

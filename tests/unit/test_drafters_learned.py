@@ -154,14 +154,14 @@ def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
         out = honest(seen, budget)
         for v in seen.sequences:
             place = drafter._places[v.slot]
-            assert place.held == place.next == v.cached
+            assert drafter.cache.length[v.slot] == place.next == v.cached
             rounds += 1
         return out
 
     drafter.draft = watched  # type: ignore[method-assign]
     decode(drafter, 2)
     assert rounds > 20
-    assert [p.held for p in drafter._places] == [0, 0]
+    assert drafter.cache.length == [0, 0]
 
 
 def test_nothing_leaks_from_the_future() -> None:

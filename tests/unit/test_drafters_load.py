@@ -12,11 +12,12 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import Prediction
-from outrider.drafters.registry import first_difference, load_drafter, parse_speculative_config
+from outrider.drafters.registry import load_drafter, parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.toy import TinyLM
 from outrider.protocols import Drafter
 from outrider.verify import Match
+from outrider.vocabulary import first_difference
 
 MODEL, DRAFT = TinyLM(10), TinyLM(12, layers=1)
 

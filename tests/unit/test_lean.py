@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, CapacityError, RequestError
 from outrider.models.checkpoint import load_checkpoint
 from outrider.models.lean import LeanTarget
-from outrider.nn.attention import visible
-from outrider.types import Draft, Rows, Segment
+from outrider.types import Draft, Rows
 from tests.checkpoints import make_checkpoint
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -189,23 +186,6 @@ def test_native_rows_do_not_depend_on_their_neighbours_bit_for_bit(make):
     one = target.forward(Rows.assemble([1], [[8]], [17], draft.take([0])), kv, layers=(0, 2))
     assert torch.equal(mixed.logits[[0, 3]], one.logits)
     assert torch.equal(mixed.hidden[1][:2], one.hidden[1])
-
-
-@given(data=st.data(), prefix=st.integers(1, 5), nodes=st.integers(0, 9), cached=st.integers(0, 7))
-def test_what_a_row_sees_is_its_ancestors_in_their_window(data, prefix, nodes, cached):
-    """Any tree, any window, against the definition: walk up from each row, counting positions."""
-    parents = [data.draw(st.integers(prefix - 1, prefix + i - 1)) for i in range(nodes)]
-    segment = Segment(0, 0, cached, prefix, tuple(parents), True)
-    width, end = data.draw(st.integers(0, 9)), cached + segment.count
-    start = data.draw(st.integers(0, max(0, cached - width + 1) if width else 0))
-    expected = torch.zeros(segment.count, end, dtype=torch.bool)
-    for row in range(segment.count):
-        place, seen = cached + row, 0
-        while place >= 0 and (width == 0 or seen < width):
-            expected[row, place] = True
-            offset, seen = place - cached, seen + 1
-            place = cached + parents[offset - prefix] if offset >= prefix else place - 1
-    assert torch.equal(visible(segment, width, start, end), expected[:, start:])
 
 
 def test_only_scored_segments_get_logits(make):

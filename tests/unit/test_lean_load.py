@@ -19,7 +19,6 @@ from outrider.models import load
 from outrider.models.hf.target import HFTarget
 from outrider.models.lean import LeanTarget
 from outrider.models.load import (
-    first_difference,
     inspect_checkpoint,
     load_target,
     load_tokenizer,
@@ -28,6 +27,7 @@ from outrider.models.load import (
 )
 from outrider.nn import memory
 from outrider.types import Draft, Rows
+from outrider.vocabulary import first_difference
 from tests.checkpoints import edit_config, make_checkpoint
 
 
@@ -164,7 +164,7 @@ def test_tokenizer_and_stop_tokens(model):
 
 def test_vocabularies_are_compared_string_by_string(copy, model):
     ours = load_tokenizer(model)
-    assert first_difference(ours, load_tokenizer(copy)) is None
+    assert first_difference(ours.get_vocab(), load_tokenizer(copy).get_vocab()) is None
     file = copy / "tokenizer.json"
     core = json.loads(file.read_text())
     vocab = core["model"]["vocab"]
@@ -172,10 +172,10 @@ def test_vocabularies_are_compared_string_by_string(copy, model):
     vocab[a], vocab[b] = vocab[b], vocab[a]
     file.write_text(json.dumps(core))
     theirs = load_tokenizer(copy)
-    assert first_difference(ours, theirs) == (40, a, b)
+    assert first_difference(ours.get_vocab(), theirs.get_vocab()) == (40, a, b)
     assert vocab_fingerprint(ours) == vocab_fingerprint(load_tokenizer(model)) != vocab_fingerprint(theirs)
     theirs.add_tokens(["<more>"])
-    assert first_difference(theirs, theirs) is None
+    assert first_difference(theirs.get_vocab(), theirs.get_vocab()) is None
 
 
 def _huge(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packed matrices of learned drafters against the plain ones: the twin of `outrider.drafters._serving`."""
+"""Packed matrices of learned drafters against the plain ones: the twin of `outrider.nn.linear`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from outrider.drafters._serving import product, served
+from outrider.nn.linear import product, served
 
 
 class Net(nn.Module):

@@ -85,7 +85,8 @@ def slow_parts(models: dict[str, dict[str, Any]]) -> list[str]:
 
 def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[dict[str, Any]]:
     """The checks, each with a sentence that says what was found."""
-    from outrider.models.load import available_memory, first_difference, load_tokenizer
+    from outrider.models.load import available_memory, load_tokenizer
+    from outrider.vocabulary import first_difference
 
     need = sum(m["weights_bytes"] + m["kv_bytes"] for m in models.values()) + (300 << 20)
     have = available_memory()
@@ -108,7 +109,7 @@ def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[
     if "draft" not in models or said:
         return checks
     target, draft = models["target"], models["draft"]
-    found = first_difference(tokenizers["target"], tokenizers["draft"])
+    found = first_difference(tokenizers["target"].get_vocab(), tokenizers["draft"].get_vocab())
     checks.append(
         {
             "check": "vocabulary",

@@ -13,6 +13,7 @@ from rich.table import Table
 from outrider.cli import options as opt
 from outrider.cli import paths
 from outrider.errors import ConfigError
+from outrider.files import write_whole
 
 StorePath = Annotated[
     str, typer.Option("--store", help="The store that bench --store wrote: a file, or a postgresql:// URL.")
@@ -100,7 +101,7 @@ def export_run(
     if out is None:
         typer.echo(content.decode(), nl=False)
     else:
-        tables.write_whole(out, content)
+        write_whole(out, content)
         opt.err.print(f"outrider: wrote {out}")
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.errors import CapabilityError, ConfigError
+from outrider.files import read_json, read_weight_map
 from outrider.protocols import OpenTarget, Target
 
 CONFIG_BYTES = 1 << 20
@@ -61,14 +62,10 @@ def weight_files(folder: Path) -> list[Path]:
                 "(safetensors.torch.save_file) where you trust them"
             )
         raise ConfigError(f"{folder} holds no trained drafter: it needs config.json and model.safetensors")
-    try:
-        placed = json.loads(index.read_bytes() if index.stat().st_size <= CONFIG_BYTES else b"")["weight_map"]
-        names = sorted(set(placed.values()))
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"{index} has no weight_map of file names: download it again") from None
+    names = sorted(set(read_weight_map(index, CONFIG_BYTES).values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ConfigError(f"{index} names {str(name)[:80]!r}, which is no safetensors file of this folder")
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{index} names {name[:80]!r}, which is no safetensors file of this folder")
         if not (folder / name).is_file():
             raise ConfigError(f"{folder / name} is missing: download the drafter again")
     return [folder / name for name in names]
@@ -82,12 +79,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
     size = sum(weights.stat().st_size for weights in weight_files(folder))
     if config_file.stat().st_size > CONFIG_BYTES or size > WEIGHT_BYTES:
         raise ConfigError(f"{folder}: a file is larger than a drafter's can be; check the path")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{config_file} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{config_file} is not a JSON object")
+    config = read_json(config_file, CONFIG_BYTES)
     found = next((config[key] for key in TYPE_KEYS if key in config), None)
     if found == "llama" and ("draft_vocab_size" in config or "eagle3" in str(config.get("architectures")).lower()):
         found = "eagle3"  # EAGLE's own folders name the family of the layer
@@ -110,14 +102,6 @@ def target_parts(target: Target, folder: Path) -> dict[str, Tensor]:
             "lm_head.weight": target.head(unit).float().T.cpu(),
             "norm.weight": target.norm(torch.ones_like(unit[:1]))[0].float().cpu(),
         }
-
-
-def whole(config: Mapping[str, Any], key: str, folder: Path, *, default: int | None = None, most: int = 1 << 24) -> int:
-    """A whole number of 1 .. `most` from a configuration."""
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{folder}: {key} must be a whole number of 1 .. {most}, got {value!r}")
-    return value
 
 
 def check_fits(folder: Path, target: Target, *, hidden: int, vocab_size: int, layers: tuple[int, ...]) -> None:

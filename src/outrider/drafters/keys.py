@@ -10,10 +10,9 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from outrider.config_keys import COMMON, OPTIONS, ROPE, unknown_keys
+from outrider.config_keys import COMMON, OPTIONS, ROPE, packed_key, real, unknown_keys
 from outrider.errors import ConfigError
 
-PACKED = ("quantization_config", "compression_config", "quantization")
 LAYER = COMMON | OPTIONS | {"qkv_bias"}
 """What describes decoder layers: in `transformer_layer_config`, or at the top of EAGLE's own folders."""
 SPECULATORS = frozenset({
@@ -38,7 +37,7 @@ SILENT: dict[str, tuple[Any, ...]] = {
 
 def check_keys(config: Mapping[str, Any], known: Set[str], folder: Path) -> None:
     """Raise ConfigError for a key of a configuration's top that nobody here reads, by name."""
-    packed = next((key for key in PACKED if config.get(key) is not None), None)
+    packed = packed_key(config)
     if packed is not None:
         raise ConfigError(
             f"{folder} holds quantized weights ({packed}): use the drafter in bfloat16, as it was trained"
@@ -80,22 +79,6 @@ def rope_theta(shape: Mapping[str, Any], folder: Path) -> float:
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ConfigError(f"{folder}: partial_rotary_factor is not supported: use a drafter without it")
     return real(rope if rope.get("rope_theta") is not None else shape, "rope_theta", folder, 10000.0, most=1e12)
-
-
-def real(config: Mapping[str, Any], key: str, folder: Path, default: float, *, most: float = 1.0) -> float:
-    """A number of (0, most] from a configuration."""
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-        raise ConfigError(f"{folder}: {key} must be a number above 0, at most {most:g}, got {str(value)[:80]!r}")
-    return float(value)
-
-
-def flag(config: Mapping[str, Any], key: str, folder: Path, default: bool = False) -> bool:
-    """True or false from a configuration; null is the default."""
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"{folder}: {key} must be true or false, got {str(value)[:80]!r}")
-    return default if value is None else value
 
 
 def layer_ids(config: Mapping[str, Any], key: str, folder: Path, default: list[int]) -> tuple[int, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
@@ -27,9 +27,10 @@ from outrider.drafters.tree.growth import BestFirst, Growth, Levels, Sample, Sib
 from outrider.drafters.tree.shapes import Shape, Shared, Static, levels
 from outrider.drafters.vllm_config import parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError, unknown_name
-from outrider.protocols import Drafter, Rule, Target
+from outrider.protocols import Drafter, Rule, Target, Tokenizer
+from outrider.vocabulary import first_difference
 
-__all__ = ["companion_folder", "first_difference", "load_drafter", "parse_speculative_config"]
+__all__ = ["companion_folder", "load_drafter", "parse_speculative_config"]
 
 NAMES = ("none", "auto", "ngram", "prediction", "forced", "medusa", "eagle", "dflash", "early")
 SHAPES = {
@@ -46,11 +47,6 @@ LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
 FindFolder = Callable[[str], Path]
 """Path or Hub name -> the folder, downloaded if need be."""
-
-
-@runtime_checkable
-class _Tokenizer(Protocol):
-    def get_vocab(self) -> Mapping[str, int]: ...
 
 
 def load_drafter(
@@ -290,20 +286,10 @@ def _no_deeper(shape: Static, length: int, spec: str) -> Static:
 
 def check_vocabulary(target: object, draft: object, limit: int, name: str) -> None:
     """CapabilityError if any id below `limit` stands for different strings in the tokenizers of target and draft."""
-    differs = first_difference(cast(_Tokenizer, target).get_vocab(), cast(_Tokenizer, draft).get_vocab(), limit)
+    differs = first_difference(cast(Tokenizer, target).get_vocab(), cast(Tokenizer, draft).get_vocab(), limit)
     if differs is not None:
         token, ours, theirs = differs
         raise CapabilityError(
             f"token {token} is {ours!r} for the target and {theirs!r} for the draft model {name!r}: "
             f"write 'translate:{name}' to draft with the tokens that both spell alike, or use 'ngram'"
         )
-
-
-def first_difference(target: Mapping[str, int], draft: Mapping[str, int], limit: int) -> tuple[int, str, str] | None:
-    """Lowest id below `limit` that two vocabularies (string -> id) both have and read differently, with both strings.
-
-    An id that only one of them has is padding of the other one's model and no difference.
-    """
-    ours = {token: text for text, token in target.items()}
-    pairs = ((i, ours.get(i, text), text) for text, i in draft.items() if i < limit)
-    return min((pair for pair in pairs if pair[1] != pair[2]), default=None)

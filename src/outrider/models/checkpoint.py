@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from outrider.errors import ConfigError
-from outrider.models.config import Layout, Unsupported, read_json, read_layout
+from outrider.files import read_weight_map
+from outrider.models.config import Layout, Unsupported, read_layout
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.places import without_place
 from outrider.nn.memory import require_memory
@@ -159,9 +160,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
                 "(model.save_pretrained(folder) writes safetensors)"
             )
         raise ConfigError(f"{folder} holds no model.safetensors: give a folder in Hugging Face format")
-    placed = read_json(index, INDEX_BYTES).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-        raise ConfigError(f"{index} has no weight_map of file names: download it again")
+    placed = read_weight_map(index, INDEX_BYTES)
     found: dict[str, Entry] = {}
     for name in sorted(set(placed.values())):
         for key, entry in _header(_inside(folder, name)):

@@ -6,7 +6,6 @@ Both spellings are read: transformers 4 (`rope_theta` beside `rope_scaling`, `to
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.config_keys import COMMON, OPTIONS, ROPE, WINDOWS, unknown_keys
+from outrider.config_keys import COMMON, OPTIONS, ROPE, WINDOWS, flag, packed_key, real, unknown_keys, whole
 from outrider.errors import ConfigError
+from outrider.files import read_json
 from outrider.models.decoder import DecoderConfig
 
+CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
 """Largest config.json that is read: real ones have a few kilobytes."""
 
@@ -65,31 +66,12 @@ class Layout:
     stored: str | None
 
 
-def read_json(path: Path, limit: int) -> dict:
-    """A JSON object of at most `limit` bytes; anything else is a ConfigError."""
-    try:
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: give a folder in Hugging Face format")
-        with path.open("rb") as file:
-            text = file.read(limit + 1)
-        if len(text) > limit:
-            raise ConfigError(
-                f"{path} is larger than {limit >> 20} MiB: that is no {path.name} of a model; download it again"
-            )
-        value = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({reprlib.repr(str(error))}): download it again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not hold a JSON object: download it again")
-    return value
-
-
 def read_raw_config(folder: Path) -> dict:
     """config.json, refused if it wants code of its own to be run."""
-    raw = read_json(folder / "config.json", CONFIG_BYTES)
+    raw = read_json(folder / CONFIG, CONFIG_BYTES)
     if raw.get("auto_map"):
         raise ConfigError(
-            f"{folder / 'config.json'} names code of its own (auto_map), which Outrider never runs: "
+            f"{folder / CONFIG} names code of its own (auto_map), which Outrider never runs: "
             "use a checkpoint of an architecture that transformers has built in, without auto_map"
         )
     return raw
@@ -102,44 +84,46 @@ def read_layout(folder: Path, max_length: int | None = None) -> Layout:
     """
     raw = read_raw_config(folder)
     family = _family(raw)
-    hidden = _whole(raw, "hidden_size", None, 1, 1 << 17)
-    layers = _whole(raw, "num_hidden_layers", None, 1, 1024)
-    heads = _whole(raw, "num_attention_heads", None, 1, 4096)
-    kv_heads = _whole(raw, "num_key_value_heads", family.kv_heads or heads, 1, 4096, null=heads)
+    hidden = whole(raw, "hidden_size", CONFIG, most=1 << 17)
+    layers = whole(raw, "num_hidden_layers", CONFIG, most=1024)
+    heads = whole(raw, "num_attention_heads", CONFIG, most=4096)
+    kv_heads = whole(raw, "num_key_value_heads", CONFIG, default=family.kv_heads or heads, null=heads, most=4096)
     null_dim = None if family.head_dim else hidden // heads
-    head_dim = _whole(raw, "head_dim", family.head_dim or hidden // heads, 2, 4096, null=null_dim)
+    head_dim = whole(
+        raw, "head_dim", CONFIG, default=family.head_dim or hidden // heads, null=null_dim, least=2, most=4096
+    )
     if heads % kv_heads or head_dim % 2:
         raise ConfigError(
             f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}) "
             f"and head_dim ({head_dim}) must be even: the file is damaged, download it again"
         )
-    positions = _whole(raw, "max_position_embeddings", family.max_length, 1, 1 << 26)
+    positions = whole(raw, "max_position_embeddings", CONFIG, default=family.max_length, most=1 << 26)
     if max_length is not None and not 1 <= max_length <= positions:
         raise ConfigError(f"max_length {max_length} is outside the model's positions: choose 1 to {positions}")
     inv_freq, rope_scale = _rope(raw, head_dim, positions)
     decoder = DecoderConfig(
         family=str(raw["model_type"]),
-        vocab_size=_whole(raw, "vocab_size", None, 1, 1 << 24),
+        vocab_size=whole(raw, "vocab_size", CONFIG),
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        inner=_whole(raw, "intermediate_size", None, 1, 1 << 20),
-        eps=_real(raw, "rms_norm_eps", 1e-6, 0.0, 1.0),
+        inner=whole(raw, "intermediate_size", CONFIG, most=1 << 20),
+        eps=real(raw, "rms_norm_eps", CONFIG, 1e-6, least=0.0),
         max_length=max_length or positions,
         window=_windows(raw, family, layers),
         inv_freq=inv_freq,
         rope_scale=rope_scale,
     )
-    bias = "attention_bias" in family.options and _flag(raw, "attention_bias", False)
+    bias = "attention_bias" in family.options and flag(raw, "attention_bias", CONFIG)
     stored = raw.get("dtype") or raw.get("torch_dtype")
     return Layout(
         decoder=decoder,
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
         qk_norm=family.qk_norm,
-        tied=_flag(raw, "tie_word_embeddings", False),
+        tied=flag(raw, "tie_word_embeddings", CONFIG),
         stored=stored if isinstance(stored, str) else None,
     )
 
@@ -154,13 +138,11 @@ def _family(raw: dict) -> Family:
         raise Unsupported(f"architecture {reprlib.repr(named[0])} is not a causal language model")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise Unsupported(f"hidden_act {reprlib.repr(raw.get('hidden_act'))} is not silu")
-    packed = next(
-        (k for k in ("quantization_config", "compression_config", "quantization") if raw.get(k) is not None), None
-    )
+    packed = packed_key(raw)
     if packed is not None:
         raise Unsupported(f"the weights are quantized ({packed})")
     family = FAMILIES[kind]
-    if "mlp_bias" in family.options and _flag(raw, "mlp_bias", False):
+    if "mlp_bias" in family.options and flag(raw, "mlp_bias", CONFIG):
         raise Unsupported("mlp_bias is set")
     if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
         raise Unsupported("its attention is not causal")
@@ -176,14 +158,14 @@ def _windows(raw: dict, family: Family, layers: int) -> tuple[int, ...]:
         return (0,) * layers
     if "layer_types" not in family.options:
         absent = raw.get("sliding_window", family.window) is None
-        return (0 if absent else _whole(raw, "sliding_window", family.window, 1, 1 << 30),) * layers
+        return (0 if absent else whole(raw, "sliding_window", CONFIG, default=family.window, most=1 << 30),) * layers
     kinds = raw.get("layer_types")
-    if not _flag(raw, "use_sliding_window", False) or raw.get("sliding_window", family.window) is None:
+    if not flag(raw, "use_sliding_window", CONFIG) or raw.get("sliding_window", family.window) is None:
         width = 0
     else:
-        width = _whole(raw, "sliding_window", family.window, 1, 1 << 30)
+        width = whole(raw, "sliding_window", CONFIG, default=family.window, most=1 << 30)
     if kinds is None:
-        first = _whole(raw, "max_window_layers", 28, 0, 1 << 20)
+        first = whole(raw, "max_window_layers", CONFIG, default=28, least=0, most=1 << 20)
         return tuple(width if i >= first else 0 for i in range(layers))
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ConfigError(f"config.json: layer_types must name {layers} layers: the file is damaged, download it again")
@@ -208,12 +190,12 @@ def _rope(raw: dict, head_dim: int, positions: int) -> tuple[Float[Tensor, "half
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise Unsupported("partial_rotary_factor is not 1")
-    theta = _real(rope, "rope_theta", 10000.0, 1.0, 1e12)
+    theta = real(rope, "rope_theta", CONFIG, 10000.0, least=1.0, most=1e12)
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if kind == "default":
         return inv_freq, 1.0
     if kind == "linear":
-        return inv_freq / _real(rope, "factor", None, 1e-6, 1e6), 1.0
+        return inv_freq / real(rope, "factor", CONFIG, least=1e-6, most=1e6), 1.0
     if kind == "llama3":
         return _llama3(inv_freq, rope, positions), 1.0
     if kind == "yarn":
@@ -223,13 +205,16 @@ def _rope(raw: dict, head_dim: int, positions: int) -> tuple[Float[Tensor, "half
 
 def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int) -> Float[Tensor, "half"]:
     """Llama 3.1: divide frequencies slower than the old context by `factor`, keep fast ones, blend between."""
-    factor = _real(rope, "factor", None, 1e-6, 1e6)
-    low, high = _real(rope, "low_freq_factor", None, 1e-6, 1e6), _real(rope, "high_freq_factor", None, 1e-6, 1e6)
+    factor = real(rope, "factor", CONFIG, least=1e-6, most=1e6)
+    low, high = (
+        real(rope, "low_freq_factor", CONFIG, least=1e-6, most=1e6),
+        real(rope, "high_freq_factor", CONFIG, least=1e-6, most=1e6),
+    )
     if high <= low:
         raise ConfigError(
             f"config.json: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file"
         )
-    old = _whole(rope, "original_max_position_embeddings", positions, 1, 1 << 26)
+    old = whole(rope, "original_max_position_embeddings", CONFIG, default=positions, most=1 << 26)
     wavelength = 2 * math.pi / inv_freq
     scaled = torch.where(wavelength > old / low, inv_freq / factor, inv_freq)
     smooth = (old / wavelength - low) / (high - low)
@@ -243,51 +228,20 @@ def _yarn(rope: dict, theta: float, head_dim: int, positions: int) -> tuple[Floa
         raise Unsupported("yarn with mscale")
     if "factor" not in rope:
         raise Unsupported("yarn without a factor")
-    old = _whole(rope, "original_max_position_embeddings", positions, 1, 1 << 26)
-    factor = _real(rope, "factor", positions / old, 1e-6, 1e6, null=positions / old)
+    old = whole(rope, "original_max_position_embeddings", CONFIG, default=positions, most=1 << 26)
+    factor = real(rope, "factor", CONFIG, positions / old, null=positions / old, least=1e-6, most=1e6)
 
     def dimension(rotations: float) -> float:
         return (head_dim * math.log(old / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
-    low = dimension(_real(rope, "beta_fast", 32.0, 1e-6, 1e6, null=32.0))
-    high = dimension(_real(rope, "beta_slow", 1.0, 1e-6, 1e6, null=1.0))
-    if rope.get("truncate", True) is not None and _flag(rope, "truncate", True):
+    low = dimension(real(rope, "beta_fast", CONFIG, 32.0, null=32.0, least=1e-6, most=1e6))
+    high = dimension(real(rope, "beta_slow", CONFIG, 1.0, null=1.0, least=1e-6, most=1e6))
+    if rope.get("truncate", True) is not None and flag(rope, "truncate", CONFIG, True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2).float() - low) / ((high + 0.001 if low == high else high) - low)).clamp(0, 1)
     powers = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     keep = 1 - ramp
     default = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
-    scale = _real(rope, "attention_factor", default, 1e-6, 1e6, null=default)
+    scale = real(rope, "attention_factor", CONFIG, default, null=default, least=1e-6, most=1e6)
     return 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep, scale
-
-
-def _whole(raw: dict, key: str, default: int | None, low: int, high: int, *, null: int | None = None) -> int:
-    """raw[key] as a whole number of [low, high]; `default` if the key is absent, `null` if its value is null."""
-    value = raw.get(key, default)
-    value = null if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(
-            f"config.json: {key} must be a whole number from {low} to {high}, got {reprlib.repr(value)}: "
-            "the file is damaged, download it again"
-        )
-    return value
-
-
-def _real(raw: dict, key: str, default: float | None, low: float, high: float, *, null: float | None = None) -> float:
-    value = raw.get(key, default)
-    value = null if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(
-            f"config.json: {key} must be a number from {low} to {high}, got {reprlib.repr(value)}: "
-            "the file is damaged, download it again"
-        )
-    return float(value)
-
-
-def _flag(raw: dict, key: str, default: bool) -> bool:
-    value = raw.get(key, default)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise ConfigError(f"config.json: {key} must be true or false, got {reprlib.repr(value)}: correct the file")
-    return value

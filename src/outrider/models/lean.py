@@ -5,8 +5,7 @@ rotary tables are static, rows lie flat. Where the native decoder (`models/nativ
 segments, and only long prompts go through the layers here, alone: so a sequence's numbers do not depend, bit for bit,
 on its neighbours.
 
-The formulas are those of transformers' modelling files: RMSNorm (Zhang, Sennrich 2019), rotary positions (Su et al.
-2021), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020).
+The formulas are those of transformers' modelling files, with grouped-query attention (Ainslie et al. 2023).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +24,18 @@ from outrider.errors import CapabilityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.native import load_native
 from outrider.models.quantised import SIZES, seconds, slower
+from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan
 from outrider.nn.kv import ContiguousKV
+from outrider.nn.layers import FusedLayer, rms_norm
 from outrider.nn.linear import Linear, make_linear, multiplies
 from outrider.nn.memory import require_memory
 from outrider.nn.row_parts import check_prefix, run_parts
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
 
-Norm = Callable[[Tensor], Tensor]
 TIED_COPY_BYTES = 64 << 20
 """Largest tied embedding of which the head gets a packed copy of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """One block, ready to run. qk_norm: of queries and keys [n, heads + kv_heads, head_dim], where there is one."""
-
-    norm1: Norm
-    qkv: Linear
-    qk_norm: Norm | None
-    o: Linear
-    norm2: Norm
-    gate_up: Linear
-    down: Linear
 
 
 class LeanTarget:
@@ -83,14 +70,14 @@ class LeanTarget:
         plain = load_native(_first(config), replace(w, layers=w.layers[:1]))[0] if native and quantize else None
         # where PyTorch has no real product for this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = self.native.max_rows if self.native and multiplies(self.dtype, self.device) else sys.maxsize
-        self._embedding, self._norm = w.embedding, _norm(w.norm, config.eps)
-        self._rope = _rope_table(config, 1, self.dtype, self.device)
+        self._embedding, self._norm = w.embedding, rms_norm(w.norm, config.eps)
+        self._rope = self._rope_table(1)
         pack = self.native is None  # the native decoder reads the plain weights in place, and long prompts share them
         copy = w.head is not w.embedding or w.head.nbytes <= TIED_COPY_BYTES
         self._head = make_linear(w.head, quantize=quantize, pack=pack and copy)
         left = list(w.layers)
         del w
-        self._blocks: list[_Block] = []
+        self._blocks: list[FusedLayer] = []
         while left:
             self._blocks.append(_block(config, left.pop(0), quantize, pack))
         if plain is not None and quantize is not None:
@@ -179,7 +166,7 @@ class LeanTarget:
         c = self.config
         n, turned = rows.count, c.heads + c.kv_heads
         attend = AttentionPlan(rows, kv, c.heads, c.window)
-        cos, sin = F.embedding(rows.position, self._rope).view(n, 2, 1, c.head_dim).unbind(1)
+        cos, sin = rope.angles(self._rope, rows.position)
         x = self._embed_rows(rows)
         taps = {0: x}
         for i, block in enumerate(self._blocks):
@@ -187,10 +174,8 @@ class LeanTarget:
             qk, v = qkv.split((turned, c.kv_heads), 1)
             if block.qk_norm is not None:
                 qk = block.qk_norm(qk)
-            q, k = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin).split((c.heads, c.kv_heads), 1)
-            x = block.o.add(attend(i, q, k, v), x)
-            gate, up = block.gate_up(block.norm2(x)).split(c.inner, 1)
-            x = block.down.add(F.silu(gate).mul_(up), x)
+            q, k = rope.rotate(qk, cos, sin).split((c.heads, c.kv_heads), 1)
+            x = block.leave(attend(i, q, k, v), x)
             if layers:
                 taps[i + 1] = x
         return x, taps
@@ -206,7 +191,12 @@ class LeanTarget:
     def _grow_rope(self, length: int) -> None:
         """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is asked for."""
         if self._rope.shape[0] < length:
-            self._rope = _rope_table(self.config, length, self.dtype, self.device)
+            self._rope = self._rope_table(length)
+
+    def _rope_table(self, length: int) -> Float[Tensor, "L DD"]:
+        """Computed in float32 on the CPU whatever the model's dtype, as transformers does."""
+        c = self.config
+        return rope.table(c.inv_freq.float().cpu(), length, c.rope_scale).to(device=self.device, dtype=self.dtype)
 
 
 def _first(config: DecoderConfig) -> DecoderConfig:
@@ -214,54 +204,21 @@ def _first(config: DecoderConfig) -> DecoderConfig:
     return replace(config, layers=1, window=config.window[:1])
 
 
-def _block(config: DecoderConfig, w: LayerWeights, quantize: str | None, pack: bool) -> _Block:
+def _block(config: DecoderConfig, w: LayerWeights, quantize: str | None, pack: bool) -> FusedLayer:
     qk_norm = None
     if w.q_norm is not None and w.k_norm is not None:
         both = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
-        qk_norm = _norm(both, config.eps)
+        qk_norm = rms_norm(both, config.eps)
 
     def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
         return make_linear(weight, bias, quantize=quantize, pack=pack)
 
-    return _Block(
-        norm1=_norm(w.norm1, config.eps),
+    return FusedLayer(
+        norm1=rms_norm(w.norm1, config.eps),
         qkv=linear(w.qkv, w.qkv_bias),
         qk_norm=qk_norm,
         o=linear(w.o, w.o_bias),
-        norm2=_norm(w.norm2, config.eps),
+        norm2=rms_norm(w.norm2, config.eps),
         gate_up=linear(w.gate_up),
         down=linear(w.down),
     )
-
-
-def _rope_table(config: DecoderConfig, length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "L DD"]:
-    """Row t: cosines of position t for a head's two halves, then sines with the rotation's sign folded in.
-
-    Computed in float32 whatever the model's dtype, as transformers does.
-    """
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), config.inv_freq.float().cpu())
-    cos, sin = angle.cos() * config.rope_scale, angle.sin() * config.rope_scale
-    return torch.cat([cos, cos, -sin, sin], -1).to(device=device, dtype=dtype)
-
-
-def _norm(weight: Tensor, eps: float) -> Norm:
-    """x / rms(x) * weight over the last dimension; half precision is rounded before the weight, as in transformers."""
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
-        return _CpuNorm(weight, eps)
-
-    def norm(x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype.itemsize < 4 else x
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-    return norm
-
-
-class _CpuNorm:
-    """The same in five operations instead of eleven: for few rows, starting one costs more than its arithmetic."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight, self._eps, self._share = weight, weight.new_full((), eps), 1 / weight.shape[-1]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_().mul(x).mul_(self._weight)

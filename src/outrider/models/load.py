@@ -21,7 +21,6 @@ from outrider.models.native.runtime import library_for
 from outrider.models.places import check_numbers
 from outrider.models.tokenizer import (
     find_tokenizer,
-    first_difference,
     load_tokenizer,
     stop_ids,
     vocab_fingerprint,
@@ -34,7 +33,6 @@ __all__ = [
     "Facts",
     "available_memory",
     "find_tokenizer",
-    "first_difference",
     "inspect_checkpoint",
     "load_target",
     "load_tokenizer",

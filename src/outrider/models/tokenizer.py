@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: loading one safely, and telling two vocabularies apart."""
+"""Tokenizers of checkpoints: loading one safely, and naming its vocabulary."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import hashlib
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from outrider import protocols
 from outrider.errors import ConfigError
-from outrider.models.config import CONFIG_BYTES, read_json
+from outrider.files import read_json
+from outrider.models.config import CONFIG_BYTES
 from outrider.models.fast_tokenizer import read_fast_tokenizer
 from outrider.models.folder import resolve_folder
 
 TOKENIZER_BYTES = 128 << 20
 """Largest tokenizer.json that is read: the largest real ones have 35 MB."""
-
-
-@runtime_checkable
-class Vocabulary(Protocol):
-    """What is needed of a tokenizer to compare it: its strings and their ids."""
-
-    def get_vocab(self) -> Mapping[str, int]: ...
 
 
 def load_tokenizer(path_or_name: str | Path) -> Any:
@@ -121,25 +116,12 @@ def forget_words(tokenizer: Any) -> None:
         resize(0)
 
 
-def vocab_fingerprint(tokenizer: Vocabulary) -> str:
+def vocab_fingerprint(tokenizer: protocols.Tokenizer) -> str:
     """SHA-256 (hex) of the vocabulary, id by id: equal exactly when every id stands for the same string."""
     digest = hashlib.sha256()
     for text, token in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{token}:{len(text)}:{text}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def first_difference(a: Vocabulary, b: Vocabulary) -> tuple[int, str, str] | None:
-    """The lowest id that stands for different strings in the two vocabularies, with both strings; None if there is none.
-
-    Ids that only one of them knows are padding of a model's embedding and do not count.
-    """
-    ours = {token: text for text, token in a.get_vocab().items()}
-    theirs = {token: text for text, token in b.get_vocab().items()}
-    for token in sorted(ours.keys() & theirs.keys()):
-        if ours[token] != theirs[token]:
-            return token, ours[token], theirs[token]
-    return None
 
 
 def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from outrider.errors import ConfigError
+from outrider.nn.attention import attend
 from outrider.nn.kv import ContiguousKV
+from outrider.nn.masks import ancestor_mask
+from outrider.nn.rope import rotation, turn
 from outrider.nn.row_parts import check_prefix
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores, Segment
@@ -214,11 +216,10 @@ class TinyLM:
         cache = _own(kv, "TinyLM")
         x = self.embed(rows.token)
         states = [x]
-        angle = rows.position[:, None].to(self.dtype) * self.inv_freq
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        cos, sin = rotation(rows.position, self.inv_freq)
         for i, block in enumerate(self.blocks):
             q, k, v = (_norm(x) @ block.qkv).view(rows.count, 3, self.heads, -1).unbind(1)
-            x = x + self._attend(i, rows, cache, _rotate(q, cos, sin), _rotate(k, cos, sin), v) @ block.out
+            x = x + self._attend(i, rows, cache, turn(q, cos, sin), turn(k, cos, sin), v) @ block.out
             x = x + torch.tanh(_norm(x) @ block.up) @ block.down
             states.append(x)
         return Scores(self.unembed(x[rows.scored]), tuple(states[i] for i in layers))
@@ -228,13 +229,10 @@ class TinyLM:
     ) -> Float[Tensor, "N H"]:
         out = torch.empty_like(q)
         for s in rows.segments:
-            mine, end = slice(s.first, s.first + s.count), s.cached + s.count
-            kv.k[layer, s.slot, :, s.cached : end] = k[mine].transpose(0, 1)
-            kv.v[layer, s.slot, :, s.cached : end] = v[mine].transpose(0, 1)
-            see = torch.cat([torch.ones(s.count, s.cached, dtype=torch.bool), s.visible()], 1)
-            keys, values = kv.k[layer, s.slot, :, :end], kv.v[layer, s.slot, :, :end]
-            seen = scaled_dot_product_attention(q[mine].transpose(0, 1)[None], keys[None], values[None], attn_mask=see)
-            out[mine] = seen[0].transpose(0, 1)
+            mine = slice(s.first, s.first + s.count)
+            keys, values = kv.write(layer, s.slot, s.cached, k[mine], v[mine])
+            seen = attend(q[mine].transpose(0, 1), keys, values, ancestor_mask(s.prefix, s.parent, s.cached))
+            out[mine] = seen.transpose(0, 1)
         return out.flatten(1)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
@@ -256,8 +254,3 @@ class TinyLM:
     def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         logits = normed @ self.output
         return logits if self.dtype == torch.float64 else logits.float()
-
-
-def _rotate(x: Float[Tensor, "N h D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "N h D"]:
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

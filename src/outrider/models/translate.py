@@ -12,23 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.errors import CapabilityError
-from outrider.protocols import KVCache, Target
+from outrider.protocols import KVCache, Target, Tokenizer
 from outrider.types import Rows, Scores
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is needed of both tokenizers."""
-
-    def get_vocab(self) -> Mapping[str, int]: ...
-    def encode(self, text: str) -> Sequence[int]: ...
 
 
 def byte_alphabet() -> dict[str, int]:

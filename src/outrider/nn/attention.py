@@ -1,8 +1,9 @@
-"""Attention of flat rows over a contiguous cache, without padding rows, gathering keys or copying grouped heads.
+"""Attention of one sequence, and of flat rows over a contiguous cache.
 
-A forward makes one `AttentionPlan`; every view and mask that all layers share is built there, once. Segments are split
-into pieces: one segment, or several short ones of equal size in neighbouring slots, which one call serves at the price
-of reading the shorter caches to the longest one's length.
+`attend` is one call for one sequence. A forward of several makes one `AttentionPlan`, without padding rows, gathering keys or
+copying grouped heads; every view and mask that all layers share is built there, once. Segments are split into pieces: one segment,
+or several short ones of equal size in neighbouring slots, which one call serves at the price of reading the shorter caches to the
+longest one's length.
 
 Few rows with grouped heads are folded: the g query heads of a key head become g rows of it, so keys are read once and
 not repeated g times. Long prompts are left to `scaled_dot_product_attention`'s own causal path.
@@ -19,12 +20,61 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from outrider.nn.kv import ContiguousKV
+from outrider.nn.masks import ancestor_mask
 from outrider.types import Rows, Segment
 
 SHORT = 16
 """Rows of a segment up to which heads are folded and segments may share a call."""
 _WASTE = 1.5
 """A shared call may read at most this many times the keys that separate calls would."""
+
+
+def attend(
+    q: Float[Tensor, "h n D"],
+    k: Float[Tensor, "g m D"],
+    v: Float[Tensor, "g m E"],
+    mask: Bool[Tensor, "n m"] | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Float[Tensor, "h"] | None = None,
+    fold: bool = False,
+) -> Float[Tensor, "h n E"]:
+    """Attention of one sequence's n rows over its m places; h query heads, a multiple of the g key heads.
+
+    mask: which places a row sees, None for all. causal: row i of as many rows as places sees places 0 .. i; without a mask, a cap
+    or sinks. scale: of the scores (None: D ** -0.5). softcap: scores are bounded by it (Gemma 2). sinks: a score per head that
+    takes weight and adds nothing (gpt-oss). fold: under a mask the heads that share keys become rows of one head.
+    """
+    heads, n, size = q.shape
+    groups = heads // k.shape[0]
+    if softcap or sinks is not None:
+        return _explicit(q, k, v, mask, size**-0.5 if scale is None else scale, softcap, sinks)
+    if fold and mask is not None:  # no repeated keys, and the fast kernels still take the mask
+        rows = q.reshape(k.shape[0], groups * n, size)
+        out = F.scaled_dot_product_attention(rows[None], k[None], v[None], mask.repeat(groups, 1), scale=scale)
+        return out[0].reshape(heads, n, -1)
+    out = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
+    )
+    return out[0]
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Float[Tensor, "h n E"]:
+    """Attention written out, for what fused kernels lack: a cap on the scores, a sink per head."""
+    groups = q.shape[0] // k.shape[0]
+    score = q @ k.repeat_interleave(groups, 0).mT * scale
+    if softcap:
+        score = torch.tanh(score / softcap) * softcap
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        score = torch.cat([score, sinks[:, None, None].to(score.dtype).expand(-1, score.shape[1], 1)], -1)
+    weight = torch.softmax(score, -1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
+    return weight[..., : k.shape[1]] @ v.repeat_interleave(groups, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +134,8 @@ class _Piece:
             return _View(keys, values, None, False)
         if alone and not self._folded and start == run[0].cached == 0 and run[0].is_chain and not 0 < width < end:
             return _View(keys, values, None, True)
-        see = torch.stack([visible(s, width, start, end) for s in run])[:, None]
+        masks = [ancestor_mask(s.prefix, s.parent, s.cached, window=width, start=start, end=end) for s in run]
+        see = torch.stack(masks)[:, None]
         see = see.repeat_interleave(self._group, 2) if self._folded else see
         mask = torch.zeros(see.shape, dtype=kv.k.dtype).masked_fill_(~see, float("-inf"))
         return _View(keys, values, mask.to(kv.k.device), False)
@@ -104,37 +155,6 @@ class _Piece:
         )
         out = F.scaled_dot_product_attention(rows, key, value, attn_mask=view.mask)
         return out.view(b, heads, n, g, d).transpose(1, 2).reshape(b * n, heads * g * d)
-
-
-def visible(segment: Segment, width: int, start: int, end: int) -> Bool[Tensor, "n places"]:
-    """Which cache places start : end each row of a segment sees: ancestors and itself, in a window of `width` positions.
-
-    width 0: no window. A cached token's place is its position; a node's position is its parent's plus one.
-    """
-    n, cached = segment.count, segment.cached
-    see = torch.ones(n, end, dtype=torch.bool).tril_(cached)
-    if not segment.is_chain:
-        see[:, cached : cached + n] = _ancestors(segment)
-    if width:
-        position = list(range(cached, cached + segment.prefix))
-        for parent in segment.parent:
-            position.append(position[parent] + 1)
-        own = torch.tensor(position)
-        place = torch.arange(end)
-        place[cached : cached + n] = own
-        see &= place > own[:, None] - width
-    return see[:, start:]
-
-
-def _ancestors(segment: Segment) -> Bool[Tensor, "n n"]:
-    """`segment.visible()`, made on the host in one piece: a tensor operation per node would cost more than the step."""
-    n = segment.count
-    rows = [bytearray(b"\1" * (i + 1) + b"\0" * (n - i - 1)) for i in range(segment.prefix)]
-    for i, parent in enumerate(segment.parent):
-        row = bytearray(rows[parent])
-        row[segment.prefix + i] = 1
-        rows.append(row)
-    return torch.frombuffer(bytearray().join(rows), dtype=torch.bool).view(n, n)
 
 
 def _runs(segments: tuple[Segment, ...]) -> list[list[Segment]]:

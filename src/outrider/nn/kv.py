@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from outrider.errors import CapacityError
 from outrider.types import Rows
 
 
-class ContiguousKV:
-    """Keys and values [layers, slots, kv_heads, capacity, head_dim].
+class RowCache:
+    """Keys and values [layers, slots, kv_heads, capacity, head_dim]; a slot's rows stand at places 0 .. length - 1.
 
-    Rows of a forward stand behind the committed ones, in flat order: row i of a segment at place `cached + i`. Rotary
-    positions are in the keys already and depend on position, not on place, so moved keys stay valid.
+    What is written behind them is seen by whoever wrote it, until the next row takes its place.
     """
 
     def __init__(
@@ -33,24 +33,59 @@ class ContiguousKV:
         self.v: Tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.slots, self.capacity = slots, capacity
         self.length: list[int] = [0] * slots
-        self._end = [0] * slots  # places that this owner has written, kept or not
-        self._foreign = [0] * slots  # places below which earlier owners have written
 
     @property
     def bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
 
+    def write(
+        self, layer: int, slot: int, start: int, k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
+    ) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
+        """Write one layer's rows at places start, start + 1, ... and return all its keys and values from place 0 up to them."""
+        keys, values = self.read(layer, slot, start + len(k))
+        keys[:, start:], values[:, start:] = k.transpose(0, 1), v.transpose(0, 1)
+        return keys, values
+
+    def read(self, layer: int, slot: int, end: int) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
+        """One layer's keys and values at places 0 .. end - 1."""
+        return self.k[layer, slot, :, :end], self.v[layer, slot, :, :end]
+
+    def append(self, slot: int, k: Float[Tensor, "n L g D"], v: Float[Tensor, "n L g D"]) -> None:
+        """Keep n rows more, of all layers."""
+        places = slice(self.length[slot], self.length[slot] + len(k))
+        self.k[:, slot, :, places], self.v[:, slot, :, places] = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+        self.length[slot] += len(k)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget these slots."""
+        for slot in slots:
+            self.length[slot] = 0
+
+
+class ContiguousKV(RowCache):
+    """A target's keys and values: a `RowCache` that rows of a forward are reserved in, and committed to.
+
+    Rows of a forward stand behind the committed ones, in flat order: row i of a segment at place `cached + i`. Rotary
+    positions are in the keys already and depend on position, not on place, so moved keys stay valid.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(layers, slots, kv_heads, capacity, head_dim, dtype, device)
+        self._end = [0] * slots  # places that this owner has written, kept or not
+        self._foreign = [0] * slots  # places below which earlier owners have written
+
     def reserve(self, rows: Rows) -> None:
         """Raise CapacityError unless every segment continues its slot and fits."""
-        for s in rows.segments:
-            if s.cached != self.length[s.slot]:
-                raise CapacityError(f"slot {s.slot} holds {self.length[s.slot]} tokens, the step expects {s.cached}")
-            if s.cached + s.count > self.capacity:
-                raise CapacityError(
-                    f"slot {s.slot} has room for {self.capacity} tokens, {s.cached + s.count} are needed: "
-                    "raise the engine's max_length or shorten the draft"
-                )
-
+        check_room(rows, self.length, self.capacity)
         for s in rows.segments:
             self._end[s.slot] = max(self._end[s.slot], s.cached + s.count)
 
@@ -75,8 +110,7 @@ class ContiguousKV:
             self.length[s.slot] = base + len(path)
 
     def truncate(self, slot: int, length: int) -> None:
-        if not 0 <= length <= self.length[slot]:
-            raise CapacityError(f"slot {slot} holds {self.length[slot]} tokens, cannot keep {length}")
+        check_kept(slot, length, self.length)
         self.length[slot] = length
 
     def release(self, slots: Sequence[int]) -> None:
@@ -89,3 +123,21 @@ class ContiguousKV:
         self.k[:, slot] = 0
         self.v[:, slot] = 0
         self._end[slot] = self._foreign[slot] = 0
+
+
+def check_room(rows: Rows, length: Sequence[int], capacity: int) -> None:
+    """Raise CapacityError unless every segment continues its slot, which holds `length[slot]` tokens, and fits."""
+    for s in rows.segments:
+        if s.cached != length[s.slot]:
+            raise CapacityError(f"slot {s.slot} holds {length[s.slot]} tokens, the step expects {s.cached}")
+        if s.cached + s.count > capacity:
+            raise CapacityError(
+                f"slot {s.slot} has room for {capacity} tokens, {s.cached + s.count} are needed: "
+                "raise the engine's max_length or shorten the draft"
+            )
+
+
+def check_kept(slot: int, kept: int, length: Sequence[int]) -> None:
+    """Raise CapacityError unless a slot can be cut to `kept` tokens."""
+    if not 0 <= kept <= length[slot]:
+        raise CapacityError(f"slot {slot} holds {length[slot]} tokens, cannot keep {kept}")

@@ -5,21 +5,27 @@ two to four rows cost two to three times one row, which would make speculation u
 flat to about eight rows. It is a private operator of PyTorch, so every use of it is here, with a plain twin that
 serves wherever it is missing (another device, float64, an old processor): one test holds the two together.
 
-Weight-only int8 and int4 are for drafts: they change the draft's law, and speculation stays lossless whatever that law is.
+Weight-only int8 and int4 are for drafts: they change the draft distribution, and speculation stays lossless whatever that is.
+
+Learned drafters multiply in bfloat16 where the processor has such products (`product`, `served`): their pass is bound by reading
+weights, and folders hold those in bfloat16 anyway; the rows between the products stay as they are. The draft distribution is then
+another than that of float32 products by a rounding, and the one that is declared: exactness does not depend on it.
 """
 
 from __future__ import annotations
 
+import copy
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from outrider.errors import ConfigError, unknown_name
 
+M = TypeVar("M", bound=nn.Module)
 QUANTIZE = ("int8", "int4")
 INT4_GROUP = 32
 _INT4_OUTPUTS = 16
@@ -54,6 +60,24 @@ def make_linear(
     if pack and can_pack(weight):
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
+
+
+def product(weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> Linear:
+    """The fastest product with this weight for the few rows of a draft; rows go in and come out in the weight's dtype."""
+    if weight.dtype is torch.float32 and can_pack(narrow := weight.bfloat16()):
+        return _Narrow(make_linear(narrow, None if bias is None else bias.bfloat16()))
+    return make_linear(weight, bias)
+
+
+def served(model: M) -> M:
+    """`model` with a `product` in the place of every `nn.Linear` of its own; all else is shared with it, and it is not changed.
+
+    Linear layers within its parts stay: whoever serves those puts several of them side by side.
+    """
+    other = copy.copy(model)
+    swap = lambda part: _Product(part) if isinstance(part, nn.Linear) else part  # noqa: E731
+    other._modules = {name: swap(part) for name, part in model._modules.items()}
+    return other
 
 
 class PlainLinear:
@@ -131,12 +155,36 @@ class Int4Linear:
         self._bias = bias
 
     def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = product(x.bfloat16(), self._weight, INT4_GROUP, self._scale_zero)[:, : self._out].to(x.dtype)
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = multiply(x.bfloat16(), self._weight, INT4_GROUP, self._scale_zero)[:, : self._out].to(x.dtype)
         return y if self._bias is None else y + self._bias
 
     def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
         return residual + self(x)
+
+
+class _Narrow:
+    """Rows of float32 through a product of bfloat16."""
+
+    def __init__(self, inner: Linear) -> None:
+        self._inner = inner
+
+    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
+        return self._inner(x.bfloat16()).float()
+
+    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
+        return self(x).add_(residual)
+
+
+class _Product(nn.Module):
+    """A `product` that stands where a linear layer stood, and takes rows of any shape."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.run = product(linear.weight, linear.bias)
+
+    def forward(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
+        return self.run(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def can_pack(weight: Tensor) -> bool:

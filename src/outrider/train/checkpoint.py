@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from outrider.files import sync
 from outrider.train import CausalLM
 
 MANIFEST = "manifest.json"
@@ -62,24 +63,6 @@ def identity_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Force a file's or a folder's contents to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file: a reader sees the old one or the new one."""
-    built = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    built.write_text(text)
-    _sync(built)
-    built.replace(path)
-    _sync(path.parent)
-
-
 def replace_folder(built: Path, final: Path) -> None:
     """Put the finished folder ``built`` in the place of ``final``; both lie in the same parent.
 
@@ -89,13 +72,13 @@ def replace_folder(built: Path, final: Path) -> None:
     manifest = {p.relative_to(built).as_posix(): sha256_of(p) for p in sorted(built.rglob("*")) if p.is_file()}
     (built / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in built.rglob("*"):
-        _sync(path)
-    _sync(built)
+        sync(path)
+    sync(built)
     old = final.with_name(f".old-{final.name}-{os.getpid()}")
     if final.exists():
         final.rename(old)
     built.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from outrider.build import Engine
 from outrider.errors import ConfigError
+from outrider.files import write_whole
 from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.train.checkpoint import write_atomically
 from outrider.train.data import Document, narrowed, token_type
 from outrider.types import Draft, Rows
 
@@ -229,7 +229,7 @@ def repeated(row: np.ndarray) -> float:
 def _same(path: Path, values: dict[str, Any]) -> None:
     """Write what a folder was made for, or check that it is the same."""
     if not path.exists():
-        write_atomically(path, json.dumps(values, indent=1) + "\n")
+        write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
     elif (found := json.loads(path.read_text())) != values:
         raise ConfigError(f"{path.parent} was made for {found}, now {values} is wanted: use a new folder")
 
@@ -249,4 +249,4 @@ def _open(folder: Path, name: str, shape: tuple[int, ...], kind: Any) -> tuple[i
 
 def _flush(folder: Path, name: str, array: Any, done: int) -> None:
     array.flush()
-    write_atomically(folder / f"{name}.done", str(done))
+    write_whole(folder / f"{name}.done", str(done).encode())

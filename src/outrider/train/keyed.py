@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from outrider.train.checkpoint import write_atomically
+from outrider.files import write_whole
 from outrider.train.data import Document
 from outrider.train.features import Wanted
 
@@ -43,7 +43,7 @@ def part_folder(
     folder = work / "data" / f"{part}-{key_of(known)}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():
-        write_atomically(folder / ABOUT, json.dumps(known, indent=1) + "\n")
+        write_whole(folder / ABOUT, (json.dumps(known, indent=1) + "\n").encode())
     return folder
 
 
@@ -62,5 +62,5 @@ def run_folder(work: Path, kind: str, parts: Sequence[Path], choices: dict[str, 
     folder = work / kind / key_of(known)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():
-        write_atomically(folder / ABOUT, json.dumps(known, indent=1) + "\n")
+        write_whole(folder / ABOUT, (json.dumps(known, indent=1) + "\n").encode())
     return folder

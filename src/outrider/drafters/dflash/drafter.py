@@ -10,30 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters._layers import turn
-from outrider.drafters._serving import product, served
 from outrider.drafters.dflash.network import BlockModel
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, lattice
 from outrider.errors import ConfigError
+from outrider.nn.attention import attend
+from outrider.nn.kv import RowCache
+from outrider.nn.layers import FusedLayer
+from outrider.nn.linear import product, served
+from outrider.nn.rope import turn
 from outrider.types import Draft, Evidence, SequenceView
-
-
-class _Layer:
-    """A layer's weights as serving wants them: projections side by side, the feed-forward part fused."""
-
-    def __init__(self, layer: Any) -> None:
-        attn, mlp = layer.self_attn, layer.mlp
-        self.kv = attn.k_proj.weight, attn.v_proj.weight
-        self.qkv = product(torch.cat([attn.q_proj.weight, *self.kv]))
-        self.o, self.down = product(attn.o_proj.weight), product(mlp.down_proj.weight)
-        self.gate_up = product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-        self.enter, self.between = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
 
 
 class BlockDrafter:
@@ -58,36 +47,38 @@ class BlockDrafter:
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
         self._order = [self.layers.index(t) for t in c.taps]
         self._size = growth.depth + 1
-        self._run = [_Layer(layer) for layer in model.layers]
+        attention: list[Any] = [layer.self_attn for layer in model.layers]
+        self._run = [FusedLayer.of(layer) for layer in model.layers]
         self._net = served(model)
-        self._inject = product(torch.cat([w for layer in self._run for w in layer.kv]))
+        self._k_norms = [a.k_norm for a in attention]
+        self._inject = product(torch.cat([w for a in attention for w in (a.k_proj.weight, a.v_proj.weight)]))
         self._dtype, self._device = model.fc.weight.dtype, model.fc.weight.device
-        self._held: list[int] = []
         self._next: list[int] = []
 
     def bind(self, slots: int, length: int) -> None:
         """Make the drafter's own cache: per layer keys and values of `length` rows and a block for every slot."""
         c = self.model.config
-        shape = (c.layers, 2, slots, c.kv_heads, length + self._size, c.head_dim)
-        self._kv = torch.zeros(shape, dtype=self._dtype, device=self._device)
-        self._angles = self.model.rotation(torch.arange(length + self._size, device=self._device))
-        self._held, self._next = [0] * slots, [0] * slots
+        room = length + self._size
+        self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._dtype, self._device)
+        self._angles = self.model.rotation(torch.arange(room, device=self._device))
+        self._next = [0] * slots
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
+        self.cache.release(slots)
         for slot in slots:
-            self._held[slot] = self._next[slot] = 0
+            self._next[slot] = 0
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """Inject every kept row, then propose up to `budget[i]` tokens behind the anchor of sequence i."""
-        if not self._held:
+        if not self._next:
             raise ConfigError("the block drafter has no cache yet: call bind(slots, length) before drafting")
         self._catch_up(evidence)
         forest, depths = Forest(len(budget)), [0] * len(budget)
         live: list[SequenceView] = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
-            if depth > 0 and self._held[view.slot] and self._next[view.slot] == len(view.tokens) - 1:
+            if depth > 0 and self.cache.length[view.slot] and self._next[view.slot] == len(view.tokens) - 1:
                 depths[i] = min(depth, self.max_depth)
                 live.append(view)
         if live:
@@ -106,7 +97,8 @@ class BlockDrafter:
                 continue
             start = view.cached - len(kept)
             if self._next[view.slot] != start:
-                self._held[view.slot], self._next[view.slot] = 0, start
+                self.release([view.slot])
+                self._next[view.slot] = start
             work.append((view.slot, len(kept)))
             rows += kept
             position += range(start, start + len(kept))
@@ -118,50 +110,52 @@ class BlockDrafter:
             taps = taps[rows]
         context = self._net.hidden_norm(self._net.fc(taps.to(self._dtype)))
         kv = self._inject(context).view(len(rows), c.layers, 2, c.kv_heads, c.head_dim)
-        for n, layer in enumerate(self._run):
-            kv[:, n, 0] = self._turn(layer.k_norm(kv[:, n, 0]), self._long(position))
+        turns = self._turns(position)
+        for n, norm in enumerate(self._k_norms):
+            kv[:, n, 0] = turn(norm(kv[:, n, 0]), *turns)
         first = 0
         for slot, count in work:
-            held = self._held[slot]
-            self._kv[:, :, slot, :, held : held + count] = kv[first : first + count].permute(1, 2, 3, 0, 4)
-            self._held[slot], self._next[slot] = held + count, self._next[slot] + count
+            self.cache.append(slot, *kv[first : first + count].unbind(2))
+            self._next[slot] += count
             first += count
 
     def _block(self, views: list[SequenceView]) -> Float[Tensor, "levels n V"]:
         """Logits of every slot behind the anchor, for all sequences in one pass."""
         c, size = self.model.config, self._size
         token = [t for v in views for t in (v.tokens[-1], *(c.mask,) * (size - 1))]
-        position = self._long([p for v in views for p in range(self._next[v.slot], self._next[v.slot] + size)])
+        turns = self._turns([p for v in views for p in range(self._next[v.slot], self._next[v.slot] + size)])
         x = self.model.embed_tokens(self._long(token))
         for n, layer in enumerate(self._run):
-            x = self._layer(n, layer, x, position, views)
+            x = self._layer(n, layer, x, turns, views)
         x = x.view(len(views), size, -1)[:, 1:].transpose(0, 1)
         return self._net.lm_head(self._net.norm(x))
 
     def _layer(
-        self, n: int, layer: _Layer, x: Float[Tensor, "m H"], position: Tensor, views: list[SequenceView]
+        self,
+        n: int,
+        layer: FusedLayer,
+        x: Float[Tensor, "m H"],
+        turns: tuple[Tensor, Tensor],
+        views: list[SequenceView],
     ) -> Float[Tensor, "m H"]:
         c = self.model.config
-        qkv = layer.qkv(layer.enter(x)).view(len(x), c.heads + 2 * c.kv_heads, c.head_dim)
-        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), 1)
-        q, k = self._turn(layer.q_norm(q), position), self._turn(layer.k_norm(k), position)
+        qkv = layer.qkv(layer.norm1(x)).view(len(x), c.heads + 2 * c.kv_heads, c.head_dim)
+        qk, v = qkv.split((c.heads + c.kv_heads, c.kv_heads), 1)
+        qk = qk if layer.qk_norm is None else layer.qk_norm(qk)
+        q, k = turn(qk, *turns).split((c.heads, c.kv_heads), 1)
         seen = []
         for view, mine in zip(views, range(0, len(x), self._size), strict=True):
-            own, start = slice(mine, mine + self._size), self._held[view.slot]
-            kv = self._kv[n, :, view.slot, :, : start + self._size]
-            kv[0, :, start:] = k[own].transpose(0, 1)
-            kv[1, :, start:] = v[own].transpose(0, 1)
-            out = F.scaled_dot_product_attention(
-                q[own].transpose(0, 1)[None], kv[0][None], kv[1][None], enable_gqa=c.heads != c.kv_heads
-            )
-            seen.append(out[0].transpose(0, 1).reshape(self._size, -1))
-        x = layer.o.add(seen[0] if len(seen) == 1 else torch.cat(seen), x)
-        gate, up = layer.gate_up(layer.between(x)).chunk(2, -1)
-        return layer.down.add(F.silu(gate).mul_(up), x)
+            own, held = slice(mine, mine + self._size), self.cache.length[view.slot]
+            keys, values = self.cache.write(n, view.slot, held, k[own], v[own])
+            out = attend(q[own].transpose(0, 1), keys, values)
+            seen.append(out.transpose(0, 1).reshape(self._size, -1))
+        return layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), x)
 
-    def _turn(self, x: Float[Tensor, "m h d"], position: Tensor) -> Float[Tensor, "m h d"]:
-        cos, sin = (t[position] for t in self._angles)
-        return turn(x, cos, sin)
+    def _turns(self, position: list[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions."""
+        at = self._long(position)
+        cos, sin = self._angles
+        return cos[at], sin[at]
 
     def _long(self, x: list[int]) -> Tensor:
         return torch.tensor(x, dtype=torch.int64, device=self._device)

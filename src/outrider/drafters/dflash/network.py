@@ -16,20 +16,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters._layers import Mlp, rotation, turn
+from outrider.config_keys import real, whole
 from outrider.drafters.checkpoint import (
     SPECULATORS_VERSION,
     check_fits,
     output_head,
     read_folder,
     speculators_config,
-    whole,
     write_folder,
 )
-from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, real, rope_theta
+from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, rope_theta
 from outrider.drafters.medusa.network import fill
 from outrider.drafters.vocabulary import from_offsets
 from outrider.errors import ConfigError
+from outrider.nn.layers import Mlp
+from outrider.nn.rope import frequencies, rotation, turn
 from outrider.protocols import Target
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
@@ -112,7 +113,9 @@ class BlockModel(nn.Module):
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [*n, 1, head_dim] of rotary positions, in the module's dtype."""
-        return rotation(position, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+        c = self.config
+        cos, sin = rotation(position, frequencies(c.head_dim, c.rope_theta, position.device))
+        return cos.to(self.fc.weight.dtype), sin.to(self.fc.weight.dtype)
 
     def inject(self, taps: Float[Tensor, "r T K H"]) -> Keys:
         """Keys and values of context rows 0 .. T - 1: hidden states of the same positions, `taps[:, t, k]` after block taps[k]."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters._serving import product, served
 from outrider.drafters.eagle.network import FeatureNetwork
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import ConfigError
+from outrider.nn import rope
+from outrider.nn.attention import attend
+from outrider.nn.kv import RowCache
+from outrider.nn.layers import FusedLayer
+from outrider.nn.linear import served
+from outrider.nn.masks import ancestor_mask
 from outrider.types import Draft, Evidence, SequenceView
 
 CHUNK = 256
@@ -25,49 +29,38 @@ CHUNK = 256
 
 
 class _Served:
-    """The weights as serving wants them: fused, positions in a table. rows -> (residual, q, k, v) -> state."""
+    """The weights as serving wants them: fused, positions in a table. rows -> (residual, q, k, v); `layer.leave` -> state."""
 
     def __init__(self, model: FeatureNetwork, length: int) -> None:
-        c, layer = model.config, model.layers[0]
-        attn, mlp = layer.self_attn, layer.mlp
-        self.config, self.model = c, served(model)
+        c, device = model.config, model.fc.weight.device
+        self.config, self.model, self.layer = c, served(model), FusedLayer.of(model.layers[0])
         self.dtype = model.fc.weight.dtype
-        self._qkv = product(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]))  # type: ignore[union-attr]
-        self._gate_up = product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))  # type: ignore[union-attr]
-        self._tokens = model.rows(torch.arange(c.vocab_size, device=model.fc.weight.device))
-        self._o, self._down = product(attn.o_proj.weight), product(mlp.down_proj.weight)  # type: ignore[union-attr]
-        self._norm = layer.post_attention_layernorm
-        cos, sin = model.rotation(torch.arange(length, device=model.fc.weight.device))
-        half = c.head_dim // 2
-        self._turns = torch.cat([cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)], -2)  # [L, 2, d]
+        self._tokens = model.rows(torch.arange(c.vocab_size, device=device))
+        self._turns = rope.table(rope.frequencies(c.head_dim, c.rope_theta, device), length).to(self.dtype)
 
     def enter(self, token: Tensor, g: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`FeatureNetwork.enter` for flat rows."""
-        c, half = self.config, self.config.head_dim // 2
+        c = self.config
         residual, x = self.model.join(self._tokens[token], g)
-        x = self._qkv(x).view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
+        x = self.layer.qkv(x).view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
         qk, v = x.split((c.heads + c.kv_heads, c.kv_heads), 1)
-        cos, sin = self._turns[position].split(1, 1)
-        qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
-        q, k = qk.split((c.heads, c.kv_heads), 1)
+        q, k = rope.rotate(qk, *rope.angles(self._turns, position)).split((c.heads, c.kv_heads), 1)
         return residual, q, k, v
-
-    def leave(self, residual: Tensor, seen: Tensor) -> Tensor:
-        """`FeatureNetwork.leave` for flat rows."""
-        x = self._o.add(seen, residual)
-        gate, up = self._gate_up(self._norm(x)).chunk(2, -1)  # type: ignore[operator]
-        return self._down.add(F.silu(gate).mul_(up), x)
 
 
 class _Place:
-    """What a slot holds: `held` context rows, the last of them of position `next - 1`, its state, and the draft's rows."""
+    """What is known of a slot beside its context rows: that the last of them has position `next - 1`, its state, the draft's rows.
 
-    __slots__ = ("held", "next", "nodes", "state")
+    parents: of each row of the draft, its parent's number among them, -1 for the context. nodes: state and row of each node.
+    """
 
-    def __init__(self) -> None:
-        self.held = self.next = 0
+    __slots__ = ("next", "nodes", "parents", "state")
+
+    def __init__(self, start: int = 0) -> None:
+        self.next = start
         self.state: Tensor | None = None
-        self.nodes: dict[int, tuple[Tensor, list[int]]] = {-1: (torch.empty(0), [])}
+        self.nodes: dict[int, tuple[Tensor, int]] = {}
+        self.parents: list[int] = []
 
 
 class Eagle:
@@ -91,12 +84,12 @@ class Eagle:
         """Make the drafter's own cache."""
         c, capacity = self.model.config, length + self.growth.looked_at
         self._run = _Served(self.model, capacity)
-        shape = (2, slots, c.kv_heads, capacity, c.head_dim)
-        self._kv = torch.zeros(shape, dtype=self._run.dtype, device=self.model.fc.weight.device)
+        self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
         self._places = [_Place() for _ in range(slots)]
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
+        self.cache.release(slots)
         for slot in slots:
             self._places[slot] = _Place()
 
@@ -112,7 +105,7 @@ class Eagle:
             place = self._places[view.slot]
             if depth > 0 and place.state is not None and place.next == len(view.tokens) - 1:
                 depths[i] = min(depth, self.max_depth)
-                place.nodes = {-1: (place.state, [])}
+                place.nodes, place.parents = {-1: (place.state, -1)}, []
                 states.append(place.state)
         if states:
             follow = self._follower(self._run, evidence.sequences, forest)
@@ -128,8 +121,8 @@ class Eagle:
                 continue
             place = self._places[view.slot]
             if place.next != view.cached - len(kept):
-                self._places[view.slot] = place = _Place()
-                place.next = view.cached - len(kept)
+                self.release([view.slot])
+                self._places[view.slot] = _Place(view.cached - len(kept))
             work.append((view, kept))
         while work:
             self._feed(run, evidence, [(v, kept[:CHUNK]) for v, kept in work])
@@ -150,17 +143,14 @@ class Eagle:
         residual, q, k, v = run.enter(self._long(token), g, self._long(position))
         seen, first = [], 0
         for view, kept in work:
-            place, n = self._places[view.slot], len(kept)
+            n, held = len(kept), self.cache.length[view.slot]
             mine = slice(first, first + n)
-            self._kv[0, view.slot, :, place.held : place.held + n] = k[mine].transpose(0, 1)
-            self._kv[1, view.slot, :, place.held : place.held + n] = v[mine].transpose(0, 1)
-            see = None
-            if n > 1:
-                see = torch.ones(n, place.held + n, dtype=torch.bool, device=g.device).tril(place.held)
-            seen.append(self._attend(view.slot, q[mine], place.held + n, see))
-            place.held, place.next = place.held + n, place.next + n
+            self.cache.append(view.slot, k[mine, None], v[mine, None])
+            see = ancestor_mask(n, (), held).to(g.device) if n > 1 else None
+            seen.append(_attend(q[mine], *self.cache.read(0, view.slot, held + n), see))
+            self._places[view.slot].next += n
             first += n
-        state = run.leave(residual, seen[0] if len(seen) == 1 else torch.cat(seen))
+        state = run.layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), residual)
         first = 0
         for view, kept in work:
             first += len(kept)
@@ -185,44 +175,27 @@ class Eagle:
                 while last < len(ends) and ends[last][0] == ends[first][0]:
                     last += 1
                 place, slot, mine = places[first], views[ends[first][0]].slot, slice(first, last)
-                fed = len(place.nodes) - 1
-                start, stop = place.held + fed, place.held + fed + last - first
-                self._kv[0, slot, :, start:stop] = k[mine].transpose(0, 1)
-                self._kv[1, slot, :, start:stop] = v[mine].transpose(0, 1)
-                lines = [[*line, fed + n] for n, (_, line) in enumerate(above[mine])]
-                see = None if len(lines[0]) == fed + 1 == stop - place.held else self._mask(place.held, stop, lines)
-                seen.append(self._attend(slot, q[mine], stop, see))
-                for (_, node), line in zip(ends[mine], lines, strict=True):
-                    place.nodes[node] = (g[0], line)  # its state comes below
+                held, fed = self.cache.length[slot], len(place.parents)
+                place.parents += [row for _, row in above[mine]]
+                keys, values = self.cache.write(0, slot, held + fed, k[mine], v[mine])
+                chain = place.parents == list(range(-1, len(place.parents) - 1))
+                see = None if chain else ancestor_mask(0, place.parents, held, last=last - first).to(g.device)
+                seen.append(_attend(q[mine], keys, values, see))
+                for row, (_, node) in enumerate(ends[mine], fed):
+                    place.nodes[node] = (g[0], row)  # its state comes below
                 first = last
-            state = run.leave(residual, seen[0] if len(seen) == 1 else torch.cat(seen))
+            state = run.layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), residual)
             for n, (place, (_, node)) in enumerate(zip(places, ends, strict=True)):
                 place.nodes[node] = (state[n], place.nodes[node][1])
             return run.model.logits(state)
 
         return follow
 
-    def _mask(self, held: int, stop: int, lines: list[list[int]]) -> Tensor:
-        """Which places each row sees: the context, and among the draft's rows those of its line."""
-        rows = []
-        for line in lines:
-            row = bytearray(b"\1" * held + b"\0" * (stop - held))
-            for n in line:
-                row[held + n] = 1
-            rows.append(row)
-        see = torch.frombuffer(bytearray().join(rows), dtype=torch.bool)
-        return see.view(len(lines), stop).to(self._kv.device)
-
-    def _attend(self, slot: int, q: Float[Tensor, "n h d"], stop: int, see: Tensor | None) -> Float[Tensor, "n A"]:
-        c = self.model.config
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            self._kv[0, slot, :, :stop][None],
-            self._kv[1, slot, :, :stop][None],
-            attn_mask=see,
-            enable_gqa=c.heads != c.kv_heads,
-        )
-        return out[0].transpose(0, 1).reshape(len(q), -1)
-
     def _long(self, x: list[int]) -> Tensor:
-        return torch.tensor(x, dtype=torch.int64, device=self._kv.device)
+        return torch.tensor(x, dtype=torch.int64, device=self.cache.k.device)
+
+
+def _attend(
+    q: Float[Tensor, "n h d"], keys: Float[Tensor, "g m d"], values: Float[Tensor, "g m d"], see: Tensor | None
+) -> Float[Tensor, "n A"]:
+    return attend(q.transpose(0, 1), keys, values, see).transpose(0, 1).reshape(len(q), -1)

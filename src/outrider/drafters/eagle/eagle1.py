@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters._layers import Mlp
-from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, whole, write_folder
+from outrider.config_keys import real, whole
+from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, write_folder
 from outrider.drafters.eagle.network import Attention, FeatureConfig, FeatureNetwork
-from outrider.drafters.keys import LAYER, check_keys, check_layers, real, rope_theta
+from outrider.drafters.keys import LAYER, check_keys, check_layers, rope_theta
 from outrider.drafters.medusa.network import fill
 from outrider.errors import ConfigError
+from outrider.nn.layers import Mlp
 from outrider.protocols import Target
 
 TABLES = ("embed_tokens.weight", "lm_head.weight", "norm.weight")

@@ -13,20 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters._layers import Mlp
-from outrider.drafters.checkpoint import (
-    SPECULATORS_VERSION,
-    check_fits,
-    read_folder,
-    speculators_config,
-    whole,
-    write_folder,
-)
+from outrider.config_keys import flag, real, whole
+from outrider.drafters.checkpoint import SPECULATORS_VERSION, check_fits, read_folder, speculators_config, write_folder
 from outrider.drafters.eagle.network import Attention, FeatureConfig, FeatureNetwork
-from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, flag, layer_ids, real, rope_theta
+from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, rope_theta
 from outrider.drafters.medusa.network import fill
 from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
 from outrider.errors import ConfigError
+from outrider.nn.layers import Mlp
 from outrider.protocols import Target
 
 TAPS = "eagle_aux_hidden_state_layer_ids"

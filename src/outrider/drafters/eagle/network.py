@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters._layers import rotation, turn
+from outrider.nn.rope import frequencies, rotation, turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,9 @@ class FeatureNetwork(nn.Module, ABC):
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [*n, 1, head_dim] of rotary positions, in the module's dtype."""
-        return rotation(position, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+        c = self.config
+        cos, sin = rotation(position, frequencies(c.head_dim, c.rope_theta, position.device))
+        return cos.to(self.fc.weight.dtype), sin.to(self.fc.weight.dtype)
 
     @property
     def _layer(self) -> Any:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from outrider.drafters._serving import product
-from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, whole, write_folder
-from outrider.drafters.keys import check_keys, check_layers, flag, real
+from outrider.config_keys import flag, real, whole
+from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, write_folder
+from outrider.drafters.keys import check_keys, check_layers
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, lattice
 from outrider.drafters.vocabulary import checked, spread
 from outrider.errors import ConfigError
+from outrider.nn.linear import product
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence
 

@@ -13,17 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from outrider.models.hf.hooks import Enough, Taps
 from outrider.models.hf.probe import Bend, NoSeam, attention_in, configs_of, listen
 from outrider.models.hf.state import named_rows, scores_rows
-from outrider.nn.attention import visible
+from outrider.nn.attention import attend
 from outrider.nn.kv import ContiguousKV
+from outrider.nn.masks import ancestor_mask
 from outrider.protocols import KVCache
 from outrider.types import Rows
 
@@ -42,40 +41,11 @@ class _Step:
         key = (index, window)
         if key not in self.masks:
             s = self.rows.segments[index]
-            # a single row sees all that is left of its window
-            see = None if s.count == 1 else visible(s, window, low, s.cached + s.count).to(self.kv.k.device)
+            see = None  # a single row sees all that is left of its window
+            if s.count > 1:
+                see = ancestor_mask(s.prefix, s.parent, s.cached, window=window, start=low).to(self.kv.k.device)
             self.masks[key] = see
         return self.masks[key]
-
-
-def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Float[Tensor, "h n D"]:
-    """Attention written out, for what fused kernels lack: a cap on the scores (Gemma 2), a sink per head (gpt-oss)."""
-    groups = q.shape[0] // k.shape[0]
-    score = q @ k.repeat_interleave(groups, 0).mT * scale
-    if softcap:
-        score = torch.tanh(score / softcap) * softcap
-    if mask is not None:
-        score = score.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        score = torch.cat([score, sinks[:, None, None].to(score.dtype).expand(-1, score.shape[1], 1)], -1)
-    weight = torch.softmax(score, -1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
-    return weight[..., : k.shape[1]] @ v.repeat_interleave(groups, 0)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Float[Tensor, "h n D"]:
-    heads, n, _ = q.shape
-    groups = heads // k.shape[0]
-    if causal or mask is None:
-        out = scaled_dot_product_attention(
-            q[None], k[None], v[None], scale=scale, is_causal=causal, enable_gqa=groups > 1
-        )
-        return out[0]
-    # heads that share keys become rows of one head: no repeated keys, and the fast kernels still take the mask
-    grouped = q.reshape(k.shape[0], groups * n, -1)
-    out = scaled_dot_product_attention(grouped[None], k[None], v[None], attn_mask=mask.repeat(groups, 1), scale=scale)
-    return out[0].reshape(heads, n, -1)
 
 
 def _attend(
@@ -93,8 +63,8 @@ def _attend(
     **_: Any,
 ) -> tuple[Float[Tensor, "1 N h E"], None]:
     """The registered attention function: write rows behind their slot's tokens, then attend per segment."""
-    kv, layer, window = outrider.kv, int(module.layer_idx), sliding_window or 0  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kv, layer, window = outrider.kv, int(module.layer_idx), sliding_window or 0  # type: ignore[arg-type]
     groups, key_size, value_size = key.shape[1], key.shape[-1], value.shape[-1]
     out = query.new_empty(1, query.shape[2], query.shape[1], value_size)
     for i, s in enumerate(outrider.rows.segments):
@@ -108,7 +78,7 @@ def _attend(
         causal = s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
         plain = not softcap and s_aux is None
         mask = None if causal and plain else outrider.mask(i, low, window)
-        seen = _fused(q, k, v, mask, scale, causal) if plain else _explicit(q, k, v, mask, scale, softcap, s_aux)
+        seen = attend(q, k, v, mask, scale=scale, causal=causal and plain, softcap=softcap, sinks=s_aux, fold=True)
         out[0, mine] = seen.transpose(0, 1)
     return out, None
 

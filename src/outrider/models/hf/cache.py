@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from outrider.errors import CapabilityError, CapacityError
+from outrider.errors import CapabilityError
 from outrider.models.hf.hooks import Heard, Taps
 from outrider.models.hf.state import Handover, keeping
+from outrider.nn.kv import check_kept, check_room
 from outrider.protocols import KVCache
 from outrider.types import Rows, Segment
 
@@ -38,14 +39,7 @@ class SlotCaches:
 
     def reserve(self, rows: Rows) -> None:
         """Raise CapacityError unless every segment continues its slot and fits."""
-        for s in rows.segments:
-            if s.cached != self.length[s.slot]:
-                raise CapacityError(f"slot {s.slot} holds {self.length[s.slot]} tokens, the step expects {s.cached}")
-            if s.cached + s.count > self.capacity:
-                raise CapacityError(
-                    f"slot {s.slot} has room for {self.capacity} tokens, {s.cached + s.count} are needed: "
-                    "raise the engine's max_length or shorten the draft"
-                )
+        check_room(rows, self.length, self.capacity)
 
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
         """Keep prefixes and the first nodes of each chain."""
@@ -58,8 +52,7 @@ class SlotCaches:
             self.length[s.slot] = s.cached + kept
 
     def truncate(self, slot: int, length: int) -> None:
-        if not 0 <= length <= self.length[slot]:
-            raise CapacityError(f"slot {slot} holds {self.length[slot]} tokens, cannot keep {length}")
+        check_kept(slot, length, self.length)
         if not self.rewinds and 0 < length < self.length[slot]:
             raise CapabilityError("a recurrent state cannot be rewound: release the slot and feed the sequence again")
         self.length[slot] = length

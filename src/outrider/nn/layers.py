@@ -1,0 +1,104 @@
+"""Layers that decoders share, and one decoder layer as serving runs it.
+
+RMSNorm: Zhang, Sennrich 2019. SwiGLU: Shazeer 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from outrider.nn.linear import Linear, product
+
+Norm = Callable[[Tensor], Tensor]
+
+
+class Mlp(nn.Module):
+    """down(silu(gate(x)) * up(x)), named as in Llama and Qwen3."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """A decoder layer ready to run: products that share an input are one, with all heads side by side.
+
+    norm1: of the input, the identity where there is none. qk_norm: of queries and keys [n, heads + kv_heads, head_dim], None where
+    there is none.
+    """
+
+    norm1: Norm
+    qkv: Linear
+    qk_norm: Norm | None
+    o: Linear
+    norm2: Norm
+    gate_up: Linear
+    down: Linear
+
+    @staticmethod
+    def of(layer: Any) -> FusedLayer:
+        """A layer of a learned drafter, named as in Llama and Qwen3, with `product`s of its weights."""
+        attn, mlp = layer.self_attn, layer.mlp
+        return FusedLayer(
+            norm1=getattr(layer, "input_layernorm", nn.Identity()),
+            qkv=product(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])),
+            qk_norm=_of_both(attn.q_norm, attn.k_norm, attn.q_proj.weight.shape[0])
+            if hasattr(attn, "q_norm")
+            else None,
+            o=product(attn.o_proj.weight),
+            norm2=layer.post_attention_layernorm,
+            gate_up=product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
+            down=product(mlp.down_proj.weight),
+        )
+
+    def leave(self, seen: Float[Tensor, "n A"], residual: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+        """The layer's output from what attention saw and its input."""
+        x = self.o.add(seen, residual)
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return self.down.add(F.silu(gate).mul_(up), x)
+
+
+def _of_both(q_norm: Norm, k_norm: Norm, width: int) -> Norm:
+    """Norms of queries, `width` numbers in all, and of keys, of both side by side."""
+
+    def norm(qk: Float[Tensor, "n heads D"]) -> Float[Tensor, "n heads D"]:
+        heads = width // qk.shape[-1]
+        return torch.cat([q_norm(qk[:, :heads]), k_norm(qk[:, heads:])], 1)
+
+    return norm
+
+
+def rms_norm(weight: Float[Tensor, "*h D"], eps: float) -> Norm:
+    """x / rms(x) * weight over the last dimension; half precision is rounded before the weight, as in transformers."""
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+        return _CpuNorm(weight, eps)
+
+    def norm(x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    return norm
+
+
+class _CpuNorm:
+    """The same in five operations instead of eleven: for few rows, starting one costs more than its arithmetic."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight, self._eps, self._share = weight, weight.new_full((), eps), 1 / weight.shape[-1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_().mul(x).mul_(self._weight)

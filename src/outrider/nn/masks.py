@@ -1,0 +1,58 @@
+"""Which places of a cache the rows of a sequence see: ancestors and themselves, within a window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+
+def ancestor_mask(
+    prefix: int,
+    parents: Sequence[int],
+    cached: int,
+    *,
+    window: int = 0,
+    start: int = 0,
+    end: int | None = None,
+    last: int | None = None,
+) -> Bool[Tensor, "n places"]:
+    """What each new row of one sequence sees of the places start : end.
+
+    prefix:  new rows that follow each other behind the `cached` places. parents: of each node behind them, its parent among the
+             new rows; -1: it hangs on the last cached place. Row i stands at place cached + i and sees all cached places, its
+             ancestors and itself.
+    window:  how many positions a row sees, its own included; 0: all. A cached place is its position, a node's position is its
+             parent's plus one.
+    end:     places behind the rows are seen by none (None: there are none). last: only the mask's last rows (None: all).
+    """
+    n = prefix + len(parents)
+    first = 0 if last is None else n - last
+    see = torch.ones(n - first, cached + n if end is None else end, dtype=torch.bool)
+    if all(parent == prefix + i - 1 for i, parent in enumerate(parents)):
+        see.tril_(cached + first)
+    else:
+        see[:, cached : cached + n] = _ancestors(prefix, parents)[first:]
+        see[:, cached + n :] = False
+    if window:
+        position = list(range(cached, cached + prefix))
+        for parent in parents:
+            position.append(position[parent] + 1 if parent >= 0 else cached)
+        own = torch.tensor(position)
+        place = torch.arange(see.shape[1])
+        place[cached : cached + n] = own
+        see &= place > own[first:, None] - window
+    return see[:, start:]
+
+
+def _ancestors(prefix: int, parents: Sequence[int]) -> Bool[Tensor, "n n"]:
+    """Ancestors among the new rows, made on the host in one piece: a tensor operation per node would cost more than the step."""
+    n = prefix + len(parents)
+    rows = [bytearray(b"\1" * (i + 1) + b"\0" * (n - i - 1)) for i in range(prefix)]
+    for i, parent in enumerate(parents, prefix):
+        row = bytearray(rows[parent]) if parent >= 0 else bytearray(n)
+        row[i] = 1
+        rows.append(row)
+    return torch.frombuffer(bytearray().join(rows), dtype=torch.bool).view(n, n)
