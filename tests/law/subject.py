@@ -16,7 +16,7 @@ import outrider.noise
 import outrider.verify
 
 PACKAGE = "outrider.verify"
-NAMES = ("_common", "chain", "tree", "match")
+NAMES = ("numerics", "chain", "tree", "match")
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def load(patch: Patch | None = None) -> Subject:
         for name in saved:
             del sys.modules[name]
         sys.modules[PACKAGE] = package
-        sys.modules[f"{PACKAGE}.passes"] = saved[
-            f"{PACKAGE}.passes"
+        sys.modules[f"{PACKAGE}.native"] = saved[
+            f"{PACKAGE}.native"
         ]  # one library, whichever copy of the rules calls it
-        package.passes = saved[f"{PACKAGE}.passes"]
+        package.native = saved[f"{PACKAGE}.native"]
         parts = {}
         for name in NAMES:
             parts[name] = _execute(f"{PACKAGE}.{name}", folder / f"{name}.py", patch)
@@ -74,7 +74,7 @@ def load(patch: Patch | None = None) -> Subject:
         for name in [name for name in sys.modules if name.split(".")[:2] == PACKAGE.split(".")]:
             del sys.modules[name]
         sys.modules.update(saved)
-    common = parts["_common"]
+    common = parts["numerics"]
     return Subject(
         rule=parts["tree"].SpeculativeSampling(),
         match=parts["match"].Match(),

@@ -161,9 +161,9 @@ def long_overlaps(subject: Subject) -> None:
         p, q = (torch.from_numpy(rng.dirichlet(np.full(size, 0.5))).to(dtype).unsqueeze(0) for _ in range(2))
         q[0, rng.integers(size)] = 0
         for w in (1.0, 0.4):
-            native = native.overlap(p, q, w)
-            assert native is not None
-            assert native == pytest.approx(overlap_sums(p * w, q, None), rel=close)
+            found = native.overlap(p, q, w)
+            assert found is not None
+            assert found == pytest.approx(overlap_sums(p * w, q, None), rel=close)
 
 
 CHECKS = (chains, support, trees, ledger, ends, long_rows, decoding, independence, matching)
@@ -219,17 +219,17 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("chain: unjudged nodes in the ledger", "chain", "low[b] + w.judged)", "low[b] + draft.counts[b])", ledger),
     ("chain: risk from the next row", "chain", "[rows[k] for k in nodes]", "[rows[k] + 1 for k in nodes]", ledger),
     ("chain: risk with another law", "chain", "[draft.q.row[k] for k in nodes]", "[draft.q.row[0] for k in nodes]", ledger),
-    ("residual |p - q|", "_common", "weight.clamp_(min=0)", "weight.abs_()", chains),
-    ("residual not normalised", "_common", CUT, f"({CUT.replace(' * total', '')}).clamp(max=weight.shape[1] - 1)", chains),
-    ("residual by argmax", "_common", f"{CUT}.squeeze(1)", "weight.argmax(1)", chains),
-    ("draw: coin 0 takes the first column", "_common", CUT, CUT.replace("True", "False"), ends),
-    ("draw: coin 1 runs past the last column", "_common", "min(x, _BELOW_ONE) for x in u", "x for x in u", ends),
-    ("draw: long rows forget the blocks before", "_common", "- cumulative.gather(1, block) + mass.gather(1, block)", "", long_rows),
-    ("draw: block number dropped", "_common", "block * BLOCK + torch", "torch", long_rows),
-    ("draft vocabulary ignored in the residual", "_common", "weight.index_add_(1, support,", WRONG_COLUMNS, support),
-    ("draft vocabulary ignored in the overlap", "_common", "else p.index_select(1, support)", "else p[:, : len(support)]", support),
-    ("ledger: overlap is a maximum", "_common", "torch.minimum(p if", "torch.maximum(p if", ledger),
-    ("ledger: variance is the mean", "_common", "r * (1.0 - r) for r", "r for r", ledger),
+    ("residual |p - q|", "numerics", "weight.clamp_(min=0)", "weight.abs_()", chains),
+    ("residual not normalised", "numerics", CUT, f"({CUT.replace(' * total', '')}).clamp(max=weight.shape[1] - 1)", chains),
+    ("residual by argmax", "numerics", f"{CUT}.squeeze(1)", "weight.argmax(1)", chains),
+    ("draw: coin 0 takes the first column", "numerics", CUT, CUT.replace("True", "False"), ends),
+    ("draw: coin 1 runs past the last column", "numerics", "min(x, BELOW_ONE) for x in u", "x for x in u", ends),
+    ("draw: long rows forget earlier blocks", "numerics", "- cumulative.gather(1, block) + mass.gather(1, block)", "", long_rows),
+    ("draw: block number dropped", "numerics", "block * BLOCK + torch", "torch", long_rows),
+    ("draft vocabulary ignored in the residual", "numerics", "weight.index_add_(1, support,", WRONG_COLUMNS, support),
+    ("draft vocabulary lost in the overlap", "numerics", "else p.index_select(1, support)", "else p[:, : len(support)]", support),
+    ("ledger: overlap is a maximum", "numerics", "torch.minimum(p if", "torch.maximum(p if", ledger),
+    ("ledger: variance is the mean", "numerics", "r * (1.0 - r) for r", "r for r", ledger),
     ("tree: sibling order ignored", "tree", "for k in children:", "for k in reversed(children):", trees),
     ("tree: residual mass ignored", "tree", "mass = float(c.row_sums(weight))", "mass = 1.0", trees),
     ("tree: drawn sibling stays in its law", "tree", "law[0, column] = 0", "pass", trees),

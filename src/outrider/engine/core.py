@@ -26,9 +26,10 @@ from outrider.errors import RequestError
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target
+from outrider.records import PHASES, Counts, StepRecord
 from outrider.sampling.grammar import Grammars
 from outrider.sampling.pipeline import Law
-from outrider.types import PHASES, Counts, Draft, StepRecord
+from outrider.types import Draft
 
 __all__ = ["Engine", "Output", "Result"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from outrider.engine.scheduler import Work
 from outrider.engine.sequence import Event, Sequence, TokenLogprob
 from outrider.engine.step import Judged, Parts
+from outrider.records import Counts
 from outrider.sampling.pipeline import logprobs_of
-from outrider.types import Counts
 
 logger = logging.getLogger(__name__)
 UNUSABLE = "the target returned NaN or empty logits: check the checkpoint and the dtype"
@@ -83,7 +83,7 @@ def _logprobs(sequence: Sequence, judged: Judged, b: int) -> list[TokenLogprob]:
     if top is None:
         return []
     path = judged.verdict.path[b]
-    rows = [b, *(len(judged.draft.counts) + k for k in path)]
+    rows = [judged.draft.row(b, k) for k in (-1, *path)]
     tokens = [*(judged.draft.tokens[k] for k in path), judged.verdict.next_token[b]]
     values, best = logprobs_of(judged.scores.logits[rows], tokens, top)
     return [TokenLogprob(t, v, tuple(alt)) for t, v, alt in zip(tokens, values, best, strict=True)]

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 
 from outrider.drafters.contained import Contained
-from outrider.engine.sanitize import silence
+from outrider.engine.sanitize import judge, silence
 from outrider.engine.scheduler import Work
 from outrider.engine.sequence import Sequence
 from outrider.noise import Noise
@@ -41,18 +41,9 @@ class Judged:
     seconds: dict[str, float]
 
 
-def row_laws(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], list[tuple[int, ...]]]:
+def row_laws(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], tuple[tuple[int, ...], ...]]:
     """For each scored row its sequence and the drafted tokens on its own path: what a law needs to be exact on trees."""
-    owners = list(views)
-    paths: list[tuple[int, ...]] = [()] * len(views)
-    for b, view in enumerate(views):
-        low = draft.offsets[b]
-        for k in range(low, draft.offsets[b + 1]):
-            up = draft.parent[k]
-            above = () if up < 0 else paths[len(views) + up]
-            owners.append(view)
-            paths.append((*above, draft.tokens[k]))
-    return owners, paths
+    return [views[b] for b in draft.sequence_of_row], draft.path_tokens
 
 
 @torch.inference_mode()
@@ -76,9 +67,9 @@ def verify(parts: Parts, works: list[Work], draft: Draft) -> Judged:
     limit = parts.rule.limit
     allowance = [left(limit, w.sequence.params.tv_budget, w.sequence.counts.bias) for w in works if w.scored]
     with serially(scores.logits.numel()):
-        broken = silence(scores.logits, draft.counts)
+        bad = silence(scores.logits)
         p = parts.law(scores.logits, *row_laws(draft, views))
-        verdict = parts.rule(p, draft, noise, allowance)
+        verdict, broken = judge(parts.rule, p, draft, noise, allowance, bad)
     judged_at = perf_counter()
     parts.kv.commit(rows, kept_paths(works, draft, verdict))
     end = perf_counter()
@@ -104,7 +95,7 @@ def kept_paths(works: list[Work], draft: Draft, verdict: Verdict) -> list[list[i
         if not work.scored:
             paths.append([])
             continue
-        paths.append([k - draft.offsets[b] for k in verdict.path[b]])
+        paths.append([draft.local(b, k) for k in verdict.path[b]])
         b += 1
     return paths
 

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from outrider.protocols import Controller, Sink
-from outrider.types import SequenceView, StepRecord
+from outrider.records import StepRecord
+from outrider.types import SequenceView
 
 logger = logging.getLogger(__name__)
 PATIENCE = 3

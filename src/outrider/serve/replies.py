@@ -13,13 +13,13 @@ from outrider.drafters.prediction import Places, Replay
 from outrider.engine.sequence import Event, TokenLogprob
 from outrider.engine.spelling import Offsets, Spelling
 from outrider.errors import OutriderError, RequestError
+from outrider.records import Counts
 from outrider.serve.bridge import Bridge
 from outrider.serve.requests import ChatRequest, CompletionRequest
 from outrider.serve.sse import DONE, PIECE, frame
 from outrider.serve.tickets import Ticket
 from outrider.telemetry.ledger import ledger, ratio
 from outrider.telemetry.prometheus import drafts
-from outrider.types import Counts
 
 FINGERPRINT = f"outrider-{__version__}"
 

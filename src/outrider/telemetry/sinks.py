@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from outrider.types import StepRecord
+from outrider.records import StepRecord
 
 
 class MemorySink:
