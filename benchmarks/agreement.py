@@ -25,13 +25,12 @@ from outrider.build import Engine, build_engine, companion
 from outrider.engine.outputs import Result
 from outrider.evaluate.scoring import score as scoring
 from outrider.params import SamplingParams
+from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
 from outrider.theory import forecast, multidraft
 from outrider.theory.replay import Text, acceptance
 from outrider.theory.transport import optimal_choice
 from outrider.train import data
-from outrider.types import Counts
-from outrider.verify.chain import judging_rows
 from outrider.verify.lossy import Choice, Lossy, OverAcceptance, Position, Spend
 
 LENGTHS = (1, 3, 5, 8)
@@ -112,7 +111,7 @@ class Wrong(Lossy):
         super().__init__("wrong", Generous())
 
     def __call__(self, p: Any, draft: Any, noise: Any, allowance: Any = None) -> Any:
-        did, rows = super().__call__(p, draft, noise, allowance), judging_rows(draft)
+        did, rows = super().__call__(p, draft, noise, allowance), draft.parent_rows
         risk = []
         for b, judged in enumerate(did.judged):
             nodes = range(draft.offsets[b], draft.offsets[b] + judged)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from outrider.protocols import Drafter
-from outrider.types import Draft, Evidence
+from outrider.types import POINT_MASS, Draft, Evidence
 
 logger = logging.getLogger(__name__)
 STRIKES = 3.0
@@ -18,7 +19,7 @@ FORGIVEN = 1 / 64
 
 
 class Contained:
-    """Asks one drafter and answers with the empty draft where it raises, or returns what is no draft (`Draft.defect`).
+    """Asks one drafter and answers with the empty draft where it raises, or returns what is no draft (`defect_of`).
 
     After a fault the drafter forgets the slots it was asked about: nobody knows what it left there half done. Which tokens come out
     does not depend on any of this: plain decoding is the empty draft.
@@ -47,7 +48,7 @@ class Contained:
         if not self.off:
             try:
                 draft = self.drafter.draft(evidence, budget)
-                if not (problem := draft.defect(len(evidence.sequences), budget) or self._strange(draft, evidence)):
+                if not (problem := defect_of(draft, len(evidence.sequences), budget) or self._strange(draft, evidence)):
                     self._strikes = max(0.0, self._strikes - FORGIVEN)
                     return draft
             except KeyboardInterrupt:  # after which somebody may well go on
@@ -109,3 +110,44 @@ def _told(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:  # its own words fail
         return type(error).__name__
+
+
+def misshapen(draft: Draft) -> str:
+    """What makes the tensors and tuples of a draft disagree with each other, or an empty string."""
+    nodes, q = len(draft.parent), draft.q
+    if draft.token.shape != (nodes,) or sum(draft.counts) != nodes or any(n < 0 for n in draft.counts):
+        return f"{draft.token.numel()} tokens and {nodes} parents for counts that sum to {sum(draft.counts)}"
+    if draft.token.dtype is not torch.int64 or {type(n) for n in (*draft.parent, *draft.counts)} - {int}:
+        return f"tokens of type {draft.token.dtype}, or parents and counts that are no whole numbers"
+    if q is None:
+        return ""
+    if not q.probs.is_floating_point() or (q.support is not None and q.support.dtype is not torch.int64):
+        return f"laws of type {q.probs.dtype}, or a support that is not int64"
+    if len(q.row) != nodes or q.probs.dim() != 2:
+        return f"{len(q.row)} law numbers for {nodes} nodes, and laws of shape {tuple(q.probs.shape)}"
+    if q.support is not None and q.support.shape != q.probs.shape[1:]:
+        return f"a support of shape {tuple(q.support.shape)} for laws of shape {tuple(q.probs.shape)}"
+    return ""
+
+
+def defect_of(draft: Draft, sequences: int, depth: Sequence[int]) -> str:
+    """What makes this no draft for `sequences` of at most `depth` levels each, or an empty string. Host data only.
+
+    Tokens and probabilities are not looked at.
+    """
+    if problem := misshapen(draft):
+        return problem
+    if len(draft.counts) != sequences:
+        return f"trees for {len(draft.counts)} sequences instead of {sequences}"
+    if draft.q is not None and not all(POINT_MASS <= row < len(draft.q.probs) for row in draft.q.row):
+        return f"law numbers outside its {len(draft.q.probs)} laws"
+    level: list[int] = []
+    for b in range(sequences):
+        for k in draft.nodes(b):
+            up = draft.parent[k]
+            if up != -1 and not draft.offsets[b] <= up < k:
+                return f"node {k} has parent {up}, which is not an earlier node of its sequence"
+            level.append(1 + (level[up] if up >= 0 else 0))
+            if level[k] > depth[b]:
+                return f"{level[k]} levels for sequence {b}, which was asked for {depth[b]}"
+    return ""

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, device, dtype
 
 from outrider.noise import Noise
-from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, StepRecord, Verdict
+from outrider.records import StepRecord
+from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 
 @runtime_checkable
@@ -110,17 +111,6 @@ class OpenTarget(Target, Protocol):
 
     def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """The output head alone: unembed(x) = head(norm(x))."""
-        ...
-
-
-@runtime_checkable
-class DraftLaw(Protocol):
-    """The request's processors, for a drafter's own logits."""
-
-    def __call__(
-        self, logits: Float[Tensor, "n V"], sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "n V"]:
-        """Law of row i under the parameters of `sequences[i]`, whose tokens are followed by the tokens `paths[i]`."""
         ...
 
 

@@ -7,10 +7,10 @@ step waits for the device to learn its own shapes. Only tokens, laws and scores 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from outrider.noise import Noise
 
-if TYPE_CHECKING:
-    from outrider.protocols import DraftLaw
-
 Siblings = Literal["iid", "without_replacement", "hub"]
 """How several children of a node were drawn from one law: independently; each from what the earlier ones left; or as SpecHub's
 pairs, the most likely token a and one other: the first from the law, the second a, or from the law without a if the first is a."""
+
+Tree = tuple[Sequence[int], Sequence[int]]
+"""Draft tokens of one sequence and the parent of each: a number among them, or -1 for the anchor."""
 
 POINT_MASS = -1
 """`Proposal.row` of a node that was not drawn from a law: it counts as a point mass, which is always lossless."""
@@ -84,47 +84,39 @@ class Draft:
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """The proposed tokens on the host."""
+        """The proposed tokens on the host; a draft made by `join` has had them there from the start."""
         return tuple(self.token.tolist())
 
-    def misshapen(self) -> str:
-        """What makes the tensors and tuples of this draft disagree with each other, or an empty string."""
-        nodes, q = len(self.parent), self.q
-        if self.token.shape != (nodes,) or sum(self.counts) != nodes or any(n < 0 for n in self.counts):
-            return f"{self.token.numel()} tokens and {nodes} parents for counts that sum to {sum(self.counts)}"
-        if self.token.dtype is not torch.int64 or {type(n) for n in (*self.parent, *self.counts)} - {int}:
-            return f"tokens of type {self.token.dtype}, or parents and counts that are no whole numbers"
-        if q is None:
-            return ""
-        if not q.probs.is_floating_point() or (q.support is not None and q.support.dtype is not torch.int64):
-            return f"laws of type {q.probs.dtype}, or a support that is not int64"
-        if len(q.row) != nodes or q.probs.dim() != 2:
-            return f"{len(q.row)} law numbers for {nodes} nodes, and laws of shape {tuple(q.probs.shape)}"
-        if q.support is not None and q.support.shape != q.probs.shape[1:]:
-            return f"a support of shape {tuple(q.support.shape)} for laws of shape {tuple(q.probs.shape)}"
-        return ""
+    def nodes(self, b: int) -> range:
+        """The nodes of sequence b."""
+        return range(self.offsets[b], self.offsets[b + 1])
 
-    def defect(self, sequences: int, depth: Sequence[int] | None = None) -> str:
-        """What makes this no draft for `sequences` of at most `depth` levels each, or an empty string. Host data only.
+    def row(self, b: int, node: int = -1) -> int:
+        """Row of the scored rows of a node of sequence b; -1: of its anchor."""
+        return b if node < 0 else len(self.counts) + node
 
-        Tokens and probabilities are not looked at.
-        """
-        if problem := self.misshapen():
-            return problem
-        if len(self.counts) != sequences:
-            return f"trees for {len(self.counts)} sequences instead of {sequences}"
-        if self.q is not None and not all(POINT_MASS <= row < len(self.q.probs) for row in self.q.row):
-            return f"law numbers outside its {len(self.q.probs)} laws"
-        level: list[int] = []
-        for b, low in enumerate(self.offsets[:-1]):
-            for k in range(low, low + self.counts[b]):
-                up = self.parent[k]
-                if up != -1 and not low <= up < k:
-                    return f"node {k} has parent {up}, which is not an earlier node of its sequence"
-                level.append(1 + (level[up] if up >= 0 else 0))
-                if depth is not None and level[k] > depth[b]:
-                    return f"{level[k]} levels for sequence {b}, which was asked for {depth[b]}"
-        return ""
+    def local(self, b: int, node: int) -> int:
+        """Number of a node among the nodes of its sequence b, 0 for the first; -1 for the anchor (-1)."""
+        return node if node < 0 else node - self.offsets[b]
+
+    @cached_property
+    def parent_rows(self) -> tuple[int, ...]:
+        """[K] For every node the scored row that judges it: its parent's, or its sequence's anchor's."""
+        below, owner = len(self.counts), self.sequence_of_row
+        return tuple(owner[below + k] if up < 0 else below + up for k, up in enumerate(self.parent))
+
+    @cached_property
+    def sequence_of_row(self) -> tuple[int, ...]:
+        """[M] The sequence that each scored row belongs to."""
+        return (*range(len(self.counts)), *(b for b, n in enumerate(self.counts) for _ in range(n)))
+
+    @cached_property
+    def path_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """[M] For every scored row the drafted tokens from the anchor down to it; none for the anchors."""
+        out: list[tuple[int, ...]] = [()] * len(self.counts)
+        for above, token in zip(self.parent_rows, self.tokens, strict=True):
+            out.append((*out[above], token))
+        return tuple(out)
 
     def path_to(self, node: int) -> tuple[int, ...]:
         """Node numbers from the anchor's child down to `node`."""
@@ -136,23 +128,38 @@ class Draft:
 
     def children(self, b: int, parent: int) -> list[int]:
         """Children of `parent` (-1: the anchor) in sequence b, in draw order."""
-        return [k for k in range(self.offsets[b], self.offsets[b + 1]) if self.parent[k] == parent]
+        return [k for k in self.nodes(b) if self.parent[k] == parent]
 
-    def take(self, index: list[int]) -> Draft:
+    def tree(self, b: int) -> Tree:
+        """Tokens of sequence b, and their parents numbered within it."""
+        low, end = self.offsets[b], self.offsets[b + 1]
+        return self.tokens[low:end], [up if up < 0 else up - low for up in self.parent[low:end]]
+
+    def take(self, index: Sequence[int]) -> Draft:
         """The drafts of some of the sequences, in the order given; -1 stands for a sequence without a draft."""
         if list(index) == list(range(len(self.counts))):
             return self
-        nodes = [k for b in index if b >= 0 for k in range(self.offsets[b], self.offsets[b + 1])]
-        new = {-1: -1} | {k: i for i, k in enumerate(nodes)}
+        nodes = [k for b in index if b >= 0 for k in self.nodes(b)]
         q = self.q and Proposal(self.q.probs, tuple(self.q.row[k] for k in nodes), self.q.support, self.q.siblings)
-        pick = torch.tensor(nodes, dtype=torch.int64, device=self.token.device)
-        counts = tuple(self.counts[b] if b >= 0 else 0 for b in index)
-        return Draft(self.token[pick], tuple(new[self.parent[k]] for k in nodes), counts, q)
+        return Draft.join([self.tree(b) if b >= 0 else ((), ()) for b in index], q, self.token.device)
+
+    @staticmethod
+    def join(trees: Sequence[Tree], q: Proposal | None = None, device: torch.device | str = "cpu") -> Draft:
+        """One draft of a tree for each sequence. Its tokens are known on the host: nobody will have to ask `device` for them."""
+        tokens, parent = list[int](), list[int]()
+        for own, parents in trees:
+            low = len(tokens)
+            tokens += own
+            parent += [up if up < 0 else up + low for up in parents]
+        counts = tuple(len(own) for own, _ in trees)
+        draft = Draft(torch.tensor(tokens, dtype=torch.int64, device=device), tuple(parent), counts, q)
+        draft.__dict__["tokens"] = tuple(tokens)  # where `cached_property` keeps it
+        return draft
 
     @staticmethod
     def empty(sequences: int, device: torch.device | str = "cpu") -> Draft:
         """No proposal for any of `sequences`: plain decoding."""
-        return Draft(torch.empty(0, dtype=torch.int64, device=device), (), (0,) * sequences)
+        return Draft.join([((), ())] * sequences, None, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,21 @@ class Rows:
     def count(self) -> int:
         return sum(s.count for s in self.segments)
 
+    @cached_property
+    def scored_rows(self) -> tuple[tuple[int, ...], ...]:
+        """For each segment where its rows stand among the scored rows: its anchor, then its nodes; none if it is not scored."""
+        anchors, nodes = 0, sum(s.scored for s in self.segments)
+        out: list[tuple[int, ...]] = []
+        for s in self.segments:
+            out.append((anchors, *range(nodes, nodes + len(s.parent))) if s.scored else ())
+            anchors, nodes = anchors + s.scored, nodes + len(s.parent)
+        return tuple(out)
+
+    def node_rows(self, segment: int, path: Sequence[int]) -> list[int]:
+        """Rows of the forward of some nodes of a segment, 0 for its first node."""
+        s = self.segments[segment]
+        return [s.first + s.prefix + node for node in path]
+
     @staticmethod
     def assemble(
         slots: list[int], prefixes: list[list[int]], cached: list[int], draft: Draft, scored: list[bool] | None = None
@@ -210,32 +232,25 @@ class Rows:
         already cached, and whether it gets a verdict (default: all).
         """
         wanted = [True] * len(slots) if scored is None else scored
-        device = draft.token.device
+        trees = map(draft.tree, range(len(draft.counts)))
         segments: list[Segment] = []
-        token: list[int] = []
-        position: list[int] = []
-        anchors: list[int] = []
-        nodes: list[int] = []
-        proposed = draft.tokens
-        b = 0
+        token, position, anchors, nodes = list[int](), list[int](), list[int](), list[int]()
         for slot, prefix, start, want in zip(slots, prefixes, cached, wanted, strict=True):
             first, size = len(token), len(prefix)
             token += prefix
             position += range(start, start + size)
-            parent: list[int] = []
+            parent: tuple[int, ...] = ()
             if want:
                 anchors.append(first + size - 1)
-                low = draft.offsets[b]
-                for k in range(low, draft.offsets[b + 1]):
-                    up = draft.parent[k]
-                    parent.append(size - 1 if up < 0 else size + up - low)
-                    position.append(position[first + parent[-1]] + 1)
-                    nodes.append(len(token))
-                    token.append(proposed[k])
-                b += 1
-            segments.append(Segment(slot, first, start, size, tuple(parent), want))
-        as_tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=device)  # noqa: E731
-        return Rows(as_tensor(token), as_tensor(position), tuple(segments), as_tensor(anchors + nodes))
+                own, parents = next(trees)
+                parent = tuple(size + up for up in parents)  # -1 is the anchor: the last row of the prefix
+                for up in parent:
+                    position.append(position[first + up] + 1)
+                nodes += range(len(token), len(token) + len(own))
+                token += own
+            segments.append(Segment(slot, first, start, size, parent, want))
+        tensor = partial(torch.tensor, dtype=torch.int64, device=draft.token.device)
+        return Rows(tensor(token), tensor(position), tuple(segments), tensor(anchors + nodes))
 
 
 class Scores(NamedTuple):
@@ -288,6 +303,11 @@ class SequenceView:
     params: object
 
 
+DraftLaw = Callable[[Float[Tensor, "n V"], Sequence[SequenceView], Sequence[Sequence[int]]], Float[Tensor, "n V"]]
+"""The request's processors, for a drafter's own logits: (logits, sequences, paths) -> distributions. Row i under the parameters of
+`sequences[i]`, whose tokens are followed by the tokens `paths[i]`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """All a drafter may look at after a step. The same object after a prompt chunk as after a decode step.
@@ -314,106 +334,6 @@ class Evidence:
         """Rows of the forward that sequence i now has in the target's cache, in order."""
         if self.source[i] < 0:
             return []
-        segment = self.rows.segments[self.source[i]]
-        out = list(range(segment.first, segment.first + segment.prefix))
-        b = self.judged[i]
-        if b >= 0:
-            low = self.draft.offsets[b]
-            out += [segment.first + segment.prefix + k - low for k in self.verdict.path[b]]
-        return out
-
-
-PHASES: tuple[str, ...] = ("target", "rule", "draft", "host")
-_SUMS = ("steps", "proposed", "judged", "accepted", "dropped", "cut", "rejected", "emitted", "risk", "spread", "bias")
-
-
-@dataclass(slots=True)
-class Counts:
-    """Raw counts, only ever summed; ratios are formed at the edge, as ratios of sums.
-
-    steps: sequence-steps with a verdict. proposed: nodes proposed. judged, rejected: see `Verdict`. accepted: accepted nodes that
-    were emitted. emitted: tokens. A text may end (end of text, stop string, limit) within the draft of its last step: dropped are
-    the accepted nodes behind that end, cut the steps that lost their own token with it. So judged = accepted + dropped + rejected
-    and emitted = accepted + steps - cut. risk, spread, bias: sums of the ledger, over all that was judged.
-    accepted_at[d]: steps whose node at depth d + 1 was accepted and emitted; judged_at[d]: steps in which depth d + 1 was judged,
-    none behind an end.
-    """
-
-    steps: int = 0
-    proposed: int = 0
-    judged: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    emitted: int = 0
-    risk: float = 0.0
-    spread: float = 0.0
-    bias: float = 0.0
-    accepted_at: list[int] = field(default_factory=list)
-    judged_at: list[int] = field(default_factory=list)
-    dropped: int = 0
-    cut: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the steps: what plain decoding would have taken steps for."""
-        return self.accepted + self.steps - self.cut
-
-    def add(
-        self,
-        proposed: int,
-        accepted: int,
-        judged: int,
-        risk: float,
-        spread: float,
-        bias: float,
-        kept: int | None = None,
-    ) -> None:
-        """One sequence-step with a verdict. kept: how many of its accepted + 1 tokens were emitted; None: all of them."""
-        kept = accepted + 1 if kept is None else kept
-        self.steps += 1
-        self.proposed += proposed
-        self.judged += judged
-        self.accepted += min(accepted, kept)
-        self.dropped += max(accepted - kept, 0)
-        self.cut += kept <= accepted
-        self.rejected += judged - accepted
-        self.risk += risk
-        self.spread += spread
-        self.bias += bias
-        self._grow(min(judged, kept))
-        for d in range(min(judged, kept)):
-            self.judged_at[d] += 1
-        for d in range(min(accepted, kept)):
-            self.accepted_at[d] += 1
-
-    def merge(self, other: Counts) -> None:
-        """Add the sums of `other`."""
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self._grow(len(other.judged_at))
-        for d, (a, j) in enumerate(zip(other.accepted_at, other.judged_at, strict=True)):
-            self.accepted_at[d] += a
-            self.judged_at[d] += j
-
-    def _grow(self, depth: int) -> None:
-        while len(self.judged_at) < depth:
-            self.accepted_at.append(0)
-            self.judged_at.append(0)
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step as every sink sees it: host numbers only.
-
-    rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
-    seconds: wall-clock seconds of each of PHASES; counts: the step's sums. fresh: those of the sequences whose seed the engine
-    chose: a client's own seed may repeat its noise, and then the laws of the ledger do not hold over several requests.
-    """
-
-    rows: int
-    scored: int
-    running: int
-    waiting: int
-    seconds: dict[str, float]
-    counts: Counts
-    fresh: Counts = field(default_factory=Counts)
+        s, b = self.rows.segments[self.source[i]], self.judged[i]
+        path = [] if b < 0 else [self.draft.local(b, k) for k in self.verdict.path[b]]
+        return [*range(s.first, s.first + s.prefix), *self.rows.node_rows(self.source[i], path)]

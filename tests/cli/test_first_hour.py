@@ -20,7 +20,7 @@ from outrider.cli.closing import Closing, sentence
 from outrider.cli.main import app, main, out_of_memory
 from outrider.errors import ConfigError
 from outrider.params import SamplingParams
-from outrider.types import Counts
+from outrider.records import Counts
 from outrider.verify import load_rule
 from tests.contract.asked import PROMPTS, engine, target
 from tests.contract.drafters import DRAFTERS

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from outrider.types import Draft, Evidence, Proposal, SequenceView, StepRecord
+from outrider.records import StepRecord
+from outrider.types import Draft, Evidence, Proposal, SequenceView
 
 Script = Callable[[SequenceView, int], list[int]]
 

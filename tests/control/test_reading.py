@@ -13,7 +13,8 @@ import pytest
 from outrider.control.adaptive import Adaptive
 from outrider.control.prefill_cost import ENOUGH, LAZY, TRUST, Reading
 from outrider.params import SamplingParams
-from outrider.types import Counts, SequenceView
+from outrider.records import Counts
+from outrider.types import SequenceView
 from tests.control.verdicts import flat, judged, recorded, steep
 from tests.covering import covering, slow_beyond
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from outrider.types import Counts, StepRecord
+from outrider.records import Counts, StepRecord
 
 
 def judged(drafts: Sequence[int], accept: float, draws: random.Random) -> Counts:

@@ -19,11 +19,11 @@ from outrider.evaluate.bench.scale import Measured, carry_over, devices_for, dra
 from outrider.evaluate.measure import Record
 from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
 from outrider.models.load import load_target
+from outrider.records import PHASES, Counts
 from outrider.theory.hardware import HARDWARE, MODELS
 from outrider.theory.roofline import Setting, forward
 from outrider.theory.speedup import tokens_per_call_by_position
 from outrider.train.drafter import new_heads
-from outrider.types import PHASES, Counts
 from tests.checkpoints import make_checkpoint
 
 H100 = HARDWARE["h100"]

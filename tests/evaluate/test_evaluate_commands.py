@@ -13,7 +13,7 @@ from outrider.cli.main import main
 from outrider.evaluate.bench.report import intervals, lines
 from outrider.evaluate.measure import machine
 from outrider.evaluate.planning.plan import Choice, advice
-from outrider.types import PHASES
+from outrider.records import PHASES
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from outrider.evaluate.experiments.experiment import Experiment, analyse, read_e
 from outrider.evaluate.measure import Arm, Record, Timing
 from outrider.evaluate.statistics.sequential import bounds, design, half_width_factor, prior
 from outrider.evaluate.store.store import Store
-from outrider.types import PHASES, Counts
+from outrider.records import PHASES, Counts
 from outrider.verify import load_rule
 from tests.evaluate.liars import TARGET, engine
 

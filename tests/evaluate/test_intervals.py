@@ -15,7 +15,7 @@ from outrider.evaluate.bench.gate import comparable
 from outrider.evaluate.energy import Meter
 from outrider.evaluate.measure import Record, Timing, summarise
 from outrider.evaluate.statistics.ratios import margin, paired_ratio
-from outrider.types import PHASES, Counts
+from outrider.records import PHASES, Counts
 
 RUNS, FALSE_ALARM, COVERED = 2000, 1e-9, 0.915
 

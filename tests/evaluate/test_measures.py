@@ -27,8 +27,8 @@ from outrider.evaluate.scoring import costs
 from outrider.evaluate.scoring.score import Clock
 from outrider.evaluate.store.store import Store
 from outrider.params import SamplingParams
+from outrider.records import PHASES, Counts
 from outrider.telemetry.ledger import standing
-from outrider.types import PHASES, Counts
 from outrider.verify import load_rule
 from tests.evaluate.liars import DRAFT, TARGET
 

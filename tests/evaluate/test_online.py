@@ -21,7 +21,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.experiments.assignment import Served, arm_of, parts_of, shares_of, unit_of, whose, wishes
 from outrider.evaluate.experiments.experiment import Experiment, build_arms, read_experiment
 from outrider.evaluate.experiments.tally import HELD, Tally, log_evidence
-from outrider.types import Counts
+from outrider.records import Counts
 
 FALSE_ALARM = 1e-9
 ARMS: dict[str, dict[str, Any]] = {"off": {"draft": "none"}, "two": {"length": 2}, "four": {}}

@@ -12,8 +12,8 @@ from outrider.errors import ConfigError
 from outrider.evaluate.measure import Record
 from outrider.evaluate.planning import plan as pl
 from outrider.evaluate.planning import plan_check as pc
+from outrider.records import PHASES, Counts
 from outrider.theory.forecast import Estimate
-from outrider.types import PHASES, Counts
 
 COST = {0: 1.0, 2: 1.3, 4: 1.8}
 """Seconds per step by length."""

@@ -27,7 +27,7 @@ from outrider.evaluate.measure import Arm, Record
 from outrider.evaluate.statistics.sequential import bounds
 from outrider.evaluate.store.store import Store
 from outrider.params import SamplingParams
-from outrider.types import PHASES, Counts
+from outrider.records import PHASES, Counts
 from outrider.verify import load_rule
 from tests.evaluate.liars import DRAFT, TARGET, VOCAB
 

@@ -28,7 +28,7 @@ from outrider.evaluate.measure import Arm, Record, Timing, ends_in_a_loop, run_a
 from outrider.evaluate.store.runlog import RunLog
 from outrider.evaluate.store.store import LEASE, Store
 from outrider.params import SamplingParams
-from outrider.types import PHASES, Counts
+from outrider.records import PHASES, Counts
 from outrider.verify import load_rule
 from tests.evaluate.liars import TARGET, engine
 

@@ -9,11 +9,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from outrider.drafters.contained import defect_of
 
+from outrider.engine.sanitize import honest
 from outrider.errors import ConfigError, RequestError
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal
-from outrider.verify import LOSSLESS, RULES, Match, SpeculativeSampling, check_draft, load_rule
+from outrider.verify import LOSSLESS, RULES, Match, SpeculativeSampling, load_rule
 from outrider.verify.chain import judge_chains
 from outrider.verify.tree import judge_forest
 from tests.law import subject
@@ -185,39 +187,51 @@ GOOD = Draft(
 )
 
 
-def test_check_draft_passes_what_is_right():
-    assert check_draft(GOOD, 3) == {}
-    assert check_draft(Draft.empty(4), 3) == {}
-    assert check_draft(replace(GOOD, q=None), 3) == {}
+def test_drafts_that_are_right_pass():
+    for draft in (GOOD, Draft.empty(4), replace(GOOD, q=None)):
+        assert defect_of(draft, len(draft.counts), [3] * len(draft.counts)) == ""
+        assert honest(draft, 3) == (draft, 0)
 
 
 @pytest.mark.parametrize(
-    ("change", "sequence", "words"),
+    ("change", "words"),
     [
-        ({"token": torch.tensor([1, 3, 0]), "q": None}, 0, "token 3, outside the vocabulary of 3"),
-        ({"token": torch.tensor([1, 2, -1]), "q": None}, 1, "token -1"),
-        ({"parent": (-1, 1, -1)}, 0, "parent 1"),
-        ({"parent": (-1, 0, 0)}, 1, "parent 0"),
-        ({"parent": (-1, -2, -1)}, 0, "parent -2"),
-        ({"counts": (2, 2)}, -1, "counts that sum to 4"),
-        ({"counts": (4, -1)}, -1, "counts"),
-        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 1))}, -1, "2 law numbers for 3 nodes"),
-        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 2, 0))}, 0, "names law 2 of 2"),
-        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 0, -2))}, 1, "names law -2"),
-        ({"q": Proposal(torch.ones(2, 3) / 2, (0, -1, -1))}, 0, "sums to 1.5"),
-        ({"q": Proposal(torch.tensor([[math.nan, 0.5, 0.5]]), (-1, 0, -1))}, 0, "non-finite"),
-        ({"q": Proposal(torch.tensor([[1.5, -0.5, 0.0]]), (-1, -1, 0))}, 1, "negative"),
-        ({"q": Proposal(torch.tensor([[1.0, 0.0, 0.0]]), (0, -1, -1))}, 0, "probability 0.0"),
-        ({"q": Proposal(torch.ones(1, 4) / 4, (0, -1, -1))}, 0, "4 columns for a vocabulary of 3"),
-        ({"q": Proposal(torch.ones(1, 2) / 2, (0, -1, -1), torch.tensor([0, 1, 2]))}, -1, "support of shape"),
-        ({"q": Proposal(torch.ones(1, 2) / 2, (0, -1, -1), torch.tensor([0, 7]))}, 0, "support outside"),
-        ({"q": Proposal(torch.ones(1, 2) / 2, (0, -1, -1), torch.tensor([0, 2]))}, 0, "token 1"),
+        ({"parent": (-1, 1, -1)}, "node 1 has parent 1"),
+        ({"parent": (-1, 0, 0)}, "node 2 has parent 0"),
+        ({"parent": (-1, -2, -1)}, "node 1 has parent -2"),
+        ({"counts": (2, 2)}, "counts that sum to 4"),
+        ({"counts": (4, -1)}, "counts that sum to 3"),
+        ({"counts": (2, 1, 0)}, "trees for 3 sequences"),
+        ({"counts": (2.0, 1.0)}, "no whole numbers"),
+        ({"token": torch.tensor([1, 2])}, "2 tokens and 3 parents"),
+        ({"token": torch.tensor([1.0, 2.0, 0.0])}, "tokens of type torch.float32"),
+        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 1))}, "2 law numbers for 3 nodes"),
+        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 2, 0))}, "law numbers outside its 2 laws"),
+        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 0, -2))}, "law numbers outside its 2 laws"),
+        ({"q": Proposal(torch.ones(1, 2) / 2, (0, -1, -1), torch.tensor([0, 1, 2]))}, "support of shape"),
     ],
 )
-def test_check_draft_names_what_is_wrong(change, sequence, words):
-    problems = check_draft(replace(GOOD, **change), 3)
-    assert list(problems) == [sequence]
-    assert words in problems[sequence]
+def test_a_draft_without_structure_is_none(change, words):
+    assert words in defect_of(replace(GOOD, **change), 2, [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens", "row"),
+    [
+        ({"token": torch.tensor([1, 3, 0])}, (1, 0), None),
+        ({"token": torch.tensor([1, 2, -1])}, (1, 2), (0, 1)),
+        ({"q": Proposal(torch.ones(2, 3) / 2, (0, -1, 1))}, (1, 2, 0), None),
+        ({"q": Proposal(torch.tensor([[math.nan, 0.5, 0.5], [0.2, 0.3, 0.5]]), (-1, 0, 1))}, (1, 2, 0), (-1, -1, 1)),
+        ({"q": Proposal(torch.tensor([[1.5, -0.5, 0.0], [0.2, 0.3, 0.5]]), (1, -1, 0))}, (1, 2, 0), (1, -1, -1)),
+        ({"q": Proposal(torch.ones(1, 4) / 4, (0, -1, -1))}, (1, 2, 0), None),
+    ],
+)
+def test_what_a_draft_says_wrongly_is_not_used(change, tokens, row):
+    """A token outside the vocabulary goes with what hangs below it; what is no distribution is not declared any more."""
+    kept, broken = honest(replace(GOOD, **change), 3)
+    assert broken
+    assert kept.tokens == tokens == tuple(kept.token.tolist())
+    assert (None if kept.q is None else kept.q.row) == row
 
 
 def test_rules_have_names():

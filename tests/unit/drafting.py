@@ -10,9 +10,8 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.noise import Noise
 from outrider.params import SamplingParams
-from outrider.protocols import DraftLaw
 from outrider.sampling.pipeline import Law
-from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
+from outrider.types import Draft, DraftLaw, Evidence, Rows, Scores, SequenceView, Verdict
 
 
 def view(

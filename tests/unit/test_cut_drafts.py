@@ -7,8 +7,8 @@ import pytest
 from outrider.build import Engine
 from outrider.drafters.none import NoDraft
 from outrider.params import SamplingParams
+from outrider.records import Counts
 from outrider.serve.replies import acceptance
-from outrider.types import Counts
 from outrider.verify import load_rule
 from tests.contract.asked import PROMPTS, VOCAB, engine, target
 from tests.contract.scripted import Budgets, Scripted

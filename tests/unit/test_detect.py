@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from outrider.records import Counts
 from outrider.telemetry import detect
 from outrider.telemetry.alerts import Alerts, Condition, Reading
 from outrider.telemetry.detect import Residuals
-from outrider.types import Counts
 
 
 def step(g: np.random.Generator, bias: float = 0.0, tokens: int = 6) -> Counts:

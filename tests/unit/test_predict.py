@@ -30,9 +30,9 @@ from outrider.evaluate.scoring.score import (
 )
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.params import SamplingParams
+from outrider.records import Counts
 from outrider.theory import forecast as fc
 from outrider.theory.replay import replay
-from outrider.types import Counts
 from outrider.verify import load_rule
 
 Z = 6.2

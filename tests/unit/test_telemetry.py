@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from outrider.evaluate.statistics.ratios import paired_ratio
+from outrider.records import Counts
 from outrider.telemetry.ledger import (
     LEVEL,
     acceptance_at,
@@ -18,7 +19,6 @@ from outrider.telemetry.ledger import (
     predicted_speedup,
 )
 from outrider.telemetry.prometheus import SECONDS, Histogram, quantile
-from outrider.types import Counts
 
 
 def simulate(g: np.random.Generator, tosses: int, bias: float = 0.0) -> Counts:

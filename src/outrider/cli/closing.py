@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
-from outrider.types import Counts, StepRecord
+from outrider.records import Counts, StepRecord
 
 
 class Closing:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from outrider.records import StepRecord
 from outrider.theory.speedup import break_even_acceptance
-from outrider.types import StepRecord
 
 MEMORY, FLOOR = 1000.0, 120.0
 """Sequence-steps, drafted for or not, after which evidence about acceptance has lost 63% of its weight; and the number of

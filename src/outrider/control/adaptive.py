@@ -22,7 +22,8 @@ from outrider.control.length_search import LAST_PAUSE, PAIRS, SETTLE, TURNS, Loa
 from outrider.control.row_times import load_class
 from outrider.control.step_times import Forecast
 from outrider.errors import ConfigError
-from outrider.types import SequenceView, StepRecord
+from outrider.records import StepRecord
+from outrider.types import SequenceView
 
 AGREE, AGREE_PLAIN = 0.7, 0.5
 """Share of the pairs that must agree with a move, and with one to plain decoding, beside the means."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outrider.errors import ConfigError
-from outrider.types import SequenceView, StepRecord
+from outrider.records import StepRecord
+from outrider.types import SequenceView
 
 
 class Fixed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from outrider.control.prefill_cost import Reading
 from outrider.control.row_times import REACH, RowTimes
-from outrider.types import StepRecord
+from outrider.records import StepRecord
 
 USUAL = 1.0 / 32.0
 """Weight of the newest step in the rows of prompts that a step usually reads."""

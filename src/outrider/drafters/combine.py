@@ -91,19 +91,14 @@ def merge(drafts: Sequence[Draft], chosen: Sequence[int], vocab_size: int) -> Dr
     which is always lossless (contract 1).
     """
     places = [(n, i) for i, n in enumerate(chosen) if n >= 0]
-    trees = {(n, i): drafts[n].take([i]) for n, i in places}
-    parent: list[int] = []
-    for key in places:
-        low = len(parent)
-        parent += [p + low if p >= 0 else -1 for p in trees[key].parent]
-    token = torch.cat([trees[key].token for key in places])
-    counts = tuple(trees[n, i].counts[0] if n >= 0 else 0 for i, n in enumerate(chosen))
     used = sorted({n for n in chosen if n >= 0})
-    q = _merge_laws({n: drafts[n] for n in used}, [(n, trees[n, i]) for n, i in places], vocab_size)
-    return Draft(token, tuple(parent), counts, q)
+    q = _merge_laws({n: drafts[n] for n in used}, places, vocab_size)
+    trees = [drafts[n].tree(i) if n >= 0 else ((), ()) for i, n in enumerate(chosen)]
+    return Draft.join(trees, q, drafts[used[0]].token.device)
 
 
-def _merge_laws(drafts: dict[int, Draft], trees: list[tuple[int, Draft]], vocab_size: int) -> Proposal | None:
+def _merge_laws(drafts: dict[int, Draft], places: list[tuple[int, int]], vocab_size: int) -> Proposal | None:
+    """places: for every sequence with a draft, which of `drafts` speaks for it, and its number."""
     laws = {n: d.q for n, d in drafts.items() if d.q is not None}
     trees_with_laws = [n for n in laws if not drafts[n].is_chain]  # a chain was drawn either way
     way: Siblings = laws[trees_with_laws[0]].siblings if trees_with_laws else "iid"
@@ -119,8 +114,8 @@ def _merge_laws(drafts: dict[int, Draft], trees: list[tuple[int, Draft]], vocab_
         first[n] = sum(len(t) for t in tables)
         tables.append(q.probs if same else q.dense(list(range(len(q.probs))), vocab_size))
     row: list[int] = []
-    for n, tree in trees:
-        own = tree.q.row if tree.q is not None and n in laws else (POINT_MASS,) * len(tree.parent)
+    for n, i in places:
+        own = [laws[n].row[k] for k in drafts[n].nodes(i)] if n in laws else [POINT_MASS] * drafts[n].counts[i]
         row += [r + first[n] if r >= 0 else POINT_MASS for r in own]
     return Proposal(torch.cat(tables), tuple(row), support, way)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-from outrider.types import PHASES
+from outrider.records import PHASES
 
 
 class PhaseClock:

@@ -20,7 +20,8 @@ from outrider.errors import RequestError
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Controller
-from outrider.types import PHASES, Counts, SequenceView, StepRecord
+from outrider.records import PHASES, Counts, StepRecord
+from outrider.types import SequenceView
 
 
 class EngineCore(StepState):

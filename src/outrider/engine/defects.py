@@ -6,7 +6,8 @@ import logging
 from collections import Counter
 
 from outrider.engine.parts import Defect, Hooks
-from outrider.types import SequenceView, StepRecord
+from outrider.records import StepRecord
+from outrider.types import SequenceView
 
 logger = logging.getLogger(__name__)
 PATIENCE = 3

@@ -9,8 +9,8 @@ from outrider.engine.parts import Parts
 from outrider.engine.rows import VerifiedStep
 from outrider.engine.scheduler import Work
 from outrider.engine.sequence import Event, Sequence, TokenLogprob
+from outrider.records import Counts
 from outrider.sampling.pipeline import logprobs_of
-from outrider.types import Counts
 
 logger = logging.getLogger(__name__)
 UNUSABLE = "the target returned NaN or empty logits: check the checkpoint and the dtype"
@@ -82,7 +82,7 @@ def _logprobs(sequence: Sequence, verified: VerifiedStep, b: int) -> list[TokenL
     if top is None:
         return []
     path = verified.verdict.path[b]
-    rows = [b, *(len(verified.draft.counts) + k for k in path)]
+    rows = [verified.draft.row(b, k) for k in (-1, *path)]
     tokens = [*(verified.draft.tokens[k] for k in path), verified.verdict.next_token[b]]
     values, best = logprobs_of(verified.scores.logits[rows], tokens, top)
     return [TokenLogprob(t, v, tuple(alt)) for t, v, alt in zip(tokens, values, best, strict=True)]

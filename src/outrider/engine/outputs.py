@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.engine.sequence import Sequence, TokenLogprob
-from outrider.types import Counts
+from outrider.records import Counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,18 +35,9 @@ def assemble(works: list[Work], draft: Draft) -> Rows:
     )
 
 
-def row_laws(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], list[tuple[int, ...]]]:
+def row_laws(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], tuple[tuple[int, ...], ...]]:
     """For each scored row its sequence and the drafted tokens on its own path: what a distribution needs to be exact on trees."""
-    owners = list(views)
-    paths: list[tuple[int, ...]] = [()] * len(views)
-    for b, view in enumerate(views):
-        low = draft.offsets[b]
-        for k in range(low, draft.offsets[b + 1]):
-            up = draft.parent[k]
-            above = () if up < 0 else paths[len(views) + up]
-            owners.append(view)
-            paths.append((*above, draft.tokens[k]))
-    return owners, paths
+    return [views[b] for b in draft.sequence_of_row], draft.path_tokens
 
 
 def noise_of(views: list[SequenceView] | tuple[SequenceView, ...]) -> Noise:
@@ -71,7 +62,7 @@ def kept_paths(works: list[Work], verified: VerifiedStep) -> list[list[int]]:
         if not work.scored:
             paths.append([])
             continue
-        paths.append([k - verified.draft.offsets[b] for k in verified.verdict.path[b]])
+        paths.append([verified.draft.local(b, k) for k in verified.verdict.path[b]])
         b += 1
     return paths
 

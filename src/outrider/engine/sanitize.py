@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from outrider.types import POINT_MASS, Draft, Proposal
+from outrider import transfer
+from outrider.noise import Noise
+from outrider.protocols import Rule
+from outrider.types import POINT_MASS, Draft, Proposal, Tree, Verdict
 
 TOLERANCE = 1e-3
 """How far a proposal row may be from summing to one; float32 softmax over 200,000 entries stays below 1e-5."""
@@ -26,7 +29,7 @@ def honest(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
     if not bad_nodes and not bad_rows:
         return draft, 0
     marked = bad_nodes | ({k for k, r in enumerate(draft.q.row) if r in bad_rows} if draft.q else set())
-    broken = {b for b in range(len(draft.counts)) if any(draft.offsets[b] <= k < draft.offsets[b + 1] for k in marked)}
+    broken = {b for b in range(len(draft.counts)) if not marked.isdisjoint(draft.nodes(b))}
     return _repair(draft, bad_nodes, broken), len(broken)
 
 
@@ -44,35 +47,49 @@ def _bad_rows(q: Proposal | None, vocab_size: int) -> set[int]:
 
 def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
     """Prune bad nodes with what hangs below them, and take the laws away from the broken sequences."""
-    new: dict[int, int] = {-1: -1}
-    keep: list[int] = []
-    counts = [0] * len(draft.counts)
-    law: list[int] = []
+    trees: list[Tree] = []
+    row: list[int] = []
     for b in range(len(draft.counts)):
-        for k in range(draft.offsets[b], draft.offsets[b + 1]):
+        new, tokens, parent = {-1: -1}, list[int](), list[int]()
+        for k in draft.nodes(b):
             if k in bad_nodes or draft.parent[k] not in new:
                 continue
-            new[k] = len(keep)
-            keep.append(k)
-            counts[b] += 1
-            law.append(POINT_MASS if draft.q is None or b in broken else draft.q.row[k])
+            new[k] = len(tokens)
+            tokens.append(draft.tokens[k])
+            parent.append(new[draft.parent[k]])
+            row.append(POINT_MASS if draft.q is None or b in broken else draft.q.row[k])
+        trees.append((tokens, parent))
     q = None
-    if draft.q is not None and any(row != POINT_MASS for row in law):
-        q = Proposal(draft.q.probs, tuple(law), draft.q.support, draft.q.siblings)
-    pick = torch.tensor(keep, dtype=torch.int64, device=draft.token.device)
-    return Draft(draft.token[pick], tuple(new[draft.parent[k]] for k in keep), tuple(counts), q)
+    if draft.q is not None and any(r != POINT_MASS for r in row):
+        q = Proposal(draft.q.probs, tuple(row), draft.q.support, draft.q.siblings)
+    return Draft.join(trees, q, draft.token.device)
 
 
-def silence(logits: Float[Tensor, "M V"], counts: tuple[int, ...]) -> set[int]:
-    """Find rows with a NaN, or nothing but -inf, blank them in place, and return the sequences they belong to.
+def silence(logits: Float[Tensor, "M V"]) -> Bool[Tensor, "M"]:
+    """Blank the rows with a NaN, or nothing but -inf, in place, and say which they are; the answer is left where the logits are.
 
-    Blanked rows keep the rule from failing for everybody; what their sequences emit is thrown away. `counts`: nodes of each of
-    the B sequences, whose B anchor rows come first.
+    Blanked rows keep the rule from failing for everybody; what their sequences emit is thrown away.
     """
-    peak = logits.amax(-1).tolist()  # NaN wins a maximum, so one reduction sees both
-    bad = [i for i, x in enumerate(peak) if not math.isfinite(x)]
-    if not bad:
-        return set()
-    logits[bad] = 0.0
-    owner = [*range(len(counts)), *(b for b, n in enumerate(counts) for _ in range(n))]
-    return {owner[i] for i in bad}
+    bad = ~torch.isfinite(logits.amax(-1))  # NaN wins a maximum, so one reduction sees both
+    if not transfer.on_host(logits):
+        logits.masked_fill_(bad.unsqueeze(1), 0.0)  # rather than wait to learn that there are none
+    elif bad.any():
+        logits[bad] = 0.0
+    return bad
+
+
+def judge(
+    rule: Rule, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float], bad: Bool[Tensor, "M"]
+) -> tuple[Verdict, set[int]]:
+    """The verdict, and the sequences of the `bad` rows: in one copy from the device where the rule can leave its verdict there.
+
+    A rule that can says so by an attribute `launch` of its `__call__`: it takes the same and gives a `Pending` verdict, or None where
+    the host decides.
+    """
+    flags = transfer.Pending((bad,), lambda found: {draft.sequence_of_row[i] for i, x in enumerate(found) if x})
+    launch = None if transfer.on_host(p) else getattr(type(rule).__call__, "launch", None)
+    pending = None if launch is None else launch(rule, p, draft, noise, allowance)
+    if pending is None:
+        return rule(p, draft, noise, allowance), transfer.fetch(flags)[0]
+    verdict, unusable = transfer.fetch(pending, flags)
+    return verdict, unusable

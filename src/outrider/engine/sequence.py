@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from outrider.engine.text import TextStream
 from outrider.params import SamplingParams
-from outrider.types import Counts, SequenceView
+from outrider.records import Counts
+from outrider.types import SequenceView
 
 ORIGINS = ("accepted", "corrected", "bonus", "sampled")
 """Where a token came from: a draft the rule kept; the correction of a rejected one; the bonus behind a draft that was kept

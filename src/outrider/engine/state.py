@@ -12,11 +12,12 @@ from outrider.engine.parts import CoreOptions, Hooks, Parts
 from outrider.engine.rows import VerifiedStep
 from outrider.engine.scheduler import Scheduler, Work
 from outrider.engine.sequence import Event, Sequence
-from outrider.types import PHASES, Counts, Draft, StepRecord
+from outrider.records import PHASES, Counts, StepRecord
+from outrider.types import Draft
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingDraft:
     """A draft that the next step verifies, and the sequences that its trees belong to."""
 
     draft: Draft
@@ -36,7 +37,7 @@ class StepState:
         self.scheduler = Scheduler(options.slots, chunk=options.chunk)
         self.watchers = Watchers(hooks)
         self.drafter = Contained(parts.drafter, lambda told: self.watchers.defect("drafter", told))
-        self.pending = self._nothing = Pending(Draft.empty(0, parts.target.device), [])
+        self.pending = self._nothing = PendingDraft(Draft.empty(0, parts.target.device), [])
         self.counts, self.seconds, self.steps = Counts(), dict.fromkeys(PHASES, 0.0), 0
         self.live: dict[tuple[str, int], Sequence] = {}
         self.readers: dict[str, deque[Event]] = {}

@@ -11,10 +11,10 @@ from outrider.engine.clock import PhaseClock
 from outrider.engine.emit import emit
 from outrider.engine.parts import Parts
 from outrider.engine.rows import VerifiedStep, allowances, assemble, evidence_of, kept_paths, noise_of, row_laws
-from outrider.engine.sanitize import honest, silence
+from outrider.engine.sanitize import honest, judge, silence
 from outrider.engine.scheduler import Work
 from outrider.engine.sequence import Event
-from outrider.engine.state import Pending, StepState
+from outrider.engine.state import PendingDraft, StepState
 from outrider.threads import serially
 from outrider.types import Draft, Rows, Scores
 
@@ -49,17 +49,17 @@ def verify(parts: Parts, works: list[Work], rows: Rows, scores: Scores, draft: D
     """The target's distributions of the scored rows, and what the rule keeps of the draft."""
     views = [work.sequence.view() for work in works if work.scored]
     with serially(scores.logits.numel()):
-        unusable = silence(scores.logits, draft.counts)
+        bad = silence(scores.logits)
         p = parts.law(scores.logits, *row_laws(draft, views))
-        verdict = parts.rule(p, draft, noise_of(views), allowances(parts.rule, works))
+        verdict, unusable = judge(parts.rule, p, draft, noise_of(views), allowances(parts.rule, works), bad)
     return VerifiedStep(rows, scores, draft, verdict, unusable)
 
 
 @torch.inference_mode()
-def propose(state: StepState, works: list[Work], verified: VerifiedStep) -> Pending:
+def propose(state: StepState, works: list[Work], verified: VerifiedStep) -> PendingDraft:
     """The next draft, one tree for each of the sequences that go on: the drafter looks at the step first."""
     live = list(state.scheduler.running)
     if not live:
         return state.pending
     budget = draft_budget(state, live)
-    return Pending(state.drafter.draft(evidence_of(state.parts, works, verified, live), budget), live)
+    return PendingDraft(state.drafter.draft(evidence_of(state.parts, works, verified, live), budget), live)

@@ -24,7 +24,7 @@ from outrider.evaluate.statistics.ratios import Ratio, paired_ratio
 from outrider.evaluate.store.store import Key
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
-from outrider.types import PHASES, Counts
+from outrider.records import PHASES, Counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,24 +22,18 @@ class Part:
 
 def take_segments(rows: Rows, index: Sequence[int]) -> Part:
     """The forward of the segments `index` (ascending) of `rows`."""
-    anchors = sum(s.scored for s in rows.segments)
-    chosen = set(index)
     segments: list[Segment] = []
     flat: list[int] = []
-    roots: list[
-        tuple[int, int]
-    ] = []  # (row in the part, place in the whole) of the last prefix rows, then of the nodes
+    roots: list[tuple[int, int]] = []  # (row in the part, place in the whole) of the anchors, then of the nodes
     nodes: list[tuple[int, int]] = []
-    b, k = 0, anchors
-    for i, s in enumerate(rows.segments):
-        if i in chosen:
-            first = len(flat)
-            segments.append(replace(s, first=first))
-            flat += range(s.first, s.first + s.count)
-            if s.scored:
-                roots.append((first + s.prefix - 1, b))
-                nodes += [(first + s.prefix + j, k + j) for j in range(len(s.parent))]
-        b, k = b + s.scored, k + len(s.parent)
+    for i in index:
+        s, first = rows.segments[i], len(flat)
+        segments.append(replace(s, first=first))
+        flat += range(s.first, s.first + s.count)
+        anchor = first + s.prefix - 1
+        pairs = list(zip(range(anchor, first + s.count), rows.scored_rows[i], strict=False))  # none if it is not scored
+        roots += pairs[:1]
+        nodes += pairs[1:]
     scored = roots + nodes
     pick = torch.tensor(flat, device=rows.token.device)
     part = Rows(

@@ -19,7 +19,7 @@ from outrider.types import SequenceView
 
 
 class Law:
-    """The request's processors as one function of (logits, history): implements `protocols.DraftLaw`.
+    """The request's processors as one function of (logits, history): implements `types.DraftLaw`.
 
     A pure function; it only remembers token counts per slot so as not to recount a growing sequence. Row i of the result
     depends on row i of the logits, on `sequences[i]` and on `paths[i]`, and on nothing else, bit for bit.

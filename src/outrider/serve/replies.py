@@ -12,6 +12,7 @@ from outrider import __version__
 from outrider.drafters.prediction import Places, Replay
 from outrider.engine.sequence import Event, TokenLogprob
 from outrider.errors import OutriderError, RequestError
+from outrider.records import Counts
 from outrider.serve.bridge import Bridge
 from outrider.serve.requests import ChatRequest, CompletionRequest
 from outrider.serve.spelling import Offsets, Spelling
@@ -19,7 +20,6 @@ from outrider.serve.sse import DONE, PIECE, frame
 from outrider.serve.tickets import Ticket
 from outrider.telemetry.ledger import ledger, ratio
 from outrider.telemetry.prometheus import drafts
-from outrider.types import Counts
 
 FINGERPRINT = f"outrider-{__version__}"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from outrider.engine.sequence import Event, Sequence
 from outrider.errors import CapacityError, OutriderError
-from outrider.types import Counts
+from outrider.records import Counts
 
 SHOWN = 96
 """Latest token origins of a running request that the dashboard sees."""

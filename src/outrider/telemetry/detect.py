@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 
-from outrider.types import Counts
+from outrider.records import Counts
 
 BETS = tuple(sign * size for size in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0) for sign in (1.0, -1.0))
 """Values of lambda, both signs: from a slight misfit seen over many tokens to a gross one seen at once."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from outrider.types import Counts
+from outrider.records import Counts
 
 LEVEL = 0.01
 """Two-sided probability with which an exact engine's observed rejections fall outside the interval."""

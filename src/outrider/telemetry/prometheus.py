@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from outrider.errors import ConfigError
+from outrider.records import PHASES, Counts, StepRecord
 from outrider.telemetry.detect import Residuals
 from outrider.telemetry.ledger import ledger
-from outrider.types import PHASES, Counts, StepRecord
 
 try:
     from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest

@@ -1,22 +1,12 @@
-"""Verification rules: pure functions of (p, draft, noise). One file a family, one name a rule; lossless unless they say so.
-
-A rule is named in a configuration as `name` or `name:key=value,key=value`, for instance `tv_budget:per_token=0.02`.
-"""
+"""Verification rules: pure functions of (p, draft, noise). One file a family, one name a rule; lossless unless they say so."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-
-from outrider.errors import ConfigError, unknown_name
-from outrider.protocols import Drafter, Rule
 from outrider.verify.block import BlockVerification
-from outrider.verify.lossy import Acceptance, Lenience, Lossy, Mentored, OverAcceptance, Spend, TopK, Typical
+from outrider.verify.lossy import Lossy
 from outrider.verify.match import Match
 from outrider.verify.multidraft import KSeq
-from outrider.verify.numerics import check_draft
+from outrider.verify.registry import ALIASES, LOSSLESS, RULES, best_exact, load_rule
 from outrider.verify.spechub import SpecHub
 from outrider.verify.transport import OptimalTransport
 from outrider.verify.traversal import Traversal
@@ -35,101 +25,5 @@ __all__ = [
     "SpeculativeSampling",
     "Traversal",
     "best_exact",
-    "check_draft",
     "load_rule",
 ]
-
-BUDGET = {"per_token": (0.0, 1.0, 1.0), "per_sequence": (0.0, math.inf, math.inf)}
-"""What every lossy rule may be told: name -> (least, most, default)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """make: builds the rule from its options. options: name -> (least, most, default). lossless: keeps the target's law."""
-
-    make: Callable[..., Rule]
-    options: Mapping[str, tuple[float, float, float]]
-    lossless: bool
-
-
-def _exact(rule: type) -> tuple[str, _Entry]:
-    return rule.name, _Entry(rule, {}, True)
-
-
-def _lossy(
-    name: str, acceptance: Callable[..., Acceptance], **options: tuple[float, float, float]
-) -> tuple[str, _Entry]:
-    budget = BUDGET | {key: options.pop(key) for key in BUDGET if key in options}
-
-    def make(per_token: float, per_sequence: float, **values: float) -> Lossy:
-        return Lossy(name, acceptance(**values), per_token, per_sequence)
-
-    return name, _Entry(make, options | budget, False)
-
-
-RULES: Mapping[str, _Entry] = MappingProxyType(
-    dict(
-        [
-            _exact(SpeculativeSampling),
-            _exact(Match),
-            _exact(BlockVerification),
-            _exact(KSeq),
-            _exact(OptimalTransport),
-            _exact(SpecHub),
-            _exact(Traversal),
-            _lossy("tv_budget", Spend, per_token=(0.0, 1.0, 0.05)),
-            _lossy("over_acceptance", OverAcceptance, eps=(0.0, 1.0, 0.05)),
-            _lossy("lenience", Lenience, l=(1e-6, 1.0, 0.8)),
-            _lossy("mentored", Mentored, kl=(0.0, 100.0, 0.05)),
-            _lossy("typical", Typical, eps=(0.0, 1.0, 0.09), delta=(0.0, 100.0, 0.3)),
-            _lossy("top_k", lambda k: TopK(int(k)), k=(1, 2**31 - 1, 3)),
-        ]
-    )
-)
-"""Every rule by name."""
-
-LOSSLESS: tuple[str, ...] = tuple(name for name, entry in RULES.items() if entry.lossless)
-"""The rules that keep the target's law."""
-
-ALIASES: Mapping[str, str] = MappingProxyType({"auto": SpeculativeSampling.name})
-"""Other names a user may write. An engine replaces "auto" by `best_exact` of its drafter."""
-
-
-def best_exact(drafter: Drafter) -> Rule:
-    """The rule that accepts most of this drafter's proposals and keeps the target's law: what "auto" means for an engine.
-
-    Block verification on chains of two or more (never below speculative sampling, and the same for one token), the optimal choice
-    on trees (node by node no rule accepts more of i.i.d. siblings; the same as recursive rejection where they are not i.i.d.).
-    Proofs: docs/theory.md, sections 3 and 4.
-    """
-    if drafter.trees:
-        return OptimalTransport()
-    return BlockVerification() if drafter.max_depth > 1 else SpeculativeSampling()
-
-
-def load_rule(text: str) -> Rule:
-    """The rule that `name` or `name:key=value,...` asks for. Raises ConfigError naming the nearest known word."""
-    name, _, rest = text.partition(":")
-    entry = RULES.get(ALIASES.get(name, name))
-    if entry is None:
-        raise ConfigError(unknown_name("rule", name, [*RULES, *ALIASES]))
-    values = {key: default for key, (_, _, default) in entry.options.items()}
-    for part in filter(None, rest.split(",")):
-        key, equals, number = part.partition("=")
-        if key not in entry.options:
-            if not entry.options:
-                raise ConfigError(f"rule {name!r} has no options, got {part!r}")
-            raise ConfigError(unknown_name(f"option of rule {name!r}", key, entry.options))
-        low, high, _ = entry.options[key]
-        values[key] = _number(f"{key} of rule {name!r}", number if equals else "nothing", low, high)
-    return entry.make(**values)
-
-
-def _number(what: str, text: str, low: float, high: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ConfigError(f"{what} must be a number, got {text!r}") from None
-    if not low <= value <= high:
-        raise ConfigError(f"{what} must be between {low:g} and {high:g}, got {value:g}")
-    return value

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider import transfer
 from outrider.errors import CapabilityError
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
-from outrider.verify import native
+from outrider.verify import device, native
 from outrider.verify import numerics as c
-from outrider.verify.chain import judging_rows, probs_of_tokens
+from outrider.verify.chain import last_token, probs_of_tokens
 
 
 class BlockVerification:
@@ -43,6 +43,14 @@ class BlockVerification:
     lane = "draft"
     limit = 0.0
 
+    def launch(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> transfer.Pending[Verdict]:
+        """The same verdict, decided on the device of p and not yet read. Raises CapabilityError for a tree."""
+        _check_chain(draft)
+        return device.block(p, draft, noise, verdict_of)
+
+    @device.launched_by(launch)
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
@@ -51,54 +59,74 @@ class BlockVerification:
         Reads noise lanes `accept` (every depth) and `final`. Raises RequestError if a law to draw from has no mass, and
         CapabilityError for a tree.
         """
-        if not draft.is_chain:
-            raise CapabilityError(
-                "rule 'block' judges chains only: use 'speculative_sampling', or a drafter without branching"
-            )
-        rows = judging_rows(draft)
-        px, qx = probs_of_tokens(p, draft, rows)
-        keep = _keep(px, qx, draft)
-        lost, variance = _lost(p, draft, rows, px, qx, keep)
-        paths, tokens, risk, spread = [], [], [], []
-        for b, low in enumerate(draft.offsets[:-1]):
-            nodes = range(low, low + draft.counts[b])
-            taken = _longest(nodes, keep, lost, noise, b)
-            whole = keep[nodes[-1]] if nodes else 1.0
-            paths.append(tuple(nodes[:taken]))
-            tokens.append(_last(p, draft, noise, b, taken, keep, qx))
-            risk.append(sum(lost[k] for k in nodes))
-            spread.append(sum(variance[k] for k in nodes) + whole * (1.0 - whole))
-        judged = tuple(min(len(path) + 1, n) for path, n in zip(paths, draft.counts, strict=True))
-        return Verdict(tuple(paths), tuple(tokens), judged, tuple(risk), tuple(spread), (0.0,) * len(paths))
+        _check_chain(draft)
+        if transfer.on_host(p):
+            return _judge(p, draft, noise)
+        return transfer.fetch(self.launch(p, draft, noise))[0]
+
+
+def _check_chain(draft: Draft) -> None:
+    if not draft.is_chain:
+        raise CapabilityError(
+            "rule 'block' judges chains only: use 'speculative_sampling', or a drafter without branching"
+        )
+
+
+def _judge(p: Tensor, draft: Draft, noise: Noise) -> Verdict:
+    """One sequence after the other, as native passes read them."""
+    px, qx = probs_of_tokens(p, draft)
+    keep = _keep(px, qx, draft)
+    lost, variance = _lost(p, draft, qx, keep)
+    taken, tokens = [], []
+    for b in range(len(draft.counts)):
+        nodes = draft.nodes(b)
+        taken.append(_longest(nodes, keep, lost, noise, b))
+        w = keep[nodes[taken[b] - 1]] if taken[b] else 1.0
+        tokens.append(last_token(p, draft, noise, b, taken[b], w, qx))
+    return verdict_of(draft, taken, tokens, keep, lost, variance)
+
+
+def verdict_of(
+    draft: Draft,
+    taken: Sequence[int],
+    tokens: Sequence[int],
+    keep: Sequence[float],
+    lost: Sequence[float],
+    variance: Sequence[float],
+) -> Verdict:
+    """The verdict of chains of which so many nodes stand. keep, lost, variance: per node w, S of its parent, and what drawing its
+    token adds to the variance of w."""
+    paths, risk, spread = [], [], []
+    for b, n in enumerate(taken):
+        nodes = draft.nodes(b)
+        whole = keep[nodes[-1]] if nodes else 1.0
+        paths.append(tuple(nodes[:n]))
+        risk.append(sum(lost[k] for k in nodes))
+        spread.append(sum(variance[k] for k in nodes) + whole * (1.0 - whole))
+    judged = tuple(min(n + 1, count) for n, count in zip(taken, draft.counts, strict=True))
+    return Verdict(tuple(paths), tuple(tokens), judged, tuple(risk), tuple(spread), (0.0,) * len(paths))
 
 
 def _keep(px: list[float], qx: list[float], draft: Draft) -> list[float]:
     """w of every node: the probability, given the tokens down to it, that the path reaches at least so far."""
     out: list[float] = []
-    for low, n in zip(draft.offsets, draft.counts, strict=False):
+    for b in range(len(draft.counts)):
         w = 1.0
-        for k in range(low, low + n):
+        for k in draft.nodes(b):
             w = c.unit(w * px[k] / qx[k]) if c.is_mass(qx[k]) else c.unit(w * px[k])
             out.append(w)
     return out
 
 
-def _above(keep: list[float], draft: Draft) -> list[float]:
-    """w of every node's parent; one for the anchors."""
-    return [keep[up] if up >= 0 else 1.0 for up in draft.parent]
-
-
-def _lost(
-    p: Tensor, draft: Draft, rows: list[int], px: list[float], qx: list[float], keep: list[float]
-) -> tuple[list[float], list[float]]:
+def _lost(p: Tensor, draft: Draft, qx: list[float], keep: list[float]) -> tuple[list[float], list[float]]:
     """For every node S of its parent, and the variance of w that drawing its token adds. Laws are read one at a time."""
-    above = _above(keep, draft)
+    above = [keep[up] if up >= 0 else 1.0 for up in draft.parent]  # w of every node's parent; one for the anchors
     lost = [w - k for w, k in zip(above, keep, strict=True)]  # point masses: what is lost is known
     variance = [0.0] * len(lost)
     for k in (k for k in range(len(lost)) if c.is_mass(qx[k])):
         assert draft.q is not None
-        law = draft.q.row[k]
-        here, q, support = p[rows[k] : rows[k] + 1], draft.q.probs[law : law + 1], draft.q.support
+        law, row = draft.q.row[k], draft.parent_rows[k]
+        here, q, support = p[row : row + 1], draft.q.probs[law : law + 1], draft.q.support
         found = None if support is not None else native.overlap(here, q, above[k])
         common, loss, square = found or overlap_sums(here * above[k], q, support)
         lost[k], variance[k] = c.unit(loss), max(square - common * common, 0.0)
@@ -106,15 +134,8 @@ def _lost(
 
 
 def overlap_sums(here: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Tensor | None) -> native.Overlap:
-    """Sums of min(wp, q), of (wp - q)_+ and of min(wp, q)^2 / q, from weights wp."""
-    share = here if support is None else here.index_select(1, support)
-    rest = c.row_sums((share - q).clamp_(min=0))
-    if support is not None:
-        rest += c.row_sums(here) - c.row_sums(share)  # what the draft can never propose is never handed on
-    common = torch.minimum(share, q)
-    mean = c.row_sums(common)
-    square = c.row_sums(common.square_().div_(q.clamp(min=torch.finfo(q.dtype).tiny)))
-    return native.Overlap(float(mean), float(rest), float(square))
+    """Sums of min(wp, q), of (wp - q)_+ and of min(wp, q)^2 / q, from weights wp: the plain twin of `native.overlap`."""
+    return native.Overlap(*(float(x) for x in c.overlaps(here, q, support)))
 
 
 def _longest(nodes: range, keep: list[float], lost: list[float], noise: Noise, b: int) -> int:
@@ -126,18 +147,3 @@ def _longest(nodes: range, keep: list[float], lost: list[float], noise: Noise, b
         if noise.uniform(b, i, "accept") * bottom < top or bottom <= 0.0:
             return i
     return 0
-
-
-def _last(p: Tensor, draft: Draft, noise: Noise, b: int, taken: int, keep: list[float], qx: list[float]) -> int:
-    """The token behind the kept prefix: from p after the whole draft, else from (w p - q)_+."""
-    low, n = draft.offsets[b], draft.counts[b]
-    row = b if taken == 0 else len(draft.counts) + low + taken - 1
-    u = noise.uniform(b, taken + 1, "final")
-    if taken == n:
-        return c.draw_row(p, row, u, b)
-    k = low + taken
-    if c.is_mass(qx[k]) and draft.q is not None:
-        token, total = c.draw_residual(p[row : row + 1], draft.q, draft.q.row[k], keep[k - 1] if taken else 1.0, u)
-    else:
-        token, total = c.draw_without(p[row : row + 1], draft.tokens[k], u)
-    return token if c.is_total(total) else c.draw_row(p, row, u, b)

@@ -28,7 +28,7 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
 from outrider.verify import numerics as c
-from outrider.verify.chain import judging_rows, probs_of_tokens
+from outrider.verify.chain import probs_of_tokens
 
 FORBIDDEN = 1e-30
 """A probability up to this counts as 0: more than a `logit_bias` of -100, the way to say "never", leaves in single precision."""
@@ -88,34 +88,31 @@ class Lossy:
         """p: laws of the B anchors, then of the K nodes. allowance: what each sequence may still spend; None: `limit`."""
         if not draft.is_chain:
             raise CapabilityError(f"rule {self.name!r} judges chains only: use a drafter without branching")
-        rows = judging_rows(draft)
-        qx = probs_of_tokens(p, draft, rows)[1]
+        qx = probs_of_tokens(p, draft)[1]
         left = [self.limit] * len(draft.counts) if allowance is None else allowance
-        walks = [self._walk(p, draft, noise, b, rows, qx, left[b]) for b in range(len(draft.counts))]
+        walks = [self._walk(p, draft, noise, b, qx, left[b]) for b in range(len(draft.counts))]
         return Verdict(*(tuple(part) for part in zip(*walks, strict=True))) if walks else c.verdict((), (), ())
 
     def _walk(
-        self, p: Tensor, draft: Draft, noise: Noise, b: int, rows: list[int], qx: list[float], left: float
+        self, p: Tensor, draft: Draft, noise: Noise, b: int, qx: list[float], left: float
     ) -> tuple[tuple[int, ...], int, int, float, float, float]:
         """One sequence: path, next token, judged positions, risk, spread, bias."""
-        low, risk, spread, bias = draft.offsets[b], 0.0, 0.0, 0.0
-        row, judged, rest = b, 0, None
-        for d in range(draft.counts[b]):
-            k = low + d
+        nodes, risk, spread, bias = draft.nodes(b), 0.0, 0.0, 0.0
+        row, judged, rest = draft.row(b), 0, None
+        for d, k in enumerate(nodes):
             law = _law(draft, k, qx[k], p)
-            here = Position(_normal(p[rows[k] : rows[k] + 1]), law, max(0.0, min(self.per_token, left - bias)))
+            here = Position(_normal(p[row : row + 1]), law, max(0.0, min(self.per_token, left - bias)))
             taken, left_over, chance, cost = within(allowed(self.accept(here), here), here, draft.tokens[k])
             risk, spread, bias = risk + chance, spread + chance * (1.0 - chance), bias + cost
             judged += 1
             if not noise.uniform(b, d + 1, "accept") < taken:
                 rest = left_over
                 break
-            row = len(draft.counts) + k
+            row = draft.row(b, k)
         accepted = judged - (rest is not None)
         u = noise.uniform(b, accepted + 1, "final")
-        token, total = c.draw(c.as_weights(p[row : row + 1] if rest is None else rest), [u])
-        last = int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b)
-        return tuple(range(low, low + accepted)), last, judged, risk, spread, bias
+        drawn = c.draw_plain(c.as_weights(p[row : row + 1] if rest is None else rest), u)
+        return tuple(nodes[:accepted]), c.final_token(drawn, p, row, u, b), judged, risk, spread, bias
 
 
 def _normal(law: Float[Tensor, "1 V"]) -> Float64[Tensor, "1 V"]:

@@ -67,7 +67,7 @@ def _walk(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[list[int], int
         if taken is None:
             return path, x, risks
         path.append(taken)
-        here = p[len(draft.counts) + taken]
+        here = p[draft.row(b, taken)]
 
 
 def target_token(p: Float[Tensor, "V"], noise: Noise, b: int, depth: int) -> int:

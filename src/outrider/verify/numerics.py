@@ -1,4 +1,4 @@
-"""What the rules share: exact draws, overlaps of laws, the ledger's sums, and the check of a draft before a step.
+"""What the rules share: exact draws, overlaps of laws and the ledger's sums.
 
 Every number is computed row by row: no result depends on which other rows share the tensor, so the batch is invisible
 bit for bit. Draws and residuals are float64, whatever the laws are stored in.
@@ -14,7 +14,8 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from outrider.errors import RequestError
-from outrider.types import POINT_MASS, Draft, Proposal, Verdict
+from outrider.transfer import upload
+from outrider.types import Proposal, Verdict
 from outrider.verify import native
 
 BLOCK = 1024
@@ -26,10 +27,8 @@ SHORT = 4 * BLOCK
 MIN_MASS = 1e-300
 """Smallest total that is drawn from: below it u * total is not safely smaller than total."""
 
-SUM_TOLERANCE = 1e-3
-"""How far from one the sum of a draft law may be before `check_draft` calls the declaration false."""
-
-_BELOW_ONE = 1.0 - 2.0**-53
+BELOW_ONE = 1.0 - 2.0**-53
+"""The largest uniform that is drawn by."""
 
 
 def row_sums(x: Float[Tensor, "n V"]) -> Float64[Tensor, "n"]:
@@ -48,6 +47,20 @@ def overlap(
 ) -> Float64[Tensor, "n"]:
     """Sum of min(p, q) per row: the probability that one draw from q is accepted (Yin et al. 2024, Theorem 1)."""
     return row_sums(torch.minimum(p if support is None else p.index_select(1, support), q))
+
+
+def overlaps(
+    here: Float[Tensor, "n V"], q: Float[Tensor, "n S"], support: Int[Tensor, "S"] | None = None
+) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n"], Float64[Tensor, "n"]]:
+    """Sums per row of min(wp, q), of (wp - q)_+ and of min(wp, q)^2 / q, from weights wp."""
+    share = here if support is None else here.index_select(1, support)
+    rest = row_sums((share - q).clamp_(min=0))
+    if support is not None:
+        rest += row_sums(here) - row_sums(share)  # what the draft can never propose is never handed on
+    common = torch.minimum(share, q)
+    mean = row_sums(common)
+    square = row_sums(common.square_().div_(q.clamp(min=torch.finfo(q.dtype).tiny)))
+    return mean, rest, square
 
 
 def overlap_one(p: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Int[Tensor, "S"] | None = None) -> float:
@@ -71,14 +84,14 @@ def take_rows(x: Float[Tensor, "R V"], rows: Sequence[int]) -> Float[Tensor, "n 
         return x[:0]  # a step of prompt chunks alone judges nobody
     if _are_neighbours(rows):
         return x[rows[0] : rows[0] + len(rows)]
-    return x.index_select(0, torch.tensor(rows, device=x.device))
+    return x.index_select(0, upload(rows, torch.int64, x.device))
 
 
 def take_pairs(x: Float[Tensor, "R V"], rows: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
     """x[rows[i], token[i]] for every i."""
     if _are_neighbours(rows):
         return x[rows[0] : rows[0] + len(rows)].gather(1, token.unsqueeze(1)).squeeze(1)
-    return x[torch.tensor(rows, device=x.device), token]
+    return x[upload(rows, torch.int64, x.device), token]
 
 
 def _are_neighbours(rows: Sequence[int]) -> bool:
@@ -102,7 +115,14 @@ def draw(weight: Float64[Tensor, "n W"], u: Sequence[float]) -> tuple[Int[Tensor
     A column of weight zero is never drawn. A row whose total is not a number above MIN_MASS has no law: its token means
     nothing, and the caller must look at the total.
     """
-    level = torch.tensor([min(x, _BELOW_ONE) for x in u], dtype=torch.float64, device=weight.device).unsqueeze(1)
+    level = upload([min(x, BELOW_ONE) for x in u], torch.float64, weight.device)
+    return draw_at(weight, level.unsqueeze(1))
+
+
+def draw_at(
+    weight: Float64[Tensor, "n W"], level: Float64[Tensor, "n 1"]
+) -> tuple[Int[Tensor, "n"], Float64[Tensor, "n"]]:
+    """`draw` by uniforms below one that are where the weights are."""
     if weight.shape[1] <= SHORT:
         cumulative = weight.cumsum(1)
         total = cumulative[:, -1:]
@@ -116,7 +136,7 @@ def draw(weight: Float64[Tensor, "n W"], u: Sequence[float]) -> tuple[Int[Tensor
     level = level - cumulative.gather(1, block) + mass.gather(1, block)
     inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).cumsum(1)
     # a block's sum and its running sum round differently: stay strictly inside the running sum
-    level = torch.minimum(level.clamp_(min=0), inside[:, -1:] * _BELOW_ONE)
+    level = torch.minimum(level.clamp_(min=0), inside[:, -1:] * BELOW_ONE)
     return (block * BLOCK + torch.searchsorted(inside, level, right=True)).squeeze(1), total.squeeze(1)
 
 
@@ -125,8 +145,13 @@ def draw_one(weight: Float[Tensor, "1 V"], u: float) -> tuple[int, float]:
     found = native.draw(weight, None, 1.0, u)
     if found is not None:
         return found
-    token, total = draw(as_weights(weight), [u])
-    return int(token), float(total)
+    return draw_plain(as_weights(weight), u)
+
+
+def draw_plain(weight: Float64[Tensor, "1 W"], u: float) -> tuple[int, float]:
+    """(token, total) of one row made by `as_weights`."""
+    token, total = torch.cat([x.double() for x in draw(weight, [u])]).tolist()
+    return int(token), total
 
 
 def draw_residual(here: Float[Tensor, "1 V"], q: Proposal, row: int, w: float, u: float) -> tuple[int, float]:
@@ -137,23 +162,27 @@ def draw_residual(here: Float[Tensor, "1 V"], q: Proposal, row: int, w: float, u
         return found
     weight = as_weights(here)
     subtract(weight[:, : here.shape[1]].mul_(w), law, q.support)
-    token, total = draw(weight, [u])
-    return int(token), float(total)
+    return draw_plain(weight, u)
 
 
 def draw_without(here: Float[Tensor, "1 V"], banned: int, u: float) -> tuple[int, float]:
     """(token, total) of p without one token."""
     weight = as_weights(here)
     weight[0, banned] = 0
-    token, total = draw(weight, [u])
-    return int(token), float(total)
+    return draw_plain(weight, u)
 
 
-def draw_row(p: Float[Tensor, "M V"], row: int, u: float, b: int) -> int:
-    """One draw from a row of p itself. Raises RequestError if it has no law."""
-    token, total = draw_one(p[row : row + 1], u)
+def final_token(drawn: tuple[int, float], p: Float[Tensor, "M V"], row: int, u: float, b: int) -> int:
+    """The last token of sequence b: the one that was drawn from what is left at a row of p, or, if nothing is left there up to
+    rounding, one from the row itself.
+
+    drawn: (token, total) of the weights that are left. Raises RequestError if the row has no distribution either.
+    """
+    token, total = drawn
     if not is_total(total):
-        raise no_law(b)
+        token, total = draw_one(p[row : row + 1], u)
+        if not is_total(total):
+            raise no_law(b)
     return token
 
 
@@ -197,7 +226,7 @@ def law_risk(shared: float, px: float, qx: float) -> float:
 
 def token_probs(q: Proposal, row: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
     """q(x) of each token under its law; zero for a point mass and for a token outside the support."""
-    known = None if min(row) >= 0 else torch.tensor([r >= 0 for r in row], device=token.device)
+    known = None if min(row) >= 0 else upload([r >= 0 for r in row], torch.bool, token.device)
     row = [max(r, 0) for r in row]
     if q.support is None:
         probs = take_pairs(q.probs, row, token)
@@ -217,57 +246,3 @@ def verdict(paths: Sequence[Sequence[int]], tokens: Sequence[int], risks: Sequen
         spread=tuple(math.fsum(r * (1.0 - r) for r in risk) for risk in risks),
         bias=(0.0,) * len(risks),
     )
-
-
-def check_draft(draft: Draft, vocab_size: int) -> dict[int, str]:
-    """What is wrong with a draft, per sequence; empty when nothing is. Key -1: the forest as a whole has no structure.
-
-    For the engine, before a step: a sequence with a problem is stepped with an empty draft and the incident is counted.
-    Checked: counts, parent order, token range, laws (finite, not negative, sum one), and that each node's law can have
-    produced its token.
-    """
-    if problem := draft.misshapen():
-        return {-1: problem}
-    q = draft.q if draft.parent else None
-    laws = _check_laws(q, vocab_size) if q is not None else []
-    out: dict[int, str] = {}
-    for b, low in enumerate(draft.offsets[:-1]):
-        for k in range(low, low + draft.counts[b]):
-            parent, token, row = draft.parent[k], draft.tokens[k], POINT_MASS if q is None else q.row[k]
-            if parent != -1 and not low <= parent < k:
-                out[b] = f"node {k} has parent {parent}, which is not an earlier node of its sequence"
-            elif not 0 <= token < vocab_size:
-                out[b] = f"node {k} proposes token {token}, outside the vocabulary of {vocab_size}"
-            elif not POINT_MASS <= row < max(len(laws), 1):
-                out[b] = f"node {k} names law {row} of {len(laws)}"
-            elif row >= 0 and laws[row]:
-                out[b] = f"law {row} {laws[row]}"
-    return out if out or q is None else _check_drawn(draft, q)
-
-
-def _check_laws(q: Proposal, vocab_size: int) -> list[str]:
-    """For each law what is wrong with it, or an empty string."""
-    laws, columns = q.probs.shape
-    if q.support is None and columns != vocab_size:
-        return [f"has {columns} columns for a vocabulary of {vocab_size}"] * laws
-    if q.support is not None and columns and not 0 <= int(q.support.min()) <= int(q.support.max()) < vocab_size:
-        return [f"has a support outside the vocabulary of {vocab_size}"] * laws
-    sums, least = torch.stack([row_sums(q.probs), q.probs.amin(-1).double()]).tolist()
-    out = []
-    for total, low in zip(sums, least, strict=True):
-        if not math.isfinite(total) or low < 0:
-            out.append("has negative or non-finite probabilities")
-        else:
-            out.append("" if abs(total - 1.0) <= SUM_TOLERANCE else f"sums to {total:.6g}")
-    return out
-
-
-def _check_drawn(draft: Draft, q: Proposal) -> dict[int, str]:
-    """Sequences with a node whose law gives its token no probability: it cannot have been drawn from that law."""
-    out: dict[int, str] = {}
-    probs = token_probs(q, q.row, draft.token).tolist()
-    for b, low in enumerate(draft.offsets[:-1]):
-        for k in range(low, low + draft.counts[b]):
-            if q.row[k] >= 0 and not is_mass(probs[k]):
-                out[b] = f"node {k} proposes token {draft.tokens[k]}, to which its law gives probability {probs[k]}"
-    return out

@@ -21,7 +21,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from outrider.noise import Noise
+from outrider.transfer import Pending
 from outrider.types import Draft, Verdict
+from outrider.verify import device
 from outrider.verify import numerics as c
 from outrider.verify.block import BlockVerification
 from outrider.verify.tree import Laws
@@ -40,6 +42,13 @@ class Traversal:
     lane = "draft"
     limit = 0.0
 
+    def launch(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> Pending[Verdict] | None:
+        """The same verdict of chains, decided on the device of p and not yet read; None for a tree, which the host decides."""
+        return BlockVerification().launch(p, draft, noise, allowance) if draft.is_chain else None
+
+    @device.launched_by(launch)
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
@@ -89,16 +98,15 @@ def _judge(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[tuple[int, ..
     assert found is not None
     path = draft.path_to(found.node)
     u = noise.uniform(b, len(path) + 1, "final")
-    token, total = c.draw(c.as_weights(found.law), [u])
-    row = b if found.node < 0 else len(draft.counts) + found.node
-    return path, int(token) if c.is_total(float(total)) else c.draw_row(p, row, u, b), found.whole, c.unit(1.0 - whole)
+    drawn = c.draw_plain(c.as_weights(found.law), u)
+    return path, c.final_token(drawn, p, draft.row(b, found.node), u, b), found.whole, c.unit(1.0 - whole)
 
 
 def _numbers(draft: Draft, b: int) -> dict[int, tuple[int, int]]:
     """For every node of sequence b its depth and its number among the nodes of that depth: where its coin lies."""
     out: dict[int, tuple[int, int]] = {-1: (0, 0)}
     seen: dict[int, int] = {}
-    for k in range(draft.offsets[b], draft.offsets[b + 1]):
+    for k in draft.nodes(b):
         depth = out[draft.parent[k]][0] + 1
         out[k] = depth, seen.get(depth, 0)
         seen[depth] = out[k][1] + 1
@@ -112,7 +120,7 @@ def stops(p: Float[Tensor, "M V"], draft: Draft, b: int) -> Iterator[Stop]:
 
 def _visit(p: Tensor, draft: Draft, b: int, node: int, w: float) -> Iterator[Stop]:
     """The subtree of `node`, which is owed w: its children in draw order, then itself."""
-    row = b if node < 0 else len(draft.counts) + node
+    row = draft.row(b, node)
     here = p[row : row + 1].double()
     owed = here * w
     laws = Laws(draft.q)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider import transfer
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal, Verdict
+from outrider.verify import device
 from outrider.verify import numerics as c
-from outrider.verify.chain import judge_chains
+from outrider.verify.chain import judge_chains, verdict_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,13 @@ class ByNode:
         """The rule at one node."""
         return recursive_rejection(here, draft, children)
 
+    def launch(
+        self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
+    ) -> transfer.Pending[Verdict] | None:
+        """The same verdict, decided on the device of p and not yet read; None for a tree, which the host decides."""
+        return device.speculative_sampling(p, draft, noise, verdict_of) if draft.is_chain else None
+
+    @device.launched_by(launch)
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
@@ -78,7 +87,11 @@ class ByNode:
 
         Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
         """
-        return judge_chains(p, draft, noise) if draft.is_chain else judge_forest(p, draft, noise, self.judge)
+        if not draft.is_chain:
+            return judge_forest(p, draft, noise, self.judge)
+        if transfer.on_host(p):
+            return judge_chains(p, draft, noise)
+        return transfer.fetch(device.speculative_sampling(p, draft, noise, verdict_of))[0]
 
 
 class SpeculativeSampling(ByNode):
@@ -111,15 +124,10 @@ def _walk(p: Tensor, draft: Draft, noise: Noise, b: int, judge: Judge) -> tuple[
             rest = nodes.rest
             break
         path.append(taken)
-        row = len(draft.counts) + taken
+        row = draft.row(b, taken)
         rest = p[row : row + 1]
-    return path, _draw(p, row, rest, noise.uniform(b, len(path) + 1, "final"), b), risks
-
-
-def _draw(p: Tensor, row: int, rest: Tensor, u: float, b: int) -> int:
-    """The last token: a draw from what is left at `row` of p."""
-    token, total = c.draw_one(rest, u)
-    return token if c.is_total(total) else c.draw_row(p, row, u, b)
+    u = noise.uniform(b, len(path) + 1, "final")
+    return path, c.final_token(c.draw_one(rest, u), p, row, u, b), risks
 
 
 def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:

@@ -135,7 +135,7 @@ class ModelDrafter:
             nodes,
         )
         number = {i: b for b, i in enumerate(live)}
-        scored = [len(live) + nodes.offsets[number[i]] + k for i, k in ends]
+        scored = [nodes.row(number[i], nodes.nodes(number[i])[k]) for i, k in ends]
         return cache.score(replace(rows, scored=rows.scored[scored]))
 
 

@@ -56,34 +56,17 @@ class Forest:
 
     def nodes(self, index: Sequence[int], device: torch.device) -> Draft:
         """The trees of the sequences `index`, without their laws."""
-        counts = tuple(len(self.tokens[i]) for i in index)
-        if not any(counts):
-            return Draft.empty(len(counts), device)
-        parent: list[int] = []
-        for i in index:
-            low = len(parent)
-            parent += [p + low if p >= 0 else -1 for p in self.parent[i]]
-        flat = [t for i in index for t in self.tokens[i]]
-        return Draft(torch.tensor(flat, dtype=torch.int64, device=device), tuple(parent), counts)
+        return Draft.join([(self.tokens[i], self.parent[i]) for i in index], None, device)
 
     def draft(self, device: torch.device, siblings: Siblings) -> Draft:
         """All trees with their laws, as a `Draft` on `device`."""
-        draft = self.nodes(range(len(self.tokens)), device)
-        row = tuple(r for rows in self.row for r in rows)
-        if all(r == POINT_MASS for r in row):
-            return draft
-        probs = (self._laws[0] if len(self._laws) == 1 else torch.cat(self._laws)).to(device)
-        return Draft(draft.token, draft.parent, draft.counts, Proposal(probs, row, None, siblings))
+        row, q = tuple(r for rows in self.row for r in rows), None
+        if any(r != POINT_MASS for r in row):
+            probs = (self._laws[0] if len(self._laws) == 1 else torch.cat(self._laws)).to(device)
+            q = Proposal(probs, row, None, siblings)
+        return Draft.join(list(zip(self.tokens, self.parent, strict=True)), q, device)
 
 
 def chains(tokens: Sequence[Sequence[int]], device: torch.device) -> Draft:
     """One chain of point masses per sequence (empty: no proposal)."""
-    counts = tuple(len(c) for c in tokens)
-    if not any(counts):
-        return Draft.empty(len(counts), device)
-    parent: list[int] = []
-    for n in counts:
-        if n:
-            parent += [-1, *range(len(parent), len(parent) + n - 1)]
-    flat = [t for chain in tokens for t in chain]
-    return Draft(torch.tensor(flat, dtype=torch.int64, device=device), tuple(parent), counts)
+    return Draft.join([(chain, range(-1, len(chain) - 1)) for chain in tokens], None, device)

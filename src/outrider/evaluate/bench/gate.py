@@ -20,8 +20,8 @@ from outrider.errors import ConfigError
 from outrider.evaluate.measure import Record
 from outrider.evaluate.statistics.ratios import difference_influence, influence, margin
 from outrider.evaluate.store.store import Store
+from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
-from outrider.types import Counts
 
 Outcome = Literal["passed", "failed", "inconclusive", "not measured"]
 

@@ -19,11 +19,11 @@ import numpy as np
 from outrider.evaluate.bench.presets import Spec
 from outrider.evaluate.measure import Record
 from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
+from outrider.records import Counts
 from outrider.theory.hardware import Hardware, Model
 from outrider.theory.hardware import model as model_of_size
 from outrider.theory.roofline import USABLE, Setting, forward
 from outrider.theory.speedup import tokens_per_call_by_position
-from outrider.types import Counts
 
 TARGETS = ("7b", "13b", "70b")
 OUTPUT_TOKENS = 32_000

@@ -16,7 +16,7 @@ import numpy as np
 
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Record
-from outrider.types import Counts
+from outrider.records import Counts
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag", "overall")

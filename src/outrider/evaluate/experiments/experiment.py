@@ -23,8 +23,8 @@ from outrider.evaluate.scoring.quality import with_quality
 from outrider.evaluate.statistics.sequential import Bounds, bounds
 from outrider.evaluate.store.store import Store, fingerprint
 from outrider.params import SamplingParams
+from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
-from outrider.types import Counts
 from outrider.verify import load_rule
 
 MAX_BYTES = 1 << 20

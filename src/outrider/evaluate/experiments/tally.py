@@ -24,8 +24,8 @@ from scipy.special import betainc, betaln
 from outrider.evaluate.experiments.assignment import shares_of
 from outrider.evaluate.experiments.experiment import Comparison, Experiment, decide
 from outrider.evaluate.statistics.sequential import bounds
+from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
-from outrider.types import Counts
 
 STOPPED = " (stopped)"
 """Behind the name of an arm in the record of a request that would have got it, and got the base instead."""

@@ -26,10 +26,10 @@ from outrider.evaluate.measure import Arm, Record, run_group
 from outrider.evaluate.scoring import score as ev
 from outrider.evaluate.statistics.ratios import Array, difference_influence, influence, margin
 from outrider.params import SamplingParams
+from outrider.records import PHASES, Counts
 from outrider.theory import forecast as fc
 from outrider.theory.replay import Text, Verification
 from outrider.theory.speedup import break_even_acceptance
-from outrider.types import PHASES, Counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Record, Timing, latency
 from outrider.evaluate.store.store import Store
-from outrider.types import Counts
+from outrider.records import Counts
 
 FORMATS = ("vllm", "aiperf", "guidellm")
 MAX_BYTES = 1 << 28

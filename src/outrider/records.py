@@ -1,0 +1,100 @@
+"""What a step leaves behind in numbers: plain values without torch, only ever summed and handed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PHASES: tuple[str, ...] = ("target", "rule", "draft", "host")
+_SUMS = ("steps", "proposed", "judged", "accepted", "dropped", "cut", "rejected", "emitted", "risk", "spread", "bias")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Raw counts, only ever summed; ratios are formed at the edge, as ratios of sums.
+
+    steps: sequence-steps with a verdict. proposed: nodes proposed. judged, rejected: see `Verdict`. accepted: accepted nodes that
+    were emitted. emitted: tokens. A text may end (end of text, stop string, limit) within the draft of its last step: dropped are
+    the accepted nodes behind that end, cut the steps that lost their own token with it. So judged = accepted + dropped + rejected
+    and emitted = accepted + steps - cut. risk, spread, bias: sums of the ledger, over all that was judged.
+    accepted_at[d]: steps whose node at depth d + 1 was accepted and emitted; judged_at[d]: steps in which depth d + 1 was judged,
+    none behind an end.
+    """
+
+    steps: int = 0
+    proposed: int = 0
+    judged: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    emitted: int = 0
+    risk: float = 0.0
+    spread: float = 0.0
+    bias: float = 0.0
+    accepted_at: list[int] = field(default_factory=list)
+    judged_at: list[int] = field(default_factory=list)
+    dropped: int = 0
+    cut: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the steps: what plain decoding would have taken steps for."""
+        return self.accepted + self.steps - self.cut
+
+    def add(
+        self,
+        proposed: int,
+        accepted: int,
+        judged: int,
+        risk: float,
+        spread: float,
+        bias: float,
+        kept: int | None = None,
+    ) -> None:
+        """One sequence-step with a verdict. kept: how many of its accepted + 1 tokens were emitted; None: all of them."""
+        kept = accepted + 1 if kept is None else kept
+        self.steps += 1
+        self.proposed += proposed
+        self.judged += judged
+        self.accepted += min(accepted, kept)
+        self.dropped += max(accepted - kept, 0)
+        self.cut += kept <= accepted
+        self.rejected += judged - accepted
+        self.risk += risk
+        self.spread += spread
+        self.bias += bias
+        self._grow(min(judged, kept))
+        for d in range(min(judged, kept)):
+            self.judged_at[d] += 1
+        for d in range(min(accepted, kept)):
+            self.accepted_at[d] += 1
+
+    def merge(self, other: Counts) -> None:
+        """Add the sums of `other`."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._grow(len(other.judged_at))
+        for d, (a, j) in enumerate(zip(other.accepted_at, other.judged_at, strict=True)):
+            self.accepted_at[d] += a
+            self.judged_at[d] += j
+
+    def _grow(self, depth: int) -> None:
+        while len(self.judged_at) < depth:
+            self.accepted_at.append(0)
+            self.judged_at.append(0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step as every sink sees it: host numbers only.
+
+    rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
+    seconds: wall-clock seconds of each of PHASES; counts: the step's sums. fresh: those of the sequences whose seed the engine
+    chose: a client's own seed may repeat its noise, and then the laws of the ledger do not hold over several requests.
+    """
+
+    rows: int
+    scored: int
+    running: int
+    waiting: int
+    seconds: dict[str, float]
+    counts: Counts
+    fresh: Counts = field(default_factory=Counts)

@@ -1,0 +1,60 @@
+"""What crosses between the host and an accelerator: uploads that do not wait, and results that come home in one copy.
+
+A read waits for all that the device was told to do, so it pays to read seldom. Whoever decides something on the device hands back a
+`Pending`, and whoever needs several results fetches them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the numbers of `x` lie in this machine's memory, where reading them costs nothing."""
+    return x.device.type == "cpu"
+
+
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor [n] on `device`, without waiting for what the device is doing."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def read(*parts: Tensor) -> list[Any]:
+    """Tensors of up to two dimensions as lists, by one copy: numbers below 2^53 come home as they are."""
+    if all(map(on_host, parts)):
+        return [x.tolist() for x in parts]
+    flat = torch.cat([x.flatten().double() for x in parts]).tolist()
+    out, at = [], 0
+    for x in parts:
+        mine = flat[at : at + x.numel()]
+        at += x.numel()
+        if not x.is_floating_point():
+            mine = [bool(v) for v in mine] if x.dtype is torch.bool else [int(v) for v in mine]
+        width = x.shape[-1] if x.dim() == 2 else 0
+        out.append([mine[i * width : (i + 1) * width] for i in range(x.shape[0])] if x.dim() == 2 else mine)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Pending(Generic[T]):
+    """A result whose numbers may still be on a device: `parts`, and what makes the result of them once they are lists."""
+
+    parts: tuple[Tensor, ...]
+    finish: Callable[..., T]
+
+
+def fetch(*pending: Pending[Any]) -> list[Any]:
+    """All these results, by one copy."""
+    lists = read(*(part for one in pending for part in one.parts))
+    out, at = [], 0
+    for one in pending:
+        out.append(one.finish(*lists[at : at + len(one.parts)]))
+        at += len(one.parts)
+    return out
