@@ -9,8 +9,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from outrider.drafters.contained import defect_of
 
+from outrider.contained import defect_of
 from outrider.engine.sanitize import honest
 from outrider.errors import ConfigError, RequestError
 from outrider.noise import Noise

@@ -83,7 +83,7 @@ def judge(
 ) -> tuple[Verdict, set[int]]:
     """The verdict, and the sequences of the `bad` rows: in one copy from the device where the rule can leave its verdict there.
 
-    A rule that can says so by an attribute `launch` of its `__call__`: it takes the same and gives a `Pending` verdict, or None where
+    A rule that can says so by an attribute `launch` of its `__call__`: it takes the same and gives a pending verdict, or None if
     the host decides.
     """
     flags = transfer.Pending((bad,), lambda found: {draft.sequence_of_row[i] for i, x in enumerate(found) if x})
