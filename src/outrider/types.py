@@ -1,4 +1,4 @@
-"""The nouns: plain data that crosses between engine, target, rule and drafter. Imports torch and nothing of ours but noise.
+"""The nouns: plain data that crosses between engine, target, rule and drafter. Imports torch and, of ours, plain values only.
 
 Shapes: N rows, K nodes, B sequences with a verdict in this step, M = B + K scored rows, V vocabulary, H hidden size.
 The *structure* of a step (who, where, parents, counts) is host data (tuples): it is known before anything is computed, so no
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.noise import Noise
+from outrider.params import SamplingParams
 
 Siblings = Literal["iid", "without_replacement", "hub"]
 """How several children of a node were drawn from one law: independently; each from what the earlier ones left; or as SpecHub's
@@ -300,7 +301,7 @@ class SequenceView:
     tokens: list[int]
     prompt: int
     cached: int
-    params: object
+    params: SamplingParams
 
 
 DraftLaw = Callable[[Float[Tensor, "n V"], Sequence[SequenceView], Sequence[Sequence[int]]], Float[Tensor, "n V"]]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
+from outrider.engine.sanitize import silence
 from outrider.errors import CapabilityError, ConfigError
-from outrider.sampling import Law, SamplingParams, cpu, finite_rows, logprobs_of, processors
+from outrider.sampling import Law, SamplingParams, cpu, logprobs_of, processors
 from outrider.types import SequenceView
 
 INF = math.inf
@@ -304,8 +305,12 @@ def test_finite_rows():
     x[3, :49] = -INF
     x[4] = -INF
     x[5, 3], x[5, 4] = -INF, math.nan
-    assert finite_rows(x) == [True, False, False, True, False, False]
-    assert finite_rows(x[:0]) == []
+    before = x.clone()
+    assert silence(x).tolist() == [False, True, True, False, True, True]
+    assert (
+        torch.equal(x[[0, 3]], before[[0, 3]]) and not x[[1, 2, 4, 5]].any()
+    )  # blanked, and their neighbours are as they were
+    assert silence(x[:0]).tolist() == []
 
 
 @pytest.mark.parametrize("vocab", [40, 4000])

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol, cast, runtime_checkable
 
 from outrider.control.acceptance import Depths, break_even
 from outrider.control.length_search import LAST_PAUSE, PAIRS, SETTLE, TURNS, Load
@@ -33,18 +32,6 @@ DOUBTFUL = 0.9
 """A trial is put off, to the longest pause at most, when its length is foretold to be worth less than this share of the choice."""
 EARN = 2.0
 """Drafting is taken up again where it is foretold to bring this many times what reading costs: the load may fall before it does."""
-
-
-@runtime_checkable
-class _Params(Protocol):
-    """What this controller reads of a request's sampling parameters."""
-
-    @property
-    def seed(self) -> int | None: ...
-    @property
-    def greedy(self) -> bool: ...
-    @property
-    def draft_length(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +90,7 @@ class Adaptive:
         """The choice for this load; `first` for a sampled request with its own seed unless lengths are `invariant`."""
         length = self._choice(sequences)
         out = [self.first if self._pinned(v) else length for v in sequences]
-        own = any(cast(_Params, v.params).draft_length is not None for v in sequences)
+        own = any(v.params.draft_length is not None for v in sequences)
         self._now = None if own or any(x != length for x in out) else (len(sequences), length)
         self._last = len(sequences)
         pairs = zip(out, sequences, strict=True)
@@ -167,7 +154,7 @@ class Adaptive:
 
     # ------------------------------------------------------------------ inside
     def _pinned(self, view: SequenceView) -> bool:
-        params = cast(_Params, view.params)
+        params = view.params
         return not self.invariant and params.seed is not None and not params.greedy
 
     def _load(self, sequences: int) -> Load:
@@ -283,5 +270,5 @@ class Adaptive:
 
 def _at_most(length: int, view: SequenceView) -> int:
     """What a sequence drafts where its own request may ask for less."""
-    own = cast(_Params, view.params).draft_length
+    own = view.params.draft_length
     return length if own is None else min(length, own)

@@ -46,7 +46,8 @@ class Law:
         """Laws float32 (float64 if the logits are); rows sum to one. The logits are not changed.
 
         sequences: per row its sequence. paths: per row the drafted tokens between the sequence's anchor and this row.
-        A row whose logits `finite_rows` rejects gets NaN (or an arbitrary token); its neighbours get what they always get.
+        A row without a finite maximum (a NaN, +inf, or nothing but -inf) gets NaN (or an arbitrary token);
+        its neighbours get what they always get.
         """
         if logits.shape != (len(sequences), self.vocab_size) or len(paths) != len(sequences):
             raise CapabilityError(
@@ -59,7 +60,7 @@ class Law:
     def _laws(
         self, logits: Tensor, sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
     ) -> Float[Tensor, "M V"]:
-        params = [params_of(s) for s in sequences]
+        params = [s.params for s in sequences]
         x = logits if logits.dtype == torch.float64 else logits.float()
         if any(p.edits for p in params):
             x = self._edit(x.clone(), params, sequences, paths)
@@ -118,7 +119,7 @@ class Law:
 
     def forced(self, sequence: SequenceView) -> list[int]:
         """Tokens that the request's grammar dictates behind its output; none without a grammar."""
-        grammar = params_of(sequence).grammar
+        grammar = sequence.params.grammar
         return self._automaton(sequence, grammar).forced() if grammar is not None else []
 
     def _automaton(self, sequence: SequenceView, grammar: str) -> Automaton:
@@ -136,20 +137,9 @@ class Law:
         return history
 
 
-def params_of(sequence: SequenceView) -> SamplingParams:
-    """The sampling parameters of a sequence."""
-    assert isinstance(sequence.params, SamplingParams)
-    return sequence.params
-
-
 def output_length(sequence: SequenceView) -> int:
     """Tokens of the output so far, the anchor included."""
     return len(sequence.tokens) - sequence.prompt
-
-
-def finite_rows(logits: Float[Tensor, "M V"]) -> list[bool]:
-    """Which rows have a law: no NaN, no +inf, at least one finite logit (-inf is an impossible token). One reduction."""
-    return torch.isfinite(logits.amax(-1)).tolist() if logits.shape[0] else []
 
 
 class Logprobs(NamedTuple):
