@@ -98,9 +98,7 @@ def test_help_is_plain_and_whole_everywhere(command: tuple[str, ...], monkeypatc
     for flag in ("-h", "--help"):
         assert run(monkeypatch, *command, flag) == 0
         text = capsys.readouterr().out
-        assert (
-            text.startswith("Usage: outrider") and not set(text) & set("…─│")
-        )
+        assert text.startswith("Usage: outrider") and not set(text) & set("…─│")
 
 
 def test_wrong_paths_are_said_before_torch_is_imported(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_a_step_costs_what_it_costs_in_transformers(family: str, caplog: pytest.
     model = build(family)
     engine = engine_of(model, 64)
     assert engine.parts.target.path != "recompute", engine.parts.target.why
-    with counted(model) as expected:  # first: what a model says of itself, often once a process, it says to `generate` too
+    with counted(
+        model
+    ) as expected:  # first: what a model says of itself, often once a process, it says to `generate` too
         reference = theirs(model, NEW)
     caplog.clear()
     with counted(model) as fed, caplog.at_level(logging.WARNING), propagating():
@@ -67,7 +69,9 @@ def test_a_model_that_counts_from_zero_in_every_call_is_told_its_positions() -> 
     """In half precision too, where the logits of a short text do not show that it was not."""
     model = build("bamba").bfloat16()
     engine, told = engine_of(model, 64), []
-    hook = model.register_forward_pre_hook(lambda _m, _a, kw: told.extend(kw["position_ids"][0].tolist()), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _m, _a, kw: told.extend(kw["position_ids"][0].tolist()), with_kwargs=True
+    )
     ours(engine, NEW)
     hook.remove()
     assert engine.parts.target.path == "recurrent"

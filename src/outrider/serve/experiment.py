@@ -17,8 +17,8 @@ USER, ARM = "x-outrider-user", "x-outrider-arm"
 
 @runtime_checkable
 class Trial(Protocol):
-    """An experiment. A place has a `label`, the arm, and a `wish`, sampling parameters that the request gets besides its own (with
-    `drafters`, see `Chosen`); each comes back to `ended` once, with a record of plain data."""
+    """An experiment. A place has a `label`, the arm, and `overrides`, sampling parameters that the request gets besides its
+    own (with `drafters`, see `Chosen`); each comes back to `ended` once, with a record of plain data."""
 
     def start(self) -> None: ...
     def place(self, who: str) -> Any | None: ...
@@ -43,9 +43,9 @@ def join(trial: Trial, who: str, ticket: Ticket, params: SamplingParams) -> Samp
     if place is None:
         return params
     ticket.arm, ticket.on_end = place.label, lambda done: trial.ended(place, record_of(done))
-    wish = dict(place.wish)
-    drafters = wish.pop("drafters", None)
-    params = replace(params, **wish)
+    overrides = dict(place.overrides)
+    drafters = overrides.pop("drafters", None)
+    params = replace(params, **overrides)
     return params if drafters is None else Chosen.of(params, tuple(drafters))
 
 
