@@ -23,7 +23,7 @@ from agreement_report import write
 
 from outrider.build import Engine, build_engine, companion
 from outrider.engine.outputs import Result
-from outrider.evaluate.scoring import score as scoring
+from outrider.evaluate.scoring import score as predict
 from outrider.params import SamplingParams
 from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
@@ -88,12 +88,12 @@ def held_out_prompts(engine: Engine, count: int, size: int = 48) -> list[str]:
     return [engine.tokenizer.decode(pieces[i]) for i in sorted(pick)]
 
 
-def score(s: Setting, temperature: float, samples: int, seed: int, rows: int = 512) -> scoring.Scored:
+def score(s: Setting, temperature: float, samples: int, seed: int, rows: int = 512) -> predict.Scored:
     """`samples` plain texts of every prompt under both models."""
-    items, params, clock = [scoring.Item(p) for p in s.prompts], s.params(temperature, samples), scoring.Clock()
-    emitted = scoring.sample(s.engine, items, params, clock, lambda x: None, batch=s.slots, seed=seed)
-    draft = scoring.draft_model(s.engine)
-    return scoring.score(s.engine, draft, emitted, items, params, clock, lambda x: None, rows=rows, seed=seed)
+    items, params, clock = [predict.Item(p) for p in s.prompts], s.params(temperature, samples), predict.Clock()
+    emitted = predict.sample(s.engine, items, params, clock, lambda x: None, batch=s.slots, seed=seed)
+    draft = predict.draft_model(s.engine)
+    return predict.score(s.engine, draft, emitted, items, params, clock, lambda x: None, rows=rows, seed=seed)
 
 
 def sums(results: Sequence[Result]) -> Counts:
@@ -233,7 +233,7 @@ def others(s: Setting) -> list[dict[str, Any]]:
     return [one_arm(s, *arm, None) for arm in arms]
 
 
-def one_arm(s: Setting, m: int, rule: str, shape: str, laws: score.Scored | None) -> dict[str, Any]:
+def one_arm(s: Setting, m: int, rule: str, shape: str, laws: predict.Scored | None) -> dict[str, Any]:
     """One run; predicted before it from the laws of the text if they are given and the rule's coins follow from them."""
     drafter = s.draft if shape == "chain" else f"{shape}:{s.draft}"
     results = s.run(1.0, 61, length=3, rule=rule, drafter=drafter)
@@ -255,7 +255,7 @@ def one_arm(s: Setting, m: int, rule: str, shape: str, laws: score.Scored | None
     }
 
 
-def predicted_batch(s: Setting, laws: score.Scored, results: Sequence[Result], rule: str, m: int) -> dict[str, Any]:
+def predicted_batch(s: Setting, laws: predict.Scored, results: Sequence[Result], rule: str, m: int) -> dict[str, Any]:
     """Tokens per step and first acceptance of m drafts that compete for the first position, from plain text alone.
 
     Given its token x, a first position was accepted with probability min(1, s q(x)/p(x)), s the slope of the rule at that law
@@ -352,11 +352,11 @@ def one_point(s: Setting, rule: Lossy, what: dict[str, Any]) -> dict[str, Any]:
 
 def likelihood(s: Setting, results: Sequence[Result]) -> dict[str, float]:
     """Mean log-probability in nats per token of the texts under the target, and its error over prompts."""
-    target, clock = s.engine.parts.target, scoring.Clock()
+    target, clock = s.engine.parts.target, predict.Clock()
     means = []
     for r in results:
         tokens, output = [*r.prompt, *r.outputs[0].token_ids], r.outputs[0].token_ids
-        rows = torch.cat(list(score.logits_along(target, tokens, len(r.prompt) - 1, clock)))
+        rows = torch.cat(list(predict.logits_along(target, tokens, len(r.prompt) - 1, clock)))
         means.append(float(rows.float().log_softmax(-1).gather(1, torch.tensor(output)[:, None]).mean()))
     return {"mean": float(np.mean(means)), "error": float(np.std(means, ddof=1) / np.sqrt(len(means)))}
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers_pool as pool
-from peers import machine, say, write_json
-from peers_arms import HERE, VENVS, Arm, Worker
-from peers_stats import Speeds, describe_machine, ratio, speeds, table
+from peers import pool
+from peers.arms import ROOT, VENVS, Arm, Worker
+from peers.run import machine, say, write_json
+from peers.stats import Speeds, describe_machine, ratio, speeds, table
 
 OUT = Path("runs/neighbours")
 NEIGHBOURS = (0, 1, 2)
@@ -74,7 +74,7 @@ def arms(length: int, before: Path | None, peers: bool) -> list[tuple[Arm, bool]
     lengths = {PLAIN: {"length": 0}, SPECULATIVE: {"length": length}}
     fixed = {"one thread": FREE, "all threads": FREE, "all threads bound": {}}
     for engine, root, settings in (
-        ("ours", HERE.parent, {"default": USERS, "one thread": FREE}),
+        ("ours", ROOT, {"default": USERS, "one thread": FREE}),
         ("before", before, fixed),
     ):
         if root is None:
@@ -82,15 +82,15 @@ def arms(length: int, before: Path | None, peers: bool) -> list[tuple[Arm, bool]
         for how, env in settings.items():
             name = f"{engine}, {how}"
             path = {"PYTHONPATH": str(root / "src")}
-            worker = Worker(name, "peers_ours.py", Path(sys.executable), "torch", {"lengths": [0, length]}, path | env)
+            worker = Worker(name, "worker_ours.py", Path(sys.executable), "torch", {"lengths": [0, length]}, path | env)
             add(name, worker, how == "one thread", lengths)
     if peers:
         assistant = {PLAIN: {"assistant_tokens": 0}, SPECULATIVE: {"assistant_tokens": 3}}
         for how in ("all threads", "one thread"):
             name, python = f"transformers, {how}", Path(sys.executable)
-            add(name, Worker(name, "peers_transformers.py", python, "transformers", {}, FREE), "one" in how, assistant)
+            add(name, Worker(name, "worker_transformers.py", python, "transformers", {}, FREE), "one" in how, assistant)
             name, python = f"llama.cpp, {how}", VENVS / "llama" / "bin" / "python"
-            worker = Worker(name, "peers_llama.py", python, "llama-cpp-python", {}, FREE)
+            worker = Worker(name, "worker_llama.py", python, "llama-cpp-python", {}, FREE)
             add(name, worker, "one" in how, {PLAIN: {}})
     return made
 

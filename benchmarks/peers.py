@@ -13,251 +13,37 @@ that is not installed is reported as absent.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import random
-import shlex
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import peers_install
-import peers_pool as pool
-from peers_arms import ENGINES, Arm, Worker, arms
-from peers_report import write_report
+from peers.arms import ENGINES
+from peers.install import STEPS, install
+from peers.report import write_report
+from peers.run import run
 
 OUT = Path("runs/peers")
-WARM = 8
-SLOW_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """Prompts decoded together, and the temperature (0 = greedy)."""
-
-    batch: int
-    temperature: float
-
-    @property
-    def name(self) -> str:
-        return f"batch {self.batch}, " + ("greedy" if self.temperature == 0 else f"temperature {self.temperature:g}")
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Lengths in tokens, the vocabulary prompts are drawn from, and the seed of everything random."""
-
-    prompt: int
-    tokens: int
-    vocab: int
-    seed: int
-
-    def command(self, arm: Arm, scenario: Scenario, turn: int) -> dict[str, Any]:
-        """The same prompts for every arm of a turn, the arm's own setting. Turn -1 is short: it only warms up."""
-        draw = random.Random(f"{self.seed} {scenario.name} {turn}")
-        prompt, tokens = (self.prompt, self.tokens) if turn >= 0 else (min(WARM, self.prompt), min(WARM, self.tokens))
-        return {
-            "prompts": [[draw.randrange(self.vocab) for _ in range(prompt)] for _ in range(scenario.batch)],
-            "tokens": tokens,
-            "temperature": scenario.temperature,
-            "seed": draw.randrange(2**31),
-            "setting": arm.setting,
-        }
-
-
-class Bench:
-    """Started workers, and the samples by scenario and arm: one entry a round, None where it failed or sat out.
-
-    An arm that takes n times SLOW_SECONDS takes part in every n-th round only, or nothing else would get a second one.
-    """
-
-    def __init__(self, wanted: Sequence[Arm], scenarios: Sequence[Scenario], workload: Workload) -> None:
-        self.arms, self.scenarios, self.workload = list(wanted), list(scenarios), workload
-        self.running: dict[str, pool.Running] = {}
-        self.absent: dict[str, str] = {}
-        self.failed: dict[str, str] = {}
-        self.samples = {s.name: {a.name: [] for a in wanted if a.batches or s.batch == 1} for s in scenarios}
-        self.rounds = 0
-
-    def start(self, load: dict[str, Any], threads: int, logs: Path, patience: float) -> None:
-        """Start every worker whose engine is installed; the others are absent."""
-        for worker in {arm.worker.name: arm.worker for arm in self.arms}.values():
-            version = pool.installed(worker)
-            if version is None:
-                self.absent[worker.name] = f"{worker.needs} is not installed in {worker.python.parent.parent.name}"
-                say(f"{worker.name}: absent")
-                continue
-            self._start(worker, load, threads, logs, patience)
-
-    def _start(self, worker: Worker, load: dict[str, Any], threads: int, logs: Path, patience: float) -> None:
-        try:
-            running = self.running[worker.name] = pool.start(worker, load, threads, logs, patience)
-        except pool.WorkerError as error:
-            self.failed[worker.name] = str(error)
-            say(f"{worker.name}: {error}")
-        else:
-            say(f"{worker.name}: loaded in {running.load_seconds:.0f} s, {running.rss_gb:.1f} GB")
-
-    def round(self, turn: int) -> None:
-        """Every arm once in every scenario, in random order. Turn -1 warms up: few tokens, nothing kept."""
-        order = random.Random(f"{self.workload.seed} {turn}")
-        for scenario in order.sample(self.scenarios, len(self.scenarios)):
-            table = self.samples[scenario.name]
-            for arm in order.sample(self.arms, len(self.arms)):
-                if arm.name in table:
-                    due = turn < 0 or turn % _period(table[arm.name]) == 0
-                    sample = self._ask(arm, scenario, turn) if due else None
-                    if turn >= 0:
-                        table[arm.name].append(sample)
-        self.rounds = turn + 1
-
-    def _ask(self, arm: Arm, scenario: Scenario, turn: int) -> dict[str, Any] | None:
-        running = self.running.get(arm.worker.name)
-        if running is None:
-            return None
-        warm, timed = (self.workload.command(arm, scenario, t) for t in (-1, turn))
-        try:
-            return pool.ask(running, timed, warm)
-        except pool.WorkerError as error:
-            say(str(error))
-            self.failed[arm.worker.name] = str(error)
-            pool.end(self.running.pop(arm.worker.name))
-            return None
-
-    def end(self) -> None:
-        """End every worker."""
-        for running in self.running.values():
-            pool.end(running)
-
-    def record(self) -> dict[str, Any]:
-        """Everything known so far, as JSON."""
-        workers = {
-            name: {"versions": r.versions, "load_seconds": round(r.load_seconds, 1), "rss_gb": round(r.rss_gb, 2)}
-            for name, r in self.running.items()
-        }
-        kinds = {arm.name: [arm.engine, arm.kind] for arm in self.arms}
-        return {
-            "rounds": self.rounds,
-            "workers": workers,
-            "absent": self.absent,
-            "failed": self.failed,
-            "arms": kinds,
-            "scenarios": {s.name: {"batch": s.batch, "temperature": s.temperature} for s in self.scenarios},
-            "samples": self.samples,
-        }
-
-
-def _period(samples: Sequence[dict[str, Any] | None]) -> int:
-    """In every how manieth round an arm takes part, by the fastest it was so far."""
-    return max(1, round(min((s["seconds"] for s in samples if s), default=0.0) / SLOW_SECONDS))
-
-
-def run(options: argparse.Namespace) -> None:
-    """`peers.py run`: each pair for its share of the time."""
-    import synthetic  # here: torch is slow to import, and `table` and `install` do without it
-
-    for index, pair in enumerate(options.pair):
-        size, _, acceptance = pair.partition("-")
-        if size not in synthetic.SIZES or not acceptance:
-            raise SystemExit(f"pair {pair!r}: write size-acceptance, such as 160m-0.8; sizes: {list(synthetic.SIZES)}")
-        folder = synthetic.build(size, synthetic.SIZES[size], float(acceptance), [options.dtype])
-        left = options.end - time.monotonic()
-        deadline = time.monotonic() + left / (len(options.pair) - index)
-        run_pair(pair, folder, deadline, options)
-
-
-def run_pair(pair: str, folder: Path, deadline: float, options: argparse.Namespace) -> None:
-    """Start, warm up, repeat rounds until the deadline, and keep the result file up to date after each."""
-    cores = sorted(os.sched_getaffinity(0))
-    measured = json.loads((folder / "measured.json").read_text())
-    workload = Workload(options.prompt, options.tokens, measured["recipe"]["size"]["vocab"], options.seed)
-    scenarios = [Scenario(batch, temperature) for batch in options.batch for temperature in options.temperature]
-    bench = Bench(arms(options.engines, options.lengths, cores), scenarios, workload)
-    load = {
-        "target": str(folder / f"target-{options.dtype}"),
-        "draft": str(folder / f"draft-{options.dtype}"),
-        "dtype": options.dtype,
-        "capacity": max(options.batch),
-        "length": options.prompt + options.tokens,
-    }
-    about = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(cores),
-        "pair": {"name": pair, **measured},
-        "dtype": options.dtype,
-        "workload": {"prompt": options.prompt, "tokens": options.tokens, "seed": options.seed},
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out / f"{pair}-{options.dtype}.json"
-    try:
-        bench.start(load, len(cores), options.out / "logs" / pair, options.patience)
-        longest, turn = 0.0, -1
-        while bench.running and turn < options.rounds and (turn < 1 or time.monotonic() + longest < deadline):
-            start = time.monotonic()
-            bench.round(turn)
-            longest = max(longest, time.monotonic() - start) if turn >= 0 else 0.0
-            say(f"{pair}: round {turn + 1} took {time.monotonic() - start:.0f} s")
-            write_json(out, about | bench.record())
-            turn += 1
-    finally:
-        bench.end()
-    if not bench.rounds:
-        raise SystemExit(f"nothing was measured: {bench.failed or bench.absent}")
-    print(out)
-
-
-def machine(cores: Sequence[int]) -> dict[str, Any]:
-    """The processor, the cores used, the memory, the system."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.machine())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {
-        "processor": name,
-        "cores": len(cores),
-        "memory": f"{memory:.0f} GiB",
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-    }
-
-
-def write_json(path: Path, content: object) -> None:
-    """Replace a file in one step."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Outrider beside its peers")
     commands = parser.add_subparsers(dest="command", required=True)
-    install = commands.add_parser("install", help="make the environment of a peer")
-    install.add_argument("peer", choices=sorted(peers_install.STEPS))
-    run = commands.add_parser("run", help="measure")
-    run.add_argument("--pair", action="append", help="size-acceptance, repeatable; default 160m-0.8")
-    run.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    run.add_argument("--minutes", type=float, default=12.0, help="for everything, starting the engines included")
-    run.add_argument("--rounds", type=int, default=1000, help="at most; at least one is run")
-    run.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    run.add_argument("--lengths", type=int, nargs="+", default=[2, 3, 4, 6], help="draft lengths of ours")
-    run.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    run.add_argument("--temperature", type=float, nargs="+", default=[1.0], help="0 is greedy")
-    run.add_argument("--prompt", type=int, default=64, help="prompt tokens")
-    run.add_argument("--tokens", type=int, default=96, help="new tokens")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--patience", type=float, default=300.0, help="seconds an engine may take to load")
-    run.add_argument("--out", type=Path, default=OUT)
+    environment = commands.add_parser("install", help="make the environment of a peer")
+    environment.add_argument("peer", choices=sorted(STEPS))
+    measure = commands.add_parser("run", help="measure")
+    measure.add_argument("--pair", action="append", help="size-acceptance, repeatable; default 160m-0.8")
+    measure.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    measure.add_argument("--minutes", type=float, default=12.0, help="for everything, starting the engines included")
+    measure.add_argument("--rounds", type=int, default=1000, help="at most; at least one is run")
+    measure.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    measure.add_argument("--lengths", type=int, nargs="+", default=[2, 3, 4, 6], help="draft lengths of ours")
+    measure.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    measure.add_argument("--temperature", type=float, nargs="+", default=[1.0], help="0 is greedy")
+    measure.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    measure.add_argument("--tokens", type=int, default=96, help="new tokens")
+    measure.add_argument("--seed", type=int, default=0)
+    measure.add_argument("--patience", type=float, default=300.0, help="seconds an engine may take to load")
+    measure.add_argument("--out", type=Path, default=OUT)
     report = commands.add_parser("table", help="result files as Markdown")
     report.add_argument("files", type=Path, nargs="+")
     report.add_argument("--write", type=Path, help="replace this file instead of printing")
@@ -268,7 +54,7 @@ def main() -> None:
     """Run one command."""
     options = parse()
     if options.command == "install":
-        peers_install.install(options.peer)
+        install(options.peer)
     elif options.command == "table":
         write_report(options.files, options.write)
     else:

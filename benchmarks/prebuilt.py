@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from native import CACHED, chain, decoder_config, interleaved, random_weights, shipped_config
-from peers_stats import ratio
+from peers.stats import ratio
 
 from outrider import isa
 from outrider.models.decoder import DecoderConfig

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 
 from outrider.build import build_engine, companion
-from outrider.evaluate.measure import Arm, run_arms, summarise
+from outrider.evaluate.measure import Arm, run_arms
+from outrider.evaluate.records import summarise
 from outrider.evaluate.workloads import load_prompts
 from outrider.params import SamplingParams
 from outrider.telemetry.ledger import acceptance_length, ledger

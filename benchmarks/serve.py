@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers_arms import VENVS, vllm_env
+from peers.arms import VENVS, vllm_env
 from serve_load import Address, Traffic, closed_loop, open_loop, summary
 
 from outrider.assets import shipped_prompts

@@ -3,7 +3,8 @@
 from outrider import Engine, SamplingParams
 from outrider.assets import shipped_prompts
 from outrider.build import companion
-from outrider.evaluate.measure import Arm, run_arms, summarise
+from outrider.evaluate.measure import Arm, run_arms
+from outrider.evaluate.records import summarise
 from outrider.telemetry.ledger import acceptance_length, ledger
 
 

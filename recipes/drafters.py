@@ -25,7 +25,8 @@ from outrider.assets import shipped_prompts
 from outrider.build import build_engine
 from outrider.evaluate.bench.chart import measured
 from outrider.evaluate.bench.presets import arms_of, preset
-from outrider.evaluate.measure import machine, run_arms, summarise
+from outrider.evaluate.measure import machine, run_arms
+from outrider.evaluate.records import summarise
 from outrider.params import SamplingParams
 from outrider.train.checkpoint import load_latest, replace_folder, write_atomically
 from outrider.train.drafter import MEASURED

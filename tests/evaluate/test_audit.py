@@ -15,9 +15,9 @@ from scipy.stats import binom
 from outrider.errors import ConfigError
 from outrider.evaluate.audit import sources as src
 from outrider.evaluate.audit.audit import Auditor, audit
-from outrider.evaluate.audit.findings import EXACT, INCONCLUSIVE, NOT_THE_LAW, AuditOptions, Verdict
+from outrider.evaluate.audit.findings import EXACT, INCONCLUSIVE, NOT_THE_TARGET, AuditOptions, AuditResult
 from outrider.evaluate.audit.greedy import audit_greedy
-from outrider.evaluate.audit.whitebox import joint_law, rounding
+from outrider.evaluate.audit.whitebox import joint_distribution, rounding
 from outrider.evaluate.statistics.eprocess import Cells, Component, EProcess, bet, clipped, log_factors
 from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams
@@ -28,7 +28,7 @@ BUDGET = 2000
 FALSE_ALARM = 1e-9
 
 
-def judge(source: src.Source, params=lie.PLAIN, eos=(), budget=BUDGET, prompts=lie.PROMPTS, **options) -> Verdict:
+def judge(source: src.Source, params=lie.PLAIN, eos=(), budget=BUDGET, prompts=lie.PROMPTS, **options) -> AuditResult:
     auditor = Auditor(lie.TARGET, lie.DRAFT, AuditOptions(params, **options), eos)
     return audit(source, prompts, auditor, samples=2, budget=budget)
 
@@ -36,7 +36,7 @@ def judge(source: src.Source, params=lie.PLAIN, eos=(), budget=BUDGET, prompts=l
 @pytest.mark.parametrize("liar", lie.LIARS, ids=lambda liar: liar.name)
 def test_liar_is_caught_and_named(liar: lie.Liar) -> None:
     v = judge(liar.source(liar.params), liar.params, liar.eos)
-    assert v.outcome == NOT_THE_LAW
+    assert v.outcome == NOT_THE_TARGET
     assert v.tokens <= BUDGET
     if liar.family:
         assert v.alarm_at is not None and v.alarm_at < BUDGET
@@ -66,7 +66,7 @@ def test_no_false_alarm_in_honest_runs(runs: int) -> None:
     alarms = 0
     for run in range(runs):
         v = judge(honest, params, prompts=[lie.PROMPTS[run % 20]], level=0.01, seed=run)
-        alarms += v.outcome == NOT_THE_LAW
+        alarms += v.outcome == NOT_THE_TARGET
     assert alarms <= binom.isf(FALSE_ALARM, runs, 0.01)
     assert alarms == 0  # the seeds are fixed: what these runs are known to give
 
@@ -80,8 +80,8 @@ def test_few_tokens_are_inconclusive() -> None:
 
 def test_a_bias_within_the_tolerance_is_not_accused_and_one_outside_is() -> None:
     near, far = (src.of_engine(lie.engine(lie.PlainRule(accept=lie.blend(w))), lie.PLAIN) for w in (0.02, 1.0))
-    assert judge(near, tolerance=0.05, detect=0.2).outcome != NOT_THE_LAW
-    assert judge(far, tolerance=0.05, detect=0.2).outcome == NOT_THE_LAW
+    assert judge(near, tolerance=0.05, detect=0.2).outcome != NOT_THE_TARGET
+    assert judge(far, tolerance=0.05, detect=0.2).outcome == NOT_THE_TARGET
 
 
 def test_factors_have_expectation_at_most_one_over_the_whole_null() -> None:
@@ -150,14 +150,14 @@ def test_a_tie_is_not_a_mistake() -> None:
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_joint_law_of_the_shipped_rules(name: str) -> None:
-    assert joint_law(load_rule(name), sequences=1500).p_value > FALSE_ALARM
+    assert joint_distribution(load_rule(name), sequences=1500).p_value > FALSE_ALARM
 
 
 @pytest.mark.parametrize(
     "rule", [lie.PlainRule(correct=lambda p, q: p), lie.PlainRule(coin="final")], ids=["residual", "noise"]
 )
 def test_joint_law_of_a_broken_rule(rule: lie.PlainRule) -> None:
-    assert joint_law(rule, sequences=4000).p_value < FALSE_ALARM
+    assert joint_distribution(rule, sequences=4000).p_value < FALSE_ALARM
 
 
 def test_rounding_of_a_float64_table_is_nothing() -> None:
@@ -215,10 +215,10 @@ def test_a_server_is_audited_over_http(server: str) -> None:
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     source = src.of_endpoint(src.Endpoint(server, "toy"), params)
     v = judge(source, params, prompts=lie.PROMPTS[:8])
-    assert v.tokens == 320 and v.outcome != NOT_THE_LAW
+    assert v.tokens == 320 and v.outcome != NOT_THE_TARGET
     assert v.law_gap is not None
     liar = judge(source, SamplingParams(temperature=0.5, max_tokens=20, ignore_eos=True), prompts=lie.PROMPTS)
-    assert liar.outcome == NOT_THE_LAW
+    assert liar.outcome == NOT_THE_TARGET
 
 
 def test_bad_servers_end_in_a_sentence(server: str) -> None:

@@ -16,7 +16,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.bench.chart import measured
 from outrider.evaluate.bench.presets import PRESETS, Spec, arms_of, by_length, preset
 from outrider.evaluate.bench.scale import Measured, carry_over, devices_for, drafter_of, predict_arm, survival
-from outrider.evaluate.measure import Record
+from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
 from outrider.models.load import load_target
 from outrider.records import PHASES, Counts

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from outrider.cli.main import main
-from outrider.evaluate.bench.report import intervals, lines
+from outrider.evaluate.html import intervals, lines
 from outrider.evaluate.measure import machine
-from outrider.evaluate.planning.plan import Choice, advice
+from outrider.evaluate.planning.plan import PlanEntry, advice
 from outrider.records import PHASES
 
 
@@ -183,8 +183,8 @@ def test_a_prompt_that_does_not_fit_is_an_outcome(run, tmp_path: Path) -> None:
 
 def test_advice_may_be_not_to_speculate() -> None:
     seconds = dict.fromkeys(PHASES, 0.25)
-    plain = Choice("none", 0, 1, 100.0, 99.0, 101.0, 1.0, seconds, None, "target", 100.0)
-    slow = Choice("auto", 2, 1, 80.0, 79.0, 81.0, 1.5, seconds, 0.9, "draft", 80.0)
+    plain = PlanEntry("none", 0, 1, 100.0, 99.0, 101.0, 1.0, seconds, None, "target", 100.0)
+    slow = PlanEntry("auto", 2, 1, 80.0, 79.0, 81.0, 1.5, seconds, 0.9, "draft", 80.0)
     said = advice([plain, slow], 1, {"auto": "x"})
     assert not said["speculate"] and said["vllm"] is None and said["options"] == ["--draft", "none"]
     said = advice([slow], 1, {"auto": "x"})

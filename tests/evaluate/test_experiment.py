@@ -15,7 +15,8 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
 from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import Experiment, analyse, read_experiment, run_experiment
-from outrider.evaluate.measure import Arm, Record, Timing
+from outrider.evaluate.measure import Arm
+from outrider.evaluate.records import Record, Timing
 from outrider.evaluate.statistics.sequential import bounds, design, half_width_factor, prior
 from outrider.evaluate.store.store import Store
 from outrider.records import PHASES, Counts

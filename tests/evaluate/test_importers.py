@@ -11,9 +11,10 @@ import pytest
 
 from outrider.cli.main import main
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Record
+from outrider.evaluate.bench.latencies import differences
+from outrider.evaluate.records import Record
 from outrider.evaluate.store import importers, tables
-from outrider.evaluate.store.importers import differences, import_run, read_results
+from outrider.evaluate.store.importers import import_run, read_results
 from outrider.evaluate.store.store import Store
 
 

@@ -13,7 +13,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.bench import spec_bench as sb
 from outrider.evaluate.bench.gate import comparable
 from outrider.evaluate.energy import Meter
-from outrider.evaluate.measure import Record, Timing, summarise
+from outrider.evaluate.records import Record, Timing, summarise
 from outrider.evaluate.statistics.ratios import margin, paired_ratio
 from outrider.records import PHASES, Counts
 

@@ -28,9 +28,9 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.errors import CapacityError, ConfigError
 from outrider.evaluate.experiments import live as module
-from outrider.evaluate.experiments.assignment import Served, arm_of, unit_of, wishes
+from outrider.evaluate.experiments.assignment import ServedOptions, arm_of, arm_overrides, unit_of
 from outrider.evaluate.experiments.experiment import Experiment
-from outrider.evaluate.experiments.live import KIND, Trial, read
+from outrider.evaluate.experiments.live import KIND, LiveExperiment, read
 from outrider.evaluate.experiments.tally import STOPPED
 from outrider.evaluate.store.store import Store
 from outrider.params import SamplingParams
@@ -70,8 +70,8 @@ def engine(pause: float = 0.0, slots: int = 8, *, selectable: bool = False, **wi
     return Engine(TARGET, part, load_rule("speculative_sampling"), Fixed(LENGTH), slots=slots, max_length=400, **wiring)
 
 
-def trial(path: Path, e: Experiment = E) -> Trial:
-    return Trial(e, wishes(e, Served("auto", LENGTH, "auto")), path)
+def trial(path: Path, e: Experiment = E) -> LiveExperiment:
+    return LiveExperiment(e, arm_overrides(e, ServedOptions("auto", LENGTH, "auto")), path)
 
 
 def served(path: Path, work: Callable[[Any], Any], e: Experiment = E, *, grace: float = 5.0, **made: Any) -> Any:
@@ -147,9 +147,9 @@ def test_a_harmful_arm_is_stopped_early_and_its_users_get_the_base(tmp_path: Pat
     found = kept(path)
     assert len(found) == len(got)
     assert found["four" + STOPPED, len(got) - 1, 0]["counts"]["proposed"] == 0
-    _, tally, standing = read("live", path)
-    assert standing.stopped == ("four",) and standing.comparisons[0].decision == "worse"
-    assert sum(s.requests for s in tally.sides.values()) == len(got) - 1
+    _, tally, status = read("live", path)
+    assert status.stopped == ("four",) and status.comparisons[0].decision == "worse"
+    assert sum(s.requests for s in tally.arms.values()) == len(got) - 1
     assert command.show(command.document("live", str(path)), json=False) == 0
 
     # the server is started again: it knows, and goes on in the same run
@@ -168,7 +168,7 @@ def test_within_a_stretch_of_time_everybody_has_one_arm(tmp_path: Path, monkeypa
     }
     assert sorted(got) == sorted(arm for arm, _, _ in found) and {*got} == {"off", "four"}
     _, tally, _ = read("live", path)
-    assert sum(len(side.values) for side in tally.sides.values()) == 9  # the last is not over
+    assert sum(len(side.values) for side in tally.arms.values()) == 9  # the last is not over
 
 
 class Heard(ModelDrafter):
@@ -203,7 +203,7 @@ def test_an_arm_may_leave_loaded_drafters_out(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     e = Experiment("parts", {"all": {}, "gram": {"draft": "ngram"}}, "all")
     parts = (NGram(LENGTH), Heard(DRAFT, LENGTH))
-    one = Trial(e, wishes(e, Served("ngram+toy", LENGTH, "auto")), path)
+    one = LiveExperiment(e, arm_overrides(e, ServedOptions("ngram+toy", LENGTH, "auto")), path)
 
     def made(*, selectable: bool, **wiring: Any) -> Engine:
         drafter = gated(first_of(*parts)) if selectable else first_of(*parts)
@@ -276,7 +276,7 @@ def test_records_wait_for_a_store_that_refuses(tmp_path: Path, monkeypatch: pyte
         return inner(self, *given)
 
     monkeypatch.setattr(Store, "append", append)
-    monkeypatch.setattr(module, "AGAIN", 0.01)
+    monkeypatch.setattr(module, "WRITE_RETRY_SECONDS", 0.01)
     served(path, lambda app: asyncio.gather(*(ask(app, f"u{i}") for i in range(6))))
     assert len(kept(path)) == 6
 

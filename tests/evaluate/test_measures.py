@@ -19,10 +19,11 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
 from outrider.evaluate.bench.gate import Margins, gate, same_draws
 from outrider.evaluate.bench.presets import arms_of, by_length
-from outrider.evaluate.bench.report import write_experiment
 from outrider.evaluate.experiments.experiment import Experiment, analyse, build_arms, run_experiment
-from outrider.evaluate.measure import Arm, Record, run_arms, text_seed
+from outrider.evaluate.experiments.report import write_experiment
+from outrider.evaluate.measure import Arm, run_arms, text_seed
 from outrider.evaluate.planning import plan as pl
+from outrider.evaluate.records import Record
 from outrider.evaluate.scoring import costs
 from outrider.evaluate.scoring.score import Clock
 from outrider.evaluate.store.store import Store
@@ -174,12 +175,12 @@ def test_a_drafter_that_proposes_nothing_is_plain_decoding_once() -> None:
 
 
 def test_what_never_proposed_is_known_by_its_counts() -> None:
-    def timing(proposed: int) -> pl.Timing:
+    def timing(proposed: int) -> pl.StepTiming:
         counts = Counts(steps=4, proposed=proposed, emitted=4)
-        return pl.Timing(1, [Record("x", 0, 0, 0, 4, 1.0, dict.fromkeys(PHASES, 0.25), counts, 0)])
+        return pl.StepTiming(1, [Record("x", 0, 0, 0, 4, 1.0, dict.fromkeys(PHASES, 0.25), counts, 0)])
 
     timings = {("none", 0, 1): timing(0), ("ngram", 2, 1): timing(0), ("d", 2, 1): timing(5)}
-    assert pl.silent(timings) == [("ngram", 2, 1)]
+    assert pl.never_drafted(timings) == [("ngram", 2, 1)]
 
 
 def test_bench_does_not_compare_plain_decoding_with_itself() -> None:

@@ -18,14 +18,22 @@ from scipy.integrate import quad
 from scipy.stats import binom, binomtest
 
 from outrider.errors import ConfigError
-from outrider.evaluate.experiments.assignment import Served, arm_of, parts_of, shares_of, unit_of, whose, wishes
+from outrider.evaluate.experiments.assignment import (
+    ServedOptions,
+    arm_of,
+    arm_overrides,
+    parts_of,
+    shares_of,
+    unit_key,
+    unit_of,
+)
 from outrider.evaluate.experiments.experiment import Experiment, build_arms, read_experiment
 from outrider.evaluate.experiments.tally import HELD, Tally, log_evidence
 from outrider.records import Counts
 
 FALSE_ALARM = 1e-9
 ARMS: dict[str, dict[str, Any]] = {"off": {"draft": "none"}, "two": {"length": 2}, "four": {}}
-SERVED = Served("auto", 4, "auto")
+SERVED = ServedOptions("auto", 4, "auto")
 
 
 def experiment(**changes: Any) -> Experiment:
@@ -64,20 +72,20 @@ def test_a_user_has_one_arm_and_experiments_are_independent() -> None:
 
 def test_a_stretch_of_time_is_a_unit() -> None:
     e = experiment(window=10.0)
-    assert whose(e, "a", 1009.9) == whose(e, "b", 1000.0) != whose(e, "a", 1010.0)
-    assert whose(experiment(), "a", 1009.9) == "a"
+    assert unit_key(e, "a", 1009.9) == unit_key(e, "b", 1000.0) != unit_key(e, "a", 1010.0)
+    assert unit_key(experiment(), "a", 1009.9) == "a"
 
 
 # ----------------------------------------------------------------- what may vary
 def test_arms_become_parameters_of_their_requests() -> None:
-    assert wishes(experiment(), SERVED) == {
+    assert arm_overrides(experiment(), SERVED) == {
         "off": {"draft_length": 0},
         "two": {"draft_length": 2},
         "four": {"draft_length": 4},
     }
-    lossy = Served("auto", 4, "tv_budget:per_sequence=2", allow_lossy=True)
+    lossy = ServedOptions("auto", 4, "tv_budget:per_sequence=2", allow_lossy=True)
     arms = {"exact": {"tv_budget": 0}, "lossy": {"rule": lossy.rule, "draft": "auto"}}
-    assert wishes(experiment(arms=arms, base="exact"), lossy) == {
+    assert arm_overrides(experiment(arms=arms, base="exact"), lossy) == {
         "exact": {"draft_length": 4, "tv_budget": 0.0},
         "lossy": {"draft_length": 4},
     }
@@ -87,11 +95,11 @@ def test_an_arm_may_have_some_of_the_loaded_drafters() -> None:
     served = replace(SERVED, draft="ngram:3-1+forced:2+a/b+c")
     assert parts_of(served.draft) == ["ngram:3-1", "forced:2", "a/b+c"]
     arms = {"all": {}, "gram": {"draft": "ngram:3-1"}, "rest": {"draft": "forced:2+a/b+c", "length": 1}}
-    found = wishes(experiment(arms=arms, base="all"), served)
+    found = arm_overrides(experiment(arms=arms, base="all"), served)
     assert {arm: w.get("drafters") for arm, w in found.items()} == {"all": None, "gram": (0,), "rest": (1, 2)}
     for other in ("ngram", "a/b+c+ngram:3-1", "a/b"):
         with pytest.raises(ConfigError, match="is not loaded"):
-            wishes(experiment(arms={"all": {}, "b": {"draft": other}}, base="all"), served)
+            arm_overrides(experiment(arms={"all": {}, "b": {"draft": other}}, base="all"), served)
 
 
 @pytest.mark.parametrize(
@@ -109,16 +117,16 @@ def test_an_arm_may_have_some_of_the_loaded_drafters() -> None:
 )
 def test_what_cannot_vary_is_refused_with_a_sentence(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"arm 'b': .*{words}"):
-        wishes(experiment(arms={"a": {}, "b": options}, base="a"), SERVED)
+        arm_overrides(experiment(arms={"a": {}, "b": options}, base="a"), SERVED)
 
 
 def test_what_no_experiment_can_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--fixed-length"):
-        wishes(experiment(), replace(SERVED, fixed=False))
+        arm_overrides(experiment(), replace(SERVED, fixed=False))
     with pytest.raises(ConfigError, match="add up to more than 1"):
-        wishes(experiment(shares={"off": 0.6, "two": 0.6, "four": 0.1}), SERVED)
+        arm_overrides(experiment(shares={"off": 0.6, "two": 0.6, "four": 0.1}), SERVED)
     with pytest.raises(ConfigError, match="plain ASCII"):
-        wishes(experiment(arms={"off": {}, "vier\n": {}}), SERVED)
+        arm_overrides(experiment(arms={"off": {}, "vier\n": {}}), SERVED)
     with pytest.raises(ConfigError, match="live requests"):
         build_arms(
             type("E", (), {"loaded": type("L", (), {"options": None})})(), experiment(arms={"a": {"tv_budget": 1}})
@@ -203,7 +211,7 @@ def tally(made: list[tuple[str, dict[str, Any]]], order: list[int] | None = None
     ids=["better", "worse", "equivalent", "undecided", "errors"],
 )
 def test_decisions(made: list[tuple[str, dict[str, Any]]], decision: str) -> None:
-    (found,) = tally(made).standing().comparisons
+    (found,) = tally(made).status().comparisons
     assert found.decision == decision
 
 
@@ -215,7 +223,7 @@ def test_equal_arms_are_found_different_no_more_often_than_stated_and_a_harmful_
         for i, (arm, r) in enumerate(made):  # the other arm fails as often: the shares of harm are equal
             out.add(arm, i, 0, r | {"outcome": "error"} if random.Random(f"{seed} {i}").random() < 0.1 else r)
             if i % 15 == 14:
-                said.append(out.standing().comparisons[0].decision)
+                said.append(out.status().comparisons[0].decision)
         return said
 
     equal = [decisions(1.0, 0.0, seed) for seed in range(100)]
@@ -231,22 +239,22 @@ def test_the_order_in_which_requests_end_does_not_matter_and_open_ones_hold_back
     order = list(range(len(made)))
     random.Random(1).shuffle(order)
     whole, mixed = tally(made), tally(made, order)
-    assert {a: s.values for a, s in whole.sides.items()} == {a: s.values for a, s in mixed.sides.items()}
-    assert whole.standing() == mixed.standing()
+    assert {a: s.values for a, s in whole.arms.items()} == {a: s.values for a, s in mixed.arms.items()}
+    assert whole.status() == mixed.status()
     held = tally(made, [i for i in order if i != 50])
-    assert sum(s.requests for s in held.sides.values()) == 50
+    assert sum(s.requests for s in held.arms.values()) == 50
     held.add(made[50][0], 0, 1, made[50][1])  # the server was started again: 50 will never come
-    assert sum(s.requests for s in held.sides.values()) == len(made)
+    assert sum(s.requests for s in held.arms.values()) == len(made)
 
 
 def test_a_request_that_does_not_end_holds_back_so_many_and_no_more() -> None:
     made = traffic(1.0, units=HELD + 2)
     out = tally(made, list(range(1, HELD + 1)))
-    assert sum(s.requests for s in out.sides.values()) == 0
+    assert sum(s.requests for s in out.arms.values()) == 0
     out.add(made[HELD + 1][0], HELD + 1, 0, made[HELD + 1][1])
-    assert sum(s.requests for s in out.sides.values()) == HELD + 1
+    assert sum(s.requests for s in out.arms.values()) == HELD + 1
     out.add(made[0][0], 0, 0, made[0][1])
-    assert sum(s.requests for s in out.sides.values()) == HELD + 2
+    assert sum(s.requests for s in out.arms.values()) == HELD + 2
 
 
 def test_a_user_is_one_value_of_its_first_requests() -> None:
@@ -254,11 +262,11 @@ def test_a_user_is_one_value_of_its_first_requests() -> None:
     out = Tally(e)
     for i, (unit, rate) in enumerate([("a", 10), ("b", 20), ("a", 30), ("a", 1000), ("b", 20), ("c", 5)]):
         out.add("off", i, 0, record(unit, rate))
-    assert out.sides["off"].values == pytest.approx([math.log(80 / (4 + 40 / 30)), math.log(20)])
-    assert out.sides["off"].requests == 6 and len(out.sides["off"].units) == 3
+    assert out.arms["off"].values == pytest.approx([math.log(80 / (4 + 40 / 30)), math.log(20)])
+    assert out.arms["off"].requests == 6 and len(out.arms["off"].units) == 3
     out.add("off", 6, 0, record("c", 5, later=3))  # too short to be a speed
     out.add("off", 7, 0, record("d", outcome="refused", later=0))
-    assert len(out.sides["off"].values) == 2 and out.sides["off"].requests == 7
+    assert len(out.arms["off"].values) == 2 and out.arms["off"].requests == 7
 
 
 def test_a_stretch_of_time_is_one_value_when_it_is_over() -> None:
@@ -267,8 +275,8 @@ def test_a_stretch_of_time_is_one_value_when_it_is_over() -> None:
         [("off", "w0", 10), ("off", "w0", 30), ("four", "w1", 50), ("off", "w2", 20)]
     ):
         out.add(arm, i, 0, record(unit, rate))
-    assert out.sides["off"].values == pytest.approx([math.log(80 / (4 + 40 / 30))])
-    assert out.sides["four"].values == pytest.approx([math.log(50)])
+    assert out.arms["off"].values == pytest.approx([math.log(80 / (4 + 40 / 30))])
+    assert out.arms["four"].values == pytest.approx([math.log(50)])
 
 
 def test_unequal_shares_use_all_units() -> None:
@@ -277,23 +285,23 @@ def test_unequal_shares_use_all_units() -> None:
     units = itertools.count()
     for i, arm in enumerate(["off", "off", "off", "four"] * 10):
         out.add(arm, i, 0, record(f"u{next(units)}", 10.0 if arm == "off" else 20.0))
-    (found,) = out.standing().comparisons
+    (found,) = out.status().comparisons
     assert found.speed.n == 10 and found.speed.mean == pytest.approx(math.log(2))
 
 
 def test_a_ledger_that_disagrees_is_vetoed_unless_the_client_chose_the_noise() -> None:
     wrong = {"judged": 100, "rejected": 90, "accepted": 10, "risk": 30.0, "spread": 20.0}
     made = [(arm, record(r["unit"], **wrong) if arm == "four" else r) for arm, r in traffic(1.0)]
-    (found,) = tally(made).standing().comparisons
+    (found,) = tally(made).status().comparisons
     assert found.decision == "vetoed" and "the ledger disagrees" in found.vetoes[0]
     seeded = [(arm, r | {"seeded": True}) for arm, r in made]
-    assert tally(seeded).standing().comparisons[0].vetoes == ()
+    assert tally(seeded).status().comparisons[0].vetoes == ()
 
 
 def test_a_stopped_arm_stays_stopped() -> None:
     made = traffic(0.5)
     out = tally(made)
-    assert out.standing().stopped == ("four",)
+    assert out.status().stopped == ("four",)
     for i, (arm, r) in enumerate(traffic(3.0, seed=1)):
         out.add(arm, len(made) + i, 0, r | {"unit": f"v{i}"})
-    assert out.standing().stopped == ("four",) and out.standing().comparisons[0].decision == "worse"
+    assert out.status().stopped == ("four",) and out.status().comparisons[0].decision == "worse"

@@ -9,9 +9,9 @@ import pytest
 
 from outrider.drafters.vllm_config import parse_speculative_config
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Record
 from outrider.evaluate.planning import plan as pl
 from outrider.evaluate.planning import plan_check as pc
+from outrider.evaluate.records import Record
 from outrider.records import PHASES, Counts
 from outrider.theory.forecast import Estimate
 
@@ -30,13 +30,13 @@ def run(n: int, group: int, rng: np.random.Generator, drift: float) -> Record:
     return Record("x", group, 0, 0, steps + accepted, seconds, dict.fromkeys(PHASES, seconds / 4), counts, 0)
 
 
-def timings(seed: int, drift: float = 1.0) -> dict[pl.Key, pl.Timing]:
+def timings(seed: int, drift: float = 1.0) -> dict[pl.Key, pl.StepTiming]:
     """Runs for the plan, and for the check on a machine that has become slower by `drift`."""
     rng = np.random.default_rng(seed)
     out = {}
     for n in COST:
         key = ("none" if n == 0 else "d", n, 1)
-        out[key] = pl.Timing(1, [run(n, g, rng, 1.0) for g in range(8)], [run(n, g, rng, drift) for g in range(16)])
+        out[key] = pl.StepTiming(1, [run(n, g, rng, 1.0) for g in range(8)], [run(n, g, rng, drift) for g in range(16)])
     return out
 
 

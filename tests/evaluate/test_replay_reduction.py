@@ -21,9 +21,10 @@ from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.errors import ConfigError
 from outrider.evaluate.experiments.continuations import Continuations, way_of
-from outrider.evaluate.experiments.control_variates import compare, controlled, luck, ratio_bounds
+from outrider.evaluate.experiments.control_variates import compare, controlled, noise_covariate, ratio_bounds
 from outrider.evaluate.experiments.experiment import Experiment, analyse, run_experiment
-from outrider.evaluate.measure import Arm, Record
+from outrider.evaluate.measure import Arm
+from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.sequential import bounds
 from outrider.evaluate.store.store import Store
 from outrider.params import SamplingParams
@@ -144,7 +145,7 @@ def speed_experiments(own, common) -> tuple[np.ndarray, np.ndarray, float]:
     y = np.log(seconds["two"] / seconds["four"])
     some = rng.integers(0, TEXTS, (RUNS, LOOKS))
     middle = {n: own[n] - (own[n] - common[n]).mean() for n in own}
-    z = [[luck(middle[n][row], common[n][row]) for n in ("four", "two")] for row in some]
+    z = [[noise_covariate(middle[n][row], common[n][row]) for n in ("four", "two")] for row in some]
     reduced = np.array([controlled(y[row], np.stack([a, -b], 1)) for row, (a, b) in zip(some, z, strict=True)])
     return y[some], reduced, float(y.mean())
 

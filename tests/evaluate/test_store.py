@@ -24,7 +24,8 @@ from outrider.evaluate import measure
 from outrider.evaluate.bench.gate import Margins, gate, load_run, overall
 from outrider.evaluate.experiments import experiment
 from outrider.evaluate.experiments.experiment import Experiment, run_experiment
-from outrider.evaluate.measure import Arm, Record, Timing, ends_in_a_loop, run_arms, run_group, summarise
+from outrider.evaluate.measure import Arm, ends_in_a_loop, run_arms, run_group
+from outrider.evaluate.records import Record, Timing, summarise
 from outrider.evaluate.store.runlog import RunLog
 from outrider.evaluate.store.store import LEASE, Store
 from outrider.params import SamplingParams

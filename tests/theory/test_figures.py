@@ -89,8 +89,8 @@ def test_numbers_need_no_matplotlib(made: list[Figure], tmp_path: Path, monkeypa
         return real(name, *rest, **more)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(sys.modules, "outrider.theory._figures_draw", raising=False)
-    monkeypatch.delattr("outrider.theory._figures_draw", raising=False)
+    monkeypatch.delitem(sys.modules, "outrider.theory.figures.draw", raising=False)
+    monkeypatch.delattr("outrider.theory.figures.draw", raising=False)
     with pytest.raises(ImportError, match="matplotlib"):
         figures.write(made, tmp_path)
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from outrider.theory import kl, pareto
-from outrider.theory._laws import kl_divergence, kl_unchecked
 from outrider.theory.batch import total_variation
 from outrider.theory.chains import best_guess
+from outrider.theory.laws import kl_divergence, kl_unchecked
 from outrider.theory.rejections import expected_rejections
 from tests.theory.instances import Array, pairs, spiky
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmarks.peers import arms, pool, report, stats
 
 ECHO = """
-import peers_channel as channel
+import channel
 
 def load(what):
     if what.options.get("broken"):
@@ -31,20 +29,6 @@ if __name__ == "__main__":
     channel.serve(load)
 """
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-arms = _load("peers_arms")
-stats = _load("peers_stats")
-pool = _load("peers_pool")
-report = _load("peers_report")
 
 LOAD = {"target": "t", "draft": "d", "dtype": "float32", "capacity": 1, "length": 8}
 
@@ -161,7 +145,7 @@ def _slow() -> dict:
 
 def _echo(folder: Path, **options: object) -> object:
     script = folder / "echo.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n{ECHO}")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(arms.HERE)!r})\n{ECHO}")
     return arms.Worker("echo", str(script), Path(sys.executable), "torch", dict(options))
 
 

@@ -206,13 +206,13 @@ def test_the_shipped_pair() -> None:
 
 
 def test_long_texts_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from outrider.evaluate.scoring import score
+    from outrider.evaluate.scoring import score as predict
 
     model, other = TinyLM(11, seed=3), TinyLM(11, seed=3).perturbed(0.1, seed=4)
     tokens = np.random.default_rng(0).integers(0, 11, 40).tolist()
-    whole = torch.cat(list(score.logits_along(model, tokens, 12, Clock())))
-    monkeypatch.setattr(score, "CHUNK", 5)
-    pieces = torch.cat(list(score.logits_along(model, tokens, 12, Clock())))
+    whole = torch.cat(list(predict.logits_along(model, tokens, 12, Clock())))
+    monkeypatch.setattr(predict, "CHUNK", 5)
+    pieces = torch.cat(list(predict.logits_along(model, tokens, 12, Clock())))
     assert whole.shape == (27, 11)
     torch.testing.assert_close(whole, pieces, atol=1e-12, rtol=0)
     costs = measure_costs(model, other, tokens, Clock(), longest=4, rounds=2)

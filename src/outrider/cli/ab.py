@@ -142,7 +142,7 @@ def status(
     """What an experiment says now, finished or running, of prompts or on live traffic. Exit codes as `run`."""
     from outrider.cli import trial
     from outrider.evaluate.experiments.experiment import Experiment, analyse
-    from outrider.evaluate.measure import Record
+    from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
     if trial.is_live(name, store):
@@ -190,9 +190,9 @@ def report(
 ) -> None:
     """A self-contained page: the intervals as they shrank, and the decisions."""
     from outrider.cli import trial
-    from outrider.evaluate.bench.report import write_experiment
     from outrider.evaluate.experiments.experiment import Experiment, analyse
-    from outrider.evaluate.measure import Record
+    from outrider.evaluate.experiments.report import write_experiment
+    from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
     if trial.is_live(name, store):
@@ -268,7 +268,7 @@ def show(document: dict[str, Any], json: bool) -> int:
         title=f"{document['experiment']}: {document['groups']} of {document['total']} prompt groups",
         title_justify="left",
     )
-    from outrider.evaluate.bench.report import mark_lossy
+    from outrider.evaluate.experiments.report import mark_lossy
 
     replayed = any(c["reduction"] for c in document["comparisons"])
     sharper = ("without replay", "groups needed") if replayed else ()

@@ -152,8 +152,8 @@ def sampled(
     """The audit of sampled text: the document and the exit code."""
     from outrider.evaluate.audit.audit import Auditor
     from outrider.evaluate.audit.audit import audit as run
-    from outrider.evaluate.audit.findings import EXACT, NOT_THE_LAW, AuditOptions, as_document
-    from outrider.evaluate.audit.whitebox import joint_law, rounding
+    from outrider.evaluate.audit.findings import EXACT, NOT_THE_TARGET, AuditOptions, as_document
+    from outrider.evaluate.audit.whitebox import joint_distribution, rounding
     from outrider.evaluate.measure import machine
     from outrider.telemetry.ledger import ledger, summary
 
@@ -171,9 +171,9 @@ def sampled(
     with opt.loading(f"auditing {samples} continuations of {len(texts)} prompts") as progress:
         verdict = run(source, texts, auditor, samples=samples, progress=progress)
     document = {**as_document(verdict), "machine": machine()}
-    bad = verdict.outcome == NOT_THE_LAW
+    bad = verdict.outcome == NOT_THE_TARGET
     if ours:
-        joint = joint_law(engine.parts.rule)
+        joint = joint_distribution(engine.parts.rule)
         book = ledger(engine.counts, level)
         document["white_box"] = {**summary(engine.counts), "joint_law_p_value": joint.p_value}
         bad = bad or not book.agrees or joint.p_value < level * 1e-3

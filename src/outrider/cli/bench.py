@@ -120,7 +120,7 @@ def bench(
     """
     from outrider.cli.setup import engine_from_options, tell
     from outrider.evaluate.bench import presets
-    from outrider.evaluate.measure import summarise
+    from outrider.evaluate.records import summarise
     from outrider.evaluate.store.runlog import RunLog
     from outrider.evaluate.store.store import fingerprint
     from outrider.evaluate.workloads import load_prompts
@@ -296,7 +296,8 @@ def to_document(
     """
     import sys
 
-    from outrider.evaluate.measure import as_json, energy_absent, machine, peak_memory
+    from outrider.evaluate.measure import energy_absent, machine, peak_memory
+    from outrider.evaluate.records import as_json
     from outrider.telemetry.ledger import predicted_speedup, summary
 
     base = summaries[0]

@@ -33,7 +33,8 @@ def demo(
     from outrider.assets import shipped_prompts
     from outrider.build import companion
     from outrider.cli.setup import engine_from_options
-    from outrider.evaluate.measure import Arm, run_arms, summarise
+    from outrider.evaluate.measure import Arm, run_arms
+    from outrider.evaluate.records import summarise
     from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)

@@ -72,12 +72,12 @@ def plan(
     from outrider.cli.setup import engine_from_options
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning import plan as pl
-    from outrider.evaluate.scoring.score import load_items
+    from outrider.evaluate.scoring.score import VERIFICATION, load_items
     from outrider.params import SamplingParams
 
     drafts, wanted, sizes = draft or ["auto"], parse_lengths(lengths), parse_batches(batches)
-    if rule not in ("auto", *pl.VERIFICATION):
-        raise ConfigError(f"plan predicts {', '.join(pl.VERIFICATION)}; rule {rule!r} can be measured with bench")
+    if rule not in ("auto", *VERIFICATION):
+        raise ConfigError(f"plan predicts {', '.join(VERIFICATION)}; rule {rule!r} can be measured with bench")
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     items = load_items(prompts, count)
     if check and len(items) < 2 * max(sizes):
@@ -91,7 +91,7 @@ def plan(
     keys = pl.configurations(drafts, wanted, sizes, pl.idle_drafters(engine, drafts))
     with opt.loading(f"timing {len(keys)} configurations") as progress:
         timings = pl.time_steps(engine, texts, keys, params, rounds=rounds, check=check, seed=seed, progress=progress)
-    for key in pl.silent(timings):
+    for key in pl.never_drafted(timings):
         opt.say(
             f"{key[0]}, length {key[1]}, batch {key[2]} proposed nothing on these prompts: plain decoding, left out"
         )
@@ -119,6 +119,7 @@ def predicted_calls(
 
     from outrider.build import assemble, companion
     from outrider.evaluate.planning import plan as pl
+    from outrider.evaluate.scoring.score import VERIFICATION
 
     calls: dict[str, Any] = {}
     models: dict[str, str] = {}
@@ -130,9 +131,9 @@ def predicted_calls(
         with opt.loading(f"predicting acceptance of {name}") as progress:
             texts = pl.read_texts(one, items, replace(params, n=TEXTS), progress, seed=seed)
         rules = {n: companion(engine, name, length=n).parts.rule.name for n in lengths if n}
-        used: set[Any] = {pl.VERIFICATION[r] for r in rules.values()}
+        used: set[Any] = {VERIFICATION[r] for r in rules.values()}
         kinds = {v: pl.tokens_per_call(texts, lengths, v) for v in used}
-        calls[name] = {n: kinds[pl.VERIFICATION[r]][n] for n, r in rules.items()}
+        calls[name] = {n: kinds[VERIFICATION[r]][n] for n, r in rules.items()}
     return calls, models
 
 

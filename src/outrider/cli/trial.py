@@ -29,25 +29,25 @@ def served_by(
 ) -> Any:
     """What a server is asked to serve, by the names its options have."""
     from outrider.drafters.registry import parse_speculative_config
-    from outrider.evaluate.experiments.assignment import Served
+    from outrider.evaluate.experiments.assignment import ServedOptions
 
     found = {"draft": draft, "length": length, "rule": rule}
     if speculative_config is not None:
         found |= {k: v for k, v in parse_speculative_config(speculative_config).items() if k in found}
-    return Served(**found, allow_lossy=allow_lossy, draft_quantize=quantize, fixed=fixed)  # type: ignore[arg-type]
+    return ServedOptions(**found, allow_lossy=allow_lossy, draft_quantize=quantize, fixed=fixed)  # type: ignore[arg-type]
 
 
 def trial_of(file: Path, store: str | Path, served: Any, name: str | None = None) -> Any:
     """The trial of an experiment's file on a server. Raises ConfigError for what it cannot vary, before anything is loaded."""
     from dataclasses import replace
 
-    from outrider.evaluate.experiments.assignment import wishes
+    from outrider.evaluate.experiments.assignment import arm_overrides
     from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.live import Trial
+    from outrider.evaluate.experiments.live import LiveExperiment
 
     e = read_experiment(file)
     e = replace(e, name=name or e.name, quality=None)
-    return Trial(e, wishes(e, served), store)
+    return LiveExperiment(e, arm_overrides(e, served), store)
 
 
 # ----------------------------------------------------------------- rehearsals
@@ -139,12 +139,12 @@ def end(name: str, store: str) -> None:
     from outrider.evaluate.experiments.live import KIND, read
     from outrider.evaluate.store.store import Store
 
-    standing = read(name, store)[2]
+    status = read(name, store)[2]
     with Store(store) as db:
         run, config, _ = db.experiment(name)
         if db.run(run).state == "running":
             db.begin(KIND, name, config)  # it is ours now, or refused while another process writes it
-            db.finish(run, asdict(standing))
+            db.finish(run, asdict(status))
 
 
 def document(name: str, store: str) -> dict[str, Any]:
@@ -154,9 +154,9 @@ def document(name: str, store: str) -> dict[str, Any]:
     from outrider.evaluate.experiments.live import read
     from outrider.telemetry.ledger import ledger
 
-    e, tally, standing = read(name, store)
+    e, tally, status = read(name, store)
     arms = []
-    for arm, side in tally.sides.items():
+    for arm, side in tally.arms.items():
         book = ledger(side.fresh)
         arms.append(
             {
@@ -171,7 +171,7 @@ def document(name: str, store: str) -> dict[str, Any]:
                 "lossless": arm not in e.lossy and not side.fresh.bias,
                 "total_variation": side.fresh.bias,
                 "outcomes": side.outcomes,
-                "stopped": arm in standing.stopped,
+                "stopped": arm in status.stopped,
             }
         )
     comparisons = [
@@ -182,7 +182,7 @@ def document(name: str, store: str) -> dict[str, Any]:
             "speedup": ratio_of(c.speed),
             "vetoes": list(c.vetoes),
         }
-        for c in standing.comparisons
+        for c in status.comparisons
     ]
     return {"experiment": name, "live": True, "base": e.base, "arms": arms, "comparisons": comparisons}
 
@@ -195,7 +195,7 @@ def show(found: dict[str, Any], json: bool) -> int:
     if json:
         opt.print_json(found)
         return code
-    from outrider.evaluate.bench.report import mark_lossy
+    from outrider.evaluate.experiments.report import mark_lossy
 
     lossy = [a["arm"] for a in found["arms"] if not a["lossless"]]
     table = Table(title=f"{found['experiment']}, on live traffic", title_justify="left")

@@ -13,12 +13,12 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class EnergySample:
     """Microjoules of each package's counter, and where the counter starts again."""
 
     counters: tuple[tuple[int, int], ...]
 
-    def joules_since(self, earlier: Reading) -> float:
+    def joules_since(self, earlier: EnergySample) -> float:
         """Energy between two readings; a counter may have started again once."""
         total = 0
         for (now, wraps), (before, _) in zip(self.counters, earlier.counters, strict=True):
@@ -47,9 +47,9 @@ class Meter:
     def present(self) -> bool:
         return bool(self._packages)
 
-    def read(self) -> Reading | None:
+    def read(self) -> EnergySample | None:
         """The counters now; None where there are none."""
-        return Reading(tuple(map(_counter, self._packages))) if self._packages else None
+        return EnergySample(tuple(map(_counter, self._packages))) if self._packages else None
 
 
 def _counter(folder: Path) -> tuple[int, int]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from outrider.assets import shipped_prompts
 from outrider.errors import ConfigError
-from outrider.evaluate.bench.spec_bench import Question
 
 MAX_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an answer file says of its question."""
+
+    number: int
+    category: str
 
 
 def load_prompts(path: Path | None, count: int) -> list[str]:

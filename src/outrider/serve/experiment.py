@@ -14,8 +14,8 @@ USER, ARM = "x-outrider-user", "x-outrider-arm"
 
 @runtime_checkable
 class Trial(Protocol):
-    """An experiment. A place has a `label`, the arm, and a `wish`, sampling parameters that the request gets besides its own; each
-    comes back to `ended` once, with a record of plain data."""
+    """An experiment. A place has a `label`, the arm, and `overrides`, sampling parameters that the request gets besides its own;
+    each comes back to `ended` once, with a record of plain data."""
 
     def start(self) -> None: ...
     def place(self, who: str) -> Any | None: ...
@@ -35,7 +35,7 @@ def join(trial: Trial, who: str, ticket: Ticket, params: SamplingParams) -> Samp
     if place is None:
         return params
     ticket.arm, ticket.on_end = place.label, lambda done: trial.ended(place, record_of(done))
-    return replace(params, **place.wish)
+    return replace(params, **place.overrides)
 
 
 def record_of(ticket: Ticket) -> dict[str, Any]:

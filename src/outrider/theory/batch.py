@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import fraction, number, positive_int, probabilities, same_shape
 from outrider.theory.chains import Chain
+from outrider.theory.checks import fraction, number, positive_int, probabilities, same_shape
 
 Array = npt.NDArray[np.float64]
 

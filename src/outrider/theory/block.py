@@ -27,9 +27,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int, probabilities, real
-from outrider.theory._laws import Array, Estimate, normalised, ratio
 from outrider.theory.chains import Chain
+from outrider.theory.checks import positive_int, probabilities, real
+from outrider.theory.laws import Array, Estimate, normalised, ratio
 
 
 @dataclass(frozen=True, slots=True)

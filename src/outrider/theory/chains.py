@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int, probabilities, same_shape
+from outrider.theory.checks import positive_int, probabilities, same_shape
 
 _CHUNK = 1 << 17
 """Transition probabilities handled at once: 1 MiB of float64, so that passes over a chunk stay in the cache."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int
-from outrider.theory._laws import Array, pair, ratio
 from outrider.theory.batch import total_variation
+from outrider.theory.checks import positive_int
+from outrider.theory.laws import Array, pair, ratio
 
 
 def match_by_token(target: npt.ArrayLike, draft: npt.ArrayLike) -> Array:

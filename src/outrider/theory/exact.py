@@ -15,8 +15,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int
 from outrider.theory.chains import Chain
+from outrider.theory.checks import positive_int
 
 Array = npt.NDArray[np.float64]
 Accept = Callable[[Array, Array], Array]

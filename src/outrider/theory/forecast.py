@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from outrider.theory._check import number, positive_int
+from outrider.theory.checks import number, positive_int
 from outrider.theory.replay import Array, Drafting, Replay, Text, Verification, acceptance, replay
 from outrider.theory.speedup import BestLength, VerifyCost, call_cost
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import number, positive_int, probabilities, same_shape
-from outrider.theory._laws import Array, ratio
+from outrider.theory.checks import number, positive_int, probabilities, same_shape
+from outrider.theory.laws import Array, ratio
 
 
 def strict(target: npt.ArrayLike) -> Array:

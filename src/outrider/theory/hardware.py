@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from outrider.theory._check import number
+from outrider.theory.checks import number
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import number
-from outrider.theory._laws import Array, kl_unchecked, normalised, not_negative, pair, ratio, within_unit
 from outrider.theory.batch import total_variation
 from outrider.theory.chains import Chain
+from outrider.theory.checks import number
+from outrider.theory.laws import Array, kl_unchecked, normalised, not_negative, pair, ratio, within_unit
 
 Direction = Literal["target_first", "kernel_first"]
 """Which divergence is bounded: "target_first" is KL(p || pi), "kernel_first" is KL(pi || p)."""

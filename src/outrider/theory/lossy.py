@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.theory import kl, pareto
-from outrider.theory._check import number, positive_int, probabilities
-from outrider.theory._laws import Array, kl_unchecked, not_negative, pair, ratio
 from outrider.theory.batch import total_variation
+from outrider.theory.checks import number, positive_int, probabilities
+from outrider.theory.laws import Array, kl_unchecked, not_negative, pair, ratio
 
 Divergence = Literal["js", "kl", "tv"]
 """Distance of draft and target for `fuzzy`: Jensen-Shannon or KL(draft || target), both in nats, or total variation."""

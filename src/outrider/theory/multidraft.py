@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int
-from outrider.theory._laws import Array, normalised, pair
+from outrider.theory.checks import positive_int
+from outrider.theory.laws import Array, normalised, pair
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import probabilities, same_shape
-from outrider.theory._laws import Array, normalised, not_negative, pair, ratio, within_unit
 from outrider.theory.batch import total_variation
+from outrider.theory.checks import probabilities, same_shape
+from outrider.theory.laws import Array, normalised, not_negative, pair, ratio, within_unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.theory import pareto
-from outrider.theory._check import positive_int, probabilities, same_shape
-from outrider.theory._laws import Array, Estimate, within_unit
 from outrider.theory.batch import total_variation
 from outrider.theory.chains import Chain
+from outrider.theory.checks import positive_int, probabilities, same_shape
+from outrider.theory.laws import Array, Estimate, within_unit
 
 LARGEST = 1 << 24
 """Strings that `sequence_tv` is willing to enumerate."""

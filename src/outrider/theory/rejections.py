@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.theory import batch
-from outrider.theory._check import fraction, positive_int
 from outrider.theory.chains import Chain
+from outrider.theory.checks import fraction, positive_int
 
 Array = npt.NDArray[np.float64]
 Counter = Callable[[Array], Array]

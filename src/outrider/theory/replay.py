@@ -34,7 +34,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int
+from outrider.theory.checks import positive_int
 
 Array = npt.NDArray[np.float64]
 Drafting = Literal["sampled", "greedy"]

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from outrider.theory._check import fraction, number, positive_int
+from outrider.theory.checks import fraction, number, positive_int
 from outrider.theory.hardware import Hardware, Model
 from outrider.theory.speedup import tokens_per_call
 

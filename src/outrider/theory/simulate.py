@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.theory import rejections as exact
-from outrider.theory._check import number, positive_int
 from outrider.theory.chains import Chain
+from outrider.theory.checks import number, positive_int
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import fraction, number, positive_int, real
+from outrider.theory.checks import fraction, number, positive_int, real
 
 VerifyCost = float | Sequence[float] | Callable[[int], float]
 """Cost of scoring `length` drafts: one number for all lengths, a list indexed by length (entry 0 is plain decoding's), or

@@ -17,8 +17,8 @@ from scipy.optimize import brentq
 from scipy.sparse import csr_array
 from scipy.special import betainc, betaincinv
 
-from outrider.theory._check import number, positive_int, probabilities, real
-from outrider.theory._laws import Array, within_unit
+from outrider.theory.checks import number, positive_int, probabilities, real
+from outrider.theory.laws import Array, within_unit
 
 
 @dataclass(frozen=True, slots=True)

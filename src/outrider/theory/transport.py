@@ -21,8 +21,8 @@ import numpy.typing as npt
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from outrider.theory._check import positive_int, probabilities, real
-from outrider.theory._laws import Array, pair, ratio
+from outrider.theory.checks import positive_int, probabilities, real
+from outrider.theory.laws import Array, pair, ratio
 from outrider.theory.without_replacement import all_inside
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int, probabilities
-from outrider.theory._laws import Array, normalised, pair, ratio
+from outrider.theory.checks import positive_int, probabilities
+from outrider.theory.laws import Array, normalised, pair, ratio
 from outrider.theory.multidraft import Hub, Threshold
 from outrider.theory.transport import Plan
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import positive_int, probabilities
-from outrider.theory._laws import Array, Estimate, pair, ratio
+from outrider.theory.checks import positive_int, probabilities
+from outrider.theory.laws import Array, Estimate, pair, ratio
 
 LARGEST = 1 << 20
 """Histories that `recursive_acceptance` is willing to enumerate for one row."""

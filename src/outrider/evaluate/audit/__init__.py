@@ -1,1 +1,1 @@
-"""Is an engine still exact?"""
+"""The audit: is a generator's text distributed as the target's?"""

@@ -1,8 +1,9 @@
 """The alternatives an audit bets on: what a generator would emit if it made a known mistake.
 
-Each is a *direction*: a law over the vocabulary for every position, computed before the position's token is looked at, from the
-target's and the draft's laws there. A fault of strength w emits (1 - w) p + w a. With r the residual max(p - q, 0), normalised,
-and m = sum min(p, q), speculative sampling emits min(p, q) + (1 - m) r = p; each mistake changes one of these parts.
+Each is a *direction*: a distribution over the vocabulary for every position, computed before the position's token is looked at,
+from the target's and the draft's distributions there. A fault of strength w emits (1 - w) p + w a. With r the residual
+max(p - q, 0), normalised, and m = sum min(p, q), speculative sampling emits min(p, q) + (1 - m) r = p; each mistake changes one of
+these parts.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from outrider.params import SamplingParams
 from outrider.sampling.pipeline import Law
 from outrider.types import SequenceView
 
-LawTensor = Float[Tensor, "n V"]
+DistributionTensor = Float[Tensor, "n V"]
 
 WORDS: dict[str, str] = {
-    "leak": "drafts are kept too often: the law leaks toward the draft's",
-    "residual from the target": "corrections are drawn from the target's law instead of the residual",
-    "residual from the draft": "corrections are drawn from the draft's law instead of the residual",
+    "leak": "drafts are kept too often: the distribution leaks toward the draft's",
+    "residual from the target": "corrections are drawn from the target's distribution instead of the residual",
+    "residual from the draft": "corrections are drawn from the draft's distribution instead of the residual",
     "residual argmax": "corrections are the most likely token of the residual instead of a draw from it",
-    "greedy draft judged as sampled": "drafts are the draft's most likely token but are judged as if drawn from its law",
-    "draft law unprocessed": "drafts are drawn from one of the raw and the processed draft law and judged by the other",
+    "greedy draft judged as sampled": "drafts are the draft's most likely token but are judged as if drawn from its distribution",
+    "draft law unprocessed": "drafts are drawn from the raw draft distribution and judged by the processed one, or conversely",
     "lenience": "drafts are accepted at a multiple of p / q",
-    "stale row": "tokens are judged by the target's law of the position before",
+    "stale row": "tokens are judged by the target's distribution at the position before",
     "temperature": "the temperature is off",
     "greedy bias": "the most likely token comes too often",
     "truncation": "the tail is cut although nothing asked for it",
@@ -41,7 +42,7 @@ WORDS: dict[str, str] = {
     "shared noise": "tokens of low or high number come too often, as when draws share a random number",
     "unexplained": "tokens of some rank, or with some ratio of draft to target, come too often; no named fault fits better",
 }
-"""Families of alternatives in words."""
+"""Families of alternatives in words. The families are keys of the audit's document and keep their names."""
 
 NEUTRAL = {
     "top_k": 0,
@@ -64,83 +65,85 @@ class Scene:
     earlier: earlier samples of the same prompt. eos: tokens that end a text.
     """
 
-    logits: LawTensor
-    draft: LawTensor | None
+    logits: DistributionTensor
+    draft: DistributionTensor | None
     prompt: list[int]
     output: list[int]
     params: SamplingParams
-    law: Law
+    pipeline: Law
     earlier: list[list[int]] = field(default_factory=list)
     eos: tuple[int, ...] = ()
 
-    def laws(self, logits: LawTensor, params: SamplingParams) -> LawTensor:
-        """float64 laws of logits at these positions under some parameters; rows sum to one."""
+    def distributions(self, logits: DistributionTensor, params: SamplingParams) -> DistributionTensor:
+        """float64 distributions of logits at these positions under some parameters; rows sum to one."""
         view = SequenceView(0, 0, self.prompt, len(self.prompt), 0, params)
         needs = params.edits or params.min_tokens > 0
         paths = [tuple(self.output[:i]) if needs else () for i in range(len(logits))]
-        p = self.law(logits, [view] * len(logits), paths).double()
+        p = self.pipeline(logits, [view] * len(logits), paths).double()
         return p / p.sum(1, keepdim=True)
 
 
-class Laws:
-    """The laws of a scene, each computed when first asked for."""
+class Candidates:
+    """The distributions of a scene, each computed when first asked for."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
 
     @cached_property
-    def p(self) -> LawTensor:
+    def p(self) -> DistributionTensor:
         """What the text should be drawn from."""
-        return self.scene.laws(self.scene.logits, self.scene.params)
+        return self.scene.distributions(self.scene.logits, self.scene.params)
 
     @cached_property
-    def q(self) -> LawTensor:
-        """The draft's law under the same parameters."""
+    def q(self) -> DistributionTensor:
+        """The draft distribution under the same parameters."""
         assert self.scene.draft is not None
-        return self.scene.laws(self.scene.draft, self.scene.params)
+        return self.scene.distributions(self.scene.draft, self.scene.params)
 
     @cached_property
-    def raw_q(self) -> LawTensor:
-        """The draft's law before any parameter."""
+    def raw_q(self) -> DistributionTensor:
+        """The draft distribution before any parameter."""
         assert self.scene.draft is not None
         return self.scene.draft.double().softmax(-1)
 
     @cached_property
-    def both(self) -> LawTensor:
+    def both(self) -> DistributionTensor:
         """min(p, q)."""
         return torch.minimum(self.p, self.q)
 
     @cached_property
-    def residual(self) -> LawTensor:
+    def residual(self) -> DistributionTensor:
         """max(p - q, 0), normalised; p itself where nothing is left."""
         return normalised(self.p - self.q, self.p)
 
 
-def normalised(weight: LawTensor, otherwise: LawTensor) -> LawTensor:
-    """The positive part as a law; rows of `otherwise` where it has no mass."""
+def normalised(weight: DistributionTensor, otherwise: DistributionTensor) -> DistributionTensor:
+    """The positive part as a distribution; rows of `otherwise` where it has no mass."""
     weight = weight.clamp(min=0)
     total = weight.sum(1, keepdim=True)
     return torch.where(total > 1e-12, weight / total.clamp(min=1e-300), otherwise)
 
 
-def point(index: Tensor, like: LawTensor) -> LawTensor:
+def point(index: Tensor, like: DistributionTensor) -> DistributionTensor:
     """Point masses at `index`."""
     return one_hot(index, like.shape[1]).to(like.dtype)
 
 
-def judged(x: Laws, drawn: LawTensor, declared: LawTensor, lenient: float = 1.0) -> LawTensor:
+def judged(
+    x: Candidates, drawn: DistributionTensor, declared: DistributionTensor, lenient: float = 1.0
+) -> DistributionTensor:
     """What is emitted when drafts from `drawn` are accepted with min(1, p / (lenient * declared)), else max(p - declared, 0)."""
     accept = torch.where(declared > 0, x.p / (lenient * declared).clamp(min=1e-300), 1.0).clamp(max=1.0)
     kept = drawn * accept
     return kept + (1.0 - kept.sum(1, keepdim=True)).clamp(min=0) * normalised(x.p - declared, x.p)
 
 
-def corrected(x: Laws, correction: LawTensor) -> LawTensor:
+def corrected(x: Candidates, correction: DistributionTensor) -> DistributionTensor:
     """min(p, q) plus a correction drawn from somewhere else than the residual."""
     return x.both + (1.0 - x.both.sum(1, keepdim=True)) * correction
 
 
-def repeated(x: Laws) -> LawTensor:
+def repeated(x: Candidates) -> DistributionTensor:
     """The token an earlier sample had here, where the two agree so far; p elsewhere."""
     out = x.p.clone()
     for other in x.scene.earlier[-1:]:
@@ -152,12 +155,12 @@ def repeated(x: Laws) -> LawTensor:
     return out
 
 
-def stale(x: Laws) -> LawTensor:
-    """The law of the position before."""
+def stale(x: Candidates) -> DistributionTensor:
+    """The target distribution at the position before."""
     return torch.cat([x.p[:1], x.p[:-1]])
 
 
-def without_end(x: Laws) -> LawTensor:
+def without_end(x: Candidates) -> DistributionTensor:
     """p without the tokens that end a text."""
     weight = x.p.clone()
     weight[:, list(x.scene.eos)] = 0.0
@@ -169,11 +172,11 @@ class Alternative:
     """A direction with its name."""
 
     component: Component
-    law: Callable[[Laws], LawTensor]
+    distribution: Callable[[Candidates], DistributionTensor]
 
 
 def alternatives(params: SamplingParams, *, draft: bool, eos: Sequence[int], repeats: bool) -> list[Alternative]:
-    """All that make sense for these parameters. draft: its laws are known. repeats: prompts are sampled more than once."""
+    """All that make sense for these parameters. draft: its distributions are known. repeats: prompts are sampled more than once."""
     out = [*of_target(params), *(of_draft(params) if draft else ())]
     if eos and not params.ignore_eos:
         out.append(_alternative("end suppressed", "never", without_end))
@@ -185,9 +188,9 @@ def alternatives(params: SamplingParams, *, draft: bool, eos: Sequence[int], rep
 def of_target(params: SamplingParams) -> list[Alternative]:
     """Mistakes that need no draft."""
 
-    def under(**changes: object) -> Callable[[Laws], LawTensor]:
+    def under(**changes: object) -> Callable[[Candidates], DistributionTensor]:
         other = replace(params, **changes)
-        return lambda x: x.scene.laws(x.scene.logits, other)
+        return lambda x: x.scene.distributions(x.scene.logits, other)
 
     out = [
         _alternative("temperature", f"{f:g} times the stated one", under(temperature=params.temperature * f))
@@ -208,7 +211,7 @@ def of_target(params: SamplingParams) -> list[Alternative]:
 def of_draft(params: SamplingParams) -> list[Alternative]:
     """Mistakes in how drafts are drawn, judged and corrected."""
     out = [
-        _alternative("leak", "the draft's law", lambda x: x.q),
+        _alternative("leak", "the draft distribution", lambda x: x.q),
         _alternative("residual from the target", "p", lambda x: corrected(x, x.p)),
         _alternative("residual from the draft", "q", lambda x: corrected(x, x.q)),
         _alternative("residual argmax", "argmax", lambda x: corrected(x, point(x.residual.argmax(1), x.p))),
@@ -222,9 +225,9 @@ def of_draft(params: SamplingParams) -> list[Alternative]:
     return out
 
 
-def _alternative(family: str, label: str, law: Callable[[Laws], LawTensor]) -> Alternative:
+def _alternative(family: str, label: str, distribution: Callable[[Candidates], DistributionTensor]) -> Alternative:
     assert family in WORDS
-    return Alternative(Component(family, label), law)
+    return Alternative(Component(family, label), distribution)
 
 
 RANKS = (0, 1, 2, 5, 10, 20, 50)
@@ -234,19 +237,19 @@ RATIOS = (0.05, 0.2, 0.5, 0.8, 1.25, 2.0, 5.0, 20.0)
 QUANTILES = 8
 
 
-def quantile_cells(x: Laws) -> Tensor:
-    """[n, V] cell of each token by the middle of its piece of the cumulative law: where an inverse-CDF draw would land."""
+def quantile_cells(x: Candidates) -> Tensor:
+    """[n, V] cell of each token by the middle of its piece of the cumulative distribution: where an inverse-CDF draw would land."""
     middle = x.p.cumsum(1) - 0.5 * x.p
     return (middle * QUANTILES).long().clamp(0, QUANTILES - 1)
 
 
-def rank_cells(x: Laws) -> Tensor:
+def rank_cells(x: Candidates) -> Tensor:
     """[n, V] cell of each token by its rank under p: the first, the second, up to fifth, ..."""
     rank = x.p.argsort(dim=1, descending=True).argsort(dim=1)
     return torch.bucketize(rank, torch.tensor(RANKS[1:], device=rank.device), right=True)
 
 
-def ratio_cells(x: Laws) -> Tensor:
+def ratio_cells(x: Candidates) -> Tensor:
     """[n, V] cell of each token by q / p."""
     ratio = torch.where(x.p > 0, x.q / x.p.clamp(min=1e-300), 1.0)
     return torch.bucketize(ratio, torch.tensor(RATIOS, dtype=ratio.dtype, device=ratio.device))

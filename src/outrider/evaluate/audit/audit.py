@@ -1,9 +1,9 @@
 """Is a generator's text distributed as the target's? The black-box audit: texts in, a verdict with its evidence out.
 
 The generator may be anything that continues token ids. The target (and the draft, if it is known) scores what it emitted in one
-teacher-forced pass, and every position becomes a bet against the target's law (`eprocess`) in the direction of every known mistake
-(`audit_laws`). Two controls run along on the same positions: tokens drawn from the target's own law, which must not be accused, and
-tokens drawn from a planted leak as large as the bias the audit promises to see, which must be.
+teacher-forced pass, and every position becomes a bet against the target distribution (`eprocess`) in the direction of every known
+mistake (`alternatives`). Two controls run along on the same positions: tokens drawn from the target distribution itself, which must
+not be accused, and tokens drawn from a planted leak as large as the bias the audit promises to see, which must be.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from outrider.evaluate.audit.alternatives import (
     QUANTILES,
     RANKS,
     RATIOS,
-    Laws,
+    Candidates,
     Scene,
     alternatives,
     point,
@@ -29,7 +29,7 @@ from outrider.evaluate.audit.alternatives import (
     rank_cells,
     ratio_cells,
 )
-from outrider.evaluate.audit.findings import EXACT, INCONCLUSIVE, NOT_THE_LAW, AuditOptions, Detectable, Verdict
+from outrider.evaluate.audit.findings import EXACT, INCONCLUSIVE, NOT_THE_TARGET, AuditOptions, AuditResult, Detectable
 from outrider.evaluate.audit.sources import Emission, Source
 from outrider.evaluate.scoring.score import Clock, fit, logits_along
 from outrider.evaluate.statistics.eprocess import (
@@ -56,10 +56,10 @@ class Auditor:
 
     def __init__(self, target: Target, draft: Target | None, options: AuditOptions, eos: Sequence[int] = ()) -> None:
         self.target, self.draft, self.options, self.eos = target, draft, options, tuple(eos)
-        self.law = Law(target.vocab_size, self.eos)
+        self.pipeline = Law(target.vocab_size, self.eos)
         self.known = alternatives(options.params, draft=draft is not None, eos=self.eos, repeats=True)
         learnt = [
-            Component("shared noise", "by place in the cumulative law"),
+            Component("shared noise", "by place in the cumulative distribution"),
             Component("unexplained", "by rank under the target"),
         ]
         if draft is not None:
@@ -89,23 +89,23 @@ class Auditor:
             return
         output = self._until_end(output, emission)
         scene = self._scene(list(prompt), output, [list(e) for e in earlier])
-        laws = Laws(scene)
-        tokens = self._tokens(laws, output)
+        found = Candidates(scene)
+        tokens = self._tokens(found, output)
         factors = [np.zeros((len(output), len(self.process.components), len(STRENGTHS))) for _ in tokens]
-        self._directions(laws, tokens, factors)
-        self._learnt(laws, tokens, factors)
+        self._directions(found, tokens, factors)
+        self._learnt(found, tokens, factors)
         for process, f in zip((self.process, self.honest, self.planted), factors, strict=True):
             process.update(f)
         self.texts += 1
-        self._gap(laws, emission, output)
+        self._gap(found, emission, output)
 
     def _until_end(self, output: list[int], emission: Emission) -> list[int]:
-        """The text up to its end token; what a generator writes behind it is a violation, not a draw from any law."""
+        """The text up to its end token; what a generator writes after it is a violation, not a draw from any distribution."""
         params = self.options.params
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos))
         at = next((i for i, t in enumerate(output) if t in ends and i + 1 > params.min_tokens), None)
         if at is not None and at + 1 < len(output):
-            self.violations.append(f"text goes on for {len(output) - at - 1} tokens behind its end token")
+            self.violations.append(f"text goes on for {len(output) - at - 1} tokens after its end token")
             return output[: at + 1]
         if len(output) > params.max_tokens:
             self.violations.append(f"a text has {len(output)} tokens where at most {params.max_tokens} were asked for")
@@ -120,16 +120,16 @@ class Auditor:
         read = lambda model: torch.cat(list(logits_along(model, whole, first, self.clock)))  # noqa: E731
         logits = read(self.target)
         draft = None if self.draft is None else fit(read(self.draft), self.target.vocab_size).to(logits.device)
-        return Scene(logits, draft, prompt, output, self.options.params, self.law, earlier, self.eos)
+        return Scene(logits, draft, prompt, output, self.options.params, self.pipeline, earlier, self.eos)
 
-    def _tokens(self, laws: Laws, output: list[int]) -> list[torch.Tensor]:
+    def _tokens(self, found: Candidates, output: list[int]) -> list[torch.Tensor]:
         """The emitted tokens, and the two controls: drawn from p, and from a leak of the size to detect."""
-        p = laws.p
-        wrong = laws.q if self.draft is not None else point(p.argmax(1), p)
+        p = found.p
+        wrong = found.q if self.draft is not None else point(p.argmax(1), p)
         far = float(0.5 * (p - wrong).abs().sum(1).mean())
         w = min(0.9, self.options.detect / far) if far > 0 else 0.9
         n = len(output)
-        draw = lambda law: torch.multinomial(law.cpu(), 1, generator=self._generator())[:, 0].to(p.device)  # noqa: E731
+        draw = lambda probs: torch.multinomial(probs.cpu(), 1, generator=self._generator())[:, 0].to(p.device)  # noqa: E731
         honest = draw(p)
         leaks = torch.from_numpy(self.chance.random(n) < w).to(p.device)
         return [torch.tensor(output, device=p.device), honest, torch.where(leaks, draw(wrong), draw(p))]
@@ -137,12 +137,12 @@ class Auditor:
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(int(self.chance.integers(2**62)))
 
-    def _directions(self, laws: Laws, tokens: list[torch.Tensor], factors: list[NDArray[np.float64]]) -> None:
-        p, n = laws.p, len(tokens[0])
+    def _directions(self, found: Candidates, tokens: list[torch.Tensor], factors: list[NDArray[np.float64]]) -> None:
+        p, n = found.p, len(tokens[0])
         rows = np.unique(np.linspace(0, n - 1, POWER_ROWS).astype(int))
         self.sampled += len(rows)
         for c, alternative in enumerate(self.known):
-            a = alternative.law(laws)
+            a = alternative.distribution(found)
             ratio = clipped(p, a, self.clip)
             for token, f in zip(tokens, factors, strict=True):
                 b = bet(p, ratio, a, token)
@@ -150,29 +150,29 @@ class Auditor:
             self.tv[c] += b.tv.sum()
             self.sums[c] += growth(p[rows], ratio[rows], a[rows], self.options.tolerance)
 
-    def _learnt(self, laws: Laws, tokens: list[torch.Tensor], factors: list[NDArray[np.float64]]) -> None:
-        kinds = [quantile_cells(laws), rank_cells(laws), *([ratio_cells(laws)] if self.draft is not None else [])]
+    def _learnt(self, found: Candidates, tokens: list[torch.Tensor], factors: list[NDArray[np.float64]]) -> None:
+        kinds = [quantile_cells(found), rank_cells(found), *([ratio_cells(found)] if self.draft is not None else [])]
         for k, cells in enumerate(kinds):
             size = len(self.cells[0][k].seen)
             mass = torch.zeros(len(cells), size, dtype=torch.float64, device=cells.device)
-            mass = mass.scatter_add_(1, cells, laws.p).cpu().numpy()
+            mass = mass.scatter_add_(1, cells, found.p).cpu().numpy()
             for which, (token, f) in enumerate(zip(tokens, factors, strict=True)):
                 at = cells.gather(1, token[:, None])[:, 0].tolist()
                 learner = self.cells[which][k]
                 for i, cell in enumerate(at):
                     f[i, len(self.known) + k] = learner.factor(mass[i], cell)
 
-    def _gap(self, laws: Laws, emission: Emission, output: list[int]) -> None:
+    def _gap(self, found: Candidates, emission: Emission, output: list[int]) -> None:
         """Where the generator reports log-probabilities: half the mean of |1 - ours / theirs| estimates TV(ours, theirs)."""
         if not emission.logprobs:
             return
-        ours = laws.scene.logits.double().log_softmax(-1)
+        ours = found.scene.logits.double().log_softmax(-1)
         ours = ours[torch.arange(len(output)), torch.tensor(output)].cpu().numpy()
         theirs = np.asarray(emission.logprobs[: len(output)])
         self.gaps += (0.5 * np.abs(1 - np.exp(np.minimum(ours[: len(theirs)] - theirs, 700.0)))).tolist()
 
     # ------------------------------------------------------------------ the answer
-    def verdict(self) -> Verdict:
+    def verdict(self) -> AuditResult:
         """The answer now; more texts may follow."""
         o, e = self.options, self.process
         found = self._detectable()
@@ -189,9 +189,9 @@ class Auditor:
             index = e.components.index(component)
             bias = strength * self.tv[index] / e.tokens if index < len(self.known) else None
         clean = self.honest.alarm is None and self.planted.alarm is not None
-        outcome = NOT_THE_LAW if accused else EXACT if seen and wanted and clean else INCONCLUSIVE
+        outcome = NOT_THE_TARGET if accused else EXACT if seen and wanted and clean else INCONCLUSIVE
         ten = math.log(10)
-        return Verdict(
+        return AuditResult(
             outcome,
             e.tokens,
             self.texts,
@@ -238,8 +238,8 @@ def audit(
     budget: int | None = None,
     group: int = 8,
     progress: Callable[[float], None] = lambda _: None,
-) -> Verdict:
-    """Ask `source` for `samples` continuations of every prompt and judge them; stops behind `budget` tokens.
+) -> AuditResult:
+    """Ask `source` for `samples` continuations of every prompt and judge them; stops after `budget` tokens.
 
     group: prompts asked for together. Every continuation gets a seed of its own.
     """

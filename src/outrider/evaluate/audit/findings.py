@@ -11,17 +11,18 @@ from outrider.errors import ConfigError
 from outrider.evaluate.audit.alternatives import WORDS
 from outrider.params import SamplingParams
 
-EXACT, NOT_THE_LAW, INCONCLUSIVE = "exact so far", "not the target's law", "inconclusive"
+EXACT, NOT_THE_TARGET, INCONCLUSIVE = "exact so far", "not the target's law", "inconclusive"
+"""Outcomes, as documents spell them."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
     """What is asked of an audit.
 
-    params: how the text should have been sampled; temperature above 0 (see `audit_greedy` for 0).
-    level: probability with which an honest generator is accused, however often one looks. tolerance: total variation per token
-    that numerics alone may cause; laws that close count as the target's. detect: total variation per token that must be
-    detectable (80% power, every alternative) for "exact so far"; with less data the answer is "inconclusive".
+    params: how the text should have been sampled; temperature above 0 (for 0 see `greedy`).
+    level: probability that a generator of the target distribution is accused, however often one looks. tolerance: total variation
+    per token that numerics alone may cause; distributions that close count as the target's. detect: total variation per token that
+    must be detectable (80% power, every alternative) for "exact so far"; with less data the answer is "inconclusive".
     """
 
     params: SamplingParams
@@ -34,7 +35,9 @@ class AuditOptions:
         if not 0 < self.level < 1 or not 0 <= self.tolerance < 1 or not 0 < self.detect < 1:
             raise ConfigError("level and detect lie between 0 and 1, tolerance from 0 to below 1")
         if self.params.greedy:
-            raise ConfigError("at temperature 0 there is no law to test: use the greedy audit (--temperature 0)")
+            raise ConfigError(
+                "at temperature 0 there is no distribution to test: use the greedy audit (--temperature 0)"
+            )
         if self.tolerance >= self.detect:
             raise ConfigError("the tolerance must be smaller than the bias to detect")
 
@@ -50,7 +53,7 @@ class Detectable:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class AuditResult:
     """The answer. log10_evidence: now and at its highest; alarm_at: tokens seen when it passed 1 / level.
 
     cause, label, strength, bias: the alternative with the most evidence, its strength and its total variation per token;
@@ -82,22 +85,24 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The verdict in one sentence."""
-        if self.outcome == NOT_THE_LAW:
+        """The answer in one sentence."""
+        if self.outcome == NOT_THE_TARGET:
             if self.violations:
-                return f"not the target's law: {self.violations[0]}"
-            return f"not the target's law: {WORDS[self.cause or 'unexplained']} ({self.label})"
+                return f"not the target's distribution: {self.violations[0]}"
+            return f"not the target's distribution: {WORDS[self.cause or 'unexplained']} ({self.label})"
         if self.outcome == EXACT:
             return f"exact so far: a bias of {self.resolution:.3g} total variation per token would have been seen"
         if self.control_honest >= math.log10(1 / self.level):
-            return "inconclusive: the audit accuses tokens drawn from the target's own law; check the tolerance"
+            return (
+                "inconclusive: the audit accuses tokens drawn from the target's own distribution; check the tolerance"
+            )
         return (
             f"inconclusive: {self.tokens} tokens cannot show every bias of {self.detect:g}; use more prompts or samples"
         )
 
 
-def as_document(v: Verdict) -> dict[str, Any]:
-    """A verdict as plain data."""
+def as_document(v: AuditResult) -> dict[str, Any]:
+    """An answer as plain data."""
     return {**asdict(v), "sentence": v.sentence}
 
 

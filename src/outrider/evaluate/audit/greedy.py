@@ -34,7 +34,7 @@ class Departure:
 
 
 @dataclass(frozen=True, slots=True)
-class GreedyVerdict:
+class GreedyAuditResult:
     """texts and tokens judged (each text up to its first departure), failed texts, and every departure."""
 
     texts: int
@@ -54,7 +54,7 @@ class GreedyVerdict:
 @torch.inference_mode()
 def audit_greedy(
     source: Source, prompts: Iterable[Sequence[int]], target: Target, *, width: int = 5, group: int = 8
-) -> GreedyVerdict:
+) -> GreedyAuditResult:
     """One continuation of every prompt; the source runs at temperature 0 without other parameters.
 
     width: rows of a verification, for the rounding by batching. Only the first departure of a text is judged: behind a tie the
@@ -76,7 +76,7 @@ def audit_greedy(
             tokens += len(emission.tokens) if departure is None else departure.position
             if departure is not None:
                 found.append(departure)
-    return GreedyVerdict(texts, tokens, failed, tuple(found))
+    return GreedyAuditResult(texts, tokens, failed, tuple(found))
 
 
 def first_departure(target: Target, prompt: list[int], emission: Emission, number: int, width: int) -> Departure | None:

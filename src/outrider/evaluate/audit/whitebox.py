@@ -1,4 +1,4 @@
-"""The audit of our own engine from inside: its ledger, and the joint law of its rule on a table whose law is known."""
+"""The audit of our own engine from inside: its ledger, and the joint distribution of its rule on a table of known distributions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LEAST = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class JointLaw:
-    """Chi-square of all strings of LENGTH tokens against their exact probabilities. p_value: of an honest rule, uniform."""
+class JointDistribution:
+    """Chi-square of all strings of LENGTH tokens against their exact probabilities. p_value: uniform for an exact rule."""
 
     sequences: int
     statistic: float
@@ -33,10 +33,12 @@ class JointLaw:
     p_value: float
 
 
-def joint_law(rule: Rule, *, sequences: int = 4000, seed: int = 0, allow_lossy: bool = True) -> JointLaw:
-    """Decode `sequences` strings with the engine, the rule and a draft table, and compare their joint law with the target's.
+def joint_distribution(
+    rule: Rule, *, sequences: int = 4000, seed: int = 0, allow_lossy: bool = True
+) -> JointDistribution:
+    """Decode `sequences` strings with the engine, the rule and a draft table; their joint distribution beside the target's.
 
-    Marginals can be right where the joint law is not (noise shared between positions or steps), so whole strings are counted.
+    Marginals can be right where the joint distribution is not (noise shared between positions or steps): whole strings are counted.
     """
     target = TableTarget.random(VOCAB, seed=17, positions=LENGTH + 1, sharp=1.0)
     draft = target.perturbed(1.0, 18)
@@ -62,7 +64,7 @@ def joint_law(rule: Rule, *, sequences: int = 4000, seed: int = 0, allow_lossy: 
     due = np.append(expected[~few], expected[few].sum())
     seen, due = (seen, due) if due[-1] >= LEAST else (seen[:-1], due[:-1])
     statistic = float(((seen - due) ** 2 / due).sum())
-    return JointLaw(sequences, statistic, len(due), float(chi2.sf(statistic, len(due) - 1)))
+    return JointDistribution(sequences, statistic, len(due), float(chi2.sf(statistic, len(due) - 1)))
 
 
 def _probability(target: TableTarget, string: tuple[int, ...]) -> float:
@@ -75,10 +77,10 @@ def _probability(target: TableTarget, string: tuple[int, ...]) -> float:
 
 @torch.inference_mode()
 def rounding(target: Target, tokens: list[int], rows: int = 5) -> float:
-    """Mean total variation between the laws of one text scored in one pass and scored `rows` tokens at a time.
+    """Mean total variation between the distributions of one text scored in one pass and scored `rows` tokens at a time.
 
-    It is what the shape of a forward alone does to the law on this model, dtype and machine: the tolerance of an audit on the same
-    weights. The text needs more tokens than `rows`.
+    It is what the shape of a forward alone does to the distribution on this model, dtype and machine: the tolerance of an audit
+    on the same weights. The text needs more tokens than `rows`.
     """
     once = torch.cat(list(logits_along(target, tokens, 0, Clock()))).double().softmax(-1)
     parts, kv = [], target.new_kv(1, len(tokens))

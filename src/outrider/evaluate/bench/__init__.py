@@ -1,1 +1,1 @@
-"""Paired benchmarks and their pages."""
+"""Benchmarks: presets, charts, reports, and whether a run holds its baseline."""

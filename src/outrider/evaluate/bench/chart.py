@@ -17,7 +17,8 @@ from outrider.build import Engine
 from outrider.errors import ConfigError
 from outrider.evaluate.bench.presets import Spec
 from outrider.evaluate.bench.scale import TARGETS, Predicted, carry_over, predict_arm
-from outrider.evaluate.measure import Arm, Record
+from outrider.evaluate.measure import Arm
+from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
 from outrider.theory.hardware import Hardware
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Record
+from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import difference_influence, influence, margin
 from outrider.evaluate.store.store import Store
 from outrider.records import Counts

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from outrider.evaluate.bench.presets import Spec
-from outrider.evaluate.measure import Record
+from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
 from outrider.records import Counts
 from outrider.theory.hardware import Hardware, Model

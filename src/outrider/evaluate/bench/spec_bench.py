@@ -15,19 +15,12 @@ from typing import Any
 import numpy as np
 
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Record
+from outrider.evaluate.records import Record
+from outrider.evaluate.workloads import Question
 from outrider.records import Counts
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag", "overall")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What an answer file says of its question."""
-
-    number: int
-    category: str
 
 
 def answers(
@@ -69,7 +62,7 @@ def accept_lengths(counts: Counts) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class SpecBenchSpeed:
     """One task as Spec-Bench prints it."""
 
     task: str
@@ -85,7 +78,7 @@ def speed(
     base: Sequence[dict[str, Any]],
     count_tokens: Callable[[str], int],
     task: str = "overall",
-) -> Speed | None:
+) -> SpecBenchSpeed | None:
     """What `speed.py` computes for a task; None where no question has it. count_tokens: of a text, special tokens included."""
 
     def of_task(row: dict[str, Any]) -> bool:
@@ -104,7 +97,9 @@ def speed(
         choice = row["choices"][0]
         base_speeds.append(sum(count_tokens(text) - 1 for text in choice["turns"]) / sum(choice["wall_time"]))
     now, before = float(np.mean(speeds)), float(np.mean(base_speeds))
-    return Speed(task, len(mine), float(np.mean(lengths)), now, before, now / before if before > 0 else float("nan"))
+    return SpecBenchSpeed(
+        task, len(mine), float(np.mean(lengths)), now, before, now / before if before > 0 else float("nan")
+    )
 
 
 def report(
@@ -113,7 +108,7 @@ def report(
     questions: Sequence[Question],
     decode: Callable[[Sequence[int]], str],
     count_tokens: Callable[[str], int],
-) -> dict[str, list[Speed]]:
+) -> dict[str, list[SpecBenchSpeed]]:
     """Per arm but the base, every task that has questions."""
     files = {a: answers([r for r in records if r.arm == a], questions, decode, a) for a in {r.arm for r in records}}
     names = [a for a in dict.fromkeys(r.arm for r in records) if a != base]

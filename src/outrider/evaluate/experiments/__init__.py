@@ -1,1 +1,1 @@
-"""A/B tests, offline and on live traffic."""
+"""A/B experiments, on prompts and on live traffic."""

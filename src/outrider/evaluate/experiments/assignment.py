@@ -24,7 +24,7 @@ PART = re.compile(r"(ngram(?::[^+/]*)?|prediction|forced(?::\d{1,4})?)\+")
 
 
 def unit_of(e: Experiment, who: str) -> str:
-    """The name a unit has in records: it tells nothing of `who` to whoever does not know the salt."""
+    """The name a unit has in records: without the salt it tells nothing about `who`."""
     return _hash(e, "unit", who).hex()[:16]
 
 
@@ -38,7 +38,7 @@ def arm_of(e: Experiment, who: str) -> str | None:
     return None
 
 
-def whose(e: Experiment, who: str, now: float) -> str:
+def unit_key(e: Experiment, who: str, now: float) -> str:
     """The unit of a request at Unix time `now`: its user, or the stretch of time."""
     return who if e.window is None else f"window {math.floor(now / e.window)}"
 
@@ -55,7 +55,7 @@ def shares_of(e: Experiment) -> dict[str, float]:
 
 # ----------------------------------------------------------------- what can vary
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedOptions:
     """What a server was started with: the names its options had, and whether its draft length is fixed."""
 
     draft: str
@@ -66,7 +66,7 @@ class Served:
     fixed: bool = True
 
 
-def wishes(e: Experiment, served: Served) -> dict[str, dict[str, Any]]:
+def arm_overrides(e: Experiment, served: ServedOptions) -> dict[str, dict[str, Any]]:
     """For each arm, the sampling parameters that a request of it gets besides its own.
 
     Raises ConfigError for what one loaded engine cannot vary from request to request.
@@ -81,10 +81,10 @@ def wishes(e: Experiment, served: Served) -> dict[str, dict[str, Any]]:
     if bad := [a for a in e.arms if not (a.isascii() and a.isprintable() and len(a) <= 64)]:
         raise ConfigError(f"arm {bad[0]!r}: its name is told in a header: at most 64 plain ASCII characters")
     lossless = load_rule(served.rule).lossless
-    return {arm: _wish(f"arm {arm!r}", options, served, lossless) for arm, options in e.arms.items()}
+    return {arm: _overrides(f"arm {arm!r}", options, served, lossless) for arm, options in e.arms.items()}
 
 
-def _wish(arm: str, options: Mapping[str, Any], served: Served, lossless: bool) -> dict[str, Any]:
+def _overrides(arm: str, options: Mapping[str, Any], served: ServedOptions, lossless: bool) -> dict[str, Any]:
     """The parameters of one arm."""
     draft = options.get("draft", served.draft)
     off = draft == "none" or options.get("length") == 0
@@ -103,7 +103,7 @@ def _wish(arm: str, options: Mapping[str, Any], served: Served, lossless: bool) 
         )
     out: dict[str, Any] = {"draft_length": length}
     if not off and draft != served.draft:
-        out["drafters"] = _chosen(arm, draft, served.draft)
+        out["drafters"] = _drafters(arm, draft, served.draft)
     if (budget := options.get("tv_budget")) is not None:
         if lossless:
             raise ConfigError(f"{arm}: tv_budget needs a lossy rule, and {served.rule!r} is exact")
@@ -120,7 +120,7 @@ def parts_of(draft: str) -> list[str]:
     return [*parts, rest]
 
 
-def _chosen(arm: str, draft: str, loaded: str) -> tuple[int, ...]:
+def _drafters(arm: str, draft: str, loaded: str) -> tuple[int, ...]:
     """Numbers of the loaded drafters that `draft` names."""
     there, wanted = parts_of(loaded), parts_of(draft)
     if any(part not in there for part in wanted) or wanted != [p for p in there if p in wanted]:

@@ -2,11 +2,11 @@
 
 One or several continuations per prompt are drawn from the target by plain decoding, and read once by the target and by each
 draft model in a teacher-forced pass. `theory.replay` then gives every arm's expected number of target calls along them, exactly
-given the text. A lossless arm's own text has the law of these, so that for every prompt
+given the text. A lossless arm's own text is distributed as these are, so that for every prompt
 
     E[target calls of the arm's own run] = E[expected calls along the continuations]                                      (1)
 
-whatever the clock does. Arms that are not replayed (their number is None): drafters without a law (n-grams, heads, trees),
+whatever the clock does. Arms that are not replayed (their number is None): drafters without a distribution (n-grams, heads, trees),
 rules other than speculative sampling and block verification, lossy rules, draft lengths that change with the load.
 """
 
@@ -27,8 +27,7 @@ from outrider.drafters.prediction import Prediction
 from outrider.drafters.tree.growth import Levels
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm
-from outrider.evaluate.planning.plan import VERIFICATION
-from outrider.evaluate.scoring.score import Clock, Emitted, Item, score
+from outrider.evaluate.scoring.score import VERIFICATION, Clock, Emitted, Item, score
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Target
@@ -81,7 +80,8 @@ class Continuations:
         self.ways = {arm.name: way_of(arm.engine) for arm in arms}
         if count < 1 or all(way is None or way.model is None for way in self.ways.values()):
             raise ConfigError(
-                "replay needs an arm whose drafts have a law: a draft model with a chain, the rule speculative_sampling or block"
+                "replay needs an arm whose drafts have a distribution: a draft model with a chain, "
+                "the rule speculative_sampling or block"
             )
         self.params, self.count, self.seed = params, count, seed
         length = min(max(map(len, prompts)) + params.max_tokens, first.max_length)

@@ -1,14 +1,14 @@
 """A sharper comparison from the same continuations: control variates of mean zero, used without looking ahead.
 
-Let y_g be what prompt group g says about two arms, and z_g what luck did to them in their own runs: for each arm the target calls
-per token that replay expects along the common continuations less those its run took, in units of the mean of the earlier groups
-(`luck`). By (1) of `continuations`, E[z_g] = 0 whatever came before, for arms that are lossless. With weights w_g that depend on
-earlier groups only,
+Let y_g be what prompt group g says about two arms, and z_g what chance did to them in their own runs: for each arm the target
+calls per token that replay expects along the common continuations less those its run took, in units of the mean of the earlier
+groups (`noise_covariate`). By (1) of `continuations`, E[z_g] = 0 whatever came before, for arms that are lossless. With weights w_g
+that depend on earlier groups only,
 
     y'_g = y_g - w_g . z_g        has        E[y'_g | past] = E[y_g | past]
 
 exactly, for every g: the reduced mean estimates the same number as the plain one, and a confidence sequence of y' is one of the
-mean of y. The weights are least squares on the past, begun at 1: what luck does to the speed of an arm whose time goes by calls.
+mean of y. The weights are least squares on the past, begun at 1: what chance does to the speed of an arm whose time goes by calls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.evaluate.measure import Record
+from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.sequential import LEAST, Bounds, bounds, half_width_factor
 
 Array = NDArray[np.float64]
@@ -49,7 +49,7 @@ class Reduction:
     agrees: bool
 
 
-def luck(calls: Array, replayed: Array) -> Array:
+def noise_covariate(calls: Array, replayed: Array) -> Array:
     """[n] target calls per token expected less taken, over the mean expected in earlier groups (0.5 before the first)."""
     before = (
         np.concatenate([[0.5], replayed.cumsum()[:-1] / np.arange(1, len(replayed))]) if len(replayed) else replayed
@@ -131,7 +131,9 @@ def compare(
     else:
         speeds = [np.log([r.tokens / r.seconds for r in side]) for side in (arm, base)]
         spread = speeds[0] - speeds[1]
-        rest = controlled(spread, np.stack([luck(taken[0], expected[0]), -luck(taken[1], expected[1])], axis=1))
+        rest = controlled(
+            spread, np.stack([noise_covariate(taken[0], expected[0]), -noise_covariate(taken[1], expected[1])], axis=1)
+        )
         plain, reduced = bounds(spread, level, g), bounds(rest, level, g)
     if not replayed:
         return plain, None

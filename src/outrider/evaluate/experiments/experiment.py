@@ -18,7 +18,8 @@ from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.experiments.continuations import Continuations
 from outrider.evaluate.experiments.control_variates import METRICS, Metric, Reduction, compare
-from outrider.evaluate.measure import Arm, Record, run_group, text_seed
+from outrider.evaluate.measure import Arm, run_group, text_seed
+from outrider.evaluate.records import Record
 from outrider.evaluate.scoring.quality import with_quality
 from outrider.evaluate.statistics.sequential import Bounds, bounds
 from outrider.evaluate.store.store import Store, fingerprint
@@ -47,8 +48,8 @@ class Experiment:
     level: probability that any false claim is ever made. quality: nats per token that may be lost, None: not scored.
     g: prior variance of the standardised effect (`sequential`). metric: speed (tokens per second), or acceptance (tokens per
     target call). replay: continuations per prompt along which all arms are replayed (`continuations`), 0: none.
-    Of live traffic (`online`): shares: of each arm, equal ones if None; salt: of the hash that places users; each: requests of a
-    user that make one value; window: seconds for which all requests have one arm, None: an arm belongs to a user.
+    Of live traffic (`assignment`): shares: of each arm, equal ones if None; salt: of the hash that places users; each: requests
+    of a user that make one value; window: seconds for which all requests have one arm, None: an arm belongs to a user.
     """
 
     name: str

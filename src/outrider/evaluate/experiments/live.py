@@ -1,6 +1,6 @@
-"""An experiment on a running server: places requests, keeps their records, looks, and stops the arms that do harm.
+"""An experiment on a running server: assigns requests, keeps their records, looks, and stops the arms that do harm.
 
-Requests are placed in the caller's thread, by a hash and a counter. Records go to a thread of their own, which alone holds the
+Requests are assigned in the caller's thread, by a hash and a counter. Records go to a thread of their own, which alone holds the
 store: it commits each one, and looks when enough new ones are in. A record that cannot be written (a full disk, a lock) is tried
 again.
 """
@@ -19,50 +19,51 @@ from time import monotonic, time
 from typing import Any
 
 from outrider.errors import CapacityError, ConfigError
-from outrider.evaluate.experiments.assignment import arm_of, unit_of, whose
+from outrider.evaluate.experiments.assignment import arm_of, unit_key, unit_of
 from outrider.evaluate.experiments.experiment import Comparison, Experiment
-from outrider.evaluate.experiments.tally import STOPPED, Standing, Tally
+from outrider.evaluate.experiments.tally import STOPPED, ExperimentStatus, Tally
+from outrider.evaluate.records import Key
 from outrider.evaluate.statistics.sequential import Bounds
-from outrider.evaluate.store.store import Key, Store
+from outrider.evaluate.store.store import Store
 
 logger = logging.getLogger(__name__)
 KIND = "online"
 """Of its run in the store."""
-AGAIN = 1.0
+WRITE_RETRY_SECONDS = 1.0
 """Seconds before a record that could not be written is tried again."""
-GIVE_UP = 10.0
+STORE_CLOSE_SECONDS = 10.0
 """Seconds that `close` waits for a store that does not take what is left."""
-PATIENCE = 1.01
+LOOK_GROWTH = 1.01
 """Growth of the number of requests after which there is another look: looks cost time in proportion to what is known."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a request belongs. label: its arm, as records name it; wish: sampling parameters that it gets besides its own."""
+class Assignment:
+    """Where a request belongs. label: its arm, as records name it; overrides: sampling parameters it gets besides its own."""
 
     label: str
     number: int
     unit: str
-    wish: Mapping[str, Any]
+    overrides: Mapping[str, Any]
 
 
-class Trial:
-    """One experiment while a server runs. wishes: see `online.wishes`. Use `start` and `close` around the server's life."""
+class LiveExperiment:
+    """One experiment while a server runs. arm_overrides: see `assignment`. Use `start` and `close` around the server's life."""
 
-    def __init__(self, e: Experiment, wishes: Mapping[str, dict[str, Any]], store: str | Path) -> None:
+    def __init__(self, e: Experiment, arm_overrides: Mapping[str, dict[str, Any]], store: str | Path) -> None:
         """Raises ConfigError for a store that cannot be used, or that has this experiment unfinished with another configuration."""
-        self.e, self.wishes, self._where = e, wishes, store
+        self.e, self.arm_overrides, self._where = e, arm_overrides, store
         with Store(store) as db:
-            self.config = {**asdict(e), "wishes": dict(wishes)}
+            self.config = {**asdict(e), "wishes": dict(arm_overrides)}
             known, state = state_of(db, e.name)
             self.run = db.begin(KIND, e.name, self.config)
             records = db.records(self.run)
             self.tally = tally_of(e, records, state if known == self.run else {})
             self.session = 1 + max((key[2] for key in records), default=-1)
-            self.standing = self.tally.standing()
-            db.save_experiment(e.name, self.run, self.config, asdict(self.standing))
+            self.status = self.tally.status()
+            db.save_experiment(e.name, self.run, self.config, asdict(self.status))
         self._number = 0
-        self._mail: queue.SimpleQueue[tuple[Place, dict[str, Any]] | None] = queue.SimpleQueue()
+        self._mail: queue.SimpleQueue[tuple[Assignment, dict[str, Any]] | None] = queue.SimpleQueue()
         self._closing = math.inf
         self._open: Future[None] = Future()
         self._lost = False
@@ -74,25 +75,25 @@ class Trial:
         self._thread.start()
         self._open.result()
 
-    def place(self, who: str) -> Place | None:
-        """The place of the next request of `who`; None if it is in no arm. Every place must come back to `ended`, in any order."""
-        who = whose(self.e, who, time())
+    def place(self, who: str) -> Assignment | None:
+        """The assignment of the next request of `who`; None if it is in no arm. Each must come back to `ended`, in any order."""
+        who = unit_key(self.e, who, time())
         arm = arm_of(self.e, who)
         if arm is None or self._lost:
             return None
         number, self._number = self._number, self._number + 1
-        stopped = arm in self.standing.stopped
-        return Place(
-            arm + STOPPED * stopped, number, unit_of(self.e, who), self.wishes[self.e.base if stopped else arm]
+        stopped = arm in self.status.stopped
+        return Assignment(
+            arm + STOPPED * stopped, number, unit_of(self.e, who), self.arm_overrides[self.e.base if stopped else arm]
         )
 
-    def ended(self, place: Place, record: dict[str, Any]) -> None:
-        """A placed request has ended: outcome, tokens, later, seconds, queued, prompt_tokens, seeded, counts. Does not wait."""
+    def ended(self, place: Assignment, record: dict[str, Any]) -> None:
+        """An assigned request has ended: outcome, tokens, later, seconds, queued, prompt_tokens, seeded, counts. Does not wait."""
         self._mail.put((place, {**record, "unit": place.unit}))
 
     def close(self) -> None:
         """Write what has come in and end the thread."""
-        self._closing = monotonic() + GIVE_UP
+        self._closing = monotonic() + STORE_CLOSE_SECONDS
         self._mail.put(None)
         self._thread.join()
 
@@ -119,7 +120,7 @@ class Trial:
             self.tally.add(place.label, place.number, self.session, record)
             taken += 1
             if taken >= look:
-                look = int(taken * PATIENCE) + 1
+                look = int(taken * LOOK_GROWTH) + 1
                 self._look(db)
         self.tally.flush()
         self._look(db)
@@ -135,18 +136,18 @@ class Trial:
                     logger.error("%d records of %s are lost: %s", 1 + self._mail.qsize(), self.e.name, error)
                     return False
                 logger.warning("a record of %s waits: %s", self.e.name, error)
-                threading.Event().wait(AGAIN)
+                threading.Event().wait(WRITE_RETRY_SECONDS)
 
     def _look(self, db: Store) -> None:
-        self.standing = self.tally.standing()
+        self.status = self.tally.status()
         try:
-            db.save_experiment(self.e.name, self.run, self.config, asdict(self.standing))
+            db.save_experiment(self.e.name, self.run, self.config, asdict(self.status))
         except CapacityError as error:
             logger.warning("the state of %s waits: %s", self.e.name, error)
 
 
 def state_of(db: Store, name: str) -> tuple[str | None, dict[str, Any]]:
-    """The latest run of an experiment and what was said of it; none for a new one. ConfigError for a name that `ab run` has."""
+    """The latest run of an experiment and its saved state; none for a new one. ConfigError for a name that `ab run` has."""
     try:
         run, _, state = db.experiment(name)
     except ConfigError:
@@ -175,11 +176,11 @@ def comparison_of(data: Mapping[str, Any]) -> Comparison:
     return Comparison(data["arm"], Bounds(**speed), None, tuple(data["vetoes"]), data["decision"])  # type: ignore[arg-type]
 
 
-def read(name: str, store: str | Path) -> tuple[Experiment, Tally, Standing]:
+def read(name: str, store: str | Path) -> tuple[Experiment, Tally, ExperimentStatus]:
     """An online experiment as it stands in a store, also while a server writes to it. Raises ConfigError if there is none."""
     with Store(store, read_only=True) as db:
         run, config, state = db.experiment(name)
         records = db.records(run)
     e = Experiment(**{k: v for k, v in config.items() if k != "wishes"})
     tally = tally_of(e, records, state)
-    return e, tally, tally.standing()
+    return e, tally, tally.status()

@@ -40,8 +40,8 @@ STATEMENTS = 1 + len(HARM)
 
 
 @dataclass(slots=True)
-class Side:
-    """What is known of one arm. later, seconds: tokens behind the first ones and what they took. values: log tokens per second of
+class ArmTally:
+    """What is known of one arm. later, seconds: tokens after the first ones and what they took. values: log tokens per second of
     its units, in order; open: units without a value yet, their requests as [requests, later, seconds]. harmed: units by kind of
     harm. fresh: counts of requests whose noise was ours (see `StepRecord.fresh`)."""
 
@@ -82,7 +82,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ExperimentStatus:
     """Where an online experiment stands. groups: units of the base with a value; comparisons: as offline; stopped: arms that are
     no longer given to anybody."""
 
@@ -101,7 +101,7 @@ class Tally:
 
     def __init__(self, e: Experiment) -> None:
         self.e = e
-        self.sides = {arm: Side() for arm in e.arms}
+        self.arms = {arm: ArmTally() for arm in e.arms}
         self.stopped: dict[str, Comparison] = {}
         self._session = self._next = 0
         self._early: dict[int, tuple[str, Mapping[str, Any]]] = {}
@@ -126,22 +126,22 @@ class Tally:
             self._count(*self._early.pop(number))
 
     def _count(self, arm: str, record: Mapping[str, Any]) -> None:
-        if arm not in self.sides or record["outcome"] == "refused":
+        if arm not in self.arms or record["outcome"] == "refused":
             return
-        unit, side = record["unit"], self.sides[arm]
+        unit, side = record["unit"], self.arms[arm]
         if self.e.window is not None:  # a stretch of time is over when a request of another one is counted
-            for every in self.sides.values():
+            for every in self.arms.values():
                 for over in [u for u in every.open if u != unit]:
                     every.close(over)
         side.add(record)
         if self.e.window is None and unit in side.open and side.open[unit][0] >= self.e.each:
             side.close(unit)
 
-    def standing(self) -> Standing:
+    def status(self) -> ExperimentStatus:
         """What the requests say now. An arm that was found worse or vetoed stays so."""
         found = [self.stopped.get(arm) or self._compare(arm) for arm in self.e.others]
         self.stopped |= {c.arm: c for c in found if c.decision in ("worse", "vetoed")}
-        return Standing(len(self.sides[self.e.base].values), None, found, tuple(self.stopped))
+        return ExperimentStatus(len(self.arms[self.e.base].values), None, found, tuple(self.stopped))
 
     def _compare(self, arm: str) -> Comparison:
         share = self.e.level / (len(self.e.others) * STATEMENTS)
@@ -152,13 +152,13 @@ class Tally:
     def _differences(self, arm: str) -> list[float]:
         """The arm's units, each less the mean of as many of the base's next units as the shares give it; or the other way round."""
         shares = shares_of(self.e)
-        mine, base = self.sides[arm].values, self.sides[self.e.base].values
+        mine, base = self.arms[arm].values, self.arms[self.e.base].values
         many = max(1, round(shares[self.e.base] / shares[arm]))
         few = max(1, round(shares[arm] / shares[self.e.base]))
         return [a - b for a, b in zip(_means(mine, few), _means(base, many), strict=False)]
 
     def _vetoes(self, arm: str, share: float) -> tuple[str, ...]:
-        mine, base, shares = self.sides[arm], self.sides[self.e.base], shares_of(self.e)
+        mine, base, shares = self.arms[arm], self.arms[self.e.base], shares_of(self.e)
         chance = shares[arm] / (shares[arm] + shares[self.e.base])
         out = []
         for kind in HARM:
@@ -180,7 +180,7 @@ def _means(values: list[float], size: int) -> list[float]:
 def log_evidence(ours: int, both: int, chance: float) -> float:
     """Natural log of the e-process of the module: `ours` of `both` units with harm are in an arm that has `chance` of each."""
     rest = both - ours
-    tail = float(betainc(rest + 1, ours + 1, 1 - chance))  # the beta law's mass above `chance`
+    tail = float(betainc(rest + 1, ours + 1, 1 - chance))  # the beta distribution's mass above `chance`
     if tail <= 0:
         return -math.inf
     scale = -ours * math.log(chance) - rest * math.log1p(-chance) - math.log1p(-chance)

@@ -1,1 +1,1 @@
-"""What speed to expect, and whether to speculate at all."""
+"""What to run: acceptance predicted from logs, plans and trees for this machine."""

@@ -2,9 +2,9 @@
 
     tokens/s = batch * E[tokens per call] / seconds per step
 
-The first factor comes from `predict` (replay of texts of the target under the draft; content decides it, so it needs many texts),
-the second from short runs of the real engine (the machine decides it, so it needs few). Their product has far less noise than a
-benchmark of the same length, and says what limits a step. `plan_check` holds it against runs the plan has not seen.
+The first factor comes from `scoring.score` (replay of texts of the target under the draft; content decides it, so it needs many
+texts), the second from short runs of the real engine (the machine decides it, so it needs few). Their product has far less
+noise than a benchmark of the same length, and says what limits a step. `plan_check` holds it against runs the plan has not seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from outrider.build import Engine, Options, assemble
 from outrider.drafters.vllm_config import LEARNED
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Arm, Record, run_group
+from outrider.evaluate.measure import Arm, run_group
+from outrider.evaluate.records import Record
 from outrider.evaluate.scoring import score as ev
 from outrider.evaluate.statistics.ratios import Array, difference_influence, influence, margin
 from outrider.params import SamplingParams
@@ -33,7 +34,7 @@ from outrider.theory.speedup import break_even_acceptance
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PlanEntry:
     """One configuration. tokens_per_second in [low, high] (95%: prompts and timing); tokens_per_call as predicted.
 
     seconds: of a step, by phase. break_even: acceptance below which it is slower than plain decoding of the same batch (None for
@@ -66,7 +67,7 @@ Key = tuple[str, int, int]
 
 
 @dataclass(slots=True)
-class Timing:
+class StepTiming:
     """Runs of one configuration: those the plan may look at, and those it is checked against."""
 
     batch: int
@@ -122,7 +123,7 @@ def idle_drafters(engine: Engine, drafts: Sequence[str]) -> list[str]:
     return [d for d, drafter in made.items() if not drafter.max_nodes]
 
 
-def silent(timings: Mapping[Key, Timing]) -> list[Key]:
+def never_drafted(timings: Mapping[Key, StepTiming]) -> list[Key]:
     """Configurations that could have drafted and did not, on any prompt: their speed is plain decoding's, up to noise."""
     return [key for key, t in timings.items() if key[1] and not t.counts.proposed]
 
@@ -130,7 +131,7 @@ def silent(timings: Mapping[Key, Timing]) -> list[Key]:
 def time_steps(
     engine: Engine, prompts: Prompts, keys: Sequence[Key], params: SamplingParams, *, rounds: int = 4,
     check: bool = False, seed: int = 0, progress: Callable[[float], None] = lambda _: None,
-) -> dict[Key, Timing]:  # fmt: skip
+) -> dict[Key, StepTiming]:  # fmt: skip
     """Short runs of every configuration, interleaved in random order; the first round warms up and is thrown away.
 
     Each configuration gets `rounds` runs on prompts from all over the set. check: besides, every configuration decodes every
@@ -140,7 +141,7 @@ def time_steps(
     texts = engine.encode_all(prompts)
     base: Options = engine.loaded.options
     arms = {k: Arm(str(k), assemble(engine.loaded, replace(base, draft=k[0], length=k[1], slots=k[2]))) for k in keys}
-    out = {key: Timing(key[2]) for key in keys}
+    out = {key: StepTiming(key[2]) for key in keys}
     work = [(turn, key, kind) for key in keys for turn, kind in _turns(key[2], len(texts), rounds, check)]
     chance = random.Random(seed)
     work.sort(key=lambda w: (w[0], chance.random()))
@@ -169,10 +170,6 @@ def _group(
     return [prompts[i % len(prompts)] for i in places], [replace(params, seed=stream + 31 * i) for i in places]
 
 
-VERIFICATION: dict[str, Verification] = {"speculative_sampling": "token", "block": "block"}
-"""Rules whose acceptance the logs of both models predict."""
-
-
 def tokens_per_call(
     texts: Sequence[Text], lengths: Sequence[int], verification: Verification = "token"
 ) -> dict[int, fc.Estimate]:
@@ -181,15 +178,15 @@ def tokens_per_call(
     return {0: fc.Estimate(1.0, 1.0, 1.0), **{row.length: row.acceptance_length for row in found.lengths}}
 
 
-def own_rate(t: Timing) -> fc.Estimate:
-    """Tokens per call as counted in the timing runs, with an interval over them: for drafters without a law to replay."""
+def own_rate(t: StepTiming) -> fc.Estimate:
+    """Tokens per call as counted in the timing runs, with an interval over them: for drafters without a distribution to replay."""
     tokens = np.array([r.counts.tokens for r in t.planned], dtype=float)
     steps = t.steps()[1]
     value, wide = float(tokens.sum() / steps.sum()), margin([difference_influence(tokens, steps)])
     return fc.Estimate(value, value - wide, value + wide)
 
 
-def rank(timings: Mapping[Key, Timing], calls: Mapping[str, Mapping[int, fc.Estimate]]) -> list[Choice]:
+def rank(timings: Mapping[Key, StepTiming], calls: Mapping[str, Mapping[int, fc.Estimate]]) -> list[PlanEntry]:
     """All configurations, the fastest first. calls: per drafter the prediction; a drafter without one uses its own counts.
 
     The interval adds the errors of log tokens per call and of log seconds per step, which come from different runs.
@@ -203,7 +200,7 @@ def rank(timings: Mapping[Key, Timing], calls: Mapping[str, Mapping[int, fc.Esti
         phases, value = t.phases(), batch * e.value / t.step
         measured = sum(r.tokens for r in t.planned) / sum(r.seconds for r in t.planned)
         out.append(
-            Choice(
+            PlanEntry(
                 draft, n, batch, value, value * math.exp(-wide), value * math.exp(wide), e.value, phases, even,
                 max(PHASES, key=lambda p: phases[p]), measured,
             )
@@ -211,7 +208,7 @@ def rank(timings: Mapping[Key, Timing], calls: Mapping[str, Mapping[int, fc.Esti
     return sorted(out, key=lambda c: -c.tokens_per_second)
 
 
-def advice(choices: Sequence[Choice], batch: int, models: Mapping[str, str], rule: str = "auto") -> dict[str, Any]:
+def advice(choices: Sequence[PlanEntry], batch: int, models: Mapping[str, str], rule: str = "auto") -> dict[str, Any]:
     """The first choice at a batch size: options for `generate`, vLLM's configuration, and what would change the answer.
 
     models: the draft model behind the name of a drafter, for vLLM. Raises ConfigError for a batch that was not planned.
@@ -245,7 +242,7 @@ def advice(choices: Sequence[Choice], batch: int, models: Mapping[str, str], rul
     }
 
 
-def vllm(c: Choice, models: Mapping[str, str]) -> str | None:
+def vllm(c: PlanEntry, models: Mapping[str, str]) -> str | None:
     """vLLM's `--speculative-config` for a choice; None for a drafter that vLLM does not have."""
     if c.draft == "ngram":
         return json.dumps({"method": "ngram", "num_speculative_tokens": c.length, "prompt_lookup_max": 4})

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Record
-from outrider.evaluate.planning.plan import Choice, Key, Timing
+from outrider.evaluate.planning.plan import Key, PlanEntry, StepTiming
+from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import Array, Ratio, influence, margin, paired_ratio
 
 
@@ -37,7 +37,7 @@ class Checked:
         return self.predicted / self.measured - 1
 
 
-def check(choices: Sequence[Choice], timings: Mapping[Key, Timing]) -> list[Checked]:
+def check(choices: Sequence[PlanEntry], timings: Mapping[Key, StepTiming]) -> list[Checked]:
     """Every choice beside its measurement, in the order of the plan. Raises ConfigError for fewer than two groups of prompts."""
     out = []
     for c in choices:
@@ -74,7 +74,7 @@ class FirstChoice:
         return "the measured best" if self.choice == self.best else "tied with it" if self.ratio.high >= 1 else "slower"
 
 
-def first_choices(choices: Sequence[Choice], timings: Mapping[Key, Timing]) -> list[FirstChoice]:
+def first_choices(choices: Sequence[PlanEntry], timings: Mapping[Key, StepTiming]) -> list[FirstChoice]:
     """Per batch size. The best of many measured ones is flattered by chance: "slower" is rather said too often than too rarely."""
     out = []
     for batch in sorted({c.batch for c in choices}):

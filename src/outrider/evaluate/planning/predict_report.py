@@ -1,4 +1,4 @@
-"""From logs, costs and full laws to the document of `outrider predict`, and the comparison with a run's own counts."""
+"""From logs, costs and full distributions to the document of `outrider predict`, and the comparison with a run's own counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from outrider.errors import ConfigError
 from outrider.evaluate.scoring.costs import Costs
-from outrider.evaluate.scoring.score import Scored
+from outrider.evaluate.scoring.score import VERIFICATION, Scored
 from outrider.theory import forecast as fc
 from outrider.theory.replay import Drafting, Text, Verification
 
@@ -24,7 +24,7 @@ DRAFTS = (2, 4)
 
 
 def report(texts: Sequence[Text], costs: Costs | None, rows: Scored | None = None) -> dict[str, Any]:
-    """Everything the logs say. `costs` None: no speed-ups. `rows`: full laws, for the questions about several drafts."""
+    """Everything the logs say. `costs` None: no speed-ups. `rows`: full distributions, for the questions about several drafts."""
     cost = {} if costs is None else {"draft_cost": costs.draft, "verify_cost": costs.verify}
     lengths = fc.LENGTHS if costs is None else [n for n in fc.LENGTHS if n < len(costs.verify)]
     ways: dict[str, Any] = {"sampled": fc.forecast(texts, lengths=lengths, **cost)}
@@ -62,7 +62,7 @@ def lossy(texts: Sequence[Text], budget: float) -> dict[str, Any]:
     """Least rejection probability of any rule with at most `budget` bias per token (Yin et al., NeurIPS 2024, Theorem 5).
 
     Exact per position: (TV - budget)_+. That the positions are the target's own is an approximation: a lossy rule emits
-    text of a slightly different law.
+    text of a slightly different distribution.
     """
     losses = [float(np.maximum(np.asarray(t.tv) - budget, 0.0).sum()) for t in texts]
     return {
@@ -72,7 +72,8 @@ def lossy(texts: Sequence[Text], budget: float) -> dict[str, Any]:
 
 
 def multi_draft(rows: Scored) -> dict[str, Any]:
-    """Acceptance at the first position when several independent drafts compete for it: exact per law, averaged over laws.
+    """Acceptance at the first position when several independent drafts compete for it: exact per pair of distributions,
+    averaged over positions.
 
     The interval is over positions taken by chance from all texts (a normal one; positions of one prompt are not independent,
     so it describes this set of texts).
@@ -97,7 +98,7 @@ def _mean(values: np.ndarray) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RecordedRun:
     """What a run's JSON says of one configuration: the numbers a prediction is checked against."""
 
     name: str
@@ -110,7 +111,7 @@ class Run:
     rule: str | None
 
 
-def read_runs(path: Path, length: int | None = None) -> list[Run]:
+def read_runs(path: Path, length: int | None = None) -> list[RecordedRun]:
     """The speculative arms in the JSON of `outrider bench --out` (or --json), `demo --json` or `generate --json`.
 
     length: draft length of a document that does not name it (`generate`). Raises ConfigError for anything else.
@@ -140,7 +141,7 @@ def _counts(arm: Any, path: Path) -> dict[str, Any]:
     return counts
 
 
-def _run(arm: dict[str, Any], document: dict[str, Any], path: Path, length: int | None) -> Run:
+def _run(arm: dict[str, Any], document: dict[str, Any], path: Path, length: int | None) -> RecordedRun:
     counts, name = _counts(arm, path), str(arm.get("name", "run"))
     word = name.rpartition(" ")[2]
     known = int(word) if name.startswith("length ") and word.isdigit() else document.get("length", length)
@@ -152,16 +153,16 @@ def _run(arm: dict[str, Any], document: dict[str, Any], path: Path, length: int 
         most = document.get("max_tokens") or counts["emitted"]
         prompts = max(1, round(counts["emitted"] / most / int(document.get("repeats", 1))))
     rule, temperature = document.get("rule"), document.get("temperature")
-    return Run(name, known, counts["rejected"], counts["emitted"], counts["steps"], prompts, temperature, rule)
+    return RecordedRun(name, known, counts["rejected"], counts["emitted"], counts["steps"], prompts, temperature, rule)
 
 
-VERIFICATIONS: dict[str | None, Verification] = {None: "token", "speculative_sampling": "token", "block": "block"}
-"""Rules whose runs can be predicted from logs, and how they judge a draft."""
+VERIFICATIONS: dict[str | None, Verification] = {None: "token", **VERIFICATION}
+"""Rules whose runs can be predicted from logs, and how they judge a draft; None: a document that names no rule."""
 
 
 def check(
     texts: Sequence[Text],
-    runs: Sequence[Run],
+    runs: Sequence[RecordedRun],
     temperature: float | None,
     drafting: Drafting,
     same_prompts: bool = False,

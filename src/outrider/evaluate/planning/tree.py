@@ -18,7 +18,8 @@ from outrider.build import Engine, companion
 from outrider.drafters.tree.shapes import Static, accepted, best_tree, best_tree_for
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Arm, Record, run_arms
+from outrider.evaluate.measure import Arm, run_arms
+from outrider.evaluate.records import Record
 from outrider.noise import Noise
 from outrider.params import SamplingParams
 from outrider.protocols import Rule

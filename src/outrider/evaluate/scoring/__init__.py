@@ -1,1 +1,1 @@
-"""What texts are worth: scores, qualities, divergences, costs."""
+"""Texts read by a model in one teacher-forced pass, and what that says."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from outrider.evaluate.scoring.score import first_difference
 from outrider.protocols import Target
 from outrider.types import Draft, Rows
 
@@ -27,11 +28,6 @@ class Divergence:
     @property
     def certified(self) -> bool:
         return self.gap <= 2 * self.delta
-
-
-def first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int | None:
-    """Index of the first differing token of two outputs, None if one is a prefix of the other."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from outrider.evaluate.measure import Record
+from outrider.evaluate.records import Record
 from outrider.evaluate.scoring.score import Clock, logits_along
 from outrider.protocols import Target
 

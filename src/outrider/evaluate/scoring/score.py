@@ -1,8 +1,8 @@
 """Score texts of the target under target and draft, once, so that `theory.replay` can say what drafting would have done.
 
 No speculative decoding is run: texts are sampled from the target alone (or given), then each model reads each text in one
-teacher-forced pass. Per position the laws are compared after temperature, top-p and so on, as the engine's rule would see
-them, and only a few numbers are kept; a seeded sample of full laws is kept for questions about several drafts.
+teacher-forced pass. Per position the distributions are compared after temperature, top-p and so on, as the engine's rule would
+see them, and only a few numbers are kept; a seeded sample of full distributions is kept for questions about several drafts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Target
 from outrider.sampling.pipeline import Law
-from outrider.theory.replay import Text
+from outrider.theory.replay import Text, Verification
 from outrider.types import Draft, Rows, SequenceView
 
 CHUNK = 256
 """Rows of one teacher-forced forward."""
 IMPOSSIBLE = 0.02
-"""Share of tokens without probability under the target's law that rounding can explain; above it a text is not its own."""
+"""Share of tokens without probability under the target distribution that rounding can explain; above it a text is not its own."""
+VERIFICATION: dict[str, Verification] = {"speculative_sampling": "token", "block": "block"}
+"""Rules whose acceptance the logs of both models predict, and whether they verify token by token or a block as a whole."""
 
 Progress = Callable[[float], None]
 
@@ -143,12 +145,16 @@ def sample(
     return sorted([*out, *given], key=lambda e: e.item)
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first differing token of two texts, None if one is a prefix of the other."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+
+
 def given_text(engine: Engine, item: Item, index: int, max_tokens: int) -> Emitted:
     """A given completion as tokens; where the tokenizer joins prompt and completion, the joined token is completion."""
     prompt, full = engine.encode(item.prompt), engine.encode(item.prompt + (item.completion or ""))
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full))
-    )
+    differs = first_difference(prompt, full)
+    shared = min(len(prompt), len(full)) if differs is None else differs
     if not 0 < shared < len(full):
         raise ConfigError(f"prompt {index + 1}: the completion adds no token to the prompt")
     return Emitted(full[:shared], full[shared : shared + max_tokens], False, None, index)
@@ -167,7 +173,7 @@ def draft_model(engine: Engine) -> Target:
 
 @torch.inference_mode()
 def logits_along(model: Target, tokens: Sequence[int], first: int, clock: Clock) -> Iterator[Float[Tensor, "n V"]]:
-    """Logits behind tokens[first], .., tokens[-2], in chunks: one teacher-forced pass."""
+    """Logits after tokens[first], .., tokens[-2], in chunks: one teacher-forced pass."""
     kv = model.new_kv(1, len(tokens))
     for start in range(0, first, CHUNK):
         rows = Rows.assemble(
@@ -191,9 +197,9 @@ def chain_rows(model: Target, piece: list[int], start: int) -> Rows:
 
 @dataclass(slots=True)
 class Scored:
-    """Texts with their logs, and `target_rows`, `draft_rows` [K, V] float64: full laws at K positions chosen by chance.
+    """Texts with their logs, and `target_rows`, `draft_rows` [K, V] float64: full distributions at K positions chosen by chance.
 
-    moved: tokens that the target's law of the teacher-forced pass gives no probability, by rounding at the edge of top-p or
+    moved: tokens that the target distribution of the teacher-forced pass gives no probability, by rounding at the edge of top-p or
     of an argmax.
     """
 
@@ -205,20 +211,20 @@ class Scored:
 
 @dataclass(slots=True)
 class _Stats:
-    """Per-position numbers of one text, and the full laws of some of its positions."""
+    """Per-position numbers of one text, and the full distributions of some of its positions."""
 
     columns: list[Tensor] = field(default_factory=list)
-    laws: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, p: Tensor, q: Tensor, best: Tensor, token: Tensor, keep: list[int]) -> None:
-        at = lambda law, index: law.gather(1, index[:, None])[:, 0].double()  # noqa: E731
+        at = lambda probs, index: probs.gather(1, index[:, None])[:, 0].double()  # noqa: E731
         tv = (1.0 - torch.minimum(p, q).sum(-1, dtype=torch.float64)).clamp(0, 1)
         self.columns.append(torch.stack([at(p, token), at(q, token), tv, 1.0 - at(p, best), (best == token).double()]))
         if keep:
-            self.laws.append((p[keep].double().cpu(), q[keep].double().cpu()))
+            self.kept.append((p[keep].double().cpu(), q[keep].double().cpu()))
 
     def text(self, e: Emitted, item: Item, name: str) -> tuple[Text, int]:
-        """The log of the text, and how many of its tokens rounding moved out of the target's law."""
+        """The log of the text, and how many of its tokens rounding moved out of the target distribution."""
         p, q, tv, risk, hit = torch.cat(self.columns, 1).cpu().numpy()
         lost = p <= 0
         # such a token was certain to be kept if the draft could propose it, and sure to be refused otherwise
@@ -243,15 +249,15 @@ def score(
     rows: int = 256,
     seed: int = 0,
 ) -> Scored:
-    """One pass of both models over every text. rows: positions whose full laws are kept.
+    """One pass of both models over every text. rows: positions whose full distributions are kept.
 
     Raises ConfigError when a text does not fit the draft's context, or cannot be the target's under these parameters.
     """
-    target, law = engine.parts.target, Law(engine.parts.target.vocab_size, tuple(engine.eos))
+    target, pipeline = engine.parts.target, Law(engine.parts.target.vocab_size, tuple(engine.eos))
     total = sum(len(e.output) for e in emitted)
     kept = set(np.random.default_rng(seed).choice(total, min(rows, total), replace=False).tolist())
     items, texts = as_items(items), list[Text]()
-    laws: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     done = moved = 0
     for k, e in enumerate(emitted):
         tokens, first = [*e.prompt, *e.output], len(e.prompt) - 1
@@ -268,7 +274,7 @@ def score(
             view = SequenceView(0, 0, e.prompt, len(e.prompt), 0, params)
             paths = [tuple(e.output[: at + i]) if params.edits else () for i in range(n)]
             theirs = fit(theirs, target.vocab_size).to(ours.device)
-            p, q = law(ours, [view] * n, paths), law(theirs, [view] * n, paths)
+            p, q = pipeline(ours, [view] * n, paths), pipeline(theirs, [view] * n, paths)
             best = (q if params.edits else theirs).argmax(-1)
             token = torch.tensor(e.output[at : at + n], device=ours.device)
             stats.add(p, q, best, token, [i for i in range(n) if done + at + i in kept])
@@ -276,7 +282,7 @@ def score(
         done += at
         text, lost = stats.text(e, items[e.item], str(k))
         texts.append(text)
-        laws += stats.laws
+        pairs += stats.kept
         moved += lost
         progress((k + 1) / len(emitted))
     if moved > max(1.0, IMPOSSIBLE * total):
@@ -284,7 +290,7 @@ def score(
             f"{moved} of {total} tokens have no probability under the target with these sampling options: "
             "the texts are not this target's own"
         )
-    p, q = (torch.cat([pair[i] for pair in laws]).numpy() for i in (0, 1))
+    p, q = (torch.cat([pair[i] for pair in pairs]).numpy() for i in (0, 1))
     return Scored(texts, p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True), moved)
 
 

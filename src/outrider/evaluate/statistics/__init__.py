@@ -1,1 +1,1 @@
-"""Ratios, intervals and sequential tests of measurements."""
+"""Intervals and evidence: plain arrays in, numbers out."""

@@ -1,13 +1,13 @@
 """Evidence that grows token by token: test martingales on likelihood ratios, valid whenever one looks and stops.
 
-Let p be the law a token should have given everything before it. For any law a chosen before the token is seen, the factor
-f = a(x) / p(x) has expectation one under p, so the product of such factors is a nonnegative martingale, and it ever exceeds
-1 / level with probability at most `level` (Ville 1939; Shafer 2021, "Testing by betting"). The average of many such products is
-one again, so a whole family of alternatives may be tried at no cost in validity.
+Let p be the distribution a token should have given everything before it. For any distribution a chosen before the token is seen,
+the factor f = a(x) / p(x) has expectation one under p, so the product of such factors is a nonnegative martingale, and it ever
+exceeds 1 / level with probability at most `level` (Ville 1939; Shafer 2021, "Testing by betting"). The average of many such
+products is one again, so a whole family of alternatives may be tried at no cost in validity.
 
 Every alternative here is a *direction* a mixed in at strength w: f = 1 - w + w min(a / p, clip). With a tolerance d the null is
-wider: every law within total variation d of p. Under such a law E f <= E_p f + d (max f - min f), so dividing by the right side
-keeps a supermartingale for all of them (Huber's censored ratio, with the exact constant of the position).
+wider: every distribution within total variation d of p. Under such a one E f <= E_p f + d (max f - min f), so dividing by the
+right side keeps a supermartingale for all of them (Huber's censored ratio, with the exact constant of the position).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def clip_for(tolerance: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Bet:
-    """One direction at the n positions of a text: what is needed of the laws once the tokens are known.
+    """One direction at the n positions of a text: what is needed of the distributions once the tokens are known.
 
     ratio: [n] clipped a / p of the emitted token. mean: [n] its expectation under p. spread: [n] its largest less smallest value.
     tv: [n] total variation between p and a.
@@ -73,15 +73,15 @@ def log_factors(b: Bet, tolerance: float, strengths: Sequence[float] = STRENGTHS
 def growth(
     p: Float[Tensor, "n V"], ratio: Float[Tensor, "n V"], a: Float[Tensor, "n V"], tolerance: float
 ) -> NDArray[np.float64]:
-    """[strengths, 3] sums over the positions, if the law were (1 - w) p + w a: mean and variance of the log factor, and TV."""
+    """[strengths, 3] sums over the positions, if tokens came from (1 - w) p + w a: mean and variance of the log factor, and TV."""
     mean, spread = (p * ratio).sum(1, keepdim=True).clamp(max=1.0), (ratio.amax(1) - ratio.amin(1))[:, None]
     tv = float(0.5 * (p - a).abs().sum())
     out = []
     for w in STRENGTHS:
         log = torch.log((1 - w + w * ratio) / (1 - w + w * mean + tolerance * w * spread))
-        law = (1 - w) * p + w * a
-        first = (law * log).sum(1)
-        out.append((float(first.sum()), float(((law * log.square()).sum(1) - first.square()).sum()), w * tv))
+        mixed = (1 - w) * p + w * a
+        first = (mixed * log).sum(1)
+        out.append((float(first.sum()), float(((mixed * log.square()).sum(1) - first.square()).sum()), w * tv))
     return np.array(out)
 
 
@@ -97,7 +97,7 @@ class EProcess:
     """The running average of products over components x strengths; families weigh the same, members of a family too."""
 
     def __init__(self, components: Sequence[Component], level: float) -> None:
-        """level: probability with which an honest generator is ever accused."""
+        """level: probability that a generator of the target distribution is ever accused."""
         self.components, self.level = list(components), level
         families = [c.family for c in self.components]
         share = {f: 1.0 / (len(set(families)) * families.count(f) * len(STRENGTHS)) for f in families}

@@ -1,1 +1,1 @@
-"""Runs and experiments on disk."""
+"""Where runs are kept, and the files of other tools that are read into it."""

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from outrider.errors import ConfigError
-from outrider.evaluate.measure import Record, Timing, latency
+from outrider.evaluate.records import Record, Timing, latency
 from outrider.evaluate.store.store import Store
 from outrider.records import Counts
 
@@ -314,43 +312,3 @@ def _guidellm(document: Any) -> Imported:
         if benchmark.duration is not None:
             out.seconds[task] = benchmark.duration
     return out
-
-
-# ------------------------------------------------------------------ two imported runs
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Median of the run over the baseline's, with a bootstrap interval over requests (95%)."""
-
-    what: Literal["first token", "per token", "end to end"]
-    value: float
-    low: float
-    high: float
-
-
-def differences(run: Iterable[Record], base: Iterable[Record], *, seed: int = 0, draws: int = 2000) -> list[Difference]:
-    """Latencies of requests, each run resampled on its own.
-
-    Requests of one run share its queues, so this says nothing about another run of the same system: repeat the runs for that.
-    """
-    chance, out = np.random.default_rng(seed), []
-    ours, theirs = _latencies(run), _latencies(base)
-    for what in ours:
-        a, b = np.array(ours[what]), np.array(theirs[what])
-        if len(a) < 2 or len(b) < 2 or not np.median(b) > 0:
-            continue
-        ratio = [
-            float(np.median(chance.choice(a, len(a))) / max(float(np.median(chance.choice(b, len(b)))), 1e-12))
-            for _ in range(draws)
-        ]
-        low, high = np.quantile(ratio, [0.025, 0.975])
-        out.append(Difference(what, float(np.median(a) / np.median(b)), float(low), float(high)))
-    return out
-
-
-def _latencies(records: Iterable[Record]) -> dict[Any, Sequence[float]]:
-    timings = [t for r in records for t in r.timings]
-    return {
-        "first token": [t.first for t in timings],
-        "per token": [(t.end - t.first) / (t.tokens - 1) for t in timings if t.tokens > 1 and t.end > t.first],
-        "end to end": [t.end for t in timings],
-    }

@@ -1,4 +1,4 @@
-"""A bench run that survives: every record goes to a store as it comes, and an interrupted run is gone on with."""
+"""A bench run that survives: every record goes to a store as it comes, and an interrupted run is continued."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from outrider.evaluate.measure import Record
-from outrider.evaluate.store.store import Key, Store, fingerprint
+from outrider.evaluate.records import Key, Record
+from outrider.evaluate.store.store import Store, fingerprint
 
 
 class RunLog:

@@ -9,7 +9,7 @@ A store is an SQLite file or a Postgres database (`database`). Schema, version 1
     experiments  name -> run, config, state (JSON): an A/B experiment and what it has decided
 
 A record and its share of the ledger are one transaction. A run that is `running` belongs to the process that wrote it last;
-another one may go on with it when that process is gone.
+another one may continue it when that process is gone.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from outrider.errors import CapacityError, ConfigError
+from outrider.evaluate.records import Key
 from outrider.evaluate.store.database import URLS, connect
 
 VERSION = 1
 LEASE = 600.0
-"""Seconds without a record after which a run of another machine may be gone on with."""
+"""Seconds without a record after which a run of another machine may be continued."""
 SCHEMA = (
     "CREATE TABLE runs (id TEXT PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, state TEXT NOT NULL, "
     "created DOUBLE PRECISION NOT NULL, updated DOUBLE PRECISION NOT NULL, pid INTEGER NOT NULL, host TEXT NOT NULL, "
@@ -62,10 +63,6 @@ class Run:
     host: str
     config: dict[str, Any]
     summary: dict[str, Any] | None
-
-
-Key = tuple[str, int, int]
-"""Of a record within its run: (task, item, sample)."""
 
 
 class Store:
@@ -108,7 +105,7 @@ class Store:
 
     # ------------------------------------------------------------------ writing
     def begin(self, kind: str, name: str, config: dict[str, Any]) -> str:
-        """A new run, or the unfinished one of the same kind and name to go on with; its id.
+        """A new run, or the unfinished one of the same kind and name, to be continued; its id.
 
         Raises ConfigError when that run was configured differently, or is being written by a process that is alive.
         """

@@ -1,4 +1,4 @@
-"""Pictures of `_figure.Figure` by matplotlib: readable without colour, the same bytes for the same numbers."""
+"""Pictures of `figure.Figure` by matplotlib: readable without colour, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import FancyBboxPatch
 
-from outrider.theory._figure import Curve, Figure, Panel
+from outrider.theory.figures.figure import Curve, Figure, Panel
 
 # Series differ in lightness, dash and marker at once, so that a grey print and a colour-blind reader lose nothing.
 _COLOURS = ("#1b1b3a", "#c1440e", "#2a7f9e", "#7a5195", "#6a8f2f", "#8c8c8c")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import peers_channel as channel
+import channel
 import torch
 import transformers
 
@@ -34,7 +34,7 @@ def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
 
 
 def _options(command: channel.Command, draft: Any) -> dict[str, Any]:
-    """Arguments of `generate`: the full law at the temperature (top_k is 50 by default), the assistant if wanted."""
+    """Arguments of `generate`: the full distribution at the temperature (top_k is 50 by default), the assistant if wanted."""
     options: dict[str, Any] = {"max_new_tokens": command.tokens, "do_sample": command.temperature > 0}
     if command.temperature > 0:
         options |= {"temperature": command.temperature, "top_k": 0, "top_p": 1.0}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers_arms import claims
-from peers_stats import Speeds, arm_row, claim_row, describe_machine, ratio, speeds, table
+from .arms import claims
+from .stats import Speeds, arm_row, claim_row, describe_machine, ratio, speeds, table
 
 HEAD = """# Beside its peers
 

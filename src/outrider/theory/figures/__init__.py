@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outrider.theory import chains
-from outrider.theory._check import positive_int
-from outrider.theory._figure import SEED, Curve, Figure, Panel
-from outrider.theory._figures_chain import figure_2a, figure_2b, figure_2c, figure_5
-from outrider.theory._figures_laws import figure_3_left, figure_3_right, figure_4
+from outrider.theory.checks import positive_int
+from outrider.theory.figures.chain import figure_2a, figure_2b, figure_2c, figure_5
+from outrider.theory.figures.distributions import figure_3_left, figure_3_right, figure_4
+from outrider.theory.figures.figure import SEED, Curve, Figure, Panel
 
 __all__ = ["Curve", "Figure", "Panel", "all_figures", "index", "write"]
 
@@ -86,10 +86,10 @@ def write(figures: Sequence[Figure], out: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from outrider.theory import _figures_draw
+    from outrider.theory.figures import draw
 
     out.mkdir(parents=True, exist_ok=True)
-    files = [file for figure in figures for file in _figures_draw.save(figure, out)]
+    files = [file for figure in figures for file in draw.save(figure, out)]
     page = out / "index.md"
     page.write_text(index(figures), encoding="utf-8")
     return [*files, page]

@@ -1,7 +1,7 @@
 """Worker: llama.cpp through llama-cpp-python's low-level interface, plain decoding of one or several sequences.
 
 The checkpoint is converted once, beside itself. Sampling is llama.cpp's own chain: temperature and its random number
-generator, or greedy, with nothing cut from the law.
+generator, or greedy, with nothing cut from the distribution.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import channel
 import llama_cpp as ll
-import peers_channel as channel
-from peers_gguf import convert
+from gguf_file import convert
 
 
 class Decoder:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers_arms import HERE, Worker
+from .arms import HERE, Worker
 
 
 class WorkerError(RuntimeError):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from outrider.theory import batch, rejections, simulate
-from outrider.theory._figure import SEED, Curve, Figure, Panel, curve, points
 from outrider.theory.chains import Chain
+from outrider.theory.figures.figure import SEED, Curve, Figure, Panel, curve, points
 
 SWEEP = (1, 2, 5, 10, 20, 50, 150, 200, 400, 1000, 2000)
 PAPER_FIGURE_5 = (33.53, 30.96, 28.74, 27.60, 26.76, 26.0, 25.49, 25.41, 25.29, 25.18, 25.15)

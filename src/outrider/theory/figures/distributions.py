@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.theory import batch, chains, rejections, simulate
-from outrider.theory._figure import SEED, Array, Curve, Figure, Panel, curve
 from outrider.theory.chains import Chain
+from outrider.theory.figures.figure import SEED, Array, Curve, Figure, Panel, curve
 
 EPSILONS = (0.0, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 PAPER_FIGURE_4C = {0.0: 0.407, 0.05: 0.265, 0.1: 0.18, 0.15: 0.12, 0.2: 0.08, 0.3: 0.02, 0.35: 0.0}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-import peers_channel as channel
+import channel
 
 
 def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from outrider.theory._check import probabilities, real, same_shape
+from outrider.theory.checks import probabilities, real, same_shape
 
 Array = npt.NDArray[np.float64]
 
