@@ -21,6 +21,7 @@ from outrider.errors import ConfigError
 from outrider.models.folder import files_of, resolve_folder
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
 from outrider.models.translate import Tokenizer, ceiling, translate
+from outrider.options import EngineOptions, check_names
 from outrider.params import SamplingParams
 from outrider.protocols import Drafter, Rule, Sink, Target
 from outrider.verify import best_exact, load_rule
@@ -32,23 +33,6 @@ TRANSLATE = "translate:"
 """Marks a draft model of another vocabulary."""
 PROMPTS = HERE / "pycode" / "prompts.jsonl"
 """Text on which the ceiling of a translated draft is estimated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How an engine was asked for; see `build_engine`."""
-
-    draft: str | Drafter = "auto"
-    length: int = 3
-    rule: str | Rule = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    implementation: str = "auto"
-    draft_quantize: str | None = None
-    slots: int = 8
-    max_length: int | None = None
-    chunk: int = 256
-    allow_lossy: bool = False
 
 
 class ModelKey(NamedTuple):
@@ -65,14 +49,19 @@ class ModelKey(NamedTuple):
 
 @dataclass(slots=True)
 class Loaded:
-    """What engines on one target share: the weights of target and drafts, the tokenizer, and whose turn it is."""
+    """What engines on one target share: the weights of target and drafts, the tokenizer, and whose turn it is.
+
+    drafter, rule: of this engine, where they were given as objects; None: they are made from the names in `options`.
+    """
 
     path: str | None
     target: Target
     tokenizer: object | None
     eos: tuple[int, ...]
-    options: Options
+    options: EngineOptions
     sinks: tuple[Sink, ...] = ()
+    drafter: Drafter | None = None
+    rule: Rule | None = None
     models: dict[ModelKey, tuple[Target, object]] = field(default_factory=dict)
     turns: Turns = field(default_factory=Turns)
 
@@ -81,6 +70,7 @@ def build_engine(
     target: str | Path | Target | None = None,
     draft: str | Path | Drafter = "auto",
     *,
+    rule: str | Rule = "auto",
     tokenizer: object | None = None,
     sinks: Seq[Sink] = (),
     speculative_config: str | dict | None = None,
@@ -90,44 +80,46 @@ def build_engine(
 ) -> Engine:
     """An engine for `target` (a folder, a Hub name, a Target, or None: the shipped pair) with `draft` (see `load_drafter`).
 
-    length: tokens proposed per step. rule: "auto", "speculative_sampling", "match", or a Rule. dtype, device, implementation,
-    draft_quantize: see `models.load.load_target`. slots (alias capacity): sequences decoded together. max_length: context to
-    reserve, prompt and output. chunk: rows of a prompt chunk. speculative_config: vLLM's JSON, replaces draft, length, rule.
+    draft, rule: a name, or a drafter or rule made by hand. options: the other fields of `EngineOptions` (`capacity` is another
+    name of `slots`). speculative_config: vLLM's JSON, replaces draft, length and rule.
     Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
     """
     if capacity is not None:
         options["slots"] = capacity
-    unknown = set(options) - set(Options.__dataclass_fields__)
-    if unknown:
-        from outrider.errors import unknown_name
-
-        raise ConfigError(unknown_name("engine option", sorted(unknown)[0], Options.__dataclass_fields__))
-    wanted = Options(draft=str(draft) if isinstance(draft, Path) else draft, **options)  # type: ignore[arg-type]
+    named, drafter, judge = names_of({**options, "draft": draft, "rule": rule})
+    check_names(named)
+    if isinstance(target, str | Path):
+        named["target"] = str(target)
+    wanted = EngineOptions(**named)  # type: ignore[arg-type]
     if speculative_config is not None:
-        wanted = replace(wanted, **parse_speculative_config(speculative_config))
-    check_options(wanted)
+        changes, drafter = parse_speculative_config(speculative_config), None
+        wanted, judge = wanted.changed(**changes), None if "rule" in changes else judge
+    if judge is None:
+        load_rule(wanted.rule)  # a wrong name is said before anything is loaded
     loaded = _load(target, tokenizer, wanted, tuple(sinks), progress)
-    return assemble(loaded, wanted)
+    return assemble(loaded, wanted, drafter, judge)
 
 
-def check_options(options: Options) -> None:
-    """ConfigError for what is wrong whatever the model: said before one is loaded."""
-    if isinstance(options.rule, str):
-        load_rule(options.rule)
-    if not isinstance(options.draft, str):
-        contracts.check("drafter", options.draft, contracts.DRAFTER)
-    for name, low in (("length", 0), ("slots", 1), ("chunk", 1)):
-        value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    if options.max_length is not None and options.max_length < 1:
-        raise ConfigError(f"max_length must be at least 1, got {options.max_length}")
+def names_of(options: dict[str, object]) -> tuple[dict[str, object], Drafter | None, Rule | None]:
+    """`options` as plain values, and the drafter and the rule among them that were made by hand: their names stand for them."""
+    named, drafter, rule = dict(options), None, None
+    if isinstance(named.get("draft"), Path):
+        named["draft"] = str(named["draft"])
+    if not isinstance(named.get("draft", ""), str):
+        contracts.check("drafter", named["draft"], contracts.DRAFTER)
+        drafter = cast(Drafter, named["draft"])
+        named["draft"] = str(drafter.name)
+    if not isinstance(named.get("rule", ""), str):
+        contracts.check("rule", named["rule"], contracts.RULE)
+        rule = cast(Rule, named["rule"])
+        named["rule"] = str(rule.name)
+    return named, drafter, rule
 
 
 def _load(
     target: str | Path | Target | None,
     tokenizer: object | None,
-    options: Options,
+    options: EngineOptions,
     sinks: tuple[Sink, ...],
     progress: Progress | None,
 ) -> Loaded:
@@ -154,19 +146,24 @@ def _load(
     return Loaded(path, model, tokenizer, ends, options, sinks)
 
 
-def assemble(loaded: Loaded, options: Options) -> Engine:
-    """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights."""
+def assemble(
+    loaded: Loaded, options: EngineOptions, drafter: Drafter | None = None, rule: Rule | None = None
+) -> Engine:
+    """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights.
+
+    drafter, rule: made by hand; None: those that `options` name.
+    """
     if options.max_length is not None and options.max_length > loaded.target.max_length:
         raise ConfigError(
             f"max_length {options.max_length} is more than the {loaded.target.max_length} positions of the target: "
             "choose at most that"
         )
-    auto = options.rule == "auto"
-    rule = load_rule(options.rule) if isinstance(options.rule, str) else options.rule
-    drafter = options.draft
-    if isinstance(drafter, str):
+    mine = replace(loaded, options=options, drafter=drafter, rule=rule)
+    auto = rule is None and options.rule == "auto"
+    rule = load_rule(options.rule) if rule is None else rule
+    if drafter is None:
         drafter = _load_drafter(
-            drafter if options.length else "none",
+            options.draft if options.length else "none",
             target=loaded.target,
             target_path=None if loaded.path is None else str(resolve_folder(loaded.path)),
             tokenizer=loaded.tokenizer,
@@ -190,7 +187,7 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
         allow_lossy=options.allow_lossy,
         turns=loaded.turns,
     )
-    engine.loaded = replace(loaded, options=options)
+    engine.loaded = mine
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     drafts = bool(engine.parts.drafter.max_depth)
     engine.notices = notices_of(targets, loaded.target.device, drafts, options.device)
@@ -198,7 +195,7 @@ def assemble(loaded: Loaded, options: Options) -> Engine:
     return engine
 
 
-def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, object]:
+def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:
     """A draft model and its tokenizer, in the target's dtype, its weights quantised if asked.
 
     "translate:NAME" is the model NAME, whose tokenizer is another one, seen through the tokens that both spell alike.
@@ -219,7 +216,7 @@ def load_model(loaded: Loaded, options: Options, name: str) -> tuple[Target, obj
     return loaded.models[key]
 
 
-def _key(loaded: Loaded, options: Options, name: str, mark: str = "") -> ModelKey:
+def _key(loaded: Loaded, options: EngineOptions, name: str, mark: str = "") -> ModelKey:
     """What tells the draft model `name` from every other; `mark` from the same one seen in another way."""
     folder, ours = resolve_folder(name).resolve(), loaded.target.dtype
     free = options.dtype == "auto" and reads_emulated(name, ours, loaded.target.device, options.implementation)
@@ -227,7 +224,7 @@ def _key(loaded: Loaded, options: Options, name: str, mark: str = "") -> ModelKe
     return ModelKey(mark + name, folder, files_of(folder), options.implementation, options.draft_quantize, dtype)
 
 
-def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, object]:
+def _translated(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:
     if loaded.tokenizer is None:
         raise ConfigError("a draft of another vocabulary needs the target's tokenizer: build the engine with one")
     key = _key(loaded, options, name, TRANSLATE)
@@ -251,17 +248,23 @@ def _translated(loaded: Loaded, options: Options, name: str) -> tuple[Target, ob
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
     """Another engine on the same target: same options but for `draft` and `changes`; weights are shared, caches are not.
 
-    Raises ConfigError for what was decided when the target was loaded: its dtype and device.
+    Raises ConfigError for what was decided when the target was loaded: the target itself, its dtype and device.
     """
-    if engine.loaded is None:
+    loaded = engine.loaded
+    if loaded is None:
         raise ConfigError("this engine was made by hand: build the companion from the same parts")
-    options: Options = engine.loaded.options
-    for name in ("dtype", "device"):
-        if changes.get(name, getattr(options, name)) != getattr(options, name):
+    for name in ("target", "dtype", "device"):
+        if changes.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
             raise ConfigError(
                 f"{name} was decided when the target was loaded: build a new engine for {changes[name]!r}"
             )
-    return assemble(engine.loaded, replace(options, **({"draft": draft} if draft is not None else {}), **changes))
+    named, drafter, rule = names_of({**({} if draft is None else {"draft": draft}), **changes})
+    return assemble(
+        loaded,
+        loaded.options.changed(**named),
+        drafter if "draft" in named else loaded.drafter,
+        rule if "rule" in named else loaded.rule,
+    )
 
 
 def generate(

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from outrider.cli import trial as command
+from outrider.cli import live_experiment as command
+from outrider.cli.experiment_print import show_live
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import first_of
 from outrider.drafters.gated import gated
@@ -27,11 +28,12 @@ from outrider.drafters.ngram import NGram
 from outrider.engine.core import Engine
 from outrider.errors import CapacityError, ConfigError
 from outrider.evaluate.experiments import live as module
-from outrider.evaluate.experiments.assignment import Served, arm_of, unit_of, wishes
+from outrider.evaluate.experiments.assignment import arm_of, unit_of, wishes
 from outrider.evaluate.experiments.experiment import Experiment
 from outrider.evaluate.experiments.live import KIND, Trial, read
 from outrider.evaluate.experiments.tally import STOPPED
 from outrider.evaluate.store.store import Store
+from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.sampling.chosen import Chosen
 from outrider.serve.app import create_app
@@ -70,7 +72,7 @@ def engine(pause: float = 0.0, slots: int = 8) -> Engine:
 
 
 def trial(path: Path, e: Experiment = E) -> Trial:
-    return Trial(e, wishes(e, Served("auto", LENGTH, "auto")), path)
+    return Trial(e, wishes(e, EngineOptions(length=LENGTH)), path)
 
 
 def served(path: Path, work: Callable[[Any], Any], e: Experiment = E, *, grace: float = 5.0, **made: Any) -> Any:
@@ -125,7 +127,7 @@ def test_every_request_has_its_users_arm_and_one_record(tmp_path: Path) -> None:
             assert r["tokens"] == 20 and r["later"] == 19 and r["seconds"] > 0 and r["first"] > 0
             assert c["emitted"] == 20 and (c["proposed"] > 0) == (arm == "four") and (c["risk"] > 0) == (arm == "four")
     assert not any(u in json.dumps(list(found.values())) for u in ('"u1"', "user"))
-    assert command.show(command.document("live", str(path)), json=True) in (0, 3)
+    assert show_live(command.document("live", str(path)), json=True) in (0, 3)
 
 
 def test_a_harmful_arm_is_stopped_early_and_its_users_get_the_base(tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_a_harmful_arm_is_stopped_early_and_its_users_get_the_base(tmp_path: Pat
     _, tally, standing = read("live", path)
     assert standing.stopped == ("four",) and standing.comparisons[0].decision == "worse"
     assert sum(s.requests for s in tally.sides.values()) == len(got) - 1
-    assert command.show(command.document("live", str(path)), json=False) == 0
+    assert show_live(command.document("live", str(path)), json=False) == 0
 
     # the server is started again: it knows, and goes on in the same run
     assert served(path, lambda app: ask(app, user)) == "four" + STOPPED
@@ -202,7 +204,7 @@ def test_an_arm_may_leave_loaded_drafters_out(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     e = Experiment("parts", {"all": {}, "gram": {"draft": "ngram"}}, "all")
     parts = (NGram(LENGTH), Heard(DRAFT, LENGTH))
-    one = Trial(e, wishes(e, Served("ngram+toy", LENGTH, "auto")), path)
+    one = Trial(e, wishes(e, EngineOptions(draft="ngram+toy", length=LENGTH)), path)
     made = Engine(TARGET, first_of(*parts), load_rule("speculative_sampling"), Fixed(LENGTH), slots=8, max_length=64)
     app = create_app(lambda: made, Settings("toy"), adaptive=False, trial=one)
     users = {arm: next(f"u{i}" for i in range(99) if arm_of(e, f"u{i}") == arm) for arm in e.arms}
@@ -294,7 +296,7 @@ def test_a_rehearsal_from_a_file(tmp_path: Path) -> None:
     """On the shipped pair, as the page on evaluation has it."""
     path = tmp_path / "two.yaml"
     path.write_text("arms:\n  plain: {draft: none}\n  two: {length: 2}\ncount: 8\n")
-    name = command.run_rehearsal(path, str(tmp_path / "a.db"), 9, 6, 2, 6)
+    name = command.run_rehearsal(path, str(tmp_path / "a.db"), 9, 6, EngineOptions(length=2), 6)
     found = command.document(name, str(tmp_path / "a.db"))
     assert sum(a["requests"] for a in found["arms"]) == 9 and sum(a["units"] for a in found["arms"]) == 6
     with Store(tmp_path / "a.db", read_only=True) as db:
@@ -353,7 +355,7 @@ def test_a_served_experiment_is_read_while_it_runs_and_after_a_signal(tmp_path: 
             with urllib.request.urlopen(request, timeout=60) as reply:
                 assert reply.headers["x-outrider-arm"] in ("plain", "two")
         until(lambda: len(kept(path)) == 8)
-        assert command.show(command.document("live", str(path)), json=True) in (0, 3)
+        assert show_live(command.document("live", str(path)), json=True) in (0, 3)
         with pytest.raises(ConfigError, match=f"process {process.pid}"):
             command.end("live", str(path))
         process.terminate()
