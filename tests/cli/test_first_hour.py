@@ -41,10 +41,10 @@ def table() -> Table:
     return made
 
 
-def shown(width: int, terminal: bool) -> str:
+def shown(width: int, framed: bool) -> str:
     file = io.StringIO()
-    kind = {"force_terminal": terminal, "color_system": "truecolor" if terminal else None}
-    tables.show(table(), Console(file=file, width=width if terminal else tables.PIPE, highlight=False, **kind))
+    kind = {"force_terminal": framed, "color_system": "truecolor" if framed else None}
+    tables.show(table(), Console(file=file, width=width if framed else terminal.PIPE, highlight=False, **kind))
     return file.getvalue()
 
 
@@ -54,7 +54,7 @@ def words(text: str) -> list[str]:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 120, 200])
 def test_no_word_is_broken_and_no_line_is_too_long(width: int) -> None:
-    text = shown(width, terminal=True)
+    text = shown(width, framed=True)
     found = words(text)
     for word in " ".join((*HEADER[1:], *(c for r in ROWS for c in r))).split():
         assert word in found or width < 40, (word, text)
@@ -63,7 +63,7 @@ def test_no_word_is_broken_and_no_line_is_too_long(width: int) -> None:
 
 
 def test_a_pipe_gets_plain_aligned_text() -> None:
-    text = shown(80, terminal=False)
+    text = shown(80, framed=False)
     lines = text.splitlines()
     assert "\x1b" not in text and not set(text) & set("│┃┏━─█")
     assert lines[0] == "all arms" and len(lines) == 4

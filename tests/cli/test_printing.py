@@ -10,8 +10,8 @@ import pytest
 from rich.table import Table
 from typer.testing import CliRunner
 
-from outrider.cli.console import Console
 from outrider.cli.main import app
+from outrider.cli.terminal import Console
 from outrider.errors import ConfigError, printable
 from outrider.evaluate.store.database import connect, place_of
 

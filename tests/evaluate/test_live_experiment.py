@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from outrider.build import Engine
-from outrider.cli import trial as command
+from outrider.cli import live_experiment as command
+from outrider.cli.experiment_print import show_live
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import first_of
 from outrider.drafters.gated import gated
@@ -28,11 +29,12 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.errors import CapacityError, ConfigError
 from outrider.evaluate.experiments import live as module
-from outrider.evaluate.experiments.assignment import ServedOptions, arm_of, arm_overrides, unit_of
+from outrider.evaluate.experiments.assignment import arm_of, arm_overrides, unit_of
 from outrider.evaluate.experiments.experiment import Experiment
 from outrider.evaluate.experiments.live import KIND, LiveExperiment, read
 from outrider.evaluate.experiments.tally import STOPPED
 from outrider.evaluate.store.store import Store
+from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.serve.app import create_app
 from outrider.serve.settings import Settings
@@ -71,7 +73,7 @@ def engine(pause: float = 0.0, slots: int = 8, *, selectable: bool = False, **wi
 
 
 def trial(path: Path, e: Experiment = E) -> LiveExperiment:
-    return LiveExperiment(e, arm_overrides(e, ServedOptions("auto", LENGTH, "auto")), path)
+    return LiveExperiment(e, arm_overrides(e, EngineOptions(length=LENGTH)), path)
 
 
 def served(path: Path, work: Callable[[Any], Any], e: Experiment = E, *, grace: float = 5.0, **made: Any) -> Any:
@@ -126,7 +128,7 @@ def test_every_request_has_its_users_arm_and_one_record(tmp_path: Path) -> None:
             assert r["tokens"] == 20 and r["later"] == 19 and r["seconds"] > 0 and r["first"] > 0
             assert c["emitted"] == 20 and (c["proposed"] > 0) == (arm == "four") and (c["risk"] > 0) == (arm == "four")
     assert not any(u in json.dumps(list(found.values())) for u in ('"u1"', "user"))
-    assert command.show(command.document("live", str(path)), json=True) in (0, 3)
+    assert show_live(command.document("live", str(path)), json=True) in (0, 3)
 
 
 def test_a_harmful_arm_is_stopped_early_and_its_users_get_the_base(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_harmful_arm_is_stopped_early_and_its_users_get_the_base(tmp_path: Pat
     _, tally, status = read("live", path)
     assert status.stopped == ("four",) and status.comparisons[0].decision == "worse"
     assert sum(s.requests for s in tally.arms.values()) == len(got) - 1
-    assert command.show(command.document("live", str(path)), json=False) == 0
+    assert show_live(command.document("live", str(path)), json=False) == 0
 
     # the server is started again: it knows, and goes on in the same run
     assert served(path, lambda app: ask(app, user)) == "four" + STOPPED
@@ -203,7 +205,7 @@ def test_an_arm_may_leave_loaded_drafters_out(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     e = Experiment("parts", {"all": {}, "gram": {"draft": "ngram"}}, "all")
     parts = (NGram(LENGTH), Heard(DRAFT, LENGTH))
-    one = LiveExperiment(e, arm_overrides(e, ServedOptions("ngram+toy", LENGTH, "auto")), path)
+    one = LiveExperiment(e, arm_overrides(e, EngineOptions(draft="ngram+toy", length=LENGTH)), path)
 
     def made(*, selectable: bool, **wiring: Any) -> Engine:
         drafter = gated(first_of(*parts)) if selectable else first_of(*parts)
@@ -301,7 +303,7 @@ def test_a_rehearsal_from_a_file(tmp_path: Path) -> None:
     """On the shipped pair, as the page on evaluation has it."""
     path = tmp_path / "two.yaml"
     path.write_text("arms:\n  plain: {draft: none}\n  two: {length: 2}\ncount: 8\n")
-    name = command.run_rehearsal(path, str(tmp_path / "a.db"), 9, 6, 2, 6)
+    name = command.run_rehearsal(path, str(tmp_path / "a.db"), 9, 6, EngineOptions(length=2), 6)
     found = command.document(name, str(tmp_path / "a.db"))
     assert sum(a["requests"] for a in found["arms"]) == 9 and sum(a["units"] for a in found["arms"]) == 6
     with Store(tmp_path / "a.db", read_only=True) as db:
@@ -360,7 +362,7 @@ def test_a_served_experiment_is_read_while_it_runs_and_after_a_signal(tmp_path: 
             with urllib.request.urlopen(request, timeout=60) as reply:
                 assert reply.headers["x-outrider-arm"] in ("plain", "two")
         until(lambda: len(kept(path)) == 8)
-        assert command.show(command.document("live", str(path)), json=True) in (0, 3)
+        assert show_live(command.document("live", str(path)), json=True) in (0, 3)
         with pytest.raises(ConfigError, match=f"process {process.pid}"):
             command.end("live", str(path))
         process.terminate()

@@ -18,22 +18,15 @@ from scipy.integrate import quad
 from scipy.stats import binom, binomtest
 
 from outrider.errors import ConfigError
-from outrider.evaluate.experiments.assignment import (
-    ServedOptions,
-    arm_of,
-    arm_overrides,
-    parts_of,
-    shares_of,
-    unit_key,
-    unit_of,
-)
+from outrider.evaluate.experiments.assignment import arm_of, arm_overrides, parts_of, shares_of, unit_key, unit_of
 from outrider.evaluate.experiments.experiment import Experiment, build_arms, read_experiment
 from outrider.evaluate.experiments.tally import HELD, Tally, log_evidence
+from outrider.options import EngineOptions
 from outrider.records import Counts
 
 FALSE_ALARM = 1e-9
 ARMS: dict[str, dict[str, Any]] = {"off": {"draft": "none"}, "two": {"length": 2}, "four": {}}
-SERVED = ServedOptions("auto", 4, "auto")
+SERVED = EngineOptions(length=4)
 
 
 def experiment(**changes: Any) -> Experiment:
@@ -83,7 +76,7 @@ def test_arms_become_parameters_of_their_requests() -> None:
         "two": {"draft_length": 2},
         "four": {"draft_length": 4},
     }
-    lossy = ServedOptions("auto", 4, "tv_budget:per_sequence=2", allow_lossy=True)
+    lossy = EngineOptions(length=4, rule="tv_budget:per_sequence=2", allow_lossy=True)
     arms = {"exact": {"tv_budget": 0}, "lossy": {"rule": lossy.rule, "draft": "auto"}}
     assert arm_overrides(experiment(arms=arms, base="exact"), lossy) == {
         "exact": {"draft_length": 4, "tv_budget": 0.0},
@@ -122,7 +115,7 @@ def test_what_cannot_vary_is_refused_with_a_sentence(options: dict[str, Any], wo
 
 def test_what_no_experiment_can_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--fixed-length"):
-        arm_overrides(experiment(), replace(SERVED, fixed=False))
+        arm_overrides(experiment(), SERVED, fixed=False)
     with pytest.raises(ConfigError, match="add up to more than 1"):
         arm_overrides(experiment(shares={"off": 0.6, "two": 0.6, "four": 0.1}), SERVED)
     with pytest.raises(ConfigError, match="plain ASCII"):

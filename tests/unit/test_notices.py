@@ -13,12 +13,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from outrider import isa, threads
 from outrider.build import build_engine
-from outrider.cli import setup
+from outrider.cli import engine_options
 from outrider.engine import notices
 from outrider.errors import ConfigError
 from outrider.models import lean
 from outrider.models.load import inspect_checkpoint, load_target
 from outrider.nn import compiled
+from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.verify import native
 from tests.checkpoints import make_checkpoint
@@ -210,13 +211,13 @@ def test_a_draft_on_transformers_is_not_emulated_for_its_target_s_sake(
     monkeypatch.setattr("outrider.models.load.load_library", lambda: object())
     monkeypatch.setattr(lean, "load_native", lambda config, weights: (None, []))
     target = make_checkpoint(tmp_path, "llama", hidden_size=64, vocab_size=96, dtype=torch.bfloat16)
-    from outrider.build import Loaded, Options, load_model
+    from outrider.build import Loaded, load_model
 
-    loaded = Loaded(str(target), load_target(target), None, (), Options())
+    loaded = Loaded(str(target), load_target(target), None, (), EngineOptions())
     assert loaded.target.dtype == torch.bfloat16
-    assert load_model(loaded, Options(), str(gpt2))[0].dtype == torch.float32
+    assert load_model(loaded, EngineOptions(), str(gpt2))[0].dtype == torch.float32
     loaded.models.clear()
-    assert load_model(loaded, Options(dtype="bfloat16"), str(gpt2))[0].dtype == torch.bfloat16  # asked for
+    assert load_model(loaded, EngineOptions(dtype="bfloat16"), str(gpt2))[0].dtype == torch.bfloat16  # asked for
 
 
 def test_transformers_where_our_runtime_would_do(model: Path) -> None:
@@ -295,7 +296,7 @@ def test_the_command_line_says_each_once(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OUTRIDER_NATIVE", "0")
-    engine = setup.engine_from_options(target=str(model), draft=str(model), slots=1, max_length=64)
+    engine = engine_options.load_engine(EngineOptions(target=str(model), draft=str(model), slots=1, max_length=64))
     shown = capsys.readouterr().err
     assert engine.notices
     assert all(shown.count(notice) == 1 for notice in engine.notices)

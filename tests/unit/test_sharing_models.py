@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from outrider.assets import shipped
-from outrider.build import Engine, Options, build_engine, companion
+from outrider.build import Engine, build_engine, companion
 from outrider.errors import ConfigError
+from outrider.options import EngineOptions
 
 OTHER = {"implementation": "hf", "draft_quantize": "int8"}
 SHARED = {"length": 2, "slots": 1, "rule": "match", "max_length": 64, "chunk": 32, "allow_lossy": True}
@@ -32,7 +33,7 @@ def draft(tmp_path: Path) -> Path:
 
 def test_what_decides_the_model_and_what_does_not(engine: Engine, draft: Path) -> None:
     """Option by option: a new one must be put into one of the tables."""
-    assert set(OTHER) | set(SHARED) | {"draft", "dtype", "device"} == set(Options.__dataclass_fields__)
+    assert set(OTHER) | set(SHARED) | {"draft", "target", "dtype", "device"} == set(EngineOptions.__dataclass_fields__)
     first = model_of(engine, draft)
     for name, value in SHARED.items():
         assert model_of(engine, draft, **{name: value}) is first, name
@@ -63,7 +64,7 @@ def test_one_name_in_two_folders_is_two_models(
     assert model_of(engine, "draft") is not first
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float64"}, {"device": "meta"}])
+@pytest.mark.parametrize("changes", [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}])
 def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, changes: dict[str, str]) -> None:
     """It would be dropped in silence: the companion has the weights that are there."""
     with pytest.raises(ConfigError, match="decided when the target was loaded"):

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from outrider.build.contracts import check_parts
+from outrider.build import contracts
 from outrider.build.fit import check_fit
 from outrider.build.loading import Loaded, Progress, load, load_model
 from outrider.build.notices import notices_of, wasted_option
-from outrider.build.options import Options, check_options
 from outrider.control.fixed import Fixed
 from outrider.drafters.gated import gated
 from outrider.drafters.registry import load_drafter as _load_drafter
@@ -24,6 +23,7 @@ from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.folder import resolve_folder
+from outrider.options import EngineOptions, check_names
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target
 from outrider.sampling.grammar import grammars_of
@@ -63,7 +63,7 @@ class Engine(EngineCore):
         loaded: Loaded | None = None,
         notices: Iterable[str] = (),
     ) -> None:
-        check_parts(target, drafter, rule, controller)
+        contracts.check_parts(target, drafter, rule, controller)
         turns = turns or Turns()  # first: a forked process is told so before anything is made
         check_fit(target, drafter, rule, allow_lossy)
         most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
@@ -93,6 +93,7 @@ def build_engine(
     target: str | Path | Target | None = None,
     draft: str | Path | Drafter = "auto",
     *,
+    rule: str | Rule = "auto",
     tokenizer: object | None = None,
     sinks: Seq[Sink] = (),
     speculative_config: str | dict | None = None,
@@ -105,44 +106,70 @@ def build_engine(
 ) -> Engine:
     """An engine for `target` (a folder, a Hub name, a Target, or None: the shipped pair) with `draft` (see `load_drafter`).
 
-    length: tokens proposed per step. rule: "auto", "speculative_sampling", "match", or a Rule. dtype, device, implementation,
-    draft_quantize: see `models.load.load_target`. slots (alias capacity): sequences decoded together. max_length: context to
-    reserve, prompt and output. chunk: rows of a prompt chunk. speculative_config: vLLM's JSON, replaces draft, length, rule.
+    draft, rule: a name, or a drafter or rule made by hand. options: the other fields of `EngineOptions` (`capacity` is another
+    name of `slots`). speculative_config: vLLM's JSON, replaces draft, length and rule.
     controller: makes what sets the draft length (a fixed length if None). on_defect: told of what fails and is contained.
     selectable: a request's `drafters` may choose among the parts of a combined draft.
     Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
     """
     if capacity is not None:
         options["slots"] = capacity
-    unknown = set(options) - set(Options.__dataclass_fields__)
-    if unknown:
-        raise ConfigError(unknown_name("engine option", sorted(unknown)[0], Options.__dataclass_fields__))
-    wanted = Options(draft=str(draft) if isinstance(draft, Path) else draft, **options)  # type: ignore[arg-type]
+    named, drafter, judge = names_of({**options, "draft": draft, "rule": rule})
+    check_names(named)
+    if isinstance(target, str | Path):
+        named["target"] = str(target)
+    wanted = EngineOptions(**named)  # type: ignore[arg-type]
     if speculative_config is not None:
-        wanted = replace(wanted, **parse_speculative_config(speculative_config))
-    check_options(wanted)
+        changes, drafter = parse_speculative_config(speculative_config), None
+        wanted, judge = wanted.changed(**changes), None if "rule" in changes else judge
+    if judge is None:
+        load_rule(wanted.rule)  # a wrong name is said before anything is loaded
     loaded = load(target, tokenizer, wanted, tuple(sinks), progress)
-    return assemble(loaded, wanted, controller=controller, on_defect=on_defect, selectable=selectable)
+    return assemble(
+        loaded, wanted, drafter, judge, controller=controller, on_defect=on_defect, selectable=selectable
+    )
+
+
+def names_of(options: dict[str, object]) -> tuple[dict[str, object], Drafter | None, Rule | None]:
+    """`options` as plain values, and the drafter and the rule among them that were made by hand: their names stand for them."""
+    named, drafter, rule = dict(options), None, None
+    if isinstance(named.get("draft"), Path):
+        named["draft"] = str(named["draft"])
+    if not isinstance(named.get("draft", ""), str):
+        contracts.check("drafter", named["draft"], contracts.DRAFTER)
+        drafter = cast(Drafter, named["draft"])
+        named["draft"] = str(drafter.name)
+    if not isinstance(named.get("rule", ""), str):
+        contracts.check("rule", named["rule"], contracts.RULE)
+        rule = cast(Rule, named["rule"])
+        named["rule"] = str(rule.name)
+    return named, drafter, rule
 
 
 def assemble(
     loaded: Loaded,
-    options: Options,
+    options: EngineOptions,
+    drafter: Drafter | None = None,
+    rule: Rule | None = None,
     *,
     controller: ControllerFor | None = None,
     on_defect: Callable[[Defect], None] | None = None,
     selectable: bool = False,
 ) -> Engine:
-    """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights."""
+    """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights.
+
+    drafter, rule: made by hand; None: those that `options` name. controller, on_defect, selectable: as of `build_engine`.
+    """
     if options.max_length is not None and options.max_length > loaded.target.max_length:
         raise ConfigError(
             f"max_length {options.max_length} is more than the {loaded.target.max_length} positions of the target: "
             "choose at most that"
         )
-    rule = load_rule(options.rule) if isinstance(options.rule, str) else options.rule
-    drafter = _drafter(loaded, options, rule)
-    rule = best_exact(drafter) if options.rule == "auto" else rule
-    drafts = bool(drafter.max_depth)
+    mine = replace(loaded, options=options, drafter=drafter, rule=rule)
+    auto = rule is None and options.rule == "auto"
+    rule = load_rule(options.rule) if rule is None else rule
+    drafter = _drafter(loaded, options, rule) if drafter is None else drafter
+    rule = best_exact(drafter) if auto else rule
     return Engine(
         loaded.target,
         gated(drafter) if selectable else drafter,
@@ -157,18 +184,13 @@ def assemble(
         on_defect=on_defect,
         allow_lossy=options.allow_lossy,
         turns=loaded.turns,
-        loaded=replace(loaded, options=options),
-        notices=[
-            *notices_of([loaded.target, *(m for m, _ in loaded.models.values())], loaded.target.device, drafts, options.device),
-            *wasted_option(options.draft_quantize if drafts else None, len(loaded.models)),
-        ],
+        loaded=mine,
+        notices=_notices(loaded, options, bool(drafter.max_depth)),
     )
 
 
-def _drafter(loaded: Loaded, options: Options, rule: Rule) -> Drafter:
+def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
     """The drafter that was asked for."""
-    if not isinstance(options.draft, str):
-        return options.draft
     return _load_drafter(
         options.draft if options.length else "none",
         target=loaded.target,
@@ -181,20 +203,33 @@ def _drafter(loaded: Loaded, options: Options, rule: Rule) -> Drafter:
     )
 
 
+def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
+    """What keeps this engine from being faster. drafts: it drafts at all."""
+    targets = [loaded.target, *(model for model, _ in loaded.models.values())]
+    found = notices_of(targets, loaded.target.device, drafts, options.device)
+    return [*found, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
+
+
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
     """Another engine on the same target: same options but for `draft` and `changes`; weights are shared, caches are not.
 
-    Raises ConfigError for what was decided when the target was loaded: its dtype and device.
+    Raises ConfigError for what was decided when the target was loaded: the target itself, its dtype and device.
     """
-    if engine.loaded is None:
+    loaded = engine.loaded
+    if loaded is None:
         raise ConfigError("this engine was made by hand: build the companion from the same parts")
-    options: Options = engine.loaded.options
-    for name in ("dtype", "device"):
-        if changes.get(name, getattr(options, name)) != getattr(options, name):
+    for name in ("target", "dtype", "device"):
+        if changes.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
             raise ConfigError(
                 f"{name} was decided when the target was loaded: build a new engine for {changes[name]!r}"
             )
-    return assemble(engine.loaded, replace(options, **({"draft": draft} if draft is not None else {}), **changes))
+    named, drafter, rule = names_of({**({} if draft is None else {"draft": draft}), **changes})
+    return assemble(
+        loaded,
+        loaded.options.changed(**named),
+        drafter if "draft" in named else loaded.drafter,
+        rule if "rule" in named else loaded.rule,
+    )
 
 
 def generate(

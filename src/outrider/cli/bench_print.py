@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from outrider.cli import options as opt
+from outrider.cli import tables, terminal
 
 
 def print_table(d: dict[str, Any]) -> None:
     """The document for people."""
-    from outrider.cli.demo import phase_bar
-
     rule = d["rule"] if d.get("lossless", True) else f"{d['rule']} (LOSSY)"
     how = f"{d['drafter']} / {rule}, {d['dtype']}, temperature {d['temperature']:g}"
     title = f"{how}, batch {d['batch']}, {d['repeats']} repeats"
-    table, console = Table(title=title, title_justify="left"), opt.console()
+    table, console = Table(title=title, title_justify="left"), terminal.console()
     for column in (
         "arm",
         "tokens/s",
@@ -38,9 +37,9 @@ def print_table(d: dict[str, Any]) -> None:
             "" if s is None else f"{arm['predicted_speedup']:.2f}",
             "" if arm["acceptance_length"] is None else f"{arm['acceptance_length']:.2f}",
             "" if s is None else f"{book['predicted']:.1f}, {book['observed']} {arm_standing(arm)}",
-            phase_bar(arm["phases"], 0 if opt.plain(console) else 10),
+            phase_bar(arm["phases"], 0 if terminal.plain(console) else 10),
         )
-    opt.show(table, console)
+    tables.show(table, console)
     print_costs(console, d)
     for arm, rows in d.get("spec_bench", {}).items():
         print_spec_bench(console, arm, rows)
@@ -48,7 +47,7 @@ def print_table(d: dict[str, Any]) -> None:
         print_chart(console, d["chart"])
     failed = sum(arm["failed"] for arm in d["arms"])
     if failed:
-        console.print(f"[bold red]{failed} requests failed; their groups enter no rate[/bold red]")
+        console.print(f"[bold red]{failed} requests failed; their groups are part of no rate[/bold red]")
     looping = [f"{arm['name']}: {arm['loops']}" for arm in d["arms"] if arm["loops"]]
     if looping:
         console.print(f"texts that end in a loop (drafts guess those best): {', '.join(looping)}")
@@ -71,7 +70,7 @@ def print_chart(console: Any, chart: dict[str, Any]) -> None:
         by_position = " ".join(f"{a:.2f}" for a in row["acceptance"])
         speed, length = show(row["tokens_per_second"], 1), show(row["acceptance_length"], 2)
         table.add_row(row["name"], speed, length, f"{row['draft_ms']:.3f}", by_position)
-    opt.show(table, console)
+    tables.show(table, console)
     console.print(f"charts: {', '.join(chart['files'])} (predicted bars are of {chart['predicted']['hardware']})")
 
 
@@ -95,4 +94,17 @@ def print_spec_bench(console: Any, arm: str, rows: list[dict[str, Any]]) -> None
     for r in rows:
         numbers = (r["mean_accepted_tokens"], r["tokens_per_second"], r["baseline_tokens_per_second"], r["speedup"])
         table.add_row(r["task"], str(r["questions"]), *(f"{x:.2f}" for x in numbers))
-    opt.show(table, console)
+    tables.show(table, console)
+
+
+def phase_bar(seconds: dict[str, float], width: int = 24) -> Text:
+    """A bar of phases with their shares; a width of 0 leaves the bar out."""
+    total = sum(seconds.values()) or 1.0
+    styles = {"target": "blue", "draft": "green", "rule": "yellow", "host": "magenta"}
+    bar, words = Text(), Text()
+    for phase, value in seconds.items():
+        share = value / total
+        bar.append("█" * round(share * width), style=styles[phase])
+        if share >= 0.005:
+            words.append(f" {phase} {share:.0%}", style=styles[phase])
+    return bar + words if width else Text(words.plain.strip())

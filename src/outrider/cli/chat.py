@@ -8,53 +8,36 @@ from typing import Annotated, Any
 
 import typer
 
-from outrider.cli import options as opt
+from outrider.cli import terminal
 from outrider.cli.closing import Closing
+from outrider.cli.engine_options import ENGINE, load_engine
+from outrider.cli.sampling_options import SAMPLING
+from outrider.cli.takes import takes
 from outrider.errors import ConfigError, RequestError
+from outrider.options import EngineOptions
 
 
+@takes(ENGINE, "options", leave_out=("slots",), slots=1)
+@takes(SAMPLING, "sampling", only=("temperature", "top_p", "seed", "max_tokens"), temperature=0.7, max_tokens=256)
 def chat(
-    target: opt.Target = None,
-    draft: opt.Draft = "auto",
-    length: opt.Length = 3,
-    rule: opt.Rule = "auto",
-    allow_lossy: opt.AllowLossy = False,
-    temperature: opt.Temperature = 0.7,
-    top_p: opt.TopP = 1.0,
-    seed: opt.Seed = None,
-    max_tokens: opt.MaxTokens = 256,
-    system: Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)] = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    implementation: opt.Implementation = "auto",
-    max_length: opt.MaxLength = None,
+    options: EngineOptions,
+    sampling: Any,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message of the conversation.", show_default=False)
+    ] = None,
 ) -> None:
     """Talk to a model. End with Ctrl-D or /quit; /clear starts over.
 
     A target without a chat template (the shipped pair, any base model) continues what you type instead.
-    """
-    from outrider.cli.setup import engine_from_options
-    from outrider.params import SamplingParams
 
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    Example: outrider chat --temperature 0.2 --max-tokens 64
+    """
     closing = Closing()
-    engine = engine_from_options(
-        sinks=(closing,),
-        target=target,
-        draft=draft,
-        length=length,
-        rule=rule,
-        allow_lossy=allow_lossy,
-        dtype=dtype,
-        device=device,
-        implementation=implementation,
-        max_length=max_length,
-        slots=1,
-    )
+    engine = load_engine(options, sinks=(closing,))
     edit_lines()
     talk = Conversation(engine, system, closing)
     if not talk.template:
-        opt.err.print("[dim]this target has no chat template: it continues your text[/dim]")
+        terminal.err.print("[dim]this target has no chat template: it continues your text[/dim]")
     while (line := read_line()) is not None:
         if line in ("/quit", "/exit"):
             break
@@ -62,9 +45,9 @@ def chat(
             talk.clear()
         elif line.strip():
             try:
-                talk.turn(line, params)
+                talk.turn(line, sampling)
             except RequestError as error:  # too long a conversation is no reason to lose it
-                opt.err.print(f"outrider: {error} (/clear starts over)")
+                terminal.err.print(f"outrider: {error} (/clear starts over)")
 
 
 def edit_lines() -> None:
@@ -126,7 +109,7 @@ class Conversation:
                 answer += event.text
                 typer.echo(event.text, nl=False)
         except KeyboardInterrupt:
-            opt.err.print("[dim] (stopped)[/dim]", end="")
+            terminal.err.print("[dim] (stopped)[/dim]", end="")
         except RequestError:
             closing.line()
             if self.template:
@@ -135,4 +118,4 @@ class Conversation:
         typer.echo()
         if self.template:
             self.messages.append({"role": "assistant", "content": answer})
-        opt.say(closing.line())
+        terminal.say(closing.line())

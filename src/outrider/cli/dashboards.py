@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from outrider.cli import options as opt
-from outrider.cli import paths
+from outrider.cli import paths, terminal
+from outrider.cli.options import Json
 from outrider.errors import ConfigError
 
 dashboards_app = typer.Typer(help="Alert rules and dashboards for Prometheus and Grafana.", no_args_is_help=True)
@@ -21,12 +21,14 @@ def dashboards() -> None:
 
 @dashboards_app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(callback=paths.writable, help="Where to write them.")] = Path("dashboards"),
-    json: opt.Json = False,
+    folder: Annotated[Path, typer.Argument(callback=paths.writable, help="Folder to write them to.")] = Path(
+        "dashboards"
+    ),
+    json: Json = False,
 ) -> None:
     """Write alerts.yml (with its tests) and grafana.json to FOLDER.
 
-    Example: outrider dashboards export /etc/prometheus/outrider && promtool check rules /etc/prometheus/outrider/alerts.yml
+    Example: outrider dashboards export dashboards
     """
     from outrider.telemetry import dashboards as files
 
@@ -35,6 +37,6 @@ def export(
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
     if json:
-        opt.print_json({"files": written})
+        terminal.print_json({"files": written})
     else:
         typer.echo("\n".join(written))

@@ -9,36 +9,40 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from outrider.cli import options as opt
+from outrider.cli import tables, terminal
+from outrider.cli.bench_print import phase_bar
+from outrider.cli.engine_options import ENGINE, load_engine
+from outrider.cli.options import Json
+from outrider.cli.sampling_options import SAMPLING
+from outrider.cli.takes import takes
+from outrider.options import EngineOptions
 
 COLOURS = {"accepted": "green", "corrected": "bold red", "bonus": "bold cyan", "sampled": "default"}
 
 
+@takes(ENGINE, "options", only=("target", "draft", "length", "dtype"), length=2, slots=1, max_length=1024)
+@takes(SAMPLING, "sampling", only=("temperature", "max_tokens"), ignore_eos=True)
 def demo(
+    options: EngineOptions,
+    sampling: Any,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Your own prompt. Default: a held-out one.", show_default=False)
     ] = None,
-    target: opt.Target = None,
-    draft: opt.Draft = "auto",
-    length: opt.Length = 2,
-    temperature: opt.Temperature = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the text that is shown.")] = 0,
-    max_tokens: opt.MaxTokens = 128,
     prompts: Annotated[int, typer.Option("--prompts", min=2, help="Held-out prompts that are measured.")] = 8,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each prompt.")] = 2,
-    dtype: opt.Dtype = "auto",
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """The same prompt plain and speculative, side by side: speed, acceptance, the ledger, and where the time goes."""
+    """The same prompt plain and speculative, side by side: speed, acceptance, the ledger, and where the time goes.
+
+    Example: outrider demo --prompts 2 --repeats 1 --max-tokens 32
+    """
     from outrider.assets import shipped_prompts
     from outrider.build import companion
-    from outrider.cli.setup import engine_from_options
-    from outrider.evaluate.measure import Arm, run_arms
-    from outrider.evaluate.records import summarise
-    from outrider.params import SamplingParams
+    from outrider.evaluate.measure import summarise
 
-    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
-    spec = engine_from_options(target=target, draft=draft, length=length, dtype=dtype, slots=1, max_length=1024)
+    params = replace(sampling, seed=seed)
+    spec = load_engine(options)
     plain = companion(spec, "none")
     held_out = shipped_prompts()
     shown = prompt if prompt is not None else held_out[seed % len(held_out)]
@@ -47,25 +51,27 @@ def demo(
     if not json:
         show(plain, spec, shown, params)
     texts = [spec.encode(p) for p in ([shown] if prompt is not None else []) + held_out[:prompts]]
+    records = measure(plain, spec, texts, replace(params, seed=None), repeats)
+    check = greedy_check(plain, spec, texts, params.max_tokens, options.length)
+    document = report(summarise(records, "plain"), check, params.temperature, options.length)
+    terminal.print_json(document) if json else print_report(document)
+
+
+def measure(plain: Any, spec: Any, texts: list[list[int]], params: Any, repeats: int) -> list[Any]:
+    """Records of both engines on every text, in turn."""
+    from outrider.evaluate.measure import Arm, run_arms
+
     arms = [Arm("plain", plain), Arm("speculative", spec)]
-    with opt.loading("measuring, plain and speculative in turn") as progress:
-        total, done = repeats * len(texts) * 2, [0]
-
-        def tick(_: str) -> None:
-            done[0] += 1
-            progress(done[0] / total)
-
-        records = run_arms(arms, texts, replace(params, seed=None), repeats=repeats, progress=tick)
-    check = greedy_check(plain, spec, texts, max_tokens, length)
-    document = report(summarise(records, "plain"), check, temperature, length)
-    opt.print_json(document) if json else print_report(document)
+    with terminal.loading("measuring, plain and speculative in turn") as progress:
+        tick = terminal.counter(progress, repeats * len(texts) * 2)
+        return run_arms(arms, texts, params, repeats=repeats, progress=tick)
 
 
 def show(plain: Any, spec: Any, prompt: str, params: Any) -> None:
     """Stream the prompt on both engines; colours say where each piece of text came from."""
     from time import perf_counter
 
-    console = opt.err
+    console = terminal.err
     heading(console, "prompt")
     console.print(Text(prompt[-400:], style="dim"))
     for name, engine in (("plain decoding", plain), ("speculative decoding", spec)):
@@ -74,7 +80,7 @@ def show(plain: Any, spec: Any, prompt: str, params: Any) -> None:
         for event in engine.stream(prompt, params):
             console.print(coloured(engine, event), end="")
         console.print(f"\n[dim]{params.max_tokens / (perf_counter() - start):.0f} tokens/s while printing[/dim]")
-    if opt.plain(console):
+    if terminal.plain(console):
         return
     key = Text.assemble(
         "every colour is the target's own distribution:  ",
@@ -85,7 +91,7 @@ def show(plain: Any, spec: Any, prompt: str, params: Any) -> None:
 
 def heading(console: Any, text: str) -> None:
     """A line across the terminal with a title; in a pipe the title alone."""
-    console.print(f"{text}:") if opt.plain(console) else console.rule(text, style="dim")
+    console.print(f"{text}:") if terminal.plain(console) else console.rule(text, style="dim")
 
 
 def coloured(engine: Any, event: Any) -> Text:
@@ -154,16 +160,16 @@ def print_report(d: dict[str, Any]) -> None:
     )
     for column in ("", "tokens/s", "10th to 90th percentile", "where a step's time goes"):
         table.add_column(column)
-    out = opt.console()
+    out = terminal.console()
     for name in ("plain", "speculative"):
         side = d[name]
         table.add_row(
             name,
             f"{side['tokens_per_second']:.0f}",
             f"{side['low']:.0f} to {side['high']:.0f}",
-            phase_bar(side["seconds"], 0 if opt.plain(out) else 12),
+            phase_bar(side["seconds"], 0 if terminal.plain(out) else 12),
         )
-    opt.show(table, out)
+    tables.show(table, out)
     low, high = d["speedup_interval"]
     out.print(
         f"speed-up            [bold]{d['speedup']:.2f}[/bold]  (95% interval {low:.2f} to {high:.2f}; "
@@ -181,16 +187,3 @@ def print_report(d: dict[str, Any]) -> None:
     out.print(
         f"greedy text         {greedy['identical']} of {greedy['prompts']} prompts identical, token by token{rest}{bad}"
     )
-
-
-def phase_bar(seconds: dict[str, float], width: int = 24) -> Text:
-    """A bar of phases with their shares; a width of 0 leaves the bar out."""
-    total = sum(seconds.values()) or 1.0
-    styles = {"target": "blue", "draft": "green", "rule": "yellow", "host": "magenta"}
-    bar, words = Text(), Text()
-    for phase, value in seconds.items():
-        share = value / total
-        bar.append("█" * round(share * width), style=styles[phase])
-        if share >= 0.005:
-            words.append(f" {phase} {share:.0%}", style=styles[phase])
-    return bar + words if width else Text(words.plain.strip())

@@ -8,12 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from outrider.cli import options as opt
-from outrider.cli import paths
+from outrider.cli import paths, tables, terminal
+from outrider.cli.engine_options import ENGINE
+from outrider.cli.options import Json
+from outrider.cli.takes import takes
 from outrider.errors import ConfigError
+from outrider.options import EngineOptions
 
 
+@takes(ENGINE, "options", only=("dtype", "max_length"))
 def doctor(
+    options: EngineOptions,
     target: Annotated[
         str | None,
         typer.Argument(
@@ -23,28 +28,28 @@ def doctor(
     draft: Annotated[
         str | None, typer.Argument(callback=paths.model, help="Draft model to check it with.", show_default=False)
     ] = None,
-    dtype: opt.Dtype = "auto",
     slots: Annotated[
-        int, typer.Option("--slots", min=1, help="Sequences decoded together, for the memory estimate.")
+        int, typer.Option("--slots", min=1, help="Sequences decoded at the same time, for the memory estimate.")
     ] = 1,
-    max_length: opt.MaxLength = None,
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """Check a checkpoint pair as loading does, without reading its weights: architecture, tensors, tokenizer, memory.
+    """Check a pair of checkpoints as loading does, without reading weights: architecture, tensors, tokenizer, memory.
 
     Exit code 0 if everything fits, 1 if a check fails, 2 if a checkpoint cannot be run.
+
+    Example: outrider doctor --dtype float32 --slots 8
     """
     from outrider.assets import shipped
 
     folders = {"target": target or str(shipped("target"))}
     if draft or target is None:
         folders["draft"] = draft or str(shipped("draft"))
-    models = {role: examine(name, dtype, slots, max_length) for role, name in folders.items()}
+    models = {role: examine(name, options.dtype, slots, options.max_length) for role, name in folders.items()}
     checks = compare(models, folders)
     ok = all(c["ok"] for c in checks)
     notices = slow_parts(models)
     if json:
-        opt.print_json({"ok": ok, "models": models, "checks": checks, "notices": notices})
+        terminal.print_json({"ok": ok, "models": models, "checks": checks, "notices": notices})
     else:
         print_report(models, checks, notices)
     if not ok:
@@ -142,7 +147,7 @@ def compare(models: dict[str, dict[str, Any]], folders: dict[str, str]) -> list[
 
 def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]], notices: list[str]) -> None:
     """Tables for people."""
-    console = opt.console()
+    console = terminal.console()
     table = Table("", *models, title="checkpoints", title_justify="left")
     size = lambda n: f"{n / 2**20:.1f} MiB"  # noqa: E731
     rows = {
@@ -158,7 +163,7 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
     }
     for key, show in rows.items():
         table.add_row(key.replace("_bytes", ""), *(show(m[key]) for m in models.values()))
-    opt.show(table, console)
+    tables.show(table, console)
     for check in checks:
         mark = "[green]ok[/green]  " if check["ok"] else "[bold red]FAIL[/bold red]"
         console.print(f"{mark} {check['check']:<11} {check['found']}")

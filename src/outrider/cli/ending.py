@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from outrider.cli import options as opt
+from outrider.cli import terminal
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -40,6 +40,6 @@ class Told:
 
 def end_now() -> NoReturn:
     """End without waiting for threads that load a model or are in the middle of a step."""
-    opt.err.show_cursor()
+    terminal.err.show_cursor()
     print("\noutrider: interrupted", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

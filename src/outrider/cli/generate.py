@@ -3,130 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from outrider.cli import options as opt
-from outrider.cli import paths
+from outrider.cli import paths, terminal
+from outrider.cli.engine_options import ENGINE, SpeculativeConfig, configured, load_engine
+from outrider.cli.options import Json
+from outrider.cli.sampling_options import SAMPLING, JsonSchema, Regex, grammar
+from outrider.cli.takes import takes
 from outrider.errors import ConfigError, RequestError
-
-
-def generate(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(help="The prompt; '-', or none and a pipe, reads it from standard input.", show_default=False),
-    ] = None,
-    target: opt.Target = None,
-    draft: opt.Draft = "auto",
-    length: opt.Length = 3,
-    rule: opt.Rule = "auto",
-    allow_lossy: opt.AllowLossy = False,
-    temperature: opt.Temperature = 1.0,
-    top_k: opt.TopK = 0,
-    top_p: opt.TopP = 1.0,
-    min_p: opt.MinP = 0.0,
-    repetition_penalty: opt.RepetitionPenalty = 1.0,
-    presence_penalty: opt.PresencePenalty = 0.0,
-    frequency_penalty: opt.FrequencyPenalty = 0.0,
-    seed: opt.Seed = None,
-    n: Annotated[int, typer.Option("--samples", help="Independent samples of the prompt.")] = 1,
-    max_tokens: opt.MaxTokens = 128,
-    stop: opt.Stop = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option("--logprobs", help="Log-probabilities with this many alternatives.", show_default=False),
-    ] = None,
-    prediction: Annotated[
-        str | None,
-        typer.Option(
-            "--prediction", help="A predicted continuation to draft from (see --draft prediction).", show_default=False
-        ),
-    ] = None,
-    regex: opt.Regex = None,
-    json_schema: opt.JsonSchema = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-text token.")] = False,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    quantize_draft: opt.Quantize = None,
-    implementation: opt.Implementation = "auto",
-    speculative_config: opt.SpeculativeConfig = None,
-    max_length: opt.MaxLength = None,
-    json: opt.Json = False,
-) -> None:
-    """Continue PROMPT. The text is distributed as the target's own, whatever drafts it.
-
-    Example: outrider generate "def read_config(path):" --draft ngram --temperature 0
-    """
-    text = read_prompt(prompt)
-    if regex is not None or json_schema is not None:
-        paths.needs("grammar", ("llguidance",))
-    from outrider.build import Engine
-    from outrider.cli.closing import Closing
-    from outrider.cli.setup import engine_from_options
-    from outrider.params import SamplingParams
-
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        n=n,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        logprobs=logprobs,
-        ignore_eos=ignore_eos,
-        grammar=opt.grammar(regex, json_schema),
-    )
-    if prediction is not None and draft == "auto":
-        draft = "prediction+auto" if target else "prediction"
-    closing = Closing()
-    engine: Engine = engine_from_options(
-        sinks=(closing,),
-        target=target,
-        draft=draft,
-        length=length,
-        rule=rule,
-        allow_lossy=allow_lossy,
-        dtype=dtype,
-        device=device,
-        draft_quantize=quantize_draft,
-        implementation=implementation,
-        speculative_config=speculative_config,
-        max_length=max_length,
-        slots=n,
-    )
-    if prediction is not None:
-        from dataclasses import replace
-
-        params = replace(params, prediction=tuple(engine.encode(prediction)))
-    closing.begin(engine)
-    if json or n > 1:
-        result = engine.generate([text], params)[0]
-        failed = next((o.error for o in result.outputs if o.error), None)
-        if failed:
-            raise RequestError(failed)
-        if json:
-            opt.print_json(document(engine, result))
-        else:
-            for output in result.outputs:
-                typer.echo(f"--- sample {output.index} ({output.finish_reason})\n{output.text}")
-            opt.say(closing.line())
-        return
-    for event in engine.stream(text, params):
-        if event.error:
-            raise RequestError(event.error)
-        typer.echo(event.text, nl=False)
-    typer.echo()
-    opt.say(closing.line())
-    if not engine.parts.rule.lossless:
-        opt.err.print(
-            f"outrider: lossy rule {engine.parts.rule.name!r}: total variation spent on this text {engine.counts.bias:.4f}"
-        )
+from outrider.options import EngineOptions
 
 
 def read_prompt(given: str | None) -> str:
@@ -143,6 +31,80 @@ def read_prompt(given: str | None) -> str:
     if not text:
         raise ConfigError("the prompt is empty: give at least one character")
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+@takes(ENGINE, "options", leave_out=("slots",), slots=1)
+@takes(SAMPLING, "sampling")
+def generate(
+    options: EngineOptions,
+    sampling: Any,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            callback=read_prompt,
+            help="The prompt; '-', or none and a pipe, reads it from standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            "--prediction", help="A predicted continuation to draft from (see --draft prediction).", show_default=False
+        ),
+    ] = None,
+    regex: Regex = None,
+    json_schema: JsonSchema = None,
+    speculative_config: SpeculativeConfig = None,
+    json: Json = False,
+) -> None:
+    """Continue PROMPT. The text has the target's own distribution, whatever drafts it.
+
+    Example: outrider generate "def read(path):" --draft ngram --temperature 0
+    """
+    if regex is not None or json_schema is not None:
+        paths.needs("grammar", ("llguidance",))
+    from outrider.cli.closing import Closing
+
+    sampling = replace(sampling, grammar=grammar(regex, json_schema))
+    options = replace(options, slots=sampling.n)
+    if prediction is not None and options.draft == "auto":
+        options = replace(options, draft="prediction+auto" if options.target else "prediction")
+    closing = Closing()
+    engine = load_engine(configured(options, speculative_config), sinks=(closing,))
+    if prediction is not None:
+        sampling = replace(sampling, prediction=tuple(engine.encode(prediction)))
+    closing.begin(engine)
+    if json:
+        terminal.print_json(document(engine, whole(engine, prompt, sampling)))
+    elif sampling.n > 1:
+        for output in whole(engine, prompt, sampling).outputs:
+            typer.echo(f"--- sample {output.index} ({output.finish_reason})\n{output.text}")
+        terminal.say(closing.line())
+    else:
+        print_stream(engine, prompt, sampling, closing)
+
+
+def whole(engine: Any, prompt: Any, sampling: Any) -> Any:
+    """The finished request. Raises RequestError if a sample of it failed."""
+    result = engine.generate([prompt], sampling)[0]
+    failed = next((o.error for o in result.outputs if o.error), None)
+    if failed:
+        raise RequestError(failed)
+    return result
+
+
+def print_stream(engine: Any, prompt: Any, sampling: Any, closing: Any) -> None:
+    """The text as it comes, and how it went. Raises RequestError if it failed."""
+    for event in engine.stream(prompt, sampling):
+        if event.error:
+            raise RequestError(event.error)
+        typer.echo(event.text, nl=False)
+    typer.echo()
+    terminal.say(closing.line())
+    if not engine.parts.rule.lossless:
+        terminal.say(
+            f"lossy rule {engine.parts.rule.name!r}: total variation spent on this text {engine.counts.bias:.4f}"
+        )
 
 
 def document(engine: Any, result: Any) -> dict[str, Any]:

@@ -13,8 +13,22 @@ set_threads()  # before anything imports torch: an OpenMP runtime reads it once,
 
 import typer  # noqa: E402
 
-from outrider.cli import ab, audit, bench, chat, demo, doctor, generate, plan, predict, runs, serve, train, tree  # noqa: E402
-from outrider.cli import options as opt  # noqa: E402
+from outrider.cli import (  # noqa: E402
+    ab,
+    audit,
+    bench,
+    chat,
+    demo,
+    doctor,
+    generate,
+    plan,
+    predict,
+    runs,
+    serve,
+    terminal,
+    train,
+    tree,
+)
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.ending import INTERRUPTED  # noqa: E402
 from outrider.cli.theory import theory_app  # noqa: E402
@@ -22,7 +36,7 @@ from outrider.errors import OutriderError, printable  # noqa: E402
 
 app = typer.Typer(
     name="outrider",
-    help="Speculative decoding that is exact, says so, and measures itself against its own theory.",
+    help="Speculative decoding with the target's own distribution, measured against its theory.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,12 +48,12 @@ app.command("generate", short_help="Continue a prompt.")(generate.generate)
 app.command("chat", short_help="Talk to a model.")(chat.chat)
 app.command("bench", short_help="Compare draft lengths, or the arms of a preset.")(bench.bench)
 app.command("predict", short_help="What a draft is worth, without running it.")(predict.predict)
-app.command("serve", short_help="OpenAI's HTTP interface, and a page.")(serve.serve)
+app.command("serve", short_help="Serve OpenAI's HTTP interface, and a page.")(serve.serve)
 app.command("audit", short_help="Is a generator's text distributed as the target's?")(audit.audit)
 app.command("gate", short_help="Compare a run with a baseline.")(runs.gate)
 app.add_typer(runs.runs_app, name="runs")
 app.add_typer(ab.ab_app, name="ab")
-app.command("plan", short_help="Which drafter, length and batch here.")(plan.plan)
+app.command("plan", short_help="Which drafter, length and batch to use here.")(plan.plan)
 app.command("tree", short_help="The draft tree with the most tokens per second.")(tree.tree)
 app.command("doctor", short_help="Can these checkpoints be run, and together?")(doctor.doctor)
 app.command("train", short_help="Train a drafter for a target.")(train.train)
@@ -64,7 +78,7 @@ def root(
 
 def _interrupted() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed once more, it ends at once, whatever is still being put away
-    opt.err.show_cursor()  # a progress bar that was interrupted while it was set up leaves it hidden
+    terminal.err.show_cursor()  # a progress bar that was interrupted while it was set up leaves it hidden
     print("\noutrider: interrupted", file=sys.stderr)
     raise SystemExit(INTERRUPTED) from None
 

@@ -61,7 +61,7 @@ def writable(given: Path | None) -> Path | None:
     if place != given and not place.is_dir():
         raise ConfigError(f"{given} cannot be written: {place} is a file, not a folder")
     if not os.access(place, os.W_OK):
-        raise ConfigError(f"{given} cannot be written: {place} may not be changed by you; name another place")
+        raise ConfigError(f"{given} cannot be written: you may not write to {place}; name another place")
     return given
 
 

@@ -6,23 +6,23 @@ from typing import Any
 
 from rich.table import Table
 
-from outrider.cli import options as opt
+from outrider.cli import tables, terminal
 
 SHOWN = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 
 
 def print_document(d: dict[str, Any]) -> None:
     """What to expect, by length and by way of drafting; then the rest in a sentence each."""
-    out = opt.console()
+    out = terminal.console()
     ways = d["drafting"]
     where = f", temperature {d['temperature']:g}" if "temperature" in d else ""
     out.print(
         f"predicted from {d['texts']} texts of {d['prompts']} prompts, {d['tokens']} tokens{where}; nothing was drafted"
     )
-    opt.show(lengths_table(d), out)
+    tables.show(lengths_table(d), out)
     costs = d["costs"]
     if costs is not None:
-        opt.show(speedups_table(d), out)
+        tables.show(speedups_table(d), out)
         verify = ", ".join(f"{g + 1}: {v:.2f}" for g, v in enumerate(costs["verify"]) if g in (1, 3, 5, 8, 16))
         out.print(
             f"costs ({costs['source']})    draft {costs['draft']:.3f} of a target forward; forwards by rows {verify}; "
@@ -38,7 +38,7 @@ def print_document(d: dict[str, Any]) -> None:
         if way["rejections"] is not None:
             out.print(
                 f"rejections, {title(name):<12} {interval(way['rejections'], 2)} per text if drafts reach to its end; "
-                f"acceptance of a judged draft {interval(way['acceptance'], 3)}"
+                f"acceptance rate of tested draft tokens {interval(way['acceptance'], 3)}"
             )
     print_domains(out, d["domains"])
     print_rest(out, d)
@@ -97,7 +97,7 @@ def print_domains(out: Any, domains: dict[str, Any]) -> None:
     ranked = sorted(domains.items(), key=lambda item: -item[1]["value"])
     for name, e in ranked[:12]:
         table.add_row(name or "(none)", interval(e, 3))
-    opt.show(table, out)
+    tables.show(table, out)
     if len(ranked) > 12:
         out.print(f"[dim]{len(ranked) - 12} more domains in --json[/dim]")
 

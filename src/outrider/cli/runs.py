@@ -10,27 +10,26 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from outrider.cli import options as opt
-from outrider.cli import paths
+from outrider.cli import paths, tables, terminal
+from outrider.cli.bench_print import print_table
+from outrider.cli.options import STORE, Json, StorePath
 from outrider.errors import ConfigError
-from outrider.files import write_whole
 
-StorePath = Annotated[
-    str, typer.Option("--store", help="The store that bench --store wrote: a file, or a postgresql:// URL.")
-]
 runs_app = typer.Typer(help="Runs kept in a store.", no_args_is_help=True)
-DEFAULT = "outrider.db"
 
 
 @runs_app.command("list")
-def list_runs(store: StorePath = DEFAULT, json: opt.Json = False) -> None:
-    """All runs of a store, oldest first."""
+def list_runs(store: StorePath = STORE, json: Json = False) -> None:
+    """List all runs of a store, oldest first.
+
+    Example: outrider runs list --store outrider.db
+    """
     from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
         found = [(r, len(db.records(r.id)), lossy(r, db.ledgers(r.id))) for r in db.runs()]
     if json:
-        opt.print_json({"runs": [{**asdict(r), "records": n, "lossy": bent} for r, n, bent in found]})
+        terminal.print_json({"runs": [{**asdict(r), "records": n, "lossy": bent} for r, n, bent in found]})
         return
     table = Table()
     for column in ("id", "kind", "name", "state", "records", "started", "exact"):
@@ -38,7 +37,7 @@ def list_runs(store: StorePath = DEFAULT, json: opt.Json = False) -> None:
     for run, records, bent in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
         table.add_row(run.id, run.kind, run.name, run.state, str(records), when, "LOSSY" if bent else "")
-    opt.show(table)
+    tables.show(table)
 
 
 def lossy(run: Any, ledgers: dict[str, dict[str, float]]) -> bool:
@@ -49,20 +48,21 @@ def lossy(run: Any, ledgers: dict[str, dict[str, float]]) -> bool:
 
 @runs_app.command("show")
 def show_run(
-    run: Annotated[str, typer.Argument(help="Id or name.")], store: StorePath = DEFAULT, json: opt.Json = False
+    run: Annotated[str, typer.Argument(help="Id or name of a run.")], store: StorePath = STORE, json: Json = False
 ) -> None:
-    """One run: its configuration, summary and ledgers."""
+    """Show one run: its configuration, summary and ledgers.
+
+    Example: outrider runs show monday --json
+    """
     from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
         found = db.run(run)
         document = {**asdict(found), "ledgers": db.ledgers(found.id), "records": len(db.records(found.id))}
     if json:
-        opt.print_json(document)
+        terminal.print_json(document)
         return
-    from outrider.cli.bench_print import print_table
-
-    console = opt.console()
+    console = terminal.console()
     console.print(f"{found.kind} {found.name} ({found.id}): {found.state}, {document['records']} records")
     if found.kind == "bench" and found.summary:
         print_table(found.summary)
@@ -72,20 +72,23 @@ def show_run(
 
 @runs_app.command("export", short_help="A run as JSON lines, CSV or Parquet.")
 def export_run(
-    run: Annotated[str, typer.Argument(help="Id or name.")],
-    store: StorePath = DEFAULT,
+    run: Annotated[str, typer.Argument(help="Id or name of a run.")],
+    store: StorePath = STORE,
     out: Annotated[
         Path | None,
-        typer.Option("--out", callback=paths.out_file, help="Default: standard output.", show_default=False),
+        typer.Option(
+            "--out", callback=paths.out_file, help="File to write. Default: standard output.", show_default=False
+        ),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(
-            "--format", help="jsonl, csv or parquet. Default: what the name of --out says.", show_default=False
-        ),
+        typer.Option("--format", help="jsonl, csv or parquet. Default: by the name of --out.", show_default=False),
     ] = None,
 ) -> None:
-    """A run as canonical JSON lines (the run first, then one record a line), or its records as a CSV or Parquet table."""
+    """Write a run as canonical JSON lines (first the run, then one record per line), or its records as a CSV or Parquet table.
+
+    Example: outrider runs export monday --out monday.csv
+    """
     from outrider.evaluate.store import tables
     from outrider.evaluate.store.store import Store
 
@@ -101,8 +104,8 @@ def export_run(
     if out is None:
         typer.echo(content.decode(), nl=False)
     else:
-        write_whole(out, content)
-        opt.err.print(f"outrider: wrote {out}")
+        tables.write_whole(out, content)
+        terminal.err.print(f"outrider: wrote {out}")
 
 
 @runs_app.command("import", short_help="Read another tool's results into a store.")
@@ -110,14 +113,17 @@ def import_results(
     file: Annotated[
         Path, typer.Argument(callback=paths.file, help="Result file of vLLM's bench serve, AIPerf or guidellm.")
     ],
-    store: StorePath = DEFAULT,
+    store: StorePath = STORE,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the run. Default: the file's.", show_default=False)
     ] = None,
     kind: Annotated[str, typer.Option("--format", help="auto, vllm, aiperf or guidellm.")] = "auto",
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """Read another tool's results into a store, one record per request; `runs show`, `compare` and `export` take them."""
+    """Read another tool's results into a store, one record per request; `runs show`, `compare` and `export` accept them.
+
+    Example: outrider runs import vllm.json --name vllm
+    """
     from outrider.evaluate.store.importers import import_run
     from outrider.evaluate.store.store import Store
 
@@ -125,9 +131,9 @@ def import_results(
         run, found = import_run(db, file, name or file.stem, kind)
     document = {"run": run, "name": name or file.stem, "records": len(found.records), **found.summary()}
     if json:
-        opt.print_json(document)
+        terminal.print_json(document)
         return
-    console = opt.console()
+    console = terminal.console()
     console.print(f"{found.kind}: {len(found.records)} requests as run {document['name']} ({run})")
     if found.note:
         console.print(found.note)
@@ -135,17 +141,20 @@ def import_results(
 
 @runs_app.command("compare", short_help="Two runs beside each other.")
 def compare_runs(
-    run: Annotated[str, typer.Argument(help="Id or name, or a file of bench --out.")],
-    baseline: Annotated[str, typer.Argument(help="The same.")],
-    store: StorePath = DEFAULT,
-    json: opt.Json = False,
+    run: Annotated[str, typer.Argument(help="Id or name of a run, or a file that bench --out wrote.")],
+    baseline: Annotated[str, typer.Argument(help="The run that it is compared with: likewise.")],
+    store: StorePath = STORE,
+    json: Json = False,
 ) -> None:
-    """Two bench runs: every check of `outrider gate`, without its exit code. Imported runs: their latencies."""
+    """Compare two bench runs by every check of `outrider gate`, without its exit code, or two imported runs by their latencies.
+
+    Example: outrider runs compare tuesday monday
+    """
     if not imported(run, baseline, store):
         _gate(run, baseline, store, json, absolute=False)
         return
-    from outrider.evaluate.bench.latencies import differences
-    from outrider.evaluate.records import Record
+    from outrider.evaluate.measure import Record
+    from outrider.evaluate.store.importers import differences
     from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
@@ -156,14 +165,14 @@ def compare_runs(
             "the runs hold no latencies of at least two requests each: import them with one record per request"
         )
     if json:
-        opt.print_json({"run": run, "baseline": baseline, "latency": [asdict(d) for d in found]})
+        terminal.print_json({"run": run, "baseline": baseline, "latency": [asdict(d) for d in found]})
         return
     table = Table(title=f"{run} over {baseline}: medians over requests (95%)", title_justify="left")
     for column in ("latency", "ratio"):
         table.add_column(column)
     for d in found:
         table.add_row(d.what, f"{d.value:.3f} ({d.low:.3f} to {d.high:.3f})")
-    opt.show(table)
+    tables.show(table)
 
 
 def imported(run: str, baseline: str, store: str) -> bool:
@@ -177,18 +186,28 @@ def imported(run: str, baseline: str, store: str) -> bool:
 
 
 def gate(
-    run: Annotated[str, typer.Argument(help="Id or name in the store, or a file that bench --out wrote.")],
-    baseline: Annotated[str, typer.Argument(help="The run to hold.")],
-    store: StorePath = DEFAULT,
-    speed: Annotated[float, typer.Option("--speed", min=0, help="Share of speed that may be lost.")] = 0.05,
-    acceptance: Annotated[float, typer.Option("--acceptance", min=0, help="Acceptance that may be lost.")] = 0.02,
-    quality: Annotated[float, typer.Option("--quality", min=0, help="Nats per token that may be lost.")] = 0.02,
+    run: Annotated[str, typer.Argument(help="Id or name of a run, or a file that bench --out wrote.")],
+    baseline: Annotated[str, typer.Argument(help="The run that it is compared with: likewise.")],
+    store: StorePath = STORE,
+    speed: Annotated[float, typer.Option("--speed", min=0, help="Largest share of speed that may be lost.")] = 0.05,
+    acceptance: Annotated[
+        float, typer.Option("--acceptance", min=0, help="Largest loss of the acceptance rate.")
+    ] = 0.02,
+    quality: Annotated[
+        float, typer.Option("--quality", min=0, help="Largest loss of quality, in nats per token.")
+    ] = 0.02,
     absolute: Annotated[
-        bool, typer.Option("--absolute", help="Compare tokens per second, not speed-ups: for one and the same machine.")
+        bool,
+        typer.Option(
+            "--absolute", help="Compare tokens per second instead of speed-ups: only for runs on the same machine."
+        ),
     ] = False,
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """Compare a run with a baseline. Exit code 0 passed, 1 failed, 3 inconclusive."""
+    """Compare a run with a baseline. Exit code 0: passed, 1: failed, 3: inconclusive.
+
+    Example: outrider gate tuesday monday --speed 0.1
+    """
     raise typer.Exit(_gate(run, baseline, store, json, absolute, speed, acceptance, quality))
 
 
@@ -203,16 +222,16 @@ def _gate(run: str, baseline: str, store: str, json: bool, absolute: bool, *marg
     said = same_draws(ours, theirs)
     if json:
         note = {"same_draws": said is not None, "note": said}
-        opt.print_json({"outcome": answer, "checks": [asdict(c) for c in checks], **note})
+        terminal.print_json({"outcome": answer, "checks": [asdict(c) for c in checks], **note})
         return code
     table = Table(title=f"{run} against {baseline}: {answer}", title_justify="left")
     for column in ("arm", "check", "outcome", "value (95%)", "margin", "note"):
         table.add_column(column, overflow="fold")
     for c in checks:
         table.add_row(c.arm, c.what, c.outcome, _interval(c), "" if c.margin is None else f"{c.margin:.3g}", c.note)
-    opt.show(table)
+    tables.show(table)
     if said is not None:
-        opt.console().print(f"note: {said}")
+        terminal.console().print(f"note: {said}")
     return code
 
 

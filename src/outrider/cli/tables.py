@@ -9,25 +9,10 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
-from outrider.cli.console import Console
+from outrider.cli.terminal import console, plain
 
-PIPE = 4096
-"""Columns of a line that nobody looks at in a window: it is never broken."""
 CELL, GAP = 3, 2
 """Columns that a cell of a framed table takes besides its text, and spaces between the columns of a plain one."""
-
-
-def console(*, stderr: bool = False) -> Console:
-    """Where people read: as wide as their terminal; into a pipe or a file neither colour nor line breaks of ours."""
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal or console.is_dumb_terminal:
-        return Console(stderr=stderr, highlight=False, width=PIPE, color_system=None, force_terminal=False)
-    return console
-
-
-def plain(console: RichConsole) -> bool:
-    """Whether what is written goes into a pipe or a file."""
-    return not console.is_terminal
 
 
 def show(table: Table, to: RichConsole | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from outrider.cli import options as opt
-from outrider.cli import paths
+from outrider.cli import paths, tables, terminal
+from outrider.cli.options import Json
 from outrider.cli.theory_speedup import speedup
 from outrider.errors import ConfigError
 
@@ -49,19 +49,21 @@ def chain(
             "--length",
             "-l",
             min=0,
-            help="Longest draft; a draft accepted whole earns a bonus token. Default: to the horizon, as in the paper.",
+            help="Longest draft; a bonus token follows a draft that is accepted whole. Default: to the horizon, as in the paper.",
             show_default=False,
         ),
     ] = None,
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """Rejections and target calls of a random pair of Markov chains, exactly: no sampling, no error bars.
+    """Compute rejections and target calls of a random pair of Markov chains exactly: no sampling, no error bars.
 
     The instance is drawn as in Yin et al., NeurIPS 2024 (7 states, seed 10, uniform prompt).
+
+    Example: outrider theory chain --states 7 --horizon 50 --length 4
     """
     with theory_errors():
         document = chain_document(states, horizon, seed, drafts, length)
-    opt.print_json(document) if json else print_chain(document)
+    terminal.print_json(document) if json else print_chain(document)
 
 
 def chain_document(states: int, horizon: int, seed: int, drafts: int, length: int | None) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def print_chain(d: dict[str, Any]) -> None:
         (
             "expected rejections",
             f"{d['expected_rejections']:.4f}",
-            "tokens that come from a refusal (Theorems 1 and 3)",
+            "tokens that replace a rejected draft token (Theorems 1 and 3)",
         ),
         ("standard deviation", f"{d['standard_deviation']:.3f}", "of the number of rejections in one output"),
         ("target calls", f"{d['oracle_calls']:.4f}", "expected; plain decoding makes one per token"),
@@ -122,7 +124,7 @@ def print_chain(d: dict[str, Any]) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    opt.show(table)
+    tables.show(table)
 
 
 # -- speedup ----------------------------------------------------------------------------------------------------------
@@ -143,13 +145,16 @@ def figures(
         int, typer.Option("--runs", min=200, help="Simulated outputs per curve; the paper has 20000.")
     ] = 20000,
     quick: Annotated[bool, typer.Option("--quick", help="1000 simulated outputs per curve.")] = False,
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """Every figure of Yin et al., NeurIPS 2024, recomputed: exact beside simulated, as SVG and PNG, with a page."""
+    """Recompute every figure of Yin et al., NeurIPS 2024: exact beside simulated, as SVG and PNG, with a page.
+
+    Example: outrider theory figures --out figures --quick
+    """
     paths.needs("plot", ("matplotlib",))
     from outrider.theory import figures as book
 
-    with theory_errors(), opt.loading("simulating and drawing"):
+    with theory_errors(), terminal.loading("simulating and drawing"):
         made = book.all_figures(1000 if quick else runs)
         try:
             files = book.write(made, out)
@@ -157,11 +162,11 @@ def figures(
             raise ConfigError(f"--out {out}: {error.strerror or error}") from None
     rows = [{"name": f.name, "caption": f.caption, "reproduced": f.reproduced, "differs": f.differs} for f in made]
     if json:
-        opt.print_json({"files": [str(f) for f in files], "figures": rows})
+        terminal.print_json({"files": [str(f) for f in files], "figures": rows})
         return
     table = Table(title=f"{len(made)} figures in {out}", title_justify="left")
     for column in ("figure", "reproduced", "what differs, and why"):
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(row["name"], row["reproduced"], row["differs"])
-    opt.show(table)
+    tables.show(table)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from outrider.cli import options as opt
+from outrider.cli import tables, terminal
+from outrider.cli.options import Json
 from outrider.errors import ConfigError
 
 LONGEST = 16
@@ -20,24 +21,27 @@ def speedup(
     ] = "8b",
     draft: Annotated[str, typer.Option("--draft", "-d", help="Size of the draft model.")] = "1b",
     hardware: Annotated[str, typer.Option("--hardware", help="zen5-2, a100, h100, h200, m3-max, m4-max.")] = "h100",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded together.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded at the same time.")] = 1,
     context: Annotated[int, typer.Option("--context", min=0, help="Tokens in the cache of each sequence.")] = 1024,
     acceptance: Annotated[
-        float, typer.Option("--acceptance", min=0, max=1, help="Probability that a judged draft is accepted.")
+        float,
+        typer.Option(
+            "--acceptance", min=0, max=1, help="Probability that a draft token is accepted when those before it were."
+        ),
     ] = 0.8,
     length: Annotated[str, typer.Option("--length", "-l", help="Draft length, or auto: the best of 0 to 16.")] = "auto",
-    devices: Annotated[int, typer.Option("--devices", min=1, help="Devices the models are split over.")] = 1,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Devices that the models are split over.")] = 1,
     draft_context: Annotated[
         int | None,
         typer.Option("--draft-context", min=0, help="Tokens the draft attends to. Default: all.", show_default=False),
     ] = None,
     weight_bytes: Annotated[float, typer.Option("--bytes", help="Bytes of a weight and of a key or value.")] = 2.0,
     overhead: Annotated[float, typer.Option("--overhead-ms", min=0, help="Milliseconds added to every forward.")] = 0.0,
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """Predicted tokens per second, plain and speculative, from bandwidth, arithmetic and memory of a machine.
+    """Predict tokens per second, plain and speculative, from the bandwidth, arithmetic and memory of a machine.
 
-    Example: outrider theory speedup --target 70b --draft 1b --hardware h100 --devices 4 --batch 8 --context 4096
+    Example: outrider theory speedup --target 70b --draft 1b --devices 4
     """
     document = speedup_document(
         target,
@@ -52,7 +56,7 @@ def speedup(
         weight_bytes,
         overhead / 1000,
     )
-    opt.print_json(document) if json else print_speedup(document)
+    terminal.print_json(document) if json else print_speedup(document)
 
 
 def speedup_document(
@@ -98,7 +102,7 @@ def speedup_document(
 
 def print_speedup(d: dict[str, Any]) -> None:
     """The document for people."""
-    out = opt.console()
+    out = terminal.console()
     machine = d["hardware"]
     many = f"{d['devices']} x " if d["devices"] > 1 else ""
     out.print(
@@ -115,7 +119,7 @@ def print_speedup(d: dict[str, Any]) -> None:
             f"devices of {machine['memory'] / 1e9:.0f} GB, and there {'is' if d['devices'] == 1 else 'are'} {d['devices']}; "
             "the speeds below are of a machine that could hold it"
         )
-    opt.show(rows_table(d), out)
+    tables.show(rows_table(d), out)
     chosen, plain = d["chosen"], d["plain"]
     if chosen["length"]:
         out.print(

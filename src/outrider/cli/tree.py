@@ -2,59 +2,60 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from outrider.cli import options as opt
-from outrider.cli import paths
+from outrider.cli import terminal
+from outrider.cli.engine_options import ENGINE, load_engine
+from outrider.cli.options import Json, Traffic
+from outrider.cli.sampling_options import SAMPLING
+from outrider.cli.takes import takes
 from outrider.errors import ConfigError
+from outrider.options import EngineOptions
 
 
+@takes(
+    ENGINE,
+    "options",
+    leave_out=("length", "rule", "allow_lossy", "slots"),
+    length=2,
+    rule="speculative_sampling",
+    slots=1,
+)
+@takes(SAMPLING, "sampling", only=("temperature", "max_tokens"), max_tokens=64, ignore_eos=True)
 def tree(
-    target: opt.Target = None,
-    draft: opt.Draft = "auto",
-    nodes: Annotated[int, typer.Option("--nodes", min=1, max=256, help="Largest tree considered.")] = 16,
-    depth: Annotated[int, typer.Option("--depth", min=1, max=16, help="Most levels.")] = 4,
-    width: Annotated[int, typer.Option("--width", min=1, max=32, help="Ranks measured: children of a node.")] = 4,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", callback=paths.file, help="Prompts of your traffic.", show_default=False)
-    ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Prompts used.")] = 16,
-    temperature: opt.Temperature = 1.0,
-    max_tokens: opt.MaxTokens = 64,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    implementation: opt.Implementation = "auto",
-    max_length: opt.MaxLength = None,
-    json: opt.Json = False,
+    options: EngineOptions,
+    sampling: Any,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, max=256, help="Most nodes of a tree.")] = 16,
+    depth: Annotated[int, typer.Option("--depth", min=1, max=16, help="Most levels of a tree.")] = 4,
+    width: Annotated[int, typer.Option("--width", min=1, max=32, help="Most children of a node.")] = 4,
+    prompts: Traffic = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Prompts used, from the start of the set.")] = 16,
+    json: Json = False,
 ) -> None:
-    """Measure acceptance by rank and the time of a step by nodes, and print the best tree as a --draft (Chen et al. 2024)."""
+    """Measure acceptance by rank and the time of a step by nodes, and print the best tree as a --draft (Chen et al. 2024).
+
+    Example: outrider tree --nodes 8 --depth 3 --count 4 --max-tokens 32
+    """
     from outrider.build import companion
-    from outrider.cli.setup import engine_from_options
     from outrider.evaluate.planning import tree as tr
     from outrider.evaluate.workloads import load_prompts
-    from outrider.params import SamplingParams
 
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     asked = load_prompts(prompts, count)
-    engine = engine_from_options(
-        target=target, draft=draft, length=2, rule="speculative_sampling", dtype=dtype, device=device,
-        implementation=implementation, max_length=max_length, slots=1,
-    )  # fmt: skip
-    model = next((key.name for key in engine.loaded.models), None) if draft == "auto" else draft
+    engine = load_engine(options)
+    model = next((key.name for key in engine.loaded.models), None) if options.draft == "auto" else options.draft
     if model is None:
         raise ConfigError("no draft model beside this target: name one with --draft")
     texts = engine.encode_all(asked)
     engine = companion(engine, "none", length=0)
-    with opt.loading("measuring acceptance by rank"):
-        ranks = tr.measure_ranks(engine, model, texts, params, width)
-    with opt.loading("measuring steps"):
-        times = tr.measure_times(engine, model, texts[:4], params, ranks, most=nodes, depth=depth)
+    with terminal.loading("measuring acceptance by rank"):
+        ranks = tr.measure_ranks(engine, model, texts, sampling, width)
+    with terminal.loading("measuring steps"):
+        times = tr.measure_times(engine, model, texts[:4], sampling, ranks, most=nodes, depth=depth)
     found = tr.advise(ranks, times, depth)
     document = document_of(ranks, times, found, model)
-    opt.print_json(document) if json else print_document(document)
+    terminal.print_json(document) if json else print_document(document)
 
 
 def document_of(ranks: Any, times: Any, found: Any, model: str) -> dict[str, Any]:
@@ -80,7 +81,9 @@ def print_document(d: dict[str, Any]) -> None:
     """The answer first, then what it rests on."""
     rates, drawn = d["tokens_per_second"], d["parent"]
     if drawn is None:
-        typer.echo(f"do not speculate with a tree: plain decoding gives {rates['plain']:.0f} tokens/s, no tree more")
+        typer.echo(
+            f"do not speculate with a tree: plain decoding gives {rates['plain']:.0f} tokens/s, and no tree is faster"
+        )
     else:
         typer.echo(f"--draft '{d['draft']}' --length {d['length']} --rule speculative_sampling")
         typer.echo(

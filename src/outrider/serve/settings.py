@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from outrider.serve.tickets import Limits
 
@@ -47,3 +48,11 @@ class Settings:
 def digest(key: str) -> bytes:
     """What is kept of an API key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def model_name(target: str | None) -> str:
+    """Name of a target for clients: the last part of its path or Hub name; `pycode` is the shipped pair."""
+    if target is None:
+        return "pycode"
+    path = Path(target).expanduser()
+    return path.resolve().name if path.exists() else target

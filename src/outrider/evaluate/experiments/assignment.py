@@ -12,11 +12,11 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import Experiment
+from outrider.options import EngineOptions
 from outrider.verify import load_rule
 
 PART = re.compile(r"(ngram(?::[^+/]*)?|prediction|forced(?::\d{1,4})?)\+")
@@ -54,24 +54,13 @@ def shares_of(e: Experiment) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------- what can vary
-@dataclass(frozen=True, slots=True)
-class ServedOptions:
-    """What a server was started with: the names its options had, and whether its draft length is fixed."""
-
-    draft: str
-    length: int
-    rule: str
-    allow_lossy: bool = False
-    draft_quantize: str | None = None
-    fixed: bool = True
-
-
-def arm_overrides(e: Experiment, served: ServedOptions) -> dict[str, dict[str, Any]]:
+def arm_overrides(e: Experiment, served: EngineOptions, *, fixed: bool = True) -> dict[str, dict[str, Any]]:
     """For each arm, the sampling parameters that a request of it gets besides its own.
 
+    served: the options that the server was started with. fixed: whether its draft length is what they say.
     Raises ConfigError for what one loaded engine cannot vary from request to request.
     """
-    if not served.fixed:
+    if not fixed:
         raise ConfigError(
             f"experiment {e.name!r}: arms need draft lengths that stay: start with --fixed-length, "
             "otherwise the server chooses them by its load"
@@ -84,7 +73,7 @@ def arm_overrides(e: Experiment, served: ServedOptions) -> dict[str, dict[str, A
     return {arm: _overrides(f"arm {arm!r}", options, served, lossless) for arm, options in e.arms.items()}
 
 
-def _overrides(arm: str, options: Mapping[str, Any], served: ServedOptions, lossless: bool) -> dict[str, Any]:
+def _overrides(arm: str, options: Mapping[str, Any], served: EngineOptions, lossless: bool) -> dict[str, Any]:
     """The parameters of one arm."""
     draft = options.get("draft", served.draft)
     off = draft == "none" or options.get("length") == 0

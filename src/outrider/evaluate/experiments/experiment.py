@@ -13,7 +13,7 @@ from typing import Any, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from outrider.build import Engine, Options, assemble
+from outrider.build import Engine, companion
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.experiments.continuations import Continuations
@@ -23,18 +23,17 @@ from outrider.evaluate.records import Record
 from outrider.evaluate.scoring.quality import with_quality
 from outrider.evaluate.statistics.sequential import Bounds, bounds
 from outrider.evaluate.store.store import Store, fingerprint
+from outrider.options import types_of
 from outrider.params import SamplingParams
 from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
 from outrider.verify import load_rule
 
 MAX_BYTES = 1 << 20
+VARIED = ("draft", "length", "rule", "allow_lossy", "draft_quantize")
+"""Engine options that arms may vary: those that are not decided when the target is loaded."""
 ARM_OPTIONS: dict[str, tuple[type, ...]] = {
-    "draft": (str,),
-    "length": (int,),
-    "rule": (str,),
-    "allow_lossy": (bool,),
-    "draft_quantize": (str,),
+    **{name: types_of(name) for name in VARIED},
     "tv_budget": (int, float),
 }
 NUMBERS = ("length", "tv_budget")
@@ -165,13 +164,12 @@ def _check(e: Experiment, path: Path) -> None:
 
 def build_arms(engine: Engine, experiment: Experiment) -> list[Arm]:
     """One engine per arm on the weights of `engine`. Raises ConfigError for an option that only requests have."""
-    base: Options = engine.loaded.options
     for name, options in experiment.arms.items():
         if "tv_budget" in options:
             raise ConfigError(
                 f"arm {name!r}: tv_budget is for live requests: name the rule, such as tv_budget:per_sequence=2"
             )
-    return [Arm(name, assemble(engine.loaded, replace(base, **options))) for name, options in experiment.arms.items()]
+    return [Arm(name, companion(engine, **options)) for name, options in experiment.arms.items()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.build import Engine, Options, assemble
+from outrider.build import companion
 from outrider.drafters.vllm_config import LEARNED
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
@@ -118,8 +118,7 @@ def configurations(
 
 def idle_drafters(engine: Engine, drafts: Sequence[str]) -> list[str]:
     """Those that never propose anything on this target: plain decoding under another name."""
-    options: Options = engine.loaded.options
-    made = {d: assemble(engine.loaded, replace(options, draft=d)).parts.drafter for d in drafts}
+    made = {d: companion(engine, d).parts.drafter for d in drafts}
     return [d for d, drafter in made.items() if not drafter.max_nodes]
 
 
@@ -139,8 +138,7 @@ def time_steps(
     both. A batch that the prompts do not fill is filled from their start.
     """
     texts = engine.encode_all(prompts)
-    base: Options = engine.loaded.options
-    arms = {k: Arm(str(k), assemble(engine.loaded, replace(base, draft=k[0], length=k[1], slots=k[2]))) for k in keys}
+    arms = {k: Arm(str(k), companion(engine, k[0], length=k[1], slots=k[2])) for k in keys}
     out = {key: StepTiming(key[2]) for key in keys}
     work = [(turn, key, kind) for key in keys for turn, kind in _turns(key[2], len(texts), rounds, check)]
     chance = random.Random(seed)

@@ -8,46 +8,26 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from outrider.cli import options as opt
+from outrider.cli.engine_options import load_engine
+from outrider.cli.experiment_print import ratio_of
 from outrider.errors import CapacityError
+from outrider.options import EngineOptions
 
 ROOM = 8
 """Requests of a rehearsal that are in the server at once."""
 
 
-def served_by(
-    draft: str,
-    length: int,
-    rule: str,
-    allow_lossy: bool,
-    quantize: str | None,
-    speculative_config: str | None = None,
-    *,
-    fixed: bool,
-) -> Any:
-    """What a server is asked to serve, by the names its options have."""
-    from outrider.drafters.registry import parse_speculative_config
-    from outrider.evaluate.experiments.assignment import ServedOptions
-
-    found = {"draft": draft, "length": length, "rule": rule}
-    if speculative_config is not None:
-        found |= {k: v for k, v in parse_speculative_config(speculative_config).items() if k in found}
-    return ServedOptions(**found, allow_lossy=allow_lossy, draft_quantize=quantize, fixed=fixed)  # type: ignore[arg-type]
-
-
-def trial_of(file: Path, store: str | Path, served: Any, name: str | None = None) -> Any:
+def trial_of(file: Path, store: str | Path, served: EngineOptions, *, fixed: bool, name: str | None = None) -> Any:
     """The trial of an experiment's file on a server. Raises ConfigError for what it cannot vary, before anything is loaded."""
     from dataclasses import replace
 
-    from outrider.evaluate.experiments.assignment import arm_overrides
+    from outrider.evaluate.experiments.assignment import wishes
     from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.live import LiveExperiment
+    from outrider.evaluate.experiments.live import Trial
 
     e = read_experiment(file)
     e = replace(e, name=name or e.name, quality=None)
-    return LiveExperiment(e, arm_overrides(e, served), store)
+    return Trial(e, wishes(e, served, fixed=fixed), store)
 
 
 # ----------------------------------------------------------------- rehearsals
@@ -97,19 +77,18 @@ def client(data: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
     return receive
 
 
-def run_rehearsal(file: Path, store: str, requests: int, users: int, length: int, tokens: int) -> str:
+def run_rehearsal(file: Path, store: str, requests: int, users: int, options: EngineOptions, tokens: int) -> str:
     """Serve an experiment in this process to users that are made up; the name under which it is kept."""
-    from outrider.cli.serve import model_name
-    from outrider.cli.setup import engine_from_options
     from outrider.evaluate.experiments.experiment import read_experiment
     from outrider.evaluate.workloads import load_prompts
     from outrider.serve.app import create_app
-    from outrider.serve.settings import Settings
+    from outrider.serve.settings import Settings, model_name
 
     name, target = f"{file.stem} rehearsal", read_experiment(file).target
-    trial = trial_of(file, store, served_by("auto", length, "auto", False, None, fixed=True), name)
+    options = options.changed(target=target)
+    trial = trial_of(file, store, options, fixed=True, name=name)
     app = create_app(
-        lambda **wiring: engine_from_options(target=target, length=length, **wiring),
+        lambda **wiring: load_engine(options, **wiring),
         Settings(model_name(target)),
         adaptive=False,
         trial=trial,
@@ -149,7 +128,6 @@ def end(name: str, store: str) -> None:
 
 def document(name: str, store: str) -> dict[str, Any]:
     """An experiment on live traffic as plain data."""
-    from outrider.cli.ab import ratio_of
     from outrider.evaluate.experiments.assignment import shares_of
     from outrider.evaluate.experiments.live import read
     from outrider.telemetry.ledger import ledger
@@ -185,34 +163,3 @@ def document(name: str, store: str) -> dict[str, Any]:
         for c in status.comparisons
     ]
     return {"experiment": name, "live": True, "base": e.base, "arms": arms, "comparisons": comparisons}
-
-
-def show(found: dict[str, Any], json: bool) -> int:
-    """Print a document; its exit code, as for other experiments."""
-    from outrider.cli.ab import code_of, span
-
-    code = code_of([c["decision"] for c in found["comparisons"]])
-    if json:
-        opt.print_json(found)
-        return code
-    from outrider.evaluate.experiments.report import mark_lossy
-
-    lossy = [a["arm"] for a in found["arms"] if not a["lossless"]]
-    table = Table(title=f"{found['experiment']}, on live traffic", title_justify="left")
-    for column in ("arm", "requests", "users", "tokens/s", "rejections (predicted)", "speed over base", "decision"):
-        table.add_column(column, overflow="fold")
-    said = {c["arm"]: c for c in found["comparisons"]}
-    for a in found["arms"]:
-        c, rate, r = said.get(a["arm"]), a["tokens_per_second"], a["rejections"]
-        decision = "base" if c is None else c["decision"] + "".join(f"\n{v}" for v in c["vetoes"])
-        table.add_row(
-            mark_lossy(a["arm"], lossy) + (", stopped" if a["stopped"] else ""),
-            str(a["requests"]),
-            str(a["units"]),
-            "" if rate is None else f"{rate:.1f}",
-            f"{r['observed']} ({r['predicted']:.1f})",
-            "" if c is None else span(**c["speedup"]),
-            decision,
-        )
-    opt.show(table)
-    return code

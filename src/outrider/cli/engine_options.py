@@ -1,0 +1,129 @@
+"""The options of an engine on the command line, and from them to an engine with its progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.cli import paths, terminal
+from outrider.cli.takes import Table, defaults_of
+from outrider.options import EngineOptions
+
+if TYPE_CHECKING:
+    from outrider.build import Engine
+
+ENGINE = Table(
+    EngineOptions,
+    {
+        "target": Annotated[
+            str | None,
+            typer.Option(
+                "--target",
+                "-t",
+                callback=paths.model,
+                help="Target model: a folder or a Hub name. Default: the shipped pair.",
+                show_default=False,
+            ),
+        ],
+        "draft": Annotated[
+            str,
+            typer.Option(
+                "--draft",
+                "-d",
+                callback=paths.drafter,
+                help="What proposes draft tokens: none, ngram, auto, a folder or a Hub name, or several joined by '+' (the "
+                "first that has a draft is used).",
+            ),
+        ],
+        "length": Annotated[
+            int,
+            typer.Option(
+                "--length", "-l", min=0, max=64, help="Draft length: tokens proposed per step; 0 is plain decoding."
+            ),
+        ],
+        "rule": Annotated[
+            str,
+            typer.Option(
+                "--rule",
+                help="Verification rule. Exact: auto, speculative_sampling, block, k_seq, optimal_transport, spechub, "
+                "traversal, match. Lossy, with --allow-lossy: tv_budget:per_token=0.05,per_sequence=2, over_acceptance, "
+                "lenience, mentored, typical, top_k.",
+            ),
+        ],
+        "allow_lossy": Annotated[
+            bool,
+            typer.Option(
+                "--allow-lossy",
+                help="Allow a rule that changes the distribution of the text; every output then says by how much.",
+            ),
+        ],
+        "dtype": Annotated[
+            str,
+            typer.Option("--dtype", help="Number format of the weights: auto, bfloat16, float16, float32 or float64."),
+        ],
+        "device": Annotated[str, typer.Option("--device", help="Where the models run: auto, cpu or cuda.")],
+        "draft_quantize": Annotated[
+            str | None,
+            typer.Option(
+                "--quantize-draft",
+                help="Load the draft model with int8 or int4 weights; an exact rule keeps the target's distribution.",
+                show_default=False,
+            ),
+        ],
+        "implementation": Annotated[
+            str,
+            typer.Option(
+                "--implementation",
+                help="Runtime of the models: auto, lean (ours) or hf (the unmodified Hugging Face model).",
+            ),
+        ],
+        "slots": Annotated[int, typer.Option("--slots", min=1, max=1024, help="Sequences decoded at the same time.")],
+        "max_length": Annotated[
+            int | None,
+            typer.Option(
+                "--max-length",
+                help="Context to reserve in the KV cache, for prompt and output, in tokens. Default: the model's.",
+                show_default=False,
+            ),
+        ],
+    },
+    defaults_of(EngineOptions),
+)
+"""Field of `EngineOptions` -> its option. `chunk` has none."""
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-config",
+        help="vLLM's speculative_config as JSON, unchanged; replaces --draft and --length.",
+        show_default=False,
+    ),
+]
+
+
+def configured(options: EngineOptions, speculative_config: str | None) -> EngineOptions:
+    """The options, with what vLLM's JSON says in their place where it is given. Raises ConfigError for what is not supported."""
+    if speculative_config is None:
+        return options
+    from outrider.drafters.vllm_config import parse_speculative_config
+
+    return options.changed(**parse_speculative_config(speculative_config))
+
+
+def load_engine(options: EngineOptions, **wiring: Any) -> Engine:
+    """`build_engine` with a progress bar and with notices (fallbacks, choices) on stderr. wiring: sinks and the like."""
+    from dataclasses import asdict
+
+    from outrider.build import build_engine
+
+    with terminal.loading("loading") as progress:
+        engine = build_engine(progress=progress, **asdict(options), **wiring)
+    tell(engine.notices)
+    return engine
+
+
+def tell(notices: Iterable[str]) -> None:
+    """Say on stderr what keeps an engine from being faster, each once."""
+    for notice in dict.fromkeys(notices):
+        terminal.say(notice)

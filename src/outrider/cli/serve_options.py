@@ -1,0 +1,173 @@
+"""The options of `outrider serve` besides those of its engine, and the settings that they make."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from outrider.cli import paths
+from outrider.errors import ConfigError
+
+if TYPE_CHECKING:
+    from outrider.serve.settings import Settings
+
+KEY, WEBHOOK = "OUTRIDER_API_KEY", "OUTRIDER_ALERT_WEBHOOK"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """As on the command line. kept: descriptors and a count that a supervisor hands to its child."""
+
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen on; other machines can reach any but a loopback address."),
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key", help=f"A key clients must send (repeatable). Better: the variable {KEY}.", show_default=False
+        ),
+    ] = None
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="A file with one key per line.", show_default=False)
+    ] = None
+    allow_open: Annotated[bool, typer.Option("--allow-open", help="Allow a public address without a key.")] = False
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="Host name that is answered without a key (repeatable; '*': any).",
+            show_default=False,
+        ),
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            "--served-model-name", help="Model name that clients use. Default: the target's.", show_default=False
+        ),
+    ] = None
+    queue: Annotated[
+        int, typer.Option("--queue", min=0, max=65536, help="Sequences that may wait; beyond that: status 429.")
+    ] = 64
+    per_key: Annotated[
+        int | None,
+        typer.Option(
+            "--per-key",
+            min=1,
+            help="Sequences that one API key may have running or waiting. Default: half of all if there are several keys.",
+            show_default=False,
+        ),
+    ] = None
+    queue_timeout: Annotated[float, typer.Option("--queue-timeout", min=0.1, help="Seconds to wait for a slot.")] = 30.0
+    request_timeout: Annotated[
+        float, typer.Option("--request-timeout", min=0.1, help="Seconds for a whole request.")
+    ] = 600.0
+    hang_timeout: Annotated[
+        float, typer.Option("--hang-timeout", min=0.5, help="Seconds without a step after which it is unhealthy.")
+    ] = 10.0
+    connections: Annotated[
+        int,
+        typer.Option(
+            "--connections",
+            min=1,
+            max=65536,
+            help="Connections at the same time; fewer where the system allows fewer descriptors.",
+        ),
+    ] = 1024
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds that running requests have to finish on shutdown.")
+    ] = 30.0
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts",
+            min=0,
+            help="Serve from a child process, and restart it when it dies or hangs, at most this often in a row.",
+        ),
+    ] = 0
+    kept: Annotated[tuple[int, int, int] | None, typer.Option("--kept", hidden=True, show_default=False)] = None
+    fixed_length: Annotated[
+        bool, typer.Option("--fixed-length", help="Always draft --length tokens, whatever the load.")
+    ] = False
+    pad_streams: Annotated[
+        bool,
+        typer.Option(
+            "--pad-streams", help="Pad and pace streams, so that packet sizes do not reveal which tokens were accepted."
+        ),
+    ] = False
+    details: Annotated[
+        bool,
+        typer.Option("--request-metrics/--no-request-metrics", help="Report a request's acceptance in its reply."),
+    ] = True
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour", min=0, help="Price of this machine in dollars per hour: shows cost.", show_default=False
+        ),
+    ] = None
+    alert_webhook: Annotated[
+        str | None,
+        typer.Option(
+            "--alert-webhook",
+            envvar=WEBHOOK,
+            help="URL that is told of alerts as they begin and end.",
+            show_default=False,
+        ),
+    ] = None
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", help="Store whose runs and experiments the page shows.", show_default=False),
+    ] = None
+    experiment: Annotated[
+        Path | None,
+        typer.Option(
+            "--experiment",
+            callback=paths.file,
+            help="Assign requests to the arms of this experiment (YAML; see `outrider ab`); its records go to --store.",
+            show_default=False,
+        ),
+    ] = None
+
+    def keys(self) -> list[str]:
+        """API keys of the command line, a file, and the environment. ConfigError for an empty or short one."""
+        keys = list(self.api_key or [])
+        if (file := self.api_key_file) is not None:
+            try:
+                keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError):
+                raise ConfigError(f"{file} cannot be read: give a text file with one key per line") from None
+        if KEY in os.environ:
+            keys.append(os.environ[KEY])
+        if any(len(key) < 8 for key in keys):
+            raise ConfigError("an API key needs at least 8 characters; leave it out to ask for none")
+        return keys
+
+    def settings(self, target: str | None, keys: list[str], slots: int) -> Settings:
+        """What the server is told: of a target and API keys, with `slots` sequences at the same time."""
+        from outrider.serve.settings import LOCAL_NAMES, Settings, digest, model_name
+        from outrider.serve.tickets import Limits
+        from outrider.serve.webhook import check_url
+
+        share = share_of(self.per_key, len(keys), slots + self.queue)
+        return Settings(
+            self.served_model_name or model_name(target),
+            tuple(digest(key) for key in keys),
+            (*LOCAL_NAMES, self.host, *(self.allowed_host or ()), *(("*",) if self.allow_open else ())),
+            pad=self.pad_streams,
+            details=self.details,
+            limits=Limits(self.queue, share, self.queue_timeout, self.request_timeout, self.hang_timeout),
+            connections=self.connections,
+            grace=self.grace,
+            price=self.price_per_hour,
+            webhook=None if self.alert_webhook is None else check_url(self.alert_webhook),
+        )
+
+
+def share_of(asked: int | None, keys: int, room: int) -> int | None:
+    """Sequences one key may hold: what was asked for, else half of the room if there are several keys; None: all of it."""
+    return asked if asked is not None or keys < 2 else max(1, room // 2)

@@ -1,0 +1,77 @@
+"""How an engine is asked for: plain values, checked when they are made. Live parts (a model, a drafter, a rule) are arguments of
+`build_engine`, not options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from inspect import get_annotations
+from typing import get_args, no_type_check
+
+from outrider.errors import ConfigError, unknown_name
+
+_LEAST = {"length": 0, "slots": 1, "chunk": 1, "max_length": 1}
+"""The least value of every whole number."""
+_TEXTS = ("draft", "rule", "dtype", "device", "implementation")
+
+
+@no_type_check  # its own checks speak to users; a type checker in tests must not speak first
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The options of an engine. Every field is checked on construction; a bad one raises ConfigError.
+
+    target:         a folder or a Hub name; None: the shipped pair, or a target that was given as an object.
+    draft:          what proposes draft tokens: a spec of `load_drafter`.
+    length:         tokens proposed per step, >= 0; 0 is plain decoding.
+    rule:           the verification rule: "auto", or a name of `load_rule`.
+    allow_lossy:    whether the rule may change the distribution of the text.
+    dtype, device, implementation: see `load_target`.
+    draft_quantize: None, or "int8" / "int4" weights of the draft model.
+    max_length:     tokens of context to reserve for prompt and output, >= 1; None: the model's.
+    slots:          sequences decoded together, >= 1.
+    chunk:          most tokens of a prompt in one forward pass, >= 1.
+    """
+
+    target: str | None = None
+    draft: str = "auto"
+    length: int = 3
+    rule: str = "auto"
+    allow_lossy: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    implementation: str = "auto"
+    draft_quantize: str | None = None
+    max_length: int | None = None
+    slots: int = 8
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise ConfigError(f"{name} must be a text, got {value!r}")
+        for name, low in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name == "max_length":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+    def changed(self, **changes: object) -> EngineOptions:
+        """The same options but for `changes`. Raises ConfigError for an unknown name (the nearest known one is said)."""
+        check_names(changes)
+        return replace(self, **changes)
+
+
+def types_of(name: str) -> tuple[type, ...]:
+    """The types that a value of an option may have where it is set: None, which leaves it out, is none of them."""
+    hint = get_annotations(EngineOptions, eval_str=True)[name]
+    return tuple(t for t in (get_args(hint) or (hint,)) if t is not type(None))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """ConfigError for the first of `names` that is no engine option."""
+    known = [f.name for f in fields(EngineOptions)]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(unknown_name("engine option", unknown[0], known))

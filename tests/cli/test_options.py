@@ -1,0 +1,262 @@
+"""Options are declared once: tables name fields of what they make, commands offer what their table says, helps have an example
+that runs."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from outrider.cli.engine_options import ENGINE, configured
+from outrider.cli.main import app, main
+from outrider.cli.sampling_options import SAMPLING
+from outrider.cli.takes import Table, takes
+from outrider.errors import ConfigError
+from outrider.options import EngineOptions
+from outrider.params import SamplingParams
+
+ROOT = Path(__file__).parents[2]
+UNASKED = {"chunk"}
+"""Fields of `EngineOptions` that no command has an option for."""
+ENGINES = {
+    "generate": set(ENGINE.options) - {"slots"},
+    "chat": set(ENGINE.options) - {"slots"},
+    "serve": set(ENGINE.options),
+    "bench": set(ENGINE.options) - {"length", "slots"},
+    "audit": set(ENGINE.options) - {"slots"},
+    "plan": set(ENGINE.options) - {"draft", "length", "allow_lossy", "slots"},
+    "predict": set(ENGINE.options) - {"length", "rule", "allow_lossy", "slots"},
+    "tree": set(ENGINE.options) - {"length", "rule", "allow_lossy", "slots"},
+    "demo": {"target", "draft", "length", "dtype"},
+    "doctor": {"dtype", "max_length"},
+    "train": {"target"},
+    "ab rehearse": {"length"},
+}
+"""Command -> the engine options that it has."""
+OWN = {
+    ("doctor", "slots"),
+    ("doctor", "target"),
+    ("doctor", "draft"),
+    ("plan", "draft"),
+    ("predict", "length"),
+    ("train", "length"),
+}
+"""Options and arguments of the same name that mean something else in a command."""
+SAMPLERS = {
+    "generate": set(SAMPLING.options),
+    "chat": {"temperature", "top_p", "seed", "max_tokens"},
+    "bench": {"temperature", "top_p", "max_tokens"},
+    "predict": {"temperature", "top_p", "max_tokens"},
+    "plan": {"temperature", "max_tokens"},
+    "tree": {"temperature", "max_tokens"},
+    "demo": {"temperature", "max_tokens"},
+    "audit": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos"},
+    "ab rehearse": {"max_tokens"},
+}
+"""Command -> the sampling options that it has."""
+DEFAULTS = {
+    ("demo", "length"): 2,
+    ("ab rehearse", "length"): 4,
+    ("chat", "temperature"): 0.7,
+    ("chat", "max_tokens"): 256,
+    ("audit", "max_tokens"): 64,
+    ("plan", "max_tokens"): 64,
+    ("tree", "max_tokens"): 64,
+    ("ab rehearse", "max_tokens"): 32,
+}
+"""(command, field) -> its default there, where it is another one than the field's."""
+
+
+def leaves(command: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Every command that does something, by the words that call it."""
+    below = getattr(command, "commands", None)
+    if below is None:
+        yield " ".join(before), command
+    for name, one in (below or {}).items():
+        yield from leaves(one, (*before, name))
+
+
+COMMANDS = dict(leaves(typer.main.get_command(app)))
+
+
+def spelling(hint: Any) -> list[str]:
+    """How a table's option is spelled."""
+    option = hint.__metadata__[0]
+    return [d for d in (option.default, *(option.param_decls or ())) if isinstance(d, str)]
+
+
+# ----------------------------------------------------------------- tables
+def test_the_tables_name_fields_of_what_they_make() -> None:
+    assert set(ENGINE.options) | UNASKED == {f.name for f in fields(EngineOptions)}
+    assert set(SAMPLING.options) < {f.name for f in fields(SamplingParams)}
+    for name, value in ENGINE.defaults.items():
+        assert getattr(EngineOptions(), name) == value
+    for name, value in SAMPLING.defaults.items():
+        assert getattr(SamplingParams(), name) == (() if name == "stop" else value)
+    assert set(SAMPLING.defaults) == set(SAMPLING.options)
+
+
+def test_an_option_has_the_type_of_its_field() -> None:
+    hints = inspect.get_annotations(EngineOptions, eval_str=True)
+    for name, option in ENGINE.options.items():
+        assert option.__origin__ == hints[name], name
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_command_has_the_options_that_it_takes_and_no_other(command: str) -> None:
+    found = {p.name: p for p in COMMANDS[command].params}
+    for table, taken in ((ENGINE, ENGINES.get(command, set())), (SAMPLING, SAMPLERS.get(command, set()))):
+        for name, hint in table.options.items():
+            if name in taken:
+                assert [*found[name].opts, *found[name].secondary_opts] == spelling(hint), name
+                assert found[name].help == hint.__metadata__[0].help
+                assert found[name].default == DEFAULTS.get((command, name), table.defaults[name])
+    spelled = {o for p in found.values() if (command, p.name) not in OWN for o in p.opts}
+    engine_only = {o for name, hint in ENGINE.options.items() for o in spelling(hint) if o.startswith("--")}
+    taken = {o for name in ENGINES.get(command, set()) for o in spelling(ENGINE.options[name])}
+    if not command.startswith("theory"):  # whose target and draft are sizes
+        assert spelled & engine_only == taken & engine_only
+
+
+def test_a_field_that_is_not_offered_has_the_commands_value() -> None:
+    made: list[Any] = []
+
+    @takes(ENGINE, "options", leave_out=("slots", "draft"), slots=1, length=7)
+    def command(options: EngineOptions, n: Annotated[int, typer.Option("--n")] = 2) -> None:
+        made.append((options, n))
+
+    names = inspect.signature(command).parameters
+    assert "slots" not in names and names["length"].default == 7 and "n" in names
+    command(**{name: p.default for name, p in names.items()})
+    assert made == [(EngineOptions(length=7, slots=1), 2)]
+    with pytest.raises(TypeError, match="no such option: lenght"):
+        takes(ENGINE, "options", leave_out=("lenght",))
+
+
+@dataclass(frozen=True)
+class Asked:
+    where: Annotated[str, typer.Option("--where")]
+    many: Annotated[int, typer.Option("--many", "-m", min=1)] = 3
+
+
+def test_a_dataclass_with_annotated_fields_is_its_own_table() -> None:
+    table = Table.of(Asked)
+    assert list(table.options) == ["where", "many"] and table.defaults == {"many": 3}
+
+    @takes(Asked, "asked")
+    def command(asked: Asked) -> Asked:
+        return asked
+
+    names = inspect.signature(command).parameters
+    assert names["where"].default is inspect.Parameter.empty
+    assert command(where="here", many=4) == Asked("here", 4)
+
+
+def test_vllms_json_replaces_what_it_names() -> None:
+    options = EngineOptions(draft="other", length=5, dtype="float32")
+    assert configured(options, None) is options
+    found = configured(options, '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}')
+    assert (found.draft, found.length, found.dtype) == ("ngram:3-3", 2, "float32")
+    with pytest.raises(ConfigError, match="not JSON"):
+        configured(options, "{")
+
+
+# ----------------------------------------------------------------- helps and their examples
+PARSED = ("serve", "train", "theory figures")
+"""Examples that are only parsed: they run until they are stopped, write to a fixed folder, or take minutes."""
+SMALL = {
+    "demo": ("--max-tokens", "8"),
+    "generate": ("--max-tokens", "8"),
+    "bench": ("--count", "2", "--repeats", "1", "--warmup", "0", "--max-tokens", "8"),
+    "predict": ("--max-tokens", "8", "--count", "2"),
+    "plan": ("--max-tokens", "8", "--count", "4", "--rounds", "2", "--lengths", "0,2"),
+    "tree": ("--max-tokens", "8", "--count", "2", "--nodes", "3", "--depth", "2", "--width", "2"),
+    "audit": ("--max-tokens", "4", "--count", "2"),
+}
+"""What is said besides, so that it takes a moment; the last one of two counts."""
+VERDICTS = ("audit", "gate", "plan", "ab run", "ab status", "ab rehearse", "runs compare")
+"""Commands whose exit code may also be 1 or 3: texts this short decide nothing."""
+ORDER = ("bench", "runs", "gate", "ab design", "ab run", "ab status", "ab report", "ab rehearse", "ab end")
+"""These need what those before them have written."""
+
+
+def example(command: str) -> str:
+    """The line that a command's help gives."""
+    found = re.findall(r"Example: (outrider .*)", COMMANDS[command].help or "")
+    assert len(found) == 1, command
+    return found[0]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> int:
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_help_gives_one_example_on_one_line_that_is_parsed(command: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, ["outrider", *command.split(), "--help"]) == 0
+    assert f"  Example: {example(command)}\n" in capsys.readouterr().out
+    words = shlex.split(example(command))
+    assert words[1 : 1 + len(command.split())] == command.split()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_help_is_plain_english(command: str) -> None:
+    """The words of the field, and none of those that had to be deciphered."""
+    said = " ".join([COMMANDS[command].help or "", *(getattr(p, "help", "") or "" for p in COMMANDS[command].params)])
+    accent = r"\b(law|honest|judged|foresee\w*|whatever it costs|go(es)? on behind|has them not|one an? \w+)\b"
+    assert not re.search(accent, said), re.search(accent, said)
+    for p in COMMANDS[command].params:
+        if p.name != "help" and not getattr(p, "hidden", False):
+            assert p.help and p.help.rstrip()[-1] in ".)", f"{command}: {p.opts}"
+
+
+RESULT = {
+    "backend": "vllm", "model_id": "m", "num_prompts": 2, "duration": 2.0, "completed": 2, "failed": 0, "errors": ["", ""],
+    "total_input_tokens": 7, "total_output_tokens": 4, "request_throughput": 1.0, "output_throughput": 2.0,
+    "input_lens": [3, 4], "output_lens": [2, 2], "ttfts": [0.1, 0.2], "itls": [[0.1], [0.1]], "generated_texts": ["a", "b"],
+}  # fmt: skip
+"""A result file of vLLM's bench serve."""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that examples name."""
+    monkeypatch.chdir(tmp_path)
+    text = re.sub(r"(?m)^name:.*$", "", (ROOT / "examples" / "ab.yaml").read_text())
+    Path("ab.yaml").write_text(re.sub(r"(count|max_tokens): \d+", r"\1: 8", text))
+    Path("live.yaml").write_text("arms: {short: {length: 1}, long: {length: 3}}\ncount: 8\n")
+    Path("vllm.json").write_text(json.dumps(RESULT))
+    return tmp_path
+
+
+def test_every_example_runs(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one folder; those that would run for long are parsed by the real parser, callbacks included."""
+    at = lambda c: next((i for i, first in enumerate(ORDER) if c.startswith(first)), len(ORDER))  # noqa: E731
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a conversation that ends at once
+    for command in sorted(COMMANDS, key=at):
+        argv = shlex.split(example(command))
+        if command in PARSED:
+            COMMANDS[command].make_context("outrider", argv[1 + len(command.split()) :])
+            continue
+        argv += SMALL.get(command, ())
+        codes = (0, 1, 3) if command in VERDICTS else (0,)
+        assert run(monkeypatch, argv) in codes, (argv, capsys.readouterr().err)
+        if command == "bench":
+            assert run(monkeypatch, [*argv, "--name", "tuesday"]) == 0
+        seen = capsys.readouterr()
+        assert "Traceback" not in seen.err, command
+        assert "--out" not in argv or Path(argv[argv.index("--out") + 1]).exists(), command
