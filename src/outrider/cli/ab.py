@@ -154,7 +154,7 @@ def status(
     Example: outrider ab status ab
     """
     from outrider.evaluate.experiments.experiment import Experiment, analyse
-    from outrider.evaluate.measure import Record
+    from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
     if live.is_live(name, store):
@@ -208,9 +208,9 @@ def report(
 
     Example: outrider ab report ab --out ab.html
     """
-    from outrider.evaluate.bench.report import write_experiment
     from outrider.evaluate.experiments.experiment import Experiment, analyse
-    from outrider.evaluate.measure import Record
+    from outrider.evaluate.experiments.report import write_experiment
+    from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
     if live.is_live(name, store):

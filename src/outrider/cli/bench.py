@@ -28,7 +28,7 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
     Example: outrider bench --lengths 0,4 --store outrider.db --name monday
     """
     from outrider.evaluate.bench import presets
-    from outrider.evaluate.measure import summarise
+    from outrider.evaluate.records import summarise
     from outrider.evaluate.store.runlog import RunLog
     from outrider.evaluate.store.store import fingerprint
     from outrider.evaluate.workloads import load_prompts

@@ -15,7 +15,8 @@ def to_document(
     """
     import sys
 
-    from outrider.evaluate.measure import as_json, energy_absent, machine, peak_memory
+    from outrider.evaluate.measure import energy_absent, machine, peak_memory
+    from outrider.evaluate.records import as_json
     from outrider.telemetry.ledger import predicted_speedup, summary
 
     base = summaries[0]

@@ -39,7 +39,7 @@ def demo(
     """
     from outrider.assets import shipped_prompts
     from outrider.build import companion
-    from outrider.evaluate.measure import summarise
+    from outrider.evaluate.records import summarise
 
     params = replace(sampling, seed=seed)
     spec = load_engine(options)

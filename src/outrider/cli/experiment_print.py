@@ -73,7 +73,7 @@ def show(document: dict[str, Any], json: bool) -> int:
         title=f"{document['experiment']}: {document['groups']} of {document['total']} prompt groups",
         title_justify="left",
     )
-    from outrider.evaluate.bench.report import mark_lossy
+    from outrider.evaluate.experiments.report import mark_lossy
 
     replayed = any(c["reduction"] for c in document["comparisons"])
     sharper = ("without replay", "groups needed") if replayed else ()
@@ -110,7 +110,7 @@ def show_live(found: dict[str, Any], json: bool) -> int:
     if json:
         terminal.print_json(found)
         return code
-    from outrider.evaluate.bench.report import mark_lossy
+    from outrider.evaluate.experiments.report import mark_lossy
 
     lossy = [a["arm"] for a in found["arms"] if not a["lossless"]]
     table = Table(title=f"{found['experiment']}, on live traffic", title_justify="left")

@@ -21,13 +21,13 @@ def trial_of(file: Path, store: str | Path, served: EngineOptions, *, fixed: boo
     """The trial of an experiment's file on a server. Raises ConfigError for what it cannot vary, before anything is loaded."""
     from dataclasses import replace
 
-    from outrider.evaluate.experiments.assignment import wishes
+    from outrider.evaluate.experiments.assignment import arm_overrides
     from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.live import Trial
+    from outrider.evaluate.experiments.live import LiveExperiment
 
     e = read_experiment(file)
     e = replace(e, name=name or e.name, quality=None)
-    return Trial(e, wishes(e, served, fixed=fixed), store)
+    return LiveExperiment(e, arm_overrides(e, served, fixed=fixed), store)
 
 
 # ----------------------------------------------------------------- rehearsals

@@ -80,13 +80,11 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     """
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning import plan as pl
-    from outrider.evaluate.scoring.score import load_items
+    from outrider.evaluate.scoring.score import VERIFICATION, load_items
 
     drafts, wanted, sizes = asked.draft or ["auto"], parse_lengths(asked.lengths), parse_batches(asked.batches)
-    if options.rule not in ("auto", *pl.VERIFICATION):
-        raise ConfigError(
-            f"plan predicts {', '.join(pl.VERIFICATION)}; rule {options.rule!r} can be measured with bench"
-        )
+    if options.rule not in ("auto", *VERIFICATION):
+        raise ConfigError(f"plan predicts {', '.join(VERIFICATION)}; rule {options.rule!r} can be measured with bench")
     items = load_items(asked.prompts, asked.count)
     if asked.check and len(items) < 2 * max(sizes):
         raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
@@ -118,7 +116,7 @@ def timed(
         timings = pl.time_steps(
             engine, texts, keys, sampling, rounds=asked.rounds, check=asked.check, seed=asked.seed, progress=progress
         )
-    for key in pl.silent(timings):
+    for key in pl.never_drafted(timings):
         terminal.say(
             f"{key[0]}, length {key[1]}, batch {key[2]} proposed nothing on these prompts: plain decoding, left out"
         )
@@ -137,6 +135,7 @@ def predicted_calls(
 
     from outrider.build import assemble, companion
     from outrider.evaluate.planning import plan as pl
+    from outrider.evaluate.scoring.score import VERIFICATION
 
     calls: dict[str, Any] = {}
     models: dict[str, str] = {}
@@ -148,9 +147,9 @@ def predicted_calls(
         with terminal.loading(f"predicting acceptance of {name}") as progress:
             texts = pl.read_texts(one, items, replace(params, n=TEXTS), progress, seed=seed)
         rules = {n: companion(engine, name, length=n).parts.rule.name for n in lengths if n}
-        used: set[Any] = {pl.VERIFICATION[r] for r in rules.values()}
+        used: set[Any] = {VERIFICATION[r] for r in rules.values()}
         kinds = {v: pl.tokens_per_call(texts, lengths, v) for v in used}
-        calls[name] = {n: kinds[pl.VERIFICATION[r]][n] for n, r in rules.items()}
+        calls[name] = {n: kinds[VERIFICATION[r]][n] for n, r in rules.items()}
     return calls, models
 
 

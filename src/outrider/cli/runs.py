@@ -153,8 +153,8 @@ def compare_runs(
     if not imported(run, baseline, store):
         _gate(run, baseline, store, json, absolute=False)
         return
-    from outrider.evaluate.measure import Record
-    from outrider.evaluate.store.importers import differences
+    from outrider.evaluate.bench.latencies import differences
+    from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
