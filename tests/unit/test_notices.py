@@ -12,9 +12,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from outrider import isa, threads
-from outrider.build import build_engine
+from outrider.build import build_engine, notices
 from outrider.cli import engine_options
-from outrider.engine import notices
 from outrider.errors import ConfigError
 from outrider.models import lean
 from outrider.models.load import inspect_checkpoint, load_target

@@ -86,8 +86,8 @@ def spec_bench(
     from dataclasses import asdict
 
     from outrider.evaluate.bench import spec_bench as sb
-    from outrider.evaluate.store.tables import write_whole
     from outrider.evaluate.workloads import load_questions
+    from outrider.files import write_whole
 
     questions = load_questions(prompts, count)
     decode = lambda ids: engine.tokenizer.decode(list(ids))  # noqa: E731

@@ -172,7 +172,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
     """The document as JSON, or its tables as Markdown."""
     import json
 
-    from outrider.evaluate.store.tables import write_whole
+    from outrider.files import write_whole
 
     text = markdown(document) if path.suffix == ".md" else json.dumps(document, indent=1)
     write_whole(path, text.encode())
