@@ -8,8 +8,9 @@ step waits for the device to learn its own shapes. Only tokens, laws and scores 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ pairs, the most likely token a and one other: the first from the law, the second
 Tree = tuple[Sequence[int], Sequence[int]]
 """Draft tokens of one sequence and the parent of each: a number among them, or -1 for the anchor."""
 
+TOLERANCE = 1e-3
+"""How far a row of `Proposal.probs` may be from summing to one; float32 softmax over 200,000 entries stays below 1e-5."""
+
 POINT_MASS = -1
 """`Proposal.row` of a node that was not drawn from a law: it counts as a point mass, which is always lossless."""
 
@@ -38,12 +42,14 @@ class Proposal:
     row:      K row numbers, POINT_MASS (-1) for a node without a law.
     support:  [S] target token of each column, or None when the columns are the target's vocabulary.
     siblings: how several nodes were drawn from one row.
+    sound:    `probs` itself if whoever drew from it has seen that each row sums to one and has no negative part; else None.
     """
 
     probs: Float[Tensor, "R S"]
     row: tuple[int, ...]
     support: Int[Tensor, "S"] | None = None
     siblings: Siblings = "iid"
+    sound: Tensor | None = None
 
     def dense(self, rows: list[int], vocab_size: int) -> Float[Tensor, "r V"]:
         """The laws `rows` over the target's vocabulary."""
@@ -72,10 +78,7 @@ class Draft:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """First node of each sequence, and K at the end: sequence b owns nodes offsets[b] : offsets[b + 1]."""
-        out = [0]
-        for n in self.counts:
-            out.append(out[-1] + n)
-        return tuple(out)
+        return (0, *accumulate(self.counts))
 
     @cached_property
     def is_chain(self) -> bool:
@@ -121,11 +124,10 @@ class Draft:
 
     def path_to(self, node: int) -> tuple[int, ...]:
         """Node numbers from the anchor's child down to `node`."""
-        out: list[int] = []
-        while node >= 0:
-            out.append(node)
-            node = self.parent[node]
-        return tuple(reversed(out))
+        out = () if node < 0 else (node,)
+        while out and (up := self.parent[out[0]]) >= 0:
+            out = (up, *out)
+        return out
 
     def children(self, b: int, parent: int) -> list[int]:
         """Children of `parent` (-1: the anchor) in sequence b, in draw order."""
@@ -141,7 +143,7 @@ class Draft:
         if list(index) == list(range(len(self.counts))):
             return self
         nodes = [k for b in index if b >= 0 for k in self.nodes(b)]
-        q = self.q and Proposal(self.q.probs, tuple(self.q.row[k] for k in nodes), self.q.support, self.q.siblings)
+        q = self.q and replace(self.q, row=tuple(self.q.row[k] for k in nodes))
         return Draft.join([self.tree(b) if b >= 0 else ((), ()) for b in index], q, self.token.device)
 
     @staticmethod
@@ -240,15 +242,14 @@ class Rows:
             first, size = len(token), len(prefix)
             token += prefix
             position += range(start, start + size)
-            parent: tuple[int, ...] = ()
             if want:
                 anchors.append(first + size - 1)
-                own, parents = next(trees)
-                parent = tuple(size + up for up in parents)  # -1 is the anchor: the last row of the prefix
-                for up in parent:
-                    position.append(position[first + up] + 1)
-                nodes += range(len(token), len(token) + len(own))
-                token += own
+            own, parents = next(trees) if want else ((), ())
+            parent = tuple(size + up for up in parents)  # -1 is the anchor: the last row of the prefix
+            for up in parent:
+                position.append(position[first + up] + 1)
+            nodes += range(len(token), len(token) + len(own))
+            token += own
             segments.append(Segment(slot, first, start, size, parent, want))
         tensor = partial(torch.tensor, dtype=torch.int64, device=draft.token.device)
         return Rows(tensor(token), tensor(position), tuple(segments), tensor(anchors + nodes))

@@ -9,6 +9,7 @@ import torch
 from outrider.drafters.tree import draws
 from outrider.theory import tuples
 from outrider.theory.multidraft import spechub
+from outrider.transfer import fetch
 from outrider.verify.spechub import SpecHub
 from outrider.verify.transport import OptimalTransport
 from outrider.verify.tree import SpeculativeSampling
@@ -120,9 +121,9 @@ def test_pairs_are_drawn_with_their_law():
     seen: dict[tuple[int, ...], float] = {}
     for u in grid:
         for v in (0.1, 0.3, 0.5, 0.7, 0.9):
-            pair = tuple(draws.hub_pairs(law, [[u, v]])[0])
+            pair = tuple(fetch(draws.hub_pairs(law, [[u, v]]))[0].tokens[0])
             seen[pair] = seen.get(pair, 0.0) + 1 / (5 * n)
     drawn = tuples.hub_pairs(spechub([0.2, 0.3, 0.5], law[0].numpy()))
     want = {tuple(map(int, t)): float(w) for t, w in zip(drawn.tokens, drawn.probability, strict=True)}
     assert seen == pytest.approx(want, abs=1e-9)
-    assert draws.hub_pairs(torch.tensor([[0.0, 1.0]]), [[0.4, 0.6]]) == [[1]]
+    assert fetch(draws.hub_pairs(torch.tensor([[0.0, 1.0]]), [[0.4, 0.6]]))[0].tokens == [[1]]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.errors import RequestError
 from outrider.noise import Noise
+from outrider.transfer import fetch
 from outrider.types import POINT_MASS, Draft, Proposal
 from outrider.verify import Match, SpeculativeSampling, native, transport
 from outrider.verify.block import BlockVerification
@@ -63,6 +65,49 @@ def test_twins_agree_bit_for_bit(vocab, sequences, rounds, dtype, native, monkey
         p, draft, noise = step(rng, sequences, vocab, dtype)
         assert draft.is_chain
         assert judge_chains(p, draft, noise) == judge_forest(p, draft, noise)
+
+
+@pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    ("vocab", "sequences", "rounds"), [(2, 8, 100), (7, 8, 100), (300, 4, 30), (5000, 3, 6), (1024 * 5, 2, 4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_accelerator_decides_as_the_host_does(rule, vocab, sequences, rounds, dtype, monkeypatch):
+    """The twins of `device.py`, here on the CPU: the same verdict as the plain passes, bit for bit."""
+    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+    rng = np.random.default_rng([26, vocab])
+    for _ in range(rounds):
+        p, draft, noise = step(rng, sequences, vocab, dtype)
+        assert fetch(rule.launch(p, draft, noise)) == [rule(p, draft, noise)]
+
+
+@pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)
+def test_an_accelerator_draws_again_where_nothing_is_left(rule):
+    """q exceeds p nearly everywhere, so rounding may leave a residual without mass: both draw from the row itself then."""
+    p = torch.full((3, 4), 0.25)
+    q = Proposal(torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]), (0, 1))
+    draft = Draft(torch.tensor([1, 0]), (-1, 0), (2,), q)
+    for seed in range(50):
+        noise = Noise((seed,), (7,))
+        assert fetch(rule.launch(p, draft, noise)) == [rule(p, draft, noise)]
+
+
+@pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)
+def test_an_accelerator_says_when_there_is_no_law(rule):
+    bad = torch.tensor([[0.0, 0.0], [0.5, 0.5]])
+    with pytest.raises(RequestError, match="no positive finite sum"):
+        fetch(rule.launch(bad, Draft(torch.tensor([1]), (-1,), (1,)), Noise((1,), (1,))))
+
+
+def test_a_rule_of_ones_own_is_asked_and_not_its_ancestor():
+    """`launch` belongs to a `__call__`: a subclass with another one is called, also where an accelerator could decide."""
+
+    class Mine(SpeculativeSampling):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    assert getattr(SpeculativeSampling.__call__, "launch", None) is not None
+    assert getattr(Mine.__call__, "launch", None) is None
 
 
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), Match()], ids=lambda rule: rule.name)

@@ -21,6 +21,7 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.tree import draws
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.sampling.pipeline import Law
+from outrider.transfer import fetch
 from outrider.types import Draft, Evidence
 from tests.unit.drafting import evidence, view
 
@@ -96,7 +97,7 @@ def test_a_hundred_thousand_races() -> None:
     q = law((), GRID["hot, min-p"])
     noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(102_400, V)))
     count = np.zeros((V, V))
-    for x, y in draws.race(torch.from_numpy(q).expand(102_400, V), noise, 2):
+    for x, y in fetch(draws.race(torch.from_numpy(q).expand(102_400, V), noise, 2))[0].tokens:
         count[x, y] += 1
     assert p_value(count, sibling_law(q, {"branching": (2,), "sample": "coupled"}) * count.sum()) > ALPHA
     assert p_value(count, sibling_law(q, {"branching": (2,)}) * count.sum() + 1e-300) < ALPHA  # control: iid
@@ -169,23 +170,25 @@ def redraw(seen: Evidence, draft: Draft, b: int, k: int, depth: int, index: int,
 def test_no_draw_without_mass(u: float) -> None:
     """Bug 8 on the draft side: zeros at both ends and in the middle, uniforms at the ends of the open interval."""
     law = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0]])
-    (drawn,) = draws.inverse_cdf(law, [[u, 1 - u]])
+    (drawn,) = fetch(draws.inverse_cdf(law, [[u, 1 - u]]))[0].tokens
     assert all(law[0, t] > 0 for t in drawn)
-    (all_three,) = draws.without_replacement(law, [[u] * 5])
+    (all_three,) = fetch(draws.without_replacement(law, [[u] * 5]))[0].tokens
     assert sorted(all_three) == [1, 3, 4]
-    (arrived,) = draws.race(law, torch.ones(1, 7), 7)
+    (arrived,) = fetch(draws.race(law, torch.ones(1, 7), 7))[0].tokens
     assert sorted(arrived) == [1, 3, 4]
 
 
 def test_no_draw_from_what_is_no_law() -> None:
     rows = torch.tensor([[float("nan"), 0.5, 0.5], [0.0, 0.0, 0.0], [0.0, float("inf"), 0.0], [0.0, 1.0, 0.0]])
-    assert draws.inverse_cdf(rows, [[0.5]] * 4) == [[], [], [], [1]]
-    assert draws.without_replacement(rows, [[0.5, 0.5]] * 4) == [[], [], [], [1]]
-    assert draws.top(torch.tensor([[float("nan"), 0.5]]), 1) == [[]]
+    assert fetch(draws.inverse_cdf(rows, [[0.5]] * 4))[0].tokens == [[], [], [], [1]]
+    assert fetch(draws.without_replacement(rows, [[0.5, 0.5]] * 4))[0].tokens == [[], [], [], [1]]
+    assert fetch(draws.top(torch.tensor([[float("nan"), 0.5]]), 1))[0].tokens == [[]]
 
 
 def test_a_pick_on_a_zero_becomes_the_mode() -> None:
     """A parallel sum may decrease by a rounding; the token it then points at has no mass and is not returned."""
     law = torch.tensor([[0.0, 0.3, 0.7], [0.5, 0.0, 0.5], [float("nan"), 0.0, 0.0]])
-    assert draws.with_mass(law, [[0, 1], [2, 0], []]) == [[2, 1], [2, 0], []]
-    assert draws.with_mass(law[:1], [[]]) == [[]]
+    nothing = law.shape[1]  # what stands for no token
+    found = draws.with_mass(law, torch.tensor([[0, 1], [2, 0], [nothing, nothing]]))
+    assert found.tolist() == [[2, 1], [2, 0], [nothing, nothing]]
+    assert draws.with_mass(law[:1], torch.empty(1, 0, dtype=torch.int64)).tolist() == [[]]

@@ -117,7 +117,8 @@ def _merge_laws(drafts: dict[int, Draft], places: list[tuple[int, int]], vocab_s
     for n, i in places:
         own = [laws[n].row[k] for k in drafts[n].nodes(i)] if n in laws else [POINT_MASS] * drafts[n].counts[i]
         row += [r + first[n] if r >= 0 else POINT_MASS for r in own]
-    return Proposal(torch.cat(tables), tuple(row), support, way)
+    probs = torch.cat(tables)
+    return Proposal(probs, tuple(row), support, way, probs if all(q.sound is q.probs for q in laws.values()) else None)
 
 
 def _equal(a: Int[Tensor, "S"] | None, b: Int[Tensor, "S2"] | None) -> bool:

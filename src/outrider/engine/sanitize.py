@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,10 +12,7 @@ from torch import Tensor
 from outrider import transfer
 from outrider.noise import Noise
 from outrider.protocols import Rule
-from outrider.types import POINT_MASS, Draft, Proposal, Tree, Verdict
-
-TOLERANCE = 1e-3
-"""How far a proposal row may be from summing to one; float32 softmax over 200,000 entries stays below 1e-5."""
+from outrider.types import POINT_MASS, TOLERANCE, Draft, Proposal, Tree, Verdict
 
 
 def honest(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
@@ -34,7 +32,7 @@ def honest(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
 
 
 def _bad_rows(q: Proposal | None, vocab_size: int) -> set[int]:
-    if q is None or q.probs.shape[0] == 0:
+    if q is None or q.probs.shape[0] == 0 or q.sound is q.probs:
         return set()
     if q.support is None and q.probs.shape[1] != vocab_size:
         return set(range(len(q.probs)))
@@ -61,7 +59,7 @@ def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
         trees.append((tokens, parent))
     q = None
     if draft.q is not None and any(r != POINT_MASS for r in row):
-        q = Proposal(draft.q.probs, tuple(row), draft.q.support, draft.q.siblings)
+        q = replace(draft.q, row=tuple(row))
     return Draft.join(trees, q, draft.token.device)
 
 
@@ -83,8 +81,8 @@ def judge(
 ) -> tuple[Verdict, set[int]]:
     """The verdict, and the sequences of the `bad` rows: in one copy from the device where the rule can leave its verdict there.
 
-    A rule that can says so by an attribute `launch` of its `__call__`: it takes the same and gives a pending verdict, or None if
-    the host decides.
+    A rule that can says so by an attribute `launch` of its `__call__`, which takes the same and gives a `Pending` verdict, or None
+    where the host decides.
     """
     flags = transfer.Pending((bad,), lambda found: {draft.sequence_of_row[i] for i, x in enumerate(found) if x})
     launch = None if transfer.on_host(p) else getattr(type(rule).__call__, "launch", None)

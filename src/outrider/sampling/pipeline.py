@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider import transfer
 from outrider.errors import CapabilityError, ConfigError
 from outrider.params import SamplingParams
 from outrider.sampling import cpu, processors
@@ -64,7 +65,7 @@ class Law:
         x = logits if logits.dtype == torch.float64 else logits.float()
         if any(p.edits for p in params):
             x = self._edit(x.clone(), params, sequences, paths)
-        on_cpu = x.device.type == "cpu"
+        on_cpu = transfer.on_host(x)
         law_of = cpu.law_of if on_cpu else processors.law_of
         warm = [i for i, p in enumerate(params) if not p.greedy]
         if len(warm) == len(params):
@@ -158,11 +159,8 @@ def logprobs_of(logits: Float[Tensor, "n V"], tokens: Sequence[int], top: int) -
     if not tokens:
         return Logprobs([], [])
     scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    chosen = (
-        scores.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    )
-    if top == 0:
-        return Logprobs(chosen, [[] for _ in tokens])
+    chosen = scores.gather(1, transfer.upload(tokens, torch.int64, logits.device).unsqueeze(1)).squeeze(1)
     best = scores.topk(min(top, logits.shape[1]), dim=-1)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Logprobs(chosen, [sorted(zip(i, v, strict=True), key=lambda pair: (-pair[1], pair[0])) for i, v in pairs])
+    values, ids, likely = transfer.read(chosen, best.indices, best.values)
+    pairs = [zip(i, v, strict=True) for i, v in zip(ids, likely, strict=True)]
+    return Logprobs(values, [sorted(own, key=lambda pair: (-pair[1], pair[0])) for own in pairs])

@@ -2,81 +2,126 @@
 
 No draw returns a token of probability zero: the inverse CDF is summed in float64 with a strict comparison, and a pick
 that the rounding of a parallel sum put on a zero becomes the most likely token.
+
+A draw is left where it was made until `transfer.fetch` brings it home, so that a level of a draft is read once.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from outrider import transfer
+from outrider.transfer import Pending
+from outrider.types import TOLERANCE
 
-def inverse_cdf(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> list[list[int]]:
+
+class Drawn(NamedTuple):
+    """tokens: of every row, in draw order. sound: whether every row was seen to sum to one."""
+
+    tokens: list[list[int]]
+    sound: bool
+
+
+def inverse_cdf(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """Independent draws from row i, one for each of its uniforms of (0, 1): as many for every row.
 
     A row that is no law (not finite, or without mass) gives no tokens.
     """
+    size = law.shape[-1]
+    columns, total = _columns(law, uniform)
+    return Pending(
+        (columns, total), lambda rows, sums: Drawn([[] if size in row else row for row in rows], _sum_to_one(sums))
+    )
+
+
+def _columns(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> tuple[Int[Tensor, "n w"], Float64[Tensor, "n"]]:
+    """The token that each uniform draws, V where there is none to draw; and the sums of the rows."""
     cdf = law.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:]
     single = len(uniform) == 1 and len(uniform[0]) == 1  # spares the commonest draw a small tensor
-    level = total * (uniform[0][0] if single else torch.tensor(uniform, dtype=torch.float64, device=law.device))
+    flat = [u for row in uniform for u in row]
+    level = total * (flat[0] if single else transfer.upload(flat, torch.float64, law.device).view(len(uniform), -1))
     # the first column whose cumulative mass exceeds u * total; a total of 0, infinity or NaN ends up behind all columns
-    columns = torch.searchsorted(cdf, level, right=True).tolist()
-    tokens = [[] if law.shape[-1] in row else row for row in columns]
-    return tokens if law.device.type == "cpu" else with_mass(law, tokens)
+    columns = torch.searchsorted(cdf, level, right=True)
+    return columns if transfer.on_host(law) else with_mass(law, columns), total.squeeze(1)
 
 
-def with_mass(law: Float[Tensor, "n V"], tokens: list[list[int]]) -> list[list[int]]:
-    """`tokens`, those without mass replaced by the most likely one.
+def with_mass(law: Float[Tensor, "n V"], columns: Int[Tensor, "n w"]) -> Int[Tensor, "n w"]:
+    """`columns`, those without mass replaced by the most likely one; V stays V.
 
     Needed where sums are formed in parallel: they may decrease by a rounding, and a column without mass be the first to
     exceed a level. Sums formed term by term never decrease.
     """
-    best = law.argmax(-1, keepdim=True)
-    width = max((len(row) for row in tokens), default=0)
-    pick = torch.tensor([row or [0] * width for row in tokens], dtype=torch.int64, device=law.device)
-    fixed = torch.where(law.gather(1, pick) > 0, pick, best).tolist()
-    return [new if row else [] for row, new in zip(tokens, fixed, strict=True)]
+    size = law.shape[-1]
+    some = law.gather(1, columns.clamp(max=size - 1)) > 0
+    return columns.where(some | (columns == size), law.argmax(-1, keepdim=True))
 
 
-def without_replacement(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> list[list[int]]:
+def without_replacement(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """Successive draws from row i, each from what the earlier ones left, renormalised; fewer if nothing is left."""
-    left = law.to(torch.float64, copy=True)
-    out: list[list[int]] = [[] for _ in uniform]
+    size, left = law.shape[-1], law.to(torch.float64, copy=True)
+    columns: list[Tensor] = []
+    sums: list[Tensor] = []
     for j in range(len(uniform[0])):
-        for i, drawn in enumerate(inverse_cdf(left, [[row[j]] for row in uniform])):
-            out[i] += drawn
-            left[i, drawn] = 0.0
-    return out
+        drawn, total = _columns(left, [[row[j]] for row in uniform])
+        columns.append(drawn)
+        sums.append(total)
+        at = drawn.clamp(max=size - 1)
+        left.scatter_(1, at, left.gather(1, at).where(drawn == size, 0.0))
+    return Pending(
+        (torch.cat(columns, 1), sums[0]),
+        lambda rows, sums: Drawn([[t for t in row if t < size] for row in rows], _sum_to_one(sums)),
+    )
 
 
-def hub_pairs(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> list[list[int]]:
+def hub_pairs(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """SpecHub's pairs: a draw from row i, and its most likely token a, or a draw from the row without a if the first was a.
 
     One token where a has all the mass (Sun et al., "SpecHub", EMNLP 2024).
     """
-    first = inverse_cdf(law, [[row[0]] for row in uniform])
-    hubs = law.argmax(-1).tolist()
-    others = law.to(torch.float64, copy=True)
-    others[range(len(hubs)), hubs] = 0.0
-    second = inverse_cdf(others, [[row[1]] for row in uniform])
-    return [x and x + ([a] if x[0] != a else y) for x, y, a in zip(first, second, hubs, strict=True)]
+    size, hubs = law.shape[-1], law.argmax(-1, keepdim=True)
+    first, total = _columns(law, [[row[0]] for row in uniform])
+    others = law.to(torch.float64, copy=True).scatter_(1, hubs, 0.0)
+    second, _ = _columns(others, [[row[1]] for row in uniform])
+
+    def finish(rows: list[list[int]], sums: list[float]) -> Drawn:
+        pairs = [(x, y if x == a else a) for x, y, a in rows]
+        return Drawn([[t for t in pair if t < size] if pair[0] < size else [] for pair in pairs], _sum_to_one(sums))
+
+    return Pending((torch.cat([first, second, hubs], 1), total), finish)
 
 
-def race(law: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int) -> list[list[int]]:
+def race(law: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int) -> Pending[Drawn]:
     """The first `width` arrivals of an exponential race with rates `law`: draws without replacement, in draw order.
 
     The first is argmax(q / e), so it meets a target that races with the same noise as often as the two laws allow
     (Daliri, Musco and Suresh 2024). Tokens without mass never arrive.
     """
-    return top(law / exponential, width, floor=0.0)
+    arrived = top(law / exponential, width, floor=0.0)
+    return Pending(
+        (*arrived.parts, law.sum(-1, dtype=torch.float64)),
+        lambda tokens, values, sums: Drawn(arrived.finish(tokens, values).tokens, _sum_to_one(sums)),
+    )
 
 
-def top(scores: Float[Tensor, "n V"], width: int, floor: float = -torch.inf) -> list[list[int]]:
+def top(scores: Float[Tensor, "n V"], width: int, floor: float = -torch.inf) -> Pending[Drawn]:
     """The `width` best columns of each row, best first, those at `floor` or below left out."""
     if width == 1:
         best = scores.max(-1)
-        return [[t] if v > floor else [] for t, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-    best = scores.topk(min(width, scores.shape[-1]), -1)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [[t for t, v in zip(tokens, values, strict=True) if v > floor] for tokens, values in pairs]
+        pick = lambda tokens, values: [[t] if v > floor else [] for t, v in zip(tokens, values, strict=True)]  # noqa: E731
+    else:
+        best = scores.topk(min(width, scores.shape[-1]), -1)
+        pick = lambda tokens, values: [  # noqa: E731
+            [t for t, v in zip(row, chances, strict=True) if v > floor]
+            for row, chances in zip(tokens, values, strict=True)
+        ]
+    return Pending((best.indices, best.values), lambda tokens, values: Drawn(pick(tokens, values), False))
+
+
+def _sum_to_one(sums: list[float]) -> bool:
+    """False for a NaN."""
+    return all(abs(x - 1.0) <= TOLERANCE for x in sums)

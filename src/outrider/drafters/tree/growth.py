@@ -19,6 +19,7 @@ from outrider.drafters.tree import draws
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.shapes import MAX_NODES, Shape
 from outrider.errors import ConfigError, unknown_name
+from outrider.transfer import Pending, fetch, read
 from outrider.types import POINT_MASS, Evidence, Siblings
 
 Sample = Literal["law", "greedy", "coupled"]
@@ -140,24 +141,24 @@ class Levels:
     def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int, int]]:
         """Choose the children of every end and add them to the forest; the new (sequence, node, state) triples."""
         views = level.evidence.sequences
-        new: list[tuple[int, int, int]] = []
+        groups: list[tuple[str, list[int], Tensor, Pending[draws.Drawn]]] = []
         for kind in sorted({level.kinds[i] for i, _, _ in level.ends}):
             rows = [e for e, (i, _, _) in enumerate(level.ends) if level.kinds[i] == kind]
             mine = logits if len(rows) == len(level.ends) else logits[rows]
-            first = POINT_MASS
             if kind == "raw":
                 chosen = draws.top(mine, level.width)
             else:
                 ends = [level.ends[e] for e in rows]
                 mine = level.evidence.law(mine, [views[i] for i, _, _ in ends], [forest.path(i, k) for i, k, _ in ends])
-                if kind == "edited":
-                    chosen = draws.top(mine, level.width, floor=0.0)
-                else:
-                    first, chosen = forest.add_laws(mine), self._draw(mine, level, rows)
-            for j, (e, tokens) in enumerate(zip(rows, chosen, strict=True)):
+                chosen = draws.top(mine, level.width, floor=0.0) if kind == "edited" else self._draw(mine, level, rows)
+            groups.append((kind, rows, mine, chosen))
+        new: list[tuple[int, int, int]] = []
+        for (kind, rows, mine, _), drawn in zip(groups, fetch(*(g[3] for g in groups)), strict=True):
+            first = forest.add_laws(mine, drawn.sound) if kind == "drawn" else POINT_MASS
+            for j, (e, chosen) in enumerate(zip(rows, drawn.tokens, strict=True)):
                 i, up, state = level.ends[e]
                 row = first + j if kind == "drawn" else POINT_MASS
-                tokens = tokens[: self.shape.children(state)]  # as many as were decided before any was drawn
+                tokens = chosen[: self.shape.children(state)]  # as many as were decided before any was drawn
                 after = self.shape.states(state, tokens)
                 new += [(i, forest.add(i, up, t, row), s) for t, s in zip(tokens, after, strict=True)]
         return new
@@ -168,12 +169,12 @@ class Levels:
             return "drawn"
         return "edited" if params.edits else "raw"
 
-    def _inverse_cdf(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> list[list[int]]:
+    def _inverse_cdf(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> Pending[draws.Drawn]:
         uniform = level.uniforms(rows)
         draw = DRAWS[self.siblings] if level.width > 1 else draws.inverse_cdf
         return draw(q, uniform)
 
-    def _race(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> list[list[int]]:
+    def _race(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> Pending[draws.Drawn]:
         return draws.race(q, level.exponentials(rows, self.vocab_size, q.device), level.width)
 
 
@@ -233,7 +234,7 @@ class BestFirst:
             law = torch.softmax(logits, -1)
         best = law.topk(min(self.width, law.shape[-1]), -1)
         fresh: dict[int, list[int]] = {}
-        for (i, up), tokens, chances in zip(ends, best.indices.tolist(), best.values.tolist(), strict=True):
+        for (i, up), tokens, chances in zip(ends, *read(best.indices, best.values), strict=True):
             above = 1.0 if up < 0 else value[i][up]
             for token, chance in zip(tokens, chances, strict=True):
                 if chance > 0.0:
