@@ -11,6 +11,7 @@ import pytest
 from outrider.build import build_engine
 from outrider.sampling import grammar as grammar_module
 from outrider.sampling.grammar import Automaton, Grammars
+from tests.grammars import grammars_of
 from tests.serve.harness import Running, serving, until
 
 
@@ -86,7 +87,7 @@ def test_a_budget_is_not_spent_by_the_requests_before(small: Running) -> None:
 
 def test_an_automaton_says_that_it_is_exhausted_and_its_successor_is_not() -> None:
     engine = build_engine(slots=1, draft="none")
-    grammars: Grammars = engine._grammars()
+    grammars: Grammars = grammars_of(engine)
     text = f"regex:({pattern(6, 20)}){{1,3}}"
     wild, tame = grammars.start(text), grammars.start(text)
     output: list[int] = []
@@ -108,7 +109,7 @@ def test_a_grammar_that_is_dear_is_not_compiled_in_the_middle_of_a_text(monkeypa
     """Everybody would wait for it, once for every sample: the text ends with an error instead, and the next one begins anew."""
     monkeypatch.setattr(grammar_module, "DEAR", -1.0)
     engine = build_engine(slots=1, draft="none")
-    grammars: Grammars = engine._grammars()
+    grammars: Grammars = grammars_of(engine)
     text = f"regex:({pattern(6, 20)}){{1,3}}"
     automaton = grammars.start(text)
     monkeypatch.setattr(grammars, "own", None)
@@ -119,7 +120,7 @@ def test_a_grammar_that_is_dear_is_not_compiled_in_the_middle_of_a_text(monkeypa
         automaton.follow(output)
     assert 3 < len(output) < 400
     assert set(automaton.allowed([]).nonzero().flatten().tolist()) == set(grammars.eos)
-    assert text not in grammars._compiled and not grammars.start(text).exhausted
+    assert text not in grammars.kept and not grammars.start(text).exhausted
 
 
 def _parts(engine: Any) -> tuple[str, int, tuple[int, ...]]:

@@ -115,17 +115,17 @@ def test_the_engine_finds_a_grammar_compiled() -> None:
     engine.compile_grammar('json:{"type":"object"}')
     grammars = engine.parts.law.grammars
     assert grammars is not None
-    made = grammars._compiler.make
-    grammars._compiler.make = lambda text: pytest.fail("compiled twice")  # type: ignore[method-assign]
+    made = grammars.compiler.make
+    grammars.compiler.make = lambda text: pytest.fail("compiled twice")  # type: ignore[method-assign]
     one, two = grammars.start('json:{"type":"object"}'), grammars.start('json:{"type":"object"}')
     token = engine.encode("{")[0]
     assert one.allowed([])[token] and not one.allowed([token])[token]
     one.follow([token])
     assert not one.allowed([])[token] and two.allowed([])[token]  # copies do not share their place
-    grammars._compiler.make = made  # type: ignore[method-assign]
+    grammars.compiler.make = made  # type: ignore[method-assign]
     for i in range(100):
         engine.compile_grammar(f"regex:a{i}")
-    assert len(grammars._compiled) <= 64
+    assert len(grammars.kept) <= 64
 
 
 @pytest.mark.parametrize("depth", [DEPTH - 1, DEPTH, DEPTH + 1, 500])

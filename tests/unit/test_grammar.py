@@ -12,6 +12,7 @@ from outrider.build import build_engine, companion
 from outrider.engine.core import Engine
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
+from tests.grammars import grammars_of
 
 PATTERN = r"[a-c]{2,6}(x|yz)[0-9]{1,3}"
 SCHEMA = {
@@ -85,7 +86,7 @@ def test_the_law_is_the_targets_restricted_and_renormalised(engine: Engine) -> N
     logits = torch.randn(2, law.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     prompt = engine.encode("x = ")
     a, b, one = (engine.encode(c)[0] for c in ("a", "b", "1"))
-    engine._grammars()
+    grammars_of(engine)
     free = SequenceView(7, 0, [*prompt, a], len(prompt), 0, SamplingParams())
     bound = SequenceView(7, 0, [*prompt, a], len(prompt), 0, SamplingParams(grammar=f"regex:{PATTERN}"))
     whole, cut = law(logits, [free, free], [(), (b,)]), law(logits, [bound, bound], [(), (b,)])

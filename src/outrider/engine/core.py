@@ -26,7 +26,6 @@ from outrider.errors import RequestError
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target
-from outrider.sampling.grammar import Grammars
 from outrider.sampling.pipeline import Law
 from outrider.types import PHASES, Counts, Draft, StepRecord
 
@@ -355,9 +354,6 @@ class Engine:
     def compile_grammar(self, grammar: str) -> None:
         """Compile a `SamplingParams.grammar` ahead of its request, from any thread. Raises RequestError for a bad one."""
         self._intake.grammars().compile(grammar)
-
-    def _grammars(self) -> Grammars:
-        return self._intake.grammars()
 
     def _name(self) -> str:
         while True:

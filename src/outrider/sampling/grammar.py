@@ -45,9 +45,15 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
-        self._compiler, self.vocab_size, self.eos = Compiler(tokenizer, eos), vocab_size, tuple(eos)
+        self.compiler, self.vocab_size, self.eos = Compiler(tokenizer, eos), vocab_size, tuple(eos)
         self._compiled: OrderedDict[str, tuple[Any, float]] = OrderedDict()  # and the seconds of work that it took
         self._lock = Lock()
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The grammars that are compiled, the last used last."""
+        with self._lock:
+            return tuple(self._compiled)
 
     def compile(self, text: str) -> None:
         """Compile 'regex:...' or 'json:{schema}' and keep it. Raises RequestError naming what is wrong, a grammar that costs more
@@ -65,7 +71,7 @@ class Grammars:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
         start = thread_time()
-        made = self._compiler.make(text)
+        made = self.compiler.make(text)
         kept = made, thread_time() - start
         with self._lock:
             self._compiled[text] = kept
@@ -93,7 +99,7 @@ class Grammars:
     def own(self, text: str) -> Any:
         """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
         self.drop(text)
-        return self._compiler.make(text)
+        return self.compiler.make(text)
 
 
 class Automaton:
