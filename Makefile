@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Shapes and types of every call are checked at run time in these tests, but not in the statistical ones, which make the same calls
 # thousands of times (five times slower then).
 TYPED := tests/unit tests/cli tests/contract/test_scripted.py
-STATISTICAL := $(addprefix tests/unit/test_,detect.py drafters_law.py predict.py)
+STATISTICAL := $(addprefix tests/unit/test_,detect.py drafters_law.py noise.py predict.py)
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 

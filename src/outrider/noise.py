@@ -31,7 +31,8 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _key(*parts: int) -> int:
+def key_of(*parts: int) -> int:
+    """64 bits that any change of the integer `parts` changes: what `uniforms` takes."""
     key = 0
     for part in parts:
         key = _mix(key ^ (part & _MASK))
@@ -40,7 +41,12 @@ def _key(*parts: int) -> int:
 
 def uniform(*parts: int) -> float:
     """One number of (0, 1) with 52 random bits, a pure function of the integer `parts`."""
-    return ((_mix(_key(*parts)) >> 12) + 0.5) * 2.0**-52
+    return open_unit(_mix(key_of(*parts)))
+
+
+def open_unit(bits: int) -> float:
+    """The upper 52 of 64 bits as a number of (0, 1), neither end included."""
+    return ((bits >> 12) + 0.5) * 2.0**-52
 
 
 def _signed(x: int) -> int:
@@ -80,7 +86,7 @@ class Noise:
 
     def exponential(self, b: int, depth: int, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
         """Unit exponentials float64 [vocab_size] of lane `gumbel`: argmax(p / e) is a draw from p (exponential race)."""
-        key = _key(self.seed[b], LANES["gumbel"], self.position[b] + depth)
+        key = key_of(self.seed[b], LANES["gumbel"], self.position[b] + depth)
         return -torch.log(uniforms(key, vocab_size, device))
 
     def take(self, index: Sequence[int]) -> Noise:
@@ -92,4 +98,4 @@ def derive_seed(seed: int, index: int) -> int:
     """The seed of the `index`-th sample of a request (`n` > 1); index 0 keeps the seed itself."""
     if index < 0:
         raise OutriderError(f"sample index must be >= 0, got {index}")
-    return seed if index == 0 else _key(seed, 0x5EED, index)
+    return seed if index == 0 else key_of(seed, 0x5EED, index)

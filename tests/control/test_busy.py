@@ -72,7 +72,7 @@ def test_never_slower_where_no_trial_can_be_made(accept, clock) -> None:
 def test_the_control_a_fixed_length_is_slower_there() -> None:
     worlds = [Busy(steep, 0.0005, 0.1) for _ in range(2)]
     for world, controller in zip(worlds, (Adaptive(3, 3, margin=0.999), Adaptive(0, 0)), strict=True):
-        controller._foretold = lambda sequences, length: length  # type: ignore[method-assign]
+        controller.predicted = lambda sequences, length: length  # type: ignore[method-assign]
         world.run(controller, traffic())
     assert worlds[0].tokens / worlds[0].clock < 0.7 * worlds[1].tokens / worlds[1].clock
 

@@ -142,7 +142,7 @@ def test_reading_is_counted_against_speculation() -> None:
 def test_the_control_a_fixed_length_loses_there() -> None:
     worlds = [Closed(gentle, clients=4, output=16, row=0.003) for _ in range(2)]
     pinned = Adaptive(3, 3)
-    pinned._choice = lambda sequences: 3  # type: ignore[method-assign]
+    pinned.choice = lambda sequences: 3  # type: ignore[method-assign]
     assert worlds[0].speed(pinned, 1000) < 0.9 * worlds[1].speed(Adaptive(0, 0), 1000)
 
 

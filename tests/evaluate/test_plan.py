@@ -83,7 +83,7 @@ def test_too_few_prompts_to_check() -> None:
 
 def test_work_is_spread_and_every_prompt_is_checked_once() -> None:
     for batch, prompts, rounds in ((1, 12, 4), (4, 12, 4), (5, 12, 3)):
-        turns = pl._turns(batch, prompts, rounds, True)
+        turns = pl.turns_of(batch, prompts, rounds, True)
         assert all(0 <= t < 1 for t, _ in turns)
         starts = [round(t * prompts) // batch * batch for t, kind in turns if kind == "checked"]
         assert starts == list(range(0, prompts, batch))

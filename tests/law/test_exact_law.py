@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.law import subject
+from outrider.verify.tree import SpeculativeSampling, judge_forest
 from tests.law.lab import (
     COARSE,
     EDGE,
@@ -29,8 +29,7 @@ from tests.law.lab import (
     some,
 )  # fmt: skip
 
-SUBJECT = subject.load()
-RULE = SUBJECT.rule
+RULE = SpeculativeSampling()
 EXACT = 1e-12
 
 
@@ -134,7 +133,7 @@ def test_shapes_of_a_batch_may_differ():
     rng = np.random.default_rng(15)
     ragged = [Shape((), ()), chain(3), chain(1), Shape((), ()), chain(2, law=False), chain(2)]
     _check(RULE, [random_world(rng, 3, shape) for shape in ragged for _ in range(5)], 5)
-    _check(SUBJECT.forest, [random_world(rng, 3, shape) for shape in [*ragged, shapes()["two"]] for _ in range(2)], 6)
+    _check(judge_forest, [random_world(rng, 3, shape) for shape in [*ragged, shapes()["two"]] for _ in range(2)], 6)
 
 
 def test_accepted_count_has_its_law():

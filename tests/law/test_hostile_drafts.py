@@ -17,12 +17,11 @@ from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal
 from outrider.verify import LOSSLESS, RULES, Match, SpeculativeSampling, load_rule
 from outrider.verify.chain import judge_chains
+from outrider.verify.numerics import as_weights, draw
 from outrider.verify.tree import judge_forest
-from tests.law import subject
 from tests.law.lab import Enumerator, Shape, chain, examine, random_world
 
 RULE = SpeculativeSampling()
-SUBJECT = subject.load()
 BOTH = pytest.mark.parametrize("judge", [judge_chains, judge_forest], ids=["closed form", "plain"])
 ENDS = (0.0, 2.0**-53, 2.0**-32, 0.5, 1 - 2.0**-32, 1 - 2.0**-53, 1.0)
 
@@ -80,7 +79,7 @@ def test_no_token_without_probability_is_drawn(vocab, u):
     rows[3, vocab // 3 + 1] = 1.0
     rows[4, min(1024, vocab - 1)] = 0.3
     rows[0, 1] = 0.1
-    token, total = SUBJECT.draw(SUBJECT.as_weights(torch.from_numpy(rows)), [u] * 5)
+    token, total = draw(as_weights(torch.from_numpy(rows)), [u] * 5)
     assert (rows[np.arange(5), token.numpy()] > 0).all()
     assert total.numpy() == pytest.approx(rows.sum(1))
 
@@ -95,8 +94,8 @@ def test_draws_are_the_inverse_cdf(vocab):
     cdf = np.cumsum(p)
     cells = rng.choice(np.flatnonzero(p > 1e-9), size=150)
     u = np.concatenate([cdf[cells] - p[cells] + 1e-13, cdf[cells] - 1e-13])
-    weight = SUBJECT.as_weights(torch.from_numpy(p)[None]).expand(300, -1)
-    token, _ = SUBJECT.draw(weight.contiguous(), u.tolist())
+    weight = as_weights(torch.from_numpy(p)[None]).expand(300, -1)
+    token, _ = draw(weight.contiguous(), u.tolist())
     assert token.tolist() == [*cells, *cells]
 
 
@@ -174,7 +173,7 @@ def test_a_token_outside_its_law_leaves_the_output_law_alone(siblings):
             world.q[:] = rng.dirichlet(np.ones(3), size=len(world.q)) * [1, 1, 0]
             world.q /= world.q.sum(1, keepdims=True)
             worlds.append(world)
-    for judge in (SUBJECT.forest, SUBJECT.rule):
+    for judge in (judge_forest, RULE):
         found = examine(judge, worlds, rng, enumerator=Liar)
         assert max(found.law.max(), found.ledger.max(), found.spread.max()) <= 1e-12
 

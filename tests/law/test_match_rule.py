@@ -12,12 +12,10 @@ from scipy.stats import chi2, norm
 from outrider.errors import RequestError
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal
-from outrider.verify import Match
-from tests.law import subject
+from outrider.verify.match import Match, match_probability
 
 ALPHA = 1e-9
 RULE = Match()
-SUBJECT = subject.load()
 V = 6
 
 
@@ -117,10 +115,10 @@ def test_a_law_without_mass_is_refused(bad):
         RULE(torch.full((1, V), bad), Draft.empty(1), Noise((0,), (0,)))
 
 
-def race_counts(p: torch.Tensor, draws: int, noise: type = SUBJECT.noise) -> np.ndarray:
+def race_counts(p: torch.Tensor, draws: int, noise: type = Noise) -> np.ndarray:
     counts = np.zeros(V)
     for seed in range(draws):
-        counts[SUBJECT.match(p, Draft.empty(1), noise((seed,), (7,))).next_token[0]] += 1
+        counts[RULE(p, Draft.empty(1), noise((seed,), (7,))).next_token[0]] += 1
     return counts
 
 
@@ -148,11 +146,11 @@ def brute_force(p: np.ndarray, q: np.ndarray) -> float:
 @settings(max_examples=150)
 @given(laws, laws)
 def test_match_probability_against_brute_force_and_bounds(p, q):
-    value = SUBJECT.match_probability(torch.from_numpy(p), torch.from_numpy(q))
+    value = match_probability(torch.from_numpy(p), torch.from_numpy(q))
     assert value == pytest.approx(brute_force(p, q), abs=1e-12)
     distance = float(np.abs(p - q).sum() / 2)
     assert (1 - distance) / (1 + distance) - 1e-12 <= value <= 1 - distance + 1e-12
-    assert SUBJECT.match_probability(torch.from_numpy(p), torch.from_numpy(p)) == pytest.approx(1, abs=1e-12)
+    assert match_probability(torch.from_numpy(p), torch.from_numpy(p)) == pytest.approx(1, abs=1e-12)
 
 
 def test_match_probability_against_simulation():
@@ -162,7 +160,7 @@ def test_match_probability_against_simulation():
         p, q = table(seed)[0].numpy(), table(seed + 10)[0].numpy()
         e = rng.exponential(size=(200_000, V))
         seen = ((p / e).argmax(1) == (q / e).argmax(1)).mean()
-        value = SUBJECT.match_probability(torch.from_numpy(p), torch.from_numpy(q))
+        value = match_probability(torch.from_numpy(p), torch.from_numpy(q))
         assert abs(seen - value) < 6 * np.sqrt(value * (1 - value) / len(e))
 
 
@@ -182,7 +180,7 @@ def test_ledger_is_a_martingale(kind):
     rng = np.random.default_rng(6)
     excess = spread = wrong = 0.0
     for seed in range(2500):
-        noise, last = SUBJECT.noise((seed,), (0,)), int(rng.integers(V))
+        noise, last = Noise((seed,), (0,)), int(rng.integers(V))
         if kind == "coupled":
             token = coupled(noise, q, last, 3)
             rows = [last, *token[:-1]]
@@ -193,7 +191,7 @@ def test_ledger_is_a_martingale(kind):
         else:
             token = [*(q[last] / noise.exponential(0, 1, V)).topk(2).indices.tolist(), int(rng.integers(V))]
             draft = Draft(torch.tensor(token), (-1, -1, 0), (3,), Proposal(q, (last, last, POINT_MASS)))
-        verdict = SUBJECT.match(p[[last, *token]], draft, noise)
+        verdict = RULE(p[[last, *token]], draft, noise)
         rejected = verdict.judged[0] - verdict.accepted[0]
         excess += verdict.risk[0] - rejected
         spread += verdict.spread[0]

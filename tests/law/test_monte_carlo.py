@@ -17,13 +17,14 @@ import pytest
 import torch
 from scipy.stats import chi2
 
+from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal
-from tests.law import subject
+from outrider.verify.tree import SpeculativeSampling
 
 ALPHA = 1e-9
 DRAWS = 150_000
 BATCH = 4000
-SUBJECT = subject.load()
+RULE = SpeculativeSampling()
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,7 @@ class Table:
             row[rng.random(len(row)) < 0.3] = POINT_MASS
         support = torch.from_numpy(self.support) if config.draft == "support" else None
         q = None if config.draft == "point" else Proposal(torch.from_numpy(laws), tuple(row.tolist()), support)
-        noise = SUBJECT.noise(
-            tuple(range(first_seed, first_seed + size)), tuple(rng.integers(5000, size=size).tolist())
-        )
+        noise = Noise(tuple(range(first_seed, first_seed + size)), tuple(rng.integers(5000, size=size).tolist()))
         return p, Draft(token, parent, tuple(lengths.tolist()), q), noise, before
 
 
@@ -174,7 +173,7 @@ def statistic(counts: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_emitted_tokens_have_the_targets_law(config, monkeypatch):
     monkeypatch.setenv("OUTRIDER_NATIVE", "1" if config.name == "three" else "0")
-    counts, exact = collect(SUBJECT.rule, config, DRAWS)
+    counts, exact = collect(RULE, config, DRAWS)
     value, bound = statistic(counts, exact)
     assert value < bound
     assert counts[exact == 0].sum() == 0, "a token without probability was emitted"
@@ -186,7 +185,7 @@ def test_emitted_tokens_have_the_targets_law(config, monkeypatch):
 def test_emitted_tokens_have_the_targets_law_nightly(i, monkeypatch):
     """48 assertions of 1e-9."""
     monkeypatch.setenv("OUTRIDER_NATIVE", "1" if i % 6 == 1 else "0")
-    counts, exact = collect(SUBJECT.rule, nightly()[i], 2_000_000)
+    counts, exact = collect(RULE, nightly()[i], 2_000_000)
     value, bound = statistic(counts, exact)
     assert value < bound
     assert counts[exact == 0].sum() == 0, "a token without probability was emitted"
@@ -196,7 +195,7 @@ def test_control_law_declared_at_another_temperature(monkeypatch):
     """Drawn at temperature 0.9, declared at 1: the smallest of the known contract violations is seen at this size."""
     monkeypatch.setenv("OUTRIDER_NATIVE", "0")
     config = replace(CONFIGS[1], temperature=0.9, declared_temperature=1.0)
-    value, bound = statistic(*collect(SUBJECT.rule, config, DRAWS))
+    value, bound = statistic(*collect(RULE, config, DRAWS))
     assert value > bound
 
 
@@ -204,19 +203,19 @@ def test_control_residual_reuses_the_acceptance_coin():
     """The coin that refused a token also picks its replacement: acceptance stays right, the law does not."""
 
     def wrong(p, draft, noise):
-        return SUBJECT.rule(p, draft, Reused(noise.seed, noise.position))
+        return RULE(p, draft, Reused(noise.seed, noise.position))
 
     value, bound = statistic(*collect(wrong, CONFIGS[1], 60_000))
     assert value > bound
 
 
-class Reused(SUBJECT.noise):
+class Reused(Noise):
     def uniform(self, b: int, depth: int, lane: str, index: int = 0) -> float:
-        return SUBJECT.noise.uniform(self, b, depth, "accept", index)
+        return Noise.uniform(self, b, depth, "accept", index)
 
 
 def test_control_statistic_holds_for_plain_sampling():
     """The statistic itself on perfect draws: it does not reject them."""
-    counts, exact = collect(SUBJECT.rule, replace(CONFIGS[1], length=0), 40_000)
+    counts, exact = collect(RULE, replace(CONFIGS[1], length=0), 40_000)
     value, bound = statistic(counts, exact)
     assert value < bound

@@ -158,7 +158,7 @@ def test_on_chains_the_general_walk_is_block_verification():
     noise = ScriptedNoise((0,) * len(probes), (0,) * len(probes), tuple(probes), 0.5)
     fast = BlockVerification()(p, draft, noise)
     for b in range(0, len(probes), 7):
-        path, token, _, _ = traversal._judge(p, draft, noise, b)
+        path, token, _, _ = traversal.judge_sequence(p, draft, noise, b)
         assert (path, token) == (fast.path[b], fast.next_token[b])
 
 

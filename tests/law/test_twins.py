@@ -165,7 +165,7 @@ def test_native_transport_is_its_twin():
             q = 0.6 * p + 0.4 * q
             tokens = rng.choice(vocab, size=k, p=q[0].numpy() / float(q.sum())).tolist()
             tokens[-1] = tokens[0] if rng.random() < 0.5 else tokens[-1]
-            found = native.transport(p, q, tokens, transport.PIECES, transport._points((k + 1) // 2))
+            found = native.transport(p, q, tokens, transport.PIECES, transport.gauss_points((k + 1) // 2))
             if found is None:
                 pytest.skip("needs a C++ compiler")
             plain = transport.plain_choice(p, q, tokens)

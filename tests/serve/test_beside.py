@@ -16,7 +16,7 @@ from outrider.errors import RequestError
 from outrider.models.tokenizer import load_tokenizer
 from outrider.serve import prep as prep_module
 from outrider.serve.expressions import wild
-from outrider.serve.prep import Ended, Prep, Unfit, _Process
+from outrider.serve.prep import Ended, Prep, Process, Unfit
 from outrider.serve.tickets import Unavailable
 from tests.serve.harness import Running, serving, until
 
@@ -58,7 +58,7 @@ def tokenizer() -> Any:
 def prepared(tokenizer: Any, *ends: Any) -> tuple[Prep, Told]:
     """A Prep whose grammars end as told."""
     prep, told = Prep(tokenizer, (0,), 100), Told(*ends)
-    prep._compiles, prep._grammars = True, told  # type: ignore[assignment]
+    prep.compiles, prep.grammars = True, told  # type: ignore[assignment]
     return prep, told
 
 
@@ -82,7 +82,7 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_job(monkeypatch: pytest.
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", none)
     with pytest.raises(Unavailable, match="try again later"):
-        asyncio.run(_Process({}).do({"do": "grammar", "text": "json:{}"}, 1.0))
+        asyncio.run(Process({}).do({"do": "grammar", "text": "json:{}"}, 1.0))
 
 
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])

@@ -119,7 +119,7 @@ def test_a_grammar_that_is_dear_is_not_compiled_in_the_middle_of_a_text(monkeypa
         automaton.follow(output)
     assert 3 < len(output) < 400
     assert set(automaton.allowed([]).nonzero().flatten().tolist()) == set(grammars.eos)
-    assert text not in grammars._compiled and not grammars.start(text).exhausted
+    assert text not in grammars.kept and not grammars.start(text).exhausted
 
 
 def _parts(engine: Any) -> tuple[str, int, tuple[int, ...]]:

@@ -125,7 +125,7 @@ def test_the_engine_finds_a_grammar_compiled(monkeypatch: pytest.MonkeyPatch) ->
     assert not one.allowed([])[token] and two.allowed([])[token]  # copies do not share their place
     for i in range(100):
         engine.compile_grammar(f"regex:a{i}")
-    assert len(grammars._compiled) <= 64
+    assert len(grammars.kept) <= 64
 
 
 @pytest.mark.parametrize("depth", [DEPTH - 1, DEPTH, DEPTH + 1, 500])

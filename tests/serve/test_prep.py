@@ -196,7 +196,7 @@ def test_a_grammar_that_fails_beside_the_server_is_not_compiled_in_it(
         async def fail(*_: Any) -> dict[str, Any]:
             return {"failed": "MemoryError"}
 
-        monkeypatch.setattr(prep._grammars, "do", fail)
+        monkeypatch.setattr(prep.grammars, "do", fail)
         for _ in range(2):
             with pytest.raises(RequestError, match="cannot be compiled .MemoryError"):
                 await prep.try_grammar('json:{"type": "integer"}')

@@ -90,7 +90,7 @@ def test_what_a_slow_reader_missed_comes_in_pieces() -> None:
     request = CompletionRequest(model="pycode", prompt="x", return_token_ids=True)
     reply = Reply(request, Ticket(2), None, 3, True)
     batch = [(i % 2, Event("r", i % 2, (i,), ("sampled",), f"{i} ")) for i in range(5 * PIECE + 7)]
-    found = [json.loads(frame[6:])["choices"][0] for frame in reply._rendered(batch, False)]
+    found = [json.loads(frame[6:])["choices"][0] for frame in reply.rendered(batch, False)]
     assert max(len(c["token_ids"]) for c in found) <= PIECE and len(found) == 12
     for index in (0, 1):
         assert "".join(c["text"] for c in found if c["index"] == index) == "".join(

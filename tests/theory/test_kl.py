@@ -161,7 +161,7 @@ def test_one_step_against_a_general_solver():
     for _ in range(4):
         p, q = rng.dirichlet(np.ones(4), size=2)
         future = rng.random(4)
-        pi = kl._bellman(p[None], q[None], future, weight)[0]
+        pi = kl.bellman(p[None], q[None], future, weight)[0]
 
         def objective(z, p=p, future=future):
             return z[4:].sum() + weight * float(kl_unchecked(z[:4], p)) + z[:4] @ future

@@ -296,7 +296,7 @@ def test_links_into_the_hub_cache_are_followed(copy, tmp_path):
 
 
 def test_too_little_memory_is_said_before_anything_is_allocated(model, monkeypatch):
-    monkeypatch.setattr(memory, "_meminfo", lambda: 1000)
+    monkeypatch.setattr(memory, "meminfo", lambda: 1000)
     with pytest.raises(CapacityError, match="1000|0 MB are available") as caught:
         load_checkpoint(model, torch.float32)
     assert "smaller model or dtype" in str(caught.value)

@@ -150,7 +150,9 @@ def test_a_grammar_that_is_given_up_is_an_error_outside_a_server_too(
     assert all(o.finish_reason in ("error", "length") for o in ruled)
     assert free.finish_reason in ("length", "stop") and free.error is None
     assert one.incidents == sum(o.finish_reason == "error" for o in ruled)
-    assert not one.parts.law._automata, "a slot's next request begins with its own budget"
+    assert all(one.parts.law.automaton(slot) is None for slot in range(one.scheduler.slots)), (
+        "a slot's next request begins with its own budget"
+    )
 
 
 def test_tokens_that_the_model_never_gives_are_an_error_and_no_nan(engine: Engine) -> None:
@@ -160,7 +162,7 @@ def test_tokens_that_the_model_never_gives_are_an_error_and_no_nan(engine: Engin
     view = SequenceView(1, 0, [*prompt], len(prompt), 0, seen)
     free = SequenceView(2, 0, [*prompt], len(prompt), 0, SamplingParams())
     logits = torch.randn(2, law.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    digits = law._automaton(view, "regex:[0-9]+").allowed([])
+    digits = engine.parts.law.grammars.start("regex:[0-9]+").allowed([])
     logits[0, digits] = -torch.inf
     p = law(logits, [view, free], [(), ()])
     assert torch.isfinite(p).all() and torch.equal(p[1], law(logits[1:], [free], [()])[0])

@@ -127,16 +127,16 @@ def test_dtype_auto_follows_processor_and_checkpoint(monkeypatch):
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(isa, "multiplies_bfloat16", lambda able=able: able)
         for lean in (True, False):
-            assert load._choose_dtype("auto", "float16", torch.device("cpu"), lean=lean) is dtype
+            assert load.choose_dtype("auto", "float16", torch.device("cpu"), lean=lean) is dtype
     monkeypatch.setattr(load, "load_library", lambda: object())  # the native decoder multiplies any CPU's bfloat16
-    assert load._choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=True) is torch.bfloat16
-    assert load._choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=False) is torch.float32
-    assert load._choose_dtype("auto", "float16", torch.device("cuda"), lean=True) is torch.float16
-    assert load._choose_dtype("auto", None, torch.device("cuda"), lean=True) is torch.bfloat16
+    assert load.choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=True) is torch.bfloat16
+    assert load.choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=False) is torch.float32
+    assert load.choose_dtype("auto", "float16", torch.device("cuda"), lean=True) is torch.float16
+    assert load.choose_dtype("auto", None, torch.device("cuda"), lean=True) is torch.bfloat16
 
 
 def test_too_little_memory(model, monkeypatch):
-    monkeypatch.setattr(memory, "_meminfo", lambda: 10_000)
+    monkeypatch.setattr(memory, "meminfo", lambda: 10_000)
     for implementation in ("lean", "hf"):
         with pytest.raises(CapacityError, match="weights"):
             load_target(model, implementation=implementation)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
-from outrider.nn.linear import Int4Linear, Int8Linear, PackedLinear, PlainLinear, _filled, can_pack, make_linear
+from outrider.nn.linear import Int4Linear, Int8Linear, PackedLinear, PlainLinear, can_pack, filled, make_linear
 
 SHAPES = [(700, 384), (513, 777), (2048, 256)]
 
@@ -47,7 +47,7 @@ def test_products_of_many_row_counts_have_few_sizes(dtype):
     if not can_pack(weight):
         pytest.skip(f"no packed {dtype} product on this processor")
     for layer in (PackedLinear(weight), *([PlainLinear(weight)] if dtype is torch.bfloat16 else [])):
-        sizes = {_filled(torch.zeros(n, 8)).shape[0] for n in range(1, 257)}
+        sizes = {filled(torch.zeros(n, 8)).shape[0] for n in range(1, 257)}
         assert len(sizes) == 34 and max(sizes) == 256
         x, residual = drawn(256, 384, dtype=dtype), drawn(256, 700, dtype=dtype)
         for n in (17, 24, 63, 65, 200):

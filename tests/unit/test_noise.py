@@ -11,18 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from outrider import noise as module
 from outrider.errors import OutriderError
-from outrider.noise import LANES, Noise, derive_seed, uniform, uniforms
-from tests.law import subject
+from outrider.noise import LANES, Noise, derive_seed, key_of, open_unit, uniform, uniforms
 
 ALPHA = 1e-9
-FAST = subject.load().noise  # the same source without the test run's type checks, for large counts
 
 
 @given(st.lists(st.integers(-(2**70), 2**70), max_size=4))
 def test_vector_and_scalar_are_twins(parts):
-    many = uniforms(module._key(*parts), 7)
+    many = uniforms(key_of(*parts), 7)
     assert many.dtype == torch.float64
     assert many.tolist() == [uniform(*parts, i) for i in range(7)]
 
@@ -42,10 +39,9 @@ def test_gumbel_lane_is_keyed_by_absolute_position_alone():
 
 
 @pytest.mark.parametrize("bits", [0, 2**64 - 1])
-def test_the_interval_is_open(monkeypatch, bits):
+def test_the_interval_is_open(bits):
     """Whatever 64 bits the mixer returns: 0 < u < 1, and the exponential is finite and positive."""
-    monkeypatch.setattr(module, "_mix", lambda x: bits)
-    u = uniform(1, 2, 3)
+    u = open_unit(bits)
     assert 0 < u < 1
     e = -torch.log(torch.tensor(u, dtype=torch.float64))
     assert 0 < float(e) < 37
@@ -63,23 +59,23 @@ def chi_square(counts: np.ndarray) -> bool:
 
 def test_uniforms_are_uniform():
     """256 cells of 10^6 draws, and the lowest 2^-12 of them in 64 cells; the control is a square of a uniform."""
-    u = uniforms(module._key(1, 2, 3), 1_000_000).numpy()
+    u = uniforms(key_of(1, 2, 3), 1_000_000).numpy()
     assert chi_square(np.histogram(u, 256, (0, 1))[0])
     assert not chi_square(np.histogram(u**1.02, 256, (0, 1))[0])
-    low = np.histogram(uniforms(module._key(4), 4_000_000).numpy(), 64, (0, 2.0**-8))[0]
+    low = np.histogram(uniforms(key_of(4), 4_000_000).numpy(), 64, (0, 2.0**-8))[0]
     assert chi_square(low)
 
 
 def test_low_bits_are_uniform():
     """The last 8 of the 52 bits: a generator with 24 or 32 random bits fails here."""
-    u = uniforms(module._key(9), 300_000).numpy()
+    u = uniforms(key_of(9), 300_000).numpy()
     last = np.floor(u * 2.0**52).astype(np.int64) & 255
     assert chi_square(np.bincount(last, minlength=256))
 
 
 @pytest.mark.parametrize("lane", ["accept", "final", "draft"])
 def test_scalar_lanes_are_uniform(lane):
-    noise = FAST(tuple(range(30_000)), (17,) * 30_000)
+    noise = Noise(tuple(range(30_000)), (17,) * 30_000)
     assert chi_square(np.histogram([noise.uniform(b, 1, lane) for b in range(30_000)], 64, (0, 1))[0])
 
 
@@ -102,7 +98,7 @@ def test_neighbouring_keys_are_independent(name):
     for base in range(20_000):
         pair = []
         for seed, position, depth, lane, index in NEIGHBOURS[name]:
-            pair.append(FAST((3 * base + seed,), (5 + position,)).uniform(0, depth, lane, index))
+            pair.append(Noise((3 * base + seed,), (5 + position,)).uniform(0, depth, lane, index))
         counts[int(16 * pair[0]), int(16 * pair[1])] += 1
     assert chi_square(counts)
 

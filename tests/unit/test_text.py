@@ -273,7 +273,7 @@ def test_a_long_stream_decodes_a_bounded_window(token):
     ids = [inner.token_to_id("a") if token == "a" else bad] * 1000
     out, _ = stream(Counting(), ids)
     assert "".join(out) == inner.decode(ids)
-    assert longest <= (2 * text_module._STRIDE if token == "a" else 4 * text_module._PATIENCE)
+    assert longest <= (2 * text_module.STRIDE if token == "a" else 4 * text_module.PATIENCE)
 
 
 def test_special_tokens_are_skipped_unless_asked_for():

@@ -139,4 +139,4 @@ def test_what_the_draft_lacks_is_fed_as_the_beginning_of_its_text_never_as_a_beg
     theirs = Framed(["<s>", "</s>", "a", "th", "t", " ", "é"])
     ours = Letters(["<s>", "the", "tea", "ab", "zoo", "é", "th"])
     made = translate(TinyLM(7, 16, 1), theirs, ours, 9)
-    assert made._fed.tolist() == [0, 3, 4, 2, 5, 6, 3, 5, 5]  # the last two are padding of the target's embedding
+    assert made.fed.tolist() == [0, 3, 4, 2, 5, 6, 3, 5, 5]  # the last two are padding of the target's embedding

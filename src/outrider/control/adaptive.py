@@ -88,7 +88,7 @@ class Adaptive:
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
         """The choice for this load; `first` for a sampled request with its own seed unless lengths are `invariant`."""
-        length = self._choice(sequences)
+        length = self.choice(sequences)
         out = [self.first if self._pinned(v) else length for v in sequences]
         own = any(v.params.draft_length is not None for v in sequences)
         self._now = None if own or any(x != length for x in out) else (len(sequences), length)
@@ -164,7 +164,7 @@ class Adaptive:
         """A step of this load with drafts of this length, and its share of the drafter's reading."""
         return seconds + (self._forecast.reading.share(sequences * self.tokens_per_step(length)) if length else 0.0)
 
-    def _choice(self, sequences: Sequence[SequenceView]) -> int:
+    def choice(self, sequences: Sequence[SequenceView]) -> int:
         """The length for this load; in a trial the two lengths in turn; what is foretold before the first trial and while there can
         be none.
 
@@ -179,7 +179,7 @@ class Adaptive:
             return length
         if load.blind or not load.known:
             if load.asked % SETTLE == 0:
-                load.choose(self._foretold(len(sequences), load.length))
+                load.choose(self.predicted(len(sequences), load.length))
             load.asked += 1
         return load.length if self._earned(sequences, load.length) else 0
 
@@ -202,7 +202,7 @@ class Adaptive:
         seconds = forecast.seconds(sequences, length) if alone else forecast.beside(sequences, length, self.longest)
         return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, sequences, length)
 
-    def _foretold(self, sequences: int, length: int) -> int:
+    def predicted(self, sequences: int, length: int) -> int:
         """The length of the best foretold speed if that gains the margin over `length`; plain decoding if it gains at all.
 
         Plain decoding that has never been seen is what all else is held against: a few steps of it come first.

@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _LACKING = 3  # a started character of UTF-8 waits for at most 3 more bytes, and shows as at most 3 broken ones
-_STRIDE = 4  # tokens by which the window moves; it holds at most twice as many
-_PATIENCE = 16  # tokens for which a run of broken characters may still become whole
+STRIDE = 4  # tokens by which the window moves; it holds at most twice as many
+PATIENCE = 16  # tokens for which a run of broken characters may still become whole
 
 
 @runtime_checkable
@@ -195,7 +195,7 @@ class TextStream:
         self._waiting = self._waiting + 1 if broken else 0
         # Decoders of byte tokens show a whole run of them as broken, characters shown before included, until its last
         # character is complete. A run that does not become whole is truly broken, but for its last bytes.
-        certain = len(text) - (broken if self._waiting <= _PATIENCE else min(broken, _LACKING))
+        certain = len(text) - (broken if self._waiting <= PATIENCE else min(broken, _LACKING))
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
         self._move_window()
@@ -206,7 +206,7 @@ class TextStream:
 
     def _move_window(self) -> None:
         """Start the window at the last border, if that leaves text to the left of the tokens to come."""
-        if len(self._ids) - self._border < (2 * _PATIENCE if self._waiting else _STRIDE):
+        if len(self._ids) - self._border < (2 * PATIENCE if self._waiting else STRIDE):
             return
         text = self._decode(self._border)
         if text:

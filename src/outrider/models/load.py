@@ -91,7 +91,7 @@ def load_target(
     found = _runtime(folder, implementation, max_length)
     if isinstance(found, str):
         return _load_hf(folder, dtype, where, quantize, max_length, found, role)
-    chosen = _choose_dtype(dtype, found.layout.stored, where, lean=True)
+    chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
     target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role), quantize=quantize)
     target.notices += _dtype_notices(folder, chosen, where, target.native is not None)
     return target
@@ -139,7 +139,7 @@ def _load_hf(
         )
     raw = read_raw_config(folder)
     admit(folder, raw)
-    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device, lean=False)
+    chosen = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device, lean=False)
     entries = read_entries(folder)
     check_numbers({name: entry.stored for name, entry in entries.items()}, bool(raw.get("quantization_config")))
     size = sum(math.prod(entry.shape) for entry in entries.values()) * chosen.itemsize
@@ -177,7 +177,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     entries = read_entries(folder)
     found = _runtime(folder, "auto")
     lean = not isinstance(found, str)
-    chosen = _choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where, lean=lean)
+    chosen = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where, lean=lean)
     if isinstance(found, Checkpoint):
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
@@ -231,7 +231,7 @@ def _named_dtype(name: str) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
-def _choose_dtype(name: str, stored: object, device: torch.device, *, lean: bool) -> torch.dtype:
+def choose_dtype(name: str, stored: object, device: torch.device, *, lean: bool) -> torch.dtype:
     """lean: our runtime may have the native decoder, whose arithmetic on bfloat16 weights is float32's everywhere."""
     named = _named_dtype(name)
     if named is not None:

@@ -71,7 +71,7 @@ class Translated:
         self.model, self.vocab_size = model, vocab_size
         self._ours = torch.tensor([a for a, _ in shared], device=model.device)
         self._theirs = torch.tensor([b for _, b in shared], device=model.device)
-        self._fed = torch.tensor(list(fed), device=model.device)
+        self.fed = torch.tensor(list(fed), device=model.device)
         self.hidden_size, self.layers, self.max_length = model.hidden_size, model.layers, model.max_length
         self.trees, self.rewinds, self.dtype, self.device = model.trees, model.rewinds, model.dtype, model.device
         self.notices: tuple[str, ...] = (
@@ -82,11 +82,11 @@ class Translated:
         return self.model.new_kv(slots, length)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
-        scores = self.model.forward(replace(rows, token=self._fed[rows.token]), kv, layers=layers)
+        scores = self.model.forward(replace(rows, token=self.fed[rows.token]), kv, layers=layers)
         return Scores(self._spread(scores.logits), scores.hidden)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
-        return self.model.embed(self._fed[token])
+        return self.model.embed(self.fed[token])
 
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         return self._spread(self.model.unembed(hidden))

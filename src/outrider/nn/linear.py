@@ -31,7 +31,7 @@ INT4_GROUP = 32
 _INT4_OUTPUTS = 16
 _BATCH_HINT = 4
 _FEW = 16
-"""Rows up to which a product is of its own size; larger ones are filled up (see `_filled`)."""
+"""Rows up to which a product is of its own size; larger ones are filled up (see `filled`)."""
 _SMALL = 1 << 18
 """Float32 weights of fewer numbers stay plain: a packed product costs some 20 microseconds to start, a plain one 5."""
 
@@ -90,7 +90,7 @@ class PlainLinear:
     def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
         if not self._prepares:
             return F.linear(x, self.weight, self.bias)
-        return F.linear(_filled(x), self.weight, self.bias)[: x.shape[0]]
+        return F.linear(filled(x), self.weight, self.bias)[: x.shape[0]]
 
     def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
         return residual + self(x)
@@ -107,10 +107,10 @@ class PackedLinear:
         self._weight, self._bias = reorder(weight.contiguous(), _BATCH_HINT), bias
 
     def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        return self._run(_filled(x), self._weight, self._bias, "none", [], "")[: x.shape[0]]
+        return self._run(filled(x), self._weight, self._bias, "none", [], "")[: x.shape[0]]
 
     def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
-        return self._run_add(_filled(x), _filled(residual), self._weight, self._bias, "add")[: x.shape[0]]
+        return self._run_add(filled(x), filled(residual), self._weight, self._bias, "add")[: x.shape[0]]
 
 
 class Int8Linear:
@@ -199,7 +199,7 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _packs(torch.bfloat16)
 
 
-def _filled(x: Float[Tensor, "n I"]) -> Float[Tensor, "m I"]:
+def filled(x: Float[Tensor, "n I"]) -> Float[Tensor, "m I"]:
     """The rows, and zeros up to a multiple of 8 (of 16 above 64 rows) where there are more than a few.
 
     oneDNN prepares a product for every number of rows it meets and keeps it, up to a thousand of them with 0.6 to 0.9 MB each.

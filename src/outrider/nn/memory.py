@@ -20,7 +20,7 @@ def available_memory(device: torch.device | str = "cpu") -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    known = [n for n in (_meminfo(), _control_group()) if n is not None]
+    known = [n for n in (meminfo(), _control_group()) if n is not None]
     return min(known) if known else None
 
 
@@ -35,7 +35,8 @@ def _readable(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _meminfo() -> int | None:
+def meminfo() -> int | None:
+    """What the kernel counts as available, in bytes; None where it does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -64,6 +64,12 @@ class Grammars:
         self._compiled: OrderedDict[str, tuple[Any, float]] = OrderedDict()  # and the seconds of work that it took
         self._lock = Lock()
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The grammars that are compiled, the last used last."""
+        with self._lock:
+            return tuple(self._compiled)
+
     def compile(self, text: str) -> None:
         """Compile 'regex:...' or 'json:{schema}' and keep it. Raises RequestError naming what is wrong, a grammar that costs more
         than LIMITS among it. May be called from any thread, ahead of `start`, so that an engine need not wait for it.

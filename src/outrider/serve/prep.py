@@ -56,7 +56,7 @@ class Unfit(Exception):
     """No process can be made for this tokenizer."""
 
 
-class _Process:
+class Process:
     """One process: takes a job at a time."""
 
     def __init__(self, hello: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class Pool:
     def __init__(self, most: int, hello: Callable[[], dict[str, Any]], share: int) -> None:
         self._hello, self._share = hello, share
         self._turns: dict[int, asyncio.Semaphore] = {}
-        self._idle: list[_Process] = []
+        self._idle: list[Process] = []
         self._free = asyncio.Semaphore(most)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -166,7 +166,7 @@ class Pool:
 
     async def _run(self, job: dict[str, Any], seconds: float, turn: asyncio.Semaphore) -> dict[str, Any]:
         try:
-            process = self._idle.pop() if self._idle else _Process(await asyncio.to_thread(self._hello))
+            process = self._idle.pop() if self._idle else Process(await asyncio.to_thread(self._hello))
             try:
                 return await process.do(job, seconds)
             finally:
@@ -197,7 +197,7 @@ class Prep:
         self.most = most
         core = core_of(tokenizer)
         self._folder = folder_of(tokenizer)
-        self._compiles = core is not None and find_spec("llguidance") is not None
+        self.compiles = core is not None and find_spec("llguidance") is not None
         self._reads = self._folder is not None or (core is not None and not getattr(tokenizer, "chat_template", None))
         self.wild, writing = (False, False) if core is None else wild(core)
         if writing:  # every token of every text goes through it, in the engine's thread
@@ -206,7 +206,7 @@ class Prep:
             )
         texts = lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)}  # noqa: E731
         grammars = lambda: {"grammar": core_of(tokenizer), "eos": list(eos)}  # noqa: E731
-        self._texts, self._grammars = (Pool(2, hello, 1 if shared else 2) for hello in (texts, grammars))
+        self._texts, self.grammars = (Pool(2, hello, 1 if shared else 2) for hello in (texts, grammars))
         self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # digest of a grammar: see `_tried`
 
     def aside(self, characters: int, template: bool) -> bool:
@@ -246,7 +246,7 @@ class Prep:
 
     async def try_grammar(self, text: str, owner: int = 0) -> None:
         """Compile a grammar in a process unless it is known. RequestError for a bad one and for one that is not done in time."""
-        if not self._compiles:
+        if not self.compiles:
             return  # the engine says so itself
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         if key not in self._known or self._known[key][1] < monotonic():
@@ -262,7 +262,7 @@ class Prep:
         """Why a grammar is refused, or an empty string, and until when that is known: what a busy machine did not do in time it may
         do later."""
         try:
-            answer = await self._grammars.do({"do": "grammar", "text": text}, GRAMMAR_SECONDS, owner)
+            answer = await self.grammars.do({"do": "grammar", "text": text}, GRAMMAR_SECONDS, owner)
         except Unfit:
             return "structured output is not possible with this model's tokenizer", inf
         except Ended as error:
@@ -275,7 +275,7 @@ class Prep:
     async def close(self) -> None:
         """End the processes."""
         await self._texts.close()
-        await self._grammars.close()
+        await self.grammars.close()
 
 
 class TooLong(RequestError):

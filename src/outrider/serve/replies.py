@@ -100,7 +100,7 @@ class Reply:
         try:
             await self._prepare()
             async for batch in bridge.events(self.ticket):
-                for data in self._rendered(batch, pad):
+                for data in self.rendered(batch, pad):
                     yield data
                     if len(batch) > PIECE:
                         await asyncio.sleep(0)  # others' turn
@@ -111,7 +111,7 @@ class Reply:
             yield frame(error_body(str(error), kind, None, None), pad)
         yield DONE
 
-    def _rendered(self, batch: list[tuple[int, Event]], pad: bool) -> Iterator[bytes]:
+    def rendered(self, batch: list[tuple[int, Event]], pad: bool) -> Iterator[bytes]:
         """The chunks of what has come up."""
         for start in range(0, len(batch), PIECE):
             new = self._take(batch[start : start + PIECE])

@@ -140,7 +140,7 @@ def sequence_policy(chain: Chain, weight: float) -> KLPolicy:
     steps = np.empty((2, chain.horizon, chain.states))
     for n in range(chain.horizon - 1, -1, -1):
         p, q = chain.target[n], chain.draft[n]
-        pi = kernels[n] = _bellman(p, q, value[n + 1], weight)
+        pi = kernels[n] = bellman(p, q, value[n + 1], weight)
         steps[:, n] = np.maximum(q - pi, 0.0).sum(axis=1), kl_unchecked(pi, p)
         value[n] = steps[0, n] + weight * steps[1, n] + pi @ value[n + 1]
     state, totals = chain.start, np.zeros(2)
@@ -219,7 +219,7 @@ def _check_direction(direction: str) -> None:
         raise ValueError(f"direction must be one of {get_args(Direction)}, got {direction!r}")
 
 
-def _bellman(p: Array, q: Array, future: Array, weight: float) -> Array:
+def bellman(p: Array, q: Array, future: Array, weight: float) -> Array:
     """pi of the dynamic program, (V, V): bisection on log c, then the level itself from the sets it leaves clipped."""
     with np.errstate(divide="ignore"):
         log_q, log_p = np.log(q), np.log(p) - future / weight

@@ -67,7 +67,7 @@ class OptimalTransport(ByNode):
             return recursive_rejection(here, draft, children)
         law, tokens = found
         if here.shape[1] > EVERY_TOKEN:
-            done = native.transport(here, law, tokens, PIECES, _points((len(tokens) + 1) // 2))
+            done = native.transport(here, law, tokens, PIECES, gauss_points((len(tokens) + 1) // 2))
             if done is not None:
                 return NodeSet(in_turn(done.taken), done.rest, c.unit(done.left))
         return plain_choice(here.double(), law.double(), tokens)
@@ -118,7 +118,7 @@ class Choice:
         width = np.diff(self.ends, prepend=0.0)
         density = np.array([self.density(int(self.slope_of[j])) for j in pieces])
         below = np.cumsum(density * width, axis=1) - density * width
-        at, weight = _points((len(pieces) + 1) // 2)  # exact: the integrand has degree k - 1
+        at, weight = gauss_points((len(pieces) + 1) // 2)  # exact: the integrand has degree k - 1
         inside = below[:, :, None] + (density * width)[:, :, None] * (0.5 + 0.5 * at)
         out = []
         for i in range(len(pieces)):
@@ -129,7 +129,7 @@ class Choice:
 
 
 @cache
-def _points(n: int) -> tuple[Array, Array]:
+def gauss_points(n: int) -> tuple[Array, Array]:
     """Gauss-Legendre points and weights on [-1, 1]; found by eigenvalues, so once is enough."""
     return np.polynomial.legendre.leggauss(n)
 

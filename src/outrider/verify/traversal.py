@@ -61,7 +61,7 @@ class Traversal:
             return BlockVerification()(p, draft, noise, allowance)
         paths, tokens, judged, risks = [], [], [], []
         for b in range(len(draft.counts)):
-            path, token, whole, risk = _judge(p, draft, noise, b)
+            path, token, whole, risk = judge_sequence(p, draft, noise, b)
             paths.append(path)
             tokens.append(token)
             judged.append(len(path) + (not whole))
@@ -83,7 +83,7 @@ class Stop:
     whole: bool
 
 
-def _judge(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[tuple[int, ...], int, bool, float]:
+def judge_sequence(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[tuple[int, ...], int, bool, float]:
     """Path, next token, whether a leaf stands, and the probability that none does."""
     number = _numbers(draft, b)
     found: Stop | None = None

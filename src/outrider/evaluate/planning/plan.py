@@ -140,7 +140,7 @@ def time_steps(
     texts = engine.encode_all(prompts)
     arms = {k: Arm(str(k), companion(engine, k[0], length=k[1], slots=k[2])) for k in keys}
     out = {key: StepTiming(key[2]) for key in keys}
-    work = [(turn, key, kind) for key in keys for turn, kind in _turns(key[2], len(texts), rounds, check)]
+    work = [(turn, key, kind) for key in keys for turn, kind in turns_of(key[2], len(texts), rounds, check)]
     chance = random.Random(seed)
     work.sort(key=lambda w: (w[0], chance.random()))
     for key, arm in arms.items():
@@ -154,7 +154,7 @@ def time_steps(
     return out
 
 
-def _turns(batch: int, prompts: int, rounds: int, check: bool) -> list[tuple[float, str]]:
+def turns_of(batch: int, prompts: int, rounds: int, check: bool) -> list[tuple[float, str]]:
     """When (from 0 to below 1) a configuration has its runs, and of which kind: spread evenly over the whole time."""
     out = [(i / rounds, "planned") for i in range(rounds)]
     return out + [(start / prompts, "checked") for start in range(0, prompts, batch)] if check else out

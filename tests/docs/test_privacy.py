@@ -1,0 +1,138 @@
+"""Nobody reads what another package keeps private: not the package's modules, not the tests, recipes, benchmarks and examples.
+
+A private name of ours may be used in the package where it stands, and there only. What is still read from outside is listed,
+each with what will end it; an entry that nobody needs any more fails too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLACES = ("src", "tests", "recipes", "benchmarks", "examples")
+
+MODULES = {  # private modules that others import, and why they still may
+    "outrider.drafters.tree.draws": "becomes drafters/tree/draws",
+    "outrider.drafters.eagle.network": "becomes drafters/eagle/network",
+    "outrider.drafters.checkpoint": "becomes drafters/checkpoint",
+    "outrider.drafters.tree.forest": "becomes drafters/tree/forest",
+    "outrider.drafters.tree.growth": "becomes drafters/tree/growth",
+    "outrider.drafters._serving": "becomes nn/linear",
+    "outrider.drafters.vocabulary": "becomes drafters/vocabulary",
+    "outrider.theory._laws": "becomes theory/laws",
+    "outrider.verify.numerics": "becomes verify/numerics",
+}
+NAMES = {  # (file, private name): why it still may be read there
+    ("tests/unit/test_drafters_block.py", "_held"): "RowCache.length",
+    ("tests/unit/test_drafters_block.py", "_kv"): "RowCache.length",
+    ("tests/unit/test_drafters_block.py", "_next"): "RowCache.length",
+    ("tests/unit/test_drafters_learned.py", "_places"): "RowCache.length",
+    ("tests/unit/test_drafters_load.py", "_sizes"): "the sizes of NGram",
+    ("tests/unit/test_drafters_model.py", "_bound"): "the cache of ModelDrafter",
+    ("tests/unit/test_families.py", "_path"): "HFTarget's way to hand states over",
+    ("tests/unit/test_feature1.py", "_draft"): "the pending draft of the engine",
+    ("tests/unit/test_prediction_work.py", "_places"): "the places of a prediction",
+    ("tests/unit/test_prediction_work.py", "_pointer"): "the places of a prediction",
+    ("tests/unit/test_prediction_work.py", "_read"): "the places of a prediction",
+    ("tests/unit/test_prediction_work.py", "_Pointer"): "the places of a prediction",
+    ("tests/unit/test_sharing.py", "_forget"): "an engine that ends one sample",
+    ("tests/unit/test_sharing.py", "_queue"): "how many wait for a turn",
+    ("tests/unit/test_sharing.py", "_readers"): "the streams that an engine still serves",
+    ("tests/unit/test_sharing.py", "_sequences"): "the live requests of an engine",
+    ("tests/serve/test_nightly.py", "_sequences"): "the live requests of an engine",
+}
+FOREIGN = {  # private names of others that have no public one
+    *("_attn_implementation", "_backbone_forward", "_exit", "_expand_kernel_impl", "_fields", "_getframe"),
+    *("_register_builtin", "_replace"),
+}
+OWN = ("self", "cls")
+
+
+def sources() -> list[Path]:
+    return [path for place in PLACES for path in sorted((ROOT / place).rglob("*.py"))]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def package_of(path: Path) -> str:
+    """`outrider.verify` for a module in it; the folder's name outside `src`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[1:-1] if parts[0] == "src" else parts[:1])
+
+
+def private_imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Private modules and names of ours that are imported from another package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "outrider":
+            found = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names if alias.name.split(".")[0] == "outrider"]
+        else:
+            continue
+        for name in found:
+            parts = name.split(".")
+            at = next((i for i, part in enumerate(parts) if is_private(part)), None)
+            if at is not None and ".".join(parts[:at]) != package:
+                yield ".".join(parts[: at + 1])
+
+
+def private_reads(tree: ast.AST) -> Iterator[str]:
+    """Private attributes of anything but `self`, of this class's parents and of what this file itself defines."""
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
+    defined |= {
+        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and _owned(n)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and not _owned(node) and node.attr not in defined:
+            yield node.attr
+
+
+def _owned(node: ast.Attribute) -> bool:
+    of = node.value
+    parent = isinstance(of, ast.Call) and isinstance(of.func, ast.Name) and of.func.id == "super"
+    return parent or (isinstance(of, ast.Name) and of.id in OWN)
+
+
+def test_no_private_module_is_imported_from_another_package() -> None:
+    found: dict[str, set[str]] = {}
+    for path in sources():
+        for name in private_imports(ast.parse(path.read_text()), package_of(path)):
+            found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in found.items() if name not in MODULES} == {}
+    assert set(MODULES) - set(found) == set(), "nobody imports these any more: take them out of the list"
+
+
+def test_no_private_attribute_of_ours_is_read_outside_the_package() -> None:
+    found: set[tuple[str, str]] = set()
+    for path in sources():
+        if not path.is_relative_to(ROOT / "src"):
+            name = str(path.relative_to(ROOT))
+            found |= {(name, attr) for attr in private_reads(ast.parse(path.read_text())) if attr not in FOREIGN}
+    assert found - set(NAMES) == set()
+    assert set(NAMES) - found == set(), "nobody reads these any more: take them out of the list"
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "wanted"),
+    [
+        ("from outrider.verify.numerics import draw", "tests", ["outrider.verify.numerics"]),
+        ("from outrider.verify import _common as c", "outrider.drafters", ["outrider.verify.numerics"]),
+        ("from outrider.verify import _common as c", "outrider.verify", []),
+        ("import outrider.theory._laws", "tests", ["outrider.theory._laws"]),
+        ("from outrider import __version__", "outrider.cli", []),
+        ("from torch import _C", "tests", []),
+    ],
+)
+def test_the_control_imports(source: str, package: str, wanted: list[str]) -> None:
+    assert sorted(set(private_imports(ast.parse(source), package))) == wanted
+
+
+def test_the_control_reads() -> None:
+    source = "class A:\n  def f(self): self._x = super()._y\none._z = one._x"
+    assert list(private_reads(ast.parse(source))) == ["_z"]
