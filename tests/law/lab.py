@@ -22,6 +22,8 @@ from outrider.types import POINT_MASS, Draft, Proposal, Verdict
 
 EDGE = 1e-13
 """How near to the ends of a cell coins are placed: thresholds are checked to this."""
+EXACT = 1e-12
+"""What is left of a distribution's error in float64: rounding."""
 COARSE = 1e-5
 """The same for laws whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
 
@@ -53,6 +55,17 @@ class Shape:
 
 def chain(length: int, law: bool = True) -> Shape:
     return Shape(tuple(range(-1, length - 1)), (law,) * length)
+
+
+def shapes(siblings: Siblings = "iid") -> dict[str, Shape]:
+    """Trees of several siblings, all drawn from their laws."""
+    pair = (True, True)
+    return {
+        "two": Shape((-1, -1), pair, siblings),
+        "three": Shape((-1, -1, -1), (True,) * 3, siblings),
+        "two by two": Shape((-1, -1, 0, 0, 1, 1), (True,) * 6, siblings),
+        "uneven": Shape((-1, -1, -1, 1, 1, 4), (True,) * 6, siblings),
+    }
 
 
 def some(count: int, share: float) -> int:
@@ -150,7 +163,9 @@ def reference_toss(r: np.ndarray, q: np.ndarray | None, x: int) -> tuple[float, 
 
 
 class Enumerator:
-    """Emits the probes of one case."""
+    """Emits the probes of one case. near: how near to the ends of a cell its rules' thresholds are checked."""
+
+    near = EDGE
 
     def __init__(self, case: int, world: World, rng: np.random.Generator, edge: float) -> None:
         self.case, self.world, self.rng, self.edge = case, world, rng, edge
@@ -251,6 +266,20 @@ def assert_exact(found: Findings, tolerance: float) -> None:
     assert found.law.max() <= tolerance
     assert found.ledger.max() <= tolerance, "E[risk - rejections] is not zero"
     assert found.spread.max() <= tolerance, "E[(risk - rejections)^2] is not E[spread]"
+
+
+def check_rule(
+    rule: RuleFn,
+    enumerator: type[Enumerator],
+    worlds: Sequence[World],
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    edge: float | None = None,
+    tolerance: float = EXACT,
+) -> None:
+    """The rule keeps the target's distribution in every one of `worlds`, and its ledger is right; `seed` places the coins."""
+    edge = enumerator.near if edge is None else edge
+    assert_exact(examine(rule, worlds, np.random.default_rng([seed, 1]), dtype, edge, enumerator), tolerance)
 
 
 def chances_in_turn(chances: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ longest prefix i whose coin is below h_i is kept. Enumerated, so nothing is samp
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -20,28 +21,28 @@ from outrider.verify.block import BlockVerification
 from outrider.verify.tree import SpeculativeSampling
 from tests.law.lab import (
     COARSE,
-    SHARES,
+    EXACT,
     Enumerator,
     Probe,
     Shape,
     World,
-    assert_exact,
     chain,
+    check_rule,
     examine,
     index,
     random_world,
     rounded,
-    some,
 )
 
 RULE = BlockVerification()
-EXACT = 1e-12
 NEAR = 1e-9
 """How near to the ends of a cell coins are placed. h is a ratio of two small numbers where p is nearly q."""
 
 
 class BlockEnumerator(Enumerator):
     """Cells of the coins of a chain that is judged as a block; thresholds by the paper's formulas, in numpy."""
+
+    near = NEAR
 
     def probes(self) -> Iterator[Probe]:
         for token, weight in self._drafts((), 1.0):
@@ -90,29 +91,7 @@ class BlockEnumerator(Enumerator):
             weight *= 1.0 - h
 
 
-CASES = [  # name, vocabulary, shape, support, cases
-    ("one", 3, chain(1), None, 1000),
-    ("two", 3, chain(2), None, 600),
-    ("three", 3, chain(3), None, 200),
-    ("four, two tokens", 2, chain(4), None, 300),
-    ("point masses", 3, chain(3, law=False), None, 300),
-    ("some point masses", 3, Shape((-1, 0, 1), (True, False, True)), None, 200),
-    ("support", 4, chain(2), np.array([2, 0, 3]), 150),
-]
-
-
-def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = NEAR, tolerance: float = EXACT) -> None:
-    found = examine(RULE, worlds, np.random.default_rng([seed, 1]), dtype, edge, BlockEnumerator)
-    assert_exact(found, tolerance)
-
-
-@SHARES
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case, share):
-    name, vocab, shape, support, count = case
-    rng, count = np.random.default_rng([21, len(name), vocab]), some(count, share)
-    for _ in range(0, count, 200):
-        check([random_world(rng, vocab, shape, support) for _ in range(min(count, 200))], 1)
+check = partial(check_rule, RULE, BlockEnumerator)
 
 
 def test_float32():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,11 @@ from outrider.verify.tree import SpeculativeSampling
 from tests.law.lab import (
     COARSE,
     EDGE,
+    EXACT,
     SHARES,
     Enumerator,
     Shape,
-    World,
-    assert_exact,
-    chain,
+    check_rule,
     examine,
     index,
     random_world,
@@ -25,7 +26,6 @@ from tests.law.lab import (
 )
 
 RULE = KSeq()
-EXACT = 1e-12
 
 
 def bisect(p: np.ndarray, q: np.ndarray, k: int) -> float:
@@ -47,6 +47,8 @@ def bisect(p: np.ndarray, q: np.ndarray, k: int) -> float:
 class KSeqEnumerator(Enumerator):
     """Node sets of i.i.d. siblings are tested against p itself with rho q; all others as by recursive rejection."""
 
+    near = 1e-11
+
     def _tests(self, kids, drawn, prefix, r) -> tuple[list[float], np.ndarray]:
         if not self._all(kids, "iid"):
             return super()._tests(kids, drawn, prefix, r)
@@ -59,30 +61,9 @@ class KSeqEnumerator(Enumerator):
 
 
 PAIR = (True, True)
-CASES = [
-    ("two", 3, Shape((-1, -1), PAIR), 300),
-    ("three", 3, Shape((-1, -1, -1), (True,) * 3), 80),
-    ("four", 2, Shape((-1,) * 4, (True,) * 4), 60),
-    ("two by two", 2, Shape((-1, -1, 0, 0, 1, 1), (True,) * 6), 40),
-    ("chain", 3, chain(2), 60),
-    ("points", 3, Shape((-1, -1, 0), (False,) * 3), 60),
-    ("mixed", 3, Shape((-1, -1, -1, 0), (True, False, True, True)), 40),
-    ("without replacement", 3, Shape((-1, -1), PAIR, "without_replacement"), 60),
-]
 
 
-def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-11, tolerance: float = EXACT) -> None:
-    found = examine(RULE, worlds, np.random.default_rng([seed, 1]), dtype, edge, KSeqEnumerator)
-    assert_exact(found, tolerance)
-
-
-@SHARES
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case, share):
-    name, vocab, shape, count = case
-    rng = np.random.default_rng([31, len(name), vocab])
-    full = shape.siblings == "without_replacement"
-    check([random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 1)
+check = partial(check_rule, RULE, KSeqEnumerator)
 
 
 @SHARES

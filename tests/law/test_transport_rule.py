@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,13 +17,12 @@ from outrider.verify.transport import OptimalTransport, best_choice, choose
 from tests.law.lab import (
     COARSE,
     EDGE,
+    EXACT,
     SHARES,
     Enumerator,
     Shape,
-    World,
-    assert_exact,
-    chain,
     chances_in_turn,
+    check_rule,
     examine,
     index,
     random_world,
@@ -31,7 +31,6 @@ from tests.law.lab import (
 )
 
 RULE = OptimalTransport()
-EXACT = 1e-12
 
 
 def chances(p: np.ndarray, q: np.ndarray, drawn: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +41,8 @@ def chances(p: np.ndarray, q: np.ndarray, drawn: tuple[int, ...]) -> tuple[np.nd
 
 class TransportEnumerator(Enumerator):
     """At a node of i.i.d. siblings: the first of equal tokens has all their chance, and passes with min(1, p / m)."""
+
+    near = 1e-11
 
     def _tests(self, kids, drawn, prefix, r) -> tuple[list[float], np.ndarray]:
         if not self._all(kids, "iid"):
@@ -56,31 +57,9 @@ class TransportEnumerator(Enumerator):
 
 
 PAIR = (True, True)
-CASES = [
-    ("two", 3, Shape((-1, -1), PAIR), 120),
-    ("two of five", 5, Shape((-1, -1), PAIR), 25),
-    ("three", 3, Shape((-1, -1, -1), (True,) * 3), 30),
-    ("four", 2, Shape((-1,) * 4, (True,) * 4), 60),
-    ("two by two", 2, Shape((-1, -1, 0, 0, 1, 1), (True,) * 6), 40),
-    ("chain", 3, chain(2), 60),
-    ("points", 3, Shape((-1, -1, 0), (False,) * 3), 60),
-    ("mixed", 3, Shape((-1, -1, -1, 0), (True, False, True, True)), 40),
-    ("without replacement", 3, Shape((-1, -1), PAIR, "without_replacement"), 60),
-]
 
 
-def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-11, tolerance: float = EXACT) -> None:
-    found = examine(RULE, worlds, np.random.default_rng([seed, 1]), dtype, edge, TransportEnumerator)
-    assert_exact(found, tolerance)
-
-
-@SHARES
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case, share):
-    name, vocab, shape, count = case
-    rng = np.random.default_rng([41, len(name), vocab])
-    full = shape.siblings == "without_replacement"
-    check([random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 1)
+check = partial(check_rule, RULE, TransportEnumerator)
 
 
 @SHARES

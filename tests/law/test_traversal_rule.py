@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
-import pytest
 import torch
 
 from outrider.verify import traversal
@@ -15,28 +15,27 @@ from outrider.verify.tree import SpeculativeSampling
 from tests.law.lab import (
     COARSE,
     EDGE,
-    SHARES,
+    EXACT,
     Enumerator,
     Probe,
     Shape,
-    World,
     after,
     assemble,
-    assert_exact,
     chain,
+    check_rule,
     examine,
     index,
     random_world,
     rounded,
-    some,
 )
 
 RULE = Traversal()
-EXACT = 1e-12
 
 
 class TraversalEnumerator(Enumerator):
     """Draws the whole tree, then plays the leaves in turn; laws and shares by recursion on plain arrays."""
+
+    near = 1e-11
 
     def probes(self) -> Iterator[Probe]:
         stray = self.rng.integers(self.world.vocab, size=len(self.world.shape.parent)).tolist()
@@ -103,32 +102,9 @@ class TraversalEnumerator(Enumerator):
 
 
 PAIR = (True, True)
-CASES = [
-    ("two", 3, Shape((-1, -1), PAIR), 200),
-    ("three", 3, Shape((-1, -1, -1), (True,) * 3), 40),
-    ("two by two", 2, Shape((-1, -1, 0, 0, 1, 1), (True,) * 6), 30),
-    ("uneven", 3, Shape((-1, -1, 0, 2), (True,) * 4), 20),
-    ("deep then wide", 2, Shape((-1, 0, 1, 1, 0), (True,) * 5), 40),
-    ("points", 3, Shape((-1, -1, 0, 0), (False,) * 4), 60),
-    ("mixed", 3, Shape((-1, -1, -1, 0), (True, False, True, True)), 20),
-    ("without replacement", 3, Shape((-1, -1, 0, 0), (True,) * 4, "without_replacement"), 30),
-    ("chain", 3, chain(2), 40),
-    ("hub", 3, Shape((-1, -1, 0, 0), (True,) * 4, "hub"), 20),
-]
 
 
-def check(worlds: list[World], seed: int, dtype=torch.float64, edge: float = 1e-11, tolerance: float = EXACT) -> None:
-    found = examine(RULE, worlds, np.random.default_rng([seed, 1]), dtype, edge, TraversalEnumerator)
-    assert_exact(found, tolerance)
-
-
-@SHARES
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_law_is_the_targets(case, share):
-    name, vocab, shape, count = case
-    rng = np.random.default_rng([61, len(name), vocab])
-    full = shape.siblings == "without_replacement"
-    check([random_world(rng, vocab, shape, full=full) for _ in range(some(count, share))], 1)
+check = partial(check_rule, RULE, TraversalEnumerator)
 
 
 def test_float32():
