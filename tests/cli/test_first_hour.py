@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from outrider.cli import paths, tables
+from outrider.cli import paths, tables, terminal
 from outrider.cli.closing import Closing, sentence
 from outrider.cli.main import app, main, out_of_memory
 from outrider.errors import ConfigError
