@@ -121,7 +121,7 @@ def test_given_completions_and_measured_costs(run, tmp_path: Path) -> None:
     ("argv", "words"),
     [
         (("--from-logs", "/nowhere.jsonl"), "no such file"),
-        (("--from-logs", "LOG", "--measure"), "say --draft-cost instead"),
+        (("--from-logs", "LOG", "--measure"), "give --draft-cost instead"),
         (("--from-logs", "LOG", "--verify-cost", "1"), "needs --draft-cost"),
         (("--from-logs", "LOG", "--draft-cost", "0.1", "--verify-cost", "a"), "numbers separated by commas"),
         (("--from-logs", "LOG", "--draft-cost", "0.1", "--verify-cost", "0"), "positive"),
