@@ -12,7 +12,7 @@ from outrider.evaluate.audit.alternatives import WORDS
 from outrider.params import SamplingParams
 
 EXACT, NOT_THE_TARGET, INCONCLUSIVE = "exact so far", "not the target's law", "inconclusive"
-"""Outcomes, as documents spell them."""
+"""Outcomes, as documents have always spelled them; a sentence begins with its outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,8 @@ class AuditResult:
         """The answer in one sentence."""
         if self.outcome == NOT_THE_TARGET:
             if self.violations:
-                return f"not the target's distribution: {self.violations[0]}"
-            return f"not the target's distribution: {WORDS[self.cause or 'unexplained']} ({self.label})"
+                return f"{self.outcome}: {self.violations[0]}"
+            return f"{self.outcome}: {WORDS[self.cause or 'unexplained']} ({self.label})"
         if self.outcome == EXACT:
             return f"exact so far: a bias of {self.resolution:.3g} total variation per token would have been seen"
         if self.control_honest >= math.log10(1 / self.level):
