@@ -234,7 +234,7 @@ MUTANTS = [  # name, module, text, mistake, the check that kills it
     ("rows: a child hangs on the anchor", TYPES, "tuple(size + up for up in parents)", "tuple(size - 1 for up in parents)", strings),
     ("rows: scored one row early", TYPES, "anchors.append(first + size - 1)", "anchors.append(first + max(size - 2, 0))", strings),
     ("take: the first sequence's tree for all", TYPES, "[self.tree(b) if b >= 0", "[self.tree(0) if b >= 0", itself),
-    ("take: laws in the old order", TYPES, "tuple(self.q.row[k] for k in nodes), self.q.support", "tuple(self.q.row[: len(nodes)]), self.q.support", itself),
+    ("take: laws in the old order", TYPES, "row=tuple(self.q.row[k] for k in nodes)", "row=tuple(self.q.row[: len(nodes)])", itself),
     ("cache: the accepted path stays where it was drafted", KV, "if list(path) != list(range(len(path))):", "if False:", caches),
     ("cache: only the keys move", KV, "            self.v[:, s.slot, :, base : base + len(path)] = self.v[:, s.slot].index_select(2, place)\n", "", strings),
     ("cache: rejected rows stay", KV, "self.length[s.slot] = base + len(path)", "self.length[s.slot] = base + len(s.parent)", strings),

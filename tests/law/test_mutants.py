@@ -197,28 +197,29 @@ def decode(subject: Subject, p: np.ndarray, q: np.ndarray, sequences: int, width
 
 
 # ----------------------------------------------------------------- the mistakes
-COIN = 'if not noise.uniform(b, d + 1, "accept") * (qx[k] if lawful else 1.0) < px[k]:'
+SCALE = "(qx[k] if c.is_mass(qx[k]) else 1.0) < px[k]"
+COIN = f'if not noise.uniform(b, d + 1, "accept") * {SCALE}:'
 INTEGRATED = "len(before) == len(children) and len(rows) == 1 and"
 ONE_HOT = "if top >= 1.0 and len(only := p.nonzero()) == 1:"
 WRONG_COLUMNS = "weight.index_add_(1, support.sort()[0],"
 CUT = "torch.searchsorted(cumulative, level * total, right=True)"
 MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("chain: accepts every draft", "chain", COIN, "if False:", chains),
-    ("chain: inverted ratio", "chain", COIN, COIN.replace("(qx[k] if lawful else 1.0) < px[k]", "px[k] < qx[k]"), chains),
-    ("chain: compares with p only", "chain", "(qx[k] if lawful else 1.0) < px[k]", "1.0 < px[k]", chains),
-    ("chain: acceptance coin picks the residual", "chain", '"final") for b in order', '"accept") for b in order', chains),
-    ("chain: judged by its own row", "chain", "range(first, first + n - 1)", "range(first + 1, first + n)", chains),
-    ("chain: anchor row of a neighbour", "chain", "rows.append(b)", "rows.append(0)", chains),
-    ("chain: bonus from the row before", "chain", "row = len(draft.counts) + k\n", "row = len(draft.counts) + k - 1\n", chains),
-    ("chain: residual of the refused row", "chain", "d + 1, row, k,", "d + 1, len(draft.counts) + k, k,", chains),
-    ("chain: residual with another node's law", "chain", "draft.q.row[k] if lawful and", "draft.q.row[low] if lawful and", chains),
-    ("chain: residual drawn from p", "chain", "if laws and draft.q is not None:", "if False:", chains),
-    ("chain: refused point mass stays in", "chain", "if points:", "if False:", chains),
-    ("chain: last token of a neighbour", "chain", "tokens[b] = int(host[i])", "tokens[i] = int(host[i])", chains),
-    ("chain: rejection not counted as judged", "chain", "_Walk(d, d + 1, row", "_Walk(d, d, row", ledger),
-    ("chain: unjudged nodes in the ledger", "chain", "low[b] + w.judged)", "low[b] + draft.counts[b])", ledger),
-    ("chain: risk from the next row", "chain", "[rows[k] for k in nodes]", "[rows[k] + 1 for k in nodes]", ledger),
-    ("chain: risk with another law", "chain", "[draft.q.row[k] for k in nodes]", "[draft.q.row[0] for k in nodes]", ledger),
+    ("chain: inverted ratio", "chain", COIN, COIN.replace(SCALE, "px[k] < qx[k]"), chains),
+    ("chain: compares with p only", "chain", SCALE, "1.0 < px[k]", chains),
+    ("chain: acceptance coin picks the residual", "chain", 'accepted + 1, "final")', 'accepted + 1, "accept")', chains),
+    ("chain: judged by its own row", "chain", "(p, draft.parent_rows,", "(p, [draft.row(0, k) for k in range(n)],", chains),
+    ("chain: judged by the anchor", "chain", "(p, draft.parent_rows,", "(p, [draft.sequence_of_row[r] for r in draft.parent_rows],", chains),
+    ("chain: bonus from the row before", "chain", "nodes[accepted - 1] if accepted else -1)", "nodes[accepted - 1] - 1 if accepted else -1)", chains),
+    ("chain: residual of the refused row", "chain", "nodes[accepted - 1] if accepted else -1)", "nodes[accepted] if accepted < len(nodes) else nodes[-1])", chains),
+    ("chain: residual with another node's law", "chain", "draft.q, draft.q.row[k], w", "draft.q, draft.q.row[nodes[0]], w", chains),
+    ("chain: residual drawn from p", "chain", "    elif draft.q is not None and", "    elif False and", chains),
+    ("chain: refused point mass stays in", "chain", "c.draw_without(here, draft.tokens[k], u)", "c.draw_one(here, u)", chains),
+    ("chain: last token of a neighbour", "chain", "noise, b, accepted[b], 1.0, qx) for b in", "noise, 0, accepted[0], 1.0, qx) for b in", chains),
+    ("chain: rejection not counted as judged", "chain", "judged = nodes[: n + 1]", "judged = nodes[:n]", ledger),
+    ("chain: unjudged nodes in the ledger", "chain", "judged = nodes[: n + 1]", "judged = nodes", ledger),
+    ("chain: risk from the next row", "chain", "p[row : row + 1], draft.q.probs", "p[row + 1 : row + 2], draft.q.probs", ledger),
+    ("chain: risk with another law", "chain", "draft.q.probs[law : law + 1]", "draft.q.probs[:1]", ledger),
     ("residual |p - q|", "numerics", "weight.clamp_(min=0)", "weight.abs_()", chains),
     ("residual not normalised", "numerics", CUT, f"({CUT.replace(' * total', '')}).clamp(max=weight.shape[1] - 1)", chains),
     ("residual by argmax", "numerics", f"{CUT}.squeeze(1)", "weight.argmax(1)", chains),
@@ -236,10 +237,10 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
     ("tree: law not normalised after a draw", "tree", "law / rest if rest > 0 else law", "law", trees),
     ("tree: i.i.d. read as without replacement", "tree", 'if self.siblings == "iid":', 'if self.siblings != "iid":', trees),
     ("tree: siblings share a coin", "tree", '"accept", j) * scale', '"accept", 0) * scale', trees),
-    ("tree: stays at the anchor's row", "tree", "row = len(draft.counts) + taken", "row = b", trees),
+    ("tree: stays at the anchor's row", "tree", "row = draft.row(b, taken)", "row = b", trees),
     ("tree: all refused, drawn from p", "tree", "rest = nodes.rest", "pass", trees),
     ("tree: refused point mass stays in", "tree", "weight[0, x] = 0", "pass", trees),
-    ("tree: bonus from the parent's row", "tree", "rest = p[row : row + 1]\n    return", "pass\n    return", trees),
+    ("tree: bonus from the parent's row", "tree", "rest = p[row : row + 1]\n    u =", "pass\n    u =", trees),
     ("tree: risk of the first sibling only", "tree", "math.prod(before if integrated else given)", "(before or given)[0]", ledger),
     ("tree: integrated risk without replacement", "tree", '(len(children) == 1 or laws.siblings == "iid")', "True", ledger),
     ("tree: point masses left out of the risk", "tree", INTEGRATED, "bool(before) and", ledger),
@@ -260,12 +261,12 @@ MUTANTS = [  # name, file, text, mistake, the check that kills it
 
 # The same rules where a compiler is: the Python around the native passes, and the passes themselves.
 NATIVE_MUTANTS = [
-    ("native chain: acceptance coin picks the residual", "chain", '"final"), p[walk.row', '"accept"), p[walk.row', chains),
-    ("native chain: residual drawn from p", "chain", "if walk.law >= 0 and draft.q is not None:", "if False:", chains),
-    ("native chain: refused point mass stays in", "chain", "elif walk.refused >= 0:", "elif False:", chains),
-    ("native chain: last token from the anchor", "chain", "p[walk.row : walk.row + 1]", "p[b : b + 1]", chains),
-    ("native chain: risk from the next row", "chain", "p[rows[k] : rows[k] + 1]", "p[rows[k] + 1 : rows[k] + 2]", ledger),
-    ("native chain: risk with another law", "chain", "law = draft.q.row[k]\n        shared", "law = 0\n        shared", ledger),
+    ("native chain: acceptance coin picks the residual", "chain", 'accepted + 1, "final")', 'accepted + 1, "accept")', chains),
+    ("native chain: residual drawn from p", "chain", "    elif draft.q is not None and", "    elif False and", chains),
+    ("native chain: refused point mass stays in", "chain", "c.draw_without(here, draft.tokens[k], u)", "c.draw_one(here, u)", chains),
+    ("native chain: last token from the anchor", "chain", "here, k = p[row : row + 1]", "here, k = p[b : b + 1]", chains),
+    ("native chain: risk from the next row", "chain", "p[row : row + 1], draft.q.probs", "p[row + 1 : row + 2], draft.q.probs", ledger),
+    ("native chain: risk with another law", "chain", "draft.q.probs[law : law + 1]", "draft.q.probs[:1]", ledger),
 ]  # fmt: skip
 CXX_MUTANTS = [
     ("residual |p - q|", "return x > 0 ? x : 0.0;", "return x > 0 ? x : -x;", chains),
