@@ -18,6 +18,8 @@ from outrider.verify.chain import judge_chains
 from outrider.verify.multidraft import KSeq
 from outrider.verify.transport import OptimalTransport
 from outrider.verify.tree import in_turn, judge_forest
+from tests.law.lab import EDGE, Enumerator, Shape, chain, examine, random_world
+from tests.law.test_block_rule import NEAR, BlockEnumerator
 
 
 def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtype, tree: bool = False):
@@ -79,6 +81,23 @@ def test_an_accelerator_decides_as_the_host_does(rule, vocab, sequences, rounds,
     for _ in range(rounds):
         p, draft, noise = step(rng, sequences, vocab, dtype)
         assert fetch(rule.launch(p, draft, noise)) == [rule(p, draft, noise)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "enumerator", "edge"),
+    [(SpeculativeSampling(), Enumerator, EDGE), (BlockVerification(), BlockEnumerator, NEAR)],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_an_accelerator_keeps_the_law(rule, enumerator, edge):
+    """Output law and ledger by enumeration: laws, point masses, both, and a draft vocabulary."""
+    rng = np.random.default_rng(27)
+    shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, law=False)]
+    worlds = [random_world(rng, 3, shape) for shape in shapes for _ in range(6)]
+    for some in (worlds, [random_world(rng, 4, chain(2), np.array([2, 0, 3])) for _ in range(6)]):
+        found = examine(
+            lambda p, draft, noise: fetch(rule.launch(p, draft, noise))[0], some, rng, edge=edge, enumerator=enumerator
+        )
+        assert max(found.law.max(), found.ledger.max()) < 1e-11
 
 
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
@@ -236,7 +237,7 @@ class _Deepest:
     def __init__(self, depth: int) -> None:
         self.depth = depth
 
-    def budget(self, sequences: list[SequenceView]) -> list[int]:
+    def budget(self, sequences: Seq[SequenceView]) -> list[int]:
         return [self.depth] * len(sequences)
 
     def observe(self, record: StepRecord) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.build import companion
+from outrider.build import Engine, companion
 from outrider.drafters.vllm_config import LEARNED
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
