@@ -31,7 +31,7 @@ from outrider.theory import forecast, multidraft
 from outrider.theory.replay import Text, acceptance
 from outrider.theory.transport import optimal_choice
 from outrider.train import data
-from outrider.verify.lossy import Choice, Lossy, OverAcceptance, Position, Spend
+from outrider.verify.lossy import AcceptancePlan, Lossy, OverAcceptance, Position, Spend
 
 LENGTHS = (1, 3, 5, 8)
 TEMPERATURES = (0.6, 1.0)
@@ -120,7 +120,7 @@ class Wrong(Lossy):
 
 
 class Generous:
-    def __call__(self, position: Position) -> Choice:
+    def __call__(self, position: Position) -> AcceptancePlan:
         return OverAcceptance(0.08)(position)
 
 
@@ -213,14 +213,14 @@ def corrected(accept: np.ndarray, length: int) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------- several drafts
 def several(s: Setting) -> list[dict[str, Any]]:
-    laws = score(s, 1.0, 2, seed=51, rows=1 << 24)  # every law of every text
+    scored = score(s, 1.0, 2, seed=51, rows=1 << 24)  # every law of every text
     out = []
     for m in DRAFTS:
         arms = [(rule, f"batch:{m}") for rule in SEVERAL]
         arms += [(rule, f"shared:{m}") for rule in SEVERAL]
         arms += [("speculative_sampling", f"tree:{m}x1x1")]
         for rule, shape in arms if m > 1 else [("speculative_sampling", "chain"), ("block", "chain")]:
-            out.append(one_arm(s, m, rule, shape, laws))
+            out.append(one_arm(s, m, rule, shape, scored))
     return out
 
 
@@ -233,20 +233,20 @@ def others(s: Setting) -> list[dict[str, Any]]:
     return [one_arm(s, *arm, None) for arm in arms]
 
 
-def one_arm(s: Setting, m: int, rule: str, shape: str, laws: predict.Scored | None) -> dict[str, Any]:
+def one_arm(s: Setting, m: int, rule: str, shape: str, scored: predict.Scored | None) -> dict[str, Any]:
     """One run; predicted before it from the laws of the text if they are given and the rule's coins follow from them."""
     drafter = s.draft if shape == "chain" else f"{shape}:{s.draft}"
     results = s.run(1.0, 61, length=3, rule=rule, drafter=drafter)
     counts = sums(results)
     book = ledger(counts, 0.05)
-    known = laws is not None and rule != "block" and shape.startswith(("chain", "batch"))
+    known = scored is not None and rule != "block" and shape.startswith(("chain", "batch"))
     return {
         "drafts": m,
         "rule": rule,
         "shape": shape,
         "tokens_per_step": counts.emitted / counts.steps,
         "first_accepted": counts.accepted_at[0] / counts.judged_at[0],
-        "before": predicted_batch(s, laws, results, rule, m) if known and laws is not None else None,
+        "before": predicted_batch(s, scored, results, rule, m) if known and scored is not None else None,
         "predicted": book.predicted,
         "observed": book.observed,
         "low": book.low,
@@ -255,16 +255,16 @@ def one_arm(s: Setting, m: int, rule: str, shape: str, laws: predict.Scored | No
     }
 
 
-def predicted_batch(s: Setting, laws: predict.Scored, results: Sequence[Result], rule: str, m: int) -> dict[str, Any]:
+def predicted_batch(s: Setting, scored: predict.Scored, results: Sequence[Result], rule: str, m: int) -> dict[str, Any]:
     """Tokens per step and first acceptance of m drafts that compete for the first position, from plain text alone.
 
     Given its token x, a first position was accepted with probability min(1, s q(x)/p(x)), s the slope of the rule at that law
     (`SEVERAL`), and a later one with min(1, q(x)/p(x)): the replay recursion with two kinds of coins.
     """
-    slope = SEVERAL[rule](laws.target_rows, laws.draft_rows, m)
+    slope = SEVERAL[rule](scored.target_rows, scored.draft_rows, m)
     rng, calls, spread, first, seen = np.random.default_rng(3), [], [], 0.0, 0.0
     at = 0
-    for text in laws.texts:
+    for text in scored.texts:
         ratio = np.exp(text.draft - text.target)
         root, deep = np.minimum(1.0, slope[at : at + len(text)] * ratio), np.minimum(1.0, ratio)
         at += len(text)
@@ -309,10 +309,10 @@ class Uno:
 
     eps: float
 
-    def __call__(self, position: Position) -> Choice:
+    def __call__(self, position: Position) -> AcceptancePlan:
         accept = OverAcceptance(self.eps)(position).accept
         refused = 1.0 - float((accept * position.q).sum())
-        return Choice(accept, position.p * refused)
+        return AcceptancePlan(accept, position.p * refused)
 
 
 def front(s: Setting) -> dict[str, Any]:

@@ -47,10 +47,10 @@ def one(vocab: int, greedy: bool, noise: torch.Generator) -> tuple[list[float], 
         second = out[:, 1][out[:, 1] >= 0].long()
         seen[1] += torch.bincount(second, minlength=vocab)
         kept += len(second)
-    law = seen / seen.sum(1, keepdim=True)
+    distribution = seen / seen.sum(1, keepdim=True)
     best = draft.argmax(-1)[0]
     expected = float(p[0, best]) if greedy else float(torch.minimum(p[0], draft[0]).sum())
-    return [float(0.5 * (law[i] - p[i]).abs().sum()) for i in (0, 1)], expected - kept / (ROUNDS * REQUESTS)
+    return [float(0.5 * (distribution[i] - p[i]).abs().sum()) for i in (0, 1)], expected - kept / (ROUNDS * REQUESTS)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ NODES = (1, 8, 64)
 FAR = 0.2
 
 
-def laws(rows: int, vocab: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def distributions_of(rows: int, vocab: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Target laws and draft laws [rows, vocab] float32 with total variation near FAR."""
     rng = torch.Generator().manual_seed(seed)
     p = torch.softmax(3.0 * torch.randn(rows, vocab, generator=rng), -1)
@@ -46,7 +46,7 @@ def laws(rows: int, vocab: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def case(vocab: int, nodes: int, trees: bool) -> tuple[torch.Tensor, Draft]:
     """A step of one sequence: a chain, or with `trees` pairs of i.i.d. siblings below a chain."""
-    p, q = laws(nodes + 1, vocab, nodes)
+    p, q = distributions_of(nodes + 1, vocab, nodes)
     parent = (
         tuple(range(-1, nodes - 1)) if not trees else tuple(2 * (k // 2) - 1 if k > 1 else -1 for k in range(nodes))
     )

@@ -148,10 +148,10 @@ def own_samples(
     for _ in range(tokens):
         out = model(step, logits_to_keep=1, **{way.argument: cache}, **way.extra)
         cache = out[way.returned]
-        law = out.logits[:, -1].float().softmax(-1)
+        distribution = out.logits[:, -1].float().softmax(-1)
         # Inverse transform in float64: one uniform per token, so nearby models draw nearby samples.
-        uniform = torch.rand(len(law), 1, generator=generator, dtype=torch.float64)
-        step = torch.searchsorted(law.double().cumsum(-1), uniform).clamp_(max=law.shape[-1] - 1)
+        uniform = torch.rand(len(distribution), 1, generator=generator, dtype=torch.float64)
+        step = torch.searchsorted(distribution.double().cumsum(-1), uniform).clamp_(max=distribution.shape[-1] - 1)
         ids = torch.cat([ids, step], dim=1)
     return ids
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from outrider.assets import shipped
 from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters.dflash.drafter import BlockDrafter
-from outrider.drafters.dflash.network import BlockModel
+from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.models.load import load_target
@@ -45,10 +45,10 @@ from outrider.protocols import Target
 from outrider.train import data
 from outrider.train.block import most_likely, sampled, walk
 from outrider.train.checkpoint import write_atomically
-from outrider.train.drafter import Judge
-from outrider.train.features import NGRAM, Features, Wanted, read_features, write_hidden, write_tokens
+from outrider.train.drafter import Teacher
+from outrider.train.features import NGRAM, DataSpec, Features, read_features, write_hidden, write_tokens
 from outrider.train.loop import LoopConfig, train
-from outrider.train.pipeline import Job, fitting, new_model, taps_of
+from outrider.train.pipeline import Job, fit_inputs, new_model, taps_of
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("data", "tune", "runs", "check", "report")
@@ -106,15 +106,15 @@ class Config:
 # --- 1. data ---------------------------------------------------------------------------------------------------------
 
 
-def wanted(config: Config, part: str) -> Wanted:
+def wanted(config: Config, part: str) -> DataSpec:
     """What the rows of a part are: the target's own text but for `as_written`, training rows or prompts."""
     few = max(4, config.prompts // 2)
     return {
-        "training": Wanted(config.rows, config.prompt, config.length, config.temperature, 0),
-        "as_written": Wanted(config.rows, config.length, config.length, config.temperature, 0),
-        "validation": Wanted(few, config.prompt, config.length, 0.0, 1),
-        "greedy": Wanted(config.prompts, config.prompt, config.length, 0.0, 2),
-        "sampled": Wanted(config.prompts, config.prompt, config.length, 1.0, 2),
+        "training": DataSpec(config.rows, config.prompt, config.length, config.temperature, 0),
+        "as_written": DataSpec(config.rows, config.length, config.length, config.temperature, 0),
+        "validation": DataSpec(few, config.prompt, config.length, 0.0, 1),
+        "greedy": DataSpec(config.prompts, config.prompt, config.length, 0.0, 2),
+        "sampled": DataSpec(config.prompts, config.prompt, config.length, 1.0, 2),
     }[part]
 
 
@@ -156,19 +156,19 @@ def add_seconds(config: Config, stage: str, seconds: float) -> None:
 # --- 2. a run --------------------------------------------------------------------------------------------------------
 
 
-def fit(config: Config, target: Target, job: Job, part: str) -> tuple[BlockModel, Judge, float]:
+def fit(config: Config, target: Target, job: Job, part: str) -> tuple[DFlashNetwork, Teacher, float]:
     """Train one drafter, or continue; its seconds of training."""
     training = features(config, target, part, job.loop.seed)
     model = new_model(job, target, training)
-    assert isinstance(model, BlockModel)
-    judge = Judge.of(target, training.layers, model.config.taps)
-    batches, loss = fitting(job, judge, model, training)
+    assert isinstance(model, DFlashNetwork)
+    judge = Teacher.of(target, training.layers, model.config.taps)
+    batches, loss = fit_inputs(job, judge, model, training)
     state = train(model, batches, loss, job.loop, job.work)
     return model.eval(), judge, state["seconds"]
 
 
 @torch.no_grad()
-def measure(config: Config, model: BlockModel, judge: Judge, part: str, how: str) -> dict[str, Any]:
+def measure(config: Config, model: DFlashNetwork, judge: Teacher, part: str, how: str) -> dict[str, Any]:
     """Rounds over the rows of a part: emitted tokens and rounds of every prompt, judged and accepted slots by depth."""
     tokens, hidden = measured_rows(config, part)
     accepts = most_likely if how == "most likely" else sampled(log_p_of(judge, tokens, hidden), uniforms(tokens))
@@ -220,12 +220,12 @@ def before(end: int, runs: list[int], first: int, size: int) -> list[int]:
     return kept
 
 
-def log_p_of(judge: Judge, tokens: Tensor, hidden: Tensor) -> Tensor:
+def log_p_of(judge: Teacher, tokens: Tensor, hidden: Tensor) -> Tensor:
     """log p of every token of the rows under the target at temperature 1 (0 for the first ones)."""
     out = torch.zeros(tokens.shape)
     for r in range(len(tokens)):
-        laws = torch.log_softmax(judge.laws(hidden[r : r + 1]).float(), -1)[0, :-1]
-        out[r, 1:] = laws.gather(-1, tokens[r, 1:, None])[:, 0]
+        distributions = torch.log_softmax(judge.distributions(hidden[r : r + 1]).float(), -1)[0, :-1]
+        out[r, 1:] = distributions.gather(-1, tokens[r, 1:, None])[:, 0]
     return out
 
 
@@ -338,7 +338,7 @@ def stage_check(config: Config) -> None:
             folder = folder_of(config, arm, block, config.seeds[0], "training") / "drafter"
             if not folder.exists():
                 continue
-            model = BlockModel.load(folder, engine.parts.target, str(config.path))
+            model = DFlashNetwork.load(folder, engine.parts.target, str(config.path))
             columns = [layers.index(t) for t in model.config.taps]
             runs = walk(model, tokens, hidden[:, :, columns], config.prompt, most_likely)
             rounds, emitted = engine_rounds(engine, model, tokens, config)
@@ -349,10 +349,10 @@ def stage_check(config: Config) -> None:
     add_seconds(config, "check", time.process_time() - began)
 
 
-def engine_rounds(engine: Engine, model: BlockModel, tokens: Tensor, config: Config) -> tuple[int, int]:
+def engine_rounds(engine: Engine, model: DFlashNetwork, tokens: Tensor, config: Config) -> tuple[int, int]:
     """Rounds and emitted tokens of the engine after the prompts of `tokens`, as far as a round ends within the rows."""
     size = model.config.block
-    drafter = BlockDrafter(model, Levels(levels((1,) * (size - 1)), engine.parts.target.vocab_size))
+    drafter = DFlashDrafter(model, Levels(levels((1,) * (size - 1)), engine.parts.target.vocab_size))
     one = Engine(
         engine.parts.target, drafter, engine.parts.rule, Fixed(size - 1), slots=8, max_length=config.length + 32
     )

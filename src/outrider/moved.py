@@ -34,6 +34,14 @@ NAMES = {
     "outrider.engine.core:Engine": "outrider.build:Engine",
     "outrider.engine.core:Result": "outrider.engine.outputs:Result",
     "outrider.engine.core:Output": "outrider.engine.outputs:Output",
+    "outrider.drafters:BlockDrafter": "outrider.drafters:DFlashDrafter",
+    "outrider.drafters:Eagle": "outrider.drafters:EagleDrafter",
+    "outrider.drafters:Medusa": "outrider.drafters:MedusaDrafter",
+    "outrider.drafters:Prediction": "outrider.drafters:PredictedOutput",
+    "outrider.drafters.dflash.network:BlockModel": "outrider.drafters.dflash.network:DFlashNetwork",
+    "outrider.drafters.dflash.network:BlockConfig": "outrider.drafters.dflash.network:DFlashConfig",
+    "outrider.drafters.tree.shapes:Shared": "outrider.drafters.tree.shapes:MergedDrafts",
+    "outrider.sampling.pipeline:Law": "outrider.sampling.pipeline:LogitsPipeline",
 }
 """Names that did not move with their module; looked up at the module's new address when it has no such name."""
 

@@ -100,7 +100,7 @@ class Target(Protocol):
 class OpenTarget(Target, Protocol):
     """A target whose parts can be used on their own: what drafters need that are made of the target itself."""
 
-    def prefix(self, layers: int) -> Target:
+    def first_layers(self, layers: int) -> Target:
         """The first `layers` blocks (1 .. all) with the same final norm and head: a model that shares every weight and has
         caches of its own. Raises CapabilityError where it cannot be had."""
         ...
@@ -118,7 +118,7 @@ class OpenTarget(Target, Protocol):
 class Rule(Protocol):
     """Accepts or rejects drafts. A pure function: no rows, no cache, no model.
 
-    lossless, trees: what it keeps, and what it can judge. lane: the noise a coupled drafter draws with. limit: total variation
+    lossless, trees: what it keeps, and what it can judge. lane: the noise a coupled drafter draws with. tv_limit: total variation
     it may spend on a sequence in all, 0 for a lossless rule.
     """
 
@@ -126,12 +126,12 @@ class Rule(Protocol):
     lossless: bool
     trees: bool
     lane: str
-    limit: float
+    tv_limit: float
 
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: target laws, B anchor rows then K node rows. allowance: what each sequence may still spend of `limit`."""
+        """p: target laws, B anchor rows then K node rows. allowance: what each sequence may still spend of `tv_limit`."""
         ...
 
 

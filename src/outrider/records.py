@@ -87,7 +87,8 @@ class StepRecord:
     """One step as every sink sees it: host numbers only.
 
     rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
-    seconds: wall-clock seconds of each of PHASES; counts: the step's sums. fresh: those of the sequences whose seed the engine
+    seconds: wall-clock seconds of each of PHASES; counts: the step's sums. engine_seeded: those of the sequences whose seed the
+    engine
     chose: a client's own seed may repeat its noise, and then the laws of the ledger do not hold over several requests.
     """
 
@@ -97,4 +98,4 @@ class StepRecord:
     waiting: int
     seconds: dict[str, float]
     counts: Counts
-    fresh: Counts = field(default_factory=Counts)
+    engine_seeded: Counts = field(default_factory=Counts)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from outrider.deprecated import Renamed
 from outrider.noise import Noise
 from outrider.params import SamplingParams
 
@@ -178,18 +179,18 @@ class Segment:
     slot: int
     first: int
     cached: int
-    prefix: int
+    fed: int
     parent: tuple[int, ...]
     scored: bool
 
     @property
     def count(self) -> int:
-        return self.prefix + len(self.parent)
+        return self.fed + len(self.parent)
 
     @property
     def is_chain(self) -> bool:
         """True when every row sees exactly the rows before it: attention is plain causal."""
-        return all(p == self.prefix + i - 1 for i, p in enumerate(self.parent))
+        return all(p == self.fed + i - 1 for i, p in enumerate(self.parent))
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Rows:
     def node_rows(self, segment: int, path: Sequence[int]) -> list[int]:
         """Rows of the forward of some nodes of a segment, 0 for its first node."""
         s = self.segments[segment]
-        return [s.first + s.prefix + node for node in path]
+        return [s.first + s.fed + node for node in path]
 
     @staticmethod
     def assemble(
@@ -305,7 +306,9 @@ class SequenceView:
     params: SamplingParams
 
 
-DraftLaw = Callable[[Float[Tensor, "n V"], Sequence[SequenceView], Sequence[Sequence[int]]], Float[Tensor, "n V"]]
+LogitsProcessing = Callable[
+    [Float[Tensor, "n V"], Sequence[SequenceView], Sequence[Sequence[int]]], Float[Tensor, "n V"]
+]
 """The request's processors, for a drafter's own logits: (logits, sequences, paths) -> distributions. Row i under the parameters of
 `sequences[i]`, whose tokens are followed by the tokens `paths[i]`."""
 
@@ -316,10 +319,10 @@ class Evidence:
 
     rows, scores: the step's forward. draft, verdict: what was proposed to the scored sequences and what became of it.
     sequences:    every live sequence that took part in the step, or joined it, in the order of the draft wanted.
-    source:       for each of `sequences` the number of its segment in `rows`, or -1 if it was not in the forward.
-    judged:       for each of `sequences` its number in `draft` and `verdict`, or -1 if it had no verdict in this step.
+    segment_index: for each of `sequences` the number of its segment in `rows`, or -1 if it was not in the forward.
+    verdict_index: for each of `sequences` its number in `draft` and `verdict`, or -1 if it had no verdict in this step.
     noise:        noise at the new anchors, one entry per sequence.
-    law:          the target's processors as a function a drafter may apply to its own logits (temperature, top-k, ...).
+    pipeline:     the target's processors as a function a drafter may apply to its own logits (temperature, top-k, ...).
     """
 
     rows: Rows
@@ -327,15 +330,18 @@ class Evidence:
     draft: Draft
     verdict: Verdict
     sequences: tuple[SequenceView, ...]
-    source: tuple[int, ...]
-    judged: tuple[int, ...]
+    segment_index: tuple[int, ...]
+    verdict_index: tuple[int, ...]
     noise: Noise
-    law: DraftLaw
+    pipeline: LogitsProcessing
+    source = Renamed("segment_index")
+    judged = Renamed("verdict_index")
+    law = Renamed("pipeline")
 
-    def kept_rows(self, i: int) -> list[int]:
+    def accepted_rows(self, i: int) -> list[int]:
         """Rows of the forward that sequence i now has in the target's cache, in order."""
-        if self.source[i] < 0:
+        if self.segment_index[i] < 0:
             return []
-        s, b = self.rows.segments[self.source[i]], self.judged[i]
+        s, b = self.rows.segments[self.segment_index[i]], self.verdict_index[i]
         path = [] if b < 0 else [self.draft.local(b, k) for k in self.verdict.path[b]]
-        return [*range(s.first, s.first + s.prefix), *self.rows.node_rows(self.source[i], path)]
+        return [*range(s.first, s.first + s.fed), *self.rows.node_rows(self.segment_index[i], path)]

@@ -9,22 +9,22 @@ import torch
 from torch import nn
 
 from outrider.drafters.combine import first_of
-from outrider.drafters.dflash.drafter import BlockDrafter
-from outrider.drafters.dflash.network import BlockConfig
-from outrider.drafters.eagle.drafter import Eagle
-from outrider.drafters.eagle.eagle3 import FeatureConfig
-from outrider.drafters.medusa.network import HeadsConfig, Medusa
+from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.drafters.dflash.network import DFlashConfig
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.eagle.eagle3 import EagleConfig
+from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.drafters.prediction import Prediction
+from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.tree.growth import BestFirst, Levels
-from outrider.drafters.tree.shapes import Shared, best_tree, levels
+from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.protocols import Drafter
 from outrider.train.block import new_blocks
-from outrider.train.drafter import Judge, loss_of, new_features, new_heads, new_last_features, output_of, predictor
+from outrider.train.drafter import Teacher, loss_of, new_features, new_heads, new_last_features, output_of, predictor
 from outrider.train.features import hidden_of
 
 Toy = TinyLM | TableTarget
@@ -51,21 +51,21 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 60) -> nn.Modu
     hidden = hidden_of(target, tokens, held).to(target.dtype)  # type: ignore[arg-type]
     wide, v = target.hidden_size, target.vocab_size
     if kind == "medusa":
-        read, model = (target.layers,), new_heads(HeadsConfig(wide, v, levels, target.layers), target)  # type: ignore[arg-type]
+        read, model = (target.layers,), new_heads(MedusaConfig(wide, v, levels, target.layers), target)  # type: ignore[arg-type]
     elif kind == "dflash":
         read = (target.layers // 2, target.layers)
-        shape = BlockConfig(wide, read, v, heads=2, kv_heads=1, head_dim=8, inner=32, block=levels + 1, mask=v - 1)
+        shape = DFlashConfig(wide, read, v, heads=2, kv_heads=1, head_dim=8, inner=32, block=levels + 1, mask=v - 1)
         taps = hidden[:, :, list(read)].flatten(0, 1)
         model = new_blocks(shape, target, taps, output_of(target), torch.ones(wide))  # type: ignore[arg-type]
     elif kind == "eagle1":
         read = (target.layers,)
-        model = new_last_features(FeatureConfig(wide, wide, read, v, 2, 1, 8, 32), target)  # type: ignore[arg-type]
+        model = new_last_features(EagleConfig(wide, wide, read, v, 2, 1, 8, 32), target)  # type: ignore[arg-type]
     else:
         read = (target.layers // 2, target.layers)
-        config = FeatureConfig(16, wide, read, v, 2, 1, 8, 32)
+        config = EagleConfig(16, wide, read, v, 2, 1, 8, 32)
         model = new_features(config, target, hidden[:, :, list(read)].flatten(0, 1))  # type: ignore[arg-type]
     model = model.double()
-    judge = Judge.of(target, held, read)  # type: ignore[arg-type]
+    judge = Teacher.of(target, held, read)  # type: ignore[arg-type]
     loss, adam = loss_of(judge, predictor(model, levels)), torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
         adam.zero_grad()
@@ -74,16 +74,16 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 60) -> nn.Modu
     return model.eval().requires_grad_(False)
 
 
-def medusa(target: Toy, growth: Levels | BestFirst) -> Medusa:
-    return Medusa(learned("medusa", target), growth)  # type: ignore[arg-type]
+def medusa(target: Toy, growth: Levels | BestFirst) -> MedusaDrafter:
+    return MedusaDrafter(learned("medusa", target), growth)  # type: ignore[arg-type]
 
 
-def eagle(target: Toy, growth: Levels | BestFirst, kind: str = "eagle") -> Eagle:
-    return Eagle(learned(kind, target), growth)  # type: ignore[arg-type]
+def eagle(target: Toy, growth: Levels | BestFirst, kind: str = "eagle") -> EagleDrafter:
+    return EagleDrafter(learned(kind, target), growth)  # type: ignore[arg-type]
 
 
-def dflash(target: Toy, growth: Levels | BestFirst) -> BlockDrafter:
-    return BlockDrafter(learned("dflash", target), growth)  # type: ignore[arg-type]
+def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
+    return DFlashDrafter(learned("dflash", target), growth)  # type: ignore[arg-type]
 
 
 DRAFTERS: dict[str, Factory] = {
@@ -99,13 +99,13 @@ DRAFTERS: dict[str, Factory] = {
     "tree-iid": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 2, 1)),
     "tree-coupled": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 1, 2), sample="coupled"),
     "batch": lambda target, slots: ModelDrafter(small(target), 3, branching=(3, 1, 1)),
-    "shared": lambda target, slots: ModelDrafter(small(target), 3, shape=Shared(3, 3)),
-    "shared-coupled": lambda target, slots: ModelDrafter(small(target), 3, shape=Shared(2, 3), sample="coupled"),
+    "shared": lambda target, slots: ModelDrafter(small(target), 3, shape=MergedDrafts(3, 3)),
+    "shared-coupled": lambda target, slots: ModelDrafter(small(target), 3, shape=MergedDrafts(2, 3), sample="coupled"),
     "best-tree": lambda target, slots: ModelDrafter(
         small(target), 3, shape=best_tree((0.5, 0.2, 0.1), 7, 3), siblings="without_replacement"
     ),
     "ngram+tree": lambda target, slots: first_of(
-        NGram(4), Prediction(3), ModelDrafter(small(target), 2, branching=(3, 2), siblings="without_replacement")
+        NGram(4), PredictedOutput(3), ModelDrafter(small(target), 2, branching=(3, 2), siblings="without_replacement")
     ),
     "model-dynamic": lambda target, slots: ModelDrafter(
         small(target), 3, growth=BestFirst(6, 3, target.vocab_size, width=2)

@@ -156,14 +156,16 @@ def ends() -> None:
 def guards() -> None:
     """A drafter that proposes tokens which do not exist, and laws of NaN: the text is the target's, the incident is counted."""
     wanted = plain("greedy with penalties")
-    nan = Scripted(lambda v, k: [2] * k, law=lambda n: torch.full((n, VOCAB), float("nan"), dtype=torch.float64))
+    nan = Scripted(
+        lambda v, k: [2] * k, distribution=lambda n: torch.full((n, VOCAB), float("nan"), dtype=torch.float64)
+    )
     for script in (Scripted(lambda v, k: [VOCAB + 5, 1, 2][:k]), Scripted(lambda v, k: [3, -1][:k]), nan):
         one = engine(MODEL, script, load_rule("speculative_sampling"), 3)
         names = [one.submit(prompt, p) for prompt, p in zip(PROMPTS, params("greedy with penalties"), strict=True)]
         got: dict[str, list[int]] = {}
         finish(one, got)
         assert [got[n] for n in names] == wanted
-        assert one.incidents > 0
+        assert one.defects > 0
     one = engine(MODEL, nan, load_rule("speculative_sampling"), 3)
     one.generate(PROMPTS, params("temperature 1"))
     assert math.isfinite(one.counts.risk)

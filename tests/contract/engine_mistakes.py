@@ -82,7 +82,7 @@ def nodes_below_a_neighbours(assemble, *arguments):
     rows, before, segments = assemble(*arguments), 0, []
     for s in rows.segments:
         room = max(s.count - 1, 0)
-        parent = tuple(up if up < s.prefix else min(up + before, room) for up in s.parent)
+        parent = tuple(up if up < s.fed else min(up + before, room) for up in s.parent)
         segments.append(replace(s, parent=parent))
         before += len(s.parent)
     return replace(rows, segments=tuple(segments))
@@ -90,14 +90,14 @@ def nodes_below_a_neighbours(assemble, *arguments):
 
 def children_of_the_anchor(assemble, *arguments):
     rows = assemble(*arguments)
-    segments = tuple(replace(s, parent=(s.prefix - 1,) * len(s.parent)) for s in rows.segments)
-    position = [s.cached + min(i, s.prefix) for s in rows.segments for i in range(s.count)]
+    segments = tuple(replace(s, parent=(s.fed - 1,) * len(s.parent)) for s in rows.segments)
+    position = [s.cached + min(i, s.fed) for s in rows.segments for i in range(s.count)]
     return replace(rows, segments=segments, position=torch.tensor(position))
 
 
 def scored_one_row_early(assemble, *arguments):
     rows = assemble(*arguments)
-    early = [s.first + max(s.prefix - 2, 0) for s in rows.segments if s.scored]
+    early = [s.first + max(s.fed - 2, 0) for s in rows.segments if s.scored]
     return replace(rows, scored=torch.cat([torch.tensor(early, dtype=torch.int64), rows.scored[len(early) :]]))
 
 

@@ -17,8 +17,10 @@ class Scripted:
 
     name, layers, trees = "scripted", (), False
 
-    def __init__(self, script: Script, depth: int = 8, law: Callable[[int], torch.Tensor] | None = None) -> None:
-        self.script, self.law = script, law
+    def __init__(
+        self, script: Script, depth: int = 8, distribution: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
+        self.script, self.distribution = script, distribution
         self.max_depth = self.max_nodes = depth
         self.released: list[int] = []
 
@@ -36,7 +38,7 @@ class Scripted:
             offsets.append(offsets[-1] + len(c))
         parent = tuple(offsets[b] + i - 1 if i else -1 for b, c in enumerate(chains) for i in range(len(c)))
         flat = [t for c in chains for t in c]
-        q = Proposal(self.law(len(flat)), tuple(range(len(flat)))) if self.law and flat else None
+        q = Proposal(self.distribution(len(flat)), tuple(range(len(flat)))) if self.distribution and flat else None
         return Draft(torch.tensor(flat, dtype=torch.int64), parent, tuple(map(len, chains)), q)
 
 

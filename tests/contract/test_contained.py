@@ -67,7 +67,7 @@ def test_the_text_is_that_of_plain_decoding(name: str, where: str) -> None:
         one = engine(MODEL, failing, load_rule("match"), 3)
         got = tokens(one.generate(PROMPTS, params("top-p with penalties")))
         assert got == plain("top-p with penalties")
-        assert one.drafter_faults == failing.raised <= one.incidents
+        assert one.drafter_faults == failing.raised <= one.defects
         assert one.scheduler.free == 3 and not one.busy
     assert failing.raised and any("switched off" in n and failing.name in n for n in one.notices)
 
@@ -129,7 +129,7 @@ def test_what_is_no_draft_is_not_used(how: str) -> None:
     inner.draft = lambda e, b: MALFORMED[how](d) if (d := asked(e, b)).parent else d  # type: ignore[method-assign]
     one = engine(MODEL, inner, load_rule("speculative_sampling"), 3)
     assert tokens(one.generate(PROMPTS, params("greedy"))) == plain("greedy")
-    assert one.incidents > 0
+    assert one.defects > 0
 
 
 class Speechless(Exception):
@@ -207,7 +207,7 @@ def test_a_draft_model_that_does_not_know_every_token(rule: str) -> None:
     draft = TinyLM(VOCAB - 3, 16, 1, seed=11, sharp=2.0)
     for branching in (None, (2, 1, 1)) if rule != "block" else (None,):
         made = ModelDrafter(
-            draft, 3, vocab_size=VOCAB, branching=branching, sample="coupled" if rule == "match" else "law"
+            draft, 3, vocab_size=VOCAB, branching=branching, sample="coupled" if rule == "match" else "sampled"
         )
         one = engine(MODEL, made, load_rule(rule), 3, eos=())
         likes = {"logit_bias": {VOCAB - 1: 3.0, VOCAB - 2: 3.0}, "temperature": 1.0 if rule == "match" else 0.0}

@@ -15,10 +15,10 @@ from tests.contract.engine_checks import CHECKS, caches, churn, ends, guards, it
 from tests.mutants import Around, Edit, Place
 
 # ------------------------------------------------------------------------------------- where the mistakes are planted
-CONTEXTS = Place("outrider.engine.rows", "row_laws")
+CONTEXTS = Place("outrider.engine.rows", "row_contexts")
 EMIT = Place("outrider.engine.emit", "emit")
 BUDGET = Place("outrider.engine.budget", "_within")
-SANITIZE = Place("outrider.engine.sanitize", "honest")
+SANITIZE = Place("outrider.engine.sanitize", "sanitize_draft")
 ADMIT = Place("outrider.engine.scheduler", "Scheduler.admit")
 PLAN = Place("outrider.engine.scheduler", "Scheduler.plan")
 DROP = Place("outrider.engine.scheduler", "Scheduler.drop")
@@ -30,8 +30,8 @@ ASSEMBLE = Place("outrider.types", "Rows.assemble")
 ADD = Place("outrider.records", "Counts.add")
 COMMIT = Place("outrider.nn.kv", "ContiguousKV.commit")
 RELEASE = Place("outrider.nn.kv", "ContiguousKV.release")
-PIPELINE = Place("outrider.sampling.pipeline", "Law.__call__")
-LIMITS = Place("outrider.sampling.pipeline", "Law._edit")
+PIPELINE = Place("outrider.sampling.pipeline", "LogitsPipeline.__call__")
+LIMITS = Place("outrider.sampling.pipeline", "LogitsPipeline._edit")
 FOLLOW = Place("outrider.sampling.history", "History.follow")
 ALONG = Place("outrider.sampling.history", "History.along")
 

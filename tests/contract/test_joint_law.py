@@ -17,7 +17,7 @@ from scipy.stats import chi2
 
 from outrider.build import Engine
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.drafters.tree.shapes import Shape, Shared, levels
+from outrider.drafters.tree.shapes import MergedDrafts, Shape, levels
 from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams
 from outrider.types import Draft
@@ -37,7 +37,7 @@ def exact_joint(temperature: float = 1.0) -> np.ndarray:
     for text in product(range(V), repeat=T):
         probability = 1.0
         for i, token in enumerate(text):
-            logits = torch.log(TARGET.law([*PROMPT, *text[:i]])) / temperature
+            logits = torch.log(TARGET.distribution([*PROMPT, *text[:i]])) / temperature
             probability *= float(torch.softmax(logits, -1)[token])
         out[text] = probability
     return out
@@ -90,7 +90,7 @@ def collect(engine: Engine, n: int, *, seed: int, disturb: bool) -> np.ndarray:
 def build(
     rule: str,
     *,
-    sample: str = "law",
+    sample: str = "sampled",
     branching: tuple[int, ...] = (1, 1, 1),
     shape: Shape | None = None,
     siblings: str = "iid",
@@ -111,11 +111,11 @@ CASES = {
     "iid tree": ("speculative_sampling", {"branching": (2, 2, 1)}),
     "tree without replacement": ("speculative_sampling", {"branching": (3, 2), "siblings": "without_replacement"}),
     "batch of drafts": ("speculative_sampling", {"branching": (3, 1, 1)}),
-    "shared prefixes": ("speculative_sampling", {"shape": Shared(3, 3)}),
-    "shared prefixes, k-seq": ("k_seq", {"shape": Shared(3, 3)}),
+    "shared prefixes": ("speculative_sampling", {"shape": MergedDrafts(3, 3)}),
+    "shared prefixes, k-seq": ("k_seq", {"shape": MergedDrafts(3, 3)}),
     "k-seq": ("k_seq", {"branching": (3, 2)}),
     "optimal transport": ("optimal_transport", {"branching": (3, 2)}),
-    "shared prefixes, optimal transport": ("optimal_transport", {"shape": Shared(3, 3)}),
+    "shared prefixes, optimal transport": ("optimal_transport", {"shape": MergedDrafts(3, 3)}),
     "spechub": ("spechub", {"branching": (2, 2), "siblings": "hub"}),
     "traversal": ("traversal", {"branching": (2, 2, 1)}),
     "traversal without replacement": ("traversal", {"branching": (3, 2), "siblings": "without_replacement"}),
@@ -133,7 +133,7 @@ LATER = (
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in LATER])
-def test_joint_law_of_four_tokens(case: str) -> None:
+def test_joint_distribution_of_four_tokens(case: str) -> None:
     rule, how = CASES[case]
     n = 6_000
     engine = build(rule, **how)
@@ -146,7 +146,7 @@ def test_joint_law_of_four_tokens(case: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", list(CASES))
-def test_joint_law_nightly(case: str) -> None:
+def test_joint_distribution_nightly(case: str) -> None:
     rule, how = CASES[case]
     n = 1_000_000 if case == "chain" else 200_000
     value, bound = statistic(collect(build(rule, **how, slots=2048), n, seed=6, disturb=True), exact_joint() * n)
@@ -163,7 +163,7 @@ def test_control_a_slightly_cold_engine_is_seen() -> None:
 def test_control_merging_by_dropping_siblings_is_seen() -> None:
     """Negative control of `shared`: dropped duplicates bias the residual, and the same statistic sees it."""
     n = 20_000
-    engine = build("speculative_sampling", shape=Shared(4, 3))
+    engine = build("speculative_sampling", shape=MergedDrafts(4, 3))
     drafter = engine.parts.drafter
     honest = drafter.draft
 
@@ -202,13 +202,13 @@ def test_the_first_step_accepts_as_often_as_the_theory_says() -> None:
             if steps[event.request] == 2:  # the first step emits one token and has no draft yet
                 first[event.request] = event.origins.count("accepted")
     seen = np.bincount(list(first.values()), minlength=depth + 1)
-    value, bound = statistic(seen.astype(float), accept_law(depth) * n)
+    value, bound = statistic(seen.astype(float), acceptance_distribution(depth) * n)
     assert value < bound
-    value, bound = statistic(seen.astype(float), np.roll(accept_law(depth), 1) * n)  # control
+    value, bound = statistic(seen.astype(float), np.roll(acceptance_distribution(depth), 1) * n)  # control
     assert value > bound
 
 
-def accept_law(depth: int) -> np.ndarray:
+def acceptance_distribution(depth: int) -> np.ndarray:
     """P(exactly d drafts accepted) of one step: sum over paths of the product of min(p, q) (Leviathan et al. 2023)."""
     reach = np.zeros(depth + 1)
 
@@ -216,12 +216,12 @@ def accept_law(depth: int) -> np.ndarray:
         reach[d] += weight
         if d == depth:
             return
-        overlap = torch.minimum(TARGET.law(text), DRAFT.law(text))
+        overlap = torch.minimum(TARGET.distribution(text), DRAFT.distribution(text))
         for token in range(V):
             if float(overlap[token]) > 0:
                 walk([*text, token], weight * float(overlap[token]), d + 1)
 
-    start = TARGET.law(PROMPT)
+    start = TARGET.distribution(PROMPT)
     for token in range(V):
         walk([*PROMPT, token], float(start[token]), 0)
     return reach - np.append(reach[1:], 0.0)

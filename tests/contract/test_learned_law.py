@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from outrider.build import Engine
-from outrider.drafters.dflash.drafter import BlockDrafter
-from outrider.drafters.eagle.drafter import Eagle
-from outrider.drafters.medusa.network import Medusa
+from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.medusa.network import MedusaDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels
 from outrider.drafters.tree.shapes import levels
@@ -62,7 +62,7 @@ QUICK = (
 class Deep(TableTarget):
     """The table with a prefix that is another one: what an early exit of a target of several layers is."""
 
-    def prefix(self, layers: int) -> TableTarget:
+    def first_layers(self, layers: int) -> TableTarget:
         return self.perturbed(1.0, seed=4)
 
 
@@ -70,14 +70,14 @@ def build(kind: str, growth: Growth) -> Engine:
     if kind == "early":
         drafter: Drafter = early_exit(Deep(TARGET.table), 1, growth)
     else:
-        made = {"medusa": Medusa, "eagle": Eagle, "eagle1": Eagle, "dflash": BlockDrafter}[kind]
+        made = {"medusa": MedusaDrafter, "eagle": EagleDrafter, "eagle1": EagleDrafter, "dflash": DFlashDrafter}[kind]
         drafter = made(learned(kind, TARGET, 3), growth)  # type: ignore[arg-type]
     depth = Budgets(lambda s: (s.seed * 7 + len(s.tokens)) % 4)
     return Engine(TARGET, drafter, load_rule("speculative_sampling"), depth, slots=512, max_length=32)
 
 
 @pytest.mark.parametrize("case", slow_beyond([(c,) for c in CASES], [(c,) for c in QUICK]))
-def test_joint_law_of_four_tokens(case: str) -> None:
+def test_joint_distribution_of_four_tokens(case: str) -> None:
     engine = build(*CASES[case])
     value, bound = statistic(collect(engine, N, seed=5, disturb=True), exact_joint() * N)
     assert value < bound
@@ -85,7 +85,7 @@ def test_joint_law_of_four_tokens(case: str) -> None:
     assert engine.counts.rejected > 300
 
 
-def test_control_a_drafter_that_declares_another_law_is_seen() -> None:
+def test_control_a_drafter_that_declares_another_distribution_is_seen() -> None:
     """Negative control: the laws that are declared are uniform, not those that were drawn from."""
     engine = build(*CASES["heads, sampled chain"])
     honest = engine.parts.drafter.draft

@@ -93,15 +93,15 @@ def test_ids_outside_the_vocabulary_are_rejected_and_counted(bad: int, at: int) 
 
     one = engine(MODEL, Scripted(script), load_rule("speculative_sampling"), 1, length=K)
     assert list(one.generate([PROMPT], [GREEDY])[0].outputs[0].token_ids) == TEXT[:24]
-    assert one.incidents > 0
+    assert one.defects > 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_laws_that_are_none_are_not_used(value: float) -> None:
-    law = lambda n: torch.full((n, VOCAB), value, dtype=torch.float64)  # noqa: E731
-    one = engine(MODEL, Scripted(truth, law=law), load_rule("speculative_sampling"), 1, length=K)
+def test_distributions_that_are_none_are_not_used(value: float) -> None:
+    distribution = lambda n: torch.full((n, VOCAB), value, dtype=torch.float64)  # noqa: E731
+    one = engine(MODEL, Scripted(truth, distribution=distribution), load_rule("speculative_sampling"), 1, length=K)
     assert list(one.generate([PROMPT], [GREEDY])[0].outputs[0].token_ids) == TEXT[:24]
-    assert one.incidents > 0
+    assert one.defects > 0
 
 
 class _Poisoned:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from outrider.control.adaptive import Adaptive
-from outrider.control.row_times import REACH, RowTimes
+from outrider.control.row_times import EXTRAPOLATION_FACTOR, RowTimes
 from outrider.params import SamplingParams
 from outrider.types import SequenceView
 from tests.control.verdicts import flat, judged, recorded, steep
@@ -84,9 +84,9 @@ def test_rows_between_groups_are_a_line_and_far_ones_unknown() -> None:
             times.learn(rows, steep(rows))
     assert times.seconds(40) == pytest.approx(steep(40), rel=0.02)
     assert times.seconds(4) == pytest.approx(steep(4), rel=0.02)
-    assert times.seconds(int(64 * REACH)) == pytest.approx(steep(96), rel=0.02)
+    assert times.seconds(int(64 * EXTRAPOLATION_FACTOR)) == pytest.approx(steep(96), rel=0.02)
     assert times.seconds(2) is None
-    assert times.seconds(int(64 * REACH) + 1) is None
+    assert times.seconds(int(64 * EXTRAPOLATION_FACTOR) + 1) is None
     assert RowTimes().seconds(1) is None
 
 

@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 
 from outrider.control.adaptive import Adaptive
-from outrider.control.prefill_cost import ENOUGH, LAZY, TRUST, Reading
+from outrider.control.prefill_cost import DEFERRED_PREFILL_ROWS, ENOUGH, ESTIMATE_DECAY_STEPS, PrefillCost
 from outrider.params import SamplingParams
 from outrider.records import Counts
 from outrider.types import SequenceView
@@ -170,9 +170,9 @@ def views(*written: int, prompt: int = 10) -> list[SequenceView]:
     return [SequenceView(i, i, [0] * (prompt + n), prompt, prompt + n - 1, FREE) for i, n in enumerate(written)]
 
 
-def known() -> Reading:
+def known() -> PrefillCost:
     """A drafter that reads a row in ten milliseconds."""
-    reading = Reading()
+    reading = PrefillCost()
     for _ in range(ENOUGH):
         reading.learn(rows=100, seconds=1.0)
     return reading
@@ -207,7 +207,7 @@ def test_requests_that_ended_tell_what_is_ahead() -> None:
 
 
 def test_a_stall_in_one_reading_is_not_believed() -> None:
-    reading, live = Reading(), views(0)
+    reading, live = PrefillCost(), views(0)
     reading.learn(rows=100, seconds=100.0)
     assert reading.behind(live) == 0.0, "one reading says nothing"
     for _ in range(ENOUGH):
@@ -218,7 +218,7 @@ def test_a_stall_in_one_reading_is_not_believed() -> None:
 def test_what_is_not_measured_for_long_is_believed_less() -> None:
     """So that a time that was wrong cannot keep the drafter from being measured again."""
     reading, live = known(), views(5)
-    for _ in range(int(3 * TRUST)):
+    for _ in range(int(3 * ESTIMATE_DECAY_STEPS)):
         reading.notice(live, drafting=False)
     assert reading.behind(live) < 0.06 * 0.15
     reading.learn(rows=100, seconds=1.0)
@@ -226,7 +226,7 @@ def test_what_is_not_measured_for_long_is_believed_less() -> None:
 
 
 def test_no_more_is_owed_than_a_drafter_puts_off() -> None:
-    assert known().behind(views(2000)) == pytest.approx(0.01 * LAZY)
+    assert known().behind(views(2000)) == pytest.approx(0.01 * DEFERRED_PREFILL_ROWS)
 
 
 def test_a_slot_that_was_given_away_is_read_again() -> None:

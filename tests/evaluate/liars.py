@@ -45,7 +45,7 @@ class PlainRule:
     lossless: bool = True
     trees: bool = False
     lane: str = "draft"
-    limit: float = 0.0
+    tv_limit: float = 0.0
 
     def __call__(self, p: Tensor, draft: Draft, noise: Noise, allowance: Sequence[float] | None = None) -> Verdict:
         b_count = len(draft.counts)
@@ -74,7 +74,7 @@ class PlainRule:
         return Verdict(tuple(paths), tuple(last), tuple(judged), zeros, zeros, zeros)
 
 
-def engine(rule: Rule, *, sample: str = "law", eos: tuple[int, ...] = (), target=TARGET, draft=DRAFT) -> Engine:
+def engine(rule: Rule, *, sample: str = "sampled", eos: tuple[int, ...] = (), target=TARGET, draft=DRAFT) -> Engine:
     drafter = ModelDrafter(draft, LENGTH, sample=sample)
     return Engine(target, drafter, rule, Fixed(LENGTH), slots=16, max_length=128, eos=eos)
 
@@ -175,9 +175,11 @@ def greedy_sometimes(params: SamplingParams) -> Source:
         for prompt, seed in zip(prompts, seeds, strict=True):
             noise, text = torch.Generator().manual_seed(seed), list(prompt)
             for _ in range(params.max_tokens):
-                law = TARGET.law(text)
+                distribution = TARGET.distribution(text)
                 greedy = float(torch.rand(1, generator=noise)) < 0.15
-                text.append(int(law.argmax()) if greedy else int(torch.multinomial(law, 1, generator=noise)))
+                text.append(
+                    int(distribution.argmax()) if greedy else int(torch.multinomial(distribution, 1, generator=noise))
+                )
             out.append(Emission(tuple(text[len(prompt) :])))
         return out
 
@@ -188,5 +190,5 @@ def src_honest(prompt: Sequence[int], seed: int, count: int) -> list[int]:
     """Draws from the target by hand, without the engine."""
     noise, text = torch.Generator().manual_seed(seed), list(prompt)
     for _ in range(count):
-        text.append(int(torch.multinomial(TARGET.law(text), 1, generator=noise)))
+        text.append(int(torch.multinomial(TARGET.distribution(text), 1, generator=noise)))
     return text[len(prompt) :]

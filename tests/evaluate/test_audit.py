@@ -89,13 +89,16 @@ def test_factors_have_expectation_at_most_one_over_the_whole_null() -> None:
     rng = np.random.default_rng(0)
     for tolerance in (0.0, 0.01, 0.2):
         for _ in range(20):
-            p, a = (TableTarget.random(6, seed=int(rng.integers(1 << 30)), sharp=2.0).law([1])[None] for _ in range(2))
+            p, a = (
+                TableTarget.random(6, seed=int(rng.integers(1 << 30)), sharp=2.0).distribution([1])[None]
+                for _ in range(2)
+            )
             ratio = clipped(p, a, 5.0)
             values = np.stack(
                 [np.exp(log_factors(bet(p, ratio, a, p.new_tensor([x]).long()), tolerance))[0] for x in range(6)]
             )
-            law = p[0].numpy()
-            worst = law.copy()
+            distribution = p[0].numpy()
+            worst = distribution.copy()
             order = np.argsort(values[:, -1])
             moved = 0.0
             for x in order[:-1]:
@@ -105,7 +108,7 @@ def test_factors_have_expectation_at_most_one_over_the_whole_null() -> None:
             worst[order[-1]] += moved
             assert (worst @ values <= 1 + 1e-12).all()
             if tolerance == 0:
-                assert law @ values == pytest.approx(1.0, abs=1e-12)
+                assert distribution @ values == pytest.approx(1.0, abs=1e-12)
 
 
 def test_learnt_cells_keep_expectation_one() -> None:
@@ -149,14 +152,14 @@ def test_a_tie_is_not_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_joint_law_of_the_shipped_rules(name: str) -> None:
+def test_joint_distribution_of_the_shipped_rules(name: str) -> None:
     assert joint_distribution(load_rule(name), sequences=1500).p_value > FALSE_ALARM
 
 
 @pytest.mark.parametrize(
     "rule", [lie.PlainRule(correct=lambda p, q: p), lie.PlainRule(coin="final")], ids=["residual", "noise"]
 )
-def test_joint_law_of_a_broken_rule(rule: lie.PlainRule) -> None:
+def test_joint_distribution_of_a_broken_rule(rule: lie.PlainRule) -> None:
     assert joint_distribution(rule, sequences=4000).p_value < FALSE_ALARM
 
 
@@ -176,9 +179,9 @@ class _Server(BaseHTTPRequestHandler):
         if self.breaks_at is not None and self.asked > self.breaks_at:
             self.send_error(503)
             return
-        law = lie.src_honest(body["prompt"], body["seed"], body["max_tokens"])
-        words = [f"token_id:{t}" if self.ids else "word" for t in law]
-        book = {"tokens": words, "token_logprobs": [-1.0] * len(law)}
+        text = lie.src_honest(body["prompt"], body["seed"], body["max_tokens"])
+        words = [f"token_id:{t}" if self.ids else "word" for t in text]
+        book = {"tokens": words, "token_logprobs": [-1.0] * len(text)}
         raw = json.dumps({"choices": [{"text": "", "logprobs": book}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(raw)))

@@ -11,7 +11,7 @@ import torch
 
 from outrider.build import build_engine
 from outrider.cli.main import main
-from outrider.drafters.medusa.network import HeadsConfig
+from outrider.drafters.medusa.network import MedusaConfig
 from outrider.errors import ConfigError
 from outrider.evaluate.bench.chart import measured
 from outrider.evaluate.bench.presets import PRESETS, Spec, arms_of, by_length, preset
@@ -128,7 +128,7 @@ def place(tmp_path: Path) -> Path:
     make_checkpoint(tmp_path / "target", "llama", tokenizer=True)
     make_checkpoint(tmp_path / "draft", "llama", tokenizer=True, seed=1, num_hidden_layers=1)
     target = load_target(tmp_path / "target", dtype="float32")
-    new_heads(HeadsConfig(48, target.vocab_size, 4, target.layers), target).save(tmp_path / "medusa")
+    new_heads(MedusaConfig(48, target.vocab_size, 4, target.layers), target).save(tmp_path / "medusa")
     return tmp_path
 
 

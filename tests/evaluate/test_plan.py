@@ -67,7 +67,7 @@ def test_a_check_passes_a_right_plan_and_fails_a_wrong_one() -> None:
     assert "within" not in {pc.outcome(r, 0.1) for r in pc.check(pl.rank(drifted, CALLS), drifted)}
 
 
-def test_a_drafter_without_a_law_is_planned_from_its_own_counts() -> None:
+def test_a_drafter_without_a_distribution_is_planned_from_its_own_counts() -> None:
     choices = pl.rank(timings(3), {})
     assert {c.length: c.tokens_per_call for c in choices} == pytest.approx(RATE, rel=0.05)
     assert all(c.low < c.tokens_per_second < c.high for c in choices)

@@ -39,7 +39,7 @@ class Shape:
     """A forest of one sequence. law[k]: whether node k is drawn from its declared law, or is a point mass."""
 
     parent: tuple[int, ...]
-    law: tuple[bool, ...]
+    has_q: tuple[bool, ...]
     siblings: Siblings = "iid"
 
     @property
@@ -53,8 +53,8 @@ class Shape:
         return [k for k, up in enumerate(self.parent) if up == parent]
 
 
-def chain(length: int, law: bool = True) -> Shape:
-    return Shape(tuple(range(-1, length - 1)), (law,) * length)
+def chain(length: int, has_q: bool = True) -> Shape:
+    return Shape(tuple(range(-1, length - 1)), (has_q,) * length)
 
 
 def shapes(siblings: Siblings = "iid") -> dict[str, Shape]:
@@ -132,21 +132,21 @@ class ScriptedNoise(Noise):
 
 
 # ----------------------------------------------------------------- the reference: thresholds and residuals in numpy
-def without(law: np.ndarray, gone: Sequence[int]) -> np.ndarray:
-    out = law.copy()
+def without(distribution: np.ndarray, gone: Sequence[int]) -> np.ndarray:
+    out = distribution.copy()
     out[list(gone)] = 0
     total = out.sum()
     return out / total if total > 0 else out
 
 
-def after(law: np.ndarray, gone: Sequence[int], siblings: Siblings) -> np.ndarray:
+def after(distribution: np.ndarray, gone: Sequence[int], siblings: Siblings) -> np.ndarray:
     """The law the next sibling is drawn from, when `gone` have been drawn from `law`."""
     if siblings == "iid" or not gone:
-        return law
-    hub = int(law.argmax())
+        return distribution
+    hub = int(distribution.argmax())
     if siblings == "hub" and gone[0] != hub:
-        return np.eye(len(law))[hub]
-    return without(law, gone)
+        return np.eye(len(distribution))[hub]
+    return without(distribution, gone)
 
 
 def reference_toss(r: np.ndarray, q: np.ndarray | None, x: int) -> tuple[float, np.ndarray]:
@@ -185,15 +185,15 @@ class Enumerator:
         self, node: int, prefix: tuple[int, ...], weight: float, token: list[int], coins: dict
     ) -> Iterator[Probe]:
         world, kids = self.world, self.nodes[node + 1]
-        law = world.p[index(prefix, world.vocab)]
+        distribution = world.p[index(prefix, world.vocab)]
         if not kids:
-            yield from self._finals(law, len(prefix) + 1, weight, token, coins)
+            yield from self._finals(distribution, len(prefix) + 1, weight, token, coins)
             return
         for drawn, probability in self._draws(prefix, kids, (), 1.0):
             mine = list(token)
             for k, x in zip(kids, drawn, strict=True):
                 mine[k] = x
-            yield from self._tosses(kids, drawn, prefix, weight * probability, mine, coins, law)
+            yield from self._tosses(kids, drawn, prefix, weight * probability, mine, coins, distribution)
 
     def _tosses(self, kids, drawn, prefix, weight, token, coins, r) -> Iterator[Probe]:
         depth, coins = len(prefix) + 1, dict(coins)
@@ -212,9 +212,9 @@ class Enumerator:
         """Each sibling's acceptance given that those before it were refused, up to a certain one; what is left if all are."""
         out, q = [], self.world.q[index(prefix, self.world.vocab)]
         for j, (k, x) in enumerate(zip(kids, drawn, strict=True)):
-            gone = [y for y, sibling in zip(drawn[:j], kids, strict=False) if self.world.shape.law[sibling]]
-            law = after(q, gone, self.world.shape.siblings) if self.world.shape.law[k] else None
-            threshold, r = reference_toss(r, law, x)
+            gone = [y for y, sibling in zip(drawn[:j], kids, strict=False) if self.world.shape.has_q[sibling]]
+            distribution = after(q, gone, self.world.shape.siblings) if self.world.shape.has_q[k] else None
+            threshold, r = reference_toss(r, distribution, x)
             out.append(threshold)
             if threshold >= 1.0:
                 break
@@ -223,12 +223,12 @@ class Enumerator:
     def _all(self, kids, siblings: Siblings) -> bool:
         """Whether these are two or more siblings drawn in that way from one law: what rules for siblings are for."""
         shape = self.world.shape
-        return len(kids) >= 2 and shape.siblings == siblings and all(shape.law[k] for k in kids)
+        return len(kids) >= 2 and shape.siblings == siblings and all(shape.has_q[k] for k in kids)
 
-    def _finals(self, law, depth, weight, token, coins) -> Iterator[Probe]:
+    def _finals(self, distribution, depth, weight, token, coins) -> Iterator[Probe]:
         low = 0.0
-        total = law.sum()
-        for high in np.cumsum(law) / total:
+        total = distribution.sum()
+        for high in np.cumsum(distribution) / total:
             if high > low:
                 yield Probe(self.case, weight * (high - low), token, coins, self._pick(low, high), depth)
             low = high
@@ -239,15 +239,17 @@ class Enumerator:
             yield drawn, weight
             return
         world, place = self.world, index(prefix, self.world.vocab)
-        if not world.shape.law[kids[len(drawn)]]:
+        if not world.shape.has_q[kids[len(drawn)]]:
             yield from self._draws(prefix, kids, (*drawn, int(world.point[place, len(drawn)])), weight)
             return
-        gone = [y for y, k in zip(drawn, kids, strict=False) if world.shape.law[k]]
-        law = after(world.q[place], gone, world.shape.siblings)
-        if not law.any():  # the support is used up: an honest drafter can only propose something it has not drawn
+        gone = [y for y, k in zip(drawn, kids, strict=False) if world.shape.has_q[k]]
+        distribution = after(world.q[place], gone, world.shape.siblings)
+        if (
+            not distribution.any()
+        ):  # the support is used up: an honest drafter can only propose something it has not drawn
             yield from self._draws(prefix, kids, (*drawn, int(world.point[place, len(drawn)])), weight)
-        for x in np.flatnonzero(law):
-            yield from self._draws(prefix, kids, (*drawn, int(x)), weight * float(law[x]))
+        for x in np.flatnonzero(distribution):
+            yield from self._draws(prefix, kids, (*drawn, int(x)), weight * float(distribution[x]))
 
 
 # ----------------------------------------------------------------- running a rule on probes
@@ -255,7 +257,7 @@ class Enumerator:
 class Findings:
     """Per case: how far the output law is from the target's, and how far the ledger is from its two identities."""
 
-    law: np.ndarray
+    distribution: np.ndarray
     ledger: np.ndarray
     spread: np.ndarray
     accepted: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -263,7 +265,7 @@ class Findings:
 
 def assert_exact(found: Findings, tolerance: float) -> None:
     """The output law is the target's, and the ledger's two identities hold."""
-    assert found.law.max() <= tolerance
+    assert found.distribution.max() <= tolerance
     assert found.ledger.max() <= tolerance, "E[risk - rejections] is not zero"
     assert found.spread.max() <= tolerance, "E[(risk - rejections)^2] is not E[spread]"
 
@@ -308,14 +310,14 @@ def assemble(worlds: Sequence[World], probes: Sequence[Probe], dtype: torch.dtyp
             above = paths[up] if up >= 0 else ()
             paths.append((*above, x))
             nodes.append(int(p_first[probe.case]) + index(paths[k], vocab))
-            row.append(int(q_first[probe.case]) + index(above, vocab) if shape.law[k] else POINT_MASS)
+            row.append(int(q_first[probe.case]) + index(above, vocab) if shape.has_q[k] else POINT_MASS)
             parent.append(up if up < 0 else up + low)
         token += probe.token
     p = torch.from_numpy(np.concatenate([w.p for w in worlds])[anchors + nodes]).to(dtype)
     q = np.concatenate([w.q for w in worlds])
-    laws = torch.from_numpy(q if support is None else q[:, support]).to(dtype)
+    distributions = torch.from_numpy(q if support is None else q[:, support]).to(dtype)
     proposal = Proposal(
-        laws, tuple(row), None if support is None else torch.from_numpy(support), worlds[0].shape.siblings
+        distributions, tuple(row), None if support is None else torch.from_numpy(support), worlds[0].shape.siblings
     )
     counts = tuple(len(probe.token) for probe in probes)
     return p, Draft(
@@ -354,11 +356,11 @@ def _findings(worlds, probes, draft: Draft, verdict: Verdict) -> Findings:
         first[probe.case] += probe.weight * error
         second[probe.case] += probe.weight * (error * error - verdict.spread[b])
         accepted[probe.case] += probe.weight * len(path)
-    law = np.array([law_error(world, m, depth) for world, m in zip(worlds, mass, strict=True)])
-    return Findings(law, np.abs(first), np.abs(second), accepted)
+    distribution = np.array([distribution_error(world, m, depth) for world, m in zip(worlds, mass, strict=True)])
+    return Findings(distribution, np.abs(first), np.abs(second), accepted)
 
 
-def law_error(world: World, mass: np.ndarray, depth: int) -> float:
+def distribution_error(world: World, mass: np.ndarray, depth: int) -> float:
     """Largest distance of the law of output strings from the target's, over all strings up to the case's depth + 1.
 
     mass: probability of each output string. Shorter outputs are continued by the target, as decoding would.
@@ -368,8 +370,8 @@ def law_error(world: World, mass: np.ndarray, depth: int) -> float:
     target = np.ones(1)
     for d in range(1, world.shape.depth + 2):
         start = prefixes(vocab, d - 1)
-        laws = world.p[prefixes(vocab, d - 1) - vocab ** (d - 1) : start]
-        normal = laws / laws.sum(1, keepdims=True)
+        distributions = world.p[prefixes(vocab, d - 1) - vocab ** (d - 1) : start]
+        normal = distributions / distributions.sum(1, keepdims=True)
         ended = (ended[:, None] * normal).ravel() + mass[start : start + vocab**d]
         target = (target[:, None] * normal).ravel()
     worst = float(np.abs(ended - target).max())
@@ -377,24 +379,24 @@ def law_error(world: World, mass: np.ndarray, depth: int) -> float:
 
 
 # ----------------------------------------------------------------- laws with everything that can go wrong in them
-def random_laws(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
+def random_distributions(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
     """Laws float64 [rows, vocab]: smooth, sharp, with zeros, one-hot, with ties, with subnormal entries."""
-    laws = rng.dirichlet(np.full(vocab, rng.choice([0.3, 1.0, 5.0])), size=rows)
-    laws[np.isnan(laws).any(1)] = 1.0 / vocab
+    distributions = rng.dirichlet(np.full(vocab, rng.choice([0.3, 1.0, 5.0])), size=rows)
+    distributions[np.isnan(distributions).any(1)] = 1.0 / vocab
     kind = rng.integers(8, size=rows)
-    top = laws.argmax(1)
+    top = distributions.argmax(1)
     for i in np.flatnonzero(kind < 5):
         if kind[i] == 0:
-            laws[i] = np.eye(vocab)[rng.integers(vocab)]
+            distributions[i] = np.eye(vocab)[rng.integers(vocab)]
         elif kind[i] == 1:
-            laws[i, (top[i] + 1) % vocab] = 0
+            distributions[i, (top[i] + 1) % vocab] = 0
         elif kind[i] == 2:
-            laws[i] = rng.multinomial(4, np.full(vocab, 1 / vocab)) / 4
+            distributions[i] = rng.multinomial(4, np.full(vocab, 1 / vocab)) / 4
         elif kind[i] == 3:
-            laws[i, (top[i] + 1) % vocab] = 5e-310
+            distributions[i, (top[i] + 1) % vocab] = 5e-310
         else:
-            laws[i] = 1.0 / vocab
-    return laws / laws.sum(1, keepdims=True)
+            distributions[i] = 1.0 / vocab
+    return distributions / distributions.sum(1, keepdims=True)
 
 
 def random_world(
@@ -405,8 +407,8 @@ def random_world(
     full: every draft law has full support (siblings without replacement never run out of tokens).
     """
     depth = shape.depth
-    p = random_laws(rng, prefixes(vocab, depth), vocab)
-    q = random_laws(rng, len(p), vocab)
+    p = random_distributions(rng, prefixes(vocab, depth), vocab)
+    q = random_distributions(rng, len(p), vocab)
     relation = rng.integers(5, size=len(p))
     q[relation == 0] = p[relation == 0]
     for i in np.flatnonzero(relation == 1):

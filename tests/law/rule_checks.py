@@ -28,16 +28,16 @@ RULE, RACES = SpeculativeSampling(), Match()
 def chains() -> None:
     """Output law of chains, by enumeration: laws, point masses, both."""
     rng = np.random.default_rng(1)
-    shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, law=False)]
+    shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, has_q=False)]
     found = examine(RULE, [random_world(rng, V, shape) for shape in shapes for _ in range(6)], rng)
-    assert found.law.max() < 1e-12
+    assert found.distribution.max() < 1e-12
 
 
 def support() -> None:
     """Output law and ledger of chains drawn from a draft vocabulary."""
     rng = np.random.default_rng(2)
     found = examine(RULE, [random_world(rng, 4, chain(2), np.array([2, 0, 3])) for _ in range(6)], rng)
-    assert max(found.law.max(), found.ledger.max()) < 1e-12
+    assert max(found.distribution.max(), found.ledger.max()) < 1e-12
 
 
 def forest_worlds(rng: np.random.Generator, siblings: Siblings) -> list:
@@ -51,13 +51,13 @@ def trees() -> None:
     """Output law of forests, by enumeration: i.i.d. siblings, without replacement, point masses, mixtures."""
     rng = np.random.default_rng(3)
     for worlds in (forest_worlds(rng, "iid"), forest_worlds(rng, "without_replacement")):
-        assert examine(RULE, worlds, rng).law.max() < 1e-12
+        assert examine(RULE, worlds, rng).distribution.max() < 1e-12
 
 
 def ledger() -> None:
     """E[risk - rejections] = 0 and E[(risk - rejections)^2] = E[spread], by enumeration."""
     rng = np.random.default_rng(4)
-    worlds = [random_world(rng, V, shape) for shape in (chain(2), chain(2, law=False)) for _ in range(6)]
+    worlds = [random_world(rng, V, shape) for shape in (chain(2), chain(2, has_q=False)) for _ in range(6)]
     for batch in (worlds, forest_worlds(rng, "iid"), forest_worlds(rng, "without_replacement")):
         found = examine(RULE, batch, rng)
         assert max(found.ledger.max(), found.spread.max()) < 1e-12
@@ -124,8 +124,8 @@ def matching() -> None:
             text.append(RACES(p[[last]], Draft.empty(1), at).next_token[0])
         strings[text[1], text[2]] += 1
         token = rng.integers(V, size=3).tolist()
-        laws, draft = p[[0, *token]], Draft(torch.tensor(token), (-1, -1, 0), (3,))
-        verdict = RACES(laws, draft, Noise((seed,), (0,)))
+        distributions, draft = p[[0, *token]], Draft(torch.tensor(token), (-1, -1, 0), (3,))
+        verdict = RACES(distributions, draft, Noise((seed,), (0,)))
         emitted = [draft.tokens[k] for k in verdict.path[0]] + [verdict.next_token[0]]
         assert emitted[: len(text) - 1] == text[1 : 1 + len(emitted)]
     want = (p[0][:, None] * p).numpy() * 800
@@ -143,11 +143,11 @@ def long_draws() -> None:
     rng = np.random.default_rng(12)
     for size in (7, 1024, 5001):
         p, q = (torch.from_numpy(rng.dirichlet(np.full(size, 0.3))).unsqueeze(0) for _ in range(2))
-        for w, law in ((1.0, None), (1.0, q), (0.7, q)):
-            weight = (w * p[0] - (0 if law is None else law[0])).clamp(min=0).numpy()
+        for w, distribution in ((1.0, None), (1.0, q), (0.7, q)):
+            weight = (w * p[0] - (0 if distribution is None else distribution[0])).clamp(min=0).numpy()
             cdf = np.cumsum(weight)
             for u in (0.0, 0.1, 0.35, 0.999, 1.0, *rng.random(20)):
-                found = native.draw(p, law, w, u)
+                found = native.draw(p, distribution, w, u)
                 assert found is not None
                 assert found[1] == pytest.approx(cdf[-1], rel=1e-12)
                 assert weight[found[0]] > 0
@@ -174,7 +174,7 @@ def markov(seed: int, alpha: float = 1.0) -> np.ndarray:
 def decode(p: np.ndarray, q: np.ndarray, sequences: int, width: int) -> list[list[int]]:
     """LENGTH tokens after token 0 for each seed; each step proposes two nodes: a chain (width 1) or siblings (width 2)."""
     texts = [[0] for _ in range(sequences)]
-    target, laws, cdf = torch.from_numpy(p), torch.from_numpy(q), q.cumsum(-1)
+    target, distributions, cdf = torch.from_numpy(p), torch.from_numpy(q), q.cumsum(-1)
     while live := [b for b in range(sequences) if len(texts[b]) <= LENGTH]:
         noise = Noise(tuple(live), tuple(len(texts[b]) - 1 for b in live))
         token, row, parent = [], [], []
@@ -186,7 +186,7 @@ def decode(p: np.ndarray, q: np.ndarray, sequences: int, width: int) -> list[lis
                 token.append(min(int((cdf[last] <= noise.uniform(i, depth, "draft", sibling)).sum()), V - 1))
                 parent.append(-1 if j == 0 or width == 2 else len(token) - 2)
                 last = token[-1] if width == 1 else last
-        draft = Draft(torch.tensor(token), tuple(parent), (2,) * len(live), Proposal(laws, tuple(row)))
+        draft = Draft(torch.tensor(token), tuple(parent), (2,) * len(live), Proposal(distributions, tuple(row)))
         verdict = RULE(target[[*(texts[b][-1] for b in live), *token]], draft, noise)
         for i, b in enumerate(live):
             texts[b] += [token[k] for k in verdict.path[i]] + [verdict.next_token[i]]

@@ -48,17 +48,17 @@ class BlockEnumerator(Enumerator):
         for token, weight in self._drafts((), 1.0):
             yield from self._cells(token, weight)
 
-    def _laws(self, prefix: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _distributions(self, prefix: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
         world, k = self.world, len(prefix)
         place = index(prefix, world.vocab)
-        drawn = k < len(world.shape.parent) and world.shape.law[k]
+        drawn = k < len(world.shape.parent) and world.shape.has_q[k]
         return world.p[place], world.q[place] if drawn else None
 
     def _drafts(self, prefix: tuple[int, ...], weight: float) -> Iterator[tuple[tuple[int, ...], float]]:
         if len(prefix) == len(self.world.shape.parent):
             yield prefix, weight
             return
-        q = self._laws(prefix)[1]
+        q = self._distributions(prefix)[1]
         if q is None:
             point = int(self.world.point[index(prefix, self.world.vocab), 0])
             yield from self._drafts((*prefix, point), weight)
@@ -70,21 +70,21 @@ class BlockEnumerator(Enumerator):
         g = len(token)
         w, rest = [1.0], []
         for i in range(g):
-            p, q = self._laws(token[:i])
+            p, q = self._distributions(token[:i])
             q = np.eye(len(p))[token[i]] if q is None else q
             rest.append(np.maximum(w[i] * p - q, 0))
             reach = w[i] * p[token[i]]
             w.append(1.0 if reach >= q[token[i]] else reach / q[token[i]])
-        rest.append(w[g] * self._laws(token)[0])
+        rest.append(w[g] * self._distributions(token)[0])
         coins: dict[tuple[int, int], float] = {}
         for i in range(g, -1, -1):
             total = rest[i].sum()
             h = w[g] if i == g else 1.0 if total + 1.0 - w[i] <= 0 else total / (total + 1.0 - w[i])
             h = 1.0 if i == 0 else h
-            law = rest[i] if total > 0 else self._laws(token[:i])[0]
+            distribution = rest[i] if total > 0 else self._distributions(token[:i])[0]
             if h > 0:
                 kept = {**coins, (i, 0): self._pick(0.0, h)} if i else coins
-                yield from self._finals(law, i + 1, weight * h, list(token), kept)
+                yield from self._finals(distribution, i + 1, weight * h, list(token), kept)
             if h >= 1:
                 return
             coins[i, 0] = self._pick(h, 1.0)
@@ -101,7 +101,7 @@ def test_float32():
 
 def test_a_batch_of_different_lengths():
     rng = np.random.default_rng(24)
-    shapes = [Shape((), ()), chain(3), chain(1), Shape((), ()), chain(2, law=False), chain(2)]
+    shapes = [Shape((), ()), chain(3), chain(1), Shape((), ()), chain(2, has_q=False), chain(2)]
     check([random_world(rng, 3, shape) for shape in shapes for _ in range(5)], 5)
 
 
@@ -153,4 +153,4 @@ def wrong_residual(p: torch.Tensor, draft: Draft, noise: Noise):
 def test_control_the_wrong_residual_is_seen():
     rng = np.random.default_rng(27)
     worlds = [random_world(rng, 3, chain(2)) for _ in range(20)]
-    assert examine(wrong_residual, worlds, rng, edge=NEAR, enumerator=BlockEnumerator).law.max() > 1e-3
+    assert examine(wrong_residual, worlds, rng, edge=NEAR, enumerator=BlockEnumerator).distribution.max() > 1e-3

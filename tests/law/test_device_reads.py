@@ -80,7 +80,7 @@ def of_a_step(reads: Reads, drafter: Drafter, rule: str, sequences: int, depth: 
         before = reads.count
         engine.step()
         found.add(reads.count - before)
-    assert not engine.incidents
+    assert not engine.defects
     return found
 
 

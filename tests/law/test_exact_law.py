@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.verify.tree import SpeculativeSampling, judge_forest
+from outrider.verify.tree import SpeculativeSampling, verify_forest
 from tests.law.lab import (
     COARSE,
     EXACT,
@@ -59,17 +59,17 @@ def test_sums_off_by_1e_7():
 
 def test_shapes_of_a_batch_may_differ():
     rng = np.random.default_rng(15)
-    ragged = [Shape((), ()), chain(3), chain(1), Shape((), ()), chain(2, law=False), chain(2)]
+    ragged = [Shape((), ()), chain(3), chain(1), Shape((), ()), chain(2, has_q=False), chain(2)]
     check([random_world(rng, 3, shape) for shape in ragged for _ in range(5)], 5)
     check_rule(
-        judge_forest,
+        verify_forest,
         Enumerator,
         [random_world(rng, 3, shape) for shape in [*ragged, shapes()["two"]] for _ in range(2)],
         6,
     )
 
 
-def test_accepted_count_has_its_law():
+def test_accepted_count_has_its_distribution():
     """E[accepted] = sum over depths of the mass both laws share along the path (Leviathan et al. 2023, Theorem 3.8)."""
     rng = np.random.default_rng(16)
     worlds = [random_world(rng, 3, chain(3)) for _ in range(50)]
@@ -83,7 +83,7 @@ def test_accepted_count_has_its_law():
         assert accepted == pytest.approx(expected, abs=EXACT)
 
 
-def laws(vocab: int) -> st.SearchStrategy[np.ndarray]:
+def distributions_of(vocab: int) -> st.SearchStrategy[np.ndarray]:
     """One law: any weights, with zeros, ties and subnormal numbers wanted often."""
     weight = st.one_of(st.sampled_from([0.0, 1.0, 0.25, 1e-12, 5e-324, 1e-310]), st.floats(0, 1))
     positive = st.lists(weight, min_size=vocab, max_size=vocab).filter(lambda w: sum(w) > 1e-3)
@@ -98,13 +98,13 @@ def cases(draw, vocab: int = 3) -> World:
         )
     )
     rows = prefixes(vocab, shape.depth)
-    p = [draw(laws(vocab)) for _ in range(rows)]
-    q = [p[i] if draw(st.booleans()) and draw(st.booleans()) else draw(laws(vocab)) for i in range(rows)]
+    p = [draw(distributions_of(vocab)) for _ in range(rows)]
+    q = [p[i] if draw(st.booleans()) and draw(st.booleans()) else draw(distributions_of(vocab)) for i in range(rows)]
     point = np.array([[draw(st.integers(0, vocab - 1)) for _ in range(4)] for _ in range(rows)])
     return World(np.array(p), np.array(q), shape, point)
 
 
 @settings(max_examples=150)
 @given(cases())
-def test_any_laws(world):
+def test_any_distributions(world):
     check([world], 7)

@@ -12,7 +12,7 @@ from outrider.noise import Noise
 from outrider.theory import lossy as theory
 from outrider.types import Draft, Proposal
 from outrider.verify import LOSSLESS, RULES, load_rule
-from outrider.verify.lossy import Choice, Lossy, Position
+from outrider.verify.lossy import AcceptancePlan, Lossy, Position
 from tests.law.lab import chain, random_world
 from tests.law.test_lossy_rules import EXACT, THEORY, accept_of, run
 
@@ -37,9 +37,9 @@ def forbidding(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("law", [True, False], ids=["law", "point mass"])
+@pytest.mark.parametrize("has_q", [True, False], ids=["distribution", "point mass"])
 @pytest.mark.parametrize("name", BENT + list(LOSSLESS))
-def test_no_rule_emits_a_forbidden_token(name: str, law: bool, dtype: torch.dtype) -> None:
+def test_no_rule_emits_a_forbidden_token(name: str, has_q: bool, dtype: torch.dtype) -> None:
     """Chains of four whose tokens are forbidden half of the time, at budgets that allow everything."""
     rng, vocab, length = np.random.default_rng(51), 9, 4
     rule = load_rule(name)
@@ -47,7 +47,7 @@ def test_no_rule_emits_a_forbidden_token(name: str, law: bool, dtype: torch.dtyp
         p = torch.from_numpy(forbidding(rng, length + 1, vocab)).to(dtype)
         q = torch.from_numpy(rng.dirichlet(np.ones(vocab), size=length)).to(dtype)
         token = torch.multinomial(q, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
-        draft = Draft(token, (-1, 0, 1, 2), (length,), Proposal(q, (0, 1, 2, 3)) if law else None)
+        draft = Draft(token, (-1, 0, 1, 2), (length,), Proposal(q, (0, 1, 2, 3)) if has_q else None)
         verdict = rule(p, draft, Noise((seed,), (5,)))
         tokens = [draft.tokens[k] for k in verdict.path[0]] + [verdict.next_token[0]]
         assert all(p[row, x] > 0 for row, x in enumerate(tokens))
@@ -104,8 +104,8 @@ def test_mentored_spends_its_divergence_on_what_is_allowed() -> None:
 def test_an_acceptance_of_ones_own_cannot_forget_it() -> None:
     """Whoever writes a new acceptance function need not think of bans."""
 
-    def greedy(position: Position) -> Choice:
-        return Choice(torch.ones_like(position.p), torch.zeros_like(position.p))
+    def greedy(position: Position) -> AcceptancePlan:
+        return AcceptancePlan(torch.ones_like(position.p), torch.zeros_like(position.p))
 
     p = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
     for token in (0, 2):

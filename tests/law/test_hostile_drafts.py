@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from outrider.contained import defect_of
-from outrider.engine.sanitize import honest
+from outrider.engine.sanitize import sanitize_draft
 from outrider.errors import ConfigError, RequestError
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal
 from outrider.verify import LOSSLESS, RULES, Match, SpeculativeSampling, load_rule
-from outrider.verify.chain import judge_chains
+from outrider.verify.chain import verify_chains
 from outrider.verify.numerics import as_weights, draw
-from outrider.verify.tree import judge_forest
+from outrider.verify.tree import verify_forest
 from tests.law.lab import Enumerator, Shape, chain, examine, random_world
 
 RULE = SpeculativeSampling()
-BOTH = pytest.mark.parametrize("judge", [judge_chains, judge_forest], ids=["closed form", "plain"])
+BOTH = pytest.mark.parametrize("judge", [verify_chains, verify_forest], ids=["closed form", "plain"])
 ENDS = (0.0, 2.0**-53, 2.0**-32, 0.5, 1 - 2.0**-32, 1 - 2.0**-53, 1.0)
 
 
@@ -52,9 +52,9 @@ def test_every_accept_pattern(judge, length, declared):
     half = torch.full((length + 1, vocab), 0.0, dtype=torch.float64)
     for d in range(length + 1):
         half[d, 0], half[d, d + 1] = 0.5, 0.5  # token 0 is drafted everywhere; row d alone can emit token d + 1
-    law = torch.zeros(1, vocab, dtype=torch.float64)
-    law[0, 0] = 1.0
-    q = Proposal(law, (0,) * length) if declared else None
+    distribution = torch.zeros(1, vocab, dtype=torch.float64)
+    distribution[0, 0] = 1.0
+    q = Proposal(distribution, (0,) * length) if declared else None
     draft = Draft(torch.zeros(length, dtype=torch.int64), tuple(range(-1, length - 1)), (length,), q)
     for pattern in product([True, False], repeat=length):
         verdict = judge(half, draft, coins([0.25 if yes else 0.75 for yes in pattern], 0.9))
@@ -114,7 +114,7 @@ def test_accept_coin_at_its_ends(judge, u):
 
 
 @BOTH
-def test_equal_laws_never_refuse(judge):
+def test_equal_distributions_never_refuse(judge):
     """p == q bit for bit: acceptance is one for every coin of (0, 1), and the ledger says so."""
     rng = np.random.default_rng(1)
     p = torch.softmax(torch.from_numpy(rng.normal(size=(4, 3000)) * 3), -1).float()
@@ -128,7 +128,7 @@ def test_equal_laws_never_refuse(judge):
 
 @BOTH
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5, 0.0])
-def test_a_law_that_cannot_have_produced_its_token_counts_as_a_point_mass(judge, bad):
+def test_a_distribution_that_cannot_have_produced_its_token_counts_as_a_point_mass(judge, bad):
     p = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]], dtype=torch.float64)
     q = torch.tensor([[bad, 0.5, 0.5]], dtype=torch.float64)
     lie = Draft(torch.tensor([0]), (-1,), (1,), Proposal(q, (0,)))
@@ -137,7 +137,7 @@ def test_a_law_that_cannot_have_produced_its_token_counts_as_a_point_mass(judge,
 
 
 @BOTH
-def test_nan_elsewhere_in_a_law_leaves_a_valid_token_and_a_finite_ledger(judge):
+def test_nan_elsewhere_in_a_distribution_leaves_a_valid_token_and_a_finite_ledger(judge):
     p = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]], dtype=torch.float64)
     q = torch.tensor([[0.8, math.nan, 0.1]], dtype=torch.float64)
     draft = Draft(torch.tensor([0]), (-1,), (1,), Proposal(q, (0,)))
@@ -149,7 +149,7 @@ def test_nan_elsewhere_in_a_law_leaves_a_valid_token_and_a_finite_ledger(judge):
 
 @BOTH
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
-def test_a_target_law_without_mass_is_an_error_and_never_a_token(judge, bad):
+def test_a_target_distribution_without_mass_is_an_error_and_never_a_token(judge, bad):
     p = torch.full((2, 3), bad, dtype=torch.float64)
     with pytest.raises(RequestError, match="sequence 0"):
         judge(p, Draft(torch.tensor([0]), (-1,), (1,)), coins([0.5], 0.5))
@@ -163,7 +163,7 @@ class Liar(Enumerator):
 
 
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
-def test_a_token_outside_its_law_leaves_the_output_law_alone(siblings):
+def test_a_token_outside_its_distribution_leaves_the_output_distribution_alone(siblings):
     """Given that token the output has the target's law; so has any mixture with honest drafts. The ledger stays exact."""
     rng = np.random.default_rng(2)
     worlds = []
@@ -173,9 +173,9 @@ def test_a_token_outside_its_law_leaves_the_output_law_alone(siblings):
             world.q[:] = rng.dirichlet(np.ones(3), size=len(world.q)) * [1, 1, 0]
             world.q /= world.q.sum(1, keepdims=True)
             worlds.append(world)
-    for judge in (judge_forest, RULE):
+    for judge in (verify_forest, RULE):
         found = examine(judge, worlds, rng, enumerator=Liar)
-        assert max(found.law.max(), found.ledger.max(), found.spread.max()) <= 1e-12
+        assert max(found.distribution.max(), found.ledger.max(), found.spread.max()) <= 1e-12
 
 
 GOOD = Draft(
@@ -189,7 +189,7 @@ GOOD = Draft(
 def test_drafts_that_are_right_pass():
     for draft in (GOOD, Draft.empty(4), replace(GOOD, q=None)):
         assert defect_of(draft, len(draft.counts), [3] * len(draft.counts)) == ""
-        assert honest(draft, 3) == (draft, 0)
+        assert sanitize_draft(draft, 3) == (draft, 0)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_draft_without_structure_is_none(change, words):
 )
 def test_what_a_draft_says_wrongly_is_not_used(change, tokens, row):
     """A token outside the vocabulary goes with what hangs below it; what is no distribution is not declared any more."""
-    kept, broken = honest(replace(GOOD, **change), 3)
+    kept, broken = sanitize_draft(replace(GOOD, **change), 3)
     assert broken
     assert kept.tokens == tokens == tuple(kept.token.tolist())
     assert (None if kept.q is None else kept.q.row) == row
@@ -243,4 +243,4 @@ def test_rules_have_names():
         rule = load_rule(name)
         assert rule.name == name
         assert rule.lossless == (name in LOSSLESS)
-        assert (rule.limit == 0.0) == rule.lossless
+        assert (rule.tv_limit == 0.0) == rule.lossless

@@ -95,7 +95,7 @@ def test_the_root_and_what_it_hands_out(k):
         assert np.maximum(p - rho * q, 0).sum() == pytest.approx((1 - beta) ** k, abs=1e-11)
 
 
-def test_laws_that_agree_or_never_meet():
+def test_distributions_that_agree_or_never_meet():
     p = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     assert solve_rho(p, p, 3) == 1.0
     assert solve_rho(p, torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64), 3) == 1.0
@@ -116,4 +116,4 @@ def loose(p: torch.Tensor, draft, noise):
 def test_control_a_wrong_rho_is_seen():
     rng = np.random.default_rng(36)
     worlds = [random_world(rng, 3, Shape((-1, -1), PAIR)) for _ in range(20)]
-    assert examine(loose, worlds, rng, edge=EDGE, enumerator=KSeqEnumerator).law.max() > 1e-3
+    assert examine(loose, worlds, rng, edge=EDGE, enumerator=KSeqEnumerator).distribution.max() > 1e-3

@@ -32,14 +32,14 @@ class LossyEnumerator(Enumerator):
     rule: Lossy
 
     def _walk(self, node, prefix, weight, token, coins, left=None) -> Iterator[Probe]:
-        left = self.rule.limit if left is None else left
+        left = self.rule.tv_limit if left is None else left
         world, kids = self.world, self.nodes[node + 1]
         p = world.p[index(prefix, world.vocab)]
         if not kids:
             yield from self._finals(p, len(prefix) + 1, weight, token, coins)
             return
         for (x,), probability in self._draws(prefix, kids, (), 1.0):
-            q = world.q[index(prefix, world.vocab)] if world.shape.law[kids[0]] else np.eye(world.vocab)[x]
+            q = world.q[index(prefix, world.vocab)] if world.shape.has_q[kids[0]] else np.eye(world.vocab)[x]
             b, rest, bias = accept_of(self.rule, p, q, left)
             mine, mass, depth = list(token), weight * probability, len(prefix) + 1
             mine[kids[0]] = x
@@ -47,15 +47,15 @@ class LossyEnumerator(Enumerator):
                 kept = {**coins, (depth, 0): self._pick(0.0, b[x])}
                 yield from self._walk(kids[0], (*prefix, x), mass * b[x], mine, kept, left - bias)
             if b[x] < 1:
-                law = rest / rest.sum() if rest.sum() > 0 else p
+                distribution = rest / rest.sum() if rest.sum() > 0 else p
                 refused = {**coins, (depth, 0): self._pick(b[x], 1.0)}
-                yield from self._finals(law, depth, mass * (1 - b[x]), mine, refused)
+                yield from self._finals(distribution, depth, mass * (1 - b[x]), mine, refused)
 
 
 def accept_of(rule: Lossy, p: np.ndarray, q: np.ndarray, left: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Acceptance, residual weights and bias within what is left, in numpy, from a wish that the theory's tables give below."""
-    wish = rule.accept(Position(torch.from_numpy(p)[None], torch.from_numpy(q)[None], left))
-    b, rest = np.where(p > 1e-30, wish.accept[0].numpy(), 0.0), wish.rest[0].numpy()
+    plan = rule.accept(Position(torch.from_numpy(p)[None], torch.from_numpy(q)[None], left))
+    b, rest = np.where(p > 1e-30, plan.accept[0].numpy(), 0.0), plan.rest[0].numpy()
     if (
         abs(1 - (b * q).sum() - rest.sum()) > 1e-12
     ):  # what the target forbids is refused: the rest that is optimal for such an acceptance
@@ -96,23 +96,23 @@ def total_variation(world: World, mass: np.ndarray) -> float:
     vocab, ended, target = world.vocab, np.zeros(1), np.ones(1)
     for d in range(1, world.shape.depth + 2):
         start = prefixes(vocab, d - 1)
-        laws = world.p[start - vocab ** (d - 1) : start]
-        ended = (ended[:, None] * laws).ravel() + mass[start : start + vocab**d]
-        target = (target[:, None] * laws).ravel()
+        distributions = world.p[start - vocab ** (d - 1) : start]
+        ended = (ended[:, None] * distributions).ravel() + mass[start : start + vocab**d]
+        target = (target[:, None] * distributions).ravel()
     return float(np.abs(ended - target).sum() / 2)
 
 
 @SHARES
 @pytest.mark.parametrize("name", LOSSY)
-@pytest.mark.parametrize("law", [True, False], ids=["law", "point mass"])
-def test_one_position_is_as_far_off_as_its_bias_says(name, law, share):
+@pytest.mark.parametrize("has_q", [True, False], ids=["distribution", "point mass"])
+def test_one_position_is_as_far_off_as_its_bias_says(name, has_q, share):
     """Theorem 4 of Yin et al. 2024, on pairs of laws: total variation of the output = metered bias; E[risk] = rejections."""
     rng = np.random.default_rng([41, len(name)])
-    worlds = [random_world(rng, 4, chain(1, law)) for _ in range(some(60, share))]
+    worlds = [random_world(rng, 4, chain(1, has_q)) for _ in range(some(60, share))]
     for world, (distance, bias, _, gap, _) in zip(worlds, run(load_rule(name), worlds, 2), strict=True):
         # the position's own distance: the bonus behind it is exact, so the distance of two tokens is that of the first
         assert distance <= bias + EXACT
-        if law:
+        if has_q:
             assert distance == pytest.approx(bias, abs=1e-11)
         assert abs(gap) <= EXACT
         assert world.vocab == 4

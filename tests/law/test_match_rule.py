@@ -61,8 +61,8 @@ def test_same_string_as_plain_decoding_for_any_drafter(sharp):
             rng = np.random.default_rng([seed, drafter])
             text = [0]
             while len(text) < 24:
-                laws, draft = random_draft(rng, text[-1], p) if drafter else (p[[text[-1]]], Draft.empty(1))
-                verdict = RULE(laws, draft, Noise((seed,), (len(text) - 1,)))
+                distributions, draft = random_draft(rng, text[-1], p) if drafter else (p[[text[-1]]], Draft.empty(1))
+                verdict = RULE(distributions, draft, Noise((seed,), (len(text) - 1,)))
                 text += [draft.tokens[k] for k in verdict.path[0]] + [verdict.next_token[0]]
             strings.append(text[:24])
         assert strings[0] == strings[1] == strings[2]
@@ -90,7 +90,7 @@ def test_first_of_equal_children_and_refusal():
     assert (verdict.path, verdict.next_token, verdict.judged, verdict.risk) == (((),), (2,), (1,), (1.0,))
 
 
-def test_one_hot_laws_need_no_noise():
+def test_one_hot_distributions_need_no_noise():
     p = torch.stack([one_hot(4), one_hot(1), one_hot(3)])
     q = Proposal(torch.full((1, V), 1.0 / V, dtype=torch.float64), (0,))
     verdict = RULE(p, Draft(torch.tensor([4]), (-1,), (1, 0), q), Deaf((0, 1), (0, 0)))
@@ -110,7 +110,7 @@ def test_nearly_one_hot_is_not_one_hot():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.0])
-def test_a_law_without_mass_is_refused(bad):
+def test_a_distribution_without_mass_is_refused(bad):
     with pytest.raises(RequestError, match="sequence 0"):
         RULE(torch.full((1, V), bad), Draft.empty(1), Noise((0,), (0,)))
 
@@ -122,7 +122,7 @@ def race_counts(p: torch.Tensor, draws: int, noise: type = Noise) -> np.ndarray:
     return counts
 
 
-def test_race_has_the_targets_law():
+def test_race_has_the_targets_distribution():
     """Chi-square of 8,000 draws at 1e-9; the control shifts 15% of the mass and is rejected."""
     p = table(2)[:1]
     counts = race_counts(p, 8_000)
@@ -133,8 +133,8 @@ def test_race_has_the_targets_law():
     assert ((counts - tilted) ** 2 / tilted).sum() > bound
 
 
-law = st.lists(st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1e-9]), st.floats(0, 1)), min_size=V, max_size=V)
-laws = law.filter(lambda w: sum(w) > 1e-3).map(lambda w: np.array(w) / sum(w))
+distribution = st.lists(st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1e-9]), st.floats(0, 1)), min_size=V, max_size=V)
+distributions = distribution.filter(lambda w: sum(w) > 1e-3).map(lambda w: np.array(w) / sum(w))
 
 
 def brute_force(p: np.ndarray, q: np.ndarray) -> float:
@@ -144,7 +144,7 @@ def brute_force(p: np.ndarray, q: np.ndarray) -> float:
 
 
 @settings(max_examples=150)
-@given(laws, laws)
+@given(distributions, distributions)
 def test_match_probability_against_brute_force_and_bounds(p, q):
     value = match_probability(torch.from_numpy(p), torch.from_numpy(q))
     assert value == pytest.approx(brute_force(p, q), abs=1e-12)

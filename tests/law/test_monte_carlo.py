@@ -39,7 +39,7 @@ class Config:
     top_p: float = 1.0
     sharp: float = 1.5
     heavy: bool = False  # heavy-tailed logits
-    draft: str = "law"  # or "point": tokens drawn, no law declared; "mixed"; "support": a draft vocabulary
+    draft: str = "distribution"  # or "point": tokens drawn, no law declared; "mixed"; "support": a draft vocabulary
     declared_temperature: float | None = None  # what the declared draft law is computed with, if not `temperature`
 
 
@@ -61,14 +61,14 @@ def nightly() -> list[Config]:
     out = []
     for i, (temperature, length, (sharp, heavy)) in enumerate(grid):
         top_k, top_p = ((0, 1.0), (5, 1.0), (0, 0.9), (3, 1.0), (0, 0.8), (5, 0.9))[i % 6]
-        draft = ("law", "mixed", "point", "support", "law")[(i // 4) % 5]
+        draft = ("distribution", "mixed", "point", "support", "distribution")[(i // 4) % 5]
         vocab = 4 if length == 7 else 8
         name = f"T={temperature} length={length} sharp={sharp} top_k={top_k} top_p={top_p} {draft}"
         out.append(Config(name, vocab, length, temperature, min(top_k, vocab - 1), top_p, sharp, heavy, draft))
     return out
 
 
-def law(logits: np.ndarray, temperature: float, top_k: int, top_p: float, dtype) -> np.ndarray:
+def distribution_of(logits: np.ndarray, temperature: float, top_k: int, top_p: float, dtype) -> np.ndarray:
     """Temperature, top-k and top-p over the last axis, in `dtype`; what is cut is decided in float64."""
     x = logits.astype(dtype) / dtype(temperature)
     if top_k:
@@ -98,11 +98,11 @@ class Table:
         if config.draft == "support":
             self.support = rng.permutation(config.vocab)[: config.vocab * 3 // 4]
         cuts = config.temperature, config.top_k, config.top_p
-        self.p = law(self.target, *cuts, np.float32)
-        self.exact = law(self.target, *cuts, np.float64)
-        self.drawn = law(self.draft[:, :, self.support], config.temperature, 0, 1.0, np.float32)
+        self.p = distribution_of(self.target, *cuts, np.float32)
+        self.exact = distribution_of(self.target, *cuts, np.float64)
+        self.drawn = distribution_of(self.draft[:, :, self.support], config.temperature, 0, 1.0, np.float32)
         declared = config.declared_temperature or config.temperature
-        self.declared = law(self.draft[:, :, self.support], declared, 0, 1.0, np.float32)
+        self.declared = distribution_of(self.draft[:, :, self.support], declared, 0, 1.0, np.float32)
 
     def step(self, rng: np.random.Generator, first_seed: int):
         """p, draft and noise of a batch of independent steps with ragged drafts; and the token each anchor is."""
@@ -121,15 +121,15 @@ class Table:
         deep = np.arange(config.length)[None, :] < lengths[:, None]
         where = np.nonzero(deep)
         nodes = self.p[where[1] + 1, tokens[where[0], where[1] + 1]]
-        laws = self.declared[where[1], tokens[where[0], where[1]]]
+        distributions = self.declared[where[1], tokens[where[0], where[1]]]
         token = torch.from_numpy(tokens[where[0], where[1] + 1])
         parent = tuple(int(-1 if d == 0 else k - 1) for k, d in enumerate(where[1]))
         p = torch.from_numpy(np.concatenate([anchors, nodes]))
-        row = np.arange(len(laws))
+        row = np.arange(len(distributions))
         if config.draft == "mixed":
             row[rng.random(len(row)) < 0.3] = POINT_MASS
         support = torch.from_numpy(self.support) if config.draft == "support" else None
-        q = None if config.draft == "point" else Proposal(torch.from_numpy(laws), tuple(row.tolist()), support)
+        q = None if config.draft == "point" else Proposal(torch.from_numpy(distributions), tuple(row.tolist()), support)
         noise = Noise(tuple(range(first_seed, first_seed + size)), tuple(rng.integers(5000, size=size).tolist()))
         return p, Draft(token, parent, tuple(lengths.tolist()), q), noise, before
 
@@ -171,7 +171,7 @@ def statistic(counts: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
-def test_emitted_tokens_have_the_targets_law(config, monkeypatch):
+def test_emitted_tokens_have_the_targets_distribution(config, monkeypatch):
     monkeypatch.setenv("OUTRIDER_NATIVE", "1" if config.name == "three" else "0")
     counts, exact = collect(RULE, config, DRAWS)
     value, bound = statistic(counts, exact)
@@ -182,7 +182,7 @@ def test_emitted_tokens_have_the_targets_law(config, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("i", range(48), ids=[config.name for config in nightly()])
-def test_emitted_tokens_have_the_targets_law_nightly(i, monkeypatch):
+def test_emitted_tokens_have_the_targets_distribution_nightly(i, monkeypatch):
     """48 assertions of 1e-9."""
     monkeypatch.setenv("OUTRIDER_NATIVE", "1" if i % 6 == 1 else "0")
     counts, exact = collect(RULE, nightly()[i], 2_000_000)
@@ -191,7 +191,7 @@ def test_emitted_tokens_have_the_targets_law_nightly(i, monkeypatch):
     assert counts[exact == 0].sum() == 0, "a token without probability was emitted"
 
 
-def test_control_law_declared_at_another_temperature(monkeypatch):
+def test_control_distribution_declared_at_another_temperature(monkeypatch):
     """Drawn at temperature 0.9, declared at 1: the smallest of the known contract violations is seen at this size."""
     monkeypatch.setenv("OUTRIDER_NATIVE", "0")
     config = replace(CONFIGS[1], temperature=0.9, declared_temperature=1.0)

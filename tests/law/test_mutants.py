@@ -31,14 +31,14 @@ from tests.mutants import Around, Edit, Place
 
 # ----------------------------------------------------------------- where the mistakes are planted
 CHAIN, TREE, MATCH, COMMON = (f"outrider.verify.{name}" for name in ("chain", "tree", "match", "numerics"))
-COIN = Place(CHAIN, "_toss")
+COIN = Place(CHAIN, "accept_prefix")
 PARENT_ROWS = Place("outrider.types", "Draft.parent_rows")
-JUDGED = Place(CHAIN, "judge_chains")
+JUDGED = Place(CHAIN, "verify_chains")
 FINISH, LEDGER = Place(CHAIN, "last_token"), Place(CHAIN, "verdict_of")
 COINS, DRAW, SUBTRACT, OVERLAP, VERDICT = (
     Place(COMMON, name) for name in ("draw", "draw_at", "subtract", "overlap", "verdict")
 )
-WALK, NODES, DRAWN = Place(TREE, "_walk"), Place(TREE, "recursive_rejection"), Place(TREE, "Laws.drawn")
+WALK, NODES, DRAWN = Place(TREE, "_walk"), Place(TREE, "recursive_rejection"), Place(TREE, "SiblingDistributions.drawn")
 UNIFORM, EXPONENTIAL = (Place("outrider.noise", f"Noise.{name}") for name in ("uniform", "exponential"))
 MATCH_WALK, RACE, AGREE = (Place(MATCH, name) for name in ("_walk", "target_token", "match_probability"))
 

@@ -24,7 +24,7 @@ CHAINS = [  # name, vocabulary, shape, support, cases
     ("two", 3, chain(2), None, 2000),
     ("three", 3, chain(3), None, 600),
     ("three, two tokens", 2, chain(3), None, 600),
-    ("point masses", 3, chain(3, law=False), None, 600),
+    ("point masses", 3, chain(3, has_q=False), None, 600),
     ("some point masses", 3, Shape((-1, 0, 1), (True, False, True)), None, 300),
     ("support", 4, chain(2), np.array([2, 0, 3]), 200),
 ]
@@ -59,7 +59,7 @@ BLOCK = [  # name, vocabulary, shape, support, cases
     ("two", 3, chain(2), None, 600),
     ("three", 3, chain(3), None, 200),
     ("four, two tokens", 2, chain(4), None, 300),
-    ("point masses", 3, chain(3, law=False), None, 300),
+    ("point masses", 3, chain(3, has_q=False), None, 300),
     ("some point masses", 3, Shape((-1, 0, 1), (True, False, True)), None, 200),
     ("support", 4, chain(2), np.array([2, 0, 3]), 150),
 ]

@@ -67,7 +67,7 @@ def test_other_rules_judge_such_pairs_exactly(rule):
     """They test the second of a pair against the law it was drawn from given the first."""
     rng = np.random.default_rng(74)
     worlds = [full_world(rng, 3, Shape((-1, -1, 0, 0), (True,) * 4, "hub")) for _ in range(40)]
-    assert examine(rule, worlds, rng, edge=1e-11).law.max() <= EXACT
+    assert examine(rule, worlds, rng, edge=1e-11).distribution.max() <= EXACT
 
 
 def test_it_accepts_what_the_theory_says():
@@ -92,20 +92,20 @@ def test_control_pairs_taken_for_independent_draws_are_seen():
 
     rng = np.random.default_rng(76)
     worlds = [full_world(rng, 3, Shape((-1, -1), PAIR, "hub")) for _ in range(20)]
-    assert examine(mislabelled, worlds, rng, edge=EDGE, enumerator=HubEnumerator).law.max() > 1e-3
+    assert examine(mislabelled, worlds, rng, edge=EDGE, enumerator=HubEnumerator).distribution.max() > 1e-3
 
 
-def test_pairs_are_drawn_with_their_law():
+def test_pairs_are_drawn_with_their_distribution():
     """On a grid of uniforms the frequencies of pairs are those of `theory.tuples.hub_pairs`; a point mass gives one token."""
-    law = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
+    distribution = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
     n = 400
     grid = [(i + 0.5) / n for i in range(n)]
     seen: dict[tuple[int, ...], float] = {}
     for u in grid:
         for v in (0.1, 0.3, 0.5, 0.7, 0.9):
-            pair = tuple(fetch(draws.hub_pairs(law, [[u, v]]))[0].tokens[0])
+            pair = tuple(fetch(draws.hub_pairs(distribution, [[u, v]]))[0].tokens[0])
             seen[pair] = seen.get(pair, 0.0) + 1 / (5 * n)
-    drawn = tuples.hub_pairs(spechub([0.2, 0.3, 0.5], law[0].numpy()))
+    drawn = tuples.hub_pairs(spechub([0.2, 0.3, 0.5], distribution[0].numpy()))
     want = {tuple(map(int, t)): float(w) for t, w in zip(drawn.tokens, drawn.probability, strict=True)}
     assert seen == pytest.approx(want, abs=1e-9)
     assert fetch(draws.hub_pairs(torch.tensor([[0.0, 1.0]]), [[0.4, 0.6]]))[0].tokens == [[1]]

@@ -71,21 +71,21 @@ def test_float32(share):
 
 @SHARES
 @pytest.mark.parametrize("pieces", [1, 2, 5])
-def test_few_pieces_cost_acceptance_and_never_the_law(monkeypatch, pieces, share):
+def test_few_pieces_cost_acceptance_and_never_the_distribution(monkeypatch, pieces, share):
     monkeypatch.setattr(transport, "EVERY_TOKEN", 0)
     monkeypatch.setattr(transport, "PIECES", pieces)
     rng = np.random.default_rng(44)
     check([random_world(rng, 4, Shape((-1, -1), PAIR)) for _ in range(some(60, share))], 4)
 
 
-def pairs_of_laws(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def pairs_of_distributions(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Smooth and sharp laws, with tokens that one of the two never draws, and equal ones."""
     for sharp in (0.1, 0.5, 3.0):
         for _ in range(12):
             p, q = rng.dirichlet(np.full(vocab, sharp), size=2)
             yield p, q
-            for law in (p, q):
-                law[rng.integers(vocab)] = 0
+            for distribution in (p, q):
+                distribution[rng.integers(vocab)] = 0
             yield p / p.sum(), q / q.sum()
     yield p / p.sum(), p / p.sum()
 
@@ -94,17 +94,19 @@ def pairs_of_laws(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.nda
 def test_it_accepts_what_the_cut_allows(vocab, k):
     """Acceptance is 1 + min over H of p(H) - q(H)^k to rounding, and the choice of a candidate has the law it claims."""
     rng = np.random.default_rng([45, vocab, k])
-    for p, q in pairs_of_laws(rng, vocab):
+    for p, q in pairs_of_distributions(rng, vocab):
         piece, choice = best_choice(torch.from_numpy(p)[None], torch.from_numpy(q)[None], k)
         mixed = q * choice.multiplier[piece.numpy()]
         assert mixed.sum() == pytest.approx(1.0, abs=1e-11)
         assert np.minimum(p, mixed).sum() == pytest.approx(float(optimal_iid(p, q, k).acceptance), abs=1e-11)
         if vocab**k > 256:
             continue
-        law = np.zeros(vocab)
+        distribution = np.zeros(vocab)
         for drawn in itertools.product(np.flatnonzero(q > 0), repeat=k):
-            np.add.at(law, list(drawn), q[list(drawn)].prod() * np.array(choice.chances(piece[list(drawn)].tolist())))
-        assert np.abs(law - mixed).max() < 1e-12
+            np.add.at(
+                distribution, list(drawn), q[list(drawn)].prod() * np.array(choice.chances(piece[list(drawn)].tolist()))
+            )
+        assert np.abs(distribution - mixed).max() < 1e-12
 
 
 @pytest.mark.parametrize(("k", "loss"), [(2, 1e-3), (4, 1e-3), (8, 1.5e-3), (30, 3e-3)])
@@ -143,19 +145,19 @@ def wrong_multiplier(p: torch.Tensor, draft, noise):
 
 def sequential_chances(p: torch.Tensor, draft, noise):
     """The mistake of choosing among the candidates uniformly while testing as if the best had been chosen."""
-    honest = transport.Choice.chances
-    transport.Choice.chances = lambda self, pieces: [1 / len(pieces)] * len(pieces)
+    honest = transport.CandidateChoice.chances
+    transport.CandidateChoice.chances = lambda self, pieces: [1 / len(pieces)] * len(pieces)
     try:
         return RULE(p, draft, noise)
     finally:
-        transport.Choice.chances = honest
+        transport.CandidateChoice.chances = honest
 
 
 @pytest.mark.parametrize("liar", [wrong_multiplier, sequential_chances])
 def test_control_a_wrong_choice_is_seen(liar):
     rng = np.random.default_rng(48)
     worlds = [random_world(rng, 3, Shape((-1, -1, -1), (True,) * 3)) for _ in range(20)]
-    assert examine(liar, worlds, rng, edge=EDGE, enumerator=TransportEnumerator).law.max() > 1e-3
+    assert examine(liar, worlds, rng, edge=EDGE, enumerator=TransportEnumerator).distribution.max() > 1e-3
 
 
 def test_pieces_need_not_be_in_order_to_rounding():

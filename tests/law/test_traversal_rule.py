@@ -63,22 +63,22 @@ class TraversalEnumerator(Enumerator):
 
     def _turns(self, node: int, share: float, token: list[int]) -> Iterator[tuple[int, float, np.ndarray]]:
         world, prefix = self.world, self._prefix(node, token)
-        law, gone = world.p[index(prefix, world.vocab)].copy(), []
+        distribution, gone = world.p[index(prefix, world.vocab)].copy(), []
         for k in self.nodes[node + 1]:
             x = token[k]
             q = after(world.q[index(prefix, world.vocab)], gone, world.shape.siblings)
-            if not (world.shape.law[k] and q[x] > 0):
+            if not (world.shape.has_q[k] and q[x] > 0):
                 q = np.eye(world.vocab)[x]
             else:
                 gone.append(x)
-            yield from self._turns(k, 1.0 if share * law[x] >= q[x] else share * law[x] / q[x], token)
-            rest = np.maximum(share * law - q, 0)
+            yield from self._turns(k, 1.0 if share * distribution[x] >= q[x] else share * distribution[x] / q[x], token)
+            rest = np.maximum(share * distribution - q, 0)
             total = rest.sum()
             if total > 0:
-                share, law = total / (total + 1 - share), rest / total
+                share, distribution = total / (total + 1 - share), rest / total
             elif node >= 0:
-                share, law = 0.0, law
-        yield node, share, law
+                share, distribution = 0.0, distribution
+        yield node, share, distribution
 
     def _play(self, token: list[int], weight: float) -> Iterator[Probe]:
         depth_of, seen, number = {-1: 0}, {}, {}
@@ -87,14 +87,14 @@ class TraversalEnumerator(Enumerator):
             number[k] = seen.get(depth_of[k], 0)
             seen[depth_of[k]] = number[k] + 1
         coins: dict[tuple[int, int], float] = {}
-        for node, share, law in self._turns(-1, 1.0, token):
+        for node, share, distribution in self._turns(-1, 1.0, token):
             if node < 0:
-                yield from self._finals(law, 1, weight, token, coins)
+                yield from self._finals(distribution, 1, weight, token, coins)
                 return
             place = depth_of[node], number[node]
             if weight * share > 0:
                 stands = {**coins, place: self._pick(0.0, share)}
-                yield from self._finals(law, place[0] + 1, weight * share, token, stands)
+                yield from self._finals(distribution, place[0] + 1, weight * share, token, stands)
             coins = {**coins, place: self._pick(share, 1.0)}
             weight *= 1.0 - share
             if weight <= 0:
@@ -140,15 +140,15 @@ def test_on_chains_the_general_walk_is_block_verification():
 
 def greedy_share(p: torch.Tensor, draft, noise):
     """The mistake of handing the parent's share on unchanged after a refusal."""
-    honest = traversal.c.unit
-    traversal.c.unit = lambda x: min(1.0, max(x, 0.5)) if x == x else 1.0
+    honest = traversal.c.clamp01
+    traversal.c.clamp01 = lambda x: min(1.0, max(x, 0.5)) if x == x else 1.0
     try:
         return RULE(p, draft, noise)
     finally:
-        traversal.c.unit = honest
+        traversal.c.clamp01 = honest
 
 
 def test_control_a_wrong_share_is_seen():
     rng = np.random.default_rng(66)
     worlds = [random_world(rng, 3, Shape((-1, -1, 0), (True,) * 3)) for _ in range(20)]
-    assert examine(greedy_share, worlds, rng, edge=EDGE, enumerator=TraversalEnumerator).law.max() > 1e-3
+    assert examine(greedy_share, worlds, rng, edge=EDGE, enumerator=TraversalEnumerator).distribution.max() > 1e-3

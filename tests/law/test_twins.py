@@ -14,10 +14,10 @@ from outrider.transfer import fetch
 from outrider.types import POINT_MASS, Draft, Proposal
 from outrider.verify import Match, SpeculativeSampling, native, transport
 from outrider.verify.block import BlockVerification
-from outrider.verify.chain import judge_chains
+from outrider.verify.chain import verify_chains
 from outrider.verify.multidraft import KSeq
 from outrider.verify.transport import OptimalTransport
-from outrider.verify.tree import in_turn, judge_forest
+from outrider.verify.tree import sequential_tests, verify_forest
 from tests.law.lab import EDGE, Enumerator, Shape, chain, examine, random_world
 from tests.law.test_block_rule import NEAR, BlockEnumerator
 
@@ -46,8 +46,8 @@ def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtyp
     ]
     if proposal is not None and rng.random() < 0.3:
         support = torch.from_numpy(rng.permutation(vocab)[: max(vocab * 2 // 3, 1)])
-        laws = proposal.probs[:, support]
-        proposal = Proposal(laws / laws.sum(1, keepdim=True).clamp(min=1e-30), row, support, mode)
+        distributions = proposal.probs[:, support]
+        proposal = Proposal(distributions / distributions.sum(1, keepdim=True).clamp(min=1e-30), row, support, mode)
     noise = Noise(
         tuple(int(s) for s in rng.integers(2**40, size=sequences)),
         tuple(int(s) for s in rng.integers(900, size=sequences)),
@@ -66,7 +66,7 @@ def test_twins_agree_bit_for_bit(vocab, sequences, rounds, dtype, native, monkey
     for _ in range(rounds):
         p, draft, noise = step(rng, sequences, vocab, dtype)
         assert draft.is_chain
-        assert judge_chains(p, draft, noise) == judge_forest(p, draft, noise)
+        assert verify_chains(p, draft, noise) == verify_forest(p, draft, noise)
 
 
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)
@@ -88,16 +88,16 @@ def test_an_accelerator_decides_as_the_host_does(rule, vocab, sequences, rounds,
     [(SpeculativeSampling(), Enumerator, EDGE), (BlockVerification(), BlockEnumerator, NEAR)],
     ids=lambda x: getattr(x, "name", ""),
 )
-def test_an_accelerator_keeps_the_law(rule, enumerator, edge):
+def test_an_accelerator_keeps_the_distribution(rule, enumerator, edge):
     """Output law and ledger by enumeration: laws, point masses, both, and a draft vocabulary."""
     rng = np.random.default_rng(27)
-    shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, law=False)]
+    shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, has_q=False)]
     worlds = [random_world(rng, 3, shape) for shape in shapes for _ in range(6)]
     for some in (worlds, [random_world(rng, 4, chain(2), np.array([2, 0, 3])) for _ in range(6)]):
         found = examine(
             lambda p, draft, noise: fetch(rule.launch(p, draft, noise))[0], some, rng, edge=edge, enumerator=enumerator
         )
-        assert max(found.law.max(), found.ledger.max()) < 1e-11
+        assert max(found.distribution.max(), found.ledger.max()) < 1e-11
 
 
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)
@@ -112,7 +112,7 @@ def test_an_accelerator_draws_again_where_nothing_is_left(rule):
 
 
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)
-def test_an_accelerator_says_when_there_is_no_law(rule):
+def test_an_accelerator_says_when_there_is_no_distribution(rule):
     bad = torch.tensor([[0.0, 0.0], [0.5, 0.5]])
     with pytest.raises(RequestError, match="no positive finite sum"):
         fetch(rule.launch(bad, Draft(torch.tensor([1]), (-1,), (1,)), Noise((1,), (1,))))
@@ -188,7 +188,7 @@ def test_native_transport_is_its_twin():
             if found is None:
                 pytest.skip("needs a C++ compiler")
             plain = transport.plain_choice(p, q, tokens)
-            assert in_turn(found.taken) == [pytest.approx(test, abs=tolerance) for test in plain.tests]
+            assert sequential_tests(found.taken) == [pytest.approx(test, abs=tolerance) for test in plain.tests]
             assert found.left == pytest.approx(plain.risk, abs=tolerance)
             assert (found.rest - plain.rest).abs().max() < tolerance
 
@@ -199,4 +199,4 @@ def test_dispatch():
     rule = SpeculativeSampling()
     for tree in (False, True):
         p, draft, noise = step(rng, 20, 5, torch.float64, tree)
-        assert rule(p, draft, noise) == judge_forest(p, draft, noise)
+        assert rule(p, draft, noise) == verify_forest(p, draft, noise)

@@ -22,7 +22,7 @@ from outrider.serve.bridge import Bridge
 from outrider.serve.server import Server, server_for
 from outrider.serve.settings import Settings, digest
 from outrider.serve.tickets import Limits
-from outrider.serve.watch import Watch
+from outrider.serve.watch import Monitor
 
 KEY = "test-key-123456"
 RUNNING: set[int] = set()
@@ -37,7 +37,7 @@ class Running:
     server: Server
     thread: threading.Thread
     bridge: Bridge
-    watch: Watch
+    watch: Monitor
 
     @property
     def url(self) -> str:

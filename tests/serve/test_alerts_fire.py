@@ -15,8 +15,8 @@ from outrider.build import Engine
 from outrider.control.adaptive import Outlook
 from outrider.models.toy import TableTarget
 from outrider.serve.tickets import Limits
-from outrider.serve.watch import Watch
-from outrider.telemetry.alerts import CONDITIONS, Alerts, Reading
+from outrider.serve.watch import Monitor
+from outrider.telemetry.alerts import CONDITIONS, Alerts, WindowSample
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
 from tests.serve.harness import Running, serving, until
@@ -75,7 +75,7 @@ def watched(engine: Engine, body: dict[str, Any] | None = None, clients: int = 1
     """A server under traffic whose alerts look often and hold for a moment."""
     stop = threading.Event()
 
-    def quick(watch: Watch) -> None:
+    def quick(watch: Monitor) -> None:
         watch.period, watch.window, watch.alerts.hold = 0.05, 6.0, 0.1
 
     with serving(engine=engine, arrange=quick, **options) as running:
@@ -204,8 +204,8 @@ def test_every_condition_has_a_test_here() -> None:
 def test_no_threshold_vanishes_with_the_trouble() -> None:
     """Whatever is unknown: all drafts rejected is an alert, and so is an engine that does not come round."""
     alerts = Alerts(hold=0.0)
-    worst = Reading(judged=1000, rejected=1000, accepted=0, drafts=1000, steps=1000, emitted=1000, alive=False)
+    worst = WindowSample(judged=1000, rejected=1000, accepted=0, drafts=1000, steps=1000, emitted=1000, alive=False)
     said = {n.name for n in alerts.look(worst, 0.0)}
     assert {"rejections_above_break_even", "speculation_loses", "engine_silent"} <= said
-    fine = Reading(judged=1000, rejected=300, accepted=700, drafts=400, steps=500, emitted=1200)
+    fine = WindowSample(judged=1000, rejected=300, accepted=700, drafts=400, steps=500, emitted=1200)
     assert {n.name for n in alerts.look(fine, 1.0) if not n.firing} == said

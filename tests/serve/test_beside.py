@@ -138,7 +138,7 @@ def test_who_leaves_while_its_prompt_is_read_gives_its_place_back(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(Prep, "encode", never)
-    monkeypatch.setattr(Prep, "aside", lambda *_: True)
+    monkeypatch.setattr(Prep, "in_thread", lambda *_: True)
     data = json.dumps({"model": "pycode", "prompt": "x", "max_tokens": 1}).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:

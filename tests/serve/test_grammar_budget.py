@@ -86,7 +86,7 @@ def test_a_budget_is_not_spent_by_the_requests_before(small: Running) -> None:
 
 def test_an_automaton_says_that_it_is_exhausted_and_its_successor_is_not() -> None:
     engine = build_engine(slots=1, draft="none")
-    grammars: Grammars = engine.parts.law.grammars
+    grammars: Grammars = engine.parts.pipeline.grammars
     text = f"regex:({pattern(6, 20)}){{1,3}}"
     wild, tame = grammars.start(text), grammars.start(text)
     output: list[int] = []
@@ -108,7 +108,7 @@ def test_a_grammar_that_is_dear_is_not_compiled_in_the_middle_of_a_text(monkeypa
     """Everybody would wait for it, once for every sample: the text ends with an error instead, and the next one begins anew."""
     monkeypatch.setattr(grammar_module, "DEAR", -1.0)
     engine = build_engine(slots=1, draft="none")
-    grammars: Grammars = engine.parts.law.grammars
+    grammars: Grammars = engine.parts.pipeline.grammars
     text = f"regex:({pattern(6, 20)}){{1,3}}"
     automaton = grammars.start(text)
     monkeypatch.setattr(grammars, "own", None)
@@ -125,5 +125,5 @@ def test_a_grammar_that_is_dear_is_not_compiled_in_the_middle_of_a_text(monkeypa
 def _parts(engine: Any) -> tuple[str, int, tuple[int, ...]]:
     from outrider.sampling.grammar import tokenizer_json
 
-    law = engine.parts.law
-    return str(tokenizer_json(engine.tokenizer)), law.vocab_size, law.eos_ids
+    pipeline = engine.parts.pipeline
+    return str(tokenizer_json(engine.tokenizer)), pipeline.vocab_size, pipeline.eos_ids

@@ -94,9 +94,11 @@ def keeping(command: list[str], port: int) -> Iterator[Kept]:
             process.kill()
 
 
-def scripted(restarts: int = 20, silence: float = 5.0, worker: list[str] | None = None) -> Any:
+def scripted(restarts: int = 20, max_heartbeat_age: float = 5.0, worker: list[str] | None = None) -> Any:
     port = a_port()
-    return keeping([sys.executable, "-c", KEEP, str(port), str(restarts), str(silence), *(worker or WORKER)], port)
+    return keeping(
+        [sys.executable, "-c", KEEP, str(port), str(restarts), str(max_heartbeat_age), *(worker or WORKER)], port
+    )
 
 
 def gone(pid: int) -> bool:
@@ -139,7 +141,7 @@ def test_a_killed_worker_is_replaced_and_its_clients_are_told_at_once() -> None:
 
 @pytest.mark.parametrize(("path", "said"), [("/hang", "not said a word"), ("/lost", "dead or hangs")])
 def test_a_worker_that_hangs_or_gives_up_is_replaced(path: str, said: str) -> None:
-    with scripted(silence=0.8) as kept:
+    with scripted(max_heartbeat_age=0.8) as kept:
         first = kept.worker()
         with pytest.raises(OSError) if path == "/hang" else nullcontext():
             kept.ask(path, seconds=10)

@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from outrider.serve.supervisor import BEAT, Awake, turned_away
+from outrider.serve.supervisor import HEARTBEAT_SECONDS, Awake, turned_away
 from tests.serve.harness import a_port, until
 from tests.serve.test_keeper import KEEP, WORKER, keeping, scripted
 
 
 def test_a_time_in_which_the_keeper_was_stopped_does_not_count() -> None:
     """As Ctrl-Z and `fg` have it: the worker went on, and is not killed for what the keeper did not hear."""
-    with scripted(silence=1.0) as kept:
+    with scripted(max_heartbeat_age=1.0) as kept:
         worker = kept.worker()
         os.kill(kept.process.pid, signal.SIGSTOP)
         time.sleep(2.0)
@@ -28,7 +28,7 @@ def test_a_time_in_which_the_keeper_was_stopped_does_not_count() -> None:
 
 
 def test_a_worker_that_is_stopped_is_replaced_all_the_same() -> None:
-    with scripted(silence=1.0) as kept:
+    with scripted(max_heartbeat_age=1.0) as kept:
         worker = kept.worker()
         os.kill(worker, signal.SIGSTOP)
         until(lambda: kept.status() == 200 and kept.worker() != worker, 20)
@@ -40,10 +40,10 @@ def test_a_clock_leaves_out_what_it_did_not_see(monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr("outrider.serve.supervisor.monotonic", lambda: now[0])
     clock = Awake()
-    for step in (BEAT, BEAT, 100.0, BEAT):
+    for step in (HEARTBEAT_SECONDS, HEARTBEAT_SECONDS, 100.0, HEARTBEAT_SECONDS):
         now[0] += step
         clock.tick()
-    assert clock.seconds == 3 * BEAT
+    assert clock.seconds == 3 * HEARTBEAT_SECONDS
 
 
 def test_without_descriptors_the_keeper_rests_and_the_worker_returns() -> None:

@@ -114,7 +114,7 @@ def test_a_heavy_grammar_does_not_stall_the_engine(server: Running, schema: dict
 def test_the_engine_finds_a_grammar_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build_engine(slots=1)
     engine.compile_grammar('json:{"type":"object"}')
-    grammars = engine.parts.law.grammars
+    grammars = engine.parts.pipeline.grammars
     assert grammars is not None
     with monkeypatch.context() as patched:
         patched.setattr(Compiler, "make", lambda *_: pytest.fail("compiled twice"))

@@ -133,7 +133,7 @@ def test_a_process_reads_a_text_as_it_is_read_here(tokenizer: Any) -> None:
     texts = ["def f(x):\n\treturn 'é' + x  # 漢字\n" * 300, "", "x"]
 
     async def work(prep: Prep) -> list[Any]:
-        assert prep.aside(SHORT + 1, False) and not prep.aside(SHORT, False) and not prep.wild
+        assert prep.in_thread(SHORT + 1, False) and not prep.in_thread(SHORT, False) and not prep.wild
         return [await prep.encode(texts, special, 1 << 20) for special in (True, False)]
 
     assert within(work, tokenizer) == [[encoder(tokenizer)(t, special) for t in texts] for special in (True, False)]
@@ -263,7 +263,7 @@ def test_templates_and_expressions_that_loop_are_ended(looping: Path, monkeypatc
     fine = [{"role": "user", "content": "def f("}]
 
     async def work(prep: Prep) -> list[int]:
-        assert prep.wild and prep.aside(1, False) and prep.aside(1, True)
+        assert prep.wild and prep.in_thread(1, False) and prep.in_thread(1, True)
         await prep.chat(fine, False)  # it is loaded now
         for hopeless in (
             prep.chat([{"role": "user", "content": "loop"}], False),
@@ -281,7 +281,7 @@ def test_templates_and_expressions_that_loop_are_ended(looping: Path, monkeypatc
 def test_a_tokenizer_of_no_file_is_used_where_it_is() -> None:
     async def work(prep: Prep) -> bool:
         await prep.try_grammar("json:{}")  # the engine says what is missing
-        return prep.aside(1 << 20, True)
+        return prep.in_thread(1 << 20, True)
 
     assert within(work, Unsized()) is False
 

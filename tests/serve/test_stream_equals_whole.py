@@ -82,7 +82,7 @@ class Play:
         slot = [s.slot for s in rows.segments for _ in range(s.count)]
         for s in rows.segments:
             if s.cached == 0:
-                prompt = tuple(token[s.first : s.first + s.prefix])
+                prompt = tuple(token[s.first : s.first + s.fed])
                 self.playing[s.slot] = (len(prompt), self.scripts[prompt])
         for m, row in enumerate(rows.scored.tolist()):
             start, script = self.playing[slot[row]]

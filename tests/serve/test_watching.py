@@ -20,7 +20,7 @@ from outrider.control.adaptive import Outlook
 from outrider.errors import ConfigError
 from outrider.evaluate.store.store import Store
 from outrider.models.toy import TableTarget
-from outrider.serve.watch import Watch
+from outrider.serve.watch import Monitor
 from outrider.serve.webhook import Webhook, check_url, post
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
@@ -89,7 +89,7 @@ def engine_with(drafts: Drafts) -> Engine:
 def test_a_played_drop_of_acceptance_fires_and_clears() -> None:
     drafts, receiver, stop = Drafts(), Receiver(), threading.Event()
 
-    def quick(watch: Watch) -> None:
+    def quick(watch: Monitor) -> None:
         watch.period, watch.window, watch.alerts.hold = 0.05, 0.6, 0.2
         watch.outlook = lambda: Outlook(1, DEPTH, 1.3, 0.01, 0.5)  # type: ignore[method-assign]
         assert watch.webhook is not None

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from outrider.serve.supervisor import CLOSED, LOST, SERVING, Line, die_with_parent
+from outrider.serve.supervisor import CLOSED, LOST, SERVING, Heartbeat, die_with_parent
 
 
 class Worker:
@@ -26,7 +26,7 @@ class Worker:
     async def run(self) -> None:
         server = await asyncio.start_server(self.answer, sock=self.listener)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.drain)
-        telling = asyncio.create_task(Line(self.line, lambda: self.word).run())
+        telling = asyncio.create_task(Heartbeat(self.line, lambda: self.word).run())
         await self.ended.wait()
         server.close()
         while self.open:

@@ -95,7 +95,7 @@ UNIT = st.integers(0, 20).map(lambda k: k / 20)
 
 @settings(max_examples=150)
 @given(UNIT, UNIT, st.one_of(st.integers(1, 300), st.just(math.inf)))
-def test_bernoulli_laws_have_a_closed_form(p: float, q: float, drafts: float) -> None:
+def test_bernoulli_distributions_have_a_closed_form(p: float, q: float, drafts: float) -> None:
     wanted = batch.improvement([1 - p, p], [1 - q, q], drafts)
     assert batch.bernoulli_improvement(p, q, drafts) == pytest.approx(float(wanted), abs=1e-12)
 
@@ -117,7 +117,7 @@ def test_plateaus_of_figure_3_lower(ratio: int, plateau: float) -> None:
 
 @pytest.mark.parametrize(("wide", "narrow"), [(4, 2), (6, 1), (6, 4), (3, 3)])
 @pytest.mark.parametrize("drafts", [1, 2, 5, math.inf])
-def test_uniform_laws_have_a_closed_form(wide: int, narrow: int, drafts: float) -> None:
+def test_uniform_distributions_have_a_closed_form(wide: int, narrow: int, drafts: float) -> None:
     outer, inner = np.full(wide, 1 / wide), np.r_[np.full(narrow, 1 / narrow), np.zeros(wide - narrow)]
     covered = batch.improvement(inner, outer, drafts)
     assert batch.uniform_improvement(wide / narrow, drafts) == pytest.approx(float(covered), abs=1e-14)

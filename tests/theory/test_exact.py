@@ -11,7 +11,7 @@ from outrider.theory.chains import Chain
 from tests.theory.instances import pairs, sparse_chains, spiky
 
 
-def test_the_target_law_is_the_product_of_its_kernels() -> None:
+def test_the_target_distribution_is_the_product_of_its_kernels() -> None:
     chain = spiky(2, 3, seed=0)
     law = exact.target_law(chain)
     for x in np.ndindex(2, 2, 2):
@@ -25,7 +25,9 @@ def test_the_target_law_is_the_product_of_its_kernels() -> None:
     ("states", "horizon", "drafts", "length"),
     [(3, 4, 1, None), (3, 3, 2, None), (2, 3, 3, None), (3, 4, 1, 2), (3, 4, 1, 0), (2, 4, 2, 2), (3, 3, 1, 9)],
 )
-def test_speculative_decoding_keeps_the_targets_law(states: int, horizon: int, drafts: int, length: int | None) -> None:
+def test_speculative_decoding_keeps_the_targets_distribution(
+    states: int, horizon: int, drafts: int, length: int | None
+) -> None:
     chain = spiky(states, horizon, seed=horizon)
     law = exact.speculative(chain, drafts, length)
     np.testing.assert_allclose(law.output, exact.target_law(chain), atol=1e-14)
@@ -53,7 +55,7 @@ def test_batches_keep_it_too(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(("states", "horizon", "length"), [(3, 4, None), (2, 6, None), (3, 4, 2), (2, 6, 3), (2, 5, 9)])
-def test_block_verification_keeps_the_law_and_rejects_less_than_any_token_rule(
+def test_block_verification_keeps_the_distribution_and_rejects_less_than_any_token_rule(
     states: int, horizon: int, length: int | None
 ) -> None:
     chain = spiky(states, horizon, seed=7)
@@ -72,7 +74,7 @@ def test_blocks_of_one_token_are_speculative_decoding() -> None:
 
 @settings(max_examples=40)
 @given(pairs(most=5))
-def test_a_lossy_token_has_the_law_and_the_loss_of_theorem_4(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_a_lossy_token_has_the_distribution_and_the_loss_of_theorem_4(pair: tuple[np.ndarray, np.ndarray]) -> None:
     p, q = pair
     chain = chains.iid(q, p, horizon=1)
     accept = simulate.over_acceptance(0.15)

@@ -240,14 +240,14 @@ def test_rows_are_independent():
 
 @settings(max_examples=40)
 @given(pairs(5), st.integers(1, 4))
-def test_law_of_the_drawn_set_is_that_of_enumeration(pair, k):
+def test_distribution_of_the_drawn_set_is_that_of_enumeration(pair, k):
     _, q = pair
     drawn = tuples.distinct(q, k)
     exact = [drawn.probability[(drawn.tokens <= j).all(axis=1)].sum() for j in range(len(q))]
     assert all_inside(q, k) == pytest.approx(exact, abs=1e-10)
 
 
-def test_law_of_the_drawn_set_with_rare_tokens():
+def test_distribution_of_the_drawn_set_with_rare_tokens():
     for q in (
         [0.5, 0.5 - 1e-9, 1e-9 - 1e-14, 1e-14],
         [1e-14, 1e-9 - 1e-14, 0.5 - 1e-9, 0.5],

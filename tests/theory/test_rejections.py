@@ -45,14 +45,14 @@ def test_theorem_1_is_the_enumeration(chain: Chain) -> None:
     sparse_chains(states=2, horizon=3),
     st.sampled_from([(1, None), (2, None), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (2, 9)]),
 )
-def test_the_whole_law_is_the_enumeration(chain: Chain, case: tuple[int, int | None]) -> None:
+def test_the_whole_distribution_is_the_enumeration(chain: Chain, case: tuple[int, int | None]) -> None:
     law = exact.speculative(chain, *case)
     np.testing.assert_allclose(rejections.rejection_law(chain, *case).pmf, law.rejections, atol=1e-13)
     np.testing.assert_allclose(rejections.call_law(chain, *case).pmf, law.calls, atol=1e-13)
 
 
 @pytest.mark.parametrize(("states", "horizon", "drafts", "length"), [(3, 4, 1, 3), (3, 3, 2, 2), (2, 3, 3, None)])
-def test_the_whole_law_on_dense_instances(states: int, horizon: int, drafts: int, length: int | None) -> None:
+def test_the_whole_distribution_on_dense_instances(states: int, horizon: int, drafts: int, length: int | None) -> None:
     chain = spiky(states, horizon, seed=5)
     law = exact.speculative(chain, drafts, length)
     np.testing.assert_allclose(rejections.rejection_law(chain, drafts, length).pmf, law.rejections, atol=1e-14)
@@ -64,7 +64,7 @@ def test_the_whole_law_on_dense_instances(states: int, horizon: int, drafts: int
 
 @pytest.mark.parametrize("drafts", [1, 2, 7, math.inf])
 @pytest.mark.parametrize("length", [None, 0, 1, 4, 60])
-def test_law_moments_and_expectations_agree(drafts: float, length: int | None) -> None:
+def test_distribution_moments_and_expectations_agree(drafts: float, length: int | None) -> None:
     chain = spiky(5, 40, seed=11, zeros=0.3)
     counts = rejections.calls(chain, drafts, length)
     for law, moments, mean in (
@@ -139,7 +139,7 @@ def test_the_bound_holds_for_its_family_only() -> None:
     assert block.expected_rejections < 0.95 * rejections.lower_bound(chain)
 
 
-def test_equal_laws_never_reject_and_disjoint_ones_always() -> None:
+def test_equal_distributions_never_reject_and_disjoint_ones_always() -> None:
     same = spiky(4, 6, seed=1)
     perfect = Chain(same.start, same.target, same.target)
     for drafts in (1, 3, math.inf):
@@ -177,7 +177,7 @@ def test_quantiles_are_the_least_sufficient_value(weights: list[int], level: flo
     assert law.tail(k) + law.pmf[:k].sum() == pytest.approx(1.0)
 
 
-def test_moments_of_a_known_law() -> None:
+def test_moments_of_a_known_distribution() -> None:
     """Constant total variation d: the rejections are binomial."""
     law = rejections.rejection_law(chains.iid([0.5, 0.5], [0.8, 0.2], 20))
     assert (law.mean, law.variance) == pytest.approx((6.0, 20 * 0.3 * 0.7))

@@ -87,7 +87,7 @@ def test_block_verification_against_its_enumeration(
 
 @pytest.mark.parametrize("residual", simulate.RESIDUALS)
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
-def test_lossy_rules_follow_their_own_law(residual: str, epsilon: float) -> None:
+def test_lossy_rules_follow_their_own_distribution(residual: str, epsilon: float) -> None:
     chain, accept = spiky(4, 3, seed=22), simulate.over_acceptance(epsilon)
     result = simulate.lossy(chain, RUNS, 5, accept, residual)
     law = exact.speculative(chain, accept=accept, residual=residual)
@@ -129,7 +129,7 @@ def test_a_lossy_output_is_noticed() -> None:
         assert statistic > critical
 
 
-def test_swapped_laws_are_noticed() -> None:
+def test_swapped_distributions_are_noticed() -> None:
     chain = spiky(4, 3, seed=22)
     swapped = Chain(chain.start, chain.target, chain.draft)
     statistic, critical = chi_square(simulate.block(swapped, RUNS, 5), exact.target_law(chain))

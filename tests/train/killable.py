@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from outrider.drafters.dflash.network import BlockConfig
-from outrider.drafters.eagle.eagle3 import FeatureConfig
-from outrider.drafters.medusa.network import HeadsConfig
+from outrider.drafters.dflash.network import DFlashConfig
+from outrider.drafters.eagle.eagle3 import EagleConfig
+from outrider.drafters.medusa.network import MedusaConfig
 from outrider.models.hf.fresh import small_llama
 from outrider.models.toy import TinyLM
-from outrider.train.block import Blocks, block_law_loss, new_blocks
+from outrider.train.block import Blocks, block_distillation_loss, new_blocks
 from outrider.train.checkpoint import checkpoints, sha256_of
 from outrider.train.drafter import (
-    Judge,
+    Teacher,
     feature_loss,
     loss_of,
     measure_of,
@@ -41,32 +41,32 @@ from outrider.train.drafter import (
 )
 from outrider.train.features import Features, hidden_of
 from outrider.train.loop import LoopConfig, train
-from outrider.train.slots import arm
+from outrider.train.slots import objective_named
 
 V, H, LAYERS = 19, 16, (1, 2, 3)
 STEPS, BLOCK = 30, 4
 
 
-def setup(kind: str) -> tuple[Any, Judge, Features]:
+def setup(kind: str) -> tuple[Any, Teacher, Features]:
     """A tiny target, its hidden states on 16 rows, and a fresh drafter."""
     target = TinyLM(V, H, 3, seed=1, sharp=3.0, dtype=torch.float32)
     tokens = torch.randint(V, (16, 24), generator=torch.Generator().manual_seed(0))
     hidden = hidden_of(target, tokens, LAYERS)
     data = Features(tokens.numpy().astype(np.uint16), hidden.half().numpy(), LAYERS, rows=4)
     if kind == "medusa":
-        return new_heads(HeadsConfig(H, V, 3, 3), target), Judge.of(target, LAYERS, (3,)), data
+        return new_heads(MedusaConfig(H, V, 3, 3), target), Teacher.of(target, LAYERS, (3,)), data
     if kind == "draft":
-        return new_draft(small_llama(V, 32, 1, 64), target), Judge.of(target, LAYERS, (3,)), data
+        return new_draft(small_llama(V, 32, 1, 64), target), Teacher.of(target, LAYERS, (3,)), data
     if kind == "dflash":
-        shape = BlockConfig(H, (1, 3), V, 2, 1, 8, 32, BLOCK, mask=0)
+        shape = DFlashConfig(H, (1, 3), V, 2, 1, 8, 32, BLOCK, mask=0)
         model = new_blocks(shape, target, hidden[:, :, [0, 2]].flatten(0, 1), output_of(target), torch.ones(H))
-        return model, Judge.of(target, LAYERS, (1, 3)), data
+        return model, Teacher.of(target, LAYERS, (1, 3)), data
     if kind == "eagle1":
-        shape = FeatureConfig(H, H, (3,), V, 2, 1, 8, 32)
-        return new_last_features(shape, target), Judge.of(target, LAYERS, (3,)), data
-    config = FeatureConfig(16, H, (1, 3), V, 2, 1, 8, 32)
+        shape = EagleConfig(H, H, (3,), V, 2, 1, 8, 32)
+        return new_last_features(shape, target), Teacher.of(target, LAYERS, (3,)), data
+    config = EagleConfig(16, H, (1, 3), V, 2, 1, 8, 32)
     model = new_features(config, target, hidden[:, :, [0, 2]].flatten(0, 1))
-    return model, Judge.of(target, LAYERS, (1, 3)), data
+    return model, Teacher.of(target, LAYERS, (1, 3)), data
 
 
 def attempt(kind: str, folder: Path) -> None:
@@ -79,7 +79,7 @@ def attempt(kind: str, folder: Path) -> None:
     if kind == "dflash":
         batches, loss = (
             Blocks(data, BLOCK, 6, 2),
-            block_law_loss(judge.taps, judge.last, judge.target, arm("chain", BLOCK)),
+            block_distillation_loss(judge.taps, judge.last, judge.target, objective_named("chain", BLOCK)),
         )
     elif kind == "eagle1":
         loss = feature_loss(judge)  # its noise is drawn: the random state is a part of what is continued

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
-from outrider.drafters.dflash.drafter import BlockDrafter
-from outrider.drafters.dflash.network import BlockConfig, BlockModel
+from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
 from outrider.drafters.none import NoDraft
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
@@ -24,7 +24,7 @@ from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.train.block import (
     Blocks,
-    block_law_loss,
+    block_distillation_loss,
     block_loss,
     labels_of,
     most_likely,
@@ -34,17 +34,17 @@ from outrider.train.block import (
     sampled,
     walk,
 )
-from outrider.train.drafter import Judge, measure_of, output_of, predictor
+from outrider.train.drafter import Teacher, measure_of, output_of, predictor
 from outrider.train.features import Features, hidden_of
 from outrider.train.loop import LoopConfig, train
-from outrider.train.slots import ARMS, Objective, arm, law_loss, slot_loss
+from outrider.train.slots import ARMS, Objective, distillation_loss, objective_named, slot_loss
 from outrider.verify import load_rule
 
 V, H, BLOCK, PROMPT, LENGTH = 19, 16, 4, 3, 40
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0, dtype=torch.float32)
 STORED = (1, 2, 3)
 READ = (1, 3)
-JUDGE = Judge.of(TARGET, STORED, READ)
+JUDGE = Teacher.of(TARGET, STORED, READ)
 
 
 @cache
@@ -76,18 +76,18 @@ def data() -> Features:
     return features(plain(64, 1.0))
 
 
-def fresh(block: int = BLOCK) -> BlockModel:
-    config = BlockConfig(H, READ, V, 2, 1, 8, 32, block, mask=0)
+def fresh(block: int = BLOCK) -> DFlashNetwork:
+    config = DFlashConfig(H, READ, V, 2, 1, 8, 32, block, mask=0)
     _, hidden = data().take([0, 1])
     taps = hidden[:, :, list(JUDGE.taps)].flatten(0, 1)
     return new_blocks(config, TARGET, taps, output_of(TARGET), torch.ones(H))  # type: ignore[arg-type]
 
 
 @cache
-def trained(objective: str = "decay", steps: int = 150) -> BlockModel:
+def trained(objective: str = "decay", steps: int = 150) -> DFlashNetwork:
     """Seconds of training: right often enough for drafts to be accepted, and wrong often enough."""
     model = fresh()
-    blocks, loss = Blocks(data(), BLOCK, 8, PROMPT - 1), block_loss(JUDGE.taps, arm(objective, BLOCK))
+    blocks, loss = Blocks(data(), BLOCK, 8, PROMPT - 1), block_loss(JUDGE.taps, objective_named(objective, BLOCK))
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
         adam.zero_grad()
@@ -126,7 +126,7 @@ def test_labels_are_the_tokens_behind_the_anchor() -> None:
 @pytest.mark.parametrize("name", list(ARMS))
 def test_the_loss_is_that_of_the_blocks_one_by_one(name: str) -> None:
     """Packed and gathered against logits and labels put together by hand, in value and in every gradient."""
-    model, how = fresh(), arm(name, BLOCK)
+    model, how = fresh(), objective_named(name, BLOCK)
     tokens, hidden, anchors = Blocks(data(), BLOCK, 5, PROMPT - 1)(3)
 
     def by_hand() -> Tensor:
@@ -151,35 +151,36 @@ def test_the_loss_is_that_of_the_blocks_one_by_one(name: str) -> None:
     assert "embed_tokens.weight" not in gradients[0]
 
 
-def test_laws_stand_at_their_slots() -> None:
+def test_distributions_stand_at_their_slots() -> None:
     """The loss against laws is least for a drafter that knows them: with its own logits for a target's it is the entropy."""
-    model, how = fresh(), arm("uniform", BLOCK)
+    model, how = fresh(), objective_named("uniform", BLOCK)
     batch = Blocks(data(), BLOCK, 5, PROMPT - 1)(0)
     tokens, hidden, anchors = batch
-    laws = JUDGE.laws(hidden)
-    want = torch.stack([laws[r, a : a + BLOCK - 1] for r in range(len(tokens)) for a in anchors[r].tolist()])
+    distributions = JUDGE.distributions(hidden)
+    want = torch.stack([distributions[r, a : a + BLOCK - 1] for r in range(len(tokens)) for a in anchors[r].tolist()])
     _, logits = packed(model, batch, JUDGE.taps)
     every = torch.ones(want.shape[:2], dtype=torch.bool)
     torch.testing.assert_close(
-        block_law_loss(JUDGE.taps, JUDGE.last, TARGET, how)(model, batch, 0.0), law_loss(logits, want, every, how)
+        block_distillation_loss(JUDGE.taps, JUDGE.last, TARGET, how)(model, batch, 0.0),
+        distillation_loss(logits, want, every, how),
     )
     for name, (entropy, overlap) in (("staged", (0.1, 1.0)), ("kl", (1.0, 0.0)), ("log_acceptance", (0.0, 1.0))):
-        late = block_law_loss(JUDGE.taps, JUDGE.last, TARGET, how, name)(model, batch, 0.9)
-        torch.testing.assert_close(late, law_loss(logits, want, every, how, entropy=entropy, overlap=overlap))
+        late = block_distillation_loss(JUDGE.taps, JUDGE.last, TARGET, how, name)(model, batch, 0.9)
+        torch.testing.assert_close(late, distillation_loss(logits, want, every, how, entropy=entropy, overlap=overlap))
     entropy = -(torch.softmax(want, -1) * torch.log_softmax(want, -1)).sum(-1).mean()
-    torch.testing.assert_close(law_loss(want, want, every, how), entropy)
+    torch.testing.assert_close(distillation_loss(want, want, every, how), entropy)
 
 
 def test_constants_follow_the_size_of_the_block() -> None:
     """gamma of Whalen et al. and DFlash at their sizes; the chain's weight is the same per drafted slot."""
-    assert arm("decay", 16) == Objective(gamma=10.0)
-    assert arm("chain", 16) == Objective(gamma=10.0, focal=0.3, chain=40.0)
-    assert arm("chain", 8).chain == pytest.approx(ARMS["chain"].chain, rel=0.01)
-    assert arm("chain", 4) == Objective(gamma=2.5, focal=0.3, chain=8.0)
-    assert arm("uniform", 4) == Objective()
-    assert arm("dpace", 4) == Objective(pace=0.5)
+    assert objective_named("decay", 16) == Objective(gamma=10.0)
+    assert objective_named("chain", 16) == Objective(gamma=10.0, focal=0.3, chain=40.0)
+    assert objective_named("chain", 8).chain == pytest.approx(ARMS["chain"].chain, rel=0.01)
+    assert objective_named("chain", 4) == Objective(gamma=2.5, focal=0.3, chain=8.0)
+    assert objective_named("uniform", 4) == Objective()
+    assert objective_named("dpace", 4) == Objective(pace=0.5)
     with pytest.raises(ConfigError, match="chain"):
-        arm("chian", 8)
+        objective_named("chian", 8)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -197,7 +198,13 @@ def fit(folder: Path, steps: int = 9, stop_at: tuple[int, ...] = ()) -> dict[str
             raise StopsHere
 
     train(
-        model, Blocks(data(), BLOCK, 6, 2), block_loss(JUDGE.taps, arm("chain", BLOCK)), config, folder, measure, report
+        model,
+        Blocks(data(), BLOCK, 6, 2),
+        block_loss(JUDGE.taps, objective_named("chain", BLOCK)),
+        config,
+        folder,
+        measure,
+        report,
     )
     return model.state_dict()
 
@@ -236,12 +243,12 @@ def test_columns_of_the_prediction_stand_where_the_judge_looks() -> None:
 
 # ---------------------------------------------------------------------------------------------- trainer and engine
 def engine_runs(
-    model: BlockModel, count: int, temperature: float, sample: str
+    model: DFlashNetwork, count: int, temperature: float, sample: str
 ) -> tuple[Tensor, list[list[int]], Engine]:
     """Rows the engine wrote with this drafter, and the accepted tokens of each of its rounds that lie within LENGTH."""
     growth = Levels(levels((1,) * (BLOCK - 1)), V, sample=sample)  # type: ignore[arg-type]
     one = Engine(
-        TARGET, BlockDrafter(model, growth), load_rule("speculative_sampling"), Fixed(BLOCK - 1), slots=64,
+        TARGET, DFlashDrafter(model, growth), load_rule("speculative_sampling"), Fixed(BLOCK - 1), slots=64,
         max_length=LENGTH + 2 * BLOCK, eos=(),
     )  # fmt: skip
     more = LENGTH - PROMPT + BLOCK  # so that no round within LENGTH is cut short
@@ -279,7 +286,7 @@ def test_the_trainers_rounds_are_the_engines() -> None:
     assert one.counts.rejected > 20
 
 
-@pytest.mark.parametrize("sample", ["law", "greedy"])
+@pytest.mark.parametrize("sample", ["sampled", "greedy"])
 def test_the_trainers_acceptance_is_the_engines(sample: str) -> None:
     """Train-serve parity at temperature 1, in law: mean accepted tokens of a round, sampled proposals and most likely ones.
 
@@ -292,10 +299,10 @@ def test_the_trainers_acceptance_is_the_engines(sample: str) -> None:
     rows = plain(count, 1.0, first=count)  # other seeds, so that the two are independent
     hidden = hidden_of(TARGET, rows, STORED)
     log_p = torch.zeros(rows.shape)
-    laws = torch.log_softmax(JUDGE.laws(hidden), -1)
-    log_p[:, 1:] = laws[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+    distributions = torch.log_softmax(JUDGE.distributions(hidden), -1)
+    log_p[:, 1:] = distributions[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
     uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(3))
-    accepts = sampled(log_p, uniform) if sample == "law" else most_likely
+    accepts = sampled(log_p, uniform) if sample == "sampled" else most_likely
 
     def mean(found: list[list[int]]) -> tuple[float, float]:
         """Accepted tokens per round, and its standard error: a ratio of sums, linearised row by row."""
@@ -303,7 +310,7 @@ def test_the_trainers_acceptance_is_the_engines(sample: str) -> None:
         ratio = a.sum() / n.sum()
         return ratio, float(np.sqrt(((a - ratio * n) ** 2).sum()) / n.sum())
 
-    def gap(m: BlockModel) -> float:
+    def gap(m: DFlashNetwork) -> float:
         (x, dx), (y, dy) = mean(walk(m, rows, hidden[:, :, list(JUDGE.taps)], PROMPT, accepts)), mean(runs)
         return abs(x - y) / (dx**2 + dy**2) ** 0.5
 
@@ -316,7 +323,7 @@ def test_the_judges_acceptance_is_the_ledgers() -> None:
     model, growth = trained(), Levels(levels((1,)), V)
     one = Engine(
         TARGET,
-        BlockDrafter(model, growth),
+        DFlashDrafter(model, growth),
         load_rule("speculative_sampling"),
         Fixed(1),
         slots=64,
@@ -332,10 +339,10 @@ def test_the_judges_acceptance_is_the_ledgers() -> None:
     assert abs((1 - risk) - measured) < 6 * (0.25 / one.counts.judged) ** 0.5
 
 
-def predictor_of_size(model: BlockModel, size: int):
+def predictor_of_size(model: DFlashNetwork, size: int):
     """Blocks of `size` slots at every position, as a draft of size - 1 tokens makes them."""
 
-    def predict(m: BlockModel, tokens: Tensor, taps: Tensor) -> list[Tensor]:
+    def predict(m: DFlashNetwork, tokens: Tensor, taps: Tensor) -> list[Tensor]:
         anchors = torch.arange(1, tokens.shape[1] - size + 1).expand(len(tokens), -1)
         logits = m.blocks(m.inject(taps), tokens.gather(1, anchors), anchors, slots=size)
         return [logits[:, :, d] for d in range(size - 1)]

@@ -17,7 +17,7 @@ from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.train.checkpoint import identity_of
 from outrider.train.data import Document, encode, halve, narrowed, token_type
-from outrider.train.features import Wanted, cut_prompts, write_tokens
+from outrider.train.features import DataSpec, cut_prompts, write_tokens
 from outrider.train.keyed import part_folder, run_folder
 from outrider.train.labels import weights_of, write_labels
 from outrider.train.loop import BOOKKEEPING, LoopConfig
@@ -48,7 +48,7 @@ def test_text_of_a_large_vocabulary_is_stored_as_it_was_written(tmp_path: Path) 
     engine = Engine(TinyLM(LARGE, 4, 1, heads=1), NoDraft(), load_rule("block"), Fixed(0), slots=2, max_length=32)
     ids, own = [LARGE - 1 - i for i in range(16)], engine.encode
     engine.encode = lambda text: ids if isinstance(text, str) else own(text)  # type: ignore[method-assign]
-    rows = write_tokens(engine, [Document("a", "x\n" * 50)], Wanted(2, 4, 8), tmp_path, report=lambda _: None)
+    rows = write_tokens(engine, [Document("a", "x\n" * 50)], DataSpec(2, 4, 8), tmp_path, report=lambda _: None)
     assert rows[:, :4].tolist() == [ids[:4]] * 2
 
 
@@ -180,7 +180,7 @@ def test_what_the_training_starts_from_is_not_held_out(tmp_path: Path) -> None:
     """Two texts with one heading: a row of the heading is on one side only, and so said where there is nothing else."""
     engine = Engine(TinyLM(300, 4, 1, heads=1), NoDraft(), load_rule("block"), Fixed(0), slots=2, max_length=32)
     engine.encode = lambda text: list(text.encode()) if isinstance(text, str) else text  # type: ignore[method-assign]
-    wanted, heading = Wanted(4, 8, 8), "a heading\n"
+    wanted, heading = DataSpec(4, 8, 8), "a heading\n"
     begun = cut_prompts([Document("a", heading)], engine.encode, wanted)  # type: ignore[arg-type]
     held_out = [Document("b", heading), Document("c", heading + "and one line\nor two lines\n")]
     apart = {tuple(p) for p in begun}

@@ -8,7 +8,7 @@ import torch
 from outrider.train import losses
 
 
-def laws(seed: int, shape=(2, 3, 7)):
+def distributions_of(seed: int, shape=(2, 3, 7)):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float32) for _ in range(2)]
 
@@ -27,18 +27,18 @@ def by_hand(target: torch.Tensor, draft: torch.Tensor, kl_weight: float, tv_weig
 
 @pytest.mark.parametrize(("kl", "tv"), [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
 def test_distillation_is_the_written_formula(kl, tv):
-    target, draft = laws(0)
+    target, draft = distributions_of(0)
     assert losses.distillation(target, draft, tv, kl).item() == pytest.approx(by_hand(target, draft, kl, tv), abs=1e-6)
 
 
 def test_the_terms_alone_agree_with_the_combined_loss():
-    target, draft = laws(1)
+    target, draft = distributions_of(1)
     torch.testing.assert_close(losses.kl_divergence(target, draft), losses.distillation(target, draft, 0.0, 1.0))
     torch.testing.assert_close(losses.total_variation(target, draft), losses.distillation(target, draft, 1.0, 0.0))
 
 
 def test_kl_gradient_is_q_minus_p():
-    target, draft = laws(2, (1, 1, 5))
+    target, draft = distributions_of(2, (1, 1, 5))
     draft.requires_grad_()
     losses.kl_divergence(target, draft).backward()
     torch.testing.assert_close(draft.grad, draft.detach().softmax(-1) - target.softmax(-1))
@@ -46,7 +46,7 @@ def test_kl_gradient_is_q_minus_p():
 
 @pytest.mark.parametrize(("kl", "tv"), [(1.0, 0.0), (0.0, 1.0), (0.1, 1.0)])
 def test_gradient_against_finite_differences(kl, tv):
-    target, draft = laws(3, (2, 5))
+    target, draft = distributions_of(3, (2, 5))
     draft.requires_grad_()
     losses.distillation(target, draft, tv, kl).backward()
     step = 1e-4
@@ -60,21 +60,21 @@ def test_gradient_against_finite_differences(kl, tv):
 
 
 def test_cross_entropy_is_the_mean_negative_log_probability():
-    logits, _ = laws(4)
+    logits, _ = distributions_of(4)
     tokens = torch.tensor([[0, 1, 2], [3, 4, 5]])
     expected = -logits.log_softmax(-1).gather(-1, tokens[..., None]).mean()
     torch.testing.assert_close(losses.cross_entropy(logits, tokens), expected)
 
 
-def test_acceptance_of_equal_laws_is_one_and_of_disjoint_ones_zero():
-    target, _ = laws(5)
+def test_acceptance_of_equal_distributions_is_one_and_of_disjoint_ones_zero():
+    target, _ = distributions_of(5)
     assert losses.acceptance(target, target, 0.7).allclose(torch.ones(2, 3))
     apart = torch.tensor([[50.0, 0.0], [0.0, 50.0]])
     assert losses.acceptance(apart[:1], apart[1:]).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_pinsker_holds():
-    target, draft = laws(6)
+    target, draft = distributions_of(6)
     assert losses.total_variation(target, draft) <= (losses.kl_divergence(target, draft) / 2).sqrt()
 
 
@@ -85,7 +85,7 @@ def apart(by: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_hybrid_is_the_written_formula():
-    target, draft = laws(7)
+    target, draft = distributions_of(7)
     terms = []
     for a, b in zip(target.flatten(0, -2), draft.flatten(0, -2), strict=True):
         kl, tv = by_hand(a[None], b[None], 1.0, 0.0), by_hand(a[None], b[None], 0.0, 1.0)
@@ -94,7 +94,7 @@ def test_the_hybrid_is_the_written_formula():
     assert losses.hybrid(target, draft).item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
 
 
-def test_where_laws_hardly_overlap_tv_has_no_gradient_and_the_hybrid_has():
+def test_where_distributions_hardly_overlap_tv_has_no_gradient_and_the_hybrid_has():
     found = {}
     for name, loss in (("tv", losses.total_variation), ("hybrid", losses.hybrid), ("log", losses.log_acceptance)):
         target, draft = apart(12.0)
@@ -106,7 +106,7 @@ def test_where_laws_hardly_overlap_tv_has_no_gradient_and_the_hybrid_has():
 
 
 def test_the_hybrids_weight_is_a_constant_for_the_gradient():
-    target, draft = laws(8, (1, 5))
+    target, draft = distributions_of(8, (1, 5))
     draft.requires_grad_()
     losses.hybrid(target, draft).backward()
     weight = math.exp(-3.0 * float(losses.acceptance(target, draft.detach())))
@@ -117,12 +117,12 @@ def test_the_hybrids_weight_is_a_constant_for_the_gradient():
 
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_every_loss_by_its_name_falls_when_it_is_followed(name):
-    target, draft = laws(9, (2, 4, 7))
+    target, draft = distributions_of(9, (2, 4, 7))
     draft = draft.clone().requires_grad_()
     tokens = target.argmax(-1)[:, :-1]
     values = []
     for _ in range(30):
-        loss = losses.law_loss(name, target, draft, tokens, 0.9)
+        loss = losses.distillation_loss(name, target, draft, tokens, 0.9)
         values.append(loss.item())
         (slope,) = torch.autograd.grad(loss, draft)
         with torch.no_grad():
@@ -131,8 +131,8 @@ def test_every_loss_by_its_name_falls_when_it_is_followed(name):
 
 
 def test_staged_is_kl_and_then_mostly_tv():
-    target, draft = laws(10)
+    target, draft = distributions_of(10)
     none = torch.zeros(2, 2, dtype=torch.long)
-    early, late = (losses.law_loss("staged", target, draft, none, x) for x in (0.1, 0.9))
+    early, late = (losses.distillation_loss("staged", target, draft, none, x) for x in (0.1, 0.9))
     torch.testing.assert_close(early, losses.kl_divergence(target, draft))
     torch.testing.assert_close(late, losses.distillation(target, draft, 1.0, 0.1))

@@ -14,9 +14,9 @@ from torch import Tensor
 from outrider.assets import shipped
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
-from outrider.drafters.eagle.drafter import Eagle
-from outrider.drafters.eagle.eagle3 import FeatureConfig
-from outrider.drafters.medusa.network import HeadsConfig, Medusa
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.eagle.eagle3 import EagleConfig
+from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter
 from outrider.drafters.none import NoDraft
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
@@ -27,8 +27,8 @@ from outrider.params import SamplingParams
 from outrider.train import losses
 from outrider.train.corpus import read_corpus
 from outrider.train.data import Document
-from outrider.train.drafter import Judge, loss_of, measure_of, new_features, new_heads, output_of, predictor
-from outrider.train.features import Features, Wanted, read_features, repeated, write_hidden, write_tokens
+from outrider.train.drafter import Teacher, loss_of, measure_of, new_features, new_heads, output_of, predictor
+from outrider.train.features import DataSpec, Features, read_features, repeated, write_hidden, write_tokens
 from outrider.train.loop import DivergedError, LoopConfig, train
 from outrider.train.pipeline import whole_tokenizer
 from outrider.verify import load_rule
@@ -55,7 +55,7 @@ def engine(slots: int = 3) -> Engine:
 
 
 DOCUMENTS = [Document(f"{i}", "\n".join(f"line {j * i % 7} of text {i}" for j in range(40))) for i in range(5)]
-WANTED = Wanted(rows=10, prompt=8, length=24, seed=2)
+WANTED = DataSpec(rows=10, prompt=8, length=24, seed=2)
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -146,17 +146,17 @@ def test_too_little_text_is_said(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- training
-def setup(kind: str) -> tuple[torch.nn.Module, Judge, Features]:
+def setup(kind: str) -> tuple[torch.nn.Module, Teacher, Features]:
     tokens = torch.randint(V, (16, 24), generator=torch.Generator().manual_seed(0))
     from outrider.train.features import hidden_of
 
     hidden = hidden_of(TARGET, tokens, (1, 2, 3))
     data = Features(tokens.numpy().astype(np.uint16), hidden.half().numpy(), (1, 2, 3), rows=4)
     if kind == "medusa":
-        return new_heads(HeadsConfig(H, V, 3, 3), TARGET), Judge.of(TARGET, (1, 2, 3), (3,)), data
-    config = FeatureConfig(16, H, (1, 3), V, 2, 1, 8, 32)
+        return new_heads(MedusaConfig(H, V, 3, 3), TARGET), Teacher.of(TARGET, (1, 2, 3), (3,)), data
+    config = EagleConfig(16, H, (1, 3), V, 2, 1, 8, 32)
     model = new_features(config, TARGET, hidden[:, :, [0, 2]].flatten(0, 1))
-    return model, Judge.of(TARGET, (1, 2, 3), (1, 3)), data
+    return model, Teacher.of(TARGET, (1, 2, 3), (1, 3)), data
 
 
 def fit(kind: str, folder: Path, steps: int = 12, stop_at: tuple[int, ...] = ()) -> dict[str, Tensor]:
@@ -214,11 +214,11 @@ def test_labels_stand_at_their_tokens() -> None:
     """A drafter that knows the target's laws is accepted everywhere: the alignment of levels, columns and labels."""
     _, judge, data = setup("eagle")
     tokens, hidden = data.take([0, 1])
-    laws = judge.laws(hidden)
+    distributions = judge.distributions(hidden)
 
     def oracle(model: object, seen: Tensor, taps: Tensor) -> list[Tensor]:
         assert taps.shape[2] == 2
-        return [laws[:, d + 1 : 20] for d in range(3)]
+        return [distributions[:, d + 1 : 20] for d in range(3)]
 
     for d, (p, q) in enumerate(judge.pairs(None, (tokens, hidden), oracle)):
         assert torch.equal(p, q), d
@@ -230,7 +230,7 @@ def test_the_output_matrix_is_the_targets_own() -> None:
     torch.testing.assert_close(x @ output_of(TARGET).T, TARGET.unembed(x), rtol=1e-4, atol=1e-4)
 
 
-def taught(kind: str) -> tuple[torch.nn.Module, Judge]:
+def taught(kind: str) -> tuple[torch.nn.Module, Teacher]:
     """A drafter after a few steps: neither the target's copy nor noise."""
     model, judge, data = setup(kind)
     loss, adam = loss_of(judge, predictor(model, 3)), torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -255,7 +255,7 @@ def test_the_trainers_acceptance_by_position_is_the_engines(kind: str) -> None:
     model, judge = taught(kind)
     depth, more, n = 3, 24, 60
     growth = Levels(levels((1,) * depth), V)
-    drafter = Medusa(model, growth) if kind == "medusa" else Eagle(model, growth)  # type: ignore[arg-type]
+    drafter = MedusaDrafter(model, growth) if kind == "medusa" else EagleDrafter(model, growth)  # type: ignore[arg-type]
     one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(depth), slots=16, max_length=64)
     texts: dict[str, list[int]] = {}
     for i in range(n):
@@ -283,8 +283,8 @@ def test_the_trainers_acceptance_by_position_is_the_engines(kind: str) -> None:
     kept = torch.tensor([good for *_, good in judged])
     honest, shifted = at_nodes(0), at_nodes(-1)
     assert float((1 - honest).sum()) == pytest.approx(one.counts.risk, abs=1e-3 * len(judged))
-    foretold = [torch.where(kept, x, 1 - x).log().sum().item() for x in (honest, shifted)]
-    assert foretold[0] > foretold[1] + 20, "the control foretells what was accepted as well"
+    predicted = [torch.where(kept, x, 1 - x).log().sum().item() for x in (honest, shifted)]
+    assert predicted[0] > predicted[1] + 20, "the control foretells what was accepted as well"
     for d in range(depth):
         chance = torch.tensor([trainer[d][names.index(name), at - 1].item() for name, at, e, _ in judged if e == d])
         count = sum(good for *_, e, good in judged if e == d)

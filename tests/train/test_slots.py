@@ -12,8 +12,8 @@ from outrider.train.slots import (
     ARMS,
     Objective,
     closed,
+    distillation_loss,
     first_error,
-    law_loss,
     leading_run,
     slot_loss,
     suffix_of_products,
@@ -141,13 +141,13 @@ def test_objectives_that_make_no_sense_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", list(ARMS))
-def test_against_laws_is_against_tokens_in_the_mean(name: str) -> None:
+def test_against_distributions_is_against_tokens_in_the_mean(name: str) -> None:
     """For a law that is one token both losses have the same gradient; without weights that look, it is the mean over tokens."""
     logits, labels, mask = case(7)
     how = ARMS[name]
     sure = torch.full_like(logits, -1e4).scatter_(-1, labels[..., None], 0.0)
     torch.testing.assert_close(
-        gradient(lambda x: law_loss(x, sure, mask, how), logits),
+        gradient(lambda x: distillation_loss(x, sure, mask, how), logits),
         gradient(lambda x: slot_loss(x, labels, mask, how), logits),
         rtol=1e-4,
         atol=1e-6,
@@ -164,7 +164,9 @@ def test_against_laws_is_against_tokens_in_the_mean(name: str) -> None:
         )
         for t in range(V)
     )
-    torch.testing.assert_close(gradient(lambda x: law_loss(x, wanted, mask, decay), logits), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(lambda x: distillation_loss(x, wanted, mask, decay), logits), mean, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_against_overlaps_the_chain_reward_is_the_accepted_length() -> None:
@@ -179,8 +181,8 @@ def test_against_overlaps_the_chain_reward_is_the_accepted_length() -> None:
         return (-a.log() * valid).sum() / valid.sum() - 3.0 * accepted
 
     how = Objective(chain=3.0 * S)
-    found = gradient(lambda x: law_loss(x, wanted, mask, how, entropy=0.0, overlap=1.0), logits)
+    found = gradient(lambda x: distillation_loss(x, wanted, mask, how, entropy=0.0, overlap=1.0), logits)
     torch.testing.assert_close(found, gradient(by_hand, logits), rtol=1e-4, atol=1e-6)
-    both = gradient(lambda x: law_loss(x, wanted, mask, how, entropy=0.5, overlap=1.0), logits)
-    entropy = gradient(lambda x: law_loss(x, wanted, mask, how), logits)
+    both = gradient(lambda x: distillation_loss(x, wanted, mask, how, entropy=0.5, overlap=1.0), logits)
+    entropy = gradient(lambda x: distillation_loss(x, wanted, mask, how), logits)
     torch.testing.assert_close(both, found + 0.5 * entropy, rtol=1e-4, atol=1e-6)

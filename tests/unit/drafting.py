@@ -10,8 +10,8 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.noise import Noise
 from outrider.params import SamplingParams
-from outrider.sampling.pipeline import Law
-from outrider.types import Draft, DraftLaw, Evidence, Rows, Scores, SequenceView, Verdict
+from outrider.sampling.pipeline import LogitsPipeline
+from outrider.types import Draft, Evidence, LogitsProcessing, Rows, Scores, SequenceView, Verdict
 
 
 def view(
@@ -23,7 +23,7 @@ def view(
     )
 
 
-def evidence(views: Sequence[SequenceView], vocab_size: int, law: DraftLaw | None = None) -> Evidence:
+def evidence(views: Sequence[SequenceView], vocab_size: int, pipeline: LogitsProcessing | None = None) -> Evidence:
     """The evidence of a step whose forward nobody looks at."""
     nothing = torch.empty(0, dtype=torch.int64)
     noise = Noise(tuple(v.seed for v in views), tuple(len(v.tokens) - 1 for v in views))
@@ -33,10 +33,10 @@ def evidence(views: Sequence[SequenceView], vocab_size: int, law: DraftLaw | Non
         draft=Draft.empty(0),
         verdict=Verdict((), (), (), (), (), ()),
         sequences=tuple(views),
-        source=(-1,) * len(views),
-        judged=(-1,) * len(views),
+        segment_index=(-1,) * len(views),
+        verdict_index=(-1,) * len(views),
         noise=noise,
-        law=Law(vocab_size) if law is None else law,
+        pipeline=LogitsPipeline(vocab_size) if pipeline is None else pipeline,
     )
 
 
@@ -51,7 +51,12 @@ class Seen:
     def __init__(self, inner: Levels | BestFirst) -> None:
         self.inner, self.logits = inner, {}
         self.siblings = inner.siblings
-        self.depth, self.nodes, self.looked_at, self.trees = inner.depth, inner.nodes, inner.looked_at, inner.trees
+        self.depth, self.nodes, self.max_expanded_nodes, self.trees = (
+            inner.depth,
+            inner.nodes,
+            inner.max_expanded_nodes,
+            inner.trees,
+        )
 
     def grow(self, evidence: Evidence, depths, forest: Forest, logits, follow) -> None:
         live = [i for i, d in enumerate(depths) if d]
@@ -59,9 +64,9 @@ class Seen:
         for i, row in zip(live, logits, strict=True):
             self.logits[history[i], ()] = row.clone()
 
-        def watched(ends):
-            out = follow(ends)
-            for (i, k), row in zip(ends, out, strict=True):
+        def watched(frontier):
+            out = follow(frontier)
+            for (i, k), row in zip(frontier, out, strict=True):
                 self.logits[history[i], forest.path(i, k)] = row.clone()
             return out
 

@@ -329,12 +329,12 @@ def test_a_tokenizer_that_keeps_no_words_reads_the_same() -> None:
     from transformers import AutoTokenizer
 
     from outrider.assets import shipped
-    from outrider.models.tokenizer import forget_words, load_tokenizer
+    from outrider.models.tokenizer import disable_bpe_cache, load_tokenizer
 
     texts = ("def f(x):\n\treturn x\n", "def f(x):\n\treturn x\n", " 你好 \U0001f600é\r\n", "x" * 500)
     right = [load_tokenizer(shipped("target")).encode(text) for text in texts]
     for forgetful in (load_tokenizer(shipped("target")), AutoTokenizer.from_pretrained(shipped("target"))):
-        forget_words(forgetful)
+        disable_bpe_cache(forgetful)
         assert [forgetful.encode(text) for text in texts] == right
-    forget_words(None)  # an engine may have none
-    forget_words(object())
+    disable_bpe_cache(None)  # an engine may have none
+    disable_bpe_cache(object())

@@ -10,7 +10,7 @@ from scipy.stats import binom
 
 from outrider.records import Counts
 from outrider.telemetry import detect
-from outrider.telemetry.alerts import Alerts, Condition, Reading
+from outrider.telemetry.alerts import Alerts, Condition, WindowSample
 from outrider.telemetry.detect import Residuals
 
 
@@ -79,7 +79,9 @@ LIMIT = Condition("high", "warning", "too high", lambda r: r.speedup, 2.0, 1.0, 
 
 def played(values: list[float | None], every: float = 5.0) -> list[tuple[float, bool]]:
     alerts = Alerts((LIMIT,))
-    return [(i * every, n.firing) for i, v in enumerate(values) for n in alerts.look(Reading(speedup=v), i * every)]
+    return [
+        (i * every, n.firing) for i, v in enumerate(values) for n in alerts.look(WindowSample(speedup=v), i * every)
+    ]
 
 
 def test_hysteresis() -> None:
@@ -110,8 +112,10 @@ def test_every_condition_fires_on_its_own_trouble_and_none_on_a_good_day() -> No
     for name, change in trouble.items():
         alerts, got = Alerts(), list[tuple[str, bool]]()
         for t in range(0, 600, 20):
-            reading = Reading(**(good | (change if 100 <= t < 300 else {})))
+            reading = WindowSample(**(good | (change if 100 <= t < 300 else {})))
             got += [(n.name, n.firing) for n in alerts.look(reading, float(t))]
         assert got == [(name, True), (name, False)]
     quiet = Alerts()
-    assert not [n for t in range(600) for n in quiet.look(Reading(judged=20, rejected=20, break_even=0.5), float(t))]
+    assert not [
+        n for t in range(600) for n in quiet.look(WindowSample(judged=20, rejected=20, break_even=0.5), float(t))
+    ]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.drafters.dflash.network import BlockConfig, BlockModel
-from outrider.drafters.eagle.eagle1 import LastFeatureModel
-from outrider.drafters.eagle.eagle3 import FeatureModel
-from outrider.drafters.eagle.network import FeatureConfig
-from outrider.drafters.medusa.network import HeadsConfig, MedusaHeads
+from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
+from outrider.drafters.eagle.eagle1 import Eagle1Network
+from outrider.drafters.eagle.eagle3 import Eagle3Network
+from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.medusa.network import MedusaConfig, MedusaNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
@@ -29,18 +29,18 @@ KINDS = ("eagle3", "eagle1", "dflash", "medusa")
 def make(kind: str, folder: Path) -> Path:
     """A drafter of this kind, saved as its trainer saves it."""
     if kind == "eagle3":
-        FeatureModel(FeatureConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(1, 2, 3), **SIZES)).save(folder)
+        Eagle3Network(EagleConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(1, 2, 3), **SIZES)).save(folder)
     elif kind == "eagle1":
-        LastFeatureModel(FeatureConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(LAYERS,), **SIZES)).save(folder)
+        Eagle1Network(EagleConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(LAYERS,), **SIZES)).save(folder)
     elif kind == "dflash":
-        BlockModel(BlockConfig(hidden=WIDTH, taps=(1, 2), block=4, mask=0, **SIZES)).save(folder, tables=True)
+        DFlashNetwork(DFlashConfig(hidden=WIDTH, taps=(1, 2), block=4, mask=0, **SIZES)).save(folder, tables=True)
     else:
-        MedusaHeads(HeadsConfig(hidden=WIDTH, vocab_size=VOCAB, heads=2, tap=LAYERS)).save(folder)
+        MedusaNetwork(MedusaConfig(hidden=WIDTH, vocab_size=VOCAB, heads=2, tap=LAYERS)).save(folder)
     return folder
 
 
 def load(kind: str, folder: Path) -> Any:
-    loaders = {"eagle3": FeatureModel, "eagle1": LastFeatureModel, "dflash": BlockModel, "medusa": MedusaHeads}
+    loaders = {"eagle3": Eagle3Network, "eagle1": Eagle1Network, "dflash": DFlashNetwork, "medusa": MedusaNetwork}
     return loaders[kind].load(folder, TARGET)
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters.dflash.drafter import BlockDrafter
-from outrider.drafters.dflash.network import BlockConfig, BlockModel, visible
+from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork, visible
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import levels
@@ -32,10 +32,10 @@ TAPS = (1, 3)
 
 
 @cache
-def block_model(kv_heads: int = 1, layers: int = 2) -> BlockModel:
+def block_model(kv_heads: int = 1, layers: int = 2) -> DFlashNetwork:
     torch.manual_seed(3)
-    config = BlockConfig(H, TAPS, V, 2, kv_heads, 6, 20, BLOCK, mask=V - 1, layers=layers)
-    model = BlockModel(config).double().eval().requires_grad_(False)
+    config = DFlashConfig(H, TAPS, V, 2, kv_heads, 6, 20, BLOCK, mask=V - 1, layers=layers)
+    model = DFlashNetwork(config).double().eval().requires_grad_(False)
     for p in model.parameters():
         p.normal_(std=0.5)
     return model
@@ -63,7 +63,7 @@ def test_visibility_against_brute_force() -> None:
                 assert found[r, n].tolist() == want
 
 
-def alone(model: BlockModel, taps: torch.Tensor, token: int, size: int, first: int) -> torch.Tensor:
+def alone(model: DFlashNetwork, taps: torch.Tensor, token: int, size: int, first: int) -> torch.Tensor:
     """One block, computed the plain way: softmax over the keys of its context and of its own slots, row by row."""
     c = model.config
     x = model.embed_tokens(torch.tensor([token] + [c.mask] * (size - 1)))
@@ -146,7 +146,7 @@ def test_cached_logits_are_those_of_training(how: str, kv_heads: int) -> None:
     """
     model = block_model(kv_heads)
     seen = Seen(GROWTHS[how]())
-    drafter = BlockDrafter(model, seen)  # type: ignore[arg-type]
+    drafter = DFlashDrafter(model, seen)  # type: ignore[arg-type]
     one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=3, max_length=60, chunk=5)
     params = [SamplingParams(temperature=1.0, max_tokens=m, seed=i) for i, m in enumerate((14, 9, 21, 6))]
     one.generate([[3, 1, 4], [1] * 11, [5, 9, 2, 6, 5, 3, 5], [8]], params)
@@ -163,7 +163,7 @@ def test_cached_logits_are_those_of_training(how: str, kv_heads: int) -> None:
 def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
     """As many rows as the target's cache, and its values are those of one injection of the whole text: nothing rejected stays."""
     model = block_model(2)
-    drafter, rounds = BlockDrafter(model, GROWTHS["chain"]()), 0
+    drafter, rounds = DFlashDrafter(model, GROWTHS["chain"]()), 0
     one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=2, max_length=60, chunk=5)
     honest = drafter.draft
 
@@ -187,7 +187,7 @@ def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
 
 
 def test_a_gap_in_what_was_seen_makes_a_draft_worse_never_wrong() -> None:
-    drafter = BlockDrafter(block_model(), GROWTHS["chain"]())
+    drafter = DFlashDrafter(block_model(), GROWTHS["chain"]())
     with pytest.raises(ConfigError, match="bind"):
         drafter.draft(evidence([view([1, 2, 3])], V), [3])
     drafter.bind(1, 40)
@@ -195,11 +195,11 @@ def test_a_gap_in_what_was_seen_makes_a_draft_worse_never_wrong() -> None:
     assert found.counts == (0,)
 
 
-def test_laws_are_declared_for_every_slot_or_for_none() -> None:
+def test_distributions_are_declared_for_every_slot_or_for_none() -> None:
     """Sampled drafts carry the slots' laws, one for each node; most likely tokens and trees are point masses."""
     drafts = []
     for how in ("chain", "most likely", "best first"):
-        drafter = BlockDrafter(block_model(), GROWTHS[how]())
+        drafter = DFlashDrafter(block_model(), GROWTHS[how]())
         one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=1, max_length=60)
         made, draft = [], drafter.draft
         drafter.draft = lambda e, b, d=draft, m=made: m.append(d(e, b)) or m[-1]  # type: ignore[method-assign]
@@ -217,7 +217,7 @@ def test_laws_are_declared_for_every_slot_or_for_none() -> None:
 
 def test_a_draft_longer_than_its_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="trained with 4"):
-        BlockDrafter(block_model(), Levels(levels((1,) * 4), V))
+        DFlashDrafter(block_model(), Levels(levels((1,) * 4), V))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_shapes_that_make_no_sense_are_refused(wrong: dict) -> None:
     fine = {
         "hidden": H, "taps": TAPS, "vocab_size": V, "heads": 2, "kv_heads": 1, "head_dim": 6, "inner": 20, "block": 4, "mask": 0,
     }  # fmt: skip
-    BlockConfig(**fine)
+    DFlashConfig(**fine)
     with pytest.raises(ConfigError):
-        BlockConfig(**(fine | wrong))
+        DFlashConfig(**(fine | wrong))
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
@@ -237,7 +237,7 @@ def test_round_trip(tmp_path: Path) -> None:
     """What is written is read again, rounded to bfloat16 and not otherwise; one more trip changes nothing."""
     model = block_model(2)
     model.save(tmp_path / "a", tables=True)
-    read = BlockModel.load(tmp_path / "a", TARGET)
+    read = DFlashNetwork.load(tmp_path / "a", TARGET)
     assert read.config == model.config
     for name, value in model.state_dict().items():
         assert torch.equal(read.state_dict()[name], value.bfloat16().float())
@@ -280,17 +280,17 @@ def test_tables_are_the_targets(tied: bool, implementation: str, tmp_path: Path)
     one = build_engine(place, "none", dtype="float32", implementation=implementation)
     target, wide = one.parts.target, 48
     torch.manual_seed(0)
-    model = BlockModel(BlockConfig(wide, (1, 2), target.vocab_size, 3, 3, 16, 64, 5, mask=0))
+    model = DFlashNetwork(DFlashConfig(wide, (1, 2), target.vocab_size, 3, 3, 16, 64, 5, mask=0))
     model.save(tmp_path / "dflash")
     raw = load_file(place / "model.safetensors")
-    read = BlockModel.load(tmp_path / "dflash", target, str(place))
+    read = DFlashNetwork.load(tmp_path / "dflash", target, str(place))
     torch.testing.assert_close(read.embed_tokens.weight, raw["model.embed_tokens.weight"])
     torch.testing.assert_close(read.lm_head.weight, raw["model.embed_tokens.weight" if tied else "lm_head.weight"])
     if tied:
-        torch.testing.assert_close(BlockModel.load(tmp_path / "dflash", target).lm_head.weight, read.lm_head.weight)
+        torch.testing.assert_close(DFlashNetwork.load(tmp_path / "dflash", target).lm_head.weight, read.lm_head.weight)
     else:
         with pytest.raises(ConfigError, match="holds no lm_head.weight"):
-            BlockModel.load(tmp_path / "dflash", target)
+            DFlashNetwork.load(tmp_path / "dflash", target)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "hf"])
@@ -298,7 +298,7 @@ def test_greedy_text_is_the_targets_on_both_targets(implementation: str, tmp_pat
     """Chains and trees, one sequence and three, with hidden states of either target; the drafter is random, the text is not."""
     place = make_checkpoint(tmp_path / "target", "qwen3", tokenizer=True)
     torch.manual_seed(0)
-    BlockModel(BlockConfig(48, (1, 3), 260, 3, 1, 16, 64, 5, mask=0)).save(tmp_path / "dflash")
+    DFlashNetwork(DFlashConfig(48, (1, 3), 260, 3, 1, 16, 64, 5, mask=0)).save(tmp_path / "dflash")
     params = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
     texts = []
     for draft in ("none", "dflash", "greedy:dflash", "dynamic:8:dflash"):
@@ -352,9 +352,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for change, error, said in wrong:
         path.write_text(json.dumps(fine | change))
         with pytest.raises(error, match=said):
-            BlockModel.load(tmp_path, TARGET)
+            DFlashNetwork.load(tmp_path, TARGET)
     path.write_text(json.dumps(fine))
     weights = tmp_path / "model.safetensors"
     save_file({n: t for n, t in load_file(weights).items() if n != "fc.weight"}, weights)
     with pytest.raises(ConfigError, match="fc.weight"):
-        BlockModel.load(tmp_path, TARGET)
+        DFlashNetwork.load(tmp_path, TARGET)

@@ -71,7 +71,7 @@ def test_each_part_sees_its_own_hidden_states() -> None:
     assert [[float(h[0, 0]) for h in part.hidden] for part in (a, b, c)] == [[3.0, 1.0], [2.0], []]
 
 
-def test_point_masses_and_laws_in_one_draft() -> None:
+def test_point_masses_and_distributions_in_one_draft() -> None:
     """n-gram where the text repeats, the model elsewhere: each node keeps what it was."""
     texts = [[1, 2, 3, 1, 2], [4, 5, 6], [7, 7, 8, 7, 7], [9]]
     views = [view(t, s, seed=s) for s, t in enumerate(texts)]

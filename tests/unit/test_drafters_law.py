@@ -20,7 +20,7 @@ from scipy.stats import chi2
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.tree import draws
 from outrider.models.toy import TableTarget, TinyLM
-from outrider.sampling.pipeline import Law
+from outrider.sampling.pipeline import LogitsPipeline
 from outrider.transfer import fetch
 from outrider.types import Draft, Evidence
 from tests.unit.drafting import evidence, view
@@ -46,11 +46,11 @@ CASES = {
 }
 
 
-def law(path: tuple[int, ...], params: dict) -> np.ndarray:
+def distribution_of(path: tuple[int, ...], params: dict) -> np.ndarray:
     """The request's law after TEXT and `path`, straight from the table."""
     tokens = [*TEXT, *path]
     logits = MODEL.table[len(tokens) - 1, tokens[-1]][None]
-    return Law(V)(logits, [view(TEXT, **params)], [path])[0].numpy()
+    return LogitsPipeline(V)(logits, [view(TEXT, **params)], [path])[0].numpy()
 
 
 def drawn_drafts(depth: int, how: dict, params: dict, calls: int, batch: int) -> Iterator[Draft]:
@@ -79,9 +79,9 @@ def p_value(count: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("batch", [400, pytest.param(1600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("params", list(GRID))
-def test_many_draws_from_one_law(params: str, batch: int) -> None:
+def test_many_draws_from_one_distribution(params: str, batch: int) -> None:
     """Sixteen siblings a sequence are sixteen draws from its law."""
-    count, want = np.zeros(V), law((), GRID[params])
+    count, want = np.zeros(V), distribution_of((), GRID[params])
     for draft in drawn_drafts(1, {"branching": (16,)}, GRID[params], calls=4, batch=batch):
         assert draft.q is not None
         np.testing.assert_allclose(draft.q.probs.numpy(), np.tile(want, (batch, 1)), atol=1e-12)
@@ -94,13 +94,13 @@ def test_many_draws_from_one_law(params: str, batch: int) -> None:
 
 def test_a_hundred_thousand_races() -> None:
     """The first two arrivals of an exponential race are two draws without replacement."""
-    q = law((), GRID["hot, min-p"])
+    q = distribution_of((), GRID["hot, min-p"])
     noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(102_400, V)))
     count = np.zeros((V, V))
     for x, y in fetch(draws.race(torch.from_numpy(q).expand(102_400, V), noise, 2))[0].tokens:
         count[x, y] += 1
-    assert p_value(count, sibling_law(q, {"branching": (2,), "sample": "coupled"}) * count.sum()) > ALPHA
-    assert p_value(count, sibling_law(q, {"branching": (2,)}) * count.sum() + 1e-300) < ALPHA  # control: iid
+    assert p_value(count, sibling_distribution(q, {"branching": (2,), "sample": "coupled"}) * count.sum()) > ALPHA
+    assert p_value(count, sibling_distribution(q, {"branching": (2,)}) * count.sum() + 1e-300) < ALPHA  # control: iid
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -108,7 +108,7 @@ def test_trees_are_drawn_as_declared(case: str) -> None:
     """The first two siblings and the child of the first: their joint counts against the laws the draft returned."""
     how, params = CASES[case]
     siblings, child = np.zeros((V, V)), np.zeros((V, V))
-    laws: dict[tuple[int, ...], np.ndarray] = {}
+    distributions: dict[tuple[int, ...], np.ndarray] = {}
     for draft in drawn_drafts(2, how, params, calls=3, batch=100 if how.get("sample") == "coupled" else 2000):
         assert draft.q is not None
         probs = draft.q.probs.numpy()
@@ -117,18 +117,18 @@ def test_trees_are_drawn_as_declared(case: str) -> None:
             top = draft.children(b, -1)
             x = [draft.tokens[k] for k in top]
             (y, *_) = draft.children(b, top[0])
-            laws[()], laws[x[0],] = probs[draft.q.row[top[0]]], probs[draft.q.row[y]]
+            distributions[()], distributions[x[0],] = probs[draft.q.row[top[0]]], probs[draft.q.row[y]]
             assert len({draft.q.row[k] for k in top}) == 1  # siblings share their row
             siblings[x[0], x[-1] if len(x) == 1 else x[1]] += 1
             child[x[0], draft.tokens[y]] += 1
-    for path, q in laws.items():
-        np.testing.assert_allclose(q, law(path, params), atol=1e-12)
-    q, n = laws[()], siblings.sum()
-    assert p_value(siblings, sibling_law(q, how) * n) > ALPHA
-    assert p_value(child, np.array([q[x] * laws.get((x,), np.zeros(V)) for x in range(V)]) * n) > ALPHA
+    for path, q in distributions.items():
+        np.testing.assert_allclose(q, distribution_of(path, params), atol=1e-12)
+    q, n = distributions[()], siblings.sum()
+    assert p_value(siblings, sibling_distribution(q, how) * n) > ALPHA
+    assert p_value(child, np.array([q[x] * distributions.get((x,), np.zeros(V)) for x in range(V)]) * n) > ALPHA
 
 
-def sibling_law(q: np.ndarray, how: dict) -> np.ndarray:
+def sibling_distribution(q: np.ndarray, how: dict) -> np.ndarray:
     """Joint law [V, V] of the first two siblings; of a chain, a diagonal."""
     if "branching" not in how:
         return np.diag(q)
@@ -169,16 +169,16 @@ def redraw(seen: Evidence, draft: Draft, b: int, k: int, depth: int, index: int,
 @pytest.mark.parametrize("u", [2.0**-53, 0.25, 0.5, 0.75, 1 - 2.0**-53])
 def test_no_draw_without_mass(u: float) -> None:
     """Bug 8 on the draft side: zeros at both ends and in the middle, uniforms at the ends of the open interval."""
-    law = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0]])
-    (drawn,) = fetch(draws.inverse_cdf(law, [[u, 1 - u]]))[0].tokens
-    assert all(law[0, t] > 0 for t in drawn)
-    (all_three,) = fetch(draws.without_replacement(law, [[u] * 5]))[0].tokens
+    distribution = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0]])
+    (drawn,) = fetch(draws.inverse_cdf(distribution, [[u, 1 - u]]))[0].tokens
+    assert all(distribution[0, t] > 0 for t in drawn)
+    (all_three,) = fetch(draws.without_replacement(distribution, [[u] * 5]))[0].tokens
     assert sorted(all_three) == [1, 3, 4]
-    (arrived,) = fetch(draws.race(law, torch.ones(1, 7), 7))[0].tokens
+    (arrived,) = fetch(draws.race(distribution, torch.ones(1, 7), 7))[0].tokens
     assert sorted(arrived) == [1, 3, 4]
 
 
-def test_no_draw_from_what_is_no_law() -> None:
+def test_no_draw_from_what_is_no_distribution() -> None:
     rows = torch.tensor([[float("nan"), 0.5, 0.5], [0.0, 0.0, 0.0], [0.0, float("inf"), 0.0], [0.0, 1.0, 0.0]])
     assert fetch(draws.inverse_cdf(rows, [[0.5]] * 4))[0].tokens == [[], [], [], [1]]
     assert fetch(draws.without_replacement(rows, [[0.5, 0.5]] * 4))[0].tokens == [[], [], [], [1]]
@@ -187,8 +187,8 @@ def test_no_draw_from_what_is_no_law() -> None:
 
 def test_a_pick_on_a_zero_becomes_the_mode() -> None:
     """A parallel sum may decrease by a rounding; the token it then points at has no mass and is not returned."""
-    law = torch.tensor([[0.0, 0.3, 0.7], [0.5, 0.0, 0.5], [float("nan"), 0.0, 0.0]])
-    nothing = law.shape[1]  # what stands for no token
-    found = draws.with_mass(law, torch.tensor([[0, 1], [2, 0], [nothing, nothing]]))
+    distribution = torch.tensor([[0.0, 0.3, 0.7], [0.5, 0.0, 0.5], [float("nan"), 0.0, 0.0]])
+    nothing = distribution.shape[1]  # what stands for no token
+    found = draws.with_mass(distribution, torch.tensor([[0, 1], [2, 0], [nothing, nothing]]))
     assert found.tolist() == [[2, 1], [2, 0], [nothing, nothing]]
-    assert draws.with_mass(law[:1], torch.empty(1, 0, dtype=torch.int64)).tolist() == [[]]
+    assert draws.with_mass(distribution[:1], torch.empty(1, 0, dtype=torch.int64)).tolist() == [[]]

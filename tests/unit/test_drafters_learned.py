@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
-from outrider.drafters.eagle.drafter import Eagle
-from outrider.drafters.eagle.eagle3 import FeatureConfig, FeatureModel
-from outrider.drafters.medusa.network import HeadsConfig, Medusa, MedusaHeads
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.eagle.eagle3 import Eagle3Network, EagleConfig
+from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter, MedusaNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import BestFirst, Levels
@@ -37,19 +37,19 @@ TAPS = (1, 3)
 
 
 @cache
-def feature_model(kv_heads: int = 1, norm_before_residual: bool = False) -> FeatureModel:
+def feature_model(kv_heads: int = 1, norm_before_residual: bool = False) -> Eagle3Network:
     torch.manual_seed(3)
-    config = FeatureConfig(12, H, TAPS, V, 2, kv_heads, 6, 20, norm_before_residual=norm_before_residual)
-    model = FeatureModel(config).double().eval().requires_grad_(False)
+    config = EagleConfig(12, H, TAPS, V, 2, kv_heads, 6, 20, norm_before_residual=norm_before_residual)
+    model = Eagle3Network(config).double().eval().requires_grad_(False)
     for p in model.parameters():
         p.normal_(std=0.5)
     return model
 
 
 @cache
-def heads(shared: bool = True, blocks: int = 2) -> MedusaHeads:
+def heads(shared: bool = True, blocks: int = 2) -> MedusaNetwork:
     torch.manual_seed(4)
-    model = MedusaHeads(HeadsConfig(H, V, 4, 3, blocks, shared)).double().eval().requires_grad_(False)
+    model = MedusaNetwork(MedusaConfig(H, V, 4, 3, blocks, shared)).double().eval().requires_grad_(False)
     for p in model.parameters():
         p.normal_(std=0.5)
     return model
@@ -62,7 +62,7 @@ GROWTHS = {
 }
 
 
-def decode(drafter: Medusa | Eagle, slots: int, temperature: float = 1.0) -> None:
+def decode(drafter: MedusaDrafter | EagleDrafter, slots: int, temperature: float = 1.0) -> None:
     """Sequences that join and leave, prompts in chunks of 5, several depths, rejections of every kind."""
     one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=slots, max_length=60, chunk=5)
     p = [SamplingParams(temperature=temperature, max_tokens=m, seed=i) for i, m in enumerate((14, 9, 21, 6))]
@@ -86,7 +86,7 @@ def test_cached_logits_are_those_of_training(how: str, kv_heads: int, residual: 
     """
     model = feature_model(kv_heads, residual)
     seen = Seen(GROWTHS[how]())
-    decode(Eagle(model, seen), 3)
+    decode(EagleDrafter(model, seen), 3)
     assert len(seen.logits) > 60
     for (history, path), row in seen.logits.items():
         known = len(history) - 1  # the anchor has no hidden state yet
@@ -99,14 +99,14 @@ def test_cached_logits_are_those_of_training(how: str, kv_heads: int, residual: 
 @pytest.mark.parametrize("shared", [True, False])
 def test_heads_serve_what_they_were_trained_as(shared: bool) -> None:
     model, seen = heads(shared), Seen(GROWTHS["tree"]())
-    decode(Medusa(model, seen), 3)
+    decode(MedusaDrafter(model, seen), 3)
     assert len(seen.logits) > 60
     for (history, path), row in seen.logits.items():
         last = states(history[:-1], (3,))[-1, 0]
         torch.testing.assert_close(row, model(last)[len(path)], rtol=0, atol=2e-4)
 
 
-def by_hand(model: FeatureModel, tokens: list[int], g: torch.Tensor, column: int, level: int) -> torch.Tensor:
+def by_hand(model: Eagle3Network, tokens: list[int], g: torch.Tensor, column: int, level: int) -> torch.Tensor:
     """Logits of one level at one column: rows of the context up to the column, then one row for each level, row by row."""
     c, layer = model.config, model.layers[0]
     attn = layer.self_attn
@@ -146,7 +146,7 @@ def test_levels_are_rows_one_by_one(kv_heads: int, residual: bool) -> None:
 
 def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
     """As many context rows as the target's cache, whatever was rejected; a slot that was left holds nothing."""
-    drafter, rounds = Eagle(feature_model(), GROWTHS["tree"]()), 0
+    drafter, rounds = EagleDrafter(feature_model(), GROWTHS["tree"]()), 0
     honest = drafter.draft
 
     def watched(seen: Evidence, budget):
@@ -188,7 +188,7 @@ def test_nothing_leaks_from_the_future() -> None:
 
 def test_a_gap_in_what_was_seen_makes_a_draft_worse_never_wrong() -> None:
     """Rows that a drafter never saw (a prefix shared with somebody else's cache) start it over; it drafts all the same."""
-    drafter = Eagle(feature_model(), GROWTHS["chain"]())
+    drafter = EagleDrafter(feature_model(), GROWTHS["chain"]())
     drafter.bind(1, 40)
     found = drafter.draft(evidence([view([1, 2, 3])], V), [3])  # no row of this sequence was in the forward
     assert found.counts == (0,)
@@ -199,7 +199,11 @@ def test_best_first_is_the_best_tree() -> None:
     chance = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     growth, forest = BestFirst(7, 3, 4, width=4), Forest(1)
     growth.grow(
-        evidence([view([1])], 4), [3], forest, chance.log()[None], lambda ends: chance.log().expand(len(ends), -1)
+        evidence([view([1])], 4),
+        [3],
+        forest,
+        chance.log()[None],
+        lambda frontier: chance.log().expand(len(frontier), -1),
     )
     import itertools
 
@@ -220,9 +224,11 @@ def test_budgets_are_kept() -> None:
         for d in (1, 2, 3):
             forest = Forest(1)
             flat = torch.linspace(0, 1, V, dtype=torch.float64)[None]
-            growth.grow(evidence([view([1])], V), [d], forest, flat, lambda ends, x=flat: x.expand(len(ends), -1))
+            growth.grow(
+                evidence([view([1])], V), [d], forest, flat, lambda frontier, x=flat: x.expand(len(frontier), -1)
+            )
             assert max(map(len, forest.paths[0])) <= d
-            assert growth.looked_at > growth.nodes or max(map(len, forest.paths[0])) == d
+            assert growth.max_expanded_nodes > growth.nodes or max(map(len, forest.paths[0])) == d
             assert len(forest.paths[0]) <= growth.nodes
 
 
@@ -270,13 +276,13 @@ def test_layouts_of_others_are_read(tmp_path: Path) -> None:
     feature_model().save(tmp_path / "eagle")
     path = tmp_path / "eagle" / "model.safetensors"
     save_file({n.replace("layers.0.", "midlayer."): t for n, t in load_file(path).items()}, path)
-    assert FeatureModel.load(tmp_path / "eagle", TARGET).config.taps == TAPS
+    assert Eagle3Network.load(tmp_path / "eagle", TARGET).config.taps == TAPS
     heads(True).save(tmp_path / "medusa")
     path, config = tmp_path / "medusa" / "model.safetensors", tmp_path / "medusa" / "config.json"
     kept = {n: t for n, t in load_file(path).items() if not n.endswith("bias") and n != "norm.weight"}
     save_file(kept, path)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"medusa_fc_bias": False}))
-    read = MedusaHeads.load(tmp_path / "medusa", TARGET)
+    read = MedusaNetwork.load(tmp_path / "medusa", TARGET)
     torch.testing.assert_close(read.norm.weight, torch.ones(H))  # this target's norm has no weights
     assert not bool(read.blocks[0].layers[0].bias.any())  # type: ignore[index, union-attr]
 
@@ -287,8 +293,8 @@ def test_greedy_text_is_the_targets_on_both_targets(implementation: str, tmp_pat
     place = make_checkpoint(tmp_path / "target", "qwen3", tokenizer=True)
     torch.manual_seed(0)
     vocab = load_target(place, dtype="float32").vocab_size
-    MedusaHeads(HeadsConfig(48, vocab, 3, 3)).save(tmp_path / "medusa")
-    FeatureModel(FeatureConfig(32, 48, (1, 3), vocab, 2, 1, 16, 64)).save(tmp_path / "eagle")
+    MedusaNetwork(MedusaConfig(48, vocab, 3, 3)).save(tmp_path / "medusa")
+    Eagle3Network(EagleConfig(32, 48, (1, 3), vocab, 2, 1, 16, 64)).save(tmp_path / "eagle")
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     texts = []
     for draft in ("none", "medusa", "tree:2x2:medusa", "eagle", "dynamic:8:eagle"):
@@ -326,22 +332,22 @@ def test_specs(tmp_path: Path) -> None:
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     heads().save(tmp_path / "medusa")
     with pytest.raises(CapabilityError, match="of width 16 and 19 tokens"):
-        MedusaHeads.load(tmp_path / "medusa", TinyLM(V, 32, 3))
+        MedusaNetwork.load(tmp_path / "medusa", TinyLM(V, 32, 3))
     with pytest.raises(CapabilityError, match="reads layers"):
-        MedusaHeads.load(tmp_path / "medusa", TinyLM(V, H, 2))
+        MedusaNetwork.load(tmp_path / "medusa", TinyLM(V, H, 2))
     with pytest.raises(ConfigError, match="of type 'medusa', not 'eagle3'"):
-        FeatureModel.load(tmp_path / "medusa", TARGET)
+        Eagle3Network.load(tmp_path / "medusa", TARGET)
     with pytest.raises(ConfigError, match="holds no trained drafter"):
-        MedusaHeads.load(tmp_path, TARGET)
+        MedusaNetwork.load(tmp_path, TARGET)
     path = tmp_path / "medusa" / "model.safetensors"
     whole = load_file(path)
     save_file({n: t for n, t in whole.items() if n != "lm_heads.0.weight"}, path)
     with pytest.raises(ConfigError, match="not those its"):
-        MedusaHeads.load(tmp_path / "medusa", TARGET)
+        MedusaNetwork.load(tmp_path / "medusa", TARGET)
     path.write_bytes(b"\x80\x04pickle")
     with pytest.raises(ConfigError, match="cannot be read"):
-        MedusaHeads.load(tmp_path / "medusa", TARGET)
+        MedusaNetwork.load(tmp_path / "medusa", TARGET)
     (tmp_path / "medusa" / "config.json").write_text('{"model_type": "medusa", "hidden_size": -4}')
     save_file(whole, path)
     with pytest.raises(ConfigError, match="hidden_size must be"):
-        MedusaHeads.load(tmp_path / "medusa", TARGET)
+        MedusaNetwork.load(tmp_path / "medusa", TARGET)

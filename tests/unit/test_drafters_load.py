@@ -11,7 +11,7 @@ from outrider.drafters.combine import FirstOf
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.drafters.prediction import Prediction
+from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.registry import load_drafter, parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.toy import TinyLM
@@ -44,10 +44,10 @@ def test_specs() -> None:
     assert ngram.max_depth == 4
     assert load("ngram:1-3")._sizes == (1, 3)  # type: ignore[attr-defined]
     assert load("ngram:3")._sizes == (3, 3)  # type: ignore[attr-defined]
-    assert isinstance(load("prediction"), Prediction)
+    assert isinstance(load("prediction"), PredictedOutput)
     model = load("some/model")
     assert isinstance(model, ModelDrafter)
-    assert (model.vocab_size, model.max_depth, model.growth.sample) == (10, 4, "law")
+    assert (model.vocab_size, model.max_depth, model.growth.sample) == (10, 4, "sampled")
     both = load("ngram:2-3+prediction+some/model")
     assert isinstance(both, FirstOf)
     assert both.name == "ngram+prediction+model"

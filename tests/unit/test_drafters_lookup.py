@@ -13,7 +13,7 @@ from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.drafters.prediction import Prediction
+from outrider.drafters.prediction import PredictedOutput
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
@@ -23,7 +23,7 @@ from tests.unit.drafting import chain, evidence, view
 V = 50
 
 
-def propose(drafter: NGram | Prediction, tokens: list[int], budget: int = 8, **how) -> list[int]:
+def propose(drafter: NGram | PredictedOutput, tokens: list[int], budget: int = 8, **how) -> list[int]:
     return chain(drafter.draft(evidence([view(tokens, **how)], V), [budget]))
 
 
@@ -83,14 +83,14 @@ def test_ngram_reads_a_long_prompt_quickly() -> None:
     assert time.process_time() - start < 0.2
 
 
-def predict(drafter: Prediction, output: list[int], prediction: tuple[int, ...], prompt: int = 2) -> list[int]:
+def predict(drafter: PredictedOutput, output: list[int], prediction: tuple[int, ...], prompt: int = 2) -> list[int]:
     tokens = [*([0] * prompt), *output]
     return propose(drafter, tokens, 4, prompt=prompt, prediction=prediction)
 
 
 def test_prediction_is_followed_and_found_again() -> None:
     p = tuple(range(10, 30))
-    drafter = Prediction(4)
+    drafter = PredictedOutput(4)
     assert predict(drafter, [], p) == [10, 11, 12, 13]
     assert predict(drafter, [10, 11], p) == [12, 13, 14, 15]
     assert predict(drafter, [10, 11, 40], p) == []  # a substitution: nowhere
@@ -102,7 +102,7 @@ def test_prediction_is_followed_and_found_again() -> None:
 
 def test_prediction_takes_the_longest_match_nearest_after_the_pointer() -> None:
     p = (1, 2, 3, 9, 5, 1, 2, 3, 8, 6, 1, 2, 3, 7)
-    drafter = Prediction(1)
+    drafter = PredictedOutput(1)
     assert predict(drafter, [1, 2, 3, 9, 5], p) == [1]
     assert predict(drafter, [1, 2, 3, 9, 5, 40, 1, 2, 3], p) == [8]
     assert predict(drafter, [1, 2, 3, 9, 5, 40, 1, 2, 3, 8, 6, 41, 1, 2, 3], p) == [7]
@@ -112,14 +112,14 @@ def test_prediction_takes_the_longest_match_nearest_after_the_pointer() -> None:
 def test_single_chance_matches_do_not_carry_the_pointer_away() -> None:
     """A common token of an insertion matches far ahead; the next real match is found near the last sure place."""
     p = (1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 30, 0, 3, 4, 31, 0, 32)
-    drafter = Prediction(2)
+    drafter = PredictedOutput(2)
     assert predict(drafter, [1, 2], p) == [3, 4]
     assert predict(drafter, [1, 2, 0, 40, 0, 41, 0], p) == [1, 2]
     assert predict(drafter, [1, 2, 0, 40, 0, 41, 0, 42, 3, 4], p) == [5, 6]
 
 
 def test_prediction_without_one_and_in_another_slot() -> None:
-    drafter = Prediction(4)
+    drafter = PredictedOutput(4)
     assert predict(drafter, [10], ()) == []
     assert predict(drafter, [10], (10, 11)) == [11]
     assert predict(drafter, [10], (10, 12)) == [12]  # another request without a release
@@ -133,17 +133,17 @@ def test_prediction_without_one_and_in_another_slot() -> None:
 @settings(max_examples=30)
 def test_prediction_in_any_steps_is_the_same(output: list[int], prediction: list[int]) -> None:
     """Contract 6: fed token by token or at once, the pointer ends in the same place."""
-    p, slow = tuple(prediction), Prediction(4)
+    p, slow = tuple(prediction), PredictedOutput(4)
     for n in range(len(output) + 1):
         step = predict(slow, output[:n], p)
-    assert step == predict(Prediction(4), output, p)
+    assert step == predict(PredictedOutput(4), output, p)
     assert not step or any(p[i : i + len(step)] == tuple(step) for i in range(len(p)))
 
 
 def test_a_true_prediction_is_accepted_whole() -> None:
     """Through the engine: a prediction that comes true costs one step per `length + 1` tokens, a wrong one costs no token."""
     model = TinyLM(V, seed=1, sharp=4.0)
-    build = lambda: Engine(model, Prediction(4), SpeculativeSampling(), Fixed(4), slots=1, max_length=64)  # noqa: E731
+    build = lambda: Engine(model, PredictedOutput(4), SpeculativeSampling(), Fixed(4), slots=1, max_length=64)  # noqa: E731
     plain = build().generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=21))[0].outputs[0].token_ids
     params = SamplingParams(temperature=0.0, max_tokens=21, prediction=plain)
     engine = build()
@@ -159,6 +159,6 @@ def test_none_fixed_and_options() -> None:
     assert nothing.draft(evidence([view([1]), view([2], 1)], V), [4, 4]).counts == (0, 0)
     nothing.release([0])
     assert Fixed(3).budget([view([1])] * 2) == [3, 3]
-    for bad in (lambda: NGram(0), lambda: NGram(2, min_n=3, max_n=2), lambda: Prediction(0), lambda: Fixed(-1)):
+    for bad in (lambda: NGram(0), lambda: NGram(2, min_n=3, max_n=2), lambda: PredictedOutput(0), lambda: Fixed(-1)):
         with pytest.raises(ConfigError):
             bad()

@@ -196,21 +196,21 @@ def test_draft_vocabularies_that_differ_by_padding(how: str, more: int) -> None:
         assert float(draft.q.probs[:, V + more :].sum()) == 0.0
 
 
-def test_temperature_zero_is_the_argmax_and_needs_no_law() -> None:
-    def no_law(*_: object) -> torch.Tensor:
+def test_temperature_zero_is_the_argmax_and_needs_no_distribution() -> None:
+    def no_distribution(*_: object) -> torch.Tensor:
         raise AssertionError("no law is needed")
 
     greedy = view([1, 2], temperature=0.0)
-    draft = build().draft(evidence([greedy], V, no_law), [4])
+    draft = build().draft(evidence([greedy], V, no_distribution), [4])
     assert draft.q is None
-    expected = build(sample="greedy").draft(evidence([greedy], V, no_law), [4])
+    expected = build(sample="greedy").draft(evidence([greedy], V, no_distribution), [4])
     assert draft.tokens == expected.tokens
-    tree = build(branching=(3, 2), depth=2).draft(evidence([greedy], V, no_law), [2])
+    tree = build(branching=(3, 2), depth=2).draft(evidence([greedy], V, no_distribution), [2])
     assert len(set(tree.tokens[:3])) == 3
     assert tree.tokens[0] == draft.tokens[0]
 
 
-def test_a_mixed_batch_has_laws_for_the_sampled_ones_only() -> None:
+def test_a_mixed_batch_has_distributions_for_the_sampled_ones_only() -> None:
     views = [view([1, s], s, seed=s, temperature=float(s % 2)) for s in range(4)]
     draft = build().draft(evidence(views, V), [3, 2, 1, 4])
     assert draft.q is not None
@@ -261,7 +261,7 @@ def test_the_two_draws_of_a_position_use_the_shared_noise() -> None:
 
 
 def test_options_are_checked() -> None:
-    for siblings, sample in (("iid", "lawful"), ("both", "law")):
+    for siblings, sample in (("iid", "lawful"), ("both", "sampled")):
         with pytest.raises((ConfigError, TypeCheckError)):  # run-time type checks, where they are on, speak first
             build(siblings=siblings, sample=sample)
     with pytest.raises(ConfigError, match="branching needs 4 numbers"):

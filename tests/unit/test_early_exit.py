@@ -54,7 +54,7 @@ def test_a_prefix_is_the_target_up_to_there(kind: str, tmp_path: Path, monkeypat
     whole = make(kind, tmp_path, monkeypatch)
     assert isinstance(whole, OpenTarget)
     for depth in range(1, whole.layers + 1):
-        part = whole.prefix(depth)
+        part = whole.first_layers(depth)
         assert (part.layers, part.vocab_size, part.hidden_size) == (depth, whole.vocab_size, whole.hidden_size)
         kvs = part.new_kv(2, 32), whole.new_kv(2, 32)
         for step in (rows((0, 0), [[1, 2, 3], [9, 1]]), rows((4, 4), [[2], [3, 1]])):
@@ -65,7 +65,7 @@ def test_a_prefix_is_the_target_up_to_there(kind: str, tmp_path: Path, monkeypat
             for kv in kvs:
                 kv.commit(step, [[0], [1, 2]])
     with pytest.raises(CapabilityError, match=r"1 to"):
-        whole.prefix(whole.layers + 1)
+        whole.first_layers(whole.layers + 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +126,7 @@ def test_a_model_off_the_seam_is_refused_in_a_sentence() -> None:
     target = HFTarget(StableLmForCausalLM(config))
     if target.path != "seam":
         with pytest.raises(CapabilityError, match="cannot be run in part"):
-            target.prefix(1)
+            target.first_layers(1)
 
 
 @pytest.mark.parametrize("implementation", ["lean", "hf"])

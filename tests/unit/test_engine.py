@@ -142,7 +142,7 @@ def test_parts_that_do_not_fit_are_refused_when_the_engine_is_built() -> None:
 
 def test_a_lossy_rule_needs_consent() -> None:
     class Lossy:
-        name, lossless, trees, lane, limit = "lossy", False, False, "draft", 1.0
+        name, lossless, trees, lane, tv_limit = "lossy", False, False, "draft", 1.0
 
         def __call__(self, p, draft, noise, allowance=None):
             raise AssertionError

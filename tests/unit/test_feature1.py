@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.checkpoint import target_parts
-from outrider.drafters.eagle.drafter import Eagle
-from outrider.drafters.eagle.eagle1 import LastFeatureModel
-from outrider.drafters.eagle.eagle3 import FeatureModel
-from outrider.drafters.eagle.network import FeatureConfig, FeatureNetwork
-from outrider.drafters.medusa.network import HeadsConfig, Medusa, MedusaHeads
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.eagle.eagle1 import Eagle1Network
+from outrider.drafters.eagle.eagle3 import Eagle3Network
+from outrider.drafters.eagle.network import EagleConfig, EagleNetwork
+from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter, MedusaNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import levels
@@ -27,7 +27,7 @@ from outrider.models.load import load_target
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.train.drafter import Judge, feature_loss, measure_of, new_last_features, predictor
+from outrider.train.drafter import Teacher, feature_loss, measure_of, new_last_features, predictor
 from outrider.train.features import Features, hidden_of
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
@@ -39,18 +39,18 @@ SUPPORT = torch.tensor([1, 2, 3, 5, 8, 11, 13, 17])
 """A draft vocabulary of 8 of the 19 tokens."""
 
 
-def last_model(kv_heads: int = 1) -> LastFeatureModel:
-    model = new_last_features(FeatureConfig(H, H, LAST, V, 2, kv_heads, 8, 20), TARGET, seed=2).double()
+def last_model(kv_heads: int = 1) -> Eagle1Network:
+    model = new_last_features(EagleConfig(H, H, LAST, V, 2, kv_heads, 8, 20), TARGET, seed=2).double()
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
     return model.eval().requires_grad_(False)
 
 
-def reduced() -> FeatureModel:
+def reduced() -> Eagle3Network:
     torch.manual_seed(3)
-    config = FeatureConfig(16, H, (1, 3), V, 2, 1, 8, 20, draft_vocab=len(SUPPORT))
-    model = FeatureModel(config, SUPPORT).double().eval().requires_grad_(False)
+    config = EagleConfig(16, H, (1, 3), V, 2, 1, 8, 20, draft_vocab=len(SUPPORT))
+    model = Eagle3Network(config, SUPPORT).double().eval().requires_grad_(False)
     for p in model.parameters():
         p.normal_(std=0.5)
     return model
@@ -63,10 +63,10 @@ SERVED = [*product(["last"], GROWTHS, [1, 2]), *product(["reduced"], GROWTHS, [1
 @pytest.mark.parametrize(("kind", "how", "kv_heads"), slow_beyond(SERVED, covering(SERVED)))
 def test_cached_logits_are_those_of_training(kind: str, how: str, kv_heads: int) -> None:
     """After any history of partial acceptances every logit served equals the unroll of the same tokens."""
-    model: FeatureNetwork = last_model(kv_heads) if kind == "last" else reduced()
+    model: EagleNetwork = last_model(kv_heads) if kind == "last" else reduced()
     taps_at = model.config.taps
     seen = Seen(GROWTHS[how]())
-    decode(Eagle(model, seen), 3)
+    decode(EagleDrafter(model, seen), 3)
     assert len(seen.logits) > 40
     for (history, path), row in seen.logits.items():
         known = len(history) - 1
@@ -80,7 +80,7 @@ def test_the_loss_is_the_written_one() -> None:
     model, target = last_model(), TARGET
     tokens = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
     hidden = hidden_of(target, tokens, LAST).double()
-    judge = Judge.of(target, LAST, LAST)
+    judge = Teacher.of(target, LAST, LAST)
     torch.manual_seed(0)
     noise = (torch.rand(2, 9, H, dtype=torch.float64) - 0.5) * 0.2 * 512 / 9
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_training_raises_acceptance() -> None:
     tokens = torch.randint(V, (16, 24), generator=torch.Generator().manual_seed(0))
     hidden = hidden_of(target, tokens, LAST)
     data = Features(tokens.numpy().astype("uint16"), hidden.half().numpy(), LAST, rows=4)
-    model, judge = new_last_features(FeatureConfig(H, H, LAST, V, 2, 1, 8, 32), target), Judge.of(target, LAST, LAST)
+    model, judge = new_last_features(EagleConfig(H, H, LAST, V, 2, 1, 8, 32), target), Teacher.of(target, LAST, LAST)
     measure = measure_of(judge, predictor(model, 3), data)
     before = measure(model)
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -119,7 +119,7 @@ def test_training_raises_acceptance() -> None:
 def test_a_folder_holds_no_table_of_the_target(tmp_path: Path) -> None:
     """EAGLE's own names; what is the target's is read from the target: the same logits again, rounded to bfloat16."""
     target = load_target(make_checkpoint(tmp_path / "target", "llama"), dtype="float32")
-    config = FeatureConfig(48, 48, (3,), target.vocab_size, 3, 3, 16, 32)
+    config = EagleConfig(48, 48, (3,), target.vocab_size, 3, 3, 16, 32)
     model = new_last_features(config, target).eval().requires_grad_(False)
     model.save(tmp_path / "eagle", "some/target")
     names = set(load_file(tmp_path / "eagle" / "model.safetensors"))
@@ -129,7 +129,7 @@ def test_a_folder_holds_no_table_of_the_target(tmp_path: Path) -> None:
         *(f"{layer}self_attn.{n}_proj.weight" for n in "qkvo"),
         *(f"{layer}mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
     }  # fmt: skip
-    read = LastFeatureModel.load(tmp_path / "eagle", target)
+    read = Eagle1Network.load(tmp_path / "eagle", target)
     assert read.config == model.config
     for name in ("embed_tokens", "lm_head", "norm"):
         torch.testing.assert_close(getattr(read, name).weight, getattr(model, name).weight)
@@ -149,14 +149,14 @@ def test_a_folder_of_others_of_the_first_kind(tmp_path: Path) -> None:
     raw = json.loads(config.read_text())
     del raw["target_layer"], raw["head_dim"], raw["base_model"]
     config.write_text(json.dumps(raw | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bias": False}))
-    read = LastFeatureModel.load(tmp_path, TARGET)
+    read = Eagle1Network.load(tmp_path, TARGET)
     assert not bool(read.fc.bias.any())
     assert float(read.embed_tokens.weight.min()) == 0.25
     assert read.config.taps == (TARGET.layers,)
     assert load_drafter(f"eagle:{tmp_path}", target=TARGET, length=3).layers == (3,)
     config.write_text(json.dumps(raw | {"num_hidden_layers": 2}))
     with pytest.raises(ConfigError, match="one layer"):
-        LastFeatureModel.load(tmp_path, TARGET)
+        Eagle1Network.load(tmp_path, TARGET)
 
 
 # ------------------------------------------------------------------------------------------------- part of a vocabulary
@@ -193,7 +193,7 @@ def test_eagle_3_of_others(own: bool, tmp_path: Path) -> None:
         flat |= {"vocab_size": V, "draft_vocab_size": len(SUPPORT), "model_type": "llama", "num_hidden_layers": 1}
         flat |= {"architectures": ["LlamaForCausalLMEagle3"], "eagle_aux_hidden_state_layer_ids": [1, 3], "head_dim": 8}
         config.write_text(json.dumps(flat))
-    read = FeatureModel.load(tmp_path, TARGET)
+    read = Eagle3Network.load(tmp_path, TARGET)
     assert read.support is not None and torch.equal(read.support, SUPPORT)
     if own:
         assert torch.equal(read.embed_tokens.weight, TARGET.embed(torch.arange(V)).float())
@@ -205,12 +205,12 @@ def test_eagle_3_of_others(own: bool, tmp_path: Path) -> None:
     assert one.counts.proposed > 20
 
 
-def test_only_known_tokens_are_drafted_and_the_text_keeps_its_law() -> None:
+def test_only_known_tokens_are_drafted_and_the_text_keeps_its_distribution() -> None:
     """Greedy text is plain text, and every drafted token is one the drafter knows; sampled laws declare no other mass."""
     text = {}
     for how in ("none", "chain", "dynamic"):
         growth = {"chain": Levels(levels((1,) * 3), V), "dynamic": BestFirst(6, 3, V, width=2)}.get(how)
-        drafter = Eagle(reduced(), growth) if growth else load_drafter("none", target=TARGET, length=0)
+        drafter = EagleDrafter(reduced(), growth) if growth else load_drafter("none", target=TARGET, length=0)
         one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=1, max_length=80)
         drafted: set[int] = set()
         for temperature in (0.0, 1.0):
@@ -232,7 +232,7 @@ def test_only_known_tokens_are_drafted_and_the_text_keeps_its_law() -> None:
 
 def test_heads_over_a_part_of_the_vocabulary(tmp_path: Path) -> None:
     torch.manual_seed(4)
-    model = MedusaHeads(HeadsConfig(H, V, 3, 3, 1, False, draft_vocab=len(SUPPORT)))
+    model = MedusaNetwork(MedusaConfig(H, V, 3, 3, 1, False, draft_vocab=len(SUPPORT)))
     model.support = SUPPORT
     for p in model.parameters():
         p.data.normal_(std=0.5)
@@ -241,21 +241,21 @@ def test_heads_over_a_part_of_the_vocabulary(tmp_path: Path) -> None:
     held = load_file(path)
     assert torch.equal(held["token_map"], SUPPORT)
     save_file({n: t for n, t in held.items() if n != "norm.weight"}, path)  # vLLM's folders hold no norm
-    read = MedusaHeads.load(tmp_path, TARGET)
+    read = MedusaNetwork.load(tmp_path, TARGET)
     logits = read(torch.randn(5, H))
     assert logits.shape == (5, 3, V)
     assert int(torch.isfinite(logits).sum()) == 15 * len(SUPPORT)
     seen = Seen(GROWTHS["chain"]())
-    decode(Medusa(read.double(), seen), 3)
+    decode(MedusaDrafter(read.double(), seen), 3)
     for (history, path_), row in seen.logits.items():
         last = states(history[:-1], LAST)[-1, 0]
         torch.testing.assert_close(row, read(last)[len(path_)], rtol=0, atol=2e-4)
     save_file({n: t for n, t in held.items() if n != "token_map"}, path)
     with pytest.raises(ConfigError, match="token_map"):
-        MedusaHeads.load(tmp_path, TARGET)
+        MedusaNetwork.load(tmp_path, TARGET)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"truncated_vocab_size": V + 1}))
     with pytest.raises(ConfigError, match="truncated_vocab_size"):
-        MedusaHeads.load(tmp_path, TARGET)
+        MedusaNetwork.load(tmp_path, TARGET)
 
 
 class Closed:

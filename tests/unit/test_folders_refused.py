@@ -19,7 +19,7 @@ from outrider.models.tokenizer import PlainTokenizer
 from outrider.nn.attention import AttentionPlan
 from outrider.nn.kv import ContiguousKV
 from outrider.params import SamplingParams
-from outrider.sampling.cpu import law_of
+from outrider.sampling.cpu import distribution_of
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
 
@@ -204,7 +204,7 @@ def test_a_distribution_does_not_depend_on_how_logits_lie_in_memory(cut: dict[st
     wide = torch.zeros(5, 600)
     wide[:, ::2] = x
     for other in (columns, wide[:, ::2]):
-        assert torch.allclose(law_of(other, params), law_of(x.clone(), params), atol=1e-6)
+        assert torch.allclose(distribution_of(other, params), distribution_of(x.clone(), params), atol=1e-6)
 
 
 def test_what_an_aborted_sequence_left_never_reaches_the_next_owner() -> None:

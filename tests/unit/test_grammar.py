@@ -77,21 +77,21 @@ def test_what_a_grammar_dictates_is_drafted_without_a_model(engine: Engine) -> N
     assert 0 < strict.counts.proposed <= most
 
 
-def test_the_law_is_the_targets_restricted_and_renormalised(engine: Engine) -> None:
+def test_the_distribution_is_the_targets_restricted_and_renormalised(engine: Engine) -> None:
     from outrider.types import SequenceView
 
-    law = engine.parts.law
-    logits = torch.randn(2, law.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pipeline = engine.parts.pipeline
+    logits = torch.randn(2, pipeline.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     prompt = engine.encode("x = ")
     a, b, one = (engine.encode(c)[0] for c in ("a", "b", "1"))
     free = SequenceView(7, 0, [*prompt, a], len(prompt), 0, SamplingParams())
     bound = SequenceView(7, 0, [*prompt, a], len(prompt), 0, SamplingParams(grammar=f"regex:{PATTERN}"))
-    whole, cut = law(logits, [free, free], [(), (b,)]), law(logits, [bound, bound], [(), (b,)])
+    whole, cut = pipeline(logits, [free, free], [(), (b,)]), pipeline(logits, [bound, bound], [(), (b,)])
     for row in range(2):
         allowed = cut[row] > 0
         assert allowed[b]
         assert not allowed[one]  # digits come behind x or yz only
-        assert 0 < int(allowed.sum()) < law.vocab_size
+        assert 0 < int(allowed.sum()) < pipeline.vocab_size
         torch.testing.assert_close(cut[row][allowed], whole[row][allowed] / whole[row][allowed].sum())
 
 

@@ -54,7 +54,7 @@ def test_every_end_is_an_end(engine: Engine) -> None:
         engine.parts.target, companion(engine, "none").parts.drafter, engine.parts.rule, engine.controller,
         tokenizer=engine.tokenizer, slots=1, max_length=80, eos=ends,
     )  # fmt: skip
-    automaton = one.parts.law.grammars.start("regex:[ab]{1,3}")
+    automaton = one.parts.pipeline.grammars.start("regex:[ab]{1,3}")
     (a,) = one.encode("a")
     for path in ([a, 5], [a, ends[0]], [a, 5, ends[0]], [a, ends[0], 5, 5]):
         assert set(automaton.allowed(path).nonzero().flatten().tolist()) == set(ends)
@@ -115,7 +115,7 @@ def test_what_programs_print_as_json_is_allowed(engine: Engine, style: dict) -> 
     items = {"type": "array", "items": {"type": ["null", "object"]}}
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": items}, "required": ["a", "b"]}
     written = json.dumps({"a": True, "b": [None, {"c": {"d": [1]}}]}, **style)
-    automaton = engine.parts.law.grammars.start("json:" + json.dumps(schema))
+    automaton = engine.parts.pipeline.grammars.start("json:" + json.dumps(schema))
     automaton.follow(engine.encode(written))
     assert not automaton.exhausted and automaton.allowed([])[next(iter(engine.eos))]
 
@@ -149,28 +149,28 @@ def test_a_grammar_that_is_given_up_is_an_error_outside_a_server_too(
     assert any(o.finish_reason == "error" and o.error and "middle of the text" in o.error for o in ruled)
     assert all(o.finish_reason in ("error", "length") for o in ruled)
     assert free.finish_reason in ("length", "stop") and free.error is None
-    assert one.incidents == sum(o.finish_reason == "error" for o in ruled)
-    assert all(one.parts.law.automaton(slot) is None for slot in range(one.scheduler.slots)), (
+    assert one.defects == sum(o.finish_reason == "error" for o in ruled)
+    assert all(one.parts.pipeline.automaton(slot) is None for slot in range(one.scheduler.slots)), (
         "a slot's next request begins with its own budget"
     )
 
 
 def test_tokens_that_the_model_never_gives_are_an_error_and_no_nan(engine: Engine) -> None:
     """Logits of minus infinity on all that the grammar allows: one sentence for that request, its neighbour's text as ever."""
-    law, seen = engine.parts.law, SamplingParams(grammar="regex:[0-9]+")
+    pipeline, seen = engine.parts.pipeline, SamplingParams(grammar="regex:[0-9]+")
     prompt = engine.encode("x = ")
     view = SequenceView(1, 0, [*prompt], len(prompt), 0, seen)
     free = SequenceView(2, 0, [*prompt], len(prompt), 0, SamplingParams())
-    logits = torch.randn(2, law.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    digits = engine.parts.law.grammars.start("regex:[0-9]+").allowed([])
+    logits = torch.randn(2, pipeline.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    digits = engine.parts.pipeline.grammars.start("regex:[0-9]+").allowed([])
     logits[0, digits] = -torch.inf
-    p = law(logits, [view, free], [(), ()])
-    assert torch.isfinite(p).all() and torch.equal(p[1], law(logits[1:], [free], [()])[0])
-    automaton = law.automaton(1)
+    p = pipeline(logits, [view, free], [(), ()])
+    assert torch.isfinite(p).all() and torch.equal(p[1], pipeline(logits[1:], [free], [()])[0])
+    automaton = pipeline.automaton(1)
     assert (
         automaton is not None
         and "no probability" in automaton.trouble([])
         and automaton.trouble([3]) == automaton.trouble([])
     )
-    law.release([1])
-    assert law.automaton(1) is None
+    pipeline.release([1])
+    assert pipeline.automaton(1) is None

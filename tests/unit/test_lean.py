@@ -81,7 +81,7 @@ def _exact_norm(module):
     return forward
 
 
-def law(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+def distribution_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     """transformers' logits after `tokens`, computed from scratch."""
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0, -1]
@@ -127,19 +127,19 @@ def test_chunks_trees_and_commits_equal_recomputing_every_path(case, dtype, nati
     tree = Draft(torch.tensor([9, 4, 77, 30, 8, 11, 12]), (-1, 0, 1, 0, 3, -1, -1), (5, 2))
     rows = Rows.assemble([2, 0], [first[8:], second[-1:]], [8, 8], tree)
     logits = target.forward(rows, kv).logits
-    close(logits[0], law(model, first))
-    close(logits[1], law(model, second))
+    close(logits[0], distribution_of(model, first))
+    close(logits[1], distribution_of(model, second))
     for node in range(7):
         stem = first if node < 5 else second
-        close(logits[2 + node], law(model, stem + [tree.tokens[k] for k in tree.path_to(node)]))
+        close(logits[2 + node], distribution_of(model, stem + [tree.tokens[k] for k in tree.path_to(node)]))
     kv.commit(rows, [[0, 3, 4], [1]])
     assert kv.length == [10, 0, 26]
     more = Draft(torch.tensor([3, 5]), (-1, 0), (2, 0))
     rows = Rows.assemble([2, 0], [[60], [61]], [26, 10], more)
     logits = target.forward(rows, kv).logits
-    close(logits[0], law(model, [*first, 9, 30, 8, 60]))
-    close(logits[1], law(model, [*second, 12, 61]))
-    close(logits[3], law(model, [*first, 9, 30, 8, 60, 3, 5]))
+    close(logits[0], distribution_of(model, [*first, 9, 30, 8, 60]))
+    close(logits[1], distribution_of(model, [*second, 12, 61]))
+    close(logits[3], distribution_of(model, [*first, 9, 30, 8, 60, 3, 5]))
 
 
 @pytest.mark.parametrize("case", ["llama grouped heads", "llama tied, equal heads", "mistral window"])
@@ -194,7 +194,7 @@ def test_only_scored_segments_get_logits(make):
     rows = Rows.assemble([0, 1], [PROMPT[:5], PROMPT[:7]], [0, 0], Draft.empty(1), [False, True])
     logits = target.forward(rows, kv).logits
     assert logits.shape == (1, target.vocab_size)
-    close(logits[0], law(model, PROMPT[:7]))
+    close(logits[0], distribution_of(model, PROMPT[:7]))
 
 
 def test_scores_are_ordinary_tensors(make):

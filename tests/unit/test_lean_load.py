@@ -67,7 +67,7 @@ def test_twins_agree(model):
 
 
 @pytest.mark.parametrize(("quantize", "distance"), [("int8", 0.05), ("int4", 0.5)])
-def test_quantized_draft_has_nearly_the_same_law(model, quantize, distance):
+def test_quantized_draft_has_nearly_the_same_distribution(model, quantize, distance):
     plain, small = load_target(model, dtype="float32"), load_target(model, dtype="float32", quantize=quantize)
     p, q = (torch.softmax(score(t, [9, 8, 7]), -1) for t in (plain, small))
     assert 0 < (p - q).abs().sum().item() / 2 < distance

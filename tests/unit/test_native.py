@@ -159,7 +159,7 @@ def paths_of(rows: Rows, history: dict[int, list[int]]) -> list[list[int]]:
     for s in rows.segments:
         local: list[list[int]] = []
         for i in range(s.count):
-            above = (history[s.slot] if i == 0 else local[i - 1]) if i < s.prefix else local[s.parent[i - s.prefix]]
+            above = (history[s.slot] if i == 0 else local[i - 1]) if i < s.fed else local[s.parent[i - s.fed]]
             local.append([*above, flat[s.first + i]])
         out += local
     return out

@@ -22,11 +22,11 @@ from outrider.evaluate.scoring.score import (
     Emitted,
     Item,
     draft_model,
-    fit,
     given_text,
     load_items,
     sample,
     score,
+    to_vocabulary,
 )
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.params import SamplingParams
@@ -40,7 +40,7 @@ SILENT = lambda share: None  # noqa: E731
 
 
 def toy_engine(
-    length: int, *, drawn: str = "law", eos: tuple[int, ...] = (), tokenizer: object = None
+    length: int, *, drawn: str = "sampled", eos: tuple[int, ...] = (), tokenizer: object = None
 ) -> tuple[Engine, TableTarget]:
     """An engine on a table of 9 tokens with a perturbed table as its draft."""
     target = TableTarget.random(9, seed=1, positions=3, sharp=1.5)
@@ -77,7 +77,7 @@ def z(observed, mean: np.ndarray, variance: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_laws_are_those_of_a_direct_computation(temperature: float) -> None:
+def test_distributions_are_those_of_a_direct_computation(temperature: float) -> None:
     engine, draft = toy_engine(2)
     params = SamplingParams(temperature=temperature, max_tokens=20)
     emitted, _ = decode(engine, params, 6)
@@ -87,7 +87,7 @@ def test_laws_are_those_of_a_direct_computation(temperature: float) -> None:
     for e, text in zip(emitted, found.texts, strict=True):
         tokens = [*e.prompt, *e.output]
         for n, (end, token) in enumerate(zip(range(len(e.prompt), len(tokens)), e.output, strict=True)):
-            p, q = (m.law(tokens[:end]).numpy() ** (1 / temperature) for m in (target, draft))
+            p, q = (m.distribution(tokens[:end]).numpy() ** (1 / temperature) for m in (target, draft))
             p, q = p / p.sum(), q / q.sum()
             assert text.tv is not None and text.risk is not None and text.hit is not None
             assert text.target[n] == pytest.approx(math.log(p[token]), abs=1e-9)
@@ -221,8 +221,8 @@ def test_long_texts_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_vocabularies_of_two_sizes() -> None:
     logits = torch.zeros(2, 4)
-    assert fit(logits, 3).shape == (2, 3)
-    wide = fit(logits, 6)
+    assert to_vocabulary(logits, 3).shape == (2, 3)
+    wide = to_vocabulary(logits, 6)
     assert wide.shape == (2, 6) and torch.isinf(wide[:, 4:]).all()
 
 

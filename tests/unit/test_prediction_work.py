@@ -73,7 +73,7 @@ def test_a_replay_in_pieces_is_a_replay_at_once() -> None:
 
 
 def test_samples_of_a_request_share_what_is_sorted() -> None:
-    drafter = module.Prediction(3)
+    drafter = module.PredictedOutput(3)
     predicted = SamplingParams(prediction=(1, 2, 3)).prediction
     drafter._pointer[0] = module._Pointer(drafter._places(predicted))
     assert drafter._places(predicted) is drafter._pointer[0].places

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
-from outrider.engine.sanitize import silence
+from outrider.engine.sanitize import blank_nonfinite_rows
 from outrider.errors import CapabilityError, ConfigError
-from outrider.sampling import Law, SamplingParams, cpu, logprobs_of, processors
+from outrider.sampling import LogitsPipeline, SamplingParams, cpu, logprobs_of, processors
 from outrider.types import SequenceView
 
 INF = math.inf
@@ -43,14 +43,14 @@ def reference_edits(x, params, tokens, prompt, path, eos):
     return x
 
 
-def reference_law(x, params, tokens, prompt, path, eos):
+def reference_distribution(x, params, tokens, prompt, path, eos):
     """The law, and how near the nearest decision about a border was."""
     x = reference_edits(x, params, tokens, prompt, path, eos)
     top = max(x)
     if params.temperature == 0:
-        law = [0.0] * len(x)
-        law[x.index(top)] = 1.0
-        return law, INF
+        distribution = [0.0] * len(x)
+        distribution[x.index(top)] = 1.0
+        return distribution, INF
     x = [(v - top) / params.temperature for v in x]
     margin = INF
     if params.min_p > 0:
@@ -60,17 +60,17 @@ def reference_law(x, params, tokens, prompt, path, eos):
         kth = sorted(x, reverse=True)[params.top_k - 1]
         x = [v if v >= kth else -INF for v in x]
     weights = [math.exp(v) for v in x]
-    law = [w / math.fsum(weights) for w in weights]
+    distribution = [w / math.fsum(weights) for w in weights]
     if params.top_p < 1:
         kept, mass = set(), 0.0
-        for token in sorted(range(len(law)), key=lambda t: (-law[t], t)):
+        for token in sorted(range(len(distribution)), key=lambda t: (-distribution[t], t)):
             margin = min(margin, abs(mass - params.top_p))
             if mass >= params.top_p:
                 break
             kept.add(token)
-            mass += law[token]
-        law = [p / mass if t in kept else 0.0 for t, p in enumerate(law)]
-    return law, margin
+            mass += distribution[token]
+        distribution = [p / mass if t in kept else 0.0 for t, p in enumerate(distribution)]
+    return distribution, margin
 
 
 VOCAB = 9
@@ -96,40 +96,42 @@ token_list = lambda low, high: st.lists(st.integers(0, VOCAB - 1), min_size=low,
 row_strategy = st.tuples(params_strategy, token_list(1, 6), st.integers(0, 6), token_list(0, 4))
 
 
-def check(law, want, margin, near, rtol):
-    law = np.asarray(law)
-    assert abs(law.sum() - 1) < len(law) * np.finfo(law.dtype).eps * 4
-    assert (law >= 0).all()
+def check(distribution, want, margin, near, rtol):
+    distribution = np.asarray(distribution)
+    assert abs(distribution.sum() - 1) < len(distribution) * np.finfo(distribution.dtype).eps * 4
+    assert (distribution >= 0).all()
     if margin > near:
         want = np.asarray(want)
-        tiny = np.finfo(law.dtype).tiny
-        assert ((law > 0) | (want < tiny)).all() and ((want > 0) | (law < tiny)).all(), "support"
-        np.testing.assert_allclose(law, want, rtol=rtol, atol=float(tiny) * 1e3)
+        tiny = np.finfo(distribution.dtype).tiny
+        assert ((distribution > 0) | (want < tiny)).all() and ((want > 0) | (distribution < tiny)).all(), "support"
+        np.testing.assert_allclose(distribution, want, rtol=rtol, atol=float(tiny) * 1e3)
 
 
 @settings(max_examples=300)
 @given(row_strategy, st.lists(st.one_of(grid, grid, odd), min_size=VOCAB, max_size=VOCAB))
-def test_law_is_the_reference(row, logits):
+def test_distribution_is_the_reference(row, logits):
     params, tokens, prompt, path = row
     assume(max(logits) > -INF)
     prompt = min(prompt, len(tokens))
-    law = Law(VOCAB, EOS)(torch.tensor([logits], dtype=torch.float64), [view(tokens, prompt, params)], [path])[0]
-    assert law.dtype == torch.float64
-    want, margin = reference_law(logits, params, tokens, prompt, path, EOS)
-    check(law, want, margin, 1e-9, 1e-9)
+    distribution = LogitsPipeline(VOCAB, EOS)(
+        torch.tensor([logits], dtype=torch.float64), [view(tokens, prompt, params)], [path]
+    )[0]
+    assert distribution.dtype == torch.float64
+    want, margin = reference_distribution(logits, params, tokens, prompt, path, EOS)
+    check(distribution, want, margin, 1e-9, 1e-9)
 
 
 @settings(max_examples=150)
 @given(row_strategy, st.lists(st.one_of(grid, st.just(-INF)), min_size=VOCAB, max_size=VOCAB))
-def test_law_in_float32_is_the_reference(row, logits):
+def test_distribution_in_float32_is_the_reference(row, logits):
     params, tokens, prompt, path = row
     assume((max(logits) > -INF and 0.1 < params.temperature < 10) or params.temperature == 0)
     assume(max(logits) > -INF)
     prompt = min(prompt, len(tokens))
-    law = Law(VOCAB, EOS)(torch.tensor([logits]), [view(tokens, prompt, params)], [path])[0]
-    assert law.dtype == torch.float32
-    want, margin = reference_law(logits, params, tokens, prompt, path, EOS)
-    check(law, want, margin, 1e-5, 1e-5)
+    distribution = LogitsPipeline(VOCAB, EOS)(torch.tensor([logits]), [view(tokens, prompt, params)], [path])[0]
+    assert distribution.dtype == torch.float32
+    want, margin = reference_distribution(logits, params, tokens, prompt, path, EOS)
+    check(distribution, want, margin, 1e-5, 1e-5)
 
 
 @settings(max_examples=150)
@@ -140,12 +142,12 @@ def test_a_row_has_the_same_bits_in_any_batch(rows, seed):
     logits[:, 0] = 0.5
     views = [view(tokens, min(prompt, len(tokens)), p, slot=i) for i, (p, tokens, prompt, _) in enumerate(rows)]
     paths = [path for *_, path in rows]
-    together = Law(VOCAB, EOS)(logits, views, paths)
+    together = LogitsPipeline(VOCAB, EOS)(logits, views, paths)
     order = list(range(len(rows)))
     random.shuffle(order)
-    shuffled = Law(VOCAB, EOS)(logits[order], [views[i] for i in order], [paths[i] for i in order])
+    shuffled = LogitsPipeline(VOCAB, EOS)(logits[order], [views[i] for i in order], [paths[i] for i in order])
     for place, i in enumerate(order):
-        alone = Law(VOCAB, EOS)(logits[i : i + 1], [views[i]], [paths[i]])[0]
+        alone = LogitsPipeline(VOCAB, EOS)(logits[i : i + 1], [views[i]], [paths[i]])[0]
         assert torch.equal(alone, together[i])
         assert torch.equal(alone, shuffled[place])
 
@@ -176,11 +178,11 @@ def test_large_rows_have_the_same_bits_in_any_batch(vocab, spread, dtype):
     logits = torch.randn(len(MIXED), vocab, generator=generator, dtype=dtype) * spread
     views = [view([i % vocab for i in range(40)], 20, p, slot=i) for i, p in enumerate(MIXED)]
     paths = [tuple(range(i % 4)) for i in range(len(MIXED))]
-    law = Law(vocab, (0,))
-    together = law(logits, views, paths)
+    pipeline = LogitsPipeline(vocab, (0,))
+    together = pipeline(logits, views, paths)
     assert torch.allclose(together.sum(-1), torch.ones(len(MIXED), dtype=dtype), atol=2e-6)
     for i in range(len(MIXED)):
-        assert torch.equal(law(logits[i : i + 1], [views[i]], [paths[i]])[0], together[i]), MIXED[i]
+        assert torch.equal(pipeline(logits[i : i + 1], [views[i]], [paths[i]])[0], together[i]), MIXED[i]
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -192,7 +194,7 @@ def test_cpu_twin_is_the_plain_path(vocab, spread, ties):
     x = (x * 4).round() / 4 if ties else x
     x[:, 3] = -INF
     before = x.clone()
-    plain, fast = processors.law_of(x, params), cpu.law_of(x, params)
+    plain, fast = processors.distribution_of(x, params), cpu.distribution_of(x, params)
     assert torch.equal(x, before)
     for i, p in enumerate(params):
         # One token at the border may fall either way when the mass of the others is top_p up to rounding.
@@ -206,57 +208,57 @@ def test_cpu_twin_is_the_plain_path(vocab, spread, ties):
 # ---------------------------------------------------------------- ties, ends, history
 
 
-def law_of(logits, params, tokens=(0,), prompt=1, path=(), eos=()):
+def distribution_of(logits, params, tokens=(0,), prompt=1, path=(), eos=()):
     logits = torch.as_tensor(logits, dtype=torch.float32)
-    return Law(len(logits), eos)(logits[None], [view(tokens, prompt, params)], [path])[0].tolist()
+    return LogitsPipeline(len(logits), eos)(logits[None], [view(tokens, prompt, params)], [path])[0].tolist()
 
 
 def test_greedy_takes_the_lowest_number_on_ties():
-    assert law_of([1.0, 3.0, 3.0, -INF], SamplingParams(temperature=0)) == [0, 1, 0, 0]
+    assert distribution_of([1.0, 3.0, 3.0, -INF], SamplingParams(temperature=0)) == [0, 1, 0, 0]
 
 
 def test_top_k_keeps_ties_with_the_kth():
-    assert law_of([1.0, 2.0, 1.0, 0.0], SamplingParams(top_k=2))[3] == 0
-    assert sum(p > 0 for p in law_of([1.0, 2.0, 1.0, 0.0], SamplingParams(top_k=2))) == 3
-    assert law_of([1.0, 2.0, 1.0, 0.0], SamplingParams(top_k=1)) == [0, 1, 0, 0]
+    assert distribution_of([1.0, 2.0, 1.0, 0.0], SamplingParams(top_k=2))[3] == 0
+    assert sum(p > 0 for p in distribution_of([1.0, 2.0, 1.0, 0.0], SamplingParams(top_k=2))) == 3
+    assert distribution_of([1.0, 2.0, 1.0, 0.0], SamplingParams(top_k=1)) == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("extra", [{}, {"top_k": 4}, {"min_p": 0.5}])
 def test_top_p_keeps_the_lowest_numbers_of_ties(extra):
-    assert law_of([0.0, 0.0, 0.0, 0.0], SamplingParams(top_p=0.5, **extra)) == [0.5, 0.5, 0, 0]
-    assert law_of([-9.0, 0.0, 0.0, 0.0], SamplingParams(top_p=0.4, **extra))[3] == 0
-    assert law_of([0.0, 5.0, 0.0, 0.0], SamplingParams(top_p=1e-9, **extra)) == [0, 1, 0, 0]
+    assert distribution_of([0.0, 0.0, 0.0, 0.0], SamplingParams(top_p=0.5, **extra)) == [0.5, 0.5, 0, 0]
+    assert distribution_of([-9.0, 0.0, 0.0, 0.0], SamplingParams(top_p=0.4, **extra))[3] == 0
+    assert distribution_of([0.0, 5.0, 0.0, 0.0], SamplingParams(top_p=1e-9, **extra)) == [0, 1, 0, 0]
 
 
 def test_min_p_of_one_keeps_the_maxima():
-    assert law_of([1.0, 3.0, 3.0, 2.9], SamplingParams(min_p=1.0)) == [0, 0.5, 0.5, 0]
+    assert distribution_of([1.0, 3.0, 3.0, 2.9], SamplingParams(min_p=1.0)) == [0, 0.5, 0.5, 0]
 
 
 def test_low_temperature_of_large_logits_does_not_overflow():
-    assert law_of([3e38, -3e38, 0.0], SamplingParams(temperature=1e-6)) == [1, 0, 0]
-    assert law_of([3e38, -3e38, 0.0], SamplingParams(repetition_penalty=0.01), tokens=(0, 1, 2)) == [1, 0, 0]
+    assert distribution_of([3e38, -3e38, 0.0], SamplingParams(temperature=1e-6)) == [1, 0, 0]
+    assert distribution_of([3e38, -3e38, 0.0], SamplingParams(repetition_penalty=0.01), tokens=(0, 1, 2)) == [1, 0, 0]
 
 
 def test_min_tokens_forbids_every_end_until_the_path_is_long_enough():
     params = SamplingParams(min_tokens=2, stop_token_ids=(1,))
     zero = [0.0] * 4
-    assert law_of(zero, params, tokens=(3, 3), prompt=1, eos=(0,)) == [0, 0, 0.5, 0.5]
-    assert law_of(zero, params, tokens=(3, 3), prompt=1, path=(3,), eos=(0,)) == [0.25] * 4
+    assert distribution_of(zero, params, tokens=(3, 3), prompt=1, eos=(0,)) == [0, 0, 0.5, 0.5]
+    assert distribution_of(zero, params, tokens=(3, 3), prompt=1, path=(3,), eos=(0,)) == [0.25] * 4
     ignoring = SamplingParams(min_tokens=2, ignore_eos=True)
-    assert law_of(zero, ignoring, eos=(0,)) == [0.25] * 4
+    assert distribution_of(zero, ignoring, eos=(0,)) == [0.25] * 4
 
 
 def test_a_ban_on_every_possible_token_is_not_applied():
     params = SamplingParams(min_tokens=2)
-    assert law_of([1.0, -INF, -INF], params, eos=(0,)) == [1, 0, 0]
+    assert distribution_of([1.0, -INF, -INF], params, eos=(0,)) == [1, 0, 0]
 
 
 def test_repetition_counts_the_prompt_and_the_others_only_the_output():
     tokens, prompt = (0, 0, 1, 1), 2
-    repetition = law_of([math.log(2)] * 4, SamplingParams(repetition_penalty=2.0), tokens, prompt, path=(2,))
+    repetition = distribution_of([math.log(2)] * 4, SamplingParams(repetition_penalty=2.0), tokens, prompt, path=(2,))
     weight = [math.sqrt(2)] * 3 + [2]
     assert repetition == pytest.approx([w / sum(weight) for w in weight], rel=1e-6)
-    frequency = law_of([0.0] * 4, SamplingParams(frequency_penalty=math.log(2)), tokens, prompt, path=(2,))
+    frequency = distribution_of([0.0] * 4, SamplingParams(frequency_penalty=math.log(2)), tokens, prompt, path=(2,))
     weight = [1, 1 / 4, 1 / 2, 1]
     assert frequency == pytest.approx([w / sum(weight) for w in weight], rel=1e-6)
 
@@ -268,19 +270,19 @@ def test_a_path_is_the_same_as_having_emitted_it(tokens, data):
     params = SamplingParams(repetition_penalty=1.7, presence_penalty=0.3, frequency_penalty=0.9, min_tokens=6)
     prompt = data.draw(st.integers(0, len(tokens)))
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(len(tokens)))
-    law = Law(VOCAB, EOS)
+    pipeline = LogitsPipeline(VOCAB, EOS)
     growing = tokens[:prompt]
     sequence = SequenceView(0, 0, growing, prompt, 0, params)
     for token in tokens[prompt:]:
         growing.append(token)
         path = data.draw(token_list(0, 4))
-        want = Law(VOCAB, EOS)(logits, [view([*growing, *path], prompt, params)], [()])
-        assert torch.equal(law(logits, [sequence], [path]), want)
+        want = LogitsPipeline(VOCAB, EOS)(logits, [view([*growing, *path], prompt, params)], [()])
+        assert torch.equal(pipeline(logits, [sequence], [path]), want)
 
 
 def test_counts_are_not_confused_by_a_slot_that_changes_hands_or_a_list_that_was_cut():
     params = SamplingParams(frequency_penalty=1.0)
-    law, logits = Law(VOCAB), torch.zeros(1, VOCAB)
+    pipeline, logits = LogitsPipeline(VOCAB), torch.zeros(1, VOCAB)
     tokens = [0, 1, 1, 1]
     for edit in (
         lambda: None,
@@ -290,9 +292,11 @@ def test_counts_are_not_confused_by_a_slot_that_changes_hands_or_a_list_that_was
     ):
         edit()
         sequence = SequenceView(0, 0, tokens, 1, 0, params)
-        assert torch.equal(law(logits, [sequence], [()]), Law(VOCAB)(logits, [view(tokens, 1, params)], [()]))
+        assert torch.equal(
+            pipeline(logits, [sequence], [()]), LogitsPipeline(VOCAB)(logits, [view(tokens, 1, params)], [()])
+        )
     other = view([3, 4], 0, params)
-    assert torch.equal(law(logits, [other], [()]), Law(VOCAB)(logits, [other], [()]))
+    assert torch.equal(pipeline(logits, [other], [()]), LogitsPipeline(VOCAB)(logits, [other], [()]))
 
 
 # ---------------------------------------------------------------- rows that have no law
@@ -306,11 +310,11 @@ def test_finite_rows():
     x[4] = -INF
     x[5, 3], x[5, 4] = -INF, math.nan
     before = x.clone()
-    assert silence(x).tolist() == [False, True, True, False, True, True]
+    assert blank_nonfinite_rows(x).tolist() == [False, True, True, False, True, True]
     assert (
         torch.equal(x[[0, 3]], before[[0, 3]]) and not x[[1, 2, 4, 5]].any()
     )  # blanked, and their neighbours are as they were
-    assert silence(x[:0]).tolist() == []
+    assert blank_nonfinite_rows(x[:0]).tolist() == []
 
 
 @pytest.mark.parametrize("vocab", [40, 4000])
@@ -319,34 +323,35 @@ def test_a_broken_row_does_not_disturb_its_neighbours(bad, vocab):
     params = [p for p in MIXED for _ in range(3)]
     x = torch.randn(len(params), vocab, generator=torch.Generator().manual_seed(1))
     views = [view([1, 2, 3], 1, p, slot=i) for i, p in enumerate(params)]
-    good = Law(vocab)(x, views, [()] * len(params))
+    good = LogitsPipeline(vocab)(x, views, [()] * len(params))
     x[1::3] = bad
-    law = Law(vocab)(x, views, [()] * len(params))
+    distribution = LogitsPipeline(vocab)(x, views, [()] * len(params))
     keep = [i for i in range(len(params)) if i % 3 != 1]
-    assert torch.equal(law[keep], good[keep])
+    assert torch.equal(distribution[keep], good[keep])
 
 
 def test_logits_are_not_changed():
     x = torch.randn(len(MIXED), 300)
     before = x.clone()
-    Law(300)(x, [view([1, 2], 1, p, slot=i) for i, p in enumerate(MIXED)], [(4,)] * len(MIXED))
+    LogitsPipeline(300)(x, [view([1, 2], 1, p, slot=i) for i, p in enumerate(MIXED)], [(4,)] * len(MIXED))
     assert torch.equal(x, before)
 
 
 def test_half_precision_is_raised_to_float32_and_no_rows_are_fine():
     assert (
-        Law(5)(torch.zeros(1, 5, dtype=torch.bfloat16), [view([1], 1, SamplingParams())], [()]).dtype == torch.float32
+        LogitsPipeline(5)(torch.zeros(1, 5, dtype=torch.bfloat16), [view([1], 1, SamplingParams())], [()]).dtype
+        == torch.float32
     )
-    assert Law(5)(torch.zeros(0, 5), [], []).shape == (0, 5)
+    assert LogitsPipeline(5)(torch.zeros(0, 5), [], []).shape == (0, 5)
 
 
 def test_shapes_and_options_are_checked():
     with pytest.raises(CapabilityError, match="map the draft's vocabulary"):
-        Law(5)(torch.zeros(1, 4), [view([1], 1, SamplingParams())], [()])
+        LogitsPipeline(5)(torch.zeros(1, 4), [view([1], 1, SamplingParams())], [()])
     with pytest.raises(ConfigError):
-        Law(0)
+        LogitsPipeline(0)
     with pytest.raises(ConfigError, match="end-of-sequence"):
-        Law(5, (5,))
+        LogitsPipeline(5, (5,))
 
 
 def test_logprobs_are_of_the_raw_logits():

@@ -95,7 +95,7 @@ def test_from_dict():
         SamplingParams.from_dict({"logit_bias": {"5": 1.5, "05": 2}})
 
 
-def test_what_the_law_needs():
+def test_what_the_distribution_needs():
     plain = SamplingParams()
     assert not (plain.greedy or plain.penalised or plain.needs_history or plain.edits or plain.filters)
     assert SamplingParams(temperature=0).greedy

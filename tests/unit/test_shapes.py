@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from outrider.drafters.tree.shapes import MAX_NODES, Shared, Static, accepted, best_tree, best_tree_for, levels
+from outrider.drafters.tree.shapes import MAX_NODES, MergedDrafts, Static, accepted, best_tree, best_tree_for, levels
 from outrider.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def test_levels_have_the_nodes_they_promise(widths, nodes):
 
 
 def test_shared_merges_and_keeps_every_coin():
-    tree = Shared(5, 3)
+    tree = MergedDrafts(5, 3)
     assert tree.children(tree.start) == 5
     assert tree.states(5, [7, 3, 7, 7, 3]) == [3, 2, 0, 0, 0]  # the first of equals goes on with the number of all
     assert sum(tree.states(5, [7, 3, 7, 7, 3])) == 5
@@ -70,7 +70,7 @@ def test_chains_accept_the_geometric_sum():
         (lambda: levels((2, 0)), "numbers >= 1"),
         (lambda: levels((64, 64, 64)), f"at most {MAX_NODES}"),
         (lambda: Static((0,)), "come before"),
-        (lambda: Shared(0, 3), "both >= 1"),
+        (lambda: MergedDrafts(0, 3), "both >= 1"),
         (lambda: best_tree((0.5, 0.6), 4, 2), "must not increase|at most one"),
         (lambda: best_tree((0.2, 0.3), 4, 2), "must not increase"),
         (lambda: best_tree((0.5,), 0, 2), "depth >= 1"),

@@ -234,7 +234,7 @@ def test_a_sink_and_a_controller_that_raise_end_nobody() -> None:
     )
     assert one.generate([PROMPTS[0]], [PARAMS[0]])[0].outputs[0].token_ids == alone(0)
     assert len(records) == one.steps
-    assert one.incidents >= 3 + one.steps - 1
+    assert one.defects >= 3 + one.steps - 1
     assert sum("no space left" in n for n in one.notices) == 1 and sum("no idea" in n for n in one.notices) == 1
 
 

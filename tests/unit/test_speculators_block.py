@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from outrider.build import build_engine
-from outrider.drafters.dflash.network import BlockConfig, BlockModel
+from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
 from tests.checkpoints import make_checkpoint
 
 WIDE, TAPS, LENGTH, BLOCK = 48, (1, 3), 24, 4
@@ -27,12 +27,12 @@ def test_the_speculators_package_computes_the_same_logits(kv_heads: int, tied: b
     place = make_checkpoint(tmp_path / "target", "llama", tokenizer=True, tie_word_embeddings=tied)
     target = build_engine(place, "none", dtype="float32").parts.target
     torch.manual_seed(0)
-    config = BlockConfig(WIDE, TAPS, target.vocab_size, 3, kv_heads, 16, 64, BLOCK, mask=0, layers=2)
-    fresh = BlockModel(config).requires_grad_(False)
+    config = DFlashConfig(WIDE, TAPS, target.vocab_size, 3, kv_heads, 16, 64, BLOCK, mask=0, layers=2)
+    fresh = DFlashNetwork(config).requires_grad_(False)
     for p in fresh.parameters():
         p.copy_(p + 0.2 * torch.randn_like(p))
     fresh.save(tmp_path / "dflash", str(place))
-    model = BlockModel.load(tmp_path / "dflash", target, str(place))
+    model = DFlashNetwork.load(tmp_path / "dflash", target, str(place))
 
     path = tmp_path / "dflash" / "config.json"
     raw = json.loads(path.read_text())

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from outrider.assets import shipped
-from outrider.drafters.eagle.eagle3 import FeatureModel
-from outrider.drafters.eagle.network import FeatureConfig
+from outrider.drafters.eagle.eagle3 import Eagle3Network
+from outrider.drafters.eagle.network import EagleConfig
 
 LENGTH, STEPS = 20, 3
 
@@ -29,10 +29,10 @@ def test_the_speculators_package_computes_the_same_logits(residual: bool, part: 
     wide, vocab, taps = target["hidden_size"], target["vocab_size"], (2, 9, 15)
     support = torch.arange(1, vocab, 3) if part else None
     torch.manual_seed(0)
-    config = FeatureConfig(
+    config = EagleConfig(
         wide, wide, taps, vocab, 6, 3, 48, 160, norm_before_residual=residual, draft_vocab=0 if support is None else len(support)
     )  # fmt: skip
-    model = FeatureModel(config, support).eval().requires_grad_(False)
+    model = Eagle3Network(config, support).eval().requires_grad_(False)
     for p in model.parameters():
         p.copy_((p + 0.05 * torch.randn_like(p)).bfloat16().float())
     model.save(tmp_path, str(shipped("target")))

@@ -91,7 +91,7 @@ def test_acceptance_falls_as_the_tail_grows(pair):
     assert acceptance[0] > 0.9 > 0.6 > acceptance[-1]
 
 
-def test_scored_rows_are_the_laws_the_tokens_were_drawn_from(pair):
+def test_scored_rows_are_the_distributions_the_tokens_were_drawn_from(pair):
     ids = _ids()
     expected = pair.target(ids).logits[:, 3:-1].flatten(0, 1)
     torch.testing.assert_close(synthetic.scored(pair.target, ids, 4), expected, rtol=1e-4, atol=1e-5)
@@ -113,16 +113,16 @@ def test_head_factor_reaches_the_entropy():
         synthetic.head_factor(logits, 6.0)  # ln 300 = 5.7
 
 
-def test_samples_follow_the_law(pair):
+def test_samples_follow_the_distribution(pair):
     """Frequencies of the token after one fixed prompt, against the law: chi-squared, 1 in 10^4 by chance."""
     pair.set(1.0, 25.0)
     prompt = _ids()[:1]
-    law = pair.target(prompt).logits[0, -1].softmax(-1)
+    distribution = pair.target(prompt).logits[0, -1].softmax(-1)
     ids = synthetic.own_samples(pair.target, prompt.expand(4000, -1), 1, torch.Generator().manual_seed(0))
     counts = torch.bincount(ids[:, -1], minlength=SIZE.vocab)
-    common = law > 5 / 4000
+    common = distribution > 5 / 4000
     observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
-    expected = 4000 * torch.cat([law[common], law[~common].sum()[None]]).double()
+    expected = 4000 * torch.cat([distribution[common], distribution[~common].sum()[None]]).double()
     freedom = len(observed) - 1
     assert ((observed - expected) ** 2 / expected).sum() < freedom + 3.9 * math.sqrt(2 * freedom) + 8
 

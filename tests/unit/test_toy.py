@@ -79,11 +79,13 @@ def test_every_row_equals_a_recomputation_of_its_path(name: str, step: tuple, ag
 
 
 @pytest.mark.parametrize("name", ["markov", "order 2 by position", "order 3"])
-def test_the_law_of_a_table_is_what_its_logits_say(name: str) -> None:
+def test_the_distribution_of_a_table_is_what_its_logits_say(name: str) -> None:
     target = TOYS[name]()
     assert isinstance(target, TableTarget)
     for tokens in ([4], [4, 7], [4, 7, 1], [1, 2, 3, 4, 5, 6, 7, 8]):
-        torch.testing.assert_close(torch.softmax(recompute(target, tokens), -1), target.law(tokens), atol=1e-14, rtol=0)
+        torch.testing.assert_close(
+            torch.softmax(recompute(target, tokens), -1), target.distribution(tokens), atol=1e-14, rtol=0
+        )
 
 
 def test_a_table_is_indexed_by_position_then_oldest_token_first() -> None:
@@ -137,14 +139,16 @@ def test_seeds_make_models_and_perturbation_makes_drafts() -> None:
     target = TinyLM(32, seed=0)
     text = torch.randint(32, (60,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def laws(model: TinyLM) -> torch.Tensor:
+    def distributions(model: TinyLM) -> torch.Tensor:
         draft = Draft(torch.tensor(text[1:]), tuple(range(-1, 58)), (59,))
         rows = Rows.assemble([0], [text[:1]], [0], draft)
         return torch.softmax(model.forward(rows, model.new_kv(1, 60)).logits, -1)
 
-    p = laws(target)
-    assert torch.equal(laws(TinyLM(32, seed=0)), p)
-    accepted = [float(torch.minimum(p, laws(target.perturbed(scale, 1))).sum(-1).mean()) for scale in (0.0, 0.05, 0.3)]
+    p = distributions(target)
+    assert torch.equal(distributions(TinyLM(32, seed=0)), p)
+    accepted = [
+        float(torch.minimum(p, distributions(target.perturbed(scale, 1))).sum(-1).mean()) for scale in (0.0, 0.05, 0.3)
+    ]
     assert accepted[0] == pytest.approx(1.0)
     assert 1 > accepted[1] > 0.7 > accepted[2] > 0.2
     table = TableTarget.random(V, seed=0)

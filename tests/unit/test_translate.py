@@ -14,7 +14,7 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
 from outrider.errors import CapabilityError
 from outrider.models.toy import TinyLM
-from outrider.models.translate import ceiling, spelling, translate
+from outrider.models.translate import shared_token_share, spelling, translate
 from outrider.params import SamplingParams
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
@@ -61,7 +61,7 @@ def test_greedy_text_is_that_of_plain_decoding(rule: str, sampling: str) -> None
     assert one.counts.proposed > 0
 
 
-def test_only_shared_tokens_are_proposed_and_their_law_is_whole() -> None:
+def test_only_shared_tokens_are_proposed_and_their_distribution_is_whole() -> None:
     made = drafter().model
     kv = made.new_kv(1, 8)
     from outrider.types import Draft, Rows
@@ -110,7 +110,7 @@ def test_nothing_shared_is_refused() -> None:
 
 def test_the_ceiling_is_a_share_of_the_text() -> None:
     made = translate(TinyLM(2, 16, 1, seed=1), Letters(["a", "b"]), OURS, VOCAB)
-    assert ceiling(made, [0, 1, 2, 3]) == 0.5
+    assert shared_token_share(made, [0, 1, 2, 3]) == 0.5
 
 
 def test_by_name_on_the_shipped_pair(tmp_path: Path) -> None:

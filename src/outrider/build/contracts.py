@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from outrider.deprecated import adopt
 from outrider.errors import CapabilityError
 
 Methods = Mapping[str, tuple[str, ...]]
@@ -21,7 +22,7 @@ CONTROLLER: Methods = {"budget": ("sequences",), "observe": ("record",)}
 """What the engine calls, with the arguments it passes; one that ends in "=" is passed by its name."""
 ATTRIBUTES = {
     "target": ("vocab_size", "max_length", "trees", "rewinds", "device"),
-    "rule": ("name", "lossless", "trees", "lane", "limit"),
+    "rule": ("name", "lossless", "trees", "lane", "tv_limit"),
     "drafter": ("name", "layers", "max_nodes", "max_depth", "trees"),
     "controller": (),
 }
@@ -35,6 +36,7 @@ HINTS = {
 
 def check_parts(target: object, drafter: object, rule: object, controller: object) -> None:
     """CapabilityError for the first part that has not the shape the engine needs: which, what it lacks, what to do."""
+    adopt(rule, "limit", "tv_limit")
     check("target", target, TARGET)
     check("drafter", drafter, DRAFTER)
     check("rule", rule, RULE)

@@ -27,7 +27,7 @@ from outrider.options import EngineOptions, check_names
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target
 from outrider.sampling.grammar import grammars_of
-from outrider.sampling.pipeline import Law
+from outrider.sampling.pipeline import LogitsPipeline
 from outrider.verify import best_exact, load_rule
 
 ControllerFor = Callable[[Drafter, Rule], Controller]
@@ -69,9 +69,9 @@ class Engine(EngineCore):
         most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
         kv = target.new_kv(slots, most + drafter.max_nodes)
         drafter.bind(slots, most)
-        law = Law(target.vocab_size, ends, grammars_of(tokenizer, target.vocab_size, ends))
+        pipeline = LogitsPipeline(target.vocab_size, ends, grammars_of(tokenizer, target.vocab_size, ends))
         super().__init__(
-            Parts(target, kv, law, rule, drafter),
+            Parts(target, kv, pipeline, rule, drafter),
             Hooks(controller, tuple(sinks), on_defect),
             CoreOptions(slots, most, chunk, tokenizer, turns),
         )
@@ -125,9 +125,7 @@ def build_engine(
     if judge is None:
         load_rule(wanted.rule)  # a wrong name is said before anything is loaded
     loaded = load(target, tokenizer, wanted, tuple(sinks), progress)
-    return assemble(
-        loaded, wanted, drafter, judge, controller=controller, on_defect=on_defect, selectable=selectable
-    )
+    return assemble(loaded, wanted, drafter, judge, controller=controller, on_defect=on_defect, selectable=selectable)
 
 
 def names_of(options: dict[str, object]) -> tuple[dict[str, object], Drafter | None, Rule | None]:

@@ -135,7 +135,7 @@ def document(name: str, store: str) -> dict[str, Any]:
     e, tally, status = read(name, store)
     arms = []
     for arm, side in tally.arms.items():
-        book = ledger(side.fresh)
+        book = ledger(side.engine_seeded)
         arms.append(
             {
                 "arm": arm,
@@ -146,8 +146,8 @@ def document(name: str, store: str) -> dict[str, Any]:
                 "tokens": side.tokens,
                 "tokens_per_second": side.later / side.seconds if side.seconds else None,
                 "rejections": {"predicted": book.predicted, "observed": book.observed, "agrees": book.agrees},
-                "lossless": arm not in e.lossy and not side.fresh.bias,
-                "total_variation": side.fresh.bias,
+                "lossless": arm not in e.lossy and not side.engine_seeded.bias,
+                "total_variation": side.engine_seeded.bias,
                 "outcomes": side.outcomes,
                 "stopped": arm in status.stopped,
             }

@@ -91,7 +91,7 @@ def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.sock
 def keep(asked: ServeOptions) -> int:
     """Serve from a child with the same command line and the socket that is opened here; returns the exit code."""
     from outrider.serve.address import listen
-    from outrider.serve.supervisor import Keeper
+    from outrider.serve.supervisor import Supervisor
 
     if os.name != "posix":
         raise ConfigError(
@@ -102,7 +102,7 @@ def keep(asked: ServeOptions) -> int:
         return [sys.executable, "-m", "outrider.cli.main", *sys.argv[1:], "--kept", *map(str, kept)]
 
     tell = lambda text: terminal.err.print(f"outrider: {text}")  # noqa: E731
-    return Keeper(listen(asked.host, asked.port), command, asked.restarts, asked.hang_timeout, tell).run()
+    return Supervisor(listen(asked.host, asked.port), command, asked.restarts, asked.hang_timeout, tell).run()
 
 
 def past_of(file: Path) -> Callable[[], dict[str, Any]]:

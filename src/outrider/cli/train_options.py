@@ -94,7 +94,7 @@ class TrainOptions:
             "--labels",
             help="What dflash learns from: laws (the target's distributions) or tokens (those that it wrote).",
         ),
-    ] = "laws"
+    ] = "distributions"
     loss: Annotated[
         str,
         typer.Option(

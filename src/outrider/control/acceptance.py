@@ -14,7 +14,7 @@ ENOUGH = 30.0
 """Tries on which a first look may rest."""
 
 
-class Depths:
+class AcceptanceByDepth:
     """Fading shares of the drafts that were accepted at each depth, 1 to `longest`."""
 
     def __init__(self, longest: int) -> None:

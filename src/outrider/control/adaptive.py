@@ -16,21 +16,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from outrider.control.acceptance import Depths, break_even
-from outrider.control.length_search import LAST_PAUSE, PAIRS, SETTLE, TURNS, Load
+from outrider.control.acceptance import AcceptanceByDepth, break_even
+from outrider.control.length_search import LAST_PAUSE, MAX_TRIAL_STEPS, PAIRS, SETTLE, LengthSearch
 from outrider.control.row_times import load_class
-from outrider.control.step_times import Forecast
+from outrider.control.step_times import StepTimes
 from outrider.errors import ConfigError
 from outrider.records import StepRecord
 from outrider.types import SequenceView
 
 AGREE, AGREE_PLAIN = 0.7, 0.5
 """Share of the pairs that must agree with a move, and with one to plain decoding, beside the means."""
-SURE, CLEAR = 6, 0.1
+EARLY_STOP_PAIRS, EARLY_STOP_MARGIN = 6, 0.1
 """Pairs after which a trial ends early if all of them say that its length gains or loses at least this share."""
-DOUBTFUL = 0.9
+SKIP_TRIAL_BELOW = 0.9
 """A trial is put off, to the longest pause at most, when its length is foretold to be worth less than this share of the choice."""
-EARN = 2.0
+REQUIRED_PREFILL_RETURN = 2.0
 """Drafting is taken up again where it is foretold to bring this many times what reading costs: the load may fall before it does."""
 
 
@@ -75,15 +75,15 @@ class Adaptive:
         if not 0 <= margin < 1:
             raise ConfigError(f"the margin must be at least 0 and below 1, got {margin}")
         self.first, self.longest, self.margin, self.invariant = first, longest, margin, invariant
-        self._loads: dict[int, Load] = {}
-        self._accepted = Depths(longest)
+        self._loads: dict[int, LengthSearch] = {}
+        self._accepted = AcceptanceByDepth(longest)
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
         self._now: tuple[int, int] | None = None  # and of the draft that it made; None where lengths differ
         self._last = self._steps = 0
         self._judged: list[int] = []  # lengths of the drafts that this step verified
         self._ready: list[int] = []  # and of those that it made, for sequences whose prompt was through
         self._prompts = False  # whether the latest step read prompts
-        self._forecast = Forecast()
+        self._forecast = StepTimes()
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
@@ -157,8 +157,8 @@ class Adaptive:
         params = view.params
         return not self.invariant and params.seed is not None and not params.greedy
 
-    def _load(self, sequences: int) -> Load:
-        return self._loads.setdefault(load_class(sequences), Load(self.first, self.longest, self.first))
+    def _load(self, sequences: int) -> LengthSearch:
+        return self._loads.setdefault(load_class(sequences), LengthSearch(self.first, self.longest, self.first))
 
     def _charged(self, seconds: float, sequences: int, length: int) -> float:
         """A step of this load with drafts of this length, and its share of the drafter's reading."""
@@ -171,7 +171,7 @@ class Adaptive:
         A trial pauses while prompts are read: such steps prove nothing, and its length would be paid for them all.
         """
         load = self._load(len(sequences))
-        if load.trial >= 0 and (load.turn >= TURNS or load.blind):
+        if load.trial >= 0 and (load.turn >= MAX_TRIAL_STEPS or load.blind):
             load.abandon()
         if load.trial >= 0:
             length = load.length if self._prompts else load.take_turn()
@@ -181,9 +181,9 @@ class Adaptive:
             if load.asked % SETTLE == 0:
                 load.choose(self.predicted(len(sequences), load.length))
             load.asked += 1
-        return load.length if self._earned(sequences, load.length) else 0
+        return load.length if self._saving_exceeds_prefill(sequences, load.length) else 0
 
-    def _earned(self, sequences: Sequence[SequenceView], length: int) -> bool:
+    def _saving_exceeds_prefill(self, sequences: Sequence[SequenceView], length: int) -> bool:
         """Whether drafts of this length will earn, while these sequences last, what the drafter must read of them first."""
         if length == 0:
             return True
@@ -192,7 +192,7 @@ class Adaptive:
             return True
         saved = (plain - drafted / self.tokens_per_step(length)) / len(sequences)  # seconds a token
         reading = self._forecast.reading
-        return saved <= 0 or reading.ahead(sequences) * saved >= EARN * reading.behind(sequences)
+        return saved <= 0 or reading.ahead(sequences) * saved >= REQUIRED_PREFILL_RETURN * reading.behind(sequences)
 
     def _worth(self, sequences: int, length: int, *, beside: bool = False) -> float | None:
         """Foretold tokens of a sequence per second of this load, beside the prompts that are read lately or alone; None if nothing
@@ -209,8 +209,8 @@ class Adaptive:
         """
         if not self._accepted.known:
             return length
-        foretold = {x: self._worth(sequences, x, beside=True) for x in range(self.longest + 1)}
-        worth = {x: w for x, w in foretold.items() if w is not None}
+        predicted = {x: self._worth(sequences, x, beside=True) for x in range(self.longest + 1)}
+        worth = {x: w for x, w in predicted.items() if w is not None}
         if length not in worth:
             return 0 if self._load(sequences).blind else length
         if 0 not in worth:
@@ -220,7 +220,7 @@ class Adaptive:
             return best
         return 0 if worth[0] > worth[length] else length
 
-    def _decide(self, load: Load) -> None:
+    def _decide(self, load: LengthSearch) -> None:
         """At the end of a pause begin a trial; at the end of a trial judge it."""
         if load.trial >= 0:
             if len(load.pairs) >= PAIRS or self._agreed(load):
@@ -235,14 +235,14 @@ class Adaptive:
         else:
             load.begin(trial)
 
-    def _doubtful(self, load: Load, trial: int) -> bool:
+    def _doubtful(self, load: LengthSearch, trial: int) -> bool:
         """Whether a trial would only cost: at the very best its length is much worse than the choice."""
         its, present = self._forecast.least(self._last, trial), self._worth(self._last, load.length)
         if its is None or present is None:
             return False
-        return self.tokens_per_step(trial) < DOUBTFUL * present * self._charged(its, self._last, trial)
+        return self.tokens_per_step(trial) < SKIP_TRIAL_BELOW * present * self._charged(its, self._last, trial)
 
-    def _gains(self, load: Load) -> list[float]:
+    def _gains(self, load: LengthSearch) -> list[float]:
         """Speed of the trial's length over that of the choice, pair by pair."""
         gain = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length)
         return [
@@ -250,22 +250,24 @@ class Adaptive:
             for x, y in load.pairs
         ]
 
-    def _needed(self, load: Load) -> float:
+    def _needed(self, load: LengthSearch) -> float:
         """The gain that the trial's length must show: plain decoding is taken up for any."""
         return 1.0 if load.trial == 0 else 1.0 + self.margin
 
-    def _agreed(self, load: Load) -> bool:
+    def _agreed(self, load: LengthSearch) -> bool:
         """Whether a trial need not go on: every pair so far says the same, and clearly."""
         gains, needed = self._gains(load), self._needed(load)
-        return len(gains) >= SURE and (min(gains) > needed * (1.0 + CLEAR) or max(gains) < needed * (1.0 - CLEAR))
+        return len(gains) >= EARLY_STOP_PAIRS and (
+            min(gains) > needed * (1.0 + EARLY_STOP_MARGIN) or max(gains) < needed * (1.0 - EARLY_STOP_MARGIN)
+        )
 
-    def _judge(self, load: Load) -> None:
+    def _judge(self, load: LengthSearch) -> None:
         """Move to the trial's length if it is better by the margin, to plain decoding also if it is better at all."""
         gains, needed = self._gains(load), self._needed(load)
         gain, agree = median(gains), sum(g > needed for g in gains) / len(gains)
         moved = gain > needed and agree >= (AGREE_PLAIN if load.trial == 0 else AGREE)
         ratio = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length) / gain
-        load.close(ratio, moved, abs(gain / needed - 1.0) > CLEAR)
+        load.close(ratio, moved, abs(gain / needed - 1.0) > EARLY_STOP_MARGIN)
 
 
 def _at_most(length: int, view: SequenceView) -> int:

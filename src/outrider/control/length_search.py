@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-PAIRS, TURNS = 16, 128
+PAIRS, MAX_TRIAL_STEPS = 16, 128
 """Paired step times of a trial of two lengths, and steps of it after which it is given up."""
 SETTLE, FIRST_PAUSE, CLOSE_PAUSE, LAST_PAUSE = 8, 64, 256, 2048
 """Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, up to the third after
@@ -15,12 +15,12 @@ a close trial, which costs next to nothing and may have been wrong, and to the l
 per cent in the long run."""
 BLIND = 64
 """Steps that cannot be compared with a neighbour, beyond those that can, after which a load goes by what is foretold."""
-SPEND = 0.02
+PREFILL_TIME_SHARE = 0.02
 """Share of the time that may go into the drafter's reading for trials."""
 
 
 @dataclass(slots=True)
-class Load:
+class LengthSearch:
     """One load class.
 
     first, longest: the length tried first, and the bound of all. length: the choice. trial: the length that takes turns with it,
@@ -138,5 +138,5 @@ class Load:
         self.left = SETTLE if unknown else self.pause
         usual = self.usual()
         if self.spent and usual:
-            self.left = max(self.left, int(self.spent / (SPEND * usual)))
+            self.left = max(self.left, int(self.spent / (PREFILL_TIME_SHARE * usual)))
         self.spent = 0.0

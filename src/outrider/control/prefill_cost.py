@@ -17,11 +17,11 @@ REQUESTS = 64.0
 """Finished requests after which evidence about requests has lost 63% of its weight."""
 LATEST, ENOUGH = 33, 4
 """Readings whose median is believed, and how many there must be: one that fell into a stall of the machine must not decide."""
-TRUST = 16384.0
+ESTIMATE_DECAY_STEPS = 16384.0
 """Plain steps after which a time that cannot be measured meanwhile is believed to 37%, so that it comes to be measured again."""
-LAZY = 256
+DEFERRED_PREFILL_ROWS = 256
 """Rows of a sequence that a drafter puts off while it is not asked (its module's `CHUNK`); it reads the others as they come."""
-OLD = 4.0
+REMAINING_SHARE = 4.0
 """A sequence that is as long as others became is expected to go on for this part of their length, and not to end at once."""
 
 
@@ -40,7 +40,7 @@ class _Ratio:
         return self._over / self._under if self._under > 0 else None
 
 
-class Reading:
+class PrefillCost:
     """Seconds of a drafter's reading, and the tokens that they must be spread over."""
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class Reading:
 
     def notice(self, sequences: Sequence[SequenceView], drafting: bool) -> None:
         """Those that decode now, and whether there are drafts for them; who has gone tells how long requests are."""
-        self._trust *= 1.0 if drafting else 1.0 - 1.0 / TRUST
+        self._trust *= 1.0 if drafting else 1.0 - 1.0 / ESTIMATE_DECAY_STEPS
         before, self._live = self._live, {v.slot: (v, len(v.tokens) if drafting else self._read(v)) for v in sequences}
         for slot, (view, _) in before.items():
             if slot not in self._live or self._live[slot][0].tokens is not view.tokens:
                 written = len(view.tokens) - view.prompt
-                self._prompts.learn(min(view.prompt, LAZY), written)
+                self._prompts.learn(min(view.prompt, DEFERRED_PREFILL_ROWS), written)
                 self._output.learn(written, 1.0)
 
     def learn(self, rows: int, seconds: float) -> None:
@@ -76,14 +76,14 @@ class Reading:
 
     def behind(self, sequences: Sequence[SequenceView]) -> float:
         """Seconds of reading before there can be drafts for these sequences."""
-        return sum(min(len(v.tokens) - self._read(v), LAZY) for v in sequences) * self._row
+        return sum(min(len(v.tokens) - self._read(v), DEFERRED_PREFILL_ROWS) for v in sequences) * self._row
 
     def ahead(self, sequences: Sequence[SequenceView]) -> float:
         """Tokens that these sequences can be expected to bring yet; infinite before any request has ended."""
         usual = self._output.value
         if usual is None:
             return math.inf
-        return sum(max(usual - (len(v.tokens) - v.prompt), usual / OLD) for v in sequences)
+        return sum(max(usual - (len(v.tokens) - v.prompt), usual / REMAINING_SHARE) for v in sequences)
 
     def _read(self, view: SequenceView) -> int:
         """Tokens of this sequence that the drafter has read; it forgets a slot that is given away, as the target does."""

@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-FADE, WEATHER = 1.0 / 64.0, 1.0 / 8.0
+FADE, MACHINE_SPEED_SMOOTHING = 1.0 / 64.0, 1.0 / 8.0
 """Weight of the newest step in its group's mean, and in what all groups have in common: how fast the machine is at the moment."""
 ENOUGH = 4
 """Steps a group must have seen: the first ones of a process pay for what is prepared once."""
-REACH = 1.5
+EXTRAPOLATION_FACTOR = 1.5
 """How far beyond the groups seen so far, as a factor of rows, a time is foretold."""
-WILD = 3.0
+OUTLIER_FACTOR = 3.0
 """A step counts as at most this many times what was foretold for it."""
 
 
@@ -53,10 +53,10 @@ class RowTimes:
 
     def learn(self, rows: int, seconds: float) -> None:
         """One pass of `rows` >= 1 rows took so many seconds."""
-        foretold = self.seconds(rows)
-        if foretold is not None and foretold > 0:
-            seconds = min(max(seconds, foretold / WILD), foretold * WILD)
-            weather = (seconds / foretold) ** WEATHER
+        predicted = self.seconds(rows)
+        if predicted is not None and predicted > 0:
+            seconds = min(max(seconds, predicted / OUTLIER_FACTOR), predicted * OUTLIER_FACTOR)
+            weather = (seconds / predicted) ** MACHINE_SPEED_SMOOTHING
             for group in self._groups.values():
                 group.seconds *= weather
         group = self._groups.setdefault(row_class(rows), _Group(rows, seconds, 0))
@@ -72,7 +72,7 @@ class RowTimes:
         slow for want of evidence.
         """
         seen = sorted((g.rows, g.seconds) for g in self._groups.values() if g.steps >= ENOUGH)
-        if not seen or not seen[0][0] / REACH <= rows <= seen[-1][0] * REACH:
+        if not seen or not seen[0][0] / EXTRAPOLATION_FACTOR <= rows <= seen[-1][0] * EXTRAPOLATION_FACTOR:
             return None
         highest = 0.0
         points = [(at, highest := max(highest, seconds)) for at, seconds in seen]

@@ -7,15 +7,15 @@ steps of any kind, so a load and length that never ran can be foretold. What a d
 
 from __future__ import annotations
 
-from outrider.control.prefill_cost import Reading
-from outrider.control.row_times import REACH, RowTimes
+from outrider.control.prefill_cost import PrefillCost
+from outrider.control.row_times import EXTRAPOLATION_FACTOR, RowTimes
 from outrider.records import StepRecord
 
 USUAL = 1.0 / 32.0
 """Weight of the newest step in the rows of prompts that a step usually reads."""
 
 
-NEAR = 0.9 * REACH
+NEAR = 0.9 * EXTRAPOLATION_FACTOR
 """How many times fewer rows a slope is taken over where half of them have never been seen."""
 
 
@@ -30,13 +30,13 @@ class _Drafting:
         return self.loaded.seconds(sequences) if alone is None else alone
 
 
-class Forecast:
+class StepTimes:
     """What a step takes, by load and draft length, and what the drafter's reading adds."""
 
     def __init__(self) -> None:
         self._passes = RowTimes()  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
-        self.reading = Reading()
+        self.reading = PrefillCost()
         self.prompts = 0.0
         """Rows of prompts that a step reads lately, on average."""
 

@@ -1,29 +1,32 @@
 """Drafters: what proposes. A drafter is a file; it sees evidence and returns a draft, and nothing else crosses."""
 
 from outrider.drafters.combine import FirstOf, first_of
-from outrider.drafters.dflash.drafter import BlockDrafter
-from outrider.drafters.eagle.drafter import Eagle
+from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.forced import Forced
-from outrider.drafters.medusa.network import Medusa
+from outrider.drafters.medusa.network import MedusaDrafter
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.drafters.prediction import Prediction
+from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.registry import load_drafter, parse_speculative_config
+from outrider.moved import names_of
 
 __all__ = [
-    "BlockDrafter",
-    "Eagle",
+    "DFlashDrafter",
+    "EagleDrafter",
     "FirstOf",
     "Forced",
-    "Medusa",
+    "MedusaDrafter",
     "ModelDrafter",
     "NGram",
     "NoDraft",
-    "Prediction",
+    "PredictedOutput",
     "early_exit",
     "first_of",
     "load_drafter",
     "parse_speculative_config",
 ]
+
+__getattr__ = names_of(__name__)

@@ -92,33 +92,37 @@ def merge(drafts: Sequence[Draft], chosen: Sequence[int], vocab_size: int) -> Dr
     """
     places = [(n, i) for i, n in enumerate(chosen) if n >= 0]
     used = sorted({n for n in chosen if n >= 0})
-    q = _merge_laws({n: drafts[n] for n in used}, places, vocab_size)
+    q = _merge_distributions({n: drafts[n] for n in used}, places, vocab_size)
     trees = [drafts[n].tree(i) if n >= 0 else ((), ()) for i, n in enumerate(chosen)]
     return Draft.join(trees, q, drafts[used[0]].token.device)
 
 
-def _merge_laws(drafts: dict[int, Draft], places: list[tuple[int, int]], vocab_size: int) -> Proposal | None:
+def _merge_distributions(drafts: dict[int, Draft], places: list[tuple[int, int]], vocab_size: int) -> Proposal | None:
     """places: for every sequence with a draft, which of `drafts` speaks for it, and its number."""
-    laws = {n: d.q for n, d in drafts.items() if d.q is not None}
-    trees_with_laws = [n for n in laws if not drafts[n].is_chain]  # a chain was drawn either way
-    way: Siblings = laws[trees_with_laws[0]].siblings if trees_with_laws else "iid"
-    laws = {n: q for n, q in laws.items() if n not in trees_with_laws or q.siblings == way}
-    if not laws:
+    proposals = {n: d.q for n, d in drafts.items() if d.q is not None}
+    trees_with_distributions = [n for n in proposals if not drafts[n].is_chain]  # a chain was drawn either way
+    way: Siblings = proposals[trees_with_distributions[0]].siblings if trees_with_distributions else "iid"
+    proposals = {n: q for n, q in proposals.items() if n not in trees_with_distributions or q.siblings == way}
+    if not proposals:
         return None
-    supports = [q.support for q in laws.values()]
+    supports = [q.support for q in proposals.values()]
     same = all(_equal(s, supports[0]) for s in supports[1:])
     support = supports[0] if same else None
     tables: list[Float[Tensor, "r S"]] = []
     first: dict[int, int] = {}
-    for n, q in laws.items():
+    for n, q in proposals.items():
         first[n] = sum(len(t) for t in tables)
         tables.append(q.probs if same else q.dense(list(range(len(q.probs))), vocab_size))
     row: list[int] = []
     for n, i in places:
-        own = [laws[n].row[k] for k in drafts[n].nodes(i)] if n in laws else [POINT_MASS] * drafts[n].counts[i]
+        own = (
+            [proposals[n].row[k] for k in drafts[n].nodes(i)] if n in proposals else [POINT_MASS] * drafts[n].counts[i]
+        )
         row += [r + first[n] if r >= 0 else POINT_MASS for r in own]
     probs = torch.cat(tables)
-    return Proposal(probs, tuple(row), support, way, probs if all(q.sound is q.probs for q in laws.values()) else None)
+    return Proposal(
+        probs, tuple(row), support, way, probs if all(q.sound is q.probs for q in proposals.values()) else None
+    )
 
 
 def _equal(a: Int[Tensor, "S"] | None, b: Int[Tensor, "S2"] | None) -> bool:

@@ -56,7 +56,7 @@ class Forced:
     def _chain(self, evidence: Evidence, view: SequenceView, depth: int) -> list[int]:
         if depth < self.least or cast(_Params, view.params).grammar is None:
             return []
-        tokens = cast(_Forcing, evidence.law).forced(view)[:depth]
+        tokens = cast(_Forcing, evidence.pipeline).forced(view)[:depth]
         return tokens if len(tokens) >= self.least else []
 
     def release(self, slots: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from outrider.protocols import Drafter
 from outrider.types import Draft, Evidence
 
 
-class Gated:
+class SelectableDrafter:
     """The drafter `inner` as part number `number`: silent for a sequence whose `params.drafters` does not name it.
 
     It then has budget 0, as if another part had spoken: it still catches up. The choice is made before anything is drawn, so the
@@ -39,4 +39,4 @@ class Gated:
 def gated(drafter: Drafter) -> Drafter:
     """The same parts in the same order, each with its gate; the parts of a bound drafter stay bound."""
     parts = drafter.parts if isinstance(drafter, FirstOf) else (drafter,)
-    return first_of(*(Gated(part, number) for number, part in enumerate(parts)))
+    return first_of(*(SelectableDrafter(part, number) for number, part in enumerate(parts)))

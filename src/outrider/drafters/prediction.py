@@ -110,7 +110,7 @@ class _Pointer:
         self.read, self.last = len(tokens) - prompt, tokens[-1]
 
 
-class Prediction:
+class PredictedOutput:
     """Drafts from the request's own `params.prediction` (token ids), following the output through it.
 
     While output and prediction agree the draft is what comes next in the prediction. When they part, the longest n-gram

@@ -11,20 +11,20 @@ from typing import cast
 
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
-from outrider.drafters.dflash.drafter import BlockDrafter
-from outrider.drafters.dflash.network import BlockModel
-from outrider.drafters.eagle.drafter import Eagle
-from outrider.drafters.eagle.eagle1 import LastFeatureModel
-from outrider.drafters.eagle.eagle3 import FeatureModel
+from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.drafters.dflash.network import DFlashNetwork
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.eagle.eagle1 import Eagle1Network
+from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.forced import Forced
-from outrider.drafters.medusa.network import Medusa, MedusaHeads
+from outrider.drafters.medusa.network import MedusaDrafter, MedusaNetwork
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
-from outrider.drafters.prediction import Prediction
+from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels, Sample, Siblings
-from outrider.drafters.tree.shapes import Shape, Shared, Static, levels
+from outrider.drafters.tree.shapes import MergedDrafts, Shape, Static, levels
 from outrider.drafters.vllm_config import parse_speculative_config
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule, Target, Tokenizer
@@ -105,7 +105,7 @@ def load_drafter(
                 raise ConfigError(f"a drafter is missing after {head.group(0)!r}: name one, or drop the '+'")
             return first_of(*parts)
     coupled = rule is not None and rule.lane == "gumbel"
-    how = _grown(spec, length, "coupled" if coupled else "law")
+    how = _grown(spec, length, "coupled" if coupled else "sampled")
     kind, _, path = how.path.partition(":")
     if kind == "early":
         return first_of(*parts, early_exit(target, _layers(how.path), how.growth(target.vocab_size)))
@@ -137,7 +137,7 @@ def _learned_folder(kind: str, path: str, target_path: str | None, find_folder: 
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
+class DraftSpec:
     """What is written before a path: how the drafter grows its drafts."""
 
     path: str
@@ -153,29 +153,29 @@ class _How:
         return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
 
 
-def _at_most(how: _How, depth: int) -> _How:
+def _at_most(how: DraftSpec, depth: int) -> DraftSpec:
     """The same for a drafter that has no more than `depth` levels: a longer chain is not to be had."""
     if how.shape.depth > depth and isinstance(how.shape, Static) and how.shape.width == 1:
         return replace(how, shape=levels((1,) * depth))
     return how
 
 
-def _medusa(folder: Path, target: Target, how: _How, target_path: str | None) -> Drafter:
-    heads = MedusaHeads.load(folder, target).to(target.device)
-    return Medusa(heads, _at_most(how, heads.config.heads).growth(target.vocab_size))
+def _medusa(folder: Path, target: Target, how: DraftSpec, target_path: str | None) -> Drafter:
+    heads = MedusaNetwork.load(folder, target).to(target.device)
+    return MedusaDrafter(heads, _at_most(how, heads.config.heads).growth(target.vocab_size))
 
 
-def _dflash(folder: Path, target: Target, how: _How, target_path: str | None) -> Drafter:
-    model = BlockModel.load(folder, target, target_path).to(target.device)
-    return BlockDrafter(model, _at_most(how, model.config.block - 1).growth(target.vocab_size))
+def _dflash(folder: Path, target: Target, how: DraftSpec, target_path: str | None) -> Drafter:
+    model = DFlashNetwork.load(folder, target, target_path).to(target.device)
+    return DFlashDrafter(model, _at_most(how, model.config.block - 1).growth(target.vocab_size))
 
 
-def _eagle(folder: Path, target: Target, how: _How, target_path: str | None) -> Drafter:
-    kind = LastFeatureModel if read_config(folder)[1] in ("eagle", "llama") else FeatureModel
-    return Eagle(kind.load(folder, target).to(target.device), how.growth(target.vocab_size))
+def _eagle(folder: Path, target: Target, how: DraftSpec, target_path: str | None) -> Drafter:
+    kind = Eagle1Network if read_config(folder)[1] in ("eagle", "llama") else Eagle3Network
+    return EagleDrafter(kind.load(folder, target).to(target.device), how.growth(target.vocab_size))
 
 
-LEARNED: dict[str, Callable[[Path, Target, _How, str | None], Drafter]] = {
+LEARNED: dict[str, Callable[[Path, Target, DraftSpec, str | None], Drafter]] = {
     "medusa": _medusa,
     "eagle": _eagle,
     "dflash": _dflash,
@@ -197,7 +197,7 @@ def _without_model(spec: str, length: int) -> Drafter:
     kind, _, least = spec.partition(":")
     if kind == "forced":
         return Forced(length, int(least or 1))
-    return Prediction(length) if kind == "prediction" else _ngram(spec, length)
+    return PredictedOutput(length) if kind == "prediction" else _ngram(spec, length)
 
 
 def _ngram(spec: str, length: int) -> NGram:
@@ -210,10 +210,10 @@ def _ngram(spec: str, length: int) -> NGram:
     return NGram(length, min_n=int(found.group(1)), max_n=int(found.group(2) or found.group(1)))
 
 
-def _grown(spec: str, length: int, sample: Sample) -> _How:
+def _grown(spec: str, length: int, sample: Sample) -> DraftSpec:
     """A spec without the drafters that need no model -> how to grow, and what is left of it."""
     if spec.startswith("greedy:"):
-        return _How(spec.removeprefix("greedy:"), "greedy", "iid", levels((1,) * length))
+        return DraftSpec(spec.removeprefix("greedy:"), "greedy", "iid", levels((1,) * length))
     if spec.startswith("dynamic:"):
         found = re.fullmatch(r"dynamic:(\d{1,4})(?:x(\d{1,3}))?:(.*)", spec)
         if found is None:
@@ -221,15 +221,15 @@ def _grown(spec: str, length: int, sample: Sample) -> _How:
                 f"a dynamic tree is written 'dynamic:NODES:PATH' or 'dynamic:NODESxWIDTH:PATH', got {spec!r}"
             )
         sizes = int(found.group(1)), int(found.group(2) or 4)
-        return _How(found.group(3), sample, "iid", levels((1,) * length), sizes)
+        return DraftSpec(found.group(3), sample, "iid", levels((1,) * length), sizes)
     if spec.partition(":")[0] in SHAPES:
         path, shape, siblings = _shape(spec, length)
-        return _How(path, sample, siblings, shape)
-    return _How(spec, sample, "iid", levels((1,) * length))
+        return DraftSpec(path, sample, siblings, shape)
+    return DraftSpec(spec, sample, "iid", levels((1,) * length))
 
 
 def _model(
-    how: _How, target: Target, length: int, tokenizer: object | None, load_model: LoadModel | None
+    how: DraftSpec, target: Target, length: int, tokenizer: object | None, load_model: LoadModel | None
 ) -> ModelDrafter:
     path = how.path
     if not path or path in ("none", "auto"):
@@ -272,7 +272,7 @@ def _shape(spec: str, length: int) -> tuple[str, Shape, Siblings]:
     if kind == "batch":
         return path, levels((numbers[0],) + (1,) * (length - 1)), "iid"
     if kind == "shared":
-        return path, Shared(numbers[0], length), "iid"
+        return path, MergedDrafts(numbers[0], length), "iid"
     return path, _no_deeper(levels(numbers), length, spec), WAYS[kind]
 
 

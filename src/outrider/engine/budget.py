@@ -16,7 +16,7 @@ def draft_budget(state: StepState, live: list[Sequence]) -> list[int]:
 
 
 def _within(state: StepState, sequence: Sequence, depth: int) -> int:
-    ready = len(sequence.tokens) - sequence.cached == 1 and not state.parts.law.weary(sequence.slot)
+    ready = len(sequence.tokens) - sequence.cached == 1 and not state.parts.pipeline.weary(sequence.slot)
     if not ready:
         return 0
     own = sequence.params.draft_length

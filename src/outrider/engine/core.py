@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
+from outrider.deprecated import Renamed
 from outrider.engine.intake import Intake
 from outrider.engine.outputs import Result, result_of
 from outrider.engine.parts import CoreOptions, Hooks, Parts
@@ -34,13 +35,15 @@ class EngineCore(StepState):
     method: calls take turns, in the order they came, a step at a time. `abort` may be called from inside a step (`deliver`, a
     sink); `step`, `generate` and `stream` may not. A process that is forked from one that has built an engine cannot compute:
     there every call raises CapabilityError; start processes with multiprocessing's "spawn".
-    What a drafter, the controller or a sink raises is contained, counted in `incidents` and told in `notices`; it ends no request.
+    What a drafter, the controller or a sink raises is contained, counted in `defects` and told in `notices`; it ends no request.
     """
+
+    incidents = Renamed("defects")
 
     def __init__(self, parts: Parts, hooks: Hooks, options: CoreOptions) -> None:
         super().__init__(parts, hooks, options)
         self._turns = options.turns or Turns()
-        self._intake = Intake(options.tokenizer, parts.law, options.max_length)
+        self._intake = Intake(options.tokenizer, parts.pipeline, options.max_length)
         self._names = 0
         self._stepping = False
 
@@ -52,7 +55,7 @@ class EngineCore(StepState):
     @property
     def eos(self) -> frozenset[int]:
         """Ids that end a sequence."""
-        return frozenset(self.parts.law.eos_ids)
+        return frozenset(self.parts.pipeline.eos_ids)
 
     @property
     def tokenizer(self) -> Any:
@@ -122,7 +125,7 @@ class EngineCore(StepState):
         return old
 
     @property
-    def incidents(self) -> int:
+    def defects(self) -> int:
         """Defects that were contained: drafts that were none, drafters, controllers and sinks that raised, grammars given up."""
         return sum(n for kind, n in self.watchers.defects.items() if kind != "drafter") + self.drafter_faults
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from outrider.engine.parts import Parts
 from outrider.engine.rows import VerifiedStep
-from outrider.engine.scheduler import Work
+from outrider.engine.scheduler import StepWork
 from outrider.engine.sequence import Event, Sequence, TokenLogprob
 from outrider.records import Counts
 from outrider.sampling.pipeline import logprobs_of
@@ -20,16 +20,16 @@ UNUSABLE = "the target returned NaN or empty logits: check the checkpoint and th
 class Emission:
     """What a step added: events in the order of its works, the sequences that ended, and the sums.
 
-    fresh: the sums of sequences whose seed the engine chose.
+    engine_seeded: the sums of sequences whose seed the engine chose.
     """
 
     events: list[Event] = field(default_factory=list)
     ended: list[Sequence] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
-    fresh: Counts = field(default_factory=Counts)
+    engine_seeded: Counts = field(default_factory=Counts)
 
 
-def emit(parts: Parts, works: list[Work], verified: VerifiedStep) -> Emission:
+def emit(parts: Parts, works: list[StepWork], verified: VerifiedStep) -> Emission:
     """Append the verdict's tokens to their sequences. One that cannot go on fails alone; its slot is not freed here."""
     out, b = Emission(), -1
     for work in works:
@@ -50,7 +50,7 @@ def _trouble(parts: Parts, sequence: Sequence, b: int, verified: VerifiedStep) -
     if b in verified.unusable:
         parts.kv.erase(sequence.slot)
         return sequence.fail(UNUSABLE)
-    automaton = None if sequence.params.grammar is None else parts.law.automaton(sequence.slot)
+    automaton = None if sequence.params.grammar is None else parts.pipeline.automaton(sequence.slot)
     why = "" if automaton is None else automaton.trouble([verified.draft.tokens[k] for k in verified.verdict.path[b]])
     return sequence.fail(why, "request") if why else None
 
@@ -70,7 +70,7 @@ def _append(sequence: Sequence, verified: VerifiedStep, b: int, out: Emission) -
         event = sequence.fail(f"the tokenizer failed on the text ({type(error).__name__}): check the tokenizer's files")
     kept = sequence.counts.emitted - before
     ledger = (verdict.risk[b], verdict.spread[b], verdict.bias[b])
-    for sums in (sequence.counts, out.counts, *([out.fresh] if sequence.params.seed is None else [])):
+    for sums in (sequence.counts, out.counts, *([out.engine_seeded] if sequence.params.seed is None else [])):
         sums.add(draft.counts[b], accepted, verdict.judged[b], *ledger, kept)
     out.counts.emitted += kept
     return event

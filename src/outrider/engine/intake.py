@@ -7,7 +7,7 @@ from typing import Any
 from outrider.engine.text import TextStream, special_tokens
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
-from outrider.sampling.pipeline import Law
+from outrider.sampling.pipeline import LogitsPipeline
 
 
 class Intake:
@@ -16,8 +16,8 @@ class Intake:
     tokenizer: a Hugging Face tokenizer, or None: then prompts are ids, and there is no text. most: tokens of a sequence.
     """
 
-    def __init__(self, tokenizer: Any, law: Law, most: int) -> None:
-        self.tokenizer, self.law, self.most = tokenizer, law, most
+    def __init__(self, tokenizer: Any, pipeline: LogitsPipeline, most: int) -> None:
+        self.tokenizer, self.pipeline, self.most = tokenizer, pipeline, most
         self._special: dict[int, str] | None = None
 
     def encode(self, prompt: str) -> list[int]:
@@ -28,7 +28,7 @@ class Intake:
 
     def check(self, tokens: list[int], params: SamplingParams) -> None:
         """Raise RequestError for a request that cannot be served."""
-        vocab = self.law.vocab_size
+        vocab = self.pipeline.vocab_size
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
         if len(tokens) >= self.most:
@@ -49,9 +49,9 @@ class Intake:
 
     def compile(self, grammar: str) -> None:
         """Compile a grammar and keep it. Raises RequestError for a bad one, and where the tokenizer cannot have any."""
-        if self.law.grammars is None:
+        if self.pipeline.grammars is None:
             raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
-        self.law.grammars.compile(grammar)
+        self.pipeline.grammars.compile(grammar)
 
     def text(self, prompt: list[int], params: SamplingParams) -> TextStream | None:
         """The text of one sequence; tokenizers whose decoding looks to the left need the prompt's last tokens."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from outrider.engine.turns import Turns
 from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
-from outrider.sampling.pipeline import Law
+from outrider.sampling.pipeline import LogitsPipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Parts:
 
     target: Target
     kv: KVCache
-    law: Law
+    pipeline: LogitsPipeline
     rule: Rule
     drafter: Drafter
 

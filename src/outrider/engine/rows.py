@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.engine.parts import Parts
-from outrider.engine.scheduler import Work
+from outrider.engine.scheduler import StepWork
 from outrider.engine.sequence import Sequence
 from outrider.noise import Noise
 from outrider.protocols import Rule
@@ -23,19 +23,19 @@ class VerifiedStep:
     unusable: set[int]
 
 
-def assemble(works: list[Work], draft: Draft) -> Rows:
+def assemble(works: list[StepWork], draft: Draft) -> Rows:
     """The rows of a step: what each sequence feeds, and behind the scored ones their drafts."""
     sequences = [work.sequence for work in works]
     return Rows.assemble(
         [s.slot for s in sequences],
-        [s.tokens[s.cached : s.cached + w.prefix] for s, w in zip(sequences, works, strict=True)],
+        [s.tokens[s.cached : s.cached + w.fed] for s, w in zip(sequences, works, strict=True)],
         [s.cached for s in sequences],
         draft,
         [work.scored for work in works],
     )
 
 
-def row_laws(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], tuple[tuple[int, ...], ...]]:
+def row_contexts(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], tuple[tuple[int, ...], ...]]:
     """For each scored row its sequence and the drafted tokens on its own path: what a distribution needs to be exact on trees."""
     return [views[b] for b in draft.sequence_of_row], draft.path_tokens
 
@@ -45,16 +45,16 @@ def noise_of(views: list[SequenceView] | tuple[SequenceView, ...]) -> Noise:
     return Noise(tuple(v.seed for v in views), tuple(len(v.tokens) - 1 for v in views))
 
 
-def allowances(rule: Rule, works: list[Work]) -> list[float]:
+def allowances(rule: Rule, works: list[StepWork]) -> list[float]:
     """Total variation each scored sequence may still spend: the rule's limit, or the request's own if less, minus what it spent."""
-    return [_left(rule.limit, w.sequence.params.tv_budget, w.sequence.counts.bias) for w in works if w.scored]
+    return [_left(rule.tv_limit, w.sequence.params.tv_budget, w.sequence.counts.bias) for w in works if w.scored]
 
 
 def _left(limit: float, own: float | None, spent: float) -> float:
     return max(0.0, (limit if own is None else min(limit, own)) - spent)
 
 
-def kept_paths(works: list[Work], verified: VerifiedStep) -> list[list[int]]:
+def kept_paths(works: list[StepWork], verified: VerifiedStep) -> list[list[int]]:
     """Per segment, the accepted nodes as offsets into the segment's nodes: what `KVCache.commit` takes."""
     paths: list[list[int]] = []
     b = 0
@@ -67,7 +67,7 @@ def kept_paths(works: list[Work], verified: VerifiedStep) -> list[list[int]]:
     return paths
 
 
-def evidence_of(parts: Parts, works: list[Work], verified: VerifiedStep, live: list[Sequence]) -> Evidence:
+def evidence_of(parts: Parts, works: list[StepWork], verified: VerifiedStep, live: list[Sequence]) -> Evidence:
     """What a drafter may look at: the step, and the sequences that go on."""
     segment = {w.sequence.key: i for i, w in enumerate(works)}
     number: dict[tuple[str, int], int] = {}
@@ -81,8 +81,8 @@ def evidence_of(parts: Parts, works: list[Work], verified: VerifiedStep, live: l
         draft=verified.draft,
         verdict=verified.verdict,
         sequences=views,
-        source=tuple(segment.get(s.key, -1) for s in live),
-        judged=tuple(number.get(s.key, -1) for s in live),
+        segment_index=tuple(segment.get(s.key, -1) for s in live),
+        verdict_index=tuple(number.get(s.key, -1) for s in live),
         noise=noise_of(views),
-        law=parts.law,
+        pipeline=parts.pipeline,
     )

@@ -15,7 +15,7 @@ from outrider.protocols import Rule
 from outrider.types import POINT_MASS, TOLERANCE, Draft, Proposal, Tree, Verdict
 
 
-def honest(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
+def sanitize_draft(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
     """The draft without its defects, and how many sequences had one.
 
     A token outside the vocabulary takes its subtree with it; a law that is not one (NaN, infinite, partly negative, not summing to
@@ -63,7 +63,7 @@ def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
     return Draft.join(trees, q, draft.token.device)
 
 
-def silence(logits: Float[Tensor, "M V"]) -> Bool[Tensor, "M"]:
+def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> Bool[Tensor, "M"]:
     """Blank the rows with a NaN, or nothing but -inf, in place, and say which they are; the answer is left where the logits are.
 
     Blanked rows keep the rule from failing for everybody; what their sequences emit is thrown away.

@@ -10,11 +10,11 @@ from outrider.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One sequence's part in a step: `prefix` tokens to feed; `scored` if they reach the newest token."""
+class StepWork:
+    """One sequence's part in a step: `fed` tokens to feed; `scored` if they reach the newest token."""
 
     sequence: Sequence
-    prefix: int
+    fed: int
     scored: bool
 
 
@@ -56,18 +56,18 @@ class Scheduler:
             turns[owner(sequence)] += 1
         self.waiting = deque(s for _, s in sorted(ranked, key=lambda pair: pair[0]))  # stable: the oldest first
 
-    def plan(self) -> list[Work]:
+    def plan(self) -> list[StepWork]:
         """The next step: scored sequences and prompt chunks, in the order of admission."""
         budget, works = self.prefill, []
         for sequence in self.running:
             missing = len(sequence.tokens) - sequence.cached
             if missing == 1:
-                works.append(Work(sequence, 1, True))
+                works.append(StepWork(sequence, 1, True))
                 continue
             part = min(missing, self.chunk - sequence.cached % self.chunk)
             if part <= budget or budget == self.prefill:
                 budget -= part
-                works.append(Work(sequence, part, part == missing))
+                works.append(StepWork(sequence, part, part == missing))
         return works
 
     def drop(self, sequence: Sequence, release: Callable[[list[int]], None]) -> None:

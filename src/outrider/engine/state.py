@@ -10,7 +10,7 @@ from outrider.engine.defects import Watchers
 from outrider.engine.emit import Emission
 from outrider.engine.parts import CoreOptions, Hooks, Parts
 from outrider.engine.rows import VerifiedStep
-from outrider.engine.scheduler import Scheduler, Work
+from outrider.engine.scheduler import Scheduler, StepWork
 from outrider.engine.sequence import Event, Sequence
 from outrider.records import PHASES, Counts, StepRecord
 from outrider.types import Draft
@@ -23,7 +23,7 @@ class PendingDraft:
     draft: Draft
     sequences: list[Sequence]
 
-    def ordered(self, works: list[Work]) -> Draft:
+    def ordered(self, works: list[StepWork]) -> Draft:
         """The draft in the order of a step's scored sequences; who has none gets the empty tree."""
         where = {s.key: b for b, s in enumerate(self.sequences) if s.slot >= 0}
         return self.draft.take([where.get(w.sequence.key, -1) for w in works if w.scored])
@@ -57,7 +57,7 @@ class StepState:
     def release(self, slots: list[int]) -> None:
         """Every part forgets these slots."""
         self.parts.kv.release(slots)
-        self.parts.law.release(slots)
+        self.parts.pipeline.release(slots)
         self.drafter.release(slots)
 
     def drop(self, request: str) -> bool:
@@ -81,7 +81,7 @@ class StepState:
             self.drop(self._doomed.pop())
 
     # ------------------------------------------------------------------ inside a step
-    def take_pending(self, works: list[Work]) -> Draft:
+    def take_pending(self, works: list[StepWork]) -> Draft:
         """The pending draft, which is looked at once: should this step fail, the next must not judge tokens that have been seen."""
         draft = self.pending.ordered(works)
         self.pending = self._nothing
@@ -115,6 +115,6 @@ class StepState:
                 len(self.scheduler.waiting),
                 seconds,
                 emission.counts,
-                emission.fresh,
+                emission.engine_seeded,
             )
         )

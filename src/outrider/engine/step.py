@@ -10,9 +10,9 @@ from outrider.engine.budget import draft_budget
 from outrider.engine.clock import PhaseClock
 from outrider.engine.emit import emit
 from outrider.engine.parts import Parts
-from outrider.engine.rows import VerifiedStep, allowances, assemble, evidence_of, kept_paths, noise_of, row_laws
-from outrider.engine.sanitize import honest, judge, silence
-from outrider.engine.scheduler import Work
+from outrider.engine.rows import VerifiedStep, allowances, assemble, evidence_of, kept_paths, noise_of, row_contexts
+from outrider.engine.sanitize import blank_nonfinite_rows, judge, sanitize_draft
+from outrider.engine.scheduler import StepWork
 from outrider.engine.sequence import Event
 from outrider.engine.state import PendingDraft, StepState
 from outrider.threads import serially
@@ -26,7 +26,7 @@ def step(state: StepState, deliver: Callable[[list[Event]], None] | None = None)
     works = state.scheduler.plan()
     if not works:
         return []
-    draft, defects = honest(state.take_pending(works), parts.target.vocab_size)
+    draft, defects = sanitize_draft(state.take_pending(works), parts.target.vocab_size)
     rows = assemble(works, draft)
     with torch.inference_mode():
         parts.kv.reserve(rows)
@@ -45,18 +45,18 @@ def step(state: StepState, deliver: Callable[[list[Event]], None] | None = None)
     return emission.events
 
 
-def verify(parts: Parts, works: list[Work], rows: Rows, scores: Scores, draft: Draft) -> VerifiedStep:
+def verify(parts: Parts, works: list[StepWork], rows: Rows, scores: Scores, draft: Draft) -> VerifiedStep:
     """The target's distributions of the scored rows, and what the rule keeps of the draft."""
     views = [work.sequence.view() for work in works if work.scored]
     with serially(scores.logits.numel()):
-        bad = silence(scores.logits)
-        p = parts.law(scores.logits, *row_laws(draft, views))
+        bad = blank_nonfinite_rows(scores.logits)
+        p = parts.pipeline(scores.logits, *row_contexts(draft, views))
         verdict, unusable = judge(parts.rule, p, draft, noise_of(views), allowances(parts.rule, works), bad)
     return VerifiedStep(rows, scores, draft, verdict, unusable)
 
 
 @torch.inference_mode()
-def propose(state: StepState, works: list[Work], verified: VerifiedStep) -> PendingDraft:
+def propose(state: StepState, works: list[StepWork], verified: VerifiedStep) -> PendingDraft:
     """The next draft, one tree for each of the sequences that go on: the drafter looks at the step first."""
     live = list(state.scheduler.running)
     if not live:

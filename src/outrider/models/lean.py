@@ -28,7 +28,7 @@ from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan
 from outrider.nn.kv import ContiguousKV
 from outrider.nn.layers import FusedLayer, rms_norm
-from outrider.nn.linear import Linear, make_linear, multiplies
+from outrider.nn.linear import Linear, has_fast_matmul, make_linear
 from outrider.nn.memory import require_memory
 from outrider.nn.row_parts import check_prefix, run_parts
 from outrider.protocols import KVCache
@@ -69,7 +69,9 @@ class LeanTarget:
         # the block and the head that a quantised draft must beat
         plain = load_native(_first(config), replace(w, layers=w.layers[:1]))[0] if native and quantize else None
         # where PyTorch has no real product for this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
-        self._native_rows = self.native.max_rows if self.native and multiplies(self.dtype, self.device) else sys.maxsize
+        self._native_rows = (
+            self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
+        )
         self._embedding, self._norm = w.embedding, rms_norm(w.norm, config.eps)
         self._rope = self._rope_table(1)
         pack = self.native is None  # the native decoder reads the plain weights in place, and long prompts share them
@@ -81,8 +83,8 @@ class LeanTarget:
         while left:
             self._blocks.append(_block(config, left.pop(0), quantize, pack))
         if plain is not None and quantize is not None:
-            new_kv = lambda: self.prefix(1).new_kv(1, max(SIZES))  # noqa: E731
-            times = seconds(self.prefix(1), new_kv), seconds(plain, new_kv)
+            new_kv = lambda: self.first_layers(1).new_kv(1, max(SIZES))  # noqa: E731
+            times = seconds(self.first_layers(1), new_kv), seconds(plain, new_kv)
             found = slower(quantize, *times, str(self.dtype).removeprefix("torch."))
             self.notices += () if found is None else (found,)
 
@@ -140,13 +142,13 @@ class LeanTarget:
         logits = self._head(normed.to(self.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def prefix(self, layers: int) -> LeanTarget:
+    def first_layers(self, layers: int) -> LeanTarget:
         """See `protocols.OpenTarget`."""
         check_prefix(layers, self.layers)
         other = copy.copy(self)
         other.config = replace(self.config, layers=layers, window=self.config.window[:layers])
         other.layers, other._blocks = layers, self._blocks[:layers]
-        other.native = self.native and self.native.prefix(other.config)
+        other.native = self.native and self.native.first_layers(other.config)
         return other
 
     @torch.no_grad()

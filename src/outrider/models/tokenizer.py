@@ -104,7 +104,7 @@ def _plain(folder: Path) -> PlainTokenizer | None:
     return PlainTokenizer(core, core.token_to_id(eos) if isinstance(eos, str) else None)
 
 
-def forget_words(tokenizer: Any) -> None:
+def disable_bpe_cache(tokenizer: Any) -> None:
     """Keep no words of the texts that are encoded: for servers, whose texts are others'.
 
     A fast BPE tokenizer keeps up to 10,000 words in every thread that encodes, 0.4 MB before the first one, and never lets go of

@@ -33,7 +33,7 @@ def _own(kv: KVCache, what: str) -> ContiguousKV:
 def _places(s: Segment, order: int) -> list[list[int]]:
     """Cache places of each row's last `order` tokens, own token first; negative where the sequence had not begun."""
     level = list(range(s.cached, s.cached + s.count))
-    up = list(range(s.cached - 1, s.cached + s.prefix - 1)) + [s.cached + p for p in s.parent]
+    up = list(range(s.cached - 1, s.cached + s.fed - 1)) + [s.cached + p for p in s.parent]
     out = [level]
     for _ in range(order - 1):
         level = [up[i - s.cached] if i >= s.cached else i - 1 for i in level]
@@ -80,7 +80,7 @@ class TableTarget:
         shift = scale * torch.randn(self.table.shape, generator=noise, dtype=torch.float64).to(self.device)
         return TableTarget(self.table + shift, order=self.order, max_length=self.max_length)
 
-    def law(self, history: Sequence[int]) -> Float[Tensor, "V"]:
+    def distribution(self, history: Sequence[int]) -> Float[Tensor, "V"]:
         """The exact next-token law (temperature 1) after `history` (at least one token), read without any cache."""
         padded = [0] * self.order + list(history)
         t = min(len(history) - 1, self.table.shape[0] - 1)
@@ -112,7 +112,7 @@ class TableTarget:
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         return hidden
 
-    def prefix(self, layers: int) -> TableTarget:
+    def first_layers(self, layers: int) -> TableTarget:
         """Itself: a table is one block."""
         check_prefix(layers, self.layers)
         return self
@@ -231,7 +231,7 @@ class TinyLM:
         for s in rows.segments:
             mine = slice(s.first, s.first + s.count)
             keys, values = kv.write(layer, s.slot, s.cached, k[mine], v[mine])
-            seen = attend(q[mine].transpose(0, 1), keys, values, ancestor_mask(s.prefix, s.parent, s.cached))
+            seen = attend(q[mine].transpose(0, 1), keys, values, ancestor_mask(s.fed, s.parent, s.cached))
             out[mine] = seen.transpose(0, 1)
         return out.flatten(1)
 
@@ -241,7 +241,7 @@ class TinyLM:
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         return self.head(self.norm(hidden))
 
-    def prefix(self, layers: int) -> TinyLM:
+    def first_layers(self, layers: int) -> TinyLM:
         """See `protocols.OpenTarget`."""
         check_prefix(layers, self.layers)
         other = copy.copy(self)

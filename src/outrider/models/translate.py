@@ -115,7 +115,7 @@ def translate(
     return Translated(model, vocab_size, shared, fed, name)
 
 
-def ceiling(shared: Translated, tokens: Sequence[int]) -> float:
+def shared_token_share(shared: Translated, tokens: Sequence[int]) -> float:
     """Share of the tokens of a text that the draft could have proposed: an estimate of the largest possible acceptance."""
     known = set(shared._ours.tolist())
     return sum(t in known for t in tokens) / max(len(tokens), 1)

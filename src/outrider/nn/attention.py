@@ -134,7 +134,7 @@ class _Piece:
             return _View(keys, values, None, False)
         if alone and not self._folded and start == run[0].cached == 0 and run[0].is_chain and not 0 < width < end:
             return _View(keys, values, None, True)
-        masks = [ancestor_mask(s.prefix, s.parent, s.cached, window=width, start=start, end=end) for s in run]
+        masks = [ancestor_mask(s.fed, s.parent, s.cached, window=width, start=start, end=end) for s in run]
         see = torch.stack(masks)[:, None]
         see = see.repeat_interleave(self._group, 2) if self._folded else see
         mask = torch.zeros(see.shape, dtype=kv.k.dtype).masked_fill_(~see, float("-inf"))

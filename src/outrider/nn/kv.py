@@ -102,7 +102,7 @@ class ContiguousKV(RowCache):
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
         """Keep prefixes and accepted paths, in order; every other row of the forward is forgotten."""
         for s, path in zip(rows.segments, paths, strict=True):
-            base = s.cached + s.prefix
+            base = s.cached + s.fed
             if list(path) != list(range(len(path))):  # a chain is in place already
                 place = torch.tensor([base + i for i in path], device=self.k.device)
                 self.k[:, s.slot, :, base : base + len(path)] = self.k[:, s.slot].index_select(2, place)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from outrider.nn.linear import Linear, product
+from outrider.nn.linear import Linear, draft_linear
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -50,18 +50,18 @@ class FusedLayer:
 
     @staticmethod
     def of(layer: Any) -> FusedLayer:
-        """A layer of a learned drafter, named as in Llama and Qwen3, with `product`s of its weights."""
+        """A layer of a learned drafter, named as in Llama and Qwen3, with `draft_linear`s of its weights."""
         attn, mlp = layer.self_attn, layer.mlp
         return FusedLayer(
             norm1=getattr(layer, "input_layernorm", nn.Identity()),
-            qkv=product(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])),
+            qkv=draft_linear(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])),
             qk_norm=_of_both(attn.q_norm, attn.k_norm, attn.q_proj.weight.shape[0])
             if hasattr(attn, "q_norm")
             else None,
-            o=product(attn.o_proj.weight),
+            o=draft_linear(attn.o_proj.weight),
             norm2=layer.post_attention_layernorm,
-            gate_up=product(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
-            down=product(mlp.down_proj.weight),
+            gate_up=draft_linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
+            down=draft_linear(mlp.down_proj.weight),
         )
 
     def leave(self, seen: Float[Tensor, "n A"], residual: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:

@@ -7,8 +7,9 @@ serves wherever it is missing (another device, float64, an old processor): one t
 
 Weight-only int8 and int4 are for drafts: they change the draft distribution, and speculation stays lossless whatever that is.
 
-Learned drafters multiply in bfloat16 where the processor has such products (`product`, `served`): their pass is bound by reading
-weights, and folders hold those in bfloat16 anyway; the rows between the products stay as they are. The draft distribution is then
+Learned drafters multiply in bfloat16 where the processor has such products (`draft_linear`, `with_fast_linears`): their pass is
+bound by reading weights, and folders hold those in bfloat16 anyway; the rows between the products stay as they are. The draft
+distribution is then
 another than that of float32 products by a rounding, and the one that is declared: exactness does not depend on it.
 """
 
@@ -62,15 +63,16 @@ def make_linear(
     return PlainLinear(weight, bias)
 
 
-def product(weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> Linear:
+def draft_linear(weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> Linear:
     """The fastest product with this weight for the few rows of a draft; rows go in and come out in the weight's dtype."""
     if weight.dtype is torch.float32 and can_pack(narrow := weight.bfloat16()):
         return _Narrow(make_linear(narrow, None if bias is None else bias.bfloat16()))
     return make_linear(weight, bias)
 
 
-def served(model: M) -> M:
-    """`model` with a `product` in the place of every `nn.Linear` of its own; all else is shared with it, and it is not changed.
+def with_fast_linears(model: M) -> M:
+    """`model` with a `draft_linear` in the place of every `nn.Linear` of its own; all else is shared with it, and it is not
+    changed.
 
     Linear layers within its parts stay: whoever serves those puts several of them side by side.
     """
@@ -177,11 +179,11 @@ class _Narrow:
 
 
 class _Product(nn.Module):
-    """A `product` that stands where a linear layer stood, and takes rows of any shape."""
+    """A `draft_linear` that stands where a linear layer stood, and takes rows of any shape."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.run = product(linear.weight, linear.bias)
+        self.run = draft_linear(linear.weight, linear.bias)
 
     def forward(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
         return self.run(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
@@ -194,7 +196,7 @@ def can_pack(weight: Tensor) -> bool:
     return (weight.dtype is torch.bfloat16 or weight.numel() >= _SMALL) and _packs(weight.dtype)
 
 
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+def has_fast_matmul(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether PyTorch has a fast matrix product for this dtype here; without AVX512 its bfloat16 one is ten times slower."""
     return device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _packs(torch.bfloat16)
 

@@ -30,7 +30,7 @@ def take_segments(rows: Rows, index: Sequence[int]) -> Part:
         s, first = rows.segments[i], len(flat)
         segments.append(replace(s, first=first))
         flat += range(s.first, s.first + s.count)
-        anchor = first + s.prefix - 1
+        anchor = first + s.fed - 1
         pairs = list(zip(range(anchor, first + s.count), rows.scored_rows[i], strict=False))  # none if it is not scored
         roots += pairs[:1]
         nodes += pairs[1:]

@@ -1,6 +1,6 @@
 """What a request asks of sampling, and the law that makes of the target's logits."""
 
 from outrider.params import SamplingParams
-from outrider.sampling.pipeline import Law, Logprobs, logprobs_of
+from outrider.sampling.pipeline import LogitsPipeline, Logprobs, logprobs_of
 
-__all__ = ["Law", "Logprobs", "SamplingParams", "logprobs_of"]
+__all__ = ["LogitsPipeline", "Logprobs", "SamplingParams", "logprobs_of"]

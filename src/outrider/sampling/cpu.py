@@ -31,7 +31,7 @@ def argmax(x: Float[Tensor, "n V"]) -> Int[Tensor, "n 1"]:
     return torch.from_numpy(x.numpy().argmax(-1)).unsqueeze(1)
 
 
-def law_of(x: Float[Tensor, "n V"], params: Sequence[SamplingParams]) -> Float[Tensor, "n V"]:
+def distribution_of(x: Float[Tensor, "n V"], params: Sequence[SamplingParams]) -> Float[Tensor, "n V"]:
     """Laws of rows whose edits are done and whose temperature is above 0."""
     block = max(1, _CACHED // x.shape[1])
     if len(params) <= block:

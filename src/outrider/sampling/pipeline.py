@@ -19,8 +19,8 @@ from outrider.threads import serially
 from outrider.types import SequenceView
 
 
-class Law:
-    """The request's processors as one function of (logits, history): implements `types.DraftLaw`.
+class LogitsPipeline:
+    """The request's processors as one function of (logits, history): implements `types.LogitsProcessing`.
 
     A pure function; it only remembers token counts per slot so as not to recount a growing sequence. Row i of the result
     depends on row i of the logits, on `sequences[i]` and on `paths[i]`, and on nothing else, bit for bit.
@@ -56,9 +56,9 @@ class Law:
                 f"{tuple(logits.shape)}; map the draft's vocabulary to the target's first"
             )
         with serially(logits.numel()):
-            return self._laws(logits, sequences, paths)
+            return self._distributions(logits, sequences, paths)
 
-    def _laws(
+    def _distributions(
         self, logits: Tensor, sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
     ) -> Float[Tensor, "M V"]:
         params = [s.params for s in sequences]
@@ -66,14 +66,14 @@ class Law:
         if any(p.edits for p in params):
             x = self._edit(x.clone(), params, sequences, paths)
         on_cpu = transfer.on_host(x)
-        law_of = cpu.law_of if on_cpu else processors.law_of
+        distribution_of = cpu.distribution_of if on_cpu else processors.distribution_of
         warm = [i for i, p in enumerate(params) if not p.greedy]
         if len(warm) == len(params):
-            return law_of(x, params) if params else x
+            return distribution_of(x, params) if params else x
         most_likely = cpu.argmax(x) if on_cpu else x.argmax(-1, keepdim=True)
         out = torch.zeros_like(x).scatter_(1, most_likely, 1.0)
         if warm:
-            out[warm] = law_of(x[warm], [params[i] for i in warm])
+            out[warm] = distribution_of(x[warm], [params[i] for i in warm])
         return out
 
     def _edit(

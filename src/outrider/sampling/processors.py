@@ -153,8 +153,8 @@ def nucleus(probs: Float[Tensor, "n V"], top_p: Sequence[float]) -> Float[Tensor
     return probs.masked_fill_(cut & reached, 0.0).div_(kept)
 
 
-def law_of(x: Float[Tensor, "n V"], params: Sequence[SamplingParams]) -> Float[Tensor, "n V"]:
-    """Laws of rows whose edits are done and whose temperature is above 0. Any device; `cpu.law_of` is the fast twin."""
+def distribution_of(x: Float[Tensor, "n V"], params: Sequence[SamplingParams]) -> Float[Tensor, "n V"]:
+    """Laws of rows whose edits are done and whose temperature is above 0. Any device; `cpu.distribution_of` is the fast twin."""
     if any(p.temperature != 1.0 or p.filters for p in params):
         x = temper(x, [p.temperature for p in params])
     if any(p.min_p > 0.0 for p in params):

@@ -26,16 +26,16 @@ from outrider.build import Engine
 from outrider.control.adaptive import Adaptive
 from outrider.control.fixed import Fixed
 from outrider.errors import OutriderError
-from outrider.models.tokenizer import forget_words
+from outrider.models.tokenizer import disable_bpe_cache
 from outrider.protocols import Controller, Drafter, Rule
 from outrider.serve.bridge import Bridge
-from outrider.serve.experiment import Trial
+from outrider.serve.experiment import LiveExperimentHook
 from outrider.serve.live import Live, Past
-from outrider.serve.middleware import Guard, on_error
+from outrider.serve.middleware import RequestGate, on_error
 from outrider.serve.requests import ChatRequest, CompletionRequest
 from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
-from outrider.serve.watch import Watch
+from outrider.serve.watch import Monitor
 from outrider.serve.webhook import Webhook
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 
@@ -49,7 +49,7 @@ def create_app(
     *,
     adaptive: bool = True,
     past: Past | None = None,
-    trial: Trial | None = None,
+    trial: LiveExperimentHook | None = None,
 ) -> Starlette:
     """The server for the engine that `build` makes (in the engine's own thread).
 
@@ -67,7 +67,7 @@ def create_app(
     bridge = Bridge(lambda: build(**wiring), metrics, settings.limits, lambda engine: prepare(engine, metrics))
     v1 = OpenAI(bridge, settings, trial)
     hook = Webhook(settings.webhook, settings.model) if settings.webhook else None
-    watch = Watch(bridge, settings.price, hook)
+    watch = Monitor(bridge, settings.price, hook)
     live = Live(bridge, settings, v1, watch, past)
 
     @asynccontextmanager
@@ -87,7 +87,7 @@ def create_app(
     routes = routes_of(bridge, metrics, v1, live)
     known = frozenset(route.path for route in routes)
     handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
-    guard = Middleware(Guard, settings=settings, metrics=metrics, routes=known)
+    guard = Middleware(RequestGate, settings=settings, metrics=metrics, routes=known)
     app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     app.state.bridge, app.state.watch = bridge, watch
@@ -122,7 +122,7 @@ def controller_for(drafter: Drafter, rule: Rule) -> Controller:
 def prepare(engine: Engine, metrics: Metrics) -> None:
     """Warm an engine up and describe it to the metrics. Runs in the engine's thread, before it serves."""
     engine.warm_up()
-    forget_words(engine.tokenizer)
+    disable_bpe_cache(engine.tokenizer)
     parts = engine.parts
     metrics.info.update(
         drafter=parts.drafter.name,
@@ -178,7 +178,7 @@ class Health:
         """GET /ready: 200, or 503 with the reason: loading, draining, hung or broken."""
         if self.bridge.ready:
             return PlainTextResponse("ready\n")
-        why = "draining" if self.bridge.draining else f"no step for {self.bridge.silence:.0f} s"
+        why = "draining" if self.bridge.draining else f"no step for {self.bridge.heartbeat_age:.0f} s"
         return PlainTextResponse(f"not ready: {why}\n", 503)
 
 

@@ -21,7 +21,7 @@ from outrider.errors import OutriderError, RequestError
 from outrider.params import SamplingParams
 from outrider.serve.engine_thread import EngineThread, Mail
 from outrider.serve.prep import Prep
-from outrider.serve.supervisor import BEAT, Awake
+from outrider.serve.supervisor import HEARTBEAT_SECONDS, Awake
 from outrider.serve.tickets import Deadline, EngineFailure, Limits, Overloaded, Ticket, Unavailable
 from outrider.telemetry.prometheus import Finished, Metrics
 
@@ -66,7 +66,7 @@ class Bridge:
         metrics.counters["requests_failed"] = ("Requests that the engine failed.", lambda: self.failures)
         metrics.counters["incidents"] = (
             "Defects that were contained: drafts that were none, grammars that ran out of their budget in the middle of a text.",
-            lambda: None if self.worker.engine is None else self.worker.engine.incidents,
+            lambda: None if self.worker.engine is None else self.worker.engine.defects,
         )
         metrics.counters["drafter_faults"] = (
             "Calls of a drafter that raised or returned what is no draft; each cost a step's drafts and no text.",
@@ -101,12 +101,12 @@ class Bridge:
     @property
     def alive(self) -> bool:
         """The engine thread has come round within `hang_seconds`, working or idle."""
-        return self.worker.running and not self.worker.broken and self.silence < self.limits.hang_seconds
+        return self.worker.running and not self.worker.broken and self.heartbeat_age < self.limits.hang_seconds
 
     @property
-    def silence(self) -> float:
+    def heartbeat_age(self) -> float:
         """Seconds since the engine thread last came round; a time in which this process was stopped does not count."""
-        return min(self.worker.silence, self._quiet.seconds)
+        return min(self.worker.heartbeat_age, self._quiet.seconds)
 
     @property
     def ready(self) -> bool:
@@ -119,7 +119,7 @@ class Bridge:
             if self.worker.beat != self._beat:
                 self._quiet, self._beat = Awake(), self.worker.beat
             self._quiet.tick()
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def drain(self) -> None:
         """Take nothing new; what runs may finish. Safe from a signal handler."""
@@ -128,7 +128,7 @@ class Bridge:
     async def close(self, grace: float = 30.0) -> None:
         """Let running requests finish for `grace` seconds, end the others with an error, and join the thread."""
         self.drain()
-        await self.settle(grace)
+        await self.drain_requests(grace)
         self.worker.stop()
         await asyncio.to_thread(self.worker.join, self.limits.hang_seconds)
         self._compiler.shutdown(wait=False, cancel_futures=True)
@@ -137,7 +137,7 @@ class Bridge:
         if self._prep is not None:
             await self._prep.close()
 
-    async def settle(self, grace: float) -> None:
+    async def drain_requests(self, grace: float) -> None:
         """Wait until nothing is open; after `grace` seconds end what is left with an error and give it a second to say so."""
         end = monotonic() + grace
         while self.tickets and monotonic() < end and self.alive:
@@ -238,7 +238,7 @@ class Bridge:
         if ticket.on_end is not None:
             ticket.on_end(ticket)
 
-    async def aside(self, work: Callable[[], T], seconds: float = 10.0) -> T:
+    async def in_thread(self, work: Callable[[], T], seconds: float = 10.0) -> T:
         """Run a pure function (tokenising, a chat template) beside the loop. Raises Unavailable after `seconds`."""
         try:
             return await asyncio.wait_for(asyncio.to_thread(work), seconds)

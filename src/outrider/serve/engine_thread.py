@@ -64,7 +64,7 @@ class EngineThread:
         return self._thread.is_alive()
 
     @property
-    def silence(self) -> float:
+    def heartbeat_age(self) -> float:
         """Seconds since the thread last came round."""
         return monotonic() - self.beat
 

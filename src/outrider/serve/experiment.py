@@ -13,7 +13,7 @@ USER, ARM = "x-outrider-user", "x-outrider-arm"
 
 
 @runtime_checkable
-class Trial(Protocol):
+class LiveExperimentHook(Protocol):
     """An experiment. A place has a `label`, the arm, and `overrides`, sampling parameters that the request gets besides its own;
     each comes back to `ended` once, with a record of plain data."""
 
@@ -29,7 +29,7 @@ def fixed_by_seed(params: SamplingParams, lane: str) -> bool:
     return params.seed is not None and not params.greedy and lane != "gumbel"
 
 
-def join(trial: Trial, who: str, ticket: Ticket, params: SamplingParams) -> SamplingParams:
+def join(trial: LiveExperimentHook, who: str, ticket: Ticket, params: SamplingParams) -> SamplingParams:
     """Put a request into its arm: its parameters there. What it was like is told when its reply has ended."""
     place = trial.place(who)
     if place is None:

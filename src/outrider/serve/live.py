@@ -22,7 +22,7 @@ from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
 from outrider.serve.sse import DONE, EventStream, frame, while_connected
 from outrider.serve.tickets import Unavailable
-from outrider.serve.watch import Watch
+from outrider.serve.watch import Monitor
 from outrider.telemetry.ledger import ledger
 
 Past = Callable[[], dict[str, Any]]
@@ -34,7 +34,9 @@ READ_SECONDS = 10.0
 class Live:
     """The page's data and its playground."""
 
-    def __init__(self, bridge: Bridge, settings: Settings, v1: OpenAI, watch: Watch, past: Past | None = None) -> None:
+    def __init__(
+        self, bridge: Bridge, settings: Settings, v1: OpenAI, watch: Monitor, past: Past | None = None
+    ) -> None:
         self.bridge, self.settings, self.v1, self.watch, self._past = bridge, settings, v1, watch, past
         self._reading: asyncio.Future[dict[str, Any]] | None = None
 

@@ -12,7 +12,7 @@ DEFAULT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class ServedEngine:
     """What a request is checked against: the served engine's drafter, rule, most tokens it drafts, and whether it is lossless."""
 
     drafter: str
@@ -21,7 +21,9 @@ class Engine:
     lossless: bool
 
 
-def sampling(request: CompletionRequest | ChatRequest, engine: Engine, predicted: tuple[int, ...]) -> SamplingParams:
+def sampling(
+    request: CompletionRequest | ChatRequest, engine: ServedEngine, predicted: tuple[int, ...]
+) -> SamplingParams:
     """The sampling parameters a request means. predicted: its `prediction` as token ids."""
     asked = request.max_tokens
     if isinstance(request, ChatRequest):
@@ -32,8 +34,8 @@ def sampling(request: CompletionRequest | ChatRequest, engine: Engine, predicted
             raise BadField("top_logprobs needs logprobs to be true", "top_logprobs")
     elif request.best_of is not None and request.best_of != request.samples:
         raise BadField("best_of must equal n: samples are not ranked here", "best_of")
-    wish = request.speculation or Speculation()
-    _check_speculation(wish, engine)
+    speculation = request.speculation or Speculation()
+    _check_speculation(speculation, engine)
     given = {
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -51,10 +53,10 @@ def sampling(request: CompletionRequest | ChatRequest, engine: Engine, predicted
         "stop": request.stop,
         "stop_token_ids": request.stop_token_ids,
         "logprobs": request.top,
-        "tv_budget": wish.tv_budget,
+        "tv_budget": speculation.tv_budget,
         "grammar": grammar_of(request.response_format),
         "prediction": predicted,
-        "draft_length": 0 if wish.mode == "off" else wish.length,
+        "draft_length": 0 if speculation.mode == "off" else speculation.length,
     }
     return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
 
@@ -68,16 +70,19 @@ def grammar_of(wanted: ResponseFormat | None) -> str | None:
     return wanted.grammar
 
 
-def _check_speculation(wish: Speculation, engine: Engine) -> None:
+def _check_speculation(speculation: Speculation, engine: ServedEngine) -> None:
     """BadField for what this server's engine cannot do for one request alone."""
-    for name, asked, served in (("drafter", wish.drafter, engine.drafter), ("rule", wish.rule, engine.rule)):
+    for name, asked, served in (
+        ("drafter", speculation.drafter, engine.drafter),
+        ("rule", speculation.rule, engine.rule),
+    ):
         if asked is not None and asked != served:
             raise BadField(f"this server's {name} is {served!r}: leave speculation.{name} out", f"speculation.{name}")
-    if wish.length is not None and wish.length > engine.longest:
+    if speculation.length is not None and speculation.length > engine.longest:
         raise BadField(f"this server drafts at most {engine.longest} tokens a step", "speculation.length")
-    if wish.mode == "off" and wish.length:
+    if speculation.mode == "off" and speculation.length:
         raise BadField("speculation.length must be 0 or absent when the mode is off", "speculation.length")
-    if wish.tv_budget and engine.lossless:
+    if speculation.tv_budget and engine.lossless:
         raise BadField(
             f"the rule {engine.rule!r} is exact and spends no total variation: leave tv_budget out, "
             "or ask the operator for a lossy rule",

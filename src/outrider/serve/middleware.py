@@ -26,7 +26,7 @@ OWNER = "outrider.owner"
 HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
-class Guard:
+class RequestGate:
     """Default-deny middleware. routes: known paths, the only ones that become labels of metrics."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, routes: frozenset[str]) -> None:

@@ -209,7 +209,7 @@ class Prep:
         self._texts, self.grammars = (Pool(2, hello, 1 if shared else 2) for hello in (texts, grammars))
         self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # digest of a grammar: see `_tried`
 
-    def aside(self, characters: int, template: bool) -> bool:
+    def in_thread(self, characters: int, template: bool) -> bool:
         """Whether so much text goes to a process. Never where none can be told of the tokenizer (it is no file's)."""
         return self._reads and (template or self.wild or characters > SHORT)
 

@@ -25,7 +25,7 @@ FINGERPRINT = f"outrider-{__version__}"
 
 
 @dataclass(slots=True)
-class Choice:
+class ReplyChoice:
     """One sample as it grows. steps: tokens and accepted drafts of each step, kept only when a prediction is accounted for."""
 
     text: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Reply:
         self.longest, self.details = longest, details
         self.chat = isinstance(request, ChatRequest)
         self.created = int(time())
-        self.choices = [Choice() for _ in range(ticket.choices)]
+        self.choices = [ReplyChoice() for _ in range(ticket.choices)]
         self.prediction: tuple[int, ...] = ()
         self._places: Places | None = None
         self._replays: dict[int, Replay] = {}
@@ -83,7 +83,7 @@ class Reply:
                     out[name] += more
         return out
 
-    def _choice(self, index: int, c: Choice, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def _choice(self, index: int, c: ReplyChoice, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         text = "".join(c.text)
         out: dict[str, Any] = {"index": index, "finish_reason": c.finish, "logprobs": logprobs}
         if self.chat:
@@ -119,7 +119,7 @@ class Reply:
                 for choice in self._deltas(index, new[index]):
                     yield frame(self._chunk([choice], self.request.usage_in_chunks), pad)
 
-    def _deltas(self, index: int, c: Choice) -> list[dict[str, Any]]:
+    def _deltas(self, index: int, c: ReplyChoice) -> list[dict[str, Any]]:
         """The chunk choices of what is new in one sample."""
         text = "".join(c.text)
         more: dict[str, Any] = {"token_ids": c.tokens} if self.request.return_token_ids else {}
@@ -161,12 +161,12 @@ class Reply:
             replay = self._replays[index] = Replay(self._places, steps)
         return replay.accepted()
 
-    def _take(self, batch: list[tuple[int, Event]]) -> dict[int, Choice]:
+    def _take(self, batch: list[tuple[int, Event]]) -> dict[int, ReplyChoice]:
         """Add events to the samples; what is new, by sample."""
-        new: dict[int, Choice] = {}
+        new: dict[int, ReplyChoice] = {}
         for index, event in batch:
             self.choices[index].add(event)
-            new.setdefault(index, Choice()).add(event)
+            new.setdefault(index, ReplyChoice()).add(event)
         return new
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class TextPart(Strict):
 Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
-class Prediction(Strict):
+class PredictionField(Strict):
     """A continuation the client expects: a drafter proposes it; it never changes the law of the text."""
 
     type: Literal["content"]
@@ -89,7 +89,7 @@ class ResponseFormat(Strict):
         return "json:" + json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
-class Shared(Strict):
+class RequestFields(Strict):
     """Fields that completions and chat completions have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -118,7 +118,7 @@ class Shared(Strict):
     include_stop_str_in_output: Literal[False] | None = None
     response_format: ResponseFormat | None = None
     # ours
-    prediction: Prediction | None = None
+    prediction: PredictionField | None = None
     speculation: Speculation | None = None
 
     @property
@@ -134,7 +134,7 @@ class Shared(Strict):
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-class CompletionRequest(Shared):
+class CompletionRequest(RequestFields):
     """Body of POST /v1/completions."""
 
     prompt: (
@@ -194,7 +194,7 @@ class Message(Strict):
         return text_of(self.content) if self.content is not None else self.refusal or ""
 
 
-class ChatRequest(Shared):
+class ChatRequest(RequestFields):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -226,7 +226,7 @@ _FIELDS = frozenset(
         Message,
         TextPart,
         StreamOptions,
-        Prediction,
+        PredictionField,
         Speculation,
         ResponseFormat,
     )
@@ -247,7 +247,7 @@ def text_of(content: str | list[TextPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def parse(model: type[Shared], body: object) -> Any:
+def parse(model: type[RequestFields], body: object) -> Any:
     """A checked request of the class `model`. Raises BadField with field and remedy; the client's values are not repeated."""
     if not isinstance(body, dict):
         raise BadField("the body must be a JSON object")
@@ -279,7 +279,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     nested: dict[str, type[BaseModel]] = {
         "stream_options": StreamOptions,
         "speculation": Speculation,
-        "prediction": Prediction,
+        "prediction": PredictionField,
         "response_format": ResponseFormat,
         "messages": Message,
     }

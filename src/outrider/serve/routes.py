@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 from outrider.errors import RequestError, unknown_name
 from outrider.serve.body import Bodies
 from outrider.serve.bridge import Bridge
-from outrider.serve.experiment import ARM, USER, Trial, fixed_by_seed, join
-from outrider.serve.meaning import Engine, sampling
+from outrider.serve.experiment import ARM, USER, LiveExperimentHook, fixed_by_seed, join
+from outrider.serve.meaning import ServedEngine, sampling
 from outrider.serve.middleware import OWNER
 from outrider.serve.prep import Refused, TooLong
 from outrider.serve.prep_worker import conversation, encoder
@@ -36,7 +36,7 @@ STARTED = int(time())
 class OpenAI:
     """The handlers of one server."""
 
-    def __init__(self, bridge: Bridge, settings: Settings, trial: Trial | None = None) -> None:
+    def __init__(self, bridge: Bridge, settings: Settings, trial: LiveExperimentHook | None = None) -> None:
         self.bridge, self.settings, self.trial = bridge, settings, trial
         self._bodies = Bodies(settings.body, settings.body_seconds)
 
@@ -148,10 +148,10 @@ class OpenAI:
             return []
         if tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer, and this server has none: send token ids")
-        if prep.aside(sum(map(len, texts)), False):
+        if prep.in_thread(sum(map(len, texts)), False):
             return await prep.encode(texts, special, most, owner)
         encode = encoder(tokenizer)
-        return await self.bridge.aside(lambda: [encode(text, special) for text in texts])
+        return await self.bridge.in_thread(lambda: [encode(text, special) for text in texts])
 
     async def _conversation(self, body: ChatRequest, owner: int) -> list[int]:
         """The prompt of a conversation: the model's own chat template, never a client's, in transformers' immutable sandbox.
@@ -167,9 +167,9 @@ class OpenAI:
             return (await self._read([text], body.add_special_tokens is not False, prep.most, owner))[0]
         special = body.add_special_tokens is True
         try:
-            if prep.aside(sum(len(m["content"]) for m in messages), True):
+            if prep.in_thread(sum(len(m["content"]) for m in messages), True):
                 return await prep.chat(messages, special, owner)
-            return await self.bridge.aside(lambda: conversation(tokenizer, messages, special))
+            return await self.bridge.in_thread(lambda: conversation(tokenizer, messages, special))
         except Refused as error:
             raise BadField(str(error), "messages") from None
 
@@ -190,7 +190,7 @@ class OpenAI:
         }
 
 
-def served(bridge: Bridge) -> Engine:
+def served(bridge: Bridge) -> ServedEngine:
     """The facts of the engine that requests are checked against."""
     parts = bridge.engine.parts
-    return Engine(parts.drafter.name, parts.rule.name, parts.drafter.max_depth, parts.rule.lossless)
+    return ServedEngine(parts.drafter.name, parts.rule.name, parts.drafter.max_depth, parts.rule.lossless)

@@ -19,7 +19,7 @@ from outrider.serve.bridge import Bridge
 from outrider.serve.connection import BURST, Connection, Door, room
 from outrider.serve.settings import Settings
 from outrider.serve.sse import STALL_SECONDS
-from outrider.serve.supervisor import CLOSED, LOST, SERVING, Line
+from outrider.serve.supervisor import CLOSED, LOST, SERVING, Heartbeat
 
 Say = Callable[[bool], object]
 BLINK = 0.05
@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()  # what a server is made of is never garbage: to look through all of it stops every stream for 0.1 s
         if self.line is not None and self.started:
-            self._telling = asyncio.create_task(Line(self.line, self.state).run())
+            self._telling = asyncio.create_task(Heartbeat(self.line, self.state).run())
 
     def state(self) -> bytes:
         """How the server is, in a keeper's words."""
@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list | None = None) -> None:
         """Settle the requests beside uvicorn's own wait for their connections."""
         gc.unfreeze()
-        settled = asyncio.create_task(self.bridge.settle(0.0 if self.force_exit else self.grace))
+        settled = asyncio.create_task(self.bridge.drain_requests(0.0 if self.force_exit else self.grace))
         await super().shutdown(sockets)
         settled.cancel()
         await asyncio.gather(settled, return_exceptions=True)

@@ -20,15 +20,15 @@ from time import monotonic
 
 SERVING, CLOSED, LOST = b"+", b".", b"-"
 """What a worker says: it serves; it takes nothing new, but lives; its engine is dead or hangs."""
-BEAT = 0.25
+HEARTBEAT_SECONDS = 0.25
 """Seconds between two words of a worker."""
-PROVEN = 60.0
+RESTARTS_FORGIVEN_AFTER = 60.0
 """Seconds a worker must have served for the restarts before it to be forgotten."""
-LAST_WORDS = 5.0
+EXIT_GRACE_SECONDS = 5.0
 """Seconds a worker may take to exit after its line has closed."""
-PATIENCE = 5.0
+REFUSAL_SECONDS = 5.0
 """Seconds a client that is turned away may take to send its request and to read the reply."""
-TURNED_AWAY = 512
+MAX_REFUSED = 512
 """Most clients that are being turned away at once; more are cut without a word."""
 SPARE = 32
 """Descriptors kept for the worker to be started."""
@@ -53,7 +53,7 @@ STARTING = refusal("the server is starting: try again in some seconds")
 ENDING = refusal("the server is shutting down: send the request again elsewhere")
 
 
-class Line:
+class Heartbeat:
     """The worker's end of the line. state: says how the worker is, with one of the three words above."""
 
     def __init__(self, sock: socket.socket, state: Callable[[], bytes]) -> None:
@@ -66,7 +66,7 @@ class Line:
         while True:
             with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
                 self.sock.send(self.state())
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
 
 class Awake:
@@ -81,7 +81,7 @@ class Awake:
     def tick(self) -> None:
         now = monotonic()
         step, self._last = now - self._last, now
-        self.seconds += step if step <= 2 * BEAT else 0.0  # whatever came meanwhile is looked at first
+        self.seconds += step if step <= 2 * HEARTBEAT_SECONDS else 0.0  # whatever came meanwhile is looked at first
 
 
 def turned_away() -> int:
@@ -89,8 +89,8 @@ def turned_away() -> int:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        return max(1, min(TURNED_AWAY, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE) // 2))
-    return TURNED_AWAY
+        return max(1, min(MAX_REFUSED, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE) // 2))
+    return MAX_REFUSED
 
 
 def die_with_parent() -> None:
@@ -99,13 +99,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
 
 
-class Keeper:
+class Supervisor:
     """Keeps one worker running.
 
     listener: the listening socket. command: the worker's command line, given the numbers of the descriptors it inherits (the
     listener and its end of the line) and how often a worker has been started again. restarts: how many in a row, without a
-    minute of service between them, until the keeper gives up. silence: seconds without a word after which a worker that has served
-    is killed. say: told of every restart.
+    minute of service between them, until the keeper gives up. max_heartbeat_age: seconds without a word after which a worker that
+    has served is killed. say: told of every restart.
     """
 
     def __init__(
@@ -113,10 +113,16 @@ class Keeper:
         listener: socket.socket,
         command: Callable[[int, int, int], list[str]],
         restarts: int,
-        silence: float,
+        max_heartbeat_age: float,
         say: Callable[[str], None],
     ) -> None:
-        self.listener, self.command, self.restarts, self.silence, self.say = listener, command, restarts, silence, say
+        self.listener, self.command, self.restarts, self.max_heartbeat_age, self.say = (
+            listener,
+            command,
+            restarts,
+            max_heartbeat_age,
+            say,
+        )
         self.count = 0
         self._ending: signal.Signals | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -140,9 +146,11 @@ class Keeper:
             if self._ending is not None or not proven:  # a first worker that cannot start has said why
                 return code
             lasted = 0.0 if self._served is None else monotonic() - self._served
-            spent = 1 if lasted >= PROVEN else spent + 1
+            spent = 1 if lasted >= RESTARTS_FORGIVEN_AFTER else spent + 1
             if spent > self.restarts:
-                self.say(f"the server has ended {spent} times without {PROVEN:.0f} s of service between: giving up")
+                self.say(
+                    f"the server has ended {spent} times without {RESTARTS_FORGIVEN_AFTER:.0f} s of service between: giving up"
+                )
                 return code or 1
             self.count += 1
             self.say(f"the server has ended (exit code {code}): starting it again, number {self.count}")
@@ -161,7 +169,7 @@ class Keeper:
             process.send_signal(self._ending)
         try:
             if await self._hear(reader):
-                await asyncio.wait_for(process.wait(), LAST_WORDS)
+                await asyncio.wait_for(process.wait(), EXIT_GRACE_SECONDS)
         except TimeoutError:
             pass
         finally:
@@ -177,12 +185,12 @@ class Keeper:
         heard = asyncio.create_task(reader.read(64))
         clock = Awake()
         while True:
-            await asyncio.wait({heard}, timeout=BEAT)
+            await asyncio.wait({heard}, timeout=HEARTBEAT_SECONDS)
             clock.tick()
             if not heard.done():
-                if self._served is not None and clock.seconds >= self.silence:
+                if self._served is not None and clock.seconds >= self.max_heartbeat_age:
                     heard.cancel()
-                    self.say(f"the server has not said a word for {self.silence:g} s")
+                    self.say(f"the server has not said a word for {self.max_heartbeat_age:g} s")
                     return False
                 continue
             word = heard.result()[-1:]
@@ -237,7 +245,7 @@ class Keeper:
         client.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=client)
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(REFUSAL_SECONDS):
                 await reader.read(65536)
                 writer.write(STARTING if self._ending is None else ENDING)
                 writer.write_eof()

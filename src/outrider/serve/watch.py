@@ -14,7 +14,7 @@ from outrider.control.acceptance import break_even
 from outrider.control.adaptive import Adaptive, Outlook
 from outrider.serve.bridge import Bridge
 from outrider.serve.webhook import Webhook
-from outrider.telemetry.alerts import HOPELESS, WINDOW, Alerts, Reading
+from outrider.telemetry.alerts import HOPELESS, WINDOW, Alerts, WindowSample
 from outrider.telemetry.prometheus import Histogram, drafts, quantile
 from outrider.telemetry.resources import cpu_seconds, memory_bytes
 
@@ -23,7 +23,7 @@ KEPT = 600
 
 
 @dataclass
-class Watch:
+class Monitor:
     """What is known of one server over time. price: dollars an hour of the machine, None if not told. period: seconds between
     two samples. webhook: told of every alert that begins or ends. clock: seconds since the epoch."""
 
@@ -111,14 +111,14 @@ class Watch:
         controller = self.bridge.engine.controller
         return controller.outlook() if isinstance(controller, Adaptive) else None
 
-    def reading(self) -> Reading:
+    def reading(self) -> WindowSample:
         """Sums over the window, and the present beliefs."""
         if not self.history:
-            return Reading()
+            return WindowSample()
         now, then = self.history[-1], self._then()
         names = ("judged", "rejected", "accepted", "drafts", "emitted", "bias", "overloaded", "failed")
         residuals = self.bridge.metrics.residuals
-        return Reading(
+        return WindowSample(
             **{name: now[name] - then[name] for name in names},
             steps=now["sequence_steps"] - then["sequence_steps"],
             speedup=self.speedup(),

@@ -23,7 +23,7 @@ LEAST_COST = 1.1
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class WindowSample:
     """What the conditions look at: sums of the latest WINDOW seconds, and what is believed now. None: not known.
 
     judged, rejected, accepted, emitted: tokens. steps: of sequences, drafts: those of them that judged a draft. bias: total
@@ -61,7 +61,7 @@ class Condition:
     name: str
     severity: str
     summary: str
-    value: Callable[[Reading], float | None]
+    value: Callable[[WindowSample], float | None]
     fire: float
     clear: float
     above: bool = True
@@ -74,14 +74,14 @@ class Condition:
         return value < self.clear if self.above else value > self.clear
 
 
-def _excess(r: Reading) -> float | None:
+def _excess(r: WindowSample) -> float | None:
     """Rejection probability over break-even."""
     if r.judged < FEW:
         return None
     return r.rejection / max(HOPELESS if r.break_even is None else r.break_even, 1e-6)
 
 
-def _speed(r: Reading) -> float | None:
+def _speed(r: WindowSample) -> float | None:
     """Speed of what was decoded over plain decoding; where nobody has measured it, at most what was accepted can have brought."""
     if not r.judged:
         return None
@@ -197,7 +197,7 @@ class Alerts:
     hold: float | None = None
     _states: dict[str, _State] = field(default_factory=dict)
 
-    def look(self, reading: Reading, now: float) -> list[Notice]:
+    def look(self, reading: WindowSample, now: float) -> list[Notice]:
         """What began and what ended at time `now`. A value that says nothing counts towards the end of an alert."""
         out: list[Notice] = []
         for c in self.conditions:

@@ -127,7 +127,7 @@ class Metrics(Collector):
         for phase, value in record.seconds.items():
             self.seconds[phase] += value
         self.counts.merge(record.counts)
-        self.residuals.add(record.fresh)
+        self.residuals.add(record.engine_seeded)
 
     def finished(self, request: Finished) -> None:
         """One request ended. A failed one is an outcome: its times enter no histogram."""

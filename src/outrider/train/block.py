@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters.dflash.network import BlockConfig, BlockModel
+from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
 from outrider.train.losses import ONLY_KL
-from outrider.train.slots import Objective, law_loss, slot_loss
+from outrider.train.slots import Objective, distillation_loss, slot_loss
 
 ANCHOR_STREAM = 0xA2C
 """Sets the anchors' random numbers apart from those that order the rows."""
@@ -61,10 +61,10 @@ def labels_of(tokens: Int[Tensor, "r L"], anchors: Int[Tensor, "r N"], block: in
     return tokens.gather(1, places.flatten(1)).view(places.shape)
 
 
-def packed(model: nn.Module, batch: Batch, columns: Sequence[int]) -> tuple[BlockModel, Float[Tensor, "M S V"]]:
+def packed(model: nn.Module, batch: Batch, columns: Sequence[int]) -> tuple[DFlashNetwork, Float[Tensor, "M S V"]]:
     """Logits of every block of a batch of `Blocks`, one under the other; columns: the hidden states that the drafter reads."""
     assert isinstance(batch, tuple)
-    assert isinstance(model, BlockModel)
+    assert isinstance(model, DFlashNetwork)
     tokens, hidden, anchors = batch
     keys = model.inject(hidden[:, :, list(columns)])
     return model, model.blocks(keys, tokens.gather(1, anchors), anchors).flatten(0, 1)
@@ -82,10 +82,10 @@ def block_loss(columns: Sequence[int], how: Objective) -> LossOf:
 
 
 SHARES = {"staged": ((1.0, 0.0), (0.1, 1.0)), "kl": ((1.0, 0.0),) * 2, "log_acceptance": ((0.0, 1.0),) * 2}
-"""Losses against laws: `entropy` and `overlap` of `slots.law_loss` before and after ONLY_KL of the steps."""
+"""Losses against laws: `entropy` and `overlap` of `slots.distillation_loss` before and after ONLY_KL of the steps."""
 
 
-def block_law_loss(
+def block_distillation_loss(
     columns: Sequence[int], last: int, target: Target, how: Objective, loss_name: str = "staged"
 ) -> LossOf:
     """The same against the target's laws, its last hidden states (column `last` of those that are stored) through its head.
@@ -103,13 +103,13 @@ def block_law_loss(
             wanted = target.unembed(before.flatten(0, 2).to(target.dtype)).view(*logits.shape)
         entropy, overlap = SHARES[loss_name][progress >= ONLY_KL]
         every = torch.ones(logits.shape[:2], dtype=torch.bool)
-        return law_loss(logits, wanted, every, how, entropy=entropy, overlap=overlap)
+        return distillation_loss(logits, wanted, every, how, entropy=entropy, overlap=overlap)
 
     return loss
 
 
 def predict_blocks(
-    model: BlockModel, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"]
+    model: DFlashNetwork, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"]
 ) -> list[Float[Tensor, "r n V"]]:
     """A block at every position: entry d, column i is slot d + 1 of the block whose anchor is token i + 1."""
     size = model.config.block
@@ -147,7 +147,7 @@ def sampled(log_p: Float[Tensor, "r L"], uniform: Float[Tensor, "r L"]) -> Accep
 
 @torch.no_grad()
 def walk(
-    model: BlockModel,
+    model: DFlashNetwork,
     tokens: Int[Tensor, "r L"],
     taps: Float[Tensor, "r L T H"],
     first: int,
@@ -157,7 +157,7 @@ def walk(
 ) -> list[list[int]]:
     """Decode rows that are written already: accepted tokens of every round of each row, rounds that leave the row left out.
 
-    first: position of the first anchor, the first token that was written. slots: of a block, see `BlockModel.blocks`. With
+    first: position of the first anchor, the first token that was written. slots: of a block, see `DFlashNetwork.blocks`. With
     `most_likely` on greedy text these are the very rounds of the engine; on sampled text, and with `sampled`, they have
     the law of the engine's: the text is what the target would have written, and a drafter never changes it.
     """
@@ -181,19 +181,19 @@ def walk(
 # ------------------------------------------------------------------------------------------------------ fresh drafters
 @torch.no_grad()
 def new_blocks(
-    config: BlockConfig,
+    config: DFlashConfig,
     target: Target,
     taps: Float[Tensor, "n T H"],
     head: Float[Tensor, "V H"],
     norm: Float[Tensor, "H"],
     seed: int = 0,
-) -> BlockModel:
+) -> DFlashNetwork:
     """A block drafter before its first step: its tables and its last norm are the target's, `fc` takes taps to about one.
 
     taps: some hidden states of the layers it will read. head, norm: the target's output matrix and the weights of its final norm.
     """
     torch.manual_seed(seed)
-    model = BlockModel(config)
+    model = DFlashNetwork(config)
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and weight.requires_grad:
             small = 0.1 if "o_proj" in name or "down_proj" in name else 1.0

@@ -37,7 +37,7 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class TrainState:
     """One verified checkpoint: groups of named tensors and the plain state that goes with them."""
 
     path: Path
@@ -117,14 +117,14 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: contents of {', '.join(wrong)} differ from the manifest")
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path) -> TrainState:
     """Verify and read one checkpoint."""
     verify(path)
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(path=path, tensors=tensors, state=json.loads((path / STATE).read_text()))
+    return TrainState(path=path, tensors=tensors, state=json.loads((path / STATE).read_text()))
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def load_latest(folder: Path) -> TrainState | None:
     """The newest checkpoint that verifies; None where there is none at all.
 
     A corrupt one is skipped with a warning. If checkpoints exist and all are corrupt this raises: silently starting

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.drafters.checkpoint import target_parts
-from outrider.drafters.dflash.network import BlockModel
-from outrider.drafters.eagle.eagle1 import LastFeatureModel
-from outrider.drafters.eagle.eagle3 import FeatureModel
-from outrider.drafters.eagle.network import FeatureConfig, FeatureNetwork
-from outrider.drafters.medusa.network import HeadsConfig, MedusaHeads
+from outrider.drafters.dflash.network import DFlashNetwork
+from outrider.drafters.eagle.eagle1 import Eagle1Network
+from outrider.drafters.eagle.eagle3 import Eagle3Network
+from outrider.drafters.eagle.network import EagleConfig, EagleNetwork
+from outrider.drafters.medusa.network import MedusaConfig, MedusaNetwork
 from outrider.protocols import Target
 from outrider.train import CausalLM, losses
 from outrider.train.block import predict_blocks
@@ -40,7 +40,7 @@ Level d + 1 at column i stands for token i + d + 2, whose law the target gives a
 """
 
 
-def predict_heads(model: MedusaHeads, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"]) -> list[Logits]:
+def predict_heads(model: MedusaNetwork, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"]) -> list[Logits]:
     """All heads at all positions; the last ones have nothing to be compared with."""
     length = tokens.shape[1]
     logits = model(taps[:, :, -1])
@@ -48,7 +48,7 @@ def predict_heads(model: MedusaHeads, tokens: Int[Tensor, "r L"], taps: Float[Te
 
 
 def predict_features(
-    model: FeatureNetwork, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    model: EagleNetwork, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
 ) -> list[Logits]:
     """Training-time test: every level on the outputs of the one before."""
     return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
@@ -63,7 +63,7 @@ def predict_model(
 
 
 @dataclass(frozen=True)
-class Judge:
+class Teacher:
     """The target's laws, as the loss and the measures want them. layers: of the taps, the last one the target's last block.
 
     taps: columns of the stored hidden states that the drafter reads. last: the column of the target's last block.
@@ -74,11 +74,11 @@ class Judge:
     last: int
 
     @classmethod
-    def of(cls, target: Target, held: tuple[int, ...], read: tuple[int, ...]) -> Judge:
+    def of(cls, target: Target, held: tuple[int, ...], read: tuple[int, ...]) -> Teacher:
         """held: the layers that are stored. read: those that the drafter reads."""
         return cls(target, tuple(held.index(layer) for layer in read), held.index(target.layers))
 
-    def laws(self, hidden: Float[Tensor, "r L T H"]) -> Float[Tensor, "r L V"]:
+    def distributions(self, hidden: Float[Tensor, "r L T H"]) -> Float[Tensor, "r L V"]:
         """The target's logits at every position."""
         with torch.no_grad():
             last = hidden[:, :, self.last].to(self.target.dtype)
@@ -87,19 +87,19 @@ class Judge:
     def pairs(self, model: Any, batch: tuple[Tensor, Tensor], predict: Predict) -> list[tuple[Logits, Logits]]:
         """For every level the target's logits and the draft's, position by position."""
         tokens, hidden = batch
-        wanted = self.laws(hidden)
+        wanted = self.distributions(hidden)
         found = predict(model, tokens, hidden[:, :, list(self.taps)])
         return [(wanted[:, d + 1 : d + 1 + q.shape[1]], q) for d, q in enumerate(found)]
 
 
-def loss_of(judge: Judge, predict: Predict, how: str = "staged") -> Callable[[nn.Module, Batch, float], Tensor]:
+def loss_of(judge: Teacher, predict: Predict, how: str = "staged") -> Callable[[nn.Module, Batch, float], Tensor]:
     """A loss for `loop.train`: the law loss `how` (`losses.LOSSES`) at every level, deeper levels weighing less."""
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         assert isinstance(batch, tuple)
         tokens = batch[0]
         terms = [
-            DECAY**d * losses.law_loss(how, p, q, tokens[:, d + 2 : d + 1 + q.shape[1]], progress)
+            DECAY**d * losses.distillation_loss(how, p, q, tokens[:, d + 2 : d + 1 + q.shape[1]], progress)
             for d, (p, q) in enumerate(judge.pairs(model, (tokens, batch[1]), predict))
         ]
         return torch.stack(terms).sum() / sum(DECAY**d for d in range(len(terms)))
@@ -111,7 +111,7 @@ NOISE = 0.2 * 512
 """Width of the uniform noise on features, times the length of a row (EAGLE's code: its rows have up to 2048 tokens)."""
 
 
-def feature_loss(judge: Judge) -> Callable[[nn.Module, Batch, float], Tensor]:
+def feature_loss(judge: Teacher) -> Callable[[nn.Module, Batch, float], Tensor]:
     """EAGLE-1's loss for `loop.train`: the next feature by smooth L1, and a tenth of the cross-entropy of the laws it gives.
 
     Li et al. 2024, section 4.2, with the noise of the authors' code on the features that are read, so that drafting on the
@@ -119,9 +119,9 @@ def feature_loss(judge: Judge) -> Callable[[nn.Module, Batch, float], Tensor]:
     """
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
-        assert isinstance(batch, tuple) and isinstance(model, LastFeatureModel)
+        assert isinstance(batch, tuple) and isinstance(model, Eagle1Network)
         tokens, hidden = batch[0], batch[1]
-        wanted, f = judge.laws(hidden), model.read(hidden[:, :, list(judge.taps)])
+        wanted, f = judge.distributions(hidden), model.read(hidden[:, :, list(judge.taps)])
         noisy = f + (torch.rand_like(f) - 0.5) * NOISE / f.shape[1]
         (state,) = model.states(tokens, noisy[:, :-1], 1)
         near = torch.nn.functional.smooth_l1_loss(state, f[:, 1:])
@@ -137,7 +137,7 @@ MEASURED = 32
 
 
 def measure_of(
-    judge: Judge, predict: Predict, held_out: Features, rows: int = MEASURED
+    judge: Teacher, predict: Predict, held_out: Features, rows: int = MEASURED
 ) -> Callable[[Any], dict[str, float]]:
     """An `evaluate` for `loop.train`: on held-out rows the acceptance of every level, and tokens per step they promise.
 
@@ -165,10 +165,10 @@ def measure_of(
 
 # ---------------------------------------------------------------------------------------------------- fresh drafters
 @torch.no_grad()
-def new_heads(config: HeadsConfig, target: Target, final_norm: Tensor | None = None, seed: int = 0) -> MedusaHeads:
+def new_heads(config: MedusaConfig, target: Target, final_norm: Tensor | None = None, seed: int = 0) -> MedusaNetwork:
     """Heads that start as the target's own output. final_norm: weights of its final norm, None if they are all one."""
     torch.manual_seed(seed)
-    model = MedusaHeads(config)
+    model = MedusaNetwork(config)
     norm = torch.ones(config.hidden) if final_norm is None else final_norm.float()
     model.norm.weight.copy_(norm)
     model.norm.weight.requires_grad_(False)
@@ -186,13 +186,13 @@ def output_of(target: Target) -> Float[Tensor, "V H"]:
 
 
 @torch.no_grad()
-def new_features(config: FeatureConfig, target: Target, taps: Float[Tensor, "n T H"], seed: int = 0) -> FeatureModel:
+def new_features(config: EagleConfig, target: Target, taps: Float[Tensor, "n T H"], seed: int = 0) -> Eagle3Network:
     """A feature model whose token tables are the target's, projected to its width, and whose `fc` takes taps to about one.
 
     taps: some hidden states of the layers it will read: their sizes differ by layer.
     """
     torch.manual_seed(seed)
-    model = FeatureModel(config)
+    model = Eagle3Network(config)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             nn.init.normal_(
@@ -216,10 +216,10 @@ def new_draft(model: CausalLM, target: Target) -> CausalLM:
 
 
 @torch.no_grad()
-def new_last_features(config: FeatureConfig, target: Target, seed: int = 0) -> LastFeatureModel:
+def new_last_features(config: EagleConfig, target: Target, seed: int = 0) -> Eagle1Network:
     """An EAGLE-1 drafter with the target's tables that starts by foreseeing the feature it was given."""
     torch.manual_seed(seed)
-    model = LastFeatureModel(config)
+    model = Eagle1Network(config)
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and weight.requires_grad:
             nn.init.normal_(
@@ -241,8 +241,8 @@ def narrow(table: Float[Tensor, "V H"], width: int) -> Float[Tensor, "V D"]:
 
 def predictor(model: nn.Module, levels: int) -> Predict:
     """The `Predict` of a model, for drafts of `levels` levels where the model does not fix them."""
-    if isinstance(model, BlockModel):
+    if isinstance(model, DFlashNetwork):
         return predict_blocks
-    if isinstance(model, MedusaHeads):
+    if isinstance(model, MedusaNetwork):
         return predict_heads
-    return partial(predict_features if isinstance(model, FeatureNetwork) else predict_model, levels=levels)
+    return partial(predict_features if isinstance(model, EagleNetwork) else predict_model, levels=levels)

@@ -32,7 +32,7 @@ NGRAM, MOST_REPEATED = 8, 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DataSpec:
     """What a data folder holds. Rows of `prompt` tokens of text and `length - prompt` tokens of the target's own.
 
     prompt = length: text as it was written, nothing generated. temperature: of what the target writes.
@@ -86,7 +86,7 @@ class Features:
 def cut_prompts(
     documents: Sequence[Document],
     encode: Callable[[str], list[int]],
-    wanted: Wanted,
+    wanted: DataSpec,
     apart: Collection[tuple[int, ...]] = (),
 ) -> list[list[int]]:
     """`wanted.rows` pieces of exactly `wanted.prompt` tokens that begin at line starts, taking the documents in turn; none of
@@ -112,7 +112,7 @@ def cut_prompts(
 def write_tokens(
     engine: Engine,
     documents: Sequence[Document],
-    wanted: Wanted,
+    wanted: DataSpec,
     folder: Path,
     report: Report = print,
     apart: Collection[tuple[int, ...]] = (),
@@ -136,7 +136,7 @@ def write_tokens(
     return tokens
 
 
-def _continue(engine: Engine, prompts: list[list[int]], first: int, wanted: Wanted) -> np.ndarray:
+def _continue(engine: Engine, prompts: list[list[int]], first: int, wanted: DataSpec) -> np.ndarray:
     more = wanted.length - wanted.prompt
     if not more:
         return np.asarray(prompts)

@@ -15,7 +15,7 @@ from typing import Any
 
 from outrider.files import write_whole
 from outrider.train.data import Document
-from outrider.train.features import Wanted
+from outrider.train.features import DataSpec
 
 ABOUT = "about.json"
 
@@ -30,7 +30,7 @@ def part_folder(
     part: str,
     target: str,
     documents: Sequence[Document],
-    wanted: Wanted,
+    wanted: DataSpec,
     prompts: Sequence[Sequence[int]],
 ) -> Path:
     """The folder of a part ("training" or "held_out") of the data, which says in about.json what it is of; it is made.

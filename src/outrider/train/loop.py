@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from outrider.errors import ConfigError, unknown_name
-from outrider.train.checkpoint import Checkpoint, load_latest, save_checkpoint
+from outrider.train.checkpoint import TrainState, load_latest, save_checkpoint
 
 Batch = torch.Tensor | tuple[torch.Tensor, ...]  # token ids [rows, length + 1], or a tuple that begins with them
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
@@ -103,7 +103,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: dict[str, torch.T
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> dict:
+def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: TrainState) -> dict:
     """Load weights, moments and random state; return the plain state."""
     model.load_state_dict(checkpoint.tensors["model"])
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"])

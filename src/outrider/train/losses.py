@@ -115,12 +115,12 @@ def log_acceptance(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> t
 
 
 LOSSES = ("staged", "hybrid", "kl", "tv", "log_acceptance", "ce")
-"""Ways to compare a draft's law with the target's, for ``law_loss``."""
+"""Ways to compare a draft's law with the target's, for ``distillation_loss``."""
 ONLY_KL = 2 / 3
 """Share of a ``staged`` training that minimises KL(p || q) alone; then total variation leads, which is one minus acceptance."""
 
 
-def law_loss(
+def distillation_loss(
     name: str, target_logits: torch.Tensor, draft_logits: torch.Tensor, tokens: torch.Tensor, progress: float
 ) -> torch.Tensor:
     """The loss ``name`` of LOSSES for logits ``[r, n, V]``. tokens ``[r, n - 1]``: the text behind the columns but the last, for

@@ -45,7 +45,7 @@ def bits_per_byte(nats: float, tokens: int, size: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairComparison:
     """Two models on the same text: losses in nats per token, acceptance, and how often their favourites agree."""
 
     target_nats: float
@@ -60,7 +60,7 @@ def compare(
     windows: torch.Tensor,
     temperatures: Sequence[float] = TEMPERATURES,
     skip: int = 0,
-) -> Comparison:
+) -> PairComparison:
     """Measure a pair on ``windows [M, L + 1]`` in one pass; the first ``skip`` positions of each are context only.
 
     A temperature of t means both laws are sharpened by 1/t before they are compared, as in decoding at t.
@@ -77,7 +77,7 @@ def compare(
     agreed = torch.cat(agree).double()
     target_nats, draft_nats = (sum(column) / len(agreed) for column in zip(*nats, strict=True))
     summaries = [summarise(t, torch.cat(k)) for t, k in zip(temperatures, kept, strict=True)]
-    return Comparison(target_nats, draft_nats, summaries, agreed.mean().item())
+    return PairComparison(target_nats, draft_nats, summaries, agreed.mean().item())
 
 
 def summarise(temperature: float, kept: torch.Tensor) -> Acceptance:

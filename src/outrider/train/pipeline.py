@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from outrider.build import Engine, build_engine
+from outrider.deprecated import current
 from outrider.drafters.checkpoint import output_head
-from outrider.drafters.dflash.network import BlockConfig, BlockModel
-from outrider.drafters.eagle.eagle1 import LastFeatureModel
-from outrider.drafters.eagle.eagle3 import FeatureModel
-from outrider.drafters.eagle.network import FeatureConfig
-from outrider.drafters.medusa.network import HeadsConfig, MedusaHeads
+from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
+from outrider.drafters.eagle.eagle1 import Eagle1Network
+from outrider.drafters.eagle.eagle3 import Eagle3Network
+from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.medusa.network import MedusaConfig, MedusaNetwork
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import Unsupported
@@ -29,11 +30,11 @@ from outrider.models.hf.fresh import small_llama
 from outrider.models.load import load_target, load_tokenizer
 from outrider.protocols import Target
 from outrider.train import data
-from outrider.train.block import SHARES, Blocks, block_law_loss, block_loss, new_blocks
+from outrider.train.block import SHARES, Blocks, block_distillation_loss, block_loss, new_blocks
 from outrider.train.checkpoint import identity_of, replace_folder, write_model
 from outrider.train.corpus import read_corpus
 from outrider.train.drafter import (
-    Judge,
+    Teacher,
     feature_loss,
     loss_of,
     measure_of,
@@ -44,11 +45,19 @@ from outrider.train.drafter import (
     output_of,
     predictor,
 )
-from outrider.train.features import Features, Wanted, cut_prompts, hidden_of, read_features, write_hidden, write_tokens
+from outrider.train.features import (
+    DataSpec,
+    Features,
+    cut_prompts,
+    hidden_of,
+    read_features,
+    write_hidden,
+    write_tokens,
+)
 from outrider.train.keyed import hidden_folder, part_folder, run_folder
 from outrider.train.loop import BOOKKEEPING, LoopConfig, LossOf, share_computing, train
 from outrider.train.losses import LOSSES
-from outrider.train.slots import arm
+from outrider.train.slots import objective_named
 
 KINDS: dict[str, frozenset[str]] = {
     "medusa": frozenset({"blocks", "loss"}),
@@ -58,7 +67,7 @@ KINDS: dict[str, frozenset[str]] = {
     "draft": frozenset({"blocks", "width", "loss"}),
 }
 """What can be trained, and which of the choices that not every kind has it reads; the others are refused, not dropped."""
-LABELS = ("laws", "tokens")
+LABELS = ("distributions", "tokens")
 ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots"})
 """Fields of a job that do not bear on the training of a drafter, or do so through the data alone."""
 Report = Callable[[str], None]
@@ -72,7 +81,7 @@ class Job:
     rows, held_out: rows of training and held-out data. levels: heads, levels of the training-time test, or drafted slots of a
     block. blocks: residual blocks of a head, or layers of a block drafter. width: of a feature drafter, 0 for the target's.
     taps: blocks that a feature or block drafter reads, () for EAGLE-3's choice. anchors: blocks of a row and step.
-    objective: of a block drafter, a name of `slots.ARMS`; labels: what it learns, the target's "laws" or the "tokens".
+    objective: of a block drafter, a name of `slots.ARMS`; labels: what it learns, the target's "distributions" or the "tokens".
     loss: a name of `losses.LOSSES`; a block drafter that learns laws knows three of them. For a draft model, `blocks` are
     its layers and a width of 0 is about half of the target's.
     """
@@ -98,10 +107,11 @@ class Job:
     slots: int = 16
     anchors: int = 16
     objective: str = "decay"
-    labels: str = "laws"
+    labels: str = "distributions"
     loss: str = "staged"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", current(self.labels, {"laws": "distributions"}, "labels"))
         if isinstance(self.data, str | Path):  # one place, not its letters
             object.__setattr__(self, "data", (Path(self.data),))
         if self.kind not in KINDS:
@@ -110,13 +120,13 @@ class Job:
             raise ConfigError(f"levels must be >= 1 and well below the rows' length, got {self.levels}, {self.length}")
         if self.anchors < 1:
             raise ConfigError(f"a row needs at least one anchor, got {self.anchors}")
-        arm(self.objective, self.levels + 1)
+        objective_named(self.objective, self.levels + 1)
         if self.labels not in LABELS:
             raise ConfigError(unknown_name("kind of labels", self.labels, LABELS))
         if self.loss not in LOSSES:
             raise ConfigError(unknown_name("loss", self.loss, LOSSES))
-        if self.kind == "dflash" and self.labels == "laws" and self.loss not in SHARES:
-            raise ConfigError(f"a block drafter learns laws by {', '.join(SHARES)}, not by {self.loss}")
+        if self.kind == "dflash" and self.labels == "distributions" and self.loss not in SHARES:
+            raise ConfigError(f"a block drafter learns distributions by {', '.join(SHARES)}, not by {self.loss}")
         self._refuse_unread()
 
     def _refuse_unread(self) -> None:
@@ -136,13 +146,14 @@ class Job:
         run is watched; so a field that is added counts. taps: as `taps_of` has them.
         """
         plain = asdict(self)
+        plain["labels"] = {"distributions": "laws"}.get(self.labels, self.labels)  # as keys of work folders have it
         loop = {k: v for k, v in plain.pop("loop").items() if k not in BOOKKEEPING}
         return {k: v for k, v in plain.items() if k not in ELSEWHERE} | {"loop": loop, "taps": taps}
 
-    def wanted(self, part: str) -> Wanted:
+    def wanted(self, part: str) -> DataSpec:
         """The data of a part, "training" or "held_out"."""
         rows = self.rows if part == "training" else self.held_out
-        return Wanted(rows, self.prompt, self.length, self.temperature, self.loop.seed)
+        return DataSpec(rows, self.prompt, self.length, self.temperature, self.loop.seed)
 
 
 def taps_of(job: Job, target: Target) -> tuple[int, ...]:
@@ -218,10 +229,10 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     )
     model = new_model(job, target, training)
     report(f"{job.kind}: {sum(p.numel() for p in model.parameters()):,} parameters, reads layers {taps}")
-    judge = Judge.of(target, training.layers, taps)
+    judge = Teacher.of(target, training.layers, taps)
     predict = predictor(model, job.levels)
-    evaluate = measure_of(Judge.of(target, held_out.layers, taps), predict, held_out)
-    batches, loss = fitting(job, judge, model, training)
+    evaluate = measure_of(Teacher.of(target, held_out.layers, taps), predict, held_out)
+    batches, loss = fit_inputs(job, judge, model, training)
     state = train(
         model, batches, loss, job.loop, run_folder(job.work, job.kind, ready.parts, job.choices(taps)), evaluate, report
     )
@@ -230,18 +241,18 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     return {"drafter": job.kind, "steps": state["step"], **spent, **state["history"][-1]}
 
 
-def fitting(
-    job: Job, judge: Judge, model: nn.Module, training: Features
+def fit_inputs(
+    job: Job, judge: Teacher, model: nn.Module, training: Features
 ) -> tuple[Callable[[int], tuple[Tensor, ...]], LossOf]:
     """What a drafter is trained on, step by step, and its loss."""
-    if isinstance(model, BlockModel):
+    if isinstance(model, DFlashNetwork):
         size = model.config.block
         first = 1 if job.prompt == job.length else job.prompt - 1
-        batches, how = Blocks(training, size, job.anchors, first), arm(job.objective, size)
-        if job.labels == "laws":
-            return batches, block_law_loss(judge.taps, judge.last, judge.target, how, job.loss)
+        batches, how = Blocks(training, size, job.anchors, first), objective_named(job.objective, size)
+        if job.labels == "distributions":
+            return batches, block_distillation_loss(judge.taps, judge.last, judge.target, how, job.loss)
         return batches, block_loss(judge.taps, how)
-    if isinstance(model, LastFeatureModel):
+    if isinstance(model, Eagle1Network):
         return training, feature_loss(judge)
     levels = 1 if job.kind == "draft" else job.levels  # all levels of a language model are its next-token law
     return training, loss_of(judge, predictor(model, levels), job.loss)
@@ -253,7 +264,7 @@ def new_model(job: Job, target: Target, training: Features) -> nn.Module:
     if job.kind == "draft":
         return draft_model(job, target)
     if job.kind == "medusa":
-        config = HeadsConfig(target.hidden_size, target.vocab_size, job.levels, target.layers, job.blocks)
+        config = MedusaConfig(target.hidden_size, target.vocab_size, job.levels, target.layers, job.blocks)
         return new_heads(config, target, final_norm(job.target), job.loop.seed)
     _, hidden = training.take(list(range(min(8, len(training.tokens)))))
     seen = hidden[:, :, [training.layers.index(t) for t in taps]].flatten(0, 1)
@@ -265,7 +276,7 @@ def new_model(job: Job, target: Target, training: Features) -> nn.Module:
     return new_features(config, target, seen, job.loop.seed)
 
 
-def feature_config(job: Job, target: Target) -> FeatureConfig:
+def feature_config(job: Job, target: Target) -> EagleConfig:
     """Shapes of a feature drafter: heads of 32 where they divide its width; one that foresees features is as wide as the target."""
     width = job.width or target.hidden_size
     if job.kind == "eagle1" and width != target.hidden_size:
@@ -274,7 +285,7 @@ def feature_config(job: Job, target: Target) -> FeatureConfig:
     if not each or (job.width and width % 32):
         raise ConfigError(f"the width of a feature drafter must be a multiple of 32 (its heads), got {width}")
     heads, inner = width // each, -(-8 * width // 3 // 32) * 32
-    return FeatureConfig(width, target.hidden_size, taps_of(job, target), target.vocab_size, heads, heads, each, inner)
+    return EagleConfig(width, target.hidden_size, taps_of(job, target), target.vocab_size, heads, heads, each, inner)
 
 
 def draft_model(job: Job, target: Target) -> nn.Module:
@@ -296,7 +307,7 @@ def whole_tokenizer(path: Path | str) -> Any:
     return AutoTokenizer.from_pretrained(resolve_folder(path), local_files_only=True, trust_remote_code=False)
 
 
-def block_config(job: Job, target: Target) -> BlockConfig:
+def block_config(job: Job, target: Target) -> DFlashConfig:
     """Shapes of a block drafter: the target's width, heads of 32 where that divides it, and padding for a mask token."""
     wide = target.hidden_size
     each = next((d for d in (32, 16, 8, 4) if wide % d == 0), 2)
@@ -305,7 +316,7 @@ def block_config(job: Job, target: Target) -> BlockConfig:
     pad = getattr(load_tokenizer(str(job.target)), "pad_token_id", None)
     mask = target.vocab_size - 1 if pad is None or pad >= target.vocab_size else int(pad)
     inner = -(-8 * wide // 3 // 32) * 32
-    return BlockConfig(
+    return DFlashConfig(
         hidden=wide,
         taps=taps_of(job, target),
         vocab_size=target.vocab_size,
@@ -320,7 +331,7 @@ def block_config(job: Job, target: Target) -> BlockConfig:
 
 
 def head_of(path: Path | str, target: Target) -> tuple[Tensor, Tensor]:
-    """The target's output matrix as `BlockModel.load` will find it, and the weights of the final norm before it."""
+    """The target's output matrix as `DFlashNetwork.load` will find it, and the weights of the final norm before it."""
     folder = resolve_folder(path)
     head = output_head(target, str(folder), folder).to(target.device)
     norm = (output_of(target) * head).sum(0) / head.square().sum(0).clamp(min=1e-12)
@@ -340,7 +351,7 @@ def export(model: nn.Module, job: Job, report: Report = print) -> None:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     built = job.out.with_name(f".tmp-{job.out.name}-{os.getpid()}")
     shutil.rmtree(built, ignore_errors=True)
-    if isinstance(model, MedusaHeads | FeatureModel | LastFeatureModel | BlockModel):
+    if isinstance(model, MedusaNetwork | Eagle3Network | Eagle1Network | DFlashNetwork):
         model.save(built)
     else:
         write_model(model, whole_tokenizer(job.target), built)
@@ -375,7 +386,7 @@ def estimate(job: Job) -> dict[str, Any]:
     held = Features(probe[:4], probe_hidden.half().cpu().numpy(), layers)
     exact = load_target(job.target, dtype="float32")
     model = new_model(job, exact, held)
-    batches, loss = fitting(job, Judge.of(exact, layers, taps_of(job, exact)), model, replace(held, rows=1))
+    batches, loss = fit_inputs(job, Teacher.of(exact, layers, taps_of(job, exact)), model, replace(held, rows=1))
     started = time.perf_counter()
     loss(model, batches(0), 0.0).backward()
     step = (time.perf_counter() - started) * job.batch

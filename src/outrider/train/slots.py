@@ -66,14 +66,14 @@ ARMS = {
     "dpace": Objective(pace=0.5),
     "until_error": Objective(until_error=True),
 }
-"""The arms of the comparison, with the constants for 7 drafted slots; see `arm`."""
+"""The arms of the comparison, with the constants for 7 drafted slots; see `objective_named`."""
 GAMMAS = {16: 10.0, 10: 5.0, 8: 5.0, 4: 2.5}
 """Decays for blocks of so many slots; between them 0.6 of the slots."""
 CHAIN_PER_SLOT = 40 / 15
 """Weight of the chain reward for each drafted slot: 40 for the 15 of Whalen et al., the same per expected token elsewhere."""
 
 
-def arm(name: str, block: int) -> Objective:
+def objective_named(name: str, block: int) -> Objective:
     """The objective `name` of ARMS for blocks of `block` slots, the anchor's included."""
     if name not in ARMS:
         raise ConfigError(unknown_name("objective", name, ARMS))
@@ -133,7 +133,7 @@ def slot_loss(logits: Float[Tensor, "N S V"], labels: Tensor, mask: Bool[Tensor,
     return (c * nll).sum()
 
 
-def law_loss(
+def distillation_loss(
     logits: Float[Tensor, "N S V"],
     wanted: Float[Tensor, "N S V"],
     mask: Bool[Tensor, "N S"],

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider import transfer
+from outrider.deprecated import Renamed
 from outrider.errors import CapabilityError
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
@@ -41,7 +42,8 @@ class BlockVerification:
     lossless = True
     trees = False
     lane = "draft"
-    limit = 0.0
+    tv_limit = 0.0
+    limit = Renamed("tv_limit")
 
     def launch(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
@@ -61,7 +63,7 @@ class BlockVerification:
         """
         _check_chain(draft)
         if transfer.on_host(p):
-            return _judge(p, draft, noise)
+            return _verify_sequence(p, draft, noise)
         return transfer.fetch(self.launch(p, draft, noise))[0]
 
 
@@ -72,7 +74,7 @@ def _check_chain(draft: Draft) -> None:
         )
 
 
-def _judge(p: Tensor, draft: Draft, noise: Noise) -> Verdict:
+def _verify_sequence(p: Tensor, draft: Draft, noise: Noise) -> Verdict:
     """One sequence after the other, as native passes read them."""
     px, qx = probs_of_tokens(p, draft)
     keep = _keep(px, qx, draft)
@@ -113,7 +115,7 @@ def _keep(px: list[float], qx: list[float], draft: Draft) -> list[float]:
     for b in range(len(draft.counts)):
         w = 1.0
         for k in draft.nodes(b):
-            w = c.unit(w * px[k] / qx[k]) if c.is_mass(qx[k]) else c.unit(w * px[k])
+            w = c.clamp01(w * px[k] / qx[k]) if c.is_positive(qx[k]) else c.clamp01(w * px[k])
             out.append(w)
     return out
 
@@ -123,13 +125,13 @@ def _lost(p: Tensor, draft: Draft, qx: list[float], keep: list[float]) -> tuple[
     above = [keep[up] if up >= 0 else 1.0 for up in draft.parent]  # w of every node's parent; one for the anchors
     lost = [w - k for w, k in zip(above, keep, strict=True)]  # point masses: what is lost is known
     variance = [0.0] * len(lost)
-    for k in (k for k in range(len(lost)) if c.is_mass(qx[k])):
+    for k in (k for k in range(len(lost)) if c.is_positive(qx[k])):
         assert draft.q is not None
-        law, row = draft.q.row[k], draft.parent_rows[k]
-        here, q, support = p[row : row + 1], draft.q.probs[law : law + 1], draft.q.support
+        distribution, row = draft.q.row[k], draft.parent_rows[k]
+        here, q, support = p[row : row + 1], draft.q.probs[distribution : distribution + 1], draft.q.support
         found = None if support is not None else native.overlap(here, q, above[k])
         common, loss, square = found or overlap_sums(here * above[k], q, support)
-        lost[k], variance[k] = c.unit(loss), max(square - common * common, 0.0)
+        lost[k], variance[k] = c.clamp01(loss), max(square - common * common, 0.0)
     return lost, variance
 
 

@@ -17,21 +17,23 @@ from outrider.types import Draft, Verdict
 from outrider.verify import numerics as c
 
 
-def judge_chains(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
+def verify_chains(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
     """Accept x with probability min(1, p(x) / q(x)), else draw from max(p - q, 0) (Leviathan et al. 2023, Algorithm 1).
 
     p: laws of the B anchors, then of the K nodes. A point mass at x is accepted with probability p(x), else taken out.
     """
     px, qx = probs_of_tokens(p, draft)
     sequences = range(len(draft.counts))
-    accepted = [_toss(px, qx, draft, noise, b) for b in sequences]
+    accepted = [accept_prefix(px, qx, draft, noise, b) for b in sequences]
     tokens = [last_token(p, draft, noise, b, accepted[b], 1.0, qx) for b in sequences]
     common = [0.0] * len(px)
     for b in sequences:
         for k in draft.nodes(b)[: accepted[b] + 1]:
-            if draft.q is not None and c.is_mass(qx[k]):
-                law, row = draft.q.row[k], draft.parent_rows[k]
-                common[k] = c.overlap_one(p[row : row + 1], draft.q.probs[law : law + 1], draft.q.support)
+            if draft.q is not None and c.is_positive(qx[k]):
+                distribution, row = draft.q.row[k], draft.parent_rows[k]
+                common[k] = c.overlap_row(
+                    p[row : row + 1], draft.q.probs[distribution : distribution + 1], draft.q.support
+                )
     return verdict_of(draft, accepted, tokens, px, qx, common)
 
 
@@ -52,7 +54,12 @@ def verdict_of(
         nodes = draft.nodes(b)
         paths.append(nodes[:n])
         judged = nodes[: n + 1]
-        risks.append([c.law_risk(common[k], px[k], qx[k]) if c.is_mass(qx[k]) else c.unit(1.0 - px[k]) for k in judged])
+        risks.append(
+            [
+                c.rejection_risk(common[k], px[k], qx[k]) if c.is_positive(qx[k]) else c.clamp01(1.0 - px[k])
+                for k in judged
+            ]
+        )
     return c.verdict(paths, tokens, risks)
 
 
@@ -68,10 +75,10 @@ def probs_of_tokens(p: Float[Tensor, "M V"], draft: Draft) -> tuple[list[float],
     return both[:n], both[n:]
 
 
-def _toss(px: list[float], qx: list[float], draft: Draft, noise: Noise, b: int) -> int:
+def accept_prefix(px: list[float], qx: list[float], draft: Draft, noise: Noise, b: int) -> int:
     """How many nodes of sequence b are accepted, from the anchor down, until one is refused."""
     for d, k in enumerate(draft.nodes(b)):
-        if not noise.uniform(b, d + 1, "accept") * (qx[k] if c.is_mass(qx[k]) else 1.0) < px[k]:
+        if not noise.uniform(b, d + 1, "accept") * (qx[k] if c.is_positive(qx[k]) else 1.0) < px[k]:
             return d
     return draft.counts[b]
 
@@ -86,7 +93,7 @@ def last_token(
     here, k = p[row : row + 1], nodes[accepted] if accepted < len(nodes) else -1
     if k < 0:
         drawn = c.draw_one(here, u)
-    elif draft.q is not None and c.is_mass(qx[k]):
+    elif draft.q is not None and c.is_positive(qx[k]):
         drawn = c.draw_residual(here, draft.q, draft.q.row[k], w, u)
     else:
         drawn = c.draw_without(here, draft.tokens[k], u)

@@ -62,7 +62,7 @@ class _Chains:
 def speculative_sampling(
     p: Float[Tensor, "M V"], draft: Draft, noise: Noise, verdict_of: Callable[..., Verdict]
 ) -> Pending[Verdict]:
-    """`chain.judge_chains`. verdict_of: makes the verdict of what is read, as the host's twin does."""
+    """`chain.verify_chains`. verdict_of: makes the verdict of what is read, as the host's twin does."""
     chains = _chains(p, draft, noise)
     passed = chains.accept * chains.qx.where(chains.has_q, 1.0) < chains.px
     accepted = (passed[chains.place] & chains.there).long().cumprod(1).sum(1)

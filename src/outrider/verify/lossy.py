@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from outrider.deprecated import Renamed
 from outrider.errors import CapabilityError, ConfigError
 from outrider.noise import Noise
 from outrider.types import Draft, Verdict
@@ -45,7 +46,7 @@ class Position(NamedTuple):
     allowance: float
 
 
-class Choice(NamedTuple):
+class AcceptancePlan(NamedTuple):
     """accept: b, per token the probability that it is accepted if proposed. rest: what a refusal draws from, sum 1 - sum b q."""
 
     accept: Float64[Tensor, "1 V"]
@@ -53,43 +54,44 @@ class Choice(NamedTuple):
 
 
 @runtime_checkable
-class Acceptance(Protocol):
+class AcceptanceRule(Protocol):
     """How a rule would treat a position if it could spend what it likes. Pure. What it says of tokens without p is not heard."""
 
-    def __call__(self, position: Position) -> Choice: ...
+    def __call__(self, position: Position) -> AcceptancePlan: ...
 
 
 @dataclass
 class Lossy:
     """A chain rule made of an acceptance function. When its budget is gone it accepts as speculative sampling does: exactly.
 
-    per_token: total variation it may spend at one position. limit: on one sequence in all; math.inf for no limit.
+    per_token: total variation it may spend at one position. tv_limit: on one sequence in all; math.inf for no limit.
     Ledger: risk is the rule's own rejection probability, 1 - sum b q, before the token is drawn; given the token for point
     masses. bias is sum (b q - p)_+ of the judged positions.
     """
 
     name: str
-    accept: Acceptance
+    accept: AcceptanceRule
     per_token: float = 1.0
-    limit: float = math.inf
+    tv_limit: float = math.inf
     lossless = False
     trees = False
     lane = "draft"
+    limit = Renamed("tv_limit")
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.per_token <= 1.0:
             raise ConfigError(f"per_token is a total variation in [0, 1], got {self.per_token}")
-        if not self.limit >= 0.0:
-            raise ConfigError(f"per_sequence is a sum of total variations, at least 0, got {self.limit}")
+        if not self.tv_limit >= 0.0:
+            raise ConfigError(f"per_sequence is a sum of total variations, at least 0, got {self.tv_limit}")
 
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes. allowance: what each sequence may still spend; None: `limit`."""
+        """p: laws of the B anchors, then of the K nodes. allowance: what each sequence may still spend; None: `tv_limit`."""
         if not draft.is_chain:
             raise CapabilityError(f"rule {self.name!r} judges chains only: use a drafter without branching")
         qx = probs_of_tokens(p, draft)[1]
-        left = [self.limit] * len(draft.counts) if allowance is None else allowance
+        left = [self.tv_limit] * len(draft.counts) if allowance is None else allowance
         walks = [self._walk(p, draft, noise, b, qx, left[b]) for b in range(len(draft.counts))]
         return Verdict(*(tuple(part) for part in zip(*walks, strict=True))) if walks else c.verdict((), (), ())
 
@@ -100,8 +102,8 @@ class Lossy:
         nodes, risk, spread, bias = draft.nodes(b), 0.0, 0.0, 0.0
         row, judged, rest = draft.row(b), 0, None
         for d, k in enumerate(nodes):
-            law = _law(draft, k, qx[k], p)
-            here = Position(_normal(p[row : row + 1]), law, max(0.0, min(self.per_token, left - bias)))
+            q = _draft_distribution(draft, k, qx[k], p)
+            here = Position(_normal(p[row : row + 1]), q, max(0.0, min(self.per_token, left - bias)))
             taken, left_over, chance, cost = within(allowed(self.accept(here), here), here, draft.tokens[k])
             risk, spread, bias = risk + chance, spread + chance * (1.0 - chance), bias + cost
             judged += 1
@@ -115,60 +117,60 @@ class Lossy:
         return tuple(nodes[:accepted]), c.final_token(drawn, p, row, u, b), judged, risk, spread, bias
 
 
-def _normal(law: Float[Tensor, "1 V"]) -> Float64[Tensor, "1 V"]:
+def _normal(distribution: Float[Tensor, "1 V"]) -> Float64[Tensor, "1 V"]:
     """The law in float64 with a sum of exactly one: bias is a difference of two laws, and rounding must not pass for it."""
-    law = law.double()
-    return law / law.sum()
+    distribution = distribution.double()
+    return distribution / distribution.sum()
 
 
-def _law(draft: Draft, k: int, qx: float, p: Tensor) -> Float64[Tensor, "1 V"]:
+def _draft_distribution(draft: Draft, k: int, qx: float, p: Tensor) -> Float64[Tensor, "1 V"]:
     """The law node k was drawn from, or the point mass at its token."""
-    if draft.q is not None and c.is_mass(qx):
+    if draft.q is not None and c.is_positive(qx):
         return _normal(draft.q.dense([draft.q.row[k]], p.shape[1]))
     out = torch.zeros(1, p.shape[1], dtype=torch.float64, device=p.device)
     out[0, draft.tokens[k]] = 1.0
     return out
 
 
-def optimal(accept: Float64[Tensor, "1 V"], position: Position) -> Choice:
+def optimal(accept: Float64[Tensor, "1 V"], position: Position) -> AcceptancePlan:
     """The acceptance with an optimal residual: (p - b q)_+, scaled to the mass that was refused (Theorem 4)."""
     handed = accept * position.q
     rest = (position.p - handed).clamp_(min=0)
     refused, mass = 1.0 - float(handed.sum()), float(rest.sum())
-    return Choice(accept, rest * (max(refused, 0.0) / mass) if mass > 0.0 else rest)
+    return AcceptancePlan(accept, rest * (max(refused, 0.0) / mass) if mass > 0.0 else rest)
 
 
-def exact(position: Position) -> Choice:
+def exact(position: Position) -> AcceptancePlan:
     """Speculative sampling, which spends nothing: min(1, p / q), and (p - q)_+."""
     accept = torch.where(position.q > 0, position.p / position.q, 1.0).clamp_(max=1.0)
-    return Choice(accept, (position.p - position.q).clamp_(min=0))
+    return AcceptancePlan(accept, (position.p - position.q).clamp_(min=0))
 
 
-def bias_of(choice: Choice, position: Position) -> float:
+def bias_of(choice: AcceptancePlan, position: Position) -> float:
     """Total variation between the law of the position and p."""
     return float(c.row_sums((choice.accept * position.q + choice.rest - position.p).clamp_(min=0)))
 
 
-def allowed(wish: Choice, position: Position) -> Choice:
+def allowed(plan: AcceptancePlan, position: Position) -> AcceptancePlan:
     """The wish without the tokens that the target forbids; what they were to get is refused, and drawn from p instead."""
-    accept = wish.accept.where(position.p > FORBIDDEN, 0.0)
-    missing = 1.0 - float(c.row_sums(accept * position.q)) - float(c.row_sums(wish.rest))
-    return Choice(accept, wish.rest) if abs(missing) <= ROUNDING else optimal(accept, position)
+    accept = plan.accept.where(position.p > FORBIDDEN, 0.0)
+    missing = 1.0 - float(c.row_sums(accept * position.q)) - float(c.row_sums(plan.rest))
+    return AcceptancePlan(accept, plan.rest) if abs(missing) <= ROUNDING else optimal(accept, position)
 
 
-def within(wish: Choice, position: Position, token: int) -> tuple[float, Float64[Tensor, "1 V"], float, float]:
+def within(plan: AcceptancePlan, position: Position, token: int) -> tuple[float, Float64[Tensor, "1 V"], float, float]:
     """The wish, or as much of it as the allowance pays for: how `token` is accepted, what a refusal draws from, risk and bias.
 
     A mixture of s parts of the wish with 1 - s of the exact rule has s times the bias of the wish; s is what can be paid.
     """
-    bias = bias_of(wish, position)
-    taken, rest = float(wish.accept[0, token]), wish.rest
+    bias = bias_of(plan, position)
+    taken, rest = float(plan.accept[0, token]), plan.rest
     if bias > position.allowance:
         share, bias = position.allowance / bias, position.allowance
         px, qx = float(position.p[0, token]), float(position.q[0, token])
         honest = (position.p - position.q).clamp_(min=0)
         taken, rest = (1.0 - share) * min(1.0, px / qx) + share * taken, honest.lerp_(rest, share)
-    return taken, rest, c.unit(float(c.row_sums(rest))), bias
+    return taken, rest, c.clamp01(float(c.row_sums(rest))), bias
 
 
 # ------------------------------------------------------------------------------------------------- acceptance functions
@@ -180,8 +182,8 @@ class Spend:
     text a total-variation budget is spent does not matter for the sum of rejections and bias (the front is a line).
     """
 
-    def __call__(self, position: Position) -> Choice:
-        return Choice(torch.ones_like(position.p), torch.zeros_like(position.p))
+    def __call__(self, position: Position) -> AcceptancePlan:
+        return AcceptancePlan(torch.ones_like(position.p), torch.zeros_like(position.p))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ class OverAcceptance:
 
     eps: float
 
-    def __call__(self, position: Position) -> Choice:
+    def __call__(self, position: Position) -> AcceptancePlan:
         accept = torch.where(position.q > 0, (position.p + self.eps) / position.q, 1.0).clamp_(max=1.0)
         return optimal(accept, position)
 
@@ -201,7 +203,7 @@ class Lenience:
 
     l: float  # noqa: E741 (the paper's letter)
 
-    def __call__(self, position: Position) -> Choice:
+    def __call__(self, position: Position) -> AcceptancePlan:
         accept = torch.where(position.q > 0, position.p / (self.l * position.q), 1.0).clamp_(max=1.0)
         return optimal(accept, position)
 
@@ -215,7 +217,7 @@ class Mentored:
 
     kl: float
 
-    def __call__(self, position: Position) -> Choice:
+    def __call__(self, position: Position) -> AcceptancePlan:
         p, q = position.p, position.q
         keep = p > 0
         t, d = p[keep], q[keep]
@@ -224,7 +226,7 @@ class Mentored:
             return exact(position)
         a = least if self._gap(t, d, least) <= 0.0 else c.root(lambda x: self._gap(t, d, x), least, 1.0)
         accept = torch.where(q > 0, p / (a * q), 1.0).clamp_(max=1.0)
-        return Choice(accept, (_normaliser(t, d, a) * p - q).clamp_(min=0))
+        return AcceptancePlan(accept, (_normaliser(t, d, a) * p - q).clamp_(min=0))
 
     def _gap(self, p: Tensor, q: Tensor, a: float) -> float:
         """KL(p || output) - kl, with a large number for infinity."""
@@ -248,7 +250,7 @@ class Typical:
     eps: float = 0.09
     delta: float = 0.3
 
-    def __call__(self, position: Position) -> Choice:
+    def __call__(self, position: Position) -> AcceptancePlan:
         entropy = -float(torch.special.xlogy(position.p, position.p).sum())
         return optimal((position.p > min(self.eps, self.delta * math.exp(-entropy))).double(), position)
 
@@ -259,7 +261,7 @@ class TopK:
 
     k: int
 
-    def __call__(self, position: Position) -> Choice:
+    def __call__(self, position: Position) -> AcceptancePlan:
         p = position.p
         least = p.topk(min(self.k, p.shape[1]), dim=-1).values[:, -1:]
         return optimal(((p >= least) & (p > 0)).double(), position)

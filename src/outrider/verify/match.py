@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.deprecated import Renamed
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Verdict
 from outrider.verify import numerics as c
@@ -33,7 +34,8 @@ class Match:
     lossless = True
     trees = True
     lane = "gumbel"
-    limit = 0.0
+    tv_limit = 0.0
+    limit = Renamed("tv_limit")
 
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
@@ -73,8 +75,8 @@ def _walk(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[list[int], int
 def target_token(p: Float[Tensor, "V"], noise: Noise, b: int, depth: int) -> int:
     """The target's draw from p at `depth` below the anchor of sequence b: argmax p / e, never a token without mass."""
     top = float(p.amax())
-    if not c.is_mass(top):
-        raise c.no_law(b)
+    if not c.is_positive(top):
+        raise c.no_distribution(b)
     if top >= 1.0 and len(only := p.nonzero()) == 1:
         return int(only)
     score = p / noise.exponential(b, depth, p.shape[0], p.device)
@@ -103,7 +105,7 @@ def _risk(p: Float[Tensor, "V"], draft: Draft, children: list[int], rejected: bo
     """The probability that no child of this position is the target's draw."""
     rows = [POINT_MASS if draft.q is None else draft.q.row[k] for k in children]
     if all(row == POINT_MASS for row in rows):
-        return c.unit(1.0 - sum(float(p[x]) for x in {draft.tokens[k] for k in children}))
+        return c.clamp01(1.0 - sum(float(p[x]) for x in {draft.tokens[k] for k in children}))
     if len(children) == 1 and draft.q is not None:
-        return c.unit(1.0 - match_probability(p, draft.q.dense(rows, p.shape[0])[0]))
+        return c.clamp01(1.0 - match_probability(p, draft.q.dense(rows, p.shape[0])[0]))
     return float(rejected)

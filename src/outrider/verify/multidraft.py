@@ -14,10 +14,10 @@ from torch import Tensor
 from outrider.types import POINT_MASS, Draft, Siblings
 from outrider.verify import native
 from outrider.verify import numerics as c
-from outrider.verify.tree import ByNode, NodeSet, recursive_rejection
+from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection
 
 
-class KSeq(ByNode):
+class KSeq(SiblingRule):
     """K-SEQ at every node with two or more i.i.d. siblings of one law; every other node is judged as by speculative sampling.
 
     Lossless if the laws a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is (1 - beta)^k.
@@ -27,18 +27,18 @@ class KSeq(ByNode):
 
     def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
         """K-SEQ where it applies, else speculative sampling."""
-        found = common_law(here, draft, children)
+        found = common_distribution(here, draft, children)
         if found is None:
             return recursive_rejection(here, draft, children)
-        p, law, tokens = here.double(), found[0].double(), found[1]
-        rho = solve_rho(p, law, len(children))
-        beta = covered(p, law, rho)
-        rest = (p - rho * law).clamp_(min=0)
-        tests = [(float(p[0, x]), rho * float(law[0, x])) for x in tokens]
-        return NodeSet(tests, rest, c.unit(1.0 - beta) ** len(children))
+        p, q, tokens = here.double(), found[0].double(), found[1]
+        rho = solve_rho(p, q, len(children))
+        beta = covered(p, q, rho)
+        rest = (p - rho * q).clamp_(min=0)
+        tests = [(float(p[0, x]), rho * float(q[0, x])) for x in tokens]
+        return NodeSet(tests, rest, c.clamp01(1.0 - beta) ** len(children))
 
 
-def common_law(
+def common_distribution(
     here: Float[Tensor, "1 V"], draft: Draft, children: list[int], siblings: Siblings = "iid"
 ) -> tuple[Float[Tensor, "1 V"], list[int]] | None:
     """(q, tokens) if two or more children were drawn in this way from one law that can have drawn each of them."""
@@ -47,9 +47,9 @@ def common_law(
     alike = q is not None and q.siblings == siblings and row >= 0 and all(q.row[k] == row for k in children)
     if q is None or not alike or len(children) < 2:
         return None
-    law = q.dense([row], here.shape[1])
+    distribution = q.dense([row], here.shape[1])
     tokens = [draft.tokens[k] for k in children]
-    return (law, tokens) if all(c.is_mass(x) for x in law[0, tokens].tolist()) else None
+    return (distribution, tokens) if all(c.is_positive(x) for x in distribution[0, tokens].tolist()) else None
 
 
 def covered(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], rho: float) -> float:

@@ -39,7 +39,7 @@ class Overlap(NamedTuple):
     square: float
 
 
-class Chosen(NamedTuple):
+class TransportResult(NamedTuple):
     """Optimal transport at one node.
 
     taken: for every candidate the probability, given all tokens, that it is chosen and accepted. rest: the weights left if none
@@ -80,7 +80,7 @@ def transport(
     token: list[int],
     pieces: int,
     rule: tuple[npt.NDArray, npt.NDArray],
-) -> Chosen | None:
+) -> TransportResult | None:
     """Twin: `outrider.verify.transport.plain_choice`. rule: points and weights on [-1, 1] that integrate degree k - 1 exactly."""
     compiled = _library(p, q)
     if compiled is None:
@@ -94,7 +94,7 @@ def transport(
         taken.ctypes.data, p.shape[1], k, pieces, len(at),
     )  # fmt: skip
     left = compiled.outrider_transport(ctypes.byref(node), p.dtype == torch.float64)
-    return Chosen(taken.tolist(), rest, left)
+    return TransportResult(taken.tolist(), rest, left)
 
 
 def _library(p: Tensor, q: Tensor) -> ctypes.CDLL | None:

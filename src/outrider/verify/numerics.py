@@ -63,7 +63,7 @@ def overlaps(
     return mean, rest, square
 
 
-def overlap_one(p: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Int[Tensor, "S"] | None = None) -> float:
+def overlap_row(p: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: Int[Tensor, "S"] | None = None) -> float:
     """`overlap` of one row."""
     found = native.overlap(p, q, 1.0) if support is None else None
     return float(overlap(p, q, support)) if found is None else found.common
@@ -156,12 +156,12 @@ def draw_plain(weight: Float64[Tensor, "1 W"], u: float) -> tuple[int, float]:
 
 def draw_residual(here: Float[Tensor, "1 V"], q: Proposal, row: int, w: float, u: float) -> tuple[int, float]:
     """(token, total) of (w p - q)_+ with law `row` of q."""
-    law = q.probs[row : row + 1]
-    found = native.draw(here, law, w, u) if q.support is None else None
+    q_row = q.probs[row : row + 1]
+    found = native.draw(here, q_row, w, u) if q.support is None else None
     if found is not None:
         return found
     weight = as_weights(here)
-    subtract(weight[:, : here.shape[1]].mul_(w), law, q.support)
+    subtract(weight[:, : here.shape[1]].mul_(w), q_row, q.support)
     return draw_plain(weight, u)
 
 
@@ -179,14 +179,14 @@ def final_token(drawn: tuple[int, float], p: Float[Tensor, "M V"], row: int, u: 
     drawn: (token, total) of the weights that are left. Raises RequestError if the row has no distribution either.
     """
     token, total = drawn
-    if not is_total(total):
+    if not is_drawable(total):
         token, total = draw_one(p[row : row + 1], u)
-        if not is_total(total):
-            raise no_law(b)
+        if not is_drawable(total):
+            raise no_distribution(b)
     return token
 
 
-def no_law(b: int) -> RequestError:
+def no_distribution(b: int) -> RequestError:
     """The error for a target law that nothing can be drawn from."""
     return RequestError(
         f"the target law of sequence {b} of this step has no positive finite sum; "
@@ -194,17 +194,17 @@ def no_law(b: int) -> RequestError:
     )
 
 
-def is_total(x: float) -> bool:
+def is_drawable(x: float) -> bool:
     """Whether weights with this total can be drawn from (false for NaN)."""
     return MIN_MASS < x < math.inf
 
 
-def is_mass(x: float) -> bool:
+def is_positive(x: float) -> bool:
     """Whether x can be the probability of something that has happened: positive and finite (false for NaN)."""
     return 0.0 < x < math.inf
 
 
-def unit(x: float) -> float:
+def clamp01(x: float) -> float:
     """x rounded into [0, 1]; one for NaN."""
     return min(max(x, 0.0), 1.0) if x == x else 1.0
 
@@ -219,9 +219,9 @@ def root(f: Callable[[float], float], low: float, high: float) -> float:
     return float(brentq(f, low, high, xtol=1e-14, rtol=1e-14))  # type: ignore[arg-type]
 
 
-def law_risk(shared: float, px: float, qx: float) -> float:
+def rejection_risk(shared: float, px: float, qx: float) -> float:
     """Probability that a draw from q is refused: one minus the overlap; if that is not finite, given the token only."""
-    return unit(1.0 - shared) if math.isfinite(shared) else unit(1.0 - px / qx)
+    return clamp01(1.0 - shared) if math.isfinite(shared) else clamp01(1.0 - px / qx)
 
 
 def token_probs(q: Proposal, row: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:

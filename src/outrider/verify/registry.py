@@ -13,7 +13,7 @@ from types import MappingProxyType
 from outrider.errors import ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule
 from outrider.verify.block import BlockVerification
-from outrider.verify.lossy import Acceptance, Lenience, Lossy, Mentored, OverAcceptance, Spend, TopK, Typical
+from outrider.verify.lossy import AcceptanceRule, Lenience, Lossy, Mentored, OverAcceptance, Spend, TopK, Typical
 from outrider.verify.match import Match
 from outrider.verify.multidraft import KSeq
 from outrider.verify.spechub import SpecHub
@@ -39,7 +39,7 @@ def _exact(rule: type) -> tuple[str, _Entry]:
 
 
 def _lossy(
-    name: str, acceptance: Callable[..., Acceptance], **options: tuple[float, float, float]
+    name: str, acceptance: Callable[..., AcceptanceRule], **options: tuple[float, float, float]
 ) -> tuple[str, _Entry]:
     budget = BUDGET | {key: options.pop(key) for key in BUDGET if key in options}
 

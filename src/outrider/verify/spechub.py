@@ -13,11 +13,11 @@ from torch import Tensor
 
 from outrider.types import Draft
 from outrider.verify import numerics as c
-from outrider.verify.multidraft import common_law
-from outrider.verify.tree import ByNode, NodeSet, in_turn, recursive_rejection
+from outrider.verify.multidraft import common_distribution
+from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection, sequential_tests
 
 
-class SpecHub(ByNode):
+class SpecHub(SiblingRule):
     """SpecHub where a node has a pair drawn as `Proposal.siblings == "hub"`; every other node as by speculative sampling.
 
     Lossless if the laws a draft declares are true. Ledger: the risk of such a position is the mass of the residual.
@@ -27,14 +27,14 @@ class SpecHub(ByNode):
 
     def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
         """The greedy fill at one node, and from which part of it this pair may be accepted."""
-        found = common_law(here, draft, children, "hub")
+        found = common_distribution(here, draft, children, "hub")
         if found is None or len(children) != 2:
             return recursive_rejection(here, draft, children)
-        p, law, tokens = here.double(), found[0].double(), found[1]
-        law = law / c.row_sums(law)
-        hub = int(law[0].argmax())
-        top = float(law[0, hub])
-        others = law.clone()
+        p, q, tokens = here.double(), found[0].double(), found[1]
+        q = q / c.row_sums(q)
+        hub = int(q[0].argmax())
+        top = float(q[0, hub])
+        others = q.clone()
         others[0, hub] = 0
         following = others * (top / (1.0 - top))
         from_first = p.minimum(others)
@@ -52,5 +52,7 @@ class SpecHub(ByNode):
             (following, from_second, left[0], hub_leading) if leads else (others, from_first, left[1], hub_second)
         )
         keep = min(1.0, float(taken[0, i]) / float(mass[0, i]))
-        lead = (1.0 - keep) * min(1.0, fill / spare) if c.is_mass(spare) else 0.0
-        return NodeSet(in_turn((lead, keep) if leads else (keep, lead)), rest, c.unit(float(c.row_sums(rest))))
+        lead = (1.0 - keep) * min(1.0, fill / spare) if c.is_positive(spare) else 0.0
+        return NodeSet(
+            sequential_tests((lead, keep) if leads else (keep, lead)), rest, c.clamp01(float(c.row_sums(rest)))
+        )

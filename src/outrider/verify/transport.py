@@ -29,8 +29,8 @@ from torch import Tensor
 from outrider.types import Draft
 from outrider.verify import native
 from outrider.verify import numerics as c
-from outrider.verify.multidraft import common_law
-from outrider.verify.tree import ByNode, NodeSet, in_turn, recursive_rejection
+from outrider.verify.multidraft import common_distribution
+from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection, sequential_tests
 
 Array = npt.NDArray[np.float64]
 
@@ -51,7 +51,7 @@ LEAST = 1e-12
 """Mass of q beyond which the rest of the pieces are taken for empty."""
 
 
-class OptimalTransport(ByNode):
+class OptimalTransport(SiblingRule):
     """The optimal choice among the i.i.d. siblings of one law at every node; every other node as by speculative sampling.
 
     Lossless if the laws a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is the mass of (p - m)_+,
@@ -62,22 +62,22 @@ class OptimalTransport(ByNode):
 
     def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
         """One node: P(child j is chosen and accepted | the tokens), as tests in turn; what is left if none is."""
-        found = common_law(here, draft, children)
+        found = common_distribution(here, draft, children)
         if found is None:
             return recursive_rejection(here, draft, children)
-        law, tokens = found
+        q, tokens = found
         if here.shape[1] > EVERY_TOKEN:
-            done = native.transport(here, law, tokens, PIECES, gauss_points((len(tokens) + 1) // 2))
+            done = native.transport(here, q, tokens, PIECES, gauss_points((len(tokens) + 1) // 2))
             if done is not None:
-                return NodeSet(in_turn(done.taken), done.rest, c.unit(done.left))
-        return plain_choice(here.double(), law.double(), tokens)
+                return NodeSet(sequential_tests(done.taken), done.rest, c.clamp01(done.left))
+        return plain_choice(here.double(), q.double(), tokens)
 
 
-def plain_choice(p: Float64[Tensor, "1 V"], law: Float64[Tensor, "1 V"], tokens: list[int]) -> NodeSet:
+def plain_choice(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], tokens: list[int]) -> NodeSet:
     """The plain twin of `outrider.verify.native.transport`."""
-    law = law / c.row_sums(law)
-    piece, choice = best_choice(p, law, len(tokens))
-    mixed = law * torch.from_numpy(choice.multiplier)[piece]
+    q = q / c.row_sums(q)
+    piece, choice = best_choice(p, q, len(tokens))
+    mixed = q * torch.from_numpy(choice.multiplier)[piece]
     chosen = choice.chances(piece[tokens].tolist())
     taken = []
     for j, x in enumerate(tokens):  # of equal siblings the first is chosen: it is the one that may have children
@@ -85,11 +85,11 @@ def plain_choice(p: Float64[Tensor, "1 V"], law: Float64[Tensor, "1 V"], tokens:
         px, mx = float(p[0, x]), float(mixed[0, x])
         taken.append(share * (1.0 if px >= mx else px / mx))
     rest = (p - mixed).clamp_(min=0)
-    return NodeSet(in_turn(taken), rest, c.unit(float(c.row_sums(rest))))
+    return NodeSet(sequential_tests(taken), rest, c.clamp01(float(c.row_sums(rest))))
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class CandidateChoice:
     """Kernels from the token of a candidate to its priority, for J slopes of C, each an interval of the quantiles of q.
 
     A candidate of slope j starts uniform on [start_j, start_j+1] and is mixed over [start_j, end_j], then over that of the
@@ -134,7 +134,9 @@ def gauss_points(n: int) -> tuple[Array, Array]:
     return np.polynomial.legendre.leggauss(n)
 
 
-def best_choice(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], k: int) -> tuple[Int[Tensor, "V"], Choice]:
+def best_choice(
+    p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], k: int
+) -> tuple[Int[Tensor, "V"], CandidateChoice]:
     """(the piece of every token, the kernels). k: number of candidates, at least 2. Tokens that q cannot draw get any piece."""
     piece, count = _pieces(p[0], q[0], k)
     mass = torch.zeros(2, count, dtype=torch.float64)
@@ -153,7 +155,7 @@ def _pieces(p: Float64[Tensor, "V"], q: Float64[Tensor, "V"], k: int) -> tuple[I
     return step.long().cpu(), PIECES
 
 
-def choose(p: Array, q: Array, k: int) -> Choice:
+def choose(p: Array, q: Array, k: int) -> CandidateChoice:
     """The optimal kernels for pieces [J] of mass p and q, in order of p / q."""
     q = q / q.sum()
     goal = _best_multiplier(p, q, k)
@@ -209,7 +211,7 @@ def _cut(start: Array, done: Array, slope: Array, k: int) -> Array:
     return at
 
 
-def _kernels(start: Array, ends: Array, k: int, slope_of: npt.NDArray[np.intp]) -> Choice:
+def _kernels(start: Array, ends: Array, k: int, slope_of: npt.NDArray[np.intp]) -> CandidateChoice:
     """The kernels that these intervals make, and the multipliers that come out of them: exact whatever the intervals are.
 
     Piece j keeps 1 - f_j of its mass between end_j-1 and end_j and hands f_j = (end_j-1 - start_j) / (end_j - start_j) down.
@@ -233,4 +235,4 @@ def _kernels(start: Array, ends: Array, k: int, slope_of: npt.NDArray[np.intp]) 
     log_hand = np.cumsum(np.where(hand == 0.0, 0.0, steps))
     with np.errstate(divide="ignore"):
         log_height = np.log(cell)
-    return Choice(ends, np.array(means)[slope_of], slope_of, log_height, log_hand, lowest)
+    return CandidateChoice(ends, np.array(means)[slope_of], slope_of, log_height, log_hand, lowest)

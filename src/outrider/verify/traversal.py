@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from outrider.deprecated import Renamed
 from outrider.noise import Noise
 from outrider.transfer import Pending
 from outrider.types import Draft, Verdict
 from outrider.verify import device
 from outrider.verify import numerics as c
 from outrider.verify.block import BlockVerification
-from outrider.verify.tree import Laws
+from outrider.verify.tree import SiblingDistributions
 
 
 class Traversal:
@@ -40,7 +41,8 @@ class Traversal:
     lossless = True
     trees = True
     lane = "draft"
-    limit = 0.0
+    tv_limit = 0.0
+    limit = Renamed("tv_limit")
 
     def launch(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
@@ -79,7 +81,7 @@ class Stop:
 
     node: int
     keep: float
-    law: Float64[Tensor, "1 V"]
+    distribution: Float64[Tensor, "1 V"]
     whole: bool
 
 
@@ -98,8 +100,8 @@ def judge_sequence(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[tuple
     assert found is not None
     path = draft.path_to(found.node)
     u = noise.uniform(b, len(path) + 1, "final")
-    drawn = c.draw_plain(c.as_weights(found.law), u)
-    return path, c.final_token(drawn, p, draft.row(b, found.node), u, b), found.whole, c.unit(1.0 - whole)
+    drawn = c.draw_plain(c.as_weights(found.distribution), u)
+    return path, c.final_token(drawn, p, draft.row(b, found.node), u, b), found.whole, c.clamp01(1.0 - whole)
 
 
 def _numbers(draft: Draft, b: int) -> dict[int, tuple[int, int]]:
@@ -123,23 +125,23 @@ def _visit(p: Tensor, draft: Draft, b: int, node: int, w: float) -> Iterator[Sto
     row = draft.row(b, node)
     here = p[row : row + 1].double()
     owed = here * w
-    laws = Laws(draft.q)
+    distributions = SiblingDistributions(draft.q)
     children = draft.children(b, node)
     for k in children:
-        x, at = draft.tokens[k], laws.row_of(k)
-        qx, px = laws.at(at, x), float(owed[0, x])
-        lawful = c.is_mass(qx)
-        yield from _visit(p, draft, b, k, (1.0 if px >= qx else px / qx) if lawful else c.unit(px))
+        x, at = draft.tokens[k], distributions.row_of(k)
+        qx, px = distributions.at(at, x), float(owed[0, x])
+        has_q = c.is_positive(qx)
+        yield from _visit(p, draft, b, k, (1.0 if px >= qx else px / qx) if has_q else c.clamp01(px))
         owed = owed.clone()
-        if lawful:
-            c.subtract(owed, laws.now(at), laws.support)
-            laws.drawn(at, x)
+        if has_q:
+            c.subtract(owed, distributions.now(at), distributions.support)
+            distributions.drawn(at, x)
         else:
             owed[0, x] = 0
         rest = float(c.row_sums(owed))
         refused = rest + 1.0 - w
-        if (not c.is_total(rest) and node < 0) or refused <= 0.0:
+        if (not c.is_drawable(rest) and node < 0) or refused <= 0.0:
             owed, w = here, 1.0  # refused with probability zero up to rounding: start again from p
         else:
-            owed, w = owed / refused, c.unit(rest / refused)
+            owed, w = owed / refused, c.clamp01(rest / refused)
     yield Stop(node, w, owed, not children)

@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider import transfer
+from outrider.deprecated import Renamed
 from outrider.noise import Noise
 from outrider.types import POINT_MASS, Draft, Proposal, Verdict
 from outrider.verify import device
 from outrider.verify import numerics as c
-from outrider.verify.chain import judge_chains, verdict_of
+from outrider.verify.chain import verdict_of, verify_chains
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class NodeSet:
     risk: float
 
 
-def in_turn(chances: Sequence[float]) -> list[tuple[float, float]]:
+def sequential_tests(chances: Sequence[float]) -> list[tuple[float, float]]:
     """Tests that accept child j with probability chances[j], of which one at most happens: each given that none before it did."""
     out, left = [], 1.0
     for chance in chances:
@@ -49,7 +50,7 @@ Judge = Callable[[Float[Tensor, "1 V"], Draft, list[int]], NodeSet]
 """(the target's law at a node, the draft, the node's children) -> their tests, and what is left if all are refused."""
 
 
-def judge_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Judge | None = None) -> Verdict:
+def verify_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Judge | None = None) -> Verdict:
     """A rule on any forest, one node set at a time. `judge`: the rule at one node; None is recursive rejection."""
     judge = judge or recursive_rejection
     paths, tokens, risks = [], [], []
@@ -61,13 +62,14 @@ def judge_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Jud
     return c.verdict(paths, tokens, risks)
 
 
-class ByNode:
+class SiblingRule:
     """A lossless rule that differs from speculative sampling only in what it does with the siblings at one node."""
 
     lossless = True
     trees = True
     lane = "draft"
-    limit = 0.0
+    tv_limit = 0.0
+    limit = Renamed("tv_limit")
 
     def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
         """The rule at one node."""
@@ -88,13 +90,13 @@ class ByNode:
         Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
         """
         if not draft.is_chain:
-            return judge_forest(p, draft, noise, self.judge)
+            return verify_forest(p, draft, noise, self.judge)
         if transfer.on_host(p):
-            return judge_chains(p, draft, noise)
+            return verify_chains(p, draft, noise)
         return transfer.fetch(device.speculative_sampling(p, draft, noise, verdict_of))[0]
 
 
-class SpeculativeSampling(ByNode):
+class SpeculativeSampling(SiblingRule):
     """Speculative sampling on any forest. Lossless if the laws a draft declares are true; it may declare none (q=None).
 
     Ledger: the risk of a position is one minus the overlap of p and q for one child with a law (Yin et al. 2024,
@@ -132,34 +134,36 @@ def _walk(p: Tensor, draft: Draft, noise: Noise, b: int, judge: Judge) -> tuple[
 
 def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
     """Follow the residual through all children as if each were refused. It is kept as weight / mass, not normalised."""
-    laws = Laws(draft.q)
+    distributions = SiblingDistributions(draft.q)
     weight, mass = here, 1.0
     tests: list[tuple[float, float]] = []
     before, given = [], []  # probability that each child is refused: before its token is drawn, and given its token
     for k in children:
-        x, row = draft.tokens[k], laws.row_of(k)
-        rx, qx = float(weight[0, x]), laws.at(row, x)
-        lawful = c.is_mass(qx * mass)
-        scale = qx * mass if lawful else mass
+        x, row = draft.tokens[k], distributions.row_of(k)
+        rx, qx = float(weight[0, x]), distributions.at(row, x)
+        has_q = c.is_positive(qx * mass)
+        scale = qx * mass if has_q else mass
         tests.append((rx, scale))
-        given.append(c.unit(1.0 - rx / scale))
+        given.append(c.clamp01(1.0 - rx / scale))
         weight, whole = weight.double().clone(), weight
-        if lawful:
-            q = laws.now(row) if mass == 1.0 else laws.now(row).double() * mass
-            before.append(c.law_risk(c.overlap_one(whole, q, laws.support) / mass, rx, scale))
-            c.subtract(weight, q, laws.support)
-            laws.drawn(row, x)
+        if has_q:
+            q = distributions.now(row) if mass == 1.0 else distributions.now(row).double() * mass
+            before.append(c.rejection_risk(c.overlap_row(whole, q, distributions.support) / mass, rx, scale))
+            c.subtract(weight, q, distributions.support)
+            distributions.drawn(row, x)
         else:
             weight[0, x] = 0
         mass = float(c.row_sums(weight))
-        if not c.is_total(mass):  # refused with probability zero up to rounding: start again from p
+        if not c.is_drawable(mass):  # refused with probability zero up to rounding: start again from p
             weight, mass = here, 1.0
-    rows = {laws.row_of(k) for k in children}
-    integrated = len(before) == len(children) and len(rows) == 1 and (len(children) == 1 or laws.siblings == "iid")
+    rows = {distributions.row_of(k) for k in children}
+    integrated = (
+        len(before) == len(children) and len(rows) == 1 and (len(children) == 1 or distributions.siblings == "iid")
+    )
     return NodeSet(tests, weight, math.prod(before if integrated else given))
 
 
-class Laws:
+class SiblingDistributions:
     """The laws of one node set: of each sibling given those before it."""
 
     def __init__(self, q: Proposal | None) -> None:
@@ -185,15 +189,15 @@ class Laws:
         """`token` has been drawn from `row`."""
         if self.siblings == "iid":
             return
-        law = self.now(row).double().clone()
+        distribution = self.now(row).double().clone()
         column = self._column(token)
         hub = int(self.now(row)[0].argmax()) if self.siblings == "hub" else column
         if column == hub:
-            law[0, column] = 0
+            distribution[0, column] = 0
         else:
-            law.zero_()[0, hub] = 1.0
-        rest = float(c.row_sums(law))
-        self._now[row] = law / rest if rest > 0 else law
+            distribution.zero_()[0, hub] = 1.0
+        rest = float(c.row_sums(distribution))
+        self._now[row] = distribution / rest if rest > 0 else distribution
 
     def _column(self, token: int) -> int:
         if self.support is None:

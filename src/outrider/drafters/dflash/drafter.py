@@ -1,6 +1,6 @@
 """Serving a block drafter: injected keys and values of every accepted row, and one bidirectional pass per block.
 
-The model is `block.BlockModel`. What the target has accepted is injected once and kept; the rows of a block are written behind
+The model is `block.DFlashNetwork`. What the target has accepted is injected once and kept; the rows of a block are written behind
 it for the length of a pass and forgotten, so that nothing rejected is ever visible.
 """
 
@@ -13,19 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters.dflash.network import BlockModel
+from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.tree.forest import Forest
-from outrider.drafters.tree.growth import Growth, lattice
+from outrider.drafters.tree.growth import Growth, level_logits
 from outrider.errors import ConfigError
 from outrider.nn.attention import attend
 from outrider.nn.kv import RowCache
 from outrider.nn.layers import FusedLayer
-from outrider.nn.linear import product, served
+from outrider.nn.linear import draft_linear, with_fast_linears
 from outrider.nn.rope import turn
 from outrider.types import Draft, Evidence, SequenceView
 
 
-class BlockDrafter:
+class DFlashDrafter:
     """Drafts a whole block at once with a model that has its own cache of injected keys and values.
 
     growth: what is made of the slots' laws: a chain, sampled or of the most likely tokens, or the best nodes of their
@@ -35,7 +35,7 @@ class BlockDrafter:
     sequence whose rows were not all seen starts over with those that were: its draft is worse then, never wrong.
     """
 
-    def __init__(self, model: BlockModel, growth: Growth, *, name: str = "dflash") -> None:
+    def __init__(self, model: DFlashNetwork, growth: Growth, *, name: str = "dflash") -> None:
         c = model.config
         if growth.depth >= c.block:
             raise ConfigError(
@@ -49,9 +49,9 @@ class BlockDrafter:
         self._size = growth.depth + 1
         attention: list[Any] = [layer.self_attn for layer in model.layers]
         self._run = [FusedLayer.of(layer) for layer in model.layers]
-        self._net = served(model)
+        self._net = with_fast_linears(model)
         self._k_norms = [a.k_norm for a in attention]
-        self._inject = product(torch.cat([w for a in attention for w in (a.k_proj.weight, a.v_proj.weight)]))
+        self._inject = draft_linear(torch.cat([w for a in attention for w in (a.k_proj.weight, a.v_proj.weight)]))
         self._dtype, self._device = model.fc.weight.dtype, model.fc.weight.device
         self._next: list[int] = []
 
@@ -83,7 +83,7 @@ class BlockDrafter:
                 live.append(view)
         if live:
             logits = self._block(live)
-            self.growth.grow(evidence, depths, forest, logits[0], lattice(logits, depths, forest))
+            self.growth.grow(evidence, depths, forest, logits[0], level_logits(logits, depths, forest))
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, evidence: Evidence) -> None:
@@ -92,7 +92,7 @@ class BlockDrafter:
         rows: list[int] = []
         position: list[int] = []
         for i, view in enumerate(evidence.sequences):
-            kept = evidence.kept_rows(i)
+            kept = evidence.accepted_rows(i)
             if not kept:
                 continue
             start = view.cached - len(kept)

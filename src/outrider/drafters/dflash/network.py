@@ -41,7 +41,7 @@ READ = frozenset({TAPS, "block_size", "mask_token_id", "sample_from_anchor", "sl
 
 
 @dataclass(frozen=True, slots=True)
-class BlockConfig:
+class DFlashConfig:
     """hidden: width of target and drafter. taps: blocks of the target whose outputs are read (0: the embeddings).
 
     block: slots, the anchor's included; block - 1 tokens are drafted. mask: id of the token that stands in the other slots.
@@ -73,7 +73,7 @@ class BlockConfig:
 class _Attention(nn.Module):
     """Projections with per-head norms before the rotation, as in Qwen3; keys of context and block by the same matrices."""
 
-    def __init__(self, c: BlockConfig) -> None:
+    def __init__(self, c: DFlashConfig) -> None:
         super().__init__()
         self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=False)
@@ -84,7 +84,7 @@ class _Attention(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, c: BlockConfig) -> None:
+    def __init__(self, c: DFlashConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden, c.eps)
         self.self_attn = _Attention(c)
@@ -96,10 +96,10 @@ Keys = list[tuple[Float[Tensor, "r T h d"], Float[Tensor, "r T h d"]]]
 """Per layer the rotated keys and the values that context rows were turned into."""
 
 
-class BlockModel(nn.Module):
+class DFlashNetwork(nn.Module):
     """The network; tensors are named as in the `speculators` layout of DFlash. Both token tables are the target's, frozen."""
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden)
@@ -181,7 +181,7 @@ class BlockModel(nn.Module):
         write_folder(folder, _layout(c, verifier), held)
 
     @classmethod
-    def load(cls, folder: Path, target: Target, target_path: str | None = None) -> BlockModel:
+    def load(cls, folder: Path, target: Target, target_path: str | None = None) -> DFlashNetwork:
         """A drafter of a folder for `target`; its tables are the target's where the folder does not hold them.
 
         target_path: the target's folder, from which an output head is read that is not its embedding table. Raises ConfigError
@@ -210,7 +210,7 @@ def visible(position: Int[Tensor, "r N"], length: int, document: Int[Tensor, "r 
     return see
 
 
-def _layout(c: BlockConfig, verifier: str) -> dict[str, Any]:
+def _layout(c: DFlashConfig, verifier: str) -> dict[str, Any]:
     """config.json. Attention is full and bidirectional, which vLLM must be told: a missing flag makes it serve causally."""
     return {
         "architectures": ["DFlashDraftModel"],
@@ -249,7 +249,7 @@ def _layout(c: BlockConfig, verifier: str) -> dict[str, Any]:
     }
 
 
-def _read_config(config: dict[str, Any], folder: Path, target: Target) -> BlockConfig:
+def _read_config(config: dict[str, Any], folder: Path, target: Target) -> DFlashConfig:
     shape = config.get("transformer_layer_config")
     if not isinstance(shape, dict):
         raise ConfigError(f"{folder}: transformer_layer_config must describe layers")
@@ -268,7 +268,7 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> BlockC
     if isinstance(mask, bool) or not isinstance(mask, int):
         raise ConfigError(f"{folder}: mask_token_id must be a token, got {mask!r}")
     hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
-    return BlockConfig(
+    return DFlashConfig(
         hidden=hidden,
         taps=layer_ids(config, TAPS, folder, [2, target.layers // 2, target.layers - 3]),
         vocab_size=vocab_size,

@@ -1,6 +1,6 @@
 """Serving a feature drafter: its own keys and values, catching up on what was accepted, growing chains and trees.
 
-The model is a `_features.FeatureNetwork`: EAGLE-3's or EAGLE-1's. Rows of several sequences go through the matrix products
+The model is a `_features.EagleNetwork`: EAGLE-3's or EAGLE-1's. Rows of several sequences go through the matrix products
 together; attention runs per sequence, over its own context.
 """
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters.eagle.network import FeatureNetwork
+from outrider.drafters.eagle.network import EagleNetwork
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import ConfigError
@@ -20,7 +20,7 @@ from outrider.nn import rope
 from outrider.nn.attention import attend
 from outrider.nn.kv import RowCache
 from outrider.nn.layers import FusedLayer
-from outrider.nn.linear import served
+from outrider.nn.linear import with_fast_linears
 from outrider.nn.masks import ancestor_mask
 from outrider.types import Draft, Evidence, SequenceView
 
@@ -28,18 +28,18 @@ CHUNK = 256
 """Most rows of one sequence in one pass."""
 
 
-class _Served:
+class FusedNetwork:
     """The weights as serving wants them: fused, positions in a table. rows -> (residual, q, k, v); `layer.leave` -> state."""
 
-    def __init__(self, model: FeatureNetwork, length: int) -> None:
+    def __init__(self, model: EagleNetwork, length: int) -> None:
         c, device = model.config, model.fc.weight.device
-        self.config, self.model, self.layer = c, served(model), FusedLayer.of(model.layers[0])
+        self.config, self.model, self.layer = c, with_fast_linears(model), FusedLayer.of(model.layers[0])
         self.dtype = model.fc.weight.dtype
         self._tokens = model.rows(torch.arange(c.vocab_size, device=device))
         self._turns = rope.table(rope.frequencies(c.head_dim, c.rope_theta, device), length).to(self.dtype)
 
     def enter(self, token: Tensor, g: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`FeatureNetwork.enter` for flat rows."""
+        """`EagleNetwork.enter` for flat rows."""
         c = self.config
         residual, x = self.model.join(self._tokens[token], g)
         x = self.layer.qkv(x).view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
@@ -48,7 +48,7 @@ class _Served:
         return residual, q, k, v
 
 
-class _Place:
+class SlotContext:
     """What is known of a slot beside its context rows: that the last of them has position `next - 1`, its state, the draft's rows.
 
     parents: of each row of the draft, its parent's number among them, -1 for the context. nodes: state and row of each node.
@@ -63,7 +63,7 @@ class _Place:
         self.parents: list[int] = []
 
 
-class Eagle:
+class EagleDrafter:
     """Drafts with a feature model that has its own cache of one layer.
 
     growth: how drafts grow: chains and trees of a fixed shape, sampled or not, or the best nodes first (EAGLE-2).
@@ -72,26 +72,26 @@ class Eagle:
     once. A sequence whose rows were not all seen starts over with those that were: its draft is worse then, never wrong.
     """
 
-    def __init__(self, model: FeatureNetwork, growth: Growth, *, name: str = "eagle") -> None:
+    def __init__(self, model: EagleNetwork, growth: Growth, *, name: str = "eagle") -> None:
         self.name, self.model, self.growth = name, model, growth
         self.layers: tuple[int, ...] = tuple(sorted(set(model.config.taps)))
         self._order = [self.layers.index(t) for t in model.config.taps]
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
-        self._places: list[_Place] = []
-        self._run: _Served | None = None
+        self._places: list[SlotContext] = []
+        self._run: FusedNetwork | None = None
 
     def bind(self, slots: int, length: int) -> None:
         """Make the drafter's own cache."""
-        c, capacity = self.model.config, length + self.growth.looked_at
-        self._run = _Served(self.model, capacity)
+        c, capacity = self.model.config, length + self.growth.max_expanded_nodes
+        self._run = FusedNetwork(self.model, capacity)
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
-        self._places = [_Place() for _ in range(slots)]
+        self._places = [SlotContext() for _ in range(slots)]
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
         self.cache.release(slots)
         for slot in slots:
-            self._places[slot] = _Place()
+            self._places[slot] = SlotContext()
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
@@ -112,23 +112,23 @@ class Eagle:
             self.growth.grow(evidence, depths, forest, self._run.model.logits(torch.stack(states)), follow)
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
-    def _catch_up(self, run: _Served, evidence: Evidence) -> None:
+    def _catch_up(self, run: FusedNetwork, evidence: Evidence) -> None:
         """Feed the pairs (hidden states of a kept row, the token behind it), all sequences in one pass where chunks allow."""
         work: list[tuple[SequenceView, list[int]]] = []
         for i, view in enumerate(evidence.sequences):
-            kept = evidence.kept_rows(i)
+            kept = evidence.accepted_rows(i)
             if not kept:
                 continue
             place = self._places[view.slot]
             if place.next != view.cached - len(kept):
                 self.release([view.slot])
-                self._places[view.slot] = _Place(view.cached - len(kept))
+                self._places[view.slot] = SlotContext(view.cached - len(kept))
             work.append((view, kept))
         while work:
             self._feed(run, evidence, [(v, kept[:CHUNK]) for v, kept in work])
             work = [(v, kept[CHUNK:]) for v, kept in work if len(kept) > CHUNK]
 
-    def _feed(self, run: _Served, evidence: Evidence, work: list[tuple[SequenceView, list[int]]]) -> None:
+    def _feed(self, run: FusedNetwork, evidence: Evidence, work: list[tuple[SequenceView, list[int]]]) -> None:
         rows = [r for _, kept in work for r in kept]
         hidden = evidence.scores.hidden
         taps = torch.stack([hidden[n] for n in self._order], 1) if len(self._order) > 1 else hidden[0][:, None]
@@ -157,35 +157,35 @@ class Eagle:
             self._places[view.slot].state = state[first - 1]
 
     def _follower(
-        self, run: _Served, views: Sequence[SequenceView], forest: Forest
+        self, run: FusedNetwork, views: Sequence[SequenceView], forest: Forest
     ) -> Callable[[list[tuple[int, int]]], Float[Tensor, "n V"]]:
         """Feeds draft nodes: each sees the context, its ancestors and itself; its hidden state is its parent's output."""
 
-        def follow(ends: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
-            depth = len(forest.path(*ends[0]))
-            places = [self._places[views[i].slot] for i, _ in ends]
-            above = [p.nodes[forest.parent[i][k]] for p, (i, k) in zip(places, ends, strict=True)]
+        def follow(frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
+            depth = len(forest.path(*frontier[0]))
+            places = [self._places[views[i].slot] for i, _ in frontier]
+            above = [p.nodes[forest.parent[i][k]] for p, (i, k) in zip(places, frontier, strict=True)]
             g = torch.stack([state for state, _ in above])
-            token = self._long([forest.tokens[i][k] for i, k in ends])
+            token = self._long([forest.tokens[i][k] for i, k in frontier])
             position = self._long([p.next + depth - 1 for p in places])
             residual, q, k, v = run.enter(token, g, position)
             seen, first = [], 0
-            while first < len(ends):
+            while first < len(frontier):
                 last = first
-                while last < len(ends) and ends[last][0] == ends[first][0]:
+                while last < len(frontier) and frontier[last][0] == frontier[first][0]:
                     last += 1
-                place, slot, mine = places[first], views[ends[first][0]].slot, slice(first, last)
+                place, slot, mine = places[first], views[frontier[first][0]].slot, slice(first, last)
                 held, fed = self.cache.length[slot], len(place.parents)
                 place.parents += [row for _, row in above[mine]]
                 keys, values = self.cache.write(0, slot, held + fed, k[mine], v[mine])
                 chain = place.parents == list(range(-1, len(place.parents) - 1))
                 see = None if chain else ancestor_mask(0, place.parents, held, last=last - first).to(g.device)
                 seen.append(_attend(q[mine], keys, values, see))
-                for row, (_, node) in enumerate(ends[mine], fed):
+                for row, (_, node) in enumerate(frontier[mine], fed):
                     place.nodes[node] = (g[0], row)  # its state comes below
                 first = last
             state = run.layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), residual)
-            for n, (place, (_, node)) in enumerate(zip(places, ends, strict=True)):
+            for n, (place, (_, node)) in enumerate(zip(places, frontier, strict=True)):
                 place.nodes[node] = (state[n], place.nodes[node][1])
             return run.model.logits(state)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from outrider.config_keys import real, whole
 from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, write_folder
-from outrider.drafters.eagle.network import Attention, FeatureConfig, FeatureNetwork
+from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
 from outrider.drafters.keys import LAYER, check_keys, check_layers, rope_theta
 from outrider.drafters.medusa.network import fill
 from outrider.errors import ConfigError
@@ -28,17 +28,17 @@ TABLES = ("embed_tokens.weight", "lm_head.weight", "norm.weight")
 
 
 class _Layer(nn.Module):
-    def __init__(self, c: FeatureConfig) -> None:
+    def __init__(self, c: EagleConfig) -> None:
         super().__init__()
         self.self_attn = Attention(c, c.hidden)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden, c.eps)
         self.mlp = Mlp(c.hidden, c.inner)
 
 
-class LastFeatureModel(FeatureNetwork):
+class Eagle1Network(EagleNetwork):
     """The network; tensors are named as in EAGLE's own files. hidden = target_hidden, and one tap: the target's last block."""
 
-    def __init__(self, config: FeatureConfig) -> None:
+    def __init__(self, config: EagleConfig) -> None:
         super().__init__(config)
         c = config
         if c.hidden != c.target_hidden or len(c.taps) != 1:
@@ -99,7 +99,7 @@ class LastFeatureModel(FeatureNetwork):
         )
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> LastFeatureModel:
+    def load(cls, folder: Path, target: Target) -> Eagle1Network:
         """A drafter of a folder for `target`; ConfigError for a folder that holds something else or what is not supported."""
         config, tensors = read_folder(folder, ("eagle", "llama"))
         made = _read_config(config, folder, target)
@@ -113,13 +113,13 @@ class LastFeatureModel(FeatureNetwork):
         return fill(model, tensors, folder)
 
 
-def _read_config(config: dict[str, Any], folder: Path, target: Target) -> FeatureConfig:
+def _read_config(config: dict[str, Any], folder: Path, target: Target) -> EagleConfig:
     if whole(config, "num_hidden_layers", folder, default=1) != 1:
         raise ConfigError(f"{folder}: a feature drafter has one layer")
     check_keys(config, LAYER | {"bias", "base_model", "target_layer"}, folder)
     check_layers({**config, "model_type": "llama"}, folder, "llama")
     hidden, heads = whole(config, "hidden_size", folder), whole(config, "num_attention_heads", folder)
-    return FeatureConfig(
+    return EagleConfig(
         hidden=hidden,
         target_hidden=hidden,
         taps=(whole(config, "target_layer", folder, default=target.layers),),

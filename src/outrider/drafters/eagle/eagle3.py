@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from outrider.config_keys import flag, real, whole
 from outrider.drafters.checkpoint import SPECULATORS_VERSION, check_fits, read_folder, speculators_config, write_folder
-from outrider.drafters.eagle.network import Attention, FeatureConfig, FeatureNetwork
+from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
 from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, rope_theta
 from outrider.drafters.medusa.network import fill
 from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
@@ -31,7 +31,7 @@ READ = (
 
 
 class _Layer(nn.Module):
-    def __init__(self, c: FeatureConfig) -> None:
+    def __init__(self, c: EagleConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden, c.eps)
         self.hidden_norm = nn.RMSNorm(c.hidden, c.eps)
@@ -40,13 +40,13 @@ class _Layer(nn.Module):
         self.mlp = Mlp(c.hidden, c.inner)
 
 
-class FeatureModel(FeatureNetwork):
+class Eagle3Network(EagleNetwork):
     """The network; tensors are named as in the `speculators` layout of EAGLE-3.
 
     support: [S] target tokens of the head's columns where the draft vocabulary is a part of the target's, else None.
     """
 
-    def __init__(self, config: FeatureConfig, support: Int[Tensor, "S"] | None = None) -> None:
+    def __init__(self, config: EagleConfig, support: Int[Tensor, "S"] | None = None) -> None:
         super().__init__(config)
         c = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden)
@@ -117,7 +117,7 @@ class FeatureModel(FeatureNetwork):
         )
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> FeatureModel:
+    def load(cls, folder: Path, target: Target) -> Eagle3Network:
         """A drafter of a folder for `target`; ConfigError for a folder that holds something else or what is not supported."""
         config, tensors = read_folder(folder, "eagle3")
         made = _read_config(config, folder, target)
@@ -134,7 +134,7 @@ class FeatureModel(FeatureNetwork):
         return fill(model, tensors, folder)
 
 
-def _read_config(config: dict[str, Any], folder: Path, target: Target) -> FeatureConfig:
+def _read_config(config: dict[str, Any], folder: Path, target: Target) -> EagleConfig:
     shape = config.get("transformer_layer_config", config)  # EAGLE's own folders describe the layer at the top
     if not isinstance(shape, dict) or shape.get("num_hidden_layers", 1) != 1:
         raise ConfigError(f"{folder}: transformer_layer_config must describe one layer")
@@ -147,7 +147,7 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> Featur
     hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
     vocab_size = whole(shape, "vocab_size", folder)
     size = whole(config, "draft_vocab_size", folder, default=vocab_size)
-    return FeatureConfig(
+    return EagleConfig(
         hidden=hidden,
         target_hidden=whole(config, "target_hidden_size", folder, default=hidden)
         if config.get("target_hidden_size")

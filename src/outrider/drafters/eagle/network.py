@@ -19,7 +19,7 @@ from outrider.nn.rope import frequencies, rotation, turn
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureConfig:
+class EagleConfig:
     """hidden: the drafter's width. target_hidden: the target's. taps: blocks whose outputs are read (0: the embeddings).
 
     vocab_size: the target's. draft_vocab: tokens that are drafted, 0 for all. norm_before_residual: whether the residual
@@ -43,7 +43,7 @@ class FeatureConfig:
 class Attention(nn.Module):
     """The projections; who attends to what differs between training and serving and is not decided here."""
 
-    def __init__(self, c: FeatureConfig, inputs: int) -> None:
+    def __init__(self, c: EagleConfig, inputs: int) -> None:
         super().__init__()
         self.q_proj = nn.Linear(inputs, c.heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=False)
@@ -51,14 +51,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
 
 
-class FeatureNetwork(nn.Module, ABC):
+class EagleNetwork(nn.Module, ABC):
     """A network with `embed_tokens`, `fc` and one layer with `self_attn`, `post_attention_layernorm` and `mlp`."""
 
     embed_tokens: nn.Embedding
     fc: nn.Linear
     layers: nn.ModuleList
 
-    def __init__(self, config: FeatureConfig) -> None:
+    def __init__(self, config: EagleConfig) -> None:
         super().__init__()
         self.config = config
 

@@ -19,10 +19,10 @@ from outrider.config_keys import flag, real, whole
 from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, write_folder
 from outrider.drafters.keys import check_keys, check_layers
 from outrider.drafters.tree.forest import Forest
-from outrider.drafters.tree.growth import Growth, lattice
+from outrider.drafters.tree.growth import Growth, level_logits
 from outrider.drafters.vocabulary import checked, spread
 from outrider.errors import ConfigError
-from outrider.nn.linear import product
+from outrider.nn.linear import draft_linear
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence
 
@@ -35,7 +35,7 @@ READ = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
-class HeadsConfig:
+class MedusaConfig:
     """hidden: of the target. heads: positions ahead. layers: residual blocks of a head. shared: one output matrix for all heads.
 
     tap: number of the target's block whose output is read; the target's number of blocks for its last one. draft_vocab: tokens
@@ -63,7 +63,7 @@ class _Head(nn.Module):
         return x
 
 
-class MedusaHeads(nn.Module):
+class MedusaNetwork(nn.Module):
     """logits_h = W_h r_h(f) with residual blocks r_h: x + silu(A x + b), f the target's normed last hidden state.
 
     Tensors are named as vLLM names them (`blocks.h.layers.j.weight`, `lm_heads.h.weight`), plus `norm.weight`, the target's
@@ -73,7 +73,7 @@ class MedusaHeads(nn.Module):
 
     support: Tensor | None
 
-    def __init__(self, config: HeadsConfig) -> None:
+    def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         self.config = config
         self.norm = nn.RMSNorm(config.hidden, config.eps)
@@ -119,7 +119,7 @@ class MedusaHeads(nn.Module):
         )
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> MedusaHeads:
+    def load(cls, folder: Path, target: Target) -> MedusaNetwork:
         """Heads of a folder for `target`; the target's final norm where the folder does not hold it, as those of others.
 
         Raises ConfigError for a folder that holds something else, CapabilityError for heads of a target of other sizes.
@@ -145,14 +145,14 @@ class MedusaHeads(nn.Module):
         return fill(model, tensors, folder)
 
 
-def _read_config(config: dict[str, Any], folder: Path, target: Target) -> HeadsConfig:
+def _read_config(config: dict[str, Any], folder: Path, target: Target) -> MedusaConfig:
     check_keys(config, READ, folder)
     check_layers({**config, "model_type": "medusa"}, folder, "medusa")
     hidden, vocab_size = whole(config, "hidden_size", folder), whole(config, "vocab_size", folder)
     size = config.get("truncated_vocab_size") or vocab_size
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= vocab_size:
         raise ConfigError(f"{folder}: truncated_vocab_size must be a whole number of 1 .. {vocab_size}, got {size!r}")
-    return HeadsConfig(
+    return MedusaConfig(
         hidden=hidden,
         vocab_size=vocab_size,
         heads=whole(config, "num_heads", folder, most=64),
@@ -187,13 +187,13 @@ def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-class Medusa:
-    """Drafts with `MedusaHeads`: level d of a tree comes from head d, whatever path leads there.
+class MedusaDrafter:
+    """Drafts with `MedusaNetwork`: level d of a tree comes from head d, whatever path leads there.
 
     heads: the network. growth: how trees grow; its depth is at most the number of heads.
     """
 
-    def __init__(self, heads: MedusaHeads, growth: Growth, *, name: str = "medusa") -> None:
+    def __init__(self, heads: MedusaNetwork, growth: Growth, *, name: str = "medusa") -> None:
         if growth.depth > heads.config.heads:
             raise ConfigError(
                 f"a draft of {growth.depth} levels needs as many heads, there are {heads.config.heads}: shorten the draft"
@@ -219,7 +219,7 @@ class Medusa:
         hidden = evidence.scores.hidden[0]
         depths, rows = [0] * len(budget), []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
-            kept = evidence.kept_rows(i)
+            kept = evidence.accepted_rows(i)
             if kept:
                 self._last[view.slot] = view.cached, hidden[kept[-1]]
             at, row = self._last.get(view.slot, (-1, hidden))
@@ -233,15 +233,15 @@ class Medusa:
 
     def _propose(self, evidence: Evidence, depths: list[int], forest: Forest, hidden: Float[Tensor, "n H"]) -> None:
         logits = self._predict(hidden)  # [heads, n, V]
-        self.growth.grow(evidence, depths, forest, logits[0], lattice(logits, depths, forest))
+        self.growth.grow(evidence, depths, forest, logits[0], level_logits(logits, depths, forest))
 
 
-def _stacked(heads: MedusaHeads) -> Any:
+def _stacked(heads: MedusaNetwork) -> Any:
     """The network with the weights of all heads side by side: hidden states [n, H] -> logits [heads, n, V]."""
     c = heads.config
     weights = [torch.stack([b.layers[j].weight.T for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
     biases = [torch.stack([b.layers[j].bias[None] for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
-    out = [product(head.weight) for head in heads.lm_heads]  # type: ignore[arg-type]
+    out = [draft_linear(head.weight) for head in heads.lm_heads]  # type: ignore[arg-type]
 
     def predict(hidden: Float[Tensor, "n H"]) -> Float[Tensor, "heads n V"]:
         x = heads.norm(hidden).expand(c.heads, -1, -1)

@@ -28,7 +28,7 @@ class ModelDrafter:
     branching:  children of each node of levels 1 .. depth; None is a chain. (2, 2, 1) has 2 + 4 + 4 nodes.
     shape:      any tree of `shapes` instead; its depth counts, not `depth`.
     siblings:   how several children of a node are drawn: "iid", or "without_replacement".
-    sample:     "law", "greedy" or "coupled", see `_growth.Levels`.
+    sample:     "sampled", "greedy" or "coupled", see `_growth.Levels`.
     growth:     another way to grow, such as `_growth.BestFirst`, instead of depth, branching, shape, siblings and sample.
     vocab_size: of the model that is drafted for; the draft's further tokens are masked, its missing ones have no mass, and it reads
                 another token where the text has one of them (`TokenCache`).
@@ -46,7 +46,7 @@ class ModelDrafter:
         branching: Sequence[int] | None = None,
         shape: Shape | None = None,
         siblings: Siblings = "iid",
-        sample: Sample = "law",
+        sample: Sample = "sampled",
         growth: Growth | None = None,
         vocab_size: int | None = None,
         max_length: int | None = None,
@@ -69,7 +69,7 @@ class ModelDrafter:
     def bind(self, slots: int, length: int) -> None:
         """Make the draft model's own cache."""
         limit = min(length, self.max_length)
-        slack = self.growth.looked_at if self.trees else 0
+        slack = self.growth.max_expanded_nodes if self.trees else 0
         try:
             self._cache = TokenCache(self.model, slots, limit + slack, limit)
         except CapacityError as error:
@@ -113,19 +113,23 @@ class ModelDrafter:
         slots = [views[i].slot for i in live]
         # what the cache lacks and the anchor, in one forward: its last rows give the first level
         logits = cache.append(slots, [views[i].tokens[len(cache.held[s]) :] for i, s in zip(live, slots, strict=True)])
-        self.growth.grow(evidence, depths, forest, logits, lambda ends: self._follow(cache, evidence, forest, ends))
+        self.growth.grow(
+            evidence, depths, forest, logits, lambda frontier: self._follow(cache, evidence, forest, frontier)
+        )
 
     def _append(
-        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int]]
+        self, cache: TokenCache, evidence: Evidence, forest: Forest, frontier: list[tuple[int, int]]
     ) -> Float[Tensor, "n V"]:
         """The next level of chains: each node's keys and values are kept, and truncated later to what was accepted."""
-        return cache.append([evidence.sequences[i].slot for i, _ in ends], [[forest.tokens[i][k]] for i, k in ends])
+        return cache.append(
+            [evidence.sequences[i].slot for i, _ in frontier], [[forest.tokens[i][k]] for i, k in frontier]
+        )
 
     def _regrow(
-        self, cache: TokenCache, evidence: Evidence, forest: Forest, ends: list[tuple[int, int]]
+        self, cache: TokenCache, evidence: Evidence, forest: Forest, frontier: list[tuple[int, int]]
     ) -> Float[Tensor, "n V"]:
         """The next level of trees: the anchor and all nodes so far are scored again as one forest."""
-        live = list(dict.fromkeys(i for i, _ in ends))
+        live = list(dict.fromkeys(i for i, _ in frontier))
         views = [evidence.sequences[i] for i in live]
         nodes = forest.nodes(live, self.model.device)
         rows = Rows.assemble(
@@ -135,7 +139,7 @@ class ModelDrafter:
             nodes,
         )
         number = {i: b for b, i in enumerate(live)}
-        scored = [nodes.row(number[i], nodes.nodes(number[i])[k]) for i, k in ends]
+        scored = [nodes.row(number[i], nodes.nodes(number[i])[k]) for i, k in frontier]
         return cache.score(replace(rows, scored=rows.scored[scored]))
 
 

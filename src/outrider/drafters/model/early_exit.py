@@ -23,5 +23,5 @@ def early_exit(target: Target, layers: int, growth: Growth) -> ModelDrafter:
             f"a {type(target).__name__} cannot run its first layers alone: use a draft model of its own, or 'ngram'"
         )
     return ModelDrafter(
-        target.prefix(layers), growth.depth, growth=growth, vocab_size=target.vocab_size, name=f"early:{layers}"
+        target.first_layers(layers), growth.depth, growth=growth, vocab_size=target.vocab_size, name=f"early:{layers}"
     )

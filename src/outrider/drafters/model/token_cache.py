@@ -82,8 +82,8 @@ class TokenCache:
         if n == 1:
             position, last = self._ruler[start : start + rows], self._ruler[rows - 1 : rows]
         else:
-            position = self._tensor([p for s in segments for p in range(s.cached, s.cached + s.prefix)])
-            last = self._ruler[:n] if n == rows else self._tensor([s.first + s.prefix - 1 for s in segments])
+            position = self._tensor([p for s in segments for p in range(s.cached, s.cached + s.fed)])
+            last = self._ruler[:n] if n == rows else self._tensor([s.first + s.fed - 1 for s in segments])
         return Rows(self._tensor(self.known(token)), position, tuple(segments), last if scored else last[:0])
 
     def known(self, tokens: list[int]) -> list[int]:

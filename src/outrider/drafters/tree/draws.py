@@ -26,44 +26,44 @@ class Drawn(NamedTuple):
     sound: bool
 
 
-def inverse_cdf(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
+def inverse_cdf(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """Independent draws from row i, one for each of its uniforms of (0, 1): as many for every row.
 
     A row that is no law (not finite, or without mass) gives no tokens.
     """
-    size = law.shape[-1]
-    columns, total = _columns(law, uniform)
+    size = q.shape[-1]
+    columns, total = _columns(q, uniform)
     return Pending(
         (columns, total), lambda rows, sums: Drawn([[] if size in row else row for row in rows], _sum_to_one(sums))
     )
 
 
-def _columns(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> tuple[Int[Tensor, "n w"], Float64[Tensor, "n"]]:
+def _columns(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> tuple[Int[Tensor, "n w"], Float64[Tensor, "n"]]:
     """The token that each uniform draws, V where there is none to draw; and the sums of the rows."""
-    cdf = law.cumsum(-1, dtype=torch.float64)
+    cdf = q.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:]
     single = len(uniform) == 1 and len(uniform[0]) == 1  # spares the commonest draw a small tensor
     flat = [u for row in uniform for u in row]
-    level = total * (flat[0] if single else transfer.upload(flat, torch.float64, law.device).view(len(uniform), -1))
+    level = total * (flat[0] if single else transfer.upload(flat, torch.float64, q.device).view(len(uniform), -1))
     # the first column whose cumulative mass exceeds u * total; a total of 0, infinity or NaN ends up behind all columns
     columns = torch.searchsorted(cdf, level, right=True)
-    return columns if transfer.on_host(law) else with_mass(law, columns), total.squeeze(1)
+    return columns if transfer.on_host(q) else with_mass(q, columns), total.squeeze(1)
 
 
-def with_mass(law: Float[Tensor, "n V"], columns: Int[Tensor, "n w"]) -> Int[Tensor, "n w"]:
+def with_mass(q: Float[Tensor, "n V"], columns: Int[Tensor, "n w"]) -> Int[Tensor, "n w"]:
     """`columns`, those without mass replaced by the most likely one; V stays V.
 
     Needed where sums are formed in parallel: they may decrease by a rounding, and a column without mass be the first to
     exceed a level. Sums formed term by term never decrease.
     """
-    size = law.shape[-1]
-    some = law.gather(1, columns.clamp(max=size - 1)) > 0
-    return columns.where(some | (columns == size), law.argmax(-1, keepdim=True))
+    size = q.shape[-1]
+    some = q.gather(1, columns.clamp(max=size - 1)) > 0
+    return columns.where(some | (columns == size), q.argmax(-1, keepdim=True))
 
 
-def without_replacement(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
+def without_replacement(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """Successive draws from row i, each from what the earlier ones left, renormalised; fewer if nothing is left."""
-    size, left = law.shape[-1], law.to(torch.float64, copy=True)
+    size, left = q.shape[-1], q.to(torch.float64, copy=True)
     columns: list[Tensor] = []
     sums: list[Tensor] = []
     for j in range(len(uniform[0])):
@@ -78,14 +78,14 @@ def without_replacement(law: Float[Tensor, "n V"], uniform: list[list[float]]) -
     )
 
 
-def hub_pairs(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
+def hub_pairs(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """SpecHub's pairs: a draw from row i, and its most likely token a, or a draw from the row without a if the first was a.
 
     One token where a has all the mass (Sun et al., "SpecHub", EMNLP 2024).
     """
-    size, hubs = law.shape[-1], law.argmax(-1, keepdim=True)
-    first, total = _columns(law, [[row[0]] for row in uniform])
-    others = law.to(torch.float64, copy=True).scatter_(1, hubs, 0.0)
+    size, hubs = q.shape[-1], q.argmax(-1, keepdim=True)
+    first, total = _columns(q, [[row[0]] for row in uniform])
+    others = q.to(torch.float64, copy=True).scatter_(1, hubs, 0.0)
     second, _ = _columns(others, [[row[1]] for row in uniform])
 
     def finish(rows: list[list[int]], sums: list[float]) -> Drawn:
@@ -95,15 +95,15 @@ def hub_pairs(law: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[
     return Pending((torch.cat([first, second, hubs], 1), total), finish)
 
 
-def race(law: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int) -> Pending[Drawn]:
+def race(q: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int) -> Pending[Drawn]:
     """The first `width` arrivals of an exponential race with rates `law`: draws without replacement, in draw order.
 
     The first is argmax(q / e), so it meets a target that races with the same noise as often as the two laws allow
     (Daliri, Musco and Suresh 2024). Tokens without mass never arrive.
     """
-    arrived = top(law / exponential, width, floor=0.0)
+    arrived = top(q / exponential, width, floor=0.0)
     return Pending(
-        (*arrived.parts, law.sum(-1, dtype=torch.float64)),
+        (*arrived.parts, q.sum(-1, dtype=torch.float64)),
         lambda tokens, values, sums: Drawn(arrived.finish(tokens, values).tokens, _sum_to_one(sums)),
     )
 

@@ -23,7 +23,7 @@ class Forest:
         self.parent: list[list[int]] = [[] for _ in range(sequences)]
         self.row: list[list[int]] = [[] for _ in range(sequences)]
         self.paths: list[list[tuple[int, ...]]] = [[] for _ in range(sequences)]
-        self._laws: list[Tensor] = []
+        self._distributions: list[Tensor] = []
         self._rows = 0
         self._sound = True
 
@@ -48,10 +48,10 @@ class Forest:
         """Tokens from the anchor's child down to `node` of sequence i; empty for the anchor (-1)."""
         return () if node < 0 else self.paths[i][node]
 
-    def add_laws(self, probs: Float[Tensor, "r V"], sound: bool = False) -> int:
+    def add_distributions(self, probs: Float[Tensor, "r V"], sound: bool = False) -> int:
         """Keep the laws that nodes were drawn from; the number of the first one. sound: as in `Proposal`, seen by the caller."""
         first = self._rows
-        self._laws.append(probs)
+        self._distributions.append(probs)
         self._rows += probs.shape[0]
         self._sound &= sound
         return first
@@ -64,7 +64,9 @@ class Forest:
         """All trees with their laws, as a `Draft` on `device`."""
         row, q = tuple(r for rows in self.row for r in rows), None
         if any(r != POINT_MASS for r in row):
-            probs = (self._laws[0] if len(self._laws) == 1 else torch.cat(self._laws)).to(device)
+            probs = (self._distributions[0] if len(self._distributions) == 1 else torch.cat(self._distributions)).to(
+                device
+            )
             q = Proposal(probs, row, None, siblings, probs if self._sound else None)
         return Draft.join(list(zip(self.tokens, self.parent, strict=True)), q, device)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from outrider.deprecated import current
 from outrider.drafters.tree import draws
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.shapes import MAX_NODES, Shape
@@ -22,11 +23,11 @@ from outrider.errors import ConfigError, unknown_name
 from outrider.transfer import Pending, fetch, read
 from outrider.types import POINT_MASS, Evidence, Siblings
 
-Sample = Literal["law", "greedy", "coupled"]
-SAMPLES: tuple[Sample, ...] = ("law", "greedy", "coupled")
+Sample = Literal["sampled", "greedy", "coupled"]
+SAMPLES: tuple[Sample, ...] = ("sampled", "greedy", "coupled")
 SIBLINGS: tuple[Siblings, ...] = get_args(Siblings)
 DRAWS = {"iid": draws.inverse_cdf, "without_replacement": draws.without_replacement, "hub": draws.hub_pairs}
-Follow = Callable[[list[tuple[int, int]]], Float[Tensor, "n W"]]
+NextLogits = Callable[[list[tuple[int, int]]], Float[Tensor, "n W"]]
 """Logits below nodes (sequence, node), all of one depth and grouped by sequence; called once per level."""
 
 
@@ -42,8 +43,8 @@ class _Params(Protocol):
 
 @runtime_checkable
 class Growth(Protocol):
-    """depth, nodes: of the largest tree. looked_at: most nodes of a sequence in the forest on the way there. trees: whether
-    nodes may be siblings. siblings: how they are drawn."""
+    """depth, nodes: of the largest tree. max_expanded_nodes: most nodes of a sequence in the forest on the way there. trees:
+    whether nodes may be siblings. siblings: how they are drawn."""
 
     siblings: Siblings
 
@@ -52,12 +53,17 @@ class Growth(Protocol):
     @property
     def nodes(self) -> int: ...
     @property
-    def looked_at(self) -> int: ...
+    def max_expanded_nodes(self) -> int: ...
     @property
     def trees(self) -> bool: ...
 
     def grow(
-        self, evidence: Evidence, depths: Sequence[int], forest: Forest, logits: Float[Tensor, "n W"], follow: Follow
+        self,
+        evidence: Evidence,
+        depths: Sequence[int],
+        forest: Forest,
+        logits: Float[Tensor, "n W"],
+        follow: NextLogits,
     ) -> None:
         """Add to `forest` a tree of at most depths[i] levels for each sequence i with depths[i] > 0.
 
@@ -68,7 +74,7 @@ class Growth(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """One level about to be drawn: `ends[e]` = (sequence, node, state of the shape) whose children row e of the logits decides.
+    """One level about to be drawn: `frontier[e]` = (sequence, node, state of the shape) whose children row e of the logits decides.
 
     width: most children of any node of the shape, so that a node's noise does not depend on its neighbours.
     kinds[i]: how the nodes of sequence i are chosen, see `Levels._kind`.
@@ -77,32 +83,33 @@ class _Level:
     evidence: Evidence
     depth: int
     width: int
-    ends: list[tuple[int, int, int]]
+    frontier: list[tuple[int, int, int]]
     kinds: list[str]
 
     def uniforms(self, rows: Sequence[int]) -> list[list[float]]:
         """The uniforms of the children of the ends `rows`; siblings and cousins differ by their index in the level."""
         first: dict[int, int] = {}
-        ordinal = [e - first.setdefault(i, e) for e, (i, _, _) in enumerate(self.ends)]
+        ordinal = [e - first.setdefault(i, e) for e, (i, _, _) in enumerate(self.frontier)]
         noise, w = self.evidence.noise, self.width
         return [
-            [noise.uniform(self.ends[e][0], self.depth, "draft", ordinal[e] * w + j) for j in range(w)] for e in rows
+            [noise.uniform(self.frontier[e][0], self.depth, "draft", ordinal[e] * w + j) for j in range(w)]
+            for e in rows
         ]
 
     def exponentials(self, rows: Sequence[int], vocab_size: int, device: torch.device) -> Float[Tensor, "r V"]:
         """The race noise of the position below each of the ends `rows`; cousins share it, as the target will."""
         own = {
             i: self.evidence.noise.exponential(i, self.depth, vocab_size, device)
-            for i in {self.ends[e][0] for e in rows}
+            for i in {self.frontier[e][0] for e in rows}
         }
-        return torch.stack([own[self.ends[e][0]] for e in rows])
+        return torch.stack([own[self.frontier[e][0]] for e in rows])
 
 
 class Levels:
     """Trees of a fixed shape, level by level.
 
     shape:      who gets how many children. vocab_size: the target's.
-    sample:     "law": from the request's own law on the logits (noise lane `draft`). "greedy": the most likely tokens, as
+    sample:     "sampled": from the request's own law on the logits (noise lane `draft`). "greedy": the most likely tokens, as
                 point masses. "coupled": by the exponential race of lane `gumbel`, for the rule `match` (with another rule
                 the drafts of two steps would share noise); siblings are drawn without replacement.
     siblings:   how several children of a node are drawn: "iid", "without_replacement", or "hub" (pairs only).
@@ -111,7 +118,10 @@ class Levels:
     laws are the very rows the tokens were drawn from. A node's draws never depend on the batch around it.
     """
 
-    def __init__(self, shape: Shape, vocab_size: int, *, sample: Sample = "law", siblings: Siblings = "iid") -> None:
+    def __init__(
+        self, shape: Shape, vocab_size: int, *, sample: Sample = "sampled", siblings: Siblings = "iid"
+    ) -> None:
+        sample = current(sample, {"law": "sampled"}, "sample")
         if sample not in SAMPLES:
             raise ConfigError(unknown_name("way to sample a draft", sample, SAMPLES))
         if siblings not in SIBLINGS:
@@ -120,43 +130,50 @@ class Levels:
             raise ConfigError("siblings of 'hub' are pairs drawn from a law: at most 2 children of a node, not coupled")
         self.shape, self.vocab_size, self.sample = shape, vocab_size, sample
         self.depth, self.nodes, self.trees = shape.depth, shape.nodes, shape.width > 1
-        self.looked_at = self.nodes
+        self.max_expanded_nodes = self.nodes
         self.siblings: Siblings = "without_replacement" if sample == "coupled" and self.trees else siblings
         self._draw = self._race if sample == "coupled" else self._inverse_cdf
 
     def grow(
-        self, evidence: Evidence, depths: Sequence[int], forest: Forest, logits: Float[Tensor, "n W"], follow: Follow
+        self,
+        evidence: Evidence,
+        depths: Sequence[int],
+        forest: Forest,
+        logits: Float[Tensor, "n W"],
+        follow: NextLogits,
     ) -> None:
         """See `Growth.grow`."""
-        ends = [(i, -1, self.shape.start) for i, d in enumerate(depths) if d]
+        frontier = [(i, -1, self.shape.start) for i, d in enumerate(depths) if d]
         kinds = [self._kind(cast(_Params, v.params)) for v in evidence.sequences]
         for depth in range(1, self.depth + 1):
-            level = _Level(evidence, depth, self.shape.width, ends, kinds)
-            new = self._level(level, fit(logits, self.vocab_size), forest)
-            ends = [(i, k, state) for i, k, state in new if depths[i] > depth and self.shape.children(state)]
-            if not ends:
+            level = _Level(evidence, depth, self.shape.width, frontier, kinds)
+            new = self._level(level, to_vocabulary(logits, self.vocab_size), forest)
+            frontier = [(i, k, state) for i, k, state in new if depths[i] > depth and self.shape.children(state)]
+            if not frontier:
                 return
-            logits = follow([(i, k) for i, k, _ in ends])
+            logits = follow([(i, k) for i, k, _ in frontier])
 
     def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int, int]]:
         """Choose the children of every end and add them to the forest; the new (sequence, node, state) triples."""
         views = level.evidence.sequences
         groups: list[tuple[str, list[int], Tensor, Pending[draws.Drawn]]] = []
-        for kind in sorted({level.kinds[i] for i, _, _ in level.ends}):
-            rows = [e for e, (i, _, _) in enumerate(level.ends) if level.kinds[i] == kind]
-            mine = logits if len(rows) == len(level.ends) else logits[rows]
+        for kind in sorted({level.kinds[i] for i, _, _ in level.frontier}):
+            rows = [e for e, (i, _, _) in enumerate(level.frontier) if level.kinds[i] == kind]
+            mine = logits if len(rows) == len(level.frontier) else logits[rows]
             if kind == "raw":
                 chosen = draws.top(mine, level.width)
             else:
-                ends = [level.ends[e] for e in rows]
-                mine = level.evidence.law(mine, [views[i] for i, _, _ in ends], [forest.path(i, k) for i, k, _ in ends])
+                frontier = [level.frontier[e] for e in rows]
+                mine = level.evidence.pipeline(
+                    mine, [views[i] for i, _, _ in frontier], [forest.path(i, k) for i, k, _ in frontier]
+                )
                 chosen = draws.top(mine, level.width, floor=0.0) if kind == "edited" else self._draw(mine, level, rows)
             groups.append((kind, rows, mine, chosen))
         new: list[tuple[int, int, int]] = []
         for (kind, rows, mine, _), drawn in zip(groups, fetch(*(g[3] for g in groups)), strict=True):
-            first = forest.add_laws(mine, drawn.sound) if kind == "drawn" else POINT_MASS
+            first = forest.add_distributions(mine, drawn.sound) if kind == "drawn" else POINT_MASS
             for j, (e, chosen) in enumerate(zip(rows, drawn.tokens, strict=True)):
-                i, up, state = level.ends[e]
+                i, up, state = level.frontier[e]
                 row = first + j if kind == "drawn" else POINT_MASS
                 tokens = chosen[: self.shape.children(state)]  # as many as were decided before any was drawn
                 after = self.shape.states(state, tokens)
@@ -196,22 +213,27 @@ class BestFirst:
                 f"a dynamic tree needs 1 .. {MAX_NODES} nodes, a depth and a width >= 1, got {nodes}, {depth}, {width}"
             )
         self.nodes, self.depth, self.vocab_size, self.width = nodes, depth, vocab_size, width
-        self.looked_at = width + (depth - 1) * width * width
+        self.max_expanded_nodes = width + (depth - 1) * width * width
 
     def grow(
-        self, evidence: Evidence, depths: Sequence[int], forest: Forest, logits: Float[Tensor, "n W"], follow: Follow
+        self,
+        evidence: Evidence,
+        depths: Sequence[int],
+        forest: Forest,
+        logits: Float[Tensor, "n W"],
+        follow: NextLogits,
     ) -> None:
         """See `Growth.grow`. The forest grows by every node that is looked at and is pruned at the end."""
         live = [i for i, d in enumerate(depths) if d]
-        ends = [(i, -1) for i in live]
+        expanding = [(i, -1) for i in live]
         value: dict[int, list[float]] = {i: [] for i in live}
         for depth in range(1, self.depth + 1):
-            fresh = self._expand(evidence, forest, value, ends, fit(logits, self.vocab_size))
+            fresh = self._expand(evidence, forest, value, expanding, to_vocabulary(logits, self.vocab_size))
             # what is not among the best so far never will be, nor will anything below it
             frontier = [n for i in live if depths[i] > depth for n in self._frontier(i, fresh.get(i, []), value[i])]
             if not frontier:
                 break
-            ends, logits = frontier, follow(frontier)
+            expanding, logits = frontier, follow(frontier)
         for i in live:
             forest.keep(i, sorted(self._best(value[i])))
 
@@ -220,21 +242,21 @@ class BestFirst:
         evidence: Evidence,
         forest: Forest,
         value: dict[int, list[float]],
-        ends: list[tuple[int, int]],
+        frontier: list[tuple[int, int]],
         logits: Float[Tensor, "n V"],
     ) -> dict[int, list[int]]:
         """Add the most likely children of every end; the new nodes of each sequence."""
         views = evidence.sequences
-        edits = [cast(_Params, views[i].params).edits for i, _ in ends]
+        edits = [cast(_Params, views[i].params).edits for i, _ in frontier]
         if any(edits):
-            law = evidence.law(logits, [views[i] for i, _ in ends], [forest.path(i, k) for i, k in ends])
+            q = evidence.pipeline(logits, [views[i] for i, _ in frontier], [forest.path(i, k) for i, k in frontier])
             plain = torch.softmax(logits, -1)
-            law = torch.where(torch.tensor(edits, device=logits.device)[:, None], law, plain)
+            q = torch.where(torch.tensor(edits, device=logits.device)[:, None], q, plain)
         else:
-            law = torch.softmax(logits, -1)
-        best = law.topk(min(self.width, law.shape[-1]), -1)
+            q = torch.softmax(logits, -1)
+        best = q.topk(min(self.width, q.shape[-1]), -1)
         fresh: dict[int, list[int]] = {}
-        for (i, up), tokens, chances in zip(ends, *read(best.indices, best.values), strict=True):
+        for (i, up), tokens, chances in zip(frontier, *read(best.indices, best.values), strict=True):
             above = 1.0 if up < 0 else value[i][up]
             for token, chance in zip(tokens, chances, strict=True):
                 if chance > 0.0:
@@ -253,21 +275,21 @@ class BestFirst:
         return sorted(range(len(value)), key=lambda k: (-value[k], k))[: self.nodes]
 
 
-def lattice(logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> Follow:
+def level_logits(logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> NextLogits:
     """What is below nodes when a level has one law whatever path leads to it: heads, and the slots of a block.
 
     logits[d, j]: of level d + 1 for the j-th sequence i with depths[i] > 0.
     """
     number = {i: n for n, i in enumerate(i for i, d in enumerate(depths) if d)}
 
-    def follow(ends: list[tuple[int, int]]) -> Float[Tensor, "n W"]:
-        level = logits[len(forest.path(*ends[0]))]
-        return level if len(ends) == len(number) == 1 else level[[number[i] for i, _ in ends]]
+    def follow(frontier: list[tuple[int, int]]) -> Float[Tensor, "n W"]:
+        level = logits[len(forest.path(*frontier[0]))]
+        return level if len(frontier) == len(number) == 1 else level[[number[i] for i, _ in frontier]]
 
     return follow
 
 
-def fit(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:
+def to_vocabulary(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:
     """Logits over the target's vocabulary: a draft's padding cut off, or its missing tokens without mass."""
     missing = vocab_size - logits.shape[-1]
     if missing == 0:

@@ -107,7 +107,7 @@ def levels(widths: Sequence[int]) -> Static:
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class MergedDrafts:
     """`drafts` sequences drawn i.i.d. from the draft model, merged where they agree (Miao et al. 2023).
 
     A node that j sequences pass through has j children, i.i.d.; of children with the same token the first goes on with the

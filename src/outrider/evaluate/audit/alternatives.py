@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot
 
 from outrider.evaluate.statistics.eprocess import Component
 from outrider.params import SamplingParams
-from outrider.sampling.pipeline import Law
+from outrider.sampling.pipeline import LogitsPipeline
 from outrider.types import SequenceView
 
 DistributionTensor = Float[Tensor, "n V"]
@@ -70,7 +70,7 @@ class Scene:
     prompt: list[int]
     output: list[int]
     params: SamplingParams
-    pipeline: Law
+    pipeline: LogitsPipeline
     earlier: list[list[int]] = field(default_factory=list)
     eos: tuple[int, ...] = ()
 

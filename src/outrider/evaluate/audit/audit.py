@@ -31,7 +31,7 @@ from outrider.evaluate.audit.alternatives import (
 )
 from outrider.evaluate.audit.findings import EXACT, INCONCLUSIVE, NOT_THE_TARGET, AuditOptions, AuditResult, Detectable
 from outrider.evaluate.audit.sources import Emission, Source
-from outrider.evaluate.scoring.score import Clock, fit, logits_along
+from outrider.evaluate.scoring.score import Clock, logits_along, to_vocabulary
 from outrider.evaluate.statistics.eprocess import (
     STRENGTHS,
     Cells,
@@ -45,7 +45,7 @@ from outrider.evaluate.statistics.eprocess import (
     log_factors,
 )
 from outrider.protocols import Target
-from outrider.sampling.pipeline import Law
+from outrider.sampling.pipeline import LogitsPipeline
 
 POWER_ROWS = 6
 """Positions of each text at which the growth under every alternative is computed: enough for the detectable bias."""
@@ -56,7 +56,7 @@ class Auditor:
 
     def __init__(self, target: Target, draft: Target | None, options: AuditOptions, eos: Sequence[int] = ()) -> None:
         self.target, self.draft, self.options, self.eos = target, draft, options, tuple(eos)
-        self.pipeline = Law(target.vocab_size, self.eos)
+        self.pipeline = LogitsPipeline(target.vocab_size, self.eos)
         self.known = alternatives(options.params, draft=draft is not None, eos=self.eos, repeats=True)
         learnt = [
             Component("shared noise", "by place in the cumulative distribution"),
@@ -119,7 +119,9 @@ class Auditor:
         first = len(prompt) - 1
         read = lambda model: torch.cat(list(logits_along(model, whole, first, self.clock)))  # noqa: E731
         logits = read(self.target)
-        draft = None if self.draft is None else fit(read(self.draft), self.target.vocab_size).to(logits.device)
+        draft = (
+            None if self.draft is None else to_vocabulary(read(self.draft), self.target.vocab_size).to(logits.device)
+        )
         return Scene(logits, draft, prompt, output, self.options.params, self.pipeline, earlier, self.eos)
 
     def _tokens(self, found: Candidates, output: list[int]) -> list[torch.Tensor]:

@@ -44,7 +44,7 @@ def joint_distribution(
     draft = target.perturbed(1.0, 18)
     engine = Engine(
         target,
-        ModelDrafter(draft, 2, sample="coupled" if rule.lane == "gumbel" else "law"),
+        ModelDrafter(draft, 2, sample="coupled" if rule.lane == "gumbel" else "sampled"),
         rule,
         Fixed(2),
         slots=64,
@@ -70,7 +70,7 @@ def joint_distribution(
 def _probability(target: TableTarget, string: tuple[int, ...]) -> float:
     out, history = 1.0, [1]
     for token in string:
-        out *= float(target.law(history)[token])
+        out *= float(target.distribution(history)[token])
         history.append(token)
     return out
 

@@ -23,7 +23,7 @@ from outrider.drafters.combine import FirstOf
 from outrider.drafters.forced import Forced
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.none import NoDraft
-from outrider.drafters.prediction import Prediction
+from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.tree.growth import Levels
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm
@@ -36,7 +36,7 @@ from outrider.verify import load_rule
 
 STREAM = 0x7E97
 """Sets the seeds of the continuations apart from those of the arms' own runs."""
-DRAFTING: dict[str, Drafting] = {"law": "sampled", "greedy": "greedy"}
+DRAFTING: dict[str, Drafting] = {"sampled": "sampled", "greedy": "greedy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def way_of(engine: Engine) -> Way | None:
     if length == 0 or drafter.max_depth == 0:
         return Way(None, 0)
     parts = drafter.parts if isinstance(drafter, FirstOf) else (drafter,)
-    spoken = [p for p in parts if not isinstance(p, Prediction | Forced)]  # an experiment asks for neither
+    spoken = [p for p in parts if not isinstance(p, PredictedOutput | Forced)]  # an experiment asks for neither
     if length < 0 or len(spoken) != 1 or rule.name not in VERIFICATION:
         return None
     (model,) = spoken

@@ -43,14 +43,14 @@ STATEMENTS = 1 + len(HARM)
 class ArmTally:
     """What is known of one arm. later, seconds: tokens after the first ones and what they took. values: log tokens per second of
     its units, in order; open: units without a value yet, their requests as [requests, later, seconds]. harmed: units by kind of
-    harm. fresh: counts of requests whose noise was ours (see `StepRecord.fresh`)."""
+    harm. engine_seeded: counts of requests whose noise was ours (see `StepRecord.engine_seeded`)."""
 
     requests: int = 0
     tokens: int = 0
     later: int = 0
     seconds: float = 0.0
     counts: Counts = field(default_factory=Counts)
-    fresh: Counts = field(default_factory=Counts)
+    engine_seeded: Counts = field(default_factory=Counts)
     outcomes: dict[str, int] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
     open: dict[str, list[float]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class ArmTally:
         self.requests, self.tokens = self.requests + 1, self.tokens + record["tokens"]
         self.units.add(unit)
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-        for counts in (self.counts, *(() if record["seeded"] else (self.fresh,))):
+        for counts in (self.counts, *(() if record["seeded"] else (self.engine_seeded,))):
             counts.merge(Counts(**record["counts"]))
         if outcome in HARM:
             self.harmed[outcome].add(unit)
@@ -166,8 +166,8 @@ class Tally:
             if log_evidence(ours, all_, chance) >= math.log(1 / share):
                 what = "met an error" if kind == "error" else "were left early"
                 out.append(f"{ours} of its users {what}, {all_ - ours} of the base's")
-        if not ledger(mine.fresh, level=1e-4).agrees:
-            c = mine.fresh
+        if not ledger(mine.engine_seeded, level=1e-4).agrees:
+            c = mine.engine_seeded
             out.append(f"the ledger disagrees: predicted {c.risk:.1f} rejections, observed {c.rejected}")
         return tuple(out)
 

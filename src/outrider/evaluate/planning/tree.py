@@ -40,7 +40,7 @@ class RankCounter:
     def __post_init__(self) -> None:
         self.hits = [0] * self.width
         self.name, self.lossless, self.trees = self.rule.name, self.rule.lossless, self.rule.trees
-        self.lane, self.limit = self.rule.lane, self.rule.limit
+        self.lane, self.tv_limit = self.rule.lane, self.rule.tv_limit
 
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None

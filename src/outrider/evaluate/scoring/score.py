@@ -27,7 +27,7 @@ from outrider.evaluate.workloads import load_prompts
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.sampling.pipeline import Law
+from outrider.sampling.pipeline import LogitsPipeline
 from outrider.theory.replay import Text, Verification
 from outrider.types import Draft, Rows, SequenceView
 
@@ -253,7 +253,7 @@ def score(
 
     Raises ConfigError when a text does not fit the draft's context, or cannot be the target's under these parameters.
     """
-    target, pipeline = engine.parts.target, Law(engine.parts.target.vocab_size, tuple(engine.eos))
+    target, pipeline = engine.parts.target, LogitsPipeline(engine.parts.target.vocab_size, tuple(engine.eos))
     total = sum(len(e.output) for e in emitted)
     kept = set(np.random.default_rng(seed).choice(total, min(rows, total), replace=False).tolist())
     items, texts = as_items(items), list[Text]()
@@ -273,7 +273,7 @@ def score(
             n = len(ours)
             view = SequenceView(0, 0, e.prompt, len(e.prompt), 0, params)
             paths = [tuple(e.output[: at + i]) if params.edits else () for i in range(n)]
-            theirs = fit(theirs, target.vocab_size).to(ours.device)
+            theirs = to_vocabulary(theirs, target.vocab_size).to(ours.device)
             p, q = pipeline(ours, [view] * n, paths), pipeline(theirs, [view] * n, paths)
             best = (q if params.edits else theirs).argmax(-1)
             token = torch.tensor(e.output[at : at + n], device=ours.device)
@@ -294,7 +294,7 @@ def score(
     return Scored(texts, p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True), moved)
 
 
-def fit(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:
+def to_vocabulary(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:
     """Draft logits over the target's vocabulary, as a model drafter makes them: padding cut off, missing tokens without mass."""
     missing = vocab_size - logits.shape[-1]
     return logits[:, :vocab_size] if missing <= 0 else pad(logits, (0, missing), value=-torch.inf)

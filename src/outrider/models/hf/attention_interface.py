@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from outrider.models.hf.hooks import Enough, Taps
-from outrider.models.hf.probe import Bend, NoSeam, attention_in, configs_of, listen
+from outrider.models.hf.hooks import HiddenStateHooks, StopForward
+from outrider.models.hf.probe import AttentionInterfaceUnsupported, Bend, attention_in, configs_of, listen
 from outrider.models.hf.state import named_rows, scores_rows
 from outrider.nn.attention import attend
 from outrider.nn.kv import ContiguousKV
@@ -43,7 +43,7 @@ class _Step:
             s = self.rows.segments[index]
             see = None  # a single row sees all that is left of its window
             if s.count > 1:
-                see = ancestor_mask(s.prefix, s.parent, s.cached, window=window, start=low).to(self.kv.k.device)
+                see = ancestor_mask(s.fed, s.parent, s.cached, window=window, start=low).to(self.kv.k.device)
             self.masks[key] = see
         return self.masks[key]
 
@@ -94,31 +94,35 @@ def _expected_windows(config: Any, layers: int) -> list[bool]:
         return [bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)] * layers
     other = set(kinds) - {"full_attention", "sliding_attention", "attention"}
     if other:
-        raise NoSeam(f"it has layers of kind {', '.join(sorted(map(str, other)))}")
+        raise AttentionInterfaceUnsupported(f"it has layers of kind {', '.join(sorted(map(str, other)))}")
     return [kind == "sliding_attention" for kind in kinds]
 
 
-class SeamPath:
+class AttentionInterfacePath:
     """All sequences, prompt chunks and trees in one call of the model."""
 
     name, trees, rewinds = "seam", True, True
 
     def __init__(self, model: PreTrainedModel, probe: Sequence[int], bend: Bend | None) -> None:
-        """Raises NoSeam, or whatever the model raises when it is called in a way it was not made for."""
+        """Raises AttentionInterfaceUnsupported, or whatever the model raises when it is called in a way it was not made for."""
         self.model = model
         config = model.config.get_text_config(decoder=True)
         calls = listen(model, probe, range(len(probe)))
         layers = int(config.num_hidden_layers)
         if sorted(c.layer for c in calls) != list(range(layers)):
-            raise NoSeam(f"{len(calls)} of its {layers} layers go through the attention interface")
+            raise AttentionInterfaceUnsupported(
+                f"{len(calls)} of its {layers} layers go through the attention interface"
+            )
         unknown = sorted({name for c in calls for name in c.unknown})
         if unknown:
-            raise NoSeam(f"its attention also wants {', '.join(unknown)}")
+            raise AttentionInterfaceUnsupported(f"its attention also wants {', '.join(unknown)}")
         windows = _expected_windows(config, layers)
         if any(bool(c.window) != windows[c.layer] for c in calls):
-            raise NoSeam("its sliding windows are not handed to the attention interface")
+            raise AttentionInterfaceUnsupported("its sliding windows are not handed to the attention interface")
         if bend is not None:
-            raise NoSeam(f"its rotary frequencies depend on the length of the sequence beyond {bend.limit} tokens")
+            raise AttentionInterfaceUnsupported(
+                f"its rotary frequencies depend on the length of the sequence beyond {bend.limit} tokens"
+            )
         self.rows, self.configs = scores_rows(model, probe), configs_of(model)
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
@@ -128,14 +132,16 @@ class SeamPath:
         depth = self.layers if layers is None else layers
         return ContiguousKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
 
-    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
+    def run(
+        self, rows: Rows, kv: KVCache, taps: HiddenStateHooks
+    ) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
         with taps.listen() as heard:
             logits = self._call(rows, kv)
         return logits, heard.states()
 
-    def run_until(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "N H"], ...]:
+    def run_until(self, rows: Rows, kv: KVCache, taps: HiddenStateHooks) -> tuple[Float[Tensor, "N H"], ...]:
         """The states of `taps`; nothing behind the deepest of them is computed."""
-        with taps.listen() as heard, taps.stop(), suppress(Enough):
+        with taps.listen() as heard, taps.stop(), suppress(StopForward):
             self._call(rows, kv)
         return heard.states()
 

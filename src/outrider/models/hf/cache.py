@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from outrider.errors import CapabilityError
-from outrider.models.hf.hooks import Heard, Taps
+from outrider.models.hf.hooks import HiddenStateHooks, RecordedStates
 from outrider.models.hf.state import Handover, keeping
 from outrider.nn.kv import check_kept, check_room
 from outrider.protocols import KVCache
@@ -44,7 +44,7 @@ class SlotCaches:
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
         """Keep prefixes and the first nodes of each chain."""
         for s, path in zip(rows.segments, paths, strict=True):
-            kept = s.prefix + len(path)
+            kept = s.fed + len(path)
             if list(path) != list(range(len(path))) or (not self.rewinds and kept != s.count):
                 raise CapabilityError(
                     "this model's cache keeps chains from their first node only: use a drafter of chains"
@@ -103,7 +103,9 @@ class CachePath:
     def new_kv(self, slots: int, length: int) -> SlotCaches:
         return SlotCaches(slots, length, self.rewinds)
 
-    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
+    def run(
+        self, rows: Rows, kv: KVCache, taps: HiddenStateHooks
+    ) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
         held, out = _caches(kv), _Scored(rows)
         with taps.listen() as heard:
             for s in rows.segments:
@@ -117,7 +119,7 @@ class CachePath:
         """Rows of each call of the model."""
         return [slice(s.first, s.first + s.count)]
 
-    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: RecordedStates) -> None:
         """One call: rows of `piece`, which continue the slot's text."""
         at = s.cached + piece.start - s.first
         state = self._at(held, s.slot, at)
@@ -154,7 +156,7 @@ class BentPath(CachePath):
             return [slice(s.first, end)]
         return [slice(s.first, middle), slice(middle, end)]
 
-    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: RecordedStates) -> None:
         known, new = held.tokens[s.slot], out.rows.token[piece]
         at = s.cached + piece.start - s.first
         same_side = (held.fed[s.slot] > self.limit) == (at + len(new) > self.limit)
@@ -184,7 +186,7 @@ class RecurrentPath(CachePath):
             return super().pieces(s)
         return [slice(i, i + 1) for i in range(s.first, s.first + s.count)]
 
-    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: Heard) -> None:
+    def _feed(self, held: SlotCaches, s: Segment, piece: slice, out: _Scored, heard: RecordedStates) -> None:
         if s.parent:
             raise CapabilityError(
                 "this model has a recurrent state that cannot be rewound: decode it without a drafter"
@@ -206,7 +208,9 @@ class RecomputePath:
     def new_kv(self, slots: int, length: int) -> SlotCaches:
         return SlotCaches(slots, length, self.rewinds)
 
-    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
+    def run(
+        self, rows: Rows, kv: KVCache, taps: HiddenStateHooks
+    ) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
         held, out, states = _caches(kv), _Scored(rows), []
         token = rows.token.tolist()
         for s in rows.segments:

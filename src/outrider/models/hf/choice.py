@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from outrider.errors import CapabilityError
-from outrider.models.hf.attention_interface import SeamPath
+from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.cache import BentPath, CachePath, RecomputePath, RecurrentPath
-from outrider.models.hf.hooks import Taps
-from outrider.models.hf.probe import Bend, NoSeam, find_bend
+from outrider.models.hf.hooks import HiddenStateHooks
+from outrider.models.hf.probe import AttentionInterfaceUnsupported, Bend, find_bend
 from outrider.models.hf.state import Handover, brief, croppable, find_handover
 from outrider.protocols import KVCache
 from outrider.types import Draft, Rows
@@ -35,7 +35,7 @@ class Drive(Protocol):
 
     def new_kv(self, slots: int, length: int) -> KVCache: ...
 
-    def run(self, rows: Rows, kv: KVCache, taps: Taps) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+    def run(self, rows: Rows, kv: KVCache, taps: HiddenStateHooks) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
 
 # A rehearsal: per step how many tokens go in as prefix, how many as drafts, and whether one wrong draft follows them.
@@ -62,7 +62,7 @@ def choose(
         return BentPath(model, way, bend.limit) if bend and bend.once else CachePath(model, way)
 
     drafting: tuple[tuple[str, Callable[[], Drive]], ...] = (
-        ("seam", lambda: SeamPath(model, token, bend)),
+        ("seam", lambda: AttentionInterfacePath(model, token, bend)),
         ("cache", cache),
     )
     for name, make in drafting:
@@ -127,7 +127,7 @@ def _bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend | N
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class PathProbe:
     """A path and its error if the rehearsal went well; otherwise no path, and what went wrong in a few words."""
 
     path: Drive | None
@@ -141,7 +141,7 @@ def rehearse(
     reference: Float[Tensor, "P V"],
     plan: Plan,
     limit: float,
-) -> Trial:
+) -> PathProbe:
     """One trial of the path that `make` makes; a disagreement above `limit` is a fault."""
     steps, rows = plan
     try:
@@ -149,13 +149,13 @@ def rehearse(
         error = disagreement(_play(path, token, steps, reference.device), reference[rows])
     except torch.OutOfMemoryError:
         raise
-    except (NoSeam, CapabilityError) as reason:
-        return Trial(None, float("inf"), brief(reason))
+    except (AttentionInterfaceUnsupported, CapabilityError) as reason:
+        return PathProbe(None, float("inf"), brief(reason))
     except Exception as failure:  # a model called as it was not made for may raise anything: not its way
-        return Trial(None, float("inf"), f"it fails when driven that way ({brief(failure)})")
+        return PathProbe(None, float("inf"), f"it fails when driven that way ({brief(failure)})")
     if error > limit:
-        return Trial(None, error, f"its logits differ by {error:.1e} of their spread")
-    return Trial(path, error, "")
+        return PathProbe(None, error, f"its logits differ by {error:.1e} of their spread")
+    return PathProbe(path, error, "")
 
 
 @torch.no_grad()
@@ -169,7 +169,7 @@ def _play(path: Drive, token: Sequence[int], plan: Sequence[tuple[int, int, bool
         draft = Draft(torch.tensor(nodes, dtype=torch.int64, device=device), parents, (len(nodes),))
         rows = Rows.assemble([1], [right[:prefix]], [at], draft)
         kv.reserve(rows)
-        out.append(path.run(rows, kv, Taps(None, ()))[0][: 1 + drafted])
+        out.append(path.run(rows, kv, HiddenStateHooks(None, ()))[0][: 1 + drafted])
         kv.commit(rows, [range(drafted)])
         at += prefix + drafted
     return torch.cat(out)

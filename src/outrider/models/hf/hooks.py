@@ -30,7 +30,7 @@ def find_blocks(model: PreTrainedModel, layers: int) -> tuple[nn.Module, nn.Modu
     return None
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Nothing more of this call is needed; never reaches the user."""
 
 
@@ -39,7 +39,7 @@ def _state(value: Any) -> Tensor:
 
 
 @dataclass(slots=True)
-class Heard:
+class RecordedStates:
     """Hidden states heard during one or more calls, per tap."""
 
     layers: tuple[int, ...]
@@ -59,15 +59,15 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
-class Taps:
+class HiddenStateHooks:
     """Hidden states after the blocks `layers` (0: what enters the first block), before any final norm."""
 
     blocks: nn.ModuleList | None
     layers: tuple[int, ...]
 
     @contextmanager
-    def listen(self) -> Iterator[Heard]:
-        heard = Heard(self.layers)
+    def listen(self) -> Iterator[RecordedStates]:
+        heard = RecordedStates(self.layers)
         if not self.layers:
             yield heard
             return
@@ -82,11 +82,11 @@ class Taps:
 
     @contextmanager
     def stop(self) -> Iterator[None]:
-        """Raise `Enough` inside the model as soon as the deepest of `layers` is computed; enter it after `listen`."""
+        """Raise `StopForward` inside the model as soon as the deepest of `layers` is computed; enter it after `listen`."""
         assert self.blocks is not None
 
         def enough(*_: Any) -> None:
-            raise Enough
+            raise StopForward
 
         hook = self.blocks[max(self.layers) - 1].register_forward_hook(enough)
         try:
@@ -94,7 +94,7 @@ class Taps:
         finally:
             hook.remove()
 
-    def _hook(self, heard: Heard, layer: int) -> Any:
+    def _hook(self, heard: RecordedStates, layer: int) -> Any:
         assert self.blocks is not None
         if layer:
             return self.blocks[layer - 1].register_forward_hook(lambda m, args, out: heard.hear(layer, _state(out)))
@@ -127,7 +127,7 @@ def steps_after(owner: nn.Module, blocks: nn.ModuleList) -> tuple[list[nn.Module
     return steps, hooks
 
 
-def tail_of(model: PreTrainedModel, owner: nn.Module, steps: Sequence[nn.Module]) -> PreTrainedModel:
+def head_only_model(model: PreTrainedModel, owner: nn.Module, steps: Sequence[nn.Module]) -> PreTrainedModel:
     """The model without its blocks: what `owner` is given as `inputs_embeds` goes through `steps` and on to the head.
 
     The same head, scaling and caps on logits, by the family's own code; all weights are shared with `model`.

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.errors import CapabilityError
-from outrider.models.hf.attention_interface import SeamPath
-from outrider.models.hf.hooks import Taps
+from outrider.models.hf.attention_interface import AttentionInterfacePath
+from outrider.models.hf.hooks import HiddenStateHooks
 from outrider.protocols import KVCache, Target
 from outrider.types import Rows, Scores
 
@@ -19,7 +19,7 @@ class HFPrefix:
     notices: tuple[str, ...] = ()
     trees = rewinds = True
 
-    def __init__(self, whole: Target, path: SeamPath, blocks: nn.ModuleList, layers: int) -> None:
+    def __init__(self, whole: Target, path: AttentionInterfacePath, blocks: nn.ModuleList, layers: int) -> None:
         self._whole, self._path, self._blocks, self.layers = whole, path, blocks, layers
         self.vocab_size, self.hidden_size, self.max_length = whole.vocab_size, whole.hidden_size, whole.max_length
         self.dtype, self.device = whole.dtype, whole.device
@@ -33,7 +33,7 @@ class HFPrefix:
         """See `protocols.Target`."""
         if any(not 0 <= i <= self.layers for i in layers):
             raise CapabilityError(f"layers {layers} were asked for, this prefix has blocks 1 to {self.layers}")
-        *hidden, last = self._path.run_until(rows, kv, Taps(self._blocks, (*layers, self.layers)))
+        *hidden, last = self._path.run_until(rows, kv, HiddenStateHooks(self._blocks, (*layers, self.layers)))
         return Scores(self.unembed(last[rows.scored]), tuple(hidden))
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:

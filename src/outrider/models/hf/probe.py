@@ -24,7 +24,7 @@ _HARMLESS = frozenset({"outrider", "position_ids", "use_cache", "return_dict", "
 """What changes nothing that is attended to. All else that is not empty must be our own positions under another name."""
 
 
-class NoSeam(Exception):
+class AttentionInterfaceUnsupported(Exception):
     """Why a model cannot be driven through the attention interface; never reaches the user as an error."""
 
 
@@ -72,7 +72,7 @@ def _record(
     """The registered attention that only listens."""
     listener: _Listener | None = kwargs.get("outrider")
     if listener is None:
-        raise NoSeam("it does not hand keyword arguments on to its attention")
+        raise AttentionInterfaceUnsupported("it does not hand keyword arguments on to its attention")
     asked = {name: given for name, given in kwargs.items() if name not in _OBEYED | _HARMLESS}
     unknown = [name for name, given in asked.items() if not _inert(given, listener.position)]
     if attention_mask is not None:

@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.folder import resolve_folder
-from outrider.models.hf.attention_interface import SeamPath
+from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.choice import choose, costs, disagreement, tolerance
-from outrider.models.hf.hooks import Taps, find_blocks, steps_after, tail_of
+from outrider.models.hf.hooks import HiddenStateHooks, find_blocks, head_only_model, steps_after
 from outrider.models.hf.prefix import HFPrefix
 from outrider.models.hf.probe import attention_of
 from outrider.models.hf.state import brief
@@ -142,7 +142,7 @@ class HFTarget:
             raise CapabilityError(
                 f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
             )
-        logits, hidden = self._path.run(rows, kv, Taps(self._blocks, layers))
+        logits, hidden = self._path.run(rows, kv, HiddenStateHooks(self._blocks, layers))
         return Scores(_wide(logits), hidden)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
@@ -166,13 +166,13 @@ class HFTarget:
         """The head alone, with the family's own scaling of logits."""
         if self._tail is None or self._owner is None:
             raise CapabilityError(f"the head of {type(self.model).__name__} was not found: use another drafter")
-        behind = tail_of(self.model, self._owner, [])
+        behind = head_only_model(self.model, self._owner, [])
         return _wide(behind(inputs_embeds=normed[None], use_cache=False).logits[0])
 
-    def prefix(self, layers: int) -> HFPrefix:
+    def first_layers(self, layers: int) -> HFPrefix:
         """See `protocols.OpenTarget`. Raises CapabilityError off the seam path: other caches cannot be half filled."""
         check_prefix(layers, self.layers)
-        if not isinstance(self._path, SeamPath) or self._blocks is None or self._tail is None:
+        if not isinstance(self._path, AttentionInterfacePath) or self._blocks is None or self._tail is None:
             raise CapabilityError(
                 f"{type(self.model).__name__} cannot be run in part: use a draft model of its own, or 'ngram'"
             )
@@ -195,10 +195,10 @@ class HFTarget:
                 return self.model(input_ids=inputs).logits[0]
         owner, blocks = found
         steps, hooks = steps_after(owner, blocks)
-        with faithful, hooks, Taps(blocks, (self.layers,)).listen() as heard:
+        with faithful, hooks, HiddenStateHooks(blocks, (self.layers,)).listen() as heard:
             reference = self.model(input_ids=inputs).logits[0]
         self._blocks = blocks
-        tail = tail_of(self.model, owner, steps)
+        tail = head_only_model(self.model, owner, steps)
         try:
             again = tail(inputs_embeds=heard.states()[0][None], use_cache=False).logits[0]
         except Exception:  # whatever a head wants that it does not get: no unembedding, and it is said when asked for

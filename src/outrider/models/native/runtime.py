@@ -197,7 +197,7 @@ class NativeDecoder:
             self._fail(status)
         return Scores(logits, hidden)
 
-    def prefix(self, config: DecoderConfig) -> NativeDecoder:
+    def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""
         return NativeDecoder(
             self._library, config, replace(self._weights, layers=self._weights.layers[: config.layers])
@@ -249,7 +249,7 @@ def _flat(rows: Rows) -> list[int]:
     """What the segments say, as layout.h wants it."""
     out: list[int] = []
     for s in rows.segments:
-        out += (s.slot, s.first, s.cached, s.prefix, len(s.parent))
+        out += (s.slot, s.first, s.cached, s.fed, len(s.parent))
         out += s.parent
     return out
 

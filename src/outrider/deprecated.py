@@ -1,0 +1,48 @@
+"""Old names, for one release: they work, and say in a DeprecationWarning what they are called now. Nothing of ours uses them."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def warn(old: str, new: str, stacklevel: int = 3) -> None:
+    """Say that `old` is `new` now. stacklevel: whose line is shown; 3 is the caller of the function that calls this one."""
+    warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel)
+
+
+class Renamed:
+    """An attribute under its old name: `old = Renamed("new")` in the body of a class reads `new`."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = f"{owner.__name__}.{name}"
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        warn(self.old, f"{type(instance).__name__}.{self.new}")
+        return getattr(instance, self.new)
+
+
+def adopt(part: object, old: str, new: str) -> None:
+    """Let a part of a user's that has `old` as a value of its own, from the release before, have it as `new`."""
+    value = inspect.getattr_static(part, old, None)
+    if value is None or isinstance(value, Renamed):
+        return
+    warn(f"{type(part).__name__}.{old}", new, stacklevel=4)
+    setattr(part, new, getattr(part, old))
+
+
+def current(value: T, renamed: Mapping[Any, T], what: str) -> T:
+    """`value`, or what it is called now if it is one of the old words. what: the option it was given for."""
+    if value not in renamed:
+        return value
+    warn(f"{what} {value!r}", repr(renamed[value]), stacklevel=4)
+    return renamed[value]
