@@ -27,11 +27,13 @@ from outrider.evaluate.bench.chart import measured
 from outrider.evaluate.bench.presets import arms_of, preset
 from outrider.evaluate.measure import machine, run_arms
 from outrider.evaluate.records import summarise
+from outrider.files import write_whole
 from outrider.params import SamplingParams
-from outrider.train.checkpoint import load_latest, replace_folder, write_atomically
-from outrider.train.drafter import MEASURED
+from outrider.train.checkpoint import load_latest, replace_folder
+from outrider.train.distill import MEASURED
+from outrider.train.job import Job
 from outrider.train.loop import LoopConfig, share_computing
-from outrider.train.pipeline import Job, prepare, run
+from outrider.train.pipeline import prepare, run
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("medusa", "eagle", "dflash")
@@ -143,7 +145,7 @@ def stage_measure(config: Config) -> None:
                 "acceptance": row.acceptance,
             }
     document = {"machine": machine(), "prompts": config.count, "tokens": config.tokens, "rows": list(found.values())}
-    write_atomically(config.work / "measured.json", json.dumps(document, indent=1) + "\n")
+    write_whole(config.work / "measured.json", (json.dumps(document, indent=1) + "\n").encode())
     print(table(document))
 
 
@@ -205,7 +207,7 @@ def stage_cards(config: Config) -> None:
         page = config.docs.read_text(encoding="utf-8")
         before, rest = page.split(BEGIN, 1)
         after = rest.split(END, 1)[1]
-        write_atomically(config.docs, f"{before}{BEGIN}\n{table(document)}\n{END}{after}")
+        write_whole(config.docs, f"{before}{BEGIN}\n{table(document)}\n{END}{after}".encode())
 
 
 def write_card(config: Config, kind: str, document: dict[str, Any]) -> None:

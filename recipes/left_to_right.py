@@ -11,7 +11,7 @@ target: same initial weights, same rows, same blocks, same steps; only the weigh
 trained on text as it was written instead of on text the target wrote, and some are trained four times as long.
 
 Every run has a folder of its own and is skipped when its result is there; a run that was killed continues. Acceptance is
-measured by walking over finished text (`outrider.train.block.walk`): the text is the target's in every arm, so arms are paired
+measured by walking over finished text (`outrider.train.walk`): the text is the target's in every arm, so arms are paired
 prompt by prompt, and no arm pays for the target's forwards. The stage `check` lets the engine decode with some of the drafters.
 """
 
@@ -39,16 +39,17 @@ from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
+from outrider.files import write_whole
 from outrider.models.load import load_target
 from outrider.params import SamplingParams
 from outrider.protocols import Target
 from outrider.train import data
-from outrider.train.block import most_likely, sampled, walk
-from outrider.train.checkpoint import write_atomically
-from outrider.train.drafter import Teacher
+from outrider.train.distill import Teacher
 from outrider.train.features import NGRAM, DataSpec, Features, read_features, write_hidden, write_tokens
+from outrider.train.job import Job
 from outrider.train.loop import LoopConfig, train
-from outrider.train.pipeline import Job, fit_inputs, new_model, taps_of
+from outrider.train.pipeline import layers_of, new_model
+from outrider.train.walk import most_likely, sampled, walk
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("data", "tune", "runs", "check", "report")
@@ -137,7 +138,7 @@ def stage_data(config: Config) -> None:
 
 def stored(config: Config, target: Target) -> tuple[int, ...]:
     """Layers whose hidden states are kept: those that are read, and the last."""
-    return tuple(sorted({*taps_of(config.job("uniform", 4, 1e-3, 0, config.work), target), target.layers}))
+    return layers_of(config.job("uniform", 4, 1e-3, 0, config.work), target)
 
 
 def features(config: Config, target: Target, part: str, seed: int = 0) -> Features:
@@ -150,7 +151,7 @@ def add_seconds(config: Config, stage: str, seconds: float) -> None:
     path = config.work / "seconds.json"
     held = json.loads(path.read_text()) if path.exists() else {}
     held[stage] = held.get(stage, 0.0) + seconds
-    write_atomically(path, json.dumps(held) + "\n")
+    write_whole(path, (json.dumps(held) + "\n").encode())
 
 
 # --- 2. a run --------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def fit(config: Config, target: Target, job: Job, part: str) -> tuple[DFlashNetw
     model = new_model(job, target, training)
     assert isinstance(model, DFlashNetwork)
     judge = Teacher.of(target, training.layers, model.config.taps)
-    batches, loss = fit_inputs(job, judge, model, training)
+    batches, loss = job.method.fit_inputs(job, judge, model, training)
     state = train(model, batches, loss, job.loop, job.work)
     return model.eval(), judge, state["seconds"]
 
@@ -319,7 +320,7 @@ def make_runs(config: Config, stage: str, todo: list[tuple[str, int, int, str]])
 
 def finish(folder: Path, result: dict[str, Any]) -> None:
     """The result last of all; then the checkpoints are not needed any more."""
-    write_atomically(folder / "result.json", json.dumps(result) + "\n")
+    write_whole(folder / "result.json", (json.dumps(result) + "\n").encode())
     for old in folder.glob("step-*"):
         shutil.rmtree(old)
 
@@ -345,7 +346,7 @@ def stage_check(config: Config) -> None:
             walked = (sum(map(len, runs)), sum(map(sum, runs)) + sum(map(len, runs)))
             found.append({"arm": arm, "block": block, "engine": [rounds, emitted], "walk": list(walked)})
             print(f"{arm}, blocks of {block}: engine {emitted}/{rounds}, walk {walked[1]}/{walked[0]} tokens/rounds")
-    write_atomically(config.work / "check.json", json.dumps(found) + "\n")
+    write_whole(config.work / "check.json", (json.dumps(found) + "\n").encode())
     add_seconds(config, "check", time.process_time() - began)
 
 

@@ -29,12 +29,13 @@ import pycode_card
 import torch
 
 from outrider.evaluate.measure import machine
+from outrider.files import write_whole
+from outrider.models.hf.fresh import train_tokenizer
 from outrider.train import data, losses, measure
-from outrider.train.checkpoint import export_model, load_latest, write_atomically
+from outrider.train.checkpoint import export_model, load_latest
 from outrider.train.grow import multiply_layers, project_embeddings
 from outrider.train.labels import read_labels, write_labels
 from outrider.train.loop import LoopConfig, train
-from outrider.train.tokenizer import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("data", "tokenizer", "seed", "target", "draft-ce", "labels", "draft", "evaluate", "export")
@@ -367,8 +368,8 @@ def stage_export(config: Config) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.assets / "target")
     _, held_out = load_documents(config)
     rows = data.excerpts(held_out, tokenizer, count=64, seed=config.seed)
-    write_atomically(config.assets / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomically(config.assets / "README.md", pycode_card.model_card(config, gather_facts(config)))
+    write_whole(config.assets / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_whole(config.assets / "README.md", pycode_card.model_card(config, gather_facts(config)).encode())
 
 
 def processor() -> str:

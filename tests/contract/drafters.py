@@ -8,24 +8,32 @@ from functools import cache
 import torch
 from torch import nn
 
+from examples.linear_drafter import METHOD
+from examples.linear_drafter.drafter import LinearDrafter
+from examples.linear_drafter.network import LinearConfig, LinearNetwork
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
-from outrider.drafters.dflash.network import DFlashConfig
+from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.drafter import EagleDrafter
-from outrider.drafters.eagle.eagle3 import EagleConfig
-from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter
+from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.medusa.drafter import MedusaDrafter
+from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
+from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.protocols import Drafter
-from outrider.train.block import new_blocks
-from outrider.train.drafter import Teacher, loss_of, new_features, new_heads, new_last_features, output_of, predictor
+from outrider.train.distill import Teacher, loss_of
 from outrider.train.features import hidden_of
+from outrider.train.methods.dflash import new_blocks
+from outrider.train.methods.eagle import new_features, new_last_features
+from outrider.train.methods.medusa import new_heads
+from outrider.train.methods.registry import METHODS
 
 Toy = TinyLM | TableTarget
 Factory = Callable[[Toy, int], Drafter]
@@ -50,7 +58,9 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 60) -> nn.Modu
     held = tuple(range(target.layers + 1))
     hidden = hidden_of(target, tokens, held).to(target.dtype)  # type: ignore[arg-type]
     wide, v = target.hidden_size, target.vocab_size
-    if kind == "medusa":
+    if kind == "linear":
+        read, model = (target.layers,), LinearNetwork(LinearConfig(wide, v, target.layers, levels), output_of(target))  # type: ignore[arg-type]
+    elif kind == "medusa":
         read, model = (target.layers,), new_heads(MedusaConfig(wide, v, levels, target.layers), target)  # type: ignore[arg-type]
     elif kind == "dflash":
         read = (target.layers // 2, target.layers)
@@ -66,7 +76,10 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 60) -> nn.Modu
         model = new_features(config, target, hidden[:, :, list(read)].flatten(0, 1))  # type: ignore[arg-type]
     model = model.double()
     judge = Teacher.of(target, held, read)  # type: ignore[arg-type]
-    loss, adam = loss_of(judge, predictor(model, levels)), torch.optim.Adam(model.parameters(), lr=1e-2)
+    loss, adam = (
+        loss_of(judge, {**METHODS, **METHOD}[kind].predictor(levels)),
+        torch.optim.Adam(model.parameters(), lr=1e-2),
+    )
     for _ in range(steps):
         adam.zero_grad()
         loss(model, (tokens, hidden), 0.0).backward()
@@ -130,6 +143,10 @@ DRAFTERS: dict[str, Factory] = {
     "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),
     "dflash-greedy": lambda target, slots: dflash(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy")),
     "dflash-dynamic": lambda target, slots: dflash(target, BestFirst(8, 4, target.vocab_size, width=3)),
+    "linear": lambda target, slots: LinearDrafter(
+        learned("linear", target),
+        Levels(levels((1,) * 4), target.vocab_size),  # type: ignore[arg-type]
+    ),
     "ngram+eagle": lambda target, slots: first_of(
         NGram(4), eagle(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy"))
     ),

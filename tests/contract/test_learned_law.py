@@ -13,7 +13,7 @@ import torch
 from outrider.build import Engine
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.eagle.drafter import EagleDrafter
-from outrider.drafters.medusa.network import MedusaDrafter
+from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels
 from outrider.drafters.tree.shapes import levels

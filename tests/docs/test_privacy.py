@@ -21,7 +21,7 @@ MODULES = {  # private modules that others import, and why they still may
     "outrider.drafters.checkpoint": "becomes drafters/checkpoint",
     "outrider.drafters.tree.forest": "becomes drafters/tree/forest",
     "outrider.drafters.tree.growth": "becomes drafters/tree/growth",
-    "outrider.drafters._serving": "becomes nn/linear",
+    "outrider.nn.linear": "becomes nn/linear",
     "outrider.drafters.vocabulary": "becomes drafters/vocabulary",
     "outrider.theory._laws": "becomes theory/laws",
     "outrider.verify.numerics": "becomes verify/numerics",

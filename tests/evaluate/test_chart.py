@@ -11,7 +11,7 @@ import torch
 
 from outrider.build import build_engine
 from outrider.cli.main import main
-from outrider.drafters.medusa.network import MedusaConfig
+from outrider.drafters.medusa.format import MedusaConfig
 from outrider.errors import ConfigError
 from outrider.evaluate.bench.chart import measured
 from outrider.evaluate.bench.presets import PRESETS, Spec, arms_of, by_length, preset
@@ -23,7 +23,7 @@ from outrider.records import PHASES, Counts
 from outrider.theory.hardware import HARDWARE, MODELS
 from outrider.theory.roofline import Setting, forward
 from outrider.theory.speedup import tokens_per_call_by_position
-from outrider.train.drafter import new_heads
+from outrider.train.methods.medusa import new_heads
 from tests.checkpoints import make_checkpoint
 
 H100 = HARDWARE["h100"]

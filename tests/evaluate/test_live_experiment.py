@@ -23,8 +23,7 @@ from outrider.build import Engine
 from outrider.cli import live_experiment as command
 from outrider.cli.experiment_print import show_live
 from outrider.control.fixed import Fixed
-from outrider.drafters.combine import first_of
-from outrider.drafters.gated import gated
+from outrider.drafters.combine import first_of, gated
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.errors import CapacityError, ConfigError

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from outrider.drafters.vllm_config import parse_speculative_config
+from outrider.drafters.registry import parse_speculative_config
 from outrider.errors import ConfigError
 from outrider.evaluate.planning import plan as pl
 from outrider.evaluate.planning import plan_check as pc

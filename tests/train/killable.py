@@ -20,28 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from outrider.drafters.dflash.network import DFlashConfig
-from outrider.drafters.eagle.eagle3 import EagleConfig
-from outrider.drafters.medusa.network import MedusaConfig
+from outrider.drafters.dflash.format import DFlashConfig
+from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.target_tables import output_of
 from outrider.models.hf.fresh import small_llama
 from outrider.models.toy import TinyLM
-from outrider.train.block import Blocks, block_distillation_loss, new_blocks
 from outrider.train.checkpoint import checkpoints, sha256_of
-from outrider.train.drafter import (
-    Teacher,
-    feature_loss,
-    loss_of,
-    measure_of,
-    new_draft,
-    new_features,
-    new_heads,
-    new_last_features,
-    output_of,
-    predictor,
-)
+from outrider.train.distill import Teacher, loss_of, measure_of
 from outrider.train.features import Features, hidden_of
 from outrider.train.loop import LoopConfig, train
-from outrider.train.slots import objective_named
+from outrider.train.methods.dflash import Blocks, block_distillation_loss, new_blocks
+from outrider.train.methods.draft import new_draft
+from outrider.train.methods.eagle import feature_loss, new_features, new_last_features
+from outrider.train.methods.medusa import new_heads
+from outrider.train.methods.registry import METHODS
+from outrider.train.slot_losses import objective_named
 
 V, H, LAYERS = 19, 16, (1, 2, 3)
 STEPS, BLOCK = 30, 4
@@ -72,7 +66,7 @@ def setup(kind: str) -> tuple[Any, Teacher, Features]:
 def attempt(kind: str, folder: Path) -> None:
     """Train to the end from wherever the folder is."""
     model, judge, data = setup(kind)
-    predict = predictor(model, 1 if kind == "draft" else 3)
+    predict = METHODS[kind].predictor(1 if kind == "draft" else 3)
     config = LoopConfig(steps=STEPS, lr=1e-2, warmup=5, save_every_s=0.01)
     evaluate = partial(lambda f, m: f(m), measure_of(judge, predict, data, rows=4))
     batches, loss = data, loss_of(judge, predict)

@@ -73,7 +73,7 @@ def test_windows_cover_the_stream_without_overlap_of_predictions():
 
 
 def test_tokenizer_restores_text_and_excerpts_end_at_lines():
-    from outrider.train.tokenizer import train_tokenizer
+    from outrider.models.hf.fresh import train_tokenizer
 
     texts = [
         data.Document(f"{i}.py", "".join(f"def f{n}(a, b):\n    return a + b + {n * i}  # é\n\n" for n in range(90)))

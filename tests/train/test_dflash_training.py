@@ -14,30 +14,30 @@ from torch import Tensor
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.dflash.drafter import DFlashDrafter
-from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
+from outrider.drafters.dflash.format import DFlashConfig
+from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.none import NoDraft
+from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.engine.outputs import Result
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
-from outrider.train.block import (
+from outrider.train.distill import Teacher, measure_of
+from outrider.train.features import Features, hidden_of
+from outrider.train.loop import LoopConfig, train
+from outrider.train.methods.dflash import (
     Blocks,
+    DFlash,
     block_distillation_loss,
     block_loss,
     labels_of,
-    most_likely,
     new_blocks,
     packed,
-    predict_blocks,
-    sampled,
-    walk,
 )
-from outrider.train.drafter import Teacher, measure_of, output_of, predictor
-from outrider.train.features import Features, hidden_of
-from outrider.train.loop import LoopConfig, train
-from outrider.train.slots import ARMS, Objective, distillation_loss, objective_named, slot_loss
+from outrider.train.slot_losses import ARMS, Objective, distillation_loss, objective_named, slot_loss
+from outrider.train.walk import most_likely, sampled, walk
 from outrider.verify import load_rule
 
 V, H, BLOCK, PROMPT, LENGTH = 19, 16, 4, 3, 40
@@ -191,7 +191,7 @@ class StopsHere(Exception):
 def fit(folder: Path, steps: int = 9, stop_at: tuple[int, ...] = ()) -> dict[str, Tensor]:
     model = fresh()
     config = LoopConfig(steps=steps, lr=1e-2, warmup=2, save_every_s=0.0, log_every=1)
-    measure = measure_of(JUDGE, predictor(model, BLOCK - 1), data(), rows=4)
+    measure = measure_of(JUDGE, DFlash().predictor(BLOCK - 1), data(), rows=4)
 
     def report(line: str) -> None:
         if any(line.startswith(f"step {n}/") for n in stop_at):
@@ -220,7 +220,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 def test_training_raises_acceptance_and_leaves_the_tables_alone() -> None:
     before, after = fresh(), trained()
-    measured = [measure_of(JUDGE, predict_blocks, data())(m) for m in (before, after)]
+    measured = [measure_of(JUDGE, DFlash().predictor(BLOCK - 1), data())(m) for m in (before, after)]
     assert measured[1]["tokens"] > measured[0]["tokens"] + 0.1
     assert set(measured[1]) == {f"{n}_{d}" for n in ("accept", "same") for d in (1, 2, 3)} | {"tokens"}
     assert torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
@@ -232,7 +232,7 @@ def test_columns_of_the_prediction_stand_where_the_judge_looks() -> None:
     model = trained()
     tokens, hidden = data().take([0, 3])
     taps = hidden[:, :, list(JUDGE.taps)]
-    found = predict_blocks(model, tokens, taps)
+    found = DFlash().predict(model, tokens, taps, BLOCK - 1)
     for i in (0, 5, LENGTH - BLOCK - 1):
         keys = model.inject(taps[:, : i + 1])
         one = model.blocks(keys, tokens[:, i + 1 : i + 2], torch.full((2, 1), i + 1))

@@ -18,17 +18,25 @@ from outrider.models.toy import TinyLM
 from outrider.train.checkpoint import identity_of
 from outrider.train.data import Document, encode, halve, narrowed, token_type
 from outrider.train.features import DataSpec, cut_prompts, write_tokens
+from outrider.train.job import ELSEWHERE, Job
 from outrider.train.keyed import part_folder, run_folder
 from outrider.train.labels import weights_of, write_labels
 from outrider.train.loop import BOOKKEEPING, LoopConfig
-from outrider.train.pipeline import ELSEWHERE, Job, texts_of
+from outrider.train.pipeline import texts_of
 from outrider.verify import load_rule
 
 LARGE = 70_001
 
 
 def job(tmp_path: Path, **changes: object) -> Job:
-    made = Job("eagle", "target", (tmp_path,), tmp_path / "work", tmp_path / "out", LoopConfig(steps=3, lr=1e-3))
+    made = Job(
+        kind="eagle",
+        target="target",
+        data=(tmp_path,),
+        work=tmp_path / "work",
+        out=tmp_path / "out",
+        loop=LoopConfig(steps=3, lr=1e-3),
+    )
     return replace(made, **changes)  # type: ignore[arg-type]
 
 

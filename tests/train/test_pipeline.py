@@ -15,22 +15,26 @@ from outrider.assets import shipped
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
-from outrider.drafters.eagle.eagle3 import EagleConfig
-from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter
+from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.medusa.drafter import MedusaDrafter
+from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.none import NoDraft
+from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.errors import ConfigError
-from outrider.models.tokenizer import load_tokenizer, vocab_fingerprint
+from outrider.models.tokenizer import load_tokenizer, vocab_fingerprint, whole_tokenizer
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.train import losses
 from outrider.train.corpus import read_corpus
 from outrider.train.data import Document
-from outrider.train.drafter import Teacher, loss_of, measure_of, new_features, new_heads, output_of, predictor
+from outrider.train.distill import Teacher, loss_of, measure_of
 from outrider.train.features import DataSpec, Features, read_features, repeated, write_hidden, write_tokens
 from outrider.train.loop import DivergedError, LoopConfig, train
-from outrider.train.pipeline import whole_tokenizer
+from outrider.train.methods.eagle import new_features
+from outrider.train.methods.medusa import new_heads
+from outrider.train.methods.registry import METHODS
 from outrider.verify import load_rule
 
 V, H = 19, 16
@@ -163,7 +167,7 @@ def fit(kind: str, folder: Path, steps: int = 12, stop_at: tuple[int, ...] = ())
     """Train in `folder`; raise StopsAfter right after the checkpoint of a step in `stop_at`."""
     model, judge, data = setup(kind)
     config = LoopConfig(steps=steps, lr=1e-2, warmup=2, save_every_s=0.0, log_every=1)
-    predict = predictor(model, 3)
+    predict = METHODS[kind].predictor(3)
 
     def evaluate(m: torch.nn.Module) -> dict[str, float]:
         return measure_of(judge, predict, data, rows=4)(m)
@@ -189,7 +193,7 @@ def test_a_killed_run_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_training_raises_acceptance(kind: str) -> None:
     model, judge, data = setup(kind)
-    predict = predictor(model, 3)
+    predict = METHODS[kind].predictor(3)
     measure = measure_of(judge, predict, data)
     before = measure(model)
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -207,7 +211,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_heads[0].weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
     with pytest.raises(DivergedError, match="step 0"):
-        train(model, data, loss_of(judge, predictor(model, 3)), LoopConfig(steps=2, lr=1e-3), tmp_path, **QUIET)
+        train(
+            model, data, loss_of(judge, METHODS["medusa"].predictor(3)), LoopConfig(steps=2, lr=1e-3), tmp_path, **QUIET
+        )
 
 
 def test_labels_stand_at_their_tokens() -> None:
@@ -233,7 +239,7 @@ def test_the_output_matrix_is_the_targets_own() -> None:
 def taught(kind: str) -> tuple[torch.nn.Module, Teacher]:
     """A drafter after a few steps: neither the target's copy nor noise."""
     model, judge, data = setup(kind)
-    loss, adam = loss_of(judge, predictor(model, 3)), torch.optim.Adam(model.parameters(), lr=1e-2)
+    loss, adam = loss_of(judge, METHODS[kind].predictor(3)), torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(30):
         adam.zero_grad()
         loss(model, data(step), 0.0).backward()
@@ -274,7 +280,7 @@ def test_the_trainers_acceptance_by_position_is_the_engines(kind: str) -> None:
     names = list(texts)
     rows = torch.tensor([texts[name] + [0] * (depth + 2) for name in names])  # behind the text nothing is judged
     hidden = hidden_of(TARGET, rows, (1, 2, 3))
-    trainer = [losses.acceptance(p, q) for p, q in judge.pairs(model, (rows, hidden), predictor(model, depth))]
+    trainer = [losses.acceptance(p, q) for p, q in judge.pairs(model, (rows, hidden), METHODS[kind].predictor(depth))]
 
     def at_nodes(shift: int) -> torch.Tensor:
         found = [trainer[d][names.index(name), at - 1 + shift] for name, at, d, _ in judged]

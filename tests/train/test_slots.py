@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
-from outrider.train.slots import (
+from outrider.train.slot_losses import (
     ARMS,
     Objective,
     closed,
@@ -19,7 +19,7 @@ from outrider.train.slots import (
     suffix_of_products,
     value,
 )
-from outrider.train.slots import weights as weights_of
+from outrider.train.slot_losses import weights as weights_of
 
 N, S, V = 6, 7, 5
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
+from outrider.drafters.dflash.format import DFlashConfig
+from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.eagle.eagle1 import Eagle1Network
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig
-from outrider.drafters.medusa.network import MedusaConfig, MedusaNetwork
+from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM

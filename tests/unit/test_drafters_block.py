@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.dflash.drafter import DFlashDrafter
-from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork, visible
+from outrider.drafters.dflash.format import DFlashConfig
+from outrider.drafters.dflash.network import DFlashNetwork, visible
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import levels

@@ -18,7 +18,7 @@ import torch
 from scipy.stats import chi2
 
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.drafters.tree import draws
+from outrider.drafters.tree import draws as tree_draws
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.sampling.pipeline import LogitsPipeline
 from outrider.transfer import fetch
@@ -97,7 +97,7 @@ def test_a_hundred_thousand_races() -> None:
     q = distribution_of((), GRID["hot, min-p"])
     noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(102_400, V)))
     count = np.zeros((V, V))
-    for x, y in fetch(draws.race(torch.from_numpy(q).expand(102_400, V), noise, 2))[0].tokens:
+    for x, y in fetch(tree_draws.race(torch.from_numpy(q).expand(102_400, V), noise, 2))[0].tokens:
         count[x, y] += 1
     assert p_value(count, sibling_distribution(q, {"branching": (2,), "sample": "coupled"}) * count.sum()) > ALPHA
     assert p_value(count, sibling_distribution(q, {"branching": (2,)}) * count.sum() + 1e-300) < ALPHA  # control: iid
@@ -170,25 +170,25 @@ def redraw(seen: Evidence, draft: Draft, b: int, k: int, depth: int, index: int,
 def test_no_draw_without_mass(u: float) -> None:
     """Bug 8 on the draft side: zeros at both ends and in the middle, uniforms at the ends of the open interval."""
     distribution = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0]])
-    (drawn,) = fetch(draws.inverse_cdf(distribution, [[u, 1 - u]]))[0].tokens
+    (drawn,) = fetch(tree_draws.inverse_cdf(distribution, [[u, 1 - u]]))[0].tokens
     assert all(distribution[0, t] > 0 for t in drawn)
-    (all_three,) = fetch(draws.without_replacement(distribution, [[u] * 5]))[0].tokens
+    (all_three,) = fetch(tree_draws.without_replacement(distribution, [[u] * 5]))[0].tokens
     assert sorted(all_three) == [1, 3, 4]
-    (arrived,) = fetch(draws.race(distribution, torch.ones(1, 7), 7))[0].tokens
+    (arrived,) = fetch(tree_draws.race(distribution, torch.ones(1, 7), 7))[0].tokens
     assert sorted(arrived) == [1, 3, 4]
 
 
 def test_no_draw_from_what_is_no_distribution() -> None:
     rows = torch.tensor([[float("nan"), 0.5, 0.5], [0.0, 0.0, 0.0], [0.0, float("inf"), 0.0], [0.0, 1.0, 0.0]])
-    assert fetch(draws.inverse_cdf(rows, [[0.5]] * 4))[0].tokens == [[], [], [], [1]]
-    assert fetch(draws.without_replacement(rows, [[0.5, 0.5]] * 4))[0].tokens == [[], [], [], [1]]
-    assert fetch(draws.top(torch.tensor([[float("nan"), 0.5]]), 1))[0].tokens == [[]]
+    assert fetch(tree_draws.inverse_cdf(rows, [[0.5]] * 4))[0].tokens == [[], [], [], [1]]
+    assert fetch(tree_draws.without_replacement(rows, [[0.5, 0.5]] * 4))[0].tokens == [[], [], [], [1]]
+    assert fetch(tree_draws.top(torch.tensor([[float("nan"), 0.5]]), 1))[0].tokens == [[]]
 
 
 def test_a_pick_on_a_zero_becomes_the_mode() -> None:
     """A parallel sum may decrease by a rounding; the token it then points at has no mass and is not returned."""
     distribution = torch.tensor([[0.0, 0.3, 0.7], [0.5, 0.0, 0.5], [float("nan"), 0.0, 0.0]])
     nothing = distribution.shape[1]  # what stands for no token
-    found = draws.with_mass(distribution, torch.tensor([[0, 1], [2, 0], [nothing, nothing]]))
+    found = tree_draws.with_mass(distribution, torch.tensor([[0, 1], [2, 0], [nothing, nothing]]))
     assert found.tolist() == [[2, 1], [2, 0], [nothing, nothing]]
-    assert draws.with_mass(distribution[:1], torch.empty(1, 0, dtype=torch.int64)).tolist() == [[]]
+    assert tree_draws.with_mass(distribution[:1], torch.empty(1, 0, dtype=torch.int64)).tolist() == [[]]

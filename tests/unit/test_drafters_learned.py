@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from outrider.build import Engine, build_engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
-from outrider.drafters.eagle.eagle3 import Eagle3Network, EagleConfig
-from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter, MedusaNetwork
+from outrider.drafters.eagle.eagle3 import Eagle3Network
+from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.medusa.drafter import MedusaDrafter
+from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import BestFirst, Levels

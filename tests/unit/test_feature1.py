@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
-from outrider.drafters.checkpoint import target_parts
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.eagle1 import Eagle1Network
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig, EagleNetwork
-from outrider.drafters.medusa.network import MedusaConfig, MedusaDrafter, MedusaNetwork
+from outrider.drafters.medusa.drafter import MedusaDrafter
+from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.registry import load_drafter
+from outrider.drafters.target_tables import target_tables
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
@@ -27,8 +29,10 @@ from outrider.models.load import load_target
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.protocols import Target
-from outrider.train.drafter import Teacher, feature_loss, measure_of, new_last_features, predictor
+from outrider.train.distill import Teacher, measure_of
 from outrider.train.features import Features, hidden_of
+from outrider.train.methods.eagle import feature_loss, new_last_features
+from outrider.train.methods.registry import METHODS
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.covering import covering, slow_beyond
@@ -104,7 +108,7 @@ def test_training_raises_acceptance() -> None:
     hidden = hidden_of(target, tokens, LAST)
     data = Features(tokens.numpy().astype("uint16"), hidden.half().numpy(), LAST, rows=4)
     model, judge = new_last_features(EagleConfig(H, H, LAST, V, 2, 1, 8, 32), target), Teacher.of(target, LAST, LAST)
-    measure = measure_of(judge, predictor(model, 3), data)
+    measure = measure_of(judge, METHODS["eagle1"].predictor(3), data)
     before = measure(model)
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     loss = feature_loss(judge)
@@ -269,4 +273,4 @@ class Closed:
 
 def test_what_a_target_does_not_give_is_said() -> None:
     with pytest.raises(CapabilityError, match="leaves out what is the target's own"):
-        target_parts(Closed(), Path("x"))  # type: ignore[arg-type]
+        target_tables(Closed(), Path("x"))  # type: ignore[arg-type]

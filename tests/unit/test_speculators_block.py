@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from outrider.build import build_engine
-from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
+from outrider.drafters.dflash.format import DFlashConfig
+from outrider.drafters.dflash.network import DFlashNetwork
 from tests.checkpoints import make_checkpoint
 
 WIDE, TAPS, LENGTH, BLOCK = 48, (1, 3), 24, 4

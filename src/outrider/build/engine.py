@@ -13,7 +13,7 @@ from outrider.build.fit import check_fit
 from outrider.build.loading import Loaded, Progress, load, load_model
 from outrider.build.notices import notices_of, wasted_option
 from outrider.control.fixed import Fixed
-from outrider.drafters.gated import gated
+from outrider.drafters.combine import gated
 from outrider.drafters.registry import load_drafter as _load_drafter
 from outrider.drafters.registry import parse_speculative_config
 from outrider.engine.core import EngineCore

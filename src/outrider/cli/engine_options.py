@@ -106,7 +106,7 @@ def configured(options: EngineOptions, speculative_config: str | None) -> Engine
     """The options, with what vLLM's JSON says in their place where it is given. Raises ConfigError for what is not supported."""
     if speculative_config is None:
         return options
-    from outrider.drafters.vllm_config import parse_speculative_config
+    from outrider.drafters.registry import parse_speculative_config
 
     return options.changed(**parse_speculative_config(speculative_config))
 

@@ -11,7 +11,8 @@ from typing import Any
 from outrider.errors import ConfigError
 
 _FIRST = re.compile(r"(?:(?:ngram(?::[^+/]*)?|prediction|forced(?::\d*)?)\+)*")
-_HOW = re.compile(r"(?:greedy|dynamic:[^:]*|(?:tree|iid|hub|batch|shared):[^:]*|medusa|eagle|dflash|translate):")
+_HOW = re.compile(r"(?:[\w,]+:)*")
+"""Words before a path, each with a colon behind it: how drafts grow, and what kind of drafter the path holds."""
 _LOCAL = (".", "/", "~")
 """How a path begins that can be nothing but a path."""
 
@@ -30,7 +31,7 @@ def model(name: str | None) -> str | None:
 def drafter(spec: Any) -> Any:
     """A drafter, or several, whose paths lead somewhere. What is no path is looked at when it is loaded."""
     for one in [spec] if isinstance(spec, str) else spec or ():
-        path = _HOW.sub("", _FIRST.sub("", one, count=1))
+        path = _HOW.sub("", _FIRST.sub("", one, count=1), count=1)
         if path.startswith(_LOCAL) and not Path(path).expanduser().exists():
             raise ConfigError(f"--draft: there is no {path}: give a folder, a Hub name, or none, ngram or auto")
     return spec

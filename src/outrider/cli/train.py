@@ -33,8 +33,9 @@ def train(
 
     Example: outrider train medusa --rows 200 --steps 100 --dry-run
     """
+    from outrider.train.estimate import estimate
     from outrider.train.loop import DivergedError
-    from outrider.train.pipeline import estimate, run
+    from outrider.train.pipeline import run
 
     job = asked.job(kind, options.target)
     if asked.dry_run:

@@ -12,7 +12,7 @@ from outrider.cli import paths
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
-    from outrider.train.pipeline import Job
+    from outrider.train.job import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,8 @@ class TrainOptions:
         import sysconfig
 
         from outrider.assets import shipped
+        from outrider.train.job import Job
         from outrider.train.loop import LoopConfig
-        from outrider.train.pipeline import Job
 
         warmup = min(50, self.steps)
         return Job(

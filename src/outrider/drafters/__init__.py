@@ -4,7 +4,7 @@ from outrider.drafters.combine import FirstOf, first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.forced import Forced
-from outrider.drafters.medusa.network import MedusaDrafter
+from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.errors import CapabilityError, ConfigError
 from outrider.files import read_json, read_weight_map
-from outrider.protocols import OpenTarget, Target
+from outrider.protocols import Target
 
 CONFIG_BYTES = 1 << 20
 WEIGHT_BYTES = 16 << 30
@@ -86,24 +85,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
     return config, found
 
 
-def target_parts(target: Target, folder: Path) -> dict[str, Tensor]:
-    """Token tables and final norm of a target, float32, by their names in a drafter's folder that leaves them out.
-
-    Raises CapabilityError for a target that does not give them.
-    """
-    if not isinstance(target, OpenTarget):
-        raise CapabilityError(
-            f"{folder} leaves out what is the target's own, and a {type(target).__name__} does not give it"
-        )
-    with torch.no_grad():
-        unit = torch.eye(target.hidden_size, dtype=target.dtype, device=target.device)
-        return {
-            "embed_tokens.weight": target.embed(torch.arange(target.vocab_size, device=target.device)).float().cpu(),
-            "lm_head.weight": target.head(unit).float().T.cpu(),
-            "norm.weight": target.norm(torch.ones_like(unit[:1]))[0].float().cpu(),
-        }
-
-
 def check_fits(folder: Path, target: Target, *, hidden: int, vocab_size: int, layers: tuple[int, ...]) -> None:
     """CapabilityError if a drafter was trained for a target of other sizes."""
     if hidden != target.hidden_size or vocab_size != target.vocab_size:
@@ -128,24 +109,24 @@ def speculators_config(algorithm: str, tokens: int, verifier: str) -> dict[str, 
     }
 
 
-def output_head(target: Target, target_path: str | None, folder: Path) -> Tensor:
-    """The target's output matrix [V, H] without its final norm, float32: of its folder, or its embeddings if it shares them.
-
-    Raises ConfigError where the matrix is neither in the folder nor the embedding table.
-    """
-    table = target.embed(torch.arange(target.vocab_size, device=target.device)).float()
-    files = sorted(Path(target_path).expanduser().glob("*.safetensors")) if target_path is not None else []
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            if "lm_head.weight" in tensors.keys():  # noqa: SIM118
-                return tensors.get_tensor("lm_head.weight").float()
-    if files:
-        return table  # a checkpoint without a head of its own ties it to the embeddings
-    unit = torch.eye(target.hidden_size, dtype=target.dtype, device=target.device)
-    normed = target.unembed(unit * target.hidden_size**0.5).float().T / target.hidden_size**0.5  # head times final norm
-    norm = (normed * table).sum(0) / table.square().sum(0).clamp(min=1e-12)
-    if not torch.allclose(normed, table * norm, rtol=1e-2, atol=1e-2 * float(normed.abs().max())):
+def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
+    """`model` (made without storage) with `tensors` in float32, ready to serve; ConfigError if names, shapes or types differ."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    extra, absent = sorted(tensors.keys() - wanted.keys()), sorted(wanted.keys() - tensors.keys())
+    if extra or absent:
+        what = f"it has no place for {extra[0][:120]}" if extra else f"{absent[0]} is not there"
         raise ConfigError(
-            f"{folder} holds no lm_head.weight, and the target's is not at hand: load the target from its folder"
+            f"{folder}: the tensors are not those its config.json describes ({what}): download or train it again"
         )
-    return table
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name]:
+            what = f"{name} has shape {list(tensor.shape)}, not {list(wanted[name])}"
+            raise ConfigError(
+                f"{folder}: the tensors are not those its config.json describes ({what}): download it again"
+            )
+        if not tensor.is_floating_point():
+            raise ConfigError(
+                f"{folder}: tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: use the unquantized drafter"
+            )
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)

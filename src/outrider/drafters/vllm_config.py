@@ -12,9 +12,6 @@ from typing import Any
 
 from outrider.errors import ConfigError, unknown_name
 
-LEARNED = {"medusa": "medusa", "eagle": "eagle", "eagle3": "eagle", "dflash": "dflash"}
-"""vLLM's methods that are drafters trained for one target, and our names of them."""
-METHODS = ("draft_model", "ngram", *LEARNED)
 RULES = {"standard": "speculative_sampling"}
 DEFAULT_NGRAM = 5
 """vLLM's prompt_lookup_min and _max when neither is given."""
@@ -54,8 +51,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
+def engine_options(config: str | Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:
     """Engine options for vLLM's `speculative_config` (a JSON text or an object).
+
+    learned: vLLM's methods that are drafters trained for one target, and our names of them.
 
     Returns `draft` (a spec of `load_drafter`) and, where given, `length`, `rule` and `draft_quantize`. Without
     `draft_sample_method` a draft model proposes draws from its law, where vLLM proposes its most likely tokens: the
@@ -63,7 +62,7 @@ def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     values = _object(config)
     _refuse_unsupported(values)
-    options: dict[str, Any] = {"draft": _drafter(values)}
+    options: dict[str, Any] = {"draft": _drafter(values, learned)}
     length = values.get("num_speculative_tokens")
     if length is not None:
         options["length"] = _whole("num_speculative_tokens", length)
@@ -99,13 +98,13 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
             raise ConfigError(f"speculative_config key {key!r} has the value {value!r}: {remedy}")
 
 
-def _drafter(values: dict[str, Any]) -> str:
+def _drafter(values: dict[str, Any], learned: Mapping[str, str]) -> str:
     """The `load_drafter` spec."""
     model = values.get("model")
     if model is not None and not (isinstance(model, str) and model):
         raise ConfigError(f"speculative_config key 'model' must be a path or a Hub name, got {model!r}")
     method = values.get("method") or ("ngram" if model == "ngram" else "draft_model")
-    _choice("method", method, {m: m for m in METHODS})
+    _choice("method", method, {m: m for m in ("draft_model", "ngram", *learned)})
     if method == "ngram":
         _only("ngram", values, ("quantization", "draft_sample_method"))
         if model not in (None, "ngram"):
@@ -114,11 +113,11 @@ def _drafter(values: dict[str, Any]) -> str:
             )
         low, high = _ngram_sizes(values)
         return f"ngram:{low}-{high}"
-    _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *(("quantization",) if method in LEARNED else ())))
+    _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *(("quantization",) if method in learned else ())))
     if model is None:
         raise ConfigError(f"speculative_config needs 'model' (a path or a Hub name) for method {method!r}")
     how = values.get("draft_sample_method") or "probabilistic"
-    kind = f"{LEARNED[method]}:" if method in LEARNED else ""
+    kind = f"{learned[method]}:" if method in learned else ""
     return _choice("draft_sample_method", how, {"greedy": "greedy:", "probabilistic": ""}) + kind + model
 
 

@@ -1,14 +1,17 @@
-"""Drafters over a part of the target's vocabulary: which tokens they know, and their logits over all of them."""
+"""Vocabularies of drafters: a part of the target's, its logits over all of it, and another model's that must agree with it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from outrider.errors import ConfigError
+from outrider.errors import CapabilityError, ConfigError
+from outrider.protocols import Tokenizer
+from outrider.vocabulary import first_difference
 
 
 def spread(logits: Float[Tensor, "*n S"], support: Int[Tensor, "S"] | None, vocab_size: int) -> Float[Tensor, "*n V"]:
@@ -50,3 +53,14 @@ def to_offsets(support: Int[Tensor, "S"], vocab_size: int) -> dict[str, Tensor]:
     drafted = torch.zeros(vocab_size, dtype=torch.bool)
     drafted[support.cpu()] = True
     return {"d2t": support.cpu() - torch.arange(len(support)), "t2d": drafted}
+
+
+def check_vocabulary(target: object, draft: object, limit: int, name: str) -> None:
+    """CapabilityError if any id below `limit` stands for different strings in the tokenizers of target and draft."""
+    differs = first_difference(cast(Tokenizer, target).get_vocab(), cast(Tokenizer, draft).get_vocab(), limit)
+    if differs is not None:
+        token, ours, theirs = differs
+        raise CapabilityError(
+            f"token {token} is {ours!r} for the target and {theirs!r} for the draft model {name!r}: "
+            f"write 'translate:{name}' to draft with the tokens that both spell alike, or use 'ngram'"
+        )

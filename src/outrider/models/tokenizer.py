@@ -50,6 +50,16 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
         ) from None
 
 
+def whole_tokenizer(path_or_name: str | Path) -> Any:
+    """The tokenizer of a folder as transformers has it: one that can be saved, with all its special tokens."""
+    tokenizer = load_tokenizer(path_or_name)  # which refuses code, and what is too large
+    if hasattr(tokenizer, "save_pretrained"):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve_folder(path_or_name), local_files_only=True, trust_remote_code=False)
+
+
 def find_tokenizer(path_or_name: str | Path) -> Any | None:
     """`load_tokenizer`, or None for a folder that holds none: such a model works on token ids."""
     folder = resolve_folder(path_or_name)

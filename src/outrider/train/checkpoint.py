@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outrider.files import sync
-from outrider.train import CausalLM
+from outrider.train.causal_lm import CausalLM
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from outrider.train import CausalLM
+from outrider.train.causal_lm import CausalLM
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from outrider.errors import ConfigError
-from outrider.train import CausalLM
+from outrider.train.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)

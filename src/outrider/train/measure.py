@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from outrider.train import CausalLM, data, losses
+from outrider.train import data, losses
+from outrider.train.causal_lm import CausalLM
 
 TEMPERATURES = (1.0, 0.7, 0.5)
 

@@ -1,12 +1,13 @@
 """Serving a block drafter: injected keys and values of every accepted row, and one bidirectional pass per block.
 
-The model is `block.DFlashNetwork`. What the target has accepted is injected once and kept; the rows of a block are written behind
+The model is `network.DFlashNetwork`. What the target has accepted is injected once and kept; the rows of a block are written behind
 it for the length of a pass and forgotten, so that nothing rejected is ever visible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.drafters.dflash.network import DFlashNetwork
+from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, level_logits
 from outrider.errors import ConfigError
@@ -22,6 +24,7 @@ from outrider.nn.kv import RowCache
 from outrider.nn.layers import FusedLayer
 from outrider.nn.linear import draft_linear, with_fast_linears
 from outrider.nn.rope import turn
+from outrider.protocols import Drafter, Target
 from outrider.types import Draft, Evidence, SequenceView
 
 
@@ -159,3 +162,9 @@ class DFlashDrafter:
 
     def _long(self, x: list[int]) -> Tensor:
         return torch.tensor(x, dtype=torch.int64, device=self._device)
+
+
+def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:
+    """The drafter of a folder for `target`, see `registry.LearnedDrafter`."""
+    model = DFlashNetwork.load(folder, target, target_path).to(target.device)
+    return DFlashDrafter(model, spec.at_most(model.config.block - 1).growth(target.vocab_size))

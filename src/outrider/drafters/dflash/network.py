@@ -8,7 +8,6 @@ will propose: given the context the draft's law is a product of the slots' laws.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +15,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from outrider.config_keys import real, whole
-from outrider.drafters.checkpoint import (
-    SPECULATORS_VERSION,
-    check_fits,
-    output_head,
-    read_folder,
-    speculators_config,
-    write_folder,
-)
-from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, rope_theta
-from outrider.drafters.medusa.network import fill
+from outrider.drafters.checkpoint import check_fits, fill, read_folder, write_folder
+from outrider.drafters.dflash.format import TABLES, DFlashConfig, layout, read_config
+from outrider.drafters.target_tables import embeddings, output_head
 from outrider.drafters.vocabulary import from_offsets
 from outrider.errors import ConfigError
 from outrider.nn.layers import Mlp
 from outrider.nn.rope import frequencies, rotation, turn
 from outrider.protocols import Target
-
-TABLES = ("embed_tokens.weight", "lm_head.weight")
-"""The target's own tables: read from the target, and written only on request."""
-TAPS = "aux_hidden_state_layer_ids"
-READ = frozenset({TAPS, "block_size", "mask_token_id", "sample_from_anchor", "sliding_window_non_causal"}) | SPECULATORS
-"""Keys at the top of a folder."""
-
-
-@dataclass(frozen=True, slots=True)
-class DFlashConfig:
-    """hidden: width of target and drafter. taps: blocks of the target whose outputs are read (0: the embeddings).
-
-    block: slots, the anchor's included; block - 1 tokens are drafted. mask: id of the token that stands in the other slots.
-    layers: decoder layers of the drafter. inner: width of their feed-forward parts.
-    """
-
-    hidden: int
-    taps: tuple[int, ...]
-    vocab_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    block: int
-    mask: int
-    layers: int = 1
-    eps: float = 1e-6
-    rope_theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        if self.block < 2 or not self.taps or self.layers < 1:
-            raise ConfigError("a block drafter needs a block of at least 2 slots, one tap and one layer")
-        if not 0 <= self.mask < self.vocab_size:
-            raise ConfigError(f"the mask token {self.mask} is not one of the {self.vocab_size} tokens")
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ConfigError("heads must be a multiple of kv_heads, and head_dim even")
 
 
 class _Attention(nn.Module):
@@ -178,7 +133,7 @@ class DFlashNetwork(nn.Module):
         """
         c = self.config
         held = {n: t.bfloat16() for n, t in self.state_dict().items() if tables or n not in TABLES}
-        write_folder(folder, _layout(c, verifier), held)
+        write_folder(folder, layout(c, verifier), held)
 
     @classmethod
     def load(cls, folder: Path, target: Target, target_path: str | None = None) -> DFlashNetwork:
@@ -188,13 +143,13 @@ class DFlashNetwork(nn.Module):
         for a folder that holds something else or what is not supported.
         """
         config, tensors = read_folder(folder, "dflash")
-        made = _read_config(config, folder, target)
+        made = read_config(config, folder, target)
         check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=made.taps)
         tensors.pop("t2d", None)
         if from_offsets(tensors.pop("d2t", None), made.vocab_size, made.vocab_size, folder) is not None:
             raise ConfigError(f"{folder}: a map of tokens (d2t) is not supported: train with the target's own tokens")
         if TABLES[0] not in tensors:
-            tensors[TABLES[0]] = target.embed(torch.arange(target.vocab_size, device=target.device)).float()
+            tensors[TABLES[0]] = embeddings(target)
         if TABLES[1] not in tensors:
             tensors[TABLES[1]] = output_head(target, target_path, folder)
         with torch.device("meta"):
@@ -208,77 +163,3 @@ def visible(position: Int[Tensor, "r N"], length: int, document: Int[Tensor, "r 
     if document is not None:
         see = see & (document[:, None, :] == document.gather(1, position)[..., None])
     return see
-
-
-def _layout(c: DFlashConfig, verifier: str) -> dict[str, Any]:
-    """config.json. Attention is full and bidirectional, which vLLM must be told: a missing flag makes it serve causally."""
-    return {
-        "architectures": ["DFlashDraftModel"],
-        "speculators_model_type": "dflash",
-        "speculators_version": SPECULATORS_VERSION,
-        "draft_vocab_size": c.vocab_size,
-        "target_hidden_size": None,
-        "block_size": c.block,
-        "mask_token_id": c.mask,
-        "aux_hidden_state_layer_ids": list(c.taps),
-        "sample_from_anchor": False,
-        "sliding_window_non_causal": True,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-        "speculators_config": speculators_config("dflash", c.block - 1, verifier),
-        "transformer_layer_config": {
-            "model_type": "qwen3",
-            "hidden_size": c.hidden,
-            "intermediate_size": c.inner,
-            "num_hidden_layers": c.layers,
-            "num_attention_heads": c.heads,
-            "num_key_value_heads": c.kv_heads,
-            "head_dim": c.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": c.eps,
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "vocab_size": c.vocab_size,
-            "max_position_embeddings": 1 << 20,
-            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-            "layer_types": ["full_attention"] * c.layers,
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "tie_word_embeddings": False,
-        },
-    }
-
-
-def _read_config(config: dict[str, Any], folder: Path, target: Target) -> DFlashConfig:
-    shape = config.get("transformer_layer_config")
-    if not isinstance(shape, dict):
-        raise ConfigError(f"{folder}: transformer_layer_config must describe layers")
-    check_keys(config, READ, folder)
-    check_keys(shape, LAYER, folder)
-    check_layers(shape, folder, "qwen3")
-    layers = whole(shape, "num_hidden_layers", folder, most=64)
-    if config.get("sample_from_anchor"):
-        raise ConfigError(
-            f"{folder}: sample_from_anchor is not supported: use a drafter whose anchor slot predicts nothing"
-        )
-    vocab_size = whole(shape, "vocab_size", folder)
-    if config.get("draft_vocab_size", vocab_size) != vocab_size:
-        raise ConfigError(f"{folder}: a reduced draft vocabulary is not supported: train with the full one")
-    mask = config.get("mask_token_id")
-    if isinstance(mask, bool) or not isinstance(mask, int):
-        raise ConfigError(f"{folder}: mask_token_id must be a token, got {mask!r}")
-    hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
-    return DFlashConfig(
-        hidden=hidden,
-        taps=layer_ids(config, TAPS, folder, [2, target.layers // 2, target.layers - 3]),
-        vocab_size=vocab_size,
-        heads=heads,
-        kv_heads=whole(shape, "num_key_value_heads", folder, default=heads),
-        head_dim=whole(shape, "head_dim", folder, default=max(1, hidden // heads)),
-        inner=whole(shape, "intermediate_size", folder),
-        block=whole(config, "block_size", folder, default=8, most=256),
-        mask=mask,
-        layers=layers,
-        eps=real(shape, "rms_norm_eps", folder, 1e-6),
-        rope_theta=rope_theta(shape, folder),
-    )

@@ -1,1 +1,7 @@
-"""EAGLE-1 to 3: network, drafter, checkpoint formats."""
+"""EAGLE: a layer on the target's hidden states, grown token by token."""
+
+from outrider.drafters.eagle.drafter import EagleDrafter, load
+from outrider.drafters.eagle.eagle1 import Eagle1Network
+from outrider.drafters.eagle.eagle3 import Eagle3Network
+
+__all__ = ["Eagle1Network", "Eagle3Network", "EagleDrafter", "load"]

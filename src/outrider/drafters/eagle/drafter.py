@@ -1,18 +1,23 @@
 """Serving a feature drafter: its own keys and values, catching up on what was accepted, growing chains and trees.
 
-The model is a `_features.EagleNetwork`: EAGLE-3's or EAGLE-1's. Rows of several sequences go through the matrix products
+The model is a `network.EagleNetwork`: EAGLE-3's or EAGLE-1's. Rows of several sequences go through the matrix products
 together; attention runs per sequence, over its own context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.drafters.checkpoint import read_config
+from outrider.drafters.eagle.eagle1 import Eagle1Network
+from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleNetwork
+from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import ConfigError
@@ -22,6 +27,7 @@ from outrider.nn.kv import RowCache
 from outrider.nn.layers import FusedLayer
 from outrider.nn.linear import with_fast_linears
 from outrider.nn.masks import ancestor_mask
+from outrider.protocols import Drafter, Target
 from outrider.types import Draft, Evidence, SequenceView
 
 CHUNK = 256
@@ -199,3 +205,9 @@ def _attend(
     q: Float[Tensor, "n h d"], keys: Float[Tensor, "g m d"], values: Float[Tensor, "g m d"], see: Tensor | None
 ) -> Float[Tensor, "n A"]:
     return attend(q.transpose(0, 1), keys, values, see).transpose(0, 1).reshape(len(q), -1)
+
+
+def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:
+    """The drafter of a folder for `target`, see `registry.LearnedDrafter`."""
+    network = Eagle1Network if read_config(folder)[1] in ("eagle", "llama") else Eagle3Network
+    return EagleDrafter(network.load(folder, target).to(target.device), spec.growth(target.vocab_size))

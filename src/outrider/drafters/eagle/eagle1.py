@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.config_keys import real, whole
-from outrider.drafters.checkpoint import check_fits, read_folder, target_parts, write_folder
+from outrider.config_keys import whole
+from outrider.drafters.checkpoint import check_fits, fill, read_folder, write_folder
+from outrider.drafters.config_keys import LAYER, check_keys, check_layers, layer_shape
 from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
-from outrider.drafters.keys import LAYER, check_keys, check_layers, rope_theta
-from outrider.drafters.medusa.network import fill
+from outrider.drafters.target_tables import target_tables
 from outrider.errors import ConfigError
 from outrider.nn.layers import Mlp
 from outrider.protocols import Target
@@ -107,7 +107,7 @@ class Eagle1Network(EagleNetwork):
         if "fc.bias" not in tensors and "fc.weight" in tensors:
             tensors["fc.bias"] = torch.zeros(made.hidden)
         if any(name not in tensors for name in TABLES):
-            tensors = target_parts(target, folder) | tensors
+            tensors = target_tables(target, folder) | tensors
         with torch.device("meta"):
             model = cls(made)
         return fill(model, tensors, folder)
@@ -118,16 +118,7 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> EagleC
         raise ConfigError(f"{folder}: a feature drafter has one layer")
     check_keys(config, LAYER | {"bias", "base_model", "target_layer"}, folder)
     check_layers({**config, "model_type": "llama"}, folder, "llama")
-    hidden, heads = whole(config, "hidden_size", folder), whole(config, "num_attention_heads", folder)
+    made = layer_shape(config, folder)
     return EagleConfig(
-        hidden=hidden,
-        target_hidden=hidden,
-        taps=(whole(config, "target_layer", folder, default=target.layers),),
-        vocab_size=whole(config, "vocab_size", folder),
-        heads=heads,
-        kv_heads=whole(config, "num_key_value_heads", folder, default=heads),
-        head_dim=whole(config, "head_dim", folder, default=max(1, hidden // heads)),
-        inner=whole(config, "intermediate_size", folder),
-        eps=real(config, "rms_norm_eps", folder, 1e-6),
-        rope_theta=rope_theta(config, folder),
+        **made, target_hidden=made["hidden"], taps=(whole(config, "target_layer", folder, default=target.layers),)
     )

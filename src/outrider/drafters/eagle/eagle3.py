@@ -13,11 +13,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.config_keys import flag, real, whole
-from outrider.drafters.checkpoint import SPECULATORS_VERSION, check_fits, read_folder, speculators_config, write_folder
+from outrider.config_keys import flag, whole
+from outrider.drafters.checkpoint import (
+    SPECULATORS_VERSION,
+    check_fits,
+    fill,
+    read_folder,
+    speculators_config,
+    write_folder,
+)
+from outrider.drafters.config_keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, layer_shape
 from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
-from outrider.drafters.keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, rope_theta
-from outrider.drafters.medusa.network import fill
+from outrider.drafters.target_tables import embeddings
 from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
 from outrider.errors import ConfigError
 from outrider.nn.layers import Mlp
@@ -127,7 +134,7 @@ class Eagle3Network(EagleNetwork):
         tensors.pop("t2d", None)
         tensors = {n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}
         if "embed_tokens.weight" not in tensors and made.hidden == target.hidden_size:  # EAGLE's own files leave it out
-            tensors["embed_tokens.weight"] = target.embed(torch.arange(target.vocab_size, device=target.device)).cpu()
+            tensors["embed_tokens.weight"] = embeddings(target).cpu()
         with torch.device("meta"):
             model = cls(made)
         model.support = support
@@ -144,22 +151,14 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> EagleC
     check_layers({**shape, "model_type": "llama"} if flat else shape, folder, "llama")
     if config.get("norm_before_fc") or config.get("fc_norm") or config.get("norm_output"):
         raise ConfigError(f"{folder}: norm_before_fc, fc_norm and norm_output are not supported")
-    hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
-    vocab_size = whole(shape, "vocab_size", folder)
+    made = layer_shape(shape, folder)
+    hidden, vocab_size = made["hidden"], made["vocab_size"]
     size = whole(config, "draft_vocab_size", folder, default=vocab_size)
+    own = config.get("target_hidden_size")
     return EagleConfig(
-        hidden=hidden,
-        target_hidden=whole(config, "target_hidden_size", folder, default=hidden)
-        if config.get("target_hidden_size")
-        else hidden,
+        **made,
+        target_hidden=whole(config, "target_hidden_size", folder) if own else hidden,
         taps=_taps(config, folder, target),
-        vocab_size=vocab_size,
-        heads=heads,
-        kv_heads=whole(shape, "num_key_value_heads", folder, default=heads),
-        head_dim=whole(shape, "head_dim", folder, default=max(1, hidden // heads)),
-        inner=whole(shape, "intermediate_size", folder),
-        eps=real(shape, "rms_norm_eps", folder, 1e-6),
-        rope_theta=rope_theta(shape, folder),
         norm_before_residual=flag(config, "norm_before_residual", folder),
         draft_vocab=0 if size == vocab_size else size,
     )

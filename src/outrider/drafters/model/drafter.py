@@ -28,8 +28,8 @@ class ModelDrafter:
     branching:  children of each node of levels 1 .. depth; None is a chain. (2, 2, 1) has 2 + 4 + 4 nodes.
     shape:      any tree of `shapes` instead; its depth counts, not `depth`.
     siblings:   how several children of a node are drawn: "iid", or "without_replacement".
-    sample:     "sampled", "greedy" or "coupled", see `_growth.Levels`.
-    growth:     another way to grow, such as `_growth.BestFirst`, instead of depth, branching, shape, siblings and sample.
+    sample:     "sampled", "greedy" or "coupled", see `growth.Levels`.
+    growth:     another way to grow, such as `growth.BestFirst`, instead of depth, branching, shape, siblings and sample.
     vocab_size: of the model that is drafted for; the draft's further tokens are masked, its missing ones have no mass, and it reads
                 another token where the text has one of them (`TokenCache`).
                 None: the draft's own.

@@ -1,1 +1,1 @@
-"""Growing trees of draft tokens and drawing their tokens."""
+"""Trees of drafts: their shapes, how they grow, and how tokens are drawn."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from outrider.build import Engine, companion
-from outrider.drafters.vllm_config import LEARNED
+from outrider.drafters.registry import LEARNED
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm, run_group
@@ -245,9 +245,8 @@ def vllm(c: PlanEntry, models: Mapping[str, str]) -> str | None:
     if c.draft == "ngram":
         return json.dumps({"method": "ngram", "num_speculative_tokens": c.length, "prompt_lookup_max": 4})
     kind, _, folder = c.draft.partition(":")
-    learned = next((method for method, ours in LEARNED.items() if ours == kind), None)
-    if learned is not None and folder:
-        config = {"method": learned, "model": folder}
+    if kind in LEARNED and LEARNED[kind].vllm_methods and folder:
+        config = {"method": LEARNED[kind].vllm_methods[0], "model": folder}
     elif c.draft in models:
         config = {"method": "draft_model", "model": models[c.draft]}
     else:

@@ -1,13 +1,16 @@
-"""A small language model with fresh weights, in the format that every loader of ours reads: what a draft is trained from."""
+"""A small language model with fresh weights, in the format that every loader of ours reads, and a tokenizer made for a corpus."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from outrider.errors import ConfigError
+
+PAD, BEGIN, END = SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2; END follows every document
 
 
 def small_llama(
@@ -37,4 +40,24 @@ def small_llama(
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             **special,
         )
+    )
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the corpus with ``size`` entries.
+
+    Every byte is one of them, so any text can be encoded and decodes to itself exactly.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BEGIN, eos_token=END, clean_up_tokenization_spaces=False
     )

@@ -1,4 +1,4 @@
-"""Training block drafters: packed anchors, one loss on slots, acceptance while training, and decoding of finished text.
+"""Training block drafters: packed anchors, and one loss on slots.
 
 Every row of text gives many blocks at once. A block's anchor sits anywhere in the text the target wrote; its slots are
 compared with the tokens that follow. Anchors come from a random stream of their own, so that runs that differ in nothing
@@ -9,22 +9,81 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters.dflash.network import DFlashConfig, DFlashNetwork
+from outrider.drafters.dflash.format import DFlashConfig
+from outrider.drafters.dflash.network import DFlashNetwork
+from outrider.drafters.target_tables import embeddings
 from outrider.errors import ConfigError
+from outrider.models.load import load_tokenizer
 from outrider.protocols import Target
+from outrider.train.distill import Logits, Teacher
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
 from outrider.train.losses import ONLY_KL
-from outrider.train.slots import Objective, distillation_loss, slot_loss
+from outrider.train.methods.base import Method, MethodOptions, chosen_taps
+from outrider.train.methods.tables import head_of, heads_of, init_decoder, inner_of, scale_taps
+from outrider.train.slot_losses import Objective, distillation_loss, objective_named, slot_loss
 
 ANCHOR_STREAM = 0xA2C
 """Sets the anchors' random numbers apart from those that order the rows."""
+
+
+SHARES = {"staged": ((1.0, 0.0), (0.1, 1.0)), "kl": ((1.0, 0.0),) * 2, "log_acceptance": ((0.0, 1.0),) * 2}
+"""Losses against laws: `entropy` and `overlap` of `slot_losses.distillation_loss` before and after ONLY_KL of the steps."""
+
+
+class DFlash(Method):
+    """A block drafter (DFlash, arXiv 2602.06036)."""
+
+    name = "dflash"
+    reads = frozenset({"blocks", "width", "taps", "anchors", "objective", "labels", "loss"})
+
+    def check(self, options: MethodOptions, given: frozenset[str]) -> None:
+        """Labels and losses go together."""
+        if options.labels == "distributions" and options.loss not in SHARES:
+            raise ConfigError(f"a block drafter learns distributions by {', '.join(SHARES)}, not by {options.loss}")
+        if options.labels == "tokens" and "loss" in given:
+            raise ConfigError("labels 'tokens' have one loss, weighted by the objective: leave the loss out")
+
+    def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:
+        """Those that are asked for, or EAGLE-3's."""
+        return chosen_taps(options, target)
+
+    def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> DFlashNetwork:
+        """Blocks of one slot more than there are levels."""
+        config = block_config(options, target, self.taps(options, target))
+        return new_blocks(config, target, seen, *head_of(options.target, target), options.loop.seed)
+
+    def predict(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> list[Logits]:
+        """A block at every position: entry d, column i is slot d + 1 of the block whose anchor is token i + 1."""
+        size = model.config.block
+        anchors = torch.arange(1, tokens.shape[1] - size + 1, device=tokens.device).expand(len(tokens), -1)
+        logits = model.blocks(model.inject(taps), tokens.gather(1, anchors), anchors)
+        return [logits[:, :, d] for d in range(size - 1)]
+
+    def fit_inputs(
+        self, options: MethodOptions, judge: Teacher, model: nn.Module, training: Features
+    ) -> tuple[Callable[[int], Batch], LossOf]:
+        """Packed blocks of rows, and a loss on their slots."""
+        assert isinstance(model, DFlashNetwork)
+        size = model.config.block
+        first = 1 if options.prompt == options.length else options.prompt - 1
+        batches, how = Blocks(training, size, options.anchors, first), objective_named(options.objective, size)
+        if options.labels == "distributions":
+            return batches, block_distillation_loss(judge.taps, judge.last, judge.target, how, options.loss)
+        return batches, block_loss(judge.taps, how)
+
+    def predictions(self, options: MethodOptions) -> int:
+        """The slots of the blocks of a row."""
+        return options.anchors * options.levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +140,6 @@ def block_loss(columns: Sequence[int], how: Objective) -> LossOf:
     return loss
 
 
-SHARES = {"staged": ((1.0, 0.0), (0.1, 1.0)), "kl": ((1.0, 0.0),) * 2, "log_acceptance": ((0.0, 1.0),) * 2}
-"""Losses against laws: `entropy` and `overlap` of `slots.distillation_loss` before and after ONLY_KL of the steps."""
-
-
 def block_distillation_loss(
     columns: Sequence[int], last: int, target: Target, how: Objective, loss_name: str = "staged"
 ) -> LossOf:
@@ -108,77 +163,6 @@ def block_distillation_loss(
     return loss
 
 
-def predict_blocks(
-    model: DFlashNetwork, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"]
-) -> list[Float[Tensor, "r n V"]]:
-    """A block at every position: entry d, column i is slot d + 1 of the block whose anchor is token i + 1."""
-    size = model.config.block
-    anchors = torch.arange(1, tokens.shape[1] - size + 1, device=tokens.device).expand(len(tokens), -1)
-    logits = model.blocks(model.inject(taps), tokens.gather(1, anchors), anchors)
-    return [logits[:, :, d] for d in range(size - 1)]
-
-
-# ------------------------------------------------------------------------------------------------------ finished text
-Accepts = Callable[
-    [Float[Tensor, "n S V"], Int[Tensor, "n S"], Int[Tensor, "n S"], Int[Tensor, "n"]], Bool[Tensor, "n S"]
-]
-"""(logits, tokens of the text, their positions, rows) -> which slots are accepted, given that those before them are."""
-
-
-def most_likely(logits: Tensor, labels: Tensor, position: Tensor, row: Tensor) -> Tensor:
-    """Greedy proposals: accepted where they are what the target wrote, at any temperature it wrote at."""
-    return logits.argmax(-1) == labels
-
-
-def sampled(log_p: Float[Tensor, "r L"], uniform: Float[Tensor, "r L"]) -> Accepts:
-    """Sampled proposals, given the text that came of it: token x was accepted with probability min(1, q(x) / p(x)).
-
-    Speculative sampling emits x as an accepted proposal with probability min(p(x), q(x)), and emits it with p(x) in all. log_p: of
-    every token under the target at temperature 1. uniform: one number in (0, 1) for each; the same ones pair different drafters.
-    """
-
-    def accepts(logits: Tensor, labels: Tensor, position: Tensor, row: Tensor) -> Tensor:
-        log_q = torch.log_softmax(logits.float(), -1).gather(-1, labels[..., None])[..., 0]
-        at = row[:, None], position
-        return uniform[at].log() + log_p[at] < log_q
-
-    return accepts
-
-
-@torch.no_grad()
-def walk(
-    model: DFlashNetwork,
-    tokens: Int[Tensor, "r L"],
-    taps: Float[Tensor, "r L T H"],
-    first: int,
-    accepts: Accepts,
-    *,
-    slots: int | None = None,
-) -> list[list[int]]:
-    """Decode rows that are written already: accepted tokens of every round of each row, rounds that leave the row left out.
-
-    first: position of the first anchor, the first token that was written. slots: of a block, see `DFlashNetwork.blocks`. With
-    `most_likely` on greedy text these are the very rounds of the engine; on sampled text, and with `sampled`, they have
-    the law of the engine's: the text is what the target would have written, and a drafter never changes it.
-    """
-    size, length = slots or model.config.block, tokens.shape[1]
-    keys = model.inject(taps)
-    runs: list[list[int]] = [[] for _ in tokens]
-    at = torch.full((len(tokens),), first, dtype=torch.int64)
-    while len(live := (at + size <= length).nonzero()[:, 0]):
-        mine = [(k[live], v[live]) for k, v in keys] if len(live) < len(tokens) else keys
-        place = at[live]
-        logits = model.blocks(mine, tokens[live, place][:, None], place[:, None], slots=size)[:, 0]
-        position = place[:, None] + torch.arange(1, size)
-        good = accepts(logits, tokens[live[:, None], position], position, live)
-        run = good.int().cumprod(1).sum(1)
-        at[live] = place + run + 1
-        for row, accepted in zip(live.tolist(), run.tolist(), strict=True):
-            runs[row].append(accepted)
-    return runs
-
-
-# ------------------------------------------------------------------------------------------------------ fresh drafters
 @torch.no_grad()
 def new_blocks(
     config: DFlashConfig,
@@ -194,13 +178,31 @@ def new_blocks(
     """
     torch.manual_seed(seed)
     model = DFlashNetwork(config)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2 and weight.requires_grad:
-            small = 0.1 if "o_proj" in name or "down_proj" in name else 1.0
-            nn.init.normal_(weight, std=small * weight.shape[1] ** -0.5)
-    scale = taps.float().square().mean((0, 2)).sqrt()
-    model.fc.weight.view(config.hidden, len(config.taps), -1).div_(scale[None, :, None])
-    model.embed_tokens.weight.copy_(target.embed(torch.arange(target.vocab_size, device=target.device)).float())
+    init_decoder(model)
+    scale_taps(model.fc, taps)
+    model.embed_tokens.weight.copy_(embeddings(target))
     model.lm_head.weight.copy_(head)
     model.norm.weight.copy_(norm)
     return model
+
+
+def block_config(options: MethodOptions, target: Target, taps: tuple[int, ...]) -> DFlashConfig:
+    """Shapes of a block drafter: the target's width, heads of 32 where that divides it, and padding for a mask token."""
+    wide = target.hidden_size
+    each = heads_of(wide, (32, 16, 8, 4)) or 2
+    if options.width not in (0, wide):
+        raise ConfigError(f"a block drafter is as wide as its target, here {wide}: leave the width out")
+    pad = getattr(load_tokenizer(str(options.target)), "pad_token_id", None)
+    mask = target.vocab_size - 1 if pad is None or pad >= target.vocab_size else int(pad)
+    return DFlashConfig(
+        hidden=wide,
+        taps=taps,
+        vocab_size=target.vocab_size,
+        heads=wide // each,
+        kv_heads=wide // each,
+        head_dim=each,
+        inner=inner_of(wide),
+        block=options.levels + 1,
+        mask=mask,
+        layers=options.blocks,
+    )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from outrider.config_keys import COMMON, OPTIONS, ROPE, packed_key, real, unknown_keys
+from outrider.config_keys import COMMON, OPTIONS, ROPE, packed_key, real, unknown_keys, whole
 from outrider.errors import ConfigError
 
 LAYER = COMMON | OPTIONS | {"qkv_bias"}
@@ -65,6 +65,34 @@ def check_layers(shape: Mapping[str, Any], folder: Path, family: str) -> None:
         )
     if shape.get("sliding_window") is not None and kinds is None and shape.get("use_sliding_window") is not False:
         raise ConfigError(f"{folder}: sliding_window is not supported: use a drafter with full attention")
+
+
+class LayerShape(TypedDict):
+    """Sizes of a decoder layer, its epsilon and its rotary base, by the names of a drafter's configuration."""
+
+    hidden: int
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    eps: float
+    rope_theta: float
+
+
+def layer_shape(shape: Mapping[str, Any], folder: Path) -> LayerShape:
+    """What a description of decoder layers says of their sizes. Raises ConfigError for what is not there or out of range."""
+    hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
+    return LayerShape(
+        hidden=hidden,
+        vocab_size=whole(shape, "vocab_size", folder),
+        heads=heads,
+        kv_heads=whole(shape, "num_key_value_heads", folder, default=heads),
+        head_dim=whole(shape, "head_dim", folder, default=max(1, hidden // heads)),
+        inner=whole(shape, "intermediate_size", folder),
+        eps=real(shape, "rms_norm_eps", folder, 1e-6),
+        rope_theta=rope_theta(shape, folder),
+    )
 
 
 def rope_theta(shape: Mapping[str, Any], folder: Path) -> float:

@@ -1,0 +1,93 @@
+"""The grammar of `--draft`: what is written before a path says how drafts grow."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from outrider.drafters.tree.growth import BestFirst, Growth, Levels, Sample, Siblings
+from outrider.drafters.tree.shapes import MergedDrafts, Shape, Static, levels
+from outrider.errors import ConfigError
+
+SHAPES = {
+    "tree": "children of a node of each level, drawn without replacement",
+    "iid": "children of a node of each level, drawn independently",
+    "hub": "children of a node of each level, 2 or 1; pairs of the most likely token and another one",
+    "batch": "independent drafts that share nothing but the anchor",
+    "shared": "independent drafts, merged where they agree",
+}
+"""Ways to write a tree of a draft model, and what their numbers mean."""
+WAYS: dict[str, Siblings] = {"tree": "without_replacement", "iid": "iid", "hub": "hub"}
+"""How siblings of a tree written level by level are drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSpec:
+    """What is written before a path: how the drafter grows its drafts.
+
+    path: what is left, the drafter itself. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a tree that grows best
+    node first, and how many children of a node are looked at; its depth is the shape's.
+    """
+
+    path: str
+    sample: Sample
+    siblings: Siblings
+    shape: Shape
+    dynamic: tuple[int, int] | None = None
+
+    def growth(self, vocab_size: int) -> Growth:
+        """How drafts over `vocab_size` tokens grow."""
+        if self.dynamic is not None:
+            nodes, width = self.dynamic
+            return BestFirst(nodes, self.shape.depth, vocab_size, width=width)
+        return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
+
+    def at_most(self, depth: int) -> DraftSpec:
+        """The same for a drafter that has no more than `depth` levels: a longer chain is not to be had."""
+        if self.shape.depth > depth and isinstance(self.shape, Static) and self.shape.width == 1:
+            return replace(self, shape=levels((1,) * depth))
+        return self
+
+
+def parse_draft(spec: str, length: int, sample: Sample) -> DraftSpec:
+    """How to grow, and what is left of a spec without the drafters that need no model. Raises ConfigError for bad grammar."""
+    if spec.startswith("greedy:"):
+        return DraftSpec(spec.removeprefix("greedy:"), "greedy", "iid", levels((1,) * length))
+    if spec.startswith("dynamic:"):
+        found = re.fullmatch(r"dynamic:(\d{1,4})(?:x(\d{1,3}))?:(.*)", spec)
+        if found is None:
+            raise ConfigError(
+                f"a dynamic tree is written 'dynamic:NODES:PATH' or 'dynamic:NODESxWIDTH:PATH', got {spec!r}"
+            )
+        sizes = int(found.group(1)), int(found.group(2) or 4)
+        return DraftSpec(found.group(3), sample, "iid", levels((1,) * length), sizes)
+    if spec.partition(":")[0] in SHAPES:
+        path, shape, siblings = _shape(spec, length)
+        return DraftSpec(path, sample, siblings, shape)
+    return DraftSpec(spec, sample, "iid", levels((1,) * length))
+
+
+def _shape(spec: str, length: int) -> tuple[str, Shape, Siblings]:
+    """Path, shape and way of drawing siblings of 'tree:3x2x1:PATH', 'batch:4:PATH' and the other SHAPES."""
+    kind = spec.partition(":")[0]
+    if found := re.fullmatch(r"(tree|iid|hub):((?:a|\d{1,4})(?:,(?:a|\d{1,4}))+|a):(.*)", spec):
+        shape = Static(tuple(-1 if up == "a" else int(up) for up in found.group(2).split(",")))
+        return found.group(3), _no_deeper(shape, length, spec), WAYS[kind]
+    pattern, example = (r"(\d{1,4}(?:x\d{1,4})*)", "3x2x1") if kind in WAYS else (r"(\d{1,4})", "4")
+    found = re.fullmatch(rf"{kind}:{pattern}:(.*)", spec)
+    if found is None:
+        raise ConfigError(f"a tree is written '{kind}:{example}:PATH' ({SHAPES[kind]}), got {spec!r}")
+    numbers, path = tuple(int(w) for w in found.group(1).split("x")), found.group(2)
+    if kind == "batch":
+        return path, levels((numbers[0],) + (1,) * (length - 1)), "iid"
+    if kind == "shared":
+        return path, MergedDrafts(numbers[0], length), "iid"
+    return path, _no_deeper(levels(numbers), length, spec), WAYS[kind]
+
+
+def _no_deeper(shape: Static, length: int, spec: str) -> Static:
+    if shape.depth > length:
+        raise ConfigError(
+            f"the tree of {spec!r} has {shape.depth} levels, the draft length is {length}: raise the length"
+        )
+    return shape

@@ -1,0 +1,1 @@
+"""Learned methods: a module each, and `registry`, their table."""

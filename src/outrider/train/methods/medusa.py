@@ -1,0 +1,49 @@
+"""Training Medusa heads (Cai et al. 2024): every head starts as the target's own output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.network import MedusaNetwork
+from outrider.drafters.target_tables import output_of
+from outrider.protocols import Target
+from outrider.train.distill import Logits
+from outrider.train.methods.base import Method, MethodOptions
+from outrider.train.methods.tables import final_norm
+
+
+class Medusa(Method):
+    """Heads on the target's last hidden state."""
+
+    name, reads = "medusa", frozenset({"blocks", "loss"})
+
+    def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> MedusaNetwork:
+        """Heads of `options.blocks` residual blocks, one for each level."""
+        config = MedusaConfig(target.hidden_size, target.vocab_size, options.levels, target.layers, options.blocks)
+        return new_heads(config, target, final_norm(options.target), options.loop.seed)
+
+    def predict(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> list[Logits]:
+        """All heads at all positions; the last ones have nothing to be compared with."""
+        length = tokens.shape[1]
+        logits = model(taps[:, :, -1])
+        return [logits[:, : length - 1 - h, h] for h in range(model.config.heads)]
+
+
+@torch.no_grad()
+def new_heads(config: MedusaConfig, target: Target, final_norm: Tensor | None = None, seed: int = 0) -> MedusaNetwork:
+    """Heads that start as the target's own output. final_norm: weights of its final norm, None if they are all one."""
+    torch.manual_seed(seed)
+    model = MedusaNetwork(config)
+    norm = torch.ones(config.hidden) if final_norm is None else final_norm.float()
+    model.norm.weight.copy_(norm)
+    model.norm.weight.requires_grad_(False)
+    for head in model.lm_heads:
+        head.weight.copy_(output_of(target) / norm)  # type: ignore[operator, union-attr]
+    return model
