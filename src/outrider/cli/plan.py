@@ -141,9 +141,10 @@ def predicted_calls(
     models: dict[str, str] = {}
     for name in drafts:
         one = assemble(replace(engine.loaded, models={}), replace(engine.loaded.options, draft=name))
-        if len(one.loaded.models) != 1 or "+" in name or ":" in name or name in ("none", "ngram", "prediction"):
+        loaded = one.loaded.models if one.loaded is not None else {}
+        if len(loaded) != 1 or "+" in name or ":" in name or name in ("none", "ngram", "prediction"):
             continue  # no distributions of its own to replay, or not a plain chain of it: its own counts are taken
-        models[name] = next(iter(one.loaded.models)).name
+        models[name] = next(iter(loaded)).name
         with terminal.loading(f"predicting acceptance of {name}") as progress:
             texts = pl.read_texts(one, items, replace(params, n=TEXTS), progress, seed=seed)
         rules = {n: companion(engine, name, length=n).parts.rule.name for n in lengths if n}

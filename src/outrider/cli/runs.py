@@ -14,6 +14,7 @@ from outrider.cli import paths, tables, terminal
 from outrider.cli.bench_print import print_table
 from outrider.cli.options import STORE, Json, StorePath
 from outrider.errors import ConfigError
+from outrider.files import write_whole
 
 runs_app = typer.Typer(help="Runs kept in a store.", no_args_is_help=True)
 
@@ -104,7 +105,7 @@ def export_run(
     if out is None:
         typer.echo(content.decode(), nl=False)
     else:
-        tables.write_whole(out, content)
+        write_whole(out, content)
         terminal.err.print(f"outrider: wrote {out}")
 
 

@@ -44,7 +44,8 @@ def tree(
 
     asked = load_prompts(prompts, count)
     engine = load_engine(options)
-    model = next((key.name for key in engine.loaded.models), None) if options.draft == "auto" else options.draft
+    loaded = () if engine.loaded is None else engine.loaded.models
+    model = next((key.name for key in loaded), None) if options.draft == "auto" else options.draft
     if model is None:
         raise ConfigError("no draft model beside this target: name one with --draft")
     texts = engine.encode_all(asked)
