@@ -213,7 +213,7 @@ def corrected(accept: np.ndarray, length: int) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------- several drafts
 def several(s: Setting) -> list[dict[str, Any]]:
-    scored = score(s, 1.0, 2, seed=51, rows=1 << 24)  # every law of every text
+    scored = score(s, 1.0, 2, seed=51, rows=1 << 24)  # every distribution of every text
     out = []
     for m in DRAFTS:
         arms = [(rule, f"batch:{m}") for rule in SEVERAL]
@@ -234,7 +234,7 @@ def others(s: Setting) -> list[dict[str, Any]]:
 
 
 def one_arm(s: Setting, m: int, rule: str, shape: str, scored: predict.Scored | None) -> dict[str, Any]:
-    """One run; predicted before it from the laws of the text if they are given and the rule's coins follow from them."""
+    """One run; predicted before it from the distributions of the text if they are given and the rule's coins follow from them."""
     drafter = s.draft if shape == "chain" else f"{shape}:{s.draft}"
     results = s.run(1.0, 61, length=3, rule=rule, drafter=drafter)
     counts = sums(results)
@@ -258,8 +258,8 @@ def one_arm(s: Setting, m: int, rule: str, shape: str, scored: predict.Scored | 
 def predicted_batch(s: Setting, scored: predict.Scored, results: Sequence[Result], rule: str, m: int) -> dict[str, Any]:
     """Tokens per step and first acceptance of m drafts that compete for the first position, from plain text alone.
 
-    Given its token x, a first position was accepted with probability min(1, s q(x)/p(x)), s the slope of the rule at that law
-    (`SEVERAL`), and a later one with min(1, q(x)/p(x)): the replay recursion with two kinds of coins.
+    Given its token x, a first position was accepted with probability min(1, s q(x)/p(x)), s the slope of the rule at that
+    distribution (`SEVERAL`), and a later one with min(1, q(x)/p(x)): the replay recursion with two kinds of coins.
     """
     slope = SEVERAL[rule](scored.target_rows, scored.draft_rows, m)
     rng, calls, spread, first, seen = np.random.default_rng(3), [], [], 0.0, 0.0

@@ -5,7 +5,7 @@
     outrider audit --texts texts.jsonl --target T --draft D --dtype float32 --ignore-eos [--top-k 50]
 
 Runs in the environment of its peer and imports nothing of ours. Temperature 1, float32, end of sequence ignored, so that the
-law to compare with is the plain one and numerics stay far below any bias of interest.
+distribution to compare with is the plain one and numerics stay far below any bias of interest.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""vLLM's rejection sampler on the CPU, alone, on laws that are known: where does the text's law go wrong?
+"""vLLM's rejection sampler on the CPU, alone, on distributions that are known: where does the text's distribution go wrong?
 
     .venvs/vllm/bin/python benchmarks/audit_vllm_kernel.py
 
-Every request has LENGTH drafts drawn from the draft laws (or the most likely tokens). Whatever is drafted, the first emitted
-token must have the target's law at the first position, and the second one, where the first draft was accepted, that of the
-second position. Prints the total variation distance of what comes out, for several vocabulary sizes. Then the step before it: the
-temperatures of the requests, spread over their draft tokens, which the target's logits are divided by.
+Every request has LENGTH drafts drawn from the draft distributions (or the most likely tokens). Whatever is drafted, the first
+emitted token must have the target's distribution at the first position, and the second one, where the first draft was accepted,
+that of the second position. Prints the total variation distance of what comes out, for several vocabulary sizes. Then the step
+before it: the temperatures of the requests, spread over their draft tokens, which the target's logits are divided by.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/rules.py [--rounds 30] [--json]
 
-Vocabularies of 4,096, 32,000 and 152,000; 1, 8 and 64 nodes (one sequence, a chain; for rules with trees also siblings). Laws
-are random, sharp, and agree as a draft of acceptance 0.8 does. The measured time is the rule alone: laws are ready. Beside it,
+Vocabularies of 4,096, 32,000 and 152,000; 1, 8 and 64 nodes (one sequence, a chain; for rules with trees also siblings).
+Distributions are random, sharp, and agree as a draft of acceptance 0.8 does. The measured time is the rule alone: distributions are
+ready. Beside it,
 in the same rounds, the forward of that step: 1 + nodes rows of a 12-layer, 1024-wide decoder with that vocabulary, in bfloat16.
 """
 
@@ -37,7 +38,7 @@ FAR = 0.2
 
 
 def distributions_of(rows: int, vocab: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target laws and draft laws [rows, vocab] float32 with total variation near FAR."""
+    """Target distributions and draft distributions [rows, vocab] float32 with total variation near FAR."""
     rng = torch.Generator().manual_seed(seed)
     p = torch.softmax(3.0 * torch.randn(rows, vocab, generator=rng), -1)
     other = torch.softmax(3.0 * torch.randn(rows, vocab, generator=rng), -1)

@@ -6,7 +6,7 @@ study; trained weights are not needed for either. The recipe:
 1. a random Llama, seeded;
 2. the residual branches (`o_proj`, `down_proj`) of every layer from `k` on scaled by `s`: the smaller `s`, the less
    those layers move the output, the closer the first `k` layers with the same norm and head come to the whole model;
-3. the head scaled until the target's law has 2.5 nats of entropy on its own samples, as trained models have;
+3. the head scaled until the target's distribution has 2.5 nats of entropy on its own samples, as trained models have;
 4. the `s` at which the acceptance, 1 - mean TV(p, q) at temperature 1 on the target's own samples, is the wanted one.
    Samples belong to an `s`, so sampling and solving for `s` take turns until a fresh sample confirms the acceptance.
 
@@ -157,7 +157,7 @@ def own_samples(
 
 
 def scored(model: LlamaForCausalLM, ids: Int[Tensor, "B T"], first: int) -> Float[Tensor, "n V"]:
-    """Float32 logits of the laws that token `first` and its successors were drawn from, all sequences flat."""
+    """Float32 logits of the distributions that token `first` and its successors were drawn from, all sequences flat."""
     rows = ids.shape[1] - first
     logits = model(ids[:, :-1], use_cache=False, logits_to_keep=rows).logits[:, -rows:]
     return logits.float().flatten(0, 1)
@@ -181,7 +181,7 @@ def head_factor(logits: Float[Tensor, "n V"], nats: float) -> float:
 
 
 def statistics(p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]) -> Statistics:
-    """Compare the laws of two models, given as float32 logits at the same positions."""
+    """Compare the distributions of two models, given as float32 logits at the same positions."""
     return Statistics(
         entropy=entropy(p),
         acceptance=float(torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1).mean()),
@@ -246,11 +246,11 @@ class Pair:
         return own_samples(self.target, prompts, effort.tokens, generator)
 
     def compare(self, ids: Int[Tensor, "B T"], first: int) -> Statistics:
-        """The laws as they are, at token `first` and its successors."""
+        """The distributions as they are, at token `first` and its successors."""
         return statistics(scored(self.target, ids, first), scored(self.draft, ids, first))
 
     def calibrate(self, s: float, ids: Int[Tensor, "B T"], first: int) -> Statistics:
-        """Scale the tail by `s`, and the head to NATS on these tokens; compare the laws there."""
+        """Scale the tail by `s`, and the head to NATS on these tokens; compare the distributions there."""
         self.set(s, self.head)
         p, q = scored(self.target, ids, first), scored(self.draft, ids, first)
         factor = head_factor(p, NATS)
@@ -298,7 +298,7 @@ def build(
 ) -> Path:
     """The folder of the pair `name` with this acceptance, built if it is not there yet. Returns the folder.
 
-    Float32 checkpoints hold the same, rounded, numbers as the bfloat16 ones, so both have the same law.
+    Float32 checkpoints hold the same, rounded, numbers as the bfloat16 ones, so both have the same distribution.
     """
     folder = root / f"{name}-{acceptance:g}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ def _() -> Work:
 # -- speed-up, prediction -----------------------------------------------------------------------------------------------
 
 
-# -- one conditional law: fronts, several drafts, blocks, couplings -----------------------------------------------------
+# -- one conditional distribution: fronts, several drafts, blocks, couplings -----------------------------------------------------
 
 
 def _laws(size: int = 128_000) -> tuple[np.ndarray, np.ndarray]:

@@ -74,8 +74,8 @@ class Contained:
             self._strike(_told(error))
 
     def _strange(self, draft: Draft, evidence: Evidence) -> str:
-        """What is wrong with where its tensors lie, or with the tokens that the columns of its laws stand for; a support that was
-        seen before is not looked at."""
+        """What is wrong with where its tensors lie, or with the tokens that the columns of its distributions stand for; a support
+        that was seen before is not looked at."""
         tensors = (draft.token,) if draft.q is None else (draft.token, draft.q.probs)
         if len({evidence.scores.logits.device.type, *(t.device.type for t in tensors)}) > 1:
             return f"tensors on {', '.join(sorted({t.device.type for t in tensors}))}"
@@ -122,11 +122,11 @@ def misshapen(draft: Draft) -> str:
     if q is None:
         return ""
     if not q.probs.is_floating_point() or (q.support is not None and q.support.dtype is not torch.int64):
-        return f"laws of type {q.probs.dtype}, or a support that is not int64"
+        return f"distributions of type {q.probs.dtype}, or a support that is not int64"
     if len(q.row) != nodes or q.probs.dim() != 2:
-        return f"{len(q.row)} law numbers for {nodes} nodes, and laws of shape {tuple(q.probs.shape)}"
+        return f"{len(q.row)} row numbers for {nodes} nodes, and distributions of shape {tuple(q.probs.shape)}"
     if q.support is not None and q.support.shape != q.probs.shape[1:]:
-        return f"a support of shape {tuple(q.support.shape)} for laws of shape {tuple(q.probs.shape)}"
+        return f"a support of shape {tuple(q.support.shape)} for distributions of shape {tuple(q.probs.shape)}"
     return ""
 
 
@@ -140,7 +140,7 @@ def defect_of(draft: Draft, sequences: int, depth: Sequence[int]) -> str:
     if len(draft.counts) != sequences:
         return f"trees for {len(draft.counts)} sequences instead of {sequences}"
     if draft.q is not None and not all(POINT_MASS <= row < len(draft.q.probs) for row in draft.q.row):
-        return f"law numbers outside its {len(draft.q.probs)} laws"
+        return f"row numbers outside its {len(draft.q.probs)} distributions"
     level: list[int] = []
     for b in range(sequences):
         for k in draft.nodes(b):

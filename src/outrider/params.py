@@ -62,9 +62,9 @@ class SamplingParams:
     grammar:            None, or what the output must be: "regex:PATTERN" or "json:SCHEMA", at most 64 KiB; without min_tokens.
     tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = what the rule allows. A lossless
                         rule spends nothing.
-    prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the law.
+    prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the distribution.
     draft_length:       most tokens drafted in a step of this request, >= 0; None = what the engine's controller wishes. It never
-                        changes the law; 0 is plain decoding.
+                        changes the distribution; 0 is plain decoding.
     drafters:           numbers of the parts of a combined draft that may propose for this request, where the engine lets requests
                         choose (`selectable`); None = all of them.
     """
@@ -127,7 +127,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """The law is a point mass."""
+        """The distribution is a point mass."""
         return self.temperature == 0.0
 
     @property
@@ -137,7 +137,7 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """The law depends on more than the logits: on tokens (penalties) or their number (`min_tokens`)."""
+        """The distribution depends on more than the logits: on tokens (penalties) or their number (`min_tokens`)."""
         return self.min_tokens > 0 or self.penalised
 
     @property
@@ -147,7 +147,7 @@ class SamplingParams:
 
     @property
     def filters(self) -> bool:
-        """Tokens are cut from the law (min-p, top-k, top-p)."""
+        """Tokens are cut from the distribution (min-p, top-k, top-p)."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property

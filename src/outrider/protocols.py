@@ -131,7 +131,7 @@ class Rule(Protocol):
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: target laws, B anchor rows then K node rows. allowance: what each sequence may still spend of `tv_limit`."""
+        """p: target distributions, B anchor rows then K node rows. allowance: what each sequence may still spend of `tv_limit`."""
         ...
 
 

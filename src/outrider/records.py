@@ -89,7 +89,7 @@ class StepRecord:
     rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
     seconds: wall-clock seconds of each of PHASES; counts: the step's sums. engine_seeded: those of the sequences whose seed the
     engine
-    chose: a client's own seed may repeat its noise, and then the laws of the ledger do not hold over several requests.
+    chose: a client's own seed may repeat its noise, and then the distributions of the ledger do not hold over several requests.
     """
 
     rows: int

@@ -2,7 +2,7 @@
 
 Shapes: N rows, K nodes, B sequences with a verdict in this step, M = B + K scored rows, V vocabulary, H hidden size.
 The *structure* of a step (who, where, parents, counts) is host data (tuples): it is known before anything is computed, so no
-step waits for the device to learn its own shapes. Only tokens, laws and scores are tensors.
+step waits for the device to learn its own shapes. Only tokens, distributions and scores are tensors.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from outrider.noise import Noise
 from outrider.params import SamplingParams
 
 Siblings = Literal["iid", "without_replacement", "hub"]
-"""How several children of a node were drawn from one law: independently; each from what the earlier ones left; or as SpecHub's
-pairs, the most likely token a and one other: the first from the law, the second a, or from the law without a if the first is a."""
+"""How several children of a node were drawn from one distribution: independently; each from what the earlier ones left; or as
+SpecHub's
+pairs, the most likely token a and one other: the first from the distribution, the second a, or from the distribution without a if
+the first is a."""
 
 Tree = tuple[Sequence[int], Sequence[int]]
 """Draft tokens of one sequence and the parent of each: a number among them, or -1 for the anchor."""
@@ -32,15 +34,16 @@ TOLERANCE = 1e-3
 """How far a row of `Proposal.probs` may be from summing to one; float32 softmax over 200,000 entries stays below 1e-5."""
 
 POINT_MASS = -1
-"""`Proposal.row` of a node that was not drawn from a law: it counts as a point mass, which is always lossless."""
+"""`Proposal.row` of a node that was not drawn from a distribution: it counts as a point mass, which is always lossless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The laws the nodes of a draft were drawn from. Siblings drawn from one law share its row; sibling order is draw order.
+    """The distributions the nodes of a draft were drawn from. Siblings drawn from one distribution share its row; sibling order is
+    draw order.
 
-    probs:    [R, S] laws over the draft's support; rows sum to one.
-    row:      K row numbers, POINT_MASS (-1) for a node without a law.
+    probs:    [R, S] distributions over the draft's support; rows sum to one.
+    row:      K row numbers, POINT_MASS (-1) for a node without a distribution.
     support:  [S] target token of each column, or None when the columns are the target's vocabulary.
     siblings: how several nodes were drawn from one row.
     sound:    `probs` itself if whoever drew from it has seen that each row sums to one and has no negative part; else None.
@@ -53,7 +56,7 @@ class Proposal:
     sound: Tensor | None = None
 
     def dense(self, rows: list[int], vocab_size: int) -> Float[Tensor, "r V"]:
-        """The laws `rows` over the target's vocabulary."""
+        """The distributions `rows` over the target's vocabulary."""
         probs = self.probs[rows]
         if self.support is None:
             return probs
@@ -68,7 +71,7 @@ class Draft:
     token:  [K] proposed tokens, int64.
     parent: K node numbers (of this draft), or -1 for a child of the anchor.
     counts: nodes of each sequence; their sum is K.
-    q:      the laws the nodes were drawn from; None: every node is a point mass. None is always lossless (contract 1).
+    q:      the distributions the nodes were drawn from; None: every node is a point mass. None is always lossless (contract 1).
     """
 
     token: Int[Tensor, "K"]
@@ -289,7 +292,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """What drafters and laws may know of one sequence.
+    """What drafters and distributions may know of one sequence.
 
     slot:    its index in every persistent table. seed: its request seed.
     tokens:  prompt and output so far, the anchor last (read only: the engine's own list).

@@ -39,7 +39,7 @@ def params(name: str, seed: int = 100) -> list[SamplingParams]:
 
 
 def target() -> TinyLM:
-    """Real attention with peaked laws, float64: batch shapes differ by rounding and nothing else."""
+    """Real attention with peaked distributions, float64: batch shapes differ by rounding and nothing else."""
     return TinyLM(VOCAB, 16, 2, seed=0, sharp=4.0)
 
 

@@ -154,7 +154,8 @@ def ends() -> None:
 
 
 def guards() -> None:
-    """A drafter that proposes tokens which do not exist, and laws of NaN: the text is the target's, the incident is counted."""
+    """A drafter that proposes tokens which do not exist, and distributions of NaN: the text is the target's, the incident is
+    counted."""
     wanted = plain("greedy with penalties")
     nan = Scripted(
         lambda v, k: [2] * k, distribution=lambda n: torch.full((n, VOCAB), float("nan"), dtype=torch.float64)
@@ -172,7 +173,8 @@ def guards() -> None:
 
 
 def settings() -> None:
-    """The target's own law answers to each request's own parameters: hot and cold requests side by side, and a sharp cut."""
+    """The target's own distribution answers to each request's own parameters: hot and cold requests side by side, and a sharp
+    cut."""
     one = engine(MODEL, DRAFTERS["model-coupled"](MODEL, 3), load_rule("match"), 3)
     mixed = [
         params("greedy")[0],

@@ -13,7 +13,7 @@ Script = Callable[[SequenceView, int], list[int]]
 
 
 class Scripted:
-    """Proposes the chain that `script(view, budget)` returns, one call per sequence and step; laws from `law` if given."""
+    """Proposes the chain that `script(view, budget)` returns, one call per sequence and step; distributions from `law` if given."""
 
     name, layers, trees = "scripted", (), False
 

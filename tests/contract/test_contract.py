@@ -82,7 +82,7 @@ def test_greedy_equals_plain_decoding(drafter: str, rule: str, sampling: str, ca
 
 
 EVERY = ("speculative_sampling", "match")
-"""Rules that meet every set of sampling parameters; the others share their laws and meet two of them."""
+"""Rules that meet every set of sampling parameters; the others share their distributions and meet two of them."""
 PAIRS = [
     (rule, name)
     for rule in RULES

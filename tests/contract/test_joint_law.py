@@ -1,8 +1,9 @@
-"""EX-3: the joint law of four tokens, through the engine, with arrivals, aborts, preemption and mixed draft lengths.
+"""EX-3: the joint distribution of four tokens, through the engine, with arrivals, aborts, preemption and mixed draft lengths.
 
-The target is a table whose law differs at every position; 625 cells of four tokens, and the law of how many drafts a first
-step accepts. False-alarm probability 1e-9 per assertion (chi-square, no reruns); 6,000 sequences see a gross error of the joint
-law, as the control shows; in `make test-slow` a million (chain) see a total-variation error of about 1%, 200,000 (others) of 2%.
+The target is a table whose distribution differs at every position; 625 cells of four tokens, and the distribution of how many
+drafts a first step accepts. False-alarm probability 1e-9 per assertion (chi-square, no reruns); 6,000 sequences see a gross error
+of the joint distribution, as the control shows; in `make test-slow` a million (chain) see a total-variation error of about 1%,
+200,000 (others) of 2%.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PROMPT = [2, 4]
 
 
 def exact_joint(temperature: float = 1.0) -> np.ndarray:
-    """Law of the first four tokens, [V, V, V, V], by multiplying the table's own conditionals."""
+    """Distribution of the first four tokens, [V, V, V, V], by multiplying the table's own conditionals."""
     out = np.zeros((V,) * T)
     for text in product(range(V), repeat=T):
         probability = 1.0

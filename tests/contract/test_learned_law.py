@@ -1,6 +1,7 @@
-"""The joint law of four tokens with learned drafters, greedy and sampled, chains and trees: see test_joint_law.py.
+"""The joint distribution of four tokens with learned drafters, greedy and sampled, chains and trees: see test_joint_law.py.
 
-False-alarm probability 1e-9 per assertion (chi-square, no reruns). Control: a drafter that declares another law than it drew from.
+False-alarm probability 1e-9 per assertion (chi-square, no reruns). Control: a drafter that declares another distribution than it
+drew from.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def test_joint_distribution_of_four_tokens(case: str) -> None:
 
 
 def test_control_a_drafter_that_declares_another_distribution_is_seen() -> None:
-    """Negative control: the laws that are declared are uniform, not those that were drawn from."""
+    """Negative control: the distributions that are declared are uniform, not those that were drawn from."""
     engine = build(*CASES["heads, sampled chain"])
     honest = engine.parts.drafter.draft
 

@@ -113,7 +113,7 @@ def same_seed(params: SamplingParams) -> Source:
 
 
 def greedy_drafts(params: SamplingParams) -> Source:
-    """Drafts are the draft's most likely token, but declared as drawn from its law."""
+    """Drafts are the draft's most likely token, but declared as drawn from its distribution."""
     drafter = ModelDrafter(DRAFT, LENGTH)
     inner = drafter.draft
 

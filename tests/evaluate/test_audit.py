@@ -85,7 +85,7 @@ def test_a_bias_within_the_tolerance_is_not_accused_and_one_outside_is() -> None
 
 
 def test_factors_have_expectation_at_most_one_over_the_whole_null() -> None:
-    """E f = 1 under p, and at most 1 under the law within the tolerance that the factor likes best, by enumeration."""
+    """E f = 1 under p, and at most 1 under the distribution within the tolerance that the factor likes best, by enumeration."""
     rng = np.random.default_rng(0)
     for tolerance in (0.0, 0.01, 0.2):
         for _ in range(20):

@@ -1,4 +1,5 @@
-"""The laboratory of the law tests: the exact law of a rule's output, by running the rule itself on a partition of its coins.
+"""The laboratory of the law tests: the exact distribution of a rule's output, by running the rule itself on a partition of its
+coins.
 
 A rule turns coins of (0, 1) into decisions. `probes` cuts the range of every coin at the places where the decision ought to
 change, by a reference in numpy that shares nothing with the rule, and emits one probe per cell of the product: a draft, a
@@ -25,7 +26,7 @@ EDGE = 1e-13
 EXACT = 1e-12
 """What is left of a distribution's error in float64: rounding."""
 COARSE = 1e-5
-"""The same for laws whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
+"""The same for distributions whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
 
 SHARES = pytest.mark.parametrize("share", [0.25, pytest.param(1.0, marks=pytest.mark.slow)], ids=["some", "all"])
 """Of the cases of a table: a quarter in `make test`, all in `make test-slow`."""
@@ -36,7 +37,7 @@ RuleFn = Callable[[torch.Tensor, Draft, Noise], Verdict]
 
 @dataclass(frozen=True)
 class Shape:
-    """A forest of one sequence. law[k]: whether node k is drawn from its declared law, or is a point mass."""
+    """A forest of one sequence. distribution[k]: whether node k is drawn from its declared distribution, or is a point mass."""
 
     parent: tuple[int, ...]
     has_q: tuple[bool, ...]
@@ -58,7 +59,7 @@ def chain(length: int, has_q: bool = True) -> Shape:
 
 
 def shapes(siblings: Siblings = "iid") -> dict[str, Shape]:
-    """Trees of several siblings, all drawn from their laws."""
+    """Trees of several siblings, all drawn from their distributions."""
     pair = (True, True)
     return {
         "two": Shape((-1, -1), pair, siblings),
@@ -69,7 +70,7 @@ def shapes(siblings: Siblings = "iid") -> dict[str, Shape]:
 
 
 def some(count: int, share: float) -> int:
-    """A share of `count` cases, 8 at least: enough for every relation of two laws to come up (`random_world`)."""
+    """A share of `count` cases, 8 at least: enough for every relation of two distributions to come up (`random_world`)."""
     return min(count, max(8, round(share * count)))
 
 
@@ -140,7 +141,7 @@ def without(distribution: np.ndarray, gone: Sequence[int]) -> np.ndarray:
 
 
 def after(distribution: np.ndarray, gone: Sequence[int], siblings: Siblings) -> np.ndarray:
-    """The law the next sibling is drawn from, when `gone` have been drawn from `law`."""
+    """The distribution the next sibling is drawn from, when `gone` have been drawn from `law`."""
     if siblings == "iid" or not gone:
         return distribution
     hub = int(distribution.argmax())
@@ -150,7 +151,7 @@ def after(distribution: np.ndarray, gone: Sequence[int], siblings: Siblings) -> 
 
 
 def reference_toss(r: np.ndarray, q: np.ndarray | None, x: int) -> tuple[float, np.ndarray]:
-    """Acceptance probability of x against the residual law r, and the residual law after a refusal."""
+    """Acceptance probability of x against the residual distribution r, and the residual distribution after a refusal."""
     if q is None or q[x] == 0:
         threshold = r[x]
         left = r.copy()
@@ -221,7 +222,7 @@ class Enumerator:
         return out, r
 
     def _all(self, kids, siblings: Siblings) -> bool:
-        """Whether these are two or more siblings drawn in that way from one law: what rules for siblings are for."""
+        """Whether these are two or more siblings drawn in that way from one distribution: what rules for siblings are for."""
         shape = self.world.shape
         return len(kids) >= 2 and shape.siblings == siblings and all(shape.has_q[k] for k in kids)
 
@@ -255,7 +256,7 @@ class Enumerator:
 # ----------------------------------------------------------------- running a rule on probes
 @dataclass
 class Findings:
-    """Per case: how far the output law is from the target's, and how far the ledger is from its two identities."""
+    """Per case: how far the output distribution is from the target's, and how far the ledger is from its two identities."""
 
     distribution: np.ndarray
     ledger: np.ndarray
@@ -264,7 +265,7 @@ class Findings:
 
 
 def assert_exact(found: Findings, tolerance: float) -> None:
-    """The output law is the target's, and the ledger's two identities hold."""
+    """The output distribution is the target's, and the ledger's two identities hold."""
     assert found.distribution.max() <= tolerance
     assert found.ledger.max() <= tolerance, "E[risk - rejections] is not zero"
     assert found.spread.max() <= tolerance, "E[(risk - rejections)^2] is not E[spread]"
@@ -294,7 +295,7 @@ def chances_in_turn(chances: Sequence[float]) -> list[float]:
 
 
 def assemble(worlds: Sequence[World], probes: Sequence[Probe], dtype: torch.dtype) -> tuple[torch.Tensor, Draft]:
-    """All probes as one step: laws of the anchors and nodes, and the draft. Worlds share vocabulary, support and mode."""
+    """All probes as one step: distributions of the anchors and nodes, and the draft. Worlds share vocabulary, support and mode."""
     vocab, support = worlds[0].vocab, worlds[0].support
     p_first = np.cumsum([0] + [len(w.p) for w in worlds])
     q_first = np.cumsum([0] + [len(w.q) for w in worlds])
@@ -333,7 +334,7 @@ def examine(
     edge: float = EDGE,
     enumerator: type[Enumerator] = Enumerator,
 ) -> Findings:
-    """Run `rule` on every probe of every world and integrate its output law and its ledger."""
+    """Run `rule` on every probe of every world and integrate its output distribution and its ledger."""
     probes = [probe for i, world in enumerate(worlds) for probe in enumerator(i, world, rng, edge).probes()]
     p, draft = assemble(worlds, probes, dtype)
     count = len(probes)
@@ -361,7 +362,7 @@ def _findings(worlds, probes, draft: Draft, verdict: Verdict) -> Findings:
 
 
 def distribution_error(world: World, mass: np.ndarray, depth: int) -> float:
-    """Largest distance of the law of output strings from the target's, over all strings up to the case's depth + 1.
+    """Largest distance of the distribution of output strings from the target's, over all strings up to the case's depth + 1.
 
     mass: probability of each output string. Shorter outputs are continued by the target, as decoding would.
     """
@@ -378,9 +379,9 @@ def distribution_error(world: World, mass: np.ndarray, depth: int) -> float:
     return max(worst, float(mass[prefixes(vocab, world.shape.depth + 1) :].sum()))
 
 
-# ----------------------------------------------------------------- laws with everything that can go wrong in them
+# ----------------------------------------------------------------- distributions with everything that can go wrong in them
 def random_distributions(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
-    """Laws float64 [rows, vocab]: smooth, sharp, with zeros, one-hot, with ties, with subnormal entries."""
+    """Distributions float64 [rows, vocab]: smooth, sharp, with zeros, one-hot, with ties, with subnormal entries."""
     distributions = rng.dirichlet(np.full(vocab, rng.choice([0.3, 1.0, 5.0])), size=rows)
     distributions[np.isnan(distributions).any(1)] = 1.0 / vocab
     kind = rng.integers(8, size=rows)
@@ -402,9 +403,9 @@ def random_distributions(rng: np.random.Generator, rows: int, vocab: int) -> np.
 def random_world(
     rng: np.random.Generator, vocab: int, shape: Shape, support: np.ndarray | None = None, full: bool = False
 ) -> World:
-    """A case. Draft laws are unrelated to the target's, or equal, or on disjoint supports, row by row.
+    """A case. Draft distributions are unrelated to the target's, or equal, or on disjoint supports, row by row.
 
-    full: every draft law has full support (siblings without replacement never run out of tokens).
+    full: every draft distribution has full support (siblings without replacement never run out of tokens).
     """
     depth = shape.depth
     p = random_distributions(rng, prefixes(vocab, depth), vocab)
@@ -427,6 +428,6 @@ def random_world(
 
 
 def rounded(world: World, dtype: torch.dtype) -> World:
-    """The same case with laws as a float32 code path sees them, so that rounding of the inputs is not taken for bias."""
+    """The same case with distributions as a float32 code path sees them, so that rounding of the inputs is not taken for bias."""
     to = lambda x: torch.from_numpy(x).to(dtype).double().numpy()  # noqa: E731
     return World(to(world.p), to(world.q), world.shape, world.point, world.support)

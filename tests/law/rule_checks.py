@@ -1,7 +1,7 @@
 """What rules and noise must hold, as checks that raise: the mutants of `test_mutants.py` are each killed by one of them.
 
-They are the law suite's own methods at a small size: exact enumeration (`lab`), coins at the ends of their range, and decoding
-with the engine's noise.
+They are the distribution suite's own methods at a small size: exact enumeration (`lab`), coins at the ends of their range, and
+decoding with the engine's noise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RULE, RACES = SpeculativeSampling(), Match()
 
 
 def chains() -> None:
-    """Output law of chains, by enumeration: laws, point masses, both."""
+    """Output distribution of chains, by enumeration: distributions, point masses, both."""
     rng = np.random.default_rng(1)
     shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, has_q=False)]
     found = examine(RULE, [random_world(rng, V, shape) for shape in shapes for _ in range(6)], rng)
@@ -34,7 +34,7 @@ def chains() -> None:
 
 
 def support() -> None:
-    """Output law and ledger of chains drawn from a draft vocabulary."""
+    """Output distribution and ledger of chains drawn from a draft vocabulary."""
     rng = np.random.default_rng(2)
     found = examine(RULE, [random_world(rng, 4, chain(2), np.array([2, 0, 3])) for _ in range(6)], rng)
     assert max(found.distribution.max(), found.ledger.max()) < 1e-12
@@ -48,7 +48,7 @@ def forest_worlds(rng: np.random.Generator, siblings: Siblings) -> list:
 
 
 def trees() -> None:
-    """Output law of forests, by enumeration: i.i.d. siblings, without replacement, point masses, mixtures."""
+    """Output distribution of forests, by enumeration: i.i.d. siblings, without replacement, point masses, mixtures."""
     rng = np.random.default_rng(3)
     for worlds in (forest_worlds(rng, "iid"), forest_worlds(rng, "without_replacement")):
         assert examine(RULE, worlds, rng).distribution.max() < 1e-12
@@ -83,7 +83,7 @@ def long_rows() -> None:
 
 
 def decoding() -> None:
-    """Joint law of four tokens over several steps, with the engine's noise in every lane: chains, then i.i.d. siblings."""
+    """Joint distribution of four tokens over several steps, with the engine's noise in every lane: chains, then i.i.d. siblings."""
     for width, sequences in ((1, 4000), (2, 700)):
         p, q = markov(6), markov(7)
         text = decode(p, q, sequences, width)
@@ -114,7 +114,7 @@ def independence() -> None:
 
 
 def matching() -> None:
-    """Match: strings of plain decoding whatever is proposed, the law of its race, and the closed form of its ledger."""
+    """Match: strings of plain decoding whatever is proposed, the distribution of its race, and the closed form of its ledger."""
     p = torch.from_numpy(markov(8, 0.4))
     strings = np.zeros((V, V))
     for seed in range(800):
@@ -167,7 +167,7 @@ def long_overlaps() -> None:
 
 
 def markov(seed: int, alpha: float = 1.0) -> np.ndarray:
-    """A table of laws [previous token, V]; a smaller alpha makes them sharper."""
+    """A table of distributions [previous token, V]; a smaller alpha makes them sharper."""
     return np.random.default_rng(seed).dirichlet(np.full(V, alpha), size=V)
 
 

@@ -1,4 +1,4 @@
-"""EX-1 for block verification: its output law equals the target's, and its accepted length is the one the theory names.
+"""EX-1 for block verification: its output distribution equals the target's, and its accepted length is the one the theory names.
 
 The coins of a block are one per depth and all are looked at, so the cells are other ones than for token-by-token rules: the
 longest prefix i whose coin is below h_i is kept. Enumerated, so nothing is sampled.

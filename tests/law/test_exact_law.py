@@ -1,7 +1,7 @@
-"""EX-1 for speculative sampling beside the table of `test_rules.py`: float32, sums that are off, batches, any laws.
+"""EX-1 for speculative sampling beside the table of `test_rules.py`: float32, sums that are off, batches, any distributions.
 
-No sampling error, so no tolerance but rounding. In float32 the laws of a case are rounded first and the target is the rounded law,
-which leaves its own 1e-7 of a sum.
+No sampling error, so no tolerance but rounding. In float32 the distributions of a case are rounded first and the target is the
+rounded distribution, which leaves its own 1e-7 of a sum.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_shapes_of_a_batch_may_differ():
 
 
 def test_accepted_count_has_its_distribution():
-    """E[accepted] = sum over depths of the mass both laws share along the path (Leviathan et al. 2023, Theorem 3.8)."""
+    """E[accepted] = sum over depths of the mass both distributions share along the path (Leviathan et al. 2023, Theorem 3.8)."""
     rng = np.random.default_rng(16)
     worlds = [random_world(rng, 3, chain(3)) for _ in range(50)]
     found = examine(RULE, worlds, rng)
@@ -84,7 +84,7 @@ def test_accepted_count_has_its_distribution():
 
 
 def distributions_of(vocab: int) -> st.SearchStrategy[np.ndarray]:
-    """One law: any weights, with zeros, ties and subnormal numbers wanted often."""
+    """One distribution: any weights, with zeros, ties and subnormal numbers wanted often."""
     weight = st.one_of(st.sampled_from([0.0, 1.0, 0.25, 1e-12, 5e-324, 1e-310]), st.floats(0, 1))
     positive = st.lists(weight, min_size=vocab, max_size=vocab).filter(lambda w: sum(w) > 1e-3)
     return positive.map(lambda w: np.array(w) / sum(w))

@@ -28,7 +28,7 @@ BENT = [
 
 
 def forbidding(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
-    """Target laws with forbidden tokens in every row, one row with a single token left."""
+    """Target distributions with forbidden tokens in every row, one row with a single token left."""
     p = rng.dirichlet(np.full(vocab, 0.7), size=rows)
     p[rng.random(p.shape) < 0.5] = 0.0
     p[:, 0] += 1e-3

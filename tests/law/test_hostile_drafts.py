@@ -156,7 +156,7 @@ def test_a_target_distribution_without_mass_is_an_error_and_never_a_token(judge,
 
 
 class Liar(Enumerator):
-    """A drafter that declares a law and always proposes a token the law cannot produce."""
+    """A drafter that declares a distribution and always proposes a token the distribution cannot produce."""
 
     def _draws(self, prefix, kids, drawn, weight):
         yield tuple(self.world.vocab - 1 for _ in kids), weight
@@ -164,7 +164,7 @@ class Liar(Enumerator):
 
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
 def test_a_token_outside_its_distribution_leaves_the_output_distribution_alone(siblings):
-    """Given that token the output has the target's law; so has any mixture with honest drafts. The ledger stays exact."""
+    """Given that token the output has the target's distribution; so has any mixture with honest drafts. The ledger stays exact."""
     rng = np.random.default_rng(2)
     worlds = []
     for shape in (chain(1), chain(2), Shape((-1, -1, 0), (True,) * 3, siblings)):
@@ -204,9 +204,9 @@ def test_drafts_that_are_right_pass():
         ({"counts": (2.0, 1.0)}, "no whole numbers"),
         ({"token": torch.tensor([1, 2])}, "2 tokens and 3 parents"),
         ({"token": torch.tensor([1.0, 2.0, 0.0])}, "tokens of type torch.float32"),
-        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 1))}, "2 law numbers for 3 nodes"),
-        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 2, 0))}, "law numbers outside its 2 laws"),
-        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 0, -2))}, "law numbers outside its 2 laws"),
+        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 1))}, "2 row numbers for 3 nodes"),
+        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 2, 0))}, "row numbers outside its 2 distributions"),
+        ({"q": Proposal(torch.ones(2, 3) / 3, (0, 0, -2))}, "row numbers outside its 2 distributions"),
         ({"q": Proposal(torch.ones(1, 2) / 2, (0, -1, -1), torch.tensor([0, 1, 2]))}, "support of shape"),
     ],
 )

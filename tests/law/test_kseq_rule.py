@@ -1,4 +1,5 @@
-"""EX-1 for K-SEQ: law, ledger and acceptance by enumeration, against a reference of its own and against recursive rejection."""
+"""EX-1 for K-SEQ: distribution, ledger and acceptance by enumeration, against a reference of its own and against recursive
+rejection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Lossy rules: the law of a position is the one the theory names, its bias is metered exactly, and a budget is never overrun.
+"""Lossy rules: the distribution of a position is the one the theory names, its bias is metered exactly, and a budget is never
+overrun.
 
 Enumerated on partitions of the coins (see lab.py); the reference is `outrider.theory`, which shares no code with the rules.
 """
@@ -71,7 +72,7 @@ def accept_of(rule: Lossy, p: np.ndarray, q: np.ndarray, left: float) -> tuple[n
 
 
 def run(rule: Lossy, worlds: list[World], seed: int):
-    """Output law over strings of full length, mean bias, and the worst bias of any outcome, of every world."""
+    """Output distribution over strings of full length, mean bias, and the worst bias of any outcome, of every world."""
     rng = np.random.default_rng(seed)
     kind = type("Bound", (LossyEnumerator,), {"rule": rule})
     probes = [probe for i, world in enumerate(worlds) for probe in kind(i, world, rng, 1e-11).probes()]
@@ -92,7 +93,7 @@ def run(rule: Lossy, worlds: list[World], seed: int):
 
 
 def total_variation(world: World, mass: np.ndarray) -> float:
-    """Distance of the law of strings of depth + 1 tokens from the target's; shorter outputs go on with the target."""
+    """Distance of the distribution of strings of depth + 1 tokens from the target's; shorter outputs go on with the target."""
     vocab, ended, target = world.vocab, np.zeros(1), np.ones(1)
     for d in range(1, world.shape.depth + 2):
         start = prefixes(vocab, d - 1)
@@ -106,7 +107,8 @@ def total_variation(world: World, mass: np.ndarray) -> float:
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("has_q", [True, False], ids=["distribution", "point mass"])
 def test_one_position_is_as_far_off_as_its_bias_says(name, has_q, share):
-    """Theorem 4 of Yin et al. 2024, on pairs of laws: total variation of the output = metered bias; E[risk] = rejections."""
+    """Theorem 4 of Yin et al. 2024, on pairs of distributions: total variation of the output = metered bias; E[risk] =
+    rejections."""
     rng = np.random.default_rng([41, len(name)])
     worlds = [random_world(rng, 4, chain(1, has_q)) for _ in range(some(60, share))]
     for world, (distance, bias, _, gap, _) in zip(worlds, run(load_rule(name), worlds, 2), strict=True):
@@ -120,7 +122,8 @@ def test_one_position_is_as_far_off_as_its_bias_says(name, has_q, share):
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_a_budget_bounds_the_sequence(name):
-    """Chains of three: no outcome spends more than the budget, and the law of the text is within E[bias] of the target's."""
+    """Chains of three: no outcome spends more than the budget, and the distribution of the text is within E[bias] of the
+    target's."""
     rng = np.random.default_rng([42, len(name)])
     rule = load_rule(f"{name}:per_token=0.3,per_sequence=0.4")
     worlds = [random_world(rng, 3, chain(3)) for _ in range(12)]
@@ -176,7 +179,7 @@ THEORY = {
 
 @pytest.mark.parametrize("name", list(THEORY))
 def test_rules_are_those_of_the_theory(name):
-    """`outrider.theory.lossy` and the engine's rules were written apart; they name the same law and the same bias."""
+    """`outrider.theory.lossy` and the engine's rules were written apart; they name the same distribution and the same bias."""
     rng = np.random.default_rng(45)
     rule = load_rule(f"{name}:per_token=1")
     for _ in range(40):

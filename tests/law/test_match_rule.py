@@ -1,4 +1,4 @@
-"""Match: output independent of the drafter, the law of the race, and the closed form of its ledger."""
+"""Match: output independent of the drafter, the distribution of the race, and the closed form of its ledger."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Scripted(Noise):
 
 
 def table(seed: int, sharp: float = 1.5) -> torch.Tensor:
-    """Laws [previous token, V]."""
+    """Distributions [previous token, V]."""
     return torch.softmax(torch.from_numpy(np.random.default_rng(seed).normal(size=(V, V)) * sharp), -1)
 
 
 def random_draft(rng: np.random.Generator, last: int, p: torch.Tensor) -> tuple[torch.Tensor, Draft]:
-    """Any forest with any tokens below an anchor `last`, and the laws its rows have."""
+    """Any forest with any tokens below an anchor `last`, and the distributions its rows have."""
     n = int(rng.integers(0, 7))
     parent = tuple(int(rng.integers(-1, k)) if k else -1 for k in range(n))
     token = torch.from_numpy(rng.integers(V, size=n))

@@ -1,4 +1,5 @@
-"""EX-2: the rule as it runs (float32 laws, ragged batches, the engine's own noise) against the law of the same logits.
+"""EX-2: the rule as it runs (float32 distributions, ragged batches, the engine's own noise) against the distribution of the same
+logits.
 
 Chi-square of every emitted token given the tokens before it, against the float64 softmax of the float32 logits. Each of the
 CONFIGS draws DRAWS tokens at a false-alarm probability of ALPHA; the least bias seen with probability 0.999 is a
@@ -29,7 +30,7 @@ RULE = SpeculativeSampling()
 
 @dataclass(frozen=True)
 class Config:
-    """A table of laws that differ at every depth and after every token, and how the drafter works."""
+    """A table of distributions that differ at every depth and after every token, and how the drafter works."""
 
     name: str
     vocab: int
@@ -39,8 +40,12 @@ class Config:
     top_p: float = 1.0
     sharp: float = 1.5
     heavy: bool = False  # heavy-tailed logits
-    draft: str = "distribution"  # or "point": tokens drawn, no law declared; "mixed"; "support": a draft vocabulary
-    declared_temperature: float | None = None  # what the declared draft law is computed with, if not `temperature`
+    draft: str = (
+        "distribution"  # or "point": tokens drawn, no distribution declared; "mixed"; "support": a draft vocabulary
+    )
+    declared_temperature: float | None = (
+        None  # what the declared draft distribution is computed with, if not `temperature`
+    )
 
 
 CONFIGS = [
@@ -56,7 +61,7 @@ CONFIGS = [
 
 
 def nightly() -> list[Config]:
-    """The grid of EX-2: temperature x length x kind of law, with cuts and kinds of draft in turn."""
+    """The grid of EX-2: temperature x length x kind of distribution, with cuts and kinds of draft in turn."""
     grid = itertools.product((0.3, 0.7, 1.0, 1.5), (1, 3, 7), ((0.3, False), (1.5, False), (4.0, False), (0.4, True)))
     out = []
     for i, (temperature, length, (sharp, heavy)) in enumerate(grid):
@@ -135,7 +140,7 @@ class Table:
 
 
 def collect(rule, config: Config, draws: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Counts [depth, previous, token] of emitted tokens, and the exact law of each."""
+    """Counts [depth, previous, token] of emitted tokens, and the exact distribution of each."""
     table, rng = Table(config), np.random.default_rng([32, seed])
     counts = np.zeros_like(table.exact)
     step = 0
@@ -200,7 +205,7 @@ def test_control_distribution_declared_at_another_temperature(monkeypatch):
 
 
 def test_control_residual_reuses_the_acceptance_coin():
-    """The coin that refused a token also picks its replacement: acceptance stays right, the law does not."""
+    """The coin that refused a token also picks its replacement: acceptance stays right, the distribution does not."""
 
     def wrong(p, draft, noise):
         return RULE(p, draft, Reused(noise.seed, noise.position))

@@ -1,4 +1,5 @@
-"""EX-11 at the level of a rule: every planted mistake is killed by the law check that its row names, and honesty passes all.
+"""EX-11 at the level of a rule: every planted mistake is killed by the distribution check that its row names, and honesty passes
+all.
 
 A mutant is an edit of a function's syntax tree (`tests.mutants`), so the table can only be out of date loudly; those of the
 native passes are patches of their text. The checks are those of `rule_checks`.

@@ -1,4 +1,4 @@
-"""EX-1 for SpecHub: law, ledger and acceptance by enumeration, thresholds from the theory's own fill; and honest pairs."""
+"""EX-1 for SpecHub: distribution, ledger and acceptance by enumeration, thresholds from the theory's own fill; and honest pairs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_float32():
 
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), OptimalTransport()], ids=lambda rule: rule.name)
 def test_other_rules_judge_such_pairs_exactly(rule):
-    """They test the second of a pair against the law it was drawn from given the first."""
+    """They test the second of a pair against the distribution it was drawn from given the first."""
     rng = np.random.default_rng(74)
     worlds = [full_world(rng, 3, Shape((-1, -1, 0, 0), (True,) * 4, "hub")) for _ in range(40)]
     assert examine(rule, worlds, rng, edge=1e-11).distribution.max() <= EXACT
@@ -83,7 +83,7 @@ def test_it_accepts_what_the_theory_says():
 
 
 def test_control_pairs_taken_for_independent_draws_are_seen():
-    """The same pairs under the label "iid" are judged by a law that they were not drawn from."""
+    """The same pairs under the label "iid" are judged by a distribution that they were not drawn from."""
 
     def mislabelled(p, draft, noise):
         from dataclasses import replace

@@ -1,4 +1,5 @@
-"""EX-1 for the optimal choice among i.i.d. siblings: law, ledger, optimality; by enumeration and against the min-cut bound."""
+"""EX-1 for the optimal choice among i.i.d. siblings: distribution, ledger, optimality; by enumeration and against the min-cut
+bound."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ def test_few_pieces_cost_acceptance_and_never_the_distribution(monkeypatch, piec
 
 
 def pairs_of_distributions(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Smooth and sharp laws, with tokens that one of the two never draws, and equal ones."""
+    """Smooth and sharp distributions, with tokens that one of the two never draws, and equal ones."""
     for sharp in (0.1, 0.5, 3.0):
         for _ in range(12):
             p, q = rng.dirichlet(np.full(vocab, sharp), size=2)
@@ -92,7 +93,7 @@ def pairs_of_distributions(rng: np.random.Generator, vocab: int) -> Iterator[tup
 
 @pytest.mark.parametrize(("vocab", "k"), [(2, 2), (3, 2), (3, 3), (5, 2), (4, 4), (40, 2), (40, 5), (200, 3)])
 def test_it_accepts_what_the_cut_allows(vocab, k):
-    """Acceptance is 1 + min over H of p(H) - q(H)^k to rounding, and the choice of a candidate has the law it claims."""
+    """Acceptance is 1 + min over H of p(H) - q(H)^k to rounding, and the choice of a candidate has the distribution it claims."""
     rng = np.random.default_rng([45, vocab, k])
     for p, q in pairs_of_distributions(rng, vocab):
         piece, choice = best_choice(torch.from_numpy(p)[None], torch.from_numpy(q)[None], k)

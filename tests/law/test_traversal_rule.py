@@ -1,4 +1,5 @@
-"""EX-1 for traversal verification: law, ledger and acceptance by enumeration of whole trees, against a reference of its own."""
+"""EX-1 for traversal verification: distribution, ledger and acceptance by enumeration of whole trees, against a reference of its
+own."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ RULE = Traversal()
 
 
 class TraversalEnumerator(Enumerator):
-    """Draws the whole tree, then plays the leaves in turn; laws and shares by recursion on plain arrays."""
+    """Draws the whole tree, then plays the leaves in turn; distributions and shares by recursion on plain arrays."""
 
     near = 1e-11
 

@@ -23,7 +23,7 @@ from tests.law.test_block_rule import NEAR, BlockEnumerator
 
 
 def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtype, tree: bool = False):
-    """A step with ragged drafts: laws, point masses and both, support or not, near and far from the target."""
+    """A step with ragged drafts: distributions, point masses and both, support or not, near and far from the target."""
     counts = tuple(int(n) for n in rng.integers(0, 5, size=sequences))
     nodes = sum(counts)
     sharp = float(rng.choice([0.5, 2.0, 6.0]))
@@ -89,7 +89,7 @@ def test_an_accelerator_decides_as_the_host_does(rule, vocab, sequences, rounds,
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_an_accelerator_keeps_the_distribution(rule, enumerator, edge):
-    """Output law and ledger by enumeration: laws, point masses, both, and a draft vocabulary."""
+    """Output distribution and ledger by enumeration: distributions, point masses, both, and a draft vocabulary."""
     rng = np.random.default_rng(27)
     shapes = [chain(1), chain(2), chain(3), Shape((-1, 0), (True, False)), chain(2, has_q=False)]
     worlds = [random_world(rng, 3, shape) for shape in shapes for _ in range(6)]

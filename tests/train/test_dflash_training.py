@@ -152,7 +152,8 @@ def test_the_loss_is_that_of_the_blocks_one_by_one(name: str) -> None:
 
 
 def test_distributions_stand_at_their_slots() -> None:
-    """The loss against laws is least for a drafter that knows them: with its own logits for a target's it is the entropy."""
+    """The loss against distributions is least for a drafter that knows them: with its own logits for a target's it is the
+    entropy."""
     model, how = fresh(), objective_named("uniform", BLOCK)
     batch = Blocks(data(), BLOCK, 5, PROMPT - 1)(0)
     tokens, hidden, anchors = batch
@@ -288,7 +289,8 @@ def test_the_trainers_rounds_are_the_engines() -> None:
 
 @pytest.mark.parametrize("sample", ["sampled", "greedy"])
 def test_the_trainers_acceptance_is_the_engines(sample: str) -> None:
-    """Train-serve parity at temperature 1, in law: mean accepted tokens of a round, sampled proposals and most likely ones.
+    """Train-serve parity at temperature 1, in distribution: mean accepted tokens of a round, sampled proposals and most likely
+    ones.
 
     The walk reads what the target wrote without any drafter; the engine wrote with this one. Bound: 6 standard errors of the
     difference of two means over rows (rows are independent; false alarms below 1e-8). Control: a drafter that was not

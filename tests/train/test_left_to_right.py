@@ -159,7 +159,7 @@ def test_the_page_names_the_command_that_made_it(recipe, monkeypatch) -> None:
 
 
 def test_noise_is_rarely_claimed(recipe) -> None:
-    """Two arms of one law: of 200 experiments at most 5% + 5 standard errors claim a gain in either direction."""
+    """Two arms of one distribution: of 200 experiments at most 5% + 5 standard errors claim a gain in either direction."""
     import left_to_right_report as report  # type: ignore[import-not-found]
 
     random, claims, many = np.random.default_rng(1), 0, 200

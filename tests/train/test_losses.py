@@ -80,7 +80,7 @@ def test_pinsker_holds():
 
 # ------------------------------------------------------------------------------------- what fixes vanishing gradients
 def apart(by: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Laws that hardly overlap."""
+    """Distributions that hardly overlap."""
     return torch.tensor([[by, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, by]], requires_grad=True)
 
 

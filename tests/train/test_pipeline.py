@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_labels_stand_at_their_tokens() -> None:
-    """A drafter that knows the target's laws is accepted everywhere: the alignment of levels, columns and labels."""
+    """A drafter that knows the target's distributions is accepted everywhere: the alignment of levels, columns and labels."""
     _, judge, data = setup("eagle")
     tokens, hidden = data.take([0, 1])
     distributions = judge.distributions(hidden)

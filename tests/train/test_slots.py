@@ -142,7 +142,8 @@ def test_objectives_that_make_no_sense_are_refused() -> None:
 
 @pytest.mark.parametrize("name", list(ARMS))
 def test_against_distributions_is_against_tokens_in_the_mean(name: str) -> None:
-    """For a law that is one token both losses have the same gradient; without weights that look, it is the mean over tokens."""
+    """For a distribution that is one token both losses have the same gradient; without weights that look, it is the mean over
+    tokens."""
     logits, labels, mask = case(7)
     how = ARMS[name]
     sure = torch.full_like(logits, -1e4).scatter_(-1, labels[..., None], 0.0)

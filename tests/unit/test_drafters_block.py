@@ -197,7 +197,7 @@ def test_a_gap_in_what_was_seen_makes_a_draft_worse_never_wrong() -> None:
 
 
 def test_distributions_are_declared_for_every_slot_or_for_none() -> None:
-    """Sampled drafts carry the slots' laws, one for each node; most likely tokens and trees are point masses."""
+    """Sampled drafts carry the slots' distributions, one for each node; most likely tokens and trees are point masses."""
     drafts = []
     for how in ("chain", "most likely", "best first"):
         drafter = DFlashDrafter(block_model(), GROWTHS[how]())

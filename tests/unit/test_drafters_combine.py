@@ -1,4 +1,4 @@
-"""first_of: per sequence the first that speaks; laws, supports and hidden states of the parts stay their own."""
+"""first_of: per sequence the first that speaks; distributions, supports and hidden states of the parts stay their own."""
 
 from __future__ import annotations
 
@@ -138,7 +138,13 @@ def test_two_ways_of_drawing_siblings_do_not_share_a_proposal() -> None:
     assert merged.q is not None
     assert merged.tokens == (4, 5, 6, 3, 3)
     assert merged.q.siblings == "iid"
-    assert merged.q.row == (-1, -1, 1, 0, 0)  # the second way gives up its law: point masses are always lossless
+    assert merged.q.row == (
+        -1,
+        -1,
+        1,
+        0,
+        0,
+    )  # the second way gives up its distribution: point masses are always lossless
     mixed = merge([pad(without, 2, 0), pad(single, 2, 1)], [0, 1], V)
     assert mixed.q is not None
     assert (mixed.q.siblings, mixed.q.row) == ("without_replacement", (0, 0, 1))

@@ -1,8 +1,8 @@
-"""EX-4: what a draft model draws is distributed as the laws it returns, and these are the request's own.
+"""EX-4: what a draft model draws is distributed as the distributions it returns, and these are the request's own.
 
 Draws through the public API, many sequences a call, V = 9; false-alarm probability 1e-9 per assertion. 25,600 draws
-from one law for each of four sets of parameters (a total-variation error of 3% is seen with probability 0.999; nightly
-102,400 draws and 1.5%), and 6,000 trees of two levels for every way to draw (6% in the joint law; coupled ones 300, with
+from one distribution for each of four sets of parameters (a total-variation error of 3% is seen with probability 0.999; nightly
+102,400 draws and 1.5%), and 6,000 trees of two levels for every way to draw (6% in the joint distribution; coupled ones 300, with
 102,400 races on their own). Besides, every token is recomputed from the returned row
 and the noise: a row that is not the very tensor drawn from fails without any statistics (reliability bugs 2, 3, 4).
 """
@@ -47,7 +47,7 @@ CASES = {
 
 
 def distribution_of(path: tuple[int, ...], params: dict) -> np.ndarray:
-    """The request's law after TEXT and `path`, straight from the table."""
+    """The request's distribution after TEXT and `path`, straight from the table."""
     tokens = [*TEXT, *path]
     logits = MODEL.table[len(tokens) - 1, tokens[-1]][None]
     return LogitsPipeline(V)(logits, [view(TEXT, **params)], [path])[0].numpy()
@@ -80,7 +80,7 @@ def p_value(count: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("batch", [400, pytest.param(1600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("params", list(GRID))
 def test_many_draws_from_one_distribution(params: str, batch: int) -> None:
-    """Sixteen siblings a sequence are sixteen draws from its law."""
+    """Sixteen siblings a sequence are sixteen draws from its distribution."""
     count, want = np.zeros(V), distribution_of((), GRID[params])
     for draft in drawn_drafts(1, {"branching": (16,)}, GRID[params], calls=4, batch=batch):
         assert draft.q is not None
@@ -88,7 +88,7 @@ def test_many_draws_from_one_distribution(params: str, batch: int) -> None:
         count += np.bincount(draft.tokens, minlength=V)
     assert count.sum() == 64 * batch
     assert p_value(count, want * count.sum()) > ALPHA
-    cold = want**1.25  # control: a law 25% colder than declared
+    cold = want**1.25  # control: a distribution 25% colder than declared
     assert p_value(count, cold / cold.sum() * count.sum()) < ALPHA
 
 
@@ -105,7 +105,7 @@ def test_a_hundred_thousand_races() -> None:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_trees_are_drawn_as_declared(case: str) -> None:
-    """The first two siblings and the child of the first: their joint counts against the laws the draft returned."""
+    """The first two siblings and the child of the first: their joint counts against the distributions the draft returned."""
     how, params = CASES[case]
     siblings, child = np.zeros((V, V)), np.zeros((V, V))
     distributions: dict[tuple[int, ...], np.ndarray] = {}
@@ -129,7 +129,7 @@ def test_trees_are_drawn_as_declared(case: str) -> None:
 
 
 def sibling_distribution(q: np.ndarray, how: dict) -> np.ndarray:
-    """Joint law [V, V] of the first two siblings; of a chain, a diagonal."""
+    """Joint distribution [V, V] of the first two siblings; of a chain, a diagonal."""
     if "branching" not in how:
         return np.diag(q)
     if how.get("siblings") == "without_replacement" or how.get("sample") == "coupled":
@@ -140,7 +140,7 @@ def sibling_distribution(q: np.ndarray, how: dict) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", [{}, {"branching": (2, 2), "siblings": "iid"}, {"sample": "coupled"}])
 def test_every_token_comes_from_the_row_declared_for_it(how: dict, dtype: torch.dtype) -> None:
-    """Seed-matched equality, in the draft's own precision: a bfloat16 model declares its own law, no finer one."""
+    """Seed-matched equality, in the draft's own precision: a bfloat16 model declares its own distribution, no finer one."""
     model = TinyLM(50, seed=3, sharp=2.0, dtype=dtype)
     drafter = ModelDrafter(model, depth=2, **how)
     drafter.bind(40, 16)

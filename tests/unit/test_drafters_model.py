@@ -51,7 +51,7 @@ def build(model: object = MODEL, slots: int = 4, length: int = 128, depth: int =
 
 
 def same(a: Draft, i: int, b: Draft, j: int) -> None:
-    """Sequence i of draft a is sequence j of draft b, laws included."""
+    """Sequence i of draft a is sequence j of draft b, distributions included."""
     one, two = a.take([i]), b.take([j])
     assert one.tokens == two.tokens
     assert one.parent == two.parent

@@ -80,7 +80,7 @@ def test_cached_logits_are_those_of_training(kind: str, how: str, kv_heads: int)
 
 
 def test_the_loss_is_the_written_one() -> None:
-    """Smooth L1 of the next feature plus a tenth of the cross-entropy of the laws; without noise, against plain loops."""
+    """Smooth L1 of the next feature plus a tenth of the cross-entropy of the distributions; without noise, against plain loops."""
     model, target = last_model(), TARGET
     tokens = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
     hidden = hidden_of(target, tokens, LAST).double()
@@ -210,7 +210,7 @@ def test_eagle_3_of_others(own: bool, tmp_path: Path) -> None:
 
 
 def test_only_known_tokens_are_drafted_and_the_text_keeps_its_distribution() -> None:
-    """Greedy text is plain text, and every drafted token is one the drafter knows; sampled laws declare no other mass."""
+    """Greedy text is plain text, and every drafted token is one the drafter knows; sampled distributions declare no other mass."""
     text = {}
     for how in ("none", "chain", "dynamic"):
         growth = {"chain": Levels(levels((1,) * 3), V), "dynamic": BestFirst(6, 3, V, width=2)}.get(how)

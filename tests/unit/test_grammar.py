@@ -1,4 +1,5 @@
-"""Structured output: the text matches, the law is the target's restricted to what is allowed, and speculation does not move it."""
+"""Structured output: the text matches, the distribution is the target's restricted to what is allowed, and speculation does not
+move it."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_gradients_flow_through_the_unembedding(make):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_bfloat16_stays_near_float32(make, native, tmp_path):
-    """Weights and states rounded to 8 bits: total variation of the laws below 0.1, where unrelated ones have 0.8."""
+    """Weights and states rounded to 8 bits: total variation of the distributions below 0.1, where unrelated ones have 0.8."""
     folder = make_checkpoint(tmp_path, "qwen3")
     wide, narrow = (LeanTarget(*load_checkpoint(folder, d), native=native) for d in (torch.float32, torch.bfloat16))
     tokens = [(5 * i) % 97 for i in range(50)]

@@ -1,4 +1,4 @@
-"""Prediction without drafting, against the engine that drafts: the same laws, the same counting, the same numbers.
+"""Prediction without drafting, against the engine that drafts: the same distributions, the same counting, the same numbers.
 
 z-tests against the exact conditional variance given the texts; |z| < 6.2 has a false-alarm rate below 1e-9 each.
 """

@@ -1,4 +1,4 @@
-"""The law against an obvious float64 reference, its twins against each other, and every row against itself alone."""
+"""The distribution against an obvious float64 reference, its twins against each other, and every row against itself alone."""
 
 import math
 from random import Random
@@ -44,7 +44,7 @@ def reference_edits(x, params, tokens, prompt, path, eos):
 
 
 def reference_distribution(x, params, tokens, prompt, path, eos):
-    """The law, and how near the nearest decision about a border was."""
+    """The distribution, and how near the nearest decision about a border was."""
     x = reference_edits(x, params, tokens, prompt, path, eos)
     top = max(x)
     if params.temperature == 0:
@@ -266,7 +266,7 @@ def test_repetition_counts_the_prompt_and_the_others_only_the_output():
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40), st.data())
 def test_a_path_is_the_same_as_having_emitted_it(tokens, data):
-    """Every node of a tree has the law that its own path would have as a linear history, whatever was asked before."""
+    """Every node of a tree has the distribution that its own path would have as a linear history, whatever was asked before."""
     params = SamplingParams(repetition_penalty=1.7, presence_penalty=0.3, frequency_penalty=0.9, min_tokens=6)
     prompt = data.draw(st.integers(0, len(tokens)))
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(len(tokens)))
@@ -299,7 +299,7 @@ def test_counts_are_not_confused_by_a_slot_that_changes_hands_or_a_list_that_was
     assert torch.equal(pipeline(logits, [other], [()]), LogitsPipeline(VOCAB)(logits, [other], [()]))
 
 
-# ---------------------------------------------------------------- rows that have no law
+# ---------------------------------------------------------------- rows that have no distribution
 
 
 def test_finite_rows():

@@ -114,7 +114,7 @@ def test_head_factor_reaches_the_entropy():
 
 
 def test_samples_follow_the_distribution(pair):
-    """Frequencies of the token after one fixed prompt, against the law: chi-squared, 1 in 10^4 by chance."""
+    """Frequencies of the token after one fixed prompt, against the distribution: chi-squared, 1 in 10^4 by chance."""
     pair.set(1.0, 25.0)
     prompt = _ids()[:1]
     distribution = pair.target(prompt).logits[0, -1].softmax(-1)
@@ -148,7 +148,7 @@ def test_built_pair_on_disk(tmp_path):
     assert {str(m.dtype) for n, m in models.items() if "bfloat16" in n} == {"torch.bfloat16"}
     exact = dict(models["target-float32"].named_parameters())
     for name, weight in models["target-bfloat16"].named_parameters():
-        assert torch.equal(weight.float(), exact[name]), name  # both dtypes have the same law
+        assert torch.equal(weight.float(), exact[name]), name  # both dtypes have the same distribution
     tokenizer = AutoTokenizer.from_pretrained(folder / "target-bfloat16")
     assert tokenizer.decode(tokenizer.encode("a é\n")) == "a é\n"
     assert models["target-float32"].generation_config.eos_token_id is None

@@ -1,4 +1,4 @@
-"""The toy targets: exact laws, and logits that go wrong when a cache is handled wrongly."""
+"""The toy targets: exact distributions, and logits that go wrong when a cache is handled wrongly."""
 
 from __future__ import annotations
 

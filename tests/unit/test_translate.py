@@ -1,4 +1,4 @@
-"""Drafting with a model of another vocabulary: the law stays, what is shared is found by spelling, the ceiling holds."""
+"""Drafting with a model of another vocabulary: the distribution stays, what is shared is found by spelling, the ceiling holds."""
 
 from __future__ import annotations
 

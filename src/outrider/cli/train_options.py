@@ -92,7 +92,7 @@ class TrainOptions:
         str,
         typer.Option(
             "--labels",
-            help="What dflash learns from: laws (the target's distributions) or tokens (those that it wrote).",
+            help="What dflash learns from: distributions (the target's) or tokens (those that it wrote).",
         ),
     ] = "distributions"
     loss: Annotated[

@@ -19,8 +19,8 @@ class FirstOf:
     """Per sequence the first non-empty draft of `parts`, in their order.
 
     A later part gets budget 0 for a sequence that has a draft already: it still catches up. Which part speaks depends
-    on the text and on the earlier ones having nothing to say, never on what was drawn, so laws stay honest. A part that fails has
-    nothing to say, and one that fails again and again is not asked any more (`contained`).
+    on the text and on the earlier ones having nothing to say, never on what was drawn, so distributions stay honest. A part that
+    fails has nothing to say, and one that fails again and again is not asked any more (`contained`).
     """
 
     def __init__(self, parts: Sequence[Drafter]) -> None:
@@ -86,8 +86,9 @@ def first_of(*parts: Drafter) -> Drafter:
 def merge(drafts: Sequence[Draft], chosen: Sequence[int], vocab_size: int) -> Draft:
     """One draft with the tree of sequence i taken from `drafts[chosen[i]]` (-1: none).
 
-    Nodes without a law stay point masses. Laws over different supports become laws over the vocabulary. A proposal has
-    one way of drawing siblings: a draft whose siblings were drawn another way than the first one's gives up its laws,
+    Nodes without a distribution stay point masses. Distributions over different supports become distributions over the vocabulary.
+    A proposal has
+    one way of drawing siblings: a draft whose siblings were drawn another way than the first one's gives up its distributions,
     which is always lossless (contract 1).
     """
     places = [(n, i) for i, n in enumerate(chosen) if n >= 0]
@@ -133,7 +134,7 @@ class SelectableDrafter:
     """The drafter `inner` as part number `number`: silent for a sequence whose `params.drafters` does not name it.
 
     It then has budget 0, as if another part had spoken: it still catches up. The choice is made before anything is drawn, so the
-    laws of drafts stay honest. Requests without `drafters` (see `sampling.chosen`) may have them all.
+    distributions of drafts stay honest. Requests without `drafters` (see `sampling.chosen`) may have them all.
     """
 
     def __init__(self, inner: Drafter, number: int) -> None:

@@ -20,7 +20,7 @@ class _Params(Protocol):
 
 @runtime_checkable
 class _Forcing(Protocol):
-    """A law that knows grammars."""
+    """A distribution that knows grammars."""
 
     def forced(self, sequence: SequenceView) -> list[int]: ...
 

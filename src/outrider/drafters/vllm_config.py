@@ -57,8 +57,8 @@ def engine_options(config: str | Mapping[str, Any], learned: Mapping[str, str]) 
     learned: vLLM's methods that are drafters trained for one target, and our names of them.
 
     Returns `draft` (a spec of `load_drafter`) and, where given, `length`, `rule` and `draft_quantize`. Without
-    `draft_sample_method` a draft model proposes draws from its law, where vLLM proposes its most likely tokens: the
-    text has the same law, more of it is accepted. Raises ConfigError for anything that is not supported.
+    `draft_sample_method` a draft model proposes draws from its distribution, where vLLM proposes its most likely tokens: the
+    text has the same distribution, more of it is accepted. Raises ConfigError for anything that is not supported.
     """
     values = _object(config)
     _refuse_unsupported(values)

@@ -18,9 +18,10 @@ from outrider.types import POINT_MASS, TOLERANCE, Draft, Proposal, Tree, Verdict
 def sanitize_draft(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
     """The draft without its defects, and how many sequences had one.
 
-    A token outside the vocabulary takes its subtree with it; a law that is not one (NaN, infinite, partly negative, not summing to
-    one, over another vocabulary) is not used. In a sequence with a defect every remaining node counts as a point mass, which is
-    lossless whatever the tokens are and however they were chosen (contract 1), so the output keeps the target's law.
+    A token outside the vocabulary takes its subtree with it; a distribution that is not one (NaN, infinite, partly negative, not
+    summing to one, over another vocabulary) is not used. In a sequence with a defect every remaining node counts as a point mass,
+    which is lossless whatever the tokens are and however they were chosen (contract 1), so the output keeps the target's
+    distribution.
     """
     bad_nodes = {k for k, token in enumerate(draft.tokens) if not 0 <= token < vocab_size}
     bad_rows = _bad_rows(draft.q, vocab_size)
@@ -44,7 +45,7 @@ def _bad_rows(q: Proposal | None, vocab_size: int) -> set[int]:
 
 
 def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
-    """Prune bad nodes with what hangs below them, and take the laws away from the broken sequences."""
+    """Prune bad nodes with what hangs below them, and take the distributions away from the broken sequences."""
     trees: list[Tree] = []
     row: list[int] = []
     for b in range(len(draft.counts)):

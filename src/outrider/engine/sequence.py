@@ -16,7 +16,7 @@ whole; or the target alone, when nothing was proposed."""
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability (nats) of an emitted token under the raw target law, and the most likely alternatives."""
+    """Log-probability (nats) of an emitted token under the raw target distribution, and the most likely alternatives."""
 
     token: int
     logprob: float

@@ -1,4 +1,4 @@
-"""Toy targets: a table whose law is known exactly, and a tiny language model with real attention.
+"""Toy targets: a table whose distribution is known exactly, and a tiny language model with real attention.
 
 Both read what came before *through the cache*, at the places a segment says are visible, so a wrong commit, a stale row
 or a wrong slot shows in the logits. Both compute in float64, so that batch shapes differ by rounding and nothing else.
@@ -81,7 +81,7 @@ class TableTarget:
         return TableTarget(self.table + shift, order=self.order, max_length=self.max_length)
 
     def distribution(self, history: Sequence[int]) -> Float[Tensor, "V"]:
-        """The exact next-token law (temperature 1) after `history` (at least one token), read without any cache."""
+        """The exact next-token distribution (temperature 1) after `history` (at least one token), read without any cache."""
         padded = [0] * self.order + list(history)
         t = min(len(history) - 1, self.table.shape[0] - 1)
         return torch.softmax(self.table[(t, *padded[-self.order :])], -1)
@@ -140,7 +140,7 @@ class TinyLM:
     """A random pre-norm transformer with rotary positions: the smallest thing that uses a cache as a real model does.
 
     vocab_size: V. hidden: H, divisible by 2 * heads. layers: blocks. seed: of the weights. sharp: standard deviation of
-    the logits (0 = uniform law, 3 = peaked). Attention runs segment by segment, so a row's numbers do not depend on its
+    the logits (0 = uniform distribution, 3 = peaked). Attention runs segment by segment, so a row's numbers do not depend on its
     neighbours beyond the rounding of the shared matrix products.
     """
 

@@ -1,10 +1,10 @@
 """A model of another tokenizer, seen through the tokens that both vocabularies spell alike.
 
-As a draft it proposes only tokens that both have; their laws are renormalised over that intersection, and declared as such, so the
-output keeps the target's law whatever is lost in translation. What is lost is acceptance: at most the target's probability
-of the intersection can be accepted. History is fed token by token; a token the draft does not have is fed as the longest
-beginning of its text that the draft has, and one that begins like none of them as a blank (token-level intersection: Timor et al.
-2025, arXiv 2502.05202).
+As a draft it proposes only tokens that both have; their distributions are renormalised over that intersection, and declared as
+such, so the output keeps the target's distribution whatever is lost in translation. What is lost is acceptance: at most the
+target's probability of the intersection can be accepted. History is fed token by token; a token the draft does not have is fed as
+the longest beginning of its text that the draft has, and one that begins like none of them as a blank (token-level intersection:
+Timor et al. 2025, arXiv 2502.05202).
 """
 
 from __future__ import annotations

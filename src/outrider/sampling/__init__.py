@@ -1,4 +1,4 @@
-"""What a request asks of sampling, and the law that makes of the target's logits."""
+"""What a request asks of sampling, and the distribution that makes of the target's logits."""
 
 from outrider.params import SamplingParams
 from outrider.sampling.pipeline import LogitsPipeline, Logprobs, logprobs_of

@@ -1,9 +1,9 @@
-"""Fast twins, for the CPU, of the cuts in `processors`: the same supports, the same laws up to rounding.
+"""Fast twins, for the CPU, of the cuts in `processors`: the same supports, the same distributions up to rounding.
 
-On one core torch's argmax, sort and masked writes are 5 to 30 times slower than numpy's vectorised ones. And a cut law has
+On one core torch's argmax, sort and masked writes are 5 to 30 times slower than numpy's vectorised ones. And a cut distribution has
 few tokens: so rows cut by top-k or min-p are collected into a small rectangle of candidates, processed there in float64 and
 scattered into zeros; only rows cut by top-p alone need the whole row's softmax. Which of these ways a row goes depends on its
-own parameters alone, and no way mixes rows, so a row's law has the same bits in any batch.
+own parameters alone, and no way mixes rows, so a row's distribution has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def argmax(x: Float[Tensor, "n V"]) -> Int[Tensor, "n 1"]:
 
 
 def distribution_of(x: Float[Tensor, "n V"], params: Sequence[SamplingParams]) -> Float[Tensor, "n V"]:
-    """Laws of rows whose edits are done and whose temperature is above 0."""
+    """Distributions of rows whose edits are done and whose temperature is above 0."""
     block = max(1, _CACHED // x.shape[1])
     if len(params) <= block:
         return _block(x, params)
@@ -60,7 +60,7 @@ def _block(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _few(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Laws of tempered rows that are all cut by top-k or min-p (or both), and perhaps by top-p."""
+    """Distributions of tempered rows that are all cut by top-k or min-p (or both), and perhaps by top-p."""
     values, vocab = x.numpy(), x.shape[1]
     top_k = [p.top_k if p.top_k < vocab else 0 for p in params]
     floor = np.array(log_min_p([p.min_p for p in params]), dtype=values.dtype)[:, None]

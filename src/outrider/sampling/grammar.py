@@ -1,8 +1,9 @@
 """Structured output: which tokens a grammar allows next, along the text and along every drafted path.
 
 The automaton is llguidance's (https://github.com/guidance-ai/llguidance); this module keeps one per sequence in step with its
-text, and walks it down a drafted path and back again for each row of a step. The mask is part of the request's law, so drafts obey
-it too, and the law under speculation is the law without: p restricted to the allowed tokens and renormalised.
+text, and walks it down a drafted path and back again for each row of a step. The mask is part of the request's distribution, so
+drafts obey
+it too, and the distribution under speculation is the distribution without: p restricted to the allowed tokens and renormalised.
 """
 
 from __future__ import annotations

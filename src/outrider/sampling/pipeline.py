@@ -1,4 +1,4 @@
-"""Logits to laws: p = softmax of the processed logits; at temperature 0 the point mass at their maximum."""
+"""Logits to distributions: p = softmax of the processed logits; at temperature 0 the point mass at their maximum."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LogitsPipeline:
         """vocab_size: columns of the logits. eos_ids: tokens that end a sequence, forbidden below `min_tokens`. grammars: those
         of the tokenizer, needed by requests with a grammar."""
         if vocab_size < 1:
-            raise ConfigError(f"a law needs at least one token, got vocab_size = {vocab_size}")
+            raise ConfigError(f"sampling needs at least one token, got vocab_size = {vocab_size}")
         if any(not 0 <= t < vocab_size for t in eos_ids):
             raise ConfigError(
                 f"end-of-sequence tokens {tuple(eos_ids)} are not all tokens of a vocabulary of {vocab_size}"
@@ -44,7 +44,7 @@ class LogitsPipeline:
     def __call__(
         self, logits: Float[Tensor, "M V"], sequences: Sequence[SequenceView], paths: Sequence[Sequence[int]]
     ) -> Float[Tensor, "M V"]:
-        """Laws float32 (float64 if the logits are); rows sum to one. The logits are not changed.
+        """Distributions float32 (float64 if the logits are); rows sum to one. The logits are not changed.
 
         sequences: per row its sequence. paths: per row the drafted tokens between the sequence's anchor and this row.
         A row without a finite maximum (a NaN, +inf, or nothing but -inf) gets NaN (or an arbitrary token);
@@ -52,7 +52,7 @@ class LogitsPipeline:
         """
         if logits.shape != (len(sequences), self.vocab_size) or len(paths) != len(sequences):
             raise CapabilityError(
-                f"a law over {self.vocab_size} tokens for {len(sequences)} rows and {len(paths)} paths was given logits of shape "
+                f"sampling over {self.vocab_size} tokens for {len(sequences)} rows and {len(paths)} paths was given logits of shape "
                 f"{tuple(logits.shape)}; map the draft's vocabulary to the target's first"
             )
         with serially(logits.numel()):
@@ -101,7 +101,7 @@ class LogitsPipeline:
     def _rule_out(self, row: Float[Tensor, "V"], automaton: Automaton, path: Sequence[int]) -> None:
         """Forbid in a row what the request's grammar does not allow behind its output and `path`."""
         row.masked_fill_(~automaton.allowed(path).to(row.device), -torch.inf)
-        if not torch.isfinite(row.amax()):  # a row must have a law: this one is not used
+        if not torch.isfinite(row.amax()):  # a row must have a distribution: this one is not used
             automaton.lose(path)
             row[list(self.eos_ids)] = 0.0
 

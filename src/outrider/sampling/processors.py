@@ -135,7 +135,7 @@ def keep_top_k(x: Float[Tensor, "n V"], top_k: Sequence[int]) -> None:
 
 
 def nucleus(probs: Float[Tensor, "n V"], top_p: Sequence[float]) -> Float[Tensor, "n V"]:
-    """Laws restricted to their nucleus (Holtzman et al. 2020): the fewest most likely tokens with mass >= top_p.
+    """Distributions restricted to their nucleus (Holtzman et al. 2020): the fewest most likely tokens with mass >= top_p.
 
     Mass is the running float64 sum, largest first; of equally likely tokens at the border the lowest numbers stay. A row
     that does not reach top_p (1 = no cut, or rounding) stays as it is. Changes `probs`.
@@ -154,7 +154,8 @@ def nucleus(probs: Float[Tensor, "n V"], top_p: Sequence[float]) -> Float[Tensor
 
 
 def distribution_of(x: Float[Tensor, "n V"], params: Sequence[SamplingParams]) -> Float[Tensor, "n V"]:
-    """Laws of rows whose edits are done and whose temperature is above 0. Any device; `cpu.distribution_of` is the fast twin."""
+    """Distributions of rows whose edits are done and whose temperature is above 0. Any device; `cpu.distribution_of` is the fast
+    twin."""
     if any(p.temperature != 1.0 or p.filters for p in params):
         x = temper(x, [p.temperature for p in params])
     if any(p.min_p > 0.0 for p in params):

@@ -24,7 +24,8 @@ class LiveExperimentHook(Protocol):
 
 
 def fixed_by_seed(params: SamplingParams, lane: str) -> bool:
-    """Whether a request's seed has promised its client one text: another draft length would give it another draw of the same law.
+    """Whether a request's seed has promised its client one text: another draft length would give it another draw of the same
+    distribution.
     lane: of the server's rule; on lane `gumbel` (match) the text is the same whatever the length."""
     return params.seed is not None and not params.greedy and lane != "gumbel"
 

@@ -46,14 +46,15 @@ Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PA
 
 
 class PredictionField(Strict):
-    """A continuation the client expects: a drafter proposes it; it never changes the law of the text."""
+    """A continuation the client expects: a drafter proposes it; it never changes the distribution of the text."""
 
     type: Literal["content"]
     content: Content
 
 
 class Speculation(Strict):
-    """How this request is drafted for. It never changes the law, but for `tv_budget` under a lossy rule the operator allowed.
+    """How this request is drafted for. It never changes the distribution, but for `tv_budget` under a lossy rule the operator
+    allowed.
 
     mode: "off" decodes plainly. length: most tokens drafted per step. drafter, rule: must be the server's own.
     """

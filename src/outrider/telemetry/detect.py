@@ -25,7 +25,7 @@ from outrider.records import Counts
 BETS = tuple(sign * size for size in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0) for sign in (1.0, -1.0))
 """Values of lambda, both signs: from a slight misfit seen over many tokens to a gross one seen at once."""
 SLACK = 1e-5
-"""Rejections per judged token by which float32 laws may be off; the null hypothesis is widened by it."""
+"""Rejections per judged token by which float32 distributions may be off; the null hypothesis is widened by it."""
 LIFE_LEVEL = 1e-6
 """Probability that an exact server's evidence ever raises the alarm."""
 STEPS_BETWEEN_FALSE_ALARMS = 1e9

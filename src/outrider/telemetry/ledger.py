@@ -36,7 +36,7 @@ def ledger(counts: Counts, level: float = LEVEL) -> Ledger:
     log = math.log(2 / level)
     margin = log / 3 + math.sqrt((log / 3) ** 2 + 2 * counts.spread * log) if counts.judged else 0.0
     low, high = max(0.0, counts.risk - margin), min(float(counts.judged), counts.risk + margin)
-    # rounding of float32 laws, and nothing else, separates a certain rejection from its predicted probability
+    # rounding of float32 distributions, and nothing else, separates a certain rejection from its predicted probability
     slack = 1e-5 * counts.judged
     return Ledger(counts.risk, counts.rejected, low - slack if low > slack else 0.0, high + slack, counts.judged)
 

@@ -1,7 +1,8 @@
 """What all learned methods share: the target's distributions as labels, a loss at every level, acceptance on held-out rows.
 
 Every drafter is reduced to one function, `predict(model, tokens, taps) -> [levels, r, n, V]` logits and the positions whose
-law each of them stands for; losses and measures are the same for all. The law they are compared with is the target's own,
+distribution each of them stands for; losses and measures are the same for all. The distribution they are compared with is the
+target's own,
 its last hidden state through its head: distillation, with no sampling noise in the labels.
 """
 
@@ -27,13 +28,14 @@ Logits = Float[Tensor, "r n V"]
 Predict = Callable[[Any, Int[Tensor, "r L"], Float[Tensor, "r L T H"]], list[Logits]]
 """Entry d: logits of draft level d + 1 at columns i = 0 .. n_d - 1, where column i knows hidden states up to position i.
 
-Level d + 1 at column i stands for token i + d + 2, whose law the target gives at position i + d + 1.
+Level d + 1 at column i stands for token i + d + 2, whose distribution the target gives at position i + d + 1.
 """
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's laws, as the loss and the measures want them. layers: of the taps, the last one the target's last block.
+    """The target's distributions, as the loss and the measures want them. layers: of the taps, the last one the target's last
+    block.
 
     taps: columns of the stored hidden states that the drafter reads. last: the column of the target's last block.
     """
@@ -62,7 +64,7 @@ class Teacher:
 
 
 def loss_of(judge: Teacher, predict: Predict, how: str = "staged") -> LossOf:
-    """A loss for `loop.train`: the law loss `how` (`losses.LOSSES`) at every level, deeper levels weighing less."""
+    """A loss for `loop.train`: the distribution loss `how` (`losses.LOSSES`) at every level, deeper levels weighing less."""
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         assert isinstance(batch, tuple)

@@ -2,7 +2,8 @@
 
 Two stages, each resumable at the row it was stopped at. `write_tokens` lets the engine continue prompts cut from a corpus
 (text the target itself writes is the largest single lever on acceptance: Whalen et al. 2026, table 5), `write_hidden`
-captures hidden states through `Target.forward`. The target's law is not stored: it is the last hidden state through the head.
+captures hidden states through `Target.forward`. The target's distribution is not stored: it is the last hidden state through the
+head.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Losses for language models and for drafts, each with its formula.
 
-Letters as everywhere in this project: ``p`` is the target's law, ``q`` the draft's. The probability that speculative
+Letters as everywhere in this project: ``p`` is the target's distribution, ``q`` the draft's. The probability that speculative
 sampling keeps a drafted token is, given the context,
 
     acceptance = sum_x min(p(x), q(x)) = 1 - TV(p, q)            (Leviathan et al. 2023, Theorem 3.5)
@@ -31,7 +31,7 @@ def kl_divergence(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> to
 
 
 def acceptance(target_logits: torch.Tensor, draft_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """``sum_x min(p(x), q(x))`` per position, ``[...]``, both laws at the same temperature."""
+    """``sum_x min(p(x), q(x))`` per position, ``[...]``, both distributions at the same temperature."""
     p = F.softmax(target_logits.float() / temperature, dim=-1)
     q = F.softmax(draft_logits.float() / temperature, dim=-1)
     return torch.minimum(p, q).sum(-1)
@@ -50,7 +50,8 @@ def distillation(
 
 
 ROWS = 128
-"""Positions that are compared at a time: their laws stay in the processor's cache, and the loss takes a third less time."""
+"""Positions that are compared at a time: their distributions stay in the processor's cache, and the loss takes a third less
+time."""
 
 
 class _Distillation(torch.autograd.Function):
@@ -115,7 +116,7 @@ def log_acceptance(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> t
 
 
 LOSSES = ("staged", "hybrid", "kl", "tv", "log_acceptance", "ce")
-"""Ways to compare a draft's law with the target's, for ``distillation_loss``."""
+"""Ways to compare a draft's distribution with the target's, for ``distillation_loss``."""
 ONLY_KL = 2 / 3
 """Share of a ``staged`` training that minimises KL(p || q) alone; then total variation leads, which is one minus acceptance."""
 

@@ -1,6 +1,6 @@
 """What a pair is worth, measured on text: loss, bits per byte, and the probability that a drafted token is kept.
 
-Everything is teacher-forced: both models read the same tokens, and at every position the two next-token laws are
+Everything is teacher-forced: both models read the same tokens, and at every position the two next-token distributions are
 compared. That needs no speculative decoding, and it is exact, not sampled: ``sum_x min(p, q)`` is the probability of
 keeping a token drafted from ``q`` in that context.
 """
@@ -64,7 +64,7 @@ def compare(
 ) -> PairComparison:
     """Measure a pair on ``windows [M, L + 1]`` in one pass; the first ``skip`` positions of each are context only.
 
-    A temperature of t means both laws are sharpened by 1/t before they are compared, as in decoding at t.
+    A temperature of t means both distributions are sharpened by 1/t before they are compared, as in decoding at t.
     """
     kept: list[list[torch.Tensor]] = [[] for _ in temperatures]
     agree, nats = [], []

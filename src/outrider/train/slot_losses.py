@@ -142,7 +142,7 @@ def distillation_loss(
     entropy: float = 1.0,
     overlap: float = 0.0,
 ) -> Tensor:
-    """The same against laws instead of tokens, `wanted` the logits of the target's law of every slot.
+    """The same against distributions instead of tokens, `wanted` the logits of the target's distribution of every slot.
 
     The probability of a label, which the weights are made of, becomes a = sum min(p, q), the probability that a sampled proposal
     is kept; a slot is wrong when the two disagree on the most likely token. A slot's loss is `entropy` times the

@@ -50,7 +50,7 @@ def walk(
 
     first: position of the first anchor, the first token that was written. slots: of a block, see `DFlashNetwork.blocks`. With
     `most_likely` on greedy text these are the very rounds of the engine; on sampled text, and with `sampled`, they have
-    the law of the engine's: the text is what the target would have written, and a drafter never changes it.
+    the distribution of the engine's: the text is what the target would have written, and a drafter never changes it.
     """
     size, length = slots or model.config.block, tokens.shape[1]
     keys = model.inject(taps)

@@ -1,11 +1,11 @@
 """Block verification: a chain is judged as a whole, so a doubtful token may stand on what came before and after it.
 
 With w_0 = 1 and w_i = min(1, w_{i-1} p(x_i) / q(x_i)) along the draft x_1 .. x_g, the longest prefix i is kept whose coin
-is below h_i, where S_i = sum (w_i p - q)_+ over the laws below prefix i, h_i = S_i / (S_i + 1 - w_i) and h_g = w_g. The next
-token comes from (w_i p - q)_+, or from p behind a draft that was kept whole (Sun et al., ICLR 2025, arXiv 2403.10444).
+is below h_i, where S_i = sum (w_i p - q)_+ over the distributions below prefix i, h_i = S_i / (S_i + 1 - w_i) and h_g = w_g. The
+next token comes from (w_i p - q)_+, or from p behind a draft that was kept whole (Sun et al., ICLR 2025, arXiv 2403.10444).
 P(at least i are kept | x_1 .. x_i) = w_i, never less than the product of min(1, p / q) that token by token gives.
 
-A point mass is the law that has only its token: w_i = w_{i-1} p(x_i), and the residual is w p without that token. Where a
+A point mass is the distribution that has only its token: w_i = w_{i-1} p(x_i), and the residual is w p without that token. Where a
 draft ends may depend on the tokens before its end, as for every rule: each prefix hands on exactly the mass w that it got.
 """
 
@@ -27,10 +27,10 @@ from outrider.verify.chain import last_token, probs_of_tokens
 
 
 class BlockVerification:
-    """Block verification of chains. Lossless if the laws a draft declares are true; it may declare none (q=None).
+    """Block verification of chains. Lossless if the distributions a draft declares are true; it may declare none (q=None).
 
     Accepts at least as many tokens as speculative sampling on average, from the same draft and the same forward; one pass over
-    the laws of all drafted positions instead of the judged ones.
+    the distributions of all drafted positions instead of the judged ones.
 
     Ledger: risk is the sum of S over the drafted positions. Each S is the probability that drawing the next token takes away
     from w, so risk minus rejections is a martingale over draws and coins: E[w_i | x_1 .. x_{i-1}] = w_{i-1} - S_{i-1}, and the
@@ -56,9 +56,9 @@ class BlockVerification:
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
+        """p: distributions of the B anchors, then of the K nodes; rows finite, not negative, sum one.
 
-        Reads noise lanes `accept` (every depth) and `final`. Raises RequestError if a law to draw from has no mass, and
+        Reads noise lanes `accept` (every depth) and `final`. Raises RequestError if a distribution to draw from has no mass, and
         CapabilityError for a tree.
         """
         _check_chain(draft)
@@ -121,7 +121,7 @@ def _keep(px: list[float], qx: list[float], draft: Draft) -> list[float]:
 
 
 def _lost(p: Tensor, draft: Draft, qx: list[float], keep: list[float]) -> tuple[list[float], list[float]]:
-    """For every node S of its parent, and the variance of w that drawing its token adds. Laws are read one at a time."""
+    """For every node S of its parent, and the variance of w that drawing its token adds. Distributions are read one at a time."""
     above = [keep[up] if up >= 0 else 1.0 for up in draft.parent]  # w of every node's parent; one for the anchors
     lost = [w - k for w, k in zip(above, keep, strict=True)]  # point masses: what is lost is known
     variance = [0.0] * len(lost)

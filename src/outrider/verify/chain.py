@@ -20,7 +20,7 @@ from outrider.verify import numerics as c
 def verify_chains(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
     """Accept x with probability min(1, p(x) / q(x)), else draw from max(p - q, 0) (Leviathan et al. 2023, Algorithm 1).
 
-    p: laws of the B anchors, then of the K nodes. A point mass at x is accepted with probability p(x), else taken out.
+    p: distributions of the B anchors, then of the K nodes. A point mass at x is accepted with probability p(x), else taken out.
     """
     px, qx = probs_of_tokens(p, draft)
     sequences = range(len(draft.counts))
@@ -86,8 +86,8 @@ def accept_prefix(px: list[float], qx: list[float], draft: Draft, noise: Noise, 
 def last_token(
     p: Float[Tensor, "M V"], draft: Draft, noise: Noise, b: int, accepted: int, w: float, qx: Sequence[float]
 ) -> int:
-    """The token behind the accepted nodes of sequence b: from p after all of them, else from (w p - q)_+ with the law of the node
-    that was refused, or from p without the point mass that was."""
+    """The token behind the accepted nodes of sequence b: from p after all of them, else from (w p - q)_+ with the distribution of
+    the node that was refused, or from p without the point mass that was."""
     nodes, u = draft.nodes(b), noise.uniform(b, accepted + 1, "final")
     row = draft.row(b, nodes[accepted - 1] if accepted else -1)
     here, k = p[row : row + 1], nodes[accepted] if accepted < len(nodes) else -1

@@ -1,16 +1,17 @@
-"""Lossy rules: fewer rejections for a stated, exactly metered distance from the target's law. Never chosen by themselves.
+"""Lossy rules: fewer rejections for a stated, exactly metered distance from the target's distribution. Never chosen by themselves.
 
-All are of one kind (Yin et al. 2024, Section 4, with draft law q and target law p): a proposed x is accepted with probability
-b(x), and a refusal draws from a residual. The law of the position is b q plus the residual; its total-variation distance from p is
-the `bias` of the verdict, summed over judged positions. The residual (p - b q)_+ is optimal for every b, with bias
-sum (b q - p)_+ (Theorem 4). Where b >= min(1, p / q), rejection probability + bias = TV(p, q) exactly (Theorem 5): the front.
+All are of one kind (Yin et al. 2024, Section 4, with draft distribution q and target distribution p): a proposed x is accepted with
+probability b(x), and a refusal draws from a residual. The distribution of the position is b q plus the residual; its
+total-variation distance from p is the `bias` of the verdict, summed over judged positions. The residual (p - b q)_+ is optimal for
+every b, with bias sum (b q - p)_+ (Theorem 4). Where b >= min(1, p / q), rejection probability + bias = TV(p, q) exactly (Theorem
+5): the front.
 
 A token of target probability 0 was forbidden (by a grammar, a ban, `min_tokens`, a cut), and no lossy rule may bend that: whatever
 an acceptance function says, `allowed` refuses such tokens. As b >= min(1, p / q) still holds where it held, the front is the same
 line; it only ends at the rejection probability q(p = 0). At temperature 0 all but one token are forbidden: every rule is exact.
 
 Whatever is spent adds up: two copies of the text, one exact and one by the rule, can be coupled so that they part at a judged
-position with probability at most its bias, so the law of a whole text is within E[sum of biases] of the target's.
+position with probability at most its bias, so the distribution of a whole text is within E[sum of biases] of the target's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ROUNDING = 1e-12
 
 
 class Position(NamedTuple):
-    """A judged position: laws of the target and of the draft [1, V] float64, and what its sequence may still spend."""
+    """A judged position: distributions of the target and of the draft [1, V] float64, and what its sequence may still spend."""
 
     p: Float64[Tensor, "1 V"]
     q: Float64[Tensor, "1 V"]
@@ -87,7 +88,8 @@ class Lossy:
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes. allowance: what each sequence may still spend; None: `tv_limit`."""
+        """p: distributions of the B anchors, then of the K nodes. allowance: what each sequence may still spend; None:
+        `tv_limit`."""
         if not draft.is_chain:
             raise CapabilityError(f"rule {self.name!r} judges chains only: use a drafter without branching")
         qx = probs_of_tokens(p, draft)[1]
@@ -118,13 +120,14 @@ class Lossy:
 
 
 def _normal(distribution: Float[Tensor, "1 V"]) -> Float64[Tensor, "1 V"]:
-    """The law in float64 with a sum of exactly one: bias is a difference of two laws, and rounding must not pass for it."""
+    """The distribution in float64 with a sum of exactly one: bias is a difference of two distributions, and rounding must not pass
+    for it."""
     distribution = distribution.double()
     return distribution / distribution.sum()
 
 
 def _draft_distribution(draft: Draft, k: int, qx: float, p: Tensor) -> Float64[Tensor, "1 V"]:
-    """The law node k was drawn from, or the point mass at its token."""
+    """The distribution node k was drawn from, or the point mass at its token."""
     if draft.q is not None and c.is_positive(qx):
         return _normal(draft.q.dense([draft.q.row[k]], p.shape[1]))
     out = torch.zeros(1, p.shape[1], dtype=torch.float64, device=p.device)
@@ -147,7 +150,7 @@ def exact(position: Position) -> AcceptancePlan:
 
 
 def bias_of(choice: AcceptancePlan, position: Position) -> float:
-    """Total variation between the law of the position and p."""
+    """Total variation between the distribution of the position and p."""
     return float(c.row_sums((choice.accept * position.q + choice.rest - position.p).clamp_(min=0)))
 
 
@@ -210,7 +213,7 @@ class Lenience:
 
 @dataclass(frozen=True, slots=True)
 class Mentored:
-    """min(1, p / (a q)) with the smallest a whose output law has KL(p || output) <= kl nats (Tran-Thien 2023).
+    """min(1, p / (a q)) with the smallest a whose output distribution has KL(p || output) <= kl nats (Tran-Thien 2023).
 
     The output is clip(q, c2 p, p / a) with c2 from normalisation: the most accepted tokens for this divergence.
     """

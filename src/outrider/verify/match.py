@@ -21,11 +21,12 @@ from outrider.verify import numerics as c
 
 
 class Match:
-    """Coupled-noise match on any forest. Lossless for every draft, and blind to the laws it declares.
+    """Coupled-noise match on any forest. Lossless for every draft, and blind to the distributions it declares.
 
     Ledger: the probability of a rejection before the position's noise is read, for tokens chosen without reading it.
     Children that are point masses: 1 - sum of p over their distinct tokens. One child drawn with this noise from a
-    declared law: 1 - `match_probability`, in O(V log V). Several children of which some have a law: they are ranks of
+    declared distribution: 1 - `match_probability`, in O(V log V). Several children of which some have a distribution: they are
+    ranks of
     the race itself and no closed form is worth its cost, so the noise counts as read: risk is the outcome, 0 or 1, and
     spread is 0, which keeps risk - rejections a martingale and says nothing.
     """
@@ -40,10 +41,10 @@ class Match:
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative.
+        """p: distributions of the B anchors, then of the K nodes; rows finite, not negative.
 
-        Reads the noise of accepted + 1 positions per sequence, but none for a law that is one-hot (temperature 0).
-        Raises RequestError if a law to draw from has no mass.
+        Reads the noise of accepted + 1 positions per sequence, but none for a distribution that is one-hot (temperature 0).
+        Raises RequestError if a distribution to draw from has no mass.
         """
         paths, tokens, risks = [], [], []
         for b in range(len(draft.counts)):

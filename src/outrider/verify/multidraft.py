@@ -18,9 +18,10 @@ from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection
 
 
 class KSeq(SiblingRule):
-    """K-SEQ at every node with two or more i.i.d. siblings of one law; every other node is judged as by speculative sampling.
+    """K-SEQ at every node with two or more i.i.d. siblings of one distribution; every other node is judged as by speculative
+    sampling.
 
-    Lossless if the laws a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is (1 - beta)^k.
+    Lossless if the distributions a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is (1 - beta)^k.
     """
 
     name = "k_seq"
@@ -41,7 +42,7 @@ class KSeq(SiblingRule):
 def common_distribution(
     here: Float[Tensor, "1 V"], draft: Draft, children: list[int], siblings: Siblings = "iid"
 ) -> tuple[Float[Tensor, "1 V"], list[int]] | None:
-    """(q, tokens) if two or more children were drawn in this way from one law that can have drawn each of them."""
+    """(q, tokens) if two or more children were drawn in this way from one distribution that can have drawn each of them."""
     q = draft.q
     row = POINT_MASS if q is None else q.row[children[0]]
     alike = q is not None and q.siblings == siblings and row >= 0 and all(q.row[k] == row for k in children)

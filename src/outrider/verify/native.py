@@ -1,7 +1,7 @@
 """The rules' passes over a vocabulary in C++: one read of a row where torch makes several temporaries, no Python per piece.
 
-Every function returns None where it cannot serve (no compiler, laws on a GPU, rows that are not in one piece), and the caller
-then takes its plain twin. `OUTRIDER_NATIVE=0` switches them off.
+Every function returns None where it cannot serve (no compiler, distributions on a GPU, rows that are not in one piece), and the
+caller then takes its plain twin. `OUTRIDER_NATIVE=0` switches them off.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the rules share: exact draws, overlaps of laws and the ledger's sums.
+"""What the rules share: exact draws, overlaps of distributions and the ledger's sums.
 
 Every number is computed row by row: no result depends on which other rows share the tensor, so the batch is invisible
-bit for bit. Draws and residuals are float64, whatever the laws are stored in.
+bit for bit. Draws and residuals are float64, whatever the distributions are stored in.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _are_neighbours(rows: Sequence[int]) -> bool:
 
 
 def as_weights(rows: Float[Tensor, "n V"]) -> Float64[Tensor, "n W"]:
-    """A float64 copy of laws to draw from, or to take from first; long rows are padded with zeros to whole blocks."""
+    """A float64 copy of distributions to draw from, or to take from first; long rows are padded with zeros to whole blocks."""
     n, size = rows.shape
     if size <= SHORT:
         return rows.to(torch.float64, copy=True)
@@ -112,7 +112,7 @@ def as_weights(rows: Float[Tensor, "n V"]) -> Float64[Tensor, "n W"]:
 def draw(weight: Float64[Tensor, "n W"], u: Sequence[float]) -> tuple[Int[Tensor, "n"], Float64[Tensor, "n"]]:
     """Inverse-CDF draws from rows made by `as_weights`, one uniform of [0, 1] per row; and the rows' totals.
 
-    A column of weight zero is never drawn. A row whose total is not a number above MIN_MASS has no law: its token means
+    A column of weight zero is never drawn. A row whose total is not a number above MIN_MASS has no distribution: its token means
     nothing, and the caller must look at the total.
     """
     level = upload([min(x, BELOW_ONE) for x in u], torch.float64, weight.device)
@@ -155,7 +155,7 @@ def draw_plain(weight: Float64[Tensor, "1 W"], u: float) -> tuple[int, float]:
 
 
 def draw_residual(here: Float[Tensor, "1 V"], q: Proposal, row: int, w: float, u: float) -> tuple[int, float]:
-    """(token, total) of (w p - q)_+ with law `row` of q."""
+    """(token, total) of (w p - q)_+ with distribution `row` of q."""
     q_row = q.probs[row : row + 1]
     found = native.draw(here, q_row, w, u) if q.support is None else None
     if found is not None:
@@ -187,9 +187,9 @@ def final_token(drawn: tuple[int, float], p: Float[Tensor, "M V"], row: int, u: 
 
 
 def no_distribution(b: int) -> RequestError:
-    """The error for a target law that nothing can be drawn from."""
+    """The error for a target distribution that nothing can be drawn from."""
     return RequestError(
-        f"the target law of sequence {b} of this step has no positive finite sum; "
+        f"the target distribution of sequence {b} of this step has no positive finite sum; "
         "look for NaN or infinities in the model's logits and for a request that bans every token"
     )
 
@@ -225,7 +225,7 @@ def rejection_risk(shared: float, px: float, qx: float) -> float:
 
 
 def token_probs(q: Proposal, row: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """q(x) of each token under its law; zero for a point mass and for a token outside the support."""
+    """q(x) of each token under its distribution; zero for a point mass and for a token outside the support."""
     known = None if min(row) >= 0 else upload([r >= 0 for r in row], torch.bool, token.device)
     row = [max(r, 0) for r in row]
     if q.support is None:

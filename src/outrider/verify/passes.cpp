@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 1024;  // summed in the dtype of the laws; blocks are added in double
+constexpr int64_t BLOCK = 1024;  // summed in the dtype of the distributions; blocks are added in double
 constexpr double LEAST = 1e-12;  // as in transport.py
 constexpr double MIN_MASS = 1e-300;
 constexpr float TINY = 1e-37f;
@@ -47,10 +47,10 @@ Sums overlap(const T* p, const T* q, T w, int64_t n) {
     while (i + L::N <= n) {
         typename L::V common = zero, rest = zero, square = zero;
         for (const int64_t end = std::min(n - L::N + 1, i + BLOCK); i < end; i += L::N) {
-            typename L::V here = L::load(p + i) * w, law = L::load(q + i), both = least(here, law);
+            typename L::V here = L::load(p + i) * w, other = L::load(q + i), both = least(here, other);
             common += both;
             rest += here - both;
-            square += both * both / (law < tiny ? tiny : law);
+            square += both * both / (other < tiny ? tiny : other);
         }
         for (int l = 0; l < L::N; ++l) out.common += common[l], out.rest += rest[l], out.square += square[l];
     }
@@ -241,7 +241,7 @@ void sort_into_pieces(const Node& node, double scale, int32_t* piece, std::vecto
     // Single precision will do: which piece a token is in costs or gains acceptance only. Tokens without q may be anywhere.
     const float each = 1.0f / static_cast<float>(node.k), steps = static_cast<float>(node.pieces - 1);
     for (int64_t i = 0; i < node.size; ++i) {
-        const float law = static_cast<float>(q[i] * scale), above = law > TINY ? law : TINY;
+        const float other = static_cast<float>(q[i] * scale), above = other > TINY ? other : TINY;
         const float ratio = static_cast<float>(p[i]) / above * each, capped = ratio < 1.0f ? ratio : 1.0f;
         piece[i] = static_cast<int32_t>(std::sqrt(capped) * steps);
     }
@@ -297,7 +297,7 @@ double judge(const Node& node) {
 
 }  // namespace
 
-// sums: [3] common, rest, square. wide: whether the laws are float64.
+// sums: [3] common, rest, square. wide: whether the distributions are float64.
 EXPORT void outrider_overlap(const void* p, const void* q, double w, int64_t size, int wide, double* sums) {
     const Sums found = wide ? overlap(static_cast<const double*>(p), static_cast<const double*>(q), w, size)
                             : overlap(static_cast<const float*>(p), static_cast<const float*>(q), static_cast<float>(w), size);

@@ -27,7 +27,8 @@ BUDGET = {"per_token": (0.0, 1.0, 1.0), "per_sequence": (0.0, math.inf, math.inf
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """make: builds the rule from its options. options: name -> (least, most, default). lossless: keeps the target's law."""
+    """make: builds the rule from its options. options: name -> (least, most, default). lossless: keeps the target's
+    distribution."""
 
     make: Callable[..., Rule]
     options: Mapping[str, tuple[float, float, float]]
@@ -71,14 +72,14 @@ RULES: Mapping[str, _Entry] = MappingProxyType(
 """Every rule by name."""
 
 LOSSLESS: tuple[str, ...] = tuple(name for name, entry in RULES.items() if entry.lossless)
-"""The rules that keep the target's law."""
+"""The rules that keep the target's distribution."""
 
 ALIASES: Mapping[str, str] = MappingProxyType({"auto": SpeculativeSampling.name})
 """Other names a user may write. An engine replaces "auto" by `best_exact` of its drafter."""
 
 
 def best_exact(drafter: Drafter) -> Rule:
-    """The rule that accepts most of this drafter's proposals and keeps the target's law: what "auto" means for an engine.
+    """The rule that accepts most of this drafter's proposals and keeps the target's distribution: what "auto" means for an engine.
 
     Block verification on chains of two or more (never below speculative sampling, and the same for one token), the optimal choice
     on trees (node by node no rule accepts more of i.i.d. siblings; the same as recursive rejection where they are not i.i.d.).

@@ -3,7 +3,7 @@
 With a the draft's most likely token, a pair is (i, a) with probability q(i), or (a, i) with probability q(a) q(i) / (1 - q(a)). The
 target is filled in turn: i from (i, a), then i from (a, i), then a from what is left of the (a, .), then a from what is left of the
 (., a); what is left of p after that is the residual (Sun et al., EMNLP 2024, arXiv 2411.05289). A pair is accepted with the mass
-that was filled from it over its own, so the output law is p.
+that was filled from it over its own, so the output distribution is p.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection, sequ
 class SpecHub(SiblingRule):
     """SpecHub where a node has a pair drawn as `Proposal.siblings == "hub"`; every other node as by speculative sampling.
 
-    Lossless if the laws a draft declares are true. Ledger: the risk of such a position is the mass of the residual.
+    Lossless if the distributions a draft declares are true. Ledger: the risk of such a position is the mass of the residual.
     """
 
     name = "spechub"

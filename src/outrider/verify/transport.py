@@ -52,10 +52,10 @@ LEAST = 1e-12
 
 
 class OptimalTransport(SiblingRule):
-    """The optimal choice among the i.i.d. siblings of one law at every node; every other node as by speculative sampling.
+    """The optimal choice among the i.i.d. siblings of one distribution at every node; every other node as by speculative sampling.
 
-    Lossless if the laws a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is the mass of (p - m)_+,
-    the least that any exact rule can have for the same siblings (up to the width of a piece).
+    Lossless if the distributions a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is the mass of (p -
+    m)_+, the least that any exact rule can have for the same siblings (up to the width of a piece).
     """
 
     name = "optimal_transport"

@@ -1,14 +1,14 @@
 """Traversal verification: block verification on trees. Leaves are judged first, and a refused one leaves its share to its parent.
 
-A node carries a measure w * law: the mass of text through it that the rule still owes, w at most one. A child x drawn from q takes
-min(1, (w law)(x) / q(x)) of what q(x) brings; a leaf stands if its coin is below its w. When a child and all below it are
-refused, what is owed shrinks to (w law - q)_+ with total S, and since that has happened with probability S + 1 - w, the parent
-goes on with the measure (w law - q)_+ / (S + 1 - w): to its next child, or to its own coin (Weng et al. 2025, arXiv 2505.12398).
+A node carries a measure w * r, r a distribution and w at most one: the mass of text through it that the rule still owes. A child x
+drawn from q takes min(1, (w r)(x) / q(x)) of what q(x) brings; a leaf stands if its coin is below its w. When a child and all below it are
+refused, what is owed shrinks to (w r - q)_+ with total S, and since that has happened with probability S + 1 - w, the parent
+goes on with the measure (w r - q)_+ / (S + 1 - w): to its next child, or to its own coin (Weng et al. 2025, arXiv 2505.12398).
 On a chain this is block verification, coin for coin, and `block.py` judges it.
 
 It is exact, by induction over the children that are left: given the path to a node, what is output through it has the measure
-w * law. A leaf: it stands with probability w and draws from its law. A child: averaged over q it outputs min(q, w law), and after
-its refusal the rest has, by induction, the measure (S + 1 - w) (w law - q)_+ / (S + 1 - w). Both add up to w law, whatever the
+w * r. A leaf: it stands with probability w and draws from its r. A child: averaged over q it outputs min(q, w r), and after
+its refusal the rest has, by induction, the measure (S + 1 - w) (w r - q)_+ / (S + 1 - w). Both add up to w r, whatever the
 child's token was, so it holds for i.i.d. siblings, for siblings without replacement and for point masses alike.
 """
 
@@ -31,7 +31,7 @@ from outrider.verify.tree import SiblingDistributions
 
 
 class Traversal:
-    """Traversal verification of any forest. Lossless if the laws a draft declares are true; it may declare none (q=None).
+    """Traversal verification of any forest. Lossless if the distributions a draft declares are true; it may declare none (q=None).
 
     Ledger: risk is the probability, given the draft, that no leaf stands. All nodes are looked at for it, also behind the one
     that stands.
@@ -54,10 +54,10 @@ class Traversal:
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
+        """p: distributions of the B anchors, then of the K nodes; rows finite, not negative, sum one.
 
-        Reads noise lanes `accept` (index: the node's number at its depth) and `final`. Raises RequestError if a law to draw
-        from has no mass.
+        Reads noise lanes `accept` (index: the node's number at its depth) and `final`. Raises RequestError if a distribution to
+        draw from has no mass.
         """
         if draft.is_chain:
             return BlockVerification()(p, draft, noise, allowance)
@@ -74,7 +74,7 @@ class Traversal:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A node on its turn, the anchor (-1) last: it stands with probability `keep`; then the next token is drawn from `law`.
+    """A node on its turn, the anchor (-1) last: it stands with probability `keep`; then the next token is drawn from `distribution`.
 
     whole: whether it had no children from the start, so that standing here refuses nothing.
     """

@@ -4,7 +4,7 @@ At a node set (the children of one parent) the residual r starts as p. Each chil
 probability min(1, r(x) / q(x)); a refusal turns r into the normalised max(r - q, 0). If all are refused, r gives the
 token (multi-round rejection: Miao et al. 2023; Yin et al. 2024, Algorithm 4; without replacement: Jeon et al.
 2024). A point mass at x is the case q(x) = 1: accepted with probability r(x), else x is taken out of r. That needs no
-trust in how x was chosen, so a node whose declared law gives its token no probability, or a NaN, counts as one too.
+trust in how x was chosen, so a node whose declared distribution gives its token no probability, or a NaN, counts as one too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sequential_tests(chances: Sequence[float]) -> list[tuple[float, float]]:
 
 
 Judge = Callable[[Float[Tensor, "1 V"], Draft, list[int]], NodeSet]
-"""(the target's law at a node, the draft, the node's children) -> their tests, and what is left if all are refused."""
+"""(the target's distribution at a node, the draft, the node's children) -> their tests, and what is left if all are refused."""
 
 
 def verify_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Judge | None = None) -> Verdict:
@@ -85,9 +85,9 @@ class SiblingRule:
     def __call__(
         self, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float] | None = None
     ) -> Verdict:
-        """p: laws of the B anchors, then of the K nodes; rows finite, not negative, sum one.
+        """p: distributions of the B anchors, then of the K nodes; rows finite, not negative, sum one.
 
-        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a law to draw from has no mass.
+        Reads noise lanes `accept` (index: sibling) and `final`. Raises RequestError if a distribution to draw from has no mass.
         """
         if not draft.is_chain:
             return verify_forest(p, draft, noise, self.judge)
@@ -97,9 +97,9 @@ class SiblingRule:
 
 
 class SpeculativeSampling(SiblingRule):
-    """Speculative sampling on any forest. Lossless if the laws a draft declares are true; it may declare none (q=None).
+    """Speculative sampling on any forest. Lossless if the distributions a draft declares are true; it may declare none (q=None).
 
-    Ledger: the risk of a position is one minus the overlap of p and q for one child with a law (Yin et al. 2024,
+    Ledger: the risk of a position is one minus the overlap of p and q for one child with a distribution (Yin et al. 2024,
     Theorem 1), and the product over the rounds for i.i.d. siblings. Point masses and siblings drawn without replacement
     are judged given their tokens: the product of 1 - min(1, r(x) / q(x)). Each is the exact probability that the
     position ends in a rejection, provided the number of siblings was chosen before their tokens were seen.
@@ -164,7 +164,7 @@ def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list
 
 
 class SiblingDistributions:
-    """The laws of one node set: of each sibling given those before it."""
+    """The distributions of one node set: of each sibling given those before it."""
 
     def __init__(self, q: Proposal | None) -> None:
         self.q = q
@@ -176,7 +176,7 @@ class SiblingDistributions:
         return self.q.row[k] if self.q is not None else POINT_MASS
 
     def now(self, row: int) -> Float[Tensor, "1 S"]:
-        """The law the next sibling of `row` is drawn from."""
+        """The distribution the next sibling of `row` is drawn from."""
         assert self.q is not None
         return self._now.get(row, self.q.probs[row : row + 1])
 

@@ -31,7 +31,7 @@ from outrider.types import Draft, Evidence, SequenceView
 class DFlashDrafter:
     """Drafts a whole block at once with a model that has its own cache of injected keys and values.
 
-    growth: what is made of the slots' laws: a chain, sampled or of the most likely tokens, or the best nodes of their
+    growth: what is made of the slots' distributions: a chain, sampled or of the most likely tokens, or the best nodes of their
     lattice. A block has growth.depth + 1 slots, so drafts may be shorter than the blocks of the training, never longer.
 
     After a step every kept row of the target is injected, also when nothing is to be drafted: hidden states are seen once. A

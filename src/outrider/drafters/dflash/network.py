@@ -3,7 +3,7 @@
 A block is the anchor followed by copies of a mask token; slot k predicts the token k places behind the anchor. Hidden states of
 the target at the positions before the anchor are fused by `fc` and *injected*: they become keys and values of every layer, and
 nothing else. Within the block attention is bidirectional. There is one denoising step, so no slot knows what another one
-will propose: given the context the draft's law is a product of the slots' laws.
+will propose: given the context the draft's distribution is a product of the slots' distributions.
 """
 
 from __future__ import annotations

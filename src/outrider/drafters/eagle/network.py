@@ -137,6 +137,6 @@ class EagleNetwork(nn.Module, ABC):
     def unroll(
         self, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r T K H"], steps: int
     ) -> list[Float[Tensor, "r t V"]]:
-        """Logits of `states`: entry s, column i is the law of token i + s + 2 as the drafter sees it after tokens 0 .. i + s + 1,
-        of which it knows hidden states up to i."""
+        """Logits of `states`: entry s, column i is the distribution of token i + s + 2 as the drafter sees it after tokens 0 .. i +
+        s + 1, of which it knows hidden states up to i."""
         return [self.logits(state) for state in self.states(tokens, self.read(taps), steps)]

@@ -1,4 +1,4 @@
-"""Draws: a law and noise in, tokens out. Whoever calls these declares the very tensor that was drawn from.
+"""Draws: a distribution and noise in, tokens out. Whoever calls these declares the very tensor that was drawn from.
 
 No draw returns a token of probability zero: the inverse CDF is summed in float64 with a strict comparison, and a pick
 that the rounding of a parallel sum put on a zero becomes the most likely token.
@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
 def inverse_cdf(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """Independent draws from row i, one for each of its uniforms of (0, 1): as many for every row.
 
-    A row that is no law (not finite, or without mass) gives no tokens.
+    A row that is no distribution (not finite, or without mass) gives no tokens.
     """
     size = q.shape[-1]
     columns, total = _columns(q, uniform)
@@ -96,9 +96,9 @@ def hub_pairs(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Dr
 
 
 def race(q: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int) -> Pending[Drawn]:
-    """The first `width` arrivals of an exponential race with rates `law`: draws without replacement, in draw order.
+    """The first `width` arrivals of an exponential race with rates `q`: draws without replacement, in draw order.
 
-    The first is argmax(q / e), so it meets a target that races with the same noise as often as the two laws allow
+    The first is argmax(q / e), so it meets a target that races with the same noise as often as the two distributions allow
     (Daliri, Musco and Suresh 2024). Tokens without mass never arrive.
     """
     arrived = top(q / exponential, width, floor=0.0)

@@ -15,7 +15,7 @@ class Forest:
     """Trees of `sequences` sequences. Nodes of a sequence are numbered from 0 in the order they are added.
 
     tokens[i], parent[i], row[i], paths[i]: per node of sequence i its token, its parent (-1: the anchor), the number of
-    its law (POINT_MASS: none) and the tokens from the anchor's child down to it.
+    its distribution (POINT_MASS: none) and the tokens from the anchor's child down to it.
     """
 
     def __init__(self, sequences: int) -> None:
@@ -49,7 +49,8 @@ class Forest:
         return () if node < 0 else self.paths[i][node]
 
     def add_distributions(self, probs: Float[Tensor, "r V"], sound: bool = False) -> int:
-        """Keep the laws that nodes were drawn from; the number of the first one. sound: as in `Proposal`, seen by the caller."""
+        """Keep the distributions that nodes were drawn from; the number of the first one. sound: as in `Proposal`, seen by the
+        caller."""
         first = self._rows
         self._distributions.append(probs)
         self._rows += probs.shape[0]
@@ -57,11 +58,11 @@ class Forest:
         return first
 
     def nodes(self, index: Sequence[int], device: torch.device) -> Draft:
-        """The trees of the sequences `index`, without their laws."""
+        """The trees of the sequences `index`, without their distributions."""
         return Draft.join([(self.tokens[i], self.parent[i]) for i in index], None, device)
 
     def draft(self, device: torch.device, siblings: Siblings) -> Draft:
-        """All trees with their laws, as a `Draft` on `device`."""
+        """All trees with their distributions, as a `Draft` on `device`."""
         row, q = tuple(r for rows in self.row for r in rows), None
         if any(r != POINT_MASS for r in row):
             probs = (self._distributions[0] if len(self._distributions) == 1 else torch.cat(self._distributions)).to(

@@ -1,7 +1,7 @@
 """How trees grow from logits, whatever gives the logits: level by level in a fixed shape, or best node first.
 
 A drafter hands over the logits below the anchor of every live sequence and a function that gives the logits below any nodes;
-what is drawn, from which law, with which noise, and what is declared, is decided here alone.
+what is drawn, from which distribution, with which noise, and what is declared, is decided here alone.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ class Levels:
     """Trees of a fixed shape, level by level.
 
     shape:      who gets how many children. vocab_size: the target's.
-    sample:     "sampled": from the request's own law on the logits (noise lane `draft`). "greedy": the most likely tokens, as
-                point masses. "coupled": by the exponential race of lane `gumbel`, for the rule `match` (with another rule
+    sample:     "sampled": from the request's own distribution on the logits (noise lane `draft`). "greedy": the most likely tokens,
+                as point masses. "coupled": by the exponential race of lane `gumbel`, for the rule `match` (with another rule
                 the drafts of two steps would share noise); siblings are drawn without replacement.
     siblings:   how several children of a node are drawn: "iid", "without_replacement", or "hub" (pairs only).
 
-    At temperature 0 the draft is greedy whatever `sample` says: point masses, no law computed. Otherwise the proposal's
-    laws are the very rows the tokens were drawn from. A node's draws never depend on the batch around it.
+    At temperature 0 the draft is greedy whatever `sample` says: point masses, no distribution computed. Otherwise the proposal's
+    distributions are the very rows the tokens were drawn from. A node's draws never depend on the batch around it.
     """
 
     def __init__(
@@ -127,7 +127,9 @@ class Levels:
         if siblings not in SIBLINGS:
             raise ConfigError(unknown_name("way to draw siblings", siblings, SIBLINGS))
         if siblings == "hub" and (shape.width > 2 or sample == "coupled"):
-            raise ConfigError("siblings of 'hub' are pairs drawn from a law: at most 2 children of a node, not coupled")
+            raise ConfigError(
+                "siblings of 'hub' are pairs drawn from one distribution: at most 2 children of a node, not coupled"
+            )
         self.shape, self.vocab_size, self.sample = shape, vocab_size, sample
         self.depth, self.nodes, self.trees = shape.depth, shape.nodes, shape.width > 1
         self.max_expanded_nodes = self.nodes
@@ -181,7 +183,8 @@ class Levels:
         return new
 
     def _kind(self, params: _Params) -> str:
-        """How nodes are chosen: "drawn" from the request's law, or the best of that law ("edited") or of the logits."""
+        """How nodes are chosen: "drawn" from the request's distribution, or the best of that distribution ("edited") or of the
+        logits."""
         if self.sample != "greedy" and not params.greedy:
             return "drawn"
         return "edited" if params.edits else "raw"
@@ -276,7 +279,7 @@ class BestFirst:
 
 
 def level_logits(logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> NextLogits:
-    """What is below nodes when a level has one law whatever path leads to it: heads, and the slots of a block.
+    """What is below nodes when a level has one distribution whatever path leads to it: heads, and the slots of a block.
 
     logits[d, j]: of level d + 1 for the j-th sequence i with depths[i] > 0.
     """

@@ -2,7 +2,7 @@
 
 A shape is a small automaton. Every end of the growing tree is in a state; a state says how many children are drawn below it,
 and, once their tokens are known, in which state each child goes on. Widths never depend on tokens that are drawn later, so the
-draws stay honest (a proposal law may be declared for every node); see contract 2 in docs/step.md.
+draws stay honest (a proposal distribution may be declared for every node); see contract 2 in docs/step.md.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class MethodOptions:
     blocks of a head, or layers of a block drafter. width: of a feature drafter, 0 for the target's. taps: blocks that a feature or
     block drafter reads, () for EAGLE-3's choice. anchors: blocks of a row and step. objective: of a block drafter, a name of
     `slot_losses.ARMS`; labels: what it learns, the target's "distributions" or the "tokens". loss: a name of `losses.LOSSES`; a
-    block drafter that learns laws knows three of them. For a draft model, `blocks` are its layers and a width of 0 is about half of
-    the target's.
+    block drafter that learns distributions knows three of them. For a draft model, `blocks` are its layers and a width of 0 is
+    about half of the target's.
     """
 
     target: Path | str

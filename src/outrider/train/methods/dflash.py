@@ -35,7 +35,8 @@ ANCHOR_STREAM = 0xA2C
 
 
 SHARES = {"staged": ((1.0, 0.0), (0.1, 1.0)), "kl": ((1.0, 0.0),) * 2, "log_acceptance": ((0.0, 1.0),) * 2}
-"""Losses against laws: `entropy` and `overlap` of `slot_losses.distillation_loss` before and after ONLY_KL of the steps."""
+"""Losses against distributions: `entropy` and `overlap` of `slot_losses.distillation_loss` before and after ONLY_KL of the
+steps."""
 
 
 class DFlash(Method):
@@ -130,7 +131,8 @@ def packed(model: nn.Module, batch: Batch, columns: Sequence[int]) -> tuple[DFla
 
 
 def block_loss(columns: Sequence[int], how: Objective) -> LossOf:
-    """A loss for `loop.train` on batches of `Blocks`, against the tokens of the text, which the target drew from its own laws."""
+    """A loss for `loop.train` on batches of `Blocks`, against the tokens of the text, which the target drew from its own
+    distributions."""
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         blocks, logits = packed(model, batch, columns)
@@ -143,7 +145,8 @@ def block_loss(columns: Sequence[int], how: Objective) -> LossOf:
 def block_distillation_loss(
     columns: Sequence[int], last: int, target: Target, how: Objective, loss_name: str = "staged"
 ) -> LossOf:
-    """The same against the target's laws, its last hidden states (column `last` of those that are stored) through its head.
+    """The same against the target's distributions, its last hidden states (column `last` of those that are stored) through its
+    head.
 
     loss_name: one of SHARES.
     """
@@ -152,7 +155,7 @@ def block_distillation_loss(
         blocks, logits = packed(model, batch, columns)
         hidden, anchors, slots = batch[1], batch[2], blocks.config.block - 1
         row = torch.arange(len(hidden))[:, None, None]
-        # the law of slot k, k places behind the anchor, stands at the position before it
+        # the distribution of slot k, k places behind the anchor, stands at the position before it
         before = hidden[row, anchors[..., None] + torch.arange(slots), last]
         with torch.no_grad():
             wanted = target.unembed(before.flatten(0, 2).to(target.dtype)).view(*logits.shape)

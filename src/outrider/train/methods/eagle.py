@@ -70,7 +70,8 @@ class Eagle1(Eagle3):
 
 
 def feature_loss(judge: Teacher) -> LossOf:
-    """EAGLE-1's loss for `loop.train`: the next feature by smooth L1, and a tenth of the cross-entropy of the laws it gives.
+    """EAGLE-1's loss for `loop.train`: the next feature by smooth L1, and a tenth of the cross-entropy of the distributions it
+    gives.
 
     Li et al. 2024, section 4.2, with the noise of the authors' code on the features that are read, so that drafting on the
     drafter's own ones is nothing new to it.
