@@ -16,7 +16,8 @@ limit_torch()
 moved.install()
 
 if TYPE_CHECKING:
-    from outrider.build import Engine, generate, load_drafter, load_target
+    from outrider.build import Engine, generate, load_drafter
+    from outrider.models.load import load_target
     from outrider.params import SamplingParams
 
 __version__ = "0.1.0"
@@ -27,7 +28,7 @@ _HOME = {
     "SamplingParams": "outrider.params",
     "generate": "outrider.build",
     "load_drafter": "outrider.build",
-    "load_target": "outrider.build",
+    "load_target": "outrider.models.load",
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -75,9 +75,7 @@ class _Alias(ModuleType):
 class _Finder(MetaPathFinder, Loader):
     """Asked last, for modules that nobody else has found."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if fullname not in MODULES:
             return None
         return ModuleSpec(fullname, self, is_package=any(old.startswith(f"{fullname}.") for old in MODULES))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from outrider.build.contracts import check_parts
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
+from outrider.engine.contracts import check_parts
 from outrider.errors import CapabilityError
 from outrider.verify import LOSSLESS, SpeculativeSampling, load_rule
 from tests.contract.asked import target

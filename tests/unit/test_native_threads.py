@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent / "native"
-HEADERS = Path(__file__).parents[2] / "src" / "outrider" / "target" / "native"
+HEADERS = Path(__file__).parents[2] / "src" / "outrider" / "models" / "native"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the native decoder needs a C++ compiler")

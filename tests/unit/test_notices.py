@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from outrider import isa, threads
-from outrider.build import build_engine, notices
+from outrider import isa, notices, threads
+from outrider.build import build_engine
 from outrider.cli import engine_options
 from outrider.errors import ConfigError
 from outrider.models import lean
@@ -210,7 +210,7 @@ def test_a_draft_on_transformers_is_not_emulated_for_its_target_s_sake(
     monkeypatch.setattr("outrider.models.load.load_library", lambda: object())
     monkeypatch.setattr(lean, "load_native", lambda config, weights: (None, []))
     target = make_checkpoint(tmp_path, "llama", hidden_size=64, vocab_size=96, dtype=torch.bfloat16)
-    from outrider.build import Loaded, load_model
+    from outrider.loading import Loaded, load_model
 
     loaded = Loaded(str(target), load_target(target), None, (), EngineOptions())
     assert loaded.target.dtype == torch.bfloat16

@@ -81,7 +81,7 @@ def slow_parts(models: dict[str, dict[str, Any]]) -> list[str]:
     """Why this pair will not run as fast as it could on this machine, each reason once."""
     import torch
 
-    from outrider.build.notices import machine_notices
+    from outrider.notices import machine_notices
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = [notice for m in models.values() for notice in m["notices"]]

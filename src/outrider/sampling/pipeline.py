@@ -52,7 +52,7 @@ class LogitsPipeline:
         """
         if logits.shape != (len(sequences), self.vocab_size) or len(paths) != len(sequences):
             raise CapabilityError(
-                f"sampling over {self.vocab_size} tokens for {len(sequences)} rows and {len(paths)} paths needs logits of that shape, not "
+                f"sampling over {self.vocab_size} tokens for {len(sequences)} rows and {len(paths)} paths needs such logits, not "
                 f"{tuple(logits.shape)}; map the draft's vocabulary to the target's first"
             )
         with serially(logits.numel()):

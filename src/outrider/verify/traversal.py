@@ -1,9 +1,10 @@
 """Traversal verification: block verification on trees. Leaves are judged first, and a refused one leaves its share to its parent.
 
-A node carries a measure w * r, r a distribution and w at most one: the mass of text through it that the rule still owes. A child x
-drawn from q takes min(1, (w r)(x) / q(x)) of what q(x) brings; a leaf stands if its coin is below its w. When a child and all
-below it are refused, what is owed shrinks to (w r - q)_+ with total S, and since that has happened with probability S + 1 - w, the parent
-goes on with the measure (w r - q)_+ / (S + 1 - w): to its next child, or to its own coin (Weng et al. 2025, arXiv 2505.12398).
+A node carries a measure w * r, r a distribution and w at most one: the mass of text through it that the rule still owes. A child
+x drawn from q takes min(1, (w r)(x) / q(x)) of what q(x) brings; a leaf stands if its coin is below its w. When a child and all
+below it are refused, what is owed shrinks to (w r - q)_+ with total S, and since that has happened with probability S + 1 - w,
+the parent goes on with the measure (w r - q)_+ / (S + 1 - w): to its next child, or to its own coin (Weng et al. 2025, arXiv
+2505.12398).
 On a chain this is block verification, coin for coin, and `block.py` judges it.
 
 It is exact, by induction over the children that are left: given the path to a node, what is output through it has the measure

@@ -8,21 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from outrider.build import contracts
-from outrider.build.fit import check_fit
-from outrider.build.loading import Loaded, Progress, load, load_model
-from outrider.build.notices import notices_of, wasted_option
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import gated
 from outrider.drafters.registry import load_drafter as _load_drafter
 from outrider.drafters.registry import parse_speculative_config
+from outrider.engine import contracts
 from outrider.engine.core import EngineCore
+from outrider.engine.fit import check_fit
 from outrider.engine.outputs import Result
 from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
-from outrider.errors import ConfigError, unknown_name
+from outrider.errors import ConfigError
+from outrider.loading import Loaded, Progress, load, load_model
 from outrider.models.folder import resolve_folder
+from outrider.notices import notices_of, wasted_option
 from outrider.options import EngineOptions, check_names
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target

@@ -1,0 +1,136 @@
+"""What engines on one target share: its weights, its tokenizer, the draft models, and whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from outrider.assets import HERE, shipped
+from outrider.engine import contracts
+from outrider.engine.turns import Turns
+from outrider.errors import ConfigError
+from outrider.models.folder import files_of, resolve_folder
+from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
+from outrider.models.translate import shared_token_share, translate
+from outrider.options import EngineOptions
+from outrider.protocols import Drafter, Rule, Sink, Target, Tokenizer
+
+Progress = Callable[[float], None]
+
+
+TRANSLATE = "translate:"
+"""Marks a draft model of another vocabulary."""
+PROMPTS = HERE / "pycode" / "prompts.jsonl"
+"""Text on which the ceiling of a translated draft's acceptance is estimated."""
+
+
+class ModelKey(NamedTuple):
+    """Of a loaded draft model: which files it is, as they were, and every option that decides what is loaded; the device is the
+    target's. dtype: as `load_target` is asked for it."""
+
+    name: str
+    folder: Path
+    files: tuple[tuple[str, int, int], ...]
+    implementation: str
+    quantize: str | None
+    dtype: str
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What engines on one target share: the weights of target and drafts, the tokenizer, and whose turn it is.
+
+    drafter, rule: of this engine, where they were given as objects; None: they are made from the names in `options`.
+    """
+
+    path: str | None
+    target: Target
+    tokenizer: object | None
+    eos: tuple[int, ...]
+    options: EngineOptions
+    sinks: tuple[Sink, ...] = ()
+    drafter: Drafter | None = None
+    rule: Rule | None = None
+    models: dict[ModelKey, tuple[Target, object]] = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
+
+
+def load(
+    target: str | Path | Target | None,
+    tokenizer: object | None,
+    options: EngineOptions,
+    sinks: tuple[Sink, ...],
+    progress: Progress | None,
+) -> Loaded:
+    if target is not None and not isinstance(target, str | Path):
+        contracts.check("target", target, contracts.TARGET)  # before a drafter is made for it
+        return Loaded(None, target, tokenizer, (), options, sinks)
+    path = str(shipped("target") if target is None else target)
+    model = load_target(
+        path,
+        dtype=options.dtype,
+        device=options.device,
+        implementation=options.implementation,
+        progress=progress,
+        role="target",
+    )
+    tokenizer = tokenizer if tokenizer is not None else find_tokenizer(path)
+    ends = stop_ids(path, tokenizer)
+    behind = [token for token in ends if not 0 <= token < model.vocab_size]
+    if behind:
+        raise ConfigError(
+            f"{path} names the end-of-text token {behind[0]}, and its embedding has {model.vocab_size} rows: correct eos_token_id "
+            "in its generation_config.json and config.json, or eos_token in its tokenizer_config.json"
+        )
+    return Loaded(path, model, tokenizer, ends, options, sinks)
+
+
+def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:
+    """A draft model and its tokenizer, in the target's dtype, its weights quantised if asked.
+
+    "translate:NAME" is the model NAME, whose tokenizer is another one, seen through the tokens that both spell alike.
+    """
+    if name.startswith(TRANSLATE):
+        return _translated(loaded, options, name.removeprefix(TRANSLATE))
+    key = _key(loaded, options, name)
+    if key not in loaded.models:
+        model = load_target(
+            name,
+            dtype=key.dtype,
+            device=str(loaded.target.device),
+            implementation=options.implementation,
+            quantize=options.draft_quantize,
+            role="draft",
+        )
+        loaded.models[key] = (model, find_tokenizer(name))
+    return loaded.models[key]
+
+
+def _key(loaded: Loaded, options: EngineOptions, name: str, mark: str = "") -> ModelKey:
+    """What tells the draft model `name` from every other; `mark` from the same one seen in another way."""
+    folder, ours = resolve_folder(name).resolve(), loaded.target.dtype
+    free = options.dtype == "auto" and reads_emulated(name, ours, loaded.target.device, options.implementation)
+    dtype = "auto" if free else str(ours).removeprefix("torch.")
+    return ModelKey(mark + name, folder, files_of(folder), options.implementation, options.draft_quantize, dtype)
+
+
+def _translated(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:
+    if loaded.tokenizer is None:
+        raise ConfigError("a draft of another vocabulary needs the target's tokenizer: build the engine with one")
+    key = _key(loaded, options, name, TRANSLATE)
+    if key not in loaded.models:
+        model, tokenizer = load_model(loaded, options, name)
+        if tokenizer is None:
+            raise ConfigError(
+                f"{name} has no tokenizer.json, and translating needs the draft's tokenizer: add it to the folder"
+            )
+        ours = cast(Tokenizer, loaded.tokenizer)
+        seen = translate(model, cast(Tokenizer, tokenizer), ours, loaded.target.vocab_size, name)
+        sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in ours.encode(row)]
+        share = shared_token_share(seen, sample)
+        told = f"{seen.notices[0]}: {share:.0%} of the tokens of a sample of code, a ceiling of acceptance"
+        seen.notices = (told, *model.notices)
+        loaded.models[key] = (seen, loaded.tokenizer)
+    return loaded.models[key]
