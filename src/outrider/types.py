@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.deprecated import Renamed
+from outrider.moved import names_of
 from outrider.noise import Noise
 from outrider.params import SamplingParams
 
@@ -348,3 +349,6 @@ class Evidence:
         s, b = self.rows.segments[self.segment_index[i]], self.verdict_index[i]
         path = [] if b < 0 else [self.draft.local(b, k) for k in self.verdict.path[b]]
         return [*range(s.first, s.first + s.fed), *self.rows.node_rows(self.segment_index[i], path)]
+
+
+__getattr__ = names_of(__name__)

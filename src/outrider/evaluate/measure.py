@@ -19,6 +19,7 @@ from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.energy import Meter
 from outrider.evaluate.records import Key, Record, Timing
+from outrider.moved import names_of
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 
@@ -167,3 +168,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "transformers", "outrider")},
     }
+
+
+__getattr__ = names_of(__name__)
