@@ -23,7 +23,8 @@ def on_host(x: Tensor) -> bool:
 
 def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor [n] on `device`, without waiting for what the device is doing."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    made = torch.tensor(values, dtype=dtype)
+    return made if device.type == "cpu" else made.to(device, non_blocking=True)
 
 
 def read(*parts: Tensor) -> list[Any]:

@@ -78,15 +78,6 @@ def subtract(weight: Float64[Tensor, "n V"], q: Float[Tensor, "n S"], support: I
     weight.clamp_(min=0)
 
 
-def take_rows(x: Float[Tensor, "R V"], rows: Sequence[int]) -> Float[Tensor, "n V"]:
-    """Some rows of `x`; a view where they stand next to each other, which saves a pass over V."""
-    if not rows:
-        return x[:0]  # a step of prompt chunks alone judges nobody
-    if _are_neighbours(rows):
-        return x[rows[0] : rows[0] + len(rows)]
-    return x.index_select(0, upload(rows, torch.int64, x.device))
-
-
 def take_pairs(x: Float[Tensor, "R V"], rows: Sequence[int], token: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
     """x[rows[i], token[i]] for every i."""
     if _are_neighbours(rows):
