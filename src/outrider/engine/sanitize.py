@@ -69,7 +69,8 @@ def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> Bool[Tensor, "M"]:
 
     Blanked rows keep the rule from failing for everybody; what their sequences emit is thrown away.
     """
-    bad = ~torch.isfinite(logits.amax(-1))  # NaN wins a maximum, so one reduction sees both
+    peak = logits.amax(-1)  # NaN wins a maximum, so one reduction sees both
+    bad = (peak - peak) != 0  # what is not finite is not itself less itself; isfinite takes five passes
     if not transfer.on_host(logits):
         logits.masked_fill_(bad.unsqueeze(1), 0.0)  # rather than wait to learn that there are none
     elif bad.any():

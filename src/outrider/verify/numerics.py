@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from outrider.errors import RequestError
-from outrider.transfer import upload
+from outrider.transfer import read, upload
 from outrider.types import Proposal, Verdict
 from outrider.verify import native
 
@@ -141,8 +141,8 @@ def draw_one(weight: Float[Tensor, "1 V"], u: float) -> tuple[int, float]:
 
 def draw_plain(weight: Float64[Tensor, "1 W"], u: float) -> tuple[int, float]:
     """(token, total) of one row made by `as_weights`."""
-    token, total = torch.cat([x.double() for x in draw(weight, [u])]).tolist()
-    return int(token), total
+    (token,), (total,) = read(*draw(weight, [u]))
+    return token, total
 
 
 def draw_residual(here: Float[Tensor, "1 V"], q: Proposal, row: int, w: float, u: float) -> tuple[int, float]:
