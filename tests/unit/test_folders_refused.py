@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from outrider.build import build_engine
 from outrider.cli.chat import Conversation
+from outrider.cli.closing import Closing
 from outrider.errors import ConfigError, RequestError
 from outrider.models.load import load_target, load_tokenizer, stop_ids
 from outrider.models.tokenizer import PlainTokenizer
@@ -187,8 +188,8 @@ def test_a_template_that_refuses_a_conversation_says_so(copy) -> None:
     (copy / "chat_template.jinja").unlink(missing_ok=True)
     engine = build_engine(copy, "none", length=0, slots=1, max_length=64)
     with pytest.raises(ConfigError, match=r"not that.*--system"):
-        Conversation(engine, "be brief")
-    talk = Conversation(engine, None)
+        Conversation(engine, "be brief", Closing())
+    talk = Conversation(engine, None, Closing())
     with pytest.raises(RequestError, match="not that"):
         talk.turn("bad word", SamplingParams(max_tokens=2))
     assert talk.messages == []
