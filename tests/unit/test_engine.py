@@ -202,3 +202,17 @@ def test_an_engine_is_warmed_up_before_its_first_request_and_nobody_is_told() ->
         one.warm_up()
     list(one.run())
     assert tuple(sequence.output) == drafted().generate([PROMPTS[1]], p)[0].outputs[0].token_ids
+
+
+def test_a_controller_may_learn() -> None:
+    weight = torch.zeros((), requires_grad=True)
+
+    def depth(_: object) -> int:
+        (weight * torch.ones(())).backward()
+        return 2
+
+    one = Engine(
+        MODEL, DRAFTERS["model"](MODEL, 2), load_rule("speculative_sampling"), Budgets(depth), slots=2, max_length=64
+    )
+    one.generate([PROMPTS[0]], SamplingParams(max_tokens=8, seed=1, ignore_eos=True))
+    assert one.defects == 0 and weight.grad is not None and one.counts.proposed > 0
