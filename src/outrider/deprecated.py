@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -32,12 +32,17 @@ class Renamed:
 
 
 def adopt(part: object, old: str, new: str) -> None:
-    """Let a part of a user's that has `old` as a value of its own, from the release before, have it as `new`."""
-    value = inspect.getattr_static(part, old, None)
-    if value is None or isinstance(value, Renamed):
+    """Let a part of a user's that has `old` as a value of its own, from the release before, have it as `new`.
+
+    One that has both at the same place knows the new name, and its `old` is something else. A part with slots cannot have more.
+    """
+    places = [getattr(part, "__dict__", {}), *map(vars, type(part).__mro__)]
+    found = next((place for place in places if old in place), {})
+    if isinstance(part, type) or not found or new in found:
         return
     warn(f"{type(part).__name__}.{old}", new, stacklevel=4)
-    setattr(part, new, getattr(part, old))
+    with suppress(AttributeError):
+        object.__setattr__(part, new, getattr(part, old))  # also where it is frozen
 
 
 def current(value: T, renamed: Mapping[Any, T], what: str) -> T:

@@ -24,9 +24,8 @@ from outrider.params import SamplingParams
 
 Siblings = Literal["iid", "without_replacement", "hub"]
 """How several children of a node were drawn from one distribution: independently; each from what the earlier ones left; or as
-SpecHub's
-pairs, the most likely token a and one other: the first from the distribution, the second a, or from the distribution without a if
-the first is a."""
+SpecHub's pairs, the most likely token a and one other: the first from the distribution, the second a, or from the distribution
+without a if the first is a."""
 
 Tree = tuple[Sequence[int], Sequence[int]]
 """Draft tokens of one sequence and the parent of each: a number among them, or -1 for the anchor."""
@@ -36,12 +35,12 @@ TOLERANCE = 1e-3
 
 POINT_MASS = -1
 """`Proposal.row` of a node that was not drawn from a distribution: it counts as a point mass, which is always lossless."""
+__getattr__ = names_of(__name__)  # sums and records, which had been here
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The distributions the nodes of a draft were drawn from. Siblings drawn from one distribution share its row; sibling order is
-    draw order.
+    """The distributions the nodes of a draft were drawn from. Siblings of one distribution share its row, in draw order.
 
     probs:    [R, S] distributions over the draft's support; rows sum to one.
     row:      K row numbers, POINT_MASS (-1) for a node without a distribution.

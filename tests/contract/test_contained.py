@@ -16,6 +16,7 @@ from outrider.drafters.combine import first_of
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
+from outrider.engine.parts import Defect
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.types import Draft, Evidence, Proposal
@@ -217,3 +218,20 @@ def test_a_draft_model_that_does_not_know_every_token(rule: str) -> None:
         assert tokens(one.generate(prompts, wanted)) == tokens(plainly)
         assert any(t >= VOCAB - 3 for text in tokens(plainly) for t in text)
         assert one.drafter_faults == 0 and one.counts.proposed > 0
+
+
+@pytest.mark.parametrize("where", ["before", "release"])
+def test_a_listener_that_fails_ends_no_request_and_keeps_no_slot(where: str) -> None:
+    heard: list[str] = []
+
+    def listen(defect: Defect) -> None:
+        heard.append(defect.kind)
+        raise RuntimeError("the listener")
+
+    failing = Failing(DRAFTERS["ngram"](MODEL, 3), where, 1.0, 1)
+    one = Engine(
+        MODEL, failing, load_rule("match"), Fixed(4), slots=3, max_length=64, chunk=5, eos=(1,), on_defect=listen
+    )
+    assert tokens(one.generate(PROMPTS, params("top-p with penalties"))) == plain("top-p with penalties")
+    assert heard == ["drafter"] * one.defects and heard
+    assert one.scheduler.free == 3 and not one.busy

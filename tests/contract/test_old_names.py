@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 
 import outrider.drafters
@@ -37,6 +40,34 @@ def test_a_rule_of_ones_own_that_has_a_limit() -> None:
     with pytest.warns(DeprecationWarning, match="Generous.limit is now tv_limit;"):
         engine = small_engine(TableTarget.random(8, seed=1), NoDraft(), rule, 1)
     assert engine.parts.rule.tv_limit == 0.5
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A rule of the release before that cannot be assigned to."""
+
+    name: str = "frozen"
+    lossless: bool = False
+    trees: bool = False
+    lane: str = "draft"
+    limit: float = 0.5
+
+    def __call__(self, p: Any, draft: Any, noise: Any, allowance: Any = None) -> Any:
+        return SpeculativeSampling()(p, draft, noise, allowance)
+
+
+def test_a_frozen_rule_that_has_a_limit() -> None:
+    with pytest.warns(DeprecationWarning, match="Frozen.limit is now tv_limit;"):
+        engine = small_engine(TableTarget.random(8, seed=1), NoDraft(), Frozen(), 1)
+    assert engine.parts.rule.tv_limit == 0.5
+
+
+def test_a_rule_that_knows_the_new_name_keeps_what_it_says() -> None:
+    class Both(SpeculativeSampling):
+        name, lossless, tv_limit, limit = "both", False, 0.25, 9
+
+    rule = Both()
+    assert small_engine(TableTarget.random(8, seed=1), NoDraft(), rule, 1).parts.rule.tv_limit == 0.25
 
 
 def test_how_drafts_are_drawn() -> None:

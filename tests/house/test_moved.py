@@ -48,3 +48,12 @@ def test_what_never_was_is_not_found() -> None:
         import_module("outrider.engine.never")
     with pytest.warns(DeprecationWarning, match="is now"), pytest.raises(ImportError):
         from outrider.engine.engine import never  # type: ignore[import-not-found] # noqa: F401
+
+
+@pytest.mark.parametrize("name", ["Counts", "PHASES", "StepRecord"])
+def test_what_left_the_nouns_is_found_there(name: str) -> None:
+    import outrider.records
+    import outrider.types
+
+    with pytest.warns(DeprecationWarning, match=f"outrider.types.{name} is now outrider.records.{name};"):
+        assert getattr(outrider.types, name) is getattr(outrider.records, name)

@@ -186,6 +186,10 @@ GOOD = Draft(
 )
 
 
+FOUR = torch.ones(1, 4) / 4
+"""A distribution over another vocabulary."""
+
+
 def test_drafts_that_are_right_pass():
     for draft in (GOOD, Draft.empty(4), replace(GOOD, q=None)):
         assert defect_of(draft, len(draft.counts), [3] * len(draft.counts)) == ""
@@ -223,6 +227,7 @@ def test_a_draft_without_structure_is_none(change, words):
         ({"q": Proposal(torch.tensor([[math.nan, 0.5, 0.5], [0.2, 0.3, 0.5]]), (-1, 0, 1))}, (1, 2, 0), (-1, -1, 1)),
         ({"q": Proposal(torch.tensor([[1.5, -0.5, 0.0], [0.2, 0.3, 0.5]]), (1, -1, 0))}, (1, 2, 0), (1, -1, -1)),
         ({"q": Proposal(torch.ones(1, 4) / 4, (0, -1, -1))}, (1, 2, 0), None),
+        ({"q": Proposal(FOUR, (0, -1, -1), sound=FOUR)}, (1, 2, 0), None),
     ],
 )
 def test_what_a_draft_says_wrongly_is_not_used(change, tokens, row):

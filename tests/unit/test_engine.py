@@ -186,3 +186,33 @@ def test_what_goes_on_is_delivered_before_the_draft_and_what_ends_with_the_step(
         ended |= {e.request for e in events if e.finish_reason is not None}
     assert ended == set(names[:2])
     assert max(asked) == 2, "the third was gone before the first draft with all of them"
+
+
+def test_an_engine_is_warmed_up_before_its_first_request_and_nobody_is_told() -> None:
+    told: list[object] = []
+    one = drafted(sinks=(told.append,))
+    one.warm_up()
+    assert not told and one.steps == 0 and one.counts.emitted == 0 and one.scheduler.free == 2
+    p = SamplingParams(temperature=1.0, max_tokens=20, seed=3)
+    name = one.submit(PROMPTS[1], p)
+    (sequence,) = one.sequences(name)
+    for _ in range(6):
+        one.step()
+    with pytest.raises(RequestError, match="before the first"):
+        one.warm_up()
+    list(one.run())
+    assert tuple(sequence.output) == drafted().generate([PROMPTS[1]], p)[0].outputs[0].token_ids
+
+
+def test_a_controller_may_learn() -> None:
+    weight = torch.zeros((), requires_grad=True)
+
+    def depth(_: object) -> int:
+        (weight * torch.ones(())).backward()
+        return 2
+
+    one = Engine(
+        MODEL, DRAFTERS["model"](MODEL, 2), load_rule("speculative_sampling"), Budgets(depth), slots=2, max_length=64
+    )
+    one.generate([PROMPTS[0]], SamplingParams(max_tokens=8, seed=1, ignore_eos=True))
+    assert one.defects == 0 and weight.grad is not None and one.counts.proposed > 0

@@ -225,8 +225,13 @@ class EngineCore(StepState):
                 return name
 
     def warm_up(self) -> None:
-        """Touch every part once, plain and drafted, so that the first user does not pay for it. Nobody is told of these steps."""
+        """Touch every part once, plain and drafted, so that the first user does not pay for it. Nobody is told of these steps.
+
+        Raises RequestError for an engine that has requests: theirs are the slots that this would use.
+        """
         with self._turns:
+            if self.busy:
+                raise RequestError("an engine that has requests is warm: warm it up before the first, or not at all")
             options = replace(self.options, turns=self._turns)
             other = EngineCore(self.parts, Hooks(_Deepest(self.parts.drafter.max_depth)), options)
             prompt = [0, 1, 2, 3][: self.parts.target.vocab_size]

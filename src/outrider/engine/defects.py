@@ -48,10 +48,13 @@ class Watchers:
                     self._failure("sink", f"sink {type(sink).__name__}", error)
 
     def defect(self, kind: str, message: str) -> None:
-        """Count a defect and tell whoever listens."""
+        """Count a defect and tell whoever listens; what that raises is logged, for a slot may be about to be freed."""
         self.defects[kind] += 1
         if self.hooks.on_defect is not None:
-            self.hooks.on_defect(Defect(kind, message))
+            try:
+                self.hooks.on_defect(Defect(kind, message))
+            except Exception:
+                logger.warning("on_defect failed", exc_info=True)
 
     def _failure(self, kind: str, who: str, error: Exception) -> None:
         logger.warning("%s failed", who, exc_info=error)

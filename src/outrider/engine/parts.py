@@ -39,7 +39,7 @@ class Hooks:
     """Who looks on while an engine steps.
 
     controller: sets how deep each sequence drafts. sinks: receive the record of every step. on_defect: told of every defect when it
-    happens, in the thread that steps; it must not raise.
+    happens, in the thread that steps; what it raises is logged.
     """
 
     controller: Controller

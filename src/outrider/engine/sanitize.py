@@ -33,10 +33,12 @@ def sanitize_draft(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
 
 
 def _bad_rows(q: Proposal | None, vocab_size: int) -> set[int]:
-    if q is None or q.probs.shape[0] == 0 or q.sound is q.probs:
+    if q is None or q.probs.shape[0] == 0:
         return set()
     if q.support is None and q.probs.shape[1] != vocab_size:
         return set(range(len(q.probs)))
+    if q.sound is q.probs:
+        return set()
     error = (
         torch.linalg.vector_norm(q.probs, 1, -1) - 1
     ).abs()  # as fast as a sum, and more than one if a part is negative

@@ -55,11 +55,12 @@ def verify(parts: Parts, works: list[StepWork], rows: Rows, scores: Scores, draf
     return VerifiedStep(rows, scores, draft, verdict, unusable)
 
 
-@torch.inference_mode()
 def propose(state: StepState, works: list[StepWork], verified: VerifiedStep) -> PendingDraft:
     """The next draft, one tree for each of the sequences that go on: the drafter looks at the step first."""
     live = list(state.scheduler.running)
     if not live:
         return state.pending
-    budget = draft_budget(state, live)
-    return PendingDraft(state.drafter.draft(evidence_of(state.parts, works, verified, live), budget), live)
+    budget = draft_budget(state, live)  # outside of inference mode: a controller may learn
+    with torch.inference_mode():
+        draft = state.drafter.draft(evidence_of(state.parts, works, verified, live), budget)
+    return PendingDraft(draft, live)

@@ -1,6 +1,9 @@
 """What a request asks of sampling, and the distribution that makes of the target's logits."""
 
+from outrider.moved import names_of
 from outrider.params import SamplingParams
 from outrider.sampling.pipeline import LogitsPipeline, Logprobs, logprobs_of
 
 __all__ = ["LogitsPipeline", "Logprobs", "SamplingParams", "logprobs_of"]
+
+__getattr__ = names_of(__name__)
