@@ -129,9 +129,6 @@ NAMES = {
     "outrider.drafters.tree.shapes:Shared": "outrider.drafters.tree.shapes:MergedDrafts",
     "outrider.sampling:Law": "outrider.sampling.pipeline:LogitsPipeline",
     "outrider.sampling.pipeline:Law": "outrider.sampling.pipeline:LogitsPipeline",
-    "outrider.types:Counts": "outrider.records:Counts",
-    "outrider.types:PHASES": "outrider.records:PHASES",
-    "outrider.types:StepRecord": "outrider.records:StepRecord",
 }
 """Names that did not move with their module; looked up at the module's new address when it has no such name."""
 

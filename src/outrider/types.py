@@ -348,6 +348,3 @@ class Evidence:
         s, b = self.rows.segments[self.segment_index[i]], self.verdict_index[i]
         path = [] if b < 0 else [self.draft.local(b, k) for k in self.verdict.path[b]]
         return [*range(s.first, s.first + s.fed), *self.rows.node_rows(self.segment_index[i], path)]
-
-
-__getattr__ = names_of(__name__)
