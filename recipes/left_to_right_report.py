@@ -172,7 +172,9 @@ def verdicts(results: Results, blocks: list[int]) -> str:
                 continue
             g = gain(results, arm, "uniform", block, "training", "greedy")
             word = "more" if g["value"] > 0 else "fewer"
-            sure = "and both intervals exclude zero" if g["claim"] else "but that is no claim: an interval contains zero"
+            sure = (
+                "and both intervals exclude zero" if g["claim"] else "but that is no claim: an interval contains zero"
+            )
             out.append(
                 f"- Blocks of {block}: {NAMES[arm]} accepts {abs(g['value']):.1f}% {word} tokens per round than uniform weights "
                 f"(greedy; 95% over prompts {g['low']:+.1f} to {g['high']:+.1f}, over seeds {g['seed_low']:+.1f} to "
