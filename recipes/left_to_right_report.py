@@ -172,7 +172,9 @@ def verdicts(results: Results, blocks: list[int]) -> str:
                 continue
             g = gain(results, arm, "uniform", block, "training", "greedy")
             word = "more" if g["value"] > 0 else "fewer"
-            sure = "and both intervals exclude zero" if g["claim"] else "and that is no claim: an interval holds zero"
+            sure = (
+                "and both intervals exclude zero" if g["claim"] else "but that is no claim: an interval contains zero"
+            )
             out.append(
                 f"- Blocks of {block}: {NAMES[arm]} accepts {abs(g['value']):.1f}% {word} tokens per round than uniform weights "
                 f"(greedy; 95% over prompts {g['low']:+.1f} to {g['high']:+.1f}, over seeds {g['seed_low']:+.1f} to "
@@ -190,7 +192,7 @@ def verdicts(results: Results, blocks: list[int]) -> str:
         on, off = (gain(results, "chain", "uniform", block, p, "greedy")["value"] for p in ("training", "as_written"))
         text = gain(results, "uniform", "uniform", block, "training", "greedy", base_part="as_written")["value"]
         out.append(
-            f"- Blocks of {block}: text that the target wrote is worth {text:+.1f}% to uniform weights; the full stack gains "
+            f"- Blocks of {block}: with uniform weights, text that the target wrote gives {text:+.1f}%; the full stack gains "
             f"{off:+.1f}% on text as it was written and {on:+.1f}% on the target's own."
         )
     return "\n".join(out) + "\n"

@@ -10,12 +10,12 @@ from typing import Any
 from .arms import claims
 from .stats import Speeds, arm_row, claim_row, describe_machine, ratio, speeds, table
 
-HEAD = """# Beside its peers
+HEAD = """# Beside other engines
 
 Written by `python benchmarks/peers.py table`; `benchmarks/README.md` says how it is measured. Speeds are new tokens
-per second of all sequences together, in a time that includes the prompt. A ratio is the median over rounds of a ratio
-within one round, with its 95% bootstrap interval; where several settings compete, that of a round is chosen on the
-other rounds.
+per second of all sequences together, in a time that includes the prompt. A ratio is the median over rounds of the ratio
+within one round, with its 95% bootstrap interval. Where several settings compete, the setting for a round is chosen on
+the other rounds.
 """
 
 
