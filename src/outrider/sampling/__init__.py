@@ -1,4 +1,4 @@
-"""What a request asks of sampling, and the distribution that makes of the target's logits."""
+"""Logits processing: from a request's sampling parameters and the logits to distributions."""
 
 from outrider.params import SamplingParams
 from outrider.sampling.pipeline import LogitsPipeline, Logprobs, logprobs_of
