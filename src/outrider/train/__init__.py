@@ -1,1 +1,1 @@
-"""Training of language-model pairs and of learned drafters: corpus, losses, one resumable loop, safetensors checkpoints."""
+"""Training of language-model pairs and learned drafters: corpus, losses, one resumable loop, safetensors checkpoints."""
