@@ -1,8 +1,8 @@
 """Built-in alerts: conditions on windowed sums, with hysteresis, for servers without an external monitor.
 
-A condition fires when it has held for `hold` seconds and clears when its opposite, at another threshold, has held as long, so that a
-value near a threshold does not fire repeatedly. Every rate needs a minimum of traffic. Conditions still work when a measurement is
-missing: a default replaces it. An alert contains numbers of this module and the served model's name, never text of a client.
+A condition fires when it has held for `hold` seconds and clears when its opposite, at another threshold, has held as long, so that
+a value near a threshold does not fire repeatedly. Every rate needs a minimum of traffic. Conditions still work when a measurement
+is missing: a default replaces it. An alert contains numbers of this module and the served model's name, never text of a client.
 """
 
 from __future__ import annotations
