@@ -30,8 +30,8 @@ def admit(folder: Path, raw: dict) -> Any:
     if raw.get("quantization_config"):
         _admit_quantized(folder, config, raw["quantization_config"])
     model = _skeleton(folder, config, str(named))
-    told = [bool(getattr(m, _CAUSAL)) for m in model.modules() if isinstance(getattr(m, _CAUSAL, None), bool)]
-    if told and not any(told):
+    causal_flags = [bool(getattr(m, _CAUSAL)) for m in model.modules() if isinstance(getattr(m, _CAUSAL, None), bool)]
+    if causal_flags and not any(causal_flags):
         raise ConfigError(
             f"{folder} is an encoder ({named}), in which a token sees what follows it: it cannot continue text, "
             "use a causal language model"

@@ -181,9 +181,9 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     if isinstance(found, Checkpoint):
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
-        library, told = library_for(c, chosen) if where.type == "cpu" else (None, None)
+        library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
     else:
-        runtime, reason, library, told = "transformers", found, None, found
+        runtime, reason, library, library_notice = "transformers", found, None, found
         parameters = sum(math.prod(entry.shape) for entry in entries.values())
         sizes = _sizes_by_transformers(admit(folder, raw))
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
@@ -198,7 +198,10 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         max_length=max_length,
         weights_bytes=parameters * chosen.itemsize,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * chosen.itemsize,
-        notices=(*([told] if told else []), *_dtype_notices(folder, chosen, where, library is not None)),
+        notices=(
+            *([library_notice] if library_notice else []),
+            *_dtype_notices(folder, chosen, where, library is not None),
+        ),
     )
 
 

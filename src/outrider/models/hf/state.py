@@ -152,9 +152,9 @@ def _ways(
 
 def _placed(model: PreTrainedModel, ways: Iterator[Handover]) -> Iterator[Handover]:
     """Each way, first with positions if forward takes them: half precision is too coarse to show that they are missing."""
-    told = accepts(model, _POSITIONS)
+    takes_positions = accepts(model, _POSITIONS)
     for way in ways:
-        if told:
+        if takes_positions:
             yield replace(way, positions=True)
         yield way
 
