@@ -1,4 +1,4 @@
-"""Outrider: speculative decoding that is exact, says so, and measures itself against its own theory.
+"""Outrider: exact speculative decoding that proves its exactness and compares its measurements with its own theory.
 
 >>> from outrider import Engine, SamplingParams                                   # doctest: +SKIP
 >>> engine = Engine.build(target="path/to/model", draft="path/to/draft")          # doctest: +SKIP
@@ -33,7 +33,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use: `outrider --help` must not wait for torch, and threads are counted before torch is imported."""
+    """Import on first use: `outrider --help` must not wait for torch, and the number of threads is set before torch is imported."""
     if name not in _HOME:
         raise AttributeError(f"module 'outrider' has no attribute {name!r}")
     from importlib import import_module

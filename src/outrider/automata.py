@@ -1,7 +1,7 @@
-"""Grammars written as text, compiled to llguidance's automata (https://github.com/guidance-ai/llguidance). No torch is needed here.
+"""Grammars written as text, compiled to llguidance's automata (https://github.com/guidance-ai/llguidance), without torch.
 
-`sampling.grammar` keeps the automata in step with texts; a server compiles a client's grammar for the first time in a process that
-can be ended (`serve.prep`), since no limit of the library holds for every schema.
+`sampling.grammar` keeps the automata in step with texts. A server first compiles a client's grammar in a process that can be killed
+(`serve.prep`), since no limit of the library holds for every schema.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-"""What one grammar may cost: some ten milliseconds to compile and a few for a step, whatever it says; and no text in errors. Some
-grammars are cheap to compile and spend it all in the middle of a text: see `sampling.grammar.Automaton.exhausted`. What a schema's
-numbers cost (`multipleOf`) the library counts nowhere."""
+"""Limits of one grammar: some ten milliseconds to compile and a few for a step; and no text in errors. Some grammars are cheap to
+compile and use up their limits in the middle of a text: see `sampling.grammar.Automaton.exhausted`. The library does not count the
+cost of a schema's numbers (`multipleOf`)."""
 BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,24}|\n\t{0,8}"}
-"""White space between the parts of JSON: a blank, or a line break and some indentation. Without a bound a model that likes blanks
-writes nothing else until its last token. A schema may choose another pattern (`x-guidance`)."""
+"""White space between the parts of JSON: a space, or a line break and some indentation. Without a bound some models would write
+only spaces until the last token. A schema may choose another pattern (`x-guidance`)."""
 INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
 
 
@@ -39,10 +39,10 @@ def core_of(tokenizer: Any) -> str | None:
 
 
 def unspelled(core: str) -> str:
-    """A tokenizer.json whose special tokens have names that nobody can spell.
+    """A tokenizer.json whose special tokens have names that no text can contain.
 
-    A text that a grammar dictates ("<pad>") is written with ordinary tokens, while the compiler, which asks the tokenizer how,
-    would dictate the special one and then refuse it.
+    A text that a grammar forces ("<pad>") is written with ordinary tokens, while the compiler, which uses the tokenizer, would
+    force the special token and then refuse it.
     """
     data = json.loads(core)
     model = data["model"]
@@ -54,7 +54,7 @@ def unspelled(core: str) -> str:
         model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
     elif isinstance(model.get("vocab"), list):
         model["vocab"] = [[hidden.get(row[0], row[0]), *row[1:]] for row in model["vocab"]]
-    data["post_processor"] = None  # it names special tokens, and a dictated text has neither a beginning nor an end
+    data["post_processor"] = None  # it names special tokens, and a forced text has neither a beginning nor an end
     return json.dumps(data)
 
 
@@ -74,8 +74,8 @@ class Compiler:
         self._limits = llguidance.LLParserLimits(**LIMITS)
 
     def make(self, text: str) -> Any:
-        """A matcher for 'regex:...' or 'json:{schema}'. Raises RequestError naming what is wrong, a grammar that costs more than
-        LIMITS among it."""
+        """A matcher for 'regex:...' or 'json:{schema}'. Raises RequestError with the reason, also for a grammar that costs more
+        than LIMITS."""
         kind, colon, body = text.partition(":")
         matcher = self._lib.LLMatcher
         if not colon or kind not in KINDS:

@@ -31,7 +31,7 @@ from outrider.sampling.pipeline import LogitsPipeline
 from outrider.verify import best_exact, load_rule
 
 ControllerFor = Callable[[Drafter, Rule], Controller]
-"""Makes the controller of an engine, once it is known what it drafts with."""
+"""Makes the controller of an engine from its drafter and rule."""
 
 
 class Engine(EngineCore):
@@ -39,8 +39,8 @@ class Engine(EngineCore):
 
     target, drafter, rule, controller: see `protocols`. tokenizer: a Hugging Face tokenizer, or None to work on ids alone.
     slots: sequences decoded together. max_length: most tokens (prompt and output) of a sequence; the target's context if None.
-    chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step. on_defect: told of what
-    fails and is contained. turns: of engines that share a model, so that they take turns too. loaded, notices: what `build` knows.
+    chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step. on_defect: called with
+    every contained failure. turns: shared by engines on one model, so that they take turns. loaded, notices: set by `build`.
     Raises CapabilityError when parts do not fit together.
     """
 
@@ -64,7 +64,7 @@ class Engine(EngineCore):
         notices: Iterable[str] = (),
     ) -> None:
         contracts.check_parts(target, drafter, rule, controller)
-        turns = turns or Turns()  # first: a forked process is told so before anything is made
+        turns = turns or Turns()  # first: it raises in a forked process before anything is allocated
         check_fit(target, drafter, rule, allow_lossy)
         most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
         kv = target.new_kv(slots, most + drafter.max_nodes)
@@ -85,7 +85,7 @@ class Engine(EngineCore):
 
     @property
     def notices(self) -> list[str]:
-        """Sentences that a user should read: how parts were loaded, and which of them failed since."""
+        """Sentences that a user should read: how parts were loaded, and which of them have failed since."""
         return [*self._notices, *super().notices]
 
 
@@ -106,30 +106,32 @@ def build_engine(
 ) -> Engine:
     """An engine for `target` (a folder, a Hub name, a Target, or None: the shipped pair) with `draft` (see `load_drafter`).
 
-    draft, rule: a name, or a drafter or rule made by hand. options: the other fields of `EngineOptions` (`capacity` is another
-    name of `slots`). speculative_config: vLLM's JSON, replaces draft, length and rule.
-    controller: makes what sets the draft length (a fixed length if None). on_defect: told of what fails and is contained.
-    selectable: a request's `drafters` may choose among the parts of a combined draft.
+    draft, rule: a name, or a drafter or rule object. options: the other fields of `EngineOptions` (`capacity` is another name of
+    `slots`). speculative_config: vLLM's JSON; it replaces draft, length and rule.
+    controller: makes the controller of the draft length (a fixed length if None). on_defect: called with every contained failure.
+    selectable: a request's `drafters` may choose among the members of a combined drafter.
     Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
     """
     if capacity is not None:
         options["slots"] = capacity
-    named, drafter, judge = names_of({**options, "draft": draft, "rule": rule})
+    named, drafter, custom_rule = names_of({**options, "draft": draft, "rule": rule})
     check_names(named)
     if isinstance(target, str | Path):
         named["target"] = str(target)
     wanted = EngineOptions(**named)  # type: ignore[arg-type]
     if speculative_config is not None:
         changes, drafter = parse_speculative_config(speculative_config), None
-        wanted, judge = wanted.changed(**changes), None if "rule" in changes else judge
-    if judge is None:
-        load_rule(wanted.rule)  # a wrong name is said before anything is loaded
+        wanted, custom_rule = wanted.changed(**changes), None if "rule" in changes else custom_rule
+    if custom_rule is None:
+        load_rule(wanted.rule)  # report a wrong name before anything is loaded
     loaded = load(target, tokenizer, wanted, tuple(sinks), progress)
-    return assemble(loaded, wanted, drafter, judge, controller=controller, on_defect=on_defect, selectable=selectable)
+    return assemble(
+        loaded, wanted, drafter, custom_rule, controller=controller, on_defect=on_defect, selectable=selectable
+    )
 
 
 def names_of(options: dict[str, object]) -> tuple[dict[str, object], Drafter | None, Rule | None]:
-    """`options` as plain values, and the drafter and the rule among them that were made by hand: their names stand for them."""
+    """`options` as plain values, and the drafter and rule objects among them; in the options their names replace them."""
     named, drafter, rule = dict(options), None, None
     if isinstance(named.get("draft"), Path):
         named["draft"] = str(named["draft"])
@@ -154,9 +156,9 @@ def assemble(
     on_defect: Callable[[Defect], None] | None = None,
     selectable: bool = False,
 ) -> Engine:
-    """An engine on loaded parts. A model is loaded once for each way to load it: engines that differ in drafting share weights.
+    """An engine on loaded parts. A model is loaded once per set of loading options: engines that differ in drafting share weights.
 
-    drafter, rule: made by hand; None: those that `options` name. controller, on_defect, selectable: as of `build_engine`.
+    drafter, rule: objects; None: those that `options` name. controller, on_defect, selectable: as for `build_engine`.
     """
     if options.max_length is not None and options.max_length > loaded.target.max_length:
         raise ConfigError(
@@ -188,7 +190,7 @@ def assemble(
 
 
 def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
-    """The drafter that was asked for."""
+    """The drafter that the options name."""
     return _load_drafter(
         options.draft if options.length else "none",
         target=loaded.target,
@@ -202,25 +204,23 @@ def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
 
 
 def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
-    """What keeps this engine from being faster. drafts: it drafts at all."""
+    """What keeps this engine from being faster. drafts: whether it drafts at all."""
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
     return [*found, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 
 
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
-    """Another engine on the same target: same options but for `draft` and `changes`; weights are shared, caches are not.
+    """Another engine on the same target, with the same options except `draft` and `changes`; it shares weights, not caches.
 
-    Raises ConfigError for what was decided when the target was loaded: the target itself, its dtype and device.
+    Raises ConfigError for changes of what was fixed when the target was loaded: the target itself, its dtype and device.
     """
     loaded = engine.loaded
     if loaded is None:
-        raise ConfigError("this engine was made by hand: build the companion from the same parts")
+        raise ConfigError("this engine was built from part objects: build the companion from the same parts")
     for name in ("target", "dtype", "device"):
         if changes.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
-            raise ConfigError(
-                f"{name} was decided when the target was loaded: build a new engine for {changes[name]!r}"
-            )
+            raise ConfigError(f"{name} was fixed when the target was loaded: build a new engine for {changes[name]!r}")
     named, drafter, rule = names_of({**({} if draft is None else {"draft": draft}), **changes})
     return assemble(
         loaded,

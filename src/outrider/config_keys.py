@@ -1,7 +1,7 @@
-"""Keys of a model's configuration: which say nothing about what the network computes, and how the others are read.
+"""Keys of a model's configuration: those that do not affect what the network computes, and how the others are read.
 
-Every other key of a configuration is read, or its model is refused by the reader that does not know it: a key that is dropped
-in silence is another text. A test holds the list against transformers: none of these moves a logit of a family we run.
+Every other key of a configuration is read, or the model is refused by a reader that does not support it: ignoring a key could
+change the text. A test checks the list against transformers: none of these changes a logit of a supported family.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ GENERATION = frozenset({
     "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
     "return_dict_in_generate", "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p",
 })  # fmt: skip
-"""What old config.json files say about generation; transformers 5 takes it out of them and uses none of it."""
+"""Generation settings in old config.json files; transformers 5 removes them and does not use them."""
 
 BOOKKEEPING = GENERATION | frozenset({
-    # what the file is
+    # about the file
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype",
     "torch_dtype", "torchscript", "use_bfloat16", "tokenizer_class", "prefix", "unsloth_fixed", "unsloth_version",
     "base_model_name", "base_model_name_or_path", "license", "language", "pipeline_tag", "_attn_implementation_autoset",
@@ -34,7 +34,7 @@ BOOKKEEPING = GENERATION | frozenset({
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
     # tokens; which of them end a text is read elsewhere
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
-    # how a library runs it, and how it was trained
+    # how a library runs the model, and how it was trained
     "use_cache", "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "pretraining_tp",
     "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "tie_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "is_decoder", "pruned_heads",
@@ -42,24 +42,24 @@ BOOKKEEPING = GENERATION | frozenset({
 
 WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 OPTIONS = WINDOWS | {"attention_bias", "mlp_bias"}
-"""Keys that some of the families have."""
+"""Keys of some of the families."""
 COMMON = frozenset({
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "auto_map",
     "is_causal", "use_bidirectional_attention", "is_encoder_decoder",
 })  # fmt: skip
-"""Keys that all of the families have."""
+"""Keys of all families."""
 ROPE = frozenset({
     "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "truncate", "mscale", "mscale_all_dim",
     "finetuned", "mrope_section", "short_factor", "long_factor",
 })  # fmt: skip
-"""Keys of rotary parameters: those of other kinds than the one that is named mean nothing."""
+"""Keys of rotary parameters; keys of another kind than the named one have no effect."""
 
 
 def unknown_keys(raw: Mapping[str, Any], known: Set[str]) -> list[str]:
-    """Keys of a configuration that are neither known to its reader nor bookkeeping, sorted; a null says nothing."""
+    """Keys of a configuration that are neither known to its reader nor without effect, sorted; null values are ignored."""
     return sorted(str(key) for key, value in raw.items() if value is not None and key not in known | BOOKKEEPING)
 
 
@@ -67,7 +67,7 @@ PACKED = ("quantization_config", "compression_config", "quantization")
 
 
 def packed_key(config: Mapping[str, Any]) -> str | None:
-    """The key that says that the weights beside a configuration are quantized, if there is one."""
+    """The key of a configuration that marks its weights as quantized, if there is one."""
     return next((key for key in PACKED if config.get(key) is not None), None)
 
 

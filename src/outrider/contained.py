@@ -1,4 +1,4 @@
-"""A drafter's faults cost drafts, never requests: what it raises stays here, is counted, and in the end switches it off."""
+"""Contains a drafter's faults: they cost drafts, never requests. They are counted, and too many switch the drafter off."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from outrider.types import POINT_MASS, Draft, Evidence
 
 logger = logging.getLogger(__name__)
 STRIKES = 3.0
-"""A drafter is switched off when it has so many strikes: one for each fault,"""
+"""A drafter is switched off after this many strikes: one for each fault,"""
 FORGIVEN = 1 / 64
-"""and so many less for each call that went well."""
+"""and this many less for each successful call."""
 
 
 class Contained:
-    """Asks one drafter and answers with the empty draft where it raises, or returns what is no draft (`defect_of`).
+    """Calls one drafter and returns the empty draft if it raises, or returns an invalid draft (`defect_of`).
 
-    After a fault the drafter forgets the slots it was asked about: nobody knows what it left there half done. Which tokens come out
-    does not depend on any of this: plain decoding is the empty draft.
+    After a fault the drafter's slots are released, since their state is unknown. The output does not depend on any of this: plain
+    decoding is the empty draft.
     """
 
     def __init__(self, drafter: Drafter, on_fault: Callable[[str], None] | None = None) -> None:
-        """on_fault: told what happened, at every fault of this drafter."""
+        """on_fault: called with a message at every fault of this drafter."""
         self.drafter, self._on_fault = drafter, on_fault
         self.off = False
         self._faults, self._strikes = 0, 0.0
@@ -35,7 +35,7 @@ class Contained:
 
     @property
     def faults(self) -> int:
-        """Faults so far, those that a combination of drafters has contained for its parts included."""
+        """Faults so far, including those that a combination of drafters has contained for its parts."""
         return self._faults + getattr(self.drafter, "faults", 0)
 
     @property
@@ -51,12 +51,10 @@ class Contained:
                 if not (problem := defect_of(draft, len(evidence.sequences), budget) or self._strange(draft, evidence)):
                     self._strikes = max(0.0, self._strikes - FORGIVEN)
                     return draft
-            except KeyboardInterrupt:  # after which somebody may well go on
+            except KeyboardInterrupt:  # the process may continue after it
                 self.release([view.slot for view in evidence.sequences])
                 raise
-            except (
-                BaseException
-            ) as error:  # whatever it is (a library's sys.exit, a cancellation), the requests live on
+            except BaseException as error:  # in every case (a library's sys.exit, a cancellation) the requests continue
                 problem = _told(error)
                 logger.warning("drafter %r failed (%s)", self.drafter.name, problem, exc_info=not self._faults)
             self._strike(problem)
@@ -64,7 +62,7 @@ class Contained:
         return Draft.empty(len(evidence.sequences), evidence.scores.logits.device)
 
     def release(self, slots: Sequence[int]) -> None:
-        """The drafter forgets these slots."""
+        """Clear these slots in the drafter."""
         try:
             self.drafter.release(slots)
         except KeyboardInterrupt:
@@ -74,8 +72,8 @@ class Contained:
             self._strike(_told(error))
 
     def _strange(self, draft: Draft, evidence: Evidence) -> str:
-        """What is wrong with where its tensors lie, or with the tokens that the columns of its distributions stand for; a support
-        that was seen before is not looked at."""
+        """A problem with the device of its tensors, or with the tokens of its support; a support that was checked before is not
+        checked again."""
         tensors = (draft.token,) if draft.q is None else (draft.token, draft.q.probs)
         if len({evidence.scores.logits.device.type, *(t.device.type for t in tensors)}) > 1:
             return f"tensors on {', '.join(sorted({t.device.type for t in tensors}))}"
@@ -96,29 +94,29 @@ class Contained:
         if self._strikes < STRIKES or self.off:
             return
         self.off = True
-        said = " ".join(problem.split())[:160]
+        reason = " ".join(problem.split())[:160]
         self._notices.append(
-            f"drafter {self.drafter.name!r} failed {self._faults} times and is switched off ({said}): texts are right without it "
-            "and slower; mend it or build the engine with another draft"
+            f"drafter {self.drafter.name!r} failed {self._faults} times and is switched off ({reason}): texts stay correct without "
+            "it and are slower; fix it or build the engine with another draft"
         )
         logger.error("%s", self._notices[-1])
 
 
 def _told(error: BaseException) -> str:
-    """The kind of an error and its words, if it has any that can be asked for."""
+    """The type and message of an error, if its message can be read."""
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # its own words fail
+    except Exception:  # reading its message fails
         return type(error).__name__
 
 
 def misshapen(draft: Draft) -> str:
-    """What makes the tensors and tuples of a draft disagree with each other, or an empty string."""
+    """The inconsistency between the tensors and tuples of a draft, or an empty string."""
     nodes, q = len(draft.parent), draft.q
     if draft.token.shape != (nodes,) or sum(draft.counts) != nodes or any(n < 0 for n in draft.counts):
         return f"{draft.token.numel()} tokens and {nodes} parents for counts that sum to {sum(draft.counts)}"
     if draft.token.dtype is not torch.int64 or {type(n) for n in (*draft.parent, *draft.counts)} - {int}:
-        return f"tokens of type {draft.token.dtype}, or parents and counts that are no whole numbers"
+        return f"tokens of type {draft.token.dtype}, or parents and counts that are not whole numbers"
     if q is None:
         return ""
     if not q.probs.is_floating_point() or (q.support is not None and q.support.dtype is not torch.int64):
@@ -131,9 +129,9 @@ def misshapen(draft: Draft) -> str:
 
 
 def defect_of(draft: Draft, sequences: int, depth: Sequence[int]) -> str:
-    """What makes this no draft for `sequences` of at most `depth` levels each, or an empty string. Host data only.
+    """What makes this an invalid draft for `sequences` of at most `depth` levels each, or an empty string. Host data only.
 
-    Tokens and probabilities are not looked at.
+    Tokens and probabilities are not checked.
     """
     if problem := misshapen(draft):
         return problem

@@ -1,4 +1,4 @@
-"""Old names, for one release: they work, and say in a DeprecationWarning what they are called now. Nothing of ours uses them."""
+"""Old names, for one release: they work, with a DeprecationWarning that gives the new name. Outrider itself does not use them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Say that `old` is `new` now. stacklevel: whose line is shown; 3 is the caller of the function that calls this one."""
+    """Warn that `old` is now `new`. stacklevel: the line shown; 3 is the caller of the function that calls this one."""
     warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel)
 
 
 class Renamed:
-    """An attribute under its old name: `old = Renamed("new")` in the body of a class reads `new`."""
+    """An attribute under its old name: `old = Renamed("new")` in a class body reads `new`."""
 
     def __init__(self, new: str) -> None:
         self.new = new
@@ -46,7 +46,7 @@ def adopt(part: object, old: str, new: str) -> None:
 
 
 def current(value: T, renamed: Mapping[Any, T], what: str) -> T:
-    """`value`, or what it is called now if it is one of the old words. what: the option it was given for."""
+    """`value`, or its new name if it is an old one. what: the option it was given for."""
     if value not in renamed:
         return value
     warn(f"{what} {value!r}", repr(renamed[value]), stacklevel=4)

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, in four kinds. Every message says what, where, and what to do about it."""
+"""The errors for users, in four kinds. Every message says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Iterable
 
 
 class OutriderError(Exception):
-    """Base of every error that is meant for a user. The command line prints it in one line and exits with 2."""
+    """Base of every error for users. The command line prints it in one line and exits with 2."""
 
 
 class ConfigError(OutriderError):
-    """An option, a file or a checkpoint is wrong: nothing has been started."""
+    """An option, a file or a checkpoint is wrong; raised before anything is started."""
 
 
 class CapabilityError(OutriderError):
-    """Parts that do not fit together (a tree drafter on a target without trees, two vocabularies): said when an engine is built."""
+    """Parts do not fit together (a tree drafter on a target without trees, two vocabularies); raised when an engine is built."""
 
 
 class CapacityError(OutriderError):
-    """Too little room: KV cache, context or memory."""
+    """Too little space: KV cache, context or memory."""
 
 
 class RequestError(OutriderError):
-    """One request cannot be served; its neighbours are not disturbed."""
+    """One request cannot be served; others are not affected."""
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Others' text as it may be shown: commands to a terminal, turns of the direction and half characters are spelt out."""
+    """Untrusted text made safe to print: terminal commands, changes of text direction and incomplete characters are escaped."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 

@@ -1,4 +1,4 @@
-"""Files of others, read with bounds, and files of ours, written whole."""
+"""Reading untrusted files with bounds, and writing files atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outrider.errors import ConfigError
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """A JSON object of at most `limit` bytes; anything else is a ConfigError."""
+    """Read a JSON object of at most `limit` bytes; anything else raises ConfigError."""
     try:
         if not path.is_file():
             raise ConfigError(f"{path} is missing: give a folder in Hugging Face format")
@@ -39,14 +39,14 @@ def read_weight_map(index: Path, limit: int) -> dict[str, str]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the place, sync, rename: a reader sees the old file or the whole new one. Raises ConfigError.
+    """Write to a temporary file, sync and rename: a reader sees the old file or the complete new one. Raises ConfigError.
 
-    The folder is made if it is not there.
+    The folder is created if it is missing.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)  # of a process of this number that was killed
+        beside.unlink(missing_ok=True)  # left by a killed process with the same number
         with beside.open("xb") as file:
             file.write(content)
             file.flush()

@@ -1,8 +1,8 @@
-"""Which of this CPU's instructions our kernels use, and how to do without some: the environment variable `OUTRIDER_ISA`.
+"""The CPU instructions that the native kernels use, and how to limit them: the environment variable `OUTRIDER_ISA`.
 
-`OUTRIDER_ISA=avx2` stands in for a machine without AVX-512: our libraries are compiled (or chosen) for AVX2, and PyTorch is held
-to it, if `outrider` is imported before it. A name with `prebuilt:` before it takes the library that came with the wheel, as if
-there were no compiler. Imports nothing heavy: it must run before torch is imported, and when a wheel is built.
+`OUTRIDER_ISA=avx2` simulates a machine without AVX-512: the libraries are compiled (or chosen) for AVX2, and PyTorch is limited
+to it, if `outrider` is imported before it. A name after `prebuilt:` uses the library from the wheel, as if there were no
+compiler. Imports nothing heavy: it must run before torch is imported, and when a wheel is built.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PREBUILT = "prebuilt:"
 class Level:
     """A set of instructions that one build of our kernels is for.
 
-    name: in OUTRIDER_ISA and in file names. kind: as the decoder's `outrider_kind` calls it. flags: for the compiler. needs: what
-    the system's kernel calls the instructions. torch: variables that hold PyTorch and its libraries to them.
+    name: in OUTRIDER_ISA and in file names. kind: its name in the decoder's `outrider_kind`. flags: for the compiler. needs: the
+    operating system's names of the instructions. torch: variables that limit PyTorch and its libraries to them.
     """
 
     name: str
@@ -57,8 +57,8 @@ LEVELS = {"x86_64": X86, "aarch64": ARM}
 
 @dataclass(frozen=True)
 class Choice:
-    """level: the instructions to use, None where this system does not say what it has. native: nothing was asked for: all of them.
-    prebuilt: only what came with the wheel."""
+    """level: the instructions to use, None if this system does not report them. native: use all of them, since nothing was
+    requested. prebuilt: use only libraries from the wheel."""
 
     level: Level | None
     native: bool
@@ -66,7 +66,7 @@ class Choice:
 
 
 def machine() -> str:
-    """This CPU's architecture in Linux's words: x86_64, aarch64, ..."""
+    """This CPU's architecture as Linux names it: x86_64, aarch64, ..."""
     return {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 
 
@@ -82,13 +82,13 @@ def cpu_flags() -> frozenset[str]:
 
 
 def levels() -> tuple[Level, ...]:
-    """What this CPU can run, from the least to the most; empty where the system does not say."""
+    """The levels this CPU can run, from the least to the most; empty if the system does not report them."""
     flags = cpu_flags()
     return tuple(level for level in LEVELS.get(machine(), ()) if flags and level.needs <= flags)
 
 
 def chosen() -> Choice:
-    """What `OUTRIDER_ISA` asks for, by default everything this CPU has. Raises ConfigError for what it cannot be."""
+    """The choice made by `OUTRIDER_ISA`, by default everything this CPU has. Raises ConfigError for an unsupported value."""
     text = os.environ.get(VARIABLE, "").strip() or "native"
     name, have = text.removeprefix(PREBUILT), levels()
     if name == "native":
@@ -123,10 +123,10 @@ def multiplies_bfloat16() -> bool:
 
 
 def limit_torch() -> bool:
-    """Hold PyTorch to the instructions that OUTRIDER_ISA names; False if nothing was asked for or torch is imported already."""
+    """Limit PyTorch to the instructions that OUTRIDER_ISA names; False if nothing was requested or torch is already imported."""
     try:
         choice = chosen()
-    except ConfigError:  # said where a library is loaded, as a sentence
+    except ConfigError:  # reported as a sentence when a library is loaded
         return False
     if choice.native or choice.level is None or "torch" in sys.modules:
         return False

@@ -1,4 +1,4 @@
-"""What engines on one target share: its weights, its tokenizer, the draft models, and whose turn it is."""
+"""What engines on one target share: its weights, its tokenizer, the draft models, and the lock that orders their steps."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Progress = Callable[[float], None]
 TRANSLATE = "translate:"
 """Marks a draft model of another vocabulary."""
 PROMPTS = HERE / "pycode" / "prompts.jsonl"
-"""Text on which the ceiling of a translated draft's acceptance is estimated."""
+"""Text on which the upper bound of a translated draft's acceptance is estimated."""
 
 
 class ModelKey(NamedTuple):
-    """Of a loaded draft model: which files it is, as they were, and every option that decides what is loaded; the device is the
-    target's. dtype: as `load_target` is asked for it."""
+    """Identifies a loaded draft model: its files with their state, and every option that decides what is loaded; the device is the
+    target's. dtype: the one passed to `load_target`."""
 
     name: str
     folder: Path
@@ -40,9 +40,9 @@ class ModelKey(NamedTuple):
 
 @dataclass(slots=True)
 class Loaded:
-    """What engines on one target share: the weights of target and drafts, the tokenizer, and whose turn it is.
+    """What engines on one target share: the weights of target and draft models, the tokenizer, and the lock of turns.
 
-    drafter, rule: of this engine, where they were given as objects; None: they are made from the names in `options`.
+    drafter, rule: this engine's, if they were given as objects; None: they are made from the names in `options`.
     """
 
     path: str | None
@@ -65,7 +65,7 @@ def load(
     progress: Progress | None,
 ) -> Loaded:
     if target is not None and not isinstance(target, str | Path):
-        contracts.check("target", target, contracts.TARGET)  # before a drafter is made for it
+        contracts.check("target", target, contracts.TARGET)  # before a drafter is built for it
         return Loaded(None, target, tokenizer, (), options, sinks)
     path = str(shipped("target") if target is None else target)
     model = load_target(
@@ -88,9 +88,9 @@ def load(
 
 
 def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:
-    """A draft model and its tokenizer, in the target's dtype, its weights quantised if asked.
+    """A draft model in the target's dtype, with its tokenizer; its weights are quantised if the options say so.
 
-    "translate:NAME" is the model NAME, whose tokenizer is another one, seen through the tokens that both spell alike.
+    "translate:NAME" is the model NAME with another tokenizer: it drafts with the tokens that both vocabularies spell the same.
     """
     if name.startswith(TRANSLATE):
         return _translated(loaded, options, name.removeprefix(TRANSLATE))
@@ -109,7 +109,7 @@ def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targe
 
 
 def _key(loaded: Loaded, options: EngineOptions, name: str, mark: str = "") -> ModelKey:
-    """What tells the draft model `name` from every other; `mark` from the same one seen in another way."""
+    """The key of the draft model `name`; `mark` distinguishes a translated one from the model itself."""
     folder, ours = resolve_folder(name).resolve(), loaded.target.dtype
     free = options.dtype == "auto" and reads_emulated(name, ours, loaded.target.device, options.implementation)
     dtype = "auto" if free else str(ours).removeprefix("torch.")
@@ -130,7 +130,7 @@ def _translated(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targ
         seen = translate(model, cast(Tokenizer, tokenizer), ours, loaded.target.vocab_size, name)
         sample = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in ours.encode(row)]
         share = shared_token_share(seen, sample)
-        told = f"{seen.notices[0]}: {share:.0%} of the tokens of a sample of code, a ceiling of acceptance"
-        seen.notices = (told, *model.notices)
+        notice = f"{seen.notices[0]}: {share:.0%} of the tokens of a sample of code, an upper bound of acceptance"
+        seen.notices = (notice, *model.notices)
         loaded.models[key] = (seen, loaded.tokenizer)
     return loaded.models[key]

@@ -1,6 +1,6 @@
-"""Addresses of before the house was rebuilt. Each works for one more release, with a warning that names the new one.
+"""Old import addresses. Each works for one more release, with a warning that names the new one.
 
-A row is (old address, new address): of a module, or of a name in one (then with a colon). Ask `git log --follow` for all others.
+A row is (old address, new address): of a module, or of a name in one (then with a colon). For all others see `git log --follow`.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ NAMES = {
     "outrider.sampling:Law": "outrider.sampling.pipeline:LogitsPipeline",
     "outrider.sampling.pipeline:Law": "outrider.sampling.pipeline:LogitsPipeline",
 }
-"""Names that did not move with their module; looked up at the module's new address when it has no such name."""
+"""Names that did not move with their module; used if the module's new address has no such name."""
 
 
 def find(module: str, name: str) -> object:
-    """What `name` of a module that has it no more is today. Raises AttributeError if it never was there, or is gone."""
+    """The present object of `name`, which has left its module. Raises AttributeError if it never existed there, or is gone."""
     new = NAMES.get(f"{module}:{name}")
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -149,7 +149,7 @@ def names_of(module: str) -> Callable[[str], object]:
 
 
 class _Alias(ModuleType):
-    """An old address: every name is looked up at the new one."""
+    """A module at an old address: every name is looked up at the new one."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -160,7 +160,7 @@ class _Alias(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Asked last, for modules that nobody else has found."""
+    """The last finder, for modules that no other finder has found."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if fullname not in MODULES:
@@ -175,13 +175,13 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _warn(old: str, new: str, level: int) -> None:
-    """level: frames up to whoever asks."""
+    """level: frames up to the importing code."""
     warnings.warn(
         f"{old} is now {new}; the old address goes with the next release", DeprecationWarning, stacklevel=level
     )
 
 
 def install() -> None:
-    """From here on the old addresses can be imported."""
+    """Make the old addresses importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -1,12 +1,12 @@
 """Counter-based noise: every random number is a pure function of (seed, place, lane), never of call order.
 
-So a request draws the same numbers whoever shares its batch, whichever slot it has and whenever it joins, and a rejected
-draft leaves no trace in the numbers that follow. The generator is SplitMix64's finaliser (Steele, Lea, Flood 2014) applied
+So a request draws the same numbers in any batch, in any slot and at any time, and a rejected draft does not change the
+numbers that follow. The generator is SplitMix64's finaliser (Steele, Lea, Flood 2014) applied
 once per key; uniforms lie strictly inside (0, 1), so `log(u)` is finite and no zero-probability token can be drawn.
 
 Lanes `accept`, `final` and `draft` are keyed by the anchor *and* the depth below it: two steps that look at the same position
 never share a number, which a sequence-level rule (whose decision at one depth reads the drafts below) needs to be exact.
-Lane `gumbel` is keyed by the absolute position alone: there sharing is the point (`verify/match.py`).
+Lane `gumbel` is keyed by the absolute position alone: there sharing is intended (`verify/match.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _mix(x: int) -> int:
 
 
 def key_of(*parts: int) -> int:
-    """64 bits that any change of the integer `parts` changes: what `uniforms` takes."""
+    """A 64-bit hash of the integer `parts`: the key of `uniforms`."""
     key = 0
     for part in parts:
         key = _mix(key ^ (part & _MASK))
@@ -45,7 +45,7 @@ def uniform(*parts: int) -> float:
 
 
 def open_unit(bits: int) -> float:
-    """The upper 52 of 64 bits as a number of (0, 1), neither end included."""
+    """The upper 52 of 64 bits as a number of the open interval (0, 1)."""
     return ((bits >> 12) + 0.5) * 2.0**-52
 
 
@@ -90,7 +90,7 @@ class Noise:
         return -torch.log(uniforms(key, vocab_size, device))
 
     def take(self, index: Sequence[int]) -> Noise:
-        """The noise of some of the sequences, in the order given."""
+        """The noise of some sequences, in the order given."""
         return Noise(tuple(self.seed[i] for i in index), tuple(self.position[i] for i in index))
 
 

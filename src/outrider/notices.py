@@ -1,4 +1,4 @@
-"""What keeps an engine from being as fast as this machine allows, a sentence each with what to do about it."""
+"""Why an engine is slower than this machine allows, one sentence each with the remedy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from outrider.threads import thread_notice
 from outrider.verify import native
 
 GPU = Path("/dev/nvidia0")
-"""There where the driver of an NVIDIA GPU is."""
+"""Exists where the driver of an NVIDIA GPU is installed."""
 
 
 def notices_of(targets: Iterable[Target], device: torch.device, drafts: bool, asked: str = "auto") -> list[str]:
-    """The notices of `targets` and of the machine, each once. drafts: drafts are verified. asked: the device that was asked for."""
+    """The notices of `targets` and of the machine, each once. drafts: whether drafts are verified. asked: the requested device."""
     found = [notice for target in targets for notice in target.notices]
     return list(dict.fromkeys([*found, *machine_notices(device, drafts, asked)]))
 
 
 def machine_notices(device: torch.device, drafts: bool, asked: str = "auto") -> list[str]:
-    """The same without models: what holds for whatever runs on this device."""
+    """The notices that do not depend on a model."""
     if device.type != "cpu":
         return []
     verified = native.notice() if drafts else None
@@ -40,5 +40,5 @@ def wasted_option(quantize: str | None, models: int) -> list[str]:
     if quantize is None or models:
         return []
     return [
-        f"draft_quantize={quantize!r} does nothing, for only a draft model is quantised: leave it out, or name a draft model"
+        f"draft_quantize={quantize!r} does nothing, because only a draft model is quantised: leave it out, or name a draft model"
     ]

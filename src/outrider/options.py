@@ -1,4 +1,4 @@
-"""How an engine is asked for: plain values, checked when they are made. Live parts (a model, a drafter, a rule) are arguments of
+"""The options of an engine: plain values, checked on construction. Objects (a model, a drafter, a rule) are arguments of
 `build_engine`, not options."""
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import get_args, no_type_check
 from outrider.errors import ConfigError, unknown_name
 
 _LEAST = {"length": 0, "slots": 1, "chunk": 1, "max_length": 1}
-"""The least value of every whole number."""
+"""The least value of each whole-number option."""
 _TEXTS = ("draft", "rule", "dtype", "device", "implementation")
 
 
-@no_type_check  # its own checks speak to users; a type checker in tests must not speak first
+@no_type_check  # its own checks give the messages for users; a type checker in tests must not raise first
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """The options of an engine. Every field is checked on construction; a bad one raises ConfigError.
@@ -58,19 +58,19 @@ class EngineOptions:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
     def changed(self, **changes: object) -> EngineOptions:
-        """The same options but for `changes`. Raises ConfigError for an unknown name (the nearest known one is said)."""
+        """The same options except `changes`. Raises ConfigError for an unknown name, with the nearest known one."""
         check_names(changes)
         return replace(self, **changes)
 
 
 def types_of(name: str) -> tuple[type, ...]:
-    """The types that a value of an option may have where it is set: None, which leaves it out, is none of them."""
+    """The types of an option's value if it is set, that is without None."""
     hint = get_annotations(EngineOptions, eval_str=True)[name]
     return tuple(t for t in (get_args(hint) or (hint,)) if t is not type(None))
 
 
 def check_names(names: Iterable[str]) -> None:
-    """ConfigError for the first of `names` that is no engine option."""
+    """Raise ConfigError for the first of `names` that is not an engine option."""
     known = [f.name for f in fields(EngineOptions)]
     unknown = sorted(set(names) - set(known))
     if unknown:

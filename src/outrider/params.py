@@ -1,4 +1,4 @@
-"""What one request asks of sampling: a frozen, checked value."""
+"""The sampling parameters of one request: a frozen, checked value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MAX_GRAMMAR = 65_536
 _MAX_DRAFTERS = 64
 
 
-@no_type_check  # its own checks speak to users; a type checker in tests must not speak first
+@no_type_check  # its own checks give the messages for users; a type checker in tests must not raise first
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample one request. Every field is checked on construction; a bad one raises RequestError.
@@ -60,12 +60,12 @@ class SamplingParams:
     stop_token_ids:     at most 256 tokens that end the output.
     logprobs:           None, or how many of the most likely tokens (0 .. 20) are reported beside the chosen one.
     grammar:            None, or what the output must be: "regex:PATTERN" or "json:SCHEMA", at most 64 KiB; without min_tokens.
-    tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = what the rule allows. A lossless
+    tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = the rule's limit. A lossless
                         rule spends nothing.
     prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the distribution.
-    draft_length:       most tokens drafted in a step of this request, >= 0; None = what the engine's controller wishes. It never
+    draft_length:       most tokens drafted in a step of this request, >= 0; None = as the engine's controller decides. It never
                         changes the distribution; 0 is plain decoding.
-    drafters:           numbers of the parts of a combined draft that may propose for this request, where the engine lets requests
+    drafters:           numbers of the members of a combined drafter that may propose for this request, if the engine lets requests
                         choose (`selectable`); None = all of them.
     """
 
@@ -127,27 +127,27 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """The distribution is a point mass."""
+        """Whether the distribution is a point mass."""
         return self.temperature == 0.0
 
     @property
     def penalised(self) -> bool:
-        """Logits depend on the tokens of the sequence."""
+        """Whether the logits depend on the tokens of the sequence."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
     def needs_history(self) -> bool:
-        """The distribution depends on more than the logits: on tokens (penalties) or their number (`min_tokens`)."""
+        """Whether the distribution depends on more than the logits: on tokens (penalties) or their number (`min_tokens`)."""
         return self.min_tokens > 0 or self.penalised
 
     @property
     def edits(self) -> bool:
-        """Logits change before temperature (bias, penalties, `min_tokens`): even the most likely token may."""
+        """Whether logits change before temperature (bias, penalties, `min_tokens`), which may change the most likely token."""
         return bool(self.logit_bias) or self.needs_history or self.grammar is not None
 
     @property
     def filters(self) -> bool:
-        """Tokens are cut from the distribution (min-p, top-k, top-p)."""
+        """Whether tokens are cut from the distribution (min-p, top-k, top-p)."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property
@@ -156,7 +156,7 @@ class SamplingParams:
         return tuple(self.logit_bias.items()) if isinstance(self.logit_bias, Mapping) else self.logit_bias
 
     def check_vocab(self, vocab_size: int) -> None:
-        """RequestError if a token named by the request is not one of `vocab_size` tokens."""
+        """Raise RequestError if a token named by the request is not one of `vocab_size` tokens."""
         biased = tuple(token for token, _ in self.bias)
         for name, tokens in (
             ("logit_bias", biased),

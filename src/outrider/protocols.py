@@ -1,6 +1,6 @@
-"""The verbs: what a target, a cache, a rule, a drafter, a controller and a sink can do. No code.
+"""The interfaces of a target, a KV cache, a rule, a drafter, a controller and a sink. No code.
 
-They are runtime-checkable for the type checks in the tests alone; nothing in the engine asks what class a part is.
+They are runtime-checkable only for the type checks in the tests; the engine never checks the class of a part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids. What a stream of text needs of one (decoding) is `engine.text.Decoder`."""
+    """Text to token ids. For decoding, streams of text use `engine.text.Decoder`."""
 
     def get_vocab(self) -> Mapping[str, int]:
         """String -> id."""
@@ -36,26 +36,26 @@ class KVCache(Protocol):
     capacity: int
 
     def reserve(self, rows: Rows) -> None:
-        """Check that the rows fit where `rows` says they go; raise CapacityError before anything is computed."""
+        """Check that the rows fit at the places given by `rows`; raise CapacityError before anything is computed."""
         ...
 
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
-        """Keep each segment's prefix and, for its nodes, the offsets (0 = its first node) of `paths`; forget the other rows.
+        """Keep each segment's prefix and, for its nodes, the offsets (0 = its first node) of `paths`; drop the other rows.
 
-        One entry of `paths` per segment. Rollback is this call: kept rows are moved down to stand behind each other.
+        One entry of `paths` per segment. This call is the rollback: kept rows are moved down to be contiguous.
         """
         ...
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a slot."""
+        """Drop all but the first `length` tokens of a slot."""
         ...
 
     def release(self, slots: Sequence[int]) -> None:
-        """Forget these slots entirely."""
+        """Clear these slots."""
         ...
 
     def erase(self, slot: int) -> None:
-        """Overwrite what a broken sequence left in its slot."""
+        """Overwrite the entries of a broken sequence in its slot."""
         ...
 
 
@@ -63,8 +63,8 @@ class KVCache(Protocol):
 class Target(Protocol):
     """A causal language model that scores flat rows.
 
-    trees: rows may be siblings. rewinds: rows may be forgotten again (False for recurrent states: plain decoding only).
-    notices: what a user should read about how it was loaded (why it is not faster, and what to do), a sentence each.
+    trees: rows may be siblings. rewinds: rows may be dropped again (False for recurrent states: plain decoding only).
+    notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
     """
 
     vocab_size: int
@@ -82,7 +82,7 @@ class Target(Protocol):
         ...
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
-        """Score `rows`: write their keys and values behind the cached tokens (without committing them) and return logits of
+        """Score `rows`: write their keys and values after the cached tokens (without committing them) and return logits of
         `rows.scored` in float32 (float64 if the model is), and the hidden states of all rows after each of `layers`
         (0 = the embeddings, i = after block i)."""
         ...
@@ -98,15 +98,15 @@ class Target(Protocol):
 
 @runtime_checkable
 class OpenTarget(Target, Protocol):
-    """A target whose parts can be used on their own: what drafters need that are made of the target itself."""
+    """A target whose parts can be used separately, for drafters made from the target itself."""
 
     def first_layers(self, layers: int) -> Target:
-        """The first `layers` blocks (1 .. all) with the same final norm and head: a model that shares every weight and has
-        caches of its own. Raises CapabilityError where it cannot be had."""
+        """The first `layers` blocks (1 .. all) with the same final norm and head: a model that shares every weight and has its
+        own caches. Raises CapabilityError if that is not possible."""
         ...
 
     def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
-        """Hidden states after the last block -> what the head reads."""
+        """Final norm: from hidden states after the last block to the head's input."""
         ...
 
     def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
@@ -118,8 +118,8 @@ class OpenTarget(Target, Protocol):
 class Rule(Protocol):
     """Accepts or rejects drafts. A pure function: no rows, no cache, no model.
 
-    lossless, trees: what it keeps, and what it can judge. lane: the noise a coupled drafter draws with. tv_limit: total variation
-    it may spend on a sequence in all, 0 for a lossless rule.
+    lossless: whether it keeps the target distribution. trees: whether it can verify trees. lane: the noise a coupled drafter draws
+    with. tv_limit: total variation it may spend on a sequence in all, 0 for a lossless rule.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Rule(Protocol):
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes. A deterministic function of the evidence since a slot was last released, and of noise."""
+    """Proposes draft tokens: a deterministic function of the evidence since a slot was last released, and of noise."""
 
     name: str
     layers: tuple[int, ...]
@@ -146,21 +146,21 @@ class Drafter(Protocol):
     trees: bool
 
     def bind(self, slots: int, length: int) -> None:
-        """Make room for `slots` sequences of `length` tokens; called once, when the engine is built."""
+        """Allocate memory for `slots` sequences of `length` tokens; called once, when the engine is built."""
         ...
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """One tree per sequence of the evidence, at most `budget[i]` deep; a budget of 0 means: only catch up."""
+        """One tree per sequence of the evidence, with at most `budget[i]` levels; with budget 0 the drafter only catches up."""
         ...
 
     def release(self, slots: Sequence[int]) -> None:
-        """Forget these slots."""
+        """Clear these slots."""
         ...
 
 
 @runtime_checkable
 class Controller(Protocol):
-    """How deep each sequence may draft next. Sees counters, never tokens."""
+    """Sets the draft length of each sequence for the next step. Sees counters, never tokens."""
 
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]: ...
 

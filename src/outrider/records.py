@@ -1,4 +1,4 @@
-"""What a step leaves behind in numbers: plain values without torch, only ever summed and handed on."""
+"""The numbers of a step: plain values without torch, which are only summed and passed on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _SUMS = ("steps", "proposed", "judged", "accepted", "dropped", "cut", "rejected"
 
 @dataclass(slots=True)
 class Counts:
-    """Raw counts, only ever summed; ratios are formed at the edge, as ratios of sums.
+    """Raw counts, which are only summed; ratios are formed for output, as ratios of sums.
 
     steps: sequence-steps with a verdict. proposed: nodes proposed. judged, rejected: see `Verdict`. accepted: accepted nodes that
-    were emitted. emitted: tokens. A text may end (end of text, stop string, limit) within the draft of its last step: dropped are
-    the accepted nodes behind that end, cut the steps that lost their own token with it. So judged = accepted + dropped + rejected
-    and emitted = accepted + steps - cut. risk, spread, bias: sums of the ledger, over all that was judged.
-    accepted_at[d]: steps whose node at depth d + 1 was accepted and emitted; judged_at[d]: steps in which depth d + 1 was judged,
-    none behind an end.
+    were emitted. emitted: tokens. A text may end (end of text, stop string, limit) within the draft of its last step. dropped: the
+    accepted nodes after that end. cut: the steps that lost their own token with it. So judged = accepted + dropped + rejected and
+    emitted = accepted + steps - cut. risk, spread, bias: sums of the ledger over all judged positions.
+    accepted_at[d]: steps whose node at depth d + 1 was accepted and emitted. judged_at[d]: steps in which depth d + 1 was judged,
+    without positions after an end.
     """
 
     steps: int = 0
@@ -36,7 +36,7 @@ class Counts:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the steps: what plain decoding would have taken steps for."""
+        """Tokens of the steps: the steps that plain decoding would have needed."""
         return self.accepted + self.steps - self.cut
 
     def add(
@@ -49,7 +49,7 @@ class Counts:
         bias: float,
         kept: int | None = None,
     ) -> None:
-        """One sequence-step with a verdict. kept: how many of its accepted + 1 tokens were emitted; None: all of them."""
+        """Add one sequence-step with a verdict. kept: how many of its accepted + 1 tokens were emitted; None: all of them."""
         kept = accepted + 1 if kept is None else kept
         self.steps += 1
         self.proposed += proposed
@@ -84,12 +84,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step as every sink sees it: host numbers only.
+    """One step as sinks receive it: host numbers only.
 
     rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
-    seconds: wall-clock seconds of each of PHASES; counts: the step's sums. engine_seeded: those of the sequences whose seed the
-    engine
-    chose: a client's own seed may repeat its noise, and then the distributions of the ledger do not hold over several requests.
+    seconds: wall-clock seconds of each of PHASES; counts: the step's sums. engine_seeded: the sums of the sequences whose seed the
+    engine chose: a client's own seed may repeat its noise, and then the statistics of the ledger do not hold over several requests.
     """
 
     rows: int

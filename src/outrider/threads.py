@@ -1,8 +1,8 @@
-"""One OpenMP thread per core, and one alone where work is small. Imports nothing heavy: it must run before torch does.
+"""One OpenMP thread per core, and a single one for small work. Imports nothing heavy: it must run before torch does.
 
-Threads are not bound to cores. Two processes that bind theirs choose the same cores, and wait for each other there beside idle
-ones; and a bound thread cannot leave a core to someone who needs all of it. The native decoder sees to it that its threads do
-not share a core while another is free (models/native/crew.h).
+Threads are not bound to cores. Two processes that bind theirs choose the same cores and wait for each other while other cores are
+idle, and a bound thread cannot leave a core to a process that needs all of it. The native decoder ensures that its threads do not
+share a core while another is free (models/native/crew.h).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _USERS = (_NUMBER, "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFI
 def set_threads(threads: int | None = None) -> bool:
     """Set OMP_NUM_THREADS for this process and its children. An OpenMP runtime reads it once, when it is loaded with torch.
 
-    threads: how many; None for the physical cores this process may run on. Returns whether it was set: it is not if torch is
-    imported already, if the user has set any variable of this kind, or where the system is not Linux.
+    threads: how many; None for the physical cores this process may run on. Returns whether it was set: not if torch is already
+    imported, if the user has set any variable of this kind, or if the system is not Linux.
     """
     if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in _USERS):
         return False
@@ -50,7 +50,7 @@ def thread_notice(threads: int) -> str | None:
 
 
 def quota(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Whole cores that a container's CPU quota allows, at least 1; a large number where there is no quota."""
+    """Whole cores that a container's CPU quota allows, at least 1; a large number without a quota."""
     try:
         limit, period = (root / "cpu.max").read_text().split()
         return max(1, math.ceil(int(limit) / int(period)))
@@ -59,7 +59,7 @@ def quota(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _cores(usable: set[int]) -> int:
-    """Physical cores behind the logical processors `usable`; each processor counts where the system does not say."""
+    """Physical cores of the logical processors `usable`; each processor counts if the system does not report them."""
     cores = set()
     for cpu in usable:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -71,15 +71,15 @@ def _cores(usable: set[int]) -> int:
 
 
 FEW = 1 << 18
-"""Numbers that one thread works through in less than 0.1 ms: hardly more than it costs to call another one, and on a busy
-machine the other one may be milliseconds away, while the part of the work that it was given waits."""
+"""Numbers that one thread processes in less than 0.1 ms: hardly more than the cost of starting another thread, which on a busy
+machine may begin only milliseconds later, while its part of the work waits."""
 
 
 @contextmanager
 def serially(numbers: int) -> Iterator[None]:
-    """Inside, this thread works alone if `numbers`, the size of what is worked on, is FEW at most. Other threads notice nothing.
+    """Inside, this thread works alone if `numbers`, the size of the data, is at most FEW. Other threads are not affected.
 
-    Depends on nothing but the size, so that results have the same bits on a busy machine and on an idle one.
+    It depends only on the size, so that results have the same bits on a busy machine and on an idle one.
     """
     openmp = _openmp() if numbers <= FEW else None
     threads = 1 if openmp is None else openmp.omp_get_max_threads()
@@ -95,7 +95,7 @@ def serially(numbers: int) -> Iterator[None]:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime that torch has loaded, whose number of threads torch goes by; None if it uses another one."""
+    """The OpenMP runtime that torch has loaded, which determines torch's number of threads; None if torch uses another one."""
     import torch
 
     try:

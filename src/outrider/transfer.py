@@ -1,7 +1,7 @@
-"""What crosses between the host and an accelerator: uploads that do not wait, and results that come home in one copy.
+"""Transfers between the host and an accelerator: uploads that do not wait, and results read in one copy.
 
-A read waits for all that the device was told to do, so it pays to read seldom. Whoever decides something on the device hands back a
-`Pending`, and whoever needs several results fetches them together.
+A read waits for all queued work of the device, so reads should be rare. Functions that compute a result on the device return a
+`Pending`, and callers that need several results fetch them together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the numbers of `x` lie in this machine's memory, where reading them costs nothing."""
+    """Whether `x` is in host memory, where reading it does not wait."""
     return x.device.type == "cpu"
 
 
@@ -28,7 +28,7 @@ def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
 
 
 def read(*parts: Tensor) -> list[Any]:
-    """Tensors of up to two dimensions as lists, by one copy: numbers below 2^53 come home as they are."""
+    """Tensors of up to two dimensions as lists, by one copy: numbers below 2^53 are exact."""
     if all(map(on_host, parts)):
         return [x.tolist() for x in parts]
     flat = torch.cat([x.flatten().double() for x in parts]).tolist()
@@ -45,14 +45,14 @@ def read(*parts: Tensor) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Pending(Generic[T]):
-    """A result whose numbers may still be on a device: `parts`, and what makes the result of them once they are lists."""
+    """A result that may still be on a device: `parts`, and the function that makes the result from them as lists."""
 
     parts: tuple[Tensor, ...]
     finish: Callable[..., T]
 
 
 def fetch(*pending: Pending[Any]) -> list[Any]:
-    """All these results, by one copy."""
+    """Fetch all these results by one copy."""
     lists = read(*(part for one in pending for part in one.parts))
     out, at = [], 0
     for one in pending:

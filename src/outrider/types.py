@@ -1,8 +1,8 @@
-"""The nouns: plain data that crosses between engine, target, rule and drafter. Imports torch and, of ours, plain values only.
+"""Plain data passed between engine, target, rule and drafter. Imports torch and plain values only.
 
 Shapes: N rows, K nodes, B sequences with a verdict in this step, M = B + K scored rows, V vocabulary, H hidden size.
-The *structure* of a step (who, where, parents, counts) is host data (tuples): it is known before anything is computed, so no
-step waits for the device to learn its own shapes. Only tokens, distributions and scores are tensors.
+The *structure* of a step (slots, places, parents, counts) is host data (tuples): it is known before anything is computed, so no
+step waits for the device for its own shapes. Only tokens, distributions and scores are tensors.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from outrider.noise import Noise
 from outrider.params import SamplingParams
 
 Siblings = Literal["iid", "without_replacement", "hub"]
-"""How several children of a node were drawn from one distribution: independently; each from what the earlier ones left; or as
-SpecHub's pairs, the most likely token a and one other: the first from the distribution, the second a, or from the distribution
-without a if the first is a."""
+"""How several children of a node were drawn from one distribution: independently; each from the rest after the earlier ones; or as
+SpecHub's pairs of the most likely token a and another one: the first from the distribution, the second a, or, if the first is a,
+from the distribution without a."""
 
 Tree = tuple[Sequence[int], Sequence[int]]
 """Draft tokens of one sequence and the parent of each: a number among them, or -1 for the anchor."""
 
 TOLERANCE = 1e-3
-"""How far a row of `Proposal.probs` may be from summing to one; float32 softmax over 200,000 entries stays below 1e-5."""
+"""Allowed deviation of a row sum of `Proposal.probs` from one; float32 softmax over 200,000 entries stays below 1e-5."""
 
 POINT_MASS = -1
 """`Proposal.row` of a node that was not drawn from a distribution: it counts as a point mass, which is always lossless."""
@@ -46,7 +46,7 @@ class Proposal:
     row:      K row numbers, POINT_MASS (-1) for a node without a distribution.
     support:  [S] target token of each column, or None when the columns are the target's vocabulary.
     siblings: how several nodes were drawn from one row.
-    sound:    `probs` itself if whoever drew from it has seen that each row sums to one and has no negative part; else None.
+    sound:    `probs` itself if the code that drew from it has checked that each row sums to one and is not negative; else None.
     """
 
     probs: Float[Tensor, "R S"]
@@ -66,7 +66,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposals for B sequences as one flat forest: nodes of a sequence stand together, parents come before children.
+    """Proposals for B sequences as one flat forest: nodes of a sequence are contiguous, parents come before children.
 
     token:  [K] proposed tokens, int64.
     parent: K node numbers (of this draft), or -1 for a child of the anchor.
@@ -92,7 +92,7 @@ class Draft:
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """The proposed tokens on the host; a draft made by `join` has had them there from the start."""
+        """The proposed tokens on the host; a draft made by `join` has them there from the start."""
         return tuple(self.token.tolist())
 
     def nodes(self, b: int) -> range:
@@ -100,7 +100,7 @@ class Draft:
         return range(self.offsets[b], self.offsets[b + 1])
 
     def row(self, b: int, node: int = -1) -> int:
-        """Row of the scored rows of a node of sequence b; -1: of its anchor."""
+        """Number among the scored rows of a node of sequence b; node -1: its anchor."""
         return b if node < 0 else len(self.counts) + node
 
     def local(self, b: int, node: int) -> int:
@@ -109,7 +109,7 @@ class Draft:
 
     @cached_property
     def parent_rows(self) -> tuple[int, ...]:
-        """[K] For every node the scored row that judges it: its parent's, or its sequence's anchor's."""
+        """[K] For every node the scored row that verifies it: its parent's, or its sequence's anchor's."""
         below, owner = len(self.counts), self.sequence_of_row
         return tuple(owner[below + k] if up < 0 else below + up for k, up in enumerate(self.parent))
 
@@ -120,7 +120,7 @@ class Draft:
 
     @cached_property
     def path_tokens(self) -> tuple[tuple[int, ...], ...]:
-        """[M] For every scored row the drafted tokens from the anchor down to it; none for the anchors."""
+        """[M] For every scored row the draft tokens from the anchor down to it; none for the anchors."""
         out: list[tuple[int, ...]] = [()] * len(self.counts)
         for above, token in zip(self.parent_rows, self.tokens, strict=True):
             out.append((*out[above], token))
@@ -143,7 +143,7 @@ class Draft:
         return self.tokens[low:end], [up if up < 0 else up - low for up in self.parent[low:end]]
 
     def take(self, index: Sequence[int]) -> Draft:
-        """The drafts of some of the sequences, in the order given; -1 stands for a sequence without a draft."""
+        """The drafts of some sequences, in the order given; -1: a sequence without a draft."""
         if list(index) == list(range(len(self.counts))):
             return self
         nodes = [k for b in index if b >= 0 for k in self.nodes(b)]
@@ -152,7 +152,7 @@ class Draft:
 
     @staticmethod
     def join(trees: Sequence[Tree], q: Proposal | None = None, device: torch.device | str = "cpu") -> Draft:
-        """One draft of a tree for each sequence. Its tokens are known on the host: nobody will have to ask `device` for them."""
+        """One draft with a tree for each sequence. Its tokens are known on the host, so they are never read from `device`."""
         tokens, parent = list[int](), list[int]()
         for own, parents in trees:
             low = len(tokens)
@@ -165,7 +165,7 @@ class Draft:
 
     @staticmethod
     def empty(sequences: int, device: torch.device | str = "cpu") -> Draft:
-        """No proposal for any of `sequences`: plain decoding."""
+        """A draft without proposals for `sequences` sequences: plain decoding."""
         return Draft.join([((), ())] * sequences, None, device)
 
 
@@ -192,13 +192,13 @@ class Segment:
 
     @property
     def is_chain(self) -> bool:
-        """True when every row sees exactly the rows before it: attention is plain causal."""
+        """True if every row sees exactly the rows before it: plain causal attention."""
         return all(p == self.fed + i - 1 for i, p in enumerate(self.parent))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one target forward scores: all sequences flat, no padding.
+    """The rows of one target forward: all sequences flat, no padding.
 
     token:    [N] int64. position: [N] int64 absolute positions (siblings share one).
     segments: one per sequence, in order of rows.
@@ -216,7 +216,7 @@ class Rows:
 
     @cached_property
     def scored_rows(self) -> tuple[tuple[int, ...], ...]:
-        """For each segment where its rows stand among the scored rows: its anchor, then its nodes; none if it is not scored."""
+        """For each segment the numbers of its rows among the scored rows: its anchor, then its nodes; none if it is not scored."""
         anchors, nodes = 0, sum(s.scored for s in self.segments)
         out: list[tuple[int, ...]] = []
         for s in self.segments:
@@ -225,7 +225,7 @@ class Rows:
         return tuple(out)
 
     def node_rows(self, segment: int, path: Sequence[int]) -> list[int]:
-        """Rows of the forward of some nodes of a segment, 0 for its first node."""
+        """Rows of the forward for some nodes of a segment, 0 being its first node."""
         s = self.segments[segment]
         return [s.first + s.fed + node for node in path]
 
@@ -260,7 +260,7 @@ class Rows:
 
 
 class Scores(NamedTuple):
-    """What a target forward returns: logits of the scored rows, hidden states of all rows for the layers asked for."""
+    """The result of a target forward: logits of the scored rows, and hidden states of all rows for the requested layers."""
 
     logits: Float[Tensor, "M V"]
     hidden: tuple[Float[Tensor, "N H"], ...] = ()
@@ -268,7 +268,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a rule decided for the B sequences, on the host. Every verdict emits accepted + 1 tokens per sequence.
+    """A rule's decisions for the B sequences, on the host. Every verdict emits accepted + 1 tokens per sequence.
 
     path:       per sequence the accepted nodes (numbers of the draft), anchor side first.
     next_token: per sequence the correction or bonus token: the new anchor.
@@ -292,12 +292,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """What drafters and distributions may know of one sequence.
+    """The view of one sequence that drafters and logits processors get.
 
     slot:    its index in every persistent table. seed: its request seed.
     tokens:  prompt and output so far, the anchor last (read only: the engine's own list).
     prompt:  how many of them are the prompt.
-    cached:  how many of them are in the target's cache (after the step: all but the anchor, or the prompt chunks so far).
+    cached:  how many of them are in the target's KV cache (after the step: all but the anchor, or the prompt chunks so far).
     params:  the request's sampling parameters (`params.SamplingParams`).
     """
 
@@ -312,20 +312,20 @@ class SequenceView:
 LogitsProcessing = Callable[
     [Float[Tensor, "n V"], Sequence[SequenceView], Sequence[Sequence[int]]], Float[Tensor, "n V"]
 ]
-"""The request's processors, for a drafter's own logits: (logits, sequences, paths) -> distributions. Row i under the parameters of
-`sequences[i]`, whose tokens are followed by the tokens `paths[i]`."""
+"""The request's logits processors, for a drafter's own logits: (logits, sequences, paths) -> distributions. Row i uses the
+parameters of `sequences[i]`, whose tokens are followed by the tokens `paths[i]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All a drafter may look at after a step. The same object after a prompt chunk as after a decode step.
+    """Everything a drafter may read after a step. The same object after a prompt chunk and after a decode step.
 
-    rows, scores: the step's forward. draft, verdict: what was proposed to the scored sequences and what became of it.
-    sequences:    every live sequence that took part in the step, or joined it, in the order of the draft wanted.
+    rows, scores: the step's forward. draft, verdict: the proposals for the scored sequences and the decisions.
+    sequences:    every live sequence that took part in the step, or joined it, in the order of the next draft.
     segment_index: for each of `sequences` the number of its segment in `rows`, or -1 if it was not in the forward.
     verdict_index: for each of `sequences` its number in `draft` and `verdict`, or -1 if it had no verdict in this step.
     noise:        noise at the new anchors, one entry per sequence.
-    pipeline:     the target's processors as a function a drafter may apply to its own logits (temperature, top-k, ...).
+    pipeline:     the logits processors as a function a drafter may apply to its own logits (temperature, top-k, ...).
     """
 
     rows: Rows
@@ -342,7 +342,7 @@ class Evidence:
     law = Renamed("pipeline")
 
     def accepted_rows(self, i: int) -> list[int]:
-        """Rows of the forward that sequence i now has in the target's cache, in order."""
+        """Rows of the forward that sequence i now has in the target's KV cache, in order."""
         if self.segment_index[i] < 0:
             return []
         s, b = self.rows.segments[self.segment_index[i]], self.verdict_index[i]

@@ -1,4 +1,4 @@
-"""Two vocabularies, compared id by id."""
+"""Compares two vocabularies id by id."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 def first_difference(
     target: Mapping[str, int], draft: Mapping[str, int], limit: int | None = None
 ) -> tuple[int, str, str] | None:
-    """Lowest id below `limit` (None: any) that two vocabularies (string -> id) both have and read differently, with both strings.
+    """Lowest id below `limit` (None: any) that stands for different strings in two vocabularies (string -> id), with both strings.
 
-    An id that only one of them has is padding of the other one's model and no difference.
+    An id that only one of them has is padding in the other and does not count as a difference.
     """
     ours = {token: text for text, token in target.items()}
     pairs = ((i, ours.get(i, text), text) for text, i in draft.items() if limit is None or i < limit)

@@ -1,4 +1,4 @@
-"""Asking other servers: where the address says, and nowhere else."""
+"""HTTP requests to other servers, without following redirects."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import urllib.request
 
 
 class Stay(urllib.request.HTTPRedirectHandler):
-    """Redirects are answers, not directions: a key, and a text, are for the server they were meant for. They raise HTTPError."""
+    """Redirects raise HTTPError: an API key and a text must reach only the server they were meant for."""
 
     def redirect_request(self, *_: object) -> None:  # type: ignore[override]
         return None
 
 
 OPENER = urllib.request.build_opener(Stay)
-"""By the proxies of the environment, as every client."""
+"""Uses the proxies of the environment, as other clients do."""
 DIRECT = urllib.request.build_opener(Stay, urllib.request.ProxyHandler({}))
-"""By no proxy."""
+"""Uses no proxy."""

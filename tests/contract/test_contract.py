@@ -40,7 +40,7 @@ def refused(drafter: str, rule: str) -> bool:
     proposes, judge = DRAFTERS[drafter](MODEL, 1), load_rule(rule)
     if not proposes.trees or judge.trees:
         return False
-    with pytest.raises(CapabilityError, match="judges chains only"):
+    with pytest.raises(CapabilityError, match="verifies chains only"):
         engine(MODEL, proposes, judge, 1)
     return True
 

@@ -205,7 +205,7 @@ def test_drafts_that_are_right_pass():
         ({"counts": (2, 2)}, "counts that sum to 4"),
         ({"counts": (4, -1)}, "counts that sum to 3"),
         ({"counts": (2, 1, 0)}, "trees for 3 sequences"),
-        ({"counts": (2.0, 1.0)}, "no whole numbers"),
+        ({"counts": (2.0, 1.0)}, "not whole numbers"),
         ({"token": torch.tensor([1, 2])}, "2 tokens and 3 parents"),
         ({"token": torch.tensor([1.0, 2.0, 0.0])}, "tokens of type torch.float32"),
         ({"q": Proposal(torch.ones(2, 3) / 3, (0, 1))}, "2 row numbers for 3 nodes"),

@@ -139,7 +139,7 @@ def test_a_killed_worker_is_replaced_and_its_clients_are_told_at_once() -> None:
         assert longest[0] < 5
 
 
-@pytest.mark.parametrize(("path", "said"), [("/hang", "not said a word"), ("/lost", "dead or hangs")])
+@pytest.mark.parametrize(("path", "said"), [("/hang", "sent no heartbeat"), ("/lost", "dead or hangs")])
 def test_a_worker_that_hangs_or_gives_up_is_replaced(path: str, said: str) -> None:
     with scripted(max_heartbeat_age=0.8) as kept:
         first = kept.worker()

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from outrider.serve.supervisor import HEARTBEAT_SECONDS, Awake, turned_away
+from outrider.serve.supervisor import HEARTBEAT_SECONDS, Awake, max_refused
 from tests.serve.harness import a_port, until
 from tests.serve.test_keeper import KEEP, WORKER, keeping, scripted
 
@@ -24,7 +24,7 @@ def test_a_time_in_which_the_keeper_was_stopped_does_not_count() -> None:
         time.sleep(1.0)
         assert kept.worker() == worker and kept.status() == 200
         kept.process.terminate()
-        assert "not said a word" not in kept.end()[1]
+        assert "sent no heartbeat" not in kept.end()[1]
 
 
 def test_a_worker_that_is_stopped_is_replaced_all_the_same() -> None:
@@ -33,7 +33,7 @@ def test_a_worker_that_is_stopped_is_replaced_all_the_same() -> None:
         os.kill(worker, signal.SIGSTOP)
         until(lambda: kept.status() == 200 and kept.worker() != worker, 20)
         kept.process.terminate()
-        assert "not said a word for 1 s" in kept.end()[1]
+        assert "sent no heartbeat for 1 s" in kept.end()[1]
 
 
 def test_a_clock_leaves_out_what_it_did_not_see(monkeypatch) -> None:
@@ -69,4 +69,4 @@ def cpu(pid: int) -> float:
 
 
 def test_clients_to_turn_away_leave_room_for_a_worker() -> None:
-    assert 1 <= turned_away() <= 512
+    assert 1 <= max_refused() <= 512

@@ -272,5 +272,5 @@ class Closed:
 
 
 def test_what_a_target_does_not_give_is_said() -> None:
-    with pytest.raises(CapabilityError, match="leaves out what is the target's own"):
+    with pytest.raises(CapabilityError, match="does not hold the target's own tables"):
         target_tables(Closed(), Path("x"))  # type: ignore[arg-type]

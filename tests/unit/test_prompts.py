@@ -134,7 +134,7 @@ def test_what_measures_sees_one_prompt_too(one) -> None:
 
 def test_what_audits_asks_for_ids() -> None:
     assert as_ids(IDS) == [IDS]
-    with pytest.raises(RequestError, match="token ids are wanted"):
+    with pytest.raises(RequestError, match="expected token ids"):
         as_ids(["def f"])
 
 

@@ -1,4 +1,4 @@
-"""Controllers: how deep each sequence may draft next."""
+"""Controllers: they set the draft length of each sequence for the next step."""
 
 from outrider.control.adaptive import Adaptive
 from outrider.control.fixed import Fixed

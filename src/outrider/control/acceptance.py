@@ -1,4 +1,4 @@
-"""What drafts are accepted lately, by depth, and what that is worth."""
+"""Recent acceptance of draft tokens by depth, and the tokens per step that it implies."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from outrider.records import StepRecord
 from outrider.theory.speedup import break_even_acceptance
 
 MEMORY, FLOOR = 1000.0, 120.0
-"""Sequence-steps, drafted for or not, after which evidence about acceptance has lost 63% of its weight; and the number of
-tries it is not faded below, so that a few steps of a trial do not outvote all that is known."""
+"""Sequence-steps, with or without drafts, after which evidence about acceptance has lost 63% of its weight; and the number of
+tries below which it does not fade, so that a few steps of a trial do not outweigh everything measured before."""
 ENOUGH = 30.0
-"""Tries on which a first look may rest."""
+"""Tries needed for a first estimate."""
 
 
 class AcceptanceByDepth:
-    """Fading shares of the drafts that were accepted at each depth, 1 to `longest`."""
+    """Fading shares of the draft tokens that were accepted at each depth, 1 to `longest`."""
 
     def __init__(self, longest: int) -> None:
         self._hits, self._tries = [0.0] * longest, [0.0] * longest
 
     @property
     def known(self) -> bool:
-        """Whether enough drafts have been seen for `tokens_per_step` to rest on them."""
+        """Whether enough drafts were verified for `tokens_per_step`."""
         return bool(self._tries) and self._tries[0] >= ENOUGH
 
     def learn(self, record: StepRecord, lengths: Sequence[int]) -> None:
-        """A step that judged drafts of these lengths, less those of sequences that have gone."""
+        """Learn from a step that verified drafts of these lengths, minus those of sequences that have ended."""
         if not lengths:
             return
         there = min(1.0, record.scored / len(lengths))
@@ -42,7 +42,7 @@ class AcceptanceByDepth:
                 self._tries[depth] += tries
 
     def tokens_per_step(self, length: int) -> float:
-        """E(L) = 1 + sum over depths of the share of steps that were accepted there; deeper ones continue geometrically."""
+        """E(L) = 1 + sum over depths of the share of drafts accepted there; unmeasured depths continue geometrically."""
         total, share, fall = 1.0, 1.0, 0.7
         for depth in range(length):
             if self._tries[depth] >= 1.0:
@@ -55,10 +55,10 @@ class AcceptanceByDepth:
 
 
 def break_even(length: int, cost: float) -> float | None:
-    """Rejection probability r per judged token at which `length` gains nothing: 1 + sum over d <= length of (1 - r)^d = cost.
+    """Rejection probability r per judged token at which `length` breaks even: 1 + sum over d <= length of (1 - r)^d = cost.
 
-    cost: seconds of a speculative step over those of a plain one. 1.0 if even certain rejection loses nothing, 0.0 if even
-    certain acceptance would not pay, None for length 0.
+    cost: seconds of a speculative step divided by those of a plain one. Returns 1.0 if even certain rejection loses nothing, 0.0
+    if even certain acceptance is no gain, None for length 0.
     """
     if length == 0:
         return None

@@ -1,13 +1,13 @@
-"""Draft length from the clock: as deep as it pays for this load, and not at all where it does not.
+"""Draft length from measured times: the fastest length for the present load, which may be none.
 
-With b sequences in a step and a draft length L, a step takes T(b, L) seconds and emits E(L) tokens per sequence, so a length is
-worth E(L) / T(b, L). Both are measured: E from the steps that were accepted at each depth, ratios of T by trials in which two
-lengths take turns, step by step. Speculation gains over plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et al.
-2023, Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). A ratio of neighbouring
-steps is needed because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such
-neighbours are rare: until a load has had a trial, and again whenever it has been without such neighbours for a while, T is foretold
-from whatever steps came by (`control.step_times`), so that no choice outlives the evidence for it. What the drafter takes to
-read prompts, which no trial sees, is laid on the steps of every length but 0.
+With b sequences in a step and a draft length L, a step takes T(b, L) seconds and emits E(L) tokens per sequence, so the speed of
+a length is E(L) / T(b, L). Both are measured: E from the acceptance at each depth, ratios of T by trials in which two lengths
+alternate, step by step. Speculation is faster than plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et al. 2023,
+Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). Trials compare neighbouring
+steps because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such neighbours are
+rare: until a load has had a trial, and again when it has had no such neighbours for a while, T is predicted from all other steps
+(`control.step_times`), so that no choice outlives the evidence for it. The drafter's own prefill time, which no trial measures,
+is added to the steps of every length except 0.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from outrider.records import StepRecord
 from outrider.types import SequenceView
 
 AGREE, AGREE_PLAIN = 0.7, 0.5
-"""Share of the pairs that must agree with a move, and with one to plain decoding, beside the means."""
+"""Share of the pairs that must agree with a change of length, and with a change to plain decoding, besides the median."""
 EARLY_STOP_PAIRS, EARLY_STOP_MARGIN = 6, 0.1
-"""Pairs after which a trial ends early if all of them say that its length gains or loses at least this share."""
+"""A trial ends early after this many pairs if each shows that its length gains or loses at least this share."""
 SKIP_TRIAL_BELOW = 0.9
-"""A trial is put off, to the longest pause at most, when its length is foretold to be worth less than this share of the choice."""
+"""A trial is postponed, to the longest pause at most, if the predicted speed of its length is below this share of the choice's."""
 REQUIRED_PREFILL_RETURN = 2.0
-"""Drafting is taken up again where it is foretold to bring this many times what reading costs: the load may fall before it does."""
+"""Drafting starts again if the predicted saving is this many times the prefill cost: the load may change before it is repaid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the controller believes about the present load.
+    """The controller's estimates for the present load.
 
-    sequences: the load. length: its choice. speedup: of that choice over plain decoding. plain_seconds: a plain step.
-    break_even: rejection probability per judged token at which the choice would gain nothing. None: not measured yet.
+    sequences: the load. length: the chosen draft length. speedup: of that choice over plain decoding. plain_seconds: of a plain
+    step. break_even: rejection probability per judged token at which the choice would break even. None: not measured yet.
     """
 
     sequences: int
@@ -51,7 +51,7 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A draft length as measured: tokens per step, seconds of a step over those of a plain one, and speed over plain decoding."""
+    """Measurements of a draft length: tokens per step, step time relative to a plain step, and speedup over plain decoding."""
 
     length: int
     tokens_per_step: float
@@ -60,13 +60,13 @@ class Speed:
 
 
 class Adaptive:
-    """One draft length for each load, 0 to `longest`, kept where it pays and changed with hysteresis.
+    """One draft length for each load, 0 to `longest`, the fastest one, changed with hysteresis.
 
-    first:     length before anything is known. longest: most it may use (both >= 0, first <= longest).
+    first:     length before anything is measured. longest: the largest length (both >= 0, first <= longest).
     margin:    gain over the present choice below which nothing changes, and that speculation must show over plain
-               decoding to be taken up again; it is dropped at once when it is slower than plain decoding.
-    invariant: the rule gives the same text whatever the length (`match`). Otherwise a sampled request with a seed of its
-               own always gets `first`, so that its text depends on the seed and on nothing that was measured.
+               decoding to start again; it stops at once when it is slower than plain decoding.
+    invariant: the rule gives the same text for every length (`match`). Otherwise a sampled request with its own seed
+               always gets `first`, so that its text depends on the seed and not on measurements.
     """
 
     def __init__(self, first: int, longest: int, *, margin: float = 0.03, invariant: bool = False) -> None:
@@ -99,7 +99,7 @@ class Adaptive:
         return out
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from a step whose sequences all had one length, and decide again."""
+        """Learn from a step, and decide again if its sequences all had one length."""
         before, now = self._before, self._now
         self._before, self._now = now, None
         self._steps += 1
@@ -126,13 +126,13 @@ class Adaptive:
             load.pair()
         self._decide(load)
 
-    # ------------------------------------------------------------------ what it knows
+    # ------------------------------------------------------------------ estimates
     def tokens_per_step(self, length: int) -> float:
-        """E(L) by what was accepted lately."""
+        """E(L) from recent acceptance."""
         return self._accepted.tokens_per_step(length)
 
     def outlook(self) -> Outlook:
-        """What it believes about the load of the latest step."""
+        """The estimates for the load of the latest step."""
         load = self._loads.get(load_class(self._last)) if self._last else None
         if load is None:
             return Outlook(self._last, self.first, None, None, None)
@@ -145,7 +145,7 @@ class Adaptive:
         )
 
     def speeds(self) -> list[Speed]:
-        """The lengths whose cost was measured at the load of the latest step, shortest first; plain decoding is among them."""
+        """The lengths whose cost was measured at the load of the latest step, shortest first, including plain decoding."""
         load = self._loads.get(load_class(self._last)) if self._last else None
         if load is None:
             return []
@@ -161,14 +161,14 @@ class Adaptive:
         return self._loads.setdefault(load_class(sequences), LengthSearch(self.first, self.longest, self.first))
 
     def _charged(self, seconds: float, sequences: int, length: int) -> float:
-        """A step of this load with drafts of this length, and its share of the drafter's reading."""
+        """Seconds of a step of this load with drafts of this length, plus its share of the drafter's prefill."""
         return seconds + (self._forecast.reading.share(sequences * self.tokens_per_step(length)) if length else 0.0)
 
     def choice(self, sequences: Sequence[SequenceView]) -> int:
-        """The length for this load; in a trial the two lengths in turn; what is foretold before the first trial and while there can
-        be none.
+        """The length for this load: in a trial the two lengths alternately; the predicted one before the first trial and while no
+        trial is possible.
 
-        A trial pauses while prompts are read: such steps prove nothing, and its length would be paid for them all.
+        A trial pauses while prompts are read: such steps cannot be compared, and all of them would run with the trial's length.
         """
         load = self._load(len(sequences))
         if load.trial >= 0 and (load.turn >= MAX_TRIAL_STEPS or load.blind):
@@ -184,28 +184,28 @@ class Adaptive:
         return load.length if self._saving_exceeds_prefill(sequences, load.length) else 0
 
     def _saving_exceeds_prefill(self, sequences: Sequence[SequenceView], length: int) -> bool:
-        """Whether drafts of this length will earn, while these sequences last, what the drafter must read of them first."""
+        """Whether drafts of this length will save more time over these sequences than the drafter's prefill of them costs."""
         if length == 0:
             return True
         plain, drafted = (self._forecast.seconds(len(sequences), x) for x in (0, length))
         if plain is None or drafted is None:
             return True
-        saved = (plain - drafted / self.tokens_per_step(length)) / len(sequences)  # seconds a token
+        saved = (plain - drafted / self.tokens_per_step(length)) / len(sequences)  # seconds per token
         reading = self._forecast.reading
         return saved <= 0 or reading.ahead(sequences) * saved >= REQUIRED_PREFILL_RETURN * reading.behind(sequences)
 
     def _worth(self, sequences: int, length: int, *, beside: bool = False) -> float | None:
-        """Foretold tokens of a sequence per second of this load, beside the prompts that are read lately or alone; None if nothing
-        like it has been seen."""
+        """Predicted tokens per second of a sequence at this load, with (`beside`) or without the recent amount of prefill; None if
+        nothing similar was measured."""
         forecast = self._forecast
         alone = not beside or forecast.prompts < 1.0
         seconds = forecast.seconds(sequences, length) if alone else forecast.beside(sequences, length, self.longest)
         return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, sequences, length)
 
     def predicted(self, sequences: int, length: int) -> int:
-        """The length of the best foretold speed if that gains the margin over `length`; plain decoding if it gains at all.
+        """The length of the best predicted speed if it beats that of `length` by the margin; plain decoding if it is faster at all.
 
-        Plain decoding that has never been seen is what all else is held against: a few steps of it come first.
+        Plain decoding is the baseline: if it was never measured, a few steps of it come first.
         """
         if not self._accepted.known:
             return length
@@ -221,7 +221,7 @@ class Adaptive:
         return 0 if worth[0] > worth[length] else length
 
     def _decide(self, load: LengthSearch) -> None:
-        """At the end of a pause begin a trial; at the end of a trial judge it."""
+        """At the end of a pause begin a trial; at the end of a trial decide it."""
         if load.trial >= 0:
             if len(load.pairs) >= PAIRS or self._agreed(load):
                 self._judge(load)
@@ -236,14 +236,14 @@ class Adaptive:
             load.begin(trial)
 
     def _doubtful(self, load: LengthSearch, trial: int) -> bool:
-        """Whether a trial would only cost: at the very best its length is much worse than the choice."""
+        """Whether a trial is not worthwhile: even at best its length is much slower than the choice."""
         its, present = self._forecast.least(self._last, trial), self._worth(self._last, load.length)
         if its is None or present is None:
             return False
         return self.tokens_per_step(trial) < SKIP_TRIAL_BELOW * present * self._charged(its, self._last, trial)
 
     def _gains(self, load: LengthSearch) -> list[float]:
-        """Speed of the trial's length over that of the choice, pair by pair."""
+        """Speed of the trial's length relative to the choice, pair by pair."""
         gain = self.tokens_per_step(load.trial) / self.tokens_per_step(load.length)
         return [
             gain * self._charged(y, self._last, load.length) / self._charged(x, self._last, load.trial)
@@ -251,18 +251,18 @@ class Adaptive:
         ]
 
     def _needed(self, load: LengthSearch) -> float:
-        """The gain that the trial's length must show: plain decoding is taken up for any."""
+        """The gain that the trial's length must show; for plain decoding any gain is enough."""
         return 1.0 if load.trial == 0 else 1.0 + self.margin
 
     def _agreed(self, load: LengthSearch) -> bool:
-        """Whether a trial need not go on: every pair so far says the same, and clearly."""
+        """Whether a trial can end early: every pair so far clearly shows the same result."""
         gains, needed = self._gains(load), self._needed(load)
         return len(gains) >= EARLY_STOP_PAIRS and (
             min(gains) > needed * (1.0 + EARLY_STOP_MARGIN) or max(gains) < needed * (1.0 - EARLY_STOP_MARGIN)
         )
 
     def _judge(self, load: LengthSearch) -> None:
-        """Move to the trial's length if it is better by the margin, to plain decoding also if it is better at all."""
+        """Change to the trial's length if it is faster by the margin, or to plain decoding if it is faster at all."""
         gains, needed = self._gains(load), self._needed(load)
         gain, agree = median(gains), sum(g > needed for g in gains) / len(gains)
         moved = gain > needed and agree >= (AGREE_PLAIN if load.trial == 0 else AGREE)
@@ -271,6 +271,6 @@ class Adaptive:
 
 
 def _at_most(length: int, view: SequenceView) -> int:
-    """What a sequence drafts where its own request may ask for less."""
+    """The draft length of a sequence, limited by its own request."""
     own = view.params.draft_length
     return length if own is None else min(length, own)

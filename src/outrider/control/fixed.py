@@ -1,4 +1,4 @@
-"""The same depth for everybody."""
+"""The same draft length for every sequence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from outrider.types import SequenceView
 
 
 class Fixed:
-    """Every sequence may draft `length` >= 0 deep in every step."""
+    """Every sequence may draft `length` >= 0 tokens in every step."""
 
     def __init__(self, length: int) -> None:
         if length < 0:
@@ -22,4 +22,4 @@ class Fixed:
         return [self.length] * len(sequences)
 
     def observe(self, record: StepRecord) -> None:
-        """A fixed length learns nothing."""
+        """A fixed length does not use records."""

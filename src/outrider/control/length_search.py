@@ -1,4 +1,4 @@
-"""What is known of one load, and the trial of two draft lengths that may be on there."""
+"""The measurements of one load, and its trial of two draft lengths, if one is running."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass, field
 from statistics import median
 
 PAIRS, MAX_TRIAL_STEPS = 16, 128
-"""Paired step times of a trial of two lengths, and steps of it after which it is given up."""
+"""Paired step times of a trial of two lengths, and the number of steps after which it is abandoned."""
 SETTLE, FIRST_PAUSE, CLOSE_PAUSE, LAST_PAUSE = 8, 64, 256, 2048
-"""Steps before a trial while a neighbouring length is unknown, and otherwise: doubled while nothing changes, up to the third after
-a close trial, which costs next to nothing and may have been wrong, and to the last after a clear one. So trials cost below half a
-per cent in the long run."""
+"""Steps before a trial: the first while a neighbouring length is unknown; otherwise the second, doubled while nothing changes, up
+to the third after a close trial, which costs almost nothing and may have been wrong, and up to the last after a clear one. So
+trials cost less than half a per cent in the long run."""
 BLIND = 64
-"""Steps that cannot be compared with a neighbour, beyond those that can, after which a load goes by what is foretold."""
+"""Surplus of steps that cannot be compared with a neighbour over those that can, after which a load uses predictions."""
 PREFILL_TIME_SHARE = 0.02
-"""Share of the time that may go into the drafter's reading for trials."""
+"""Share of the time that the drafter's prefill for trials may take."""
 
 
 @dataclass(slots=True)
 class LengthSearch:
-    """One load class.
+    """The state of one load class.
 
-    first, longest: the length tried first, and the bound of all. length: the choice. trial: the length that takes turns with it,
-    or -1. turn: steps of the trial so far. pairs: T(trial) and T(length), pair by pair. halves: step times of the pair being
-    measured, by part and length. cost[L]: latest T(L) / T(0), reading included. recent: seconds of the latest steps of the
-    choice. at: the step it was last seen in. known: lengths that were held against the choice. pause, left: steps between
-    trials, and to the next. spent: seconds that the drafter read for a trial. asked: times its length was asked for while there
-    was no trial to go by. unseen: steps that had no neighbour to be compared with, less those that had, 0 to 2 BLIND.
+    first, longest: the length tried first, and the largest. length: the choice. trial: the length that alternates with it, or -1.
+    turn: steps of the trial so far. pairs: T(trial) and T(length), pair by pair. halves: step times of the pair being measured, by
+    part and length. cost[L]: latest T(L) / T(0), including prefill. recent: seconds of the latest steps of the choice. at: the step
+    it was last measured in. known: lengths that were compared with the choice. pause, left: steps between trials, and to the next.
+    spent: seconds of the drafter's prefill for a trial. asked: how often its length was asked for without a trial result. unseen:
+    steps that had no comparable neighbour minus those that had, 0 to 2 BLIND.
     """
 
     first: int
@@ -50,16 +50,16 @@ class LengthSearch:
     unseen: int = 0
 
     def see(self, comparable: bool) -> None:
-        """One step of this load. comparable: free of prompts, and of the same sequences and one length like its neighbour."""
+        """Count one step of this load. comparable: without prompts, and with the same sequences and one length as its neighbour."""
         self.unseen = max(0, self.unseen - 1) if comparable else min(2 * BLIND, self.unseen + 1)
 
     @property
     def blind(self) -> bool:
-        """Whether trials cannot be decided here at the moment: most steps have prompts, several lengths or other sequences."""
+        """Whether trials cannot be decided at present: most steps have prompts, several lengths or changing sequences."""
         return self.unseen >= BLIND
 
     def begin(self, trial: int) -> None:
-        """Let this length and the choice take turns; -1: nothing to try, look again after the longest pause."""
+        """Start a trial of this length against the choice; -1: nothing to try, check again after the longest pause."""
         self.trial, self.turn = trial, 0
         self.pairs.clear()
         self.halves.clear()
@@ -82,31 +82,31 @@ class LengthSearch:
             self.halves.clear()
 
     def usual(self) -> float | None:
-        """Median seconds of the latest steps of the choice; asked for by other threads, too."""
+        """Median seconds of the latest steps of the choice; other threads call this too."""
         recent = list(self.recent)
         return median(recent) if recent else None
 
     def choose(self, length: int) -> None:
-        """Another choice without a trial."""
+        """Change the choice without a trial."""
         if length != self.length:
             self.length = length
             self.recent.clear()
             self.known.clear()
 
     def near(self) -> list[int]:
-        """Lengths worth trying against the choice: plain decoding, one less, one more; against plain, `first` and one."""
+        """Lengths to try against the choice: plain decoding, one less, one more; against plain decoding, `first` and 1."""
         near = (0, self.length - 1, self.length + 1) if self.length else (self.first, min(1, self.longest))
         return [x for x in dict.fromkeys(near) if 0 <= x <= self.longest and x != self.length]
 
     def next_trial(self) -> int:
-        """An unknown neighbour first, otherwise all neighbours in turn; -1 if there is none."""
+        """The next length to try: an unknown neighbour first, otherwise all neighbours in turn; -1 if there is none."""
         near = self.near()
         self.tried += 1
         unknown = [x for x in near if x not in self.known]
         return unknown[0] if unknown else near[self.tried % len(near)] if near else -1
 
     def close(self, ratio: float, moved: bool, clear: bool) -> None:
-        """End the trial. ratio: T(trial) / T(length). moved: the trial's length becomes the choice. clear: not a close one."""
+        """End the trial. ratio: T(trial) / T(length). moved: the trial's length becomes the choice. clear: it is not close."""
         trial, length = self.trial, self.length
         if length == 0:
             self.cost[trial] = ratio
@@ -123,12 +123,12 @@ class LengthSearch:
         self._pause(LAST_PAUSE if clear else CLOSE_PAUSE)
 
     def put_off(self, trial: int) -> None:
-        """This length is foretold to lose: as if it had been tried and had lost."""
+        """Treat this length, which is predicted to be slower, as if a trial had shown it."""
         self.known.add(trial)
         self._pause(LAST_PAUSE)
 
     def abandon(self) -> None:
-        """End a trial that cannot be decided: hardly two steps of this load are neighbours without prompts."""
+        """End a trial that cannot be decided because this load has too few comparable neighbouring steps."""
         self.trial = -1
         self._pause(LAST_PAUSE)
 

@@ -1,8 +1,8 @@
-"""Seconds of a pass by its rows, learnt from whatever steps come by: what a controller knows of a load before it has measured it.
+"""Seconds of a pass by its number of rows, learnt from all steps: the estimate for a load that was not measured yet.
 
-Every step tells something, also one in which prompts are read and sequences come and go: how long a pass with that many rows took.
-Rows are grouped like loads, each group keeps a fading mean, and between groups the time is a line (a pass costs a constant while
-it is bound by memory and grows in proportion to its rows once it is bound by arithmetic; Williams et al., CACM 2009).
+Every step gives a measurement, even one with prefill and changing sequences: how long a pass with that many rows took. Rows are
+grouped like loads, each group keeps a fading mean, and between groups the time is interpolated linearly (a pass takes constant
+time while it is bound by memory, and time proportional to its rows when it is bound by arithmetic; Williams et al., CACM 2009).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 FADE, MACHINE_SPEED_SMOOTHING = 1.0 / 64.0, 1.0 / 8.0
-"""Weight of the newest step in its group's mean, and in what all groups have in common: how fast the machine is at the moment."""
+"""Weight of the newest step in its group's mean, and in the common factor of all groups: the present speed of the machine."""
 ENOUGH = 4
-"""Steps a group must have seen: the first ones of a process pay for what is prepared once."""
+"""Steps a group needs: the first steps of a process include one-time preparations."""
 EXTRAPOLATION_FACTOR = 1.5
-"""How far beyond the groups seen so far, as a factor of rows, a time is foretold."""
+"""How far beyond the measured groups, as a factor of rows, times are predicted."""
 OUTLIER_FACTOR = 3.0
-"""A step counts as at most this many times what was foretold for it."""
+"""A step counts as at most this many times its predicted time."""
 
 
 def load_class(number: int) -> int:
-    """Numbers that share measurements: 1, 2, 3, 4 by themselves, then 6, 8, 12, 16, 24, ... as upper ends."""
+    """The load class of a number of sequences, by its upper end: 1, 2, 3, 4, then 6, 8, 12, 16, 24, ..."""
     if number <= 4:
         return number
     top = 4
@@ -34,7 +34,7 @@ def load_class(number: int) -> int:
 
 
 def row_class(rows: int) -> int:
-    """Numbers of rows that share measurements: four groups to a doubling, since a draft more or less must show beside a prompt."""
+    """The class of a number of rows: four classes per doubling, fine enough to show one draft more or less beside a prompt."""
     return round(4.0 * math.log2(rows))
 
 
@@ -52,13 +52,13 @@ class RowTimes:
     _groups: dict[int, _Group] = field(default_factory=dict)
 
     def learn(self, rows: int, seconds: float) -> None:
-        """One pass of `rows` >= 1 rows took so many seconds."""
+        """Record that a pass of `rows` >= 1 rows took `seconds`."""
         predicted = self.seconds(rows)
         if predicted is not None and predicted > 0:
             seconds = min(max(seconds, predicted / OUTLIER_FACTOR), predicted * OUTLIER_FACTOR)
-            weather = (seconds / predicted) ** MACHINE_SPEED_SMOOTHING
+            speed_change = (seconds / predicted) ** MACHINE_SPEED_SMOOTHING
             for group in self._groups.values():
-                group.seconds *= weather
+                group.seconds *= speed_change
         group = self._groups.setdefault(row_class(rows), _Group(rows, seconds, 0))
         group.steps += 1
         weight = max(FADE, 1.0 / group.steps)
@@ -66,10 +66,10 @@ class RowTimes:
         group.seconds += weight * (seconds - group.seconds)
 
     def seconds(self, rows: float) -> float | None:
-        """What a pass of `rows` rows takes; None where nothing near has been seen. More rows are never said to take less.
+        """Predicted seconds of a pass of `rows` rows; None if nothing near was measured. Never decreasing in rows.
 
-        Below all that was seen the time falls in proportion, the most it can: what a wider pass is held against must not look
-        slow for want of evidence.
+        Below the smallest measured group the time is proportional to the rows, the lowest it can be: the baseline of a comparison
+        must not look slow for lack of measurements.
         """
         seen = sorted((g.rows, g.seconds) for g in self._groups.values() if g.steps >= ENOUGH)
         if not seen or not seen[0][0] / EXTRAPOLATION_FACTOR <= rows <= seen[-1][0] * EXTRAPOLATION_FACTOR:

@@ -1,7 +1,7 @@
-"""Seconds of a step for any load and draft length, put together from whatever steps came by.
+"""Seconds of a step for any load and draft length, estimated from all steps.
 
-A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt apart, from
-steps of any kind, so a load and length that never ran can be foretold. What a drafter needs to read prompts is kept apart
+A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt separately,
+from steps of any kind, so a load and length that never ran can be predicted. The drafter's prefill is kept separately
 (`outrider.control.prefill_cost`).
 """
 
@@ -12,18 +12,18 @@ from outrider.control.row_times import EXTRAPOLATION_FACTOR, RowTimes
 from outrider.records import StepRecord
 
 USUAL = 1.0 / 32.0
-"""Weight of the newest step in the rows of prompts that a step usually reads."""
+"""Weight of the newest step in the average number of prompt rows per step."""
 
 
 NEAR = 0.9 * EXTRAPOLATION_FACTOR
-"""How many times fewer rows a slope is taken over where half of them have never been seen."""
+"""The lower end of a slope is this many times fewer rows, if half of them were never measured."""
 
 
 class _Drafting:
-    """Seconds of drafting to one length, by sequences."""
+    """Seconds of drafting to one length, by number of sequences."""
 
     def __init__(self) -> None:
-        self.alone, self.loaded = RowTimes(), RowTimes()  # nothing else being read, and whatever was read beside it
+        self.alone, self.loaded = RowTimes(), RowTimes()  # in steps without prefill, and in all steps
 
     def seconds(self, sequences: int) -> float | None:
         alone = self.alone.seconds(sequences)
@@ -31,24 +31,25 @@ class _Drafting:
 
 
 class StepTimes:
-    """What a step takes, by load and draft length, and what the drafter's reading adds."""
+    """Seconds of a step by load and draft length, and of the drafter's prefill."""
 
     def __init__(self) -> None:
         self._passes = RowTimes()  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
         self.reading = PrefillCost()
         self.prompts = 0.0
-        """Rows of prompts that a step reads lately, on average."""
+        """Recent average of prompt rows per step."""
 
     def learn(self, record: StepRecord, before: tuple[int, int] | None, now: tuple[int, int] | None) -> None:
-        """A step. before, now: sequences and length of the draft it verified and of the one it made; None if lengths differed."""
+        """Learn from a step. before, now: sequences and length of the draft it verified and of the one it made; None if lengths
+        differed."""
         drafting = record.seconds["draft"]
         prompts = max(0, record.rows - record.scored - record.counts.proposed)
         self.prompts += USUAL * (prompts - self.prompts)
         if record.rows > 0:
             self._passes.learn(record.rows, sum(record.seconds.values()) - drafting)
         if now is None or now[1] == 0 or (before is not None and before[1] == 0):
-            return  # after a plain step the drafter reads what that step emitted
+            return  # after a plain step the drafter also reads the tokens of that step
         sequences, length = now
         mine = self._drafts.setdefault(length, _Drafting())
         mine.loaded.learn(sequences, drafting)
@@ -59,34 +60,34 @@ class StepTimes:
             self.reading.learn(prompts, drafting - alone)
 
     def seconds(self, sequences: int, length: int) -> float | None:
-        """A step of so many sequences with drafts of this length, reading aside; None where nothing near has been seen."""
+        """Predicted seconds of a step with drafts of this length, without the drafter's prefill; None if nothing near is known."""
         return self._step(sequences, length, self._passes.seconds(sequences * (1 + length)))
 
     def beside(self, sequences: int, length: int, longest: int) -> float | None:
-        """The same for steps that read as many prompts as they do lately, less what those rows take by themselves: they must be
-        read at any length. longest: of all lengths that are compared."""
+        """The same for steps with the recent amount of prefill, minus the time of those rows alone, which is due at any length.
+        longest: of all compared lengths."""
         rows, most = sequences * (1 + length), self.prompts + sequences * (1 + longest)
-        judging, above = self._passes.seconds(self.prompts + rows), self._passes.seconds(most)
+        verifying, above = self._passes.seconds(self.prompts + rows), self._passes.seconds(most)
         less = next((x for x in (0.5 * most, most / NEAR) if self._passes.seconds(x) is not None), most)
         below = self._passes.seconds(less)
-        if judging is None or above is None or below is None or less == most:
+        if verifying is None or above is None or below is None or less == most:
             return None
         row = (above - below) / (most - less)
-        least = judging * rows / (self.prompts + rows)  # of a pass that is bound by arithmetic, and none is worse
-        return self._step(sequences, length, max(least, judging - row * self.prompts))
+        least = verifying * rows / (self.prompts + rows)  # the share of a pass bound by arithmetic, the lower bound
+        return self._step(sequences, length, max(least, verifying - row * self.prompts))
 
-    def _step(self, sequences: int, length: int, judging: float | None) -> float | None:
-        """Drafting laid on a pass."""
-        if length == 0 or judging is None:
-            return judging
+    def _step(self, sequences: int, length: int, verifying: float | None) -> float | None:
+        """Seconds of a pass plus those of drafting."""
+        if length == 0 or verifying is None:
+            return verifying
         for other in sorted(self._drafts, key=lambda x: abs(x - length)):
             drafting = self._drafts[other].seconds(sequences)
             if drafting is not None:
-                return judging + drafting * length / other
+                return verifying + drafting * length / other
         return None
 
     def least(self, sequences: int, length: int) -> float | None:
-        """The same from below: drafting to a length that was never drafted to may take no time at all."""
-        judging = self._passes.seconds(sequences * (1 + length))
+        """A lower bound of the same: drafting to a length that was never measured counts as no time."""
+        verifying = self._passes.seconds(sequences * (1 + length))
         own = self._drafts[length].seconds(sequences) if length in self._drafts else None
-        return None if judging is None else judging + (own or 0.0)
+        return None if verifying is None else verifying + (own or 0.0)

@@ -1,4 +1,4 @@
-"""Drafters: what proposes. A drafter is a file; it sees evidence and returns a draft, and nothing else crosses."""
+"""Drafters: they propose tokens. A drafter is one file; it takes evidence and returns a draft, and exchanges nothing else."""
 
 from outrider.drafters.combine import FirstOf, first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter

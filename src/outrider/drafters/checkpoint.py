@@ -22,7 +22,7 @@ SPECULATORS_VERSION = "0.9.0"
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files into `folder`, which is made if it is not there."""
+    """Write both files into `folder`, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path = folder / "model.safetensors"
@@ -31,7 +31,7 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def read_folder(folder: Path, kind: str | tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a drafter of this kind, or of one of these. ConfigError for a folder of anything else."""
+    """Configuration and tensors of a drafter of this kind, or of one of these kinds. ConfigError for a folder of another kind."""
     config, found = read_config(folder)
     kinds = (kind,) if isinstance(kind, str) else kind
     if found not in kinds:
@@ -44,13 +44,13 @@ def read_folder(folder: Path, kind: str | tuple[str, ...]) -> tuple[dict[str, An
             raise ConfigError(f"{weights} cannot be read ({error}): download or train it again") from None
         twice = sorted(tensors.keys() & part.keys())
         if twice:
-            raise ConfigError(f"{folder}: tensor {twice[0][:120]} lies in two files: download it again")
+            raise ConfigError(f"{folder}: tensor {twice[0][:120]} is in two files: download it again")
         tensors |= part
     return config, tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a drafter's folder: one, or those its index names. Raises ConfigError where they are not to be had."""
+    """The weight files of a drafter's folder: one, or those its index names. Raises ConfigError if they are missing or pickled."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -64,14 +64,14 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(read_weight_map(index, CONFIG_BYTES).values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ConfigError(f"{index} names {name[:80]!r}, which is no safetensors file of this folder")
+            raise ConfigError(f"{index} names {name[:80]!r}, which is not a safetensors file of this folder")
         if not (folder / name).is_file():
             raise ConfigError(f"{folder / name} is missing: download the drafter again")
     return [folder / name for name in names]
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Configuration of a drafter's folder and the kind it says it is of. Raises ConfigError where there is none."""
+    """Configuration of a drafter's folder and the model type it names. Raises ConfigError if there is no configuration."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"{folder} holds no trained drafter: it needs config.json and model.safetensors")
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def check_fits(folder: Path, target: Target, *, hidden: int, vocab_size: int, layers: tuple[int, ...]) -> None:
-    """CapabilityError if a drafter was trained for a target of other sizes."""
+    """Raise CapabilityError if a drafter was trained for a target of other sizes."""
     if hidden != target.hidden_size or vocab_size != target.vocab_size:
         raise CapabilityError(
             f"{folder} was trained for a target of width {hidden} and {vocab_size} tokens, this one has "
@@ -110,7 +110,7 @@ def speculators_config(algorithm: str, tokens: int, verifier: str) -> dict[str, 
 
 
 def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
-    """`model` (made without storage) with `tensors` in float32, ready to serve; ConfigError if names, shapes or types differ."""
+    """Load `tensors` in float32 into `model` (built without storage); raises ConfigError if names, shapes or types differ."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     extra, absent = sorted(tensors.keys() - wanted.keys()), sorted(wanted.keys() - tensors.keys())
     if extra or absent:

@@ -1,4 +1,4 @@
-"""Several drafters as one: per sequence the first that has something to say, of those that the request admits."""
+"""Several drafters as one: per sequence the first that proposes something, of those that the request allows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores, Siblin
 class FirstOf:
     """Per sequence the first non-empty draft of `parts`, in their order.
 
-    A later part gets budget 0 for a sequence that has a draft already: it still catches up. Which part speaks depends
-    on the text and on the earlier ones having nothing to say, never on what was drawn, so distributions stay honest. A part that
-    fails has nothing to say, and one that fails again and again is not asked any more (`contained`).
+    A later part gets budget 0 for a sequence that already has a draft; it still catches up. Which part proposes depends on the
+    text and on earlier parts proposing nothing, never on drawn tokens, so the declared distributions stay exact. A part that
+    fails proposes nothing, and a part that fails repeatedly is switched off (`contained`).
     """
 
     def __init__(self, parts: Sequence[Drafter]) -> None:
@@ -40,7 +40,7 @@ class FirstOf:
             part.bind(slots, length)
 
     def release(self, slots: Sequence[int]) -> None:
-        """Every part forgets these slots."""
+        """Clear these slots in every part."""
         for part in self._contained:
             part.release(slots)
 
@@ -55,7 +55,7 @@ class FirstOf:
         return [notice for part in self._contained for notice in part.notices]
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """Ask the parts in turn; merge what they propose."""
+        """Call the parts in order and merge their drafts."""
         left = list(budget)
         drafts: list[Draft] = []
         chosen = [-1] * len(left)
@@ -65,13 +65,13 @@ class FirstOf:
             for i, count in enumerate(draft.counts):
                 if count:
                     chosen[i], left[i] = n, 0
-        speakers = {n for n in chosen if n >= 0}
-        if len(speakers) < 2:
-            return drafts[max(speakers, default=0)]
+        proposing = {n for n in chosen if n >= 0}
+        if len(proposing) < 2:
+            return drafts[max(proposing, default=0)]
         return merge(drafts, chosen, evidence.scores.logits.shape[-1])
 
     def _seen_by(self, part: Drafter, evidence: Evidence) -> Evidence:
-        """The evidence with just the hidden states this part asked for, in its order."""
+        """The evidence with only the hidden states this part asked for, in its order."""
         if part.layers == self.layers:
             return evidence
         hidden = tuple(evidence.scores.hidden[self.layers.index(layer)] for layer in part.layers)
@@ -87,9 +87,8 @@ def merge(drafts: Sequence[Draft], chosen: Sequence[int], vocab_size: int) -> Dr
     """One draft with the tree of sequence i taken from `drafts[chosen[i]]` (-1: none).
 
     Nodes without a distribution stay point masses. Distributions over different supports become distributions over the vocabulary.
-    A proposal has
-    one way of drawing siblings: a draft whose siblings were drawn another way than the first one's gives up its distributions,
-    which is always lossless (contract 1).
+    A proposal has one way of drawing siblings: if the siblings of a draft were drawn in another way than the first one's, its
+    distributions are dropped, which is always lossless (contract 1).
     """
     places = [(n, i) for i, n in enumerate(chosen) if n >= 0]
     used = sorted({n for n in chosen if n >= 0})
@@ -99,7 +98,7 @@ def merge(drafts: Sequence[Draft], chosen: Sequence[int], vocab_size: int) -> Dr
 
 
 def _merge_distributions(drafts: dict[int, Draft], places: list[tuple[int, int]], vocab_size: int) -> Proposal | None:
-    """places: for every sequence with a draft, which of `drafts` speaks for it, and its number."""
+    """places: for every sequence with a draft, which of `drafts` it comes from, and the sequence's number."""
     proposals = {n: d.q for n, d in drafts.items() if d.q is not None}
     trees_with_distributions = [n for n in proposals if not drafts[n].is_chain]  # a chain was drawn either way
     way: Siblings = proposals[trees_with_distributions[0]].siblings if trees_with_distributions else "iid"
@@ -131,10 +130,10 @@ def _equal(a: Int[Tensor, "S"] | None, b: Int[Tensor, "S2"] | None) -> bool:
 
 
 class SelectableDrafter:
-    """The drafter `inner` as part number `number`: silent for a sequence whose `params.drafters` does not name it.
+    """The drafter `inner` as part number `number`: it drafts nothing for a sequence whose `params.drafters` does not name it.
 
-    It then has budget 0, as if another part had spoken: it still catches up. The choice is made before anything is drawn, so the
-    distributions of drafts stay honest. Requests without `drafters` (see `sampling.chosen`) may have them all.
+    Its budget is then 0, as if another part had proposed: it still catches up. The choice is made before anything is drawn, so the
+    declared distributions stay exact. Requests without `drafters` use all of them.
     """
 
     def __init__(self, inner: Drafter, number: int) -> None:
@@ -147,17 +146,17 @@ class SelectableDrafter:
         self.inner.bind(slots, length)
 
     def release(self, slots: Sequence[int]) -> None:
-        """The drafter forgets these slots."""
+        """Clear these slots."""
         self.inner.release(slots)
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """What the drafter proposes for the sequences that chose it."""
+        """The drafter's proposals for the sequences that chose it."""
         chosen = [getattr(v.params, "drafters", None) for v in evidence.sequences]
         left = [b if c is None or self.number in c else 0 for b, c in zip(budget, chosen, strict=True)]
         return self.inner.draft(evidence, left)
 
 
 def gated(drafter: Drafter) -> Drafter:
-    """The same parts in the same order, each with its gate; the parts of a bound drafter stay bound."""
+    """The same parts in the same order, each a `SelectableDrafter`; the parts of a bound drafter stay bound."""
     parts = drafter.parts if isinstance(drafter, FirstOf) else (drafter,)
     return first_of(*(SelectableDrafter(part, number) for number, part in enumerate(parts)))

@@ -1,7 +1,7 @@
-"""Keys of the configurations of learned drafters: every one is read, is without effect, or is refused by name.
+"""Keys of the configurations of learned drafters: every key is read, has no effect, or is refused by name.
 
-A key that is dropped in silence would be a drafter other than the one that was trained: no text changes, but drafts are rejected
-and nobody learns why.
+Ignoring a key without a message could give another drafter than the one that was trained: no text would change, but drafts would
+be rejected for no visible reason.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from outrider.config_keys import COMMON, OPTIONS, ROPE, packed_key, real, unknow
 from outrider.errors import ConfigError
 
 LAYER = COMMON | OPTIONS | {"qkv_bias"}
-"""What describes decoder layers: in `transformer_layer_config`, or at the top of EAGLE's own folders."""
+"""Keys that describe decoder layers: in `transformer_layer_config`, or at the top level of EAGLE's own folders."""
 SPECULATORS = frozenset({
     "speculators_model_type", "speculators_version", "speculators_config", "transformer_layer_config", "auto_map",
     "has_no_defaults_at_init", "draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "embed_requires_grad",
 })  # fmt: skip
-"""What all drafters in the `speculators` layout have at the top."""
-SILENT: dict[str, tuple[Any, ...]] = {
+"""Keys that all drafters in the `speculators` layout have at the top level."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -32,11 +32,11 @@ SILENT: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "rope_scaling": ({},),
 }
-"""Keys of layers with the only values that describe what is computed here; null is one everywhere."""
+"""Keys of layers with the only supported values; null is always supported."""
 
 
 def check_keys(config: Mapping[str, Any], known: Set[str], folder: Path) -> None:
-    """Raise ConfigError for a key of a configuration's top that nobody here reads, by name."""
+    """Raise ConfigError, with its name, for a top-level key of a configuration that is not read."""
     packed = packed_key(config)
     if packed is not None:
         raise ConfigError(
@@ -50,11 +50,11 @@ def check_keys(config: Mapping[str, Any], known: Set[str], folder: Path) -> None
 
 
 def check_layers(shape: Mapping[str, Any], folder: Path, family: str) -> None:
-    """Raise ConfigError for a description of decoder layers of another `family` or with a part that is not computed here."""
+    """Raise ConfigError for a description of decoder layers of another `family` or with an unsupported part."""
     kind = shape.get("model_type", family)
     if kind != family:
         raise ConfigError(f"{folder}: layers of type {kind!r} are not supported, only {family!r}: use another drafter")
-    for key, fine in SILENT.items():
+    for key, fine in NEUTRAL.items():
         value = shape.get(key)
         if value is not None and value not in fine:
             raise ConfigError(f"{folder}: {key} = {str(value)[:80]} is not supported: use a drafter without it")
@@ -81,7 +81,7 @@ class LayerShape(TypedDict):
 
 
 def layer_shape(shape: Mapping[str, Any], folder: Path) -> LayerShape:
-    """What a description of decoder layers says of their sizes. Raises ConfigError for what is not there or out of range."""
+    """The sizes in a description of decoder layers. Raises ConfigError for values that are missing or out of range."""
     hidden, heads = whole(shape, "hidden_size", folder), whole(shape, "num_attention_heads", folder)
     return LayerShape(
         hidden=hidden,
@@ -96,7 +96,7 @@ def layer_shape(shape: Mapping[str, Any], folder: Path) -> LayerShape:
 
 
 def rope_theta(shape: Mapping[str, Any], folder: Path) -> float:
-    """The base of plain rotary positions; ConfigError for any other kind."""
+    """The base of plain rotary positions; raises ConfigError for any other kind."""
     rope = shape.get("rope_parameters")
     rope = {} if rope is None else rope
     if not isinstance(rope, dict) or unknown_keys(rope, ROPE) or any(isinstance(v, dict) for v in rope.values()):
@@ -110,7 +110,7 @@ def rope_theta(shape: Mapping[str, Any], folder: Path) -> float:
 
 
 def layer_ids(config: Mapping[str, Any], key: str, folder: Path, default: list[int]) -> tuple[int, ...]:
-    """The target's layers that are read; null is the default, an empty list is none."""
+    """The target's layers that are read; null is the default, an empty list is refused."""
     taps = config.get(key)
     taps = default if taps is None else taps
     if not isinstance(taps, list) or not taps or not all(isinstance(t, int) and not isinstance(t, bool) for t in taps):

@@ -1,4 +1,4 @@
-"""What a grammar leaves no choice about as a draft: keys, quotes and brackets of structured output cost no model at all."""
+"""Drafts the text that a grammar forces: keys, quotes and brackets of structured output, without any model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outrider.types import Draft, Evidence, SequenceView
 
 @runtime_checkable
 class _Params(Protocol):
-    """What this drafter reads of a request's sampling parameters."""
+    """The sampling parameters that this drafter reads."""
 
     @property
     def grammar(self) -> str | None: ...
@@ -20,7 +20,7 @@ class _Params(Protocol):
 
 @runtime_checkable
 class _Forcing(Protocol):
-    """A distribution that knows grammars."""
+    """A logits pipeline with grammars."""
 
     def forced(self, sequence: SequenceView) -> list[int]: ...
 
@@ -28,9 +28,9 @@ class _Forcing(Protocol):
 class Forced:
     """Drafts the text that the request's grammar dictates, in the tokens its tokenizer would write it with.
 
-    The text is certain; its tokens are not, since a model may spell the same text in other pieces. So they are point masses,
-    judged like any draft. depth: most tokens of a draft, >= 1. least: with fewer tokens than this nothing is drafted, for the
-    drafters behind this one. Requests without a grammar have no draft.
+    The text is certain; its tokens are not, since a model may split the same text differently. So they are point masses, verified
+    like any draft. depth: most tokens of a draft, >= 1. least: with fewer tokens than this nothing is drafted, which leaves the
+    sequence to the next drafter. Requests without a grammar have no draft.
     """
 
     name = "forced"
@@ -44,7 +44,7 @@ class Forced:
         self.least = least
 
     def bind(self, slots: int, length: int) -> None:
-        """Nothing to make room for."""
+        """Nothing to allocate."""
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """One chain per sequence of at most `budget[i]` tokens."""
@@ -60,4 +60,4 @@ class Forced:
         return tokens if len(tokens) >= self.least else []
 
     def release(self, slots: Sequence[int]) -> None:
-        """Nothing is remembered of a sequence."""
+        """This drafter keeps no state."""

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last time the text ended like this (Saxena 2023; Yang et al. 2023). No model."""
+"""Prompt lookup: drafts what followed the latest earlier occurrence of the text's end (Saxena 2023; Yang et al. 2023). No model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from outrider.types import Draft, Evidence
 
 
 class _Index:
-    """For every n-gram of a history that has a follower, where its most recent follower stands."""
+    """For every n-gram of a history that has a follower, the position of its most recent follower."""
 
     __slots__ = ("last", "size", "tables")
 
     def __init__(self, min_n: int, max_n: int) -> None:
         self.tables: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in range(max_n, min_n - 1, -1)}
         self.size = 0  # tokens read
-        self.last = -1  # the last of them: a cheap sign that the slot still holds the same text
+        self.last = -1  # the last of them: a cheap check that the slot still holds the same text
 
     def follows(self, tokens: list[int]) -> bool:
-        """Whether `tokens` may continue the text that was indexed."""
+        """Whether `tokens` may continue the indexed text."""
         return self.size <= len(tokens) and (self.size == 0 or tokens[self.size - 1] == self.last)
 
     def extend(self, tokens: list[int]) -> None:
-        """Read what is new: O(max_n) dictionary writes per token, in bulk, never the same token twice."""
+        """Index the new tokens: O(max_n) dictionary writes per token, in bulk, each token once."""
         end = len(tokens)
         for n, table in self.tables.items():
             # an n-gram ending before token e (exclusive) is entered once token e, its follower, is known
@@ -34,7 +34,7 @@ class _Index:
         self.size, self.last = end, tokens[-1]
 
     def find(self, tokens: list[int]) -> int:
-        """Where the follower of the longest known suffix of `tokens` stands, most recent occurrence; -1: nowhere."""
+        """Position of the most recent follower of the longest known suffix of `tokens`; -1 if there is none."""
         for n, table in self.tables.items():
             at = table.get(tuple(tokens[-n:]))
             if at is not None:
@@ -64,10 +64,10 @@ class NGram:
         self._index: dict[int, _Index] = {}
 
     def bind(self, slots: int, length: int) -> None:
-        """Nothing to make room for: an index grows with its text."""
+        """Nothing to allocate: an index grows with its text."""
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """One chain per sequence. A budget of 0 reads nothing; the next larger one reads all that is new."""
+        """One chain per sequence. With budget 0 nothing is indexed; the next positive budget indexes all new tokens."""
         found = [
             self._continue(v.slot, v.tokens, min(b, self.max_depth)) if b > 0 else ()
             for v, b in zip(evidence.sequences, budget, strict=True)

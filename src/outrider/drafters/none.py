@@ -17,7 +17,7 @@ class NoDraft:
     trees = False
 
     def bind(self, slots: int, length: int) -> None:
-        """Nothing to make room for."""
+        """Nothing to allocate."""
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """The empty draft."""

@@ -1,4 +1,4 @@
-"""The user's own prediction as a draft: an edited file mostly repeats the file."""
+"""The user's predicted output as a draft: an edited file mostly repeats the file."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _FACTORS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FE
 
 @runtime_checkable
 class _Params(Protocol):
-    """What this drafter reads of a request's sampling parameters."""
+    """The sampling parameters that this drafter reads."""
 
     @property
     def prediction(self) -> tuple[int, ...]: ...
 
 
 class Places:
-    """Where in a prediction its n-grams stand, for n up to MAX_N: sorted by their keys once, then found by bisection.
+    """Positions of a prediction's n-grams, for n up to MAX_N: sorted by their keys once, then found by bisection.
 
-    Prepared in O(n log n) when first asked, or by `prepare` from any thread; asking is O(log n), whatever the prediction is.
+    Prepared in O(n log n) by the first look-up, or by `prepare` from any thread; a look-up is O(log n) for any prediction.
     """
 
     def __init__(self, prediction: tuple[int, ...]) -> None:
@@ -53,9 +53,10 @@ class Places:
         self._tables = tables
 
     def behind(self, end: list[int], base: int) -> tuple[int, int]:
-        """The place behind the longest n-gram that is the last n of `end`, nearest after `base` (or the first), and its n.
+        """The position after the longest n-gram that equals the last n tokens of `end`, and n. Of several, the nearest at or after
+        `base`, or else the first.
 
-        (-1, 0): not even the last token is predicted.
+        (-1, 0): not even the last token occurs in the prediction.
         """
         self.prepare()
         assert self._tables is not None
@@ -69,18 +70,18 @@ class Places:
                 break
             near = low + int(np.searchsorted(places[low:high], base))
             place = int(places[near if near < high else low])
-            if list(self.prediction[place - n : place]) != end[-n:]:  # two n-grams with one key: shorter ones will do
+            if list(self.prediction[place - n : place]) != end[-n:]:  # two n-grams with one key: use a shorter match
                 break
             best = place, n
         return best
 
 
 class _Pointer:
-    """Where in a prediction the output stands.
+    """The position of the output in a prediction.
 
     at:   the predicted token the next output token should equal; -1 when the output is somewhere else.
-    base: the last place that two tokens in a row agreed on. Searches start there, so that a single common token that
-          matched by chance does not carry the pointer away for good.
+    base: the last position where two tokens in a row agreed. Searches start there, so that one common token that matched by
+          chance does not move the pointer away for good.
     run:  output tokens in a row that agreed. read: output tokens seen.
     """
 
@@ -99,7 +100,7 @@ class _Pointer:
         return self.read == 0 or (end <= len(view.tokens) and view.tokens[end - 1] == self.last)
 
     def advance(self, tokens: list[int], prompt: int) -> None:
-        """Read the tokens behind the prompt that are new."""
+        """Read the new tokens after the prompt."""
         for n in range(prompt + self.read, len(tokens)):
             if 0 <= self.at < len(self.prediction) and self.prediction[self.at] == tokens[n]:
                 self.at, self.run = self.at + 1, self.run + 1
@@ -111,11 +112,11 @@ class _Pointer:
 
 
 class PredictedOutput:
-    """Drafts from the request's own `params.prediction` (token ids), following the output through it.
+    """Drafts from the request's `params.prediction` (token ids), following the output through it.
 
-    While output and prediction agree the draft is what comes next in the prediction. When they part, the longest n-gram
-    (4 down to 1 tokens) of the output's end is looked for in the prediction, nearest after the last sure place.
-    No prediction, no match: no draft. depth: most tokens a draft has, >= 1. Every node is a point mass.
+    While output and prediction agree, the draft is the next tokens of the prediction. When they differ, the longest n-gram
+    (4 down to 1 tokens) at the output's end is looked up in the prediction, nearest after the last confirmed position.
+    Without a prediction or a match there is no draft. depth: most tokens a draft has, >= 1. Every node is a point mass.
     """
 
     name = "prediction"
@@ -129,10 +130,10 @@ class PredictedOutput:
         self._pointer: dict[int, _Pointer] = {}
 
     def bind(self, slots: int, length: int) -> None:
-        """Nothing to make room for."""
+        """Nothing to allocate."""
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """One chain per sequence. A budget of 0 reads nothing; the next larger one reads all that is new."""
+        """One chain per sequence. With budget 0 nothing is read; the next positive budget reads all new tokens."""
         found = [
             self._continue(v, min(b, self.max_depth)) if b > 0 else ()
             for v, b in zip(evidence.sequences, budget, strict=True)
@@ -164,7 +165,7 @@ class Replay:
     """How many tokens of an output were accepted drafts of a prediction, kept up to date as the output grows.
 
     steps: for each step of the output its tokens and how many of them were accepted drafts; the list may grow. The pointer is
-    replayed: in a step where it had something to say it was first to speak (`first_of`), so what was accepted then was its own.
+    replayed: in a step where it had a proposal it was the first drafter (`first_of`), so the accepted tokens were its own.
     """
 
     def __init__(self, places: Places, steps: Sequence[tuple[Sequence[int], int]]) -> None:
@@ -173,7 +174,7 @@ class Replay:
         self._read = self._total = 0
 
     def accepted(self) -> int:
-        """The number, after all steps so far. O(tokens that are new)."""
+        """The number after all steps so far. O(new tokens)."""
         for tokens, accepted in islice(self.steps, self._read, None):
             if self._read:
                 self._pointer.advance(self._output, 0)

@@ -28,9 +28,9 @@ from outrider.protocols import Drafter, Rule, Target
 class LearnedDrafter:
     """A kind of drafter that is trained for one target.
 
-    load: (folder, target, how drafts grow, the target's folder if it has one) -> the drafter. folder_types: what `config.json` of
-    its folders calls itself where no language model does. vllm_methods: the methods of vLLM's `speculative_config` that mean it,
-    the one that it is written by first.
+    load: (folder, target, how drafts grow, the target's folder if it has one) -> the drafter. folder_types: model types in the
+    `config.json` of its folders that no language model uses. vllm_methods: the methods of vLLM's `speculative_config` that mean
+    it, the preferred one first.
     """
 
     load: Callable[[Path, Target, DraftSpec, str | None], Drafter]
@@ -47,7 +47,7 @@ LEARNED: Mapping[str, LearnedDrafter] = {
 LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
 FindFolder = Callable[[str], Path]
-"""Path or Hub name -> the folder, downloaded if need be."""
+"""Path or Hub name -> the folder, downloaded if necessary."""
 
 
 def load_drafter(
@@ -62,32 +62,32 @@ def load_drafter(
     find_folder: FindFolder | None = None,
     learned: Mapping[str, LearnedDrafter] = LEARNED,
 ) -> Drafter:
-    """The drafter `spec` for `target`, at most `length` deep.
+    """The drafter `spec` for `target`, with drafts of at most `length` levels.
 
     spec: one of
       "none"        plain decoding
       "ngram"       prompt lookup; "ngram:2-4" sets the sizes of its n-grams, "ngram:3" just one
       "prediction"  the request's own predicted continuation
-      "forced"      what a request's grammar dictates next; "forced:4" only where it dictates at least 4 tokens
+      "forced"      the text a request's grammar forces next; "forced:4" only where it forces at least 4 tokens
       PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
-                    are tried at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
-      "medusa"      trained heads on the target's last hidden state: of the folder `medusa` beside the target, or "medusa:PATH"
+                    are compared at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
+      "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
       "early:K"     the target's own first K layers with its norm and head
-                    All take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...), and so does, for them and for a
-                    draft model, "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes that the draft finds most
-                    promising, 4 children of a node looked at
+                    All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...). They and draft models also
+                    take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 most probable nodes by the draft, of
+                    the 4 most likely children of each expanded node
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else "ngram"
       "A+B"         per sequence the first of A ("ngram", "prediction" or "forced") and B that proposes something
 
-    rule: a rule that couples through noise lane `gumbel` makes a draft model draw with the same noise.
-    load_model: loads a draft model; how (device, dtype, quantisation) is the caller's business. find_folder: finds the folder of
-    a learned drafter; without it only folders are read.
+    rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
+    load_model: loads a draft model; the caller decides device, dtype and quantisation. find_folder: finds the folder of a learned
+    drafter; without it only local folders are read.
     learned: the drafters that are trained for one target, by name.
-    Raises ConfigError for a bad spec, CapabilityError for a draft model whose tokens mean other strings.
+    Raises ConfigError for a bad spec, CapabilityError for a draft model whose tokens stand for other strings.
     """
     if length < 0:
         raise ConfigError(f"the draft length must be >= 0, got {length}; 0 is plain decoding")
@@ -96,7 +96,7 @@ def load_drafter(
     if spec == "auto":
         sibling = companion_folder(target_path, "draft")
         has_model = sibling is not None and load_model is not None
-        # a model sees further than a few dictated tokens; a whole draft of them spares its passes
+        # forced tokens replace the draft model only if they fill a whole draft; for fewer the model drafts further ahead
         spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
     parts, rest = _without_model(spec, length)
     if rest or not parts:
@@ -130,7 +130,7 @@ def companion_folder(target_path: str | None, part: str) -> str | None:
 
 
 def _learned_folder(kind: str, path: str, target_path: str | None, find_folder: FindFolder | None) -> Path:
-    """The folder of a learned drafter: the one that is named (a path or a Hub name), or the target's companion."""
+    """The folder of a learned drafter: the named one (a path or a Hub name), or the target's companion folder."""
     folder = path or companion_folder(target_path, kind)
     if folder is None:
         raise ConfigError(f"this target has no companion folder {kind!r}: write '{kind}:PATH', or train one")
@@ -145,7 +145,7 @@ def _layers(spec: str) -> int:
 
 
 def _without_model(spec: str, length: int) -> tuple[list[Drafter], str]:
-    """The drafters that need no model, which stand first, and the spec of the one behind them, "" if there is none."""
+    """The drafters without a model at the start of `spec`, and the rest of it, "" if there is none."""
     parts: list[Drafter] = []
     while (head := re.match(r"(ngram(:[^+/]*)?|prediction|forced(:\d{1,4})?)(\+|$)", spec)) is not None:
         parts.append(_host(head.group(1), length))
@@ -184,7 +184,7 @@ def _model(
     path = how.path
     names = ("none", "auto", "ngram", "prediction", "forced", *learned, "early")
     if not path or path in ("none", "auto"):
-        raise ConfigError(f"{path!r} names no draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
+        raise ConfigError(f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():
         raise ConfigError(unknown_name("drafter", path, names))
     if load_model is None:
@@ -199,7 +199,7 @@ def _model(
 
 
 def refuse_learned(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> None:
-    """ConfigError for a folder that holds no model but a trained drafter, which goes by the name before its path."""
+    """Raise ConfigError for a folder that holds a trained drafter instead of a model: it needs its name before the path."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         return

@@ -1,4 +1,4 @@
-"""The grammar of `--draft`: what is written before a path says how drafts grow."""
+"""The grammar of `--draft`: the prefix before a path says how drafts grow."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SHAPES = {
     "tree": "children of a node of each level, drawn without replacement",
     "iid": "children of a node of each level, drawn independently",
     "hub": "children of a node of each level, 2 or 1; pairs of the most likely token and another one",
-    "batch": "independent drafts that share nothing but the anchor",
+    "batch": "independent drafts that share only the anchor",
     "shared": "independent drafts, merged where they agree",
 }
-"""Ways to write a tree of a draft model, and what their numbers mean."""
+"""Prefixes for trees of a draft model, and the meaning of their numbers."""
 WAYS: dict[str, Siblings] = {"tree": "without_replacement", "iid": "iid", "hub": "hub"}
 """How siblings of a tree written level by level are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSpec:
-    """What is written before a path: how the drafter grows its drafts.
+    """The prefix before a path: how the drafter grows its drafts.
 
-    path: what is left, the drafter itself. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a tree that grows best
-    node first, and how many children of a node are looked at; its depth is the shape's.
+    path: the rest, which names the drafter. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a best-first tree, and
+    the number of children considered per node; its depth is the shape's.
     """
 
     path: str
@@ -43,14 +43,14 @@ class DraftSpec:
         return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
 
     def at_most(self, depth: int) -> DraftSpec:
-        """The same for a drafter that has no more than `depth` levels: a longer chain is not to be had."""
+        """The same spec for a drafter with at most `depth` levels: a longer chain is cut."""
         if self.shape.depth > depth and isinstance(self.shape, Static) and self.shape.width == 1:
             return replace(self, shape=levels((1,) * depth))
         return self
 
 
 def parse_draft(spec: str, length: int, sample: Sample) -> DraftSpec:
-    """How to grow, and what is left of a spec without the drafters that need no model. Raises ConfigError for bad grammar."""
+    """Parse a spec after the drafters without a model: how to grow, and the drafter's path. Raises ConfigError for bad grammar."""
     if spec.startswith("greedy:"):
         return DraftSpec(spec.removeprefix("greedy:"), "greedy", "iid", levels((1,) * length))
     if spec.startswith("dynamic:"):

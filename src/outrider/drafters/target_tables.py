@@ -1,7 +1,7 @@
-"""What learned drafters take from their target: its token tables, its final norm, and its output matrix with the norm or without.
+"""What learned drafters take from their target: token tables, final norm, and the output matrix with or without the norm.
 
-A target gives them in different ways: itself, if it is open; through its folder, whose bits are exact; or through logits of
-unit vectors, which every target gives.
+They come from the target itself, if it is an `OpenTarget`; from its folder, bit for bit; or from logits of unit vectors, which
+every target can compute.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def embeddings(target: Target) -> Float[Tensor, "V H"]:
 
 
 def target_tables(target: Target, folder: Path | str) -> dict[str, Tensor]:
-    """Token tables and final norm of a target, float32, by their names in a drafter's folder that leaves them out.
+    """Token tables and final norm of a target, float32, under the names used in drafter folders that leave them out.
 
-    Raises CapabilityError for a target that does not give them.
+    Raises CapabilityError for a target that does not expose them.
     """
     if not isinstance(target, OpenTarget):
         raise CapabilityError(
-            f"{folder} leaves out what is the target's own, and a {type(target).__name__} does not give it"
+            f"{folder} does not hold the target's own tables, and a {type(target).__name__} does not expose them"
         )
     with torch.no_grad():
         unit = torch.eye(target.hidden_size, dtype=target.dtype, device=target.device)
@@ -41,9 +41,9 @@ def target_tables(target: Target, folder: Path | str) -> dict[str, Tensor]:
 
 
 def output_head(target: Target, target_path: str | None, folder: Path) -> Tensor:
-    """The target's output matrix [V, H] without its final norm, float32: of its folder, or its embeddings if it shares them.
+    """The target's output matrix [V, H] without its final norm, float32: from its folder, or its embeddings if they are tied.
 
-    Raises ConfigError where the matrix is neither in the folder nor the embedding table.
+    Raises ConfigError if the matrix is neither in the folder nor equal to the embedding table.
     """
     table = embeddings(target)
     files = sorted(Path(target_path).expanduser().glob("*.safetensors")) if target_path is not None else []
@@ -58,14 +58,14 @@ def output_head(target: Target, target_path: str | None, folder: Path) -> Tensor
     norm = (normed * table).sum(0) / table.square().sum(0).clamp(min=1e-12)
     if not torch.allclose(normed, table * norm, rtol=1e-2, atol=1e-2 * float(normed.abs().max())):
         raise ConfigError(
-            f"{folder} holds no lm_head.weight, and the target's is not at hand: load the target from its folder"
+            f"{folder} holds no lm_head.weight, and the target's is not available: load the target from its folder"
         )
     return table
 
 
 @torch.no_grad()
 def output_of(target: Target) -> Float[Tensor, "V H"]:
-    """The target's final norm and head as one matrix: logits of unit vectors, which an RMS norm leaves as they are."""
+    """The target's final norm and head as one matrix: logits of unit vectors, whose direction an RMS norm keeps."""
     size = target.hidden_size**0.5
     unit = torch.eye(target.hidden_size, dtype=target.dtype, device=target.device) * size
     return target.unembed(unit).float().T / size

@@ -1,7 +1,7 @@
-"""vLLM's `speculative_config`, read unchanged: the keys we can honour, and a clear refusal of the others.
+"""vLLM's `speculative_config`, read unchanged: supported keys are applied, all others are refused.
 
-Keys and values are those of vLLM 0.33. A key whose only effect is on vLLM's own kernels is accepted for the values that
-describe what happens here anyway, and refused for the others; nothing is accepted and ignored.
+Keys and values are those of vLLM 0.33. A key that only affects vLLM's own kernels is accepted for the values that match the
+behaviour here, and refused for all others; nothing is accepted and ignored.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def engine_options(config: str | Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:
     """Engine options for vLLM's `speculative_config` (a JSON text or an object).
 
-    learned: vLLM's methods that are drafters trained for one target, and our names of them.
+    learned: vLLM's methods that are drafters trained for one target, with their names here.
 
-    Returns `draft` (a spec of `load_drafter`) and, where given, `length`, `rule` and `draft_quantize`. Without
-    `draft_sample_method` a draft model proposes draws from its distribution, where vLLM proposes its most likely tokens: the
-    text has the same distribution, more of it is accepted. Raises ConfigError for anything that is not supported.
+    Returns `draft` (a spec of `load_drafter`) and, if given, `length`, `rule` and `draft_quantize`. Without
+    `draft_sample_method` a draft model samples from its distribution, while vLLM proposes its most likely tokens: the text has
+    the same distribution, and more draft tokens are accepted. Raises ConfigError for anything that is not supported.
     """
     values = _object(config)
     _refuse_unsupported(values)
@@ -135,7 +135,7 @@ def _ngram_sizes(values: dict[str, Any]) -> tuple[int, int]:
 def _only(method: str, values: dict[str, Any], foreign: tuple[str, ...]) -> None:
     for key in foreign:
         if values.get(key) is not None:
-            raise ConfigError(f"speculative_config key {key!r} means nothing for method {method!r}: remove it")
+            raise ConfigError(f"speculative_config key {key!r} has no effect for method {method!r}: remove it")
 
 
 def _choice(key: str, value: object, known: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Vocabularies of drafters: a part of the target's, its logits over all of it, and another model's that must agree with it."""
+"""Vocabularies of drafters: subsets of the target's, logits over the whole, and the check that another model's agrees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outrider.vocabulary import first_difference
 
 
 def spread(logits: Float[Tensor, "*n S"], support: Int[Tensor, "S"] | None, vocab_size: int) -> Float[Tensor, "*n V"]:
-    """Logits over the target's vocabulary: minus infinity for tokens that are not in `support`; None: all are."""
+    """Logits over the target's vocabulary: minus infinity for tokens that are not in `support`. None: all tokens."""
     if support is None:
         return logits
     out = logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf)
@@ -24,21 +24,21 @@ def spread(logits: Float[Tensor, "*n S"], support: Int[Tensor, "S"] | None, voca
 
 
 def from_offsets(offsets: Tensor | None, size: int, vocab_size: int, folder: Path) -> Int[Tensor, "S"] | None:
-    """Target tokens of a drafter's `size` tokens from `d2t`: column i stands for token i + d2t[i]. None: the same ones.
+    """Target tokens of a drafter's `size` tokens from `d2t`: column i stands for token i + d2t[i]. None: the same tokens.
 
-    Raises ConfigError for a map that is not one.
+    Raises ConfigError for an invalid map.
     """
     if size == vocab_size and (offsets is None or not bool(offsets.any())):
         return None
     if offsets is None or offsets.shape != (size,):
         raise ConfigError(
-            f"{folder}: a draft vocabulary of {size} tokens needs d2t, its place in the target's {vocab_size}"
+            f"{folder}: a draft vocabulary of {size} tokens needs d2t, its map into the target's {vocab_size} tokens"
         )
     return checked(torch.arange(size) + offsets.cpu().long(), vocab_size, folder)
 
 
 def checked(support: Int[Tensor, "S"], vocab_size: int, folder: Path) -> Int[Tensor, "S"]:
-    """`support`, if it names different tokens of a vocabulary of `vocab_size`; ConfigError otherwise."""
+    """`support`, if it names distinct tokens of a vocabulary of `vocab_size`; raises ConfigError otherwise."""
     low, high = int(support.min()), int(support.max())
     if low < 0 or high >= vocab_size or len(support.unique()) != len(support):
         raise ConfigError(
@@ -56,11 +56,11 @@ def to_offsets(support: Int[Tensor, "S"], vocab_size: int) -> dict[str, Tensor]:
 
 
 def check_vocabulary(target: object, draft: object, limit: int, name: str) -> None:
-    """CapabilityError if any id below `limit` stands for different strings in the tokenizers of target and draft."""
+    """Raise CapabilityError if an id below `limit` stands for different strings in the tokenizers of target and draft."""
     differs = first_difference(cast(Tokenizer, target).get_vocab(), cast(Tokenizer, draft).get_vocab(), limit)
     if differs is not None:
         token, ours, theirs = differs
         raise CapabilityError(
             f"token {token} is {ours!r} for the target and {theirs!r} for the draft model {name!r}: "
-            f"write 'translate:{name}' to draft with the tokens that both spell alike, or use 'ngram'"
+            f"write 'translate:{name}' to draft with the tokens that both spell the same, or use 'ngram'"
         )

@@ -1,4 +1,4 @@
-"""How deep each sequence may draft."""
+"""The draft length of each sequence."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from outrider.engine.state import StepState
 
 
 def draft_budget(state: StepState, live: list[Sequence]) -> list[int]:
-    """Depth for each live sequence: the controller's, within its request's own and what may still be emitted.
+    """Draft length for each live sequence: the controller's, limited by its request's own and by the tokens it may still emit.
 
-    0, only to catch up, while a prompt is not read whole and where drafts cost a grammar more than its text may.
+    0 (the drafter only catches up) during prefill, and where checking drafts has used up a grammar's time budget.
     """
     depths = state.watchers.depths([s.view() for s in live])
     return [_within(state, s, depth) for s, depth in zip(live, depths, strict=True)]
 
 
 def _within(state: StepState, sequence: Sequence, depth: int) -> int:
-    ready = len(sequence.tokens) - sequence.cached == 1 and not state.parts.pipeline.weary(sequence.slot)
+    ready = len(sequence.tokens) - sequence.cached == 1 and not state.parts.pipeline.exhausted_on_draft(sequence.slot)
     if not ready:
         return 0
     own = sequence.params.draft_length

@@ -10,14 +10,14 @@ from outrider.records import PHASES
 
 
 class PhaseClock:
-    """Measures the phases of one step; `host` is whatever no other phase took."""
+    """Measures the phases of one step; `host` is the time that no other phase took."""
 
     def __init__(self) -> None:
         self._start, self._seconds = perf_counter(), dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Inside, the seconds are this phase's."""
+        """Count the time spent inside the context as this phase's."""
         start = perf_counter()
         yield
         self._seconds[phase] += perf_counter() - start

@@ -1,7 +1,7 @@
 """Whether a part has the shape of its protocol: its attributes are there and its methods take what the engine passes.
 
-Parts are recognised by what they can do. One that cannot is refused when an engine is built, with the signature that is wanted, and
-not in the middle of a text with a TypeError.
+Parts are recognised by their interface. A part that does not fit is refused when an engine is built, with the expected signature,
+instead of failing in the middle of a text with a TypeError.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HINTS = {
 
 
 def check_parts(target: object, drafter: object, rule: object, controller: object) -> None:
-    """CapabilityError for the first part that has not the shape the engine needs: which, what it lacks, what to do."""
+    """Raise CapabilityError for the first part without the interface the engine needs: which, what it lacks, what to do."""
     adopt(rule, "limit", "tv_limit")
     check("target", target, TARGET)
     check("drafter", drafter, DRAFTER)
@@ -44,7 +44,7 @@ def check_parts(target: object, drafter: object, rule: object, controller: objec
 
 
 def check(role: str, part: object, methods: Methods) -> None:
-    """CapabilityError unless `part` has the attributes of its role and methods that can be called as the engine calls them."""
+    """Raise CapabilityError unless `part` has the attributes of its role and methods that take the engine's arguments."""
     kind = part.__name__ if isinstance(part, type) else type(part).__name__
     if isinstance(part, type):
         raise CapabilityError(f"{kind} is a class and cannot be a {role}: pass an object of it, as in {kind}()")
@@ -64,7 +64,7 @@ def check(role: str, part: object, methods: Methods) -> None:
 
 
 def takes(method: Any, arguments: tuple[str, ...]) -> bool:
-    """Whether a method can be called with these arguments; one that does not say what it takes is believed."""
+    """Whether a method can be called with these arguments; True if its signature is unknown."""
     named = {a.rstrip("="): None for a in arguments if a.endswith("=")}
     try:
         signature = inspect.signature(method)

@@ -1,4 +1,4 @@
-"""The engine: requests go in, steps are made, events come out. No method names, no first step, no speculation mode."""
+"""The engine: it takes requests, makes steps and returns events. It knows no method by name, and has no speculation mode."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from outrider.types import SequenceView
 class EngineCore(StepState):
     """Decodes many sequences together, each exactly by the target's distribution.
 
-    parts, hooks, options: what it is made of, who looks on, and how it runs; `build.Engine` makes them from a target and a drafter.
+    parts, hooks, options: its components, its observers, and how it runs; `build.Engine` makes them from a target and a drafter.
 
-    Sharing: several streams, `generate` and `step` may be under way at once and are decoded together. Any thread may call any
-    method: calls take turns, in the order they came, a step at a time. `abort` may be called from inside a step (`deliver`, a
-    sink); `step`, `generate` and `stream` may not. A process that is forked from one that has built an engine cannot compute:
-    there every call raises CapabilityError; start processes with multiprocessing's "spawn".
-    What a drafter, the controller or a sink raises is contained, counted in `defects` and told in `notices`; it ends no request.
+    Sharing: several streams, `generate` and `step` may run at the same time and are decoded together. Any thread may call any
+    method: calls take turns, in the order they arrive, one step at a time. `abort` may be called from inside a step (`deliver`, a
+    sink); `step`, `generate` and `stream` may not. A process forked from one that has built an engine cannot compute:
+    every call raises CapabilityError there; start processes with multiprocessing's "spawn".
+    Exceptions of a drafter, the controller or a sink are caught, counted in `defects` and reported in `notices`; no request ends.
     """
 
     incidents = Renamed("defects")
@@ -59,12 +59,12 @@ class EngineCore(StepState):
 
     @property
     def tokenizer(self) -> Any:
-        """What reads and writes text, or None."""
+        """The tokenizer, or None if the engine works on token ids alone."""
         return self.options.tokenizer
 
     @property
     def controller(self) -> Controller:
-        """What sets how deep each sequence drafts."""
+        """The controller, which sets the draft length of each sequence."""
         return self.hooks.controller
 
     # ------------------------------------------------------------------ requests
@@ -88,28 +88,28 @@ class EngineCore(StepState):
         return name
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of one prompt: of its text, or those it is made of. Raises RequestError for anything else."""
+        """Token ids of one prompt, which is text or token ids already. Raises RequestError for anything else."""
         prompt = as_prompt(prompt)
         if not isinstance(prompt, str):
             return prompt
         return self._intake.encode(prompt)
 
     def encode_all(self, prompts: Prompts) -> list[list[int]]:
-        """Token ids of every prompt of one or several: a string is one prompt, and so is a flat list of ids."""
+        """Token ids of each prompt. A string is one prompt; a flat list of ids is one prompt too."""
         return [self.encode(prompt) for prompt in as_prompts(prompts)]
 
     def sequences(self, request: str) -> list[Sequence]:
-        """The live sequences of a request, by index; each object stays readable after the engine has let go of it."""
+        """The live sequences of a request, by index; each object stays readable after the engine has dropped it."""
         with self._turns:
             return super().sequences(request)
 
     def abort(self, request: str) -> bool:
-        """Drop a request; its slots are free before the next step. True if it was there."""
+        """Drop a request; its slots are free before the next step. Returns whether the request existed."""
         with self._turns:
             return self.drop(request)
 
     def preempt(self, request: str) -> bool:
-        """Send a request back to the queue; it resumes with the same tokens and the same noise. True if it was running."""
+        """Send a request back to the queue; it resumes with the same tokens and the same noise. Returns whether it was running."""
         with self._turns:
             found = [s for s in self.scheduler.running if s.request == request]
             for sequence in found:
@@ -126,12 +126,12 @@ class EngineCore(StepState):
 
     @property
     def defects(self) -> int:
-        """Defects that were contained: drafts that were none, drafters, controllers and sinks that raised, grammars given up."""
+        """Contained defects: invalid drafts, exceptions of drafters, controllers and sinks, and exhausted grammars."""
         return sum(n for kind, n in self.watchers.defects.items() if kind != "drafter") + self.drafter_faults
 
     @property
     def drafter_faults(self) -> int:
-        """How often a drafter has raised, or returned what is no draft; each cost its drafts of a step."""
+        """How often a drafter raised or returned something that is not a draft; each time it lost its drafts of one step."""
         return self.drafter.faults
 
     @property
@@ -145,10 +145,10 @@ class EngineCore(StepState):
 
     # ------------------------------------------------------------------ stepping
     def step(self, deliver: Callable[[list[Event]], None] | None = None) -> list[Event]:
-        """Advance every running sequence once; returns what was added. Nothing to do returns an empty list.
+        """Advance every running sequence once; returns the events. With nothing to do the list is empty.
 
-        deliver: called with those of sequences that go on as soon as they are known, before the next draft is made; it may abort
-        requests. What ends a sequence is known when the step is over and in all the sums.
+        deliver: called with the events of sequences that continue, as soon as they are known and before the next draft is made; it
+        may abort requests. Events that end a sequence are returned only when the step is complete and counted in all sums.
         """
         with self._turns:
             if self._stepping:
@@ -164,7 +164,7 @@ class EngineCore(StepState):
                 self.unseal()
 
     def run(self) -> Iterator[Event]:
-        """Step until nothing is left, yielding the events of all requests."""
+        """Step until no request is left, yielding the events of all requests."""
         while self.busy:
             yield from self.step()
 
@@ -173,7 +173,7 @@ class EngineCore(StepState):
         with self._turns:
             name = self.submit(prompt, params)
             samples, events = self.sequences(name), deque[Event]()
-            self.readers[name] = events  # others' steps add to it too
+            self.readers[name] = events  # steps that other threads make add to it too
         try:
             while events or self._alive(samples):
                 if not events:
@@ -189,8 +189,8 @@ class EngineCore(StepState):
     ) -> list[Result]:
         """Decode one prompt or several together and return a result for each, in their order.
 
-        prompts: text, or token ids (a list, an array or a tensor), or any iterable of those. params: for all, or one for each. A
-        prompt that is refused leaves nothing of its neighbours behind.
+        prompts: text, or token ids (a list, an array or a tensor), or any iterable of those. params: for all, or one for each. If
+        one prompt is refused, the requests already queued for the others are aborted.
         """
         texts = self.encode_all(prompts)
         many = [params] * len(texts) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -211,7 +211,7 @@ class EngineCore(StepState):
 
     # ------------------------------------------------------------------ small helpers
     def _alive(self, sequences: list[Sequence]) -> bool:
-        """Whether some of them neither ended nor were aborted."""
+        """Whether any of them has neither ended nor been aborted."""
         return any(self.live.get(s.key) is s for s in sequences)
 
     def compile_grammar(self, grammar: str) -> None:
@@ -240,7 +240,7 @@ class EngineCore(StepState):
 
 
 class _Deepest:
-    """A controller that always drafts as deep as it can."""
+    """A controller that always asks for the longest draft."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth

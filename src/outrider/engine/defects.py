@@ -1,4 +1,4 @@
-"""Who looks on, and what fails beside the texts: it is counted and told, and ends nobody's text."""
+"""The observers of an engine, and failures outside the text itself: they are counted and reported, and end no request."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from outrider.records import StepRecord
 from outrider.types import SequenceView
 
 logger = logging.getLogger(__name__)
-PATIENCE = 3
-"""Failures of a sink after which it gets no more records."""
-MOST = 20
-"""Different failures that are told."""
+MAX_SINK_FAILURES = 3
+"""A sink that has failed this often gets no more records."""
+MAX_NOTICES = 20
+"""At most this many different failures become notices."""
 
 
 class Watchers:
-    """Asks the controller, tells the sinks, and counts what fails. notices: a sentence for each different failure of these."""
+    """Asks the controller, calls the sinks, and counts their failures. notices: a sentence for each different failure."""
 
     def __init__(self, hooks: Hooks) -> None:
         self.hooks = hooks
@@ -26,7 +26,7 @@ class Watchers:
         self._failed: Counter[int] = Counter()
 
     def depths(self, views: list[SequenceView]) -> list[int]:
-        """How deep the controller would draft each sequence; not at all where it fails."""
+        """The controller's draft length for each sequence; zeros if it fails."""
         try:
             return [int(w) for w, _ in zip(self.hooks.controller.budget(views), views, strict=True)]
         except Exception as error:
@@ -34,13 +34,13 @@ class Watchers:
             return [0] * len(views)
 
     def tell(self, record: StepRecord) -> None:
-        """Hand out the record of a step."""
+        """Pass the record of a step to the controller and the sinks."""
         try:
             self.hooks.controller.observe(record)
         except Exception as error:
             self._failure("controller", "the controller", error)
         for sink in self.hooks.sinks:
-            if self._failed[id(sink)] < PATIENCE:
+            if self._failed[id(sink)] < MAX_SINK_FAILURES:
                 try:
                     sink(record)
                 except Exception as error:  # a full disk, say
@@ -58,7 +58,7 @@ class Watchers:
 
     def _failure(self, kind: str, who: str, error: Exception) -> None:
         logger.warning("%s failed", who, exc_info=error)
-        said = f"{who} failed ({type(error).__name__}: {error})"[:200] + ": mend it; texts go on without it"
-        self.defect(kind, said)
-        if said not in self.notices and len(self.notices) < MOST:
-            self.notices.append(said)
+        message = f"{who} failed ({type(error).__name__}: {error})"[:200] + ": mend it; texts go on without it"
+        self.defect(kind, message)
+        if message not in self.notices and len(self.notices) < MAX_NOTICES:
+            self.notices.append(message)

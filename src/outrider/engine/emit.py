@@ -18,7 +18,7 @@ UNUSABLE = "the target returned NaN or empty logits: check the checkpoint and th
 
 @dataclass(slots=True)
 class Emission:
-    """What a step added: events in the order of its works, the sequences that ended, and the sums.
+    """What a step produced: events in the order of its works, the sequences that ended, and the sums.
 
     engine_seeded: the sums of sequences whose seed the engine chose.
     """
@@ -30,7 +30,7 @@ class Emission:
 
 
 def emit(parts: Parts, works: list[StepWork], verified: VerifiedStep) -> Emission:
-    """Append the verdict's tokens to their sequences. One that cannot go on fails alone; its slot is not freed here."""
+    """Append the verdict's tokens to their sequences. A sequence that cannot continue fails alone; its slot is not freed here."""
     out, b = Emission(), -1
     for work in works:
         sequence = work.sequence
@@ -46,7 +46,7 @@ def emit(parts: Parts, works: list[StepWork], verified: VerifiedStep) -> Emissio
 
 
 def _trouble(parts: Parts, sequence: Sequence, b: int, verified: VerifiedStep) -> Event | None:
-    """The last event of a sequence whose tokens of this step are worth nothing; None for all others."""
+    """The final error event of a sequence whose tokens of this step are unusable; None for all others."""
     if b in verified.unusable:
         parts.kv.erase(sequence.slot)
         return sequence.fail(UNUSABLE)
@@ -56,7 +56,7 @@ def _trouble(parts: Parts, sequence: Sequence, b: int, verified: VerifiedStep) -
 
 
 def _append(sequence: Sequence, verified: VerifiedStep, b: int, out: Emission) -> Event:
-    """Append the tokens of a verdict, as far as the text goes, and count them."""
+    """Append the tokens of a verdict up to the end of the text, and count them."""
     verdict, draft = verified.verdict, verified.draft
     path, accepted = verdict.path[b], len(verdict.path[b])
     tokens = [draft.tokens[k] for k in path] + [verdict.next_token[b]]
@@ -64,7 +64,7 @@ def _append(sequence: Sequence, verified: VerifiedStep, b: int, out: Emission) -
     before, size = sequence.counts.emitted, len(sequence.tokens)
     try:
         event = sequence.emit(tokens, ["accepted"] * accepted + [last], _logprobs(sequence, verified, b))
-    except Exception as error:  # a tokenizer that cannot decode its own tokens is this request's trouble alone
+    except Exception as error:  # a tokenizer that cannot decode its own tokens fails this request alone
         logger.warning("the text of %r failed", sequence.request, exc_info=True)
         del sequence.tokens[size:]
         event = sequence.fail(f"the tokenizer failed on the text ({type(error).__name__}): check the tokenizer's files")
@@ -77,7 +77,7 @@ def _append(sequence: Sequence, verified: VerifiedStep, b: int, out: Emission) -
 
 
 def _logprobs(sequence: Sequence, verified: VerifiedStep, b: int) -> list[TokenLogprob]:
-    """Log-probabilities of the tokens of a verdict, read off the rows that verified them."""
+    """Log-probabilities of the tokens of a verdict, from the rows that verified them."""
     top = sequence.params.logprobs
     if top is None:
         return []

@@ -1,4 +1,4 @@
-"""Which parts fit together: mismatches fail when the engine is built, with the remedy in the sentence (contract 8)."""
+"""Which parts fit together: mismatches fail when the engine is built, and the error names the remedy (contract 8)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def check_fit(target: Target, drafter: Drafter, rule: Rule, allow_lossy: bool) -
         )
     if drafter.trees and not rule.trees:
         raise CapabilityError(
-            f"rule {rule.name!r} judges chains only and drafter {drafter.name!r} proposes trees: change one"
+            f"rule {rule.name!r} verifies chains only and drafter {drafter.name!r} proposes trees: change one"
         )
     if drafter.max_nodes and not target.rewinds:
         raise CapabilityError("this target cannot forget rejected tokens (recurrent state): use the drafter 'none'")
     if not rule.lossless and not allow_lossy:
         raise CapabilityError(
-            f"rule {rule.name!r} changes the distribution of the text: say allow_lossy (--allow-lossy) to use it"
+            f"rule {rule.name!r} changes the distribution of the text: set allow_lossy (--allow-lossy) to use it"
         )

@@ -1,4 +1,4 @@
-"""What happens to a request before it is queued: its text becomes tokens, and what cannot be served is refused."""
+"""Prepares a request for the queue: encodes its text, and refuses what cannot be served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outrider.sampling.pipeline import LogitsPipeline
 class Intake:
     """Checks requests for one engine. May be used from any thread.
 
-    tokenizer: a Hugging Face tokenizer, or None: then prompts are ids, and there is no text. most: tokens of a sequence.
+    tokenizer: a Hugging Face tokenizer, or None: then prompts are ids, and there is no text. most: the most tokens of a sequence.
     """
 
     def __init__(self, tokenizer: Any, pipeline: LogitsPipeline, most: int) -> None:
@@ -48,7 +48,7 @@ class Intake:
             self.compile(params.grammar)
 
     def compile(self, grammar: str) -> None:
-        """Compile a grammar and keep it. Raises RequestError for a bad one, and where the tokenizer cannot have any."""
+        """Compile a grammar and cache it. Raises RequestError for a bad one, or if the tokenizer does not support grammars."""
         if self.pipeline.grammars is None:
             raise RequestError("a grammar needs a fast tokenizer (tokenizer.json), and this engine has none")
         self.pipeline.grammars.compile(grammar)

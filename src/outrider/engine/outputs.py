@@ -1,4 +1,4 @@
-"""What a finished request hands back."""
+"""The results of a finished request."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Result:
 
 
 def result_of(request: str, sequences: list[Sequence]) -> Result:
-    """The result of a request's samples; what was aborted has what it had."""
+    """The result of a request's samples; an aborted one has the tokens it had so far."""
     return Result(request, tuple(sequences[0].tokens[: sequences[0].prompt]), tuple(map(_output, sequences)))
 
 

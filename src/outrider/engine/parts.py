@@ -1,4 +1,4 @@
-"""What an engine is made of, and who looks on. Both are given when it is made and never assigned again."""
+"""The components and observers of an engine. Both are given when it is constructed and never assigned again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outrider.sampling.pipeline import LogitsPipeline
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a step is made of: values that compose."""
+    """The components that a step uses."""
 
     target: Target
     kv: KVCache
@@ -24,10 +24,10 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """Something that failed and was contained. It ends no request but the one it belongs to.
+    """A failure that was contained. It ends no request but the one it belongs to.
 
-    kind: "draft" (it was none: a token outside the vocabulary, a distribution that is none), "drafter", "controller" or "sink" (it
-    raised), "request" (a sequence that cannot go on: its grammar is exhausted) or "target" (no finite logits).
+    kind: "draft" (invalid: a token outside the vocabulary, or an invalid distribution), "drafter", "controller" or "sink" (it
+    raised), "request" (a sequence that cannot continue: its grammar is exhausted) or "target" (no finite logits).
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Defect:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Who looks on while an engine steps.
+    """The observers of an engine.
 
     controller: sets how deep each sequence drafts. sinks: receive the record of every step. on_defect: told of every defect when it
     happens, in the thread that steps; what it raises is logged.
@@ -52,7 +52,7 @@ class CoreOptions:
     """How an engine runs.
 
     tokenizer: a Hugging Face tokenizer, or None to work on ids alone. slots: sequences decoded together. max_length: most tokens
-    (prompt and output) of a sequence. chunk: rows of a prompt chunk. turns: of engines that share a model, so that they take turns.
+    (prompt and output) of a sequence. chunk: rows of a prompt chunk. turns: shared by engines on one model, to take turns.
     """
 
     slots: int

@@ -1,4 +1,4 @@
-"""What may stand where a prompt or several are asked for. A string is a sequence of strings, so it is looked at first."""
+"""The forms a prompt, or several, may be given in. A string is a sequence of strings too, so strings are checked first."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Prompts = Prompt
 
 
 def as_prompts(prompts: Any) -> list[str | list[int]]:
-    """One prompt or several, as a list: a string is one prompt, and so is a flat sequence of token ids.
+    """One prompt or several, as a list. A string is one prompt; a flat sequence of token ids is one prompt too.
 
-    An empty sequence is no prompt at all. Raises RequestError for what is neither text nor token ids.
+    An empty sequence holds no prompt. Raises RequestError for anything that is neither text nor token ids.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -27,32 +27,34 @@ def as_prompts(prompts: Any) -> list[str | list[int]]:
 
 
 def as_prompt(prompt: Any) -> str | list[int]:
-    """One prompt: its text, or its token ids. Raises RequestError for anything else, several prompts among it."""
+    """One prompt: its text, or its token ids. Raises RequestError for anything else, including several prompts."""
     if isinstance(prompt, str):
         return prompt
     items = _items(prompt)
     wrong = next((i for i in items if i is not None and not _is_number(i)), None)
     if wrong is not None:
-        _ = isinstance(wrong, str) or _items(wrong)  # what is no prompt itself is refused by what it is
-        raise RequestError("one prompt is wanted here, text or a flat list of token ids, and this is a list of several")
+        _ = isinstance(wrong, str) or _items(
+            wrong
+        )  # raises a more specific error if the element is not a prompt itself
+        raise RequestError("expected one prompt, text or a flat list of token ids, and got a list of several")
     return [_id(i) for i in items]
 
 
 def as_ids(prompts: Any) -> list[list[int]]:
-    """Several prompts of token ids, where nothing is there that could read text. Raises RequestError for text."""
+    """Several prompts of token ids, for callers without a tokenizer. Raises RequestError for text."""
     found = as_prompts(prompts)
     if any(isinstance(p, str) for p in found):
-        raise RequestError("token ids are wanted here, not text: encode it first (engine.encode)")
+        raise RequestError("expected token ids, not text: encode it first (engine.encode)")
     return [list(p) for p in found]  # type: ignore[arg-type]
 
 
 def _items(value: Any) -> list[Any]:
-    """The elements of a sequence, tensor, array or generator. RequestError for what is none or has no order."""
+    """The elements of a sequence, tensor, array or generator. RequestError for anything that is not iterable or has no order."""
     if isinstance(value, bytes | bytearray | memoryview):
         raise RequestError("a prompt is text or token ids, and this is bytes: decode it first, as in prompt.decode()")
     if isinstance(value, Mapping):
         raise RequestError("a prompt is text or token ids, and this is a mapping: pass what is in it, as its input_ids")
-    if callable(getattr(value, "tolist", None)):  # an array or a tensor, whoever made it
+    if callable(getattr(value, "tolist", None)):  # an array or a tensor of any library
         value = value.tolist()
     if isinstance(value, AnySet) or not isinstance(value, Iterable):
         kind = type(value).__name__
@@ -61,7 +63,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a single number, of whatever library: a token id, if it is whole."""
+    """Whether a value is a single number, of any library: a token id, if it is whole."""
     plain = value.tolist() if callable(getattr(value, "tolist", None)) else value
     return isinstance(plain, int | float)
 

@@ -1,4 +1,4 @@
-"""From sequences and their drafts to the rows of a step, and back from a verdict to what is kept of them."""
+"""From sequences and their drafts to the rows of a step, and from a verdict back to the accepted nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 @dataclass(frozen=True, slots=True)
 class VerifiedStep:
-    """What was scored and what was decided. unusable: sequences whose rows the target could not score."""
+    """The scored rows and the verdict. unusable: sequences whose rows the target could not score."""
 
     rows: Rows
     scores: Scores
@@ -24,7 +24,7 @@ class VerifiedStep:
 
 
 def assemble(works: list[StepWork], draft: Draft) -> Rows:
-    """The rows of a step: what each sequence feeds, and behind the scored ones their drafts."""
+    """The rows of a step: the tokens each sequence feeds, followed by the drafts of the scored ones."""
     sequences = [work.sequence for work in works]
     return Rows.assemble(
         [s.slot for s in sequences],
@@ -36,7 +36,7 @@ def assemble(works: list[StepWork], draft: Draft) -> Rows:
 
 
 def row_contexts(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], tuple[tuple[int, ...], ...]]:
-    """For each scored row its sequence and the drafted tokens on its own path: what a distribution needs to be exact on trees."""
+    """For each scored row, its sequence and the draft tokens on its path: logits processors need both to be exact on trees."""
     return [views[b] for b in draft.sequence_of_row], draft.path_tokens
 
 
@@ -46,7 +46,7 @@ def noise_of(views: list[SequenceView] | tuple[SequenceView, ...]) -> Noise:
 
 
 def allowances(rule: Rule, works: list[StepWork]) -> list[float]:
-    """Total variation each scored sequence may still spend: the rule's limit, or the request's own if less, minus what it spent."""
+    """Total variation each scored sequence may still spend: the lower of the rule's and the request's limit, minus its bias."""
     return [_left(rule.tv_limit, w.sequence.params.tv_budget, w.sequence.counts.bias) for w in works if w.scored]
 
 
@@ -68,7 +68,7 @@ def kept_paths(works: list[StepWork], verified: VerifiedStep) -> list[list[int]]
 
 
 def evidence_of(parts: Parts, works: list[StepWork], verified: VerifiedStep, live: list[Sequence]) -> Evidence:
-    """What a drafter may look at: the step, and the sequences that go on."""
+    """What a drafter may read: the step, and the sequences that continue."""
     segment = {w.sequence.key: i for i, w in enumerate(works)}
     number: dict[tuple[str, int], int] = {}
     for w in works:

@@ -1,4 +1,4 @@
-"""What stands between a broken drafter or model and the text: defects become rejected drafts, never wrong tokens."""
+"""Protects the text from a broken drafter or model: defects become rejected drafts, never wrong tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from outrider.types import POINT_MASS, TOLERANCE, Draft, Proposal, Tree, Verdict
 def sanitize_draft(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
     """The draft without its defects, and how many sequences had one.
 
-    A token outside the vocabulary takes its subtree with it; a distribution that is not one (NaN, infinite, partly negative, not
+    A token outside the vocabulary is removed with its subtree; an invalid distribution (NaN, infinite, partly negative, not
     summing to one, over another vocabulary) is not used. In a sequence with a defect every remaining node counts as a point mass,
-    which is lossless whatever the tokens are and however they were chosen (contract 1), so the output keeps the target's
-    distribution.
+    which is lossless for any tokens, however they were chosen (contract 1), so the output keeps the target distribution.
     """
     bad_nodes = {k for k, token in enumerate(draft.tokens) if not 0 <= token < vocab_size}
     bad_rows = _bad_rows(draft.q, vocab_size)
@@ -47,7 +46,7 @@ def _bad_rows(q: Proposal | None, vocab_size: int) -> set[int]:
 
 
 def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
-    """Prune bad nodes with what hangs below them, and take the distributions away from the broken sequences."""
+    """Remove bad nodes with their subtrees, and drop the distributions of the broken sequences."""
     trees: list[Tree] = []
     row: list[int] = []
     for b in range(len(draft.counts)):
@@ -67,14 +66,14 @@ def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
 
 
 def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> Bool[Tensor, "M"]:
-    """Blank the rows with a NaN, or nothing but -inf, in place, and say which they are; the answer is left where the logits are.
+    """Blank the rows that have a NaN, or only -inf, in place, and return a mask of them on the device of the logits.
 
-    Blanked rows keep the rule from failing for everybody; what their sequences emit is thrown away.
+    Blanking keeps the rule from failing for the whole batch; the tokens of blanked sequences are discarded.
     """
     peak = logits.amax(-1)  # NaN wins a maximum, so one reduction sees both
     bad = (peak - peak) != 0  # what is not finite is not itself less itself; isfinite takes five passes
     if not transfer.on_host(logits):
-        logits.masked_fill_(bad.unsqueeze(1), 0.0)  # rather than wait to learn that there are none
+        logits.masked_fill_(bad.unsqueeze(1), 0.0)  # reading whether there are any would wait for the device
     elif bad.any():
         logits[bad] = 0.0
     return bad
@@ -83,9 +82,9 @@ def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> Bool[Tensor, "M"]:
 def judge(
     rule: Rule, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float], bad: Bool[Tensor, "M"]
 ) -> tuple[Verdict, set[int]]:
-    """The verdict, and the sequences of the `bad` rows: in one copy from the device where the rule can leave its verdict there.
+    """The verdict, and the sequences of the `bad` rows, in one copy from the device if the rule can leave its verdict there.
 
-    A rule that can says so by an attribute `launch` of its `__call__`, which takes the same and gives a `Pending` verdict, or None
+    Such a rule has an attribute `launch` on its `__call__`: it takes the same arguments and returns a `Pending` verdict, or None
     where the host decides.
     """
     flags = transfer.Pending((bad,), lambda found: {draft.sequence_of_row[i] for i, x in enumerate(found) if x})

@@ -11,7 +11,7 @@ from outrider.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """One sequence's part in a step: `fed` tokens to feed; `scored` if they reach the newest token."""
+    """One sequence's part of a step: `fed` tokens to feed; `scored` if they reach the newest token."""
 
     sequence: Sequence
     fed: int
@@ -19,11 +19,11 @@ class StepWork:
 
 
 class Scheduler:
-    """First come, first served, over a fixed set of slots; prompts in chunks beside the decoding of the others.
+    """First come, first served, over a fixed set of slots; prefill in chunks beside the decoding of the others.
 
-    chunk: rows of a prompt chunk. Chunks end at multiples of `chunk` whoever else is running, so that the numbers a prompt
-    leaves in the cache do not depend on its neighbours. Each step takes every decoding sequence and at most `prefill`
-    prompt rows (always at least one chunk), so a long prompt delays the others by one chunk at a time.
+    chunk: rows of a prompt chunk. Chunks end at multiples of `chunk` whatever else is running, so that a prompt's entries in
+    the KV cache do not depend on the batch. Each step takes every decoding sequence and at most `prefill` prompt rows
+    (always at least one chunk), so a long prompt delays the others by one chunk at a time.
     """
 
     def __init__(self, slots: int, *, chunk: int = 256, prefill: int | None = None) -> None:
@@ -48,7 +48,7 @@ class Scheduler:
         return admitted
 
     def share(self, owner: Callable[[Sequence], Hashable]) -> None:
-        """Let owners take turns in the queue: an owner's n-th sequence, those it runs counted, comes before anybody's next."""
+        """Let owners take turns in the queue: every owner's n-th sequence, counting running ones, precedes anyone's (n + 1)-th."""
         turns = Counter(owner(s) for s in self.running)
         ranked: list[tuple[int, Sequence]] = []
         for sequence in self.waiting:
@@ -71,7 +71,7 @@ class Scheduler:
         return works
 
     def drop(self, sequence: Sequence, release: Callable[[list[int]], None]) -> None:
-        """Take a sequence out, wherever it is; its slot is free again before the next step."""
+        """Remove a sequence, waiting or running; its slot is free again before the next step."""
         if sequence.slot < 0:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)

@@ -1,4 +1,4 @@
-"""One request's sequence: its tokens, where it stands, and when it ends. One object per sequence; no parallel lists."""
+"""One request's sequence: its tokens, its progress, and when it ends. One object per sequence; no parallel lists."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from outrider.records import Counts
 from outrider.types import SequenceView
 
 ORIGINS = ("accepted", "corrected", "bonus", "sampled")
-"""Where a token came from: a draft the rule kept; the correction of a rejected one; the bonus behind a draft that was kept
-whole; or the target alone, when nothing was proposed."""
+"""Where a token came from: an accepted draft token; the correction of a rejected one; the bonus token after a fully accepted
+draft; or the target alone, when nothing was proposed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What one step added to one sequence. `text` is what may be shown now; `finish_reason` is set on the last event.
+    """What one step added to one sequence. `text` is the text that is final now; `finish_reason` is set on the last event.
 
-    origins names each token's origin (see ORIGINS). error: why it failed, and blame whose trouble that is: "request" (it cannot be
-    served as it is) or "engine".
+    origins: each token's origin (see ORIGINS). error: why it failed; blame: the cause, "request" (it cannot be served as it is) or
+    "engine".
     """
 
     request: str
@@ -47,7 +47,7 @@ class Sequence:
     """A sequence from its submission to its end.
 
     tokens: prompt and output; the last one is the anchor while decoding. prompt: length of the prompt.
-    slot:   -1 while waiting. cached: tokens in the target's cache. limit: most tokens it may ever hold (context).
+    slot:   -1 while waiting. cached: tokens in the target's KV cache. limit: most tokens it may hold (context).
     """
 
     request: str
@@ -85,7 +85,7 @@ class Sequence:
         return SequenceView(self.slot, self.seed, self.tokens, self.prompt, self.cached, self.params)
 
     def emit(self, tokens: list[int], origins: list[str], logprobs: list[TokenLogprob]) -> Event:
-        """Append tokens one by one and stop at the first that ends the sequence: the one place where output is cut."""
+        """Append tokens one by one and stop at the first that ends the sequence: the only place where output is cut."""
         kept, text = 0, ""
         for token in tokens:
             self.tokens.append(token)
@@ -127,6 +127,6 @@ class Sequence:
         return text
 
     def fail(self, message: str, blame: str = "engine") -> Event:
-        """End with an error: an outcome of this request, not a number and not its neighbours' trouble."""
+        """End this sequence with an error; other sequences are not affected."""
         self.finish_reason, self.error = "error", message
         return Event(self.request, self.index, (), (), "", (), "error", message, blame)

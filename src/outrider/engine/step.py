@@ -1,4 +1,4 @@
-"""The step, on one screen. Verify first, draft last; plain decoding is the empty draft, a prompt a long prefix."""
+"""The step, on one screen. Verify first, draft last; plain decoding has an empty draft, and prefill a long prefix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outrider.types import Draft, Rows, Scores
 
 
 def step(state: StepState, deliver: Callable[[list[Event]], None] | None = None) -> list[Event]:
-    """Advance every running sequence once; returns what was added. Nothing to do returns an empty list."""
+    """Advance every running sequence once; returns the events. With nothing to do the list is empty."""
     parts, clock = state.parts, PhaseClock()
     state.scheduler.admit()
     works = state.scheduler.plan()
@@ -36,7 +36,7 @@ def step(state: StepState, deliver: Callable[[list[Event]], None] | None = None)
             verified = verify(parts, works, rows, scores, draft)
         parts.kv.commit(rows, kept_paths(works, verified))
     emission = emit(parts, works, verified)
-    state.settle(emission, defects)  # what has ended is gone before anybody hears of the step
+    state.settle(emission, defects)  # ended sequences are dropped before observers see the step
     if deliver is not None:
         deliver([event for event in emission.events if event.finish_reason is None])  # may abort
     with clock("draft"):
@@ -46,7 +46,7 @@ def step(state: StepState, deliver: Callable[[list[Event]], None] | None = None)
 
 
 def verify(parts: Parts, works: list[StepWork], rows: Rows, scores: Scores, draft: Draft) -> VerifiedStep:
-    """The target's distributions of the scored rows, and what the rule keeps of the draft."""
+    """The target distributions of the scored rows, and the rule's verdict on the draft."""
     views = [work.sequence.view() for work in works if work.scored]
     with serially(scores.logits.numel()):
         bad = blank_nonfinite_rows(scores.logits)
@@ -56,7 +56,7 @@ def verify(parts: Parts, works: list[StepWork], rows: Rows, scores: Scores, draf
 
 
 def propose(state: StepState, works: list[StepWork], verified: VerifiedStep) -> PendingDraft:
-    """The next draft, one tree for each of the sequences that go on: the drafter looks at the step first."""
+    """The next draft, one tree for each sequence that continues. The drafter reads the step first."""
     live = list(state.scheduler.running)
     if not live:
         return state.pending

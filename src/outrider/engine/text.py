@@ -1,9 +1,9 @@
-"""Tokens to text while they arrive: never half a character, never the start of a stop string that may still complete.
+"""Streams tokens as text: never half a character, never the start of a stop string that may still complete.
 
-The decoder of a tokenizer is a function of a whole token list, and what it says about a token may depend on the tokens to its
-left (a leading space is dropped, bytes of one character are joined). So a window of the latest tokens is decoded again for
-every push, and the part of the text not shown before is new: the windowed decode of TGI and vLLM (`prefix_offset`,
-`read_offset`), here with a window that moves every few tokens, so a push costs one short decode and a stream is linear.
+A tokenizer decodes a whole token list, and the text of a token may depend on the tokens to its left (a leading space is
+dropped, bytes of one character are joined). So every push decodes a window of the latest tokens again, and the part of the
+text not shown before is new: the windowed decode of TGI and vLLM (`prefix_offset`, `read_offset`), here with a window that
+moves every few tokens, so a push costs one short decode and a stream takes linear time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_LACKING = 3  # a started character of UTF-8 waits for at most 3 more bytes, and shows as at most 3 broken ones
+_MAX_MISSING_BYTES = 3  # a started UTF-8 character lacks at most 3 bytes, and shows as at most 3 broken characters
 STRIDE = 4  # tokens by which the window moves; it holds at most twice as many
 PATIENCE = 16  # tokens for which a run of broken characters may still become whole
 
@@ -25,7 +25,7 @@ class Decoder(Protocol):
 
 
 def special_tokens(tokenizer: object) -> dict[int, str]:
-    """The special tokens of a tokenizer and how they are spelled: those that a text leaves out."""
+    """The special tokens of a tokenizer, which decoded text leaves out, with their spelling."""
     core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None) or tokenizer
     ask = getattr(core, "get_added_tokens_decoder", None)
     added = ask() if ask is not None else getattr(tokenizer, "added_tokens_decoder", {})
@@ -82,9 +82,9 @@ def _borders(s: str) -> list[int]:
 class TextStream:
     """The text of one output. All pieces that `push` and `finish` return, joined, are the decoded output up to its stop.
 
-    The stop is the stop string that completes first, whatever the borders of tokens; it is not part of the text. Of several
-    that complete with the same character it is the longest. A stop string may name special tokens, which the text leaves out: it is
-    looked for where they stand.
+    The text stops at the stop string that completes first, regardless of token borders; the stop string is not part of the text. Of
+    several that complete with the same character the longest counts. A stop string may contain special tokens, although the text
+    leaves them out: they are matched at their positions.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._ids = list(context)
-        for first in range(1, _LACKING + 1):  # the context may have been cut inside a character
+        for first in range(1, _MAX_MISSING_BYTES + 1):  # the context may have been cut inside a character
             if self._ids and self._decode(0).startswith(UNKNOWN):
                 self._ids = list(context[first:])
         self._start = len(self._ids)
@@ -116,7 +116,7 @@ class TextStream:
         self._full = StopMatcher(named) if named else None  # reads the text with its special tokens
         self._hidden: list[
             int
-        ] = []  # for each held character of special tokens, how many of the buffer stand before it
+        ] = []  # for each held character of special tokens, the number of buffer characters before it
         self._window = 0  # first token of the window
         self._border = self._start  # a later token where characters begin: the next window starts there
         # Characters of the window's text already taken; a character the prompt only began belongs to the output.
@@ -127,7 +127,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """A stop string completed: nothing more is shown."""
+        """Whether a stop string has completed: no more text follows."""
         return self.stop_string is not None
 
     @property
@@ -136,7 +136,7 @@ class TextStream:
         return len(self._ids) - self._start
 
     def push(self, token: int) -> str:
-        """Append a token; the text that is certain now. Empty after a stop."""
+        """Append a token and return the text that is final now. Empty after a stop."""
         if self.stopped:
             return ""
         self._ids.append(token)
@@ -144,9 +144,9 @@ class TextStream:
         return text + self._pass(self._special[token]) if token in self._special and not self.stopped else text
 
     def extend(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """Append the tokens of one step: the text that is certain now, and how many of the tokens were used.
+        """Append the tokens of one step; returns the text that is final now, and how many of the tokens were used.
 
-        The same as pushing them one by one until a stop, with one decode unless there is a stop.
+        Equivalent to pushing them one by one until a stop, with one decode unless there is a stop.
         """
         if self.stopped or not tokens:
             return "", 0
@@ -159,7 +159,7 @@ class TextStream:
         text = self._take()
         if self._waiting == 0 and not self.stopped:
             return text, len(tokens)
-        # Which token completed the stop string, or began the broken character? Go back and look.
+        # To find the token that completed the stop string, or began the broken character, restore the state and push singly.
         del self._ids[size:]
         self._window, self._border, self._shown, self._waiting, self._buffer = before
         self.stop_string = None
@@ -179,7 +179,7 @@ class TextStream:
         return "".join(pieces), len(self._ids) - size
 
     def finish(self) -> str:
-        """The text held back so far, broken characters included: the output has ended."""
+        """The output has ended: return the text held back so far, including broken characters."""
         if self.stopped:
             return ""
         text = self._decode(self._window)
@@ -189,13 +189,13 @@ class TextStream:
         return shown + rest
 
     def _take(self) -> str:
-        """Decode the window and pass on what is new and certain."""
+        """Decode the window and return what is new and final."""
         text = self._decode(self._window)
         broken = len(text) - len(text.rstrip(UNKNOWN))
         self._waiting = self._waiting + 1 if broken else 0
-        # Decoders of byte tokens show a whole run of them as broken, characters shown before included, until its last
-        # character is complete. A run that does not become whole is truly broken, but for its last bytes.
-        certain = len(text) - (broken if self._waiting <= PATIENCE else min(broken, _LACKING))
+        # Decoders of byte tokens show a whole run of them as broken, including characters shown before, until its last
+        # character is complete. A run that does not complete within PATIENCE tokens is truly broken, except its last bytes.
+        certain = len(text) - (broken if self._waiting <= PATIENCE else min(broken, _MAX_MISSING_BYTES))
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
         self._move_window()
@@ -205,16 +205,16 @@ class TextStream:
         return self._tokenizer.decode(self._ids[first:], skip_special_tokens=self._skip_special)
 
     def _move_window(self) -> None:
-        """Start the window at the last border, if that leaves text to the left of the tokens to come."""
+        """Start the window at the last border, if that leaves text to the left of future tokens."""
         if len(self._ids) - self._border < (2 * PATIENCE if self._waiting else STRIDE):
             return
         text = self._decode(self._border)
         if text:
-            held = min(_LACKING, len(text) - len(text.rstrip(UNKNOWN)))
+            held = min(_MAX_MISSING_BYTES, len(text) - len(text.rstrip(UNKNOWN)))
             self._window, self._border, self._shown = self._border, len(self._ids), len(text) - held
 
     def _scan(self, new: str) -> str:
-        """Take new characters; return those that no stop string can claim."""
+        """Match new characters against the stop strings; return those that cannot be part of one."""
         if self._matcher is None:
             return new
         text = self._buffer + new
@@ -230,7 +230,7 @@ class TextStream:
         return self.tokens <= self._min_tokens
 
     def _pass(self, name: str) -> str:
-        """A special token, spelled `name`, which the text leaves out; what is certain to be text now."""
+        """Match a special token, spelled `name`, which the text leaves out; returns the text that is final now."""
         assert self._full is not None
         size = len(self._buffer)
         for char in name:
@@ -241,8 +241,8 @@ class TextStream:
         return self._release(self._buffer)
 
     def _begin(self, end: int, length: int) -> tuple[int, int]:
-        """Where the last `length` characters behind `end` of the text begin, those of special tokens counted: characters of the
-        buffer before it, and hidden ones."""
+        """Where the last `length` characters before `end` begin, counting those of special tokens: the number of buffer characters
+        before that point, and of hidden ones."""
         hidden = len(self._hidden)
         while length and (end or hidden):
             if hidden and self._hidden[hidden - 1] >= end:
@@ -257,7 +257,7 @@ class TextStream:
         return text
 
     def _release(self, text: str) -> str:
-        """Keep what a stop string may still claim; the rest is shown."""
+        """Hold back what may still become a stop string; return the rest."""
         assert self._matcher is not None
         keep = len(text) - self._matcher.held
         if self._full:

@@ -1,4 +1,4 @@
-"""Who may touch an engine: one thread after the other, in the order they came, and the process that built it."""
+"""Access to an engine: one thread at a time, in order of arrival, and only in the process that built it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _used: set[int] = set()
 
 
 class Turns:
-    """A lock that threads get in the order they asked for it; the one that has it may take it again.
+    """A fair, reentrant lock: threads get it in the order they asked for it.
 
-    Entering raises CapabilityError in a process that was forked from the one that made it: the threads that compute are not there
-    after a fork, and whoever waits for them waits for ever.
+    Entering raises CapabilityError in a process forked from the one that made it: the compute threads do not exist after a fork,
+    and waiting for them would block for ever.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Turns:
             return
         turn = (
             threading.Lock()
-        )  # made here: behind the door nothing may be collected, whose end might come to this door
+        )  # allocated outside `_door`: a garbage collection inside it could run a finaliser that takes the same lock
         turn.acquire()
         with self._door:
             if self._owner is None:
@@ -67,7 +67,7 @@ class Turns:
     def _wait(self, turn: threading.Lock) -> None:
         try:
             turn.acquire()
-        except BaseException:  # an interrupt: leave the queue, or hand the turn on if it has just come
+        except BaseException:  # an interrupt: leave the queue, or pass the turn on if it has just been granted
             with self._door:
                 waiting = turn in self._queue
                 if waiting:
@@ -86,9 +86,9 @@ class Turns:
 
 
 def check_process() -> None:
-    """Raise CapabilityError in a process that was forked from one that had computed with an engine: its threads are not here.
+    """Raise CapabilityError in a process forked from one that computed with an engine: the compute threads do not exist here.
 
-    One that computes on one thread needs no others, and may build engines of its own.
+    A process with one compute thread needs no others, and may build engines of its own.
     """
     if _used and os.getpid() not in _used and torch.get_num_threads() > 1:
         raise CapabilityError(f"this process was forked from one that has used an engine, and cannot compute: {_SPAWN}")

@@ -1,6 +1,6 @@
-"""What transformers will not run as a target, found from the files alone: loading and `outrider doctor` both ask here.
+"""Checks from the files alone whether transformers can run a checkpoint as a target; used by loading and `outrider doctor`.
 
-Nothing is read of the weights but their headers, nothing of the checkpoint's own code is run.
+Of the weights only the headers are read, and no code of the checkpoint is run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import nn
 from outrider.errors import ConfigError
 
 _CAUSAL = "is_causal"
-"""By this attribute the attention of transformers' models says whether a row sees what stands behind it."""
+"""The attribute by which attention modules of transformers state whether a row is blind to later rows."""
 
 
 def admit(folder: Path, raw: dict) -> Any:
     """transformers' configuration of a checkpoint that it can run as a causal language model.
 
-    raw: config.json. Raises ConfigError for what it cannot: an unknown architecture, one that is no decoder, weights quantised in
-    a way that needs another package or machine.
+    raw: config.json. Raises ConfigError for the others: an unknown architecture, one that is not a decoder, weights quantised in a
+    way that needs another package or machine.
     """
     config = _config(folder)
     named = raw.get("model_type", type(config).__name__)
@@ -30,8 +30,8 @@ def admit(folder: Path, raw: dict) -> Any:
     if raw.get("quantization_config"):
         _admit_quantized(folder, config, raw["quantization_config"])
     model = _skeleton(folder, config, str(named))
-    told = [bool(getattr(m, _CAUSAL)) for m in model.modules() if isinstance(getattr(m, _CAUSAL, None), bool)]
-    if told and not any(told):
+    causal_flags = [bool(getattr(m, _CAUSAL)) for m in model.modules() if isinstance(getattr(m, _CAUSAL, None), bool)]
+    if causal_flags and not any(causal_flags):
         raise ConfigError(
             f"{folder} is an encoder ({named}), in which a token sees what follows it: it cannot continue text, "
             "use a causal language model"
@@ -44,7 +44,7 @@ def _config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # its classes check their fields with errors of their own, other libraries' among them
+    except Exception as error:  # its classes raise errors of their own and of other libraries
         raise ConfigError(
             f"transformers cannot read {folder / 'config.json'} ({brief(error)}): use another model"
         ) from None
@@ -65,7 +65,7 @@ def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:
 
 
 def _admit_quantized(folder: Path, config: Any, how: Any) -> None:
-    """ConfigError unless transformers can read weights that were quantised like this, here and now."""
+    """Raise ConfigError unless transformers can read weights quantised in this way on this machine."""
     method = how.get("quant_method", "an unnamed method") if isinstance(how, dict) else how
     instead = "use the unquantized checkpoint it was made from (--quantize-draft makes a draft small)"
     try:
@@ -74,13 +74,13 @@ def _admit_quantized(folder: Path, config: Any, how: Any) -> None:
         if not AutoHfQuantizer.supports_quant_method(how):
             raise ValueError("transformers does not know that method")
         AutoHfQuantizer.from_config(how, pre_quantized=True).validate_environment(device_map=None, weights_only=True)
-    except Exception as error:  # every method checks its own surroundings and complains in its own way
+    except Exception as error:  # every method checks its requirements with its own errors
         raise ConfigError(
             f"{folder} is quantized ({str(method)[:40]}) and transformers cannot run it here ({brief(error)}): {instead}"
         ) from None
 
 
 def brief(error: BaseException) -> str:
-    """The first sentence or so of another library's complaint."""
+    """The beginning of another library's error message."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200].rstrip(". ")

@@ -1,7 +1,7 @@
 """Weights of a Hugging Face folder -> DecoderWeights, from safetensors only, every size checked before anything is allocated.
 
-Files are mapped anew for each group of tensors: an open map keeps every page it has touched resident, so reading a file
-through one map holds the weights twice. Here the peak is the weights plus one block (or one embedding).
+Files are mapped again for each group of tensors: an open map keeps every page it has read in memory, so reading a file through
+one map would hold the weights twice. Here the peak is the weights plus one block (or one embedding).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies and what it is, from the header of its file. stored: safetensors' name of its type."""
+    """A tensor's file, shape and type, from the header of its file. stored: safetensors' name of its type."""
 
     file: Path
     stored: str
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Its type, None for one that is no plain floating-point number."""
+        """Its type, None if it is not a plain floating-point type."""
         return _STORED.get(self.stored)
 
     @property
@@ -53,7 +53,7 @@ class Checkpoint:
     """A folder whose configuration and tensor headers have been read and agree; nothing is allocated yet.
 
     folder:     with config.json and model.safetensors, or model.safetensors.index.json and its files.
-    max_length: may shorten the context. Raises ConfigError for what is wrong, Unsupported for what only transformers may run.
+    max_length: may shorten the context. Raises ConfigError for a broken folder, Unsupported for one that only transformers may run.
     """
 
     def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the weights that will be held (a tied head counts once)."""
+        """Numbers in the weights in memory (a tied head counts once)."""
         return sum(math.prod(shape) for shape in self._expected().values())
 
     def read(
@@ -79,7 +79,7 @@ class Checkpoint:
     ) -> DecoderWeights:
         """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit.
 
-        role: what the model is to its user, for that sentence: "target", "draft".
+        role: the model's role in messages: "target", "draft".
         """
         where = torch.device(device)
         require_memory(
@@ -178,7 +178,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A weight file of the folder. Links may lead elsewhere in the folder, or to the blobs of the Hub's own cache layout."""
+    """A weight file of the folder. Links may point inside the folder, or to the blobs of the Hub's cache layout."""
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise ConfigError(f"the weight index names {reprlib.repr(name)}, which is no safetensors file of this folder")
     file, home = folder / name, folder.resolve()
@@ -224,7 +224,7 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
 
 
 class _Reader:
-    """Copies tensors into freshly allocated, fused ones, in the dtype and on the device asked for."""
+    """Copies tensors into newly allocated, fused ones, in the requested dtype and on the requested device."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class _Reader:
         )
 
     def _group(self, fused: Sequence[tuple[str, ...]]) -> list[Tensor]:
-        """One tensor for each tuple of names: those tensors, one under the other."""
+        """One tensor for each tuple of names: those tensors stacked along the first dimension."""
         files = {self._entries[name].file for names in fused for name in names}
         try:
             with ExitStack() as stack:

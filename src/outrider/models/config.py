@@ -22,18 +22,18 @@ from outrider.models.decoder import DecoderConfig
 
 CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
-"""Largest config.json that is read: real ones have a few kilobytes."""
+"""Largest config.json that is read; real ones have a few kilobytes."""
 
 
 class Unsupported(Exception):
-    """The lean runtime does not run this checkpoint, transformers may; the text is the reason."""
+    """The lean runtime does not support this checkpoint, transformers may; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Which parts a model type has, and transformers' defaults of absent keys.
+    """The parts of a model type, and transformers' defaults of absent keys.
 
-    options: keys of `OPTIONS` that its class reads; the others mean nothing for it, in whatever file they are left over.
+    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files.
     """
 
     options: frozenset[str]
@@ -56,7 +56,7 @@ FAMILIES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What to expect in the weight files. stored: the dtype the config names, if any."""
+    """The expected contents of the weight files. stored: the dtype the config names, if any."""
 
     decoder: DecoderConfig
     qkv_bias: bool
@@ -67,7 +67,7 @@ class Layout:
 
 
 def read_raw_config(folder: Path) -> dict:
-    """config.json, refused if it wants code of its own to be run."""
+    """Read config.json; refused if it requires its own code to be run."""
     raw = read_json(folder / CONFIG, CONFIG_BYTES)
     if raw.get("auto_map"):
         raise ConfigError(
@@ -129,7 +129,7 @@ def read_layout(folder: Path, max_length: int | None = None) -> Layout:
 
 
 def _family(raw: dict) -> Family:
-    """The family of the file, after refusing what changes the computation in a way the lean runtime does not know."""
+    """The family of the file, after refusing options that the lean runtime does not support."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise Unsupported(f"model_type {reprlib.repr(kind)} is not one of {', '.join(FAMILIES)}")
@@ -185,7 +185,7 @@ def _rope(raw: dict, head_dim: int, positions: int) -> tuple[Float[Tensor, "half
     if unknown:
         raise Unsupported(f"the rotary parameters have a key {unknown[0][:80]!r} that is not known here")
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | given
-    if "original_max_position_embeddings" in raw:  # beside the parameters it counts more than among them
+    if "original_max_position_embeddings" in raw:  # beside the parameters it takes precedence over a value among them
         rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):

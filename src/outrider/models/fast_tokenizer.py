@@ -7,9 +7,9 @@ from typing import Any
 
 
 def read_fast_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a folder that `tokenizer.load_tokenizer` has checked; no code of the folder is run, nothing is fetched.
+    """The fast tokenizer of a folder that `tokenizer.load_tokenizer` has checked; runs no code of the folder, fetches nothing.
 
-    Raises whatever the library raises for a damaged file, a bare Exception among it.
+    Raises the library's errors for a damaged file, which may be a bare Exception.
     """
     from transformers import AutoTokenizer
 

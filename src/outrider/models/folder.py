@@ -14,7 +14,7 @@ _UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.gguf", "*.onnx")
 
 
 def resolve_folder(path_or_name: str | Path) -> Path:
-    """The folder itself, or the Hub's snapshot of that name, downloaded if need be. Raises ConfigError if there is neither."""
+    """The folder itself, or the Hub's snapshot of that name, downloaded if necessary. Raises ConfigError if there is neither."""
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         return path
@@ -29,13 +29,13 @@ def resolve_folder(path_or_name: str | Path) -> Path:
 
 
 def files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, bytes and time of change (ns) of the files that a model is read from: another training in the same place differs."""
+    """Name, size and modification time (ns) of a model's files: another training in the same folder differs."""
     found = (p for kind in ("*.safetensors", "*.json") for p in folder.glob(kind))
     return tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found))
 
 
 def require_config(folder: Path) -> None:
-    """ConfigError for a folder without config.json, which says what else it seems to hold."""
+    """Raise ConfigError for a folder without config.json, with a hint at what else it seems to hold."""
     if (folder / "config.json").is_file():
         return
     hint = ""

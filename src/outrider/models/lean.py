@@ -1,9 +1,9 @@
 """Our own decoder runtime for the Llama, Qwen2, Qwen3 and Mistral families: the fast twin of `models/hf/target.py`.
 
 Weights that share an input are fused, linear layers are packed for few rows, keys and values lie in a static cache,
-rotary tables are static, rows lie flat. Where the native decoder (`models/native`) can be built it scores short
-segments, and only long prompts go through the layers here, alone: so a sequence's numbers do not depend, bit for bit,
-on its neighbours.
+rotary tables are static, rows are flat. If the native decoder (`models/native`) can be built, it scores short segments,
+and only long prompts go through the layers here, one at a time: so a sequence's numbers do not depend, bit for bit, on
+the other sequences.
 
 The formulas are those of transformers' modelling files, with grouped-query attention (Ainslie et al. 2023).
 """
@@ -35,17 +35,17 @@ from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
 
 TIED_COPY_BYTES = 64 << 20
-"""Largest tied embedding of which the head gets a packed copy of its own."""
+"""Largest tied embedding of which the head gets a separate packed copy."""
 
 
 class LeanTarget:
     """Implements `protocols.Target` over `DecoderWeights`, for chains and trees.
 
-    config:   the decoder's shape. weights: its weights, or a function that reads them: then nobody else holds the plain
-              ones while they are packed, and no more than one block is in memory twice.
+    config:   the decoder's shape. weights: its weights, or a function that reads them: then no other code holds the plain
+              ones while they are packed, and at most one block is in memory twice.
     quantize: None, or "int8" / "int4" linear layers (for drafts).
-    native:   whether to use the compiled decoder where it can be had; quantized and float64 weights never do.
-    notices:  what the user should know about how this target was loaded, a sentence each.
+    native:   whether to use the compiled decoder if available; quantized and float64 weights never do.
+    notices:  sentences for the user about how this target was loaded.
     """
 
     trees = True
@@ -66,9 +66,9 @@ class LeanTarget:
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.embedding.device
         self.native, found = load_native(config, w) if native and quantize is None else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
-        # the block and the head that a quantised draft must beat
+        # the plain block and head that a quantised draft must beat
         plain = load_native(_first(config), replace(w, layers=w.layers[:1]))[0] if native and quantize else None
-        # where PyTorch has no real product for this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
+        # if PyTorch only emulates products of this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = (
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
         )
@@ -99,11 +99,11 @@ class LeanTarget:
         return ContiguousKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
-        """See `protocols.Target`. Raises CapabilityError for a layer there is not, CapacityError and RequestError for
+        """See `protocols.Target`. Raises CapabilityError for a layer that does not exist, CapacityError and RequestError for
         rows that do not fit the cache or the vocabulary.
 
         With the native decoder a mixed forward is split, short segments together and every long one alone, so that a
-        sequence's numbers never depend on its neighbours.
+        sequence's numbers never depend on the others.
         """
         if not isinstance(kv, ContiguousKV):
             raise CapabilityError(f"LeanTarget cannot read a {type(kv).__name__}: make the cache with its new_kv()")
@@ -155,7 +155,7 @@ class LeanTarget:
     def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:
         """All rows in one pass through PyTorch's operators.
 
-        The blocks run in inference mode, where views cost half; what comes out is made outside of it, as ordinary tensors.
+        The blocks run in inference mode, where views cost half; the outputs are made outside of it, as ordinary tensors.
         """
         self._grow_rope(kv.capacity)
         with torch.inference_mode():
@@ -191,12 +191,12 @@ class LeanTarget:
             ) from None
 
     def _grow_rope(self, length: int) -> None:
-        """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is asked for."""
+        """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is used."""
         if self._rope.shape[0] < length:
             self._rope = self._rope_table(length)
 
     def _rope_table(self, length: int) -> Float[Tensor, "L DD"]:
-        """Computed in float32 on the CPU whatever the model's dtype, as transformers does."""
+        """Computed in float32 on the CPU for every dtype of the model, as in transformers."""
         c = self.config
         return rope.table(c.inv_freq.float().cpu(), length, c.rope_scale).to(device=self.device, dtype=self.dtype)
 

@@ -1,4 +1,4 @@
-"""From a folder or a Hub name to a target: the lean runtime where it can, transformers where it must."""
+"""From a folder or a Hub name to a target: the lean runtime if it supports the model, else transformers."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def load_target(
                     (AVX512_BF16, AMX, ARM's bf16) or, for bfloat16 checkpoints, that has the native decoder (half the
                     bytes to read, arithmetic in float32), else float32; on a GPU the checkpoint's own.
     device:         "auto" (a GPU if there is one), or a PyTorch device.
-    implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean where it can; `notices` say why not.
+    implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean if possible; else `notices` give the reason.
     quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
-    role:           what it is to its user, for messages: "target", "draft".
+    role:           the model's role in messages: "target", "draft".
 
     Raises ConfigError for a wrong option or checkpoint, CapacityError if the weights do not fit into memory.
     """
@@ -98,11 +98,11 @@ def load_target(
 
 
 def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | str:
-    """A checkpoint that the lean runtime reads, or why transformers is used: a sentence, empty where nothing is lost."""
+    """A checkpoint that the lean runtime reads, or a sentence on why transformers is used, empty if that is no loss."""
     try:
         checkpoint = Checkpoint(folder, max_length=max_length)
     except (Unsupported, ConfigError) as reason:
-        if implementation == "hf":  # transformers has its own words for what is wrong, if anything is
+        if implementation == "hf":  # transformers reports what is wrong, if anything is
             return ""
         if not isinstance(reason, Unsupported):
             raise
@@ -151,10 +151,10 @@ def _load_hf(
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a checkpoint's files say, without loading weights.
+    """Facts from a checkpoint's files, without loading weights.
 
-    runtime: "lean" or "transformers"; reason: why not lean, or "". kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
-    will not run as fast as it could here, as far as files and the machine tell.
+    runtime: "lean" or "transformers". reason: why not lean, or "". kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
+    will not run as fast as possible here, as far as files and machine show.
     """
 
     architecture: str
@@ -170,7 +170,7 @@ class Facts:
 
 
 def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
-    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError for what that would refuse."""
+    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError where `load_target` would."""
     folder, where = resolve_folder(path_or_name), _device(device)
     require_config(folder)
     raw = read_raw_config(folder)
@@ -181,9 +181,9 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     if isinstance(found, Checkpoint):
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
-        library, told = library_for(c, chosen) if where.type == "cpu" else (None, None)
+        library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
     else:
-        runtime, reason, library, told = "transformers", found, None, found
+        runtime, reason, library, library_notice = "transformers", found, None, found
         parameters = sum(math.prod(entry.shape) for entry in entries.values())
         sizes = _sizes_by_transformers(admit(folder, raw))
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
@@ -198,12 +198,15 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         max_length=max_length,
         weights_bytes=parameters * chosen.itemsize,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * chosen.itemsize,
-        notices=(*([told] if told else []), *_dtype_notices(folder, chosen, where, library is not None)),
+        notices=(
+            *([library_notice] if library_notice else []),
+            *_dtype_notices(folder, chosen, where, library is not None),
+        ),
     )
 
 
 def _sizes_by_transformers(config: Any) -> tuple[int, int, int, int, int]:
-    """Vocabulary, positions, layers, key heads and their size, as transformers reads them; 0 where a model has no such thing."""
+    """Vocabulary, positions, layers, key heads and their size, as transformers reads them; 0 if a model has no such value."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None) or 0
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -232,7 +235,7 @@ def _named_dtype(name: str) -> torch.dtype | None:
 
 
 def choose_dtype(name: str, stored: object, device: torch.device, *, lean: bool) -> torch.dtype:
-    """lean: our runtime may have the native decoder, whose arithmetic on bfloat16 weights is float32's everywhere."""
+    """lean: our runtime may have the native decoder, which always computes with bfloat16 weights in float32."""
     named = _named_dtype(name)
     if named is not None:
         return named
@@ -243,7 +246,7 @@ def choose_dtype(name: str, stored: object, device: torch.device, *, lean: bool)
 
 
 def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this machine has no products of this type, and PyTorch widens every number first."""
+    """Whether this machine has no products of this type, so that PyTorch converts every number first."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False
     if dtype is torch.bfloat16:
@@ -252,7 +255,7 @@ def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _dtype_notices(folder: Path, dtype: torch.dtype, device: torch.device, native: bool) -> tuple[str, ...]:
-    """Whether the type slows PyTorch down on this machine. native: the decoder is ours, for which it does not."""
+    """Whether the type is slow in PyTorch on this machine. native: the native decoder is used, where it is not."""
     if native or not _emulated(dtype, device):
         return ()
     name = str(dtype).removeprefix("torch.")

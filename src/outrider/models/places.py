@@ -1,4 +1,4 @@
-"""Tensors that a model has no place for, or that are codes of numbers: refused, because another text would come out."""
+"""Refuses tensors that a model does not use, or that are packed codes, because ignoring them would change the text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from outrider.errors import ConfigError
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 """Ends of names of buffers that old releases stored and that follow from the configuration."""
 _APART = re.compile(r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mtp|mtp_block)\.")
-"""Begins of names of parts that do not take part in text: eyes, ears, and heads for drafting."""
+"""Prefixes of names of parts that do not affect text: vision, audio, and heads for drafting."""
 
 
 def without_place(names: Iterable[str]) -> list[str]:
-    """Of tensors that a model has no place for, those without which it is another model, sorted and shortened for a message."""
+    """Of the tensors that a model does not use, those that it must not ignore, sorted and shortened for a message."""
     return sorted(name[:120] for name in names if not _DERIVED.search(name) and not _APART.match(name))
 
 
 def refuse_extra(names: Iterable[str], checkpoint: str) -> None:
-    """Raise ConfigError for tensors that a model has no place for."""
+    """Raise ConfigError for tensors that a model does not use."""
     extra = without_place(names)
     if extra:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Is a quantised draft worth it on this machine? Measured once, when it is loaded: instruction sets alone do not tell."""
+"""Checks whether a quantised draft is faster on this machine, measured once at loading: instruction sets alone do not show it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SIZES = (1, 4)
 
 @runtime_checkable
 class Forward(Protocol):
-    """What quantised and plain blocks have in common."""
+    """The interface common to quantised and plain blocks."""
 
     def forward(self, rows: Rows, kv: ContiguousKV, /) -> Scores: ...
 
 
 def seconds(model: Forward, new_kv: Callable[[], ContiguousKV]) -> float:
-    """The least time of a forward of each of SIZES, summed."""
+    """The sum over SIZES of the least time of a forward."""
     total = 0.0
     for size in SIZES:
         rows, times = Rows.assemble([0], [[0] * size], [0], Draft.empty(1)), []

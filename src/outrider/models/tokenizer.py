@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: loading one safely, and naming its vocabulary."""
+"""Tokenizers of checkpoints: loading one safely, and a digest of its vocabulary."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from outrider.models.fast_tokenizer import read_fast_tokenizer
 from outrider.models.folder import resolve_folder
 
 TOKENIZER_BYTES = 128 << 20
-"""Largest tokenizer.json that is read: the largest real ones have 35 MB."""
+"""Largest tokenizer.json that is read; the largest real ones have 35 MB."""
 
 
 def load_tokenizer(path_or_name: str | Path) -> Any:
-    """The fast tokenizer of a folder or Hub name; no code of the folder is run. Raises ConfigError if there is none."""
+    """The fast tokenizer of a folder or Hub name; runs no code of the folder. Raises ConfigError if there is none."""
     folder = resolve_folder(path_or_name)
     core = folder / "tokenizer.json"
     if not core.is_file():
@@ -51,7 +51,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
 
 
 def whole_tokenizer(path_or_name: str | Path) -> Any:
-    """The tokenizer of a folder as transformers has it: one that can be saved, with all its special tokens."""
+    """The tokenizer of a folder as a transformers object: it can be saved, with all its special tokens."""
     tokenizer = load_tokenizer(path_or_name)  # which refuses code, and what is too large
     if hasattr(tokenizer, "save_pretrained"):
         return tokenizer
@@ -67,9 +67,9 @@ def find_tokenizer(path_or_name: str | Path) -> Any | None:
 
 
 class PlainTokenizer:
-    """A tokenizer.json and nothing else: what transformers' generic class does for text and ids, without importing it.
+    """A tokenizer.json alone: encodes and decodes as transformers' generic class, without importing it.
 
-    That import costs 85 MB and two seconds, more than a small model needs altogether.
+    That import takes 85 MB and two seconds, more than a small model needs in total.
     """
 
     chat_template = None
@@ -92,11 +92,11 @@ PLAIN_SETTINGS = frozenset({
     "tokenizer_class", "clean_up_tokenization_spaces", "model_max_length", "backend", "is_local", "local_files_only",
     "name_or_path", "transformers_version", "padding_side", "truncation_side", "model_input_names",
 })  # fmt: skip
-"""Keys of tokenizer_config.json that say nothing about the ids of one text; with any other one transformers reads the folder."""
+"""Keys of tokenizer_config.json that do not affect the ids of a text; with any other key transformers reads the folder."""
 
 
 def _plain(folder: Path) -> PlainTokenizer | None:
-    """The plain tokenizer of a folder whose settings leave nothing for transformers to do, else None."""
+    """The plain tokenizer of a folder whose settings need no transformers, else None."""
     file = folder / "tokenizer_config.json"
     settings = read_json(file, TOKENIZER_BYTES) if file.is_file() else {}
     generic = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -109,16 +109,16 @@ def _plain(folder: Path) -> PlainTokenizer | None:
     marked = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
     named = [settings[key] for key in SPECIAL if settings.get(key) is not None]
     if not all(isinstance(token, str) and token in marked for token in named):
-        return None  # transformers marks it, so that it is one token in a text and none in its decoding
+        return None  # transformers marks it as special, so that it is one token in a text and left out in decoding
     eos = settings.get("eos_token")
     return PlainTokenizer(core, core.token_to_id(eos) if isinstance(eos, str) else None)
 
 
 def disable_bpe_cache(tokenizer: Any) -> None:
-    """Keep no words of the texts that are encoded: for servers, whose texts are others'.
+    """Keep no words of encoded texts in memory: for servers, whose texts belong to clients.
 
-    A fast BPE tokenizer keeps up to 10,000 words in every thread that encodes, 0.4 MB before the first one, and never lets go of
-    them; encoding a text is some 20% slower without. Nothing is done for a tokenizer that has no such memory.
+    A fast BPE tokenizer caches up to 10,000 words in every thread that encodes, from 0.4 MB on, and never frees them; encoding is
+    some 20% slower without. A tokenizer without such a cache is not changed.
     """
     core = getattr(tokenizer, "_core", None) or getattr(tokenizer, "backend_tokenizer", None)
     resize = getattr(getattr(core, "model", None), "_resize_cache", None)
@@ -135,9 +135,9 @@ def vocab_fingerprint(tokenizer: protocols.Tokenizer) -> str:
 
 
 def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
-    """Tokens that end a text: of generation_config.json, else of config.json; and the tokenizer's own end of text.
+    """Tokens that end a text: from generation_config.json, else from config.json; and the tokenizer's own end of text.
 
-    Raises ConfigError if generation_config.json asks for a constraint on every text, which is nothing a model can ask for here.
+    Raises ConfigError if generation_config.json sets a constraint on every text, which is not supported here.
     """
     folder = resolve_folder(path_or_name)
     generation = folder / "generation_config.json"
@@ -166,9 +166,9 @@ CONSTRAINTS: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
     "guidance_scale": (1,),
 }
-"""Keys of generation_config.json that bind every text of transformers' `generate`, and their values that bind none.
+"""Keys of generation_config.json that constrain every text of transformers' `generate`, with their neutral values.
 
-Its other keys are defaults of sampling: here a request says how it is sampled.
+Its other keys are defaults of sampling, which each request sets here.
 """
 
 
@@ -176,6 +176,6 @@ def _refuse_constraints(raw: Mapping[str, Any], file: Path) -> None:
     for key, free in CONSTRAINTS.items():
         if raw.get(key) is not None and raw[key] not in free:
             raise ConfigError(
-                f"{file} sets {key}, which is not applied here: remove it, and say it in the request "
+                f"{file} sets {key}, which is not applied here: remove it, and set it in the request "
                 "(logit_bias bans tokens, stop ends texts)"
             )

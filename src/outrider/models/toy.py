@@ -1,7 +1,7 @@
-"""Toy targets: a table whose distribution is known exactly, and a tiny language model with real attention.
+"""Toy targets: a table with an exactly known distribution, and a tiny language model with real attention.
 
-Both read what came before *through the cache*, at the places a segment says are visible, so a wrong commit, a stale row
-or a wrong slot shows in the logits. Both compute in float64, so that batch shapes differ by rounding and nothing else.
+Both read the history *through the KV cache*, at the places that are visible to a row, so a wrong commit, a stale row or a
+wrong slot shows in the logits. Both compute in float64, so that batch shapes differ only by rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _places(s: Segment, order: int) -> list[list[int]]:
 
 
 class TableTarget:
-    """A Markov chain of order 1, 2, ... given by its logits, optionally another one at every position.
+    """A Markov chain of order 1, 2, ... given by its logits, optionally with another table at every position.
 
     logits: [V] * order + [V]: logits[a, b] (order 1) or logits[z, a, b] (order 2) of token b after ... z, a; or the
     same with a leading dimension T: logits[t] after the token at absolute position t, the last table serving all later
@@ -69,7 +69,7 @@ class TableTarget:
 
     @staticmethod
     def random(vocab_size: int, *, seed: int, order: int = 1, positions: int = 1, sharp: float = 1.0) -> TableTarget:
-        """Gaussian logits of standard deviation `sharp`, another table for each of `positions`."""
+        """Gaussian logits of standard deviation `sharp`, with another table for each of `positions`."""
         noise = torch.Generator().manual_seed(seed)
         shape = (positions,) + (vocab_size,) * (order + 1)
         return TableTarget(sharp * torch.randn(shape, generator=noise, dtype=torch.float64), order=order)
@@ -137,11 +137,11 @@ def _norm(x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
 
 
 class TinyLM:
-    """A random pre-norm transformer with rotary positions: the smallest thing that uses a cache as a real model does.
+    """A random pre-norm transformer with rotary positions: the smallest model that uses a KV cache as a real model does.
 
     vocab_size: V. hidden: H, divisible by 2 * heads. layers: blocks. seed: of the weights. sharp: standard deviation of
-    the logits (0 = uniform distribution, 3 = peaked). Attention runs segment by segment, so a row's numbers do not depend on its
-    neighbours beyond the rounding of the shared matrix products.
+    the logits (0 = uniform distribution, 3 = peaked). Attention runs segment by segment, so a row's numbers depend on other rows
+    only by the rounding of the shared matrix products.
     """
 
     trees = True
@@ -171,7 +171,7 @@ class TinyLM:
             return (scale * drawn / rows**0.5).to(dtype)
 
         self.embedding = weight(1, vocab_size * hidden).view(vocab_size, hidden)
-        # queries and keys twice as large as usual: attention that looks at something, not an average of everything
+        # queries and keys twice as large as usual: attention that is not an average over everything
         self.blocks = tuple(
             _Block(
                 weight(hidden, 3 * hidden, 2.0),

@@ -1,10 +1,9 @@
-"""A model of another tokenizer, seen through the tokens that both vocabularies spell alike.
+"""A model with another tokenizer, used through the tokens that both vocabularies spell the same.
 
-As a draft it proposes only tokens that both have; their distributions are renormalised over that intersection, and declared as
-such, so the output keeps the target's distribution whatever is lost in translation. What is lost is acceptance: at most the
-target's probability of the intersection can be accepted. History is fed token by token; a token the draft does not have is fed as
-the longest beginning of its text that the draft has, and one that begins like none of them as a blank (token-level intersection:
-Timor et al. 2025, arXiv 2502.05202).
+As a draft it proposes only tokens that both have; its distributions are renormalised over that intersection, and declared so,
+and the output keeps the target distribution. Only acceptance is lost: at most the target's probability of the intersection can
+be accepted. History is fed token by token; a token that the draft does not have is fed as the longest prefix of its text that
+the draft has, or as a space if there is none (token-level intersection: Timor et al. 2025, arXiv 2502.05202).
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from outrider.types import Rows, Scores
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes as (GPT-2): printable ones as themselves, others from U+0100 on."""
+    """The characters that byte-level tokenizers use for bytes (GPT-2): printable ones as themselves, others from U+0100 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def spelled(vocab: Mapping[str, int]) -> list[tuple[int, bytes]]:
-    """(id, the bytes it stands for), by id.
+    """(id, its bytes), by id.
 
     Byte-level vocabularies (a space is written U+0120) and SentencePiece's (U+2581, <0xNN>) are read; a token that is neither,
     such as <s>, stands for its own characters.
@@ -50,15 +49,15 @@ def spelled(vocab: Mapping[str, int]) -> list[tuple[int, bytes]]:
 
 
 def spelling(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    """The bytes each token stands for -> its id; the lowest id where several spell alike."""
+    """The bytes of each token -> its id; the lowest id if several are spelled the same."""
     return {text: number for number, text in reversed(spelled(vocab))}
 
 
 class Translated:
     """`model` with the vocabulary of another tokenizer: implements `protocols.Target` over `vocab_size` tokens.
 
-    shared: (target id, draft id) of the tokens both vocabularies spell alike. fallback: per target id the draft id that is fed
-    for it. Rows of logits are -inf outside the intersection. Raises CapabilityError if nothing is shared.
+    shared: (target id, draft id) of the tokens that both vocabularies spell the same. fallback: per target id the draft id that is
+    fed for it. Rows of logits are -inf outside the intersection. Raises CapabilityError if nothing is shared.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ def translate(
     theirs = {text: i for text, i in spelling(draft.get_vocab()).items() if i < model.vocab_size}
     ours = {text: i for text, i in spelling(target.get_vocab()).items() if i < vocab_size}
     shared = sorted((i, theirs[text]) for text, i in ours.items() if text in theirs)
-    # never through `encode`: what a tokenizer writes before a text (a begin of text, a blank) is no piece of it
+    # never through `encode`: tokens that a tokenizer adds before a text (a begin of text, a space) are not part of it
     blank = next((theirs[text] for text in (b" ", b"\n") if text in theirs), shared[-1][1] if shared else 0)
     fed = [blank] * vocab_size
     for i, text in spelled(target.get_vocab()):
@@ -116,6 +115,6 @@ def translate(
 
 
 def shared_token_share(shared: Translated, tokens: Sequence[int]) -> float:
-    """Share of the tokens of a text that the draft could have proposed: an estimate of the largest possible acceptance."""
+    """Share of the tokens of a text that the draft can propose: an estimate of the largest possible acceptance."""
     known = set(shared._ours.tolist())
     return sum(t in known for t in tokens) / max(len(tokens), 1)

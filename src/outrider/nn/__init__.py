@@ -1,1 +1,1 @@
-"""Rows and tensors: attention, caches, rotary positions, linear layers. Knows no drafting, no verification and no model family."""
+"""Rows and tensors: attention, caches, rotary positions, linear layers. Independent of drafting, rules and model families."""

@@ -1,9 +1,9 @@
 """Attention of one sequence, and of flat rows over a contiguous cache.
 
 `attend` is one call for one sequence. A forward of several makes one `AttentionPlan`, without padding rows, gathering keys or
-copying grouped heads; every view and mask that all layers share is built there, once. Segments are split into pieces: one segment,
-or several short ones of equal size in neighbouring slots, which one call serves at the price of reading the shorter caches to the
-longest one's length.
+copying grouped heads; views and masks that all layers share are built there, once. Segments are split into pieces: one segment, or
+several short ones of equal size in neighbouring slots, which share one call that reads the shorter caches up to the longest one's
+length.
 
 Few rows with grouped heads are folded: the g query heads of a key head become g rows of it, so keys are read once and
 not repeated g times. Long prompts are left to `scaled_dot_product_attention`'s own causal path.
@@ -43,9 +43,9 @@ def attend(
 ) -> Float[Tensor, "h n E"]:
     """Attention of one sequence's n rows over its m places; h query heads, a multiple of the g key heads.
 
-    mask: which places a row sees, None for all. causal: row i of as many rows as places sees places 0 .. i; without a mask, a cap
-    or sinks. scale: of the scores (None: D ** -0.5). softcap: scores are bounded by it (Gemma 2). sinks: a score per head that
-    takes weight and adds nothing (gpt-oss). fold: under a mask the heads that share keys become rows of one head.
+    mask: which places a row sees, None for all. causal: with as many rows as places, row i sees places 0 .. i; not together with a
+    mask, a cap or sinks. scale: of the scores (None: D ** -0.5). softcap: bound of the scores (Gemma 2). sinks: a score per head
+    that takes weight and adds nothing (gpt-oss). fold: under a mask the heads that share keys become rows of one head.
     """
     heads, n, size = q.shape
     groups = heads // k.shape[0]
@@ -64,7 +64,7 @@ def attend(
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Float[Tensor, "h n E"]:
-    """Attention written out, for what fused kernels lack: a cap on the scores, a sink per head."""
+    """Attention written out, for features that fused kernels lack: a cap on the scores, a sink per head."""
     groups = q.shape[0] // k.shape[0]
     score = q @ k.repeat_interleave(groups, 0).mT * scale
     if softcap:
@@ -79,7 +79,7 @@ def _explicit(
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What one piece reads in the layers of one window. keys, values: per layer [b, kv_heads, places, head_dim]."""
+    """The inputs of one piece in the layers of one window. keys, values: per layer [b, kv_heads, places, head_dim]."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -88,7 +88,7 @@ class _View:
 
 
 class AttentionPlan:
-    """Where the rows of one forward write their keys and values, and what they see.
+    """Where the rows of one forward write their keys and values, and which places they see.
 
     window: sliding window of each layer, 0 for none. heads: query heads, a multiple of the cache's.
     """

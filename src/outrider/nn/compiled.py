@@ -1,9 +1,8 @@
-"""Native libraries: those that came with the wheel, or compiled here once per machine and kept in the user's cache.
+"""Native libraries: from the wheel, or compiled once per machine and kept in the user's cache.
 
-The decoder and the rules' passes over a vocabulary have native twins. Both load through here. The wheel's library is taken where
-it is for all the instructions of this CPU that our kernels use; otherwise one is compiled; where that cannot be, a lesser one of
-the wheel's serves; where there is none, PyTorch. Whatever is not the fastest comes with a notice. Imports nothing heavy: wheels
-are built with it.
+The decoder and the rules' passes over a vocabulary have native twins. Both load through here. The wheel's library is used if it has
+all the instructions of this CPU that the kernels use; otherwise one is compiled; if that fails, a slower one of the wheel is used,
+and without any, PyTorch. Everything but the fastest gives a notice. Imports nothing heavy: wheels are built with it.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ FLAGS = (
 )
 """-O2: -O3 takes twice as long to compile for the same speed. No contraction: see models/native/simd.h."""
 NATIVE = (("-march=native",), ("-mcpu=native",), ())
-"""How compilers are told to use all of this CPU: x86 and newer ARM compilers, older ARM compilers, those that cannot be told."""
+"""Flags for all instructions of this CPU: x86 and newer ARM compilers, older ARM compilers, compilers without such a flag."""
 STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s")
-"""For libraries that go elsewhere, where the C++ runtime may be an older one: what they need of it is in them, and nothing else."""
+"""For libraries used on other machines, where the C++ runtime may be older: the needed parts of it are linked in."""
 TIMEOUT = 300.0
 PACKAGE = Path(__file__).parent.parent
 WHEEL = PACKAGE / "prebuilt"
-"""Where a wheel brings its libraries; a source tree has none."""
+"""The folder of a wheel's libraries; a source tree has none."""
 COMPILER = "install g++ or clang++, or set CXX"
 CACHE = "set XDG_CACHE_HOME to a folder that only you can write to, on a disk that programs may run from"
 
 
 class BuildError(Exception):
-    """Why a library cannot be had here, and what to do. Never reaches a user as an error: `load` makes a notice of it."""
+    """Why a library is not available, and the remedy. Never reaches a user as an error: `load` turns it into a notice."""
 
     def __init__(self, why: str, remedy: str) -> None:
         super().__init__(why)
@@ -62,10 +61,10 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Unit:
-    """What is compiled into one library.
+    """The sources of one library.
 
-    name: of the source in `folder`, which includes whatever else is C++ there. threads: whether it is worth OpenMP. instead: what
-    happens where there is no library.
+    name: of the source in `folder`, which includes all other C++ files there. threads: whether it uses OpenMP. instead: what
+    happens without the library.
     """
 
     name: str
@@ -75,7 +74,7 @@ class Unit:
 
     @property
     def sources(self) -> list[Path]:
-        """Its files; a library is of exactly these."""
+        """Its files; a library is identified by their contents."""
         return sorted(p for p in self.folder.iterdir() if p.suffix in (".cpp", ".h"))
 
 
@@ -86,7 +85,7 @@ UNITS = (DECODER, PASSES)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A unit's library, or None where PyTorch must serve; and a sentence for the user if it is not the fastest that could be."""
+    """A unit's library, or None if PyTorch is used instead; and a sentence for the user if it is not the fastest possible."""
 
     library: ctypes.CDLL | None
     notice: str | None = None
@@ -100,9 +99,9 @@ def cache_folder() -> Path:
 
 @functools.cache
 def load(unit: Unit) -> Loaded:
-    """The unit's library, once a process. May compile for some seconds the first time on a machine.
+    """The unit's library, loaded once per process. May compile for some seconds the first time on a machine.
 
-    Raises ConfigError if OUTRIDER_ISA names what cannot be.
+    Raises ConfigError if OUTRIDER_ISA names something unsupported.
     """
     choice = isa.chosen()
     ready = prebuilt(unit, choice)
@@ -119,7 +118,7 @@ def load(unit: Unit) -> Loaded:
 
 
 def prebuilt(unit: Unit, choice: isa.Choice) -> tuple[Path, isa.Level] | None:
-    """The wheel's library for the most of the instructions that may be used here, or None."""
+    """The wheel's best library among those whose instructions may be used here, or None."""
     for level in reversed(isa.levels() if choice.level is not None and sys.platform == "linux" else ()):
         path = WHEEL / isa.machine() / wheel_name(unit, level)
         if isa.levels().index(level) <= isa.levels().index(choice.level) and path.is_file():  # type: ignore[arg-type]
@@ -128,7 +127,7 @@ def prebuilt(unit: Unit, choice: isa.Choice) -> tuple[Path, isa.Level] | None:
 
 
 def wheel_name(unit: Unit, level: isa.Level) -> str:
-    """A library's file name in a wheel; it says of which sources it is, so that a stale one is never loaded."""
+    """A library's file name in a wheel; it contains a digest of the sources, so that a stale one is never loaded."""
     digest = hashlib.sha256("\0".join(FLAGS).encode())
     for source in unit.sources:
         digest.update(source.read_bytes())
@@ -136,7 +135,7 @@ def wheel_name(unit: Unit, level: isa.Level) -> str:
 
 
 def _without(unit: Unit, error: Exception, ready: tuple[Path, isa.Level] | None) -> Loaded:
-    """What is left where the best library cannot be had, with the reason."""
+    """The fallback if the best library is not available, with the reason."""
     why, remedy = str(error), getattr(error, "remedy", CACHE)
     if ready is not None:
         try:
@@ -151,7 +150,7 @@ def _without(unit: Unit, error: Exception, ready: tuple[Path, isa.Level] | None)
 
 
 def _compiled(unit: Unit, level: isa.Level | None) -> Loaded:
-    """From the cache, or from a folder for this process alone where the cache cannot be used."""
+    """Compile into the cache, or into a folder for this process alone if the cache cannot be used."""
     if os.name != "posix":
         raise BuildError("native libraries are compiled on Linux and macOS only", "use one of these")
     compiler = find_compiler()
@@ -160,14 +159,14 @@ def _compiled(unit: Unit, level: isa.Level | None) -> Loaded:
     except (BuildError, OSError) as error:
         if getattr(error, "remedy", CACHE) != CACHE:
             raise
-        with tempfile.TemporaryDirectory(prefix="outrider-") as folder:  # a loaded library needs its file no longer
+        with tempfile.TemporaryDirectory(prefix="outrider-") as folder:  # a loaded library no longer needs its file
             made = _linked(unit, compiler, Path(folder), level)
         again = f"the native library '{unit.name}' is compiled again at every start, for some seconds: {error}; {CACHE}"
         return Loaded(made.library, again)
 
 
 def _linked(unit: Unit, compiler: list[str], folder: Path, level: isa.Level | None) -> Loaded:
-    """With torch's OpenMP runtime if it is wanted and its symbols are found, else for one thread."""
+    """Compile with torch's OpenMP runtime if the unit uses it and its symbols are found, else for one thread."""
     first: Exception | None = None
     for openmp in (True, False) if unit.threads else (False,):
         try:
@@ -196,7 +195,7 @@ def build(unit: Unit, compiler: list[str], folder: Path, *, openmp: bool, level:
     """Path of the shared library for this compiler and these instructions, compiled if it is not in `folder` yet.
 
     openmp: with threads. level: its instructions; None for all of this CPU's. Raises BuildError when it cannot be compiled, or when
-    what lies in the cache could be another user's work.
+    another user could have written to the cache.
     """
     target, macros = _probe(compiler, NATIVE if level is None else (level.flags,))
     flags = [*FLAGS, *target, *(["-fopenmp"] if openmp else [])]
@@ -212,7 +211,7 @@ def build(unit: Unit, compiler: list[str], folder: Path, *, openmp: bool, level:
 
 
 def build_for_wheel(unit: Unit, compiler: list[str], level: isa.Level, folder: Path) -> Path:
-    """The library for any machine with these instructions, under the name that a wheel gives it. Raises BuildError."""
+    """Compile the library for any machine with these instructions, under its name in a wheel. Raises BuildError."""
     library = folder / wheel_name(unit, level)
     compile_unit(unit, compiler, [*FLAGS, *level.flags, *(["-fopenmp"] if unit.threads else [])], library, STATIC)
     library.chmod(0o755)
@@ -220,7 +219,7 @@ def build_for_wheel(unit: Unit, compiler: list[str], level: isa.Level, folder: P
 
 
 def _probe(compiler: list[str], options: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], str]:
-    """The first flags that the compiler takes, and every macro it defines under them: its version and the CPU's instructions."""
+    """The first flags that the compiler accepts, and the macros it defines with them: its version and the CPU's instructions."""
     error = ""
     for flags in options:
         done = _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
@@ -233,7 +232,7 @@ def _probe(compiler: list[str], options: Sequence[tuple[str, ...]]) -> tuple[tup
 def compile_unit(
     unit: Unit, compiler: list[str], flags: Sequence[str], library: Path, link: Sequence[str] = ()
 ) -> None:
-    """Compile beside the place and rename: two processes may do this at once. link: further flags of the linker."""
+    """Compile to a temporary file and rename it: two processes may do this at once. link: further flags of the linker."""
     logger.info("compiling %s (once per machine, some seconds)", unit.name)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
@@ -274,7 +273,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _check_owner(path: Path) -> None:
-    """Code is loaded only from places that nobody but this user can write to."""
+    """Raise BuildError for a path that another user can write to: code is never loaded from there."""
     about = path.stat()
     if about.st_uid != os.getuid():
         raise BuildError(f"{path} belongs to another user", CACHE)

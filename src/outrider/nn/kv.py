@@ -1,4 +1,4 @@
-"""Contiguous keys and values: one row of memory per slot; keeping a path is a copy down, forgetting is a length."""
+"""Contiguous KV caches: one row of memory per slot. Keeping a path moves its rows down; dropping rows changes a length."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from outrider.types import Rows
 
 
 class RowCache:
-    """Keys and values [layers, slots, kv_heads, capacity, head_dim]; a slot's rows stand at places 0 .. length - 1.
+    """Keys and values [layers, slots, kv_heads, capacity, head_dim]; a slot's rows are at places 0 .. length - 1.
 
-    What is written behind them is seen by whoever wrote it, until the next row takes its place.
+    Rows written after them are temporary: they are read in the same pass and overwritten later.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class RowCache:
     def write(
         self, layer: int, slot: int, start: int, k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
     ) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
-        """Write one layer's rows at places start, start + 1, ... and return all its keys and values from place 0 up to them."""
+        """Write one layer's rows at places start, start + 1, ... and return its keys and values from place 0 to the last."""
         keys, values = self.read(layer, slot, start + len(k))
         keys[:, start:], values[:, start:] = k.transpose(0, 1), v.transpose(0, 1)
         return keys, values
@@ -51,22 +51,22 @@ class RowCache:
         return self.k[layer, slot, :, :end], self.v[layer, slot, :, :end]
 
     def append(self, slot: int, k: Float[Tensor, "n L g D"], v: Float[Tensor, "n L g D"]) -> None:
-        """Keep n rows more, of all layers."""
+        """Append n rows of all layers."""
         places = slice(self.length[slot], self.length[slot] + len(k))
         self.k[:, slot, :, places], self.v[:, slot, :, places] = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
         self.length[slot] += len(k)
 
     def release(self, slots: Sequence[int]) -> None:
-        """Forget these slots."""
+        """Clear these slots."""
         for slot in slots:
             self.length[slot] = 0
 
 
 class ContiguousKV(RowCache):
-    """A target's keys and values: a `RowCache` that rows of a forward are reserved in, and committed to.
+    """A target's KV cache: a `RowCache` in which rows of a forward are reserved, and then committed.
 
-    Rows of a forward stand behind the committed ones, in flat order: row i of a segment at place `cached + i`. Rotary
-    positions are in the keys already and depend on position, not on place, so moved keys stay valid.
+    Rows of a forward follow the committed ones, in flat order: row i of a segment at place `cached + i`. Rotary positions
+    are already applied to the keys and depend on the position, not on the place, so moved keys stay valid.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class ContiguousKV(RowCache):
             self._end[s.slot] = max(self._end[s.slot], s.cached + s.count)
 
     def clean(self, slot: int, start: int, end: int) -> None:
-        """Before places up to `end` of a slot are read whose own content ends at `start`: forget what earlier owners left there.
+        """Before places `start` .. `end` of a slot are read, where `start` ends its own content: erase rows of earlier owners.
 
-        A masked place counts for nothing only if it holds numbers: NaN times zero is NaN. Each owner pays for this once at most.
+        A masked place has no effect only if it holds numbers: NaN times zero is NaN. This happens at most once per owner.
         """
         if end > start and self._foreign[slot] > start:
             self.k[:, slot, :, start : self._foreign[slot]] = 0
@@ -100,7 +100,7 @@ class ContiguousKV(RowCache):
             self._foreign[slot] = 0
 
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
-        """Keep prefixes and accepted paths, in order; every other row of the forward is forgotten."""
+        """Keep prefixes and accepted paths, in order; all other rows of the forward are dropped."""
         for s, path in zip(rows.segments, paths, strict=True):
             base = s.cached + s.fed
             if list(path) != list(range(len(path))):  # a chain is in place already
@@ -119,7 +119,7 @@ class ContiguousKV(RowCache):
             self.length[slot] = self._end[slot] = 0
 
     def erase(self, slot: int) -> None:
-        """Overwrite a slot: what a broken sequence left (NaN) must not reach others through a masked product."""
+        """Overwrite a slot: NaN of a broken sequence must not reach others through a masked product."""
         self.k[:, slot] = 0
         self.v[:, slot] = 0
         self._end[slot] = self._foreign[slot] = 0

@@ -1,4 +1,4 @@
-"""Layers that decoders share, and one decoder layer as serving runs it.
+"""Layers shared by decoders, and one decoder layer fused for serving.
 
 RMSNorm: Zhang, Sennrich 2019. SwiGLU: Shazeer 2020.
 """
@@ -34,10 +34,9 @@ class Mlp(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """A decoder layer ready to run: products that share an input are one, with all heads side by side.
+    """A decoder layer fused for serving: products that share an input are one, with all heads side by side.
 
-    norm1: of the input, the identity where there is none. qk_norm: of queries and keys [n, heads + kv_heads, head_dim], None where
-    there is none.
+    norm1: of the input, or the identity. qk_norm: of queries and keys [n, heads + kv_heads, head_dim], or None.
     """
 
     norm1: Norm
@@ -65,14 +64,14 @@ class FusedLayer:
         )
 
     def leave(self, seen: Float[Tensor, "n A"], residual: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
-        """The layer's output from what attention saw and its input."""
+        """The layer's output from the attention's output and the layer's input."""
         x = self.o.add(seen, residual)
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return self.down.add(F.silu(gate).mul_(up), x)
 
 
 def _of_both(q_norm: Norm, k_norm: Norm, width: int) -> Norm:
-    """Norms of queries, `width` numbers in all, and of keys, of both side by side."""
+    """Norms of queries (the first `width` numbers) and of keys, on both side by side."""
 
     def norm(qk: Float[Tensor, "n heads D"]) -> Float[Tensor, "n heads D"]:
         heads = width // qk.shape[-1]
@@ -94,7 +93,7 @@ def rms_norm(weight: Float[Tensor, "*h D"], eps: float) -> Norm:
 
 
 class _CpuNorm:
-    """The same in five operations instead of eleven: for few rows, starting one costs more than its arithmetic."""
+    """The same in five operations instead of eleven: for few rows, starting an operation costs more than its arithmetic."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._weight, self._eps, self._share = weight, weight.new_full((), eps), 1 / weight.shape[-1]

@@ -2,15 +2,14 @@
 
 On the CPU a plain matrix product reads [out, in] weights at less than half the speed of packed ones, and in float32
 two to four rows cost two to three times one row, which would make speculation useless. oneDNN's packed product is
-flat to about eight rows. It is a private operator of PyTorch, so every use of it is here, with a plain twin that
-serves wherever it is missing (another device, float64, an old processor): one test holds the two together.
+flat to about eight rows. It is a private operator of PyTorch, so every use of it is here, with a plain twin for
+platforms without it (another device, float64, an old processor); a test compares the two.
 
-Weight-only int8 and int4 are for drafts: they change the draft distribution, and speculation stays lossless whatever that is.
+Weight-only int8 and int4 are for drafts: they change the draft distribution, and speculation is lossless for any of them.
 
-Learned drafters multiply in bfloat16 where the processor has such products (`draft_linear`, `with_fast_linears`): their pass is
-bound by reading weights, and folders hold those in bfloat16 anyway; the rows between the products stay as they are. The draft
-distribution is then
-another than that of float32 products by a rounding, and the one that is declared: exactness does not depend on it.
+Learned drafters multiply in bfloat16 if the processor has such products (`draft_linear`, `with_fast_linears`): their pass is
+bound by reading weights, and folders store them in bfloat16 anyway; the rows between the products keep their dtype. The draft
+distribution then differs from that of float32 products by rounding, and it is the one declared: exactness does not depend on it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ INT4_GROUP = 32
 _INT4_OUTPUTS = 16
 _BATCH_HINT = 4
 _FEW = 16
-"""Rows up to which a product is of its own size; larger ones are filled up (see `filled`)."""
+"""Rows up to which a product has its exact size; larger ones are padded (see `filled`)."""
 _SMALL = 1 << 18
 """Float32 weights of fewer numbers stay plain: a packed product costs some 20 microseconds to start, a plain one 5."""
 
@@ -44,7 +43,7 @@ class Linear(Protocol):
     def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]: ...
 
     def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
-        """residual + y, in one pass where the library can."""
+        """residual + y, in one pass if the library supports it."""
         ...
 
 
@@ -64,17 +63,17 @@ def make_linear(
 
 
 def draft_linear(weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> Linear:
-    """The fastest product with this weight for the few rows of a draft; rows go in and come out in the weight's dtype."""
+    """The fastest product with this weight for the few rows of a draft; input and output have the weight's dtype."""
     if weight.dtype is torch.float32 and can_pack(narrow := weight.bfloat16()):
         return _Narrow(make_linear(narrow, None if bias is None else bias.bfloat16()))
     return make_linear(weight, bias)
 
 
 def with_fast_linears(model: M) -> M:
-    """`model` with a `draft_linear` in the place of every `nn.Linear` of its own; all else is shared with it, and it is not
+    """A copy of `model` with a `draft_linear` for each of its direct `nn.Linear`s; everything else is shared, and `model` is not
     changed.
 
-    Linear layers within its parts stay: whoever serves those puts several of them side by side.
+    Linear layers inside its submodules stay: serving fuses several of them.
     """
     other = copy.copy(model)
     swap = lambda part: _Product(part) if isinstance(part, nn.Linear) else part  # noqa: E731
@@ -99,7 +98,7 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """oneDNN's product over a weight reordered once. Holds its own copy: let go of the plain one."""
+    """oneDNN's product over a weight reordered once. Holds its own copy: the plain weight can be freed."""
 
     def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
         operators = _operators()
@@ -179,7 +178,7 @@ class _Narrow:
 
 
 class _Product(nn.Module):
-    """A `draft_linear` that stands where a linear layer stood, and takes rows of any shape."""
+    """A `draft_linear` that replaces a linear layer and takes rows of any shape."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -190,22 +189,22 @@ class _Product(nn.Module):
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN's packed product serves this weight on this processor, and faster than the plain one."""
+    """Whether oneDNN's packed product supports this weight on this processor, and is faster than the plain one."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     return (weight.dtype is torch.bfloat16 or weight.numel() >= _SMALL) and _packs(weight.dtype)
 
 
 def has_fast_matmul(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch has a fast matrix product for this dtype here; without AVX512 its bfloat16 one is ten times slower."""
+    """Whether PyTorch has a fast matrix product for this dtype here; without AVX512 the one for bfloat16 is ten times slower."""
     return device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _packs(torch.bfloat16)
 
 
 def filled(x: Float[Tensor, "n I"]) -> Float[Tensor, "m I"]:
-    """The rows, and zeros up to a multiple of 8 (of 16 above 64 rows) where there are more than a few.
+    """The rows, padded with zeros to a multiple of 8 (of 16 above 64 rows) if there are more than a few.
 
-    oneDNN prepares a product for every number of rows it meets and keeps it, up to a thousand of them with 0.6 to 0.9 MB each.
-    Prompts of all lengths would cost some hundred MB that are never freed, and every new length the time to prepare for it.
+    oneDNN prepares and caches a product for every number of rows, up to a thousand of them with 0.6 to 0.9 MB each. Prompts of
+    all lengths would take some hundred MB that are never freed, and every new length the time of the preparation.
     """
     n = x.shape[0]
     missing = -n % (8 if n <= 64 else 16)
@@ -221,7 +220,7 @@ def _quantized(weight: Tensor, bias: Tensor | None, quantize: str) -> Linear:
 
 @cache
 def _operators() -> tuple | None:
-    """The packed product, the same with an addition fused, and the packing; None where PyTorch has them not."""
+    """The packed product, the same with a fused addition, and the packing; None if PyTorch does not have them."""
     try:
         pointwise = torch.ops.mkldnn._linear_pointwise
         return pointwise.default, pointwise.binary, torch.ops.mkldnn._reorder_linear_weight.default
@@ -231,7 +230,7 @@ def _operators() -> tuple | None:
 
 @cache
 def _packs(dtype: torch.dtype) -> bool:
-    """Tried once on a small weight: a processor without the instructions says so by an error."""
+    """Tried once on a small weight: a processor without the instructions raises an error."""
     if _operators() is None or not torch.backends.mkldnn.is_available():
         return False
     weight, x = torch.eye(16, dtype=dtype), torch.ones(2, 16, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Which places of a cache the rows of a sequence see: ancestors and themselves, within a window."""
+"""Masks over the places of a KV cache: a row sees its ancestors and itself, within a window."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def ancestor_mask(
     end: int | None = None,
     last: int | None = None,
 ) -> Bool[Tensor, "n places"]:
-    """What each new row of one sequence sees of the places start : end.
+    """The places start : end that each new row of one sequence sees.
 
-    prefix:  new rows that follow each other behind the `cached` places. parents: of each node behind them, its parent among the
-             new rows; -1: it hangs on the last cached place. Row i stands at place cached + i and sees all cached places, its
-             ancestors and itself.
-    window:  how many positions a row sees, its own included; 0: all. A cached place is its position, a node's position is its
-             parent's plus one.
-    end:     places behind the rows are seen by none (None: there are none). last: only the mask's last rows (None: all).
+    prefix:  new rows in sequence after the `cached` places. parents: of each node after them, its parent among the new rows; -1:
+             its parent is the last cached place. Row i is at place cached + i and sees all cached places, its ancestors and
+             itself.
+    window:  how many positions a row sees, including its own; 0: all. The position of a cached place is its number, that of a node
+             is its parent's plus one.
+    end:     places after the rows are seen by no row (None: there are none). last: only the mask's last rows (None: all).
     """
     n = prefix + len(parents)
     first = 0 if last is None else n - last
@@ -48,7 +48,7 @@ def ancestor_mask(
 
 
 def _ancestors(prefix: int, parents: Sequence[int]) -> Bool[Tensor, "n n"]:
-    """Ancestors among the new rows, made on the host in one piece: a tensor operation per node would cost more than the step."""
+    """Ancestors among the new rows, computed on the host: a tensor operation per node would cost more than the step."""
     n = prefix + len(parents)
     rows = [bytearray(b"\1" * (i + 1) + b"\0" * (n - i - 1)) for i in range(prefix)]
     for i, parent in enumerate(parents, prefix):

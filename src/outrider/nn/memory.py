@@ -1,4 +1,4 @@
-"""Is there room? Asked before weights or caches are allocated, so that too large a model is a sentence and not a killed process."""
+"""Checks free memory before weights or caches are allocated, so that too large a model gives an error, not a killed process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from outrider.errors import CapacityError
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
-    """Bytes that can still be allocated on `device`; None where the system does not say.
+    """Bytes that can still be allocated on `device`; None if the system does not report it.
 
-    On the CPU: what the kernel counts as available, or what the process's control group has left, if that is less.
+    On the CPU: the memory the kernel counts as available, or the rest of the process's control group limit, if that is less.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -36,7 +36,7 @@ def _readable(size: int) -> str:
 
 
 def meminfo() -> int | None:
-    """What the kernel counts as available, in bytes; None where it does not say."""
+    """Bytes that the kernel counts as available; None if it does not report them."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -50,7 +50,7 @@ def meminfo() -> int | None:
 
 
 def _control_group() -> int | None:
-    """What is left of a container's limit; file pages it may reclaim (inactive_file) count as left."""
+    """The rest of a container's memory limit; reclaimable file pages (inactive_file) count as free."""
     root = Path("/sys/fs/cgroup")
     try:
         limit = (root / "memory.max").read_text().strip()

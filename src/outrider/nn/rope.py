@@ -1,7 +1,7 @@
-"""Rotary positions (Su et al. 2021); the halves of a head are its pairs, as in Llama.
+"""Rotary positions (Su et al. 2021); pairs are formed from the halves of a head, as in Llama.
 
-Networks and plain twins turn by `rotation` and `turn`. Serving turns by a `table` and `rotate`: the rotation's sign is folded into
-the sines, and the sum is rounded once.
+Networks and plain twins use `rotation` and `turn`. Serving uses a `table` and `rotate`: the rotation's sign is folded into the
+sines, and the sum is rounded once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def turn(x: Float[Tensor, "*n h d"], cos: Tensor, sin: Tensor) -> Float[Tensor, 
 def table(inv_freq: Float[Tensor, "half"], length: int, scale: float = 1.0) -> Float[Tensor, "L DD"]:
     """Row t: cosines of position t for a head's two halves, then sines with the rotation's sign folded in.
 
-    scale: factor of cosines and sines (YaRN; 1.0 for most). In the type of the frequencies, which is float32 whatever a model's is.
+    scale: factor of cosines and sines (YaRN; 1.0 for most). In the type of the frequencies, which is float32 for every model.
     """
     angle = torch.outer(torch.arange(length, dtype=inv_freq.dtype, device=inv_freq.device), inv_freq)
     cos, sin = angle.cos() * scale, angle.sin() * scale

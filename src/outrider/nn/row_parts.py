@@ -1,4 +1,4 @@
-"""Parts: some segments of a forward as a forward of their own, and the first blocks of a target."""
+"""Parts of a forward: some of its segments as a separate forward, and the first blocks of a target."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outrider.types import Rows, Scores, Segment
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A forward of some segments. flat: its rows in the whole; place: its scored rows among the whole's scored rows."""
+    """A forward of some segments. flat: its rows in the whole. place: its scored rows among the whole's scored rows."""
 
     rows: Rows
     flat: list[int]
@@ -46,7 +46,7 @@ def take_segments(rows: Rows, index: Sequence[int]) -> Part:
 
 
 def run_parts(rows: Rows, groups: Sequence[tuple[Sequence[int], Callable[[Rows], Scores]]]) -> Scores:
-    """Score groups of segments by a function each and put logits and hidden states in the order of `rows`."""
+    """Score groups of segments with one function each, and return logits and hidden states in the order of `rows`."""
     done = [(part, run(part.rows)) for part, run in ((take_segments(rows, index), run) for index, run in groups)]
     like = done[0][1]
     logits = like.logits.new_empty(len(rows.scored), like.logits.shape[1])
@@ -59,6 +59,6 @@ def run_parts(rows: Rows, groups: Sequence[tuple[Sequence[int], Callable[[Rows],
 
 
 def check_prefix(layers: int, all_layers: int) -> None:
-    """CapabilityError unless a target of `all_layers` blocks has `layers` first ones."""
+    """Raise CapabilityError unless 1 <= `layers` <= `all_layers`, the blocks of a target."""
     if not 1 <= layers <= all_layers:
         raise CapabilityError(f"a prefix of {layers} layers was asked for, this model has 1 to {all_layers}")

@@ -1,4 +1,4 @@
-"""What a request asks of sampling, and the distribution that makes of the target's logits."""
+"""Logits processing: from a request's sampling parameters and the logits to distributions."""
 
 from outrider.moved import names_of
 from outrider.params import SamplingParams

@@ -1,9 +1,9 @@
 """Fast twins, for the CPU, of the cuts in `processors`: the same supports, the same distributions up to rounding.
 
-On one core torch's argmax, sort and masked writes are 5 to 30 times slower than numpy's vectorised ones. And a cut distribution has
-few tokens: so rows cut by top-k or min-p are collected into a small rectangle of candidates, processed there in float64 and
-scattered into zeros; only rows cut by top-p alone need the whole row's softmax. Which of these ways a row goes depends on its
-own parameters alone, and no way mixes rows, so a row's distribution has the same bits in any batch.
+On one core torch's argmax, sort and masked writes are 5 to 30 times slower than numpy's vectorised ones. A cut distribution has few
+tokens: rows cut by top-k or min-p are collected into a small rectangle of candidates, processed there in float64 and scattered into
+zeros; only rows cut by top-p alone need the whole row's softmax. The method depends on a row's own parameters alone, and rows are
+never mixed, so a row's distribution has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from outrider.sampling.processors import NEVER, log_min_p, temper
 
 Array = NDArray[np.floating]
 
-_BLOCK = 64  # entries of a block of which only the peak is looked at first
+_BLOCK = 64  # entries of a block, of which only the maximum is used first
 _FLOORS = (1e-4, 1e-5, 1e-6, 0.0)  # a nucleus usually ends far above the last: then the tail need not be sorted
 _CACHED = 1 << 18  # entries of a block of rows that is processed at once: 1 MiB of float32 stays in the cache
 
@@ -79,9 +79,9 @@ def _few(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         mass = np.array([p.top_p if p.top_p < 1.0 else 2.0 for p in params])[:, None]
         running = weights.cumsum(axis=-1)
         weights[:, 1:][running[:, :-1] >= mass * running[:, -1:]] = 0.0
-    # A running sum: the zeros that fill up a row, whose number depends on the batch, do not change it.
+    # A running sum: zero padding, whose amount depends on the batch, does not change it.
     probs = weights / np.maximum(weights.cumsum(axis=-1)[:, -1:], 1.0)
-    out = torch.zeros(x.shape, dtype=x.dtype)  # by rows whatever the memory of x, so that `ravel` is a view
+    out = torch.zeros(x.shape, dtype=x.dtype)  # row-major for any memory layout of x, so that `ravel` is a view
     out.numpy().ravel()[flat[real]] = probs[real]
     return out
 
@@ -89,7 +89,7 @@ def _few(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def _bound(values: Array, k: int) -> Array:
     """A number [n, 1] that at least k entries of each row reach, 0 < k < V: the k-th largest or a little less.
 
-    Of the peaks of disjoint blocks k are at least the k-th largest peak, so at least k entries of the row are.
+    k of the maxima of disjoint blocks are at least the k-th largest maximum, so at least k entries of the row are.
     """
     n, vocab = values.shape
     blocks = vocab // _BLOCK
@@ -100,7 +100,7 @@ def _bound(values: Array, k: int) -> Array:
 
 
 def _candidates(values: Array, floor: Array) -> tuple[NDArray[np.int64], NDArray[np.bool_], Array]:
-    """The entries >= their row's floor [n, 1], in the order of their tokens, each row filled up with -inf.
+    """The entries >= their row's floor [n, 1], in the order of their tokens, each row padded with -inf.
 
     Returns places in the flat array [n, C], which of them are real (always the first of a row), and values [n, C].
     """
@@ -133,10 +133,10 @@ def _restrict(probs: Array, top_p: Sequence[float]) -> None:
 def _find_borders(
     probs: Array, rows: list[int], top_p: Sequence[float], floor: float, least: Array, kept: Array
 ) -> list[int]:
-    """Fill in the least probability kept and the mass kept of those `rows` whose nucleus lies above `floor`.
+    """Fill in the least kept probability and the kept mass of those `rows` whose nucleus is above `floor`.
 
     Returns the other rows. Entries above any floor are the beginning of the full order, so their running sums are the full
-    order's: at which floor a nucleus is found makes no difference.
+    order's: the floor at which a nucleus is found makes no difference.
     """
     chosen = probs if len(rows) == len(probs) else probs[rows]
     _, _, ordered = _candidates(chosen, np.array([[floor]], dtype=probs.dtype))

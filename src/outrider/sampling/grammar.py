@@ -1,9 +1,9 @@
-"""Structured output: which tokens a grammar allows next, along the text and along every drafted path.
+"""Structured output: the tokens that a grammar allows next, along the text and along every drafted path.
 
 The automaton is llguidance's (https://github.com/guidance-ai/llguidance); this module keeps one per sequence in step with its
 text, and walks it down a drafted path and back again for each row of a step. The mask is part of the request's distribution, so
-drafts obey
-it too, and the distribution under speculation is the distribution without: p restricted to the allowed tokens and renormalised.
+drafts obey it too, and the distribution is the same with and without speculation: p restricted to the allowed tokens and
+renormalised.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from outrider.automata import Compiler, core_of, unspelled
 from outrider.errors import RequestError
 
 DEAR = 0.1
-"""Seconds of work above which no grammar is compiled for one text alone: each of its samples would stop all others for so long."""
+"""Grammars that take more seconds to compile are not compiled again for a single text: it would block all others for that time."""
 KEPT = 64
-"""Compiled grammars that are kept."""
+"""Number of compiled grammars that are cached."""
 EXHAUSTED = (
-    "the grammar needs more work than this server allows, and was given up in the middle of the text: make it simpler"
+    "the grammar needs more work than this server allows, and was abandoned in the middle of the text: make it simpler"
 )
 LOST = "the grammar allows only tokens to which the model gives no probability, in the middle of the text: change it"
 
 
 def tokenizer_json(tokenizer: Any) -> str | None:
-    """The contents of tokenizer.json of a fast tokenizer as a compiler should read it, or None for one that has none."""
+    """The tokenizer.json of a fast tokenizer in the form that a compiler should read, or None if it has none."""
     core = core_of(tokenizer)
     return None if core is None else unspelled(core)
 
 
 def grammars_of(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> Grammars:
-    """The grammars of a tokenizer, or of None. The first one that is asked for raises RequestError if it is not a fast one."""
+    """The grammars of a tokenizer, or of None. Compiling a grammar raises RequestError if it is not a fast tokenizer."""
 
     def text() -> str:
         found = tokenizer_json(tokenizer)
@@ -54,7 +54,7 @@ def grammars_of(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> Grammars
 class Grammars:
     """Compiled grammars of one tokenizer.
 
-    tokenizer: text of its tokenizer.json, or what makes it when the first grammar is compiled. vocab_size: columns of the logits.
+    tokenizer: text of its tokenizer.json, or a function that returns it. vocab_size: columns of the logits.
     eos: tokens that end a text; allowed where the grammar may end. Compiling raises CapabilityError if llguidance is missing.
     """
 
@@ -67,18 +67,18 @@ class Grammars:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The grammars that are compiled, the last used last."""
+        """The compiled grammars, the last used last."""
         with self._lock:
             return tuple(self._compiled)
 
     def compile(self, text: str) -> None:
-        """Compile 'regex:...' or 'json:{schema}' and keep it. Raises RequestError naming what is wrong, a grammar that costs more
-        than LIMITS among it. May be called from any thread, ahead of `start`, so that an engine need not wait for it.
+        """Compile 'regex:...' or 'json:{schema}' and cache it. Raises RequestError with the reason, also for a grammar that costs
+        more than LIMITS. May be called from any thread, ahead of `start`, so that the engine does not wait for it.
         """
         self._matcher(text)
 
     def _matcher(self, text: str) -> Any:
-        """The compiled grammar, never advanced; made at most KEPT grammars ago, or now."""
+        """The compiled grammar, never advanced, from the cache or compiled now."""
         return self._made(text)[0]
 
     def _compiler(self) -> Compiler:
@@ -108,37 +108,37 @@ class Grammars:
         return Automaton(self, text)
 
     def shared(self, text: str) -> Any:
-        """A matcher of the grammar that has not been advanced. Copies share what they learn of the grammar, and its budget."""
+        """A matcher of the grammar that has not been advanced. Copies share the compiler's caches, and the budget."""
         return self._matcher(text).deep_copy()
 
-    def dear(self, text: str) -> bool:
-        """Whether it takes too long to compile this grammar in the middle of a text, where everybody waits."""
+    def expensive(self, text: str) -> bool:
+        """Whether it takes too long to compile this grammar in the middle of a text, where all sequences wait."""
         return self._made(text)[1] > DEAR
 
     def drop(self, text: str) -> None:
-        """Whoever comes next compiles it anew: its budget is spent."""
+        """Drop the cached grammar, so that the next use compiles it again: its budget is used up."""
         with self._lock:
             self._compiled.pop(text, None)
 
     def own(self, text: str) -> Any:
-        """A matcher that shares nothing. The kept one is dropped: whoever asks for an own one has found it spent."""
+        """A matcher that shares nothing. The cached one is dropped, since its budget was found used up."""
         self.drop(text)
         return self._compiler().make(text)
 
 
 class Automaton:
-    """Where one sequence stands in its grammar. A memo: it starts again when the text is not the one it knows.
+    """The position of one sequence in its grammar. A memo: it starts again if the text is not the one it has read.
 
-    Behind the end of a text, which only `ignore_eos` lets pass, nothing is allowed but more ends.
+    After the end of a text, which only `ignore_eos` passes, only end tokens are allowed.
     """
 
     def __init__(self, grammars: Grammars, text: str) -> None:
         self._grammars, self.text = grammars, text
         self._size, self._eos = grammars.vocab_size, grammars.eos
-        self._dear = grammars.dear(text)
+        self._dear = grammars.expensive(text)
         self._matcher, self._alone = grammars.shared(text), False
         self._tokens, self._prompt = list[int](), 0
-        self.weary = False
+        self.exhausted_on_draft = False
         self._start()
 
     def _start(self) -> None:
@@ -148,12 +148,12 @@ class Automaton:
 
     @property
     def exhausted(self) -> bool:
-        """The grammar has spent what LIMITS allow in this text, or the text is none of the grammar. Nobody knows any more what it
-        allows: only the end is left. Whoever decodes must say so."""
+        """Whether the grammar has used up its LIMITS in this text, or the text does not match it. Its allowed tokens are then
+        unknown: only the end is left, and the engine must report it."""
         return self._matcher.is_error() or self._strayed
 
     def keep_up(self, tokens: list[int], prompt: int) -> None:
-        """`follow` the output behind the first `prompt` of `tokens`; O(new tokens) while it is the same list, grown at its end."""
+        """`follow` the output after the first `prompt` of `tokens`; O(new tokens) while the same list only grows at its end."""
         size = prompt + len(self._seen)
         same = tokens is self._tokens and prompt == self._prompt and len(tokens) >= size
         if same and (not self._seen or tokens[size - 1] == self._seen[-1]):
@@ -163,7 +163,7 @@ class Automaton:
         self.follow(tokens[prompt:])
 
     def follow(self, output: Sequence[int]) -> None:
-        """Consume what `output` has more than last time."""
+        """Consume the new tokens of `output`."""
         if list(output[: len(self._seen)]) != self._seen:
             if self._alone:
                 self._matcher, self._alone = self._grammars.shared(self.text), False
@@ -180,7 +180,7 @@ class Automaton:
         self._void.clear()
 
     def _walk(self, path: Sequence[int]) -> tuple[int, bool, bool]:
-        """Consume `path`: how many of its tokens the matcher has taken, whether it ended, and whether the grammar forbids it."""
+        """Consume `path`; returns how many tokens the matcher took, whether it ended, and whether the grammar forbids it."""
         taken, ended = 0, self._ended
         for token in path:
             final = token in self._eos and (ended or self._matcher.is_accepting())
@@ -190,14 +190,14 @@ class Automaton:
         return taken, ended, False
 
     def _renew(self) -> bool:
-        """Others with this grammar may have spent the budget: try once with one of our own. False if that is not enough."""
+        """Other sequences with this grammar may have used up the budget: try once with a separate matcher. False if that fails."""
         if self._alone:
             return False
         self._restore()
         return not self.exhausted
 
     def _restore(self) -> None:
-        """A matcher of our own, where the text stands. None for a grammar that is dear: its text then ends here, with an error."""
+        """A separate matcher at the text's position. None for an expensive grammar: its text then ends here, with an error."""
         if self._dear:
             self._grammars.drop(self.text)
             return
@@ -205,31 +205,31 @@ class Automaton:
         self._matcher.try_consume_tokens([t for t in self._seen if t not in self._eos])
 
     def forced(self) -> list[int]:
-        """Tokens of the text that the grammar dictates next, as the tokenizer would write it; none where there is a choice."""
+        """Tokens of the text that the grammar forces next, as the tokenizer would write it; none if there is a choice."""
         if self._ended or self._matcher.is_stopped():
             return []
         return [t for t in self._matcher.compute_ff_tokens() if t < self._size]
 
     def allowed(self, path: Sequence[int]) -> Bool[Tensor, "V"]:
-        """Tokens that may follow the text and then `path`; all of them behind a path that breaks the grammar, which no rule ever
-        reaches; the end alone where the grammar is exhausted. If it is so on the path only, nothing more should be drafted for
-        this sequence (`weary`): the text itself may well come to its end."""
+        """Tokens that may follow the text and then `path`; all tokens after a path that violates the grammar, which no rule ever
+        reaches; only the end if the grammar is exhausted. If that happens on the path only, nothing more should be drafted for
+        this sequence (`exhausted_on_draft`), since the text itself may still be completed."""
         mask = self._mask(path)
         if self._matcher.is_error() and self._renew():
             mask = self._mask(path)
         if self._matcher.is_error() and path:
-            self.weary = True
+            self.exhausted_on_draft = True
             self._void[tuple(path)] = EXHAUSTED
             self._restore()
             mask = self._ends()
         return torch.from_numpy(self._ends() if self.exhausted else mask)
 
     def lose(self, path: Sequence[int]) -> None:
-        """The model gives no probability to anything that is allowed behind `path`."""
+        """Record that the model gives no probability to any token that is allowed after `path`."""
         self._void[tuple(path)] = LOST
 
     def trouble(self, path: Sequence[int]) -> str:
-        """Why the tokens of a step that accepted the drafted `path` are worth nothing, or an empty string."""
+        """Why the tokens of a step that accepted the drafted `path` are unusable, or an empty string."""
         if self.exhausted:
             return EXHAUSTED
         return next((self._void[p] for n in range(len(path) + 1) if (p := tuple(path[:n])) in self._void), "")
@@ -240,7 +240,7 @@ class Automaton:
         return mask
 
     def _mask(self, path: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """[V] bool: what `allowed` says while the budget lasts."""
+        """[V] bool: the allowed tokens while the budget lasts."""
         taken, ended, broken = self._walk(path)
         if broken:
             mask = np.ones(self._size, dtype=bool)

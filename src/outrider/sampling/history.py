@@ -1,4 +1,4 @@
-"""Which tokens a sequence holds and how often: what penalties need, kept up to date instead of recounted every step."""
+"""Token counts of a sequence for penalties, updated instead of recounted in every step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 
 class History:
-    """Distinct tokens of one sequence and how often each stands in its output; grows with the sequence.
+    """Distinct tokens of one sequence and how often each occurs in its output; grows with the sequence.
 
-    A memo, not a state: `follow` recounts from nothing unless the list is the very one it knows, grown at its end.
+    A memo, not a state: `follow` recounts from the start unless the same list has only grown at its end.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class History:
         self._last = -1
 
     def follow(self, tokens: list[int], prompt: int) -> None:
-        """Count what `tokens` (the first `prompt` of them the prompt) has more than last time. O(new tokens)."""
+        """Count the new tokens of `tokens` (the first `prompt` of them are the prompt). O(new tokens)."""
         grown = tokens is self._tokens and prompt == self._prompt and len(tokens) >= self._seen
         if not grown or (self._seen and tokens[self._seen - 1] != self._last):
             self._reset(tokens, prompt)
@@ -49,7 +49,7 @@ class History:
             self._counts = np.concatenate([self._counts, np.empty(room - len(self._counts), dtype=np.float64)])
 
     def along(self, path: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Distinct tokens [u] of the sequence followed by `path`, and their counts [u] in the output, path included."""
+        """Distinct tokens [u] of the sequence followed by `path`, and their counts [u] in the output, including the path."""
         size = len(self._place)
         ids, counts = self._ids[:size], self._counts[:size]
         if not path:

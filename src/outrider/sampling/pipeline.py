@@ -20,15 +20,15 @@ from outrider.types import SequenceView
 
 
 class LogitsPipeline:
-    """The request's processors as one function of (logits, history): implements `types.LogitsProcessing`.
+    """A request's logits processors as one function of (logits, history): implements `types.LogitsProcessing`.
 
-    A pure function; it only remembers token counts per slot so as not to recount a growing sequence. Row i of the result
-    depends on row i of the logits, on `sequences[i]` and on `paths[i]`, and on nothing else, bit for bit.
+    A pure function; it only keeps token counts per slot to avoid recounting a growing sequence. Row i of the result depends
+    only on row i of the logits, on `sequences[i]` and on `paths[i]`, bit for bit.
     """
 
     def __init__(self, vocab_size: int, eos_ids: Sequence[int] = (), grammars: Grammars | None = None) -> None:
-        """vocab_size: columns of the logits. eos_ids: tokens that end a sequence, forbidden below `min_tokens`. grammars: those
-        of the tokenizer, needed by requests with a grammar."""
+        """vocab_size: columns of the logits. eos_ids: tokens that end a sequence, forbidden below `min_tokens`. grammars: the
+        tokenizer's, needed by requests with a grammar."""
         if vocab_size < 1:
             raise ConfigError(f"sampling needs at least one token, got vocab_size = {vocab_size}")
         if any(not 0 <= t < vocab_size for t in eos_ids):
@@ -47,8 +47,8 @@ class LogitsPipeline:
         """Distributions float32 (float64 if the logits are); rows sum to one. The logits are not changed.
 
         sequences: per row its sequence. paths: per row the drafted tokens between the sequence's anchor and this row.
-        A row without a finite maximum (a NaN, +inf, or nothing but -inf) gets NaN (or an arbitrary token);
-        its neighbours get what they always get.
+        A row without a finite maximum (a NaN, +inf, or only -inf) gets NaN (or an arbitrary token); other rows are not
+        affected.
         """
         if logits.shape != (len(sequences), self.vocab_size) or len(paths) != len(sequences):
             raise CapabilityError(
@@ -99,32 +99,32 @@ class LogitsPipeline:
         return x
 
     def _rule_out(self, row: Float[Tensor, "V"], automaton: Automaton, path: Sequence[int]) -> None:
-        """Forbid in a row what the request's grammar does not allow behind its output and `path`."""
+        """Forbid in a row the tokens that the request's grammar does not allow after its output and `path`."""
         row.masked_fill_(~automaton.allowed(path).to(row.device), -torch.inf)
         if not torch.isfinite(row.amax()):  # a row must have a distribution: this one is not used
             automaton.lose(path)
             row[list(self.eos_ids)] = 0.0
 
     def automaton(self, slot: int) -> Automaton | None:
-        """Where the sequence in a slot stands in its grammar; None if it has none, or has not been looked at."""
+        """The automaton of the sequence in a slot; None if it has no grammar, or was not processed yet."""
         return self._automata.get(slot)
 
-    def weary(self, slot: int) -> bool:
-        """Whether drafts for the sequence in a slot cost its grammar more than its text may."""
-        return slot in self._automata and self._automata[slot].weary
+    def exhausted_on_draft(self, slot: int) -> bool:
+        """Whether drafts for the sequence in a slot have used up its grammar's budget."""
+        return slot in self._automata and self._automata[slot].exhausted_on_draft
 
     def release(self, slots: Sequence[int]) -> None:
-        """Forget where these slots stand in their grammars: what comes next begins with a budget of its own."""
+        """Drop the automata of these slots: the next sequences begin with their own budgets."""
         for slot in slots:
             self._automata.pop(slot, None)
 
     def forced(self, sequence: SequenceView) -> list[int]:
-        """Tokens that the request's grammar dictates behind its output; none without a grammar."""
+        """Tokens that the request's grammar forces after its output; none without a grammar."""
         grammar = sequence.params.grammar
         return self._automaton(sequence, grammar).forced() if grammar is not None else []
 
     def _automaton(self, sequence: SequenceView, grammar: str) -> Automaton:
-        """The automaton of the slot, behind the output of `sequence`."""
+        """The automaton of the slot, advanced over the output of `sequence`."""
         automaton = self._automata.get(sequence.slot)
         if automaton is None or automaton.text != grammar:
             assert self.grammars is not None, "the engine refuses grammars it cannot serve"
@@ -139,7 +139,7 @@ class LogitsPipeline:
 
 
 def output_length(sequence: SequenceView) -> int:
-    """Tokens of the output so far, the anchor included."""
+    """Tokens of the output so far, including the anchor."""
     return len(sequence.tokens) - sequence.prompt
 
 
@@ -153,8 +153,8 @@ class Logprobs(NamedTuple):
 def logprobs_of(logits: Float[Tensor, "n V"], tokens: Sequence[int], top: int) -> Logprobs:
     """Natural log-probabilities of `tokens` and of the `top` most likely tokens, likeliest first, lowest number on ties.
 
-    Of the raw logits, before any processor: the default meaning in vLLM (`logprobs_mode="raw_logprobs"`). Of equally likely
-    tokens at the border any may be reported.
+    From the raw logits, before any processor, as vLLM's default (`logprobs_mode="raw_logprobs"`). Of equally likely tokens at
+    the border any may be reported.
     """
     if not tokens:
         return Logprobs([], [])

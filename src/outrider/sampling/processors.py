@@ -1,4 +1,4 @@
-"""Processors: logits in, logits out, each row on its own whatever the batch.
+"""Logits processors: logits in, logits out, each row independent of the batch.
 
 Order, as in vLLM's sampler (`vllm/v1/sample/sampler.py`): logit bias, minimum length, penalties, temperature, min-p,
 top-k, top-p. The first three edit logits and may change the most likely token; the last three only cut tokens. (Hugging
@@ -35,7 +35,7 @@ def column(values: Sequence[float], like: Tensor) -> Float[Tensor, "n 1"]:
 
 
 def _by_params(params: Sequence[SamplingParams], rows: Sequence[int]) -> list[tuple[SamplingParams, list[int]]]:
-    """Rows that share one parameter object: usually all rows of a request."""
+    """Rows grouped by parameter object: usually all rows of a request."""
     groups: dict[int, tuple[SamplingParams, list[int]]] = {}
     for i in rows:
         groups.setdefault(id(params[i]), (params[i], []))[1].append(i)
@@ -59,7 +59,7 @@ def forbid(
 ) -> None:
     """Forbid in `rows` every token that would end the request: its stop tokens, and the model's end unless `ignore_eos`.
 
-    A ban that would leave a row without any possible token is not applied to that row: the model insists on ending.
+    A ban that would leave a row without any possible token is not applied to that row: the model can only end there.
     """
     for p, group in _by_params(params, rows):
         ids = sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)})
@@ -81,7 +81,7 @@ def penalise(
 ) -> None:
     """Repetition (Keskar et al. 2019, CTRL, section 4.1), then frequency and presence penalties (OpenAI), in `rows`.
 
-    histories, paths: per entry of `rows` the sequence's history and the drafted tokens behind it.
+    histories, paths: per entry of `rows` the sequence's history and the drafted tokens after it.
     """
     vocab = x.shape[1]
     flat: list[NDArray[np.int64]] = []
@@ -111,7 +111,7 @@ def penalise(
 
 
 def temper(x: Float[Tensor, "n V"], temperature: Sequence[float]) -> Float[Tensor, "n V"]:
-    """(logits - their maximum) / temperature, a new tensor with maximum 0: no overflow, however low the temperature."""
+    """(logits - their maximum) / temperature, a new tensor with maximum 0: no overflow at any temperature."""
     return (x - x.amax(-1, keepdim=True)).div_(column(temperature, x))
 
 
@@ -138,7 +138,7 @@ def nucleus(probs: Float[Tensor, "n V"], top_p: Sequence[float]) -> Float[Tensor
     """Distributions restricted to their nucleus (Holtzman et al. 2020): the fewest most likely tokens with mass >= top_p.
 
     Mass is the running float64 sum, largest first; of equally likely tokens at the border the lowest numbers stay. A row
-    that does not reach top_p (1 = no cut, or rounding) stays as it is. Changes `probs`.
+    that does not reach top_p (1 = no cut, or rounding) is unchanged. Changes `probs`.
     """
     mass = torch.tensor(top_p, dtype=torch.float64, device=probs.device).unsqueeze(1)
     ordered = probs.sort(dim=-1, descending=True).values

@@ -1,4 +1,4 @@
-"""Where a server listens, and whether others may reach it."""
+"""The address a server listens on, and whether other machines may reach it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Sized
 from outrider.errors import ConfigError
 
 BACKLOG = 2048
-"""Connections that may wait to be taken."""
+"""Connections that may wait to be accepted."""
 
 
 def check_address(host: str, keys: Sized, allow_open: bool) -> None:
-    """ConfigError for an address others can reach without a key, unless that was asked for."""
+    """Raise ConfigError for an address that others can reach without a key, unless `allow_open` permits it."""
     if len(keys) or allow_open or is_loopback(host):
         return
     raise ConfigError(
         f"{host} can be reached by others: set an API key (OUTRIDER_API_KEY or --api-key-file), "
-        "or say --allow-open if everybody may use this server"
+        "or use --allow-open if everybody may use this server"
     )
 
 
@@ -33,13 +33,13 @@ def is_loopback(host: str) -> bool:
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """A socket that has the address and does not listen yet: who connects is refused. ConfigError if it cannot be had."""
+    """A socket bound to the address that does not listen yet: connections are refused. ConfigError if it cannot be bound."""
     name = host.strip("[]")
     try:
         family, *_, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"there is no address {host!r} ({error.strerror or error}): choose another --host") from None
-    # named, since asyncio sends small pieces at once only on sockets that say they are TCP's
+    # the protocol is named because asyncio sends small pieces at once only on sockets of IPPROTO_TCP
     taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
@@ -57,7 +57,7 @@ def reserve(host: str, port: int) -> socket.socket:
 
 
 def listen(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
-    """A socket that listens and does not block. ConfigError if the address cannot be had."""
+    """A non-blocking socket that listens. ConfigError if the address cannot be bound."""
     listener = reserve(host, port)
     try:
         listener.listen(backlog)

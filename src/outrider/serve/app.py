@@ -53,10 +53,10 @@ def create_app(
 ) -> Starlette:
     """The server for the engine that `build` makes (in the engine's own thread).
 
-    build: called with what `build_engine` takes by these names: sinks, and where they are wanted controller and selectable.
+    build: called with these arguments of `build_engine`: sinks and, if needed, controller and selectable.
     adaptive: set the draft length by load, "never slower than plain decoding"; otherwise the engine keeps its controller.
     past: reads the runs and experiments that the page shows; None: none are shown. trial: an experiment on the requests.
-    `app.state.bridge` is the bridge and `app.state.watch` what is known over time, for whoever runs the app.
+    `app.state.bridge` is the bridge and `app.state.watch` the monitor, for the code that runs the app.
     """
     metrics = Metrics(settings.model)
     wiring: dict[str, Any] = {"sinks": (metrics,)}
@@ -79,7 +79,7 @@ def create_app(
         yield
         watching.cancel()
         await bridge.close(settings.grace)
-        for ticket in list(bridge.tickets.values()):  # replies that nobody could end any more are recorded too
+        for ticket in list(bridge.tickets.values()):  # replies that were still open are recorded too
             bridge.release(ticket)
         if trial is not None:
             await asyncio.to_thread(trial.close)
@@ -114,7 +114,7 @@ def routes_of(bridge: Bridge, metrics: Metrics, v1: OpenAI, live: Live) -> list[
 
 
 def controller_for(drafter: Drafter, rule: Rule) -> Controller:
-    """Sets the draft length by load; nothing is to be set where nothing is drafted."""
+    """The controller that sets the draft length by load; a fixed 0 if the drafter drafts nothing."""
     depth = drafter.max_depth
     return Adaptive(depth, depth, invariant=rule.lane == "gumbel") if depth else Fixed(0)
 
@@ -165,13 +165,13 @@ async def openapi(request: Request) -> Response:
 
 
 class Health:
-    """Whether the process should be kept, and whether it should get requests."""
+    """Probes: whether the process is alive, and whether it is ready for requests."""
 
     def __init__(self, bridge: Bridge) -> None:
         self.bridge = bridge
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 with an empty body; 503 when the engine thread has died or has not come round in time."""
+        """GET /health: 200 with an empty body; 503 if the engine thread has died or has no recent heartbeat."""
         return Response(status_code=200 if self.bridge.alive else 503)
 
     async def ready(self, request: Request) -> Response:
@@ -183,7 +183,7 @@ class Health:
 
 
 def document() -> dict[str, Any]:
-    """OpenAPI 3.1: the request bodies are the very models that check them."""
+    """OpenAPI 3.1; the schemas of request bodies come from the models that validate them."""
     models = [(CompletionRequest, "validation"), (ChatRequest, "validation")]
     _, schema = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     fail = {"description": "an error in OpenAI's shape", "content": {"application/json": {}}}

@@ -1,4 +1,4 @@
-"""Bodies of requests: their size, the time they take, and how much there is to read in them, before anything is made of them."""
+"""Request bodies: limits on their size, their time and the number of their values, checked before they are parsed."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from starlette.requests import Request
 from outrider.serve.requests import BadField
 
 DEPTH = 32
-"""Most lists and objects in each other in a body."""
+"""Deepest nesting of lists and objects in a body."""
 CONTAINERS = 20_000
-"""Most lists and objects in a body: reading JSON stops every thread, for seconds if a body is nothing else."""
+"""Most lists and objects in a body: parsing JSON blocks every thread, for seconds if a body has very many."""
 KEYS = 4096
 """Most keys of an object."""
 TOGETHER = 64 << 20
-"""Bytes of bodies that may be in hand at once, before their requests have a place; beyond, those above SMALL are refused."""
+"""Bytes of bodies held at once, before their requests have a place; beyond this, bodies above SMALL are refused."""
 SMALL = 1 << 16
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # an open one goes to the end: linear
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # an unclosed string extends to the end: linear time
 _BRACKETS = re.compile(rb"[\[\]{}]")
 
 
 class Bodies:
-    """The bodies that one server has in hand. limit: bytes of one. seconds: it may take. values: most values in it."""
+    """The bodies that one server is reading. limit: bytes of one. seconds: time one may take. held: bytes of all of them."""
 
     def __init__(self, limit: int, seconds: float) -> None:
         self.limit, self.seconds, self.held = limit, seconds, 0
 
     async def read(self, request: Request, values: int) -> Any:
-        """The JSON body. Raises HTTPException for another type, for a body above `limit` bytes or slower than `seconds`, and while
-        too many others are in hand; BadField for bad JSON, and for more than `values` values in it.
+        """The JSON body. Raises HTTPException for another content type, for a body above `limit` bytes or slower than `seconds`,
+        and while too many others are held; BadField for bad JSON, or for more than `values` values in it.
         """
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send the body as application/json")
@@ -59,7 +59,7 @@ class Bodies:
 
 
 def parsed(data: bytes, values: int) -> Any:
-    """The value of a body. Raises BadField for bad JSON, and for more than there may be in it."""
+    """The value of a body. Raises BadField for bad JSON, or for more than the allowed contents."""
     check(data, values)
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
@@ -72,10 +72,10 @@ def parsed(data: bytes, values: int) -> Any:
 
 
 def check(data: bytes, values: int) -> None:
-    """BadField for a body that is nested too deeply or has too much in it, before it is read: brackets and commas say."""
+    """Raise BadField for a body with too deep nesting or too many values, by its brackets and commas, before it is parsed."""
     bare = _STRINGS.sub(b"", data)
     if bare.count(b",") > values:
-        raise BadField(f"the body has more than {values} values: no prompt of this model is so long")
+        raise BadField(f"the body has more than {values} values: no prompt of this model is that long")
     if bare.count(b"[") + bare.count(b"{") > CONTAINERS:
         raise BadField(f"the body has more than {CONTAINERS} lists and objects: make it simpler")
     depth = 0
@@ -90,10 +90,10 @@ def _no_constant(name: str) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand once: two readers of the same bytes must not see two requests."""
+    """An object without repeated keys: two programs that read the same bytes must not see two different requests."""
     if len(pairs) > KEYS:
         raise ValueError(f"an object has more than {KEYS} keys")
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return out

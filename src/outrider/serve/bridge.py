@@ -1,8 +1,8 @@
-"""The one place where threads and asyncio meet: an engine thread that steps, an event loop that speaks HTTP.
+"""The interface between threads and asyncio: an engine thread that makes steps, and an event loop that serves HTTP.
 
-The engine belongs to its thread (`worker`). The loop sends it commands (closures over tickets); the thread sends back what each
-step emitted with two calls into the loop at most: what goes on, and what ended. So a step never waits for a socket, and a
-command (an abort, say) is obeyed before the next step.
+The engine belongs to its thread (`worker`). The loop sends it commands (closures over tickets); the thread sends back the events
+of each step with at most two calls into the loop: sequences that continue, and sequences that ended. So a step never waits for a
+socket, and a command (such as an abort) is executed before the next step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ LOADING = "the engine is still loading: try again in some seconds"
 
 
 class Bridge:
-    """An engine in a thread of its own, as asyncio sees it. All public methods belong to the event loop.
+    """The asyncio side of an engine in its own thread. All public methods belong to the event loop.
 
-    build: makes the engine, in the engine's thread. metrics: gets every finished request; the engine that
-    is built should have them as a sink.
+    build: makes the engine, in the engine's thread. metrics: gets every finished request; the engine should have it as a sink.
     prepare: called with the new engine before it serves (warm-up).
-    tickets: the open requests; held: their samples, and owned: those of each owner; begun: requests so far, failures: those that
+    tickets: the open requests. held: their samples. owned: their samples by owner. begun: requests so far. failures: requests that
     the engine failed after their reply had begun or while they waited.
     """
 
@@ -57,7 +56,10 @@ class Bridge:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._compiler = ThreadPoolExecutor(1, "outrider-grammar")
         self._prep: Prep | None = None
-        self._quiet, self._beat = Awake(), 0.0  # how long the engine's thread has not come round, and since when
+        self._quiet, self._beat = (
+            Awake(),
+            0.0,
+        )  # time without a heartbeat of the engine's thread, and the last heartbeat
         self._watching: asyncio.Task[None] | None = None
         metrics.counters["requests_started"] = (
             "Requests that got a place; each is counted once more, by how it ended, when it gives the place back.",
@@ -65,17 +67,17 @@ class Bridge:
         )
         metrics.counters["requests_failed"] = ("Requests that the engine failed.", lambda: self.failures)
         metrics.counters["incidents"] = (
-            "Defects that were contained: drafts that were none, grammars that ran out of their budget in the middle of a text.",
+            "Contained defects: invalid drafts, and grammars that ran out of their budget in the middle of a text.",
             lambda: None if self.worker.engine is None else self.worker.engine.defects,
         )
         metrics.counters["drafter_faults"] = (
-            "Calls of a drafter that raised or returned what is no draft; each cost a step's drafts and no text.",
+            "Calls of a drafter that raised or did not return a draft; each lost the drafts of one step and no text.",
             lambda: None if self.worker.engine is None else self.worker.engine.drafter_faults,
         )
 
     # ------------------------------------------------------------------ life
     async def start(self) -> None:
-        """Build the engine and wait until it serves; raises what its construction raised."""
+        """Build the engine and wait until it serves; an exception of its construction is raised here."""
         self._loop = asyncio.get_running_loop()
         self.worker.start()
         await asyncio.wrap_future(self.worker.started)
@@ -86,35 +88,35 @@ class Bridge:
 
     @property
     def prep(self) -> Prep:
-        """Where clients' texts and grammars are read."""
+        """The processes that read clients' texts and grammars."""
         if self._prep is None:
             raise Unavailable(LOADING)
         return self._prep
 
     @property
     def engine(self) -> Engine:
-        """The engine: for reading what never changes (tokenizer, parts, limits)."""
+        """The engine, to read what never changes (tokenizer, parts, limits)."""
         if self.worker.engine is None:
             raise Unavailable(LOADING)
         return self.worker.engine
 
     @property
     def alive(self) -> bool:
-        """The engine thread has come round within `hang_seconds`, working or idle."""
+        """Whether the engine thread had a heartbeat within `hang_seconds`, working or idle."""
         return self.worker.running and not self.worker.broken and self.heartbeat_age < self.limits.hang_seconds
 
     @property
     def heartbeat_age(self) -> float:
-        """Seconds since the engine thread last came round; a time in which this process was stopped does not count."""
+        """Seconds since the engine thread's last heartbeat; time in which this process was stopped does not count."""
         return min(self.worker.heartbeat_age, self._quiet.seconds)
 
     @property
     def ready(self) -> bool:
-        """New requests are welcome."""
+        """Whether new requests are accepted."""
         return self.worker.engine is not None and self.alive and not self.draining
 
     async def _watch(self) -> None:
-        """Keep the clock of the engine's silence."""
+        """Measure the age of the engine's last heartbeat."""
         while True:
             if self.worker.beat != self._beat:
                 self._quiet, self._beat = Awake(), self.worker.beat
@@ -122,7 +124,7 @@ class Bridge:
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def drain(self) -> None:
-        """Take nothing new; what runs may finish. Safe from a signal handler."""
+        """Accept no new requests; running ones may finish. Safe in a signal handler."""
         self.draining = True
 
     async def close(self, grace: float = 30.0) -> None:
@@ -138,7 +140,7 @@ class Bridge:
             await self._prep.close()
 
     async def drain_requests(self, grace: float) -> None:
-        """Wait until nothing is open; after `grace` seconds end what is left with an error and give it a second to say so."""
+        """Wait until no request is open; after `grace` seconds end the rest with an error and give the replies a second."""
         end = monotonic() + grace
         while self.tickets and monotonic() < end and self.alive:
             await asyncio.sleep(0.02)
@@ -150,7 +152,7 @@ class Bridge:
 
     # ------------------------------------------------------------------ requests
     def reserve(self, choices: int, owner: int = 0) -> Ticket:
-        """A place for a request of `choices` samples, before any work is done for it. Raises Overloaded or Unavailable."""
+        """Reserve a place for a request of `choices` samples, before any work is done for it. Raises Overloaded or Unavailable."""
         if not self.ready:
             why = (
                 "draining" if self.draining else "not answering" if self.worker.engine is not None else "still loading"
@@ -164,7 +166,7 @@ class Bridge:
         full = self.held + choices > room
         if full or self.owned[owner] + choices > most:
             wait = math.ceil(self._typical * self.held / slots)
-            what = "the queue is full" if full else "this key has too many requests in hand"
+            what = "the queue is full" if full else "this key has too many open requests"
             raise Overloaded(f"{what}: try again later", max(1, min(60, wait)))
         self.held += choices
         self.owned[owner] += choices
@@ -174,7 +176,7 @@ class Bridge:
         return ticket
 
     async def submit(self, ticket: Ticket, prompts: list[list[int]], params: SamplingParams) -> None:
-        """Hand a request to the engine; returns when it has been checked and queued. Raises RequestError for a bad one."""
+        """Pass a request to the engine; returns when it is checked and queued. Raises RequestError for a bad one."""
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ticket.accepted = accepted
 
@@ -183,15 +185,15 @@ class Bridge:
                 accepted.set_result(None) if failure is None else accepted.set_exception(failure)
 
         self.worker.command(lambda: self.worker.admit(ticket, prompts, params, answer))
-        if not self.worker.running:  # it died while the prompt was read, and takes no commands
+        if not self.worker.running:  # it died while the prompt was read, and executes no commands
             raise EngineFailure(DEAD)
         async with self._deadline(ticket):
             await accepted
 
     async def events(self, ticket: Ticket) -> AsyncIterator[list[tuple[int, Event]]]:
-        """What the request's samples emit, as (choice, event) pairs, everything that has come up so far at a time.
+        """The events of the request's samples as (choice, event) pairs, in batches of everything available.
 
-        Raises EngineFailure or Unavailable; whoever reads must call `release` in the end, come what may.
+        Raises EngineFailure or Unavailable; the caller must call `release` in the end in every case.
         """
         while not ticket.done:
             async with self._deadline(ticket):
@@ -218,7 +220,7 @@ class Bridge:
             yield batch
 
     def release(self, ticket: Ticket) -> None:
-        """The reply has ended, finished or not: give the place back and abort what still runs. May be called twice."""
+        """The reply has ended, finished or not: give the place back and abort the rest. May be called twice."""
         if not ticket.open:
             return
         ticket.open = False
@@ -246,17 +248,17 @@ class Bridge:
             raise Unavailable("the prompt took too long to prepare: make it shorter") from None
 
     async def compile(self, grammar: str, owner: int = 0) -> None:
-        """Compile a grammar so that the engine finds it ready: first in a process, which shows that it can be done in time, then
-        in a thread kept for that, so that neither engine nor tokenising waits. Raises RequestError for one that cannot be used."""
+        """Compile a grammar ahead of the engine: first in a process, to show that it can be done in time, then in a dedicated
+        thread, so that neither the engine nor tokenising waits. Raises RequestError for a grammar that cannot be used."""
         await self.prep.try_grammar(grammar, owner)
         await asyncio.get_running_loop().run_in_executor(self._compiler, self.engine.compile_grammar, grammar)
 
     def _deadline(self, ticket: Ticket) -> Any:
         return Deadline(ticket.arrived + self.limits.request_seconds - monotonic())
 
-    # ------------------------------------------------------------------ what the engine's thread sends
+    # ------------------------------------------------------------------ calls from the engine's thread
     def _post(self, call: Callable[[], object]) -> None:
-        """Run `call` in the event loop; nobody is left to hear it once the loop is closed."""
+        """Run `call` in the event loop; once the loop is closed, stop the engine's thread instead."""
         try:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(call)

@@ -1,8 +1,8 @@
-"""Connections: how many there may be, and how long one may owe a request.
+"""Connections: their number, and the time one may take to send a request.
 
-A connection that has not sent a whole request owes one: it is ended after some seconds, however its bytes trickle, and the oldest
-of them makes room when the server is full. So newcomers get in whatever others hold open. A connection whose request is being
-answered is watched to the end: bytes behind the request are dropped, not kept (they would hide that the client has gone).
+A connection without a whole request is pending: it is closed after some seconds, even if bytes keep arriving, and the oldest
+pending one makes room when the server is full. So idle connections never keep new ones out. While a request is being answered,
+bytes after the request are dropped, not kept (they would hide that the client has gone).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 RESERVED = 8
-"""Connections beyond those when nobody owes anything: they are told how the server is, and nothing else."""
+"""Connections beyond the limit when none is pending: they get the health endpoints, and 503 for everything else."""
 SPARE = 40
-"""Descriptors kept for everything else: files, helper processes, the store."""
+"""Descriptors kept for other uses: files, helper processes, the store."""
 FEWEST = 4
 PIECES, TINY = 2000, 64
-"""So many pieces of a body may be of any size; those of a longer one have so many bytes on average."""
+"""A body may have PIECES pieces of any size; with more, they must have at least TINY bytes on average."""
 BURST = 8
-"""Connections that are taken from the queue at a time, before others' bytes are looked at."""
+"""Connections that are accepted at a time, before bytes of others are read."""
 OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})
 
 
 class Door:
-    """The connections of one server. most: at once. heads: seconds until a head must be whole, from when
-    the connection began or its last reply ended. owing: those that owe a request, oldest first."""
+    """The connections of one server. most: at once. heads: seconds until a request's head must be complete, from the start of the
+    connection or the end of its last reply. owing: pending connections, oldest first."""
 
     def __init__(self, most: int, heads: float) -> None:
         self.most, self.heads = most, heads
         self.owing: dict[Connection, None] = {}
 
     def make_room(self, taken: int) -> bool:
-        """Whether one more is welcome; when full, the oldest that owes a request goes."""
+        """Whether one more is accepted; if the server is full, the oldest pending connection is closed for it."""
         if taken <= self.most:
             return True
         if self.owing:
@@ -49,7 +49,7 @@ class Door:
 
 
 class Crumbs(h11.Connection):
-    """The parser of one connection. It refuses a body that comes in thousands of tiny chunks: each costs as much as a large one."""
+    """The parser of one connection. It refuses a body in thousands of tiny chunks, since each costs as much as a large one."""
 
     pieces = size = 0
 
@@ -66,7 +66,7 @@ class Crumbs(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """One connection. door: of its server (see `at`)."""
+    """One connection. door: the connections of its server (see `at`)."""
 
     door: Door
 
@@ -103,7 +103,7 @@ class Connection(H11Protocol):
                 self._settle()
                 if self.conn.trailing_data[0]:
                     self._alone()
-            elif self._timer is not None:  # its head is there: a body has a time of its own
+            elif self._timer is not None:  # its head is complete: the body has its own time limit
                 self._timer.cancel()
                 self._timer = None
 
@@ -114,29 +114,29 @@ class Connection(H11Protocol):
 
     @property
     def answering(self) -> bool:
-        """A whole request is there and its reply is not."""
+        """Whether a request is complete and its reply is not."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     def cut(self) -> None:
-        """End it now: it owes a request and another needs its place."""
+        """Close it now: it is pending and another connection needs its place."""
         self._settle()
         self.transport.abort()
 
     def _owe(self) -> None:
-        """A request is owed from now on."""
+        """Mark it as pending from now on."""
         self._settle()
         self.door.owing[self] = None
         self._timer = self.loop.call_later(self.door.heads, self.cut)
 
     def _settle(self) -> None:
-        """Nothing is owed any more."""
+        """Mark it as no longer pending."""
         self.door.owing.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _alone(self) -> None:
-        """More came behind a request that is being answered: it is dropped, and the reply says that it is the last."""
+        """Bytes after a request that is being answered are dropped, and the reply closes the connection."""
         self.cycle.keep_alive = False
         if CLOSE_HEADER not in self.scope["headers"]:
             self.scope["headers"].append(CLOSE_HEADER)  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ class Connection(H11Protocol):
 
 
 def crowded(app: Any) -> Any:
-    """An application for connections beyond the limit: how the server is, and 503 to everything else."""
+    """An application for connections beyond the limit: the health endpoints, and 503 for everything else."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         message = "too many connections are open: try again in some seconds"
@@ -156,7 +156,7 @@ def crowded(app: Any) -> Any:
 
 
 def room(asked: int) -> int:
-    """Connections that this process can hold: `asked`, or what its descriptors allow. The soft limit is raised if that helps."""
+    """Connections that this process can hold: `asked`, or as many as its descriptors allow. Raises the soft limit if possible."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

@@ -1,6 +1,6 @@
-"""The engine's thread: it builds the engine, obeys commands between steps, and posts what each step emitted.
+"""The engine's thread: it builds the engine, executes commands between steps, and posts the events of each step.
 
-Nothing here knows of an event loop: results leave through `post`, which runs a closure where the tickets live.
+This module does not depend on the event loop: results leave through `post`, which runs a closure in the tickets' thread.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ logger = logging.getLogger(__name__)
 IDLE_BEAT = 0.5
 """Seconds between two heartbeats of an idle engine thread."""
 BROKEN_STEPS = 3
-"""Steps in a row that may fail, each ending the requests that were in it, before the engine is given up."""
+"""After this many failed steps in a row, each of which ends its requests, the engine counts as broken."""
 Mail = list[tuple[Ticket, list[tuple[int, Event]]]]
 
 
 class EngineThread:
-    """A thread that owns an engine: it is built there, and only there is it called.
+    """A thread that owns an engine: the engine is built and called only there.
 
-    build: makes the engine. prepare: called with it before it serves. post: runs a closure in
-    the event loop. deliver, give_up: called there, with what a step emitted, and when nothing is served any more.
-    queue_seconds: how long a request may wait for a slot.
-    `run` belongs to the thread, `command` and `stop` to everybody, the rest to commands.
+    build: makes the engine. prepare: called with it before it serves. post: runs a closure in the event loop. deliver, give_up:
+    called there, with the events of a step, and when the thread has died. queue_seconds: how long a request may wait for a slot.
+    `_run` belongs to the thread; any thread may call `command` and `stop`; the rest belongs to commands.
     """
 
     def __init__(
@@ -60,16 +59,16 @@ class EngineThread:
 
     @property
     def running(self) -> bool:
-        """The thread has begun and not ended."""
+        """Whether the thread has started and not ended."""
         return self._thread.is_alive()
 
     @property
     def heartbeat_age(self) -> float:
-        """Seconds since the thread last came round."""
+        """Seconds since the thread's last heartbeat."""
         return monotonic() - self.beat
 
     def start(self) -> None:
-        """Begin; `started` is done when the engine serves, or has the error of its construction."""
+        """Start; `started` is done when the engine serves, or has the error of its construction."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -78,11 +77,11 @@ class EngineThread:
         self.command(lambda: None)
 
     def join(self, seconds: float) -> None:
-        """Wait so long for the thread's end."""
+        """Wait at most `seconds` for the thread's end."""
         self._thread.join(seconds)
 
     def command(self, command: Callable[[], None]) -> None:
-        """Have something done in the thread, before its next step."""
+        """Run `command` in the thread, before its next step."""
         with self._condition:
             self._commands.append(command)
             self._condition.notify()
@@ -101,13 +100,13 @@ class EngineThread:
         try:
             while not self._stop:
                 self._round(engine)
-        except BaseException:  # nothing is served any more: whoever waits must hear it now, not at a deadline
+        except BaseException:  # nothing is served any more: waiting clients must learn it now, not at a deadline
             logger.exception("the engine's thread has died")
             self.broken = True
             self._post(self._give_up)
 
     def _round(self, engine: Engine) -> None:
-        """Obey the commands, let those go who have waited too long, and step."""
+        """Execute the commands, end requests that have waited too long, and make a step."""
         for command in self._take(engine.busy):
             command()
         self._expire()
@@ -125,16 +124,16 @@ class EngineThread:
         return commands
 
     def _step(self, engine: Engine) -> None:
-        """One step; a failure ends the requests that were in it and leaves an engine that serves the next ones.
+        """Make one step. A failure ends the requests in it, and the engine serves the next ones.
 
-        What it added to those that go on is posted before it drafts: a reader need not wait for a draft.
+        Events of sequences that continue are posted before the next draft is made, so that readers do not wait for it.
         """
         engine.scheduler.admit()
         inside = {s.request for s in engine.scheduler.running}
         try:
             events = engine.step(self._midway)
             self._failures = 0
-        except Exception as error:  # whatever it is, the process and the other requests live on
+        except Exception as error:  # in every case, the process and the other requests continue
             logger.exception("a step failed")
             self._failures += 1
             self.broken = self._failures >= BROKEN_STEPS
@@ -148,12 +147,12 @@ class EngineThread:
                 self.routes.pop(name, None)
 
     def _midway(self, events: list[Event]) -> None:
-        """In the middle of a step: what was added to those that go on."""
+        """Called in the middle of a step with the events of sequences that continue."""
         self._note_admissions()
         self._hand_out(events)
 
     def _hand_out(self, events: list[Event]) -> None:
-        """Post events to where their readers are."""
+        """Post events to the event loop of their readers."""
         mail: dict[int, tuple[Ticket, list[tuple[int, Event]]]] = {}
         for event in events:
             if event.request not in self.routes:
@@ -178,7 +177,7 @@ class EngineThread:
         params: SamplingParams,
         answer: Callable[[OutriderError | None], None],
     ) -> None:
-        """Queue a request (a command); `answer` is posted None when it is queued, or why it cannot be."""
+        """Queue a request (a command); `answer` is posted with None when it is queued, or with the error."""
         engine = self.engine
         if not ticket.open or engine is None:
             return
@@ -198,7 +197,7 @@ class EngineThread:
         self._post(lambda: answer(None))
 
     def abort(self, ticket: Ticket) -> None:
-        """End what still runs of a request (a command)."""
+        """Abort the running parts of a request (a command)."""
         if self.engine is None:
             return
         for name in ticket.names:
@@ -211,7 +210,7 @@ class EngineThread:
         self._post(lambda: ticket.mail.put_nowait(error))
 
     def _share(self, engine: Engine) -> None:
-        """Before free slots are given away: owners take turns, so that one with many requests delays another by one of them."""
+        """Before free slots are given out: owners take turns, so that an owner with many requests delays another by only one."""
         if len(engine.scheduler.waiting) > 1 and len({t.owner for t in self.queued.values()}) > 1:
             engine.scheduler.share(lambda s: self.routes[s.request][0].owner)
 

@@ -1,4 +1,4 @@
-"""What a server needs of an experiment on its requests: a place for each, and somebody to tell how it ended."""
+"""The server's interface to an experiment on its requests: it assigns each request to an arm and records how it ended."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from outrider.params import SamplingParams
 from outrider.serve.tickets import Ticket
 
 USER, ARM = "x-outrider-user", "x-outrider-arm"
-"""Headers: whose a request is, where its body has no `user`; and, in replies, the arm it had."""
+"""Headers: the user of a request whose body has no `user`; and, in replies, its arm."""
 
 
 @runtime_checkable
 class LiveExperimentHook(Protocol):
-    """An experiment. A place has a `label`, the arm, and `overrides`, sampling parameters that the request gets besides its own;
-    each comes back to `ended` once, with a record of plain data."""
+    """An experiment. An assignment (`place`) has a `label`, the arm, and `overrides`, sampling parameters added to the request's;
+    each is passed to `ended` once, with a record of plain data."""
 
     def start(self) -> None: ...
     def place(self, who: str) -> Any | None: ...
@@ -24,14 +24,13 @@ class LiveExperimentHook(Protocol):
 
 
 def fixed_by_seed(params: SamplingParams, lane: str) -> bool:
-    """Whether a request's seed has promised its client one text: another draft length would give it another draw of the same
-    distribution.
-    lane: of the server's rule; on lane `gumbel` (match) the text is the same whatever the length."""
+    """Whether a request's seed fixes its text to one draft length: another length would give another draw of the same distribution.
+    lane: of the server's rule; on lane `gumbel` (match) the text is the same for every length."""
     return params.seed is not None and not params.greedy and lane != "gumbel"
 
 
 def join(trial: LiveExperimentHook, who: str, ticket: Ticket, params: SamplingParams) -> SamplingParams:
-    """Put a request into its arm: its parameters there. What it was like is told when its reply has ended."""
+    """Assign a request to an arm and return its parameters there. Its record is passed on when its reply has ended."""
     place = trial.place(who)
     if place is None:
         return params
@@ -42,9 +41,9 @@ def join(trial: LiveExperimentHook, who: str, ticket: Ticket, params: SamplingPa
 def record_of(ticket: Ticket) -> dict[str, Any]:
     """How a request ended.
 
-    outcome: why; "refused" if it never reached the engine. tokens: emitted; later: those behind the first of each sample, which
-    took `seconds`. queued, first: seconds until it had a slot, and until its first token. seeded: its noise was the client's
-    choice. counts: raw sums of its drafts, rejections and predicted rejections.
+    outcome: why; "refused" if it never reached the engine. tokens: emitted. later: those after the first of each sample, which
+    took `seconds`. queued, first: seconds until it had a slot, and until its first token. seeded: the client chose its seed.
+    counts: raw sums of its drafts, rejections and predicted rejections.
     """
     counts, samples = ticket.counts(), ticket.sequences
     first, last = ticket.first, ticket.last

@@ -1,8 +1,8 @@
-"""Whether a tokenizer's expressions may take more than quadratic time, or write far more than they read: told from their form.
+"""Detects tokenizer expressions that may take more than quadratic time, or write far more than they read, from their form.
 
-A matcher that backtracks takes exponential time where something is repeated that is itself repeated or a choice, and a power of the
-text's length where several repetitions stand before something that must follow. What cannot be judged (look behind, back
-references) counts as wild. That errs on the safe side: texts of such a tokenizer take the way through a process (`prep`).
+A backtracking matcher takes exponential time where a repetition or a choice is itself repeated, and polynomial time in the text's
+length where several repetitions precede something that must follow. What cannot be analysed (look behind, back references) counts
+as risky. That errs on the safe side: texts of such a tokenizer are read in a separate process (`prep`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _TOKEN = re.compile(
     r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?[:=!>]|\(\?[a-z-]+:|\(\?<?|\(|\)|[*+?]|\{\d*,?\d*\}|\||.", re.DOTALL
 )
 GROWTH = 64
-"""So many characters may come of one; a replacement by a longer text can follow another."""
+"""Most characters that one character may become, since a replacement by a longer text can follow another."""
 FEW = 8
-"""So many repetitions of one piece are no repetition without bound, and so many pieces in a row may be there or not."""
+"""Up to this many repetitions count as bounded, and up to this many optional pieces in a row are allowed."""
 
 
 def wild(core: str) -> tuple[bool, bool]:
-    """The same for the text of a tokenizer.json: of what reads a text, and of what writes one."""
+    """Whether a tokenizer.json has risky expressions: in the parts that read text, and in those that write it."""
     document = json.loads(core)
     return tuple(  # type: ignore[return-value]
         any(map(risky, _patterns(document, parts))) or growth(document, parts) > GROWTH for parts in (READING, WRITING)
@@ -32,7 +32,7 @@ def wild(core: str) -> tuple[bool, bool]:
 
 
 def growth(document: dict[str, Any], parts: tuple[str, ...]) -> float:
-    """Characters that one may become at most, where one replacement comes after another: ten times ten of ten times ..."""
+    """Most characters that one character may become if all replacements apply one after another: the product of their sizes."""
     out = 1.0
     for held in _objects(document, parts):
         if held.get("type") == "Replace" and isinstance(held.get("content"), str):
@@ -41,12 +41,12 @@ def growth(document: dict[str, Any], parts: tuple[str, ...]) -> float:
 
 
 def _patterns(document: dict[str, Any], parts: tuple[str, ...]) -> Iterator[str]:
-    """Every expression of some of a tokenizer's parts."""
+    """Every expression in these parts of a tokenizer."""
     return (held["Regex"] for held in _objects(document, parts) if isinstance(held.get("Regex"), str))
 
 
 def _objects(document: dict[str, Any], parts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Every object in some of a tokenizer's parts."""
+    """Every object in these parts of a tokenizer."""
     stack: list[Any] = [document.get(part) for part in parts]
     while stack:
         held = stack.pop()
@@ -58,7 +58,7 @@ def _objects(document: dict[str, Any], parts: tuple[str, ...]) -> Iterator[dict[
 
 
 def risky(pattern: str) -> bool:
-    """Whether an expression may take more than quadratic time, or cannot be judged."""
+    """Whether an expression may take more than quadratic time, or cannot be analysed."""
     if re.search(r"\\[1-9gk]|\(\?<", pattern):
         return True
     try:
@@ -70,8 +70,8 @@ def risky(pattern: str) -> bool:
 
 @dataclass(slots=True)
 class _Node:
-    """repeats: repetitions without bound in a row at most. degree: those before something that must follow. ways: pieces that may
-    be there or not, and choices. nested: a repetition of such a piece or of a repetition is in it. branches: alternatives."""
+    """repeats: most unbounded repetitions in a row. degree: those before something that must follow. ways: optional pieces and
+    choices. nested: whether it has a repetition of such a piece or of a repetition. branches: alternatives."""
 
     repeats: int = 0
     degree: int = 0
@@ -126,7 +126,7 @@ class _Reader:
         return inside
 
     def _quantifier(self) -> tuple[bool, float]:
-        """Whether the piece may be missing, and how often it may stand."""
+        """Whether the piece may be missing, and how often it may occur."""
         optional, times = False, 1.0
         while (token := self._next()) and (token in "*+?" or re.fullmatch(r"\{\d*,?\d*\}", token)):
             self._at += 1

@@ -1,4 +1,4 @@
-"""What the page at `/` shows: raw sums, the present load, past runs, and a playground whose tokens say where they came from."""
+"""Data of the page at `/`: raw sums, the present load, past runs, and a playground that shows the origin of every token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from outrider.serve.watch import Monitor
 from outrider.telemetry.ledger import ledger
 
 Past = Callable[[], dict[str, Any]]
-"""What a store has: {"runs": [...], "experiments": [...]}; called beside the event loop."""
+"""Reads a store: {"runs": [...], "experiments": [...]}; called in another thread than the event loop."""
 READ_SECONDS = 10.0
 """Seconds a page waits for the store."""
 
@@ -41,7 +41,7 @@ class Live:
         self._reading: asyncio.Future[dict[str, Any]] | None = None
 
     async def state(self, request: Request) -> Response:
-        """GET /outrider/state: everything the page needs; `?after=T` leaves out the history up to time T."""
+        """GET /outrider/state: all data of the page; `?after=T` leaves out the history up to time T."""
         try:
             after = float(request.query_params.get("after", "0"))
         except ValueError:
@@ -92,15 +92,13 @@ class Live:
         """GET /outrider/runs: runs and experiments of the store the operator named, newest first; 404 without a store."""
         if self._past is None:
             raise HTTPException(404, "no store is shown: start with --store FILE")
-        if (
-            self._reading is None or self._reading.done()
-        ):  # one at a time: threads that prompts need must not all be here
+        if self._reading is None or self._reading.done():  # one at a time: prompts need the same threads
             self._reading = asyncio.ensure_future(asyncio.to_thread(self._past))
         try:
             async with asyncio.timeout(READ_SECONDS):
                 found = await asyncio.shield(self._reading)
         except TimeoutError:
-            raise Unavailable("the store takes long to read: try again later") from None
+            raise Unavailable("the store takes too long to read: try again later") from None
         return JSONResponse(found, headers={"cache-control": "no-store"})
 
     def _requests(self) -> list[dict[str, Any]]:
@@ -150,7 +148,7 @@ class Live:
 
 
 def coloured(decode: Any, event: Event) -> list[list[str]]:
-    """[text, origin] pairs of an event: token by token where the pieces add up to its text, otherwise in one piece."""
+    """[text, origin] pairs of an event: token by token if the pieces add up to its text, otherwise in one piece."""
     pieces = [decode([token]) for token in event.tokens]
     if "".join(pieces) == event.text:
         return [[piece, origin] for piece, origin in zip(pieces, event.origins, strict=True)]

@@ -1,4 +1,4 @@
-"""What a checked request asks of the engine that is served: sampling parameters, or which field that engine cannot serve."""
+"""From a checked request to sampling parameters, or to an error for a field that the served engine does not support."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from outrider.params import SamplingParams
 from outrider.serve.requests import MAX_TOKENS, BadField, ChatRequest, CompletionRequest, ResponseFormat, Speculation
 
 DEFAULT_TOKENS = 16
-"""`max_tokens` of a completion that names none, as OpenAI has it."""
+"""Default `max_tokens` of a completion, as in OpenAI's API."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedEngine:
-    """What a request is checked against: the served engine's drafter, rule, most tokens it drafts, and whether it is lossless."""
+    """Facts that requests are checked against: the engine's drafter, rule, longest draft, and whether it is lossless."""
 
     drafter: str
     rule: str
@@ -24,7 +24,7 @@ class ServedEngine:
 def sampling(
     request: CompletionRequest | ChatRequest, engine: ServedEngine, predicted: tuple[int, ...]
 ) -> SamplingParams:
-    """The sampling parameters a request means. predicted: its `prediction` as token ids."""
+    """The sampling parameters of a request. predicted: its `prediction` as token ids."""
     asked = request.max_tokens
     if isinstance(request, ChatRequest):
         if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -62,7 +62,7 @@ def sampling(
 
 
 def grammar_of(wanted: ResponseFormat | None) -> str | None:
-    """The grammar of a response format; BadField for a schema without its type or a type without its schema."""
+    """The grammar of a response format; raises BadField for a schema without its type or a type without its schema."""
     if wanted is None:
         return None
     if (wanted.type == "json_schema") != (wanted.json_schema is not None):
@@ -71,7 +71,7 @@ def grammar_of(wanted: ResponseFormat | None) -> str | None:
 
 
 def _check_speculation(speculation: Speculation, engine: ServedEngine) -> None:
-    """BadField for what this server's engine cannot do for one request alone."""
+    """Raise BadField for options that this server's engine cannot change for a single request."""
     for name, asked, served in (
         ("drafter", speculation.drafter, engine.drafter),
         ("rule", speculation.rule, engine.rule),

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: host, key, and a reply of the right shape whatever happens behind."""
+"""Checks before every route: host name and API key; and a reply of the right shape for every failure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 OPEN = frozenset({"/health"})
 """The only paths that need no key."""
 OWNER = "outrider.owner"
-"""Where a request's scope has the number of its key."""
+"""The key of a request's scope that holds the number of its API key."""
 HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
 class RequestGate:
-    """Default-deny middleware. routes: known paths, the only ones that become labels of metrics."""
+    """Default-deny middleware. routes: known paths, the only ones used as labels of metrics."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app, self.settings, self.metrics, self.routes = app, settings, metrics, routes
@@ -118,7 +118,7 @@ def reply(
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Our exceptions and Starlette's as OpenAI errors."""
+    """Replies to Outrider's and Starlette's exceptions in OpenAI's error format."""
     if isinstance(error, BadField):
         status = 404 if error.code == "model_not_found" else 400
         return reply(status, str(error), "invalid_request_error", error.param, error.code)

@@ -1,8 +1,8 @@
-"""Work of a client's size beside the server: in processes that are ended when a job takes too long, and started again.
+"""Work whose cost a client controls, in processes that are killed when a job takes too long, and started again.
 
-Short texts are read at once, where the request is; a process has what may be long or may never end: long texts, every text of a
-tokenizer whose expressions may loop (`wild`), chat templates, and grammars that were never compiled before. Texts and grammars have
-processes of their own, so neither waits for the other.
+Short texts are read in the server. Work that may be long or may never end goes to a process: long texts, every text of a tokenizer
+with risky expressions (`wild`), chat templates, and grammars that were not compiled before. Texts and grammars have separate
+processes, so neither waits for the other.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from outrider.serve.prep_worker import Refused, packed
 from outrider.serve.tickets import Unavailable
 
 SHORT = 4096
-"""Characters of a request that are read at once: some milliseconds."""
+"""Up to this many characters of a request are read in the server: it takes some milliseconds."""
 GRAMMAR_SECONDS, TEXT_SECONDS = 2.0, 10.0
-"""Seconds a client's grammar may take to compile, and its text or conversation to be read."""
+"""Time limits for compiling a client's grammar, and for reading its text or conversation."""
 WAIT_SECONDS = 10.0
 """Seconds a job may wait for a process."""
 START_SECONDS = 60.0
 """Seconds a process may take to start and to load its tokenizer."""
 MEMORY = 1 << 30
-"""Bytes of its own that a process may have."""
+"""Limit of a process's own memory, bytes."""
 AGAIN_SECONDS = 60.0
-"""Seconds after which a grammar that was given up is tried again."""
+"""Seconds after which a grammar that was abandoned may be tried again."""
 KEPT = 1024
-"""Grammars of which it is known whether they can be compiled."""
+"""Grammars for which the result of compiling is remembered."""
 ANSWER = 64 << 20
 """Largest answer of a process, bytes."""
 
 
 class Ended(Exception):
-    """The process that had the job was ended. late: by its clock; otherwise it asked for too much memory, or failed."""
+    """The process with the job has ended. late: it exceeded its time; otherwise it needed too much memory, or failed."""
 
     def __init__(self, late: bool) -> None:
         super().__init__(late)
@@ -53,18 +53,18 @@ class Ended(Exception):
 
 
 class Unfit(Exception):
-    """No process can be made for this tokenizer."""
+    """No process can be started for this tokenizer."""
 
 
 class Process:
-    """One process: takes a job at a time."""
+    """One process, which does one job at a time."""
 
     def __init__(self, hello: dict[str, Any]) -> None:
         self._hello = hello
         self._process: asyncio.subprocess.Process | None = None
 
     async def do(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer. Raises Ended; the next job then starts another process. Raises Unavailable if none can be started."""
+        """The answer to a job. Raises Ended, and the next job then starts another process; Unavailable if none can be started."""
         begun = 0.0
         try:
             if self._process is None or self._process.returncode is not None:
@@ -86,13 +86,13 @@ class Process:
     async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-P",  # no module of the folder that the server was started in
+            "-P",  # import no module from the working folder
             "-m",
             "outrider.serve.prep_worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            process_group=0,  # a signal of the terminal is for the server, which lets requests finish
+            process_group=0,  # a signal from the terminal goes to the server alone, which lets requests finish
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
         async with asyncio.timeout(START_SECONDS + 1.0):
@@ -115,16 +115,14 @@ class Process:
         return json.loads(await self._process.stdout.readexactly(size))
 
     async def end(self) -> None:
-        """End it now, whatever it does."""
+        """End it now."""
         process, self._process = self._process, None
         if process is None:
             return
         if process.stdin is not None:
             process.stdin.close()
-        if (
-            process.stdout is not None and process.stdout.at_eof()
-        ):  # it ends by itself; to kill it now would take asyncio's
-            with contextlib.suppress(TimeoutError):  # news of it away, which then says so in the log
+        if process.stdout is not None and process.stdout.at_eof():  # it is ending by itself; killing it now would make
+            with contextlib.suppress(TimeoutError):  # asyncio log a warning about an unknown child process
                 await asyncio.wait_for(process.wait(), 1.0)
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -133,8 +131,8 @@ class Process:
 
 
 class Pool:
-    """So many processes at most, each started when it is first needed. hello: what they are told first. share: most that one
-    client (API key) may have at a time; its further jobs wait behind its own, and not before others'."""
+    """At most `most` processes, each started when it is first needed. hello: their first message. share: most that one client
+    (API key) may use at a time; its further jobs wait for its own, and do not delay others'."""
 
     def __init__(self, most: int, hello: Callable[[], dict[str, Any]], share: int) -> None:
         self._hello, self._share = hello, share
@@ -144,9 +142,9 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def do(self, job: dict[str, Any], seconds: float, owner: int) -> dict[str, Any]:
-        """The answer to a job of a client; one whose client goes away is finished all the same, since its process is busy with it.
+        """The answer to a client's job. If the client disconnects, the job is finished anyway, since its process is busy with it.
 
-        Raises Unavailable if no process is free in time, Ended if the job was given up, Unfit if there can be none.
+        Raises Unavailable if no process is free in time, Ended if the job was abandoned, Unfit if no process can be started.
         """
         turn = self._turns.setdefault(owner, asyncio.Semaphore(self._share))
         try:
@@ -178,10 +176,10 @@ class Pool:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # it was told to whoever asked, if anybody still listens
+            task.exception()  # mark it as retrieved: the caller, if it still waits, has got it
 
     async def close(self) -> None:
-        """End all of them."""
+        """End all processes."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -190,8 +188,8 @@ class Pool:
 
 
 class Prep:
-    """Clients' texts and grammars, read for one server. tokenizer, eos: the engine's; most: tokens that a prompt may have.
-    shared: several clients share it (an owner is the number of an API key)."""
+    """Reads clients' texts and grammars for one server. tokenizer, eos: the engine's. most: most tokens of a prompt. shared:
+    several clients share it (an owner is the number of an API key)."""
 
     def __init__(self, tokenizer: Any, eos: tuple[int, ...], most: int, shared: bool = False) -> None:
         self.most = most
@@ -200,9 +198,9 @@ class Prep:
         self.compiles = core is not None and find_spec("llguidance") is not None
         self._reads = self._folder is not None or (core is not None and not getattr(tokenizer, "chat_template", None))
         self.wild, writing = (False, False) if core is None else wild(core)
-        if writing:  # every token of every text goes through it, in the engine's thread
+        if writing:  # the engine's thread decodes every token of every text with it
             raise ConfigError(
-                "the decoder in the target's tokenizer.json may take for ever or write without bound: use another tokenizer"
+                "the decoder in the target's tokenizer.json may run for ever or write without bound: use another tokenizer"
             )
         texts = lambda: {"folder": self._folder} if self._folder else {"core": core_of(tokenizer)}  # noqa: E731
         grammars = lambda: {"grammar": core_of(tokenizer), "eos": list(eos)}  # noqa: E731
@@ -210,15 +208,15 @@ class Prep:
         self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # digest of a grammar: see `_tried`
 
     def in_thread(self, characters: int, template: bool) -> bool:
-        """Whether so much text goes to a process. Never where none can be told of the tokenizer (it is no file's)."""
+        """Whether a text of this size is read in a process. Never if the tokenizer cannot be sent to one (it has no file)."""
         return self._reads and (template or self.wild or characters > SHORT)
 
     async def encode(self, texts: list[str], special: bool, most: int, owner: int = 0) -> list[list[int]]:
-        """Ids of texts, in a process. RequestError for one of more than `most` tokens, or that is not read in time."""
+        """Token ids of texts, read in a process. RequestError for a text of more than `most` tokens, or not read in time."""
         return await self._ids({"do": "encode", "texts": texts, "special": special, "most": most}, owner)
 
     async def chat(self, messages: list[dict[str, Any]], special: bool, owner: int = 0) -> list[int]:
-        """Ids of a conversation by the model's template, in a process."""
+        """Token ids of a conversation by the model's chat template, in a process."""
         job = {"do": "chat", "messages": messages, "special": special, "most": self.most}
         return (await self._ids(job, owner))[0]
 
@@ -245,9 +243,9 @@ class Prep:
         return answer["ids"]
 
     async def try_grammar(self, text: str, owner: int = 0) -> None:
-        """Compile a grammar in a process unless it is known. RequestError for a bad one and for one that is not done in time."""
+        """Compile a grammar in a process unless it is known. RequestError for a bad one, or if it takes too long."""
         if not self.compiles:
-            return  # the engine says so itself
+            return  # the engine reports it itself
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         if key not in self._known or self._known[key][1] < monotonic():
             self._known[key] = await self._tried(text, owner)
@@ -259,8 +257,7 @@ class Prep:
             raise RequestError(why)
 
     async def _tried(self, text: str, owner: int) -> tuple[str, float]:
-        """Why a grammar is refused, or an empty string, and until when that is known: what a busy machine did not do in time it may
-        do later."""
+        """Why a grammar is refused, or an empty string, and how long the answer is valid: a busy machine may succeed later."""
         try:
             answer = await self.grammars.do({"do": "grammar", "text": text}, GRAMMAR_SECONDS, owner)
         except Unfit:
@@ -279,7 +276,7 @@ class Prep:
 
 
 class TooLong(RequestError):
-    """A text of more tokens than there may be."""
+    """A text with more tokens than allowed."""
 
     def __init__(self, tokens: int, most: int) -> None:
         super().__init__(
@@ -289,6 +286,6 @@ class TooLong(RequestError):
 
 
 def folder_of(tokenizer: Any) -> str | None:
-    """The folder that transformers has read this tokenizer from; None if there is none."""
+    """The folder from which transformers has read this tokenizer; None if there is none."""
     folder = getattr(tokenizer, "name_or_path", None)
     return str(folder) if folder and os.path.isfile(os.path.join(folder, "tokenizer.json")) else None

@@ -1,8 +1,8 @@
-"""What is made of a client's text before decoding: token ids, a conversation's prompt, a compiled grammar. Here and, as a program,
-in a process that can be ended: none of the libraries that do it has a limit that holds for every tokenizer, template and schema.
+"""Preparation of a client's text before decoding: token ids, a conversation's prompt, a compiled grammar. Used in the server and,
+as a program, in a process that can be killed: no library for it has limits that hold for every tokenizer, template and schema.
 
-As a program it reads jobs and writes answers over its standard streams, each JSON behind its length; what it works for (the
-tokenizer) is its first. It ends with its parent, after a job's time, and before it takes too much memory. No torch is needed here.
+As a program it reads jobs and writes answers over its standard streams, each as JSON after its length; the first message gives the
+tokenizer. It ends with its parent, after a job's time limit, and before it uses too much memory. It does not need torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from outrider.automata import Compiler, unspelled
 from outrider.errors import OutriderError, RequestError
 
 NICE = 5
-"""So much it gives way to the engine when cores are few."""
+"""Niceness, so that the engine goes first when cores are few."""
 Encode = Callable[[str, bool], list[int]]
 
 
 def encoder(tokenizer: Any) -> Encode:
-    """Text to ids by a Hugging Face tokenizer or its like; the flag: with the special tokens it begins or ends a text with."""
+    """Text to ids by a Hugging Face tokenizer or similar; the flag adds the special tokens that begin or end a text."""
     return lambda text, special: list(
         tokenizer.encode(text) if special else tokenizer.encode(text, add_special_tokens=False)
     )
@@ -39,9 +39,9 @@ class Refused(RequestError):
 
 
 def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool) -> list[int]:
-    """The prompt of a conversation by the model's own chat template, in transformers' immutable sandbox. Raises Refused.
+    """The prompt of a conversation by the model's chat template, in transformers' immutable sandbox. Raises Refused.
 
-    special: let the tokenizer add its special tokens to what the template wrote, which as a rule has them already.
+    special: let the tokenizer add its special tokens to the template's output, which usually has them already.
     """
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -60,7 +60,7 @@ class Work:
         self._compiler: Compiler | None = None
 
     def prepare(self) -> dict[str, Any]:
-        """Load what the jobs need, so that no job's time goes into it."""
+        """Load what the jobs need, so that it does not count towards a job's time."""
         if "grammar" in self._given:
             self._compiler = Compiler(unspelled(self._given.pop("grammar")), self._given["eos"])
         else:
@@ -69,7 +69,7 @@ class Work:
         return {}
 
     def do(self, job: dict[str, Any]) -> dict[str, Any]:
-        """One job; its answer: {"ids"}, {"long": tokens of a text that is too long}, {"bad": a sentence}, {} for a grammar."""
+        """Do one job. Its answer: {"ids"}, {"long": tokens of a text that is too long}, {"bad": a sentence}, {} for a grammar."""
         if job["do"] == "grammar":
             return self._grammar(job["text"])
         if job["do"] == "chat":
@@ -90,7 +90,7 @@ class Work:
 
 
 class _Core:
-    """A tokenizer.json as `models.tokenizer.PlainTokenizer` reads it, without what that module imports."""
+    """A tokenizer.json as `models.tokenizer.PlainTokenizer` reads it, without that module's imports."""
 
     def __init__(self, core: str) -> None:
         from tokenizers import Tokenizer
@@ -102,7 +102,7 @@ class _Core:
 
 
 def _of_folder(folder: str) -> Any:
-    """As `models.tokenizer.load_tokenizer` reads a folder, which it has checked. Torch is not needed for it, and not imported."""
+    """The tokenizer of a folder that `models.tokenizer.load_tokenizer` has checked. Torch is not needed, and not imported."""
     sys.modules["torch"] = None  # type: ignore[assignment]
     from outrider.models.fast_tokenizer import read_fast_tokenizer
 
@@ -115,19 +115,19 @@ def _bounded(ids: list[list[int]], most: int) -> dict[str, Any]:
 
 
 def read(stream: BinaryIO) -> Any:
-    """One message; None when the other side has gone."""
+    """Read one message; None if the other side has closed."""
     head = stream.read(4)
     return json.loads(stream.read(int.from_bytes(head))) if len(head) == 4 else None
 
 
 def packed(message: Any) -> bytes:
-    """A message as it is sent."""
+    """The bytes of a message."""
     data = json.dumps(message).encode()
     return len(data).to_bytes(4) + data
 
 
 def limit_memory(size: int) -> None:
-    """Let this process have so many bytes of its own, where the system can be told; what asks for more fails or ends it."""
+    """Limit this process's own memory, if the system supports it; larger allocations fail or end the process."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -135,12 +135,12 @@ def limit_memory(size: int) -> None:
 
 
 def main() -> None:
-    """Do jobs until the parent has gone. Every one has so many seconds: then the kernel ends this process, whatever it is in."""
+    """Do jobs until the parent has gone. Each has a time limit, after which the kernel ends this process."""
     from outrider.serve.supervisor import die_with_parent
 
     die_with_parent()
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing that a library prints is an answer
+    os.dup2(2, 1)  # output that a library prints must not be read as an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(ImportError, OSError, ValueError):

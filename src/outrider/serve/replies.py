@@ -26,7 +26,7 @@ FINGERPRINT = f"outrider-{__version__}"
 
 @dataclass(slots=True)
 class ReplyChoice:
-    """One sample as it grows. steps: tokens and accepted drafts of each step, kept only when a prediction is accounted for."""
+    """One sample as it grows. steps: tokens and accepted drafts of each step, to count the tokens of a prediction."""
 
     text: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class ReplyChoice:
 
 
 class Reply:
-    """Everything that is said about one request, whole or in chunks.
+    """The reply to one request, whole or in chunks.
 
     tokenizer: for the strings of log-probabilities. details: put `metrics.speculative_decoding` into the reply.
     """
@@ -74,7 +74,7 @@ class Reply:
         return {**self._head(kind), "choices": choices, "usage": self.usage(), **self._metrics()}
 
     async def _spaced(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
-        """The log-probabilities of a whole text. Others have a turn after every PIECE of them."""
+        """The log-probabilities of a whole text. Other tasks may run after every PIECE of them."""
         out = self._logprobs(index, entries[:PIECE])
         for start in range(PIECE, len(entries), PIECE):
             await asyncio.sleep(0)
@@ -96,14 +96,14 @@ class Reply:
 
     # ------------------------------------------------------------------ streamed
     async def frames(self, bridge: Bridge, pad: bool = False) -> AsyncIterator[bytes]:
-        """The chunks as they come, usage if asked for, and the end; an error becomes one event."""
+        """The chunks as they come, usage if requested, and the end marker; an error becomes one event."""
         try:
             await self._prepare()
             async for batch in bridge.events(self.ticket):
                 for data in self.rendered(batch, pad):
                     yield data
                     if len(batch) > PIECE:
-                        await asyncio.sleep(0)  # others' turn
+                        await asyncio.sleep(0)  # let other tasks run
             if self.request.usage_in_stream:
                 yield frame({**self._chunk([], True), **self._metrics()}, pad)
         except OutriderError as error:
@@ -112,7 +112,7 @@ class Reply:
         yield DONE
 
     def rendered(self, batch: list[tuple[int, Event]], pad: bool) -> Iterator[bytes]:
-        """The chunks of what has come up."""
+        """The chunks of a batch of events."""
         for start in range(0, len(batch), PIECE):
             new = self._take(batch[start : start + PIECE])
             for index in sorted(new):
@@ -120,7 +120,7 @@ class Reply:
                     yield frame(self._chunk([choice], self.request.usage_in_chunks), pad)
 
     def _deltas(self, index: int, c: ReplyChoice) -> list[dict[str, Any]]:
-        """The chunk choices of what is new in one sample."""
+        """The chunk choices for the new part of one sample."""
         text = "".join(c.text)
         more: dict[str, Any] = {"token_ids": c.tokens} if self.request.return_token_ids else {}
         logprobs = self._logprobs(index, c.logprobs)
@@ -147,13 +147,13 @@ class Reply:
 
     # ------------------------------------------------------------------ parts of both
     async def _prepare(self) -> None:
-        """Sort the prediction, which may be long, beside the loop."""
+        """Index the prediction, which may be long, in another thread."""
         if self.prediction:
             self._places = Places(self.prediction)
             await asyncio.to_thread(self._places.prepare)
 
     def _accepted(self, index: int) -> int:
-        """Tokens of a sample that were accepted drafts of the prediction; what has been counted is not looked at again."""
+        """Tokens of a sample that were accepted drafts of the prediction; each step is counted once."""
         if self._places is None or self._places.prediction is not self.prediction:
             self._places = Places(self.prediction)
         replay, steps = self._replays.get(index), self.choices[index].steps
@@ -162,7 +162,7 @@ class Reply:
         return replay.accepted()
 
     def _take(self, batch: list[tuple[int, Event]]) -> dict[int, ReplyChoice]:
-        """Add events to the samples; what is new, by sample."""
+        """Add events to the samples; returns the new parts by sample."""
         new: dict[int, ReplyChoice] = {}
         for index, event in batch:
             self.choices[index].add(event)
@@ -207,7 +207,9 @@ class Reply:
         return {**self._token(e.token, e.logprob), "top_logprobs": [self._token(t, v) for t, v in e.top]}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        special = token in self._spelling.special  # no bytes of the text, so that the others' joined are the text
+        special = (
+            token in self._spelling.special
+        )  # it has no bytes, so that the joined bytes of all tokens are the text
         spelled = None if self.tokenizer is None else [] if special else list(self._spelling.bytes_of(token))
         return {"token": self._spelling.text(token), "logprob": max(logprob, -9999.0), "bytes": spelled}
 
@@ -222,7 +224,7 @@ class Reply:
         return out
 
     def _metrics(self) -> dict[str, Any]:
-        """vLLM's per-request metrics, and what it does not have under our own name; null for several samples, as there."""
+        """vLLM's per-request metrics, and ours under the key `outrider`; null for several samples, as in vLLM."""
         if not self.details:
             return {}
         one = self.ticket.sequences[0].counts if self.ticket.choices == 1 else None
@@ -242,7 +244,7 @@ class Reply:
 
 
 def acceptance(counts: Counts, longest: int) -> dict[str, Any]:
-    """vLLM's `speculative_decoding` of one sample; its histogram has the steps that accepted exactly j of at most `longest`."""
+    """vLLM's `speculative_decoding` of one sample; entry j of its histogram counts steps with exactly j of `longest` accepted."""
     steps = drafts(counts)
     reached = [steps, *counts.accepted_at, *[0] * (longest + 1)][: longest + 2]
     return {
@@ -271,7 +273,7 @@ def rejections(counts: Counts) -> dict[str, Any]:
 
 
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """OpenAI's error object: all four keys, always."""
+    """OpenAI's error object, always with all four keys."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

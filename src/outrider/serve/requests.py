@@ -1,7 +1,7 @@
-"""OpenAI's requests, field by field: what is accepted, and within which bounds.
+"""OpenAI's requests: the accepted fields and their bounds.
 
-Every field is bounded here, before anything is allocated. A field that is not known, or known and not supported, is refused: there
-is no field that is read and dropped, but for those that OpenAI defines as having no effect on the text (`user`, `metadata`).
+Every field is bounded here, before anything is allocated. Unknown and unsupported fields are refused; no field is ignored except
+those that by OpenAI's definition have no effect on the text (`user`, `metadata`).
 Checked against OpenAI's openapi.yaml 2.3.0 (August 2026) and the extra fields of vLLM 0.33.
 """
 
@@ -26,7 +26,7 @@ TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$", max_length=10)]
 
 
 class Strict(BaseModel):
-    """No unknown keys, no silent conversions, no NaN."""
+    """No unknown keys, no implicit conversions, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -53,10 +53,10 @@ class PredictionField(Strict):
 
 
 class Speculation(Strict):
-    """How this request is drafted for. It never changes the distribution, but for `tv_budget` under a lossy rule the operator
-    allowed.
+    """Options of speculation for this request. They never change the distribution, except `tv_budget` under a lossy rule that the
+    operator allowed.
 
-    mode: "off" decodes plainly. length: most tokens drafted per step. drafter, rule: must be the server's own.
+    mode: "off" is plain decoding. length: most tokens drafted per step. drafter, rule: must be the server's own.
     """
 
     mode: Literal["auto", "off"] = "auto"
@@ -77,7 +77,7 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """What the text must be; checked along every drafted path (see sampling/grammar.py)."""
+    """The required form of the text; checked along every drafted path (see sampling/grammar.py)."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -91,7 +91,7 @@ class ResponseFormat(Strict):
 
 
 class RequestFields(Strict):
-    """Fields that completions and chat completions have in common."""
+    """Fields common to completions and chat completions."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -162,11 +162,11 @@ class CompletionRequest(RequestFields):
 
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
-"""A list of a message that clients send back as they got it: empty or null."""
+"""A list field of a message that clients send back unchanged: empty or null."""
 
 
 class Message(Strict):
-    """One message. What a reply of this server has may be sent back as it came, and so may what a client library adds to it."""
+    """One message. Fields of this server's replies may be sent back unchanged, and so may fields that client libraries add."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
@@ -176,13 +176,13 @@ class Message(Strict):
     annotations: Nothing = None
     function_call: None = None
     audio: None = None
-    parsed: Any = None  # what the official client has read from `content`, which stands beside it
+    parsed: Any = None  # added by the official client: the parsed `content`
     reasoning_content: None = None
     reasoning: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
-        """Only an assistant's message may be empty: that is what some replies are."""
+        """Only an assistant's message may be empty, because some replies are."""
         if self.role != "assistant" and self.content is None:
             raise ValueError("content is needed: give a text (null is for messages of the assistant)")
         for name in ("refusal", "parsed"):
@@ -236,7 +236,7 @@ _FIELDS = frozenset(
 
 
 class BadField(RequestError):
-    """A field that cannot be served. param: its name; code: OpenAI's code for it, if there is one."""
+    """A field that cannot be served. param: its name. code: OpenAI's error code, if there is one."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -249,7 +249,7 @@ def text_of(content: str | list[TextPart]) -> str:
 
 
 def parse(model: type[RequestFields], body: object) -> Any:
-    """A checked request of the class `model`. Raises BadField with field and remedy; the client's values are not repeated."""
+    """A checked request of the class `model`. Raises BadField with field and remedy, without repeating the client's values."""
     if not isinstance(body, dict):
         raise BadField("the body must be a JSON object")
     try:
@@ -272,7 +272,7 @@ def _worst(error: ValidationError) -> Any:
 
 
 def _is_branch(part: object) -> bool:
-    """Whether a part of a location names a branch of a union, or a client's own key, instead of a field."""
+    """Whether a part of a location names a branch of a union, or a client's key, instead of a field."""
     return isinstance(part, str) and part not in _FIELDS
 
 

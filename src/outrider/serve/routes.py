@@ -1,4 +1,4 @@
-"""The OpenAI routes: from a body to a ticket to a reply."""
+"""The OpenAI routes: from a request body to a ticket to a reply."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from outrider.serve.tickets import Overloaded, Ticket, Unavailable
 Body = CompletionRequest | ChatRequest
 T = TypeVar("T", bound=CompletionRequest | ChatRequest)
 VALUES = 50_000
-"""Values of a body beside the ids of its prompts: schemas may have many."""
+"""Most values of a body besides the ids of its prompts: schemas may have many."""
 PREDICTED = 4
-"""A prediction may be so many times as long as the context."""
+"""Longest prediction, in multiples of the context."""
 STARTED = int(time())
 
 
@@ -81,7 +81,7 @@ class OpenAI:
     async def begin(self, body: Body, owner: int = 0, who: str | None = None) -> Reply:
         """Take a place for `owner`, prepare the prompts, and queue them. On failure the place is given back.
 
-        who: whose the request is, in an experiment; None: it is in none, as one that says itself how it is drafted for.
+        who: the request's user, for an experiment; None: it takes part in none, as a request with its own speculation options.
         """
         try:
             self._check_model(body.model)
@@ -137,12 +137,12 @@ class OpenAI:
             return tuple((await self._read([text], True, most, owner))[0]) if text else ()
         except TooLong as error:
             message = (
-                f"the prediction has {error.tokens} tokens, and at most {most} are read: send the part that you expect"
+                f"the prediction has {error.tokens} tokens, and at most {most} are read: send only the expected part"
             )
             raise BadField(message, "prediction") from None
 
     async def _read(self, texts: list[str], special: bool, most: int, owner: int) -> list[list[int]]:
-        """Ids of texts, each of at most `most` tokens. special: with what the tokenizer begins or ends a text with."""
+        """Token ids of texts, each of at most `most` tokens. special: add the tokens that begin or end a text."""
         prep, tokenizer = self.bridge.prep, self.bridge.engine.tokenizer
         if not texts:
             return []
@@ -154,9 +154,9 @@ class OpenAI:
         return await self.bridge.in_thread(lambda: [encode(text, special) for text in texts])
 
     async def _conversation(self, body: ChatRequest, owner: int) -> list[int]:
-        """The prompt of a conversation: the model's own chat template, never a client's, in transformers' immutable sandbox.
+        """The prompt of a conversation, by the model's own chat template, never a client's, in transformers' immutable sandbox.
 
-        A model without a template continues text: where that is allowed, it is given the messages' texts, a line each.
+        A model without a template continues text: if that is allowed, it gets the messages' texts, one per line.
         """
         prep, tokenizer = self.bridge.prep, self.bridge.engine.tokenizer
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
@@ -191,6 +191,6 @@ class OpenAI:
 
 
 def served(bridge: Bridge) -> ServedEngine:
-    """The facts of the engine that requests are checked against."""
+    """The facts about the engine that requests are checked against."""
     parts = bridge.engine.parts
     return ServedEngine(parts.drafter.name, parts.rule.name, parts.drafter.max_depth, parts.rule.lossless)

@@ -1,4 +1,4 @@
-"""Running the application: uvicorn with our shutdown, on threads that leave the engine its cores."""
+"""Running the application: uvicorn with a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from outrider.serve.supervisor import CLOSED, LOST, SERVING, Heartbeat
 
 Say = Callable[[bool], object]
 BLINK = 0.05
-"""Seconds between two looks whether a signal has come while the engine loads."""
+"""Seconds between two checks for a signal while the engine loads."""
 SEND_BUFFER = 65536
-"""Bytes of a reply the kernel may hold for a reader that takes nothing (it keeps as much again for its books); by itself it would
-hold megabytes. asyncio holds as much, and the engine's text waits as tokens."""
+"""Bytes of a reply that the kernel may buffer for a reader that has stopped reading (its bookkeeping takes as much again); the
+default would be megabytes. asyncio buffers as much, and the engine's text waits as tokens."""
 
 
 def silent(serving: bool) -> None:
-    """Say nothing."""
+    """Report nothing."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains on the first signal: nothing new, what runs may finish for `grace` seconds, then ends with an error.
+    """uvicorn that drains on the first signal: no new requests; running ones have `grace` seconds, then end with an error.
 
-    line: to the keeper that has started this process, if one has; it is told how the server is.
+    line: the socket to the supervisor that started this process, if there is one; it gets heartbeats with the server's state.
     """
 
     def __init__(
@@ -48,29 +48,29 @@ class Server(uvicorn.Server):
         self._life = app.router.lifespan_context(app)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to serve, and then say so. Raises what the engine's construction raised, KeyboardInterrupt for a signal."""
+        """Start serving, then report it. Raises exceptions of the engine's construction, and KeyboardInterrupt for a signal."""
         await self._begin()
         try:
             await super().startup(sockets)
-        except OSError as error:  # another process listens there by now
+        except OSError as error:  # another process listens there now
             raise ConfigError(f"cannot listen here ({error.strerror or error}): choose another --port") from None
         self.say(True)
         for listener in (s for server in self.servers for s in server.sockets):
             bound(listener)
             queued(listener.fileno())
         gc.collect()
-        gc.freeze()  # what a server is made of is never garbage: to look through all of it stops every stream for 0.1 s
+        gc.freeze()  # the server's own objects are never garbage, and scanning them would stop every stream for 0.1 s
         if self.line is not None and self.started:
             self._telling = asyncio.create_task(Heartbeat(self.line, self.state).run())
 
     def state(self) -> bytes:
-        """How the server is, in a keeper's words."""
+        """The server's state as a heartbeat message."""
         if self.bridge.draining:
             return CLOSED
         return SERVING if self.bridge.alive else LOST
 
     async def _begin(self) -> None:
-        """The application's own start, given up when a signal comes meanwhile: nobody is served yet."""
+        """Start the application; cancelled if a signal arrives meanwhile, since nothing is served yet."""
         starting = asyncio.ensure_future(self._life.__aenter__())
         while not (await asyncio.wait([starting], timeout=BLINK))[0]:
             if self.should_exit:
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
         await starting
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first drains, a second one ends at once."""
+        """Handle a signal: the first drains, a second one ends at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self.bridge.drain()
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
             self.say(False)
 
     async def shutdown(self, sockets: list | None = None) -> None:
-        """Settle the requests beside uvicorn's own wait for their connections."""
+        """Finish the requests while uvicorn waits for their connections."""
         gc.unfreeze()
         settled = asyncio.create_task(self.bridge.drain_requests(0.0 if self.force_exit else self.grace))
         await super().shutdown(sockets)
@@ -100,9 +100,9 @@ class Server(uvicorn.Server):
 def server_for(
     app: Starlette, settings: Settings, host: str, port: int, line: socket.socket | None = None, say: Say = silent
 ) -> Server:
-    """A server for `app`; serve it with `run()` or, inside a loop, `await serve()`. line: to its keeper, if it has one.
+    """A server for `app`; start it with `run()` or, inside a loop, `await serve()`. line: to its supervisor, if it has one.
 
-    say: called with True when requests are answered, with False when a signal has asked it to end and again for the second.
+    say: called with True when requests are answered, and with False for the first and the second signal to end.
     """
     config = uvicorn.Config(
         app,
@@ -113,7 +113,7 @@ def server_for(
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        lifespan="off",  # the server runs it itself, so that its errors are ours to tell
+        lifespan="off",  # `Server` runs it itself, so that it can report its errors
         ws="none",
         backlog=BURST,
         http=Connection.at(Door(room(settings.connections), settings.head_seconds)),
@@ -125,14 +125,14 @@ def server_for(
 
 
 def bound(listener: Any) -> None:
-    """Limit what a reader that takes nothing costs; every connection inherits it. Where the kernel offers it, it also cuts such a
-    connection, which otherwise stays open with its last bytes when the stream behind it has long been given up."""
+    """Limit the cost of a reader that has stopped reading; every connection inherits it. If the kernel supports it, it also closes
+    such a connection, which otherwise stays open with its last bytes long after its stream was abandoned."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if hasattr(socket, "TCP_USER_TIMEOUT") and listener.family in (socket.AF_INET, socket.AF_INET6):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALL_SECONDS))
 
 
 def queued(descriptor: int) -> None:
-    """Let the kernel keep as many newcomers as it will: asyncio asks it for no more than it takes at a time."""
+    """Let the kernel queue up to BACKLOG new connections: asyncio asks it for no more than it accepts at a time."""
     with socket.socket(fileno=os.dup(descriptor)) as listener:
         listener.listen(BACKLOG)

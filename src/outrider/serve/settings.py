@@ -1,4 +1,4 @@
-"""How a server was asked for: one frozen, checked value, and what the routes need to know of it."""
+"""The settings of a server: one frozen, checked value that the routes read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """model: served name. title: shown on the page. keys: SHA-256 digests of the API keys; empty: no key is asked for.
+    """model: served name. keys: SHA-256 digests of the API keys; empty: no key is required.
 
     hosts: names the server answers to when no key is set (a page of another site that resolves its own name to this
-    machine must not reach it). body: largest request body in bytes; body_seconds, head_seconds: what it and its head may take.
+    machine must not reach it). body: largest request body in bytes. body_seconds, head_seconds: time limits for it and its head.
     connections: most at once, fewer if the process may not open so many descriptors. pad: pad and pace streams. details:
-    per-request acceptance metrics in replies. price: dollars an hour of this machine. webhook: where alerts are told
+    per-request acceptance metrics in replies. price: dollars per hour of this machine. webhook: the URL that alerts are sent to
     (`webhook.check_url`).
     """
 
@@ -39,14 +39,14 @@ class Settings:
     webhook: str | None = None
 
     def owner(self, key: str) -> int | None:
-        """The number of `key` among the keys, None if it is none; in time that does not depend on where it differs."""
+        """The number of `key` among the keys, or None; in time that does not depend on where it differs."""
         given = digest(key)
         found = [hmac.compare_digest(given, known) for known in self.keys]
         return found.index(True) if any(found) else None
 
 
 def digest(key: str) -> bytes:
-    """What is kept of an API key."""
+    """The digest of an API key: the key itself is not kept."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -1,4 +1,4 @@
-"""The bytes of single tokens: what log-probabilities are told in. A token may be part of a character, or of several."""
+"""The bytes of single tokens, for log-probabilities. A token may be a part of a character, or span several."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Spelling:
         return self._known[token]
 
     def text(self, token: int) -> str:
-        """The token's characters; U+FFFD for bytes that are none on their own."""
+        """The token's characters; U+FFFD for bytes that are not characters on their own."""
         return self.bytes_of(token).decode("utf-8", "replace")
 
     def shown(self, token: int) -> str:
-        """What the token adds to a text: nothing if it is special."""
+        """The text the token adds: nothing if it is special."""
         return "" if token in self.special else self.text(token)
 
     def escaped(self, token: int) -> str:
-        """The token as OpenAI writes one that is no text on its own: `bytes:` and each byte as \\xNN."""
+        """The token as OpenAI writes one that is not text on its own: `bytes:` and each byte as \\xNN."""
         return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes_of(token))
 
     def keys(self, tokens: list[int], chosen: int) -> list[str]:
-        """Different strings for different tokens: the chosen one as it is shown, the others as text if they are any alone."""
+        """Different strings for different tokens: the chosen one as it is shown, the others as text if they are text alone."""
         taken, out = {self.shown(chosen): chosen}, []
         for token in tokens:
             key = self.shown(token) if token == chosen else self.text(token)
@@ -62,21 +62,21 @@ class Spelling:
             if piece and all(c in ALPHABET for c in piece):
                 return bytes(ALPHABET[c] for c in piece)
             return text.encode()
-        twice = self._decode([token, token])  # at the beginning of a text some tokens lose their blank
+        twice = self._decode([token, token])  # at the beginning of a text some tokens lose their space
         return (twice[len(text) :] if twice.startswith(text) else text).encode()
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def _piece(self, token: int) -> str:
-        """The token as the vocabulary writes it."""
+        """The token as spelled in the vocabulary."""
         core = getattr(self.tokenizer, "_core", None) or getattr(self.tokenizer, "backend_tokenizer", None)
         ask = getattr(core, "id_to_token", None) or getattr(self.tokenizer, "convert_ids_to_tokens", None)
         return ("" if ask is None else ask(token)) or ""
 
 
 class Offsets:
-    """Where tokens begin in the text they make: characters that are whole before them. Special tokens are not in the text."""
+    """Offsets of tokens in their text, in complete characters before them. Special tokens are not in the text."""
 
     def __init__(self, spelling: Spelling) -> None:
         self._spelling, self._characters = spelling, 0

@@ -1,4 +1,4 @@
-"""Server-sent events that notice when nobody listens, replies that stop when their reader is gone, and JSON in pieces."""
+"""Server-sent events that end when the client has gone, work that stops when its client disconnects, and JSON in pieces."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 STALL_SECONDS = 30.0
-"""A reader that takes nothing for so long is gone."""
+"""A reader that takes nothing for this long counts as gone."""
 BLOCK = 256
-"""Bytes to a multiple of which padded frames are filled up."""
+"""Padded frames are filled up to a multiple of this many bytes."""
 CADENCE = 0.05
 """Seconds between two frames of a padded stream."""
 PIECE = 64
-"""Entries of a list that are written at once, and steps of a text that one chunk may hold: to write JSON stops every thread, for
-57 ms if it is 4,096 tokens with 20 log-probabilities each."""
+"""Entries of a list that are written at once, and steps of a text that one chunk may hold: writing JSON blocks every thread, for
+57 ms with 4,096 tokens of 20 log-probabilities each."""
 TURN = 1 << 14
-"""Characters of JSON after which others have a turn: some 0.4 ms."""
+"""Characters of JSON after which other tasks may run: some 0.4 ms."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -35,7 +35,7 @@ def frame(document: object, pad: bool = False) -> bytes:
 
 
 async def written(document: Any) -> bytes:
-    """A document as JSON. Others have a turn after every TURN characters or so."""
+    """A document as JSON. Other tasks may run after about every TURN characters."""
     out: list[str] = []
     size = 0
     for piece in pieces(document):
@@ -72,16 +72,16 @@ def _json(value: Any) -> str:
 
 
 async def paced(frames: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """The same frames, each at least `seconds` after the one before: bursts then tell nothing about acceptance."""
+    """The same frames, each at least `seconds` after the one before: bursts then reveal nothing about acceptance."""
     async for data in frames:
         yield data
         await asyncio.sleep(seconds)
 
 
 class EventStream:
-    """An ASGI response that sends `frames` and calls `close` in the end, however it ends.
+    """An ASGI response that sends `frames` and always calls `close` at the end.
 
-    It ends early when the client goes away, or has taken nothing for `stall` seconds.
+    It ends early when the client disconnects, or has taken nothing for `stall` seconds.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class EventStream:
             if work.done():
                 work.result()
         except (TimeoutError, OSError):
-            pass  # the reader stalled or went away: nothing more can be said to it
+            pass  # the reader stalled or disconnected: nothing more can be sent to it
         finally:
             self._close()
             await _end(work, gone)
@@ -115,14 +115,14 @@ class EventStream:
         async for data in self._frames:
             async with asyncio.timeout(self._stall):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            if gone.done():  # sends to it would now return at once: what has come up meanwhile is not even written
+            if gone.done():  # sends would now return at once without effect
                 return
         async with asyncio.timeout(self._stall):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, cancelled with ClientDisconnect as soon as the client goes away."""
+    """The result of `work`; it is cancelled with ClientDisconnect as soon as the client disconnects."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request.receive))
     try:

@@ -1,8 +1,8 @@
-"""A keeper: a small process that holds the listening socket, and starts the server again when it dies or hangs.
+"""The supervisor: a small process that holds the listening socket, and restarts the server when it dies or hangs.
 
-The server itself is the child of the keeper, its worker, which inherits the socket. Over a line of their own the worker says some
-times a second how it is. While no worker serves, the keeper answers whoever connects with 503, so nobody waits for a dead
-server. When the keeper dies its worker dies, so nothing is left behind. Nothing heavy is imported here: no torch in the keeper.
+The server is the supervisor's child, its worker, which inherits the socket. Over a socket pair the worker sends heartbeats with its
+state a few times a second. While no worker serves, the supervisor answers every connection with 503, so that no client waits for a
+dead server. When the supervisor dies, its worker dies too. Nothing heavy is imported here: no torch in the supervisor.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from collections.abc import Callable
 from time import monotonic
 
 SERVING, CLOSED, LOST = b"+", b".", b"-"
-"""What a worker says: it serves; it takes nothing new, but lives; its engine is dead or hangs."""
+"""A worker's heartbeats: it serves; it lives but accepts nothing new; its engine is dead or hangs."""
 HEARTBEAT_SECONDS = 0.25
-"""Seconds between two words of a worker."""
+"""Seconds between two heartbeats of a worker."""
 RESTARTS_FORGIVEN_AFTER = 60.0
-"""Seconds a worker must have served for the restarts before it to be forgotten."""
+"""After a worker has served this many seconds, the restarts before it no longer count."""
 EXIT_GRACE_SECONDS = 5.0
-"""Seconds a worker may take to exit after its line has closed."""
+"""Seconds a worker may take to exit after it has closed its socket."""
 REFUSAL_SECONDS = 5.0
-"""Seconds a client that is turned away may take to send its request and to read the reply."""
+"""Seconds a refused client may take to send its request and to read the reply."""
 MAX_REFUSED = 512
-"""Most clients that are being turned away at once; more are cut without a word."""
+"""Most clients that are being refused at once; more are closed without a reply."""
 SPARE = 32
 """Descriptors kept for the worker to be started."""
 PAUSE = 0.5
-"""Seconds until the next client is looked at when no descriptor is left."""
+"""Seconds until the next client is accepted when no descriptor is left."""
 FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""Reasons for which nobody can be let in now."""
+"""Errors that mean no connection can be accepted now."""
 DEATH_SIGNAL = 1
 """prctl(2): PR_SET_PDEATHSIG."""
 
@@ -54,13 +54,13 @@ ENDING = refusal("the server is shutting down: send the request again elsewhere"
 
 
 class Heartbeat:
-    """The worker's end of the line. state: says how the worker is, with one of the three words above."""
+    """The worker's end of the socket pair. state: returns one of the three heartbeats above."""
 
     def __init__(self, sock: socket.socket, state: Callable[[], bytes]) -> None:
         self.sock, self.state = sock, state
 
     async def run(self) -> None:
-        """Speak until cancelled. When the keeper is gone this process ends at once, as after kill -9."""
+        """Send heartbeats until cancelled. When the supervisor is gone this process ends at once, as after kill -9."""
         self.sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self.sock, os.kill, os.getpid(), signal.SIGKILL)
         while True:
@@ -70,9 +70,9 @@ class Heartbeat:
 
 
 class Awake:
-    """Seconds that this process has seen go by: a time in which it was stopped (Ctrl-Z, a frozen container) does not count.
+    """Seconds in which this process was running: time in which it was stopped (Ctrl-Z, a frozen container) does not count.
 
-    Whoever reads `seconds` calls `tick` about every BEAT.
+    The user of `seconds` calls `tick` about every HEARTBEAT_SECONDS.
     """
 
     def __init__(self) -> None:
@@ -81,11 +81,11 @@ class Awake:
     def tick(self) -> None:
         now = monotonic()
         step, self._last = now - self._last, now
-        self.seconds += step if step <= 2 * HEARTBEAT_SECONDS else 0.0  # whatever came meanwhile is looked at first
+        self.seconds += step if step <= 2 * HEARTBEAT_SECONDS else 0.0  # messages that arrived meanwhile are read first
 
 
-def turned_away() -> int:
-    """Most clients to turn away at once, with the descriptors that this process may open."""
+def max_refused() -> int:
+    """Most clients to refuse at once, given the descriptors that this process may open."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -94,7 +94,7 @@ def turned_away() -> int:
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process with its parent, where it offers that: a process that hangs reads no line."""
+    """Let the kernel end this process with its parent, if supported: a process that hangs reads no socket."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
 
@@ -102,10 +102,10 @@ def die_with_parent() -> None:
 class Supervisor:
     """Keeps one worker running.
 
-    listener: the listening socket. command: the worker's command line, given the numbers of the descriptors it inherits (the
-    listener and its end of the line) and how often a worker has been started again. restarts: how many in a row, without a
-    minute of service between them, until the keeper gives up. max_heartbeat_age: seconds without a word after which a worker that
-    has served is killed. say: told of every restart.
+    listener: the listening socket. command: the worker's command line, given the descriptors it inherits (the listener and its end
+    of the socket pair) and the number of restarts so far. restarts: how many in a row, without a minute of service between them,
+    until the supervisor gives up. max_heartbeat_age: seconds without a heartbeat after which a worker that has served is killed.
+    say: called with a sentence for every restart.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ class Supervisor:
         self._ending: signal.Signals | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._served: float | None = None  # since when the present worker has served
-        self._turned: set[asyncio.Task[None]] = set()
-        self._most = turned_away()
-        self._open = True  # whether the worker takes those who connect
+        self._refused: set[asyncio.Task[None]] = set()
+        self._most = max_refused()
+        self._open = True  # whether the worker accepts connections
 
     def run(self) -> int:
-        """Until a signal ends the worker, it cannot start, or it dies too often; returns the exit code for this process."""
+        """Run until a signal ends the worker, it cannot start, or it dies too often; returns this process's exit code."""
         return asyncio.run(self._run())
 
     async def _run(self) -> int:
@@ -143,13 +143,13 @@ class Supervisor:
         while True:
             code = await self._life()
             proven = proven or self._served is not None
-            if self._ending is not None or not proven:  # a first worker that cannot start has said why
+            if self._ending is not None or not proven:  # a first worker that cannot start has printed the reason
                 return code
             lasted = 0.0 if self._served is None else monotonic() - self._served
             spent = 1 if lasted >= RESTARTS_FORGIVEN_AFTER else spent + 1
             if spent > self.restarts:
                 self.say(
-                    f"the server has ended {spent} times without {RESTARTS_FORGIVEN_AFTER:.0f} s of service between: giving up"
+                    f"the server has ended {spent} times without {RESTARTS_FORGIVEN_AFTER:.0f} s of service in between: giving up"
                 )
                 return code or 1
             self.count += 1
@@ -165,10 +165,10 @@ class Supervisor:
         theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         self._process = process
-        if self._ending is not None:  # it came while there was no process to tell
+        if self._ending is not None:  # the signal came while there was no process
             process.send_signal(self._ending)
         try:
-            if await self._hear(reader):
+            if await self._read_heartbeats(reader):
                 await asyncio.wait_for(process.wait(), EXIT_GRACE_SECONDS)
         except TimeoutError:
             pass
@@ -180,32 +180,32 @@ class Supervisor:
             writer.close()
         return code if code >= 0 else 128 - code
 
-    async def _hear(self, reader: asyncio.StreamReader) -> bool:
-        """Listen to a worker. True: it has closed the line and is about to end; False: it is lost and must be ended."""
-        heard = asyncio.create_task(reader.read(64))
+    async def _read_heartbeats(self, reader: asyncio.StreamReader) -> bool:
+        """Read a worker's heartbeats. True: it has closed its socket and is about to exit; False: it is lost and must be killed."""
+        incoming = asyncio.create_task(reader.read(64))
         clock = Awake()
         while True:
-            await asyncio.wait({heard}, timeout=HEARTBEAT_SECONDS)
+            await asyncio.wait({incoming}, timeout=HEARTBEAT_SECONDS)
             clock.tick()
-            if not heard.done():
+            if not incoming.done():
                 if self._served is not None and clock.seconds >= self.max_heartbeat_age:
-                    heard.cancel()
-                    self.say(f"the server has not said a word for {self.max_heartbeat_age:g} s")
+                    incoming.cancel()
+                    self.say(f"the server has sent no heartbeat for {self.max_heartbeat_age:g} s")
                     return False
                 continue
-            word = heard.result()[-1:]
-            clock, heard = Awake(), asyncio.create_task(reader.read(64)) if word else heard
+            word = incoming.result()[-1:]
+            clock, incoming = Awake(), asyncio.create_task(reader.read(64)) if word else incoming
             if not word:
                 return True
             if word == LOST:
-                heard.cancel()
+                incoming.cancel()
                 self.say("the server's engine is dead or hangs")
                 return False
             self._served = self._served or monotonic()
             self._door(word == SERVING and self._ending is None)
 
     def _pass_on(self, sig: signal.Signals) -> None:
-        """A signal to end: the worker gets it, and nobody new is let in."""
+        """Pass a signal to end on to the worker, and accept no new connections."""
         self._ending = sig
         self._door(False)
         if self._process is not None and self._process.returncode is None:
@@ -213,7 +213,7 @@ class Supervisor:
 
     # ------------------------------------------------------------------ while nobody serves
     def _door(self, open: bool) -> None:
-        """Leave those who connect to the worker, or turn them away."""
+        """Leave new connections to the worker, or refuse them here."""
         loop, self._open = asyncio.get_running_loop(), open
         if open:
             loop.remove_reader(self.listener)
@@ -228,20 +228,20 @@ class Supervisor:
         try:
             client, _ = self.listener.accept()
         except OSError as error:  # the worker was faster, or the client has gone
-            if error.errno in FULL:  # nothing has been taken: the listener would wake this process again at once
+            if error.errno in FULL:  # nothing was accepted: the listener would wake this process again at once
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(self.listener)
                 loop.call_later(PAUSE, self._look_again)
             return
-        if len(self._turned) >= self._most:
+        if len(self._refused) >= self._most:
             client.close()
             return
-        task = asyncio.get_running_loop().create_task(self._turn_away(client))
-        self._turned.add(task)
-        task.add_done_callback(self._turned.discard)
+        task = asyncio.get_running_loop().create_task(self._refuse(client))
+        self._refused.add(task)
+        task.add_done_callback(self._refused.discard)
 
-    async def _turn_away(self, client: socket.socket) -> None:
-        """Answer 503 whatever is asked. The rest of the request is read, lest the reply be lost to a reset."""
+    async def _refuse(self, client: socket.socket) -> None:
+        """Answer 503 to every request. The rest of the request is read, so that a reset does not discard the reply."""
         client.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=client)
         try:

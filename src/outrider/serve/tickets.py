@@ -1,4 +1,4 @@
-"""A request inside the server: its ticket, what the server lets in, and how it may fail."""
+"""A request inside the server: its ticket, the server's limits, and the errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outrider.errors import CapacityError, OutriderError
 from outrider.records import Counts
 
 SHOWN = 96
-"""Latest token origins of a running request that the dashboard sees."""
+"""Latest token origins of a running request that the dashboard shows."""
 
 
 class Overloaded(CapacityError):
@@ -36,8 +36,8 @@ class EngineFailure(OutriderError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one server lets in. queue: sequences that may wait beside those that decode. per_owner: most that one owner (API key)
-    may hold of both, None: all of them. Times in seconds."""
+    """The limits of one server. queue: sequences that may wait besides those that decode. per_owner: most sequences of both kinds
+    of one owner (API key); None: no limit. Times in seconds."""
 
     queue: int = 64
     per_owner: int | None = None
@@ -48,11 +48,11 @@ class Limits:
 
 @dataclass(eq=False)
 class Ticket:
-    """One HTTP request inside the server: a place that is held from before its prompt is read until its reply has ended.
+    """One HTTP request inside the server. Its place is held from before its prompt is read until its reply has ended.
 
-    choices: samples in all (prompts x n). owner: whose it is (the number of an API key). sequences: the engine's objects, in
-    order of choices, once it has started. accepted: done when the engine has checked and queued it. last: when its latest tokens
-    came. arm, on_end: of an experiment it is in (`trial`).
+    choices: samples in all (prompts x n). owner: the number of its API key. sequences: the engine's objects, in order of choices,
+    once it has started. accepted: done when the engine has checked and queued it. last: when its latest tokens arrived. arm,
+    on_end: of its experiment, if any (`trial`).
     """
 
     choices: int
@@ -87,7 +87,7 @@ class Ticket:
 
 
 class Deadline:
-    """`asyncio.timeout` whose expiry is an outcome with a sentence."""
+    """`asyncio.timeout` that raises Unavailable with a sentence when it expires."""
 
     def __init__(self, seconds: float) -> None:
         self._timeout = asyncio.timeout(max(0.0, seconds))

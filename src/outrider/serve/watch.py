@@ -1,4 +1,4 @@
-"""Watching over time: samples of the sums every second, rates over a window, alerts, cost, and where they are told."""
+"""Monitoring over time: samples of the sums every second, rates over a window, alerts and cost."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ KEPT = 600
 
 @dataclass
 class Monitor:
-    """What is known of one server over time. price: dollars an hour of the machine, None if not told. period: seconds between
-    two samples. webhook: told of every alert that begins or ends. clock: seconds since the epoch."""
+    """The history of one server. price: dollars per hour of the machine, None if unknown. period: seconds between two samples.
+    webhook: gets every alert that begins or ends. clock: seconds since the epoch."""
 
     bridge: Bridge
     price: float | None = None
@@ -38,7 +38,7 @@ class Monitor:
     began: float = field(default_factory=monotonic)
 
     def __post_init__(self) -> None:
-        """Put what is watched among the metrics."""
+        """Add the monitored values to the metrics."""
         gauges = self.bridge.metrics.gauges
         residuals = self.bridge.metrics.residuals
         gauges["exactness_log_evalue"] = (
@@ -50,14 +50,14 @@ class Monitor:
             lambda: None if residuals.log_detector == float("-inf") else residuals.log_detector,
         )
         gauges["spec_decode_speedup_ratio_estimate"] = (
-            "Estimated speed of what was decoded lately over plain decoding.",
+            "Estimated speed of recent decoding over plain decoding.",
             self.speedup,
         )
         gauges["spec_decode_break_even_rejection_probability"] = (
-            f"Rejection probability per judged token at which speculation gains nothing; {HOPELESS} where it was never measured.",
+            f"Rejection probability per judged token at which speculation gains nothing; {HOPELESS} if it was never measured.",
             lambda: HOPELESS if (level := self.break_even()) is None else level,
         )
-        gauges["engine_alive"] = ("1 while the engine comes round.", lambda: float(self.bridge.alive))
+        gauges["engine_alive"] = ("1 while the engine thread has a recent heartbeat.", lambda: float(self.bridge.alive))
         gauges["kv_cache_usage_ratio"] = ("Tokens in the cache over its capacity.", self.kv_usage)
         if self.price is not None:
             gauges["cost_dollars_per_million_tokens"] = ("Price of a million tokens, latest minute.", self.unit_cost)
@@ -66,26 +66,26 @@ class Monitor:
         self.bridge.metrics.alerts = lambda: [(str(row["name"]), bool(row["firing"])) for row in self.alerts.table()]
 
     async def run(self) -> None:
-        """Sample, judge and tell until cancelled."""
-        teller = asyncio.create_task(self.webhook.run()) if self.webhook else None
+        """Take samples and send alerts until cancelled."""
+        sender = asyncio.create_task(self.webhook.run()) if self.webhook else None
         try:
             while True:
                 self.tick()
                 await asyncio.sleep(self.period)
         finally:
-            if teller is not None:
-                teller.cancel()
+            if sender is not None:
+                sender.cancel()
 
     def tick(self) -> None:
-        """One sample and one look at the alerts."""
+        """Take one sample and check the alerts."""
         self.history.append(self.sample())
         for notice in self.alerts.look(self.reading(), self.clock()):
             if self.webhook is not None:
                 self.webhook.put(notice)
 
-    # ------------------------------------------------------------------ what is seen
+    # ------------------------------------------------------------------ samples
     def sample(self) -> dict[str, Any]:
-        """The sums now. Everything is cumulative: whoever reads forms differences, and ratios of them."""
+        """The sums now. Everything is cumulative: readers form differences, and ratios of them."""
         m, c = self.bridge.metrics, self.bridge.metrics.counts
         look = self.outlook()
         sums = {name: getattr(c, name) for name in ("emitted", "proposed", "accepted", "rejected", "judged")}
@@ -107,12 +107,12 @@ class Monitor:
         }
 
     def outlook(self) -> Outlook | None:
-        """What the controller believes, if it is one that measures."""
+        """The estimates of the controller, if it is adaptive."""
         controller = self.bridge.engine.controller
         return controller.outlook() if isinstance(controller, Adaptive) else None
 
     def reading(self) -> WindowSample:
-        """Sums over the window, and the present beliefs."""
+        """Sums over the window, and the present estimates."""
         if not self.history:
             return WindowSample()
         now, then = self.history[-1], self._then()
@@ -130,8 +130,8 @@ class Monitor:
         )
 
     def break_even(self) -> float | None:
-        """Rejections per judged token at which drafts gain nothing: of the length that is chosen, or, while that is plain decoding,
-        of the one that is kindest to them. None if no length was ever measured."""
+        """Rejections per judged token at which drafts gain nothing: for the chosen length, or, while that is plain decoding, the
+        highest value of any length. None if no length was ever measured."""
         look = self.outlook()
         if look is not None and look.break_even is not None:
             return look.break_even
@@ -139,9 +139,9 @@ class Monitor:
         return max((x for x in levels if x is not None), default=None)
 
     def speedup(self) -> float | None:
-        """Speed over plain decoding of the window's steps, whoever chose how they draft (a request with a seed of its own does not
-        follow the controller): tokens a step, over its time by the measured cost of the drafted length that is nearest. None if
-        steps drafted and no cost was measured, or nothing is known."""
+        """Speed over plain decoding of the window's steps, including drafts the controller did not choose (a request with its own
+        seed does not follow it): tokens per step, divided by the measured cost of the nearest draft length. None if steps drafted
+        and no cost was measured, or nothing is known."""
         look = self.outlook()
         if look is None or not self.history:
             return look.speedup if look else None
@@ -167,7 +167,7 @@ class Monitor:
         return None if self.price is None else self.price * (monotonic() - self.began) / 3600
 
     def unit_cost(self) -> float | None:
-        """Dollars of a million tokens at the latest minute's rate; None while nothing is emitted."""
+        """Dollars per million tokens at the latest minute's rate; None while nothing is emitted."""
         if self.price is None or len(self.history) < 2:
             return None
         now, then = self.history[-1], self._then()

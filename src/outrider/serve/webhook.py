@@ -1,8 +1,8 @@
-"""Alerts to an address the operator gave: JSON by POST, with retries, beside everything else.
+"""Alerts to the operator's address: JSON by POST, with retries, in the background.
 
 The address comes from the command line or the environment, never from a request, and is the only one this server ever connects
-to. Redirects are not followed, replies are not read, and neither the address nor a body is logged. What is sent are the fields of
-`telemetry.alerts.Notice` and the served model's name: no text of requests.
+to. Redirects are not followed, replies are not read, and neither the address nor a body is logged. Only the fields of
+`telemetry.alerts.Notice` and the served model's name are sent: no text of requests.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from outrider.web import DIRECT
 
 logger = logging.getLogger(__name__)
 PAUSES = (1.0, 5.0, 25.0)
-"""Seconds before each retry; then the notice is given up."""
+"""Seconds before each retry; then the notice is dropped."""
 SECONDS = 10.0
 """For one attempt."""
 WAITING = 256
-"""Notices that may wait; beyond, the oldest is given up."""
+"""Notices that may wait; beyond this the oldest is dropped."""
 
 
 def check_url(url: str) -> str:
-    """`url` if alerts can be sent to it; ConfigError otherwise."""
+    """`url` if alerts can be sent to it; raises ConfigError otherwise."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -43,7 +43,7 @@ def check_url(url: str) -> str:
 
 
 def body_of(notice: Notice, model: str) -> bytes:
-    """What is sent. Times are seconds since the epoch."""
+    """The JSON body of a notice. Times are seconds since the epoch."""
     document = {
         "status": "firing" if notice.firing else "resolved",
         "alert": notice.name,
@@ -92,7 +92,7 @@ class Webhook:
 
 
 def post(url: str, data: bytes, seconds: float = SECONDS) -> bool:
-    """One attempt: whether the other side said 2xx."""
+    """Make one attempt; returns whether the reply was 2xx."""
     request = urllib.request.Request(url, data, {"content-type": "application/json", "user-agent": "outrider"})
     try:
         with DIRECT.open(request, timeout=seconds) as reply:

@@ -1,1 +1,1 @@
-"""What a run leaves behind: counters, sinks and the ledger."""
+"""Measurements of a run: counters, sinks and the ledger."""

@@ -1,9 +1,8 @@
-"""Built-in alerts: conditions on windowed sums, with hysteresis, for servers that nobody scrapes.
+"""Built-in alerts: conditions on windowed sums, with hysteresis, for servers without an external monitor.
 
-A condition fires when it has held for `hold` seconds and clears when its opposite, at another threshold, has held as long: a
-value that hovers around a threshold says nothing twice. Every rate asks for a minimum of traffic. No threshold vanishes with the
-trouble: where a measure that a condition would like is missing, one that needs nothing takes its place. What an alert carries are
-numbers of this module and the served model's name: never a client's word.
+A condition fires when it has held for `hold` seconds and clears when its opposite, at another threshold, has held as long, so that
+a value near a threshold does not fire repeatedly. Every rate needs a minimum of traffic. Conditions still work when a measurement
+is missing: a default replaces it. An alert contains numbers of this module and the served model's name, never text of a client.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from dataclasses import dataclass, field
 WINDOW = 60.0
 """Seconds over which rates are formed."""
 HOPELESS = 0.9
-"""Rejections per judged token that no draft is cheap enough for, where break-even was never measured: of ten steps that draft, nine
+"""Rejections per judged token above which no draft is cheap enough, if break-even was never measured: nine of ten steps that draft
 gain nothing."""
 FEW = 300
-"""Judged drafts in the window below which a share of them says nothing yet."""
+"""Least number of judged draft tokens in the window for a meaningful share."""
 LEAST_COST = 1.1
-"""Time of a step that drafts over that of a plain one, where it was never measured: hardly any draft costs less."""
+"""Time of a step with drafts relative to a plain one, if it was never measured: hardly any drafter costs less."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSample:
-    """What the conditions look at: sums of the latest WINDOW seconds, and what is believed now. None: not known.
+    """The inputs of the conditions: sums of the latest WINDOW seconds, and present estimates. None: not known.
 
-    judged, rejected, accepted, emitted: tokens. steps: of sequences, drafts: those of them that judged a draft. bias: total
-    variation spent. overloaded, failed: refused and failed requests. speedup: of what was decoded, over plain decoding. break_even:
+    judged, rejected, accepted, emitted: tokens. steps: of sequences. drafts: steps that verified a draft. bias: total variation
+    spent. overloaded, failed: refused and failed requests. speedup: of recent decoding over plain decoding. break_even:
     rejections per judged token at which drafts gain nothing. deep: whether the drafter can draft at all. doubted, changed: of
-    `detect.Residuals`. alive: whether the engine comes round.
+    `detect.Residuals`. alive: whether the engine thread has a recent heartbeat.
     """
 
     judged: int = 0
@@ -56,7 +55,7 @@ class WindowSample:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """An alert. value: what is compared, None when it says nothing now. fire, clear: levels; above = it fires above `fire`."""
+    """An alert. value: the compared value, None if it is unknown now. fire, clear: levels. above: whether it fires above `fire`."""
 
     name: str
     severity: str
@@ -82,7 +81,7 @@ def _excess(r: WindowSample) -> float | None:
 
 
 def _speed(r: WindowSample) -> float | None:
-    """Speed of what was decoded over plain decoding; where nobody has measured it, at most what was accepted can have brought."""
+    """Speed of recent decoding over plain decoding; if it was not measured, the upper bound from the accepted tokens."""
     if not r.judged:
         return None
     if r.speedup is None:
@@ -170,7 +169,7 @@ CONDITIONS: tuple[Condition, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """An alert that began or ended. since, at: seconds of the clock that was passed in."""
+    """An alert that began or ended. since, at: seconds of the clock passed in."""
 
     name: str
     severity: str
@@ -198,7 +197,7 @@ class Alerts:
     _states: dict[str, _State] = field(default_factory=dict)
 
     def look(self, reading: WindowSample, now: float) -> list[Notice]:
-        """What began and what ended at time `now`. A value that says nothing counts towards the end of an alert."""
+        """The alerts that began and ended at time `now`. An unknown value counts towards the end of an alert."""
         out: list[Notice] = []
         for c in self.conditions:
             state = self._states.setdefault(c.name, _State())
@@ -219,7 +218,7 @@ class Alerts:
         return out
 
     def table(self) -> list[dict[str, object]]:
-        """Every condition as it stands, firing ones first: for the page and for metrics."""
+        """The state of every condition, firing ones first: for the page and for metrics."""
         rows = []
         for c in self.conditions:
             s = self._states.get(c.name, _State())

@@ -1,19 +1,19 @@
-"""Change detection on the ledger's residuals: does the engine still reject as often as its own rule says it should?
+"""Change detection on the ledger's residuals: does the engine still reject as often as its own rule predicts?
 
 Before its coins a rule states the rejections to expect (risk) and their predictable variance (spread). Under an exact engine the
 residual rejections - risk is a martingale whose steps are at most one in size, so for every lambda in (0, 3)
 
     exp(lambda (rejections - risk) - (e^lambda - 1 - lambda) spread)
 
-has expectation at most one given the past (Freedman 1975), and so has its mirror image. Two things are made of these factors:
+has expectation at most one given the past (Freedman 1975), and so has its mirror image. These factors give two statistics:
 
 - *evidence* over the life of a server: their running product, averaged over lambda and sign, a test martingale. An exact engine
-  ever reaches 1 / a with probability at most a, whenever one looks (Ville 1939).
+  ever reaches 1 / a with probability at most a, at any time of checking (Ville 1939).
 - an *e-detector* that forgets (Shin, Ramdas, Rinaldo 2024, "E-detectors", Shiryaev-Roberts form): M_n = (M_{n-1} + 1) factor_n.
-  An exact engine reaches 1 / a after at least 1 / a steps on average, and a change is seen at a delay that does not grow with
-  the time before it.
+  An exact engine reaches 1 / a after at least 1 / a steps on average, and a change is detected after a delay that does not grow
+  with the time before it.
 
-Both say nothing about how good drafts are: worse drafts are rejected more often, and the rule says so beforehand.
+Neither depends on the quality of drafts: worse drafts are rejected more often, and the rule predicts it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 from outrider.records import Counts
 
 BETS = tuple(sign * size for size in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0) for sign in (1.0, -1.0))
-"""Values of lambda, both signs: from a slight misfit seen over many tokens to a gross one seen at once."""
+"""Values of lambda, with both signs: for slight deviations over many tokens up to gross ones at once."""
 SLACK = 1e-5
 """Rejections per judged token by which float32 distributions may be off; the null hypothesis is widened by it."""
 LIFE_LEVEL = 1e-6
@@ -54,7 +54,7 @@ class Residuals:
 
     @property
     def log_evidence(self) -> float:
-        """Natural logarithm of the evidence against exactness since the start; negative: none."""
+        """Natural logarithm of the evidence against exactness since the start; negative: no evidence."""
         return _log_mean(self._life)
 
     @property
@@ -64,12 +64,12 @@ class Residuals:
 
     @property
     def doubted(self) -> bool:
-        """The evidence has at some time reached its level: the engine does not do what its rule says."""
+        """Whether the evidence has ever reached its level: the engine does not do what its rule predicts."""
         return self.highest >= math.log(1 / LIFE_LEVEL)
 
     @property
     def changed(self) -> bool:
-        """The e-detector is at its level now."""
+        """Whether the e-detector is at its level now."""
         return self.log_detector >= math.log(STEPS_BETWEEN_FALSE_ALARMS)
 
 

@@ -1,8 +1,8 @@
-"""The ledger: what the rules predicted beside what happened, and whether the two agree.
+"""The ledger: predicted and observed rejections, and whether they agree.
 
 Before each coin a rule knows the probability r that it will reject. With R the number of rejections, sum(r) - R is a
 martingale with steps in [-1, 1] whose predictable variance is sum(r (1 - r)): the base paper's Theorem 1 (Yin et al., NeurIPS
-2024), kept as an account. Freedman's inequality bounds how far the two may drift apart by chance, whatever the drafts were.
+2024), kept as running sums. Freedman's inequality bounds how far the two may differ by chance, for any drafts.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ class Ledger:
 
 
 def ledger(counts: Counts, level: float = LEVEL) -> Ledger:
-    """The account of a run. Freedman (1975): P(|S| >= x) <= 2 exp(-x^2 / (2 (V + x / 3))) with V = counts.spread."""
+    """The ledger of a run. Freedman (1975): P(|S| >= x) <= 2 exp(-x^2 / (2 (V + x / 3))) with V = counts.spread."""
     log = math.log(2 / level)
     margin = log / 3 + math.sqrt((log / 3) ** 2 + 2 * counts.spread * log) if counts.judged else 0.0
     low, high = max(0.0, counts.risk - margin), min(float(counts.judged), counts.risk + margin)
-    # rounding of float32 distributions, and nothing else, separates a certain rejection from its predicted probability
+    # a certain rejection differs from its predicted probability only by the rounding of float32 distributions
     slack = 1e-5 * counts.judged
     return Ledger(counts.risk, counts.rejected, low - slack if low > slack else 0.0, high + slack, counts.judged)
 
 
 def standing(agrees: bool, bias: float, tokens: int, *, lossless: bool = True) -> str:
-    """What a ledger says, in the words of every output: of a lossy rule never without what it has spent.
+    """The verdict of a ledger as every output words it; for a lossy rule always with the total variation it has spent.
 
-    bias: total variation spent; tokens: emitted meanwhile. A rule that spent any was lossy, whatever `lossless` says of it.
+    bias: total variation spent. tokens: emitted meanwhile. A rule that spent any counts as lossy, whatever its `lossless`.
     """
     word = "agree" if agrees else "DISAGREE"
     return word if lossless and not bias else f"{word}; {spent(bias, tokens)}"
 
 
 def spent(bias: float, tokens: int) -> str:
-    """That a rule is lossy, and what it has spent."""
+    """States that a rule is lossy, and what it has spent."""
     each = f", {bias / tokens:.2g} per token" if tokens else ""
     return f"LOSSY: total variation {bias:.3g} spent{each}"
 
@@ -72,7 +72,7 @@ def draft_acceptance_rate(counts: Counts) -> float | None:
 
 
 def rejection_probability(counts: Counts) -> float | None:
-    """rejections / judged: the probability the theory speaks of."""
+    """rejections / judged: the rejection probability of the theory."""
     return ratio(counts.rejected, counts.judged)
 
 
@@ -95,7 +95,7 @@ def expected_length(counts: Counts) -> float:
 def predicted_speedup(
     counts: Counts, seconds: dict[str, float], plain: Counts, plain_seconds: dict[str, float]
 ) -> float | None:
-    """Speed-up that acceptance by position and the clock predict: tokens per step times plain step time over step time.
+    """Speed-up predicted from acceptance by position and measured times: tokens per step times plain step time over step time.
 
     `seconds`: wall-clock seconds by phase of runs whose sums are `counts`; sequence-steps are the unit on both sides.
     """
@@ -107,7 +107,7 @@ def predicted_speedup(
 
 
 def summary(counts: Counts) -> dict[str, object]:
-    """Raw counts, the ratios with their names, and the ledger: the part every JSON output shares."""
+    """Raw counts, named ratios, and the ledger: the part that all JSON outputs share."""
     book = ledger(counts)
     return {
         "counts": {name: getattr(counts, name) for name in Counts.__dataclass_fields__},

@@ -1,7 +1,7 @@
-"""Prometheus metrics: vLLM's names for what vLLM counts, so that its dashboards and benchmark clients work, and ours beside them.
+"""Prometheus metrics: vLLM's names for vLLM's metrics, so that its dashboards and benchmark clients work, and our own besides.
 
-All are sums of raw counts; ratios are formed by whoever reads them. Labels come from closed sets: model, phase, position, reason,
-route. No text, no request name, no client's word is ever a label.
+All are sums of raw counts; readers form ratios. Labels come from closed sets: model, phase, position, reason, route. No text and no
+request name of a client is ever a label.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LENGTHS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 1
 
 
 class Histogram:
-    """Counts of values by bucket. bounds: ascending upper ends; larger values go to the last, open bucket."""
+    """Counts of values by bucket. bounds: ascending upper ends; larger values count in the last, open bucket."""
 
     def __init__(self, bounds: Iterable[float]) -> None:
         self.bounds = tuple(bounds)
@@ -53,7 +53,7 @@ class Histogram:
         self.total += value
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts, as Prometheus wants them."""
+        """Cumulative counts, as Prometheus expects them."""
         out: list[tuple[str, float]] = []
         below = 0
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
@@ -63,7 +63,7 @@ class Histogram:
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
-    """The value that a `share` of those counted do not exceed, linear within its bucket as Prometheus has it; the largest bound for
+    """The value that a `share` of the counted ones do not exceed, linear within its bucket as in Prometheus; the largest bound for
     the open bucket, None if nothing was counted."""
     left = share * sum(counts)
     if not any(counts):
@@ -77,7 +77,7 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request that ended. Seconds since it arrived; `first` is None if it never got a token; outcome: a finish reason."""
+    """A request that ended. Seconds since it arrived; `first` is None if it never got a token. outcome: a finish reason."""
 
     outcome: str
     prompt_tokens: int
@@ -92,9 +92,9 @@ class Metrics(Collector):
     """A sink of step records and of finished requests, and the text that Prometheus reads.
 
     model: the served name. info: labels of the configuration (drafter, rule, ...). The sums are written by the engine thread
-    and the request metrics by the event loop; each number has one writer, so no lock is needed to read them. residuals: the
-    evidence about exactness. gauges, counters: further values by name (without `outrider_`), with their text. alerts: name and
-    whether it fires, of every built-in alert.
+    and the request metrics by the event loop; each number has one writer, so reading needs no lock. residuals: the evidence
+    about exactness. gauges, counters: further values by name (without `outrider_`), with their help text. alerts: name and
+    state of every built-in alert.
     """
 
     model: str
@@ -130,7 +130,7 @@ class Metrics(Collector):
         self.residuals.add(record.engine_seeded)
 
     def finished(self, request: Finished) -> None:
-        """One request ended. A failed one is an outcome: its times enter no histogram."""
+        """Count a request that ended. A failed one counts as an outcome only: its times are in no histogram."""
         self.outcomes[request.outcome] += 1
         self.prompt_tokens += request.prompt_tokens
         if request.outcome not in ("stop", "length"):

@@ -1,4 +1,4 @@
-"""What training takes for a language model."""
+"""The type that training uses for a language model."""
 
 from typing import Any, TypeAlias
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a power cut: written beside their final place, synced, renamed, and hashed.
+"""Checkpoints that survive a power failure: written to a temporary folder, synced, renamed, and hashed.
 
 Layout of a run folder::
 
@@ -8,7 +8,7 @@ Layout of a run folder::
                               manifest.json           sha256 of every other file
 
 A folder named ``step-*`` is complete by construction, because the rename is the last thing that happens; the hashes
-catch what happens afterwards (a truncated copy, a bad disk). No pickle anywhere.
+detect later damage (a truncated copy, a bad disk). No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ STATE = "state.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing files, or their contents are not those that were written."""
+    """A checkpoint is missing files, or their contents differ from what was written."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """One verified checkpoint: groups of named tensors and the plain state that goes with them."""
+    """One verified checkpoint: groups of named tensors and their plain state."""
 
     path: Path
     tensors: dict[str, dict[str, torch.Tensor]]
@@ -52,10 +52,10 @@ def sha256_of(path: Path) -> str:
 
 
 def identity_of(folder: Path) -> str:
-    """Which model a folder holds: a digest of all that its texts depend on, its weights, configuration and tokenizer.
+    """The identity of the model in a folder: a digest of all that its texts depend on, its weights, configuration and tokenizer.
 
-    Every byte is read, a gigabyte a second or so, which is little beside what a training does with the model: a part of the weights
-    would not tell a model from one of which another layer was tuned.
+    Every byte is read, at about a gigabyte per second, which is little compared with a training: a part of the weights would not
+    distinguish two models of which another layer was tuned.
     """
     digest = hashlib.sha256()
     for path in sorted(p for kind in ("*.safetensors", "*.json", "*.model", "*.jinja") for p in folder.glob(kind)):
@@ -64,7 +64,7 @@ def identity_of(folder: Path) -> str:
 
 
 def replace_folder(built: Path, final: Path) -> None:
-    """Put the finished folder ``built`` in the place of ``final``; both lie in the same parent.
+    """Replace the folder ``final`` with the finished folder ``built``; both are in the same parent folder.
 
     A folder cannot be renamed over a non-empty one, so an old ``final`` is first moved aside. Between the two renames
     ``final`` is missing for some microseconds; it is never half-written.
@@ -125,10 +125,10 @@ def load_checkpoint(path: Path) -> TrainState:
 
 
 def load_latest(folder: Path) -> TrainState | None:
-    """The newest checkpoint that verifies; None where there is none at all.
+    """The newest valid checkpoint; None if there is no checkpoint at all.
 
-    A corrupt one is skipped with a warning. If checkpoints exist and all are corrupt this raises: silently starting
-    from nothing would overwrite the evidence.
+    A corrupt one is skipped with a warning. If checkpoints exist and all are corrupt this raises: starting again without
+    a message would overwrite them.
     """
     found = checkpoints(folder)
     for path in reversed(found):
@@ -151,7 +151,7 @@ def export_model(model: CausalLM, tokenizer, folder: Path) -> None:
 
 
 def write_model(model: CausalLM, tokenizer, folder: Path) -> None:
-    """The files of `export_model`, in place."""
+    """Write the files of `export_model`."""
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     copy = type(model)(model.config).to(torch.bfloat16)  # the caller's float32 weights are not touched
     copy.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Texts to train on, from files, folders and JSON lines. A bad row is an error with its line, or is skipped and counted."""
+"""Training texts from files, folders and JSON lines. A bad row is an error with its line, or is skipped and counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_corpus(
     """The texts of `paths`, each distinct one once, in a fixed order.
 
     A folder gives all its readable files that match `pattern`. A `.jsonl` file gives a text per row: its `text`, its
-    `prompt`, or its `messages` as `render` writes them (None: their contents, one under the other). Any other file is
+    `prompt`, or its `messages` as `render` writes them (None: their contents, one per line). Any other file is
     one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
     """
     found: list[Document] = []

@@ -1,7 +1,7 @@
 """A corpus of source files: found, cleaned, de-duplicated, split by file, tokenized, and served as batches.
 
 Everything here is a pure function of the files and a seed. In particular batch number ``n`` does not depend on
-batches before it, so "the position in the data" that a checkpoint must keep is one integer.
+earlier batches, so the position in the data that a checkpoint must keep is one integer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from outrider.errors import ConfigError
 
-# Folders of the standard library that are not its sources, or hold deliberately broken files.
+# Folders of the standard library that are not sources, or hold deliberately broken files.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib2to3"})
 
 
@@ -81,17 +81,17 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 def narrowed(ids: Sequence[int] | np.ndarray, kind: np.dtype) -> np.ndarray:
-    """The same ids as a smaller type; ConfigError for one that it cannot hold, since a cast would make it another token."""
+    """The same ids in a smaller type; raises ConfigError for an id that does not fit, since a cast would make it another token."""
     wide = np.asarray(ids, dtype=np.int64)
     if wide.size and not 0 <= wide.min() <= wide.max() <= np.iinfo(kind).max:
         raise ConfigError(
-            f"token {int(wide.max())} does not fit into {kind}: the tokenizer has more tokens than the model says it has"
+            f"token {int(wide.max())} does not fit into {kind}: the tokenizer has more tokens than the model's configuration"
         )
     return wide.astype(kind)
 
 
 def halve(document: Document, share: float = 0.1) -> tuple[Document, Document]:
-    """(training, held-out) parts of a single text: the last ``share`` of its lines is held out. ConfigError for fewer than two."""
+    """(training, held-out) parts of a single text: the last ``share`` of its lines is held out. ConfigError below two lines."""
     lines = document.text.splitlines(keepends=True)
     cut = min(len(lines) - 1, round(len(lines) * (1.0 - share)))
     if cut < 1:

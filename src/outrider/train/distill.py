@@ -1,9 +1,8 @@
-"""What all learned methods share: the target's distributions as labels, a loss at every level, acceptance on held-out rows.
+"""Shared by all learned methods: the target's distributions as labels, a loss at every level, acceptance on held-out rows.
 
-Every drafter is reduced to one function, `predict(model, tokens, taps) -> [levels, r, n, V]` logits and the positions whose
-distribution each of them stands for; losses and measures are the same for all. The distribution they are compared with is the
-target's own,
-its last hidden state through its head: distillation, with no sampling noise in the labels.
+Every drafter is reduced to one function, `predict(model, tokens, taps) -> [levels, r, n, V]` logits and the positions of the
+distributions they predict; losses and measures are the same for all. They are compared with the target's own distribution, its
+last hidden state through its head: distillation, with no sampling noise in the labels.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ Level d + 1 at column i stands for token i + d + 2, whose distribution the targe
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's distributions, as the loss and the measures want them. layers: of the taps, the last one the target's last
-    block.
+    """The target's distributions for losses and measures. layers: of the taps; the last one is the target's last block.
 
     taps: columns of the stored hidden states that the drafter reads. last: the column of the target's last block.
     """
@@ -64,7 +62,7 @@ class Teacher:
 
 
 def loss_of(judge: Teacher, predict: Predict, how: str = "staged") -> LossOf:
-    """A loss for `loop.train`: the distribution loss `how` (`losses.LOSSES`) at every level, deeper levels weighing less."""
+    """A loss for `loop.train`: the distribution loss `how` (`losses.LOSSES`) at every level, with lower weight at deeper levels."""
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         assert isinstance(batch, tuple)
@@ -79,13 +77,13 @@ def loss_of(judge: Teacher, predict: Predict, how: str = "staged") -> LossOf:
 
 
 MEASURED = 32
-"""Held-out rows that are measured on, at most."""
+"""Most held-out rows for measuring."""
 
 
 def measure_of(
     judge: Teacher, predict: Predict, held_out: Features, rows: int = MEASURED
 ) -> Callable[[Any], dict[str, float]]:
-    """An `evaluate` for `loop.train`: on held-out rows the acceptance of every level, and tokens per step they promise.
+    """An `evaluate` for `loop.train`: on held-out rows the acceptance of every level, and the expected tokens per step.
 
     accept_d: mean of sum min(p, q) at level d, given that the levels above were accepted. same_d: how often the two agree on
     the most likely token. tokens: 1 + mean over positions of the products of the acceptances along the row (temperature 1).

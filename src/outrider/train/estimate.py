@@ -1,4 +1,4 @@
-"""What a training would need of disk, memory and time: a few rows of each stage, timed on this machine."""
+"""Estimates the disk, memory and time of a training from a few rows of each stage, timed on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outrider.train.pipeline import engine_of, layers_of, new_model
 
 
 def estimate(job: Job) -> dict[str, Any]:
-    """What `pipeline.run` would need: disk and memory in bytes, time in seconds."""
+    """The needs of `pipeline.run`: disk and memory in bytes, time in seconds."""
     documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, report=lambda _: None)
     engine = engine_of(job)
     target = engine.parts.target
@@ -45,7 +45,7 @@ def estimate(job: Job) -> dict[str, Any]:
 
 
 def _seconds_of_text(job: Job, engine: Engine, text: str) -> float:
-    """Seconds in which the target writes one token, all slots at work."""
+    """Seconds per token that the target writes, with all slots busy."""
     tokens = min(32, job.length - job.prompt)
     if not tokens:
         return 0.0

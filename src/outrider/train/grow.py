@@ -11,10 +11,10 @@ from outrider.train.causal_lm import CausalLM
 
 @torch.no_grad()
 def multiply_layers(seed: CausalLM, factor: int) -> CausalLM:
-    """``factor`` times the layers of ``seed``, the same function: after each layer come silent copies of it.
+    """``factor`` times the layers of ``seed``, the same function: each layer is followed by copies of it that add nothing.
 
     A layer adds ``o_proj(...)`` and ``down_proj(...)`` to the residual stream. With both at zero a copy adds nothing
-    at first, yet their gradients are not zero, so it starts to learn at once (block expansion: Wu et al. 2024,
+    at first, but their gradients are not zero, so it starts to learn at once (block expansion: Wu et al. 2024,
     "LLaMA Pro"; stacking for cheaper training goes back to Gong et al. 2019).
     """
     config = copy.deepcopy(seed.config)
@@ -34,10 +34,10 @@ def multiply_layers(seed: CausalLM, factor: int) -> CausalLM:
 
 @torch.no_grad()
 def project_embeddings(wide: CausalLM, narrow: CausalLM) -> None:
-    """Start ``narrow``'s token table from ``wide``'s: its best approximation of rank ``narrow.config.hidden_size``.
+    """Initialise ``narrow``'s token table with the best approximation of ``wide``'s of rank ``narrow.config.hidden_size``.
 
-    With ``E = U S V^T [vocabulary, hidden]`` the rows of ``E V_k`` have nearly the inner products of the rows of E,
-    and what a small model has most trouble learning, which tokens are alike, is there from the first step.
+    With ``E = U S V^T [vocabulary, hidden]`` the rows of ``E V_k`` have nearly the inner products of the rows of E, so
+    the similarity of tokens, which a small model learns slowly, is there from the first step.
     """
     table = wide.model.embed_tokens.weight.float()
     _, _, directions = torch.linalg.svd(table, full_matrices=False)

@@ -1,4 +1,4 @@
-"""One training run, as it is asked for."""
+"""The options of one training run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.registry import check, method_named
 
 ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots"})
-"""Fields of a job that do not bear on the training of a drafter, or do so through the data alone."""
+"""Fields of a job that do not affect the training of a drafter, or affect it through the data alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job(MethodOptions):
-    """One training run. Raises ConfigError for what no method could do.
+    """One training run. Raises ConfigError for values that no method supports.
 
-    kind: a name of `methods.registry.METHODS`, or a method of one's own. data: files and folders of text. work: what can be
-    resumed; out: the finished drafter. rows, held_out: rows of training and held-out data. slots: rows that the target writes at
-    once.
+    kind: a name of `methods.registry.METHODS`, or a method object. data: files and folders of text. work: the folder for resuming.
+    out: the finished drafter. rows, held_out: rows of training and held-out data. slots: rows that the target writes at once.
     """
 
     kind: str | Method
@@ -44,14 +43,14 @@ class Job(MethodOptions):
 
     @property
     def method(self) -> Method:
-        """What is trained, and how."""
+        """The options that methods read."""
         return method_named(self.kind) if isinstance(self.kind, str) else self.kind
 
     def choices(self, taps: tuple[int, ...]) -> dict[str, Any]:
-        """All that decides what a training on given data makes: two trainings that differ in any of it share no checkpoint.
+        """Everything that determines the result of a training on given data: trainings that differ in it share no checkpoint.
 
-        Every field counts but those that say where things lie, what the data are of (which have a name of their own) and how a
-        run is watched; so a field that is added counts. taps: as `Method.taps` has them.
+        Every field counts except paths, the description of the data (which has its own key) and options of logging; so a new field
+        counts automatically. taps: as given by `Method.taps`.
         """
         plain: dict[str, Any] = asdict(self) | {"kind": self.method.name}
         plain["labels"] = {"distributions": "laws"}.get(self.labels, self.labels)  # as keys of work folders have it
@@ -59,6 +58,6 @@ class Job(MethodOptions):
         return {k: v for k, v in plain.items() if k not in ELSEWHERE} | {"loop": loop, "taps": taps}
 
     def wanted(self, part: str) -> DataSpec:
-        """The data of a part, "training" or "held_out"."""
+        """The data specification of a part, "training" or "held_out"."""
         rows = self.rows if part == "training" else self.held_out
         return DataSpec(rows, self.prompt, self.length, self.temperature, self.loop.seed)

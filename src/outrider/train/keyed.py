@@ -1,7 +1,7 @@
-"""Where the data of a training lie in its work folder: under a name made of all that they depend on.
+"""Folders of training data in a work folder, named by a key of everything that the data depend on.
 
-Two trainings that differ in target, text or settings find two places, and two that agree share one. Text that the target wrote is
-the dear part, so drafters that read other layers share it and have hidden states of their own beside it.
+Two trainings that differ in target, text or settings get two folders, and two that agree share one. Text that the target wrote is
+the expensive part, so drafters that read other layers share it and have separate hidden states beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ABOUT = "about.json"
 
 
 def key_of(known: Any) -> str:
-    """A short name for plain data: other data, another name."""
+    """A short name for plain data: different data, different name."""
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -33,9 +33,9 @@ def part_folder(
     wanted: DataSpec,
     prompts: Sequence[Sequence[int]],
 ) -> Path:
-    """The folder of a part ("training" or "held_out") of the data, which says in about.json what it is of; it is made.
+    """The folder of a part ("training" or "held_out") of the data, described in its about.json; it is created.
 
-    target: identity of the model that writes (`checkpoint.identity_of`). documents: the text the part starts from, in its order.
+    target: identity of the model that writes (`checkpoint.identity_of`). documents: the part's source texts, in order.
     prompts: tokens that its rows begin with, cut from the documents.
     """
     text = hashlib.sha256("".join(d.digest for d in documents).encode()).hexdigest()
@@ -48,7 +48,7 @@ def part_folder(
 
 
 def hidden_folder(part: Path, layers: tuple[int, ...]) -> tuple[Path, tuple[int, ...]]:
-    """Where the hidden states of these layers are or shall be, and which layers are there: more of them will do."""
+    """The folder of the hidden states of these layers, existing or new, and its layers, which may be more than these."""
     for note in sorted(part.glob("layers-*/hidden.json")):
         held = tuple(json.loads(note.read_text())["layers"])
         if set(layers) <= set(held):
@@ -57,7 +57,7 @@ def hidden_folder(part: Path, layers: tuple[int, ...]) -> tuple[Path, tuple[int,
 
 
 def run_folder(work: Path, kind: str, parts: Sequence[Path], choices: dict[str, Any]) -> Path:
-    """Where a drafter of this kind is trained on these parts with these choices, which it says in about.json; it is made."""
+    """The folder for training a drafter of this kind on these parts with these choices, described in about.json; it is created."""
     known = {"parts": [p.name for p in parts], **choices}
     folder = work / kind / key_of(known)
     folder.mkdir(parents=True, exist_ok=True)

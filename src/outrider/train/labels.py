@@ -1,8 +1,8 @@
-"""The target's logits on training text, computed once and kept on disk, so that a draft can see them several times.
+"""The target's logits on training text, computed once and kept on disk, so that a draft can be trained on them several times.
 
-Asking the target costs many times what a step of the draft does. With labels on disk the target is asked once per
-token and the draft's passes are nearly free. float16 holds a logit to three digits, far below what training needs;
-a token takes ``2 V`` bytes, so this is for small vocabularies.
+A forward of the target costs many times a step of the draft. With labels on disk the target runs once per token and the
+draft's passes are cheap. float16 holds a logit to three digits, which is more than training needs; a token takes ``2 V``
+bytes, so this is for small vocabularies.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Labels:
 
 
 def write_labels(target: CausalLM, tokens: torch.Tensor, folder: Path, rows: int = 4, report=print) -> None:
-    """Ask ``target`` about ``tokens [M, L + 1]``; continues after the windows that are already on disk.
+    """Write the logits of ``target`` on ``tokens [M, L + 1]``; continues after the windows that are already on disk.
 
     The progress file is written after the rows it counts are flushed, so a kill costs at most one batch.
     """
@@ -72,7 +72,7 @@ def write_labels(target: CausalLM, tokens: torch.Tensor, folder: Path, rows: int
 
 
 def weights_of(model: CausalLM) -> str:
-    """Which model this is: a digest of all its weights."""
+    """The identity of a model: a digest of all its weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())

@@ -1,7 +1,7 @@
 """The training loop: one function that can be killed at any moment and continued to bit-identical weights (on CPU).
 
-What a step depends on is the step number, the weights, the optimizer's moments and the random state; all four are in
-a checkpoint. Batches and the learning rate are functions of the step number alone.
+A step depends on the step number, the weights, the optimizer's moments and the random state; all four are in a
+checkpoint. Batches and the learning rate are functions of the step number alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tokens_in(batch: Batch) -> int:
 
 
 BOOKKEEPING = frozenset({"save_every_s", "log_every", "compile"})
-"""Settings of a loop that do not change what is learnt."""
+"""Settings of a loop that do not change the result."""
 
 
 class DivergedError(RuntimeError):
@@ -40,7 +40,7 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
-    """One training run. Times are in seconds, sizes in steps unless said otherwise."""
+    """One training run. Times are in seconds, sizes in steps unless stated otherwise."""
 
     steps: int
     lr: float
@@ -61,7 +61,7 @@ class LoopConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopConfig:
-        """Build from plain values; an unknown key is an error that names the nearest known one."""
+        """Build from plain values. An unknown key is an error that names the nearest known one."""
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
@@ -95,7 +95,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: dict[str, torch.Tensor]) -> None:
-    """Put moments saved by ``pack_optimizer`` back; hyperparameters come from the configuration."""
+    """Restore moments saved by ``pack_optimizer``; hyperparameters come from the configuration."""
     state: dict[int, dict] = {}
     for key, value in packed.items():
         index, name = key.split(".", 1)
@@ -122,7 +122,7 @@ def _check_same_run(saved: dict, config: LoopConfig) -> None:
 def _update(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, step: int, config: LoopConfig
 ) -> float:
-    """One optimizer step for ``loss``; returns its value, raises DivergedError before any weight is spoiled."""
+    """One optimizer step for ``loss``; returns its value, raises DivergedError before any weight is changed."""
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     value = loss.item()
@@ -147,8 +147,8 @@ def train(
 ) -> dict:
     """Train ``model`` in place, from the newest valid checkpoint in ``folder`` if there is one; return the state.
 
-    ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at checkpoints, as far
-    as a tenth of the time allows, and at the end.
+    ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at checkpoints, within
+    a tenth of the time, and at the end.
     """
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(model, config)
@@ -188,16 +188,16 @@ def train(
 
 
 SPENT = ("computing", "saving")
-"""Seconds of a run: forward, backward and optimizer; measuring and checkpoints. `seconds` is all steps, data included."""
+"""Seconds of a run: forward, backward and optimizer; measuring and checkpoints. `seconds` is all steps, including data."""
 
 
 def share_computing(state: dict) -> float:
-    """Part of the time of a run that went into model computation; the last measuring apart."""
+    """Share of a run's time in model computation, without the final measurement."""
     return state["computing"] / max(1e-9, state["seconds"] + state["saving"])
 
 
 class _Measure:
-    """Calls ``evaluate``, unless its last call is less than PAUSE times as long ago as it took. It must not draw random
+    """Calls ``evaluate``, unless its last call was less than PAUSE times its duration ago. It must not draw random
     numbers: they belong to the training."""
 
     PAUSE = 9.0
@@ -207,7 +207,7 @@ class _Measure:
         self.cost, self.ended = 0.0, time.monotonic()
 
     def __call__(self, model: torch.nn.Module, *, in_any_case: bool) -> dict[str, float] | None:
-        """What was measured, None if nothing was."""
+        """The measurements, or None if it did not measure."""
         began = time.monotonic()
         if self.evaluate is None or not (in_any_case or began - self.ended >= self.PAUSE * self.cost):
             return None
@@ -221,7 +221,7 @@ class _Measure:
 
 
 class _Progress:
-    """One line every ``log_every`` steps: mean loss since the last line, speed, and the time that is left."""
+    """Logs one line every ``log_every`` steps: mean loss since the last line, speed, and the remaining time."""
 
     def __init__(self, config: LoopConfig, report: Report) -> None:
         self.config, self.report = config, report

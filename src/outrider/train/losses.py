@@ -5,9 +5,9 @@ sampling keeps a drafted token is, given the context,
 
     acceptance = sum_x min(p(x), q(x)) = 1 - TV(p, q)            (Leviathan et al. 2023, Theorem 3.5)
 
-so the total variation is the quantity a draft is really judged by. Its gradient vanishes for tokens on which p and q
-hardly overlap, which is why training starts with the Kullback-Leibler divergence and only ends with TV. Pinsker's
-inequality TV <= sqrt(KL / 2) says that the first stage already bounds the second's objective.
+so the total variation is what determines the acceptance of a draft. Its gradient vanishes for tokens on which p and q
+hardly overlap, so training starts with the Kullback-Leibler divergence and ends with TV. By Pinsker's inequality
+TV <= sqrt(KL / 2), the first stage already bounds the second's objective.
 
 All functions take logits ``[..., V]`` of any float type, compute in float32, and return the mean over positions.
 """
@@ -45,13 +45,13 @@ def total_variation(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> 
 def distillation(
     target_logits: torch.Tensor, draft_logits: torch.Tensor, tv_weight: float, kl_weight: float
 ) -> torch.Tensor:
-    """Mean of ``kl_weight KL(p || q) + tv_weight TV(p, q)``. The gradient is for the draft alone, and is not differentiable."""
+    """Mean of ``kl_weight KL(p || q) + tv_weight TV(p, q)``. Only the draft gets a gradient, which is not differentiable."""
     return _Distillation.apply(target_logits, draft_logits, tv_weight, kl_weight)
 
 
 ROWS = 128
-"""Positions that are compared at a time: their distributions stay in the processor's cache, and the loss takes a third less
-time."""
+"""Positions that are compared at a time: their distributions stay in the processor's cache, which makes the loss a third
+faster."""
 
 
 class _Distillation(torch.autograd.Function):
@@ -98,8 +98,8 @@ def _slope(q: torch.Tensor, gap: torch.Tensor, tv_weight: float, kl_weight: floa
 def hybrid(target_logits: torch.Tensor, draft_logits: torch.Tensor, eta: float = 3.0) -> torch.Tensor:
     """Mean of ``w KL(p || q) + (1 - w) TV(p, q)`` with ``w = exp(-eta * acceptance)``, a constant for the gradient.
 
-    Where p and q hardly overlap, the gradient of TV vanishes and KL leads; where they agree, TV, which is what counts
-    (LK losses, arXiv 2602.23881; eta = 3 there).
+    Where p and q hardly overlap, the gradient of TV vanishes and KL dominates; where they agree, TV dominates, which
+    determines acceptance (LK losses, arXiv 2602.23881; eta = 3 there).
     """
     log_p = F.log_softmax(target_logits.float(), dim=-1)
     log_q = F.log_softmax(draft_logits.float(), dim=-1)
@@ -118,14 +118,14 @@ def log_acceptance(target_logits: torch.Tensor, draft_logits: torch.Tensor) -> t
 LOSSES = ("staged", "hybrid", "kl", "tv", "log_acceptance", "ce")
 """Ways to compare a draft's distribution with the target's, for ``distillation_loss``."""
 ONLY_KL = 2 / 3
-"""Share of a ``staged`` training that minimises KL(p || q) alone; then total variation leads, which is one minus acceptance."""
+"""Share of a ``staged`` training that minimises KL(p || q) alone; then total variation dominates, one minus acceptance."""
 
 
 def distillation_loss(
     name: str, target_logits: torch.Tensor, draft_logits: torch.Tensor, tokens: torch.Tensor, progress: float
 ) -> torch.Tensor:
-    """The loss ``name`` of LOSSES for logits ``[r, n, V]``. tokens ``[r, n - 1]``: the text behind the columns but the last, for
-    ``ce``, which asks nothing of the target. progress in [0, 1): how much of the training is done."""
+    """The loss ``name`` of LOSSES for logits ``[r, n, V]``. tokens ``[r, n - 1]``: the tokens after all columns but the last, for
+    ``ce``, which does not use the target. progress in [0, 1): how much of the training is done."""
     if name == "ce":
         return cross_entropy(draft_logits[:, :-1], tokens)
     if name == "hybrid":

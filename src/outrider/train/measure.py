@@ -1,8 +1,8 @@
-"""What a pair is worth, measured on text: loss, bits per byte, and the probability that a drafted token is kept.
+"""Quality of a pair, measured on text: loss, bits per byte, and the probability that a draft token is accepted.
 
 Everything is teacher-forced: both models read the same tokens, and at every position the two next-token distributions are
-compared. That needs no speculative decoding, and it is exact, not sampled: ``sum_x min(p, q)`` is the probability of
-keeping a token drafted from ``q`` in that context.
+compared. That needs no speculative decoding, and it is exact, not sampled: ``sum_x min(p, q)`` is the probability that
+a token drafted from ``q`` in that context is accepted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEMPERATURES = (1.0, 0.7, 0.5)
 @dataclass(frozen=True, slots=True)
 class Acceptance:
     """Acceptance at one temperature over all positions. ``spread`` is its standard deviation from context to
-    context: the larger, the more a draft length that adapts can gain over a fixed one."""
+    context: the larger, the more an adaptive draft length can gain over a fixed one."""
 
     temperature: float
     mean: float
@@ -47,7 +47,7 @@ def bits_per_byte(nats: float, tokens: int, size: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PairComparison:
-    """Two models on the same text: losses in nats per token, acceptance, and how often their favourites agree."""
+    """Two models on the same text: losses in nats per token, acceptance, and how often their most likely tokens agree."""
 
     target_nats: float
     draft_nats: float
@@ -88,7 +88,7 @@ def summarise(temperature: float, kept: torch.Tensor) -> Acceptance:
 
 
 def sample(model: CausalLM, prompts: torch.Tensor, new_tokens: int, temperature: float, seed: int) -> torch.Tensor:
-    """The model's own text ``[M, P + new_tokens]`` after ``prompts [M, P]``, for acceptance in actual use."""
+    """Text ``[M, P + new_tokens]`` that the model writes after ``prompts [M, P]``, for acceptance in actual use."""
     torch.manual_seed(seed)
     return model.generate(
         prompts,
@@ -118,7 +118,7 @@ def text_report(pair: Mapping[str, CausalLM], tokenizer, windows: torch.Tensor) 
 
 
 def samples_report(pair: Mapping[str, CausalLM], prompts: torch.Tensor, new_tokens: int, seed: int) -> dict:
-    """Acceptance on what the target itself writes after ``prompts [M, P]``, at the temperature it writes at."""
+    """Acceptance on text that the target itself writes after ``prompts [M, P]``, at the temperature of the text."""
     kept = []
     for temperature in TEMPERATURES:
         text = sample(pair["target"], prompts, new_tokens, temperature, seed)

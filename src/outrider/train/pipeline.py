@@ -29,7 +29,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Data on disk. training, held_out: the folders of their text; layers: of the hidden states that are asked for."""
+    """Data on disk. training, held_out: the folders of their text. layers: of the hidden states."""
 
     training: Path
     held_out: Path
@@ -41,7 +41,7 @@ class Prepared:
 
 
 def texts_of(job: Job, report: Report = print) -> dict[str, list[data.Document]]:
-    """The documents of either part: every one once, whole files on one side; a single text is cut in two."""
+    """The documents of both parts: each once, whole files on one side; a single text is split."""
     documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, report=report)
     training, held_out = data.split(documents)
     if len(documents) == 1:
@@ -52,7 +52,7 @@ def texts_of(job: Job, report: Report = print) -> dict[str, list[data.Document]]
 
 
 def prepare(job: Job, report: Report = print) -> Prepared:
-    """Text and hidden states of the training and the held-out part, continued where they are not there yet."""
+    """Text and hidden states of the training and the held-out part; missing ones are made."""
     texts, identity = texts_of(job, report), identity_of(resolve_folder(job.target))
     engine = engine_of(job)
     for notice in engine.notices:
@@ -60,7 +60,7 @@ def prepare(job: Job, report: Report = print) -> Prepared:
     target = engine.parts.target
     layers = layers_of(job, target)
     folders: dict[str, Path] = {}
-    # files may begin alike (a licence): what the training starts from is not held out
+    # files may begin with the same text (a licence): prompts of the training are not held out
     begun = {tuple(p) for p in cut_prompts(texts["training"], engine.encode, job.wanted("training"))}
     for part, documents in texts.items():
         wanted, apart = job.wanted(part), begun if part == "held_out" else set[tuple[int, ...]]()
@@ -74,17 +74,17 @@ def prepare(job: Job, report: Report = print) -> Prepared:
 
 
 def layers_of(job: Job, target: Target) -> tuple[int, ...]:
-    """The blocks whose hidden states are kept: those that the drafter reads, and the last one, which gives the labels."""
+    """The blocks whose hidden states are stored: those that the drafter reads, and the last one, which gives the labels."""
     return tuple(sorted({*job.method.taps(job, target), target.layers}))
 
 
 def engine_of(job: Job) -> Engine:
-    """What writes the target's own text: with the target's companion draft, where there is one."""
+    """The engine that writes the target's text, with the target's companion draft if there is one."""
     return build_engine(job.target, slots=job.slots, length=4, max_length=job.length + 8)
 
 
 def run(job: Job, report: Report = print) -> dict[str, Any]:
-    """Everything; the last measures on held-out rows. Finished stages are not done again."""
+    """Run all stages; returns the last measurements on held-out rows. Finished stages are not repeated."""
     ready, method = prepare(job, report), job.method
     target = load_target(job.target, dtype="float32")
     taps = method.taps(job, target)
@@ -112,14 +112,14 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
 
 
 def new_model(job: Job, target: Target, training: Features) -> nn.Module:
-    """The drafter before its first step, which is shown a few rows of the training."""
+    """The drafter before its first step, initialised with a few rows of the training data."""
     columns = [training.layers.index(layer) for layer in job.method.taps(job, target)]
     _, hidden = training.take(list(range(min(8, len(training.tokens)))))
     return job.method.new_model(job, target, hidden[:, :, columns].flatten(0, 1))
 
 
 def export(model: nn.Module, job: Job, report: Report = print) -> None:
-    """Put the drafter in the place of `job.out`, atomically."""
+    """Replace `job.out` with the drafter, atomically."""
     job.out.parent.mkdir(parents=True, exist_ok=True)
     built = job.out.with_name(f".tmp-{job.out.name}-{os.getpid()}")
     shutil.rmtree(built, ignore_errors=True)

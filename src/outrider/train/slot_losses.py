@@ -1,6 +1,6 @@
 """One loss for all objectives on blocks of slots: detached weights on the same negative log-likelihood.
 
-A block drafter predicts slots k = 1 .. S of a block at once; what is accepted is the leading run of correct ones. With
+A block drafter predicts slots k = 1 .. S of a block at once; the leading run of correct ones is accepted. With
 l_k = -log q_k(x_k) and p_k = exp(-l_k), every objective below has a gradient of the form sum_k c_k * grad l_k with weights c
 that are constants for the gradient:
 
@@ -31,7 +31,7 @@ EPS = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """gamma: of the decay, infinity for none. focal, chain: weights of the further terms. pace: D-PACE's a, instead of all.
+    """gamma: of the decay, infinity for none. focal, chain: weights of the other terms. pace: D-PACE's a, instead of all others.
 
     until_error: only slots up to the first error count. reduction: whether the first term is divided by the sum of its
     weights ("mean") or by the number of blocks ("sum"); the other terms are means over blocks either way.
@@ -70,11 +70,11 @@ ARMS = {
 GAMMAS = {16: 10.0, 10: 5.0, 8: 5.0, 4: 2.5}
 """Decays for blocks of so many slots; between them 0.6 of the slots."""
 CHAIN_PER_SLOT = 40 / 15
-"""Weight of the chain reward for each drafted slot: 40 for the 15 of Whalen et al., the same per expected token elsewhere."""
+"""Weight of the chain reward per draft slot: 40 for the 15 slots of Whalen et al., the same per expected token for others."""
 
 
 def objective_named(name: str, block: int) -> Objective:
-    """The objective `name` of ARMS for blocks of `block` slots, the anchor's included."""
+    """The objective `name` of ARMS for blocks of `block` slots, including the anchor's."""
     if name not in ARMS:
         raise ConfigError(unknown_name("objective", name, ARMS))
     how = ARMS[name]
@@ -88,7 +88,7 @@ def closed(mask: Bool[Tensor, "N S"]) -> Bool[Tensor, "N S"]:
 
 
 def first_error(correct: Bool[Tensor, "N S"], mask: Bool[Tensor, "N S"]) -> Bool[Tensor, "N S"]:
-    """True at the first wrong slot of a block; nowhere in a block without errors."""
+    """True at the first wrong slot of a block, and nowhere in a block without errors."""
     wrong = ~correct & mask
     return wrong & (wrong.int().cumsum(1) == 1)
 
@@ -142,10 +142,10 @@ def distillation_loss(
     entropy: float = 1.0,
     overlap: float = 0.0,
 ) -> Tensor:
-    """The same against distributions instead of tokens, `wanted` the logits of the target's distribution of every slot.
+    """The same against distributions instead of tokens. wanted: the logits of the target's distribution of every slot.
 
-    The probability of a label, which the weights are made of, becomes a = sum min(p, q), the probability that a sampled proposal
-    is kept; a slot is wrong when the two disagree on the most likely token. A slot's loss is `entropy` times the
+    In the weights the probability of a label becomes a = sum min(p, q), the probability that a sampled draft token is accepted; a
+    slot is wrong when the two disagree on the most likely token. A slot's loss is `entropy` times the
     cross-entropy of p and q (tokens are draws from p, so that is training on tokens with less noise) and `overlap` times
     -log a: then the chain reward has the gradient of the accepted tokens of a sampled draft, mean_k prod_{j<=k} a_j, itself.
     """
@@ -158,7 +158,7 @@ def distillation_loss(
 
 
 def value(nll: Float[Tensor, "N S"], correct: Bool[Tensor, "N S"], mask: Bool[Tensor, "N S"], how: Objective) -> Tensor:
-    """The objective as it is written (for logs and tests); D-PACE has none, its weighted sum is returned."""
+    """The value of the objective (for logs and tests); for D-PACE, which has none, its weighted sum."""
     mask = closed(mask)
     if how.pace is not None or how.until_error:
         return (weights(nll.detach(), correct, mask, how) * nll).sum()
@@ -172,5 +172,5 @@ def value(nll: Float[Tensor, "N S"], correct: Bool[Tensor, "N S"], mask: Bool[Te
 
 
 def leading_run(correct: Bool[Tensor, "N S"], mask: Bool[Tensor, "N S"]) -> Float[Tensor, "N"]:
-    """Accepted slots of each block when verification is greedy: per block, then averaged; never products of averages."""
+    """Accepted slots of each block under greedy verification: per block, then averaged; never products of averages."""
     return (correct & closed(mask)).int().cumprod(1).sum(1).float()

@@ -1,4 +1,4 @@
-"""Decoding of text that is finished already: what a block drafter would have had accepted there, round by round."""
+"""Replays the decoding of finished text: the slots of a block drafter that would have been accepted, round by round."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from outrider.drafters.dflash.network import DFlashNetwork
 Accepts = Callable[
     [Float[Tensor, "n S V"], Int[Tensor, "n S"], Int[Tensor, "n S"], Int[Tensor, "n"]], Bool[Tensor, "n S"]
 ]
-"""(logits, tokens of the text, their positions, rows) -> which slots are accepted, given that those before them are."""
+"""(logits, tokens of the text, their positions, rows) -> the slots that are accepted if those before them are."""
 
 
 def most_likely(logits: Tensor, labels: Tensor, position: Tensor, row: Tensor) -> Tensor:
-    """Greedy proposals: accepted where they are what the target wrote, at any temperature it wrote at."""
+    """Greedy proposals: accepted where they equal the target's text, at any temperature of the text."""
     return logits.argmax(-1) == labels
 
 
 def sampled(log_p: Float[Tensor, "r L"], uniform: Float[Tensor, "r L"]) -> Accepts:
-    """Sampled proposals, given the text that came of it: token x was accepted with probability min(1, q(x) / p(x)).
+    """Sampled proposals, given the resulting text: token x was accepted with probability min(1, q(x) / p(x)).
 
     Speculative sampling emits x as an accepted proposal with probability min(p(x), q(x)), and emits it with p(x) in all. log_p: of
-    every token under the target at temperature 1. uniform: one number in (0, 1) for each; the same ones pair different drafters.
+    every token under the target at temperature 1. uniform: one number in (0, 1) for each; equal ones pair different drafters.
     """
 
     def accepts(logits: Tensor, labels: Tensor, position: Tensor, row: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ def walk(
     *,
     slots: int | None = None,
 ) -> list[list[int]]:
-    """Decode rows that are written already: accepted tokens of every round of each row, rounds that leave the row left out.
+    """Replay finished rows: accepted tokens of every round of each row, without rounds that reach beyond the row.
 
     first: position of the first anchor, the first token that was written. slots: of a block, see `DFlashNetwork.blocks`. With
-    `most_likely` on greedy text these are the very rounds of the engine; on sampled text, and with `sampled`, they have
-    the distribution of the engine's: the text is what the target would have written, and a drafter never changes it.
+    `most_likely` on greedy text these are exactly the rounds of the engine; on sampled text, and with `sampled`, they have the
+    distribution of the engine's rounds, because a drafter never changes the distribution of the text.
     """
     size, length = slots or model.config.block, tokens.shape[1]
     keys = model.inject(taps)

@@ -1,4 +1,4 @@
-"""Verification rules: pure functions of (p, draft, noise). One file a family, one name a rule; lossless unless they say so."""
+"""Verification rules: pure functions of (p, draft, noise). One file per family, one name per rule; lossless by default."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Block verification: a chain is judged as a whole, so a doubtful token may stand on what came before and after it.
+"""Block verification: a chain is verified as a whole, so an unlikely token may be kept because of the tokens around it.
 
 With w_0 = 1 and w_i = min(1, w_{i-1} p(x_i) / q(x_i)) along the draft x_1 .. x_g, the longest prefix i is kept whose coin
 is below h_i, where S_i = sum (w_i p - q)_+ over the distributions below prefix i, h_i = S_i / (S_i + 1 - w_i) and h_g = w_g. The
-next token comes from (w_i p - q)_+, or from p behind a draft that was kept whole (Sun et al., ICLR 2025, arXiv 2403.10444).
-P(at least i are kept | x_1 .. x_i) = w_i, never less than the product of min(1, p / q) that token by token gives.
+next token comes from (w_i p - q)_+, or from p after a draft that was kept whole (Sun et al., ICLR 2025, arXiv 2403.10444).
+P(at least i are kept | x_1 .. x_i) = w_i, never less than the product of min(1, p / q) of token-by-token verification.
 
-A point mass is the distribution that has only its token: w_i = w_{i-1} p(x_i), and the residual is w p without that token. Where a
-draft ends may depend on the tokens before its end, as for every rule: each prefix hands on exactly the mass w that it got.
+A point mass is a distribution on one token: w_i = w_{i-1} p(x_i), and the residual is w p without that token. The length of a
+draft may depend on its tokens, as for every rule: each prefix passes on exactly the mass w that it received.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from outrider.verify.chain import last_token, probs_of_tokens
 class BlockVerification:
     """Block verification of chains. Lossless if the distributions a draft declares are true; it may declare none (q=None).
 
-    Accepts at least as many tokens as speculative sampling on average, from the same draft and the same forward; one pass over
-    the distributions of all drafted positions instead of the judged ones.
+    Accepts at least as many tokens as speculative sampling on average, from the same draft and the same forward; it reads the
+    distributions of all drafted positions, not only of the judged ones.
 
-    Ledger: risk is the sum of S over the drafted positions. Each S is the probability that drawing the next token takes away
-    from w, so risk minus rejections is a martingale over draws and coins: E[w_i | x_1 .. x_{i-1}] = w_{i-1} - S_{i-1}, and the
+    Ledger: risk is the sum of S over the drafted positions. Each S is the expected loss of w when the next token is drawn,
+    so risk minus rejections is a martingale over draws and coins: E[w_i | x_1 .. x_{i-1}] = w_{i-1} - S_{i-1}, and the
     draft is kept whole with probability w_g. spread is the predictable variance of both. A point mass is not drawn, so there
     the loss w_{i-1} - w_i is certain and adds nothing to spread.
     """
@@ -70,12 +70,12 @@ class BlockVerification:
 def _check_chain(draft: Draft) -> None:
     if not draft.is_chain:
         raise CapabilityError(
-            "rule 'block' judges chains only: use 'speculative_sampling', or a drafter without branching"
+            "rule 'block' verifies chains only: use 'speculative_sampling', or a drafter without branching"
         )
 
 
 def _verify_sequence(p: Tensor, draft: Draft, noise: Noise) -> Verdict:
-    """One sequence after the other, as native passes read them."""
+    """Verify sequence by sequence, in the order the native passes read them."""
     px, qx = probs_of_tokens(p, draft)
     keep = _keep(px, qx, draft)
     lost, variance = _lost(p, draft, qx, keep)
@@ -96,8 +96,8 @@ def verdict_of(
     lost: Sequence[float],
     variance: Sequence[float],
 ) -> Verdict:
-    """The verdict of chains of which so many nodes stand. keep, lost, variance: per node w, S of its parent, and what drawing its
-    token adds to the variance of w."""
+    """The verdict of chains. taken: accepted nodes of each. keep, lost, variance: per node w, S of its parent, and what drawing
+    its token adds to the variance of w."""
     paths, risk, spread = [], [], []
     for b, n in enumerate(taken):
         nodes = draft.nodes(b)
@@ -110,7 +110,7 @@ def verdict_of(
 
 
 def _keep(px: list[float], qx: list[float], draft: Draft) -> list[float]:
-    """w of every node: the probability, given the tokens down to it, that the path reaches at least so far."""
+    """w of every node: the probability, given the tokens down to it, that the path reaches at least this node."""
     out: list[float] = []
     for b in range(len(draft.counts)):
         w = 1.0
@@ -141,7 +141,7 @@ def overlap_sums(here: Float[Tensor, "1 V"], q: Float[Tensor, "1 S"], support: T
 
 
 def _longest(nodes: range, keep: list[float], lost: list[float], noise: Noise, b: int) -> int:
-    """The longest prefix whose coin says so. All coins are looked at: a later one may outvote an earlier refusal."""
+    """The longest prefix whose coin accepts it. All coins are used: a later one may accept despite an earlier refusal."""
     for i in range(len(nodes), 0, -1):
         w = keep[nodes[i - 1]]
         rest = lost[nodes[i]] if i < len(nodes) else 0.0

@@ -1,7 +1,7 @@
-"""Speculative sampling on chains, in closed form: the fast twin of `tree.py`.
+"""Speculative sampling on chains in closed form: the fast twin of `tree.py`.
 
-The coins need only p(x) and q(x) of the K proposed tokens. Once they are tossed, the passes over V touch only the rows that were
-judged and, per sequence, the row that gives its last token. `device.py` is the same on an accelerator.
+The coins need only p(x) and q(x) of the K draft tokens. Once they are tossed, the passes over V touch only the judged rows
+and, per sequence, the row that gives its last token. `device.py` does the same on an accelerator.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def verdict_of(
     qx: Sequence[float],
     common: Sequence[float],
 ) -> Verdict:
-    """The verdict of chains of which so many nodes were accepted, with the risk of every judged one.
+    """The verdict of chains, with the risk of every judged node. accepted: accepted nodes of each chain.
 
     px, qx, common: per node p(x), q(x), and the overlap of p and q where q(x) counts.
     """
@@ -76,7 +76,7 @@ def probs_of_tokens(p: Float[Tensor, "M V"], draft: Draft) -> tuple[list[float],
 
 
 def accept_prefix(px: list[float], qx: list[float], draft: Draft, noise: Noise, b: int) -> int:
-    """How many nodes of sequence b are accepted, from the anchor down, until one is refused."""
+    """The number of nodes of sequence b that are accepted, from the anchor down, before one is refused."""
     for d, k in enumerate(draft.nodes(b)):
         if not noise.uniform(b, d + 1, "accept") * (qx[k] if c.is_positive(qx[k]) else 1.0) < px[k]:
             return d
@@ -86,8 +86,8 @@ def accept_prefix(px: list[float], qx: list[float], draft: Draft, noise: Noise, 
 def last_token(
     p: Float[Tensor, "M V"], draft: Draft, noise: Noise, b: int, accepted: int, w: float, qx: Sequence[float]
 ) -> int:
-    """The token behind the accepted nodes of sequence b: from p after all of them, else from (w p - q)_+ with the distribution of
-    the node that was refused, or from p without the point mass that was."""
+    """The token after the accepted nodes of sequence b: from p if all were accepted; else from (w p - q)_+ with q of the refused
+    node, or, if that was a point mass, from p without its token."""
     nodes, u = draft.nodes(b), noise.uniform(b, accepted + 1, "final")
     row = draft.row(b, nodes[accepted - 1] if accepted else -1)
     here, k = p[row : row + 1], nodes[accepted] if accepted < len(nodes) else -1

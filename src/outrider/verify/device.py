@@ -1,8 +1,8 @@
-"""Chains judged on an accelerator: all is decided there, and one copy brings home what was.
+"""Chains verified on an accelerator: everything is decided there, and one copy brings the result to the host.
 
-Twins of `chain.py` and `block.py`, coin for coin. Coins depend on nothing that the target computes, so those of all positions are
-uploaded while it is still at work; what the host looks at only where it matters (the overlap at a position, the weights that the
-last token is drawn from) is computed for all. Nothing here waits for the device: see `transfer.Pending`.
+Twins of `chain.py` and `block.py`, coin for coin. Coins do not depend on the target's output, so those of all positions are
+uploaded while it is still computing. What the host twin computes only where it is needed (the overlap at a position, the weights
+of the last token) is computed for all positions here. Nothing waits for the device: see `transfer.Pending`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def launched_by(launch: Callable[..., Pending[Verdict] | None]) -> Callable[[Call], Call]:
-    """Marks the `__call__` of a rule: `launch` decides the same and leaves it on the device, so that whoever wants more from there
-    reads both at once. It gives None where the host decides. A subclass with a `__call__` of its own is not marked."""
+    """Mark the `__call__` of a rule: `launch` decides the same and leaves the verdict on the device, so that a caller can read it
+    together with other values. It returns None where the host decides. A subclass with its own `__call__` is not marked."""
 
     def mark(call: Call) -> Call:
         setattr(call, "launch", launch)  # noqa: B010 (a function has no such attribute to a type checker)
@@ -36,9 +36,9 @@ def launched_by(launch: Callable[..., Pending[Verdict] | None]) -> Callable[[Cal
 
 @dataclass(frozen=True, slots=True)
 class _Chains:
-    """The chains of B sequences, of D nodes at most, as tensors on the device of p.
+    """The chains of B sequences, with at most D nodes each, as tensors on the device of p.
 
-    parent_row, q_row: [K] row of p that judges a node, and row of q that it was drawn from (0 where there is none).
+    parent_row, q_row: [K] row of p that verifies a node, and row of q that it was drawn from (0 where there is none).
     px, qx, has_q: [K] p(x), q(x), and whether q(x) counts. accept: [K] coins. final: [B, D + 1] by number of accepted nodes, and
     final_host the same on the host. place, there: [B, D] node of each depth, and whether there is one. cell: [K] a node's place in
     a table [B, D]. low, count: [B] first node, and how many.
@@ -62,7 +62,7 @@ class _Chains:
 def speculative_sampling(
     p: Float[Tensor, "M V"], draft: Draft, noise: Noise, verdict_of: Callable[..., Verdict]
 ) -> Pending[Verdict]:
-    """`chain.verify_chains`. verdict_of: makes the verdict of what is read, as the host's twin does."""
+    """Twin of `chain.verify_chains`. verdict_of: makes the verdict from the values read, as the host twin does."""
     chains = _chains(p, draft, noise)
     passed = chains.accept * chains.qx.where(chains.has_q, 1.0) < chains.px
     accepted = (passed[chains.place] & chains.there).long().cumprod(1).sum(1)
@@ -80,14 +80,14 @@ def speculative_sampling(
 
 
 def block(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, verdict_of: Callable[..., Verdict]) -> Pending[Verdict]:
-    """`BlockVerification` of chains. verdict_of: makes the verdict of what is read, as the host's twin does."""
+    """Twin of `BlockVerification`. verdict_of: makes the verdict from the values read, as the host twin does."""
     chains = _chains(p, draft, noise)
     w = _keep(chains)
     above, keep = (table.flatten()[chains.cell] for table in (w[:, :-1], w[:, 1:]))
     lost, variance = _lost(p, draft, chains, keep, above)
     depth = torch.arange(w.shape[1], device=p.device)
     end = depth[1:] == chains.count.unsqueeze(1)
-    follow = torch.cat([lost, lost.new_zeros(1)])[chains.place + 1]  # S of the node itself: what its child takes away
+    follow = torch.cat([lost, lost.new_zeros(1)])[chains.place + 1]  # S of the node itself: its child's entry of `lost`
     top, bottom = w[:, 1:].where(end, follow), torch.where(end, 1.0, follow + 1.0 - w[:, 1:])
     stands = (chains.accept[chains.place] * bottom < top) | (bottom <= 0.0)
     taken = torch.cat([depth[:1].expand(len(w), 1), depth[1:] * (stands & chains.there)], 1).amax(1)
@@ -125,7 +125,7 @@ def _chains(p: Tensor, draft: Draft, noise: Noise) -> _Chains:
 def _last(
     p: Tensor, draft: Draft, chains: _Chains, taken: Int[Tensor, "B"], w: Float64[Tensor, "B 1"] | None
 ) -> tuple[Int[Tensor, "B"], Float64[Tensor, "B"]]:
-    """`chain.last_token` of every sequence, with the totals of what was drawn from. w: of the residuals; None: one."""
+    """`chain.last_token` of every sequence, with the totals of the weights drawn from. w: of the residuals; None: one."""
     sequences, size = len(draft.counts), p.shape[1]
     anchors = torch.arange(sequences, device=p.device)
     weight = c.as_weights(p.index_select(0, torch.where(taken > 0, sequences + chains.low + taken - 1, anchors)))
@@ -142,7 +142,7 @@ def _last(
         weight.scatter_(1, token, weight.gather(1, token).where(~point, 0.0))
     level = chains.final.gather(1, taken.unsqueeze(1)).clamp(max=c.BELOW_ONE)
     tokens, totals = c.draw_at(weight, level)
-    # sums formed in parallel may decrease by a rounding, and a column without weight be the first to exceed a level
+    # parallel sums may decrease by rounding, and then a column of weight zero may be the first above a level
     some = weight.gather(1, tokens.clamp(max=weight.shape[1] - 1).unsqueeze(1)).squeeze(1) > 0
     return tokens.where(some, weight.argmax(1)), totals
 
@@ -150,7 +150,7 @@ def _last(
 def _checked(
     p: Tensor, draft: Draft, chains: _Chains, taken: list[int], tokens: list[int], totals: list[float]
 ) -> list[int]:
-    """The last tokens, those drawn from nothing drawn again from the row itself."""
+    """The last tokens; where the weights had no mass, the token is drawn again from the row itself."""
     out = []
     for b, n in enumerate(taken):
         row = draft.row(b, draft.nodes(b)[n - 1] if n else -1)
@@ -159,7 +159,7 @@ def _checked(
 
 
 def _keep(chains: _Chains) -> Float64[Tensor, "B E"]:
-    """w of the anchors, which is one, and of the nodes of every depth."""
+    """w of the anchors (one) and of the nodes of every depth."""
     w = chains.final.new_ones(len(chains.final))
     scale = chains.qx.where(chains.has_q, 1.0)
     out = [w]
@@ -183,5 +183,5 @@ def _lost(
 
 
 def _clamp01(x: Float64[Tensor, "n"]) -> Float64[Tensor, "n"]:
-    """`numerics.unit` of tensors."""
+    """`numerics.clamp01` of tensors."""
     return x.nan_to_num(nan=1.0).clamp_(0.0, 1.0)

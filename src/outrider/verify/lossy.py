@@ -1,4 +1,4 @@
-"""Lossy rules: fewer rejections for a stated, exactly metered distance from the target's distribution. Never chosen by themselves.
+"""Lossy rules: fewer rejections for a stated, exactly metered distance from the target distribution. Never chosen automatically.
 
 All are of one kind (Yin et al. 2024, Section 4, with draft distribution q and target distribution p): a proposed x is accepted with
 probability b(x), and a refusal draws from a residual. The distribution of the position is b q plus the residual; its
@@ -6,12 +6,12 @@ total-variation distance from p is the `bias` of the verdict, summed over judged
 every b, with bias sum (b q - p)_+ (Theorem 4). Where b >= min(1, p / q), rejection probability + bias = TV(p, q) exactly (Theorem
 5): the front.
 
-A token of target probability 0 was forbidden (by a grammar, a ban, `min_tokens`, a cut), and no lossy rule may bend that: whatever
-an acceptance function says, `allowed` refuses such tokens. As b >= min(1, p / q) still holds where it held, the front is the same
-line; it only ends at the rejection probability q(p = 0). At temperature 0 all but one token are forbidden: every rule is exact.
+A token of target probability 0 is forbidden (by a grammar, a ban, `min_tokens`, a cut), and no lossy rule may accept it: whatever
+an acceptance function returns, `allowed` refuses such tokens. b >= min(1, p / q) still holds where it held, so the front is the
+same line; it only ends at the rejection probability q(p = 0). At temperature 0 only one token is allowed: every rule is exact.
 
-Whatever is spent adds up: two copies of the text, one exact and one by the rule, can be coupled so that they part at a judged
-position with probability at most its bias, so the distribution of a whole text is within E[sum of biases] of the target's.
+Bias adds up: two copies of the text, one exact and one by the rule, can be coupled so that they differ at a judged position
+with probability at most its bias, so the distribution of a whole text is within E[sum of biases] of the target's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORBIDDEN = 1e-30
 """A probability up to this counts as 0: more than a `logit_bias` of -100, the way to say "never", leaves in single precision."""
 
 ROUNDING = 1e-12
-"""How far the masses of a choice may be from one before it counts as one that the target forbids in part."""
+"""How far the mass of a plan may be from one before the plan counts as partly forbidden by the target."""
 
 
 class Position(NamedTuple):
@@ -56,14 +56,14 @@ class AcceptancePlan(NamedTuple):
 
 @runtime_checkable
 class AcceptanceRule(Protocol):
-    """How a rule would treat a position if it could spend what it likes. Pure. What it says of tokens without p is not heard."""
+    """How a rule would treat a position without a budget. Pure. Its values for tokens of target probability 0 are ignored."""
 
     def __call__(self, position: Position) -> AcceptancePlan: ...
 
 
 @dataclass
 class Lossy:
-    """A chain rule made of an acceptance function. When its budget is gone it accepts as speculative sampling does: exactly.
+    """A chain rule made from an acceptance function. When its budget is used up it accepts as speculative sampling does: exactly.
 
     per_token: total variation it may spend at one position. tv_limit: on one sequence in all; math.inf for no limit.
     Ledger: risk is the rule's own rejection probability, 1 - sum b q, before the token is drawn; given the token for point
@@ -91,7 +91,7 @@ class Lossy:
         """p: distributions of the B anchors, then of the K nodes. allowance: what each sequence may still spend; None:
         `tv_limit`."""
         if not draft.is_chain:
-            raise CapabilityError(f"rule {self.name!r} judges chains only: use a drafter without branching")
+            raise CapabilityError(f"rule {self.name!r} verifies chains only: use a drafter without branching")
         qx = probs_of_tokens(p, draft)[1]
         left = [self.tv_limit] * len(draft.counts) if allowance is None else allowance
         walks = [self._walk(p, draft, noise, b, qx, left[b]) for b in range(len(draft.counts))]
@@ -120,8 +120,8 @@ class Lossy:
 
 
 def _normal(distribution: Float[Tensor, "1 V"]) -> Float64[Tensor, "1 V"]:
-    """The distribution in float64 with a sum of exactly one: bias is a difference of two distributions, and rounding must not pass
-    for it."""
+    """The distribution in float64 with a sum of exactly one: bias is a difference of two distributions, and rounding must not
+    count as bias."""
     distribution = distribution.double()
     return distribution / distribution.sum()
 
@@ -136,7 +136,7 @@ def _draft_distribution(draft: Draft, k: int, qx: float, p: Tensor) -> Float64[T
 
 
 def optimal(accept: Float64[Tensor, "1 V"], position: Position) -> AcceptancePlan:
-    """The acceptance with an optimal residual: (p - b q)_+, scaled to the mass that was refused (Theorem 4)."""
+    """The plan with an optimal residual: (p - b q)_+, scaled to the refused mass (Theorem 4)."""
     handed = accept * position.q
     rest = (position.p - handed).clamp_(min=0)
     refused, mass = 1.0 - float(handed.sum()), float(rest.sum())
@@ -144,7 +144,7 @@ def optimal(accept: Float64[Tensor, "1 V"], position: Position) -> AcceptancePla
 
 
 def exact(position: Position) -> AcceptancePlan:
-    """Speculative sampling, which spends nothing: min(1, p / q), and (p - q)_+."""
+    """The plan of speculative sampling, which has no bias: min(1, p / q), and (p - q)_+."""
     accept = torch.where(position.q > 0, position.p / position.q, 1.0).clamp_(max=1.0)
     return AcceptancePlan(accept, (position.p - position.q).clamp_(min=0))
 
@@ -155,34 +155,35 @@ def bias_of(choice: AcceptancePlan, position: Position) -> float:
 
 
 def allowed(plan: AcceptancePlan, position: Position) -> AcceptancePlan:
-    """The wish without the tokens that the target forbids; what they were to get is refused, and drawn from p instead."""
+    """The plan without the tokens that the target forbids; their mass is refused, and drawn from p instead."""
     accept = plan.accept.where(position.p > FORBIDDEN, 0.0)
     missing = 1.0 - float(c.row_sums(accept * position.q)) - float(c.row_sums(plan.rest))
     return AcceptancePlan(accept, plan.rest) if abs(missing) <= ROUNDING else optimal(accept, position)
 
 
 def within(plan: AcceptancePlan, position: Position, token: int) -> tuple[float, Float64[Tensor, "1 V"], float, float]:
-    """The wish, or as much of it as the allowance pays for: how `token` is accepted, what a refusal draws from, risk and bias.
+    """The plan, or the share of it that the allowance permits. Returns the probability of accepting `token`, the residual, risk
+    and bias.
 
-    A mixture of s parts of the wish with 1 - s of the exact rule has s times the bias of the wish; s is what can be paid.
+    A mixture of a share s of the plan with 1 - s of the exact rule has s times the bias of the plan.
     """
     bias = bias_of(plan, position)
     taken, rest = float(plan.accept[0, token]), plan.rest
     if bias > position.allowance:
         share, bias = position.allowance / bias, position.allowance
         px, qx = float(position.p[0, token]), float(position.q[0, token])
-        honest = (position.p - position.q).clamp_(min=0)
-        taken, rest = (1.0 - share) * min(1.0, px / qx) + share * taken, honest.lerp_(rest, share)
+        residual = (position.p - position.q).clamp_(min=0)
+        taken, rest = (1.0 - share) * min(1.0, px / qx) + share * taken, residual.lerp_(rest, share)
     return taken, rest, c.clamp01(float(c.row_sums(rest))), bias
 
 
 # ------------------------------------------------------------------------------------------------- acceptance functions
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """Everything that is allowed is accepted: with a budget, the wish that turns all of it into fewer rejections.
+    """Accepts every allowed token: with a budget, the plan that turns all of it into fewer rejections.
 
-    Mixed with the exact one by `within`, it spends min(allowance, TV) at every position and lies on the front. Where on the
-    text a total-variation budget is spent does not matter for the sum of rejections and bias (the front is a line).
+    Mixed with the exact plan by `within`, it spends min(allowance, TV) at every position and lies on the front. The positions
+    at which a total-variation budget is spent do not change the sum of rejections and bias (the front is a line).
     """
 
     def __call__(self, position: Position) -> AcceptancePlan:
@@ -224,7 +225,7 @@ class Mentored:
         p, q = position.p, position.q
         keep = p > 0
         t, d = p[keep], q[keep]
-        least = 1e-9  # the search ends there: a factor of a billion is no rule any more
+        least = 1e-9  # the search ends there: with a factor of a billion, everything is accepted
         if self.kl <= 0.0:
             return exact(position)
         a = least if self._gap(t, d, least) <= 0.0 else c.root(lambda x: self._gap(t, d, x), least, 1.0)

@@ -1,8 +1,8 @@
-"""Match: accept what the target itself would draw with this request's own noise.
+"""Match: accept the tokens that the target itself would draw with this request's noise.
 
 At every position the target draws x = argmax p / e with unit exponentials e keyed by the request's seed and the
-absolute position (lane `gumbel`), and the child with token x, if there is one, is accepted. Drafts only decide how many
-of these draws fit into one step: the output is the same string as plain decoding, at any temperature and for any
+absolute position (lane `gumbel`), and the child with token x, if there is one, is accepted. Drafts only determine how
+many of these draws fit into one step: the output is the same string as plain decoding, at any temperature and for any
 drafter. A drafter that draws with the same noise (argmax q / e) matches with probability at least (1 - TV) / (1 + TV);
 see Daliri et al. 2024 (arXiv 2408.07978) and Kobus and Gunduz 2025 (arXiv 2504.15475).
 """
@@ -21,14 +21,13 @@ from outrider.verify import numerics as c
 
 
 class Match:
-    """Coupled-noise match on any forest. Lossless for every draft, and blind to the distributions it declares.
+    """Coupled-noise match on any forest. Lossless for every draft; the distributions it declares do not affect the output.
 
     Ledger: the probability of a rejection before the position's noise is read, for tokens chosen without reading it.
     Children that are point masses: 1 - sum of p over their distinct tokens. One child drawn with this noise from a
-    declared distribution: 1 - `match_probability`, in O(V log V). Several children of which some have a distribution: they are
-    ranks of
-    the race itself and no closed form is worth its cost, so the noise counts as read: risk is the outcome, 0 or 1, and
-    spread is 0, which keeps risk - rejections a martingale and says nothing.
+    declared distribution: 1 - `match_probability`, in O(V log V). Several children of which some have a distribution: they
+    are ranks of the race itself, and a closed form would cost too much, so the noise counts as read: risk is the outcome,
+    0 or 1, and spread is 0, which keeps risk - rejections a martingale but carries no information.
     """
 
     name = "match"
@@ -95,8 +94,8 @@ def match_probability(p: Float[Tensor, "V"], q: Float[Tensor, "V"]) -> float:
     p, q = p[some], q[some]
     order = (q / p).argsort()
     p, q = p[order], q[order]
-    smaller = p.cumsum(0) - p  # tokens y before x: p_y / p_x is the larger of the two
-    larger = q.flip(0).cumsum(0).flip(0)  # x and the tokens after it: q_y / q_x is
+    smaller = p.cumsum(0) - p  # tokens y before x, where p_y / p_x is the larger of the two
+    larger = q.flip(0).cumsum(0).flip(0)  # x and the tokens after it, where q_y / q_x is the larger
     both = (p > 0) & (q > 0)
     p, q, smaller, larger = p[both], q[both], smaller[both], larger[both]
     return float((p * q / (smaller * q + larger * p)).sum())

@@ -1,9 +1,9 @@
-"""K-SEQ: several i.i.d. candidates at a node, each tested against the whole of p, loosely enough that the sum comes out.
+"""K-SEQ: several i.i.d. candidates at a node, each tested against the whole of p at a rate that makes the total exact.
 
 Each of k siblings drawn from q is accepted with probability min(1, p(x) / (rho q(x))), where rho in [1, k] is the root of
-1 - (1 - beta)^k = rho beta with beta = sum min(q, p / rho): then the k tests together hand out exactly rho beta of the mass and
-what is left is (p - rho q)_+ (Sun et al., NeurIPS 2023, arXiv 2310.15141, Algorithm 2; the residual in this form holds at the
-root only). It accepts at least 1 - (1 - 1/k)^k of what any rule can from the same siblings.
+1 - (1 - beta)^k = rho beta with beta = sum min(q, p / rho): then the k tests together accept exactly rho beta of the mass, and
+the residual is (p - rho q)_+ (Sun et al., NeurIPS 2023, arXiv 2310.15141, Algorithm 2; the residual in this form holds at the
+root only). It accepts at least 1 - (1 - 1/k)^k of the best that any rule can from the same siblings.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection
 
 
 class KSeq(SiblingRule):
-    """K-SEQ at every node with two or more i.i.d. siblings of one distribution; every other node is judged as by speculative
-    sampling.
+    """K-SEQ at every node with two or more i.i.d. siblings of one distribution; speculative sampling at every other node.
 
     Lossless if the distributions a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is (1 - beta)^k.
     """
@@ -42,11 +41,11 @@ class KSeq(SiblingRule):
 def common_distribution(
     here: Float[Tensor, "1 V"], draft: Draft, children: list[int], siblings: Siblings = "iid"
 ) -> tuple[Float[Tensor, "1 V"], list[int]] | None:
-    """(q, tokens) if two or more children were drawn in this way from one distribution that can have drawn each of them."""
+    """(q, tokens) if two or more children were drawn in this way from one distribution, which gives each of them probability."""
     q = draft.q
     row = POINT_MASS if q is None else q.row[children[0]]
-    alike = q is not None and q.siblings == siblings and row >= 0 and all(q.row[k] == row for k in children)
-    if q is None or not alike or len(children) < 2:
+    same = q is not None and q.siblings == siblings and row >= 0 and all(q.row[k] == row for k in children)
+    if q is None or not same or len(children) < 2:
         return None
     distribution = q.dense([row], here.shape[1])
     tokens = [draft.tokens[k] for k in children]

@@ -1,7 +1,7 @@
-"""The rules' passes over a vocabulary in C++: one read of a row where torch makes several temporaries, no Python per piece.
+"""The rules' passes over a vocabulary in C++: one read of a row instead of several torch temporaries, no Python per piece.
 
-Every function returns None where it cannot serve (no compiler, distributions on a GPU, rows that are not in one piece), and the
-caller then takes its plain twin. `OUTRIDER_NATIVE=0` switches them off.
+Every function returns None where it does not apply (no compiler, distributions on a GPU, rows that are not contiguous), and the
+caller then uses the plain twin. `OUTRIDER_NATIVE=0` switches them off.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Overlap(NamedTuple):
 class TransportResult(NamedTuple):
     """Optimal transport at one node.
 
-    taken: for every candidate the probability, given all tokens, that it is chosen and accepted. rest: the weights left if none
-    is. left: their total.
+    taken: for every candidate the probability, given all tokens, that it is chosen and accepted. rest: the residual weights if
+    none is. left: their total.
     """
 
     taken: list[float]
@@ -98,18 +98,18 @@ def transport(
 
 
 def _library(p: Tensor, q: Tensor) -> ctypes.CDLL | None:
-    """The compiled passes, if these rows are what they read."""
+    """The compiled passes, if they support these rows."""
     fit = p.dtype == q.dtype and p.dtype in (torch.float32, torch.float64) and p.shape == q.shape
     return library() if fit and p.is_contiguous() and q.is_contiguous() and serve(p) and q.device == p.device else None
 
 
 def serve(p: Tensor) -> bool:
-    """Whether rows of p can be passed over here: they are in this machine's memory, and there is a library."""
+    """Whether the compiled passes can read p: it is in host memory, and the library is loaded."""
     return p.device.type == "cpu" and os.environ.get("OUTRIDER_NATIVE") != "0" and library() is not None
 
 
 def notice() -> str | None:
-    """A sentence for the user where drafts judged on the CPU are not judged as fast as they could be."""
+    """A sentence for the user if drafts are verified on the CPU without the compiled passes."""
     if os.environ.get("OUTRIDER_NATIVE") == "0":
         return f"{PASSES.instead}: OUTRIDER_NATIVE is 0; unset it"
     return load(PASSES).notice

@@ -1,7 +1,7 @@
-"""What the rules share: exact draws, overlaps of distributions and the ledger's sums.
+"""Shared by the rules: exact draws, overlaps of distributions and the ledger's sums.
 
-Every number is computed row by row: no result depends on which other rows share the tensor, so the batch is invisible
-bit for bit. Draws and residuals are float64, whatever the distributions are stored in.
+Every number is computed row by row: no result depends on the other rows of the tensor, so results are bit-identical
+for every batch. Draws and residuals are float64, whatever dtype the distributions have.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from outrider.types import Proposal, Verdict
 from outrider.verify import native
 
 BLOCK = 1024
-"""Columns of a row that are summed together. A running sum over all of V is the slow way to draw from a long row."""
+"""Columns of a row that are summed together. A running sum over all of V would be slow on a long row."""
 
 SHORT = 4 * BLOCK
-"""Rows up to this long are drawn from by one running sum: there the second level costs more than it saves."""
+"""Rows up to this length are drawn from by one running sum: there a second level costs more than it saves."""
 
 MIN_MASS = 1e-300
-"""Smallest total that is drawn from: below it u * total is not safely smaller than total."""
+"""Smallest total to draw from: below it u * total is not safely smaller than total."""
 
 BELOW_ONE = 1.0 - 2.0**-53
-"""The largest uniform that is drawn by."""
+"""The largest uniform used for a draw."""
 
 
 def row_sums(x: Float[Tensor, "n V"]) -> Float64[Tensor, "n"]:
@@ -56,7 +56,7 @@ def overlaps(
     share = here if support is None else here.index_select(1, support)
     rest = row_sums((share - q).clamp_(min=0))
     if support is not None:
-        rest += row_sums(here) - row_sums(share)  # what the draft can never propose is never handed on
+        rest += row_sums(here) - row_sums(share)  # tokens outside the support: the draft never proposes them
     common = torch.minimum(share, q)
     mean = row_sums(common)
     square = row_sums(common.square_().div_(q.clamp(min=torch.finfo(q.dtype).tiny)))
@@ -90,7 +90,7 @@ def _are_neighbours(rows: Sequence[int]) -> bool:
 
 
 def as_weights(rows: Float[Tensor, "n V"]) -> Float64[Tensor, "n W"]:
-    """A float64 copy of distributions to draw from, or to take from first; long rows are padded with zeros to whole blocks."""
+    """A float64 copy of distributions, for draws and residuals; long rows are padded with zeros to whole blocks."""
     n, size = rows.shape
     if size <= SHORT:
         return rows.to(torch.float64, copy=True)
@@ -103,8 +103,8 @@ def as_weights(rows: Float[Tensor, "n V"]) -> Float64[Tensor, "n W"]:
 def draw(weight: Float64[Tensor, "n W"], u: Sequence[float]) -> tuple[Int[Tensor, "n"], Float64[Tensor, "n"]]:
     """Inverse-CDF draws from rows made by `as_weights`, one uniform of [0, 1] per row; and the rows' totals.
 
-    A column of weight zero is never drawn. A row whose total is not a number above MIN_MASS has no distribution: its token means
-    nothing, and the caller must look at the total.
+    A column of weight zero is never drawn. A row whose total is not a number above MIN_MASS has no distribution: its token is
+    meaningless, and the caller must check the total.
     """
     level = upload([min(x, BELOW_ONE) for x in u], torch.float64, weight.device)
     return draw_at(weight, level.unsqueeze(1))
@@ -113,7 +113,7 @@ def draw(weight: Float64[Tensor, "n W"], u: Sequence[float]) -> tuple[Int[Tensor
 def draw_at(
     weight: Float64[Tensor, "n W"], level: Float64[Tensor, "n 1"]
 ) -> tuple[Int[Tensor, "n"], Float64[Tensor, "n"]]:
-    """`draw` by uniforms below one that are where the weights are."""
+    """`draw` with uniforms below one that are already on the device of the weights."""
     if weight.shape[1] <= SHORT:
         cumulative = weight.cumsum(1)
         total = cumulative[:, -1:]
@@ -132,7 +132,7 @@ def draw_at(
 
 
 def draw_one(weight: Float[Tensor, "1 V"], u: float) -> tuple[int, float]:
-    """(token, total) of one row as it is."""
+    """(token, total) of one row, without `as_weights`."""
     found = native.draw(weight, None, 1.0, u)
     if found is not None:
         return found
@@ -164,10 +164,10 @@ def draw_without(here: Float[Tensor, "1 V"], banned: int, u: float) -> tuple[int
 
 
 def final_token(drawn: tuple[int, float], p: Float[Tensor, "M V"], row: int, u: float, b: int) -> int:
-    """The last token of sequence b: the one that was drawn from what is left at a row of p, or, if nothing is left there up to
-    rounding, one from the row itself.
+    """The last token of sequence b: the one drawn from the residual at a row of p, or, if the residual is empty up to rounding,
+    one drawn from the row itself.
 
-    drawn: (token, total) of the weights that are left. Raises RequestError if the row has no distribution either.
+    drawn: (token, total) of the residual. Raises RequestError if the row has no mass either.
     """
     token, total = drawn
     if not is_drawable(total):
@@ -178,7 +178,7 @@ def final_token(drawn: tuple[int, float], p: Float[Tensor, "M V"], row: int, u: 
 
 
 def no_distribution(b: int) -> RequestError:
-    """The error for a target distribution that nothing can be drawn from."""
+    """The error for a target distribution without mass."""
     return RequestError(
         f"the target distribution of sequence {b} of this step has no positive finite sum; "
         "look for NaN or infinities in the model's logits and for a request that bans every token"
@@ -191,7 +191,7 @@ def is_drawable(x: float) -> bool:
 
 
 def is_positive(x: float) -> bool:
-    """Whether x can be the probability of something that has happened: positive and finite (false for NaN)."""
+    """Whether x is positive and finite, as the probability of an observed event must be (false for NaN)."""
     return 0.0 < x < math.inf
 
 
@@ -211,7 +211,7 @@ def root(f: Callable[[float], float], low: float, high: float) -> float:
 
 
 def rejection_risk(shared: float, px: float, qx: float) -> float:
-    """Probability that a draw from q is refused: one minus the overlap; if that is not finite, given the token only."""
+    """Probability that a draw from q is refused: one minus the overlap, or, if that is not finite, the risk given the token."""
     return clamp01(1.0 - shared) if math.isfinite(shared) else clamp01(1.0 - px / qx)
 
 

@@ -1,6 +1,6 @@
-// Passes of the rules over a whole vocabulary. Plain twins: `_pass` in block.py, `best_choice` and `plain_choice` in transport.py.
+// Passes of the rules over a whole vocabulary. Plain twins: `overlap_sums` in block.py, `best_choice` and `plain_choice` in transport.py.
 //
-// Everything is one thread and one row: a verdict must not depend on who else is in the batch.
+// Everything runs in one thread and on one row: a verdict must not depend on the rest of the batch.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -81,7 +81,7 @@ struct Residual {
     }
 };
 
-// The column where the running sum passes u times the total. Never one of weight zero while there is another.
+// The column where the running sum passes u times the total. Never a column of weight zero while there is another.
 template <class T>
 int64_t draw(const Residual<T>& weight, int64_t size, double u, double* total) {
     std::vector<double> block;
@@ -110,7 +110,7 @@ double power(double x, int k) {
     return out;
 }
 
-// m / q of every piece if any m could be reached: `_best_multiplier`.
+// The best m / q of every piece: twin of `_best_multiplier`.
 std::vector<double> best_multiplier(const std::vector<double>& p, const std::vector<double>& q, int k) {
     const int n = static_cast<int>(p.size());
     std::vector<double> ratio(n), mass(n + 1, 0.0), wanted(n + 1, 0.0);
@@ -140,7 +140,7 @@ std::vector<double> best_multiplier(const std::vector<double>& p, const std::vec
     return out;
 }
 
-// The kernels of `Choice`: slopes are runs of pieces with one multiplier.
+// The kernels of `CandidateChoice`: slopes are runs of pieces with one multiplier.
 struct Choice {
     std::vector<int> slope_of;
     std::vector<double> start, stop, ends, hand, cell, mean;
@@ -196,7 +196,7 @@ Choice choose(const std::vector<double>& p, std::vector<double> q, int k) {
     return out;
 }
 
-// For each candidate the probability that its priority is the highest: `Choice.chances`, with Gauss-Legendre points of the caller.
+// For each candidate the probability that its priority is the highest: `CandidateChoice.chances`, with the caller's Gauss-Legendre points.
 void chances(const Choice& made, const std::vector<int>& slope, const double* at, const double* weight, int points, double* out) {
     const int k = static_cast<int>(slope.size()), n = static_cast<int>(made.ends.size());
     std::vector<double> rise(static_cast<size_t>(k) * n, 0.0), below(static_cast<size_t>(k) * n, 0.0);
@@ -310,5 +310,5 @@ EXPORT int64_t outrider_draw(const void* p, const void* q, double w, int64_t siz
     return draw<float>({static_cast<const float*>(p), static_cast<const float*>(q), w}, size, u, total);
 }
 
-// What is left if no candidate is accepted: its total, and in node->rest the weights.
+// The residual if no candidate is accepted: returns its total, and its weights in node->rest.
 EXPORT double outrider_transport(const Node* node, int wide) { return wide ? judge<double>(*node) : judge<float>(*node); }

@@ -1,4 +1,4 @@
-"""The table of rules: what each is called, what it may be told, and the one that "auto" means.
+"""The table of rules: their names, their options, and the rule that "auto" stands for.
 
 A rule is named in a configuration as `name` or `name:key=value,key=value`, for instance `tv_budget:per_token=0.02`.
 """
@@ -22,7 +22,7 @@ from outrider.verify.traversal import Traversal
 from outrider.verify.tree import SpeculativeSampling
 
 BUDGET = {"per_token": (0.0, 1.0, 1.0), "per_sequence": (0.0, math.inf, math.inf)}
-"""What every lossy rule may be told: name -> (least, most, default)."""
+"""Options of every lossy rule: name -> (least, most, default)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +75,14 @@ LOSSLESS: tuple[str, ...] = tuple(name for name, entry in RULES.items() if entry
 """The rules that keep the target's distribution."""
 
 ALIASES: Mapping[str, str] = MappingProxyType({"auto": SpeculativeSampling.name})
-"""Other names a user may write. An engine replaces "auto" by `best_exact` of its drafter."""
+"""Other names a user may give. An engine replaces "auto" by `best_exact` of its drafter."""
 
 
 def best_exact(drafter: Drafter) -> Rule:
-    """The rule that accepts most of this drafter's proposals and keeps the target's distribution: what "auto" means for an engine.
+    """The lossless rule that accepts most of this drafter's proposals: what "auto" means for an engine.
 
-    Block verification on chains of two or more (never below speculative sampling, and the same for one token), the optimal choice
-    on trees (node by node no rule accepts more of i.i.d. siblings; the same as recursive rejection where they are not i.i.d.).
+    Block verification on chains of two or more tokens (never below speculative sampling, and the same for one token); optimal
+    transport on trees (no rule that works node by node accepts more of i.i.d. siblings; for others it is recursive rejection).
     Proofs: docs/theory.md, sections 3 and 4.
     """
     if drafter.trees:
@@ -91,7 +91,7 @@ def best_exact(drafter: Drafter) -> Rule:
 
 
 def load_rule(text: str) -> Rule:
-    """The rule that `name` or `name:key=value,...` asks for. Raises ConfigError naming the nearest known word."""
+    """The rule named by `name` or `name:key=value,...`. Raises ConfigError naming the nearest known name."""
     name, _, rest = text.partition(":")
     entry = RULES.get(ALIASES.get(name, name))
     if entry is None:

@@ -1,9 +1,9 @@
-"""SpecHub: pairs of candidates that all share one token, so that the optimal transport between pairs and outputs is a greedy fill.
+"""SpecHub: pairs of candidates that all contain one token, so that the optimal transport from pairs to outputs is a greedy fill.
 
 With a the draft's most likely token, a pair is (i, a) with probability q(i), or (a, i) with probability q(a) q(i) / (1 - q(a)). The
-target is filled in turn: i from (i, a), then i from (a, i), then a from what is left of the (a, .), then a from what is left of the
-(., a); what is left of p after that is the residual (Sun et al., EMNLP 2024, arXiv 2411.05289). A pair is accepted with the mass
-that was filled from it over its own, so the output distribution is p.
+target is filled in this order: i from (i, a), i from (a, i), a from the remaining mass of the (a, .), a from the remaining mass
+of the (., a); the rest of p is the residual (Sun et al., EMNLP 2024, arXiv 2411.05289). A pair is accepted with probability (mass
+filled from it) / (its own mass), so the output distribution is p.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection, sequ
 
 
 class SpecHub(SiblingRule):
-    """SpecHub where a node has a pair drawn as `Proposal.siblings == "hub"`; every other node as by speculative sampling.
+    """SpecHub at nodes with a pair drawn as `Proposal.siblings == "hub"`; speculative sampling at every other node.
 
     Lossless if the distributions a draft declares are true. Ledger: the risk of such a position is the mass of the residual.
     """
@@ -26,7 +26,7 @@ class SpecHub(SiblingRule):
     name = "spechub"
 
     def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
-        """The greedy fill at one node, and from which part of it this pair may be accepted."""
+        """The greedy fill at one node, and the acceptance of this pair by it."""
         found = common_distribution(here, draft, children, "hub")
         if found is None or len(children) != 2:
             return recursive_rejection(here, draft, children)

@@ -1,17 +1,17 @@
-"""The optimal rule for several i.i.d. candidates at a node: choose one of them, then judge it as if it had been the only one.
+"""The optimal rule for several i.i.d. candidates at a node: choose one of them, then verify it like a single draft token.
 
-How often the output can be one of k candidates drawn from q is bounded by 1 + min over H of p(H) - q(H)^k (Sun et al., NeurIPS
-2023, arXiv 2310.15141; Khisti et al., ICLR 2025, arXiv 2410.18234). The bound is met by a choice that needs no linear program:
+The probability that the output is one of k candidates drawn from q is at most 1 + min over H of p(H) - q(H)^k (Sun et al., NeurIPS
+2023, arXiv 2310.15141; Khisti et al., ICLR 2025, arXiv 2410.18234). A choice that needs no linear program reaches this bound:
 
 1. Give every candidate a priority U, drawn by a kernel that depends on its token, and take the candidate with the highest. If
    U is uniform on [0, 1] under q, token x is taken with probability m(x) = q(x) E[k U^(k-1) | x].
-2. Accept it with probability min(1, p / m), else draw from (p - m)_+. This is exact whatever the kernels are.
+2. Accept it with probability min(1, p / m), else draw from (p - m)_+. This is exact for any kernels.
 3. With tokens in order of p / q, the best m is clip(p, mu q, lambda q): H lifted to the total q(H)^k, its complement capped to
    the rest. Its running sum C over quantiles of q lies above t^k, touches it at 0, q(H) and 1, and is convex. So it is
    reached from U = t by mixing uniformly over the intervals that the tangents of C cut out of t^k, the steepest one first.
 
-The proof is in docs/theory.md, section 3.1. Tokens of nearly the same p / q share a piece of C when there are many: that costs a
-little acceptance and no exactness, since m is computed from the kernels that are used.
+The proof is in docs/theory.md, section 3.1. In large vocabularies, tokens of nearly the same p / q share a piece of C: that costs
+a little acceptance but no exactness, since m is computed from the kernels that are used.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from outrider.verify.tree import NodeSet, SiblingRule, recursive_rejection, sequ
 Array = npt.NDArray[np.float64]
 
 EVERY_TOKEN = 256
-"""Vocabularies up to this size get a piece for every token, which is exactly optimal; larger ones PIECES pieces."""
+"""Vocabularies up to this size get one piece per token, which is exactly optimal; larger ones get PIECES pieces."""
 
 PIECES = 512
 """Pieces by p / (k q) of larger vocabularies: equal steps of its square root, finest where few ratios are near the bound."""
 
 
 FEW = 256
-"""Slopes up to this number are cut to the last bit, see `_cut`."""
+"""Up to this number of slopes, cuts are computed to full precision; see `_cut`."""
 
 TINY = 1e-37
-"""Least q that a ratio is taken to; tokens without q may be in any piece."""
+"""Lower bound of q in a ratio; tokens with q = 0 may be in any piece."""
 
 LEAST = 1e-12
-"""Mass of q beyond which the rest of the pieces are taken for empty."""
+"""Where no more than this mass of q remains, the remaining pieces count as empty."""
 
 
 class OptimalTransport(SiblingRule):
-    """The optimal choice among the i.i.d. siblings of one distribution at every node; every other node as by speculative sampling.
+    """The optimal choice among the i.i.d. siblings of one distribution at a node; speculative sampling at every other node.
 
     Lossless if the distributions a draft declares are true. Ledger: with i.i.d. siblings the risk of a position is the mass of (p -
     m)_+, the least that any exact rule can have for the same siblings (up to the width of a piece).
@@ -61,7 +61,7 @@ class OptimalTransport(SiblingRule):
     name = "optimal_transport"
 
     def judge(self, here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
-        """One node: P(child j is chosen and accepted | the tokens), as tests in turn; what is left if none is."""
+        """One node: P(child j is chosen and accepted | the tokens) as sequential tests, and the residual if none is."""
         found = common_distribution(here, draft, children)
         if found is None:
             return recursive_rejection(here, draft, children)
@@ -80,7 +80,7 @@ def plain_choice(p: Float64[Tensor, "1 V"], q: Float64[Tensor, "1 V"], tokens: l
     mixed = q * torch.from_numpy(choice.multiplier)[piece]
     chosen = choice.chances(piece[tokens].tolist())
     taken = []
-    for j, x in enumerate(tokens):  # of equal siblings the first is chosen: it is the one that may have children
+    for j, x in enumerate(tokens):  # of equal siblings the first is chosen, since it is the one that may have children
         share = sum(chosen[i] for i, y in enumerate(tokens) if y == x) if x not in tokens[:j] else 0.0
         px, mx = float(p[0, x]), float(mixed[0, x])
         taken.append(share * (1.0 if px >= mx else px / mx))

@@ -1,16 +1,15 @@
-"""Traversal verification: block verification on trees. Leaves are judged first, and a refused one leaves its share to its parent.
+"""Traversal verification: block verification on trees. Leaves come first, and a refused leaf leaves its share to its parent.
 
-A node carries a measure w * r, r a distribution and w at most one: the mass of text through it that the rule still owes. A child
-x drawn from q takes min(1, (w r)(x) / q(x)) of what q(x) brings; a leaf stands if its coin is below its w. When a child and all
-below it are refused, what is owed shrinks to (w r - q)_+ with total S, and since that has happened with probability S + 1 - w,
-the parent goes on with the measure (w r - q)_+ / (S + 1 - w): to its next child, or to its own coin (Weng et al. 2025, arXiv
-2505.12398).
-On a chain this is block verification, coin for coin, and `block.py` judges it.
+A node carries a measure w * r, r a distribution and w at most one: the output mass through it that is not covered yet. A child x
+drawn from q covers the share min(1, (w r)(x) / q(x)) of q(x); a leaf is kept if its coin is below its w. When a child and its whole
+subtree are refused, the measure shrinks to (w r - q)_+ with total S, and since this happens with probability S + 1 - w, the parent
+continues with the measure (w r - q)_+ / (S + 1 - w): with its next child, or its own coin (Weng et al. 2025, arXiv 2505.12398).
+On a chain this is block verification, coin for coin, and `block.py` verifies it.
 
-It is exact, by induction over the children that are left: given the path to a node, what is output through it has the measure
-w * r. A leaf: it stands with probability w and draws from its r. A child: averaged over q it outputs min(q, w r), and after
-its refusal the rest has, by induction, the measure (S + 1 - w) (w r - q)_+ / (S + 1 - w). Both add up to w r, whatever the
-child's token was, so it holds for i.i.d. siblings, for siblings without replacement and for point masses alike.
+It is exact, by induction over the remaining children: given the path to a node, the output through it has the measure w * r.
+A leaf: it is kept with probability w and draws from its r. A child: averaged over q it outputs min(q, w r), and after its
+refusal the rest has, by induction, the measure (S + 1 - w) (w r - q)_+ / (S + 1 - w). Both add up to w r for every token of
+the child, so it holds for i.i.d. siblings, for siblings without replacement and for point masses.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from outrider.verify.tree import SiblingDistributions
 class Traversal:
     """Traversal verification of any forest. Lossless if the distributions a draft declares are true; it may declare none (q=None).
 
-    Ledger: risk is the probability, given the draft, that no leaf stands. All nodes are looked at for it, also behind the one
-    that stands.
+    Ledger: risk is the probability, given the draft, that no leaf is kept. It is computed from all nodes, including those after
+    the one that is kept.
     """
 
     name = "traversal"
@@ -75,10 +74,10 @@ class Traversal:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A node on its turn, the anchor (-1) last: it stands with probability `keep`, and the next token is drawn from
+    """A node at its turn, the anchor (-1) last: it is kept with probability `keep`, and then the next token is drawn from
     `distribution`.
 
-    whole: whether it had no children from the start, so that standing here refuses nothing.
+    whole: whether it has no children, so that keeping it refuses nothing.
     """
 
     node: int
@@ -88,7 +87,7 @@ class Stop:
 
 
 def judge_sequence(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[tuple[int, ...], int, bool, float]:
-    """Path, next token, whether a leaf stands, and the probability that none does."""
+    """Path, next token, whether a leaf is kept, and the probability that none is."""
     number = _numbers(draft, b)
     found: Stop | None = None
     left, whole = 1.0, 0.0
@@ -107,7 +106,7 @@ def judge_sequence(p: Tensor, draft: Draft, noise: Noise, b: int) -> tuple[tuple
 
 
 def _numbers(draft: Draft, b: int) -> dict[int, tuple[int, int]]:
-    """For every node of sequence b its depth and its number among the nodes of that depth: where its coin lies."""
+    """For every node of sequence b its depth and its number among the nodes of that depth: the index of its coin."""
     out: dict[int, tuple[int, int]] = {-1: (0, 0)}
     seen: dict[int, int] = {}
     for k in draft.nodes(b):
@@ -118,12 +117,12 @@ def _numbers(draft: Draft, b: int) -> dict[int, tuple[int, int]]:
 
 
 def stops(p: Float[Tensor, "M V"], draft: Draft, b: int) -> Iterator[Stop]:
-    """The nodes of sequence b in the order of their turns, each as if all before it had been refused."""
+    """The nodes of sequence b in verification order, each as if all before it had been refused."""
     yield from _visit(p, draft, b, -1, 1.0)
 
 
 def _visit(p: Tensor, draft: Draft, b: int, node: int, w: float) -> Iterator[Stop]:
-    """The subtree of `node`, which is owed w: its children in draw order, then itself."""
+    """The subtree of `node`, which carries w: its children in draw order, then itself."""
     row = draft.row(b, node)
     here = p[row : row + 1].double()
     owed = here * w

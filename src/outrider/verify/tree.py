@@ -1,10 +1,10 @@
-"""Speculative sampling on forests, level by level: the plain reading of the rule, and what `chain.py` is held to.
+"""Speculative sampling on forests, level by level: the plain form of the rule, and the twin that `chain.py` is tested against.
 
 At a node set (the children of one parent) the residual r starts as p. Each child in draw order is accepted with
-probability min(1, r(x) / q(x)); a refusal turns r into the normalised max(r - q, 0). If all are refused, r gives the
-token (multi-round rejection: Miao et al. 2023; Yin et al. 2024, Algorithm 4; without replacement: Jeon et al.
-2024). A point mass at x is the case q(x) = 1: accepted with probability r(x), else x is taken out of r. That needs no
-trust in how x was chosen, so a node whose declared distribution gives its token no probability, or a NaN, counts as one too.
+probability min(1, r(x) / q(x)); a refusal turns r into the normalised max(r - q, 0). If all are refused, the token is drawn
+from r (multi-round rejection: Miao et al. 2023; Yin et al. 2024, Algorithm 4; without replacement: Jeon et al. 2024). A point
+mass at x is the case q(x) = 1: accepted with probability r(x), else x is removed from r. That is exact however x was chosen,
+so a node whose declared distribution gives its token probability 0 or NaN counts as a point mass too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outrider.verify.chain import verdict_of, verify_chains
 class NodeSet:
     """The children of one node before their coins.
 
-    tests: for each child (r(x), scale): it is accepted if u * scale < r(x). rest: the weights left if all are refused.
+    tests: for each child (r(x), scale): it is accepted if u * scale < r(x). rest: the residual weights if all are refused.
     """
 
     tests: list[tuple[float, float]]
@@ -38,7 +38,7 @@ class NodeSet:
 
 
 def sequential_tests(chances: Sequence[float]) -> list[tuple[float, float]]:
-    """Tests that accept child j with probability chances[j], of which one at most happens: each given that none before it did."""
+    """Tests that accept child j with probability chances[j], at most one of them: each given that none before it accepted."""
     out, left = [], 1.0
     for chance in chances:
         out.append((chance, left))
@@ -47,11 +47,11 @@ def sequential_tests(chances: Sequence[float]) -> list[tuple[float, float]]:
 
 
 Judge = Callable[[Float[Tensor, "1 V"], Draft, list[int]], NodeSet]
-"""(the target's distribution at a node, the draft, the node's children) -> their tests, and what is left if all are refused."""
+"""(the target distribution at a node, the draft, the node's children) -> their tests, and the residual if all are refused."""
 
 
 def verify_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Judge | None = None) -> Verdict:
-    """A rule on any forest, one node set at a time. `judge`: the rule at one node; None is recursive rejection."""
+    """Apply a rule to any forest, one node set at a time. `judge`: the rule at one node; None is recursive rejection."""
     judge = judge or recursive_rejection
     paths, tokens, risks = [], [], []
     for b in range(len(draft.counts)):
@@ -63,7 +63,7 @@ def verify_forest(p: Float[Tensor, "M V"], draft: Draft, noise: Noise, judge: Ju
 
 
 class SiblingRule:
-    """A lossless rule that differs from speculative sampling only in what it does with the siblings at one node."""
+    """A lossless rule that differs from speculative sampling only in how it verifies the siblings at one node."""
 
     lossless = True
     trees = True
@@ -101,8 +101,8 @@ class SpeculativeSampling(SiblingRule):
 
     Ledger: the risk of a position is one minus the overlap of p and q for one child with a distribution (Yin et al. 2024,
     Theorem 1), and the product over the rounds for i.i.d. siblings. Point masses and siblings drawn without replacement
-    are judged given their tokens: the product of 1 - min(1, r(x) / q(x)). Each is the exact probability that the
-    position ends in a rejection, provided the number of siblings was chosen before their tokens were seen.
+    have the risk given their tokens: the product of 1 - min(1, r(x) / q(x)). Each is the exact probability that the
+    position ends in a rejection, provided the number of siblings was chosen before their tokens were known.
     """
 
     name = "speculative_sampling"
@@ -133,7 +133,7 @@ def _walk(p: Tensor, draft: Draft, noise: Noise, b: int, judge: Judge) -> tuple[
 
 
 def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list[int]) -> NodeSet:
-    """Follow the residual through all children as if each were refused. It is kept as weight / mass, not normalised."""
+    """Compute the residual through all children as if each were refused. It is stored as weight / mass, not normalised."""
     distributions = SiblingDistributions(draft.q)
     weight, mass = here, 1.0
     tests: list[tuple[float, float]] = []
@@ -164,7 +164,7 @@ def recursive_rejection(here: Float[Tensor, "1 V"], draft: Draft, children: list
 
 
 class SiblingDistributions:
-    """The distributions of one node set: of each sibling given those before it."""
+    """The distributions of one node set: that of each sibling given those before it."""
 
     def __init__(self, q: Proposal | None) -> None:
         self.q = q
@@ -181,12 +181,12 @@ class SiblingDistributions:
         return self._now.get(row, self.q.probs[row : row + 1])
 
     def at(self, row: int, token: int) -> float:
-        """Its probability of `token`; zero for a point mass and outside the support."""
+        """The probability of `token` under `row`; zero for a point mass and outside the support."""
         column = self._column(token)
         return float(self.now(row)[0, column]) if row >= 0 and column >= 0 else 0.0
 
     def drawn(self, row: int, token: int) -> None:
-        """`token` has been drawn from `row`."""
+        """Record that `token` has been drawn from `row`."""
         if self.siblings == "iid":
             return
         distribution = self.now(row).double().clone()

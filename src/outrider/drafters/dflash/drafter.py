@@ -1,7 +1,7 @@
-"""Serving a block drafter: injected keys and values of every accepted row, and one bidirectional pass per block.
+"""Serving a block drafter: it injects keys and values of every accepted row, and makes one bidirectional pass per block.
 
-The model is `network.DFlashNetwork`. What the target has accepted is injected once and kept; the rows of a block are written behind
-it for the length of a pass and forgotten, so that nothing rejected is ever visible.
+The model is `network.DFlashNetwork`. Accepted rows are injected once and kept; the rows of a block are written after them for one
+pass only and then dropped, so that nothing rejected is ever visible.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from outrider.types import Draft, Evidence, SequenceView
 class DFlashDrafter:
     """Drafts a whole block at once with a model that has its own cache of injected keys and values.
 
-    growth: what is made of the slots' distributions: a chain, sampled or of the most likely tokens, or the best nodes of their
-    lattice. A block has growth.depth + 1 slots, so drafts may be shorter than the blocks of the training, never longer.
+    growth: how drafts are made from the slots' distributions: a chain, sampled or greedy, or the best nodes of their lattice. A
+    block has growth.depth + 1 slots, so drafts may be shorter than the training blocks, never longer.
 
-    After a step every kept row of the target is injected, also when nothing is to be drafted: hidden states are seen once. A
-    sequence whose rows were not all seen starts over with those that were: its draft is worse then, never wrong.
+    After a step every accepted row of the target is injected, even if nothing is drafted, because hidden states are available only
+    once. A sequence with missed rows starts over with the rows it has: its drafts are then less accurate, but still exact.
     """
 
     def __init__(self, model: DFlashNetwork, growth: Growth, *, name: str = "dflash") -> None:
@@ -59,7 +59,7 @@ class DFlashDrafter:
         self._next: list[int] = []
 
     def bind(self, slots: int, length: int) -> None:
-        """Make the drafter's own cache: per layer keys and values of `length` rows and a block for every slot."""
+        """Allocate the drafter's KV cache: per layer keys and values of `length` rows and one block for every slot."""
         c = self.model.config
         room = length + self._size
         self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._dtype, self._device)
@@ -74,7 +74,7 @@ class DFlashDrafter:
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """Inject every kept row, then propose up to `budget[i]` tokens behind the anchor of sequence i."""
+        """Inject every accepted row, then propose up to `budget[i]` tokens after the anchor of sequence i."""
         if not self._next:
             raise ConfigError("the block drafter has no cache yet: call bind(slots, length) before drafting")
         self._catch_up(evidence)
@@ -90,7 +90,7 @@ class DFlashDrafter:
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, evidence: Evidence) -> None:
-        """Keys and values of every kept row, all sequences in one pass."""
+        """Inject keys and values of every accepted row, all sequences in one pass."""
         work: list[tuple[int, int]] = []  # slot, rows
         rows: list[int] = []
         position: list[int] = []
@@ -123,7 +123,7 @@ class DFlashDrafter:
             first += count
 
     def _block(self, views: list[SequenceView]) -> Float[Tensor, "levels n V"]:
-        """Logits of every slot behind the anchor, for all sequences in one pass."""
+        """Logits of every slot after the anchor, for all sequences in one pass."""
         c, size = self.model.config, self._size
         token = [t for v in views for t in (v.tokens[-1], *(c.mask,) * (size - 1))]
         turns = self._turns([p for v in views for p in range(self._next[v.slot], self._next[v.slot] + size)])

@@ -1,4 +1,4 @@
-"""What a folder of a block drafter says: its keys, in the `speculators` layout of DFlash."""
+"""The configuration keys of a block drafter's folder, in the `speculators` layout of DFlash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READ = frozenset({TAPS, "block_size", "mask_token_id", "sample_from_anchor", "sl
 class DFlashConfig:
     """hidden: width of target and drafter. taps: blocks of the target whose outputs are read (0: the embeddings).
 
-    block: slots, the anchor's included; block - 1 tokens are drafted. mask: id of the token that stands in the other slots.
+    block: slots, including the anchor's; block - 1 tokens are drafted. mask: id of the token in the other slots.
     layers: decoder layers of the drafter. inner: width of their feed-forward parts.
     """
 
@@ -50,7 +50,7 @@ class DFlashConfig:
 
 
 def layout(c: DFlashConfig, verifier: str) -> dict[str, Any]:
-    """config.json. Attention is full and bidirectional, which vLLM must be told: a missing flag makes it serve causally."""
+    """config.json. Attention is full and bidirectional; vLLM needs the flag for it, and would use causal attention without it."""
     return {
         "architectures": ["DFlashDraftModel"],
         "speculators_model_type": "dflash",
@@ -98,7 +98,7 @@ def read_config(config: dict[str, Any], folder: Path, target: Target) -> DFlashC
     layers = whole(shape, "num_hidden_layers", folder, most=64)
     if config.get("sample_from_anchor"):
         raise ConfigError(
-            f"{folder}: sample_from_anchor is not supported: use a drafter whose anchor slot predicts nothing"
+            f"{folder}: sample_from_anchor is not supported: use a drafter whose anchor slot makes no prediction"
         )
     made = layer_shape(shape, folder)
     if config.get("draft_vocab_size", made["vocab_size"]) != made["vocab_size"]:

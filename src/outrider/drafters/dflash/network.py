@@ -1,9 +1,9 @@
 """Block-diffusion drafters in the manner of DFlash (arXiv 2602.06036): a whole block of tokens from one pass.
 
-A block is the anchor followed by copies of a mask token; slot k predicts the token k places behind the anchor. Hidden states of
-the target at the positions before the anchor are fused by `fc` and *injected*: they become keys and values of every layer, and
-nothing else. Within the block attention is bidirectional. There is one denoising step, so no slot knows what another one
-will propose: given the context the draft's distribution is a product of the slots' distributions.
+A block is the anchor followed by copies of a mask token; slot k predicts the token k positions after the anchor. Hidden states of
+the target at the positions before the anchor are fused by `fc` and *injected*: they become keys and values of every layer only.
+Within the block attention is bidirectional. There is one denoising step, so no slot depends on the tokens of the others: given
+the context, the draft distribution is a product of the slots' distributions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from outrider.protocols import Target
 
 
 class _Attention(nn.Module):
-    """Projections with per-head norms before the rotation, as in Qwen3; keys of context and block by the same matrices."""
+    """Projections with per-head norms before the rotation, as in Qwen3; context and block use the same key matrices."""
 
     def __init__(self, c: DFlashConfig) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Layer(nn.Module):
 
 
 Keys = list[tuple[Float[Tensor, "r T h d"], Float[Tensor, "r T h d"]]]
-"""Per layer the rotated keys and the values that context rows were turned into."""
+"""Per layer the rotated keys and the values of the context rows."""
 
 
 class DFlashNetwork(nn.Module):
@@ -93,10 +93,10 @@ class DFlashNetwork(nn.Module):
         slots: int | None = None,
         document: Int[Tensor, "r T"] | None = None,
     ) -> Float[Tensor, "r N S V"]:
-        """Logits of slots 1 .. S of N blocks of every row, packed: blocks see their context and themselves, never each other.
+        """Logits of slots 1 .. S of N packed blocks of every row: blocks see their context and themselves, never each other.
 
-        anchor, position: token and position of each block's anchor. slots: of a block with the anchor's, S + 1 (None: as
-        configured). document: which text each position belongs to, if a row holds several.
+        anchor, position: token and position of each block's anchor. slots: slots of a block including the anchor's, S + 1 (None: as
+        configured). document: the text each position belongs to, if a row holds several.
         """
         c, size = self.config, slots or self.config.block
         see = visible(position, keys[0][0].shape[1], document)[:, None, :, None]  # [r, 1, N, 1, T]
@@ -109,7 +109,7 @@ class DFlashNetwork(nn.Module):
         return self.lm_head(self.norm(x[:, :, 1:]))
 
     def _layer(self, layer: Any, x: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], see: Tensor) -> Tensor:
-        """One layer on blocks [r, N, S + 1, H]; k, v: of the context; see: which context rows a block sees."""
+        """One layer on blocks [r, N, S + 1, H]. k, v: of the context. see: the context rows that a block sees."""
         c, attn, normed = self.config, layer.self_attn, layer.input_layernorm(x)
         q = turn(attn.q_norm(attn.q_proj(normed).unflatten(-1, (c.heads, c.head_dim))), *angles)
         own_k = turn(attn.k_norm(attn.k_proj(normed).unflatten(-1, (c.kv_heads, c.head_dim))), *angles)
@@ -129,7 +129,7 @@ class DFlashNetwork(nn.Module):
     def save(self, folder: Path, verifier: str = "", *, tables: bool = False) -> None:
         """Write the `speculators` layout (bfloat16). verifier: name or path of the target, for programs that load it too.
 
-        tables: write the target's embeddings and head as well, for readers that do not take them from the target.
+        tables: also write the target's embeddings and head, for programs that do not take them from the target.
         """
         c = self.config
         held = {n: t.bfloat16() for n, t in self.state_dict().items() if tables or n not in TABLES}
@@ -137,10 +137,10 @@ class DFlashNetwork(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, target: Target, target_path: str | None = None) -> DFlashNetwork:
-        """A drafter of a folder for `target`; its tables are the target's where the folder does not hold them.
+        """The drafter in a folder, for `target`; tables that the folder does not hold are the target's.
 
-        target_path: the target's folder, from which an output head is read that is not its embedding table. Raises ConfigError
-        for a folder that holds something else or what is not supported.
+        target_path: the target's folder, to read an output head that is not tied to the embeddings. Raises ConfigError for a
+        folder of another kind or with unsupported settings.
         """
         config, tensors = read_folder(folder, "dflash")
         made = read_config(config, folder, target)
@@ -158,7 +158,7 @@ class DFlashNetwork(nn.Module):
 
 
 def visible(position: Int[Tensor, "r N"], length: int, document: Int[Tensor, "r T"] | None) -> Bool[Tensor, "r N T"]:
-    """Which context rows each block sees: those at positions before its anchor, by position, of the anchor's own document."""
+    """The context rows each block sees: those at positions before its anchor, in the anchor's document."""
     see = torch.arange(length, device=position.device) < position[..., None]
     if document is not None:
         see = see & (document[:, None, :] == document.gather(1, position)[..., None])

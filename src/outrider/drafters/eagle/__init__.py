@@ -1,4 +1,4 @@
-"""EAGLE: a layer on the target's hidden states, grown token by token."""
+"""EAGLE: a decoder layer on the target's hidden states that drafts token by token."""
 
 from outrider.drafters.eagle.drafter import EagleDrafter, load
 from outrider.drafters.eagle.eagle1 import Eagle1Network

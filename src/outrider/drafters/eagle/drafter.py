@@ -1,4 +1,4 @@
-"""Serving a feature drafter: its own keys and values, catching up on what was accepted, growing chains and trees.
+"""Serving an EAGLE drafter: its own KV cache, catching up with accepted tokens, growing chains and trees.
 
 The model is a `network.EagleNetwork`: EAGLE-3's or EAGLE-1's. Rows of several sequences go through the matrix products
 together; attention runs per sequence, over its own context.
@@ -35,7 +35,7 @@ CHUNK = 256
 
 
 class FusedNetwork:
-    """The weights as serving wants them: fused, positions in a table. rows -> (residual, q, k, v); `layer.leave` -> state."""
+    """The weights fused for serving, positions in a table. rows -> (residual, q, k, v); `layer.leave` -> state."""
 
     def __init__(self, model: EagleNetwork, length: int) -> None:
         c, device = model.config, model.fc.weight.device
@@ -55,7 +55,7 @@ class FusedNetwork:
 
 
 class SlotContext:
-    """What is known of a slot beside its context rows: that the last of them has position `next - 1`, its state, the draft's rows.
+    """The state of a slot beside its context rows: the position `next` after the last of them, its state, and the draft's rows.
 
     parents: of each row of the draft, its parent's number among them, -1 for the context. nodes: state and row of each node.
     """
@@ -70,12 +70,13 @@ class SlotContext:
 
 
 class EagleDrafter:
-    """Drafts with a feature model that has its own cache of one layer.
+    """Drafts with a feature model that has its own KV cache of one layer.
 
-    growth: how drafts grow: chains and trees of a fixed shape, sampled or not, or the best nodes first (EAGLE-2).
+    growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2).
 
-    After a step every kept row of the target is a new context row, also when nothing is to be drafted: hidden states are seen
-    once. A sequence whose rows were not all seen starts over with those that were: its draft is worse then, never wrong.
+    After a step every accepted row of the target is a new context row, even if nothing is drafted, because hidden states are
+    available only once. A sequence with missed rows starts over with the rows it has: its drafts are then less accurate, but still
+    exact.
     """
 
     def __init__(self, model: EagleNetwork, growth: Growth, *, name: str = "eagle") -> None:
@@ -87,7 +88,7 @@ class EagleDrafter:
         self._run: FusedNetwork | None = None
 
     def bind(self, slots: int, length: int) -> None:
-        """Make the drafter's own cache."""
+        """Allocate the drafter's KV cache."""
         c, capacity = self.model.config, length + self.growth.max_expanded_nodes
         self._run = FusedNetwork(self.model, capacity)
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
@@ -101,7 +102,7 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """Catch up with every kept row, then propose `budget[i]` levels for sequence i."""
+        """Catch up with every accepted row, then propose `budget[i]` levels for sequence i."""
         if self._run is None:
             raise ConfigError("the feature drafter has no cache yet: call bind(slots, length) before drafting")
         self._catch_up(self._run, evidence)
@@ -119,7 +120,7 @@ class EagleDrafter:
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, run: FusedNetwork, evidence: Evidence) -> None:
-        """Feed the pairs (hidden states of a kept row, the token behind it), all sequences in one pass where chunks allow."""
+        """Feed the pairs (hidden states of an accepted row, the token after it), all sequences in one pass if chunks allow."""
         work: list[tuple[SequenceView, list[int]]] = []
         for i, view in enumerate(evidence.sequences):
             kept = evidence.accepted_rows(i)
@@ -165,7 +166,8 @@ class EagleDrafter:
     def _follower(
         self, run: FusedNetwork, views: Sequence[SequenceView], forest: Forest
     ) -> Callable[[list[tuple[int, int]]], Float[Tensor, "n V"]]:
-        """Feeds draft nodes: each sees the context, its ancestors and itself; its hidden state is its parent's output."""
+        """Returns a function that feeds draft nodes: each sees the context, its ancestors and itself; its feature is its parent's
+        output."""
 
         def follow(frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
             depth = len(forest.path(*frontier[0]))
@@ -188,7 +190,7 @@ class EagleDrafter:
                 see = None if chain else ancestor_mask(0, place.parents, held, last=last - first).to(g.device)
                 seen.append(_attend(q[mine], keys, values, see))
                 for row, (_, node) in enumerate(frontier[mine], fed):
-                    place.nodes[node] = (g[0], row)  # its state comes below
+                    place.nodes[node] = (g[0], row)  # its state is set below
                 first = last
             state = run.layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), residual)
             for n, (place, (_, node)) in enumerate(zip(places, frontier, strict=True)):

@@ -1,6 +1,6 @@
-"""EAGLE-1: a feature drafter that foresees the target's last hidden state, and lets the target's own head read it.
+"""EAGLE-1: a drafter that predicts the target's last hidden state and applies the target's head to it.
 
-Li et al. 2024 (EAGLE, arXiv 2401.15077): the feature of a position is what the target's head reads there, after the final norm.
+Li et al. 2024 (EAGLE, arXiv 2401.15077): the feature of a position is the input of the target's head there, after the final norm.
 `fc` joins it with the embedding of the next token; one decoder layer without an input norm gives the feature of the next
 position. Embeddings and head are the target's, frozen. With `dynamic:` trees the same weights are EAGLE-2's drafter.
 """
@@ -24,7 +24,7 @@ from outrider.nn.layers import Mlp
 from outrider.protocols import Target
 
 TABLES = ("embed_tokens.weight", "lm_head.weight", "norm.weight")
-"""The target's own: read from the target where a folder does not hold them, and never written."""
+"""The target's own tables: taken from the target if a folder does not hold them, and never written."""
 
 
 class _Layer(nn.Module):
@@ -43,7 +43,7 @@ class Eagle1Network(EagleNetwork):
         c = config
         if c.hidden != c.target_hidden or len(c.taps) != 1:
             raise ConfigError(
-                f"a drafter of last features has the width of its target and one tap, got {c.hidden}, {c.target_hidden}, {c.taps}"
+                f"an EAGLE-1 drafter has the width of its target and one tap, got {c.hidden}, {c.target_hidden}, {c.taps}"
             )
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden)
         self.fc = nn.Linear(2 * c.hidden, c.hidden)
@@ -54,7 +54,7 @@ class Eagle1Network(EagleNetwork):
             table.requires_grad_(False)
 
     def read(self, taps: Float[Tensor, "*n K H"]) -> Float[Tensor, "*n D"]:
-        """What the target's head reads: its last hidden state, normed."""
+        """The input of the target's head: its last hidden state, normed."""
         return self.norm(taps[..., 0, :])
 
     def rows(self, token: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
@@ -62,12 +62,12 @@ class Eagle1Network(EagleNetwork):
         return self.embed_tokens(token)
 
     def join(self, row: Float[Tensor, "*n D"], g: Float[Tensor, "*n D"]) -> tuple[Tensor, Tensor]:
-        """Token and feature through `fc`: both the residual and what the attention reads."""
+        """Token and feature through `fc`: the residual, which is also the attention's input."""
         x = self.fc(torch.cat([row, g], -1))
         return x, x
 
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
-        """The target's head on a foreseen feature."""
+        """The target's head on a predicted feature."""
         return self.lm_head(state)
 
     # ------------------------------------------------------------------ folders
@@ -100,7 +100,7 @@ class Eagle1Network(EagleNetwork):
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Eagle1Network:
-        """A drafter of a folder for `target`; ConfigError for a folder that holds something else or what is not supported."""
+        """The drafter in a folder, for `target`; raises ConfigError for another kind of folder or unsupported settings."""
         config, tensors = read_folder(folder, ("eagle", "llama"))
         made = _read_config(config, folder, target)
         check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=made.taps)

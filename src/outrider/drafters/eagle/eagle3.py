@@ -1,7 +1,7 @@
-"""EAGLE-3: a feature drafter whose features are several of the target's hidden states, fused.
+"""EAGLE-3: a drafter whose features are several hidden states of the target, fused.
 
 Li et al. 2025 (EAGLE-3, arXiv 2503.01840, section 3.1): three taps of the target are fused by `fc`; the layer reads the normed
-token and the normed feature side by side; its output goes through a norm and a head of its own, over all tokens or some.
+token and the normed feature, concatenated; its output goes through its own norm and head, over all tokens or a subset.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TAPS = "eagle_aux_hidden_state_layer_ids"
 READ = (
     frozenset({TAPS, "eagle_config", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"}) | SPECULATORS
 )
-"""Keys at the top of a folder in the `speculators` layout; EAGLE's own folders have those of the layer there as well."""
+"""Top-level keys of a folder in the `speculators` layout; EAGLE's own folders have the keys of the layer there as well."""
 
 
 class _Layer(nn.Module):
@@ -50,7 +50,7 @@ class _Layer(nn.Module):
 class Eagle3Network(EagleNetwork):
     """The network; tensors are named as in the `speculators` layout of EAGLE-3.
 
-    support: [S] target tokens of the head's columns where the draft vocabulary is a part of the target's, else None.
+    support: [S] target tokens of the head's columns if the draft vocabulary is a subset of the target's, else None.
     """
 
     def __init__(self, config: EagleConfig, support: Int[Tensor, "S"] | None = None) -> None:
@@ -73,7 +73,7 @@ class Eagle3Network(EagleNetwork):
         return self._layer.input_layernorm(self.embed_tokens(token))
 
     def join(self, row: Float[Tensor, "*n D"], g: Float[Tensor, "*n D"]) -> tuple[Tensor, Tensor]:
-        """Normed token and normed feature side by side; the residual is the feature."""
+        """Normed token and normed feature, concatenated; the residual is the feature."""
         normed = self._layer.hidden_norm(g)
         return (normed if self.config.norm_before_residual else g), torch.cat([row, normed], -1)
 
@@ -125,7 +125,7 @@ class Eagle3Network(EagleNetwork):
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Eagle3Network:
-        """A drafter of a folder for `target`; ConfigError for a folder that holds something else or what is not supported."""
+        """The drafter in a folder, for `target`; raises ConfigError for another kind of folder or unsupported settings."""
         config, tensors = read_folder(folder, "eagle3")
         made = _read_config(config, folder, target)
         check_fits(folder, target, hidden=made.target_hidden, vocab_size=made.vocab_size, layers=made.taps)
@@ -165,7 +165,7 @@ def _read_config(config: dict[str, Any], folder: Path, target: Target) -> EagleC
 
 
 def _taps(config: dict[str, Any], folder: Path, target: Target) -> tuple[int, ...]:
-    """The target's layers that `fc` reads: at the top, or in `eagle_config`, as some trainers write them."""
+    """The target's layers that `fc` reads: at the top level, or in `eagle_config`, where some trainers write them."""
     nested = config.get("eagle_config")
     nested = {} if nested is None else nested
     if not isinstance(nested, dict) or nested.keys() - {TAPS, "use_aux_hidden_state"}:

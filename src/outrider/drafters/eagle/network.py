@@ -1,8 +1,8 @@
-"""What all drafters on the target's features share: one decoder layer over pairs (feature of a token, the token behind it).
+"""Shared by EAGLE's networks: one decoder layer over pairs (feature of a token, the token after it).
 
-A context row is a pair (what is known of the target at position t, token t + 1), a draft row a pair (the drafter's own output,
-the token drafted from it): Li et al. 2024 (EAGLE) and 2025 (EAGLE-3). What a feature is, how it meets the token and which
-logits follow is what a drafter adds: `read`, `rows`, `join` and `logits`.
+A context row is a pair (the target's feature at position t, token t + 1), a draft row a pair (the drafter's own output, the token
+drafted from it): Li et al. 2024 (EAGLE) and 2025 (EAGLE-3). A subclass defines the feature, how it is joined with the token, and
+the logits: `read`, `rows`, `join` and `logits`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EagleConfig:
 
 
 class Attention(nn.Module):
-    """The projections; who attends to what differs between training and serving and is not decided here."""
+    """The projections; the attention itself differs between training and serving."""
 
     def __init__(self, c: EagleConfig, inputs: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class EagleNetwork(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, token: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
-        """What `join` reads of tokens; it depends on nothing else, so serving keeps it for the whole vocabulary."""
+        """The token input of `join`; it depends on the token alone, so serving keeps it for the whole vocabulary."""
 
     @abstractmethod
     def join(self, row: Float[Tensor, "*n D"], g: Float[Tensor, "*n D"]) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ class EagleNetwork(nn.Module, ABC):
         return residual, turn(q, cos, sin), turn(k, cos, sin), v
 
     def leave(self, residual: Float[Tensor, "*n D"], seen: Float[Tensor, "*n A"]) -> Float[Tensor, "*n D"]:
-        """The layer's output: what the next draft row reads."""
+        """The layer's output: the feature of the next draft row."""
         layer = self._layer
         x = residual + layer.self_attn.o_proj(seen)
         return x + layer.mlp(layer.post_attention_layernorm(x))
@@ -110,10 +110,10 @@ class EagleNetwork(nn.Module, ABC):
 
     # ------------------------------------------------------------------ training
     def states(self, tokens: Int[Tensor, "r L"], g: Float[Tensor, "r t D"], steps: int) -> list[Float[Tensor, "r t D"]]:
-        """Outputs of `steps` draft levels from every position, each level on the outputs of the one before.
+        """Outputs of `steps` draft levels from every position; each level reads the outputs of the previous one.
 
         tokens: [r, L] with features g of positions 0 .. t - 1, t <= L - steps. Entry s, column i: the row of level s at column
-        i stands at position i + s and sees the context up to i and its own rows of levels 1 .. s (EAGLE-3, section 3.2).
+        i has position i + s and sees the context up to i and its own rows of levels 1 .. s (EAGLE-3, section 3.2).
         """
         c, length = self.config, g.shape[1]
         ruler = torch.arange(length, device=tokens.device)
@@ -137,6 +137,6 @@ class EagleNetwork(nn.Module, ABC):
     def unroll(
         self, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r T K H"], steps: int
     ) -> list[Float[Tensor, "r t V"]]:
-        """Logits of `states`: entry s, column i is the distribution of token i + s + 2 as the drafter sees it after tokens 0 .. i +
-        s + 1, of which it knows hidden states up to i."""
+        """Logits of `states`: entry s, column i gives the draft distribution of token i + s + 2 after tokens 0 .. i + s + 1, with
+        hidden states up to i."""
         return [self.logits(state) for state in self.states(tokens, self.read(taps), steps)]

@@ -1,4 +1,4 @@
-"""Serving Medusa heads: level d of a tree comes from head d, whatever path leads there."""
+"""Serving Medusa heads: level d of a tree comes from head d, for every path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from outrider.types import Draft, Evidence
 
 
 class MedusaDrafter:
-    """Drafts with `MedusaNetwork`: level d of a tree comes from head d, whatever path leads there.
+    """Drafts with `MedusaNetwork`: level d of a tree comes from head d, for every path.
 
     heads: the network. growth: how trees grow; its depth is at most the number of heads.
     """
@@ -41,7 +41,7 @@ class MedusaDrafter:
         self._last: dict[int, tuple[int, Tensor]] = {}
 
     def bind(self, slots: int, length: int) -> None:
-        """Nothing to make room for: a slot keeps one hidden state."""
+        """Nothing to allocate: a slot keeps one hidden state."""
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
@@ -50,7 +50,7 @@ class MedusaDrafter:
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """Up to `budget[i]` levels for sequence i, from the hidden state of its last kept row."""
+        """Up to `budget[i]` levels for sequence i, from the hidden state of its last accepted row."""
         hidden = evidence.scores.hidden[0]
         depths, rows = [0] * len(budget), []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):

@@ -1,4 +1,4 @@
-"""What a folder of Medusa heads says: its keys, in vLLM's layout."""
+"""The configuration keys of a folder of Medusa heads, in vLLM's layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from outrider.protocols import Target
 READ = frozenset({
     "hidden_size", "vocab_size", "truncated_vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias", "original_lm_head",
     "rms_norm_eps", "target_layer", "hidden_act", "max_position_embeddings",
-    "max_paths", "topk", "num_lookahead_tokens", "n_predict", "version",  # how others propose with the same heads
+    "max_paths", "topk", "num_lookahead_tokens", "n_predict", "version",  # how other programs draft with the same heads
 })  # fmt: skip
 """Keys of a folder of heads."""
 

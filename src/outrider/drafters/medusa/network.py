@@ -1,6 +1,6 @@
-"""Medusa heads: small networks on the target's last hidden state, head h for the token h places further on (Cai et al. 2024).
+"""Medusa heads: small networks on the target's last hidden state, head h for the token h positions later (Cai et al. 2024).
 
-All heads look at the same hidden state and none at what another one proposed, so one call gives every level of a tree.
+All heads read the same hidden state and none reads the others' tokens, so one call gives every level of a tree.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MedusaNetwork(nn.Module):
 
     Tensors are named as vLLM names them (`blocks.h.layers.j.weight`, `lm_heads.h.weight`), plus `norm.weight`, the target's
     final norm. Blocks start at the identity: every head starts as `lm_heads`, which a trainer starts as the target's own.
-    support: [S] target tokens of the heads' columns where they draft a part of the vocabulary, else None.
+    support: [S] target tokens of the heads' columns if they draft a subset of the vocabulary, else None.
     """
 
     support: Tensor | None
@@ -89,9 +89,9 @@ class MedusaNetwork(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> MedusaNetwork:
-        """Heads of a folder for `target`; the target's final norm where the folder does not hold it, as those of others.
+        """The heads in a folder, for `target`; the final norm is the target's if the folder does not hold it.
 
-        Raises ConfigError for a folder that holds something else, CapabilityError for heads of a target of other sizes.
+        Raises ConfigError for another kind of folder, CapabilityError for heads of a target of other sizes.
         """
         config, tensors = read_folder(folder, "medusa")
         if not flag(config, "medusa_fc_bias", folder, True):

@@ -1,4 +1,4 @@
-"""A language model of its own proposes: chains token by token, trees level by level."""
+"""Drafting with a separate language model: chains token by token, trees level by level."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class ModelDrafter:
     siblings:   how several children of a node are drawn: "iid", or "without_replacement".
     sample:     "sampled", "greedy" or "coupled", see `growth.Levels`.
     growth:     another way to grow, such as `growth.BestFirst`, instead of depth, branching, shape, siblings and sample.
-    vocab_size: of the model that is drafted for; the draft's further tokens are masked, its missing ones have no mass, and it reads
-                another token where the text has one of them (`TokenCache`).
-                None: the draft's own.
-    max_length: most tokens the draft model reads; beyond it a sequence is not drafted for. None: the model's own.
+    vocab_size: of the target; the draft model's extra tokens are masked, its missing ones have no mass, and where the text has one
+                of them the draft model reads another token (`TokenCache`). None: the draft model's own.
+    max_length: most tokens the draft model reads; beyond it nothing is drafted for a sequence. None: the model's own.
     """
 
     layers: tuple[int, ...] = ()
@@ -67,7 +66,7 @@ class ModelDrafter:
         self._cache: TokenCache | None = None
 
     def bind(self, slots: int, length: int) -> None:
-        """Make the draft model's own cache."""
+        """Allocate the draft model's KV cache."""
         limit = min(length, self.max_length)
         slack = self.growth.max_expanded_nodes if self.trees else 0
         try:
@@ -89,7 +88,7 @@ class ModelDrafter:
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """Catch up with every sequence, then propose `budget[i]` levels for sequence i, fewer where the context ends.
 
-        A sequence with budget 0 is caught up lazily, in full chunks of its committed tokens.
+        A sequence with budget 0 catches up lazily, in full chunks of its committed tokens.
         """
         cache, views = self._bound, evidence.sequences
         depths = [self._room(v, b) for v, b in zip(views, budget, strict=True)]
@@ -103,7 +102,7 @@ class ModelDrafter:
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _room(self, view: SequenceView, budget: int) -> int:
-        """Levels to draft: the deepest node that is fed to the model stands at position len + levels - 2."""
+        """Levels to draft: the deepest node that is fed to the model has position len + levels - 2."""
         return max(0, min(budget, self.max_depth, self._bound.limit - len(view.tokens) + 1))
 
     def _propose(
@@ -111,7 +110,7 @@ class ModelDrafter:
     ) -> None:
         views = evidence.sequences
         slots = [views[i].slot for i in live]
-        # what the cache lacks and the anchor, in one forward: its last rows give the first level
+        # one forward over the tokens missing in the cache and the anchor: its last rows give the first level
         logits = cache.append(slots, [views[i].tokens[len(cache.held[s]) :] for i, s in zip(live, slots, strict=True)])
         self.growth.grow(
             evidence, depths, forest, logits, lambda frontier: self._follow(cache, evidence, forest, frontier)
@@ -120,7 +119,7 @@ class ModelDrafter:
     def _append(
         self, cache: TokenCache, evidence: Evidence, forest: Forest, frontier: list[tuple[int, int]]
     ) -> Float[Tensor, "n V"]:
-        """The next level of chains: each node's keys and values are kept, and truncated later to what was accepted."""
+        """The next level of chains: each node's keys and values are kept, and later truncated to the accepted ones."""
         return cache.append(
             [evidence.sequences[i].slot for i, _ in frontier], [[forest.tokens[i][k]] for i, k in frontier]
         )

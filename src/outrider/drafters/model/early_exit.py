@@ -1,8 +1,8 @@
-"""Early exit: the target's own first layers propose, with its final norm and head; no weight of their own.
+"""Early exit: the target's own first layers draft, with its final norm and head; no additional weights.
 
-The first layers run as a model of their own with keys and values of their own (K / L of the target's), so everything a draft
-model can do (chains, trees, coupled draws) they can do too. Drafting with a part of the target goes back to Elhoushi et al.
-2024 (LayerSkip, arXiv 2404.16710), whose targets are trained for it; other targets draft the worse the earlier they exit.
+The first layers run as a separate model with its own KV cache (K / L of the target's size), so they support everything a draft
+model does (chains, trees, coupled draws). Drafting with a part of the target goes back to Elhoushi et al. 2024 (LayerSkip,
+arXiv 2404.16710), whose targets are trained for it; with other targets, earlier exits give worse drafts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def early_exit(target: Target, layers: int, growth: Growth) -> ModelDrafter:
     """
     if not isinstance(target, OpenTarget):
         raise CapabilityError(
-            f"a {type(target).__name__} cannot run its first layers alone: use a draft model of its own, or 'ngram'"
+            f"a {type(target).__name__} cannot run its first layers alone: use a separate draft model, or 'ngram'"
         )
     return ModelDrafter(
         target.first_layers(layers), growth.depth, growth=growth, vocab_size=target.vocab_size, name=f"early:{layers}"

@@ -1,4 +1,4 @@
-"""Catch up, then propose: a model's own cache, the tokens in it, and what they share with the true history."""
+"""A draft model's KV cache, the tokens in it, and how many of them agree with the sequence's history."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from outrider.protocols import Target
 from outrider.types import Rows, Segment, SequenceView
 
 STAND_IN = 0
-"""What a model reads for a token it does not know."""
+"""The token that a model reads in place of one outside its vocabulary."""
 
 
 class TokenCache:
-    """A model's KV cache together with the tokens it holds, slot by slot: history first, then drafts not yet judged.
+    """A model's KV cache together with the tokens it holds, slot by slot: history first, then drafts not yet verified.
 
     model: scores rows. slots, capacity: sequences and tokens of each. limit: most history tokens the model may be fed.
 
-    A token that the model has no embedding for (of a target with a larger one) is kept as what it is and fed as STAND_IN: the
-    model's view of the text is a little off, and what it declares of its drafts is true all the same.
+    A token that the model has no embedding for (the target's vocabulary may be larger) is stored unchanged and fed as STAND_IN: the
+    model reads a slightly different text, but the distributions it declares are still those its drafts were drawn from.
     """
 
     def __init__(self, model: Target, slots: int, capacity: int, limit: int) -> None:
@@ -29,16 +29,16 @@ class TokenCache:
         self.kv = model.new_kv(slots, capacity)
         self._ruler = torch.arange(max(capacity, slots), dtype=torch.int64, device=model.device)
         self.held: list[list[int]] = [[] for _ in range(slots)]
-        self._sure = [0] * slots  # how many held tokens were seen to be history when last looked at
+        self._checked = [0] * slots  # how many held tokens were found equal to the history at the last check
 
     def rewind(self, view: SequenceView) -> None:
-        """Forget what is no history before its last token. Looks only at tokens that are new since the last call.
+        """Drop held tokens that differ from the history before its last token. Checks only tokens new since the last call.
 
-        The last token is left to be fed: a drafter needs the logits after it.
+        The last token stays to be fed, since a drafter needs the logits after it.
         """
-        held, tokens, n = self.held[view.slot], view.tokens, self._sure[view.slot]
+        held, tokens, n = self.held[view.slot], view.tokens, self._checked[view.slot]
         if n > len(tokens) or (n and held[n - 1] != tokens[n - 1]):
-            n = 0  # not the sequence it was: start over rather than draft from another one's text
+            n = 0  # another sequence: start over instead of drafting from the previous one's text
         end = min(len(held), len(tokens) - 1)
         n = min(n, end)
         while n < end and held[n] == tokens[n]:
@@ -46,7 +46,7 @@ class TokenCache:
         if n < len(held):
             del held[n:]
             self.kv.truncate(view.slot, n)
-        self._sure[view.slot] = n
+        self._checked[view.slot] = n
 
     def ingest(self, views: Sequence[SequenceView], goal: Sequence[int], chunk: int) -> None:
         """Feed history in full chunks while a sequence lacks more than a chunk of its first `goal[i]` tokens."""
@@ -72,7 +72,7 @@ class TokenCache:
         return logits
 
     def _rows(self, slots: Sequence[int], pieces: Sequence[Sequence[int]], scored: bool) -> Rows:
-        """`Rows.assemble` for sequences without nodes. Cuts of a ruler spare the one-sequence case small tensors."""
+        """`Rows.assemble` for sequences without nodes. With one sequence, slices of `_ruler` save small tensors."""
         segments: list[Segment] = []
         token: list[int] = []
         for slot, piece in zip(slots, pieces, strict=True):
@@ -95,7 +95,7 @@ class TokenCache:
         return torch.tensor(x, dtype=torch.int64, device=self.model.device)
 
     def score(self, rows: Rows) -> Float[Tensor, "M V"]:
-        """Logits of rows that start again at the last held token of each slot; their nodes are forgotten afterwards."""
+        """Logits of rows that start again at the last held token of each slot; their nodes are dropped afterwards."""
         for s in rows.segments:
             self.kv.truncate(s.slot, s.cached)
         logits = self.model.forward(rows, self.kv).logits
@@ -107,4 +107,4 @@ class TokenCache:
         self.kv.release(slots)
         for slot in slots:
             self.held[slot] = []
-            self._sure[slot] = 0
+            self._checked[slot] = 0

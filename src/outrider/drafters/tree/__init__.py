@@ -1,1 +1,1 @@
-"""Trees of drafts: their shapes, how they grow, and how tokens are drawn."""
+"""Draft trees: their shapes, how they grow, and how tokens are drawn."""

@@ -1,9 +1,9 @@
-"""Draws: a distribution and noise in, tokens out. Whoever calls these declares the very tensor that was drawn from.
+"""Draws of tokens from distributions and noise. Callers declare the very tensor that was drawn from.
 
 No draw returns a token of probability zero: the inverse CDF is summed in float64 with a strict comparison, and a pick
 that the rounding of a parallel sum put on a zero becomes the most likely token.
 
-A draw is left where it was made until `transfer.fetch` brings it home, so that a level of a draft is read once.
+A draw stays on its device until `transfer.fetch` copies it to the host, so that a level of a draft needs one read.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from outrider.types import TOLERANCE
 
 
 class Drawn(NamedTuple):
-    """tokens: of every row, in draw order. sound: whether every row was seen to sum to one."""
+    """tokens: of every row, in draw order. sound: whether every row was checked to sum to one."""
 
     tokens: list[list[int]]
     sound: bool
 
 
 def inverse_cdf(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
-    """Independent draws from row i, one for each of its uniforms of (0, 1): as many for every row.
+    """Independent draws from row i, one for each of its uniforms of (0, 1); every row has the same number.
 
-    A row that is no distribution (not finite, or without mass) gives no tokens.
+    A row that is not a distribution (not finite, or without mass) gives no tokens.
     """
     size = q.shape[-1]
     columns, total = _columns(q, uniform)
@@ -39,22 +39,22 @@ def inverse_cdf(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[
 
 
 def _columns(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> tuple[Int[Tensor, "n w"], Float64[Tensor, "n"]]:
-    """The token that each uniform draws, V where there is none to draw; and the sums of the rows."""
+    """The token that each uniform draws (V if there is none), and the sums of the rows."""
     cdf = q.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:]
-    single = len(uniform) == 1 and len(uniform[0]) == 1  # spares the commonest draw a small tensor
+    single = len(uniform) == 1 and len(uniform[0]) == 1  # saves the most common draw a small tensor
     flat = [u for row in uniform for u in row]
     level = total * (flat[0] if single else transfer.upload(flat, torch.float64, q.device).view(len(uniform), -1))
-    # the first column whose cumulative mass exceeds u * total; a total of 0, infinity or NaN ends up behind all columns
+    # the first column whose cumulative mass exceeds u * total; a total of 0, infinity or NaN gives V
     columns = torch.searchsorted(cdf, level, right=True)
     return columns if transfer.on_host(q) else with_mass(q, columns), total.squeeze(1)
 
 
 def with_mass(q: Float[Tensor, "n V"], columns: Int[Tensor, "n w"]) -> Int[Tensor, "n w"]:
-    """`columns`, those without mass replaced by the most likely one; V stays V.
+    """`columns` with those without mass replaced by the most likely one; V stays V.
 
-    Needed where sums are formed in parallel: they may decrease by a rounding, and a column without mass be the first to
-    exceed a level. Sums formed term by term never decrease.
+    Needed for parallel sums: they may decrease by rounding, and then a column without mass may be the first to exceed a level.
+    Sequential sums never decrease.
     """
     size = q.shape[-1]
     some = q.gather(1, columns.clamp(max=size - 1)) > 0
@@ -62,7 +62,7 @@ def with_mass(q: Float[Tensor, "n V"], columns: Int[Tensor, "n w"]) -> Int[Tenso
 
 
 def without_replacement(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
-    """Successive draws from row i, each from what the earlier ones left, renormalised; fewer if nothing is left."""
+    """Successive draws from row i, each from the renormalised rest; fewer if no mass remains."""
     size, left = q.shape[-1], q.to(torch.float64, copy=True)
     columns: list[Tensor] = []
     sums: list[Tensor] = []
@@ -98,8 +98,8 @@ def hub_pairs(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Dr
 def race(q: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int) -> Pending[Drawn]:
     """The first `width` arrivals of an exponential race with rates `q`: draws without replacement, in draw order.
 
-    The first is argmax(q / e), so it meets a target that races with the same noise as often as the two distributions allow
-    (Daliri, Musco and Suresh 2024). Tokens without mass never arrive.
+    The first is argmax(q / e), so it agrees with a target that races with the same noise about as often as the two distributions
+    allow (Daliri, Musco and Suresh 2024). Tokens without mass never arrive.
     """
     arrived = top(q / exponential, width, floor=0.0)
     return Pending(
@@ -109,7 +109,7 @@ def race(q: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int)
 
 
 def top(scores: Float[Tensor, "n V"], width: int, floor: float = -torch.inf) -> Pending[Drawn]:
-    """The `width` best columns of each row, best first, those at `floor` or below left out."""
+    """The `width` best columns of each row, best first, without those at `floor` or below."""
     if width == 1:
         best = scores.max(-1)
         pick = lambda tokens, values: [[t] if v > floor else [] for t, v in zip(tokens, values, strict=True)]  # noqa: E731

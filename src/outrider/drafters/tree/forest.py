@@ -1,4 +1,4 @@
-"""A draft under construction: one tree per sequence, grown node by node, then laid flat."""
+"""A draft under construction: one tree per sequence, grown node by node, then flattened."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Forest:
         return len(self.tokens[i]) - 1
 
     def keep(self, i: int, nodes: Sequence[int]) -> None:
-        """Forget all nodes of sequence i but `nodes`, in ascending order, with every node's parent among them."""
+        """Keep only `nodes` of sequence i, in ascending order; every node's parent must be among them."""
         new = {-1: -1} | {k: n for n, k in enumerate(nodes)}
         self.parent[i] = [new[self.parent[i][k]] for k in nodes]
         self.tokens[i] = [self.tokens[i][k] for k in nodes]
@@ -49,7 +49,7 @@ class Forest:
         return () if node < 0 else self.paths[i][node]
 
     def add_distributions(self, probs: Float[Tensor, "r V"], sound: bool = False) -> int:
-        """Keep the distributions that nodes were drawn from; the number of the first one. sound: as in `Proposal`, seen by the
+        """Store distributions that nodes were drawn from; returns the number of the first. sound: as in `Proposal`, checked by the
         caller."""
         first = self._rows
         self._distributions.append(probs)

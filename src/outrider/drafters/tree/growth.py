@@ -1,7 +1,7 @@
-"""How trees grow from logits, whatever gives the logits: level by level in a fixed shape, or best node first.
+"""How trees grow from logits of any source: level by level in a fixed shape, or best node first.
 
-A drafter hands over the logits below the anchor of every live sequence and a function that gives the logits below any nodes;
-what is drawn, from which distribution, with which noise, and what is declared, is decided here alone.
+A drafter passes the logits after the anchor of every live sequence and a function that gives the logits after any nodes. This
+module alone decides what is drawn, from which distribution, with which noise, and what is declared.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SAMPLES: tuple[Sample, ...] = ("sampled", "greedy", "coupled")
 SIBLINGS: tuple[Siblings, ...] = get_args(Siblings)
 DRAWS = {"iid": draws.inverse_cdf, "without_replacement": draws.without_replacement, "hub": draws.hub_pairs}
 NextLogits = Callable[[list[tuple[int, int]]], Float[Tensor, "n W"]]
-"""Logits below nodes (sequence, node), all of one depth and grouped by sequence; called once per level."""
+"""Logits after nodes (sequence, node), all of one depth and grouped by sequence; called once per level."""
 
 
 @runtime_checkable
 class _Params(Protocol):
-    """What is read of a request's sampling parameters."""
+    """The sampling parameters that are read."""
 
     @property
     def greedy(self) -> bool: ...
@@ -43,8 +43,8 @@ class _Params(Protocol):
 
 @runtime_checkable
 class Growth(Protocol):
-    """depth, nodes: of the largest tree. max_expanded_nodes: most nodes of a sequence in the forest on the way there. trees:
-    whether nodes may be siblings. siblings: how they are drawn."""
+    """depth, nodes: of the largest tree. max_expanded_nodes: most nodes of a sequence in the forest while it grows. trees: whether
+    nodes may be siblings. siblings: how they are drawn."""
 
     siblings: Siblings
 
@@ -67,7 +67,7 @@ class Growth(Protocol):
     ) -> None:
         """Add to `forest` a tree of at most depths[i] levels for each sequence i with depths[i] > 0.
 
-        logits: what is below the anchor of each of those, in order.
+        logits: after the anchor of each of those, in order.
         """
         ...
 
@@ -76,7 +76,7 @@ class Growth(Protocol):
 class _Level:
     """One level about to be drawn: `frontier[e]` = (sequence, node, state of the shape) whose children row e of the logits decides.
 
-    width: most children of any node of the shape, so that a node's noise does not depend on its neighbours.
+    width: most children of any node of the shape, so that a node's noise does not depend on other nodes.
     kinds[i]: how the nodes of sequence i are chosen, see `Levels._kind`.
     """
 
@@ -87,7 +87,7 @@ class _Level:
     kinds: list[str]
 
     def uniforms(self, rows: Sequence[int]) -> list[list[float]]:
-        """The uniforms of the children of the ends `rows`; siblings and cousins differ by their index in the level."""
+        """The uniforms of the children of frontier entries `rows`; siblings and cousins differ by their index in the level."""
         first: dict[int, int] = {}
         ordinal = [e - first.setdefault(i, e) for e, (i, _, _) in enumerate(self.frontier)]
         noise, w = self.evidence.noise, self.width
@@ -97,7 +97,7 @@ class _Level:
         ]
 
     def exponentials(self, rows: Sequence[int], vocab_size: int, device: torch.device) -> Float[Tensor, "r V"]:
-        """The race noise of the position below each of the ends `rows`; cousins share it, as the target will."""
+        """The race noise of the position after each frontier entry of `rows`; cousins share it, as in the target's draw."""
         own = {
             i: self.evidence.noise.exponential(i, self.depth, vocab_size, device)
             for i in {self.frontier[e][0] for e in rows}
@@ -108,14 +108,14 @@ class _Level:
 class Levels:
     """Trees of a fixed shape, level by level.
 
-    shape:      who gets how many children. vocab_size: the target's.
-    sample:     "sampled": from the request's own distribution on the logits (noise lane `draft`). "greedy": the most likely tokens,
+    shape:      the number of children of each node. vocab_size: the target's.
+    sample:     "sampled": from the request's processed distribution (noise lane `draft`). "greedy": the most likely tokens,
                 as point masses. "coupled": by the exponential race of lane `gumbel`, for the rule `match` (with another rule
                 the drafts of two steps would share noise); siblings are drawn without replacement.
     siblings:   how several children of a node are drawn: "iid", "without_replacement", or "hub" (pairs only).
 
-    At temperature 0 the draft is greedy whatever `sample` says: point masses, no distribution computed. Otherwise the proposal's
-    distributions are the very rows the tokens were drawn from. A node's draws never depend on the batch around it.
+    At temperature 0 the draft is greedy for any `sample`: point masses, no distribution computed. Otherwise the proposal's
+    distributions are the very rows the tokens were drawn from. A node's draws never depend on the rest of the batch.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Levels:
             logits = follow([(i, k) for i, k, _ in frontier])
 
     def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int, int]]:
-        """Choose the children of every end and add them to the forest; the new (sequence, node, state) triples."""
+        """Choose the children of every frontier node and add them to the forest; returns new (sequence, node, state) triples."""
         views = level.evidence.sequences
         groups: list[tuple[str, list[int], Tensor, Pending[draws.Drawn]]] = []
         for kind in sorted({level.kinds[i] for i, _, _ in level.frontier}):
@@ -177,7 +177,7 @@ class Levels:
             for j, (e, chosen) in enumerate(zip(rows, drawn.tokens, strict=True)):
                 i, up, state = level.frontier[e]
                 row = first + j if kind == "drawn" else POINT_MASS
-                tokens = chosen[: self.shape.children(state)]  # as many as were decided before any was drawn
+                tokens = chosen[: self.shape.children(state)]  # their number was decided before any was drawn
                 after = self.shape.states(state, tokens)
                 new += [(i, forest.add(i, up, t, row), s) for t, s in zip(tokens, after, strict=True)]
         return new
@@ -199,12 +199,12 @@ class Levels:
 
 
 class BestFirst:
-    """The tree of the most promising nodes, found anew in every step (EAGLE-2: Li et al. 2024, section 4).
+    """The tree of the most probable nodes, rebuilt in every step (EAGLE-2: Li et al. 2024, section 4).
 
-    The value of a node is the product of the draft's probabilities on its path, its chance to be accepted as the draft sees
-    it. Level by level the `width` best nodes are expanded by their `width` most likely children; of all children the
-    `nodes` best are kept. A child is never worth more than its parent, so the kept ones are a tree. All are point masses:
-    which nodes stand there depends on the logits alone.
+    The value of a node is the product of the draft's probabilities on its path, an estimate of its acceptance. Level by level
+    the `width` best nodes are expanded by their `width` most likely children; of all children the `nodes` best are kept. A
+    child's value never exceeds its parent's, so the kept nodes form a tree. All are point masses: the choice of nodes depends
+    on the logits alone.
     """
 
     siblings: Siblings = "iid"
@@ -226,13 +226,13 @@ class BestFirst:
         logits: Float[Tensor, "n W"],
         follow: NextLogits,
     ) -> None:
-        """See `Growth.grow`. The forest grows by every node that is looked at and is pruned at the end."""
+        """See `Growth.grow`. The forest grows by every expanded node and is pruned at the end."""
         live = [i for i, d in enumerate(depths) if d]
         expanding = [(i, -1) for i in live]
         value: dict[int, list[float]] = {i: [] for i in live}
         for depth in range(1, self.depth + 1):
             fresh = self._expand(evidence, forest, value, expanding, to_vocabulary(logits, self.vocab_size))
-            # what is not among the best so far never will be, nor will anything below it
+            # a node that is not among the best so far never will be, and neither will its descendants
             frontier = [n for i in live if depths[i] > depth for n in self._frontier(i, fresh.get(i, []), value[i])]
             if not frontier:
                 break
@@ -248,7 +248,7 @@ class BestFirst:
         frontier: list[tuple[int, int]],
         logits: Float[Tensor, "n V"],
     ) -> dict[int, list[int]]:
-        """Add the most likely children of every end; the new nodes of each sequence."""
+        """Add the most likely children of every frontier node; returns the new nodes of each sequence."""
         views = evidence.sequences
         edits = [cast(_Params, views[i].params).edits for i, _ in frontier]
         if any(edits):
@@ -268,18 +268,18 @@ class BestFirst:
         return fresh
 
     def _frontier(self, i: int, fresh: list[int], value: list[float]) -> list[tuple[int, int]]:
-        """The nodes of the newest level that are worth looking below: its `width` best, if the whole tree has room for them."""
+        """The nodes of the newest level to expand: its `width` best, of those among the tree's best nodes."""
         kept = set(self._best(value))
         best = sorted((k for k in fresh if k in kept), key=lambda k: -value[k])[: self.width]
         return [(i, k) for k in sorted(best)]
 
     def _best(self, value: list[float]) -> list[int]:
-        """The `nodes` most valuable nodes; of equals the one that was found first, so that parents come before children."""
+        """The `nodes` most valuable nodes; ties go to the one found first, so that parents come before children."""
         return sorted(range(len(value)), key=lambda k: (-value[k], k))[: self.nodes]
 
 
 def level_logits(logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> NextLogits:
-    """What is below nodes when a level has one distribution whatever path leads to it: heads, and the slots of a block.
+    """The `NextLogits` of drafters with one distribution per level, for every path: heads, and the slots of a block.
 
     logits[d, j]: of level d + 1 for the j-th sequence i with depths[i] > 0.
     """
@@ -293,7 +293,7 @@ def level_logits(logits: Float[Tensor, "levels n W"], depths: Sequence[int], for
 
 
 def to_vocabulary(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:
-    """Logits over the target's vocabulary: a draft's padding cut off, or its missing tokens without mass."""
+    """Logits over the target's vocabulary: extra columns are cut off, missing tokens get no mass."""
     missing = vocab_size - logits.shape[-1]
     if missing == 0:
         return logits

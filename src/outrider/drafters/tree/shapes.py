@@ -1,8 +1,8 @@
-"""The shapes of draft trees: who gets how many children, decided before any of them is drawn.
+"""The shapes of draft trees: the number of children of each node, decided before any of them is drawn.
 
-A shape is a small automaton. Every end of the growing tree is in a state; a state says how many children are drawn below it,
-and, once their tokens are known, in which state each child goes on. Widths never depend on tokens that are drawn later, so the
-draws stay honest (a proposal distribution may be declared for every node); see contract 2 in docs/step.md.
+A shape is a small automaton. Every leaf of the growing tree has a state; the state gives the number of children drawn below it
+and, once their tokens are known, the state of each child. Widths never depend on tokens that are drawn later, so a proposal
+distribution may be declared for every node; see contract 2 in docs/step.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 from outrider.errors import ConfigError
 
 MAX_NODES = 4096
-"""More nodes than this are refused: a mistyped shape should say so instead of eating the memory."""
+"""Trees with more nodes are refused: a mistyped shape should give an error instead of filling the memory."""
 
 
 @runtime_checkable
@@ -45,10 +45,10 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Static:
-    """One fixed tree. parent[k]: the node above node k, or -1; siblings stand in draw order, so rank is place among them.
+    """One fixed tree. parent[k]: the node above node k, or -1; siblings are in draw order, so the rank is the index among them.
 
-    The state of a node is its number + 1, of the anchor 0; below: the children of every state. Raises ConfigError for parents
-    that do not come first.
+    The state of a node is its number + 1, that of the anchor 0. below: the children of every state. Raises ConfigError if a parent
+    does not precede its children.
     """
 
     parent: tuple[int, ...]
@@ -110,9 +110,9 @@ def levels(widths: Sequence[int]) -> Static:
 class MergedDrafts:
     """`drafts` sequences drawn i.i.d. from the draft model, merged where they agree (Miao et al. 2023).
 
-    A node that j sequences pass through has j children, i.i.d.; of children with the same token the first goes on with the
-    multiplicity of all, the others stay as leaves: their coins have to be tossed, for the residual to be right. So every draft
-    that still agrees with the accepted text is tried at every depth. The state is the number of sequences, 0 for a leaf.
+    A node that j sequences pass through has j children, i.i.d.; of children with the same token the first continues with the
+    multiplicity of all, the others stay as leaves: their coins must be tossed for the residual to be right. So every draft that
+    still agrees with the accepted text is tested at every depth. The state is the number of sequences, 0 for a leaf.
     """
 
     drafts: int
@@ -148,7 +148,7 @@ class MergedDrafts:
 
 @dataclass(order=True)
 class _Place:
-    """A place where a node may be put: the chance that it is reached and accepted, largest first."""
+    """A candidate position for a node, ordered by the probability that it is reached and accepted, largest first."""
 
     chance: float
     parent: int = field(compare=False)
@@ -160,8 +160,8 @@ def best_tree(acceptance: Sequence[float], nodes: int, depth: int) -> Static:
     """The tree of `nodes` nodes with the most accepted tokens, if a child of rank r is accepted with probability acceptance[r].
 
     acceptance[r]: probability that the child of rank r is the accepted one, given that its parent is; not increasing, sum at
-    most one. depth: most levels. The value of a node is the product of the acceptances on its path, the same wherever it
-    stands, so the best tree is the `nodes` most valuable paths: what Sequoia's dynamic program finds (Chen et al. 2024).
+    most one. depth: most levels. The value of a node is the product of the acceptances on its path, independent of the rest
+    of the tree, so the best tree is the `nodes` most valuable paths, as found by Sequoia's dynamic program (Chen et al. 2024).
     """
     ranks = [float(a) for a in acceptance]
     if not ranks or any(not 0.0 <= a <= 1.0 for a in ranks) or sum(ranks) > 1.0 + 1e-9:

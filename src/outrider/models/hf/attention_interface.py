@@ -1,9 +1,9 @@
-"""The seam path: flat rows through an unmodified Hugging Face model by a registered attention function.
+"""The path over transformers' attention interface: flat rows through an unmodified model by a registered attention function.
 
-`AttentionInterface` of transformers lets a model's attention be any registered function, and hands it the extra keyword
+`AttentionInterface` of transformers lets a model's attention be any registered function, and passes it the extra keyword
 arguments of `model(...)`. So the model is called once with all rows of a step as one "sequence" of N tokens, and the
 function below writes keys and values to our cache and attends segment by segment. An implementation without a mask
-function gets no mask at all (`masking_utils._preprocess_mask_arguments`): nobody else decides what a row sees.
+function gets no mask at all (`masking_utils._preprocess_mask_arguments`), so only this code decides what a row sees.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ATTEND = "outrider"
 
 @dataclass(slots=True)
 class _Step:
-    """One forward as the attention function needs it. Masks are made once, for all layers with the same window."""
+    """The data of one forward for the attention function. Masks are made once, for all layers with the same window."""
 
     rows: Rows
     kv: ContiguousKV
@@ -62,7 +62,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 N h E"], None]:
-    """The registered attention function: write rows behind their slot's tokens, then attend per segment."""
+    """The registered attention function: write rows after their slot's tokens, then attend per segment."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv, layer, window = outrider.kv, int(module.layer_idx), sliding_window or 0  # type: ignore[arg-type]
     groups, key_size, value_size = key.shape[1], key.shape[-1], value.shape[-1]
@@ -104,7 +104,7 @@ class AttentionInterfacePath:
     name, trees, rewinds = "seam", True, True
 
     def __init__(self, model: PreTrainedModel, probe: Sequence[int], bend: Bend | None) -> None:
-        """Raises AttentionInterfaceUnsupported, or whatever the model raises when it is called in a way it was not made for."""
+        """Raises AttentionInterfaceUnsupported, or any error of a model that does not support this kind of call."""
         self.model = model
         config = model.config.get_text_config(decoder=True)
         calls = listen(model, probe, range(len(probe)))
@@ -140,7 +140,7 @@ class AttentionInterfacePath:
         return logits, heard.states()
 
     def run_until(self, rows: Rows, kv: KVCache, taps: HiddenStateHooks) -> tuple[Float[Tensor, "N H"], ...]:
-        """The states of `taps`; nothing behind the deepest of them is computed."""
+        """The states of `taps`; nothing after the deepest of them is computed."""
         with taps.listen() as heard, taps.stop(), suppress(StopForward):
             self._call(rows, kv)
         return heard.states()

@@ -1,8 +1,8 @@
-"""Paths for Hugging Face models off the attention interface: one call per sequence, chains only.
+"""Paths for Hugging Face models without the attention interface: one call per sequence, chains only.
 
-`CachePath` keeps transformers' own cache for every slot and crops what was rejected. `RecurrentPath` does so for states
-that cannot be cropped (Mamba and its hybrids): it decodes, and refuses drafts. `RecomputePath` keeps no state and feeds
-the whole sequence every time, for models without a cache that grows.
+`CachePath` keeps transformers' own cache for every slot and crops rejected tokens. `RecurrentPath` is for states that cannot
+be cropped (Mamba and its hybrids): it decodes, and refuses drafts. `RecomputePath` keeps no state and feeds the whole
+sequence every time, for models without a growing cache.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from outrider.types import Rows, Segment
 
 
 class SlotCaches:
-    """One state of the model per slot (a cache of transformers, mostly), or its tokens where there is none.
+    """One state of the model per slot (usually a cache of transformers), or its tokens if there is none.
 
-    length: committed tokens of every slot. fed: tokens its state has seen; the next forward crops what was not kept.
+    length: committed tokens of every slot. fed: tokens its state has seen; the next forward crops rejected ones.
     """
 
     def __init__(self, slots: int, capacity: int, rewinds: bool) -> None:
@@ -64,7 +64,7 @@ class SlotCaches:
             self.tokens[slot] = []
 
     def erase(self, slot: int) -> None:
-        """Nothing is shared between slots here: forgetting is enough."""
+        """Slots share nothing here: dropping the state is enough."""
         self.release([slot])
 
 
@@ -74,7 +74,7 @@ def _caches(kv: KVCache) -> SlotCaches:
 
 
 class _Scored:
-    """Collects the logits of a step's scored rows, which come call by call, and puts them in the step's order."""
+    """Collects the logits of a step's scored rows call by call, in the step's order."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows, self.wanted = rows, sorted(rows.scored.tolist())
@@ -86,7 +86,7 @@ class _Scored:
         return torch.tensor([row - first + shift for row in mine], dtype=torch.int64, device=self.rows.token.device)
 
     def logits(self) -> Float[Tensor, "M V"]:
-        """Segments come in the order of their rows, so what was collected is sorted by row."""
+        """Segments come in the order of their rows, so the collected logits are sorted by row."""
         return torch.cat(self.parts)[torch.argsort(torch.argsort(self.rows.scored))]
 
 
@@ -131,7 +131,7 @@ class CachePath:
     def _at(self, held: SlotCaches, slot: int, length: int) -> Any:
         """The slot's state, of exactly its first `length` tokens."""
         if held.state[slot] is None or not length:
-            held.state[slot] = None  # nothing of an abandoned text stays, whatever the model raises
+            held.state[slot] = None  # nothing of an abandoned text stays if the model raises
             return self.handover.fresh()
         if held.fed[slot] != length:
             held.state[slot].crop(length - held.fed[slot])
@@ -140,10 +140,10 @@ class CachePath:
 
 
 class BentPath(CachePath):
-    """A cache whose keys are all turned anew when the text grows beyond `limit` tokens (long-range rotary scaling).
+    """A cache whose keys must all be rotated again when the text grows beyond `limit` tokens (long-range rotary scaling).
 
-    Rows up to there are those of a shorter text, rows beyond those of a longer one: a cache serves one of the two, and is
-    made again from the text when a step, or a rejection, crosses the limit.
+    Rows of a text up to the limit differ from rows of a longer text: a cache holds one of the two kinds, and is rebuilt from
+    the text when a step, or a rejection, crosses the limit.
     """
 
     def __init__(self, model: PreTrainedModel, handover: Handover, limit: int) -> None:
@@ -173,7 +173,7 @@ class BentPath(CachePath):
 
 
 class RecurrentPath(CachePath):
-    """States that cannot be cropped: plain decoding only. Later pieces go token by token if the model wants it so."""
+    """States that cannot be cropped: plain decoding only. Later pieces go token by token if the model needs it."""
 
     name, trees, rewinds = "recurrent", False, False
 
@@ -198,7 +198,7 @@ class RecurrentPath(CachePath):
 
 
 class RecomputePath:
-    """No state: every call sees the whole sequence again. Slow, and right for anything that maps tokens to logits."""
+    """No state: every call sees the whole sequence again. Slow, but correct for any model from tokens to logits."""
 
     name, trees, rewinds = "recompute", False, True
 

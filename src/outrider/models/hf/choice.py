@@ -1,5 +1,5 @@
-"""Which way of driving a Hugging Face model is taken: the first that gives the plain model's logits on a short text, played
-through as the engine would, with a wrong draft token in between."""
+"""Chooses how a Hugging Face model is driven: the first path that gives the plain model's logits on a short text, in the engine's
+way of calling it, with a wrong draft token in between."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PLAIN: Plan = ((4, 0, False), (3, 0, False), (1, 0, False)), [3, 6, 7]
 def choose(
     model: PreTrainedModel, token: Sequence[int], reference: Float[Tensor, "P V"], length: int
 ) -> tuple[Drive, dict[str, str]]:
-    """The best path for texts of up to `length` tokens (0: not known), and what ruled out each better one.
+    """The best path for texts of up to `length` tokens (0: not known), and the reason against each better one.
 
     reference: logits of `token`.
     """
@@ -70,7 +70,7 @@ def choose(
         if trial.path is not None:
             return trial.path, why
         why[name] = trial.fault
-    # token by token is right wherever states are; pieces are quicker, and some models forget their state over them
+    # token by token is correct for every state; pieces are faster, but some models lose their state with them
     try:
         way = handover(lambda: None, lambda: DynamicCache(config=model.config))
     except CapabilityError as failure:
@@ -84,7 +84,7 @@ def choose(
 
 
 def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:
-    """What the path costs the user of this model, why it was taken, and what to do: a sentence each, none for the fastest."""
+    """The cost of the path, its reason and the remedy, as sentences for the user; none for the fastest path."""
     if isinstance(path, RecomputePath):
         return (
             f"{model} runs on transformers by recomputing the whole text at every step, whose time grows with its length, because "
@@ -106,7 +106,7 @@ def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:
 
 
 def handover_of(model: PreTrainedModel) -> Handover:
-    """How this model hands on a cache of any number of tokens; CapabilityError if it has none."""
+    """How this model passes on a cache of any number of tokens; CapabilityError if it has none."""
     token = list(range(1, 9))
     with torch.no_grad():
         reference = model(input_ids=torch.tensor([token], device=model.device)).logits[0]
@@ -122,13 +122,13 @@ def _bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend | N
         return find_bend(model, token, length)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # off the attention interface a model may raise anything: then its positions are its own affair
+    except Exception:  # without the attention interface a model may raise anything: then it handles positions itself
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class PathProbe:
-    """A path and its error if the rehearsal went well; otherwise no path, and what went wrong in a few words."""
+    """A path and its deviation if the rehearsal succeeded; otherwise no path, and the reason in a few words."""
 
     path: Drive | None
     error: float
@@ -151,7 +151,7 @@ def rehearse(
         raise
     except (AttentionInterfaceUnsupported, CapabilityError) as reason:
         return PathProbe(None, float("inf"), brief(reason))
-    except Exception as failure:  # a model called as it was not made for may raise anything: not its way
+    except Exception as failure:  # a model may raise anything for an unsupported kind of call: this path does not fit
         return PathProbe(None, float("inf"), f"it fails when driven that way ({brief(failure)})")
     if error > limit:
         return PathProbe(None, error, f"its logits differ by {error:.1e} of their spread")

@@ -1,4 +1,4 @@
-"""A small language model with fresh weights, in the format that every loader of ours reads, and a tokenizer made for a corpus."""
+"""A small language model with new weights, in the format that Outrider's loaders read, and a tokenizer made for a corpus."""
 
 from __future__ import annotations
 

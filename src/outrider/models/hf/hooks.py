@@ -1,7 +1,7 @@
-"""Where a Hugging Face model's hidden states come out, and how to enter it again behind its last block.
+"""Captures a Hugging Face model's hidden states, and runs the part of it after its last block.
 
-Both are found by watching one call, not by the names of a family: the blocks are the module list that is as long as the
-model has layers, and the tail is whatever the blocks' owner calls after the last of them.
+Both are found by observing one call, not by the names of a family: the blocks are the module list with as many entries as
+the model has layers, and the tail is everything that the blocks' owner calls after the last of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def find_blocks(model: PreTrainedModel, layers: int) -> tuple[nn.Module, nn.Modu
 
 
 class StopForward(Exception):
-    """Nothing more of this call is needed; never reaches the user."""
+    """Ends a call whose rest is not needed; never reaches the user."""
 
 
 def _state(value: Any) -> Tensor:
@@ -40,7 +40,7 @@ def _state(value: Any) -> Tensor:
 
 @dataclass(slots=True)
 class RecordedStates:
-    """Hidden states heard during one or more calls, per tap."""
+    """Hidden states recorded during one or more calls, per tap."""
 
     layers: tuple[int, ...]
     parts: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -49,12 +49,12 @@ class RecordedStates:
         self.parts.setdefault(layer, []).append(state[0])
 
     def keep(self, count: int) -> None:
-        """Of the newest call, only the last `count` rows are of this step; those before were fed again."""
+        """Keep only the last `count` rows of the newest call: those before were fed again."""
         for parts in self.parts.values():
             parts[-1] = parts[-1][-count:]
 
     def states(self) -> tuple[Float[Tensor, "N H"], ...]:
-        """One tensor per layer asked for: the rows of all calls, in order."""
+        """One tensor per requested layer: the rows of all calls, in order."""
         return tuple(torch.cat(self.parts[i]) if len(self.parts[i]) > 1 else self.parts[i][0] for i in self.layers)
 
 
@@ -82,7 +82,7 @@ class HiddenStateHooks:
 
     @contextmanager
     def stop(self) -> Iterator[None]:
-        """Raise `StopForward` inside the model as soon as the deepest of `layers` is computed; enter it after `listen`."""
+        """Context that raises `StopForward` in the model once the deepest of `layers` is computed; enter it after `listen`."""
         assert self.blocks is not None
 
         def enough(*_: Any) -> None:
@@ -107,7 +107,7 @@ class HiddenStateHooks:
 
 @dataclass
 class _Decoded(ModelOutput):
-    """What a decoder returns, for any family's head to read: the last state. All else a head passes on is None."""
+    """A decoder's output for the head of any family: the last state. Everything else that a head passes on is None."""
 
     last_hidden_state: Tensor | None = None
 
@@ -117,7 +117,7 @@ class _Decoded(ModelOutput):
 
 
 def steps_after(owner: nn.Module, blocks: nn.ModuleList) -> tuple[list[nn.Module], ExitStack]:
-    """Watch a call: the list returned fills with the children of `owner` that run after the last block."""
+    """Observe a call: the returned list is filled with the children of `owner` that run after the last block."""
     steps: list[nn.Module] = []
     hooks = ExitStack()
     hooks.callback(blocks[-1].register_forward_hook(lambda *_: steps.clear()).remove)
@@ -128,7 +128,7 @@ def steps_after(owner: nn.Module, blocks: nn.ModuleList) -> tuple[list[nn.Module
 
 
 def head_only_model(model: PreTrainedModel, owner: nn.Module, steps: Sequence[nn.Module]) -> PreTrainedModel:
-    """The model without its blocks: what `owner` is given as `inputs_embeds` goes through `steps` and on to the head.
+    """The model without its blocks: `inputs_embeds` of `owner` go through `steps` and then to the head.
 
     The same head, scaling and caps on logits, by the family's own code; all weights are shared with `model`.
     """
@@ -143,7 +143,7 @@ def head_only_model(model: PreTrainedModel, owner: nn.Module, steps: Sequence[nn
     path = next(name for name, module in model.named_modules() if module is owner).split(".")
     for depth in range(
         len(path) - 1, -1, -1
-    ):  # shallow copies from the owner up to the model, so that it stays as it is
+    ):  # shallow copies from the owner up to the model, so that the original is not changed
         outer = copy.copy(model.get_submodule(".".join(path[:depth])))
         outer._modules = {**outer._modules, path[depth]: part}
         part = outer

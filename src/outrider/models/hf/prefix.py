@@ -1,4 +1,4 @@
-"""The first blocks of a Hugging Face model with its norm and head: the model's own code, stopped on the way."""
+"""The first blocks of a Hugging Face model with its norm and head: the model's own code, stopped after those blocks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a Hugging Face model asks of its attention, heard by an attention that computes nothing.
+"""Finds what a Hugging Face model requires of its attention, by an attention function that only records its arguments.
 
-Two things are found so: whether all layers attend through transformers' `AttentionInterface` and in which way, and
-whether the rotary frequencies of a call depend on its longest position (dynamic and long-range scaling), which no row
-may do that shares a call, or a cache, with others.
+It shows whether all layers attend through transformers' `AttentionInterface`, and how, and whether the rotary frequencies of
+a call depend on its longest position (dynamic and long-range scaling), which is not allowed for rows that share a call, or a
+cache, with others.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 _RECORD = "outrider_record"
 _OBEYED = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"})
-"""What our attention makes use of."""
+"""Arguments that our attention uses."""
 _HARMLESS = frozenset({"outrider", "position_ids", "use_cache", "return_dict", "output_router_logits"})
-"""What changes nothing that is attended to. All else that is not empty must be our own positions under another name."""
+"""Arguments that do not change what is attended to. All other non-empty ones must be our positions under another name."""
 
 
 class AttentionInterfaceUnsupported(Exception):
@@ -29,12 +29,12 @@ class AttentionInterfaceUnsupported(Exception):
 
 
 class _Heard(Exception):
-    """The layer asked for was heard: the rest of the call is not needed. Never reaches the user."""
+    """Ends a call when the requested layer was recorded; never reaches the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one attention layer asked for. unknown: keyword arguments that change what is attended to in ways unknown to us."""
+    """The arguments of one attention layer. unknown: keyword arguments that may change what is attended to."""
 
     layer: int
     groups: int
@@ -60,7 +60,7 @@ class _Listener:
 
 
 def _inert(value: Any, position: Tensor) -> bool:
-    """None, False, zero, nothing, or the positions of the rows again: an argument that asks for nothing."""
+    """Whether an argument has no effect: None, False, zero, empty, or the positions of the rows again."""
     if isinstance(value, Tensor):
         return value.numel() == position.numel() and bool((value.flatten() == position).all())
     return value is None or (isinstance(value, bool | int | float | str | tuple | list | dict) and not value)
@@ -69,7 +69,7 @@ def _inert(value: Any, position: Tensor) -> bool:
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The registered attention that only listens."""
+    """The registered attention function that only records."""
     listener: _Listener | None = kwargs.get("outrider")
     if listener is None:
         raise AttentionInterfaceUnsupported("it does not hand keyword arguments on to its attention")
@@ -91,12 +91,12 @@ AttentionInterface.register(_RECORD, _record)
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that say how the model's parts attend, each once. It visits every module: not for every step."""
+    """The configurations that set the attention of the model's parts, each once. It visits every module: not for every step."""
     return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
 
 
 def attention_of(model: PreTrainedModel, implementation: str) -> AbstractContextManager[None]:
-    """The model uses another attention inside, its own again afterwards: outside this block it stays as it was."""
+    """Context in which the model uses another attention; afterwards it has its own again."""
     return attention_in(configs_of(model), implementation)
 
 
@@ -117,7 +117,7 @@ def attention_in(configs: Sequence[PreTrainedConfig], implementation: str) -> It
 def listen(
     model: PreTrainedModel, token: Sequence[int], position: Sequence[int], last: int | None = None
 ) -> list[Call]:
-    """What every layer asks for, in the order of the calls, when the model reads `token` at `position`; the first `last` only."""
+    """The arguments of every layer, in call order, when the model reads `token` at `position`; only the first `last` layers."""
     at = torch.tensor(list(position), device=model.device)
     heard = _Listener(at, last)
     with attention_of(model, _RECORD), suppress(_Heard):
@@ -140,7 +140,7 @@ class Bend:
 
 
 def find_bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend | None:
-    """Where rows at the start of a text turn differently because a call has a row further on, up to `length` tokens.
+    """Where rows at the start of a text are rotated differently because a call has a row further on, up to `length` tokens.
 
     None: nowhere, or the model does not attend through the interface.
     """
@@ -152,7 +152,7 @@ def find_bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend
 
     if length <= n + 1:
         return None
-    far, near = queries(length), queries(n + 1)  # near ones last: some models keep what the longest call made them use
+    far, near = queries(length), queries(n + 1)  # near ones last: some models keep the frequencies of the longest call
     if len(far) != len(near):
         return None
     changed = next((i for i, (a, b) in enumerate(zip(far, near, strict=True)) if not _alike(a, b)), None)
@@ -172,6 +172,6 @@ def find_bend(model: PreTrainedModel, token: Sequence[int], length: int) -> Bend
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding: experts may be given the last row too, or not."""
+    """Equal up to rounding: the last row may change the batches of experts."""
     limit = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.03
     return float((a - b).abs().max()) <= limit * float(b.abs().max().clamp(min=1e-12))

@@ -1,9 +1,9 @@
-"""How a Hugging Face model hands its state from one call to the next, found by calling it.
+"""How a Hugging Face model passes its state from one call to the next, found by calling it.
 
-Releases of transformers, and models of other people, call the state by different names (`past_key_values`,
-`cache_params`, `state`, since 5.24 `cache`), and a name that a model does not know is swallowed without a word by its
-`**kwargs`. So no name is believed: a model is called once, what it returns is fed back, and the argument and the field
-are those with which a call of one further token gives the logits of the whole text.
+Releases of transformers, and other models, use different names for the state (`past_key_values`, `cache_params`, `state`,
+since 5.24 `cache`), and a model's `**kwargs` accept an unknown name without an error. So no name is trusted: a model is
+called once, its output is fed back, and the right argument and field are those with which a call of one further token
+gives the logits of the whole text.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _PLAIN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """One way of giving a model its state and of getting it back.
+    """One way of passing a model its state and getting it back.
 
-    argument: of forward, takes the state. returned: field of the output that gives it back. fresh: makes the first state
-    (None: the model does). extra: what else a call needs. rows: forward computes the logits of named rows alone.
-    positions: forward is told where its tokens stand, as `generate` tells it; some models count from 0 in every call.
+    argument: of forward, takes the state. returned: field of the output with the state. fresh: makes the first state
+    (None: the model does). extra: other arguments of a call. rows: forward can compute the logits of given rows alone.
+    positions: forward is passed the tokens' positions, as by `generate`; some models count from 0 in every call.
     """
 
     argument: str
@@ -48,7 +48,7 @@ class Handover:
     def call(
         self, model: PreTrainedModel, token: Tensor, state: Any, scored: Tensor, at: int = 0
     ) -> tuple[Float[Tensor, "s V"], Any]:
-        """Logits of the rows `scored` of `token` [n], and the state behind them. `state` None: the model makes the first.
+        """Logits of the rows `scored` of `token` [n], and the state after them. `state` None: the model makes the first.
 
         at: tokens that `state` has seen.
         """
@@ -60,25 +60,25 @@ class Handover:
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:
-    """Whether the model's forward names this argument (one that falls into its `**kwargs` may be forgotten there)."""
+    """Whether the model's forward names this argument (one that goes into its `**kwargs` may be ignored there)."""
     return name in inspect.signature(model.forward).parameters
 
 
 def keeping(model: PreTrainedModel, state: bool) -> dict[str, bool]:
-    """What tells the model to return a state, or to make none."""
+    """The arguments that make the model return a state, or none."""
     known = inspect.signature(model.forward).parameters.values()
     takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in known)
     return {"use_cache": state} if takes else {}
 
 
 def named_rows(scored: Tensor | None) -> dict[str, Tensor]:
-    """What tells the model to compute the logits of these rows alone, where it can (`scores_rows`); None: of all."""
+    """The arguments to compute the logits of these rows alone, if it can (`scores_rows`); None: of all."""
     return {} if scored is None else {_ROWS: scored}
 
 
 @torch.no_grad()
 def scores_rows(model: PreTrainedModel, token: Sequence[int]) -> bool:
-    """Whether forward computes the logits of the rows it is asked for, in the order asked, and of no others."""
+    """Whether forward computes exactly the logits of the requested rows, in the requested order."""
     if not accepts(model, _ROWS) or len(token) < 3:
         return False
     inputs = torch.tensor([list(token)], device=model.device)
@@ -90,8 +90,8 @@ def scores_rows(model: PreTrainedModel, token: Sequence[int]) -> bool:
 
 
 def croppable() -> Cache:
-    """A cache for any number of layers of keys and values. Without the model's configuration no layer forgets what left
-    its window, so that every layer can be cropped."""
+    """A cache for any number of layers of keys and values. Without the model's configuration no layer drops rows outside its
+    window, so that every layer can be cropped."""
     return DynamicCache()
 
 
@@ -102,10 +102,10 @@ def find_handover(
     agrees: Callable[[Tensor, int], bool],
     makers: Sequence[Callable[[], Any]],
 ) -> Handover:
-    """The way in which states made by one of `makers` (tried in order; one that returns None leaves it to the model) go
-    through this model. agrees(logits [1, V], at): whether these are the logits of row `at` of `token`.
+    """The way to pass states made by one of `makers` (tried in order; None leaves it to the model) through this model.
+    agrees(logits [1, V], at): whether these are the logits of row `at` of `token`.
 
-    Raises CapabilityError, with what the last attempt came to, where the model keeps no state.
+    Raises CapabilityError, with the reason of the last attempt, if the model keeps no state.
     """
     extra, rows, fault = keeping(model, True), scores_rows(model, token), "it returns no state that it takes back"
     inputs = torch.tensor(list(token), device=model.device)
@@ -117,7 +117,7 @@ def find_handover(
                 logits, again = way.call(model, inputs[half : half + 1], state, last, half)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as failure:  # an argument that was not made for a state may raise anything
+            except Exception as failure:  # an argument that is not for a state may raise anything
                 fault = f"its {way.argument} takes no state: {brief(failure)}"
                 continue
             if agrees(logits, half) and (again is state or not isinstance(state, Cache)):
@@ -129,7 +129,7 @@ def find_handover(
 def _ways(
     model: PreTrainedModel, inputs: Tensor, maker: Callable[[], Any], extra: dict[str, Any], rows: bool
 ) -> Iterator[Handover]:
-    """Arguments and fields that may be the state's, the likely first."""
+    """Arguments and fields that may be the state's, likely ones first."""
     given = maker()
     arguments = _arguments(model)
     if given is None:
@@ -143,31 +143,31 @@ def _ways(
         given = maker()
         try:
             out = model(input_ids=inputs[None], **{argument: given}, **extra)
-        except Exception:  # not made for a cache; `find_handover` names what the likeliest argument came to
+        except Exception:  # not for a cache; `find_handover` reports the result of the likeliest argument
             continue
         for name in out:
-            if out[name] is given:  # what we handed in came back: the model wrote into it
+            if out[name] is given:  # our object came back: the model wrote into it
                 yield Handover(argument, name, maker, extra, rows)
 
 
 def _placed(model: PreTrainedModel, ways: Iterator[Handover]) -> Iterator[Handover]:
-    """Each way with positions first, where forward takes them: half precision is too coarse to show that they are missing."""
-    told = accepts(model, _POSITIONS)
+    """Each way, first with positions if forward takes them: half precision is too coarse to show that they are missing."""
+    takes_positions = accepts(model, _POSITIONS)
     for way in ways:
-        if told:
+        if takes_positions:
             yield replace(way, positions=True)
         yield way
 
 
 def _arguments(model: PreTrainedModel) -> list[str]:
-    """Optional arguments of forward whose type may be a state's, those first that speak of a cache."""
+    """Optional arguments of forward whose type may be a state's, those named like a cache first."""
     known = inspect.signature(model.forward).parameters.values()
     optional = [p for p in known if p.default is None and not _plain(p.annotation) and p.name not in _NEVER_STATE]
     return [p.name for p in sorted(optional, key=lambda p: "Cache" not in str(p.annotation))]
 
 
 def _plain(annotation: Any) -> bool:
-    """Whether an argument of this type is numbers, words or one tensor, and no state. One without a type may be anything."""
+    """Whether an argument of this type is a number, text or one tensor, and not a state. Without a type it may be anything."""
     if annotation is inspect.Parameter.empty:
         return False
     words = set(

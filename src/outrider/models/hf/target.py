@@ -1,18 +1,18 @@
 """Any Hugging Face causal language model as a target, unmodified.
 
-How a model is driven is found out when it is loaded, by running it, never by the name of its family:
+How a model is driven is determined by running it when it is loaded, never by the name of its family:
 
     path       needs                                          drafts         calls of the model per step
     seam       all attention through transformers' interface  chains, trees  one
     cache      a cache that can be cropped                    chains         one per sequence
-    recurrent  a state that it hands out and takes back       none           one per sequence, or token of later chunks
+    recurrent  a state that it returns and takes back         none           one per sequence, or token of later chunks
     recompute  nothing                                        chains         one per sequence, of its whole length
 
-The first path is taken whose logits agree with the plain model's on a short sequence, fed in pieces with a wrong draft
-token in between (`hf_choice`). With transformers 5.16 to 5.24 that comes to:
+The first path is used whose logits agree with the plain model's on a short sequence, fed in pieces with a wrong draft
+token in between (`models.hf.choice`). With transformers 5.16 to 5.24 the result is:
 
     seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT,
-               GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3, and GPT-J where it attends through the interface
+               GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3, and GPT-J if it attends through the interface
     cache      BLOOM, MPT, Falcon, GPT-Neo, StableLM, Nemotron, Llama 4, Phi-3 beyond its native length
     recurrent  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV
     recompute  the first GPT
@@ -48,17 +48,17 @@ _PROBE = 8
 
 
 def _context(config: Any) -> int | None:
-    """The longest sequence a model was built for, in tokens; None where its configuration names none."""
+    """The longest sequence a model was built for, in tokens; None if its configuration does not say."""
     found = [int(n) for n in (getattr(config, name, None) for name in _LENGTHS) if isinstance(n, int) and n > 0]
     return found[0] if found else None
 
 
 class HFTarget:
-    """Implements `protocols.Target` over a transformers model, which is frozen and put in eval mode but not changed.
+    """Implements `protocols.Target` over a transformers model, which is frozen and set to eval mode but not changed.
 
-    path:    how the model is driven (see the module). why: what ruled out each path before it, by name.
+    path:    how the model is driven (see the module). why: the reason against each path before it, by name.
     trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
-    notices: sentences for the user: why it is not faster (what the chosen path costs), and the remedy.
+    notices: sentences for the user: why it is not faster (the cost of the chosen path), and the remedy.
     layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
 
     Raises ConfigError if the model is not a decoder, cannot hold `max_length` tokens, or fails when it is run.
@@ -72,7 +72,7 @@ class HFTarget:
             raise ConfigError(
                 f"the configuration has a text_config that {type(model).__name__} does not read: remove it"
             )
-        model.config.return_dict = True  # a leftover false would make its outputs tuples
+        model.config.return_dict = True  # if it were false, its outputs would be tuples
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
         named = _context(config)
@@ -89,7 +89,7 @@ class HFTarget:
             reference = self._watch(token)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # sizes that do not fit together show when it runs, in whatever it stumbles over
+        except Exception as error:  # inconsistent sizes show only when it runs, as any kind of error
             raise ConfigError(
                 f"{type(model).__name__} fails on a text of {_PROBE} tokens ({brief(error)}): check its configuration"
             ) from error
@@ -118,7 +118,7 @@ class HFTarget:
             model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-        except Exception as error:  # a wrong configuration ends in whatever its class stumbles over
+        except Exception as error:  # a wrong configuration may raise any error of its class
             raise ConfigError(
                 f"cannot load {name!r} as a causal language model in safetensors: {brief(error)}"
             ) from error
@@ -136,7 +136,7 @@ class HFTarget:
 
     @torch.no_grad()
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
-        """See `protocols.Target`. Raises CapabilityError for what the model's path cannot score."""
+        """See `protocols.Target`. Raises CapabilityError for rows that the model's path cannot score."""
         wrong = [i for i in layers if not 0 <= i <= self.layers]
         if wrong:
             raise CapabilityError(
@@ -152,12 +152,12 @@ class HFTarget:
         """Final norm and head, with the family's own scaling of logits; gradients flow to `hidden`."""
         if self._tail is None:
             raise CapabilityError(
-                f"what follows the blocks of {type(self.model).__name__} was not found: use a drafter with its own head"
+                f"the layers after the blocks of {type(self.model).__name__} were not found: use a drafter with its own head"
             )
         return _wide(self._tail(inputs_embeds=hidden[None], use_cache=False).logits[0])
 
     def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
-        """What the family does between its last block and its head."""
+        """The family's layers between its last block and its head."""
         for step in self._steps:
             hidden = step(hidden[None])[0]
         return hidden
@@ -170,20 +170,20 @@ class HFTarget:
         return _wide(behind(inputs_embeds=normed[None], use_cache=False).logits[0])
 
     def first_layers(self, layers: int) -> HFPrefix:
-        """See `protocols.OpenTarget`. Raises CapabilityError off the seam path: other caches cannot be half filled."""
+        """See `protocols.OpenTarget`. Raises CapabilityError on other paths than `seam`: their caches cannot be partly filled."""
         check_prefix(layers, self.layers)
         if not isinstance(self._path, AttentionInterfacePath) or self._blocks is None or self._tail is None:
             raise CapabilityError(
-                f"{type(self.model).__name__} cannot be run in part: use a draft model of its own, or 'ngram'"
+                f"{type(self.model).__name__} cannot be run in part: use a separate draft model, or 'ngram'"
             )
         return HFPrefix(self, self._path, self._blocks, layers)
 
-    # ----------------------------------------------------------------------------------- finding out how to drive it
+    # ----------------------------------------------------------------------------------- determining how to drive it
     @torch.no_grad()
     def _watch(self, token: list[int]) -> Float[Tensor, "P V"]:
-        """Logits of the plain model, and on the way where its hidden states come out and what follows its blocks."""
+        """Logits of the plain model; the same call shows where its hidden states are and what follows its blocks."""
         inputs = torch.tensor([token], device=self.device)
-        # some releases of transformers drop the cap on attention scores without a word in their fused attention
+        # some releases of transformers ignore the cap on attention scores in their fused attention
         capped = getattr(self.model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
         faithful = attention_of(self.model, "eager") if capped else nullcontext()
         self._tail: nn.Module | None = None
@@ -201,7 +201,9 @@ class HFTarget:
         tail = head_only_model(self.model, owner, steps)
         try:
             again = tail(inputs_embeds=heard.states()[0][None], use_cache=False).logits[0]
-        except Exception:  # whatever a head wants that it does not get: no unembedding, and it is said when asked for
+        except (
+            Exception
+        ):  # a head that needs other inputs: there is no unembedding, which is reported when it is requested
             return reference
         if disagreement(again, reference) <= tolerance(self.dtype):
             self._tail, self._owner, self._steps = tail, owner, steps

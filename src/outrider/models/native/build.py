@@ -8,5 +8,5 @@ from outrider.nn.compiled import DECODER, load
 
 
 def load_library() -> ctypes.CDLL | None:
-    """The decoder, or None, see `outrider.compiled.load`."""
+    """The decoder, or None; see `outrider.nn.compiled.load`."""
     return load(DECODER).library

@@ -1,4 +1,4 @@
-"""The native decoder seen from Python: pointers in, logits out."""
+"""The Python side of the native decoder: pointers in, logits out."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LAYER_TENSORS = ("norm1", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", 
 
 
 WITHOUT_TORCH = ("AVX2", "generic")
-"""Kinds of CPU for which torch has no bfloat16 products: its stand-in is 3 to 5 times slower than ours at any number of rows."""
+"""Kinds of CPU without bfloat16 products in torch: its emulation is 3 to 5 times slower than ours at any number of rows."""
 
 FEW_ROWS = 32
-"""Up to here weights are read as fast as they are multiplied, on any CPU; beyond, torch's products may be the faster ones."""
+"""Rows up to which reading the weights takes the time, on any CPU; beyond, torch's products may be faster."""
 
 ROWS = 256
-"""The same for CPUs with AVX-512, where ours are 1.3 to 2 times faster at 33 to 128 rows, and level at 400."""
+"""The same for CPUs with AVX-512, where our products are 1.3 to 2 times faster at 33 to 128 rows, and equal at 400."""
 
 
 class _Layer(ctypes.Structure):
@@ -62,10 +62,10 @@ OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
 
 
 def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:
-    """The native decoder for these weights, or None where it cannot be and PyTorch serves; and what a user should know about it.
+    """The native decoder for these weights, or None if PyTorch is used instead; and a notice for the user.
 
     It needs float32 or bfloat16 weights on the CPU and its library (see `outrider.nn.compiled`); the environment variable
-    OUTRIDER_NATIVE=0 switches it off. Weights on a GPU have nothing to miss.
+    OUTRIDER_NATIVE=0 switches it off. For weights on a GPU there is no notice.
     """
     if weights.embedding.device.type != "cpu":
         return None, []
@@ -77,7 +77,7 @@ def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeD
 
 
 def library_for(config: DecoderConfig, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library if models of this shape and type can be decoded natively on this CPU; a notice if there is none or a slow one."""
+    """The library if models of this shape and type can be decoded natively on this CPU; a notice if it is missing or slow."""
     reason = _unfit(config, dtype)
     if reason is not None:
         return None, f"{DECODER.instead}: {reason}"
@@ -94,7 +94,7 @@ def _kind(library: ctypes.CDLL) -> str:
 
 
 def _unfit(config: DecoderConfig, dtype: torch.dtype) -> str | None:
-    """Why they cannot be, and what to do about it, in a clause; None if they can."""
+    """Why they cannot be decoded natively, with the remedy, in a clause; None if they can."""
     if os.environ.get("OUTRIDER_NATIVE") == "0":
         return "OUTRIDER_NATIVE is 0; unset it"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -108,7 +108,7 @@ def _unfit(config: DecoderConfig, dtype: torch.dtype) -> str | None:
 
 
 def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
-    """Why these tensors are not what the decoder reads, in a clause; None if they are."""
+    """Why the decoder cannot read these tensors, in a clause; None if it can."""
     for name, tensor, shape in _expected(config, weights):
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
@@ -118,7 +118,7 @@ def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
 
 
 def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-    """Every tensor that is there, with the shape it must have."""
+    """Every existing tensor, with the shape it must have."""
     c, wide = config, config.heads * config.head_dim
     fused = wide + 2 * config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -147,12 +147,12 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
 class NativeDecoder:
     """Runs forwards of few rows per sequence at the speed of memory.
 
-    A row's logits, hidden states, keys and values are the same bits whatever else is in the call and whatever the number of
-    threads: they depend on its token, its position and the keys and values it sees. Big weights are read in place; norm
-    weights and biases are copied, so weights must not be changed under it. Calls from several threads take turns.
+    A row's logits, hidden states, keys and values have the same bits for any other rows in the call and any number of threads:
+    they depend on its token, its position and the keys and values it sees. Large weights are read in place; norm weights and
+    biases are copied, so weights must not be changed afterwards. Calls from several threads take turns.
 
-    kind:     the instructions it was compiled for. max_rows: most rows of one segment for which this is the fast path; more
-              are correct, but torch is faster.
+    kind:     the instructions it was compiled for. max_rows: most rows of one segment for which it is the fastest; more are
+              correct, but torch is faster.
     """
 
     def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: DecoderWeights) -> None:
@@ -172,7 +172,7 @@ class NativeDecoder:
         self._checked: weakref.ref[ContiguousKV] | None = None
 
     def forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...] = ()) -> Scores:
-        """Score `rows` and write their keys and values behind the cached tokens; see `protocols.Target.forward`.
+        """Score `rows` and write their keys and values after the cached tokens; see `protocols.Target.forward`.
 
         kv must hold this model's shapes and type. Hidden states have the type of the weights. Raises RequestError for a
         token outside of the vocabulary and CapacityError for rows that do not fit into the cache.
@@ -221,7 +221,7 @@ class NativeDecoder:
         return library.outrider_new(ctypes.addressof(model))
 
     def _check(self, kv: ContiguousKV) -> None:
-        """A cache is looked at once: its shape and type do not change."""
+        """A cache is checked once: its shape and type do not change."""
         c = self._config
         shape = (c.layers, kv.slots, c.kv_heads, kv.capacity, c.head_dim)
         for t in (kv.k, kv.v):
@@ -246,7 +246,7 @@ class NativeDecoder:
 
 
 def _flat(rows: Rows) -> list[int]:
-    """What the segments say, as layout.h wants it."""
+    """The segments in the layout of layout.h."""
     out: list[int] = []
     for s in rows.segments:
         out += (s.slot, s.first, s.cached, s.fed, len(s.parent))
@@ -255,7 +255,7 @@ def _flat(rows: Rows) -> list[int]:
 
 
 def _long(index: Tensor) -> Tensor:
-    """int64 on the CPU, in one piece."""
+    """int64 on the CPU, contiguous."""
     if index.dtype is torch.int64 and index.is_cpu and index.is_contiguous():
         return index
     return index.to("cpu", torch.int64).contiguous()

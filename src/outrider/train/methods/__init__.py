@@ -1,1 +1,1 @@
-"""Learned methods: a module each, and `registry`, their table."""
+"""Learned methods: one module each, and their table, `registry`."""

@@ -1,4 +1,4 @@
-"""What a learned method states: the options it reads, the model it trains, what that predicts, its loss, its folder."""
+"""The interface of a learned method: the options it reads, the model it trains, its predictions, its loss, its folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from outrider.train.loop import Batch, LoopConfig, LossOf
 class MethodOptions:
     """The options of a training that methods read.
 
-    target: folder or Hub name. levels: heads, levels of the training-time test, or drafted slots of a block. blocks: residual
-    blocks of a head, or layers of a block drafter. width: of a feature drafter, 0 for the target's. taps: blocks that a feature or
+    target: folder or Hub name. levels: heads, levels of the training-time test, or draft slots of a block. blocks: residual
+    blocks of a head, or layers of a block drafter. width: of an EAGLE drafter, 0 for the target's. taps: blocks that an EAGLE or
     block drafter reads, () for EAGLE-3's choice. anchors: blocks of a row and step. objective: of a block drafter, a name of
-    `slot_losses.ARMS`; labels: what it learns, the target's "distributions" or the "tokens". loss: a name of `losses.LOSSES`; a
-    block drafter that learns distributions knows three of them. For a draft model, `blocks` are its layers and a width of 0 is
-    about half of the target's.
+    `slot_losses.ARMS`. labels: what it learns, the target's "distributions" or the "tokens". loss: a name of `losses.LOSSES`; a
+    block drafter that learns distributions supports three of them. For a draft model, `blocks` are its layers and a width of 0
+    is about half of the target's.
     """
 
     target: Path | str
@@ -47,20 +47,20 @@ class MethodOptions:
 
 
 class Method(ABC):
-    """A way to train a drafter for one target. It has no state: what a training is of stands in the options.
+    """A way to train a drafter for one target. It has no state: everything about a training is in the options.
 
-    name: what `outrider train` and work folders call it. reads: which of the options that not every method reads it does; the
-    others are refused, not dropped.
+    name: its name in `outrider train` and work folders. reads: the method-specific options that it reads; the others are refused,
+    not ignored.
     """
 
     name: ClassVar[str]
     reads: ClassVar[frozenset[str]]
 
     def check(self, options: MethodOptions, given: frozenset[str]) -> None:  # noqa: B027
-        """Raise ConfigError for options that do not go together. given: those that are not what they are by default."""
+        """Raise ConfigError for options that do not go together. given: those that differ from their defaults."""
 
     def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:
-        """Blocks of the target whose outputs the drafter reads; its last one unless a method says otherwise."""
+        """Blocks of the target whose outputs the drafter reads; by default its last one."""
         return (target.layers,)
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Method(ABC):
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> list[Logits]:
-        """A `distill.Predict` for drafts of `levels` levels; a model that fixes their number has its own."""
+        """A `distill.Predict` for drafts of `levels` levels; some models fix that number themselves."""
 
     def predictor(self, levels: int) -> Predict:
         """`predict` for drafts of so many levels."""
@@ -80,11 +80,11 @@ class Method(ABC):
     def fit_inputs(
         self, options: MethodOptions, judge: Teacher, model: nn.Module, training: Features
     ) -> tuple[Callable[[int], Batch], LossOf]:
-        """What the drafter is trained on, step by step, and its loss: by default rows of text, and a loss at every level."""
+        """The batches of a training and its loss: by default rows of text, and a loss at every level."""
         return training, loss_of(judge, self.predictor(options.levels), options.loss)
 
     def predictions(self, options: MethodOptions) -> int:
-        """Distributions that one row of text asks for in a step, all of which a training holds at once."""
+        """Distributions per row of text in a step, all of which a training holds in memory at once."""
         return options.length * options.levels
 
     def save(self, model: Any, options: MethodOptions, folder: Path) -> None:
@@ -93,7 +93,7 @@ class Method(ABC):
 
 
 def chosen_taps(options: MethodOptions, target: Target) -> tuple[int, ...]:
-    """The blocks that are asked for, or those of EAGLE-3: 2, L / 2, L - 3. ConfigError for blocks that the target has not."""
+    """The requested blocks, or those of EAGLE-3: 2, L / 2, L - 3. ConfigError for blocks that the target does not have."""
     middle = {2, target.layers // 2, target.layers - 3}
     taps = options.taps or tuple(sorted(t for t in middle if 0 < t <= target.layers))
     if any(not 0 <= t <= target.layers for t in taps):

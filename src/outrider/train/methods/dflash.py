@@ -1,8 +1,8 @@
 """Training block drafters: packed anchors, and one loss on slots.
 
-Every row of text gives many blocks at once. A block's anchor sits anywhere in the text the target wrote; its slots are
-compared with the tokens that follow. Anchors come from a random stream of their own, so that runs that differ in nothing
-but the objective see the same blocks (Whalen et al. 2026 compare objectives so; DFlash, arXiv 2602.06036, section 3.3).
+Every row of text gives many blocks at once. A block's anchor is anywhere in the text the target wrote; its slots are
+compared with the tokens that follow. Anchors come from a separate random stream, so that runs that differ only in the
+objective see the same blocks (as in Whalen et al. 2026; DFlash, arXiv 2602.06036, section 3.3).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from outrider.train.methods.tables import head_of, heads_of, init_decoder, inner
 from outrider.train.slot_losses import Objective, distillation_loss, objective_named, slot_loss
 
 ANCHOR_STREAM = 0xA2C
-"""Sets the anchors' random numbers apart from those that order the rows."""
+"""Separates the anchors' random numbers from those that order the rows."""
 
 
 SHARES = {"staged": ((1.0, 0.0), (0.1, 1.0)), "kl": ((1.0, 0.0),) * 2, "log_acceptance": ((0.0, 1.0),) * 2}
@@ -53,7 +53,7 @@ class DFlash(Method):
             raise ConfigError("labels 'tokens' have one loss, weighted by the objective: leave the loss out")
 
     def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:
-        """Those that are asked for, or EAGLE-3's."""
+        """The requested blocks, or EAGLE-3's."""
         return chosen_taps(options, target)
 
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> DFlashNetwork:
@@ -92,7 +92,7 @@ class Blocks:
     """Batches with the anchors of their blocks, addressed by step number.
 
     features: rows of text. block: slots of a block. count: blocks of a row and step, at most as many as there are places.
-    first: earliest anchor: the last token that was given, so that every label is a token the target wrote.
+    first: earliest anchor: the last prompt token, so that every label is a token the target wrote.
     """
 
     features: Features
@@ -116,13 +116,13 @@ class Blocks:
 
 
 def labels_of(tokens: Int[Tensor, "r L"], anchors: Int[Tensor, "r N"], block: int) -> Int[Tensor, "r N S"]:
-    """The tokens that slots 1 .. block - 1 stand for: those behind the anchors."""
+    """The tokens that slots 1 .. block - 1 predict: those after the anchors."""
     places = anchors[..., None] + torch.arange(1, block, device=tokens.device)
     return tokens.gather(1, places.flatten(1)).view(places.shape)
 
 
 def packed(model: nn.Module, batch: Batch, columns: Sequence[int]) -> tuple[DFlashNetwork, Float[Tensor, "M S V"]]:
-    """Logits of every block of a batch of `Blocks`, one under the other; columns: the hidden states that the drafter reads."""
+    """Logits of every block of a batch of `Blocks`, stacked; columns: the hidden states that the drafter reads."""
     assert isinstance(batch, tuple)
     assert isinstance(model, DFlashNetwork)
     tokens, hidden, anchors = batch
@@ -131,8 +131,7 @@ def packed(model: nn.Module, batch: Batch, columns: Sequence[int]) -> tuple[DFla
 
 
 def block_loss(columns: Sequence[int], how: Objective) -> LossOf:
-    """A loss for `loop.train` on batches of `Blocks`, against the tokens of the text, which the target drew from its own
-    distributions."""
+    """A loss for `loop.train` on batches of `Blocks`, against the tokens of the text, which the target sampled."""
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         blocks, logits = packed(model, batch, columns)
@@ -145,8 +144,7 @@ def block_loss(columns: Sequence[int], how: Objective) -> LossOf:
 def block_distillation_loss(
     columns: Sequence[int], last: int, target: Target, how: Objective, loss_name: str = "staged"
 ) -> LossOf:
-    """The same against the target's distributions, its last hidden states (column `last` of those that are stored) through its
-    head.
+    """The same against the target's distributions: its last hidden states (column `last` of the stored ones) through its head.
 
     loss_name: one of SHARES.
     """
@@ -155,7 +153,7 @@ def block_distillation_loss(
         blocks, logits = packed(model, batch, columns)
         hidden, anchors, slots = batch[1], batch[2], blocks.config.block - 1
         row = torch.arange(len(hidden))[:, None, None]
-        # the distribution of slot k, k places behind the anchor, stands at the position before it
+        # the distribution of slot k, k positions after the anchor, is at the position before it
         before = hidden[row, anchors[..., None] + torch.arange(slots), last]
         with torch.no_grad():
             wanted = target.unembed(before.flatten(0, 2).to(target.dtype)).view(*logits.shape)
@@ -175,7 +173,7 @@ def new_blocks(
     norm: Float[Tensor, "H"],
     seed: int = 0,
 ) -> DFlashNetwork:
-    """A block drafter before its first step: its tables and its last norm are the target's, `fc` takes taps to about one.
+    """A block drafter before its first step: its tables and its last norm are the target's, `fc` scales taps to about one.
 
     taps: some hidden states of the layers it will read. head, norm: the target's output matrix and the weights of its final norm.
     """
@@ -190,7 +188,7 @@ def new_blocks(
 
 
 def block_config(options: MethodOptions, target: Target, taps: tuple[int, ...]) -> DFlashConfig:
-    """Shapes of a block drafter: the target's width, heads of 32 where that divides it, and padding for a mask token."""
+    """Shapes of a block drafter: the target's width, heads of 32 if that divides it, and padding for a mask token."""
     wide = target.hidden_size
     each = heads_of(wide, (32, 16, 8, 4)) or 2
     if options.width not in (0, wide):

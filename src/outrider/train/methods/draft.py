@@ -1,4 +1,4 @@
-"""Training a draft model: a small language model over the target's tokens, which reads the text and not the target."""
+"""Training a draft model: a small language model over the target's tokens, which reads only the text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from outrider.train.methods.tables import narrow
 
 
 class DraftModel(Method):
-    """A language model of its own; `blocks` are its layers."""
+    """A separate language model; `blocks` are its layers."""
 
     name, reads = "draft", frozenset({"blocks", "width", "loss"})
 
@@ -40,7 +40,7 @@ class DraftModel(Method):
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> list[Logits]:
-        """It reads the accepted tokens themselves: its distribution at a position is the same at every level."""
+        """It reads the accepted tokens, so its distribution at a position is the same at every level."""
         logits = model(input_ids=tokens, use_cache=False).logits
         return [logits[:, d + 1 :] for d in range(levels)]
 
@@ -57,6 +57,6 @@ class DraftModel(Method):
 
 @torch.no_grad()
 def new_draft(model: CausalLM, target: Target) -> CausalLM:
-    """`model` with the target's token table, projected to its width: which tokens are alike need not be learned."""
+    """`model` with the target's token table, projected to its width: the similarity of tokens need not be learned."""
     model.get_input_embeddings().weight.copy_(narrow(embeddings(target), model.config.hidden_size))
     return model

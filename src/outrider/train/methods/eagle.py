@@ -1,4 +1,4 @@
-"""Training EAGLE's drafters on the target's features: EAGLE-3 through its own outputs, EAGLE-1 to foresee the last feature."""
+"""Training EAGLE's drafters on the target's features: EAGLE-3 through its own outputs, EAGLE-1 to predict the last feature."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Eagle3(Method):
     name, reads = "eagle", frozenset({"width", "taps", "loss"})
 
     def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:
-        """Those that are asked for, or EAGLE-3's."""
+        """The requested blocks, or EAGLE-3's."""
         return chosen_taps(options, target)
 
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> nn.Module:
@@ -42,12 +42,12 @@ class Eagle3(Method):
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> list[Logits]:
-        """Training-time test: every level on the outputs of the one before."""
+        """Training-time test: every level reads the outputs of the previous one."""
         return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
 
 
 class Eagle1(Eagle3):
-    """EAGLE-1: the target's last hidden state, foreseen, and the target's own head on it."""
+    """EAGLE-1: predicts the target's last hidden state, and applies the target's head to it."""
 
     name, reads = "eagle1", frozenset({"width"})
 
@@ -70,11 +70,10 @@ class Eagle1(Eagle3):
 
 
 def feature_loss(judge: Teacher) -> LossOf:
-    """EAGLE-1's loss for `loop.train`: the next feature by smooth L1, and a tenth of the cross-entropy of the distributions it
-    gives.
+    """EAGLE-1's loss for `loop.train`: smooth L1 of the next feature, plus a tenth of the cross-entropy of its distribution.
 
-    Li et al. 2024, section 4.2, with the noise of the authors' code on the features that are read, so that drafting on the
-    drafter's own ones is nothing new to it.
+    Li et al. 2024, section 4.2, with the noise of the authors' code on the input features, so that the drafter is trained for
+    reading its own inexact features.
     """
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
@@ -92,7 +91,7 @@ def feature_loss(judge: Teacher) -> LossOf:
 
 
 def feature_config(options: MethodOptions, target: Target, taps: tuple[int, ...]) -> EagleConfig:
-    """Shapes of a feature drafter: heads of 32 where they divide its width."""
+    """Shapes of an EAGLE drafter: heads of 32 if they divide its width."""
     width = options.width or target.hidden_size
     each = heads_of(width, (32, 16, 8))
     if not each or (options.width and width % 32):
@@ -103,9 +102,9 @@ def feature_config(options: MethodOptions, target: Target, taps: tuple[int, ...]
 
 @torch.no_grad()
 def new_features(config: EagleConfig, target: Target, taps: Float[Tensor, "n T H"], seed: int = 0) -> Eagle3Network:
-    """A feature model whose token tables are the target's, projected to its width, and whose `fc` takes taps to about one.
+    """A feature model whose token tables are the target's, projected to its width, and whose `fc` scales taps to about one.
 
-    taps: some hidden states of the layers it will read: their sizes differ by layer.
+    taps: some hidden states of the layers it will read, whose sizes differ by layer.
     """
     torch.manual_seed(seed)
     model = Eagle3Network(config)
@@ -119,7 +118,7 @@ def new_features(config: EagleConfig, target: Target, taps: Float[Tensor, "n T H
 
 @torch.no_grad()
 def new_last_features(config: EagleConfig, target: Target, seed: int = 0) -> Eagle1Network:
-    """An EAGLE-1 drafter with the target's tables that starts by foreseeing the feature it was given."""
+    """An EAGLE-1 drafter with the target's tables whose first prediction is its input feature."""
     torch.manual_seed(seed)
     model = Eagle1Network(config)
     init_decoder(model)

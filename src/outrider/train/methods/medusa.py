@@ -30,7 +30,7 @@ class Medusa(Method):
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> list[Logits]:
-        """All heads at all positions; the last ones have nothing to be compared with."""
+        """All heads at all positions; the last positions have no labels."""
         length = tokens.shape[1]
         logits = model(taps[:, :, -1])
         return [logits[:, : length - 1 - h, h] for h in range(model.config.heads)]
@@ -38,7 +38,7 @@ class Medusa(Method):
 
 @torch.no_grad()
 def new_heads(config: MedusaConfig, target: Target, final_norm: Tensor | None = None, seed: int = 0) -> MedusaNetwork:
-    """Heads that start as the target's own output. final_norm: weights of its final norm, None if they are all one."""
+    """Heads that start as the target's own output. final_norm: weights of its final norm; None: all ones."""
     torch.manual_seed(seed)
     model = MedusaNetwork(config)
     norm = torch.ones(config.hidden) if final_norm is None else final_norm.float()

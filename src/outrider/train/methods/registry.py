@@ -20,7 +20,7 @@ LABELS = ("distributions", "tokens")
 
 
 def method_named(name: str) -> Method:
-    """The method of this name; ConfigError names the nearest known one."""
+    """The method of this name; for an unknown one ConfigError names the nearest known name."""
     if name not in METHODS:
         raise ConfigError(unknown_name("drafter to train", name, tuple(METHODS)))
     return METHODS[name]

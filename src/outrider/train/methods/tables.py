@@ -1,4 +1,4 @@
-"""What a fresh drafter starts from: the target's tables, its final norm, and weights of a size that keeps rows at about one."""
+"""Initialisation of a drafter: the target's tables, its final norm, and weights of a size that keeps rows at about one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outrider.protocols import Target
 
 @torch.no_grad()
 def init_decoder(model: nn.Module) -> None:
-    """Draw every trained matrix with variance one over its inputs; what is added to the residual stream a tenth as large."""
+    """Draw every trained matrix with variance 1 / inputs; matrices that add to the residual stream a tenth as large."""
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and weight.requires_grad:
             small = 0.1 if "o_proj" in name or "down_proj" in name else 1.0
@@ -50,7 +50,7 @@ def narrow(table: Float[Tensor, "V H"], width: int) -> Float[Tensor, "V D"]:
 
 
 def head_of(path: Path | str, target: Target) -> tuple[Tensor, Tensor]:
-    """The target's output matrix as `DFlashNetwork.load` will find it, and the weights of the final norm before it."""
+    """The target's output matrix as `DFlashNetwork.load` finds it, and the weights of the final norm before it."""
     folder = resolve_folder(path)
     head = output_head(target, str(folder), folder).to(target.device)
     norm = (output_of(target) * head).sum(0) / head.square().sum(0).clamp(min=1e-12)
@@ -58,7 +58,7 @@ def head_of(path: Path | str, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def final_norm(target: Path | str) -> Tensor | None:
-    """Weights of the target's final norm, where our own reader knows where they are."""
+    """Weights of the target's final norm, if the lean runtime's reader supports the target."""
     try:
         return Checkpoint(resolve_folder(target)).read(torch.float32, torch.device("cpu")).norm
     except Unsupported:
