@@ -30,10 +30,10 @@ from tests.serve.harness import a_port, until
 KEEP = """
 import sys
 from outrider.serve.address import listen
-from outrider.serve.supervisor import Keeper
+from outrider.serve.supervisor import Supervisor
 port, restarts, silence, *worker = sys.argv[1:]
 say = lambda text: print(text, file=sys.stderr, flush=True)
-keeper = Keeper(listen("127.0.0.1", int(port)), lambda *n: [*worker, *map(str, n)], int(restarts), float(silence), say)
+keeper = Supervisor(listen("127.0.0.1", int(port)), lambda *n: [*worker, *map(str, n)], int(restarts), float(silence), say)
 code = keeper.run()
 assert "torch" not in sys.modules
 sys.exit(code)
