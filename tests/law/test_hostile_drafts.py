@@ -238,6 +238,17 @@ def test_what_a_draft_says_wrongly_is_not_used(change, tokens, row):
     assert (None if kept.q is None else kept.q.row) == row
 
 
+@pytest.mark.parametrize("name", ["speculative_sampling", "block"])
+def test_a_proposal_without_distributions_is_point_masses(name):
+    draft = Draft.join([([1, 2], [-1, 0])], Proposal(torch.empty(0, 3), (POINT_MASS, POINT_MASS)))
+    assert defect_of(draft, 1, [2]) == ""
+    kept, broken = sanitize_draft(draft, 3)
+    plain = replace(draft, q=None)
+    assert (kept.q, kept.tokens, broken) == (None, (1, 2), 0)
+    p, noise = torch.ones(3, 3) / 3, Noise((5,), (0,))
+    assert load_rule(name)(p, kept, noise, [0.0]) == load_rule(name)(p, plain, noise, [0.0])
+
+
 def test_rules_have_names():
     assert {"speculative_sampling", "match", "block", "k_seq", "tv_budget"} <= set(RULES)
     assert isinstance(load_rule("match"), Match)

@@ -22,6 +22,8 @@ def sanitize_draft(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
     summing to one, over another vocabulary) is not used. In a sequence with a defect every remaining node counts as a point mass,
     which is lossless for any tokens, however they were chosen (contract 1), so the output keeps the target distribution.
     """
+    if draft.q is not None and draft.q.probs.shape[0] == 0:  # all point masses: there is no row to look up
+        draft = replace(draft, q=None)
     bad_nodes = {k for k, token in enumerate(draft.tokens) if not 0 <= token < vocab_size}
     bad_rows = _bad_rows(draft.q, vocab_size)
     if not bad_nodes and not bad_rows:
@@ -32,7 +34,7 @@ def sanitize_draft(draft: Draft, vocab_size: int) -> tuple[Draft, int]:
 
 
 def _bad_rows(q: Proposal | None, vocab_size: int) -> set[int]:
-    if q is None or q.probs.shape[0] == 0:
+    if q is None:
         return set()
     if q.support is None and q.probs.shape[1] != vocab_size:
         return set(range(len(q.probs)))
