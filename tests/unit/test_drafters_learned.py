@@ -156,8 +156,7 @@ def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
         nonlocal rounds
         out = honest(seen, budget)
         for v in seen.sequences:
-            place = drafter._places[v.slot]
-            assert drafter.cache.length[v.slot] == place.next == v.cached
+            assert drafter.cache.length[v.slot] == drafter.context.next[v.slot] == v.cached
             rounds += 1
         return out
 
