@@ -25,7 +25,7 @@ from outrider.train.features import hidden_of
 from outrider.types import Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
-from tests.unit.drafting import Seen, evidence, view
+from tests.drafters.drafting import Seen, evidence, view
 
 V, H, BLOCK = 19, 16, 4
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)

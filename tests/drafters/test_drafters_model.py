@@ -13,7 +13,7 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.models.toy import TinyLM
 from outrider.protocols import KVCache
 from outrider.types import Draft, Rows, Scores, SequenceView
-from tests.unit.drafting import chain, evidence, view
+from tests.drafters.drafting import chain, evidence, view
 
 V = 31
 MODEL = TinyLM(V, seed=2, sharp=2.5)

@@ -10,7 +10,7 @@ from outrider.drafters import prediction as module
 from outrider.drafters.prediction import MAX_N, Places, Replay, accepted_of
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
-from tests.unit.drafting import evidence, view
+from tests.drafters.drafting import evidence, view
 
 
 def by_scanning(prediction: list[int], end: list[int], base: int) -> tuple[int, int]:

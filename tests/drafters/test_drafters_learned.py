@@ -32,7 +32,7 @@ from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.covering import covering, slow_beyond
-from tests.unit.drafting import Seen, evidence, view
+from tests.drafters.drafting import Seen, evidence, view
 
 V, H = 19, 16
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
