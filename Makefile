@@ -8,8 +8,8 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
 # Shapes and types of every call are checked at run time in these tests, but not in the statistical ones, which make the same calls
 # thousands of times (five times slower then).
-TYPED := tests/unit tests/cli tests/contract/test_scripted.py
-STATISTICAL := $(addprefix tests/unit/test_,detect.py drafters_law.py noise.py predict.py)
+TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli tests/contract/test_scripted.py
+STATISTICAL := tests/drafters/test_drafters_law.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 

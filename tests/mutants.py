@@ -56,7 +56,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Around:
-    """A mistake by value: `wrong(honest, *arguments)` is called in the place of a function or method, whoever imported it."""
+    """A mistake by value: `wrong(right, *arguments)` is called in the place of a function or method, whoever imported it."""
 
     place: Place
     wrong: Callable[..., Any]
@@ -64,15 +64,15 @@ class Around:
     def plant(self, monkeypatch: pytest.MonkeyPatch) -> None:
         owner, last = self.place.owner(), self.place.name.split(".")[-1]
         self.place.function()
-        honest = getattr(owner, last)
-        wrong = functools.wraps(honest)(functools.partial(self.wrong, honest))
+        right = getattr(owner, last)
+        wrong = functools.wraps(right)(functools.partial(self.wrong, right))
         if isinstance(owner, type):  # a partial is no method: a function hands `self` over
             static = isinstance(vars(owner)[last], staticmethod)
             method = lambda *arguments, **named: wrong(*arguments, **named)  # noqa: E731
             monkeypatch.setattr(owner, last, staticmethod(method) if static else method)
             return
         for module in [m for name, m in sys.modules.items() if name.split(".")[0] == self.place.module.split(".")[0]]:
-            for alias in [a for a, value in vars(module).items() if value is honest]:
+            for alias in [a for a, value in vars(module).items() if value is right]:
                 monkeypatch.setattr(module, alias, wrong)
 
 

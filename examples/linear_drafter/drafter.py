@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from outrider.drafters.context import Context, new_rows
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, level_logits
@@ -28,28 +29,30 @@ class LinearDrafter:
         self.name, self.network, self.growth = name, network, growth
         self.layers: tuple[int, ...] = (network.config.tap,)
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
-        self._last: dict[int, tuple[int, Tensor]] = {}  # slot -> position of the row behind, hidden state
+        self._context = Context(0)
+        self._state: dict[int, Tensor] = {}  # slot -> hidden state of its last kept row
 
     def bind(self, slots: int, length: int) -> None:
-        """Nothing to make room for."""
+        """A slot keeps one hidden state: nothing else to make room for."""
+        self._context = Context(slots)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
+        self._context.release(slots)
         for slot in slots:
-            self._last.pop(slot, None)
+            self._state.pop(slot, None)
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """Up to `budget[i]` levels for sequence i. A sequence whose last row was not seen gets no draft."""
-        hidden = evidence.scores.hidden[0]
+        for new in new_rows(evidence, self._context):  # also when nothing is to be drafted: hidden states are seen once
+            self._state[new.view.slot] = evidence.scores.hidden[0][new.rows[-1]]
+            self._context.next[new.view.slot] += len(new.rows)
         depths, rows = [0] * len(budget), []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
-            if kept := evidence.accepted_rows(i):  # also when nothing is to be drafted: hidden states are seen once
-                self._last[view.slot] = view.cached, hidden[kept[-1]]
-            at, row = self._last.get(view.slot, (-1, hidden))
-            if depth > 0 and at == len(view.tokens) - 1:
+            if depth > 0 and self._context.reaches(view):
                 depths[i] = min(depth, self.max_depth)
-                rows.append(row)
+                rows.append(self._state[view.slot])
         forest = Forest(len(budget))
         if rows:
             logits = self.network(torch.stack(rows).to(self.network.step.weight.dtype))

@@ -19,7 +19,7 @@ from tests.contract.scripted import Budgets, Scripted
 
 MODEL = target()
 PATIENCE = 600
-"""Steps after which an engine that still has work counts as hung; an honest one needs about 150."""
+"""Steps after which an engine that still has work counts as hung; one without a mistake needs about 150."""
 
 
 def finish(one: Engine, got: dict[str, list[int]]) -> None:
@@ -33,7 +33,7 @@ def finish(one: Engine, got: dict[str, list[int]]) -> None:
 
 @cache
 def plain(sampling: str) -> list[list[int]]:
-    """The honest reference: one request at a time, nothing proposed. Filled before any mistake is planted."""
+    """The reference: one request at a time, nothing proposed. Filled before any mistake is planted."""
     out = []
     for prompt, p in zip(PROMPTS, params(sampling), strict=True):
         one = engine(MODEL, NoDraft(), load_rule("match"), 1)
@@ -153,7 +153,7 @@ def ends() -> None:
         assert (output.token_ids, output.finish_reason) == (text[:first], "stop")
 
 
-def guards() -> None:
+def bad_drafts() -> None:
     """A drafter that proposes tokens which do not exist, and distributions of NaN: the text is the target's, the incident is
     counted."""
     wanted = plain("greedy with penalties")
@@ -190,4 +190,4 @@ def settings() -> None:
     assert [got[n] for n in names] == [plain(kind)[i] for i, kind in enumerate(kinds)]
 
 
-CHECKS = (strings, churn, caches, itself, ends, guards, settings)
+CHECKS = (strings, churn, caches, itself, ends, bad_drafts, settings)

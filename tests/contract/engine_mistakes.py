@@ -1,4 +1,4 @@
-"""Mistakes of an engine by value: each takes the honest function and its arguments, and does nearly what it does.
+"""Mistakes of an engine by value: each takes the right function and its arguments, and does nearly what it does.
 
 `test_engine_mutants.py` puts them around the functions of the step, the cache, the scheduler, the sequence and the pipeline.
 """
@@ -66,7 +66,7 @@ def parents_keep_their_numbers(take, draft, index):
     return out if out is draft else replace(out, parent=tuple(min(draft.parent[k], len(nodes) - 1) for k in nodes))
 
 
-def laws_keep_their_order(take, draft, index):
+def distributions_keep_their_order(take, draft, index):
     out = take(draft, index)
     return out if out.q is None else replace(out, q=replace(out.q, row=draft.q.row[: len(out.parent)]))
 
@@ -143,7 +143,7 @@ def length_of_a_neighbour(commit, kv, rows: Rows, paths):
     kv.length[0] = length[-1]
 
 
-def nothing(honest, *arguments):
+def nothing(right, *arguments):
     """The call is left out."""
 
 
@@ -177,7 +177,7 @@ def tokens_behind_the_end_count(emit, sequence, tokens, *rest):
     return event
 
 
-# ------------------------------------------------------------------------------------------------------------ the guard
+# ------------------------------------------------------------------------------------------ bad drafts are sanitized
 def large_tokens_pass(sanitize, draft, vocab_size):
     return sanitize(draft, vocab_size) if min(draft.tokens, default=-1) < 0 else (draft, 0)
 

@@ -11,7 +11,7 @@ import pytest
 from outrider.errors import OutriderError
 from tests.contract import engine_mistakes as wrong
 from tests.contract.asked import SAMPLING
-from tests.contract.engine_checks import CHECKS, caches, churn, ends, guards, itself, plain, settings, strings
+from tests.contract.engine_checks import CHECKS, bad_drafts, caches, churn, ends, itself, plain, settings, strings
 from tests.mutants import Around, Edit, Place
 
 # ------------------------------------------------------------------------------------- where the mistakes are planted
@@ -36,9 +36,9 @@ FOLLOW = Place("outrider.sampling.history", "History.follow")
 ALONG = Place("outrider.sampling.history", "History.along")
 
 MUTANTS = [  # name, mistake, the check that kills it
-    ("row laws: a node forgets its ancestors", Around(CONTEXTS, wrong.forget_ancestors), strings),
-    ("row laws: a node counts itself as unseen", Around(CONTEXTS, wrong.forget_the_node_itself), strings),
-    ("row laws: a node borrows the first sequence's parameters", Around(CONTEXTS, wrong.first_sequence_owns_all_nodes), settings),
+    ("row contexts: a node forgets its ancestors", Around(CONTEXTS, wrong.forget_ancestors), strings),
+    ("row contexts: a node counts itself as unseen", Around(CONTEXTS, wrong.forget_the_node_itself), strings),
+    ("row contexts: a node borrows the first sequence's parameters", Around(CONTEXTS, wrong.first_sequence_owns_all_nodes), settings),
     ("paths: numbers of the draft instead of the segment", Around(COMMIT, wrong.paths_by_numbers_of_the_draft), strings),
     ("paths: a prompt chunk eats a verdict", Around(COMMIT, wrong.paths_fall_to_prompt_chunks), strings),
     ("noise: the drafter's is one position late", Around(RULE, wrong.noise_one_position_late), strings),
@@ -52,9 +52,9 @@ MUTANTS = [  # name, mistake, the check that kills it
     ("counts: drafts behind the end count as accepted", Around(ADD, wrong.drafts_behind_the_end_count), strings),
     ("counts: tokens behind the end", Around(APPEND, wrong.tokens_behind_the_end_count), strings),
     ("end: finished sequences stay", Around(DROP, wrong.finished_sequences_stay), strings),
-    ("guard: tokens outside the vocabulary pass", Around(SANITIZE, wrong.large_tokens_pass), guards),
-    ("guard: negative tokens pass", Around(SANITIZE, wrong.negative_tokens_pass), guards),
-    ("guard: laws of NaN pass", Around(SANITIZE, wrong.nan_passes), guards),
+    ("sanitize: tokens outside the vocabulary pass", Around(SANITIZE, wrong.large_tokens_pass), bad_drafts),
+    ("sanitize: negative tokens pass", Around(SANITIZE, wrong.negative_tokens_pass), bad_drafts),
+    ("sanitize: distributions of NaN pass", Around(SANITIZE, wrong.nan_passes), bad_drafts),
     ("scheduler: a slot handed out and kept", Edit(ADMIT, "F.pop()", "F[-1]"), churn),
     ("scheduler: a slot lost for ever", Edit(DROP, "F.append(S.slot)", "pass"), churn),
     ("scheduler: every prompt chunk is judged", Around(PLAN, wrong.all_chunks_are_judged), strings),
@@ -66,14 +66,14 @@ MUTANTS = [  # name, mistake, the check that kills it
     ("rows: a child hangs on the anchor", Around(ASSEMBLE, wrong.children_of_the_anchor), strings),
     ("rows: scored one row early", Around(ASSEMBLE, wrong.scored_one_row_early), strings),
     ("take: parents of the old numbering", Around(TAKE, wrong.parents_keep_their_numbers), churn),
-    ("take: laws in the old order", Around(TAKE, wrong.laws_keep_their_order), itself),
+    ("take: distributions in the old order", Around(TAKE, wrong.distributions_keep_their_order), itself),
     ("cache: the accepted path stays where it was drafted", Around(COMMIT, wrong.paths_stay_where_they_were_drafted), caches),
     ("cache: only the keys move", Around(COMMIT, wrong.only_keys_move), strings),
     ("cache: rejected rows stay", Around(COMMIT, wrong.rejected_rows_stay), strings),
     ("cache: every path starts at the anchor's row", Around(COMMIT, wrong.paths_start_at_the_anchor), caches),
     ("cache: length of a neighbour", Around(COMMIT, wrong.length_of_a_neighbour), strings),
-    ("law: temperature of the first row for all", Around(PIPELINE, wrong.parameters_of_the_first), settings),
-    ("law: the minimum length ignores the path", Edit(LIMITS, "A + len(P) < M.min_tokens", "A < M.min_tokens"), strings),
+    ("pipeline: temperature of the first row for all", Around(PIPELINE, wrong.parameters_of_the_first), settings),
+    ("pipeline: the minimum length ignores the path", Edit(LIMITS, "A + len(P) < M.min_tokens", "A < M.min_tokens"), strings),
     ("history: the prompt counts as output", Around(FOLLOW, wrong.prompts_are_output), strings),
     ("history: of the slot's last owner", Edit(FOLLOW, "T is O and P == Q and L", "L"), strings),
     ("history: drafted tokens are not counted", Around(ALONG, wrong.drafted_tokens_are_not_counted), strings),
@@ -81,7 +81,7 @@ MUTANTS = [  # name, mistake, the check that kills it
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_the_honest_engine_passes(check) -> None:
+def test_the_engine_without_a_mistake_passes(check) -> None:
     check()
 
 

@@ -14,7 +14,7 @@ from outrider.drafters.tree.shapes import levels
 from outrider.models.toy import TableTarget
 from outrider.verify import LOSSLESS, SpeculativeSampling, load_rule
 from tests.contract.asked import engine as small_engine
-from tests.unit.drafting import evidence, view
+from tests.drafters.drafting import evidence, view
 
 
 def test_fields_of_the_evidence() -> None:

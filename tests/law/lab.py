@@ -1,4 +1,4 @@
-"""The laboratory of the law tests: the exact distribution of a rule's output, by running the rule itself on a partition of its
+"""The laboratory of these tests: the exact distribution of a rule's output, by running the rule itself on a partition of its
 coins.
 
 A rule turns coins of (0, 1) into decisions. `probes` cuts the range of every coin at the places where the decision ought to
@@ -141,7 +141,7 @@ def without(distribution: np.ndarray, gone: Sequence[int]) -> np.ndarray:
 
 
 def after(distribution: np.ndarray, gone: Sequence[int], siblings: Siblings) -> np.ndarray:
-    """The distribution the next sibling is drawn from, when `gone` have been drawn from `law`."""
+    """The distribution the next sibling is drawn from, when `gone` have been drawn from `distribution`."""
     if siblings == "iid" or not gone:
         return distribution
     hub = int(distribution.argmax())

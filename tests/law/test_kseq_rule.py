@@ -106,12 +106,12 @@ def loose(p: torch.Tensor, draft, noise):
     """The mistake of testing every sibling with rho = k, whose tests hand out too little."""
     from outrider.verify import multidraft
 
-    honest = multidraft.solve_rho
+    original = multidraft.solve_rho
     multidraft.solve_rho = lambda p, q, k: float(k)
     try:
         return RULE(p, draft, noise)
     finally:
-        multidraft.solve_rho = honest
+        multidraft.solve_rho = original
 
 
 def test_control_a_wrong_rho_is_seen():

@@ -65,9 +65,9 @@ def accept_of(rule: Lossy, p: np.ndarray, q: np.ndarray, left: float) -> tuple[n
     allowance = max(0.0, min(rule.per_token, left))
     bias = np.maximum(b * q + rest - p, 0).sum()
     if bias > allowance:
-        honest = np.divide(p, q, out=np.ones_like(p), where=q > p)
+        lossless = np.divide(p, q, out=np.ones_like(p), where=q > p)
         share = allowance / bias
-        b, rest, bias = honest + share * (b - honest), (1 - share) * np.maximum(p - q, 0) + share * rest, allowance
+        b, rest, bias = lossless + share * (b - lossless), (1 - share) * np.maximum(p - q, 0) + share * rest, allowance
     return b, rest, float(bias)
 
 
@@ -137,13 +137,13 @@ def test_a_budget_bounds_the_sequence(name):
 def test_without_a_budget_it_is_exact(name):
     """A spent budget reverts to speculative sampling: same path, same token, from the same coins; no bias for any rule."""
     rng = np.random.default_rng(43)
-    rule, honest = load_rule(f"{name}:per_sequence=0"), SpeculativeSampling()
+    rule, lossless = load_rule(f"{name}:per_sequence=0"), SpeculativeSampling()
     for seed in range(40):
         p, q = (torch.from_numpy(rng.dirichlet(np.full(6, 0.5), size=n)) for n in (4, 3))
         token = torch.multinomial(q, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
         draft = Draft(token, (-1, 0, 1), (3,), Proposal(q, (0, 1, 2)))
         noise = Noise((seed,), (5,))
-        one, two = rule(p, draft, noise), honest(p, draft, noise)
+        one, two = rule(p, draft, noise), lossless(p, draft, noise)
         assert one.bias == (0.0,)
         if name in ("typical", "top_k"):  # a gate that happens to cost nothing is used as it is
             continue

@@ -27,7 +27,7 @@ class Deaf(Noise):
     """Noise that must not be listened to."""
 
     def exponential(self, b, depth, vocab_size, device="cpu"):
-        raise AssertionError("read V-wide noise for a one-hot law")
+        raise AssertionError("read V-wide noise for a one-hot distribution")
 
 
 class Scripted(Noise):

@@ -1,5 +1,4 @@
-"""EX-11 at the level of a rule: every planted mistake is killed by the distribution check that its row names, and honesty passes
-all.
+"""EX-11 for rules: every planted mistake is killed by the check that its row names, and rules without one pass all checks.
 
 A mutant is an edit of a function's syntax tree (`tests.mutants`), so the table can only be out of date loudly; those of the
 native passes are patches of their text. The checks are those of `rule_checks`.
@@ -55,7 +54,7 @@ ACCEPTED, LAST = "U * R < P", "torch.searchsorted(C, L * T, right=True)"
 RESIDUAL, WITHOUT = "c.draw_residual(H, Q, R, W, U)", "c.draw_without(H, T, U)"
 BEHIND, BEHIND_TOO_FEW = "nodes[accepted - 1] if accepted else -1", "nodes[accepted - 2] if accepted > 1 else -1"
 REFUSED_ROW = "p[draft.row(b, nodes[min(accepted, len(nodes) - 1)]) :][:1]"
-ONE_LAW, NUMBER = "len(A) == len(B) and len(R) == 1 and X", "F(S, L, P, depth, I)"
+ONE_DISTRIBUTION, NUMBER = "len(A) == len(B) and len(R) == 1 and X", "F(S, L, P, depth, I)"
 FINAL_COIN, ACCEPT_COIN = "N.uniform(B, D, 'final')", "N.uniform(B, D, 'accept')"
 ONE_HOT, HALF_HOT = (
     f"T >= {top} and len(O := {columns}.nonzero()) == 1" for top, columns in ((1.0, "P"), (0.5, "(P == T)"))
@@ -70,14 +69,14 @@ MUTANTS = [  # name, mistake, the check that kills it
     ("chain: anchor row of a neighbour", Edit(PARENT_ROWS, "owner[below + k]", "0"), chains),
     ("chain: bonus from the row before", Edit(FINISH, BEHIND, BEHIND_TOO_FEW), chains),
     ("chain: residual of the refused row", Edit(FINISH, "p[row : row + 1]", REFUSED_ROW), chains),
-    ("chain: residual with another node's law", Edit(FINISH, "Q.row[k]", "Q.row[draft.offsets[b]]"), chains),
+    ("chain: residual with another node's distribution", Edit(FINISH, "Q.row[k]", "Q.row[draft.offsets[b]]"), chains),
     ("chain: residual drawn from p", Edit(FINISH, RESIDUAL, "c.draw_one(H, U)"), chains),
     ("chain: refused point mass stays in", Edit(FINISH, WITHOUT, "c.draw_one(H, U)"), chains),
     ("chain: last token of a neighbour", Edit(JUDGED, "last_token(P, D, N, b, A[b], W, Q)", "last_token(P, D, N, 0, A[0], W, Q)"), chains),
     ("chain: rejection not counted as judged", Edit(LEDGER, "nodes[: n + 1]", "nodes[:n]"), ledger),
     ("chain: unjudged nodes in the ledger", Edit(LEDGER, "nodes[: n + 1]", "nodes"), ledger),
     ("chain: risk from the next row", Edit(JUDGED, "draft.parent_rows[k]", "min(draft.parent_rows[k] + 1, len(p) - 1)"), ledger),
-    ("chain: risk with another law", Edit(JUDGED, "Q.row[k]", "Q.row[0]"), ledger),
+    ("chain: risk with another distribution", Edit(JUDGED, "Q.row[k]", "Q.row[0]"), ledger),
     ("residual |p - q|", Edit(SUBTRACT, "W.clamp_(min=0)", "W.abs_()"), chains),
     ("residual not normalised", Edit(DRAW, LAST, "torch.searchsorted(C, L, right=True).clamp(max=weight.shape[1] - 1)"), chains),
     ("residual by argmax", Edit(DRAW, f"{LAST}.squeeze(1)", "weight.argmax(1)"), chains),
@@ -91,8 +90,8 @@ MUTANTS = [  # name, mistake, the check that kills it
     ("ledger: variance is the mean", Edit(VERDICT, "R * (1.0 - R)", "R"), ledger),
     ("tree: sibling order ignored", Edit(NODES, "for K in C: ...", "for K in reversed(C): ..."), trees),
     ("tree: residual mass ignored", Edit(NODES, "M = float(C.row_sums(W))", "M = 1.0"), trees),
-    ("tree: drawn sibling stays in its law", Edit(DRAWN, "L[0, C] = 0", "pass"), trees),
-    ("tree: law not normalised after a draw", Edit(DRAWN, "L / R if R > 0 else L", "L"), trees),
+    ("tree: drawn sibling stays in its distribution", Edit(DRAWN, "L[0, C] = 0", "pass"), trees),
+    ("tree: distribution not normalised after a draw", Edit(DRAWN, "L / R if R > 0 else L", "L"), trees),
     ("tree: i.i.d. read as without replacement", Edit(DRAWN, "S.siblings == 'iid'", "S.siblings != 'iid'"), trees),
     ("tree: siblings share a coin", Edit(WALK, "N.uniform(B, D, 'accept', J)", "N.uniform(B, D, 'accept', 0)"), trees),
     ("tree: stays at the anchor's row", Edit(WALK, "draft.row(b, taken)", "b"), trees),
@@ -101,7 +100,7 @@ MUTANTS = [  # name, mistake, the check that kills it
     ("tree: bonus from the parent's row", Edit(WALK, "R = P[I : I + 1]", "pass"), trees),
     ("tree: risk of the first sibling only", Edit(NODES, "math.prod(B if I else G)", "(B or G)[0]"), ledger),
     ("tree: integrated risk without replacement", Edit(NODES, "len(C) == 1 or L.siblings == 'iid'", "True"), ledger),
-    ("tree: point masses left out of the risk", Edit(NODES, ONE_LAW, "bool(A) and X"), ledger),
+    ("tree: point masses left out of the risk", Edit(NODES, ONE_DISTRIBUTION, "bool(A) and X"), ledger),
     ("noise: draft and accept share a lane", Around(UNIFORM, lane_of("draft", "accept")), decoding),
     ("noise: accept and final share a lane", Around(UNIFORM, lane_of("final", "accept")), decoding),
     ("noise: depth ignored", Edit(UNIFORM, NUMBER, "F(S, L, P, 0, I)"), decoding),
@@ -123,7 +122,7 @@ NATIVE_MUTANTS = [
     ("native chain: refused point mass stays in", Edit(FINISH, WITHOUT, "c.draw_one(H, U)"), chains),
     ("native chain: last token from the anchor", Edit(FINISH, "p[row : row + 1]", "p[b : b + 1]"), chains),
     ("native chain: risk from the next row", Edit(JUDGED, "draft.parent_rows[k]", "min(draft.parent_rows[k] + 1, len(p) - 1)"), ledger),
-    ("native chain: risk with another law", Edit(JUDGED, "Q.row[k]", "0"), ledger),
+    ("native chain: risk with another distribution", Edit(JUDGED, "Q.row[k]", "0"), ledger),
 ]  # fmt: skip
 CXX_MUTANTS = [
     ("residual |p - q|", "return x > 0 ? x : 0.0;", "return x > 0 ? x : -x;", chains),
@@ -142,17 +141,17 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_honest_rules_pass(check):
+def test_rules_without_a_mistake_pass(check):
     check()
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_honest_rules_pass_on_torch_alone(check, torch_only):
+def test_rules_without_a_mistake_pass_on_torch_alone(check, torch_only):
     check()
 
 
 @pytest.mark.parametrize("check", [long_draws, long_overlaps])
-def test_the_native_passes_are_honest(check):
+def test_the_native_passes_without_a_mistake_pass(check):
     check()
 
 

@@ -45,9 +45,9 @@ TREES = [  # name, vocabulary, shape, full support, cases
     ],
     ("points", 3, Shape((-1, -1, 0, 0, 1), (False,) * 5), False, 400),
     ("points, wide", 4, Shape((-1, -1, -1, -1, 2), (False,) * 5), False, 200),
-    ("law and points", 3, Shape((-1, -1, -1, 0), (True, False, True, True)), False, 80),
+    ("drawn or fixed", 3, Shape((-1, -1, -1, 0), (True, False, True, True)), False, 80),
     (
-        "points and law without replacement",
+        "fixed or drawn without replacement",
         3,
         Shape((-1, -1, -1), (False, True, True), "without_replacement"),
         False,

@@ -136,22 +136,22 @@ def test_it_accepts_no_less_than_k_seq():
 
 def wrong_multiplier(p: torch.Tensor, draft, noise):
     """The mistake of testing the chosen candidate with the multiplier that was aimed at by one candidate fewer."""
-    honest = transport.choose
-    transport.choose = lambda p, q, k: honest(p, q, k - 1)
+    original = transport.choose
+    transport.choose = lambda p, q, k: original(p, q, k - 1)
     try:
         return RULE(p, draft, noise)
     finally:
-        transport.choose = honest
+        transport.choose = original
 
 
 def sequential_chances(p: torch.Tensor, draft, noise):
     """The mistake of choosing among the candidates uniformly while testing as if the best had been chosen."""
-    honest = transport.CandidateChoice.chances
+    original = transport.CandidateChoice.chances
     transport.CandidateChoice.chances = lambda self, pieces: [1 / len(pieces)] * len(pieces)
     try:
         return RULE(p, draft, noise)
     finally:
-        transport.CandidateChoice.chances = honest
+        transport.CandidateChoice.chances = original
 
 
 @pytest.mark.parametrize("liar", [wrong_multiplier, sequential_chances])

@@ -141,12 +141,12 @@ def test_on_chains_the_general_walk_is_block_verification():
 
 def greedy_share(p: torch.Tensor, draft, noise):
     """The mistake of handing the parent's share on unchanged after a refusal."""
-    honest = traversal.c.clamp01
+    original = traversal.c.clamp01
     traversal.c.clamp01 = lambda x: min(1.0, max(x, 0.5)) if x == x else 1.0
     try:
         return RULE(p, draft, noise)
     finally:
-        traversal.c.clamp01 = honest
+        traversal.c.clamp01 = original
 
 
 def test_control_a_wrong_share_is_seen():

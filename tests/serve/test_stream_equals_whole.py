@@ -27,7 +27,7 @@ from outrider.telemetry.prometheus import Metrics
 from outrider.types import Rows, Scores
 from outrider.verify import load_rule
 from tests.contract.scripted import Budgets, Scripted
-from tests.unit.test_text import KINDS, cut
+from tests.engine.test_text import KINDS, cut
 
 SLOTS, DEPTH = 96, 5
 """Cases of each of the two tokenizers (10,000 in all), each asked once whole and once as a stream."""

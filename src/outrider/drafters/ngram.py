@@ -60,7 +60,7 @@ class NGram:
         if not 1 <= min_n <= max_n:
             raise ConfigError(f"n-gram sizes must satisfy 1 <= min_n <= max_n, got min_n={min_n}, max_n={max_n}")
         self.max_depth = self.max_nodes = depth
-        self._sizes = (min_n, max_n)
+        self.sizes = (min_n, max_n)
         self._index: dict[int, _Index] = {}
 
     def bind(self, slots: int, length: int) -> None:
@@ -77,7 +77,7 @@ class NGram:
     def _continue(self, slot: int, tokens: list[int], depth: int) -> list[int]:
         index = self._index.get(slot)
         if index is None or not index.follows(tokens):
-            index = self._index[slot] = _Index(*self._sizes)
+            index = self._index[slot] = _Index(*self.sizes)
         index.extend(tokens)
         at = index.find(tokens)
         return tokens[at : at + depth] if at >= 0 else []

@@ -146,11 +146,11 @@ class PredictedOutput:
             return ()
         pointer = self._pointer.get(view.slot)
         if pointer is None or not pointer.follows(view, prediction):
-            pointer = self._pointer[view.slot] = _Pointer(self._places(prediction))
+            pointer = self._pointer[view.slot] = _Pointer(self.places_of(prediction))
         pointer.advance(view.tokens, view.prompt)
         return prediction[pointer.at : pointer.at + depth] if pointer.at >= 0 else ()
 
-    def _places(self, prediction: tuple[int, ...]) -> Places:
+    def places_of(self, prediction: tuple[int, ...]) -> Places:
         """The places of a prediction: those of another sample of the same request, or new ones."""
         others = (p.places for p in self._pointer.values() if p.prediction is prediction)
         return next(others, None) or Places(prediction)
@@ -164,24 +164,25 @@ class PredictedOutput:
 class Replay:
     """How many tokens of an output were accepted drafts of a prediction, kept up to date as the output grows.
 
-    steps: for each step of the output its tokens and how many of them were accepted drafts; the list may grow. The pointer is
-    replayed: in a step where it had a proposal it was the first drafter (`first_of`), so the accepted tokens were its own.
+    steps: for each step of the output its tokens and how many of them were accepted drafts; the list may grow. read: how many
+    steps were read. The pointer is replayed: in a step where it had something to say it was first to speak (`first_of`), so what
+    was accepted then was its own.
     """
 
     def __init__(self, places: Places, steps: Sequence[tuple[Sequence[int], int]]) -> None:
         self.places, self.steps = places, steps
         self._pointer, self._output = _Pointer(places), list[int]()
-        self._read = self._total = 0
+        self.read = self._total = 0
 
     def accepted(self) -> int:
-        """The number after all steps so far. O(new tokens)."""
-        for tokens, accepted in islice(self.steps, self._read, None):
-            if self._read:
+        """The number, after all steps so far. O(tokens that are new)."""
+        for tokens, accepted in islice(self.steps, self.read, None):
+            if self.read:
                 self._pointer.advance(self._output, 0)
-            if self._read and 0 <= self._pointer.at < len(self.places.prediction):
+            if self.read and 0 <= self._pointer.at < len(self.places.prediction):
                 self._total += accepted
             self._output += tokens
-            self._read += 1
+            self.read += 1
         return self._total
 
 

@@ -35,6 +35,11 @@ class Turns:
         self._owner: int | None = None
         self._depth = 0
 
+    @property
+    def waiting(self) -> int:
+        """How many threads wait for their turn."""
+        return len(self._queue)
+
     def __enter__(self) -> None:
         if os.getpid() != self._process:
             raise CapabilityError(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.drafters.context import Context, new_rows, taps_of
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
@@ -56,7 +57,7 @@ class DFlashDrafter:
         self._k_norms = [a.k_norm for a in attention]
         self._inject = draft_linear(torch.cat([w for a in attention for w in (a.k_proj.weight, a.v_proj.weight)]))
         self._dtype, self._device = model.fc.weight.dtype, model.fc.weight.device
-        self._next: list[int] = []
+        self.context = Context(0)
 
     def bind(self, slots: int, length: int) -> None:
         """Allocate the drafter's KV cache: per layer keys and values of `length` rows and one block for every slot."""
@@ -64,24 +65,23 @@ class DFlashDrafter:
         room = length + self._size
         self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._dtype, self._device)
         self._angles = self.model.rotation(torch.arange(room, device=self._device))
-        self._next = [0] * slots
+        self.context = Context(slots)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
         self.cache.release(slots)
-        for slot in slots:
-            self._next[slot] = 0
+        self.context.release(slots)
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """Inject every accepted row, then propose up to `budget[i]` tokens after the anchor of sequence i."""
-        if not self._next:
+        """Inject every kept row, then propose up to `budget[i]` tokens behind the anchor of sequence i."""
+        if not self.context.next:
             raise ConfigError("the block drafter has no cache yet: call bind(slots, length) before drafting")
         self._catch_up(evidence)
         forest, depths = Forest(len(budget)), [0] * len(budget)
         live: list[SequenceView] = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
-            if depth > 0 and self.cache.length[view.slot] and self._next[view.slot] == len(view.tokens) - 1:
+            if depth > 0 and self.context.reaches(view):
                 depths[i] = min(depth, self.max_depth)
                 live.append(view)
         if live:
@@ -90,43 +90,31 @@ class DFlashDrafter:
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, evidence: Evidence) -> None:
-        """Inject keys and values of every accepted row, all sequences in one pass."""
-        work: list[tuple[int, int]] = []  # slot, rows
-        rows: list[int] = []
-        position: list[int] = []
-        for i, view in enumerate(evidence.sequences):
-            kept = evidence.accepted_rows(i)
-            if not kept:
-                continue
-            start = view.cached - len(kept)
-            if self._next[view.slot] != start:
-                self.release([view.slot])
-                self._next[view.slot] = start
-            work.append((view.slot, len(kept)))
-            rows += kept
-            position += range(start, start + len(kept))
+        """Keys and values of every kept row, all sequences in one pass."""
+        work = new_rows(evidence, self.context)
         if not work:
             return
-        c, hidden = self.model.config, evidence.scores.hidden
-        taps = torch.cat([hidden[n] for n in self._order], -1) if len(self._order) > 1 else hidden[0]
-        if rows != list(range(len(taps))):
-            taps = taps[rows]
+        self.cache.release([new.view.slot for new in work if new.gap])
+        rows = [r for new in work for r in new.rows]
+        position = [p for new in work for p in range(new.start, new.start + len(new.rows))]
+        c, taps = self.model.config, taps_of(evidence, self._order, rows).flatten(1)
         context = self._net.hidden_norm(self._net.fc(taps.to(self._dtype)))
         kv = self._inject(context).view(len(rows), c.layers, 2, c.kv_heads, c.head_dim)
         turns = self._turns(position)
         for n, norm in enumerate(self._k_norms):
             kv[:, n, 0] = turn(norm(kv[:, n, 0]), *turns)
         first = 0
-        for slot, count in work:
+        for new in work:
+            slot, count = new.view.slot, len(new.rows)
             self.cache.append(slot, *kv[first : first + count].unbind(2))
-            self._next[slot] += count
+            self.context.next[slot] += count
             first += count
 
     def _block(self, views: list[SequenceView]) -> Float[Tensor, "levels n V"]:
         """Logits of every slot after the anchor, for all sequences in one pass."""
         c, size = self.model.config, self._size
         token = [t for v in views for t in (v.tokens[-1], *(c.mask,) * (size - 1))]
-        turns = self._turns([p for v in views for p in range(self._next[v.slot], self._next[v.slot] + size)])
+        turns = self._turns([p for v in views for p in range(len(v.tokens) - 1, len(v.tokens) - 1 + size)])
         x = self.model.embed_tokens(self._long(token))
         for n, layer in enumerate(self._run):
             x = self._layer(n, layer, x, turns, views)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.drafters.checkpoint import read_config
+from outrider.drafters.context import Context, new_rows, taps_of
 from outrider.drafters.eagle.eagle1 import Eagle1Network
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleNetwork
@@ -54,16 +55,15 @@ class FusedNetwork:
         return residual, q, k, v
 
 
-class SlotContext:
-    """The state of a slot beside its context rows: the position `next` after the last of them, its state, and the draft's rows.
+class SlotState:
+    """What is known of a slot beside its context rows: the state of the last of them, the draft's rows.
 
     parents: of each row of the draft, its parent's number among them, -1 for the context. nodes: state and row of each node.
     """
 
-    __slots__ = ("next", "nodes", "parents", "state")
+    __slots__ = ("nodes", "parents", "state")
 
-    def __init__(self, start: int = 0) -> None:
-        self.next = start
+    def __init__(self) -> None:
         self.state: Tensor | None = None
         self.nodes: dict[int, tuple[Tensor, int]] = {}
         self.parents: list[int] = []
@@ -84,7 +84,8 @@ class EagleDrafter:
         self.layers: tuple[int, ...] = tuple(sorted(set(model.config.taps)))
         self._order = [self.layers.index(t) for t in model.config.taps]
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
-        self._places: list[SlotContext] = []
+        self.context = Context(0)
+        self._states: list[SlotState] = []
         self._run: FusedNetwork | None = None
 
     def bind(self, slots: int, length: int) -> None:
@@ -92,13 +93,15 @@ class EagleDrafter:
         c, capacity = self.model.config, length + self.growth.max_expanded_nodes
         self._run = FusedNetwork(self.model, capacity)
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
-        self._places = [SlotContext() for _ in range(slots)]
+        self.context = Context(slots)
+        self._states = [SlotState() for _ in range(slots)]
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
         self.cache.release(slots)
+        self.context.release(slots)
         for slot in slots:
-            self._places[slot] = SlotContext()
+            self._states[slot] = SlotState()
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
@@ -109,8 +112,8 @@ class EagleDrafter:
         forest, depths = Forest(len(budget)), [0] * len(budget)
         states = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
-            place = self._places[view.slot]
-            if depth > 0 and place.state is not None and place.next == len(view.tokens) - 1:
+            place = self._states[view.slot]
+            if depth > 0 and place.state is not None and self.context.reaches(view):
                 depths[i] = min(depth, self.max_depth)
                 place.nodes, place.parents = {-1: (place.state, -1)}, []
                 states.append(place.state)
@@ -120,31 +123,20 @@ class EagleDrafter:
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, run: FusedNetwork, evidence: Evidence) -> None:
-        """Feed the pairs (hidden states of an accepted row, the token after it), all sequences in one pass if chunks allow."""
-        work: list[tuple[SequenceView, list[int]]] = []
-        for i, view in enumerate(evidence.sequences):
-            kept = evidence.accepted_rows(i)
-            if not kept:
-                continue
-            place = self._places[view.slot]
-            if place.next != view.cached - len(kept):
-                self.release([view.slot])
-                self._places[view.slot] = SlotContext(view.cached - len(kept))
-            work.append((view, kept))
+        """Feed the pairs (hidden states of a kept row, the token behind it), all sequences in one pass where chunks allow."""
+        found = new_rows(evidence, self.context)
+        self.cache.release([new.view.slot for new in found if new.gap])
+        work = [(new.view, new.rows) for new in found]
         while work:
             self._feed(run, evidence, [(v, kept[:CHUNK]) for v, kept in work])
             work = [(v, kept[CHUNK:]) for v, kept in work if len(kept) > CHUNK]
 
     def _feed(self, run: FusedNetwork, evidence: Evidence, work: list[tuple[SequenceView, list[int]]]) -> None:
         rows = [r for _, kept in work for r in kept]
-        hidden = evidence.scores.hidden
-        taps = torch.stack([hidden[n] for n in self._order], 1) if len(self._order) > 1 else hidden[0][:, None]
-        if rows != list(range(len(taps))):
-            taps = taps[rows]
-        g = run.model.read(taps.to(run.dtype))
+        g = run.model.read(taps_of(evidence, self._order, rows).to(run.dtype))
         token, position = [], []
         for view, kept in work:
-            at = self._places[view.slot].next
+            at = self.context.next[view.slot]
             token += view.tokens[at + 1 : at + 1 + len(kept)]
             position += range(at, at + len(kept))
         residual, q, k, v = run.enter(self._long(token), g, self._long(position))
@@ -155,13 +147,13 @@ class EagleDrafter:
             self.cache.append(view.slot, k[mine, None], v[mine, None])
             see = ancestor_mask(n, (), held).to(g.device) if n > 1 else None
             seen.append(_attend(q[mine], *self.cache.read(0, view.slot, held + n), see))
-            self._places[view.slot].next += n
+            self.context.next[view.slot] += n
             first += n
         state = run.layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), residual)
         first = 0
         for view, kept in work:
             first += len(kept)
-            self._places[view.slot].state = state[first - 1]
+            self._states[view.slot].state = state[first - 1]
 
     def _follower(
         self, run: FusedNetwork, views: Sequence[SequenceView], forest: Forest
@@ -171,11 +163,11 @@ class EagleDrafter:
 
         def follow(frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
             depth = len(forest.path(*frontier[0]))
-            places = [self._places[views[i].slot] for i, _ in frontier]
+            places = [self._states[views[i].slot] for i, _ in frontier]
             above = [p.nodes[forest.parent[i][k]] for p, (i, k) in zip(places, frontier, strict=True)]
             g = torch.stack([state for state, _ in above])
             token = self._long([forest.tokens[i][k] for i, k in frontier])
-            position = self._long([p.next + depth - 1 for p in places])
+            position = self._long([self.context.next[views[i].slot] + depth - 1 for i, _ in frontier])
             residual, q, k, v = run.enter(token, g, position)
             seen, first = [], 0
             while first < len(frontier):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.drafters.context import Context, new_rows
 from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
@@ -38,29 +39,30 @@ class MedusaDrafter:
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
         self._predict = _stacked(heads)
         self._dtype = heads.norm.weight.dtype
-        self._last: dict[int, tuple[int, Tensor]] = {}
+        self._context = Context(0)
+        self._state: dict[int, Tensor] = {}  # slot -> hidden state of its last kept row
 
     def bind(self, slots: int, length: int) -> None:
-        """Nothing to allocate: a slot keeps one hidden state."""
+        """A slot keeps one hidden state: nothing else to make room for."""
+        self._context = Context(slots)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
+        self._context.release(slots)
         for slot in slots:
-            self._last.pop(slot, None)
+            self._state.pop(slot, None)
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """Up to `budget[i]` levels for sequence i, from the hidden state of its last accepted row."""
-        hidden = evidence.scores.hidden[0]
+        """Up to `budget[i]` levels for sequence i, from the hidden state of its last kept row."""
+        for new in new_rows(evidence, self._context):
+            self._state[new.view.slot] = evidence.scores.hidden[0][new.rows[-1]]
+            self._context.next[new.view.slot] += len(new.rows)
         depths, rows = [0] * len(budget), []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
-            kept = evidence.accepted_rows(i)
-            if kept:
-                self._last[view.slot] = view.cached, hidden[kept[-1]]
-            at, row = self._last.get(view.slot, (-1, hidden))
-            if depth > 0 and at == len(view.tokens) - 1:
+            if depth > 0 and self._context.reaches(view):
                 depths[i] = min(depth, self.max_depth)
-                rows.append(row)
+                rows.append(self._state[view.slot])
         forest = Forest(len(budget))
         if rows:
             self._propose(evidence, depths, forest, torch.stack(rows).to(self._dtype))

@@ -63,26 +63,27 @@ class ModelDrafter:
         _check_trees(target, self.trees)
         self.max_depth, self.max_nodes = growth.depth, growth.nodes
         self._follow = self._regrow if self.trees else self._append
-        self._cache: TokenCache | None = None
+        self._made: TokenCache | None = None
 
     def bind(self, slots: int, length: int) -> None:
         """Allocate the draft model's KV cache."""
         limit = min(length, self.max_length)
         slack = self.growth.max_expanded_nodes if self.trees else 0
         try:
-            self._cache = TokenCache(self.model, slots, limit + slack, limit)
+            self._made = TokenCache(self.model, slots, limit + slack, limit)
         except CapacityError as error:
             raise CapacityError(f"the draft model {self.name!r}: {error}") from None
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
-        self._bound.release(slots)
+        self.cache.release(slots)
 
     @property
-    def _bound(self) -> TokenCache:
-        if self._cache is None:
+    def cache(self) -> TokenCache:
+        """The draft model's tokens, keys and values."""
+        if self._made is None:
             raise ConfigError("the model drafter has no cache yet: call bind(slots, length) before drafting")
-        return self._cache
+        return self._made
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
@@ -90,7 +91,7 @@ class ModelDrafter:
 
         A sequence with budget 0 catches up lazily, in full chunks of its committed tokens.
         """
-        cache, views = self._bound, evidence.sequences
+        cache, views = self.cache, evidence.sequences
         depths = [self._room(v, b) for v, b in zip(views, budget, strict=True)]
         for view in views:
             cache.rewind(view)
@@ -102,8 +103,8 @@ class ModelDrafter:
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _room(self, view: SequenceView, budget: int) -> int:
-        """Levels to draft: the deepest node that is fed to the model has position len + levels - 2."""
-        return max(0, min(budget, self.max_depth, self._bound.limit - len(view.tokens) + 1))
+        """Levels to draft: the deepest node that is fed to the model stands at position len + levels - 2."""
+        return max(0, min(budget, self.max_depth, self.cache.limit - len(view.tokens) + 1))
 
     def _propose(
         self, cache: TokenCache, evidence: Evidence, depths: list[int], live: list[int], forest: Forest

@@ -94,9 +94,9 @@ class HFTarget:
                 f"{type(model).__name__} fails on a text of {_PROBE} tokens ({brief(error)}): check its configuration"
             ) from error
         self.vocab_size = reference.shape[-1]
-        self._path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
-        self.path, self.trees, self.rewinds = self._path.name, self._path.trees, self._path.rewinds
-        self.notices = costs(type(model).__name__, self._path, self.why)
+        self.serving_path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
+        self.path, self.trees, self.rewinds = self.serving_path.name, self.serving_path.trees, self.serving_path.rewinds
+        self.notices = costs(type(model).__name__, self.serving_path, self.why)
 
     @staticmethod
     def load(
@@ -132,7 +132,7 @@ class HFTarget:
 
     def new_kv(self, slots: int, length: int) -> KVCache:
         """A cache of `length` tokens a slot; it may exceed `max_length`, which bounds positions: siblings share one."""
-        return self._path.new_kv(slots, length)
+        return self.serving_path.new_kv(slots, length)
 
     @torch.no_grad()
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
@@ -142,7 +142,7 @@ class HFTarget:
             raise CapabilityError(
                 f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
             )
-        logits, hidden = self._path.run(rows, kv, HiddenStateHooks(self._blocks, layers))
+        logits, hidden = self.serving_path.run(rows, kv, HiddenStateHooks(self._blocks, layers))
         return Scores(_wide(logits), hidden)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
@@ -172,11 +172,11 @@ class HFTarget:
     def first_layers(self, layers: int) -> HFPrefix:
         """See `protocols.OpenTarget`. Raises CapabilityError on other paths than `seam`: their caches cannot be partly filled."""
         check_prefix(layers, self.layers)
-        if not isinstance(self._path, AttentionInterfacePath) or self._blocks is None or self._tail is None:
+        if not isinstance(self.serving_path, AttentionInterfacePath) or self._blocks is None or self._tail is None:
             raise CapabilityError(
                 f"{type(self.model).__name__} cannot be run in part: use a separate draft model, or 'ngram'"
             )
-        return HFPrefix(self, self._path, self._blocks, layers)
+        return HFPrefix(self, self.serving_path, self._blocks, layers)
 
     # ----------------------------------------------------------------------------------- determining how to drive it
     @torch.no_grad()

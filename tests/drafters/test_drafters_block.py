@@ -25,7 +25,7 @@ from outrider.train.features import hidden_of
 from outrider.types import Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
-from tests.unit.drafting import Seen, evidence, view
+from tests.drafters.drafting import Seen, evidence, view
 
 V, H, BLOCK = 19, 16, 4
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
@@ -172,7 +172,7 @@ def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
         nonlocal rounds
         out = honest(seen, budget)
         for v in seen.sequences:
-            assert drafter.cache.length[v.slot] == drafter._next[v.slot] == v.cached
+            assert drafter.cache.length[v.slot] == drafter.context.next[v.slot] == v.cached
             for n, (k, value) in enumerate(model.inject(states(tuple(v.tokens[: v.cached]))) if v.cached else ()):
                 held = drafter.cache.read(n, v.slot, v.cached)
                 torch.testing.assert_close(held[0], k[0].transpose(0, 1), rtol=0, atol=2e-4)

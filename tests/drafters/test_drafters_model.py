@@ -13,7 +13,7 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.models.toy import TinyLM
 from outrider.protocols import KVCache
 from outrider.types import Draft, Rows, Scores, SequenceView
-from tests.unit.drafting import chain, evidence, view
+from tests.drafters.drafting import chain, evidence, view
 
 V = 31
 MODEL = TinyLM(V, seed=2, sharp=2.5)
@@ -93,7 +93,7 @@ def test_after_any_history_as_if_fresh(how: str) -> None:
             if b and step % 3 == 0:
                 other, alone = fresh(HOWS[how], v, b)
                 same(draft, i, alone, 0)
-                mine, its, n = drafter._bound.kv, other._bound.kv, len(v.tokens)
+                mine, its, n = drafter.cache.kv, other.cache.kv, len(v.tokens)
                 torch.testing.assert_close(mine.k[:, v.slot, :, :n], its.k[:, v.slot, :, :n], rtol=0, atol=1e-9)
                 torch.testing.assert_close(mine.v[:, v.slot, :, :n], its.v[:, v.slot, :, :n], rtol=0, atol=1e-9)
         for i, s in enumerate(present):
@@ -116,7 +116,7 @@ def test_replay(how: str) -> None:
     drafter, text = build(**HOWS[how]), list(range(9))
     first = drafter.draft(evidence([view(text, 1, seed=4)], V), [3])
     drafter.release([1])
-    assert drafter._bound.kv.length == [0] * 4
+    assert drafter.cache.kv.length == [0] * 4
     others = [view([3] * n, s, seed=s) for s, n in ((0, 4), (3, 20))]
     again = drafter.draft(evidence([others[0], view(text, 2, seed=4), others[1]], V), [2, 3, 0])
     same(first, 0, again, 1)
@@ -150,7 +150,7 @@ def test_prompts_are_fed_in_chunks_and_budget_zero_is_lazy() -> None:
     text = [i % V for i in range(3 * CHUNK)]
     for cached in (100, CHUNK, CHUNK + 200, 2 * CHUNK + 1):
         drafter.draft(evidence([view(text, prompt=len(text), cached=cached)], V), [0])
-        held = drafter._bound.kv.length[0]
+        held = drafter.cache.kv.length[0]
         assert cached - CHUNK <= held <= cached
     assert max(model.rows) <= CHUNK
     assert sum(model.rows) == 2 * CHUNK

@@ -147,7 +147,7 @@ def test_turns_come_in_the_order_of_asking_and_nest() -> None:
             threads.append(threading.Thread(target=take, args=(i,)))
             threads[-1].start()
             assert ready.wait(10)
-            while len(turns._queue) <= i:
+            while turns.waiting <= i:
                 threads[-1].join(0.001)
     for t in threads:
         t.join(10)

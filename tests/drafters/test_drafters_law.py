@@ -23,7 +23,7 @@ from outrider.models.toy import TableTarget, TinyLM
 from outrider.sampling.pipeline import LogitsPipeline
 from outrider.transfer import fetch
 from outrider.types import Draft, Evidence
-from tests.unit.drafting import evidence, view
+from tests.drafters.drafting import evidence, view
 
 ALPHA = 1e-9
 V = 9

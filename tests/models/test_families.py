@@ -111,7 +111,7 @@ def renamed(inner: PreTrainedModel, argument: str, returned: str) -> PreTrainedM
     it as `returned`."""
     kind = type(inner)
     target = HFTarget(inner)
-    way = target._path.handover  # type: ignore[attr-defined]
+    way = target.serving_path.handover  # type: ignore[attr-defined]
 
     class Later(kind):  # type: ignore[misc, valid-type]
         pass

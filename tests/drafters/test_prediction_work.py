@@ -10,6 +10,7 @@ from outrider.drafters import prediction as module
 from outrider.drafters.prediction import MAX_N, Places, Replay, accepted_of
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
+from tests.drafters.drafting import evidence, view
 
 
 def by_scanning(prediction: list[int], end: list[int], base: int) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def test_work_does_not_grow_with_the_product_of_the_lengths(output: list[int]) -
         steps.append(((token,), 0))
         replay.accepted()
     assert Read.seen <= 2 * (MAX_N + 1) * MAX_N * len(output)
-    assert replay._read == len(output)
+    assert replay.read == len(output)
 
 
 def test_a_replay_in_pieces_is_a_replay_at_once() -> None:
@@ -74,10 +75,12 @@ def test_a_replay_in_pieces_is_a_replay_at_once() -> None:
 
 def test_samples_of_a_request_share_what_is_sorted() -> None:
     drafter = module.PredictedOutput(3)
-    predicted = SamplingParams(prediction=(1, 2, 3)).prediction
-    drafter._pointer[0] = module._Pointer(drafter._places(predicted))
-    assert drafter._places(predicted) is drafter._pointer[0].places
-    assert drafter._places((1, 2, 3, 4)) is not drafter._pointer[0].places
+    one = view([7, 1], prediction=(1, 2, 3))
+    predicted = one.params.prediction
+    assert drafter.places_of(predicted) is not drafter.places_of(predicted), "no sample is under way"
+    drafter.draft(evidence([one], 10), [3])
+    assert drafter.places_of(predicted) is drafter.places_of(predicted)
+    assert drafter.places_of((1, 2, 3, 4)) is not drafter.places_of(predicted)
 
 
 def test_sizes_are_checked_before_elements() -> None:

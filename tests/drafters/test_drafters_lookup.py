@@ -18,7 +18,7 @@ from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.verify import SpeculativeSampling
-from tests.unit.drafting import chain, evidence, view
+from tests.drafters.drafting import chain, evidence, view
 
 V = 50
 

@@ -42,8 +42,8 @@ def test_specs() -> None:
     ngram = load("ngram")
     assert isinstance(ngram, NGram)
     assert ngram.max_depth == 4
-    assert load("ngram:1-3")._sizes == (1, 3)  # type: ignore[attr-defined]
-    assert load("ngram:3")._sizes == (3, 3)  # type: ignore[attr-defined]
+    assert load("ngram:1-3").sizes == (1, 3)  # type: ignore[attr-defined]
+    assert load("ngram:3").sizes == (3, 3)  # type: ignore[attr-defined]
     assert isinstance(load("prediction"), PredictedOutput)
     model = load("some/model")
     assert isinstance(model, ModelDrafter)

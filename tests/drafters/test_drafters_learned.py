@@ -32,7 +32,7 @@ from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.covering import covering, slow_beyond
-from tests.unit.drafting import Seen, evidence, view
+from tests.drafters.drafting import Seen, evidence, view
 
 V, H = 19, 16
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
@@ -156,8 +156,7 @@ def test_the_cache_holds_what_the_target_holds_after_every_round() -> None:
         nonlocal rounds
         out = honest(seen, budget)
         for v in seen.sequences:
-            place = drafter._places[v.slot]
-            assert drafter.cache.length[v.slot] == place.next == v.cached
+            assert drafter.cache.length[v.slot] == drafter.context.next[v.slot] == v.cached
             rounds += 1
         return out
 

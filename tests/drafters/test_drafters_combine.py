@@ -15,7 +15,7 @@ from outrider.drafters.tree.forest import chains
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
 from outrider.types import Draft, Evidence, Proposal, Scores
-from tests.unit.drafting import chain, evidence, view
+from tests.drafters.drafting import chain, evidence, view
 
 V = 12
 CPU = torch.device("cpu")
