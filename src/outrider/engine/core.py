@@ -155,9 +155,9 @@ class EngineCore(StepState):
                 raise RequestError(
                     "the engine is in the middle of a step: a sink or `deliver` may abort requests, not step"
                 )
-            self._stepping = True
-            self.seal()
             try:
+                self._stepping = True
+                self.seal()
                 return step(self, deliver)
             finally:
                 self._stepping = False

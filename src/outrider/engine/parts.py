@@ -27,7 +27,7 @@ class Defect:
     """A failure that was contained. It ends no request but the one it belongs to.
 
     kind: "draft" (invalid: a token outside the vocabulary, or an invalid distribution), "drafter", "controller" or "sink" (it
-    raised), "request" (a sequence that cannot continue: its grammar is exhausted) or "target" (no finite logits).
+    raised), or "request" (a sequence that cannot continue: its grammar is exhausted).
     """
 
     kind: str
