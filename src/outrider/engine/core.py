@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,8 @@ from outrider.params import SamplingParams
 from outrider.protocols import Controller
 from outrider.records import PHASES, Counts, StepRecord
 from outrider.types import SequenceView
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore(StepState):
@@ -237,6 +240,8 @@ class EngineCore(StepState):
             prompt = [0, 1, 2, 3][: self.parts.target.vocab_size]
             for count in {1, min(2, self.options.slots)}:
                 other.generate([prompt] * count, SamplingParams(max_tokens=8, ignore_eos=True, seed=0))
+            for notice in other.notices:
+                logger.warning("while warming up: %s", notice)
 
 
 class _Deepest:

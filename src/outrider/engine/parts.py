@@ -39,7 +39,7 @@ class Hooks:
     """The observers of an engine.
 
     controller: sets how deep each sequence drafts. sinks: receive the record of every step. on_defect: told of every defect when it
-    happens, in the thread that steps; what it raises is logged.
+    happens, in the thread that steps; of a combined drafter as a whole, not of its parts. What it raises is logged.
     """
 
     controller: Controller
