@@ -149,7 +149,16 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
             )
         plt.close()
 
-    p = parts["positions"]
+    positions(plt, parts["positions"])
+    save("positions")
+    several(plt, parts["several"])
+    save("several")
+    front(plt, parts["front"])
+    save("front")
+
+
+def positions(plt: Any, p: dict[str, Any]) -> None:
+    """Rejections along the text: predicted, observed, and the bound."""
     x = range(1, len(p["expected"]) + 1)
     plt.figure(figsize=(6, 4))
     low = [a - 1.96 * e for a, e in zip(p["observed"], p["error"], strict=True)]
@@ -159,8 +168,10 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
     plt.plot(x, p["expected"], color="tab:blue", ls="--", lw=1.5, label=f"predicted, length {p['length']}")
     plt.plot(x, p["bound"], color="tab:orange", ls=":", lw=1.5, label="sum of TV (unlimited length)")
     plt.xlabel("tokens of the text"), plt.ylabel("rejections so far"), plt.legend(frameon=False)
-    save("positions")
 
+
+def several(plt: Any, arms: list[dict[str, Any]]) -> None:
+    """Tokens per step by the number of drafts, for every shape and rule."""
     plt.figure(figsize=(6, 4))
     styles = {
         ("batch", "speculative_sampling"): ("o-", "root only, recursive"),
@@ -170,9 +181,9 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
         ("shared", "optimal_transport"): ("*-", "prefixes shared, optimal"),
         ("tree", "speculative_sampling"): ("d:", "without replacement"),
     }
-    one = next(r for r in parts["several"] if r["drafts"] == 1 and r["rule"] == "speculative_sampling")
+    one = next(r for r in arms if r["drafts"] == 1 and r["rule"] == "speculative_sampling")
     for (shape, rule), (style, label) in styles.items():
-        mine = [r for r in parts["several"] if r["rule"] == rule and r["drafts"] > 1 and r["shape"].startswith(shape)]
+        mine = [r for r in arms if r["rule"] == rule and r["drafts"] > 1 and r["shape"].startswith(shape)]
         plt.plot(
             [1, *(r["drafts"] for r in mine)],
             [one["tokens_per_step"], *(r["tokens_per_step"] for r in mine)],
@@ -181,9 +192,10 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
         )
     plt.xscale("log", base=2), plt.xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     plt.xlabel("drafts"), plt.ylabel("tokens per step, length 3"), plt.legend(frameon=False)
-    save("several")
 
-    f = parts["front"]
+
+def front(plt: Any, f: dict[str, Any]) -> None:
+    """Rejection against bias: the front, and where the engine's lossy rules stand."""
     plt.figure(figsize=(6, 4))
     plt.plot([0, f["tv"]], [f["tv"], 0], color="0.6", lw=1, label="front: rejection + bias = TV")
     points = f["points"]
@@ -204,4 +216,3 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
         plt.ylabel("rejection probability"),
         plt.legend(frameon=False),
     )
-    save("front")
