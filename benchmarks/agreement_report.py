@@ -149,15 +149,15 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
             )
         plt.close()
 
-    positions(plt, parts["positions"])
+    draw_positions(plt, parts["positions"])
     save("positions")
-    several(plt, parts["several"])
+    draw_several(plt, parts["several"])
     save("several")
-    front(plt, parts["front"])
+    draw_front(plt, parts["front"])
     save("front")
 
 
-def positions(plt: Any, p: dict[str, Any]) -> None:
+def draw_positions(plt: Any, p: dict[str, Any]) -> None:
     """Rejections along the text: predicted, observed, and the bound."""
     x = range(1, len(p["expected"]) + 1)
     plt.figure(figsize=(6, 4))
@@ -170,7 +170,7 @@ def positions(plt: Any, p: dict[str, Any]) -> None:
     plt.xlabel("tokens of the text"), plt.ylabel("rejections so far"), plt.legend(frameon=False)
 
 
-def several(plt: Any, arms: list[dict[str, Any]]) -> None:
+def draw_several(plt: Any, arms: list[dict[str, Any]]) -> None:
     """Tokens per step by the number of drafts, for every shape and rule."""
     plt.figure(figsize=(6, 4))
     styles = {
@@ -194,7 +194,7 @@ def several(plt: Any, arms: list[dict[str, Any]]) -> None:
     plt.xlabel("drafts"), plt.ylabel("tokens per step, length 3"), plt.legend(frameon=False)
 
 
-def front(plt: Any, f: dict[str, Any]) -> None:
+def draw_front(plt: Any, f: dict[str, Any]) -> None:
     """Rejection against bias: the front, and where the engine's lossy rules stand."""
     plt.figure(figsize=(6, 4))
     plt.plot([0, f["tv"]], [f["tv"], 0], color="0.6", lw=1, label="front: rejection + bias = TV")
