@@ -1,1 +1,1 @@
-"""The engine: the step, sequences, the scheduler, and what builds them from paths and names."""
+"""The engine: the step, sequences, the scheduler, and what they are made of."""
