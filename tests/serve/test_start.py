@@ -146,7 +146,7 @@ def test_ctrl_c_without_requests_ends_well() -> None:
 def test_a_signal_while_it_loads_ends_it(sig: signal.Signals) -> None:
     """The build is held up for ten minutes: nothing but the signal can end it sooner."""
     slow = (
-        "import sys, time\nfrom outrider.engine import build\n"
+        "import sys, time\nfrom outrider import build\n"
         "def never(*_, **__):\n    print('loading now', file=sys.stderr, flush=True)\n    time.sleep(600)\n"
         "build.build_engine = never\n"
         "from outrider.cli.main import main\nsys.argv = ['outrider', 'serve', '--port', '0']\nmain()\n"
