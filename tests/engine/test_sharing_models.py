@@ -67,6 +67,6 @@ def test_one_name_in_two_folders_is_two_models(
 @pytest.mark.parametrize("changes", [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}])
 def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, changes: dict[str, str]) -> None:
     """It would be dropped in silence: the companion has the weights that are there."""
-    with pytest.raises(ConfigError, match="decided when the target was loaded"):
+    with pytest.raises(ConfigError, match="fixed when the target was loaded"):
         companion(engine, "none", **changes)
     assert companion(engine, "none", dtype="auto").parts.target is engine.parts.target
