@@ -88,8 +88,8 @@ class AuditResult:
         """The answer in one sentence."""
         if self.outcome == NOT_THE_TARGET:
             if self.violations:
-                return f"{self.outcome}: {self.violations[0]}"
-            return f"{self.outcome}: {WORDS[self.cause or 'unexplained']} ({self.label})"
+                return f"not the target's distribution: {self.violations[0]}"
+            return f"not the target's distribution: {WORDS[self.cause or 'unexplained']} ({self.label})"
         if self.outcome == EXACT:
             return f"exact so far: a bias of {self.resolution:.3g} total variation per token would have been seen"
         if self.control_honest >= math.log10(1 / self.level):
