@@ -310,11 +310,11 @@ def test_finite_rows():
     x[4] = -INF
     x[5, 3], x[5, 4] = -INF, math.nan
     before = x.clone()
-    assert blank_nonfinite_rows(x).tolist() == [False, True, True, False, True, True]
+    assert blank_nonfinite_rows(x) == [1, 2, 4, 5]
     assert (
         torch.equal(x[[0, 3]], before[[0, 3]]) and not x[[1, 2, 4, 5]].any()
     )  # blanked, and their neighbours are as they were
-    assert blank_nonfinite_rows(x[:0]).tolist() == []
+    assert blank_nonfinite_rows(x[:0]) == []
 
 
 @pytest.mark.parametrize("vocab", [40, 4000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -67,30 +68,39 @@ def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
     return Draft.join(trees, q, draft.token.device)
 
 
-def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> Bool[Tensor, "M"]:
-    """Blank the rows that have a NaN, or only -inf, in place, and return a mask of them on the device of the logits.
+def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> list[int] | Bool[Tensor, "M"]:
+    """Blank the rows that have a NaN, or only -inf, in place. Returns their numbers; on a device a mask, which nobody has to wait for.
 
     Blanking keeps the rule from failing for the whole batch; the tokens of blanked sequences are discarded.
     """
     peak = logits.amax(-1)  # NaN wins a maximum, so one reduction sees both
-    bad = (peak - peak) != 0  # what is not finite is not itself less itself; isfinite takes five passes
-    if not transfer.on_host(logits):
-        logits.masked_fill_(bad.unsqueeze(1), 0.0)  # reading whether there are any would wait for the device
-    elif bad.any():
-        logits[bad] = 0.0
+    if transfer.on_host(logits):
+        rows = [i for i, x in enumerate(peak.tolist()) if not math.isfinite(x)]
+        if rows:
+            logits[rows] = 0.0
+        return rows
+    bad = ~torch.isfinite(peak)
+    logits.masked_fill_(bad.unsqueeze(1), 0.0)  # reading whether there are any would wait for the device
     return bad
 
 
 def judge(
-    rule: Rule, p: Float[Tensor, "M V"], draft: Draft, noise: Noise, allowance: Sequence[float], bad: Bool[Tensor, "M"]
+    rule: Rule,
+    p: Float[Tensor, "M V"],
+    draft: Draft,
+    noise: Noise,
+    allowance: Sequence[float],
+    bad: list[int] | Bool[Tensor, "M"],
 ) -> tuple[Verdict, set[int]]:
     """The verdict, and the sequences of the `bad` rows, in one copy from the device if the rule can leave its verdict there.
 
     Such a rule has an attribute `launch` on its `__call__`: it takes the same arguments and returns a `Pending` verdict, or None
     where the host decides.
     """
+    if isinstance(bad, list):
+        return rule(p, draft, noise, allowance), {draft.sequence_of_row[i] for i in bad}
     flags = transfer.Pending((bad,), lambda found: {draft.sequence_of_row[i] for i, x in enumerate(found) if x})
-    launch = None if transfer.on_host(p) else getattr(type(rule).__call__, "launch", None)
+    launch = getattr(type(rule).__call__, "launch", None)
     pending = None if launch is None else launch(rule, p, draft, noise, allowance)
     if pending is None:
         return rule(p, draft, noise, allowance), transfer.fetch(flags)[0]
