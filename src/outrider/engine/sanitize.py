@@ -69,7 +69,7 @@ def _repair(draft: Draft, bad_nodes: set[int], broken: set[int]) -> Draft:
 
 
 def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> list[int] | Bool[Tensor, "M"]:
-    """Blank the rows that have a NaN, or only -inf, in place. Returns their numbers; on a device a mask, which nobody has to wait for.
+    """Blank the rows that have a NaN, or only -inf, in place. Returns their numbers; on a device a mask, which nobody waits for.
 
     Blanking keeps the rule from failing for the whole batch; the tokens of blanked sequences are discarded.
     """
