@@ -166,7 +166,9 @@ class Draft:
     @staticmethod
     def empty(sequences: int, device: torch.device | str = "cpu") -> Draft:
         """A draft without proposals for `sequences` sequences: plain decoding."""
-        return Draft.join([((), ())] * sequences, None, device)
+        draft = Draft(torch.empty(0, dtype=torch.int64, device=device), (), (0,) * sequences)
+        draft.__dict__["tokens"] = ()  # as in `join`
+        return draft
 
 
 @dataclass(frozen=True, slots=True)

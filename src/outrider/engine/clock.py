@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from time import perf_counter
 
 from outrider.records import PHASES
 
 
 class PhaseClock:
-    """Measures the phases of one step; `host` is the time that no other phase took."""
+    """Measures the phases of one step, one after the other; `host` is whatever no other phase took.
+
+    `with clock("target"): ...`: inside, the seconds are this phase's.
+    """
 
     def __init__(self) -> None:
-        self._start, self._seconds = perf_counter(), dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._phase, self._entered = "", 0.0
+        self._start = perf_counter()
 
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time spent inside the context as this phase's."""
-        start = perf_counter()
-        yield
-        self._seconds[phase] += perf_counter() - start
+    def __call__(self, phase: str) -> PhaseClock:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._entered = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._phase] += perf_counter() - self._entered
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every phase up to now."""
