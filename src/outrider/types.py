@@ -24,8 +24,7 @@ from outrider.params import SamplingParams
 
 Siblings = Literal["iid", "without_replacement", "hub"]
 """How several children of a node were drawn from one distribution: independently; each from the rest after the earlier ones; or as
-SpecHub's pairs of the most likely token a and another one: the first from the distribution, the second a, or, if the first is a,
-from the distribution without a."""
+SpecHub's pairs: the first from the distribution, the second its most likely token, or another one if the first is that."""
 
 Tree = tuple[Sequence[int], Sequence[int]]
 """Draft tokens of one sequence and the parent of each: a number among them, or -1 for the anchor."""
@@ -155,9 +154,8 @@ class Draft:
         """One draft with a tree for each sequence. Its tokens are known on the host, so they are never read from `device`."""
         tokens, parent = list[int](), list[int]()
         for own, parents in trees:
-            low = len(tokens)
+            parent += [up if up < 0 else up + len(tokens) for up in parents]
             tokens += own
-            parent += [up if up < 0 else up + low for up in parents]
         counts = tuple(len(own) for own, _ in trees)
         draft = Draft(torch.tensor(tokens, dtype=torch.int64, device=device), tuple(parent), counts, q)
         draft.__dict__["tokens"] = tuple(tokens)  # where `cached_property` keeps it
