@@ -224,11 +224,11 @@ def test_only_known_tokens_are_drafted_and_the_text_keeps_its_distribution() -> 
             out = text.setdefault((how, temperature), [])
             while one.busy:
                 out += [t for e in one.step() if e.request == name for t in e.tokens]
-                drafted |= set(one.pending.draft.tokens)
-                if one.pending.draft.q is not None:
+                drafted |= set(one.state.pending.draft.tokens)
+                if one.state.pending.draft.q is not None:
                     other = torch.ones(V, dtype=torch.bool)
                     other[SUPPORT] = False
-                    assert float(one.pending.draft.q.probs[:, other].sum()) == 0.0
+                    assert float(one.state.pending.draft.q.probs[:, other].sum()) == 0.0
         assert drafted <= set(SUPPORT.tolist())
         assert how == "none" or len(drafted) > 2
     assert text["none", 0.0] == text["chain", 0.0] == text["dynamic", 0.0]

@@ -51,7 +51,7 @@ def test_streams_side_by_side_are_whole() -> None:
         events += stream
     assert [text(events) for events in got] == [alone(i) for i in range(3)]
     assert all(events[-1].finish_reason == "length" for events in got)
-    assert one.scheduler.free == 3 and not one.busy and not one.readers
+    assert one.scheduler.free == 3 and not one.busy and not one.state.readers
 
 
 def test_a_stream_that_is_dropped_disturbs_nobody() -> None:
@@ -73,7 +73,7 @@ def test_a_request_that_somebody_aborts_ends_its_stream_and_its_generate() -> No
 
     def killer(record: object) -> None:
         if one.steps > 6:
-            for name in {key[0] for key in list(one.live)}:
+            for name in {key[0] for key in list(one.state.live)}:
                 one.abort(name)
 
     one = drafted(2, sinks=(killer,))
@@ -204,7 +204,7 @@ def test_a_name_is_taken_until_its_last_sample_has_ended() -> None:
     one = drafted(2)
     one.submit(PROMPTS[0], SamplingParams(n=2, max_tokens=30, seed=1, ignore_eos=True), request="mine")
     one.step()
-    one.forget(one.sequences("mine")[0])  # as if its first sample had ended
+    one.state.forget(one.sequences("mine")[0])  # as if its first sample had ended
     with pytest.raises(RequestError, match="already running"):
         one.submit(PROMPTS[1], request="mine")
     assert one.submit(PROMPTS[1], request="request-1") == "request-1"

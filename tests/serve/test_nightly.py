@@ -38,14 +38,14 @@ def leave(running: Running, manner: str, reset: bool) -> float:
     base = len(bridge.tickets)
     sock = socket.create_connection(("127.0.0.1", running.port), timeout=30)
     sock.sendall(request(body))
-    until(lambda: len(bridge.tickets) > base and len(engine.live) == body["n"] + (slots if filler else 0))
+    until(lambda: len(bridge.tickets) > base and len(engine.state.live) == body["n"] + (slots if filler else 0))
     if manner in ("decoding", "n = 3"):
         assert sock.recv(4096)
     if reset:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     start = time.perf_counter()
     sock.close()
-    while len(bridge.tickets) > base or len(engine.live) > (slots if filler else 0):
+    while len(bridge.tickets) > base or len(engine.state.live) > (slots if filler else 0):
         assert time.perf_counter() - start < 10
         time.sleep(0.0005)
     seconds = time.perf_counter() - start

@@ -15,6 +15,7 @@ from outrider.engine.intake import Intake
 from outrider.engine.outputs import Result, result_of
 from outrider.engine.parts import CoreOptions, Hooks, Parts
 from outrider.engine.prompts import Prompt, Prompts, as_prompt, as_prompts
+from outrider.engine.scheduler import Scheduler
 from outrider.engine.sequence import Event, Sequence
 from outrider.engine.state import StepState
 from outrider.engine.step import step
@@ -29,7 +30,7 @@ from outrider.types import SequenceView
 logger = logging.getLogger(__name__)
 
 
-class EngineCore(StepState):
+class EngineCore:
     """Decodes many sequences together, each exactly by the target's distribution.
 
     parts, hooks, options: its components, its observers, and how it runs; `build.Engine` makes them from a target and a drafter.
@@ -44,11 +45,42 @@ class EngineCore(StepState):
     incidents = Renamed("defects")
 
     def __init__(self, parts: Parts, hooks: Hooks, options: CoreOptions) -> None:
-        super().__init__(parts, hooks, options)
+        self.state = StepState(parts, hooks, options)
+        """What steps read and change. Its methods take no turn: they are the engine's."""
         self._turns = options.turns or Turns()
         self._intake = Intake(options.tokenizer, parts.pipeline, options.max_length)
         self._names = 0
         self._stepping = False
+
+    @property
+    def parts(self) -> Parts:
+        """The components: target, KV cache, logits processors, rule and drafter."""
+        return self.state.parts
+
+    @property
+    def options(self) -> CoreOptions:
+        """How it runs."""
+        return self.state.options
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The slots, and the queue before them."""
+        return self.state.scheduler
+
+    @property
+    def counts(self) -> Counts:
+        """Sums over the steps since it was made, or since `reset`."""
+        return self.state.counts
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase of the same steps."""
+        return self.state.seconds
+
+    @property
+    def steps(self) -> int:
+        """Steps since it was made."""
+        return self.state.steps
 
     @property
     def max_length(self) -> int:
@@ -68,7 +100,7 @@ class EngineCore(StepState):
     @property
     def controller(self) -> Controller:
         """The controller, which sets the draft length of each sequence."""
-        return self.hooks.controller
+        return self.state.hooks.controller
 
     # ------------------------------------------------------------------ requests
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request: str | None = None) -> str:
@@ -86,7 +118,7 @@ class EngineCore(StepState):
                 raise RequestError(f"request {name!r} is already running; use another name")
             for index, (own, text) in enumerate(zip(seeds, texts, strict=True)):
                 made = Sequence(name, index, list(tokens), len(tokens), params, own, self.max_length, ends, text)
-                self.live[made.key] = made
+                self.state.live[made.key] = made
                 self.scheduler.waiting.append(made)
         return name
 
@@ -104,19 +136,19 @@ class EngineCore(StepState):
     def sequences(self, request: str) -> list[Sequence]:
         """The live sequences of a request, by index; each object stays readable after the engine has dropped it."""
         with self._turns:
-            return super().sequences(request)
+            return self.state.sequences(request)
 
     def abort(self, request: str) -> bool:
         """Drop a request; its slots are free before the next step. Returns whether the request existed."""
         with self._turns:
-            return self.drop(request)
+            return self.state.drop(request)
 
     def preempt(self, request: str) -> bool:
         """Send a request back to the queue; it resumes with the same tokens and the same noise. Returns whether it was running."""
         with self._turns:
             found = [s for s in self.scheduler.running if s.request == request]
             for sequence in found:
-                self.scheduler.drop(sequence, self.release)
+                self.scheduler.drop(sequence, self.state.release)
                 self.scheduler.waiting.appendleft(sequence)
         return bool(found)
 
@@ -124,27 +156,27 @@ class EngineCore(StepState):
         """Start new sums (counts, seconds by phase) and return the old ones."""
         with self._turns:
             old = self.counts, self.seconds
-            self.counts, self.seconds = Counts(), dict.fromkeys(PHASES, 0.0)
+            self.state.counts, self.state.seconds = Counts(), dict.fromkeys(PHASES, 0.0)
         return old
 
     @property
     def defects(self) -> int:
         """Contained defects: invalid drafts, exceptions of drafters, controllers and sinks, and exhausted grammars."""
-        return sum(n for kind, n in self.watchers.defects.items() if kind != "drafter") + self.drafter_faults
+        return sum(n for kind, n in self.state.watchers.defects.items() if kind != "drafter") + self.drafter_faults
 
     @property
     def drafter_faults(self) -> int:
         """How often a drafter raised or returned something that is not a draft; each time it lost its drafts of one step."""
-        return self.drafter.faults
+        return self.state.drafter.faults
 
     @property
     def notices(self) -> list[str]:
         """Sentences that a user should read about parts that have failed."""
-        return [*self.drafter.notices, *self.watchers.notices]
+        return [*self.state.drafter.notices, *self.state.watchers.notices]
 
     @property
     def busy(self) -> bool:
-        return bool(self.live)
+        return bool(self.state.live)
 
     # ------------------------------------------------------------------ stepping
     def step(self, deliver: Callable[[list[Event]], None] | None = None) -> list[Event]:
@@ -160,11 +192,11 @@ class EngineCore(StepState):
                 )
             try:
                 self._stepping = True
-                self.seal()
-                return step(self, deliver)
+                self.state.seal()
+                return step(self.state, deliver)
             finally:
                 self._stepping = False
-                self.unseal()
+                self.state.unseal()
 
     def run(self) -> Iterator[Event]:
         """Step until no request is left, yielding the events of all requests."""
@@ -176,7 +208,7 @@ class EngineCore(StepState):
         with self._turns:
             name = self.submit(prompt, params)
             samples, events = self.sequences(name), deque[Event]()
-            self.readers[name] = events  # steps that other threads make add to it too
+            self.state.readers[name] = events  # steps that other threads make add to it too
         try:
             while events or self._alive(samples):
                 if not events:
@@ -184,7 +216,7 @@ class EngineCore(StepState):
                 while events:
                     yield events.popleft()
         finally:
-            self.readers.pop(name, None)
+            self.state.readers.pop(name, None)
             self.abort(name)
 
     def generate(
@@ -215,7 +247,7 @@ class EngineCore(StepState):
     # ------------------------------------------------------------------ small helpers
     def _alive(self, sequences: list[Sequence]) -> bool:
         """Whether any of them has neither ended nor been aborted."""
-        return any(self.live.get(s.key) is s for s in sequences)
+        return any(self.state.live.get(s.key) is s for s in sequences)
 
     def compile_grammar(self, grammar: str) -> None:
         """Compile a `SamplingParams.grammar` ahead of its request, from any thread. Raises RequestError for a bad one."""
