@@ -327,7 +327,7 @@ def test_specs(tmp_path: Path) -> None:
         load("medusa", path=None)
     with pytest.raises(ConfigError, match="dynamic:NODES"):
         load("dynamic:x:eagle")
-    with pytest.raises(ConfigError, match="as many heads"):
+    with pytest.raises(ConfigError, match="and medusa has"):
         load("tree:2x1x1x1x1:medusa", 5)
 
 

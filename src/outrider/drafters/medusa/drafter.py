@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,66 +10,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters.context import Context, new_rows
+from outrider.drafters.last_state import LastStateDrafter
 from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.spec import DraftSpec
-from outrider.drafters.tree.forest import Forest
-from outrider.drafters.tree.growth import Growth, level_logits
+from outrider.drafters.tree.growth import Growth
 from outrider.drafters.vocabulary import spread
-from outrider.errors import ConfigError
 from outrider.nn.linear import draft_linear
 from outrider.protocols import Drafter, Target
-from outrider.types import Draft, Evidence
 
 
-class MedusaDrafter:
-    """Drafts with `MedusaNetwork`: level d of a tree comes from head d, for every path.
+class MedusaDrafter(LastStateDrafter):
+    """Drafts with `MedusaNetwork`: level d of a tree comes from head d.
 
     heads: the network. growth: how trees grow; its depth is at most the number of heads.
     """
 
     def __init__(self, heads: MedusaNetwork, growth: Growth, *, name: str = "medusa") -> None:
-        if growth.depth > heads.config.heads:
-            raise ConfigError(
-                f"a draft of {growth.depth} levels needs as many heads, there are {heads.config.heads}: shorten the draft"
-            )
-        self.name, self.heads, self.growth = name, heads, growth
-        self.layers: tuple[int, ...] = (heads.config.tap,)
-        self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
-        self._predict = _stacked(heads)
-        self._dtype = heads.norm.weight.dtype
-        self._context = Context(0)
-        self._state: dict[int, Tensor] = {}  # slot -> hidden state of its last kept row
-
-    def bind(self, slots: int, length: int) -> None:
-        """A slot keeps one hidden state: nothing else to make room for."""
-        self._context = Context(slots)
-
-    def release(self, slots: Sequence[int]) -> None:
-        """Forget these slots."""
-        self._context.release(slots)
-        for slot in slots:
-            self._state.pop(slot, None)
-
-    @torch.inference_mode()
-    def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
-        """Up to `budget[i]` levels for sequence i, from the hidden state of its last kept row."""
-        for new in new_rows(evidence, self._context):
-            self._state[new.view.slot] = evidence.scores.hidden[0][new.rows[-1]]
-            self._context.next[new.view.slot] += len(new.rows)
-        depths, rows = [0] * len(budget), []
-        for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
-            if depth > 0 and self._context.reaches(view):
-                depths[i] = min(depth, self.max_depth)
-                rows.append(self._state[view.slot])
-        forest = Forest(len(budget))
-        if rows:
-            self._propose(evidence, depths, forest, torch.stack(rows).to(self._dtype))
-        return forest.draft(evidence.scores.logits.device, self.growth.siblings)
-
-    def _propose(self, evidence: Evidence, depths: list[int], forest: Forest, hidden: Float[Tensor, "n H"]) -> None:
-        logits = self._predict(hidden)  # [heads, n, V]
-        self.growth.grow(evidence, depths, forest, logits[0], level_logits(logits, depths, forest))
+        c, dtype = heads.config, heads.norm.weight.dtype
+        super().__init__(_stacked(heads), tap=c.tap, levels=c.heads, growth=growth, dtype=dtype, name=name)
 
 
 def _stacked(heads: MedusaNetwork) -> Any:
