@@ -64,6 +64,7 @@ def load(
     sinks: tuple[Sink, ...],
     progress: Progress | None,
 ) -> Loaded:
+    """The target that the options name, or `target` itself, with its tokenizer and its ends of text. Raises ConfigError."""
     if target is not None and not isinstance(target, str | Path):
         contracts.check("target", target, contracts.TARGET)  # before a drafter is built for it
         return Loaded(None, target, tokenizer, (), options, sinks)

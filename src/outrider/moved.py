@@ -6,12 +6,13 @@ A row is (old address, new address): of a module, or of a name in one (then with
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from outrider.deprecated import warn
 
 MODULES = {
     "outrider.compiled": "outrider.nn.compiled",
@@ -118,7 +119,6 @@ NAMES = {
     "outrider.evaluate.measure:summarise": "outrider.evaluate.records:summarise",
     "outrider.train:CausalLM": "outrider.train.causal_lm:CausalLM",
     "outrider.engine.core:Engine": "outrider.build:Engine",
-    "outrider.engine.core:Result": "outrider.engine.outputs:Result",
     "outrider.engine.core:Output": "outrider.engine.outputs:Output",
     "outrider.drafters:BlockDrafter": "outrider.drafters:DFlashDrafter",
     "outrider.drafters:Eagle": "outrider.drafters:EagleDrafter",
@@ -139,7 +139,7 @@ def find(module: str, name: str) -> object:
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     home, new_name = new.split(":")
-    _warn(f"{module}.{name}", f"{home}.{new_name}", 4)
+    warn(f"{module}.{name}", f"{home}.{new_name}", 4)
     return getattr(import_module(home), new_name)
 
 
@@ -171,14 +171,7 @@ class _Finder(MetaPathFinder, Loader):
         return _Alias(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        _warn(module.__name__, MODULES[module.__name__], 3)
-
-
-def _warn(old: str, new: str, level: int) -> None:
-    """level: frames up to the importing code."""
-    warnings.warn(
-        f"{old} is now {new}; the old address goes with the next release", DeprecationWarning, stacklevel=level
-    )
+        warn(module.__name__, MODULES[module.__name__], 3)
 
 
 def install() -> None:

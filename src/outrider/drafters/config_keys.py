@@ -95,6 +95,25 @@ def layer_shape(shape: Mapping[str, Any], folder: Path) -> LayerShape:
     )
 
 
+def layer_keys(c: Any, layers: int) -> dict[str, Any]:
+    """What `layer_shape` reads of so many decoder layers, but for the rotary base, which formats write in ways of their own.
+
+    c: the configuration of a network, with the fields of `LayerShape`.
+    """
+    return {
+        "hidden_size": c.hidden,
+        "intermediate_size": c.inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.eps,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": 1 << 20,
+    }
+
+
 def rope_theta(shape: Mapping[str, Any], folder: Path) -> float:
     """The base of plain rotary positions; raises ConfigError for any other kind."""
     rope = shape.get("rope_parameters")

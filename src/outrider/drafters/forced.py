@@ -11,14 +11,6 @@ from outrider.types import Draft, Evidence, SequenceView
 
 
 @runtime_checkable
-class _Params(Protocol):
-    """The sampling parameters that this drafter reads."""
-
-    @property
-    def grammar(self) -> str | None: ...
-
-
-@runtime_checkable
 class _Forcing(Protocol):
     """A logits pipeline with grammars."""
 
@@ -54,7 +46,7 @@ class Forced:
         return chains(found, evidence.scores.logits.device)
 
     def _chain(self, evidence: Evidence, view: SequenceView, depth: int) -> list[int]:
-        if depth < self.least or cast(_Params, view.params).grammar is None:
+        if depth < self.least or view.params.grammar is None:
             return []
         tokens = cast(_Forcing, evidence.pipeline).forced(view)[:depth]
         return tokens if len(tokens) >= self.least else []

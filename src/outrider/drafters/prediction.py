@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +19,6 @@ MAX_N = 4
 _MASK = (1 << 64) - 1
 _FACTORS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)
 """A key is the sum of an n-gram's tokens, last first, times these, modulo 2^64."""
-
-
-@runtime_checkable
-class _Params(Protocol):
-    """The sampling parameters that this drafter reads."""
-
-    @property
-    def prediction(self) -> tuple[int, ...]: ...
 
 
 class Places:
@@ -141,7 +132,7 @@ class PredictedOutput:
         return chains(found, evidence.scores.logits.device)
 
     def _continue(self, view: SequenceView, depth: int) -> Sequence[int]:
-        prediction = cast(_Params, view.params).prediction
+        prediction = view.params.prediction
         if not prediction:
             return ()
         pointer = self._pointer.get(view.slot)

@@ -8,7 +8,15 @@ from typing import Any
 
 from outrider.config_keys import whole
 from outrider.drafters.checkpoint import SPECULATORS_VERSION, speculators_config
-from outrider.drafters.config_keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, layer_shape
+from outrider.drafters.config_keys import (
+    LAYER,
+    SPECULATORS,
+    check_keys,
+    check_layers,
+    layer_ids,
+    layer_keys,
+    layer_shape,
+)
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 
@@ -67,18 +75,9 @@ def layout(c: DFlashConfig, verifier: str) -> dict[str, Any]:
         "speculators_config": speculators_config("dflash", c.block - 1, verifier),
         "transformer_layer_config": {
             "model_type": "qwen3",
-            "hidden_size": c.hidden,
-            "intermediate_size": c.inner,
-            "num_hidden_layers": c.layers,
-            "num_attention_heads": c.heads,
-            "num_key_value_heads": c.kv_heads,
-            "head_dim": c.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": c.eps,
+            **layer_keys(c, c.layers),
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "vocab_size": c.vocab_size,
-            "max_position_embeddings": 1 << 20,
             "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
             "layer_types": ["full_attention"] * c.layers,
             "sliding_window": None,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from outrider.config_keys import whole
 from outrider.drafters.checkpoint import check_fits, fill, read_folder, write_folder
-from outrider.drafters.config_keys import LAYER, check_keys, check_layers, layer_shape
+from outrider.drafters.config_keys import LAYER, check_keys, check_layers, layer_keys, layer_shape
 from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
 from outrider.drafters.target_tables import target_tables
 from outrider.errors import ConfigError
@@ -80,17 +80,8 @@ class Eagle1Network(EagleNetwork):
                 "architectures": ["EagleLlamaForCausalLM"],
                 "model_type": "eagle",
                 "base_model": verifier,
-                "hidden_size": c.hidden,
-                "intermediate_size": c.inner,
-                "num_hidden_layers": 1,
-                "num_attention_heads": c.heads,
-                "num_key_value_heads": c.kv_heads,
-                "head_dim": c.head_dim,
-                "hidden_act": "silu",
-                "rms_norm_eps": c.eps,
+                **layer_keys(c, 1),
                 "bias": True,
-                "vocab_size": c.vocab_size,
-                "max_position_embeddings": 1 << 20,
                 "rope_theta": c.rope_theta,
                 "target_layer": c.taps[0],
                 "dtype": "bfloat16",

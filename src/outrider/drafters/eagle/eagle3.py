@@ -22,7 +22,15 @@ from outrider.drafters.checkpoint import (
     speculators_config,
     write_folder,
 )
-from outrider.drafters.config_keys import LAYER, SPECULATORS, check_keys, check_layers, layer_ids, layer_shape
+from outrider.drafters.config_keys import (
+    LAYER,
+    SPECULATORS,
+    check_keys,
+    check_layers,
+    layer_ids,
+    layer_keys,
+    layer_shape,
+)
 from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
 from outrider.drafters.target_tables import embeddings
 from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
@@ -87,18 +95,9 @@ class Eagle3Network(EagleNetwork):
         c = self.config
         shape = {
             "model_type": "llama",
-            "hidden_size": c.hidden,
-            "intermediate_size": c.inner,
-            "num_hidden_layers": 1,
-            "num_attention_heads": c.heads,
-            "num_key_value_heads": c.kv_heads,
-            "head_dim": c.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": c.eps,
+            **layer_keys(c, 1),
             "attention_bias": False,
             "mlp_bias": False,
-            "vocab_size": c.vocab_size,
-            "max_position_embeddings": 1 << 20,
             "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
             "tie_word_embeddings": False,
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from outrider.drafters.tree import draws
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.shapes import MAX_NODES, Shape
 from outrider.errors import ConfigError, unknown_name
+from outrider.params import SamplingParams
 from outrider.transfer import Pending, fetch, read
 from outrider.types import POINT_MASS, Evidence, Siblings
 
@@ -29,16 +30,6 @@ SIBLINGS: tuple[Siblings, ...] = get_args(Siblings)
 DRAWS = {"iid": draws.inverse_cdf, "without_replacement": draws.without_replacement, "hub": draws.hub_pairs}
 NextLogits = Callable[[list[tuple[int, int]]], Float[Tensor, "n W"]]
 """Logits after nodes (sequence, node), all of one depth and grouped by sequence; called once per level."""
-
-
-@runtime_checkable
-class _Params(Protocol):
-    """The sampling parameters that are read."""
-
-    @property
-    def greedy(self) -> bool: ...
-    @property
-    def edits(self) -> bool: ...
 
 
 @runtime_checkable
@@ -146,7 +137,7 @@ class Levels:
     ) -> None:
         """See `Growth.grow`."""
         frontier = [(i, -1, self.shape.start) for i, d in enumerate(depths) if d]
-        kinds = [self._kind(cast(_Params, v.params)) for v in evidence.sequences]
+        kinds = [self._kind(v.params) for v in evidence.sequences]
         for depth in range(1, self.depth + 1):
             level = _Level(evidence, depth, self.shape.width, frontier, kinds)
             new = self._level(level, to_vocabulary(logits, self.vocab_size), forest)
@@ -182,7 +173,7 @@ class Levels:
                 new += [(i, forest.add(i, up, t, row), s) for t, s in zip(tokens, after, strict=True)]
         return new
 
-    def _kind(self, params: _Params) -> str:
+    def _kind(self, params: SamplingParams) -> str:
         """How nodes are chosen: "drawn" from the request's distribution, or the best of that distribution ("edited") or of the
         logits."""
         if self.sample != "greedy" and not params.greedy:
@@ -250,7 +241,7 @@ class BestFirst:
     ) -> dict[int, list[int]]:
         """Add the most likely children of every frontier node; returns the new nodes of each sequence."""
         views = evidence.sequences
-        edits = [cast(_Params, views[i].params).edits for i, _ in frontier]
+        edits = [views[i].params.edits for i, _ in frontier]
         if any(edits):
             q = evidence.pipeline(logits, [views[i] for i, _ in frontier], [forest.path(i, k) for i, k in frontier])
             plain = torch.softmax(logits, -1)
