@@ -172,7 +172,7 @@ def entropy(logits: Float[Tensor, "n V"]) -> float:
 def head_factor(logits: Float[Tensor, "n V"], nats: float) -> float:
     """The c for which softmax(c * logits) has a mean entropy of `nats`."""
     if not 0 < nats < torch.tensor(float(logits.shape[-1])).log():
-        raise ValueError(f"no law over {logits.shape[-1]} tokens has {nats} nats")
+        raise ValueError(f"no distribution over {logits.shape[-1]} tokens has {nats} nats")
     low, high = 1e-3, 1e3
     for _ in range(40):
         middle = (low * high) ** 0.5

@@ -240,7 +240,7 @@ def describe(config: Config, kind: str, state: dict[str, Any]) -> str:
 For the target `pycode/target`. {WHAT[kind]} {size / 2**20:.1f} MiB, bfloat16.
 
 Made by `{command}`: {job.rows} rows of {job.length} tokens, {job.prompt} of them from the standard library of
-Python, the others written by the target at temperature {job.temperature:g}; labels are the target's own laws ({LOSS[kind]}).
+Python, the others written by the target at temperature {job.temperature:g}; labels are the target's distributions ({LOSS[kind]}).
 {state["step"]} steps, {state["tokens"] / 1e6:.1f}M tokens seen, {state["seconds"] / 60:.0f} minutes,
 {share_computing(state):.0%} of them in model computation.
 

@@ -54,7 +54,7 @@ def figure_3_right(runs: int) -> Figure:
             Panel("target Ber(0.5)", "drafts M", label, tuple(upper), log_x=True),
             Panel("uniform laws, r = V(draft) / V(target)", "drafts M", label, tuple(lower), log_x=True),
         ),
-        f"How much M drafts lower the rejection probability of one conditional law, TV - rho_M: exact (closed forms) and "
+        f"How much M drafts lower the rejection probability of one conditional distribution, TV - rho_M: exact (closed forms) and "
         f"simulated ({runs:,} runs; bars: 3 standard errors). Crosses at M = 250: the paper's values. The paper's axis is linear.",
         "plateaus .40 .30 .20 .15 .35 .45 (upper) and 1 - 1/r (lower; .974 at M = 250 for r = 50)",
         "the paper's curve labelled Ber(0.3) ends at 0.10 where the formula gives |0.3 - 0.5| = 0.20: the label is wrong "
@@ -121,7 +121,7 @@ def _figure_4a() -> Figure:
         "Schematic, both axes in units of TV(p, q): no rule lies below the line, and every over-accepting rule with the "
         "optimal residual lies on it (Theorem 5).",
         "the line is exact: one rejection less costs as much bias",
-        "nothing; the front is the triangle inequality between the laws of draft, output and target",
+        "nothing; the front is the triangle inequality between the distributions of draft, output and target",
     )
 
 
@@ -171,7 +171,7 @@ def _figure_4c(front: _Front) -> Figure:
         f"P(reject) and least bias over epsilon; {front.where}. Lines: exact; markers: simulated; crosses: the paper's P(reject).",
         f"largest |z| of the simulated P(reject) {front.worst_z:.2f}; P(reject) falls from {front.reject[0]:.3f} to 0, the "
         "paper's from .407 to 0 at .35",
-        "another instance. The paper's curve cannot belong to one pair of laws, where P(reject) falls at least as fast as "
+        "another instance. The paper's curve cannot belong to one pair of distributions, where P(reject) falls at least as fast as "
         "epsilon grows until it is 0; it must be an average over previous states, as plotted here",
     )
 
