@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from outrider.cli.main import main
 from outrider.evaluate.html import intervals, lines
 from outrider.evaluate.measure import machine
 from outrider.evaluate.planning.plan import PlanEntry, advice
 from outrider.records import PHASES
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command: its exit code and its output."""
-
-    def one(*argv: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["outrider", *map(str, argv)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        seen = capsys.readouterr()  # with --json stdout is the document alone, whatever else there is to say
-        return int(end.value.code or 0), seen.out if "--json" in argv and seen.out else "".join(seen)
-
-    return one
-
 
 BENCH = ("bench", "--lengths", "0,2", "--count", 3, "--repeats", 1, "--max-tokens", 8, "--warmup", 0)
 

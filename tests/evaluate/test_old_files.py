@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-import sys
 from pathlib import Path
 
 import pytest
 
-from outrider.cli.main import main
 from outrider.evaluate.audit.findings import AuditResult, Detectable, as_document
 from outrider.evaluate.audit.sources import read_texts
 from outrider.evaluate.bench.gate import load_run
@@ -35,19 +33,6 @@ HERE = Path(__file__).parent / "fixtures"
 def old(tmp_path: Path) -> Path:
     """The old files in a folder of their own, which may be written to."""
     return Path(shutil.copytree(HERE, tmp_path / "old"))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command: its exit code and standard output."""
-
-    def one(*argv: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["outrider", *map(str, argv)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0), capsys.readouterr().out
-
-    return one
 
 
 def test_a_stored_run_is_the_one_that_its_file_holds(old: Path) -> None:
