@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from outrider.cli.main import main
+from outrider.evaluate.experiments.experiment import Comparison
+from outrider.evaluate.html import lines
+from outrider.evaluate.statistics.sequential import Bounds
 
 
 class Outside(HTMLParser):
@@ -39,3 +43,14 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, monkeypatch: pyte
     assert outside.found == []
     assert "length 2" in page and "plain" in page
     assert page.count("<svg") >= 1
+
+
+def test_an_open_interval_has_no_place_on_an_axis() -> None:
+    """Too few groups: no number stands for infinity, which would be the only thing that the axis shows."""
+    opened = Comparison("a", Bounds(2, 0.1, -math.inf, math.inf), None, (), "undecided")
+    bounded = Comparison("a", Bounds(9, 0.1, -0.2, 0.4), None, (), "undecided")
+    wide = Comparison("a", Bounds(8, 0.1, -60.0, 60.0), None, (), "undecided")
+    assert opened.ratio[2] == math.inf
+    assert lines("x", {"a": [(2.0, *opened.ratio)]}, "groups", (1.0,)) == "<p>Too few prompts for an interval.</p>"
+    seen = lines("x", {"a": [(float(c.speed.n), *c.ratio) for c in (opened, wide, bounded)]}, "groups", (1.0,))
+    assert "e+" not in seen and f">{2 * math.exp(0.4) - math.exp(0.1):.3g}<" in seen  # twice the last interval

@@ -99,19 +99,22 @@ def bars(title: str, rows: Sequence[tuple[str, dict[str, float]]], unit: str) ->
 def lines(
     title: str, series: dict[str, list[tuple[float, float, float, float]]], unit: str, marks: Sequence[float]
 ) -> str:
-    """Bands over a count: per series (x, value, low, high)."""
-    points = [p for s in series.values() for p in s if all(map(math.isfinite, p))]
+    """Bands over a count: per series (x, value, low, high). The axis has room for twice the last intervals: the first ones may be a
+    thousand times as wide, and are cut."""
+    shown = {name: [p for p in s if all(map(math.isfinite, p))] for name, s in series.items()}
+    points = [p for s in shown.values() for p in s]
     if not points:
         return "<p>Too few prompts for an interval.</p>"
     left, right = min(p[0] for p in points), max(p[0] for p in points)
-    low, high = min([p[2] for p in points] + list(marks)), max([p[3] for p in points] + list(marks))
+    heights = [*marks, *(p[1] for p in points), *(2 * v - s[-1][1] for s in shown.values() if s for v in s[-1][2:])]
+    low, high = min(heights), max(heights)
     x = lambda v: 60 + 600 * (v - left) / ((right - left) or 1)  # noqa: E731
-    y = lambda v: 270 - 240 * (v - low) / ((high - low) or 1)  # noqa: E731
+    y = lambda v: 270 - 240 * (min(max(v, low), high) - low) / ((high - low) or 1)  # noqa: E731
     out = [
         f"<line x1='60' x2='660' y1='{y(m):.1f}' y2='{y(m):.1f}' stroke='#888' stroke-dasharray='4'/>" for m in marks
     ]
-    for i, (name, found) in enumerate(series.items()):
-        s, colour = [p for p in found if all(map(math.isfinite, p))], COLOURS[i % len(COLOURS)]
+    for i, (name, s) in enumerate(shown.items()):
+        colour = COLOURS[i % len(COLOURS)]
         if not s:
             continue
         edge = [f"{x(p[0]):.1f},{y(p[3]):.1f}" for p in s] + [f"{x(p[0]):.1f},{y(p[2]):.1f}" for p in reversed(s)]

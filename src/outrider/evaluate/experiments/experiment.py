@@ -189,7 +189,12 @@ class Comparison:
     @property
     def ratio(self) -> tuple[float, float, float]:
         """Speed-up over the base with its interval."""
-        return math.exp(self.speed.mean), math.exp(self.speed.low), math.exp(min(self.speed.high, 700))
+        high = self.speed.high  # infinite while there are too few groups: no number stands for that
+        return (
+            math.exp(self.speed.mean),
+            math.exp(self.speed.low),
+            math.exp(min(high, 700)) if high < math.inf else high,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def write_experiment(path: Path, document: dict[str, Any], states: Sequence[Stat
         table(["arm", "decision", unit, "low", "high", "vetoes"], rows),
         *replay_table(document["comparisons"]),
         f"<h2>As it went</h2><p>The {unit} with its interval after every prompt group. Dashed: no difference, and the "
-        "smallest effects that matter.</p>",
+        "smallest effects that matter. Wide intervals are cut off.</p>",
         lines(unit, series, "prompt groups", (1.0, 1 / (1 + e.min_effect), 1 + e.min_effect)),
         "<h2>Arms</h2>",
         table(["arm", "options", "exact"], [(n, o, "LOSSY" if n in lossy else "yes") for n, o in e.arms.items()]),
