@@ -10,7 +10,8 @@ WORKERS ?= 2
 # thousands of times (five times slower then).
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli tests/contract/test_scripted.py
 STATISTICAL := tests/drafters/test_drafters_law.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
-UNTYPED := $(filter-out $(TYPED) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
+# tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
+UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 INSTALL := python -m pip install --quiet --disable-pip-version-check
