@@ -1,4 +1,4 @@
-"""A Hugging Face Llama checkpoint as one GGUF file, without a tokenizer: llama.cpp is only given token ids here."""
+"""A Hugging Face Llama checkpoint as one GGUF file; without its tokenizer where llama.cpp is only given token ids."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ NAMES = {
 }
 
 
-def convert(folder: Path, out: Path) -> None:
-    """Write `out` in the checkpoint's own dtype, bfloat16 or float32; norms are float32, as llama.cpp wants them."""
+def convert(folder: Path, out: Path, *, tokenizer: bool = False) -> None:
+    """Write `out` in the checkpoint's own dtype, bfloat16 or float32; norms are float32, as llama.cpp wants them.
+
+    tokenizer: also the vocabulary and the merges of tokenizer.json (byte-level BPE), which llama.cpp's server needs for its texts.
+    """
     config = json.loads((folder / "config.json").read_text())
     part = out.with_suffix(".part")
     writer = gguf.GGUFWriter(part, "llama")
     _describe(writer, config)
+    if tokenizer:
+        _tokenizer(writer, config, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    else:
+        writer.add_tokenizer_model("none")
     for name, array in read_safetensors(folder / "model.safetensors").items():
         if ".q_proj." in name or ".k_proj." in name:
             array = interleave(array, config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"])
@@ -59,7 +66,23 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+
+
+def _tokenizer(writer: gguf.GGUFWriter, config: dict[str, Any], found: dict[str, Any]) -> None:
+    special = {token["id"] for token in found["added_tokens"] if token["special"]}
+    words = {i: word for word, i in found["model"]["vocab"].items()} | {
+        t["id"]: t["content"] for t in found["added_tokens"]
+    }
+    size = config["vocab_size"]
+    kinds = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([words.get(i, f"<unused{i}>") for i in range(size)])
+    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_token_merges([" ".join(pair) for pair in found["model"]["merges"]])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(False)
 
 
 def gguf_name(name: str) -> str:

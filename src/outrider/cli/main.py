@@ -28,6 +28,7 @@ from outrider.cli import (  # noqa: E402
     terminal,
     train,
     tree,
+    watch,
 )
 from outrider.cli.dashboards import dashboards_app  # noqa: E402
 from outrider.cli.ending import INTERRUPTED  # noqa: E402
@@ -49,6 +50,7 @@ app.command("chat", short_help="Talk to a model.")(chat.chat)
 app.command("bench", short_help="Compare draft lengths, or the arms of a preset.")(bench.bench)
 app.command("predict", short_help="What a draft is worth, without running it.")(predict.predict)
 app.command("serve", short_help="Serve OpenAI's HTTP interface, and a page.")(serve.serve)
+app.command("watch", short_help="Watch any server: vLLM, SGLang, llama.cpp, ours.")(watch.watch)
 app.command("audit", short_help="Is a generator's text distributed as the target's?")(audit.audit)
 app.command("gate", short_help="Compare a run with a baseline.")(runs.gate)
 app.add_typer(runs.runs_app, name="runs")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from outrider import __version__
@@ -29,6 +28,7 @@ from outrider.errors import OutriderError
 from outrider.models.tokenizer import disable_bpe_cache
 from outrider.protocols import Controller, Drafter, Rule
 from outrider.serve.bridge import Bridge
+from outrider.serve.dashboard import PAGE, PAGE_HEADERS
 from outrider.serve.experiment import LiveExperimentHook
 from outrider.serve.live import Live, Past
 from outrider.serve.middleware import RequestGate, on_error
@@ -38,9 +38,6 @@ from outrider.serve.settings import Settings
 from outrider.serve.watch import Monitor
 from outrider.serve.webhook import Webhook
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
-
-PAGE = Path(__file__).parent / "dashboard" / "index.html"
-CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
 def create_app(
@@ -141,8 +138,7 @@ def prepare(engine: Engine, metrics: Metrics) -> None:
 
 async def page(request: Request) -> Response:
     """GET /: the dashboard."""
-    headers = {"content-security-policy": CSP, "cache-control": "no-store"}
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
 
 def exposition(metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.errors import RequestError
+from outrider.serve.dashboard import HEADERS
 from outrider.serve.replies import error_body
 from outrider.serve.requests import BadField
 from outrider.serve.settings import Settings
@@ -23,7 +24,6 @@ OPEN = frozenset({"/health"})
 """The only paths that need no key."""
 OWNER = "outrider.owner"
 """The key of a request's scope that holds the number of its API key."""
-HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
 class RequestGate:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from outrider.build import Engine
-from outrider.errors import ConfigError, printable
+from outrider.errors import ConfigError
 from outrider.params import SamplingParams
-from outrider.web import OPENER
+from outrider.web import OPENER, base_of, refusal, words
 
 MAX_RESPONSE = 1 << 26
 """Most bytes read of one response."""
@@ -135,11 +135,7 @@ class Endpoint:
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """One POST. Raises ConfigError with the server's own words."""
-        base = self.url.rstrip("/").removesuffix("/v1")
-        if not base.startswith(("http://", "https://")):
-            raise ConfigError("--url is not an http or https address")
-        if "@" in base.partition("://")[2].partition("/")[0]:  # it would be printed with every error
-            raise ConfigError("--url has a user or a password in it: leave it out, and give a key with --api-key")
+        base = base_of(self.url)
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -149,10 +145,10 @@ class Endpoint:
                 raw = response.read(MAX_RESPONSE + 1)
         except urllib.error.HTTPError as error:
             with error:
-                raise ConfigError(_refusal(base, error)) from None
+                raise ConfigError(refusal(base, error)) from None
         except (OSError, HTTPException, ValueError) as error:
-            words = _words(str(error) or type(error).__name__)
-            raise ConfigError(f"{base} cannot be reached ({words}): check the address and that it is serving") from None
+            said = words(str(error) or type(error).__name__)
+            raise ConfigError(f"{base} cannot be reached ({said}): check the address and that it is serving") from None
         try:
             document = json.loads(raw)
         except (ValueError, RecursionError):
@@ -160,23 +156,6 @@ class Endpoint:
         if not isinstance(document, dict) or not isinstance(document.get("choices"), list) or not document["choices"]:
             raise ConfigError(f"{base} answered without `choices`: is it an OpenAI-compatible completions server?")
         return document
-
-
-def _refusal(base: str, error: urllib.error.HTTPError) -> str:
-    """The sentence for an error, or for a direction to another place, which is not followed: the key is for this one."""
-    if 300 <= error.code < 400:
-        place = _words(str(error.headers.get("Location", "another address")))
-        return f"{base} sends elsewhere ({error.code}, to {place}): redirects are not followed, so give that address as --url"
-    try:
-        words = error.read(2000).decode("utf-8", "replace")
-    except (OSError, HTTPException):
-        words = ""
-    return f"{base} refused the request ({error.code}): {_words(words)}"
-
-
-def _words(text: str) -> str:
-    """A server's own words, in one short line."""
-    return printable(" ".join(text.split()))[:300]
 
 
 def of_endpoint(endpoint: Endpoint, params: SamplingParams, vocab: int | None = None) -> Source:
@@ -230,7 +209,7 @@ def request_body(model: str, prompt: list[int], params: SamplingParams, seed: in
 
 
 def read_choice(choice: Any, most: int, vocab: int | None = None) -> Emission:
-    """Token ids of a choice: `token_ids`, or `logprobs.tokens` in the form `token_id:17`.
+    """Token ids of a choice: `token_ids`, `logprobs.tokens` in the form `token_id:17`, or the `id`s of `logprobs.content`.
 
     most: tokens that were asked for. vocab: ids that there are. Raises ConfigError without ids, and for what can be no answer to
     that request: a server that answers so has not been judged.
@@ -241,8 +220,10 @@ def read_choice(choice: Any, most: int, vocab: int | None = None) -> Emission:
         raise ConfigError("the server's answer is no completion: its choices or their logprobs have another shape")
     ids = choice.get("token_ids")
     if ids is None:
-        words = book.get("tokens")
-        ids = [_id_of(w) for w in words] if isinstance(words, list) else []
+        named, content = book.get("tokens"), book.get("content")
+        ids = [_id_of(w) for w in named] if isinstance(named, list) else []
+        if not ids and isinstance(content, list):  # llama.cpp's server; its log-probabilities of accepted drafts are no such
+            ids = [entry.get("id") if isinstance(entry, dict) else None for entry in content]
         if not ids or None in ids:
             raise ConfigError(
                 "the server returns no token ids, and text alone does not say which tokens were drawn: start it so that "

@@ -1,0 +1,34 @@
+"""llama.cpp's own HTTP server, as the package xllamacpp carries it: `llama_server.py TARGET.gguf DRAFT.gguf|ngram|none PORT`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import xllamacpp
+
+
+def main(target: str, draft: str, port: int) -> None:
+    params = xllamacpp.CommonParams()
+    params.model.path = target
+    params.hostnames = ["127.0.0.1"]
+    params.port = port
+    params.n_ctx, params.n_parallel = 2048, 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup = False
+    params.endpoint_metrics = params.endpoint_props = True
+    kind = xllamacpp.common_speculative_type
+    if draft == "ngram":
+        params.speculative.types = [kind.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+    elif draft != "none":
+        params.speculative.types = [kind.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        params.speculative.draft.mparams.path = draft
+        params.speculative.draft.n_max = 4
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    while True:
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
