@@ -1,7 +1,8 @@
 """Watching a server from outside, whatever engine it runs: our own, vLLM, SGLang or llama.cpp.
 
     page        a page of metrics, read within a size and a time
-    flavours    which metric of which engine is which of our sums
+    readers     which metric of which engine is which of our sums
+    flavours    the table of engines, told apart by the names of their metrics
     sums        sums over restarts, and the figures of a span
     watcher     `Watch`: readings, alerts, what the page shows
     acceptance  acceptance of single requests, and the draft lengths it predicts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,13 +103,15 @@ def _of_histogram(drafts: int, proposed: int, accepted: int, histogram: list[int
 # ------------------------------------------------------------------ what it predicts
 @dataclass(frozen=True, slots=True)
 class Length:
-    """Predicted tokens per drafted pass at one draft length, with a 95% interval over requests (NaN for fewer than two). beyond:
-    longer than what was served, so that the acceptance of the last position is assumed."""
+    """Predicted tokens per drafted pass at one draft length, with a 95% interval over requests (None for fewer than two).
+
+    beyond: it is longer than what was served, so that the acceptance of the last position is assumed.
+    """
 
     length: int
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     beyond: bool
 
 
@@ -124,17 +125,15 @@ def predict(requests: Sequence[Acceptance]) -> list[Length]:
     deepest = max(len(r.judged_at) for r in told)
     judged, kept = (_table([getattr(r, name) for r in told], deepest) for name in ("judged_at", "accepted_at"))
     whole = _lengths(judged.sum(0), kept.sum(0))
-    n = len(told)
-    half = np.full(len(whole), math.nan)
+    n, margins = len(told), list[float | None]([None] * len(whole))
     if n > 1:
         from scipy.special import stdtrit
 
         without = np.array([_lengths(judged.sum(0) - j, kept.sum(0) - a) for j, a in zip(judged, kept, strict=True)])
-        half = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0)) * float(stdtrit(n - 1, 0.975))
-    return [
-        Length(i + 1, float(v), float(v - h), float(v + h), i >= deepest)
-        for i, (v, h) in enumerate(zip(whole, half, strict=True))
-    ]
+        errors = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
+        margins = (errors * float(stdtrit(n - 1, 0.975))).tolist()
+    ends = [(None, None) if m is None else (float(v) - m, float(v) + m) for v, m in zip(whole, margins, strict=True)]
+    return [Length(i + 1, float(v), *ends[i], i >= deepest) for i, v in enumerate(whole)]
 
 
 def _table(rows: list[tuple[int, ...]], width: int) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from outrider.integrations.watch.flavours import Seen, Sums
+from outrider.integrations.watch.readers import Seen, Sums
 from outrider.records import PHASES, Counts
 from outrider.telemetry.prometheus import quantile
 

@@ -12,9 +12,10 @@ from outrider import __version__
 from outrider.errors import ConfigError, printable
 from outrider.integrations.watch.conditions import Look, conditions_for, look
 from outrider.integrations.watch.figures import cannot, document, missing
-from outrider.integrations.watch.flavours import FLAVOURS, WANTED, Flavour, Seen, Sums, flavour_of
+from outrider.integrations.watch.flavours import FLAVOURS, WANTED, Flavour, flavour_of
 from outrider.integrations.watch.identity import Identity, ask, without_metrics
 from outrider.integrations.watch.page import MOST_BYTES, parse
+from outrider.integrations.watch.readers import Seen, Sums
 from outrider.integrations.watch.sums import Continued, Span
 from outrider.telemetry.alerts import WINDOW, Alerts, Notice
 from outrider.web import Fault, base_of, get
