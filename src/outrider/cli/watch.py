@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
+import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,6 +159,9 @@ def go_on(seen: Any, asked: WatchOptions, json: bool) -> None:
         f"outrider: watching {seen.url}; page on http://{asked.host}:{listener.getsockname()[1]} (Ctrl-C ends it)"
     )
     server.run([listener])
+    if watching.busy:  # a server that hangs: ending the usual way would wait for it
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def requests_of(seen: Any, asked: WatchOptions) -> Any:

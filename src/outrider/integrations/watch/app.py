@@ -31,6 +31,8 @@ from outrider.serve.dashboard import HEADERS, PAGE, PAGE_HEADERS
 from outrider.serve.webhook import Webhook
 
 Asked = Callable[[], "dict[str, Any] | None"]
+GRACE = 5.0
+"""Seconds that a request of ours gets to come back when the watch ends."""
 NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 """Host names that are answered: a page elsewhere that resolves to this machine has another."""
 
@@ -53,6 +55,7 @@ class Watching:
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "watch"))
     _log: Any = None
     _over: threading.Event = field(default_factory=threading.Event)
+    _asking: threading.Thread | None = None
 
     def open(self) -> None:
         """Open the store, in the one thread that reads and writes. Raises ConfigError."""
@@ -64,7 +67,8 @@ class Watching:
         loop = asyncio.get_running_loop()
         sender = asyncio.create_task(self.webhook.run()) if self.webhook else None
         if self.step is not None:  # a daemon: a server that hangs must not keep us from ending
-            threading.Thread(target=self._ask, name="watch-requests", daemon=True).start()
+            self._asking = threading.Thread(target=self._ask, name="watch-requests", daemon=True)
+            self._asking.start()
         try:
             while True:
                 began = monotonic()
@@ -106,9 +110,16 @@ class Watching:
                 return
             self._over.wait(min(wait, 5.0))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request of ours is still on its way: its thread cannot be ended, only the process can."""
+        return self._asking is not None and self._asking.is_alive()
+
     def close(self) -> None:
-        """Finish the store's run."""
+        """Finish the store's run; a request of ours that is on its way gets some seconds."""
         self._over.set()
+        if self._asking is not None:
+            self._asking.join(GRACE)
         try:
             if self._log is not None:
                 self._thread.submit(self._log.close, self.asked()).result()

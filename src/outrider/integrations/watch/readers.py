@@ -63,13 +63,9 @@ def _reasons(found: dict[str, float]) -> Sums:
     return {f"ended/{reason[:20]}": value for reason, value in list(found.items())[:20] if reason}
 
 
-def _process(page: Page) -> tuple[Sums, dict[str, float]]:
-    """What prometheus-client says of the process: how much processor time it took, and when it began."""
-    began = page.samples.get("process_start_time_seconds", ())
-    start = max((s.value for s in began), default=None)
-    return _given(cpu=page.total("process_cpu_seconds_total")), _given(
-        start=start, memory=page.total("process_resident_memory_bytes")
-    )
+def _born(page: Page) -> dict[str, float]:
+    """When the process began. What it uses is told of our own alone: others have their engines in further processes."""
+    return _given(start=max((s.value for s in page.samples.get("process_start_time_seconds", ())), default=None))
 
 
 def _model(page: Page, *names: str) -> str | None:
@@ -122,9 +118,9 @@ def own(page: Page) -> tuple[Sums, dict[str, float]]:
 
 def outrider(page: Page) -> Seen:
     """Our own server."""
-    process, values = _process(page)
     sums, gauges = own(page)
-    sums |= process | _given(
+    sums |= _given(
+        cpu=page.total("process_cpu_seconds_total"),
         emitted=page.total("outrider_tokens_total"),
         passes=page.total("outrider_sequence_steps_total"),
         steps=page.total("outrider_steps_total"),
@@ -137,7 +133,8 @@ def outrider(page: Page) -> Seen:
     sums |= _reasons(page.by("vllm:request_success_total", "finished_reason"))
     sums |= _buckets(page, "vllm:time_to_first_token_seconds", "first")
     sums |= _buckets(page, "vllm:request_time_per_output_token_seconds", "per_token")
-    gauges |= values | _given(
+    gauges |= _born(page) | _given(
+        memory=page.total("process_resident_memory_bytes"),
         running=page.total("vllm:num_requests_running"),
         waiting=page.total("vllm:num_requests_waiting"),
         kv=page.total("outrider_kv_cache_usage_ratio"),
@@ -153,7 +150,6 @@ def vllm(page: Page) -> Seen:
     Where they are missing, every pass gives one token that was not drafted; an accepted draft behind the end of a text makes that a
     little too few.
     """
-    process, values = _process(page)
     emitted, accepted = (
         page.total("vllm:generation_tokens_total"),
         page.total("vllm:spec_decode_num_accepted_tokens_total"),
@@ -170,7 +166,7 @@ def vllm(page: Page) -> Seen:
     elif emitted is not None:
         passes = max(0.0, emitted - (accepted or 0.0))
         how = "generated minus accepted tokens: texts that end within a draft make it a little too small"
-    sums = process | _given(
+    sums = _given(
         emitted=emitted,
         passes=passes,
         drafts=page.total("vllm:spec_decode_num_drafts_total"),
@@ -185,7 +181,7 @@ def vllm(page: Page) -> Seen:
     sums["failed"] = ended.get("error", 0.0) + page.by("http_requests_total", "status").get("5xx", 0.0)
     sums |= _buckets(page, "vllm:time_to_first_token_seconds", "first")
     sums |= _buckets(page, "vllm:request_time_per_output_token_seconds", "per_token")
-    gauges = values | _given(
+    gauges = _born(page) | _given(
         running=page.total("vllm:num_requests_running"),
         waiting=page.total("vllm:num_requests_waiting"),
         kv=page.total("vllm:kv_cache_usage_perc"),
@@ -205,14 +201,13 @@ def vllm(page: Page) -> Seen:
 def sglang(page: Page) -> Seen:
     """SGLang. Tokens, requests and verifications are all added when a request ends. The prompt's forward gives its first token, and
     every verification its accepted tokens and one more; without speculation a pass is a token."""
-    process, values = _process(page)
     emitted, requests = page.total("sglang:generation_tokens_total"), page.total("sglang:num_requests_total")
     verified = page.total("sglang:spec_verify_calls_total")
     passes, how = emitted, "generated tokens: it does not speculate"
     if emitted is not None and requests is not None and verified is not None:
         passes, how = min(emitted, requests + verified), "sglang:num_requests_total and sglang:spec_verify_calls_total"
     accepted = None if verified is None or emitted is None or passes is None else emitted - passes
-    sums = process | _given(
+    sums = _given(
         emitted=emitted,
         passes=passes,
         drafts=verified,
@@ -223,7 +218,7 @@ def sglang(page: Page) -> Seen:
     sums |= _given(**{"ended/requests": requests})
     sums |= _buckets(page, "sglang:time_to_first_token_seconds", "first")
     sums |= _buckets(page, "sglang:inter_token_latency_seconds", "per_token")
-    gauges = values | _given(
+    gauges = _born(page) | _given(
         running=page.total("sglang:num_running_reqs", priority=""),
         waiting=page.total("sglang:num_queue_reqs", priority=""),
         kv=max((s.value for s in page.samples.get("sglang:token_usage", ())), default=None),
