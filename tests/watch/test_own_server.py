@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,3 +216,12 @@ def test_once_prints_one_reading_for_programs_and_for_people(run: Any) -> None:
 def test_wrong_use_is_one_sentence(run: Any, words: tuple[str, ...], said: str) -> None:
     code, text = run("watch", *words)
     assert code == 2 and said in text and len(text.strip().splitlines()) == 1
+
+
+def test_the_python_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "watch.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    with fake(PAGES["vllm"]) as server:
+        for block in blocks:
+            exec(compile(block.replace("http://127.0.0.1:8000", server.url), "docs/watch.md", "exec"), {})
+    assert blocks and capsys.readouterr().out.startswith("vLLM 3.125\n")
