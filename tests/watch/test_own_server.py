@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,3 +228,23 @@ def test_the_python_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None
         for block in blocks:
             exec(compile(block.replace("http://127.0.0.1:8000", server.url), "docs/watch.md", "exec"), {})
     assert blocks and capsys.readouterr().out.startswith("vLLM 3.125\n")
+
+
+def test_the_command_watches_until_it_is_told_to_end(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "outrider", "watch"]
+    with fake(PAGES["vllm"]) as server:
+        words += [server.url, "--port", "0", "--every", "0.2", "--json", "--store", str(tmp_path / "w.db")]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+            server.answer = lambda path, request: None  # it dies while it is watched
+            while json.loads(process.stdout.readline())["answers"]:
+                pass
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        assert process.returncode == 0 and "page on http://127.0.0.1:" in said and "Traceback" not in said
+    assert all(line["since_start"]["tokens_per_pass"] == 150 / 48 for line in lines)
+    with Store(tmp_path / "w.db") as store:
+        run = store.runs()[0]
+        assert run.state == "done" and run.summary is not None and run.summary["engine"] == "vLLM"
+        assert sum(d["counts"]["rejected"] for d in store.records(run.id).values()) == 0  # nobody predicted them

@@ -187,7 +187,7 @@ def auditor_of(asked: WatchOptions, params: Any, prompts: list[str]) -> tuple[An
     from outrider.evaluate.audit.findings import AuditOptions
     from outrider.options import EngineOptions
 
-    engine = load_engine(EngineOptions(target=asked.target, draft=asked.draft, slots=1))
+    engine: Any = load_engine(EngineOptions(target=asked.target, draft=asked.draft, slots=1))
     models = list(engine.loaded.models.values())
     options = AuditOptions(params, tolerance=asked.tolerance)
     auditor = Auditor(engine.parts.target, models[0][0] if models else None, options, tuple(engine.eos))

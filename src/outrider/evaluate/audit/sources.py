@@ -32,6 +32,8 @@ class Emission:
     error: str | None = None
 
 
+AS_IDS = "return_tokens_as_token_ids"
+"""vLLM's field for log-probabilities that name tokens by their ids."""
 Source = Callable[[Sequence[list[int]], Sequence[int]], list[Emission]]
 """Continuations of prompts (token ids), one seed each."""
 
@@ -164,11 +166,18 @@ def of_endpoint(endpoint: Endpoint, params: SamplingParams, vocab: int | None = 
     A server that cannot be used at all (nothing there, no token ids) shows at the first request, which raises ConfigError; after
     that a request that fails is a failed text, so that what has been judged is not lost.
     """
-    answered = threading.Event()
+    answered, left_out = threading.Event(), set[str]()
 
     def ask(prompt: list[int], seed: int) -> Emission:
-        choice = endpoint.complete(request_body(endpoint.model, prompt, params, seed))["choices"][0]
-        return read_choice(choice, params.max_tokens, vocab)
+        body = request_body(endpoint.model, prompt, params, seed)
+        try:
+            document = endpoint.complete({k: v for k, v in body.items() if k not in left_out})
+        except ConfigError as error:
+            if AS_IDS in left_out or AS_IDS not in str(error):
+                raise
+            left_out.add(AS_IDS)  # a server that refuses what it does not know, as ours does, sends ids without it
+            return ask(prompt, seed)
+        return read_choice(document["choices"][0], params.max_tokens, vocab)
 
     def one(prompt: list[int], seed: int) -> Emission:
         try:
@@ -196,7 +205,7 @@ def request_body(model: str, prompt: list[int], params: SamplingParams, seed: in
         "seed": seed,
         "logprobs": 1,
         "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
+        AS_IDS: True,
     }
     for name in ("top_k", "min_p", "presence_penalty", "frequency_penalty"):
         if getattr(params, name):
@@ -222,7 +231,9 @@ def read_choice(choice: Any, most: int, vocab: int | None = None) -> Emission:
     if ids is None:
         named, content = book.get("tokens"), book.get("content")
         ids = [_id_of(w) for w in named] if isinstance(named, list) else []
-        if not ids and isinstance(content, list):  # llama.cpp's server; its log-probabilities of accepted drafts are no such
+        if not ids and isinstance(
+            content, list
+        ):  # llama.cpp's server; its log-probabilities of accepted drafts are no such
             ids = [entry.get("id") if isinstance(entry, dict) else None for entry in content]
         if not ids or None in ids:
             raise ConfigError(

@@ -142,4 +142,5 @@ def _table(rows: list[tuple[int, ...]], width: int) -> NDArray[np.float64]:
 
 def _lengths(judged: NDArray[np.float64], kept: NDArray[np.float64]) -> NDArray[np.float64]:
     by = np.divide(kept, judged, out=np.zeros_like(kept), where=judged > 0)
-    return 1 + np.cumsum(np.cumprod(np.append(by, np.repeat(by[-1], BEYOND))))
+    further: NDArray[np.float64] = np.append(by, np.repeat(by[-1], BEYOND))
+    return np.asarray(1.0 + np.cumsum(np.cumprod(further)), dtype=np.float64)

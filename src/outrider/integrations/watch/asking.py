@@ -48,8 +48,8 @@ class Budget:
 class Asking:
     """Asks one server, a prompt at a time, and judges what it gets.
 
-    prompts: texts, or token ids where there is an auditor. params: of every request. extra: fields for this engine. samples:
-    continuations of a prompt; an audit sees more with two. say: told what ends it.
+    prompts: texts, or token ids where there is an auditor. params: of every request. extra, leave_out: fields for this engine.
+    samples: continuations of a prompt; an audit sees more with two. say: told what ends it.
     """
 
     endpoint: Endpoint
@@ -58,6 +58,7 @@ class Asking:
     budget: Budget
     auditor: Auditor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    leave_out: tuple[str, ...] = ()
     samples: int = 2
     say: Callable[[str], object] = lambda sentence: None
     requests: list[Acceptance] = field(default_factory=list)
@@ -105,6 +106,7 @@ class Asking:
     def _one(self, prompt: str | list[int]) -> Emission:
         ids = prompt if isinstance(prompt, list) else []
         body = self.extra | request_body(self.endpoint.model, ids, self.params, next(self._seeds)) | {"prompt": prompt}
+        body = {k: v for k, v in body.items() if k not in self.leave_out}
         try:
             document = self.endpoint.complete(body)
             emission = self._read(document)
@@ -185,7 +187,7 @@ def asking(
         params = replace(params, max_tokens=longest // 2)
     extra = dict(watch.flavour.neutral) | SPEC_FIELDS.get(watch.flavour.name, {})
     endpoint = Endpoint(watch.url, name, watch.key, timeout=60.0)
-    return Asking(endpoint, prompts, params, budget, auditor, extra, **more)
+    return Asking(endpoint, prompts, params, budget, auditor, extra, watch.flavour.refuses, **more)
 
 
 @dataclass(slots=True)

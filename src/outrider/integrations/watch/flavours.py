@@ -12,7 +12,9 @@ from outrider.integrations.watch.readers import OWN, Seen, llamacpp, outrider, s
 @dataclass(frozen=True, slots=True)
 class Flavour:
     """One kind of server. marks: a page with any of these names is its. cannot: what it never tells, for people. neutral: fields
-    of a request that switch off what its defaults would do to the distribution."""
+    of a request that switch off what its defaults would do to the distribution. refuses: fields of an audit's request that it
+    does not know and does not ignore.
+    """
 
     name: str
     marks: tuple[str, ...]
@@ -20,6 +22,7 @@ class Flavour:
     read: Callable[[Page], Seen]
     cannot: tuple[str, ...]
     neutral: dict[str, float] = field(default_factory=dict)
+    refuses: tuple[str, ...] = ()
 
 
 _SHARED = (
@@ -57,6 +60,7 @@ FLAVOURS: tuple[Flavour, ...] = (
         ),
         outrider,
         ("running requests and the playground, which its own page has",),
+        refuses=("return_tokens_as_token_ids",),
     ),
     Flavour(
         "vLLM",

@@ -36,8 +36,8 @@ def ask(url: str, key: str | None, seconds: float, model: str | None) -> Identit
     number = (
         version.get("version") if isinstance(version.get("version"), str) else built if isinstance(built, str) else None
     )
-    meta = first.get("meta") if isinstance(first.get("meta"), dict) else {}
-    longest = first.get("max_model_len", meta.get("n_ctx"))
+    meta: Any = first.get("meta")
+    longest = first.get("max_model_len", meta.get("n_ctx") if isinstance(meta, dict) else None)
     named = first.get("id") if isinstance(first.get("id"), str) else model
     return Identity(
         None if number is None else printable(number)[:40],

@@ -115,7 +115,7 @@ class Span:
             return drafts - by[-1], drafts - by[-1]
         wasted = max(0.0, proposed - accepted)
         high = max(0.0, min(drafts - by[-1], wasted))
-        return min(high, math.ceil(wasted / len(by))), high
+        return min(high, float(math.ceil(wasted / len(by)))), high
 
     def judged_at(self) -> list[float]:
         """Judged tokens by position; empty where unknown. With drafts of one length a position is judged where the one before it
