@@ -71,7 +71,7 @@ test-slow: $(STAMP)  ## nightly sizes
 test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in promtool (Debian packages; needs root for apt-get)
 	@command -v chromium >/dev/null && command -v promtool >/dev/null || apt-get install -y --no-install-recommends chromium prometheus
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_browser.py tests/serve/test_serve_command.py
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_browser.py tests/serve/test_serve_command.py tests/watch/test_watch_page.py
 
 # Packages of vLLM's environment that are built for another torch: importing the first one fails, and takes vLLM with it.
 .venvs/watch-vllm/.made:

@@ -150,10 +150,10 @@ def go_on(seen: Any, asked: WatchOptions, json: bool) -> None:
         watching.past = past_of(Path(asked.store)) if "://" not in asked.store else None
     if asked.alert_webhook is not None:
         watching.webhook = Webhook(check_url(asked.alert_webhook), seen.url)
-    if json:
-        seen.heard = lambda reading: print(json_module.dumps(reading), flush=True)
     listener = reserve(asked.host, asked.port)
     server = server_for(create_app(watching), asked.host, asked.port)
+    if json:
+        seen.heard = partial(print_line, server)
     watching.open()
     terminal.err.print(
         f"outrider: watching {seen.url}; page on http://{asked.host}:{listener.getsockname()[1]} (Ctrl-C ends it)"
@@ -162,6 +162,15 @@ def go_on(seen: Any, asked: WatchOptions, json: bool) -> None:
     if watching.busy:  # a server that hangs: ending the usual way would wait for it
         sys.stdout.flush()
         os._exit(0)
+
+
+def print_line(server: Any, reading: dict[str, Any]) -> None:
+    """A reading as a line; when nobody reads any more, the watch ends."""
+    try:
+        print(json_module.dumps(reading), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        server.should_exit = True
 
 
 def requests_of(seen: Any, asked: WatchOptions) -> Any:

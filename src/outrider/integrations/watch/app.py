@@ -81,8 +81,12 @@ class Watching:
                 sender.cancel()
 
     def tick(self) -> list[Any]:
-        """One reading; the alerts that began and ended."""
-        notices = self.watch.tick()
+        """One reading; the alerts that began and ended. What goes wrong besides is a fault like others: the watch goes on."""
+        try:
+            notices = self.watch.tick()
+        except Exception as error:
+            self.watch.fault("watch", f"a reading failed here ({type(error).__name__}: {error})")
+            return []
         if self._log is not None:
             try:
                 self._log.tick(self.asked())

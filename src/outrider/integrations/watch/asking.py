@@ -162,9 +162,14 @@ class Asking:
                 "acceptance_rate": accepted / proposed if proposed else None,
                 "by_length": [asdict(x) for x in predict(list(self.requests))],
             },
-            "audit": None if self.verdict is None else as_document(self.verdict),
+            "audit": None if self.verdict is None else _brief(self.verdict),
         }
         return finite(out)
+
+
+def _brief(verdict: AuditResult) -> dict[str, Any]:
+    """A verdict without its table of what would have been seen, which is long and in `resolution` in short."""
+    return {key: value for key, value in as_document(verdict).items() if key != "detectable"}
 
 
 def asking(

@@ -13,7 +13,7 @@ from outrider.integrations.watch.readers import OWN, Seen, llamacpp, outrider, s
 class Flavour:
     """One kind of server. marks: a page with any of these names is its. cannot: what it never tells, for people. neutral: fields
     of a request that switch off what its defaults would do to the distribution. refuses: fields of an audit's request that it
-    does not know and does not ignore.
+    does not know and does not ignore. unless: names that show that it is another one after all.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Flavour:
     cannot: tuple[str, ...]
     neutral: dict[str, float] = field(default_factory=dict)
     refuses: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
 
 
 _SHARED = (
@@ -61,6 +62,7 @@ FLAVOURS: tuple[Flavour, ...] = (
         outrider,
         ("running requests and the playground, which its own page has",),
         refuses=("return_tokens_as_token_ids",),
+        unless=("vllm:engine_sleep_state",),  # vLLM with our plug-in, which exports our names too
     ),
     Flavour(
         "vLLM",
@@ -108,9 +110,12 @@ FLAVOURS: tuple[Flavour, ...] = (
         {"top_k": 0, "min_p": 0.0, "top_p": 1.0, "repeat_penalty": 1.0},
     ),
 )
-WANTED = frozenset({*_SHARED, *(name for flavour in FLAVOURS for name in (*flavour.names, *flavour.marks))})
+WANTED = frozenset(
+    {*_SHARED, *(name for flavour in FLAVOURS for name in (*flavour.names, *flavour.marks, *flavour.unless))}
+)
 
 
 def flavour_of(page: Page) -> Flavour | None:
     """Whose page it is, by the names on it; None for nobody's that we know."""
-    return next((f for f in FLAVOURS if any(mark in page for mark in f.marks)), None)
+    seen = (f for f in FLAVOURS if any(m in page for m in f.marks) and not any(n in page for n in f.unless))
+    return next(seen, None)

@@ -137,7 +137,7 @@ class Watch:
         for name in gone if not anew else ():
             self.fault(f"gone {name}", f"{name!r} has vanished from its metrics: figures that need it stand still")
         if new or anew:
-            self.identity = ask(self.url, self.key, self.seconds, seen.model)
+            self.identity = ask(self.url, self.key, min(self.seconds, 2.0), seen.model)
         self.history.append(Sample(now, self.sums.now(), seen.gauges, self.sums.lives))
         self._conditions()
 
@@ -160,19 +160,21 @@ class Watch:
 
     def recent(self) -> Span:
         """The window."""
-        if not self.history:
-            return Span({})
-        now, then = self.history[-1], self._then()
-        return Span.between(then.sums, now.sums, now.t - then.t)
+        then, now = self._ends()
+        return Span({}) if then is None or now is None else Span.between(then.sums, now.sums, now.t - then.t)
 
-    def _then(self) -> Sample:
-        end = self.history[-1].t
-        return next(s for s in self.history if s.t >= end - self.window)
+    def _ends(self) -> tuple[Sample, Sample] | tuple[None, None]:
+        """The samples at the ends of the window. A copy is looked through: readings come from another thread."""
+        kept = list(self.history)
+        if not kept:
+            return None, None
+        return next(s for s in kept if s.t >= kept[-1].t - self.window), kept[-1]
 
     def look(self) -> Look:
         """The window as the alerts read it."""
         gauges = self.seen.gauges if self.seen is not None and self.answers else {}
-        lives = self.history[-1].lives - self._then().lives if self.history else 0
+        then, now = self._ends()
+        lives = 0 if then is None or now is None else now.lives - then.lives
         return look(self.recent(), gauges, answers=self.answers, lives=lives, accused=self.accused())
 
     def reading(self) -> dict[str, Any]:
@@ -204,9 +206,7 @@ class Watch:
     def state(self, after: float = 0.0) -> dict[str, Any]:
         """What the page shows, in the shape of our server's /outrider/state. after: leaves out the history up to this time."""
         whole, gauges = self.lifetime(), {} if self.seen is None else self.seen.gauges
-        rows = [_row(s) for s in self.history]
-        found = whole.rejections()
-        book = {k: whole.get(k) or 0.0 for k in ("risk", "spread")}
+        rows = [_row(s) for s in list(self.history)]
         return {
             "server": {
                 "model": self.identity.model or self.url.partition("://")[2],
@@ -224,9 +224,8 @@ class Watch:
             },
             "now": rows[-1] if rows else _row(Sample(self.clock(), {}, {}, 0)),
             "positions": {"judged": whole.judged_at(), "accepted": whole.at("accepted_at")},
-            "rejections": found,
+            "rejections": whole.rejections(),
             "ledger": _ledger(whole, gauges) if "risk" in whole.sums else None,
-            "spent": book,
             "outlook": _outlook(gauges),
             "speeds": [],
             "resources": self._resources(gauges),
