@@ -10,6 +10,7 @@ from outrider.integrations.watch.flavours import FLAVOURS, WANTED, flavour_of
 from outrider.integrations.watch.page import parse
 from outrider.integrations.watch.readers import Seen
 from outrider.integrations.watch.sums import Span
+from outrider.telemetry.prometheus import Metrics
 from tests.watch.server import PAGES
 
 
@@ -108,13 +109,25 @@ def test_bounds_of_rejections_hold_what_happened(steps: list[tuple[int, int]]) -
 
 
 def test_outriders_plugin_in_vllm_is_read_beside_vllm() -> None:
-    own = 'outrider_spec_decode_rejections_total{model_name="pycode"} 11.0\n'
-    own += 'outrider_spec_decode_predicted_rejections_total{model_name="pycode"} 11.5\n'
-    own += 'outrider_spec_decode_judged_tokens_total{model_name="pycode",position="0"} 45.0\n'
-    found = seen(PAGES["vllm"] + own)
+    """It exports all names that our server has: the passes stay vLLM's, the ledger is ours once it has verdicts."""
+    metrics = Metrics("pycode")
+    metrics.gauges["engine_alive"] = ("", lambda: 1.0)
+    both = PAGES["vllm"] + 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1.0\n'
+
+    def ours() -> str:
+        """Its families without those that it does not export there: vLLM has them itself."""
+        lines = metrics.text().decode().splitlines(keepends=True)
+        return "".join(line for line in lines if "vllm:" not in line and "process_" not in line)
+
+    silent = seen(both + ours())
+    assert silent.flavour == "vLLM with Outrider's plug-in" and Span(silent.sums).rejections() == (12, 12)
+    assert "risk" not in silent.sums
+    metrics.counts.add(proposed=135, accepted=34, judged=45, risk=11.5, spread=5.0, bias=0.0)
+    found = seen(both + ours())
     s = Span(found.sums)
-    assert found.flavour == "vLLM with Outrider's plug-in" and s.get("passes") == 48
+    assert found.flavour == silent.flavour and s.get("passes") == 48 and s.get("emitted") == 150
     assert s.rejections() == (11, 11) and s.get("risk") == 11.5 and s.get("judged") == 45
+    assert seen(metrics.text().decode()).flavour == "Outrider"
 
 
 def test_several_engines_of_one_server_are_summed() -> None:

@@ -92,6 +92,10 @@ OWN = (
 )
 
 
+LEDGER = ("rejected", "judged", "risk", "spread", "bias", "judged_at", "accepted_at")
+"""What our plug-in knows better than the engine that it is in."""
+
+
 def own(page: Page) -> tuple[Sums, dict[str, float]]:
     """The sums and values that only Outrider exports: the ledger above all, from our server or from our plug-in in another one."""
     sums = _given(
@@ -187,14 +191,13 @@ def vllm(page: Page) -> Seen:
         kv=page.total("vllm:kv_cache_usage_perc"),
     )
     ours, more = own(page)
-    named = "vLLM with Outrider's plug-in" if ours else "vLLM"
-    return Seen(
-        named,
-        _model(page, "vllm:generation_tokens_total", "vllm:num_requests_running"),
-        sums | ours,
-        gauges | more,
-        how,
-    )
+    named = _model(page, "vllm:generation_tokens_total", "vllm:num_requests_running")
+    if not ours:
+        return Seen("vLLM", named, sums, gauges, how)
+    if not ours.get("judged"):  # the plug-in counts no verdicts, or there were none yet: its zeros say nothing
+        return Seen("vLLM with Outrider's plug-in", named, sums, gauges, how)
+    ledger = {k: v for k, v in ours.items() if k.partition("/")[0] in LEDGER}
+    return Seen("vLLM with Outrider's plug-in", named, sums | ledger, gauges | more, how)
 
 
 # ------------------------------------------------------------------ SGLang
