@@ -11,7 +11,7 @@ import pytest
 
 from outrider.cli.serve import past_of
 from outrider.evaluate.store.store import Store
-from outrider.telemetry.alerts import WindowSample
+from outrider.telemetry.alerts import CONDITIONS, WindowSample
 from tests.serve.harness import Running, serving, until
 
 CHROMIUM = shutil.which("chromium")
@@ -54,8 +54,8 @@ def test_the_page_streams_and_colours(server: Running, browser: Any, theme: str,
     assert page.eval_on_selector("#out", "x => x.querySelector('b') === null")  # text stays text
     wait(page, "document.getElementById('len').textContent !== '-'")
     wait(page, "document.querySelectorAll('#pos rect').length >= 1")
-    assert page.evaluate("document.querySelectorAll('#watch tr').length") == 8
-    assert page.inner_text("#watched") == "8 alerts, none firing"
+    assert page.evaluate("document.querySelectorAll('#watch tr').length") == len(CONDITIONS)
+    assert page.inner_text("#watched") == f"{len(CONDITIONS)} alerts, none firing"
     assert "first token, median" in page.inner_text("#facts") and page.inner_text("#facts b:first-child")
     assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
     assert page.evaluate("document.documentElement.dataset.theme") == theme
@@ -79,15 +79,15 @@ def test_alerts_cost_the_front_and_past_runs_are_shown(browser: Any, tmp_path: P
         assert running.call("POST", "/v1/completions", body)[0] == 200
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(running.url)
-        wait(page, "document.querySelectorAll('#alerts .info').length === 1")
+        wait(page, "document.querySelectorAll('#alerts .info:not(.notice)').length === 1")
         assert "repetition loops" in page.inner_text("#alerts")
-        assert page.inner_text("#watched") == "1 alert of 8" and page.inner_text("#watch tr:first-child td") == "info"
+        assert page.inner_text("#watched") == f"1 alert of {len(CONDITIONS)}" and page.inner_text("#watch tr:first-child td") == "info"
         wait(page, "document.querySelectorAll('#par circle').length === 1")
         wait(page, "!document.getElementById('past').hidden")
         assert page.inner_text("#runs").split("\t")[2:] == ["<i>trial</i>", "done", "-", "two: faster, speed 11%"]
         assert "$" in page.inner_text("#facts") and "exact" in page.inner_text("#par2")
         trouble = WindowSample(judged=5000, rejected=1500)
-        wait(page, "document.querySelectorAll('#alerts div').length === 0")
+        wait(page, "document.querySelectorAll('#alerts div:not(.notice)').length === 0")
         page.close()
 
 

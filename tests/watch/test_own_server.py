@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from outrider.assets import __file__ as assets
 from outrider.errors import ConfigError
 from outrider.evaluate.audit.findings import NOT_THE_TARGET, AuditOptions
 from outrider.evaluate.store.store import Store
@@ -79,6 +80,7 @@ def test_acceptance_of_our_replies_is_read() -> None:
     spec = document["metrics"]["speculative_decoding"]
     assert found is not None
     assert (found.drafts, found.accepted) == (spec["num_spec_steps"], spec["num_accepted_draft_tokens"])
+    assert found.judged_at[0] == found.drafts and sum(found.accepted_at) == found.accepted
 
 
 def asked_of(
@@ -213,7 +215,7 @@ def test_once_prints_one_reading_for_programs_and_for_people(run: Any) -> None:
         (("http://127.0.0.1:9", "--once"), "cannot be reached"),
         (("nowhere", "--once"), "not an http or https address"),
         (("http://127.0.0.1:9", "--once", "--budget", "5"), "leave out --store"),
-        (("http://127.0.0.1:9", "--target", "."), "add --budget"),
+        (("http://127.0.0.1:9", "--target", str(Path(assets).parent / "pycode" / "target")), "add --budget"),
     ],
 )
 def test_wrong_use_is_one_sentence(run: Any, words: tuple[str, ...], said: str) -> None:

@@ -264,6 +264,8 @@ def rejections(counts: Counts) -> dict[str, Any]:
     return {
         "steps": counts.steps,
         "judged_tokens": counts.judged,
+        "judged_by_position": list(counts.judged_at),
+        "accepted_by_position": list(counts.accepted_at),
         "rejections": counts.rejected,
         "rejection_probability": ratio(counts.rejected, counts.judged),
         "predicted_rejections": book.predicted,

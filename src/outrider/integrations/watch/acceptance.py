@@ -34,7 +34,7 @@ def of_reply(document: Any) -> Acceptance | None:
         return None
     metrics, timings, more = (document.get(k) for k in ("metrics", "timings", "sglext"))
     if isinstance(metrics, dict) and isinstance(metrics.get("speculative_decoding"), dict):
-        return _of_vllm(metrics["speculative_decoding"])
+        return _of_vllm(metrics["speculative_decoding"], metrics.get("outrider"))
     if isinstance(more, dict) and isinstance(more.get("spec_tokens_details"), dict):
         return _of_sglang(more["spec_tokens_details"])
     if isinstance(timings, dict) and "draft_n" in timings:
@@ -57,8 +57,8 @@ def _wholes(value: Any) -> list[int] | None:
     return value
 
 
-def _of_vllm(found: dict[str, Any]) -> Acceptance | None:
-    """vLLM's form, which our server has too."""
+def _of_vllm(found: dict[str, Any], ours: Any = None) -> Acceptance | None:
+    """vLLM's form, which our server has too, with the positions under a key of its own."""
     names = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
     drafts, proposed, accepted = (_whole(found.get(k)) for k in names)
     if drafts is None or proposed is None or accepted is None or accepted > proposed:
@@ -66,7 +66,18 @@ def _of_vllm(found: dict[str, Any]) -> Acceptance | None:
     each, drafted = _wholes(found.get("per_step_accepted")), _wholes(found.get("per_step_drafted"))
     if each is not None and drafted is not None and len(each) == len(drafted) and each:
         return _of_steps(each, drafted)
+    one = ours[0] if isinstance(ours, list) and len(ours) == 1 and isinstance(ours[0], dict) else {}
+    judged, kept = (_wholes(one.get(f"{name}_by_position")) for name in ("judged", "accepted"))
+    if judged and kept is not None and len(judged) == len(kept) <= LONGEST and _falls(judged, kept):
+        return Acceptance(drafts, proposed, accepted, tuple(judged), tuple(kept))
     return _of_histogram(drafts, proposed, accepted, _wholes(found.get("acceptance_histogram")))
+
+
+def _falls(judged: list[int], kept: list[int]) -> bool:
+    """Whether every position was judged at most as often as the one before it was accepted."""
+    return all(a <= j for a, j in zip(kept, judged, strict=True)) and all(
+        j <= a for j, a in zip(judged[1:], kept, strict=False)
+    )
 
 
 def _of_sglang(found: dict[str, Any]) -> Acceptance | None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
+from types import FrameType
 from typing import Any
 
 from outrider.errors import ConfigError, OutriderError
@@ -200,7 +201,16 @@ def create_app(watching: Watching) -> ASGIApp:
     return Local(Starlette(routes=routes, lifespan=lifespan), watching.hosts)
 
 
-def server_for(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
+class PageServer(uvicorn.Server):
+    """uvicorn whose end by a signal is an end like others: uvicorn itself raises the signal again behind it."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends, a second one at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def server_for(app: ASGIApp, host: str, port: int) -> PageServer:
     """A server for the page. Raises ConfigError for an address that others can reach: the page asks nobody for a key."""
     if not is_loopback(host):
         raise ConfigError(
@@ -221,4 +231,4 @@ def server_for(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
         timeout_keep_alive=5,
         timeout_graceful_shutdown=3,
     )
-    return uvicorn.Server(config)
+    return PageServer(config)
