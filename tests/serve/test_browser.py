@@ -81,7 +81,10 @@ def test_alerts_cost_the_front_and_past_runs_are_shown(browser: Any, tmp_path: P
         page.goto(running.url)
         wait(page, "document.querySelectorAll('#alerts .info:not(.notice)').length === 1")
         assert "repetition loops" in page.inner_text("#alerts")
-        assert page.inner_text("#watched") == f"1 alert of {len(CONDITIONS)}" and page.inner_text("#watch tr:first-child td") == "info"
+        assert (
+            page.inner_text("#watched") == f"1 alert of {len(CONDITIONS)}"
+            and page.inner_text("#watch tr:first-child td") == "info"
+        )
         wait(page, "document.querySelectorAll('#par circle').length === 1")
         wait(page, "!document.getElementById('past').hidden")
         assert page.inner_text("#runs").split("\t")[2:] == ["<i>trial</i>", "done", "-", "two: faster, speed 11%"]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outrider.integrations.watch.figures import document
 from outrider.integrations.watch.flavours import FLAVOURS, WANTED, flavour_of
 from outrider.integrations.watch.page import parse
 from outrider.integrations.watch.readers import Seen
@@ -40,6 +41,10 @@ def test_vllm_passes_are_counted_and_not_only_those_with_drafts() -> None:
     assert s.tokens_per_drafted_pass == 1 + 108 / 45  # what vLLM calls the mean acceptance length
     assert s.even and s.judged_at() == [45, 42, 33] and s.at("accepted_at") == [42, 33, 33]
     assert s.rejections() == (12, 12) and s.rejection() == (0.1, 0.1)
+    lengths = document(s)["drafted"]["by_length"]
+    assert lengths[0] == 1 + 42 / 45 and lengths[2] == pytest.approx(
+        s.tokens_per_drafted_pass
+    )  # the served length is what it was
     counts = s.counts()
     assert (counts.judged, counts.rejected, counts.steps, counts.emitted) == (120, 12, 48, 150)
     assert s.under("ended")["length"] == 3 and s.quantiles("first")["median"] is not None

@@ -31,6 +31,7 @@ def document(span: Span) -> dict[str, Any]:
             "tokens_per_drafted_pass": span.tokens_per_drafted_pass,
             "accepted_by_position": accepted,
             "judged_by_position": judged or None,
+            "by_length": _by_length(judged, accepted),
         },
         "rejections": None if found is None else list(found),
         "rejection_probability": None if share is None else list(share),
@@ -41,6 +42,17 @@ def document(span: Span) -> dict[str, Any]:
         "first_token_seconds": span.quantiles("first"),
         "per_token_seconds": span.quantiles("per_token"),
     }
+
+
+def _by_length(judged: list[float], accepted: list[float]) -> list[float] | None:
+    """Tokens per drafted pass that the acceptance by position implies at every length up to the served one; None where positions
+    are not known."""
+    out, total, reach = [], 1.0, 1.0
+    for j, a in zip(judged, accepted, strict=False):
+        reach *= a / j if j else 0.0
+        total += reach
+        out.append(total)
+    return out if judged and judged[0] else None
 
 
 def missing(span: Span, gauges: dict[str, float]) -> list[str]:
