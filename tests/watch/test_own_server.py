@@ -206,7 +206,7 @@ def test_once_prints_one_reading_for_programs_and_for_people(run: Any) -> None:
         assert code == 0 and document["since_start"]["tokens_per_pass"] == 150 / 48 and document["engine"] == "vLLM"
         code, text = run("watch", server.url, "--once")
         assert code == 0 and "tokens per pass      3.125" in text and "where it drafted     3.400" in text
-        assert "it does not tell" in text
+        assert "it does not tell" in text and "by draft length      1.93, 2.67, 3.40 tokens" in text
 
 
 @pytest.mark.parametrize(

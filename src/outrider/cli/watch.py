@@ -232,6 +232,9 @@ def print_reading(d: dict[str, Any]) -> None:
         pairs = zip(drafted["accepted_by_position"], drafted["judged_by_position"], strict=False)
         by = ", ".join(_share(a / j) if j else "-" for a, j in pairs)
         console.print(f"by position          {by}")
+    if drafted["by_length"]:
+        by = ", ".join(f"{x:.2f}" for x in drafted["by_length"])
+        console.print(f"by draft length      {by} tokens per drafted pass, from 1 on")
     now = d["now"]
     console.print(f"now                  {_number(now['running'])} running, {_number(now['waiting'])} waiting")
     first = whole["first_token_seconds"]
