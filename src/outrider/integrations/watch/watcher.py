@@ -69,6 +69,7 @@ class Watch:
     seen: Seen | None = None
     answers: bool = False
     began: float = field(default_factory=monotonic)
+    _without: str = ""
     _said: set[str] = field(default_factory=set)
     _restarts: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
 
@@ -83,7 +84,8 @@ class Watch:
             answer = get(f"{self.url}/metrics", self.key, seconds=self.seconds, most=MOST_BYTES)
         except Fault as fault:
             if fault.code in (404, 405, 501):  # something answers, and has no such page: say what it is
-                raise Fault("none", without_metrics(self.url, self.key, self.seconds, fault)) from None
+                self._without = self._without or without_metrics(self.url, self.key, min(self.seconds, 2.0), fault)
+                raise Fault("none", self._without) from None
             raise
         page = parse(answer.body, WANTED)
         found = flavour_of(page)
