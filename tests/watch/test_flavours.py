@@ -11,6 +11,7 @@ from outrider.integrations.watch.flavours import FLAVOURS, WANTED, flavour_of
 from outrider.integrations.watch.page import parse
 from outrider.integrations.watch.readers import Seen
 from outrider.integrations.watch.sums import Span
+from outrider.records import Counts
 from outrider.telemetry.prometheus import Metrics
 from tests.watch.server import PAGES
 
@@ -127,7 +128,8 @@ def test_outriders_plugin_in_vllm_is_read_beside_vllm() -> None:
     silent = seen(both + ours())
     assert silent.flavour == "vLLM with Outrider's plug-in" and Span(silent.sums).rejections() == (12, 12)
     assert "risk" not in silent.sums
-    metrics.counts.add(proposed=135, accepted=34, judged=45, risk=11.5, spread=5.0, bias=0.0)
+    places = {"judged_at": [20, 15, 10], "accepted_at": [14, 12, 8]}
+    metrics.counts = Counts(steps=20, proposed=60, judged=45, accepted=34, rejected=11, emitted=54, risk=11.5, **places)
     found = seen(both + ours())
     s = Span(found.sums)
     assert found.flavour == silent.flavour and s.get("passes") == 48 and s.get("emitted") == 150

@@ -143,11 +143,7 @@ def go_on(seen: Any, asked: WatchOptions, json: bool) -> None:
         watching.step, watching.asked = requests.step, requests.document
         seen.accused, seen.audited = requests.accused, asked.target is not None
     if asked.store is not None:
-        from outrider.cli.serve import past_of
-
-        name = asked.name or seen.url.partition("://")[2]
-        watching.log = partial(Log, asked.store, name, seen)
-        watching.past = past_of(Path(asked.store)) if "://" not in asked.store else None
+        watching.log = partial(Log, asked.store, asked.name or seen.url.partition("://")[2], seen)
     if asked.alert_webhook is not None:
         watching.webhook = Webhook(check_url(asked.alert_webhook), seen.url)
     listener = reserve(asked.host, asked.port)
@@ -155,6 +151,10 @@ def go_on(seen: Any, asked: WatchOptions, json: bool) -> None:
     if json:
         seen.heard = partial(print_line, server)
     watching.open()
+    if asked.store is not None and "://" not in asked.store:
+        from outrider.cli.serve import past_of
+
+        watching.past = past_of(Path(asked.store))
     terminal.err.print(
         f"outrider: watching {seen.url}; page on http://{asked.host}:{listener.getsockname()[1]} (Ctrl-C ends it)"
     )
