@@ -93,7 +93,8 @@ def asked_of(
     watch.once()
     params = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True)
     target = toy(1, sure=sure).parts.target
-    auditor = Auditor(target, None, AuditOptions(params))
+    draft = toy(1, sure=1.0).parts.target  # its first choice is the last token, which is what the server drafts
+    auditor = Auditor(target, draft, AuditOptions(params))
     prompts = [[n % V, 3] for n in range(5)]
     made = asking(watch, prompts, params, Budget(total, rate), auditor, samples=samples, say=said.append)
     return made, said
@@ -111,6 +112,10 @@ def test_the_audit_stays_in_its_budget_and_accuses_only_the_wrong_target() -> No
         assert right.verdict is not None and not right.accused and right.verdict.tokens == 960
         found = right.document()
         assert found["acceptance"]["requests"] == 24 and len(found["acceptance"]["by_length"]) == 5
+        replay = found["replay"]
+        assert (replay["texts"], replay["length"]) == (24, 3)
+        assert replay["greedy"][0] == pytest.approx(replay["observed"]) and replay["greedy"][1] == replay["greedy"][2]
+        assert not replay["sampled"][1] <= replay["observed"] <= replay["sampled"][2]  # it does not draw its drafts
         wrong, _ = asked_of(running, total=2000, sure=1.0)
         while wrong.step() is not None and not wrong.accused:
             pass

@@ -26,6 +26,7 @@ ASKED = {
         "acceptance_rate": 0.5,
         "by_length": [{"length": 1, "value": 1.7, "low": None, "high": None, "beyond": False}],
     },
+    "replay": {"texts": 2, "length": 3, "observed": 21, "greedy": [21.0, 21.0, 21.0], "sampled": [17.5, 12.0, 23.0]},
     "audit": {
         "outcome": "exact so far",
         "sentence": "exact so far: <b>0.1</b>",
@@ -69,6 +70,7 @@ def test_what_is_told_is_drawn_and_the_rest_is_hidden(browser: Any, engine: str,
             assert ("positions" in hidden) == (engine != "vllm") and ("outcomes" in hidden) == (engine == "llamacpp")
             assert page.evaluate("document.querySelectorAll('#pos rect').length") == (3 if engine == "vllm" else 0)
             assert "exact so far: <b>0.1</b>" in page.inner_text("#asked") and "1.70" in page.inner_text("#lengths")
+            assert "expects 21 if drafts are greedy, 18 (12 to 23)" in page.inner_text("#asked")
             assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
             assert problems == []
             page.close()

@@ -52,7 +52,10 @@ POWER_ROWS = 6
 
 
 class Auditor:
-    """Collects texts and keeps the evidence. Texts of one prompt must come one after another."""
+    """Collects texts and keeps the evidence. Texts of one prompt must come one after another.
+
+    seen: called with the distributions of every text that was judged, and its tokens.
+    """
 
     def __init__(self, target: Target, draft: Target | None, options: AuditOptions, eos: Sequence[int] = ()) -> None:
         self.target, self.draft, self.options, self.eos = target, draft, options, tuple(eos)
@@ -74,6 +77,7 @@ class Auditor:
         self.clip, self.clock = clip_for(options.tolerance), Clock()
         self.chance = np.random.default_rng(options.seed)
         self.violations: list[str] = []
+        self.seen: Callable[[Candidates, list[int]], None] = lambda found, output: None
         self.gaps: list[float] = []
 
     @torch.inference_mode()
@@ -98,6 +102,7 @@ class Auditor:
             process.update(f)
         self.texts += 1
         self._gap(found, emission, output)
+        self.seen(found, output)
 
     def _until_end(self, output: list[int], emission: Emission) -> list[int]:
         """The text up to its end token; what a generator writes after it is a violation, not a draw from any distribution."""

@@ -10,12 +10,15 @@ from time import monotonic
 from typing import Any
 
 from outrider.errors import ConfigError
+from outrider.evaluate.audit.alternatives import Candidates
 from outrider.evaluate.audit.audit import Auditor
 from outrider.evaluate.audit.findings import NOT_THE_TARGET, AuditResult, as_document
 from outrider.evaluate.audit.sources import Emission, Endpoint, read_choice, request_body
 from outrider.integrations.watch.acceptance import Acceptance, of_reply, predict
 from outrider.integrations.watch.figures import finite
+from outrider.integrations.watch.replayed import beside, text_of
 from outrider.params import SamplingParams
+from outrider.theory.replay import Text
 
 KEPT = 2000
 """Requests whose acceptance is kept."""
@@ -68,6 +71,7 @@ class Asking:
     last_error: str | None = None
     ended: str | None = None
     verdict: AuditResult | None = None
+    replayed: list[tuple[Text, Acceptance]] = field(default_factory=list)
     _silent: int = 0
     _seeds: Any = field(default_factory=lambda: itertools.count(1))
     _turn: Any = None
@@ -91,19 +95,33 @@ class Asking:
             return None
         if wait > 0:
             return wait
-        prompt, emissions = next(self._turn), list[Emission]()
+        prompt, replies = next(self._turn), list[tuple[Emission, Acceptance | None]]()
         for _ in range(self.samples):
             self.budget.spent += self.params.max_tokens
-            emissions.append(self._one(prompt))
+            replies.append(self._one(prompt))
             if self.ended is not None:
                 return None
-        if self.auditor is not None:
-            for i, emission in enumerate(emissions):
-                self.auditor.add(list(prompt), emission, [e.tokens for e in emissions[:i]])  # type: ignore[arg-type]
-            self.verdict = self.auditor.verdict()
+        if self.auditor is not None and not isinstance(prompt, str):
+            self._judge(self.auditor, prompt, replies)
         return 0.0
 
-    def _one(self, prompt: str | list[int]) -> Emission:
+    def _judge(self, auditor: Auditor, prompt: list[int], replies: list[tuple[Emission, Acceptance | None]]) -> None:
+        """Audit the texts of one prompt; where a draft model is known, keep what its replay needs."""
+        for i, (emission, found) in enumerate(replies):
+            logs = list[Text]()
+            if auditor.draft is not None:
+                auditor.seen = lambda scored, output, logs=logs: logs.append(self._log(scored, output))
+            auditor.add(prompt, emission, [e.tokens for e, _ in replies[:i]])
+            if logs and found is not None and len(self.replayed) < KEPT:
+                self.replayed.append((logs[0], found))
+        self.verdict = auditor.verdict()
+
+    def _log(self, scored: Candidates, output: list[int]) -> Text:
+        assert self.auditor is not None
+        ends = {*self.params.stop_token_ids, *(() if self.params.ignore_eos else self.auditor.eos)}
+        return text_of(scored, output, stopped=output[-1] in ends, limit=self.params.max_tokens)
+
+    def _one(self, prompt: str | list[int]) -> tuple[Emission, Acceptance | None]:
         ids = prompt if isinstance(prompt, list) else []
         body = self.extra | request_body(self.endpoint.model, ids, self.params, next(self._seeds)) | {"prompt": prompt}
         body = {k: v for k, v in body.items() if k not in self.leave_out}
@@ -116,7 +134,7 @@ class Asking:
             self.last_error = str(error)
             if self._silent >= PATIENCE or not self.answered:
                 self.end(f"its requests fail, and no more are sent: {error}")
-            return Emission((), error=str(error))
+            return Emission((), error=str(error)), None
         self._silent = 0
         self.answered += 1
         found = of_reply(document)
@@ -125,7 +143,7 @@ class Asking:
         made = self._made(document, emission)
         self.tokens += made
         self.budget.spent -= max(0, self.params.max_tokens - made)
-        return emission
+        return emission, found
 
     def _read(self, document: dict[str, Any]) -> Emission:
         if self.auditor is None:
@@ -162,6 +180,7 @@ class Asking:
                 "acceptance_rate": accepted / proposed if proposed else None,
                 "by_length": [asdict(x) for x in predict(list(self.requests))],
             },
+            "replay": beside(list(self.replayed)),
             "audit": None if self.verdict is None else _brief(self.verdict),
         }
         return finite(out)
