@@ -70,6 +70,11 @@ def test_vllm(vllm: Callable[..., Any], port: int) -> None:
         assert (
             asked.verdict is not None and asked.verdict.outcome == NOT_THE_TARGET
         )  # the fault of 0.32 on CPU: docs/audit.md
+        replay = found["replay"]
+        print(
+            f"rejections: {replay}"
+        )  # given its text, right or wrong, a greedy draft is kept where the text says what it says
+        assert abs(replay["observed"] - replay["greedy"][0]) <= replay["texts"] + 0.05 * replay["observed"]
         assert asked.budget.spent <= 1200 and found["acceptance"]["by_length"]
         settled(watch, server)
         before = watch.lifetime()
