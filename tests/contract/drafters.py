@@ -23,6 +23,8 @@ from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
+from outrider.drafters.recycle import Recycle
+from outrider.drafters.suffix import Suffix
 from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
@@ -102,6 +104,10 @@ def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
 DRAFTERS: dict[str, Factory] = {
     "none": lambda target, slots: NoDraft(),
     "ngram": lambda target, slots: NGram(5, max_n=3, min_n=1),
+    "suffix": lambda target, slots: Suffix(5),
+    "suffix-shared": lambda target, slots: Suffix(5, shared=400),
+    "recycle": lambda target, slots: Recycle(levels((1,) * 4)),
+    "recycle-tree": lambda target, slots: Recycle(levels((3, 2, 1))),
     "model": lambda target, slots: ModelDrafter(small(target), 4),
     "model-coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
     "model-short-context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),
