@@ -11,6 +11,7 @@ from torch import nn
 from examples.linear_drafter import METHOD
 from examples.linear_drafter.drafter import LinearDrafter
 from examples.linear_drafter.network import LinearConfig, LinearNetwork
+from outrider.drafters.ahead import Ahead
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
@@ -109,6 +110,8 @@ DRAFTERS: dict[str, Factory] = {
     "recycle": lambda target, slots: Recycle(levels((1,) * 4)),
     "recycle-tree": lambda target, slots: Recycle(levels((3, 2, 1))),
     "model": lambda target, slots: ModelDrafter(small(target), 4),
+    "ahead": lambda target, slots: Ahead(ModelDrafter(small(target), 4), 3),
+    "ahead-inline": lambda target, slots: Ahead(ModelDrafter(small(target), 5), 4, inline=True),
     "model-coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
     "model-short-context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),
     "model-padded": lambda target, slots: ModelDrafter(

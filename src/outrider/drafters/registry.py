@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.drafters import dflash, eagle, medusa, vllm_config
+from outrider.drafters.ahead import Ahead
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
@@ -87,6 +88,7 @@ def load_drafter(
                     All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...). They and draft models also
                     take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 most probable nodes by the draft, of
                     the 4 most likely children of each expanded node
+      "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else "ngram"
       "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
 
@@ -107,16 +109,30 @@ def load_drafter(
         spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
     parts, rest = _without_model(spec, length)
     if rest or not parts:
-        how = parse_draft(rest, length, "coupled" if rule is not None and rule.lane == "gumbel" else "sampled")
+        premises, rest = _premises(rest)
+        how = parse_draft(
+            rest, length + (premises > 0), "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
+        )
         kind, _, path = how.path.partition(":")
         if kind == "early":
-            parts.append(early_exit(target, _layers(how.path), how.growth(target.vocab_size)))
+            found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
         elif kind in learned and (path or not Path(kind).exists()):
             folder = _learned_folder(kind, path, target_path, find_folder)
-            parts.append(learned[kind].load(folder, target, how, target_path))
+            found = learned[kind].load(folder, target, how, target_path)
         else:
-            parts.append(_model(how, target, length, tokenizer, load_model, learned))
+            found = _model(how, target, length + (premises > 0), tokenizer, load_model, learned)
+        parts.append(Ahead(found, premises) if premises else found)  # type: ignore[arg-type]  # it says what it cannot wrap
     return first_of(*parts)
+
+
+def _premises(spec: str) -> tuple[int, str]:
+    """How many outcomes drafts are prepared for, 0 for none, and the drafter: "ahead:4:PATH" is (4, "PATH")."""
+    if not spec.startswith("ahead:"):
+        return 0, spec
+    found = re.fullmatch(r"ahead:(\d{1,2}):(.+)", spec)
+    if found is None or int(found.group(1)) < 1:
+        raise ConfigError(f"drafting ahead is written 'ahead:PREMISES:PATH', as 'ahead:4:PATH', got {spec!r}")
+    return int(found.group(1)), found.group(2)
 
 
 def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -181,10 +197,14 @@ def _recycle(length: int, widths: str | None) -> Recycle:
     if widths is None:
         return Recycle(levels((1,) * length))
     if re.fullmatch(r"\d{1,4}(x\d{1,4})*", widths) is None:
-        raise ConfigError(f"a recycled tree is written 'recycle:3x2x1' (children of a node of each level), got {widths!r}")
+        raise ConfigError(
+            f"a recycled tree is written 'recycle:3x2x1' (children of a node of each level), got {widths!r}"
+        )
     shape = levels(tuple(map(int, widths.split("x"))))
     if shape.depth > length:
-        raise ConfigError(f"the tree 'recycle:{widths}' has {shape.depth} levels, the draft length is {length}: raise it")
+        raise ConfigError(
+            f"the tree 'recycle:{widths}' has {shape.depth} levels, the draft length is {length}: raise it"
+        )
     return Recycle(shape)
 
 
