@@ -71,10 +71,10 @@ def test_vllm(vllm: Callable[..., Any], port: int) -> None:
             asked.verdict is not None and asked.verdict.outcome == NOT_THE_TARGET
         )  # the fault of 0.32 on CPU: docs/audit.md
         replay = found["replay"]
-        print(
-            f"rejections: {replay}"
-        )  # given its text, right or wrong, a greedy draft is kept where the text says what it says
-        assert abs(replay["observed"] - replay["greedy"][0]) <= replay["texts"] + 0.05 * replay["observed"]
+        print(f"rejections: {replay}")
+        assert (
+            replay["observed"] > replay["greedy"][2] + replay["texts"]
+        )  # the same fault rejects what an exact rule keeps
         assert asked.budget.spent <= 1200 and found["acceptance"]["by_length"]
         settled(watch, server)
         before = watch.lifetime()
