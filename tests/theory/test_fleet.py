@@ -105,7 +105,7 @@ def test_doctest() -> None:
     lengths=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     rate=st.sampled_from([0.5, 5.0, 50.0]),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_jumping_over_steps_is_doing_every_step(seed, replicas, slots, chunk, acceptance, lengths, rate) -> None:
     traffic = poisson(rate, 40, [5, 300, 64, 90], [1, 7, 40, 23], seed)
     replica = Replica(cost, slots, lengths, acceptance, chunk)
@@ -213,7 +213,7 @@ def test_a_full_batch_emits_at_the_renewal_rate() -> None:
     retries=st.integers(0, 2),
     jitter=st.sampled_from([(), (0.5, 1.0, 1.5)]),
 )
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_every_request_ends_once(seed, replicas, ongoing, queue, between, retries, jitter) -> None:
     traffic = poisson(40.0, 120, [5, 300, 64], [1, 30, 60], seed)
     replica = Replica(cost, 4, (0, 3, 3, 2, 1), (0.8, 0.5, 0.3), jitter=jitter, overhead=0.002)
@@ -240,7 +240,7 @@ def test_every_request_ends_once(seed, replicas, ongoing, queue, between, retrie
 
 
 def test_more_replicas_and_better_drafts_are_faster_and_failures_cost() -> None:
-    traffic = poisson(60.0, 6000, [200, 700], [40, 90], seed=1)
+    traffic = poisson(60.0, 2000, [200, 700], [40, 90], seed=1)
 
     def run(n: int, acceptance: float = 0.7, **more: object):
         return simulate(traffic, Replica(cost, 8, (2,), (acceptance,) * 2), n, seed=2, **more)  # type: ignore[arg-type]
@@ -250,10 +250,10 @@ def test_more_replicas_and_better_drafts_are_faster_and_failures_cost() -> None:
     assert means == sorted(means, reverse=True) and means[0] > 2 * means[-1]
     speeds = [run(6, a).itl().mean() for a in (0.0, 0.4, 0.7, 0.95)]
     assert speeds == sorted(speeds, reverse=True)
-    broken = run(6, failures=Failures(20.0, 5.0))
-    again = run(6, failures=Failures(20.0, 5.0, retries=20))
-    assert (broken.status == FAILED).sum() > 0 == (again.status == FAILED).sum()
-    assert again.ttft().mean() > fleets[2].ttft().mean()
+    broken = run(12, failures=Failures(20.0, 2.0))
+    again = run(12, failures=Failures(20.0, 2.0, retries=20))
+    assert (broken.status == FAILED).any() and again.whole.all()
+    assert again.ttft().mean() > fleets[3].ttft().mean()
 
 
 def test_refusals() -> None:
