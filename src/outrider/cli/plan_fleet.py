@@ -10,7 +10,9 @@ from outrider.cli import tables, terminal
 from outrider.errors import ConfigError
 
 
-def fleet_document(engine: Any, draft: str, lengths: list[int], items: Any, sampling: Any, asked: Any) -> dict[str, Any]:
+def fleet_document(
+    engine: Any, draft: str, lengths: list[int], items: Any, sampling: Any, asked: Any
+) -> dict[str, Any]:
     """Measure the step table, and simulate the fleet with and without drafts. asked: the `PlanOptions`."""
     from outrider.evaluate.planning import capacity, step_table
     from outrider.theory.fleet import Failures
@@ -47,7 +49,9 @@ def fleet_document(engine: Any, draft: str, lengths: list[int], items: Any, samp
         "chunk": chunk,
         "target": {"ttft": asked.ttft, "itl": asked.itl, "percentile": asked.percentile},
         "acceptance": list(table.acceptance(max(lengths))),
-        "step_seconds": {str(n): {str(b): s for b, s in sorted(row.items())} for n, row in sorted(table.decode.items())},
+        "step_seconds": {
+            str(n): {str(b): s for b, s in sorted(row.items())} for n, row in sorted(table.decode.items())
+        },
         "prompt_seconds": table.prompts,
         "arms": found,
     }
@@ -56,6 +60,8 @@ def fleet_document(engine: Any, draft: str, lengths: list[int], items: Any, samp
 def check_options(asked: Any) -> None:
     """Raises ConfigError for options of a simulated fleet that say nothing without --traffic."""
     given = [n for n in ("replicas", "ttft", "itl", "mtbf") if getattr(asked, n) is not None]
+    if asked.ray and "replicas" in given:
+        given.remove("replicas")  # then it is the most that Ray Serve may start
     if asked.traffic is None and given:
         raise ConfigError(f"--{given[0]} is about a fleet: add --traffic poisson:RATE or a trace")
 
@@ -69,7 +75,15 @@ def print_fleet(d: dict[str, Any]) -> None:
     )
     table = Table()
     priced = any(a.get(k) and a[k]["price_per_hour"] is not None for a in d["arms"].values() for k in ("at", "fewest"))
-    for name in ("arm", "replicas", "tokens/s", "busy", "first token p50, p95 ms", "per token p50, p95 ms", "failed, refused"):
+    for name in (
+        "arm",
+        "replicas",
+        "tokens/s",
+        "busy",
+        "first token p50, p95 ms",
+        "per token p50, p95 ms",
+        "failed, refused",
+    ):
         table.add_column(name, justify="right" if name != "arm" else "left", overflow="fold")
     if priced:
         table.add_column("per hour; per million tokens", justify="right")
@@ -77,19 +91,31 @@ def print_fleet(d: dict[str, Any]) -> None:
         for kind in ("at", "fewest"):
             row = arm.get(kind)
             if row:
-                cells = [f"{name}, fewest" if kind == "fewest" else name, str(row["replicas"]), f"{row['tokens_per_second']:.1f}"]
+                cells = [
+                    f"{name}, fewest" if kind == "fewest" else name,
+                    str(row["replicas"]),
+                    f"{row['tokens_per_second']:.1f}",
+                ]
                 cells += ["" if row["busy"] is None else f"{row['busy']:.0%}", _ms(row["ttft"]), _ms(row["itl"])]
                 cells += [f"{row['failed']}, {row['refused']}"]
-                table.add_row(*cells, *([f"{row['price_per_hour']:.2f}; {row['price_per_million_tokens']:.2f}"] if priced else []))
+                table.add_row(
+                    *cells, *([f"{row['price_per_hour']:.2f}; {row['price_per_million_tokens']:.2f}"] if priced else [])
+                )
     tables.show(table, out)
     goal = d["target"]
     said = [f"{n} at most {1000 * v:g} ms" for n, v in (("first token", goal["ttft"]), ("per token", goal["itl"])) if v]
     for name, arm in d["arms"].items():
         if "fewest" in arm and said:
             what = " and ".join(said) + f" for {goal['percentile']:g}% of requests"
-            number = "no number of replicas up to 1000 gives" if arm["fewest"] is None else f"{arm['fewest']['replicas']} replicas give"
+            number = (
+                "no number of replicas up to 1000 gives"
+                if arm["fewest"] is None
+                else f"{arm['fewest']['replicas']} replicas give"
+            )
             out.print(f"[bold]{name}: {number} {what}[/bold]")
-    out.print(f"draft length by load, 1 to {d['slots']} sequences: {d['arms']['speculative']['lengths'][1:]}", soft_wrap=True)
+    out.print(
+        f"draft length by load, 1 to {d['slots']} sequences: {d['arms']['speculative']['lengths'][1:]}", soft_wrap=True
+    )
 
 
 def _ms(p: dict[str, float | None]) -> str:

@@ -25,9 +25,7 @@ _METHODS_032 = frozenset({
     "ngram", "ngram_gpu", "medusa", "mlp_speculator", "draft_model", "suffix", "custom_class", "eagle", "eagle3",
     "extract_hidden_states", "dflash", "dspark", "mtp",
 })  # fmt: skip
-INTERNAL = frozenset(
-    {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
-)
+INTERNAL = frozenset({"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"})
 """Fields of the class that vLLM fills in itself."""
 _LENGTH_BY_LOAD = frozenset({"ngram", "eagle", "eagle3", "mtp", "draft_model", "dflash"})
 
@@ -128,7 +126,7 @@ def check_schedule(schedule: object, longest: int | None) -> None:
         first, last, length = entry
         if first <= end or last < first or length < 0 or (end == 0 and first != 1):
             raise ConfigError(
-                "num_speculative_tokens_per_batch_size: ranges begin at batch size 1, rise and do not overlap, and lengths are >= 0; "
+                "num_speculative_tokens_per_batch_size: ranges begin at batch size 1, rise and do not overlap, lengths are >= 0; "
                 f"got {entry!r}"
             )
         if longest is not None and length > longest:

@@ -31,7 +31,7 @@ from typing import Literal
 
 from outrider.theory.checks import fraction, number, positive_int
 from outrider.theory.hardware import Hardware, Model
-from outrider.theory.links import Link, link, pipeline_seconds, tensor_seconds
+from outrider.theory.links import Link, pipeline_seconds, tensor_seconds
 from outrider.theory.speedup import tokens_per_call
 
 Bottleneck = Literal["weights", "kv", "compute", "link"]
@@ -93,6 +93,7 @@ def forward(model: Model, setting: Setting, rows: int = 1, context: int | None =
     """A forward of `rows` >= 1 rows for each sequence of the batch, at `context` (default: the setting's).
 
     >>> from outrider.theory.hardware import HARDWARE, MODELS
+    >>> from outrider.theory.links import link
     >>> f = forward(MODELS["70b"], Setting(HARDWARE["h100"], batch=1, context=0, devices=4))
     >>> round(1000 * f.seconds, 2), f.bottleneck
     (10.53, 'weights')
@@ -142,7 +143,8 @@ class AtLength:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted speeds of a pair. tokens per second are of the whole batch, and of a batch for each stage. `predicted` is always True: never a measurement.
+    """Predicted speeds of a pair. tokens per second are of the whole batch, and of a batch for each stage. `predicted` is
+    always True: never a measurement.
 
     best: the row with the largest speed; its length 0 says not to speculate. memory: bytes needed, at the longest length.
     devices_needed: fewest devices whose usable memory holds them. fits: whether the setting's devices do.

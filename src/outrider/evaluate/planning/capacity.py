@@ -82,7 +82,9 @@ def _row(line: str, where: str) -> tuple[float, int, int]:
             if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < 1e12 for v in values):
                 raise ConfigError(f"{where}: {at}, {prompt} and {output} must be numbers >= 0, got {values}")
             return float(values[0]) * unit, max(1, int(values[1])), max(1, int(values[2]))
-    raise ConfigError(f"{where}: expected arrival, prompt_tokens and output_tokens, or timestamp, input_length, output_length")
+    raise ConfigError(
+        f"{where}: expected arrival, prompt_tokens and output_tokens, or timestamp, input_length, output_length"
+    )
 
 
 def fewest(run: Callable[[int], Outcome], target: Target, start: int = 1) -> tuple[int, Outcome] | None:
@@ -148,7 +150,7 @@ def plan_fleet(
     traffic: Traffic, arms: dict[str, Replica], target: Target, *, replicas: int | None = None, price: float | None = None,
     failures: Failures | None = None, queue: int | None = None, seed: int = 0, progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """For each arm ("speculative", "plain"): what `replicas` make of the traffic, and the fewest that meet the target, if it has any."""
+    """For each arm ("speculative", "plain"): what `replicas` make of the traffic, and the fewest that meet the target, if any."""
     out: dict[str, Any] = {}
     for name, replica in arms.items():
 

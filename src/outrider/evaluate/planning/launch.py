@@ -96,7 +96,9 @@ def configuration(
     The best: of the most tokens per second over all planned batch sizes, by the mean of logarithms. None: plain decoding.
     """
     sizes = sorted({c.batch for c in choices})
-    known = {d: c for d in {c.draft for c in choices if not c.plain} if (c := drafter_config(d, models, target, release))}
+    known = {
+        d: c for d in {c.draft for c in choices if not c.plain} if (c := drafter_config(d, models, target, release))
+    }
 
     def worth(draft: str | None) -> float:
         speeds = [
@@ -109,7 +111,9 @@ def configuration(
     missing = sorted({c.draft for c in choices if not c.plain} - set(known))
     said = f"vLLM {release} has no {', '.join(missing)}" if missing else ""
     if best is None or not any(lengths.values()):
-        return None, "; ".join(x for x in ("nothing that vLLM has beats plain decoding here: start it plain", said) if x)
+        return None, "; ".join(
+            x for x in ("nothing that vLLM has beats plain decoding here: start it plain", said) if x
+        )
     config = {**known[best], "num_speculative_tokens": max(lengths.values())}
     if rule == "block" and config["method"] != "ngram":
         config["rejection_sample_method"] = "block"
@@ -182,7 +186,9 @@ def check_ray(document: Mapping[str, Any]) -> None:
                 continue
             for key, inner in one.items():
                 if place in RAY_FIELDS and key not in RAY_FIELDS[place]:
-                    raise ConfigError(f"ray {RAY}: {unknown_name(f'field of {place[-1]}', str(key), RAY_FIELDS[place])}")
+                    raise ConfigError(
+                        f"ray {RAY}: {unknown_name(f'field of {place[-1]}', str(key), RAY_FIELDS[place])}"
+                    )
                 walk(inner, (*place, key))
 
     walk(dict(document), ())
@@ -192,6 +198,6 @@ def ray_text(document: Mapping[str, Any], release: str) -> str:
     """The Serve file as YAML, with how to start it and what it needs."""
     head = (
         f"# Ray Serve, ray {RAY}: serve run FILE.yaml\n"
-        f"# Written for vLLM {release}. The extra ray[llm] of ray {RAY} installs vllm 0.29, so install vLLM {release} beside ray[serve].\n"
+        f"# For vLLM {release}. The extra ray[llm] of ray {RAY} installs vllm 0.29: install vLLM {release} beside ray[serve].\n"
     )
     return head + yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=120)

@@ -211,7 +211,8 @@ def advice(
 ) -> dict[str, Any]:
     """The first choice at a batch size: options for `generate`, vLLM's configuration, and what would change the answer.
 
-    models: the draft model behind the name of a drafter, and target: the target's folder, for vLLM. Raises ConfigError for a batch that was not planned.
+    models, target: the draft model behind the name of a drafter, and the target's folder, for vLLM. Raises ConfigError for a batch
+    that was not planned.
     """
     mine = [c for c in choices if c.batch == batch]
     if not mine:

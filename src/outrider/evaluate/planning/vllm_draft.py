@@ -12,7 +12,9 @@ from outrider.drafters.vllm_versions import NEWEST, version
 from outrider.errors import OutriderError
 
 
-def drafter_config(draft: str, models: Mapping[str, str], target: str | None = None, release: str = NEWEST) -> dict[str, Any] | None:
+def drafter_config(
+    draft: str, models: Mapping[str, str], target: str | None = None, release: str = NEWEST
+) -> dict[str, Any] | None:
     """What vLLM's `speculative_config` says of a drafter, without lengths; None for one that this release does not have.
 
     draft: as after --draft. models: the draft model behind the name of a drafter. target: the target's folder, beside which
@@ -20,7 +22,9 @@ def drafter_config(draft: str, models: Mapping[str, str], target: str | None = N
     """
     if draft == "ngram" or draft.startswith("ngram:"):
         low, _, high = draft.partition(":")[2].partition("-")
-        sizes = {"prompt_lookup_min": int(low), "prompt_lookup_max": int(high or low)} if low else {"prompt_lookup_max": 4}
+        sizes = (
+            {"prompt_lookup_min": int(low), "prompt_lookup_max": int(high or low)} if low else {"prompt_lookup_max": 4}
+        )
         return {"method": "ngram", **sizes}
     greedy = draft.startswith("greedy:")
     kind, _, folder = draft.removeprefix("greedy:").partition(":")

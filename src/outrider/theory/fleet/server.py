@@ -44,7 +44,10 @@ class Steps:
     def __init__(self, replica: Replica, rng: np.random.Generator) -> None:
         self.replica = replica
         self._jitter = Draws(rng, values=np.asarray(replica.jitter, float)) if len(replica.jitter) else None
-        self._tokens = [None, *(Draws(rng, accepted(replica.acceptance, x)) for x in range(1, max(replica.lengths) + 1))]
+        self._tokens = [
+            None,
+            *(Draws(rng, accepted(replica.acceptance, x)) for x in range(1, max(replica.lengths) + 1)),
+        ]
         self._means = [float(1 + np.cumprod(replica.acceptance[:x]).sum()) for x in range(max(replica.lengths) + 1)]
         self._known: dict[tuple[int, int, int], float] = {}
 
