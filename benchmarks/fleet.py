@@ -5,9 +5,12 @@
 
 A round measures the step table on the engine (in a process with a replica's cores, and its neighbours as busy as they will be) and
 then sends the same Poisson traffic to the real servers, load after load; rounds follow each other, so what slows the machine slows
-both. Loads are shares of the throughput at which the simulated replicas are always busy. Client and router are this process: a
-request goes to the server with the fewest open requests, as in the simulation. Printed: p50 and p95 of the time to the first token
-and of the time per token, and tokens per second, simulated over measured, as the median over rounds.
+both. On a machine that others use, its speed may still change in between: `corrected` is the simulation with all step times
+multiplied by one number, which makes its busy seconds those that the servers counted in that very run.
+
+Loads are shares of the throughput at which the simulated replicas are always busy. Client and router are this process: a request
+goes to the server with the fewest open requests, as in the simulation. Printed: p50 and p95 of the time to the first token and of
+the time per token, and tokens per second, as medians over rounds. A run in which a request was refused or cut off is left out.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from serve import Arm, Start
 from serve_load import Outcome, Sender, Traffic, one, percentile
 
@@ -107,9 +113,8 @@ async def drive(arms: list[Arm], traffic: Traffic, arrivals: np.ndarray) -> list
 
 
 def measured(out: list[Outcome], arrivals: np.ndarray) -> dict[str, float]:
+    """Latencies and throughput as the clients saw them."""
     good = [o for o in out if o.kind == "ok" and o.first is not None]
-    if len(good) < len(out):
-        raise SystemExit(f"{len(out) - len(good)} of {len(out)} requests did not end well")
     first = [o.first or 0.0 for o in good]
     per = [(o.last - (o.first or 0.0)) / (o.tokens - 1) for o in good if o.tokens > 1]
     span = max(a + o.last for a, o in zip(arrivals, out, strict=True)) - arrivals[0]
@@ -124,10 +129,9 @@ def _row(first: Any, per: Any, speed: float) -> dict[str, float]:
 def idle_overhead(arms: list[Arm], traffic: Traffic, table: StepTable, sizes: list[int], count: int = 6) -> float:
     """Seconds of HTTP, text and queue per request: lone requests' time to first token, minus that of their prompt step."""
     late = []
-    for i in range(count):
+    for _ in range(count):
         out = asyncio.run(drive(arms[:1], traffic, np.zeros(1)))[0]
         late.append((out.first or 0.0) - _prompt_seconds(table, sizes[0]))
-        del i
     return max(0.0, statistics.median(late))
 
 
@@ -177,7 +181,7 @@ def compare(
 ) -> dict[str, Any]:
     """All rounds of one number of replicas: prints and returns simulated beside measured."""
     order = random.Random(options.seed)
-    rows: dict[float, list[tuple[dict[str, float], dict[str, float]]]] = {load: [] for load in options.loads}
+    rows: dict[float, list[tuple[dict[str, float], ...]]] = {load: [] for load in options.loads}
     traffic = Traffic("pycode", prompts, options.tokens)
     for turn in range(options.rounds):
         for arm in arms:
@@ -190,8 +194,19 @@ def compare(
         for load in order.sample(options.loads, len(options.loads)):
             rng = np.random.default_rng([options.seed, turn, int(1000 * load)])
             arrivals = np.cumsum(rng.exponential(1.0 / (load * most), options.requests))
-            seen = measured(asyncio.run(drive(arms, traffic, arrivals)), arrivals)
-            rows[load].append((simulated(table, sizes, options, arrivals, len(arms), overhead), seen))
+            before = sum(sum(arm.phases().values()) for arm in arms)
+            out = asyncio.run(drive(arms, traffic, arrivals))
+            busy = sum(sum(arm.phases().values()) for arm in arms) - before
+            bad = Counter(o.kind for o in out if o.kind != "ok")
+            if bad:
+                print(f"  load {load:g}, round {turn + 1} is left out: {dict(bad)}", file=sys.stderr)
+                continue
+            found = Simulation(table, sizes, options, arrivals, len(arms), overhead)
+            speed = found.speed(busy)
+            rows[load].append((found.row(), found.row(speed), measured(out, arrivals)))
+            print(
+                f"  load {load:g}, round {turn + 1}: steps took {speed:.2f} times the table's seconds", file=sys.stderr
+            )
         print(
             f"{len(arms)} replicas, round {turn + 1}: HTTP {1e3 * overhead:.1f} ms, most {most:.2f} requests/s",
             file=sys.stderr,
@@ -206,44 +221,62 @@ def capacity(table: StepTable, sizes: list[int], options: argparse.Namespace) ->
     return 1.0 / (decode + float(np.mean([_prompt_seconds(table, n) for n in sizes])))
 
 
-def simulated(
-    table: StepTable,
-    sizes: list[int],
-    options: argparse.Namespace,
-    arrivals: np.ndarray,
-    replicas: int,
-    overhead: float,
-) -> dict[str, float]:
-    """The same arrivals through the simulation, forty times with other draws."""
-    n = len(arrivals)
-    traffic = fleet.Traffic(arrivals, np.array([sizes[i % len(sizes)] for i in range(n)]), np.full(n, options.tokens))
-    replica = fleet.Replica(
-        table.seconds, options.slots, [options.length], table.acceptance(options.length), jitter=tuple(table.spread),
-        overhead=overhead,
-    )  # fmt: skip
-    runs = [fleet.simulate(traffic, replica, replicas, seed=s) for s in range(40)]
-    each = [_row(o.ttft(), o.itl(), o.throughput()) for o in runs]
-    return {k: statistics.median(r[k] for r in each) for k in each[0]}
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The arrivals of one run, simulated: with the table's step times, or all of them times a number."""
+
+    table: StepTable
+    sizes: list[int]
+    options: argparse.Namespace
+    arrivals: np.ndarray
+    replicas: int
+    overhead: float
+
+    def runs(self, speed: float, count: int) -> list[fleet.Outcome]:
+        """`count` simulations with other draws."""
+        n, table, length = len(self.arrivals), self.table, self.options.length
+        prompts = np.array([self.sizes[i % len(self.sizes)] for i in range(n)])
+        replica = fleet.Replica(
+            lambda b, d, rows: speed * table.seconds(b, d, rows), self.options.slots, [length], table.acceptance(length),
+            jitter=tuple(table.spread), overhead=self.overhead * speed,
+        )  # fmt: skip
+        traffic = fleet.Traffic(self.arrivals, prompts, np.full(n, self.options.tokens))
+        return [fleet.simulate(traffic, replica, self.replicas, seed=s) for s in range(count)]
+
+    def row(self, speed: float = 1.0) -> dict[str, float]:
+        """The median of each number over forty simulations."""
+        each = [_row(o.ttft(), o.itl(), o.throughput()) for o in self.runs(speed, 40)]
+        return {k: statistics.median(r[k] for r in each) for k in each[0]}
+
+    def speed(self, busy: float) -> float:
+        """The number that makes the replicas' busy seconds `busy`."""
+
+        def excess(speed: float) -> float:
+            return statistics.mean(o.busy for o in self.runs(speed, 8)) - busy
+
+        return float(brentq(excess, 0.05, 20.0, xtol=0.005)) if excess(0.05) < 0 < excess(20.0) else 1.0
 
 
-def report(rows: dict[float, list[tuple[dict[str, float], dict[str, float]]]], replicas: int) -> dict[str, Any]:
-    """A table of the medians over rounds, and how many are within 15%."""
+def report(rows: dict[float, list[tuple[dict[str, float], ...]]], replicas: int) -> dict[str, Any]:
+    """Medians over rounds, and how many of the numbers are within 15%."""
     print(
-        f"\n{replicas} replica{'s' * (replicas > 1)}: simulated / measured (ratio), medians of {len(next(iter(rows.values())))} rounds"
+        f"\n{replicas} replica{'s' * (replicas > 1)}: simulated / corrected / measured, and ratios of the first two to the third"
     )
-    out, near, count = {}, 0, 0
-    for load, pairs in rows.items():
+    out: dict[str, Any] = {"rounds": {f"{k:g}": v for k, v in rows.items()}}
+    near, count = [0, 0], 0
+    for load, found in rows.items():
         cells = []
-        for name in pairs[0][0]:
-            made, seen = (statistics.median(p[i][name] for p in pairs) for i in (0, 1))
-            ratio = statistics.median(p[0][name] / p[1][name] for p in pairs)
-            out[f"{load:g} {name}"] = (made, seen, ratio)
+        for name in found[0][0] if found else ():
+            values = [statistics.median(f[i][name] for f in found) for i in range(3)]
+            ratios = [statistics.median(f[i][name] / f[2][name] for f in found) for i in range(2)]
             unit = 1.0 if name == "tokens/s" else 1e3
-            cells.append(f"{name} {unit * made:.1f} / {unit * seen:.1f} ({ratio:.2f})")
-            near, count = near + (abs(ratio - 1) <= 0.15), count + 1
-        print(f"  load {load:g}: " + "   ".join(cells))
-    print(f"  within 15%: {near} of {count}")
-    return {"within": near, "of": count, "rows": out, "rounds": {f"{k:g}": v for k, v in rows.items()}}
+            shown = " / ".join(f"{unit * v:.1f}" for v in values)
+            cells.append(f"{name} {shown} ({ratios[0]:.2f}, {ratios[1]:.2f})")
+            near, count = [n + (abs(r - 1) <= 0.15) for n, r in zip(near, ratios, strict=True)], count + 1
+            out[f"{load:g} {name}"] = (*values, *ratios)
+        print(f"  load {load:g}, {len(found)} rounds: " + "   ".join(cells))
+    print(f"  within 15%: simulated {near[0]} of {count}, corrected {near[1]} of {count}")
+    return out | {"within": near, "of": count}
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
 
     Example: outrider plan --lengths 0,2,4 --count 8 --max-tokens 32
 
-    Example: outrider plan --batches 1,4,16 --vllm 0.33 --ray --out serve.yaml
+    For vLLM and Ray Serve: outrider plan --batches 1,4,16 --vllm 0.33 --ray --out serve.yaml
 
-    Example: outrider plan --traffic poisson:4 --ttft 0.5 --itl 0.02 --price 0.20
+    A fleet: outrider plan --traffic poisson:4 --ttft 0.5 --itl 0.02 --price 0.20
 
-    Example: outrider plan --gpus 8 --target 70b --draft 1b
+    On paper: outrider plan --gpus 8 --target 70b --draft 1b --batches 1,8,64
     """
     if asked.gpus is not None:
         document = plan_paper.paper_document(asked.target, sampling.max_tokens, asked)

@@ -74,8 +74,8 @@ class PlanOptions:
         str | None,
         typer.Option(
             "--traffic",
-            help="Simulate a fleet under this traffic: poisson:RATE (requests a second, lengths from --prompts and --max-tokens), or "
-            "a JSONL trace (arrival, prompt_tokens, output_tokens; or Mooncake's columns).",
+            help="Simulate a fleet under this traffic: poisson:RATE (requests a second, lengths from --prompts and "
+            "--max-tokens), or a JSONL trace (arrival, prompt_tokens, output_tokens; or Mooncake's columns).",
             show_default=False,
         ),
     ] = None

@@ -155,6 +155,8 @@ def build_table(steps: Sequence[Step], counts: Mapping[int, Counts]) -> StepTabl
             decode[n][b] = _middle(found)
     if 0 not in decode or any(n not in decode for n, *_ in steps):
         raise ConfigError("too few steps to make a table of: raise --rounds or --max-tokens")
+    for n, row in decode.items():
+        decode[n] = {int(b): s for b, s in _rising([(b, s, len(alone[n, b])) for b, s in sorted(row.items())])}
     table = StepTable(dict(decode), [], dict(counts))
     table.spread = [s / table.seconds(b, n, 0) for n, b, rows, s in steps if not rows and b in decode[n]]
     added: dict[int, list[float]] = defaultdict(list)
