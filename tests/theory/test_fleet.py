@@ -138,7 +138,7 @@ def test_waits_are_lindleys_and_kiefer_wolfowitzs(servers: int) -> None:
     assert out.busy == pytest.approx(0.01 * outputs.sum())  # no work is lost or made
 
 
-N, LOAD = 24_000, 0.5
+N, LOAD = 15_000, 0.5
 
 
 def waits(outputs: np.ndarray, servers: int = 1, **more: object) -> np.ndarray:
