@@ -14,7 +14,7 @@ from typing import Any
 from outrider.drafters import vllm_versions
 from outrider.errors import ConfigError, unknown_name
 
-RULES = {"standard": "speculative_sampling"}
+RULES = {"standard": "speculative_sampling", "block": "block"}
 DEFAULT_NGRAM = 5
 """vLLM's prompt_lookup_min and _max when neither is given."""
 
