@@ -52,7 +52,8 @@ engine = Engine.build(draft=o["draft"], slots=o["slots"])
 params = SamplingParams(max_tokens=o["tokens"], temperature=1.0, ignore_eos=True)
 t = measure(engine, o["prompts"], o["draft"], o["lengths"], o["loads"], params, rounds=o["rounds"], seed=o["seed"])
 counts = {n: asdict(c) for n, c in t.counts.items()}
-print("TABLE" + json.dumps([t.decode, t.prompts, counts, t.spread, [len(engine.encode(p)) for p in o["prompts"]]]))
+rows = [t.prompts[False], t.prompts[True]]
+print("TABLE" + json.dumps([t.decode, rows, counts, t.spread, [len(engine.encode(p)) for p in o["prompts"]]]))
 """
 
 
@@ -87,7 +88,7 @@ def tables(
     decode, rows, counts, spread, sizes = json.loads(said[0].split("TABLE")[1])
     return StepTable(
         {int(n): {int(b): s for b, s in row.items()} for n, row in decode.items()},
-        [(float(r), float(s)) for r, s in rows],
+        {bool(i): [(float(r), float(s)) for r, s in row] for i, row in enumerate(rows)},
         {int(n): Counts(**c) for n, c in counts.items()},
         spread,
     ), sizes
@@ -136,7 +137,7 @@ def idle_overhead(arms: list[Arm], traffic: Traffic, table: StepTable, sizes: li
 
 
 def _prompt_seconds(table: StepTable, rows: int, chunk: int = 256) -> float:
-    return sum(table.seconds(0, 0, min(chunk, rows - at)) for at in range(0, rows, chunk))
+    return sum(table.seconds(0, 1, min(chunk, rows - at)) for at in range(0, rows, chunk))
 
 
 def main() -> None:

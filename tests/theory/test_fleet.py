@@ -60,7 +60,7 @@ def by_every_step(traffic: Traffic, replica: Replica, replicas: int) -> tuple[np
                 reached = list(replica.acceptance[:length]).index(0) if 0 in replica.acceptance[:length] else length
                 work[r][k] = -(1 + reached)
         decoding = sum(w < 0 for w in work[r].values())
-        clock[r] = now + replica.seconds(decoding, length if decoding else 0, rows)
+        clock[r] = now + replica.seconds(decoding, length, rows)
 
     while i < n or min(clock) < math.inf:
         r = int(np.argmin(clock))

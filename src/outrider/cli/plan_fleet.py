@@ -52,7 +52,7 @@ def fleet_document(
         "step_seconds": {
             str(n): {str(b): s for b, s in sorted(row.items())} for n, row in sorted(table.decode.items())
         },
-        "prompt_seconds": table.prompts,
+        "prompt_seconds": {"drafting" if d else "plain": row for d, row in table.prompts.items()},
         "arms": found,
     }
 

@@ -28,26 +28,26 @@ LEAST = 3
 
 @dataclass(slots=True)
 class StepTable:
-    """decode[length][sequences]: seconds of a step without prompt rows. prompts: [(rows, seconds that they add)], rising.
+    """decode[length][sequences]: seconds of a step without prompt rows.
 
-    counts[length]: what the runs counted, for acceptance. spread: ratios of single steps to the table's entry.
+    prompts[drafting]: [(rows, seconds that they add)], rising; with drafts the drafter reads them too. counts[length]: what the runs counted, for acceptance. spread: ratios of single steps to the table's entry.
     """
 
     decode: dict[int, dict[int, float]]
-    prompts: list[tuple[float, float]]
+    prompts: dict[bool, list[tuple[float, float]]]
     counts: dict[int, Counts] = field(default_factory=dict)
     spread: list[float] = field(default_factory=list)
 
     def seconds(self, decoding: int, length: int, rows: int) -> float:
         """Predicted seconds of a step of `decoding` sequences with drafts of `length`, and `rows` prompt rows besides."""
-        added = self._along(self.prompts, rows) if rows else 0.0
+        added = self._along(self.prompts[length > 0], rows) if rows else 0.0
         if not decoding:
             return added
         return self._along(sorted(self.decode[length].items()), decoding) + added
 
     @staticmethod
     def _along(points: Sequence[tuple[float, float]], at: float) -> float:
-        """On straight lines through the points; below the first in proportion, beyond the last along the last line."""
+        """On straight lines through the points; below the first its value, beyond the last along the last line."""
         xs, ys = (np.array(v, float) for v in zip(*points, strict=True))
         if at <= xs[0]:
             return float(ys[0])
@@ -157,15 +157,16 @@ def build_table(steps: Sequence[Step], counts: Mapping[int, Counts]) -> StepTabl
         raise ConfigError("too few steps to make a table of: raise --rounds or --max-tokens")
     for n, row in decode.items():
         decode[n] = {int(b): s for b, s in _rising([(b, s, len(alone[n, b])) for b, s in sorted(row.items())])}
-    table = StepTable(dict(decode), [], dict(counts))
+    table = StepTable(dict(decode), {}, dict(counts))
     table.spread = [s / table.seconds(b, n, 0) for n, b, rows, s in steps if not rows and b in decode[n]]
-    added: dict[int, list[float]] = defaultdict(list)
-    for n, b, rows, seconds in steps:
-        if rows:
-            added[rows].append(max(1e-6, seconds - table.seconds(b, n, 0)) if b else seconds)
-    if not added:
-        raise ConfigError("no step read a prompt: give prompts of more than one token")
-    table.prompts = _rising([(rows, _middle(found), len(found)) for rows, found in sorted(added.items())])
+    for drafting in {n > 0 for n in decode}:
+        added: dict[int, list[float]] = defaultdict(list)
+        for n, b, rows, seconds in steps:
+            if rows and (n > 0) == drafting:
+                added[rows].append(max(1e-6, seconds - table.seconds(b, n, 0)) if b else seconds)
+        if not added:
+            raise ConfigError("no step read a prompt: give prompts of more than one token")
+        table.prompts[drafting] = _rising([(rows, _middle(found), len(found)) for rows, found in sorted(added.items())])
     mean = float(np.mean(table.spread))
     table.spread = [x / mean for x in table.spread]
     return table

@@ -58,7 +58,7 @@ class Steps:
 
     def seconds(self, decoding: int, length: int, rows: int) -> float:
         """Mean seconds of a step; ValueError if they are not positive."""
-        key = (decoding, length if decoding else 0, rows)
+        key = (decoding, length, rows)
         if key not in self._known:
             found = self.replica.seconds(*key)
             if not (math.isfinite(found) and found > 0):
