@@ -30,7 +30,8 @@ LEAST = 3
 class StepTable:
     """decode[length][sequences]: seconds of a step without prompt rows.
 
-    prompts[drafting]: [(rows, seconds that they add)], rising; with drafts the drafter reads them too. counts[length]: what the runs counted, for acceptance. spread: ratios of single steps to the table's entry.
+    prompts[drafting]: [(rows, seconds that they add)], rising; with drafts the drafter reads them too. counts[length]: what the
+    runs counted, for acceptance. spread: ratios of single steps to the table's entry.
     """
 
     decode: dict[int, dict[int, float]]

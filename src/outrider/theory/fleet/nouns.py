@@ -14,7 +14,7 @@ from outrider.theory.checks import number, positive_int
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Seconds = Callable[[int, int, int], float]
-"""(decoding sequences, draft length, prompt rows) -> seconds of the step; the length is that of the load also where none decodes."""
+"""(decoding sequences, draft length, prompt rows) -> seconds of the step. The length is the load's, also where none decodes."""
 
 OK, FAILED, REFUSED = 0, 1, 2
 """How a request ended: whole; its replica failed; nobody took it."""
