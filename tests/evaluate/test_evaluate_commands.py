@@ -73,6 +73,13 @@ def test_audit_of_greedy_text(run) -> None:
         (("audit", "--detect", 2, "--count", 1), "between 0 and 1"),
         (("runs", "list", "--store", "/nonexistent.db"), "no such store"),
         (("plan", "--batches", "0"), "--batches"),
+        (("plan", "--vllm", "0.12"), "known releases: 0.32, 0.33"),
+        (("plan", "--replicas", "3"), "add --traffic"),
+        (("plan", "--traffic", "poisson:2", "--ray"), "leave out --traffic"),
+        (("plan", "--gpus", "8"), "as --target 70b"),
+        (("plan", "--gpus", "1", "--target", "70b"), "cannot hold"),
+        (("plan", "--gpus", "8", "--target", "none"), "is no size"),
+        (("plan", "--gpus", "8", "--target", "70b", "--hardware", "m4-max"), "add --link"),
         (("ab", "run", "/nonexistent.yaml"), "no such file"),
         (("bench", "--answers", "x"), "--compat"),
         (("bench", "--store", "postgresql://me:secret@127.0.0.1:9/x", "--count", 2), "postgresql://127.0.0.1:9/x"),
@@ -101,9 +108,13 @@ def test_ab_runs_and_reports(run, tmp_path: Path) -> None:
 
 def test_plan_ranks_and_advises(run) -> None:
     small = ("--count", 4, "--max-tokens", 8, "--lengths", "0,2", "--rounds", 2, "--price", 1.5, "--json")
-    code, out = run("plan", *small)
+    code, out = run("plan", *small, "--vllm", "0.33", "--ray")
     document = json.loads(out)
     assert code == 0
+    launch = document["launch"]
+    assert launch["command"].startswith("vllm serve ") and launch["vllm"] == "0.33"
+    assert (launch["config"] is None) == ("--speculative-config" not in launch["command"])
+    assert "ray.serve.llm:build_openai_app" in launch["ray"]
     rates = [c["tokens_per_second"] for c in document["choices"]]
     assert rates == sorted(rates, reverse=True) and len(rates) == 2
     for c in document["choices"]:

@@ -98,7 +98,9 @@ def test_the_advice_is_what_the_engine_takes() -> None:
     said = pl.advice(choices, 1, {"d": "some/model"})
     assert said["options"] == ["--draft", "d", "--length", "2"]
     assert parse_speculative_config(said["vllm"]) == {"draft": "some/model", "length": 2}
-    for name in ("eagle:/some/folder", "medusa:/some/folder", "ngram:4"):
+    for name in ("eagle:/some/folder", "dflash:/some/folder", "ngram:2-4", "greedy:eagle:/some/folder"):
         made = pl.vllm(replace(choices[0], draft=name), {})
-        assert made is None if name.startswith("ngram:") else parse_speculative_config(made or "")["draft"] == name
+        assert parse_speculative_config(made or "")["draft"] == name
+    assert pl.vllm(replace(choices[0], draft="medusa:/some/folder"), {}) is None  # gone from vLLM 0.33
+    assert pl.vllm(replace(choices[0], draft="tree:2x2:some/model"), {}) is None
     assert pl.advice(choices, 1, {}, "block")["options"][-2:] == ["--rule", "block"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from outrider.cli import paths, terminal
+from outrider.cli import paths, plan_fleet, plan_launch, plan_paper, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import Json, Traffic, parse_batches, parse_lengths
+from outrider.cli.options import Json, parse_batches, parse_lengths
+from outrider.cli.plan_options import PlanOptions
 from outrider.cli.plan_print import markdown, print_document
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
@@ -21,53 +21,7 @@ TEXTS = 3
 """Texts of every prompt on which acceptance is predicted: what one text says varies more than prompts do."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """What is compared, on how much, and whether the plan is held to a measurement. As on the command line."""
-
-    draft: Annotated[
-        list[str] | None,
-        typer.Option("--draft", "-d", callback=paths.drafter, help="Drafter to consider (repeatable). Default: auto."),
-    ] = None
-    lengths: Annotated[
-        str,
-        typer.Option("--lengths", help="Draft lengths to consider; 0, plain decoding, is always among them."),
-    ] = "0,1,2,3,4,6"
-    batches: Annotated[str, typer.Option("--batches", help="Numbers of prompts decoded at the same time, as 1,4.")] = (
-        "1"
-    )
-    prompts: Traffic = None
-    count: Annotated[int, typer.Option("--count", min=4, help="Prompts used to predict acceptance.")] = 24
-    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Timed runs of each configuration.")] = 4
-    price: Annotated[
-        float | None,
-        typer.Option(
-            "--price-per-hour", "--price", min=0, help="Price of this machine per hour: adds cost.", show_default=False
-        ),
-    ] = None
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Also measure every configuration on all prompts, between the other runs, and compare with the plan.",
-        ),
-    ] = False
-    within: Annotated[
-        float, typer.Option("--within", min=0.01, max=1, help="Error that --check allows, as a share.")
-    ] = 0.1
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            callback=paths.out_file,
-            help="Write the document (.json) or the table (.md) to this file.",
-            show_default=False,
-        ),
-    ] = None
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampled texts and of the order of the runs.")] = 0
-
-
-@takes(ENGINE, "options", leave_out=("draft", "length", "allow_lossy", "slots"), slots=1)
+@takes(ENGINE, "options", leave_out=("target", "draft", "length", "allow_lossy", "slots"), slots=1)
 @takes(PlanOptions, "asked")
 @takes(SAMPLING, "sampling", only=("temperature", "max_tokens"), max_tokens=64, ignore_eos=True)
 def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json = False) -> None:
@@ -76,28 +30,59 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     Exit code with --check: 0, every prediction holds and the first choice is the measured best or tied with it; 1, one does not;
     3, too few prompts to tell.
 
+    --vllm and --ray print the first choice for others to start. --traffic simulates replicas of this machine under a traffic, and
+    says how many a target on latency needs. --gpus plans on paper, from data sheets, for a target that is not here.
+
     Example: outrider plan --lengths 0,2,4 --count 8 --max-tokens 32
+
+    For vLLM and Ray Serve: outrider plan --batches 1,4,16 --vllm 0.33 --ray --out serve.yaml
+
+    A fleet: outrider plan --traffic poisson:4 --ttft 0.5 --itl 0.02 --price 0.20
+
+    On paper: outrider plan --gpus 8 --target 70b --draft 1b --batches 1,8,64
     """
+    if asked.gpus is not None:
+        document = plan_paper.paper_document(asked.target, sampling.max_tokens, asked)
+        if asked.out is not None:
+            write(asked.out, document)
+        terminal.print_json(document) if json else plan_paper.print_paper(document)
+        return
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning import plan as pl
     from outrider.evaluate.scoring.score import VERIFICATION, load_items
 
-    drafts, wanted, sizes = asked.draft or ["auto"], parse_lengths(asked.lengths), parse_batches(asked.batches)
+    options = options.changed(target=paths.model(asked.target))
+    drafts, wanted, sizes = (
+        paths.drafter(asked.draft) or ["auto"],
+        parse_lengths(asked.lengths),
+        parse_batches(asked.batches),
+    )
     if options.rule not in ("auto", *VERIFICATION):
         raise ConfigError(f"plan predicts {', '.join(VERIFICATION)}; rule {options.rule!r} can be measured with bench")
     items = load_items(asked.prompts, asked.count)
     if asked.check and len(items) < 2 * max(sizes):
         raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
+    plan_fleet.check_options(asked)
+    plan_launch.check_options(asked)
     engine = load_engine(options.changed(draft=drafts[0], length=max(wanted)))
+    if asked.traffic is not None:
+        document = plan_fleet.fleet_document(engine, drafts[0], wanted, items, sampling, asked)
+        if asked.out is not None:
+            write(asked.out, document)
+        terminal.print_json(document) if json else plan_fleet.print_fleet(document)
+        return
     calls, models = predicted_calls(engine, drafts, wanted, items, sampling, asked.seed)
     timings = timed(engine, drafts, wanted, sizes, items, sampling, asked)
     choices = pl.rank(timings, calls)
-    document = document_of(choices, sizes, asked.price, models, options.rule)
+    path = engine.loaded.path if engine.loaded is not None else None
+    document = document_of(choices, sizes, asked.price, models, options.rule, path)
     document |= {"predicted": sorted(calls), "machine": machine()}
     document |= {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
     code = 0
     if asked.check:
         document["check"], code = checked(choices, timings, asked.within)
+    if asked.vllm is not None or asked.ray:
+        document["launch"] = plan_launch.launch_document(choices, models, path, engine, options.rule, asked)
     if asked.out is not None:
         write(asked.out, document)
     terminal.print_json(document) if json else print_document(document)
@@ -171,17 +156,27 @@ def checked(choices: list[Any], timings: Any, within: float) -> tuple[dict[str, 
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """The document as JSON, or its tables as Markdown."""
+    """The document as JSON, its tables as Markdown, or its Ray Serve file."""
     import json
 
     from outrider.files import write_whole
 
+    if path.suffix in (".yaml", ".yml") and "ray" not in document.get("launch", {}):
+        raise ConfigError(f"{path}: a YAML file is what --ray writes; add --ray, or name a .json or .md file")
+    if path.suffix == ".md" and "choices" not in document:
+        raise ConfigError(f"{path}: only a ranking is written as Markdown; name a .json file")
     text = markdown(document) if path.suffix == ".md" else json.dumps(document, indent=1)
+    text = document["launch"]["ray"] if path.suffix in (".yaml", ".yml") else text
     write_whole(path, text.encode())
 
 
 def document_of(
-    choices: list[Any], sizes: list[int], price: float | None, models: dict[str, str], rule: str
+    choices: list[Any],
+    sizes: list[int],
+    price: float | None,
+    models: dict[str, str],
+    rule: str,
+    target: str | None = None,
 ) -> dict[str, Any]:
     """The ranking and the advice for every batch size."""
     from dataclasses import asdict
@@ -192,4 +187,4 @@ def document_of(
     for c in choices:
         cost = None if price is None else price / 3600 / c.tokens_per_second * 1e6
         rows.append({"name": c.name, **asdict(c), "cost_per_million_tokens": cost})
-    return {"choices": rows, "advice": {str(b): advice(choices, b, models, rule) for b in sizes}}
+    return {"choices": rows, "advice": {str(b): advice(choices, b, models, rule, target) for b in sizes}}

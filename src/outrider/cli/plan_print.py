@@ -79,6 +79,8 @@ def print_document(d: dict[str, Any]) -> None:
         console.print(f"  outrider generate {' '.join(a['options'])} PROMPT")
         if a["vllm"]:
             console.print(f"  vllm serve TARGET --speculative-config '{a['vllm']}'", soft_wrap=True)
+    if "launch" in d:
+        print_launch(console, d["launch"])
     if "check" in d:
         print_check(console, d["check"])
 
@@ -101,3 +103,12 @@ def print_check(console: Any, d: dict[str, Any]) -> None:
             f"batch {f['batch']}: first choice {f['choice']} is {f['verdict']}"
             + ("" if f["choice"] == f["best"] else f":{beside}")
         )
+
+
+def print_launch(console: Any, d: dict[str, Any]) -> None:
+    """The command for vLLM and the file for Ray, as they are: nothing is wrapped or coloured."""
+    if d["note"]:
+        console.print(d["note"], soft_wrap=True, markup=False)
+    console.print(d["command"], soft_wrap=True, markup=False, highlight=False)
+    if "ray" in d:
+        console.print(d["ray"], soft_wrap=True, markup=False, highlight=False, end="")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -37,26 +37,54 @@ def speedup(
     ] = None,
     weight_bytes: Annotated[float, typer.Option("--bytes", help="Bytes of a weight and of a key or value.")] = 2.0,
     overhead: Annotated[float, typer.Option("--overhead-ms", min=0, help="Milliseconds added to every forward.")] = 0.0,
+    pipeline: Annotated[
+        int,
+        typer.Option("--pipeline", min=1, help="Stages that the devices are divided into; each is tensor-parallel."),
+    ] = 1,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            help="Between devices: nvlink3, nvlink4, pcie4, pcie5, ib-hdr, ib-ndr, or free. Default: the hardware's NVLink, free "
+            "where it has none.",
+            show_default=False,
+        ),
+    ] = None,
+    between: Annotated[
+        str | None, typer.Option("--between", help="From stage to stage. Default: as --link.", show_default=False)
+    ] = None,
+    draft_devices: Annotated[
+        int | None,
+        typer.Option("--draft-devices", min=1, help="Devices of the draft. Default: a stage's.", show_default=False),
+    ] = None,
+    efficiency: Annotated[
+        float, typer.Option("--efficiency", min=0.01, max=1, help="Share of the rates that software reaches.")
+    ] = 1.0,
     json: Json = False,
 ) -> None:
     """Predict tokens per second, plain and speculative, from the bandwidth, arithmetic and memory of a machine.
 
     Example: outrider theory speedup --target 70b --draft 1b --devices 4
+
+    Two machines: outrider theory speedup --target 405b --draft 8b --devices 16 --pipeline 2 --between ib-ndr --batch 8
     """
+    split = Split(devices, pipeline, link, between, draft_devices, efficiency)
     document = speedup_document(
-        target,
-        draft,
-        hardware,
-        acceptance,
-        length,
-        batch,
-        context,
-        devices,
-        draft_context,
-        weight_bytes,
-        overhead / 1000,
+        target, draft, hardware, acceptance, length, batch, context, split, draft_context, weight_bytes, overhead / 1000
     )
     terminal.print_json(document) if json else print_speedup(document)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How the models are divided; see `theory.roofline.Setting`. link: a name, "free", or None: the usual one of the machine."""
+
+    devices: int = 1
+    pipeline: int = 1
+    link: str | None = None
+    between: str | None = None
+    draft_devices: int | None = None
+    efficiency: float = 1.0
 
 
 def speedup_document(
@@ -67,20 +95,26 @@ def speedup_document(
     length: str,
     batch: int,
     context: int,
-    devices: int,
+    split: Split,
     draft_context: int | None,
     element: float,
     overhead: float,
 ) -> dict[str, Any]:
     """The prediction with everything it was made from."""
-    from outrider.theory import hardware, roofline
+    from outrider.theory import hardware, links, roofline
 
     if length != "auto" and not (length.isdigit() and int(length) <= 64):
         raise ConfigError(f"--length is auto or a whole number from 0 to 64, got {length!r}")
     try:
         where = hardware.hardware(machine)
         big, small = hardware.model(target), hardware.model(draft)
-        setting = roofline.Setting(where, batch, context, devices, draft_context, element, overhead)
+        named = split.link or links.USUAL.get(machine.strip().lower(), "free")
+        over = None if named == "free" else links.link(named)
+        across = links.link(split.between) if split.between else None
+        setting = roofline.Setting(
+            where, batch, context, split.devices, draft_context, element, overhead, split.pipeline, over, across,
+            split.draft_devices, split.efficiency,
+        )  # fmt: skip
         lengths = tuple(range(LONGEST + 1)) if length == "auto" else (0, int(length))
         found = roofline.predict(big, small, setting, acceptance, lengths)
     except ValueError as error:
@@ -94,7 +128,12 @@ def speedup_document(
         "hardware": asdict(where),
         "batch": batch,
         "context": context,
-        "devices": devices,
+        "devices": split.devices,
+        "pipeline": split.pipeline,
+        "link": None if over is None else asdict(over),
+        "between": None if across is None else asdict(across),
+        "draft_devices": split.draft_devices or split.devices // split.pipeline,
+        "efficiency": split.efficiency,
         "draft_context": draft_context,
         "bytes": element,
     }
@@ -113,6 +152,8 @@ def print_speedup(d: dict[str, Any]) -> None:
     out.print(
         f"[dim]{kind}: {machine['bandwidth'] / 1e9:.0f} GB/s, {machine['compute'] / 1e12:.4g} TFLOP/s ({machine['source']})[/dim]"
     )
+    if d["devices"] > 1:
+        out.print(f"[dim]{split_text(d)}[/dim]", soft_wrap=True)
     if not d["fits"]:
         out.print(
             f"[bold red]does not fit[/bold red]: {d['memory'] / 1e9:.0f} GB of weights and cache need {d['devices_needed']} "
@@ -131,6 +172,20 @@ def print_speedup(d: dict[str, Any]) -> None:
     out.print(
         f"bottlenecks: plain {d['plain_bottleneck']}, drafting {d['draft_bottleneck']}, verification {d['verify_bottleneck']}"
     )
+
+
+def split_text(d: dict[str, Any]) -> str:
+    """What is assumed of several devices."""
+    parts = [f"tensor parallel over {d['devices'] // d['pipeline']}, {d['pipeline']} stage{'s' * (d['pipeline'] > 1)}"]
+    for place, one in (("between devices", d["link"]), ("between stages", d["between"])):
+        if one is not None:
+            parts.append(
+                f"{place} {one['name']}, {one['bandwidth'] / 1e9:g} GB/s one way ({one['source']}), {1e6 * one['latency']:g} us a "
+                "message (assumed)"
+            )
+    parts.append("two all-reduces a layer, not hidden" if d["link"] else "what devices send each other takes no time")
+    parts.append(f"the draft on {d['draft_devices']}; {d['efficiency']:.0%} of the rates")
+    return "; ".join(parts)
 
 
 def rows_table(d: dict[str, Any]) -> Table:

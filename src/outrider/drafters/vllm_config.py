@@ -1,7 +1,8 @@
 """vLLM's `speculative_config`, read unchanged: supported keys are applied, all others are refused.
 
-Keys and values are those of vLLM 0.33. A key that only affects vLLM's own kernels is accepted for the values that match the
-behaviour here, and refused for all others; nothing is accepted and ignored.
+Keys and values are those of the releases in `vllm_versions`: a configuration that none of them takes is refused. A key that only
+affects vLLM's own kernels is accepted for the values that match the behaviour here, and refused for all others; nothing is
+accepted and ignored.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from outrider.drafters import vllm_versions
 from outrider.errors import ConfigError, unknown_name
 
-RULES = {"standard": "speculative_sampling"}
+RULES = {"standard": "speculative_sampling", "block": "block"}
 DEFAULT_NGRAM = 5
 """vLLM's prompt_lookup_min and _max when neither is given."""
 
@@ -22,6 +24,10 @@ _READ = (
 )  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "draft_tensor_parallel_size": (None, 1),
+    "tensor_parallel_size": (None,),
+    "draft_load_config": (None,),
+    "index_share_for_mtp_iteration": (None,),
+    "disable_lookahead_block_hashes": (None, True, False),
     "parallel_drafting": (None, False),
     "use_heterogeneous_vocab": (None, False),
     "enable_adaptive_verification": (None, False),
@@ -71,6 +77,7 @@ def engine_options(config: str | Mapping[str, Any], learned: Mapping[str, str]) 
         options["rule"] = _choice("rejection_sample_method", method, RULES)
     if values.get("quantization") is not None:
         options["draft_quantize"] = values["quantization"]
+    vllm_versions.check_some(values)
     return options
 
 

@@ -13,8 +13,13 @@ One speculative call is `length` draft forwards of one row and one target forwar
 - KV-bound (B k S much above W): rows are free again at any B, and with a draft that attends to a short window
   (`draft_context`) the speed-up grows with the batch.
 
-These are predictions from rates, upper bounds of both plain and speculative speed: no kernel, no interconnect, no
-scheduler. Nothing here is measured.
+Over several devices (`link`), tensor parallelism divides bytes and operations and adds two all-reduces a layer; pipeline stages
+divide the layers: a forward passes all of them, and with at least as many batches in flight as stages every stage is busy, so
+`pipeline` stages multiply the tokens per second and not the speed of one sequence (`theory.links`). Without a link the division is
+free: an upper bound.
+
+These are predictions from rates, upper bounds of both plain and speculative speed, unless `efficiency` says what share of the
+rates is reached: no kernel, no scheduler. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -26,9 +31,10 @@ from typing import Literal
 
 from outrider.theory.checks import fraction, number, positive_int
 from outrider.theory.hardware import Hardware, Model
+from outrider.theory.links import Link, pipeline_seconds, tensor_seconds
 from outrider.theory.speedup import tokens_per_call
 
-Bottleneck = Literal["weights", "kv", "compute"]
+Bottleneck = Literal["weights", "kv", "compute", "link"]
 USABLE = 0.9
 """Share of a device's memory that weights and keys and values may take; the rest is activations and the runtime."""
 
@@ -39,6 +45,9 @@ class Setting:
 
     draft_context: tokens the draft attends to; None: all. element: bytes of a weight and of a key or value (2: bfloat16).
     overhead: seconds added to every forward (launches, host).
+    devices: of one copy, tensor-parallel in each of `pipeline` stages; link: between devices of a stage, None: free. between: from
+    stage to stage (default: the same). draft_devices: that the draft is split over (default: a stage's). efficiency: share of the
+    rates of memory and arithmetic that software reaches.
     """
 
     hardware: Hardware
@@ -48,8 +57,19 @@ class Setting:
     draft_context: int | None = None
     element: float = 2.0
     overhead: float = 0.0
+    pipeline: int = 1
+    link: Link | None = None
+    between: Link | None = None
+    draft_devices: int | None = None
+    efficiency: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.devices % positive_int("pipeline", self.pipeline):
+            raise ValueError(f"{self.devices} devices cannot be divided into {self.pipeline} equal stages")
+        if self.draft_devices is not None and positive_int("draft_devices", self.draft_devices) > self.devices:
+            raise ValueError(f"the draft cannot have {self.draft_devices} of {self.devices} devices")
+        if fraction("efficiency", self.efficiency) == 0:
+            raise ValueError("efficiency must be positive")
         positive_int("batch", self.batch)
         positive_int("context", self.context, low=0)
         positive_int("devices", self.devices)
@@ -62,27 +82,51 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: its seconds and what they are spent on."""
+    """One forward: its seconds, what they are spent on, and the share of them that devices wait for each other."""
 
     seconds: float
     bottleneck: Bottleneck
+    communication: float = 0.0
 
 
 def forward(model: Model, setting: Setting, rows: int = 1, context: int | None = None) -> Forward:
     """A forward of `rows` >= 1 rows for each sequence of the batch, at `context` (default: the setting's).
 
     >>> from outrider.theory.hardware import HARDWARE, MODELS
+    >>> from outrider.theory.links import link
     >>> f = forward(MODELS["70b"], Setting(HARDWARE["h100"], batch=1, context=0, devices=4))
     >>> round(1000 * f.seconds, 2), f.bottleneck
     (10.53, 'weights')
+    >>> split = forward(MODELS["70b"], Setting(HARDWARE["h100"], batch=1, context=0, devices=4, link=link("nvlink4")))
+    >>> round(1000 * split.seconds, 2), round(1000 * split.communication, 2)
+    (11.51, 0.98)
     """
+    return _forward(model, setting, rows, context, setting.devices, setting.pipeline)
+
+
+def draft_forward(model: Model, setting: Setting) -> Forward:
+    """A forward of the draft, which is not split into stages and attends to `draft_context`."""
+    context = setting.context if setting.draft_context is None else min(setting.draft_context, setting.context)
+    return _forward(model, setting, 1, context, setting.draft_devices or setting.devices // setting.pipeline, 1)
+
+
+def _forward(model: Model, setting: Setting, rows: int, context: int | None, devices: int, stages: int) -> Forward:
+    """Memory and arithmetic of all stages in turn, each on devices / stages of them, and what goes between."""
     n, cached = positive_int("rows", rows), setting.context if context is None else context
     weights, kv = model.weight_bytes(setting.element), setting.batch * model.kv_bytes(setting.element) * cached
     moved = (weights + kv) / setting.hardware.bandwidth
     operations = setting.batch * n * (2 * model.parameters + model.attention_operations * cached)
     computed = operations / setting.hardware.compute
-    bottleneck: Bottleneck = "compute" if computed > moved else "kv" if kv > weights else "weights"
-    return Forward(max(moved, computed) / setting.devices + setting.overhead, bottleneck)
+    tensor, waited = devices // stages, 0.0
+    if setting.link is not None:
+        waited = tensor_seconds(model, setting.batch * n, tensor, setting.link, setting.element)
+        over = setting.between or setting.link
+        waited += pipeline_seconds(model, setting.batch * n, stages, over, setting.element)
+    own = max(moved, computed) / setting.efficiency / tensor
+    bottleneck: Bottleneck = (
+        "link" if waited > own else "compute" if computed > moved else "kv" if kv > weights else "weights"
+    )
+    return Forward(own + waited + setting.overhead, bottleneck, waited)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +143,8 @@ class AtLength:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted speeds of a pair. tokens per second are of the whole batch. `predicted` is always True: never a measurement.
+    """Predicted speeds of a pair. tokens per second are of the whole batch, and of a batch for each stage. `predicted` is
+    always True: never a measurement.
 
     best: the row with the largest speed; its length 0 says not to speculate. memory: bytes needed, at the longest length.
     devices_needed: fewest devices whose usable memory holds them. fits: whether the setting's devices do.
@@ -133,8 +178,7 @@ def predict(
     """
     alpha = fraction("acceptance", acceptance)
     wanted = sorted({0, *(positive_int("length", n, low=0) for n in lengths)})
-    short = setting.context if setting.draft_context is None else min(setting.draft_context, setting.context)
-    one, drafting = forward(target, setting), forward(draft, setting, context=short)
+    one, drafting = forward(target, setting), draft_forward(draft, setting)
     rows = []
     for n in wanted:
         verify = forward(target, setting, n + 1).seconds
@@ -144,7 +188,7 @@ def predict(
             AtLength(
                 n,
                 tokens,
-                setting.batch * tokens / seconds,
+                setting.pipeline * setting.batch * tokens / seconds,
                 tokens * one.seconds / seconds,
                 n * drafting.seconds,
                 verify,
@@ -176,5 +220,5 @@ def memory_needed(target: Model, draft: Model, setting: Setting, length: int = 0
     out = 0.0
     for model, context in ((target, setting.context), (draft, short)):
         out += model.weight_bytes(setting.element)
-        out += setting.batch * model.kv_bytes(setting.element) * (context + length + 1)
+        out += setting.pipeline * setting.batch * model.kv_bytes(setting.element) * (context + length + 1)
     return out

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from outrider.build import Engine, companion
-from outrider.drafters.registry import LEARNED
 from outrider.engine.prompts import Prompts
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm, run_group
+from outrider.evaluate.planning.vllm_draft import drafter_config
 from outrider.evaluate.records import Record
 from outrider.evaluate.scoring import score as ev
 from outrider.evaluate.statistics.ratios import Array, difference_influence, influence, margin
@@ -206,10 +206,13 @@ def rank(timings: Mapping[Key, StepTiming], calls: Mapping[str, Mapping[int, fc.
     return sorted(out, key=lambda c: -c.tokens_per_second)
 
 
-def advice(choices: Sequence[PlanEntry], batch: int, models: Mapping[str, str], rule: str = "auto") -> dict[str, Any]:
+def advice(
+    choices: Sequence[PlanEntry], batch: int, models: Mapping[str, str], rule: str = "auto", target: str | None = None
+) -> dict[str, Any]:
     """The first choice at a batch size: options for `generate`, vLLM's configuration, and what would change the answer.
 
-    models: the draft model behind the name of a drafter, for vLLM. Raises ConfigError for a batch that was not planned.
+    models, target: the draft model behind the name of a drafter, and the target's folder, for vLLM. Raises ConfigError for a batch
+    that was not planned.
     """
     mine = [c for c in choices if c.batch == batch]
     if not mine:
@@ -236,22 +239,14 @@ def advice(choices: Sequence[PlanEntry], batch: int, models: Mapping[str, str], 
         "bottleneck": best.bottleneck,
         "what_would_change_it": change,
         "options": options,
-        "vllm": None if best.plain else vllm(best, models),
+        "vllm": None if best.plain else vllm(best, models, target),
     }
 
 
-def vllm(c: PlanEntry, models: Mapping[str, str]) -> str | None:
-    """vLLM's `--speculative-config` for a choice; None for a drafter that vLLM does not have."""
-    if c.draft == "ngram":
-        return json.dumps({"method": "ngram", "num_speculative_tokens": c.length, "prompt_lookup_max": 4})
-    kind, _, folder = c.draft.partition(":")
-    if kind in LEARNED and LEARNED[kind].vllm_methods and folder:
-        config = {"method": LEARNED[kind].vllm_methods[0], "model": folder}
-    elif c.draft in models:
-        config = {"method": "draft_model", "model": models[c.draft]}
-    else:
-        return None
-    return json.dumps({**config, "num_speculative_tokens": c.length, "draft_sample_method": "probabilistic"})
+def vllm(c: PlanEntry, models: Mapping[str, str], target: str | None = None) -> str | None:
+    """vLLM's `--speculative-config` for a choice; None for a drafter that its newest release does not have."""
+    config = drafter_config(c.draft, models, target)
+    return None if config is None else json.dumps({**config, "num_speculative_tokens": c.length})
 
 
 def read_texts(
