@@ -15,6 +15,8 @@ from outrider.models.admit import admit
 from outrider.models.checkpoint import Checkpoint, Progress, read_entries
 from outrider.models.config import Unsupported, read_raw_config
 from outrider.models.folder import require_config, resolve_folder
+from outrider.models.gguf.checkpoint import GgufCheckpoint
+from outrider.models.gguf.parts import is_gguf
 from outrider.models.lean import LeanTarget
 from outrider.models.native.build import load_library
 from outrider.models.native.runtime import library_for
@@ -66,7 +68,7 @@ def load_target(
     progress: Progress | None = None,
     role: str = "model",
 ) -> Target:
-    """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint is run.
+    """A target from a folder in Hugging Face format (safetensors), a GGUF file or a Hub name; no code from it is run.
 
     dtype:          "auto", or "bfloat16", "float16", "float32", "float64". Auto is bfloat16 on a CPU that multiplies it
                     (AVX512_BF16, AMX, ARM's bf16) or, for bfloat16 checkpoints, that has the native decoder (half the
@@ -97,8 +99,14 @@ def load_target(
     return target
 
 
-def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | str:
+def _runtime(
+    folder: Path, implementation: str, max_length: int | None = None
+) -> Checkpoint | GgufCheckpoint | str:
     """A checkpoint that the lean runtime reads, or a sentence on why transformers is used, empty if that is no loss."""
+    if is_gguf(folder):
+        if implementation == "hf":
+            raise ConfigError(f"{folder} is a GGUF file, which only the lean runtime reads: leave implementation 'hf' out")
+        return GgufCheckpoint(folder, max_length=max_length)
     try:
         checkpoint = Checkpoint(folder, max_length=max_length)
     except (Unsupported, ConfigError) as reason:
@@ -173,18 +181,17 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError where `load_target` would."""
     folder, where = resolve_folder(path_or_name), _device(device)
     require_config(folder)
-    raw = read_raw_config(folder)
-    entries = read_entries(folder)
     found = _runtime(folder, "auto")
+    raw = found.raw if isinstance(found, GgufCheckpoint) else read_raw_config(folder)
     lean = not isinstance(found, str)
     chosen = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where, lean=lean)
-    if isinstance(found, Checkpoint):
+    if not isinstance(found, str):
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
         library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
     else:
         runtime, reason, library, library_notice = "transformers", found, None, found
-        parameters = sum(math.prod(entry.shape) for entry in entries.values())
+        parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
         sizes = _sizes_by_transformers(admit(folder, raw))
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]

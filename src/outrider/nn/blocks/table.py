@@ -17,7 +17,7 @@ from outrider.errors import ConfigError, unknown_name
 from outrider.nn.blocks import values
 
 _CHUNK = 1 << 20
-"""Blocks that are taken apart at a time: the codes of each take several times its bytes."""
+"""Values that are taken apart at a time: their codes take several times the bytes of the blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,27 @@ class BlockType:
         if inputs % self.values:
             raise ConfigError(f"{inputs} values are no whole blocks of {self.name}, which have {self.values}")
         return inputs // self.values * self.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of a weight in one type: `rows` holds whole blocks, [N, bytes of a row of K inputs].
+
+    A linear layer is one or several of them, one below the other: a file may hold queries and values in different types.
+    """
+
+    block: BlockType
+    rows: UInt8[Tensor, "N bytes"]
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.rows.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.rows.shape[1] // self.block.bytes * self.block.values
 
 
 _ALL = (
@@ -99,3 +120,15 @@ def dequantise(
         part = rows[first : first + step]
         out[first : first + step] = block.take(part.reshape(-1, block.bytes)).view(part.shape[0], width)
     return out
+
+
+def finite(segment: Segment) -> bool:
+    """Whether every scale of a segment (every number of a plain one) is finite: one that is not makes all logits NaN."""
+    block, rows = segment.block, segment.rows
+    if block.plain:
+        step = max(1, _CHUNK // max(rows.shape[1], 1))
+        return all(bool(block.take(part).isfinite().all()) for part in rows.split(step))
+    blocks = rows.reshape(-1, block.bytes)
+    if block.name == "mxfp4":
+        return not bool((blocks[:, 0] == 255).any())
+    return all(bool(((blocks[:, at + 1] & 0x7C) != 0x7C).all()) for at in block.scales)
