@@ -61,7 +61,7 @@ def random_weights(c: DecoderConfig, dtype: torch.dtype) -> DecoderWeights:
         return LayerWeights(ones, qkv, None, None, None, o, None, ones, gate_up, down)
 
     embedding = matrix(c.vocab_size, c.hidden)
-    return DecoderWeights(embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden))
+    return DecoderWeights(embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden), dtype)
 
 
 def read_bytes(w: DecoderWeights) -> int:

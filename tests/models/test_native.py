@@ -96,7 +96,7 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
 
     layers = tuple(layer() for _ in range(c.layers))
     return DecoderWeights(
-        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0)
+        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0), dtype
     )
 
 
@@ -337,7 +337,7 @@ def from_transformers(model: Any, family: str, window: tuple[int, ...]) -> tuple
         )
 
     layers = tuple(layer(i) for i in range(config.layers))
-    return config, DecoderWeights(state["embed_tokens.weight"], layers, state["norm.weight"], state["lm_head.weight"])
+    return config, DecoderWeights(state["embed_tokens.weight"], layers, state["norm.weight"], state["lm_head.weight"], state["norm.weight"].dtype)
 
 
 FAMILIES = {

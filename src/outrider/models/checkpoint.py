@@ -98,7 +98,7 @@ class Checkpoint:
             ):  # both stored; unequal ones stay two, as in transformers
                 head = embedding
         layers = tuple(reader.layer(i, self.layout) for i in range(self.config.layers))
-        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head)
+        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head, dtype)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""
