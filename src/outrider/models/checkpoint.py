@@ -19,7 +19,7 @@ from torch import Tensor
 
 from outrider.errors import ConfigError
 from outrider.files import read_weight_map
-from outrider.models.config import Layout, Unsupported, read_layout
+from outrider.models.config import Layout, Unsupported, layout_of, read_raw_config
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.places import without_place
 from outrider.nn.memory import require_memory
@@ -57,7 +57,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
-        self.layout = read_layout(folder, max_length)
+        self.raw = read_raw_config(folder)
+        self.layout = layout_of(self.raw, max_length)
         self.entries = read_entries(folder)
         self._check()
 
@@ -69,6 +70,15 @@ class Checkpoint:
     def parameters(self) -> int:
         """Numbers in the weights in memory (a tied head counts once)."""
         return sum(math.prod(shape) for shape in self._expected().values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the decoder."""
+        return self._expected()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in float32, as it is stored."""
+        return _Reader(self.entries, {name: ()}, torch.float32, torch.device("cpu"), None).tensor(name)
 
     def read(
         self,
