@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,8 @@ def _rounding(path: str, model: Target, tokenizer: object | None, options: Engin
     told = f"the target is {Path(path).name} with weights rounded to {options.target_quantize}, another model"
     if tokenizer is None:
         return f"{told}: how far from its own was not measured, since there is no tokenizer"
-    text = [t for row in PROMPTS.read_text(encoding="utf-8").splitlines() for t in cast(Tokenizer, tokenizer).encode(row)]
+    lines = [json.loads(row)["prompt"] for row in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    text = [t for line in lines for t in cast(Tokenizer, tokenizer).encode(line)]
     try:
         plain = load_target(path, dtype=options.dtype, device="cpu", implementation=options.implementation, role="target")
         far = distance(plain, model, text[: min(MEASURED, model.max_length)])

@@ -28,18 +28,18 @@ SIZES = (1, 4)
 """Rows of a forward: a draft model's step, and its catching up with what was accepted."""
 CHUNK = 64
 """Rows of a forward when distances are measured."""
-QUANTIZE = {
-    "q8_0": "q8_0", "q5_1": "q5_1", "q5_0": "q5_0", "q4_1": "q4_1", "q4_0": "q4_0", "int8": "int8", "int4": "q4_1",
-}  # fmt: skip
+QUANTIZE = {name: name for name in ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "int8")} | {"int4": "q4_1"}
 """What --quantize-target and --quantize-draft take -> the type of the weights."""
-HEAD = "q8_0"
+INSTEAD = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""The type of a weight whose inputs are whole blocks of 32 and not of 256, as llama.cpp has it."""
+WHOLE_BYTES, HEAD = ("q8_0", "int8"), "q8_0"
 """The type of embedding and output head where linears have fewer bits, as llama.cpp does it: errors there are not averaged out."""
 
 
 def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
     """Plain weights in blocks of the type that `name` stands for; blocks of layers are rounded one at a time, while they are read.
 
-    A weight whose inputs are no whole blocks stays as it is. Raises ConfigError for an unknown name.
+    A weight whose inputs are no whole blocks, even of the type that stands in for it, stays as it is. Raises ConfigError for an unknown name.
     """
     block = block_type(name)
 
@@ -52,7 +52,7 @@ def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
                 layer, qkv=linear(layer.qkv), o=linear(layer.o), gate_up=linear(layer.gate_up), down=linear(layer.down)
             )
 
-    outer = block if block.name in ("q8_0", "int8") else named(HEAD)
+    outer = block if block.name in WHOLE_BYTES else named(HEAD)
     embedding = (_rounded(cast(Tensor, w.embedding), outer),)
     head = embedding if w.head is w.embedding else (_rounded(cast(Tensor, w.head), outer),)
     return replace(w, embedding=embedding, layers=layers(), head=head)
@@ -142,6 +142,8 @@ def _log_probs(target: Target, tokens: list[int]) -> Float[Tensor, "n V"]:
 
 
 def _rounded(weight: Float[Tensor, "O I"], block: BlockType) -> Segment:
+    if weight.shape[1] % block.values and block.name in INSTEAD:
+        block = named(INSTEAD[block.name])
     if weight.shape[1] % block.values:
         plain = named("bf16" if weight.dtype is torch.bfloat16 else "f32")
         values = weight if weight.dtype is torch.bfloat16 else weight.float()

@@ -153,7 +153,7 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
 }
 
 // The kernels of a type. two: for two groups side by side, which read memory in more streams; more rows leave no registers for it.
-constexpr int MOST_ROWS = 8, MOST_TWO = 4;
+constexpr int MOST_ROWS = 8, MOST_TWO = 2;
 template <class X>
 struct Kernels {
     using Run = void (*)(const Layout&, const uint8_t*, const X&, float*);
@@ -164,14 +164,14 @@ template <Format F>
 constexpr Kernels<Rounded32> small_kernels() {
     return {{small_blocks<F, 1, 1>, small_blocks<F, 2, 1>, small_blocks<F, 3, 1>, small_blocks<F, 4, 1>, small_blocks<F, 5, 1>,
              small_blocks<F, 6, 1>, small_blocks<F, 7, 1>, small_blocks<F, 8, 1>},
-            {small_blocks<F, 1, 2>, small_blocks<F, 2, 2>, small_blocks<F, 3, 2>, small_blocks<F, 4, 2>}};
+            {small_blocks<F, 1, 2>, small_blocks<F, 2, 2>}};
 }
 
 template <Format F>
 constexpr Kernels<Rounded256> super_kernels() {
     return {{super_blocks<F, 1, 1>, super_blocks<F, 2, 1>, super_blocks<F, 3, 1>, super_blocks<F, 4, 1>, super_blocks<F, 5, 1>,
              super_blocks<F, 6, 1>, super_blocks<F, 7, 1>, super_blocks<F, 8, 1>},
-            {super_blocks<F, 1, 2>, super_blocks<F, 2, 2>, super_blocks<F, 3, 2>, super_blocks<F, 4, 2>}};
+            {super_blocks<F, 1, 2>, super_blocks<F, 2, 2>}};
 }
 
 inline const Kernels<Rounded32>& kernels32(Format f) {

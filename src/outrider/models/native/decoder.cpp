@@ -93,11 +93,11 @@ EXPORT const char* outrider_kind() {
 #if OUTRIDER_BF16_DOT
     return "AVX-512 BF16";
 #elif defined(__AVX512F__)
-    return "AVX-512";
+    return OUTRIDER_DOTS == 2 ? "AVX-512 VNNI" : "AVX-512";
 #elif defined(__AVX2__) && defined(__FMA__)
-    return "AVX2";
+    return OUTRIDER_DOTS == 2 ? "AVX-VNNI" : "AVX2";
 #elif defined(__aarch64__)
-    return "NEON";
+    return OUTRIDER_DOTS == 3 ? "NEON dotprod" : "NEON";
 #else
     return "generic";
 #endif
