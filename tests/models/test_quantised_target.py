@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from outrider.assets import shipped
 from outrider.build import Engine, build_engine, companion
 from outrider.errors import ConfigError
 from outrider.models.decoder import DecoderWeights, LayerWeights, Segments, unpacked
+from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.lean import LeanTarget
 from outrider.models.load import load_target
 from outrider.models.native.build import load_library
@@ -20,6 +20,7 @@ from outrider.models.quantised import QUANTIZE, distance, quantised
 from outrider.nn.blocks import BLOCKS, named
 from outrider.params import SamplingParams
 from outrider.types import Draft, Rows
+from tests.gguf_files import make_pair
 from tests.models.test_native import SHAPES, forest, paths_of, random_weights, shape, tokens
 from tests.models.test_packed_products import blocks
 
@@ -36,8 +37,7 @@ def threads() -> Iterator[None]:
 
 def mixed(hidden: int = 256, dtype: torch.dtype = torch.bfloat16) -> LeanTarget:
     """A small model whose linears hold segments of several types each, heads of 40 that are no whole groups, and plain parts."""
-    config = shape(hidden=hidden, heads=5, kv_heads=2, head_dim=40, inner=288, vocab_size=131, layers=2)
-    config = replace(config, heads=4, kv_heads=2)
+    config = shape(hidden=hidden, heads=4, kv_heads=2, head_dim=40, inner=288, vocab_size=131, layers=2)
     kinds = iter(range(100))
 
     def linear(inputs: int, *types: tuple[str, int]) -> Segments:
@@ -103,6 +103,20 @@ def test_near_its_values_in_plain_products(name: str) -> None:
     near = LeanTarget(config, unpacked(quantised(weights, name)))
     far = distance(near, LeanTarget(config, quantised(weights, name)), tokens(48, config.vocab_size))
     assert 0 < far.kl < 0.02 and far.tv < 0.05
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
+def test_a_file_and_rounding_at_load_give_the_same_bits(kind: str, tmp_path: Path) -> None:
+    """The checkpoint converted to a file of this type, beside the same checkpoint rounded to it while it is loaded."""
+    source, file = make_pair(tmp_path, "llama", kind, hidden_size=256, intermediate_size=320, dtype=torch.bfloat16)
+    stored, rounded = load_target(file, dtype="bfloat16"), load_target(source, dtype="bfloat16", quantize=kind)
+    text = tokens(20, stored.vocab_size)
+    rows = Rows.assemble([0], [text], [0], Draft.empty(1))
+    a, b = (t.forward(rows, t.new_kv(1, 32)).logits for t in (stored, rounded))
+    assert torch.equal(a, b)
+    near = LeanTarget(GgufCheckpoint(file).config, GgufCheckpoint(file).read(torch.float32))
+    far = distance(near, stored, text)
+    assert 0 < far.kl < 0.01
 
 
 def test_embedding_and_head_are_of_the_same_model() -> None:

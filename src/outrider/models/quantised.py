@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.errors import ConfigError, unknown_name
+from outrider.models.convert import EMBEDDING, HEAD, type_for
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, Segments
 from outrider.models.lean import LeanTarget
 from outrider.models.native import load_native
@@ -30,21 +31,17 @@ CHUNK = 64
 """Rows of a forward when distances are measured."""
 QUANTIZE = {name: name for name in ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "int8")} | {"int4": "q4_1"}
 """What --quantize-target and --quantize-draft take -> the type of the weights."""
-INSTEAD = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-"""The type of a weight whose inputs are whole blocks of 32 and not of 256, as llama.cpp has it."""
-WHOLE_BYTES, HEAD = ("q8_0", "int8"), "q8_0"
-"""The type of embedding and output head where linears have fewer bits, as llama.cpp does it: errors there are not averaged out."""
 
 
 def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
     """Plain weights in blocks of the type that `name` stands for; blocks of layers are rounded one at a time, while they are read.
 
-    A weight whose inputs are no whole blocks, even of the type that stands in for it, stays as it is. Raises ConfigError for an unknown name.
+    Types are those that `outrider convert` would choose; what it would write plain stays as it is. Raises ConfigError for an unknown name.
     """
-    block = block_type(name)
+    wanted = block_type(name)
 
-    def linear(weight: object) -> Segments:
-        return (_rounded(cast(Tensor, weight), block),)
+    def linear(weight: object, kind: str = "") -> Segments:
+        return (_rounded(cast(Tensor, weight), kind, wanted),)
 
     def layers() -> Iterator[LayerWeights]:
         for layer in w.layers:
@@ -52,9 +49,8 @@ def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
                 layer, qkv=linear(layer.qkv), o=linear(layer.o), gate_up=linear(layer.gate_up), down=linear(layer.down)
             )
 
-    outer = block if block.name in WHOLE_BYTES else named(HEAD)
-    embedding = (_rounded(cast(Tensor, w.embedding), outer),)
-    head = embedding if w.head is w.embedding else (_rounded(cast(Tensor, w.head), outer),)
+    embedding = linear(w.embedding, EMBEDDING)
+    head = embedding if w.head is w.embedding else linear(w.head, HEAD)
     return replace(w, embedding=embedding, layers=layers(), head=head)
 
 
@@ -141,13 +137,11 @@ def _log_probs(target: Target, tokens: list[int]) -> Float[Tensor, "n V"]:
     return torch.cat(out)
 
 
-def _rounded(weight: Float[Tensor, "O I"], block: BlockType) -> Segment:
-    if weight.shape[1] % block.values and block.name in INSTEAD:
-        block = named(INSTEAD[block.name])
-    if weight.shape[1] % block.values:
-        plain = named("bf16" if weight.dtype is torch.bfloat16 else "f32")
-        values = weight if weight.dtype is torch.bfloat16 else weight.float()
-        return Segment(plain, values.contiguous().view(torch.uint8))
+def _rounded(weight: Float[Tensor, "O I"], kind: str, wanted: BlockType) -> Segment:
+    block = type_for(kind, tuple(weight.shape), wanted)
+    if block.plain:
+        stored = weight if weight.dtype is torch.bfloat16 else weight.float()
+        return Segment(named("bf16" if stored.dtype is torch.bfloat16 else "f32"), stored.contiguous().view(torch.uint8))
     return Segment(block, _by_channel(weight) if block is INT8 else quantise(weight, block))
 
 
