@@ -4,8 +4,8 @@
 
 For each type of weights and 1 to 8 rows: v = time of the rows / time of one, and rho = time / max(bytes / bandwidth, operations /
 peak). Bandwidth (the best of reads in 1, 2, 4 and 8 streams) and peaks (products of bytes, of bfloat16, of float32, from the first
-cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are 20th percentiles. The forward's
-attention and norms count as overhead. Beside bfloat16, the same forwards through torch's operators (`--torch`).
+cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are 20th percentiles. Attention
+and norms of a forward count as overhead. Beside bfloat16, the same forwards through torch's operators (`--torch`).
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--types", default="bf16,float32,q8_0,q6_k,q5_k,q4_k,q4_0,int8", help=f"of {', '.join((*PLAIN, *QUANTIZE))}")
+    known = ", ".join((*PLAIN, *QUANTIZE))
+    parser.add_argument("--types", default="bf16,float32,q8_0,q6_k,q5_k,q4_k,q4_0,int8", help=f"of {known}")
     parser.add_argument("--sizes", default="163m,shipped,draft", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--torch", action="store_true", help="torch's operators beside plain types")
     args = parser.parse_args()

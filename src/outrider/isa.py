@@ -56,8 +56,8 @@ X86 = (
         _V4 | {"avx512_vnni", "avx512_bf16"}, _torch("avx512", "AVX512_CORE_BF16", "AVX512"),
     ),
 )  # fmt: skip
-"""From the least to the most; versions 3 and 4 of x86-64 have no sums of byte products and no bfloat16 ones, hence builds with them.
-A CPU may lack a level below another that it has."""
+"""From the least to the most; versions 3 and 4 of x86-64 have no sums of byte products and no bfloat16 ones, hence builds with
+them. A CPU may lack a level below another that it has."""
 ARM = (
     Level("neon", "NEON", ("-march=armv8-a",)),
     Level("neon_dot", "NEON dotprod", ("-march=armv8.2-a+dotprod",), frozenset({"asimddp"})),

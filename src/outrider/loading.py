@@ -109,8 +109,8 @@ def _rounding(path: str, model: Target, tokenizer: object | None, options: Engin
         return f"{told}: how far from its own was not measured, since both do not fit into memory"
     own = str(plain.dtype).removeprefix("torch.")
     return (
-        f"{told}: on {far.tokens} tokens of code, mean KL {far.kl:.2g} nats and mean total variation {far.tv:.2%} from {own} weights, "
-        f"the same most likely token at {far.agree:.1%}"
+        f"{told}: on {far.tokens} tokens of code, mean KL {far.kl:.2g} nats and mean total variation {far.tv:.2%} from {own} "
+        f"weights, the same most likely token at {far.agree:.1%}"
     )
 
 

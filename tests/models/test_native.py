@@ -338,7 +338,8 @@ def from_transformers(model: Any, family: str, window: tuple[int, ...]) -> tuple
         )
 
     layers = tuple(layer(i) for i in range(config.layers))
-    return config, DecoderWeights(state["embed_tokens.weight"], layers, state["norm.weight"], state["lm_head.weight"], state["norm.weight"].dtype)
+    norm = state["norm.weight"]
+    return config, DecoderWeights(state["embed_tokens.weight"], layers, norm, state["lm_head.weight"], norm.dtype)
 
 
 FAMILIES = {

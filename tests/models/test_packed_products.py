@@ -1,4 +1,4 @@
-"""Products with quantised weights against their plain twin, bit for bit: every type, number of rows, shape and number of threads."""
+"""Products with quantised weights against their plain twin, bit for bit: types, numbers of rows, shapes, numbers of threads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def blocks(block: BlockType, outputs: int, inputs: int, seed: int = 0) -> Segmen
 
 
 def inputs_of(rows: int, width: int) -> Tensor:
-    """Rows of several sizes; then one of zeros, one of next to nothing, and ones of the greatest codes of either sign everywhere."""
+    """Rows of several sizes; then zeros, next to nothing, and the greatest codes of either sign everywhere."""
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.1, 1.0, 30.0])[
         torch.arange(rows) % 3, None
     ]

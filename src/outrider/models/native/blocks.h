@@ -4,6 +4,8 @@
 // order of k, one lane per column. So a result has the same bits whatever is computed beside it. See twin.h.
 #pragma once
 
+#include <utility>
+
 #include "packed.h"
 #include "rounded.h"
 
@@ -153,31 +155,32 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
 }
 
 // The kernels of a type. two: for two groups side by side, which read memory in more streams; more rows leave no registers for it.
-constexpr int MOST_ROWS = 8, MOST_TWO = 2;
+// Where there are no sums of byte products nothing is gained by either.
+constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 1, MOST_TWO = OUTRIDER_DOTS ? 2 : 0;
 template <class X>
 struct Kernels {
     using Run = void (*)(const Layout&, const uint8_t*, const X&, float*);
-    Run one[MOST_ROWS], two[MOST_TWO];
+    Run one[MOST_ROWS], two[2];
 };
 
-template <Format F>
-constexpr Kernels<Rounded32> small_kernels() {
-    return {{small_blocks<F, 1, 1>, small_blocks<F, 2, 1>, small_blocks<F, 3, 1>, small_blocks<F, 4, 1>, small_blocks<F, 5, 1>,
-             small_blocks<F, 6, 1>, small_blocks<F, 7, 1>, small_blocks<F, 8, 1>},
-            {small_blocks<F, 1, 2>, small_blocks<F, 2, 2>}};
+template <Format F, int... R>
+constexpr Kernels<Rounded32> small_kernels(std::integer_sequence<int, R...>) {
+    if constexpr (MOST_TWO == 0) return {{small_blocks<F, R + 1, 1>...}, {}};
+    else return {{small_blocks<F, R + 1, 1>...}, {small_blocks<F, 1, 2>, small_blocks<F, 2, 2>}};
 }
 
-template <Format F>
-constexpr Kernels<Rounded256> super_kernels() {
-    return {{super_blocks<F, 1, 1>, super_blocks<F, 2, 1>, super_blocks<F, 3, 1>, super_blocks<F, 4, 1>, super_blocks<F, 5, 1>,
-             super_blocks<F, 6, 1>, super_blocks<F, 7, 1>, super_blocks<F, 8, 1>},
-            {super_blocks<F, 1, 2>, super_blocks<F, 2, 2>}};
+template <Format F, int... R>
+constexpr Kernels<Rounded256> super_kernels(std::integer_sequence<int, R...>) {
+    if constexpr (MOST_TWO == 0) return {{super_blocks<F, R + 1, 1>...}, {}};
+    else return {{super_blocks<F, R + 1, 1>...}, {super_blocks<F, 1, 2>, super_blocks<F, 2, 2>}};
 }
+
+using Each = std::make_integer_sequence<int, MOST_ROWS>;
 
 inline const Kernels<Rounded32>& kernels32(Format f) {
-    static constexpr Kernels<Rounded32> Q40 = small_kernels<Q4_0>(), Q41 = small_kernels<Q4_1>(), Q50 = small_kernels<Q5_0>(),
-                                        Q51 = small_kernels<Q5_1>(), Q80 = small_kernels<Q8_0>(), FP = small_kernels<MXFP4>(),
-                                        BYTE = small_kernels<INT8>();
+    static constexpr Kernels<Rounded32> Q40 = small_kernels<Q4_0>(Each()), Q41 = small_kernels<Q4_1>(Each()), Q50 = small_kernels<Q5_0>(Each()),
+                                        Q51 = small_kernels<Q5_1>(Each()), Q80 = small_kernels<Q8_0>(Each()), FP = small_kernels<MXFP4>(Each()),
+                                        BYTE = small_kernels<INT8>(Each());
     switch (f) {
         case Q4_0: return Q40;
         case Q4_1: return Q41;
@@ -190,7 +193,7 @@ inline const Kernels<Rounded32>& kernels32(Format f) {
 }
 
 inline const Kernels<Rounded256>& kernels256(Format f) {
-    static constexpr Kernels<Rounded256> Q4 = super_kernels<Q4_K>(), Q5 = super_kernels<Q5_K>(), Q6 = super_kernels<Q6_K>();
+    static constexpr Kernels<Rounded256> Q4 = super_kernels<Q4_K>(Each()), Q5 = super_kernels<Q5_K>(Each()), Q6 = super_kernels<Q6_K>(Each());
     return f == Q4_K ? Q4 : f == Q5_K ? Q5 : Q6;
 }
 

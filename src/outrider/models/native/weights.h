@@ -174,7 +174,7 @@ class Linear {
                 for (int64_t t = 0; t < tiles; ++t) {
                     const int64_t size = (rows - at + tiles - t - 1) / (tiles - t);
                     const X x = from(at);
-                    if (groups == 2 && size <= MOST_TWO)
+                    if (MOST_TWO > 0 && groups == 2 && size <= MOST_TWO)
                         run.two[size - 1](layout, weights, x, total);
                     else
                         for (int64_t i = 0; i < groups; ++i)

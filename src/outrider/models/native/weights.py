@@ -39,8 +39,8 @@ def has_kernel(block: BlockType) -> bool:
 class NativeLinear:
     """y = x W^T with the decoder's products; implements `nn.linear.Linear`. Rows of x get the same bits in any company.
 
-    packed: whether any part is multiplied in blocks. weight: plain float32 or bfloat16 [out, in], read in place; or segments, which are repacked once and can be let go of. Raises
-    CapacityError if there is no memory.
+    packed: whether any part is multiplied in blocks. weight: plain float32 or bfloat16 [out, in], read in place; or segments, which
+    are repacked once and can be let go of. Raises CapacityError if there is no memory.
     """
 
     def __init__(self, library: ctypes.CDLL, weight: Float[Tensor, "O I"] | Segments) -> None:
