@@ -161,7 +161,8 @@ def _load_hf(
 class Facts:
     """Facts from a checkpoint's files, without loading weights.
 
-    runtime: "lean" or "transformers". reason: why not lean, or "". kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
+    runtime: "lean" or "transformers". reason: why not lean, or "". stored: the format of its files, with their bytes by type. dtype,
+    weights_bytes: as it is loaded. kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
     will not run as fast as possible here, as far as files and machine show.
     """
 
@@ -169,6 +170,7 @@ class Facts:
     runtime: str
     reason: str
     parameters: int
+    stored: str
     dtype: str
     vocab_size: int
     max_length: int
@@ -200,6 +202,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         runtime=runtime,
         reason=reason,
         parameters=parameters,
+        stored=_stored(folder, found),
         dtype=str(chosen).removeprefix("torch."),
         vocab_size=vocab_size,
         max_length=max_length,
@@ -210,6 +213,16 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
             *_dtype_notices(folder, chosen, where, library is not None),
         ),
     )
+
+
+def _stored(folder: Path, found: Checkpoint | GgufCheckpoint | str) -> str:
+    """The format of a model's files, and their bytes by type, the largest first."""
+    gguf = isinstance(found, GgufCheckpoint)
+    sizes: dict[str, int] = {}
+    for kind, size in found.stored_bytes() if gguf else ((e.stored, e.bytes) for e in read_entries(folder).values()):
+        sizes[kind] = sizes.get(kind, 0) + size
+    told = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(sizes.items(), key=lambda i: -i[1]))
+    return f"{'GGUF' if gguf else 'safetensors'}: {told}"
 
 
 def _sizes_by_transformers(config: Any) -> tuple[int, int, int, int, int]:

@@ -72,6 +72,10 @@ class GgufCheckpoint:
         """Bytes of the weights as they are stored."""
         return sum(self._tensors[name].bytes for name in self._expected())
 
+    def stored_bytes(self) -> Iterator[tuple[str, int]]:
+        """Name of the type and bytes of every tensor."""
+        return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
+
     def embedding(self) -> Segment:
         return self.weights.segment(EMBEDDING)
 
