@@ -95,7 +95,8 @@ def load_target(
         return _load_hf(folder, dtype, where, quantize, max_length, found, role)
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
     target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role), quantize=quantize)
-    target.notices += _dtype_notices(folder, chosen, where, target.native is not None)
+    told = found.notice(chosen)
+    target.notices += (*([told] if told else []), *_dtype_notices(folder, chosen, where, target.native is not None))
     return target
 
 
@@ -191,8 +192,9 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
         library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
+        told = found.notice(chosen)
     else:
-        runtime, reason, library, library_notice = "transformers", found, None, found
+        runtime, reason, library, library_notice, told = "transformers", found, None, found, None
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
         sizes = _sizes_by_transformers(admit(folder, raw))
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
@@ -209,6 +211,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         weights_bytes=parameters * chosen.itemsize,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * chosen.itemsize,
         notices=(
+            *([told] if told else []),
             *([library_notice] if library_notice else []),
             *_dtype_notices(folder, chosen, where, library is not None),
         ),

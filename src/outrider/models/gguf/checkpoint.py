@@ -72,6 +72,16 @@ class GgufCheckpoint:
         """Bytes of the weights as they are stored."""
         return sum(self._tensors[name].bytes for name in self._expected())
 
+    def notice(self, dtype: torch.dtype) -> str | None:
+        """What a user should know of how the weights come into memory."""
+        kinds = {t.block.name for t in self._tensors.values() if not t.block.plain}
+        if not kinds:
+            return None
+        return (
+            f"{self.weights.path.name} is unpacked from {', '.join(sorted(kinds))} to {str(dtype).removeprefix('torch.')} when it is "
+            f"loaded: the target is what the blocks stand for, and takes {self.parameters * dtype.itemsize / 2**30:.1f} GiB"
+        )
+
     def stored_bytes(self) -> Iterator[tuple[str, int]]:
         """Name of the type and bytes of every tensor."""
         return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
