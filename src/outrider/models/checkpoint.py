@@ -86,14 +86,14 @@ class Checkpoint:
         """One tensor, in float32, as it is stored."""
         return _Reader(self, [name], torch.float32, torch.device("cpu"), None).tensor(name)
 
-    def notice(self, dtype: torch.dtype) -> str | None:
-        """What a user should know of how the weights come into memory."""
+    def notice(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """What a user should know of how the weights come into memory, a sentence or none."""
         if self.packing is None or not self.packed:
-            return None
+            return ()
         name = str(dtype).removeprefix("torch.")
         return (
             f"its weights are unpacked from {self.packing.name} to {name} when they are loaded: the target is what the codes stand "
-            f"for, and takes {self.parameters * dtype.itemsize / 2**30:.1f} GiB"
+            f"for, and takes {self.parameters * dtype.itemsize / 2**30:.1f} GiB",
         )
 
     def read(
@@ -124,7 +124,7 @@ class Checkpoint:
             ):  # both stored; unequal ones stay two, as in transformers
                 head = embedding
         layers = tuple(reader.layer(i, self.layout) for i in range(self.config.layers))
-        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head)
+        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head, dtype)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""

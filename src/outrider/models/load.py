@@ -21,13 +21,13 @@ from outrider.models.lean import LeanTarget
 from outrider.models.native.build import load_library
 from outrider.models.native.runtime import library_for
 from outrider.models.places import check_numbers
+from outrider.models.quantised import block_type, quantised_target
 from outrider.models.tokenizer import (
     find_tokenizer,
     load_tokenizer,
     stop_ids,
     vocab_fingerprint,
 )
-from outrider.nn.linear import QUANTIZE
 from outrider.nn.memory import available_memory, require_memory
 from outrider.protocols import Target
 
@@ -75,7 +75,7 @@ def load_target(
                     bytes to read, arithmetic in float32), else float32; on a GPU the checkpoint's own.
     device:         "auto" (a GPU if there is one), or a PyTorch device.
     implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean if possible; else `notices` give the reason.
-    quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
+    quantize:       None, or a type of `models.quantised.QUANTIZE` to round the weights to; needs the lean runtime.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
     role:           the model's role in messages: "target", "draft".
@@ -84,8 +84,8 @@ def load_target(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(unknown_name("implementation", implementation, IMPLEMENTATIONS))
-    if quantize is not None and quantize not in QUANTIZE:
-        raise ConfigError(unknown_name("quantize", quantize, QUANTIZE))
+    if quantize is not None:
+        block_type(quantize)
     where = _device(device)
     _named_dtype(dtype)
     folder = resolve_folder(path_or_name)
@@ -94,9 +94,16 @@ def load_target(
     if isinstance(found, str):
         return _load_hf(folder, dtype, where, quantize, max_length, found, role)
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
-    target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role), quantize=quantize)
-    told = found.notice(chosen)
-    target.notices += (*([told] if told else []), *_dtype_notices(folder, chosen, where, target.native is not None))
+    if quantize is not None and isinstance(found, GgufCheckpoint):
+        raise ConfigError(f"{folder} is quantised already: leave --quantize-{role} out")
+    if quantize is not None:
+        target = quantised_target(found.config, found.read(chosen, where, progress, role), quantize, role)
+    elif isinstance(found, GgufCheckpoint) and where.type == "cpu":
+        target = LeanTarget(found.config, lambda: found.packed(chosen, progress, role))
+    else:
+        target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
+    told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
+    target.notices += (*told, *_dtype_notices(folder, chosen, where, target.native is not None))
     return target
 
 
@@ -192,11 +199,14 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
         library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
-        told = found.notice(chosen)
+        told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
+        blocks = isinstance(found, GgufCheckpoint) and library is not None
+        weights_bytes = found.packed_bytes if blocks else parameters * chosen.itemsize
     else:
-        runtime, reason, library, library_notice, told = "transformers", found, None, found, None
+        runtime, reason, library, library_notice, told = "transformers", found, None, found, ()
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
         sizes = _sizes_by_transformers(admit(folder, raw))
+        weights_bytes = parameters * chosen.itemsize
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]
     return Facts(
@@ -208,10 +218,10 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         dtype=str(chosen).removeprefix("torch."),
         vocab_size=vocab_size,
         max_length=max_length,
-        weights_bytes=parameters * chosen.itemsize,
+        weights_bytes=weights_bytes,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * chosen.itemsize,
         notices=(
-            *([told] if told else []),
+            *told,
             *([library_notice] if library_notice else []),
             *_dtype_notices(folder, chosen, where, library is not None),
         ),

@@ -7,7 +7,7 @@ plain type, which is the twin of products with the packed ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,34 +16,16 @@ from torch import Tensor
 
 from outrider.errors import ConfigError
 from outrider.models.config import Layout, Unsupported, layout_of
-from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
 from outrider.models.gguf.config import architecture_of, config_of
-from outrider.models.gguf.weights import Weights, permuted_back, unpack
+from outrider.models.gguf.weights import Weights, permuted_back
 from outrider.models.places import refuse_extra
 from outrider.nn.blocks import Segment
 from outrider.nn.memory import require_memory
 
 Progress = Callable[[float], None]
-Linear = tuple[Segment, ...]
-"""The weight of a layer of the fused decoder: segments one below the other."""
 
 EMBEDDING, HEAD, NORM, DIVISORS = "token_embd.weight", "output.weight", "output_norm.weight", "rope_freqs.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLayer:
-    """One block, its linears as they are stored; norms and biases in float32. Fields as in `LayerWeights`."""
-
-    norm1: Float[Tensor, "H"]
-    qkv: Linear
-    qkv_bias: Float[Tensor, "QKV"] | None
-    q_norm: Float[Tensor, "D"] | None
-    k_norm: Float[Tensor, "D"] | None
-    o: Linear
-    o_bias: Float[Tensor, "H"] | None
-    norm2: Float[Tensor, "H"]
-    gate_up: Linear
-    down: Linear
 
 
 class GgufCheckpoint:
@@ -72,16 +54,6 @@ class GgufCheckpoint:
         """Bytes of the weights as they are stored."""
         return sum(self._tensors[name].bytes for name in self._expected())
 
-    def notice(self, dtype: torch.dtype) -> str | None:
-        """What a user should know of how the weights come into memory."""
-        kinds = {t.block.name for t in self._tensors.values() if not t.block.plain}
-        if not kinds:
-            return None
-        return (
-            f"{self.weights.path.name} is unpacked from {', '.join(sorted(kinds))} to {str(dtype).removeprefix('torch.')} when it is "
-            f"loaded: the target is what the blocks stand for, and takes {self.parameters * dtype.itemsize / 2**30:.1f} GiB"
-        )
-
     def stored_bytes(self) -> Iterator[tuple[str, int]]:
         """Name of the type and bytes of every tensor."""
         return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
@@ -96,14 +68,14 @@ class GgufCheckpoint:
     def norm(self) -> Float[Tensor, "H"]:
         return self.weights.numbers(NORM)
 
-    def layer(self, i: int) -> PackedLayer:
+    def layer(self, i: int) -> LayerWeights:
         """Block i. Rows of queries and keys are in the order of halves, as everywhere in the lean runtime."""
         at, c, w = f"blk.{i}.", self.config, self.weights
         heads = {"q": c.heads, "k": c.kv_heads, "v": 0}
         numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
         qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())
         biases = [numbers(f"attn_{part}.bias") for part in heads]
-        return PackedLayer(
+        return LayerWeights(
             norm1=w.numbers(at + "attn_norm.weight"),
             qkv=qkv,
             qkv_bias=self._bias(biases, tuple(heads.values())) if self.layout.qkv_bias else None,
@@ -116,9 +88,23 @@ class GgufCheckpoint:
             down=(w.segment(at + "ffn_down.weight"),),
         )
 
-    def layers(self) -> Iterator[PackedLayer]:
+    def layers(self) -> Iterator[LayerWeights]:
         """The blocks, one at a time: at most one is in memory if its user lets go of it."""
         return (self.layer(i) for i in range(self.config.layers))
+
+    def packed(self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model") -> DecoderWeights:
+        """The weights as they are stored; blocks are read one at a time, while they are used. dtype: of hidden states and the cache."""
+        note = f"choose a smaller {role}, or free memory"
+        require_memory(self.packed_bytes, torch.device("cpu"), f"the weights of the {role}", note)
+        told, count = progress or (lambda _: None), self.config.layers
+
+        def layers() -> Iterator[LayerWeights]:
+            for i in range(count):
+                yield self.layer(i)
+                told((i + 1) / count)
+
+        embedding, head = (self.embedding(),), self.head()
+        return DecoderWeights(embedding, layers(), self.norm(), embedding if head is None else (head,), dtype)
 
     def read(
         self,
@@ -131,22 +117,14 @@ class GgufCheckpoint:
 
         role: the model's role in messages: "target", "draft".
         """
-        where, c = torch.device(device), self.config
+        where = torch.device(device)
         require_memory(
             self.parameters * dtype.itemsize,
             where,
             f"the weights of the {role}",
             f"choose a smaller {role} or dtype, or free memory",
         )
-        told = progress or (lambda _: None)
-        embedding = unpack((self.embedding(),), dtype).to(where)
-        stored = self.head()
-        head = embedding if stored is None else unpack((stored,), dtype).to(where)
-        layers = []
-        for i, packed in enumerate(self.layers()):
-            layers.append(_plain(packed, dtype, where))
-            told((i + 1) / c.layers)
-        return DecoderWeights(embedding, tuple(layers), self.norm().to(where, dtype), head)
+        return unpacked(self.packed(dtype, progress, role), where)
 
     def _turned(self, segment: Segment, heads: int) -> Segment:
         return replace(segment, rows=permuted_back(segment.rows, heads)) if self._permuted and heads else segment
@@ -208,27 +186,6 @@ class GgufCheckpoint:
                 f"{self.weights.path} has {len(self._tensors)} tensors for {self.config.layers} layers: download it again"
             )
         return self._expected()
-
-
-def _plain(packed: PackedLayer, dtype: torch.dtype, where: torch.device) -> LayerWeights:
-    def linear(segments: Linear) -> Tensor:
-        return unpack(segments, dtype).to(where)
-
-    def vector(numbers: Tensor | None) -> Tensor | None:
-        return None if numbers is None else numbers.to(where, dtype)
-
-    return LayerWeights(
-        norm1=packed.norm1.to(where, dtype),
-        qkv=linear(packed.qkv),
-        qkv_bias=vector(packed.qkv_bias),
-        q_norm=vector(packed.q_norm),
-        k_norm=vector(packed.k_norm),
-        o=linear(packed.o),
-        o_bias=vector(packed.o_bias),
-        norm2=packed.norm2.to(where, dtype),
-        gate_up=linear(packed.gate_up),
-        down=linear(packed.down),
-    )
 
 
 def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:

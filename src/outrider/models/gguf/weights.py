@@ -132,15 +132,6 @@ def _block(header: Header, info: TensorInfo) -> BlockType:
     return block
 
 
-def unpack(segments: tuple[Segment, ...], dtype: torch.dtype) -> Float[Tensor, "N K"]:
-    """Segments that share their inputs as one plain weight, in float32 rounded to `dtype`."""
-    rows = [s.rows.shape[0] for s in segments]
-    out = torch.empty(sum(rows), segments[0].inputs, dtype=dtype)
-    for segment, part in zip(segments, out.split(rows), strict=True):
-        dequantise(segment.rows, segment.block, part)
-    return out
-
-
 def permuted_back(rows: UInt8[Tensor, "N bytes"], heads: int) -> UInt8[Tensor, "N bytes"]:
     """Rows of queries or keys in the order of their halves; files of interleaved rotary pairs hold them pair by pair.
 

@@ -83,6 +83,8 @@ _ALL = (
     BlockType("bf16", 30, 1, 2, values.bf16),
     BlockType("mxfp4", 39, 32, 17, values.mxfp4),
 )
+INT8 = BlockType("int8", 1000, 32, 36, values.int8)
+"""One scale for a whole row, which stands in each of its blocks. No type of ggml, so never in a file of it."""
 BLOCKS = {block.number: block for block in _ALL}
 """ggml's number -> the type, for every type that is read."""
 
@@ -100,7 +102,7 @@ REMOVED = {
 
 def named(name: str) -> BlockType:
     """The type of that name, in any case. Raises ConfigError for an unknown one."""
-    found = {block.name: block for block in _ALL}
+    found = {block.name: block for block in (*_ALL, INT8)}
     if name.lower() not in found:
         raise ConfigError(unknown_name("type", name, found))
     return found[name.lower()]

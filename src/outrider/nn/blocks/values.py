@@ -41,6 +41,10 @@ def q8_0(b: Blocks) -> Values:
     return b[:, 2:].contiguous().view(torch.int8).float() * half(b[:, :2])
 
 
+def int8(b: Blocks) -> Values:
+    return b[:, 4:].contiguous().view(torch.int8).float() * b[:, :4].contiguous().view(torch.float32)
+
+
 def q4_0(b: Blocks) -> Values:
     return half(b[:, :2]) * (nibbles(b[:, 2:], 16).float() - 8)
 
