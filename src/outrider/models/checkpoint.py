@@ -20,6 +20,7 @@ from torch import Tensor
 from outrider.config_keys import PACKED
 from outrider.errors import ConfigError
 from outrider.files import read_weight_map
+from outrider.models.adapter import read_adapter
 from outrider.models.config import Layout, Unsupported, layout_of, read_raw_config
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.packed import packing_of
@@ -60,6 +61,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
+        self.adapter = read_adapter(folder)
+        folder = folder if self.adapter is None else self.adapter.base
         self.raw = read_raw_config(folder)
         self.packing = packing_of(self.raw)
         plain = self.raw if self.packing is None else {k: v for k, v in self.raw.items() if k not in PACKED}
@@ -67,6 +70,8 @@ class Checkpoint:
         self.entries = read_entries(folder)
         self.packed: dict[str, dict[str, str]] = {}
         self._check()
+        if self.adapter is not None:
+            self.adapter.check(self._expected())
 
     @property
     def config(self) -> DecoderConfig:
@@ -88,10 +93,12 @@ class Checkpoint:
 
     def notice(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What a user should know of how the weights come into memory, a sentence or none."""
+        merged = (f"the adapter of {self.adapter.folder} is merged into its base model",) if self.adapter else ()
         if self.packing is None or not self.packed:
-            return ()
+            return merged
         name = str(dtype).removeprefix("torch.")
         return (
+            *merged,
             f"its weights are unpacked from {self.packing.name} to {name} when they are loaded: the target is what the codes stand "
             f"for, and takes {self.parameters * dtype.itemsize / 2**30:.1f} GiB",
         )
@@ -347,6 +354,11 @@ class _Reader:
         return out
 
     def _value(self, name: str, maps: dict[Path, safe_open]) -> Tensor:
+        """A weight with what an adapter adds to it."""
+        value, adapter = self._stored_value(name, maps), self._checkpoint.adapter
+        return value if adapter is None else adapter.added(name, value)
+
+    def _stored_value(self, name: str, maps: dict[Path, safe_open]) -> Tensor:
         """A weight as it is stored, or what its codes stand for."""
         packing, packed = self._checkpoint.packing, self._checkpoint.packed
         if packing is None or name not in packed:

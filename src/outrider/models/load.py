@@ -11,6 +11,7 @@ import torch
 
 from outrider import isa
 from outrider.errors import ConfigError, unknown_name
+from outrider.models.adapter import home_of, is_adapter
 from outrider.models.admit import admit
 from outrider.models.checkpoint import Checkpoint, Progress, read_entries
 from outrider.models.config import Unsupported, read_raw_config
@@ -115,6 +116,8 @@ def _runtime(
         if implementation == "hf":
             raise ConfigError(f"{folder} is a GGUF file, which only the lean runtime reads: leave implementation 'hf' out")
         return GgufCheckpoint(folder, max_length=max_length)
+    if is_adapter(folder) and implementation == "hf":
+        raise ConfigError(f"{folder} is a LoRA adapter, which the lean runtime merges: leave implementation 'hf' out")
     try:
         checkpoint = Checkpoint(folder, max_length=max_length)
     except (Unsupported, ConfigError) as reason:
@@ -122,6 +125,11 @@ def _runtime(
             return ""
         if not isinstance(reason, Unsupported):
             raise
+        if is_adapter(folder):
+            raise ConfigError(
+                f"the adapter {folder} cannot be merged, as the lean runtime does not run its base model ({reason}): merge it with "
+                "peft (merge_and_unload) and save that"
+            ) from None
         if implementation == "lean":
             raise ConfigError(f"the lean runtime cannot run {folder}: {reason}; use implementation 'hf'") from None
         return (
@@ -192,7 +200,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     folder, where = resolve_folder(path_or_name), _device(device)
     require_config(folder)
     found = _runtime(folder, "auto")
-    raw = found.raw if isinstance(found, GgufCheckpoint) else read_raw_config(folder)
+    raw = read_raw_config(folder) if isinstance(found, str) else found.raw
     lean = not isinstance(found, str)
     chosen = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where, lean=lean)
     if not isinstance(found, str):
@@ -232,7 +240,7 @@ def _stored(folder: Path, found: Checkpoint | GgufCheckpoint | str) -> str:
     """The format of a model's files, and their bytes by type, the largest first."""
     gguf = isinstance(found, GgufCheckpoint)
     sizes: dict[str, int] = {}
-    for kind, size in found.stored_bytes() if gguf else ((e.stored, e.bytes) for e in read_entries(folder).values()):
+    for kind, size in found.stored_bytes() if gguf else ((e.stored, e.bytes) for e in read_entries(home_of(folder)).values()):
         sizes[kind] = sizes.get(kind, 0) + size
     told = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(sizes.items(), key=lambda i: -i[1]))
     return f"{'GGUF' if gguf else 'safetensors'}: {told}"
