@@ -42,7 +42,9 @@ def test_convert_then_doctor(pair: tuple[Path, Path], tmp_path: Path, run: Run) 
     out = tmp_path / "q8.gguf"
     code, said, _ = run("convert", pair[0], out, "--type", "Q8_0", "--json")
     found = json.loads(said)
-    assert code == 0 and found["bytes"] == out.stat().st_size and set(found["types"]) == {"bf16", "f32"}  # 48 is no whole block
+    assert (
+        code == 0 and found["bytes"] == out.stat().st_size and set(found["types"]) == {"bf16", "f32"}
+    )  # 48 is no whole block
     assert run("convert", pair[0], out)[0] == 2
     code, said, _ = run("doctor", out, "--json")
     target = json.loads(said)["models"]["target"]
@@ -100,7 +102,10 @@ def test_speculation_keeps_the_text(pair: tuple[Path, Path]) -> None:
     params = SamplingParams(temperature=0, max_tokens=24)
     prompts = ["def f(", "The quick", "été"]
     texts = [
-        [r.text for r in Engine.build(target=str(pair[1]), draft=draft, slots=3, max_length=128).generate(prompts, params)]
+        [
+            r.text
+            for r in Engine.build(target=str(pair[1]), draft=draft, slots=3, max_length=128).generate(prompts, params)
+        ]
         for draft in ("none", "ngram", str(pair[1]))
     ]
     assert texts[0] == texts[1] == texts[2]

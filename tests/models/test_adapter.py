@@ -81,7 +81,10 @@ def test_an_adapter_is_a_target(base: Path, tmp_path: Path) -> None:
     assert stop_ids(folder, tokenizer) == stop_ids(base, theirs)
     assert inspect_checkpoint(folder).parameters == inspect_checkpoint(base).parameters
     params = SamplingParams(temperature=0, max_tokens=12)
-    texts = [Engine.build(target=str(p), draft="none", slots=1, max_length=64).generate("abc", params)[0].text for p in (folder, base)]
+    texts = [
+        Engine.build(target=str(p), draft="none", slots=1, max_length=64).generate("abc", params)[0].text
+        for p in (folder, base)
+    ]
     assert texts[0] != texts[1]
     drafted = Engine.build(target=str(folder), draft=str(base), slots=1, max_length=64).generate("abc", params)[0].text
     assert drafted == texts[0]

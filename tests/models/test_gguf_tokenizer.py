@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+import jinja2
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -63,8 +65,12 @@ def test_vocabularies_agree_by_text(pair: tuple[Path, Path]) -> None:
 def test_conversations_are_filled_in_as_transformers_does(pair: tuple[Path, Path], more: bool) -> None:
     theirs, ours = PreTrainedTokenizerFast.from_pretrained(pair[0]), load_tokenizer(pair[1])
     asked = {"add_generation_prompt": more, "return_dict": False}
-    assert ours.apply_chat_template(TALK, tokenize=False, **asked) == theirs.apply_chat_template(TALK, tokenize=False, **asked)
-    assert ours.apply_chat_template(TALK, tokenize=True, **asked) == theirs.apply_chat_template(TALK, tokenize=True, **asked)
+    assert ours.apply_chat_template(TALK, tokenize=False, **asked) == theirs.apply_chat_template(
+        TALK, tokenize=False, **asked
+    )
+    assert ours.apply_chat_template(TALK, tokenize=True, **asked) == theirs.apply_chat_template(
+        TALK, tokenize=True, **asked
+    )
 
 
 def test_it_can_be_saved_as_transformers_saves_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -105,12 +111,10 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_templates_reach_nothing(name: str) -> None:
     """jinja2 answers with an error of its own, or with nothing in it."""
-    try:
+    out = ""
+    with contextlib.suppress(jinja2.TemplateError, OverflowError):
         out = render(HOSTILE[name], {"messages": [{"role": "user", "content": "x"}]})
-    except Exception as error:
-        assert type(error).__module__.startswith("jinja2") or isinstance(error, OverflowError)
-    else:
-        assert "globals" not in out and "module" not in out and "<class" not in out
+    assert not any(word in out for word in ("globals", "module", "<class"))
 
 
 def test_what_templates_expect() -> None:

@@ -46,10 +46,20 @@ def half(x: np.ndarray) -> torch.Tensor:
 
 def gptq(bits: int, version: int, ordered: bool) -> Pack:
     def pack(n: int, k: int, random: Random) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-        q, z, s = random.integers(0, 1 << bits, (n, k)), random.integers(1, 1 << bits, (n, k // G)), scales(random, n, k // G)
+        q, z, s = (
+            random.integers(0, 1 << bits, (n, k)),
+            random.integers(1, 1 << bits, (n, k // G)),
+            scales(random, n, k // G),
+        )
         index = np.arange(k) // G if ordered else random.permutation(np.arange(k) // G)
-        value = np.array([[s[i, index[j]] * (q[i, j] - z[i, index[j]]) for j in range(k)] for i in range(n)], np.float32)
-        tensors = {"qweight": words(q, bits).t().contiguous(), "qzeros": words((z - (version == 1)).T, bits), "scales": half(s.T)}
+        value = np.array(
+            [[s[i, index[j]] * (q[i, j] - z[i, index[j]]) for j in range(k)] for i in range(n)], np.float32
+        )
+        tensors = {
+            "qweight": words(q, bits).t().contiguous(),
+            "qzeros": words((z - (version == 1)).T, bits),
+            "scales": half(s.T),
+        }
         return tensors | {"g_idx": torch.from_numpy(index.astype(np.int32))}, value
 
     return pack
@@ -101,14 +111,19 @@ def fp8(n: int, k: int, random: Random) -> tuple[dict[str, torch.Tensor], np.nda
 def mlx(bits: int) -> Pack:
     def pack(n: int, k: int, random: Random) -> tuple[dict[str, torch.Tensor], np.ndarray]:
         q, s, b = random.integers(0, 1 << bits, (n, k)), scales(random, n, k // G), scales(random, n, k // G)
-        value = np.array([[np.float32(s[i, j // G] * q[i, j]) + b[i, j // G] for j in range(k)] for i in range(n)], np.float32)
+        value = np.array(
+            [[np.float32(s[i, j // G] * q[i, j]) + b[i, j // G] for j in range(k)] for i in range(n)], np.float32
+        )
         return {"weight": words(q, bits).view(torch.uint32), "scales": half(s), "biases": half(b)}, value
 
     return pack
 
 
 def group(**weights: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
 
 
 CASES: dict[str, tuple[Pack, dict[str, Any]]] = {

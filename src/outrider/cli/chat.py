@@ -25,7 +25,9 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            callback=paths.model, help="The model, as --target: a GGUF file, a folder or a Hub name.", show_default=False
+            callback=paths.model,
+            help="The model, as --target: a GGUF file, a folder or a Hub name.",
+            show_default=False,
         ),
     ] = None,
     system: Annotated[

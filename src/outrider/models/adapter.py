@@ -68,7 +68,9 @@ class Adapter:
             a, b = tensors.get_tensor(pair["A"]).float(), tensors.get_tensor(pair["B"]).float()
         out = weight.float() + self.scales[module] * (b @ a)
         if not bool(out.isfinite().all()):
-            raise ConfigError(f"{self.folder} adds numbers to {name} that are not finite: it is damaged, download it again")
+            raise ConfigError(
+                f"{self.folder} adds numbers to {name} that are not finite: it is damaged, download it again"
+            )
         return out
 
 
@@ -86,7 +88,9 @@ def base_of(folder: Path) -> Path:
     """The place of an adapter's base model. Raises ConfigError for a name that leads nowhere, or to no model."""
     name = read_json(folder / CONFIG, _CONFIG_BYTES).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{folder / CONFIG} names no base model of this LoRA adapter: write its folder into base_model_name_or_path")
+        raise ConfigError(
+            f"{folder / CONFIG} names no base model of this LoRA adapter: write its folder into base_model_name_or_path"
+        )
     beside = folder / name
     base = beside if beside.is_dir() else resolve_folder(name)
     if is_gguf(base) or is_adapter(base) or not (base / "config.json").is_file():
@@ -108,7 +112,9 @@ def read_adapter(folder: Path) -> Adapter | None:
     for name in shapes:
         found = _NAME.fullmatch(name)
         if found is None:
-            raise ConfigError(f"{folder} has the tensor {name[:120]}, which is no part of a sum: merge it with peft (merge_and_unload)")
+            raise ConfigError(
+                f"{folder} has the tensor {name[:120]}, which is no part of a sum: merge it with peft (merge_and_unload)"
+            )
         pairs.setdefault(found["module"], {})[found["side"]] = name
     if any(len(pair) < 2 for pair in pairs.values()) or not pairs:
         raise ConfigError(f"{folder} lacks one side of a pair of tensors (lora_A, lora_B): download it again")
@@ -129,7 +135,7 @@ def _refuse(folder: Path, raw: dict[str, Any]) -> None:
         wrong = f"init_lora_weights {str(raw['init_lora_weights'])[:40]}, which changes the base model"
     if wrong:
         raise ConfigError(
-            f"{folder} is no LoRA adapter that can be merged here ({wrong[:120]}): merge it with peft (merge_and_unload) and save that"
+            f"{folder} is no LoRA adapter that can be merged here ({wrong[:120]}): merge it with peft (merge_and_unload)"
         )
 
 
@@ -137,7 +143,9 @@ def _scale(raw: dict[str, Any], module: str, rank: int) -> float:
     where = CONFIG
     patterns = raw.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", str(key)) for key in patterns):
-        raise ConfigError(f"{where}: alpha_pattern must name modules, without wildcards: merge it with peft (merge_and_unload)")
+        raise ConfigError(
+            f"{where}: alpha_pattern must name modules, without wildcards: merge it with peft (merge_and_unload)"
+        )
     own = [key for key in patterns if module == key or module.endswith(f".{key}")]
     alpha = real(patterns, own[0], where, most=1e6) if own else real(raw, "lora_alpha", where, 8.0, most=1e6)
     return alpha / (math.sqrt(rank) if flag(raw, "use_rslora", where) else rank)
@@ -148,7 +156,9 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     for name, shape in shapes.items():
         if len(shape) != 2 or not all(shape):
-            raise ConfigError(f"{folder} has the tensor {name[:120]} of shape {list(shape)}: it is no part of a sum, merge it with peft")
+            raise ConfigError(
+                f"{folder} has the tensor {name[:120]} of shape {list(shape)}: it is no part of a sum, merge it with peft"
+            )
     return shapes
 
 
@@ -156,7 +166,9 @@ def _open(folder: Path) -> Any:
     file = folder / WEIGHTS
     if not file.is_file():
         pickled = any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt"))
-        more = "; pickled weights can run code: save them with peft as safetensors" if pickled else ": download it again"
+        more = (
+            "; pickled weights can run code: save them with peft as safetensors" if pickled else ": download it again"
+        )
         raise ConfigError(f"{folder} has no {WEIGHTS}{more}")
     try:
         return safe_open(file, framework="pt")

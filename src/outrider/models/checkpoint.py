@@ -166,7 +166,6 @@ class Checkpoint:
         if extra:
             raise Unsupported(f"tensor {extra[0]} has no place in a {self.config.family} model of this configuration")
 
-
     def _take_packed(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a weight is packed; then the names of its tensors are noted. Raises ConfigError for tensors of other shapes."""
         packing, base = self.packing, name.removesuffix("weight")
@@ -366,5 +365,7 @@ class _Reader:
         pieces = {end: maps[self._entries[part].file].get_tensor(part) for end, part in packed[name].items()}
         value = packing.unpack(pieces, *self._shapes[name])
         if not bool(value.isfinite().all()):
-            raise ConfigError(f"the scales of {name} are no finite numbers: the checkpoint is damaged, download it again")
+            raise ConfigError(
+                f"the scales of {name} are no finite numbers: the checkpoint is damaged, download it again"
+            )
         return value

@@ -215,9 +215,7 @@ def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int, where: 
         real(rope, "high_freq_factor", where, least=1e-6, most=1e6),
     )
     if high <= low:
-        raise ConfigError(
-            f"{where}: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file"
-        )
+        raise ConfigError(f"{where}: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file")
     old = whole(rope, "original_max_position_embeddings", where, default=positions, most=1 << 26)
     wavelength = 2 * math.pi / inv_freq
     scaled = torch.where(wavelength > old / low, inv_freq / factor, inv_freq)
@@ -226,7 +224,9 @@ def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int, where: 
     return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled)
 
 
-def _yarn(rope: dict, theta: float, head_dim: int, positions: int, where: object) -> tuple[Float[Tensor, "half"], float]:
+def _yarn(
+    rope: dict, theta: float, head_dim: int, positions: int, where: object
+) -> tuple[Float[Tensor, "half"], float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow frequencies, keep fast ones, a ramp between."""
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise Unsupported("yarn with mscale")

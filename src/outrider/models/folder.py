@@ -26,7 +26,9 @@ def resolve_folder(path_or_name: str | Path) -> Path:
     if is_gguf(path):
         return first_part(path)
     if path.exists():
-        raise ConfigError(f"{name} is a file: give a GGUF file, or the folder that holds config.json and model.safetensors")
+        raise ConfigError(
+            f"{name} is a file: give a GGUF file, or the folder that holds config.json and model.safetensors"
+        )
     if not _HUB_NAME.fullmatch(name) or ".." in name or path.suffix.lower() == ".gguf":
         raise ConfigError(
             f"there is no folder {name}: give a folder in Hugging Face format, a GGUF file or a Hub name like 'owner/model'"

@@ -108,13 +108,13 @@ def load_target(
     return target
 
 
-def _runtime(
-    folder: Path, implementation: str, max_length: int | None = None
-) -> Checkpoint | GgufCheckpoint | str:
+def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | GgufCheckpoint | str:
     """A checkpoint that the lean runtime reads, or a sentence on why transformers is used, empty if that is no loss."""
     if is_gguf(folder):
         if implementation == "hf":
-            raise ConfigError(f"{folder} is a GGUF file, which only the lean runtime reads: leave implementation 'hf' out")
+            raise ConfigError(
+                f"{folder} is a GGUF file, which only the lean runtime reads: leave implementation 'hf' out"
+            )
         return GgufCheckpoint(folder, max_length=max_length)
     if is_adapter(folder) and implementation == "hf":
         raise ConfigError(f"{folder} is a LoRA adapter, which the lean runtime merges: leave implementation 'hf' out")
@@ -177,7 +177,7 @@ def _load_hf(
 class Facts:
     """Facts from a checkpoint's files, without loading weights.
 
-    runtime: "lean" or "transformers". reason: why not lean, or "". stored: the format of its files, with their bytes by type. dtype,
+    runtime: "lean" or "transformers". reason: why not lean, or "". stored: the format of its files, with bytes by type. dtype,
     weights_bytes: as it is loaded. kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
     will not run as fast as possible here, as far as files and machine show.
     """
@@ -240,7 +240,9 @@ def _stored(folder: Path, found: Checkpoint | GgufCheckpoint | str) -> str:
     """The format of a model's files, and their bytes by type, the largest first."""
     gguf = isinstance(found, GgufCheckpoint)
     sizes: dict[str, int] = {}
-    for kind, size in found.stored_bytes() if gguf else ((e.stored, e.bytes) for e in read_entries(home_of(folder)).values()):
+    for kind, size in (
+        found.stored_bytes() if gguf else ((e.stored, e.bytes) for e in read_entries(home_of(folder)).values())
+    ):
         sizes[kind] = sizes.get(kind, 0) + size
     told = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(sizes.items(), key=lambda i: -i[1]))
     return f"{'GGUF' if gguf else 'safetensors'}: {told}"

@@ -1,8 +1,7 @@
 """Quantised checkpoints in safetensors: what their integers stand for, unpacked at load.
 
-A packed weight is several tensors behind the name of its linear layer (`X.qweight`, `X.scales`, ...). Each row of `PACKINGS` names
-them with their shapes and says how they make the weight [N, K], in float32: the products are exact there, and rounded to the type of
-the run. Layouts: the formats' own writers (compressed-tensors, AutoGPTQ and GPTQModel, AutoAWQ, MLX, transformers' fp8).
+A packed weight is several tensors behind the name of its linear layer (`X.qweight`, `X.scales`, ...). A `Packing` names them with
+their shapes and says how they make the weight [N, K], in float32: products are exact there, and rounded to the type of the run. Layouts: the formats' own writers (compressed-tensors, AutoGPTQ and GPTQModel, AutoAWQ, MLX, transformers' fp8).
 What needs another package or another distribution is refused as before, by `admit`.
 """
 
@@ -95,7 +94,9 @@ def _gptq(how: Mapping[str, Any]) -> Packing | None:
 
 def _check_index(index: Int[Tensor, "K"], groups: int) -> None:
     if not bool(((index >= 0) & (index < groups)).all()):
-        raise ConfigError("g_idx names a group of scales that does not exist: the checkpoint is damaged, download it again")
+        raise ConfigError(
+            "g_idx names a group of scales that does not exist: the checkpoint is damaged, download it again"
+        )
 
 
 def _awq(how: Mapping[str, Any]) -> Packing | None:
@@ -153,7 +154,11 @@ def _packed_fours(size: Any, symmetric: bool) -> Packing:
 
     def shapes(n: int, k: int) -> dict[str, tuple[int, ...]]:
         g = _groups(size, k)
-        out: dict[str, tuple[int, ...]] = {"weight_packed": (n, -(-k // 8)), "weight_scale": (n, g), "weight_shape": (2,)}
+        out: dict[str, tuple[int, ...]] = {
+            "weight_packed": (n, -(-k // 8)),
+            "weight_scale": (n, g),
+            "weight_shape": (2,),
+        }
         return out if symmetric else out | {"weight_zero_point": (-(-n // 8), g)}
 
     def unpack(t: Mapping[str, Tensor], n: int, k: int) -> Float[Tensor, "N K"]:
@@ -164,7 +169,9 @@ def _packed_fours(size: Any, symmetric: bool) -> Packing:
             zeros = fields(t["weight_zero_point"].t().contiguous(), 4)[:, :n].t()
         return (codes - zeros.repeat_interleave(each, 1)).float() * scales.repeat_interleave(each, 1)
 
-    return Packing("compressed-tensors, pack-quantized", shapes, unpack, "weight_packed", ("I32",), frozenset({"weight_shape"}))
+    return Packing(
+        "compressed-tensors, pack-quantized", shapes, unpack, "weight_packed", ("I32",), frozenset({"weight_shape"})
+    )
 
 
 def _fp8(how: Mapping[str, Any]) -> Packing | None:

@@ -52,8 +52,8 @@ def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool) 
 
 
 class Work:
-    """The jobs of one process. given: {"core": text of a tokenizer.json} or {"folder": where transformers reads it, or a GGUF file}, for texts;
-    {"grammar": text of a tokenizer.json, "eos": ids that end a text} for grammars."""
+    """The jobs of one process. given: {"core": text of a tokenizer.json} or {"folder": where transformers reads it,
+    or a GGUF file}, for texts; {"grammar": text of a tokenizer.json, "eos": ids that end a text} for grammars."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self._given = given

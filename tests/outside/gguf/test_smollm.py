@@ -23,7 +23,9 @@ TOPICS = (
     "rain", "bread", "the moon", "chess", "a long river", "bees", "glass", "maps", "salt", "an old clock", "snow", "tea", "wolves",
     "paper", "the number seven", "music", "ice", "a bridge", "gardens", "trains", "stars", "wood", "a lighthouse", "honey", "sand",
 )  # fmt: skip
-QUESTIONS = [f"{ask} {topic}?" for topic in TOPICS for ask in ("What is interesting about", "Can you write one sentence on")]
+QUESTIONS = [
+    f"{ask} {topic}?" for topic in TOPICS for ask in ("What is interesting about", "Can you write one sentence on")
+]
 TOKENS, NEEDED = 32, 45
 
 
@@ -87,12 +89,16 @@ def test_greedy_text_is_that_of_the_dequantised_model(file: Path, theirs: Any) -
         if not equal:
             at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
             logits = theirs(torch.tensor([ids + expected[:at]])).logits[0, -1].topk(2).values
-            print(f"{question!r} differs at token {at}; transformers' two best logits differ by {logits[0] - logits[1]:.4f}")
+            print(
+                f"{question!r} differs at token {at}; transformers' two best logits differ by {logits[0] - logits[1]:.4f}"
+            )
     print(f"{same} of {len(QUESTIONS)} texts are equal")
     assert same >= NEEDED
 
 
-def test_chat_with_its_template(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_with_its_template(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["outrider", "chat", str(file), "--temperature", "0", "--max-tokens", "24"])
     monkeypatch.setattr("builtins.input", iter_lines(["What is the capital of France?", "/quit"]))
     main_ends(0)

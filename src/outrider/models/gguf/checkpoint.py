@@ -93,7 +93,10 @@ class GgufCheckpoint:
         return (self.layer(i) for i in range(self.config.layers))
 
     def packed(self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model") -> DecoderWeights:
-        """The weights as they are stored; blocks are read one at a time, while they are used. dtype: of hidden states and the cache."""
+        """The weights as they are stored; blocks are read one at a time, while they are used.
+
+        dtype: of hidden states and the cache.
+        """
         note = f"choose a smaller {role}, or free memory"
         require_memory(self.packed_bytes, torch.device("cpu"), f"the weights of the {role}", note)
         told, count = progress or (lambda _: None), self.config.layers
