@@ -1,7 +1,8 @@
 """Quantised checkpoints in safetensors: what their integers stand for, unpacked at load.
 
 A packed weight is several tensors behind the name of its linear layer (`X.qweight`, `X.scales`, ...). A `Packing` names them with
-their shapes and says how they make the weight [N, K], in float32: products are exact there, and rounded to the type of the run. Layouts: the formats' own writers (compressed-tensors, AutoGPTQ and GPTQModel, AutoAWQ, MLX, transformers' fp8).
+their shapes and says how they make the weight [N, K], in float32: products are exact there, and rounded to the type of the run.
+Layouts: the formats' own writers (compressed-tensors, AutoGPTQ and GPTQModel, AutoAWQ, MLX, transformers' fp8).
 What needs another package or another distribution is refused as before, by `admit`.
 """
 
