@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM"),
 }
 """The architectures that are read, by `general.architecture`."""
 
@@ -119,6 +120,8 @@ def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
         return {}
     if kind.family == "llama":  # Mistral: the same network, and every layer has the window
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": width}
+    if kind.family == "phi3":
+        return {"sliding_window": width}
     raise ConfigError(f"{keys.path} has a sliding window of {width}, whose layers it does not name: use another model")
 
 
