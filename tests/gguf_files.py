@@ -62,7 +62,9 @@ def save_tokenizer(core: Tokenizer, folder: Path, **settings: Any) -> None:
     whole.save_pretrained(folder)
 
 
-def make_pair(folder: Path, family: str = "llama", kind: str = "f32", tokenizer: bool = False, **overrides: Any) -> tuple[Path, Path]:
+def make_pair(
+    folder: Path, family: str = "llama", kind: str = "f32", tokenizer: bool = False, **overrides: Any
+) -> tuple[Path, Path]:
     """A checkpoint in Hugging Face format, and the GGUF file made of it."""
     source = folder / "source"
     if tokenizer:

@@ -26,12 +26,17 @@ CASES = {
     "llama tied, biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
     "llama one key head": ("llama", {"num_key_value_heads": 1, "head_dim": 14}),
     "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0}}),
-    "llama 3": ("llama", {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | SCALING}),
+    "llama 3": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | SCALING},
+    ),
     "llama yarn": ("llama", {"rope_parameters": {"rope_type": "yarn"} | SCALING}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3 biases": ("qwen3", {"attention_bias": True}),
     "mistral window": ("mistral", {"sliding_window": 6}),
+    "phi3": ("phi3", {}),
+    "phi3 window": ("phi3", {"sliding_window": 6}),
 }
 
 
@@ -53,7 +58,18 @@ def test_float32_files_are_the_checkpoint(case: str, tmp_path: Path) -> None:
     source, file = make_pair(tmp_path, family, **overrides)
     ours, theirs = GgufCheckpoint(file), Checkpoint(source)
     a, b = ours.config, theirs.config
-    same = ("family", "vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "max_length", "window")
+    same = (
+        "family",
+        "vocab_size",
+        "hidden",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "inner",
+        "max_length",
+        "window",
+    )
     assert [getattr(a, name) for name in same] == [getattr(b, name) for name in same]
     assert a.eps == pytest.approx(b.eps, rel=1e-7)
     assert a.rope_scale == pytest.approx(b.rope_scale, rel=1e-6)

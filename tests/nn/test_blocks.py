@@ -62,7 +62,17 @@ def test_rounding_errors_are_those_of_the_format(name: str) -> None:
     x = torch.from_numpy(np.random.default_rng(5).normal(0, 1, (4, 512)).astype(np.float32))
     once = dequantise(quantise(x, block), block)
     error = (once - x).square().mean().sqrt()
-    bound = {"q8_0": 0.0065, "q4_0": 0.1, "q4_1": 0.09, "q5_0": 0.05, "q5_1": 0.045, "q4_k": 0.09, "q5_k": 0.045, "q6_k": 0.025}[name]
+    bounds = {
+        "q8_0": 0.0065,
+        "q4_0": 0.1,
+        "q4_1": 0.09,
+        "q5_0": 0.05,
+        "q5_1": 0.045,
+        "q4_k": 0.09,
+        "q5_k": 0.045,
+        "q6_k": 0.025,
+    }
+    bound = bounds[name]
     assert 0 < error < bound  # a wrong scale or offset is off by far more
     out = torch.empty(4, 512, dtype=torch.bfloat16)
     assert torch.equal(dequantise(quantise(x, block), block, out), once.bfloat16())

@@ -14,11 +14,12 @@ from outrider.errors import ConfigError
 
 def convert(
     model: Annotated[
-        str, typer.Argument(callback=paths.model, help="A folder in Hugging Face format, or a Hub name.", show_default=False)
+        str,
+        typer.Argument(
+            callback=paths.model, help="A folder in Hugging Face format, or a Hub name.", show_default=False
+        ),
     ],
-    out: Annotated[
-        Path, typer.Argument(callback=paths.out_file, help="The GGUF file to write.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Argument(callback=paths.out_file, help="The GGUF file to write.", show_default=False)],
     kind: Annotated[
         str,
         typer.Option(
@@ -42,7 +43,9 @@ def convert(
 
     folder = resolve_folder(model)
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is a GGUF file already: give the folder in Hugging Face format that it was made from")
+        raise ConfigError(
+            f"{folder} is a GGUF file already: give the folder in Hugging Face format that it was made from"
+        )
     if out.suffix.lower() != ".gguf":
         raise ConfigError(f"{out} does not end in .gguf: name the file so, programs know it by that")
     if out.exists() and not force:
@@ -51,8 +54,12 @@ def convert(
         found = write(folder, out, kind.lower(), told)
     written = GgufCheckpoint(out)  # whose checks it must pass
     if json:
-        terminal.print_json({"file": str(out), "bytes": out.stat().st_size, "types": found, "parameters": written.parameters})
+        terminal.print_json(
+            {"file": str(out), "bytes": out.stat().st_size, "types": found, "parameters": written.parameters}
+        )
         return
     bits = 8 * out.stat().st_size / written.parameters
-    told_types = ", ".join(f"{name} {count / 2**20:.1f} MiB" for name, count in sorted(found.items(), key=lambda i: -i[1]))
+    told_types = ", ".join(
+        f"{name} {count / 2**20:.1f} MiB" for name, count in sorted(found.items(), key=lambda i: -i[1])
+    )
     terminal.say(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {bits:.2f} bits a weight ({told_types})")

@@ -23,7 +23,7 @@ ENGINE = Table(
                 "--target",
                 "-t",
                 callback=paths.model,
-                help="Target model: a folder or a Hub name. Default: the shipped pair.",
+                help="Target model: a folder, a GGUF file or a Hub name. Default: the shipped pair.",
                 show_default=False,
             ),
         ],
@@ -33,8 +33,8 @@ ENGINE = Table(
                 "--draft",
                 "-d",
                 callback=paths.drafter,
-                help="What proposes draft tokens: none, ngram, auto, a folder or a Hub name, or several joined by '+' (the "
-                "first that has a draft is used).",
+                help="What proposes draft tokens: none, ngram, auto, a folder, a GGUF file or a Hub name, or several joined by "
+                "'+' (the first that has a draft is used).",
             ),
         ],
         "length": Annotated[

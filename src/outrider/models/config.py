@@ -33,7 +33,8 @@ class Unsupported(Exception):
 class Family:
     """The parts of a model type, and transformers' defaults of absent keys.
 
-    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files.
+    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files. fused: products that share an
+    input are stored as one.
     """
 
     options: frozenset[str]
@@ -41,9 +42,11 @@ class Family:
     kv_heads: int | None = None
     head_dim: int | None = None
     max_length: int = 32768
-    window: int = 4096
+    window: int | None = 4096
+    eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    fused: bool = False
 
 
 FAMILIES = {
@@ -51,6 +54,7 @@ FAMILIES = {
     "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
     "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm=True),
     "mistral": Family(frozenset({"sliding_window"}), kv_heads=8, max_length=131072),
+    "phi3": Family(frozenset({"sliding_window"}), max_length=4096, window=None, eps=1e-5, fused=True),
 }
 
 
@@ -64,6 +68,7 @@ class Layout:
     qk_norm: bool
     tied: bool
     stored: str | None
+    fused: bool = False
 
 
 def read_raw_config(folder: Path) -> dict:
@@ -114,7 +119,7 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         kv_heads=kv_heads,
         head_dim=head_dim,
         inner=whole(raw, "intermediate_size", where, most=1 << 20),
-        eps=real(raw, "rms_norm_eps", where, 1e-6, least=0.0),
+        eps=real(raw, "rms_norm_eps", where, family.eps, least=0.0),
         max_length=max_length or positions,
         window=_windows(raw, family, layers, where),
         inv_freq=inv_freq,
@@ -129,6 +134,7 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         qk_norm=family.qk_norm,
         tied=flag(raw, "tie_word_embeddings", where),
         stored=stored if isinstance(stored, str) else None,
+        fused=family.fused,
     )
 
 
@@ -198,6 +204,8 @@ def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Floa
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if kind == "default":
         return inv_freq, 1.0
+    if raw["model_type"] == "phi3":  # which calls LongRoPE by several names
+        raise Unsupported(f"rotary scaling {reprlib.repr(kind)} of a phi3")
     if kind == "linear":
         return inv_freq / real(rope, "factor", where, least=1e-6, most=1e6), 1.0
     if kind == "llama3":
@@ -215,9 +223,7 @@ def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int, where: 
         real(rope, "high_freq_factor", where, least=1e-6, most=1e6),
     )
     if high <= low:
-        raise ConfigError(
-            f"{where}: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file"
-        )
+        raise ConfigError(f"{where}: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file")
     old = whole(rope, "original_max_position_embeddings", where, default=positions, most=1 << 26)
     wavelength = 2 * math.pi / inv_freq
     scaled = torch.where(wavelength > old / low, inv_freq / factor, inv_freq)
@@ -226,7 +232,9 @@ def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int, where: 
     return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled)
 
 
-def _yarn(rope: dict, theta: float, head_dim: int, positions: int, where: object) -> tuple[Float[Tensor, "half"], float]:
+def _yarn(
+    rope: dict, theta: float, head_dim: int, positions: int, where: object
+) -> tuple[Float[Tensor, "half"], float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow frequencies, keep fast ones, a ramp between."""
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise Unsupported("yarn with mscale")

@@ -26,8 +26,9 @@ _NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What llama.cpp takes instead for rows that are no whole blocks."""
 _PARTS = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WHOLE = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
@@ -58,9 +59,7 @@ def type_for(name: str, shape: tuple[int, ...], wanted: BlockType) -> BlockType:
     return named("bf16") if shape[-1] % named(chosen).values else named(chosen)
 
 
-def convert(
-    folder: Path, out: Path, kind: str, progress: Callable[[float], None] | None = None
-) -> dict[str, int]:
+def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None] | None = None) -> dict[str, int]:
     """Write the model of `folder` to `out` in blocks of the type `kind` (a name of TYPES); returns bytes by type.
 
     The file appears when it is complete. Raises ConfigError for a family, a tokenizer or a type that cannot be written.
@@ -143,9 +142,13 @@ def _divisors(checkpoint: Checkpoint) -> Tensor | None:
 def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
     raw, c = read_raw_config(folder), checkpoint.config
     if c.family not in ARCHITECTURE:
-        raise ConfigError(f"{folder} is a {c.family}, which cannot be written yet: convert it with llama.cpp's converter")
+        raise ConfigError(
+            f"{folder} is a {c.family}, which cannot be written yet: convert it with llama.cpp's converter"
+        )
     if len(set(c.window)) > 1:
-        raise ConfigError(f"{folder} has windows in some layers only, which GGUF has no key for here: convert it with llama.cpp")
+        raise ConfigError(
+            f"{folder} has windows in some layers only, which GGUF has no key for here: convert it with llama.cpp"
+        )
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
     sizes: dict[str, Any] = {
@@ -156,7 +159,11 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         **({"attention.sliding_window": c.window[0]} if c.window[0] else {}),
     }  # fmt: skip
     arch = ARCHITECTURE[c.family]
-    general = {"general.name": folder.resolve().name, "general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2}
+    general = {
+        "general.name": folder.resolve().name,
+        "general.file_type": _FILE_TYPES[kind],
+        "general.quantization_version": 2,
+    }
     words = {f"tokenizer.{key}": value for key, value in vocabulary_keys(folder, c.vocab_size).items()}
     return general | {f"{arch}.{key}": value for key, value in sizes.items()} | words
 
@@ -170,9 +177,13 @@ def _scaling(folder: Path, rope: dict[str, Any]) -> dict[str, Any]:
     if kind == "yarn" and rope.get("attention_factor") is None and rope.get("truncate", True):
         out = {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
         out["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
-        betas = {f"rope.scaling.yarn_{name}": float(rope[name]) for name in ("beta_fast", "beta_slow") if rope.get(name)}
+        betas = {
+            f"rope.scaling.yarn_{name}": float(rope[name]) for name in ("beta_fast", "beta_slow") if rope.get(name)
+        }
         return out | betas
-    raise ConfigError(f"{folder} scales its positions by {kind!r} in a way that cannot be written: use llama.cpp's converter")
+    raise ConfigError(
+        f"{folder} scales its positions by {kind!r} in a way that cannot be written: use llama.cpp's converter"
+    )
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -26,8 +26,10 @@ def resolve_folder(path_or_name: str | Path) -> Path:
     if is_gguf(path):
         return first_part(path)
     if path.exists():
-        raise ConfigError(f"{name} is a file: give a GGUF file, or the folder that holds config.json and model.safetensors")
-    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise ConfigError(
+            f"{name} is a file: give a GGUF file, or the folder that holds config.json and model.safetensors"
+        )
+    if not _HUB_NAME.fullmatch(name) or ".." in name or path.suffix.lower() == ".gguf":
         raise ConfigError(
             f"there is no folder {name}: give a folder in Hugging Face format, a GGUF file or a Hub name like 'owner/model'"
         )
@@ -43,13 +45,11 @@ def files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 def require_config(folder: Path) -> None:
     """Raise ConfigError for a folder without config.json, with a hint at what else it seems to hold."""
-    if is_gguf(folder) or (folder / "config.json").is_file():
+    if is_gguf(folder) or any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
     hint = ""
     inner = sorted(p.parent for p in folder.glob("*/config.json"))
-    if (folder / "adapter_config.json").is_file():
-        hint = "; this one holds an adapter (LoRA): merge it into its base model (merge_and_unload) and save that"
-    elif inner:
+    if inner:
         hint = f"; did you mean {inner[0]}?"
     raise ConfigError(f"{folder} has no config.json: give a folder in Hugging Face format, or a GGUF file{hint}")
 

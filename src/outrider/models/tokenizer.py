@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from outrider import protocols
 from outrider.errors import ConfigError
 from outrider.files import read_json
+from outrider.models.adapter import home_of
 from outrider.models.config import CONFIG_BYTES
 from outrider.models.fast_tokenizer import read_fast_tokenizer
 from outrider.models.folder import resolve_folder
@@ -30,7 +31,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
     A tokenizer.json beside a GGUF file goes before the file's own vocabulary only where that one cannot be read.
     """
     folder = resolve_folder(path_or_name)
-    return _of_gguf(folder) if is_gguf(folder) else _of_folder(folder)
+    return _of_gguf(folder) if is_gguf(folder) else _of_folder(home_of(folder, "tokenizer.json"))
 
 
 def _of_folder(folder: Path) -> Any:
@@ -95,6 +96,7 @@ def find_tokenizer(path_or_name: str | Path) -> Any | None:
     folder = resolve_folder(path_or_name)
     if is_gguf(folder):
         return load_tokenizer(folder) if has_vocabulary(folder) else None
+    folder = home_of(folder, "tokenizer.json")
     return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
@@ -176,6 +178,7 @@ def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]
     folder = resolve_folder(path_or_name)
     if is_gguf(folder):
         return stops(folder)
+    folder = home_of(folder)
     generation = folder / "generation_config.json"
     if generation.is_file():
         _refuse_constraints(read_json(generation, CONFIG_BYTES), generation)

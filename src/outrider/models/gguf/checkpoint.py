@@ -54,6 +54,10 @@ class GgufCheckpoint:
         """Bytes of the weights as they are stored."""
         return sum(self._tensors[name].bytes for name in self._expected())
 
+    def stored_bytes(self) -> Iterator[tuple[str, int]]:
+        """Name of the type and bytes of every tensor."""
+        return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
+
     def embedding(self) -> Segment:
         return self.weights.segment(EMBEDDING)
 
@@ -69,7 +73,8 @@ class GgufCheckpoint:
         at, c, w = f"blk.{i}.", self.config, self.weights
         heads = {"q": c.heads, "k": c.kv_heads, "v": 0}
         numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
-        qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())
+        parts = {"qkv": 0} if self.layout.fused else heads
+        qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in parts.items())
         biases = [numbers(f"attn_{part}.bias") for part in heads]
         return LayerWeights(
             norm1=w.numbers(at + "attn_norm.weight"),
@@ -80,7 +85,7 @@ class GgufCheckpoint:
             o=(w.segment(at + "attn_output.weight"),),
             o_bias=numbers("attn_output.bias"),
             norm2=w.numbers(at + "ffn_norm.weight"),
-            gate_up=(w.segment(at + "ffn_gate.weight"), w.segment(at + "ffn_up.weight")),
+            gate_up=tuple(w.segment(f"{at}ffn_{part}.weight") for part in (("up",) if self.layout.fused else ("gate", "up"))),
             down=(w.segment(at + "ffn_down.weight"),),
         )
 
@@ -89,7 +94,10 @@ class GgufCheckpoint:
         return (self.layer(i) for i in range(self.config.layers))
 
     def packed(self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model") -> DecoderWeights:
-        """The weights as they are stored; blocks are read one at a time, when they are used. dtype: of hidden states and cache."""
+        """The weights as they are stored; blocks are read one at a time, while they are used.
+
+        dtype: of hidden states and the cache.
+        """
         note = f"choose a smaller {role}, or free memory"
         require_memory(self.packed_bytes, torch.device("cpu"), f"the weights of the {role}", note)
         told, count = progress or (lambda _: None), self.config.layers
@@ -188,7 +196,12 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     c = layout.decoder
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     out: dict[str, tuple[int, ...]] = {"attn_norm.weight": (c.hidden,), "ffn_norm.weight": (c.hidden,)}
-    for name, size in (("q", queries), ("k", keys), ("v", keys)):
+    out["ffn_up.weight"] = (c.inner * (2 if layout.fused else 1), c.hidden)
+    if layout.fused:
+        out["attn_qkv.weight"] = (queries + 2 * keys, c.hidden)
+    else:
+        out["ffn_gate.weight"] = (c.inner, c.hidden)
+    for name, size in () if layout.fused else (("q", queries), ("k", keys), ("v", keys)):
         out[f"attn_{name}.weight"] = (size, c.hidden)
         if layout.qkv_bias:
             out[f"attn_{name}.bias"] = (size,)
@@ -197,5 +210,4 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
         out["attn_output.bias"] = (c.hidden,)
     if layout.qk_norm:
         out |= {"attn_q_norm.weight": (c.head_dim,), "attn_k_norm.weight": (c.head_dim,)}
-    out |= {f"ffn_{name}.weight": (c.inner, c.hidden) for name in ("gate", "up")}
     return out | {"ffn_down.weight": (c.hidden, c.inner)}

@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM"),
 }
 """The architectures that are read, by `general.architecture`."""
 
@@ -73,10 +74,14 @@ def config_of(weights: Weights) -> dict[str, Any]:
     hidden, heads = keys.whole("embedding_length"), keys.same("attention.head_count")
     embedding = weights.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise ConfigError(f"{weights.path} has no tensor token_embd.weight (a vocabulary alone?): give the file of a model")
+        raise ConfigError(
+            f"{weights.path} has no tensor token_embd.weight (a vocabulary alone?): give the file of a model"
+        )
     head_dim = keys.whole("attention.key_length", hidden // heads if heads else None)
     if keys.whole("attention.value_length", head_dim) != head_dim:
-        raise ConfigError(f"{weights.path} has keys and values of different sizes, which are not read: use another model")
+        raise ConfigError(
+            f"{weights.path} has keys and values of different sizes, which are not read: use another model"
+        )
     if keys.whole("rope.dimension_count", head_dim) != head_dim:
         raise ConfigError(f"{weights.path} turns a part of every head only, which is not read yet: use another model")
     out: dict[str, Any] = {
@@ -115,6 +120,8 @@ def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
         return {}
     if kind.family == "llama":  # Mistral: the same network, and every layer has the window
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": width}
+    if kind.family == "phi3":
+        return {"sliding_window": width}
     raise ConfigError(f"{keys.path} has a sliding window of {width}, whose layers it does not name: use another model")
 
 
@@ -126,9 +133,15 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
     if kind == "linear":
         return {"rope_type": "linear", "factor": keys.real("rope.scaling.factor", most=1e6)}
     if kind != "yarn":
-        raise ConfigError(f"{keys.path} scales its positions by {reprlib.repr(kind)}, which is not read: use another model")
-    if keys.real("rope.scaling.yarn_ext_factor", 1.0, most=1e6) != 1.0 or keys.given("rope.scaling.yarn_log_multiplier"):
-        raise ConfigError(f"{keys.path} has a kind of YaRN that is not read (ext_factor, log_multiplier): use another model")
+        raise ConfigError(
+            f"{keys.path} scales its positions by {reprlib.repr(kind)}, which is not read: use another model"
+        )
+    if keys.real("rope.scaling.yarn_ext_factor", 1.0, most=1e6) != 1.0 or keys.given(
+        "rope.scaling.yarn_log_multiplier"
+    ):
+        raise ConfigError(
+            f"{keys.path} has a kind of YaRN that is not read (ext_factor, log_multiplier): use another model"
+        )
     out: dict[str, Any] = {"rope_type": "yarn", "factor": keys.real("rope.scaling.factor", most=1e6)}
     out["original_max_position_embeddings"] = keys.whole("rope.scaling.original_context_length")
     for ours, theirs in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
@@ -161,7 +174,9 @@ class _Keys:
                     f"{self.path} has the key {key[:120]}, which is not known to be without effect: use another model"
                 )
         if self.whole("expert_count", 0, least=0) or self.whole("expert_used_count", 0, least=0):
-            raise ConfigError(f"{self.path} is a mixture of experts, which is not read from GGUF yet: use a dense model")
+            raise ConfigError(
+                f"{self.path} is a mixture of experts, which is not read from GGUF yet: use a dense model"
+            )
         if flag(self.values, self.name("use_parallel_residual"), self.path):
             raise ConfigError(f"{self.path} has parallel residuals, which are not read: use another model")
         if not flag(self.values, self.name("attention.causal"), self.path, True):
@@ -178,6 +193,8 @@ class _Keys:
         value = self.values.get(self.name(key))
         if isinstance(value, tuple) and value:
             if len(set(value)) > 1:
-                raise ConfigError(f"{self.path}: {self.name(key)} differs between layers, which is not read: use another model")
+                raise ConfigError(
+                    f"{self.path}: {self.name(key)} differs between layers, which is not read: use another model"
+                )
             return whole({key: value[0]}, key, self.path, most=1 << 26)
         return self.whole(key, default)

@@ -83,7 +83,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file, remembered while the file does not change. Raises ConfigError for anything that is not as it must be."""
+    """The header of a file, remembered while the file does not change. Raises ConfigError for a damaged one."""
     try:
         state = path.stat()
         return _read(path, state.st_size, state.st_mtime_ns)
@@ -238,7 +238,9 @@ def _infos(cursor: Cursor, count: int) -> Iterator[TensorInfo]:
         seen.add(name)
         (dimensions,) = cursor.take(_U32)
         if not 1 <= dimensions <= DIMENSIONS:
-            raise cursor.fail(f"tensor {reprlib.repr(name)} has {dimensions} dimensions, 1 to {DIMENSIONS} are possible")
+            raise cursor.fail(
+                f"tensor {reprlib.repr(name)} has {dimensions} dimensions, 1 to {DIMENSIONS} are possible"
+            )
         shape = tuple(reversed(cursor.take(struct.Struct(f"<{dimensions}Q"))))
         product = 1
         for size in shape:
@@ -256,6 +258,8 @@ def _placed(
     begin = -(-cursor.place // alignment) * alignment
     for info in infos:
         if info.offset % alignment or info.offset > max(cursor.size - begin, 0):
-            raise cursor.fail(f"tensor {reprlib.repr(info.name)} begins at {info.offset}, not at a place inside the file")
+            raise cursor.fail(
+                f"tensor {reprlib.repr(info.name)} begins at {info.offset}, not at a place inside the file"
+            )
     placed = tuple(TensorInfo(i.name, i.kind, i.shape, begin + i.offset) for i in infos)
     return Header(cursor.path, values, element_types, placed, alignment, cursor.size)

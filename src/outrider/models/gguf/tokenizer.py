@@ -88,7 +88,9 @@ def _sentencepiece(v: Vocabulary) -> Tokenizer:
     ids = {token: i for i, token in enumerate(v.tokens)}
     unknown = v.text_of("unk")
     core = Tokenizer(
-        models.BPE(vocab=ids, merges=list(_implied_merges(v, ids)), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab=ids, merges=list(_implied_merges(v, ids)), unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
     )
     replace = normalizers.Replace(" ", SPACE)
     core.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if v.space_prefix else replace

@@ -97,7 +97,7 @@ def stops(path: Path) -> tuple[int, ...]:
         return ()
     tokens = _tokens(header)
     kinds = header.values.get(PREFIX + "token_type") or ()
-    special = _special(header.values, header.path, "", len(tokens))
+    special = _special(header.values, header.path, str(header.values.get(PREFIX + "model")), len(tokens))
     found = [special[name] for name in ("eos", "eot", "eom") if name in special]
     named = [i for i, kind in enumerate(kinds) if kind == CONTROL and i < len(tokens) and tokens[i] in ENDS]
     return tuple(dict.fromkeys([*found, *named]))

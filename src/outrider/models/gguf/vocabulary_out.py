@@ -8,7 +8,7 @@ from typing import Any
 
 from outrider.errors import ConfigError
 from outrider.files import read_json
-from outrider.models.gguf.pretokenizers import CUTS, Cut
+from outrider.models.gguf.pretokenizers import CUTS
 from outrider.models.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER
 
 _FILE_BYTES = 128 << 20
@@ -43,16 +43,27 @@ def vocabulary_keys(folder: Path, rows: int) -> dict[str, Any]:
     if sentencepiece:
         out |= _sentencepiece(file, data, model, tokens, kinds, merges)
     else:
-        out |= {"ggml.model": "gpt2", "ggml.pre": _cut_name(file, data, model), "ggml.merges": [" ".join(m) for m in merges]}
+        out |= {
+            "ggml.model": "gpt2",
+            "ggml.pre": _cut_name(file, data, model),
+            "ggml.merges": [" ".join(m) for m in merges],
+        }
     return out | _special(settings, ids, data) | _template(folder, settings)
 
 
 def _unwritable(file: Path, what: str) -> ConfigError:
-    return ConfigError(f"{file} cannot be written to a GGUF file ({what}): convert this model with llama.cpp's converter")
+    return ConfigError(
+        f"{file} cannot be written to a GGUF file ({what}): convert this model with llama.cpp's converter"
+    )
 
 
 def _sentencepiece(
-    file: Path, data: Mapping[str, Any], model: Mapping[str, Any], tokens: list[str], kinds: list[int], merges: list[Any]
+    file: Path,
+    data: Mapping[str, Any],
+    model: Mapping[str, Any],
+    tokens: list[str],
+    kinds: list[int],
+    merges: list[Any],
 ) -> dict[str, Any]:
     """Scores that order tokens as the merges do: the rank of the first merge that makes a token."""
     steps = (data.get("normalizer") or {}).get("normalizers") or [data.get("normalizer") or {}]
@@ -89,8 +100,8 @@ def _cut_name(file: Path, data: Mapping[str, Any], model: Mapping[str, Any]) -> 
             expressions += [CUTS["gpt-2"].expressions[0]] if one.get("use_regex", True) else []
         else:
             raise _unwritable(file, f"its pre-tokenizer has the stage {str(kind)[:40]}")
-    wanted = Cut(tuple(expressions), bool(model.get("ignore_merges")))
-    found = [name for name in _PREFERRED if (CUTS[name].expressions, CUTS[name].whole_words) == (wanted.expressions, wanted.whole_words)]  # fmt: skip
+    wanted = (tuple(expressions), bool(model.get("ignore_merges")))
+    found = [name for name in _PREFERRED if (CUTS[name].expressions, CUTS[name].whole_words) == wanted]
     if not found:
         raise _unwritable(file, "it cuts words in a way that GGUF has no name for")
     return found[0]

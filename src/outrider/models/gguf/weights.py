@@ -79,7 +79,9 @@ class Weights:
             raise ConfigError(f"{tensor.file} ends inside of tensor {reprlib.repr(name)}: {_AGAIN}") from None
         found = Segment(tensor.block, raw.view(-1, tensor.block.row_bytes(tensor.shape[-1])))
         if not finite(found):
-            raise ConfigError(f"tensor {reprlib.repr(name)} of {tensor.file} has a scale that is no finite number: {_AGAIN}")
+            raise ConfigError(
+                f"tensor {reprlib.repr(name)} of {tensor.file} has a scale that is no finite number: {_AGAIN}"
+            )
         return found
 
     def numbers(self, name: str) -> Float[Tensor, "..."]:
@@ -109,7 +111,7 @@ def _stored(header: Header) -> dict[str, Stored]:
         end, before = tensor.offset + tensor.bytes, name
         if end > header.end:
             raise ConfigError(
-                f"{header.path} has {header.end} bytes and tensor {reprlib.repr(name)} ends at {end}: the file was cut off, {_AGAIN}"
+                f"{header.path} has {header.end} bytes and tensor {reprlib.repr(name)} ends at {end}: it was cut off, {_AGAIN}"
             )
     return found
 
