@@ -182,7 +182,7 @@ def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, wi
 SIZES = {
     "163m": ("12 layers of 1024", lambda: decoder_config(8192, 1024, 12, 16, 2816)),
     "478m": ("16 layers of 1536", lambda: decoder_config(8192, 1536, 16, 24, 4096)),
-    "layer": ("1 layer of 256", lambda: decoder_config(4096, 256, 1, 4, 512)),
+    "layer": ("1 layer of 1024", lambda: decoder_config(2048, 1024, 1, 16, 2816)),
     "shipped": ("shipped target", lambda: shipped_config("target")),
     "draft": ("shipped draft", lambda: shipped_config("draft")),
 }

@@ -134,8 +134,9 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     )
 
 
-def texts(engine: Engine, **params: object) -> list[list[int]]:
-    return [r.tokens for r in engine.generate(PROMPTS, SamplingParams(max_tokens=24, stop_token_ids=(), **params))]  # type: ignore[arg-type]
+def texts(engine: Engine, **params: object) -> list[tuple[int, ...]]:
+    asked = SamplingParams(max_tokens=24, **params)  # type: ignore[arg-type]
+    return [result.outputs[0].token_ids for result in engine.generate(PROMPTS, asked)]
 
 
 def test_greedy_text_is_that_of_plain_decoding(engine: Engine) -> None:

@@ -36,8 +36,8 @@ QUANTIZE = {name: name for name in ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_
 def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
     """Plain weights in blocks of the type that `name` stands for; blocks of layers are rounded one at a time, while they are read.
 
-    Types are those that `outrider convert` would choose; what it would write plain stays as it is. Raises ConfigError for an unknown
-    name.
+    Types are those that `outrider convert` would choose; what it would write plain stays as it is. Raises ConfigError for an
+    unknown name.
     """
     wanted = block_type(name)
 
