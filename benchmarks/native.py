@@ -70,7 +70,9 @@ def random_weights(c: DecoderConfig, dtype: torch.dtype) -> DecoderWeights:
         return LayerWeights(ones, qkv, None, None, None, o, None, ones, gate_up, down)
 
     embedding = matrix(c.vocab_size, c.hidden)
-    return DecoderWeights(embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden), dtype)
+    return DecoderWeights(
+        embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden), dtype
+    )
 
 
 def read_bytes(w: DecoderWeights) -> int:
@@ -123,7 +125,9 @@ class Probe:
 
     def read(self, size: int, streams: int) -> None:
         whole = ctypes.c_int64
-        self.library.probe_read(ctypes.c_void_p(self.memory.data_ptr()), whole(size), whole(self.threads), whole(streams))
+        self.library.probe_read(
+            ctypes.c_void_p(self.memory.data_ptr()), whole(size), whole(self.threads), whole(streams)
+        )
 
     def peak(self, kind: str, count: int) -> int:
         """Products done by all threads."""

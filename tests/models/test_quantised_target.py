@@ -124,13 +124,20 @@ def test_embedding_and_head_are_of_the_same_model() -> None:
     rows, kv = Rows.assemble([0], [[7, 90]], [0], Draft.empty(1)), target.new_kv(1, 8)
     scores = target.forward(rows, kv, layers=(0, 2))
     assert torch.equal(target.embed(torch.tensor([7, 90])), scores.hidden[0])
-    assert torch.allclose(target.unembed(scores.hidden[1][-1:]), scores.logits, rtol=1e-2, atol=1e-2 * scores.logits.std())
+    assert torch.allclose(
+        target.unembed(scores.hidden[1][-1:]), scores.logits, rtol=1e-2, atol=1e-2 * scores.logits.std()
+    )
 
 
 @pytest.fixture(scope="module", params=["q8_0", "q4_0"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return build_engine(
-        shipped("target"), draft=str(shipped("draft")), slots=3, max_length=96, target_quantize=request.param, draft_quantize="q4_0"
+        shipped("target"),
+        draft=str(shipped("draft")),
+        slots=3,
+        max_length=96,
+        target_quantize=request.param,
+        draft_quantize="q4_0",
     )
 
 

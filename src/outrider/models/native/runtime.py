@@ -201,9 +201,7 @@ class NativeDecoder:
 
     def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""
-        return NativeDecoder(
-            self._library, config, replace(self.weights, layers=self.weights.layers[: config.layers])
-        )
+        return NativeDecoder(self._library, config, replace(self.weights, layers=self.weights.layers[: config.layers]))
 
     def _new(self, library: ctypes.CDLL) -> int | None:
         c, w = self._config, self.weights

@@ -16,8 +16,7 @@ from outrider.models.decoder import DecoderWeights, LayerWeights, Segments
 from outrider.nn.blocks import BlockType, Segment, dequantise, named
 
 KERNELS = frozenset(
-    named(name).number
-    for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4", "int8")
+    named(name).number for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4", "int8")
 )
 """Types that are multiplied as they are stored; formats.h has their layouts."""
 PLAIN = {torch.float32: named("f32").number, torch.bfloat16: named("bf16").number}
@@ -51,9 +50,7 @@ class NativeLinear:
         self.packed = len(self._plain) < len(parts)
         segments = (_Segment * len(parts))(*(_pointers(p) for p in parts))
         _declare(library)
-        made = library.outrider_linear_new(
-            ctypes.addressof(segments), len(parts), self.inputs, torch.get_num_threads()
-        )
+        made = library.outrider_linear_new(ctypes.addressof(segments), len(parts), self.inputs, torch.get_num_threads())
         if not made:
             raise CapacityError("no memory for the packed weights: use a smaller model or fewer bits")
         self.handle: int = made
