@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from outrider.config_keys import packed_key
@@ -59,7 +59,7 @@ def packing_of(raw: Mapping[str, Any]) -> Packing | None:
     return None
 
 
-def fields(words: Int[Tensor, "*n w"], bits: int) -> Int[Tensor, "*n codes"]:
+def fields(words: Integer[Tensor, "*n w"], bits: int) -> Int[Tensor, "*n codes"]:
     """The fields of `bits` bits of 32-bit words, the lowest first, along the last dimension."""
     shift = torch.arange(0, 32, bits, dtype=torch.int32)
     found = (words.view(torch.int32)[..., None] >> shift) & ((1 << bits) - 1)
