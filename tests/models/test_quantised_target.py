@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,14 @@ def test_coupled_text_is_that_of_plain_decoding_at_temperature_1(engine: Engine)
 def test_says_what_rounding_has_changed(engine: Engine) -> None:
     (told,) = [n for n in engine.notices if "rounded to" in n]
     assert "mean KL" in told and "total variation" in told and "another model" in told
+
+
+def test_says_which_types_are_widened() -> None:
+    config, extras = SHAPES["one head each"]
+    rounded = lambda: quantised(random_weights(config, extras, torch.float32), "q8_0")  # noqa: E731
+    odd = replace(rounded(), embedding=(blocks(named("iq4_nl"), config.vocab_size, config.hidden),))
+    assert any("iq4_nl" in n and "float32" in n for n in LeanTarget(config, odd).notices)
+    assert not any("float32" in n for n in LeanTarget(config, rounded()).notices)
 
 
 def test_refuses(tmp_path: Path) -> None:
