@@ -4,8 +4,8 @@
 
 For each type of weights and 1 to 8 rows: v = time of the rows / time of one, and rho = time / max(bytes / bandwidth, operations /
 peak). Bandwidth (the best of reads in 1, 2, 4 and 8 streams) and peaks (products of bytes, of bfloat16, of float32, from the first
-cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are 20th percentiles. Attention
-and norms of a forward count as overhead. Beside bfloat16, the same forwards through torch's operators (`--torch`).
+cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are the least of
+the rounds, since neighbours only add to them. Attention and norms of a forward count as overhead. Beside bfloat16, the same forwards through torch's operators (`--torch`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -140,10 +139,6 @@ PEAKS = {"bytes": 100_000, "bf16": 20_000, "float": 10_000}
 """Kind of products -> repetitions that take some milliseconds."""
 
 
-def p20(times: list[float]) -> float:
-    return statistics.quantiles(times, n=5)[0]
-
-
 def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, with_torch: bool) -> None:
     probe, arms, facts = Probe(torch.get_num_threads()), {}, {}
     for name in types:
@@ -165,7 +160,7 @@ def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, wi
     size = min(max(size for size, _ in facts.values()), probe.memory.nbytes)
     arms |= {f"read {n}": partial(probe.read, size, n) for n in STREAMS}
     arms |= {f"peak {kind}": partial(probe.peak, kind, count) for kind, count in PEAKS.items()}
-    times = {arm: p20(spent) for arm, spent in interleaved(arms, rounds).items()}
+    times = {arm: min(spent) for arm, spent in interleaved(arms, rounds).items()}
     bandwidth = max(size / times[f"read {n}"] for n in STREAMS)  # bytes per microsecond
     peaks = {kind: probe.peak(kind, count) / times[f"peak {kind}"] for kind, count in PEAKS.items()}
     print(f"{title}: {CACHED} cached, {decoder.kind}, {probe.threads} threads; read {bandwidth / 1e3:.1f} GB/s (in "
