@@ -104,7 +104,9 @@ def test_speculation_keeps_the_text(pair: tuple[Path, Path]) -> None:
     texts = [
         [
             r.text
-            for r in Engine.build(target=str(pair[1]), draft=draft, slots=3, max_length=128).generate(prompts, params)
+            for r in Engine.build(target=str(pair[1]), draft=draft, dtype="float32", slots=3, max_length=128).generate(
+                prompts, params
+            )
         ]
         for draft in ("none", "ngram", str(pair[1]))
     ]

@@ -161,6 +161,8 @@ class Checkpoint:
                 )
             if entry.dtype is None:
                 raise Unsupported(f"tensor {name} is stored in a quantized format")
+        if self.packing is not None and not self.packed:
+            raise Unsupported(f"config.json says that its weights are packed ({self.packing.name}), and none is")
         parts = {part for names in self.packed.values() for part in names.values()}
         extra = without_place(self.entries.keys() - expected.keys() - parts)
         if extra:
