@@ -4,8 +4,9 @@
 
 For each type of weights and 1 to 8 rows: v = time of the rows / time of one, and rho = time / max(bytes / bandwidth, operations /
 peak). Bandwidth (the best of reads in 1, 2, 4 and 8 streams) and peaks (products of bytes, of bfloat16, of float32, from the first
-cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are 20th percentiles. Attention
-and norms of a forward count as overhead. Beside bfloat16, the same forwards through torch's operators (`--torch`).
+cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are the least of the rounds, since
+neighbours only add to them. Attention and norms of a forward count as overhead. `--torch`: beside plain types, the same forwards
+through torch's operators.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import ctypes
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -70,7 +70,9 @@ def random_weights(c: DecoderConfig, dtype: torch.dtype) -> DecoderWeights:
         return LayerWeights(ones, qkv, None, None, None, o, None, ones, gate_up, down)
 
     embedding = matrix(c.vocab_size, c.hidden)
-    return DecoderWeights(embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden), dtype)
+    return DecoderWeights(
+        embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden), dtype
+    )
 
 
 def read_bytes(w: DecoderWeights) -> int:
@@ -123,7 +125,9 @@ class Probe:
 
     def read(self, size: int, streams: int) -> None:
         whole = ctypes.c_int64
-        self.library.probe_read(ctypes.c_void_p(self.memory.data_ptr()), whole(size), whole(self.threads), whole(streams))
+        self.library.probe_read(
+            ctypes.c_void_p(self.memory.data_ptr()), whole(size), whole(self.threads), whole(streams)
+        )
 
     def peak(self, kind: str, count: int) -> int:
         """Products done by all threads."""
@@ -134,10 +138,6 @@ class Probe:
 
 PEAKS = {"bytes": 100_000, "bf16": 20_000, "float": 10_000}
 """Kind of products -> repetitions that take some milliseconds."""
-
-
-def p20(times: list[float]) -> float:
-    return statistics.quantiles(times, n=5)[0]
 
 
 def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, with_torch: bool) -> None:
@@ -161,7 +161,7 @@ def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, wi
     size = min(max(size for size, _ in facts.values()), probe.memory.nbytes)
     arms |= {f"read {n}": partial(probe.read, size, n) for n in STREAMS}
     arms |= {f"peak {kind}": partial(probe.peak, kind, count) for kind, count in PEAKS.items()}
-    times = {arm: p20(spent) for arm, spent in interleaved(arms, rounds).items()}
+    times = {arm: min(spent) for arm, spent in interleaved(arms, rounds).items()}
     bandwidth = max(size / times[f"read {n}"] for n in STREAMS)  # bytes per microsecond
     peaks = {kind: probe.peak(kind, count) / times[f"peak {kind}"] for kind, count in PEAKS.items()}
     print(f"{title}: {CACHED} cached, {decoder.kind}, {probe.threads} threads; read {bandwidth / 1e3:.1f} GB/s (in "
@@ -182,7 +182,7 @@ def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, wi
 SIZES = {
     "163m": ("12 layers of 1024", lambda: decoder_config(8192, 1024, 12, 16, 2816)),
     "478m": ("16 layers of 1536", lambda: decoder_config(8192, 1536, 16, 24, 4096)),
-    "layer": ("1 layer of 256", lambda: decoder_config(4096, 256, 1, 4, 512)),
+    "layer": ("1 layer of 1024", lambda: decoder_config(2048, 1024, 1, 16, 2816)),
     "shipped": ("shipped target", lambda: shipped_config("target")),
     "draft": ("shipped draft", lambda: shipped_config("draft")),
 }

@@ -103,7 +103,9 @@ def _rounding(path: str, model: Target, tokenizer: object | None, options: Engin
     lines = [json.loads(row)["prompt"] for row in PROMPTS.read_text(encoding="utf-8").splitlines()]
     text = [t for line in lines for t in cast(Tokenizer, tokenizer).encode(line)]
     try:
-        plain = load_target(path, dtype=options.dtype, device="cpu", implementation=options.implementation, role="target")
+        plain = load_target(
+            path, dtype=options.dtype, device="cpu", implementation=options.implementation, role="target"
+        )
         far = distance(plain, model, text[: min(MEASURED, model.max_length)])
     except CapacityError:
         return f"{told}: how far from its own was not measured, since both do not fit into memory"

@@ -339,7 +339,10 @@ def test_fewer_instructions_than_there_are(monkeypatch: pytest.MonkeyPatch) -> N
         ("avx2 fma f16c bmi1 bmi2 movbe abm avx_vnni", "avx_vnni"),
         ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl", "avx512"),
         ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni", "avx512_vnni"),
-        ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni avx512_bf16", "avx512_bf16"),
+        (
+            "avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni avx512_bf16",
+            "avx512_bf16",
+        ),
     ],
 )
 def test_what_a_cpu_has(flags: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

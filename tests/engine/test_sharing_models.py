@@ -65,7 +65,9 @@ def test_one_name_in_two_folders_is_two_models(
     assert model_of(engine, "draft") is not first
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}, {"target_quantize": "q8_0"}])
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}, {"target_quantize": "q8_0"}]
+)
 def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, changes: dict[str, str]) -> None:
     """It would be dropped in silence: the companion has the weights that are there."""
     with pytest.raises(ConfigError, match="fixed when the target was loaded"):

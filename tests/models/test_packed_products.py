@@ -50,9 +50,10 @@ def blocks(block: BlockType, outputs: int, inputs: int, seed: int = 0) -> Segmen
 
 def inputs_of(rows: int, width: int) -> Tensor:
     """Rows of several sizes; then zeros, next to nothing, and the greatest codes of either sign everywhere."""
-    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.1, 1.0, 30.0])[
-        torch.arange(rows) % 3, None
-    ]
+    x = (
+        torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+        * torch.tensor([0.1, 1.0, 30.0])[torch.arange(rows) % 3, None]
+    )
     if rows > 5:
         x[2], x[3], x[4] = 0, 1e-35, 5
         x[5] = torch.where(torch.arange(width) % 2 == 0, 7.0, -7.0)
@@ -147,7 +148,11 @@ def test_a_linear_of_several_types() -> None:
     assert library is not None
     parts = [blocks(TYPES[name], n, 512) for name, n in (("q4_k", 40), ("q6_k", 23), ("q8_0", 9), ("q5_0", 1))]
     plain = torch.randn(5, 512, generator=torch.Generator().manual_seed(4))
-    segments = (*parts, Segment(BLOCKS[0], plain.view(torch.uint8)), Segment(BLOCKS[30], plain.bfloat16().view(torch.uint8)))
+    segments = (
+        *parts,
+        Segment(BLOCKS[0], plain.view(torch.uint8)),
+        Segment(BLOCKS[30], plain.bfloat16().view(torch.uint8)),
+    )
     x = inputs_of(7, 512)
     found = NativeLinear(library, segments)(x)
     expected = torch.cat([twin(part, x)[0] for part in parts], 1)

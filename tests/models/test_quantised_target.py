@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,18 +125,26 @@ def test_embedding_and_head_are_of_the_same_model() -> None:
     rows, kv = Rows.assemble([0], [[7, 90]], [0], Draft.empty(1)), target.new_kv(1, 8)
     scores = target.forward(rows, kv, layers=(0, 2))
     assert torch.equal(target.embed(torch.tensor([7, 90])), scores.hidden[0])
-    assert torch.allclose(target.unembed(scores.hidden[1][-1:]), scores.logits, rtol=1e-2, atol=1e-2 * scores.logits.std())
+    assert torch.allclose(
+        target.unembed(scores.hidden[1][-1:]), scores.logits, rtol=1e-2, atol=1e-2 * scores.logits.std()
+    )
 
 
 @pytest.fixture(scope="module", params=["q8_0", "q4_0"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return build_engine(
-        shipped("target"), draft=str(shipped("draft")), slots=3, max_length=96, target_quantize=request.param, draft_quantize="q4_0"
+        shipped("target"),
+        draft=str(shipped("draft")),
+        slots=3,
+        max_length=96,
+        target_quantize=request.param,
+        draft_quantize="q4_0",
     )
 
 
-def texts(engine: Engine, **params: object) -> list[list[int]]:
-    return [r.tokens for r in engine.generate(PROMPTS, SamplingParams(max_tokens=24, stop_token_ids=(), **params))]  # type: ignore[arg-type]
+def texts(engine: Engine, **params: object) -> list[tuple[int, ...]]:
+    asked = SamplingParams(max_tokens=24, **params)  # type: ignore[arg-type]
+    return [result.outputs[0].token_ids for result in engine.generate(PROMPTS, asked)]
 
 
 def test_greedy_text_is_that_of_plain_decoding(engine: Engine) -> None:
@@ -153,6 +162,14 @@ def test_coupled_text_is_that_of_plain_decoding_at_temperature_1(engine: Engine)
 def test_says_what_rounding_has_changed(engine: Engine) -> None:
     (told,) = [n for n in engine.notices if "rounded to" in n]
     assert "mean KL" in told and "total variation" in told and "another model" in told
+
+
+def test_says_which_types_are_widened() -> None:
+    config, extras = SHAPES["one head each"]
+    rounded = lambda: quantised(random_weights(config, extras, torch.float32), "q8_0")  # noqa: E731
+    odd = replace(rounded(), embedding=(blocks(named("iq4_nl"), config.vocab_size, config.hidden),))
+    assert any("iq4_nl" in n and "float32" in n for n in LeanTarget(config, odd).notices)
+    assert not any("float32" in n for n in LeanTarget(config, rounded()).notices)
 
 
 def test_refuses(tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def test_every_library_of_a_wheel_computes_the_same(
     for part, tolerance in ((slice(half), 1e-5), (slice(half, None), 0.05)):
         spread = max(map(abs, expected[part]))
         assert max(abs(a - b) for a, b in zip(logits[part], expected[part], strict=True)) <= tolerance * spread
-    assert found[-judged:] == plain[-judged:]  # quantised products and passes of the rules have the same bits everywhere
+    assert (
+        found[-judged:] == plain[-judged:]
+    )  # quantised products and passes of the rules have the same bits everywhere
 
 
 def test_a_wheel_has_them_and_says_for_which_machines(tmp_path: Path) -> None:

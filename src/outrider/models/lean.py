@@ -74,6 +74,10 @@ class LeanTarget:
         if w.packed and self.native is not None:
             self._embedding, self._head = self.native.weights.embedding.rows, self.native.weights.head
             self._native_rows = sys.maxsize
+            widened = sorted(set().union(*(linear.widened for linear in self.native.weights.linears)))
+            if widened:
+                why = f"weights of type {', '.join(widened)} have no products of their own here and are kept in float32"
+                self.notices += (f"{why} (more memory, slower): take a file with bf16, q8_0, q6_k or q4_k",)
             return
         w = unpacked(w) if w.packed else w
         embedding, head = cast(Tensor, w.embedding), cast(Tensor, w.head)

@@ -29,15 +29,17 @@ SIZES = (1, 4)
 """Rows of a forward: a draft model's step, and its catching up with what was accepted."""
 CHUNK = 64
 """Rows of a forward when distances are measured."""
-QUANTIZE = {name: name for name in ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "int8")} | {"int4": "q4_1"}
+QUANTIZE = {name: name for name in ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "int8")} | {
+    "int4": "q4_1"
+}
 """What --quantize-target and --quantize-draft take -> the type of the weights."""
 
 
 def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
     """Plain weights in blocks of the type that `name` stands for; blocks of layers are rounded one at a time, while they are read.
 
-    Types are those that `outrider convert` would choose; what it would write plain stays as it is. Raises ConfigError for an unknown
-    name.
+    Types are those that `outrider convert` would choose; what it would write plain stays as it is. Raises ConfigError for an
+    unknown name.
     """
     wanted = block_type(name)
 
@@ -142,7 +144,9 @@ def _rounded(weight: Float[Tensor, "O I"], kind: str, wanted: BlockType) -> Segm
     block = type_for(kind, tuple(weight.shape), wanted)
     if block.plain:
         stored = weight if weight.dtype is torch.bfloat16 else weight.float()
-        return Segment(named("bf16" if stored.dtype is torch.bfloat16 else "f32"), stored.contiguous().view(torch.uint8))
+        return Segment(
+            named("bf16" if stored.dtype is torch.bfloat16 else "f32"), stored.contiguous().view(torch.uint8)
+        )
     return Segment(block, _by_channel(weight) if block is INT8 else quantise(weight, block))
 
 

@@ -163,7 +163,7 @@ class NativeDecoder:
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
         self.kind: str = _kind(library)
-        packed = any(linear.packed for layer in weights.layers for linear in layer.linears.values())
+        packed = any(linear.packed for linear in weights.linears)
         alone = packed or (weights.dtype is torch.bfloat16 and self.kind in WITHOUT_TORCH)
         self.max_rows = sys.maxsize if alone else ROWS if self.kind.startswith("AVX-512") else FEW_ROWS
         handle = self._new(library)
@@ -201,9 +201,7 @@ class NativeDecoder:
 
     def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""
-        return NativeDecoder(
-            self._library, config, replace(self.weights, layers=self.weights.layers[: config.layers])
-        )
+        return NativeDecoder(self._library, config, replace(self.weights, layers=self.weights.layers[: config.layers]))
 
     def _new(self, library: ctypes.CDLL) -> int | None:
         c, w = self._config, self.weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import DecoderWeights, LayerWeights, Segments
-from outrider.nn.blocks import BlockType, Segment, dequantise, named
+from outrider.nn.blocks import Segment, dequantise, named
 
 KERNELS = frozenset(
-    named(name).number
-    for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4", "int8")
+    named(name).number for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4", "int8")
 )
 """Types that are multiplied as they are stored; formats.h has their layouts."""
 PLAIN = {torch.float32: named("f32").number, torch.bfloat16: named("bf16").number}
@@ -31,16 +30,12 @@ class _Segment(ctypes.Structure):
     _fields_ = [("format", ctypes.c_int64), ("n", ctypes.c_int64), ("data", ctypes.c_void_p)]
 
 
-def has_kernel(block: BlockType) -> bool:
-    """Whether weights of this type are multiplied as they are; others are widened to float32."""
-    return block.number in KERNELS or block.name in ("f32", "bf16")
-
-
 class NativeLinear:
     """y = x W^T with the decoder's products; implements `nn.linear.Linear`. Rows of x get the same bits in any company.
 
-    packed: whether any part is multiplied in blocks. weight: plain float32 or bfloat16 [out, in], read in place; or segments, which
-    are repacked once and can be let go of. Raises CapacityError if there is no memory.
+    weight: plain float32 or bfloat16 [out, in], read in place; or segments, which are repacked once and can be let go of. packed:
+    whether any part is multiplied in blocks. widened: types that have no products here, so that their values are kept in float32.
+    Raises CapacityError if there is no memory.
     """
 
     def __init__(self, library: ctypes.CDLL, weight: Float[Tensor, "O I"] | Segments) -> None:
@@ -49,11 +44,11 @@ class NativeLinear:
         self.outputs = sum(p.outputs if isinstance(p, Segment) else p.shape[0] for p in parts)
         self._plain = [p for p in parts if isinstance(p, Tensor)]  # kept: read in place
         self.packed = len(self._plain) < len(parts)
+        kinds = {s.block for s in weight} if isinstance(weight, tuple) else set()
+        self.widened = {k.name for k in kinds if k.number not in KERNELS and k.name not in ("f32", "bf16")}
         segments = (_Segment * len(parts))(*(_pointers(p) for p in parts))
         _declare(library)
-        made = library.outrider_linear_new(
-            ctypes.addressof(segments), len(parts), self.inputs, torch.get_num_threads()
-        )
+        made = library.outrider_linear_new(ctypes.addressof(segments), len(parts), self.inputs, torch.get_num_threads())
         if not made:
             raise CapacityError("no memory for the packed weights: use a smaller model or fewer bits")
         self.handle: int = made
@@ -98,6 +93,10 @@ class NativeWeights:
     head: NativeLinear
     dtype: torch.dtype
 
+    @property
+    def linears(self) -> list[NativeLinear]:
+        return [self.embedding, self.head, *(linear for layer in self.layers for linear in layer.linears.values())]
+
     @classmethod
     def of(cls, library: ctypes.CDLL, w: DecoderWeights) -> NativeWeights:
         """Blocks are taken one after the other: packed ones are let go of as soon as they are repacked."""
@@ -116,10 +115,10 @@ def _layers(library: ctypes.CDLL, layers: Iterable[LayerWeights]) -> tuple[Nativ
 
 
 def _widened(segment: Segment) -> Segment | Tensor:
-    """Types without a kernel as plain float32, exactly."""
+    """The segment, its bytes in order; or, of a type without a kernel, its values as plain float32, exactly."""
     block = segment.block
     if block.number in KERNELS:
-        return segment
+        return replace(segment, rows=segment.rows.contiguous())
     if block.name == "bf16":
         return segment.rows.view(torch.bfloat16)
     return dequantise(segment.rows, block)
@@ -127,7 +126,7 @@ def _widened(segment: Segment) -> Segment | Tensor:
 
 def _pointers(part: Segment | Tensor) -> _Segment:
     if isinstance(part, Segment):
-        return _Segment(part.block.number, part.outputs, part.rows.contiguous().data_ptr())
+        return _Segment(part.block.number, part.outputs, part.rows.data_ptr())
     return _Segment(PLAIN[part.dtype], part.shape[0], part.data_ptr())
 
 
