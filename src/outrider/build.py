@@ -213,12 +213,12 @@ def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
     """Another engine on the same target, with the same options except `draft` and `changes`; it shares weights, not caches.
 
-    Raises ConfigError for changes of what was fixed when the target was loaded: the target itself, its dtype and device.
+    Raises ConfigError for changes of what was fixed when the target was loaded: the target itself, its dtype, device and rounding.
     """
     loaded = engine.loaded
     if loaded is None:
         raise ConfigError("this engine was built from part objects: build the companion from the same parts")
-    for name in ("target", "dtype", "device"):
+    for name in ("target", "dtype", "device", "target_quantize"):
         if changes.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
             raise ConfigError(f"{name} was fixed when the target was loaded: build a new engine for {changes[name]!r}")
     named, drafter, rule = names_of({**({} if draft is None else {"draft": draft}), **changes})

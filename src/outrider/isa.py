@@ -43,14 +43,25 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 X86 = (
     Level("generic", "generic", (), torch=_torch("default", "SSE41", "SSE4_2")),
     Level("avx2", "AVX2", ("-march=x86-64-v3",), _V3, _torch("avx2", "AVX2", "AVX2")),
-    Level("avx512", "AVX-512", ("-march=x86-64-v4",), _V4, _torch("avx512", "AVX512_CORE_VNNI", "AVX512")),
     Level(
-        "avx512_bf16", "AVX-512 BF16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"},
-        _torch("avx512", "AVX512_CORE_BF16", "AVX512"),
+        "avx_vnni", "AVX-VNNI", ("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}, _torch("avx2", "AVX2_VNNI", "AVX2")
+    ),
+    Level("avx512", "AVX-512", ("-march=x86-64-v4",), _V4, _torch("avx512", "AVX512_CORE", "AVX512")),
+    Level(
+        "avx512_vnni", "AVX-512 VNNI", ("-march=x86-64-v4", "-mavx512vnni"), _V4 | {"avx512_vnni"},
+        _torch("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    ),
+    Level(
+        "avx512_bf16", "AVX-512 BF16", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+        _V4 | {"avx512_vnni", "avx512_bf16"}, _torch("avx512", "AVX512_CORE_BF16", "AVX512"),
     ),
 )  # fmt: skip
-"""From the least to the most; version 4 of x86-64 has no bfloat16 products, hence a build of its own for those."""
-ARM = (Level("neon", "NEON", ("-march=armv8-a",)),)
+"""From the least to the most; versions 3 and 4 of x86-64 have no sums of byte products and no bfloat16 ones, hence builds with
+them. A CPU may lack a level below another that it has."""
+ARM = (
+    Level("neon", "NEON", ("-march=armv8-a",)),
+    Level("neon_dot", "NEON dotprod", ("-march=armv8.2-a+dotprod",), frozenset({"asimddp"})),
+)
 LEVELS = {"x86_64": X86, "aarch64": ARM}
 """By machine, as Linux calls it."""
 

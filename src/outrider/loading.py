@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import NamedTuple, cast
 from outrider.assets import HERE, shipped
 from outrider.engine import contracts
 from outrider.engine.turns import Turns
-from outrider.errors import ConfigError
+from outrider.errors import CapacityError, ConfigError
 from outrider.models.folder import files_of, resolve_folder
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
+from outrider.models.quantised import distance
 from outrider.models.translate import shared_token_share, translate
 from outrider.options import EngineOptions
 from outrider.protocols import Drafter, Rule, Sink, Target, Tokenizer
@@ -23,7 +25,9 @@ Progress = Callable[[float], None]
 TRANSLATE = "translate:"
 """Marks a draft model of another vocabulary."""
 PROMPTS = HERE / "pycode" / "prompts.jsonl"
-"""Text on which the upper bound of a translated draft's acceptance is estimated."""
+"""Held-out text: for the upper bound of a translated draft's acceptance, and for what rounding changes."""
+MEASURED = 512
+"""Tokens of it, at most, on which a rounded target is compared with its own weights."""
 
 
 class ModelKey(NamedTuple):
@@ -74,6 +78,7 @@ def load(
         dtype=options.dtype,
         device=options.device,
         implementation=options.implementation,
+        quantize=options.target_quantize,
         progress=progress,
         role="target",
     )
@@ -85,7 +90,30 @@ def load(
             f"{path} names the end-of-text token {behind[0]}, and its embedding has {model.vocab_size} rows: correct eos_token_id "
             "in its generation_config.json and config.json, or eos_token in its tokenizer_config.json"
         )
+    if options.target_quantize is not None:
+        model.notices = (*model.notices, _rounding(path, model, tokenizer, options))
     return Loaded(path, model, tokenizer, ends, options, sinks)
+
+
+def _rounding(path: str, model: Target, tokenizer: object | None, options: EngineOptions) -> str:
+    """What rounding the target's weights has changed, on text that the shipped pair was not trained on."""
+    told = f"the target is {Path(path).name} with weights rounded to {options.target_quantize}, another model"
+    if tokenizer is None:
+        return f"{told}: how far from its own was not measured, since there is no tokenizer"
+    lines = [json.loads(row)["prompt"] for row in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    text = [t for line in lines for t in cast(Tokenizer, tokenizer).encode(line)]
+    try:
+        plain = load_target(
+            path, dtype=options.dtype, device="cpu", implementation=options.implementation, role="target"
+        )
+        far = distance(plain, model, text[: min(MEASURED, model.max_length)])
+    except CapacityError:
+        return f"{told}: how far from its own was not measured, since both do not fit into memory"
+    own = str(plain.dtype).removeprefix("torch.")
+    return (
+        f"{told}: on {far.tokens} tokens of code, mean KL {far.kl:.2g} nats and mean total variation {far.tv:.2%} from {own} "
+        f"weights, the same most likely token at {far.agree:.1%}"
+    )
 
 
 def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:

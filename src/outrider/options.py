@@ -37,7 +37,8 @@ class EngineOptions:
     rule:           the verification rule: "auto", or a name of `load_rule`.
     allow_lossy:    whether the rule may change the distribution of the text.
     dtype, device, implementation: see `load_target`.
-    draft_quantize: None, or "int8" / "int4" weights of the draft model.
+    target_quantize, draft_quantize: None, or a type to round the weights of target and draft model to, as "q8_0": see
+                    `models.quantised.QUANTIZE`. The declared distribution is then that of the rounded target.
     max_length:     tokens of context to reserve for prompt and output, >= 1; None: the model's.
     slots:          sequences decoded together, >= 1.
     chunk:          most tokens of a prompt in one forward pass, >= 1.
@@ -51,6 +52,7 @@ class EngineOptions:
     dtype: str = "auto"
     device: str = "auto"
     implementation: str = "auto"
+    target_quantize: str | None = None
     draft_quantize: str | None = None
     max_length: int | None = None
     slots: int = 8

@@ -91,6 +91,7 @@ def test_prompt_longer_than_the_context(says) -> None:
         ("--rule", "speculative_samplin", "speculative_sampling"),
         ("--draft", "ngrm", "ngram"),
         ("--quantize-draft", "int5", "int"),
+        ("--quantize-target", "q8", "q8_0"),
         ("--temprature", "1", "--temperature"),
         ("--speculative-config", '{"num_spec_tokens": 3}', "num_speculative_tokens"),
         ("--speculative-config", "{", "JSON"),

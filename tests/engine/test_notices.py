@@ -15,7 +15,7 @@ from outrider import isa, notices, threads
 from outrider.build import build_engine
 from outrider.cli import engine_options
 from outrider.errors import ConfigError
-from outrider.models import lean
+from outrider.models import lean, quantised
 from outrider.models.load import inspect_checkpoint, load_target
 from outrider.nn import compiled
 from outrider.options import EngineOptions
@@ -225,25 +225,26 @@ def test_transformers_where_our_runtime_would_do(model: Path) -> None:
 
 
 @COMPILER
-@pytest.mark.parametrize(("quantised", "told"), [(2e-3, True), (1e-3, False)])
-def test_a_quantised_draft_that_is_slower(
-    quantised: float, told: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("role", ["draft", "target"])
+@pytest.mark.parametrize(("rounded", "told"), [(2e-3, True), (1e-3, False)])
+def test_quantised_weights_that_are_slower(
+    rounded: float, told: bool, role: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = iter([quantised, 1e-3])
-    monkeypatch.setattr(lean, "seconds", lambda forward, new_kv: next(times))
-    notices = load_target(model, dtype="float32", quantize="int8").notices
-    assert [("int8" in n, "--quantize-draft out" in n) for n in notices] == [(True, True)] * told
+    times = iter([rounded, 1e-3])
+    monkeypatch.setattr(quantised, "seconds", lambda forward, new_kv: next(times))
+    notices = load_target(model, dtype="float32", quantize="int8", role=role).notices
+    assert [("int8" in n, f"--quantize-{role} out" in n) for n in notices] == [(True, True)] * told
 
 
 @COMPILER
 def test_how_long_quantised_and_plain_blocks_take_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quantised block runs on PyTorch, the plain one natively, on the same rows; both times are real ones."""
+    """Both run natively on the same rows; both times are real ones."""
     seen = []
-    monkeypatch.setattr(lean, "slower", lambda quantize, *times: seen.append((quantize, *times)))
-    load_target(model, dtype="float32", quantize="int4")
-    ((quantize, quantised, plain, dtype),) = seen
-    assert (quantize, dtype) == ("int4", "float32")
-    assert quantised > 0 < plain
+    monkeypatch.setattr(quantised, "slower", lambda quantize, role, *times: seen.append((quantize, role, *times)))
+    load_target(model, dtype="float32", quantize="q4_0", role="draft")
+    ((name, role, rounded, plain, dtype),) = seen
+    assert (name, role, dtype) == ("q4_0", "draft", "float32")
+    assert rounded > 0 < plain
 
 
 @pytest.mark.parametrize(
@@ -335,8 +336,13 @@ def test_fewer_instructions_than_there_are(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("sse2", "generic"),
         ("avx2 fma f16c bmi1 bmi2 movbe abm", "avx2"),
+        ("avx2 fma f16c bmi1 bmi2 movbe abm avx_vnni", "avx_vnni"),
         ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl", "avx512"),
-        ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16", "avx512_bf16"),
+        ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni", "avx512_vnni"),
+        (
+            "avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni avx512_bf16",
+            "avx512_bf16",
+        ),
     ],
 )
 def test_what_a_cpu_has(flags: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

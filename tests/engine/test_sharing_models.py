@@ -33,7 +33,8 @@ def draft(tmp_path: Path) -> Path:
 
 def test_what_decides_the_model_and_what_does_not(engine: Engine, draft: Path) -> None:
     """Option by option: a new one must be put into one of the tables."""
-    assert set(OTHER) | set(SHARED) | {"draft", "target", "dtype", "device"} == set(EngineOptions.__dataclass_fields__)
+    fixed = {"draft", "target", "dtype", "device", "target_quantize"}
+    assert set(OTHER) | set(SHARED) | fixed == set(EngineOptions.__dataclass_fields__)
     first = model_of(engine, draft)
     for name, value in SHARED.items():
         assert model_of(engine, draft, **{name: value}) is first, name
@@ -64,7 +65,9 @@ def test_one_name_in_two_folders_is_two_models(
     assert model_of(engine, "draft") is not first
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}])
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float64"}, {"device": "meta"}, {"target": "another"}, {"target_quantize": "q8_0"}]
+)
 def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, changes: dict[str, str]) -> None:
     """It would be dropped in silence: the companion has the weights that are there."""
     with pytest.raises(ConfigError, match="fixed when the target was loaded"):

@@ -66,7 +66,10 @@ def test_twins_agree(model):
     assert (ours - theirs).abs().max() < 2e-4
 
 
-@pytest.mark.parametrize(("quantize", "distance"), [("int8", 0.05), ("int4", 0.5)])
+@pytest.mark.parametrize(
+    ("quantize", "distance"),
+    [("int8", 0.05), ("q8_0", 0.05), ("q6_k", 0.05), ("q5_0", 0.25), ("int4", 0.5), ("q4_k", 0.5)],
+)
 def test_quantized_draft_has_nearly_the_same_distribution(model, quantize, distance):
     plain, small = load_target(model, dtype="float32"), load_target(model, dtype="float32", quantize=quantize)
     p, q = (torch.softmax(score(t, [9, 8, 7]), -1) for t in (plain, small))

@@ -23,6 +23,7 @@ from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.native import NativeDecoder, load_native
 from outrider.models.native.build import load_library
+from outrider.models.native.weights import NativeWeights
 from outrider.nn import compiled
 from outrider.nn.compiled import DECODER, Unit
 from outrider.nn.kv import ContiguousKV
@@ -96,7 +97,7 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
 
     layers = tuple(layer() for _ in range(c.layers))
     return DecoderWeights(
-        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0)
+        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0), dtype
     )
 
 
@@ -337,7 +338,8 @@ def from_transformers(model: Any, family: str, window: tuple[int, ...]) -> tuple
         )
 
     layers = tuple(layer(i) for i in range(config.layers))
-    return config, DecoderWeights(state["embed_tokens.weight"], layers, state["norm.weight"], state["lm_head.weight"])
+    norm = state["norm.weight"]
+    return config, DecoderWeights(state["embed_tokens.weight"], layers, norm, state["lm_head.weight"], norm.dtype)
 
 
 FAMILIES = {
@@ -461,7 +463,8 @@ def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         config, extras = SHAPES["odd sizes"]
         weights, path = random_weights(config, extras, dtype), tokens(9, config.vocab_size)
-        decoder = NativeDecoder(ctypes.CDLL(str(library)), config, weights)
+        loaded = ctypes.CDLL(str(library))
+        decoder = NativeDecoder(loaded, config, NativeWeights.of(loaded, weights))
         rows = Rows.assemble([0], [path[:5]], [0], forest((path[5:], [-1, 0, 1, 2])))
         logits = decoder.forward(rows, new_kv(config, dtype), ()).logits
         expected, _ = reference(config, weights, path)

@@ -28,10 +28,21 @@ struct Weights {
     bool half;
     std::vector<std::vector<float>> kept;
     std::vector<std::vector<uint16_t>> halves;
-    const void* make(int64_t count, float scale, float middle = 0) {
+    const float* vector(int64_t count, float scale, float middle = 0) {
         std::vector<float> x(count);
         for (float& v : x) v = middle + scale * uniform();
-        if (!half) return kept.push_back(std::move(x)), kept.back().data();
+        if (half)
+            for (float& v : x) {
+                uint32_t bits;
+                __builtin_memcpy(&bits, &v, 4);
+                bits &= 0xffff0000u;
+                __builtin_memcpy(&v, &bits, 4);
+            }
+        return kept.push_back(std::move(x)), kept.back().data();
+    }
+    const void* make(int64_t count, float scale) {
+        const float* x = vector(count, scale);
+        if (!half) return x;
         std::vector<uint16_t> h(count);
         for (int64_t i = 0; i < count; ++i) {
             uint32_t bits;
@@ -79,19 +90,23 @@ std::vector<float> logits(void* library, void* handle, bool half, int64_t from, 
 
 void decode(void* library, bool half) {
     Weights w{half, {}, {}};
+    const auto linear = [&](int64_t n, int64_t k, float scale) {
+        const SegmentPointers segment{half ? 30 : 0, n, w.make(n * k, scale)};
+        return (const Linear*)((void* (*)(const SegmentPointers*, int64_t, int64_t, int64_t))symbol(library, "outrider_linear_new"))(&segment, 1, k, 1);
+    };
     std::vector<LayerPointers> layers;
     const int64_t wide = HEADS * HEAD, fused = wide + 2 * KV * HEAD;
     for (int64_t i = 0; i < LAYERS; ++i) {
         LayerPointers p{};
-        p.norm1 = w.make(HIDDEN, 0.3f, 1), p.qkv = w.make(fused * HIDDEN, 0.3f), p.qkv_bias = w.make(fused, 0.3f);
-        p.o = w.make(HIDDEN * wide, 0.1f), p.norm2 = w.make(HIDDEN, 0.3f, 1);
-        p.gate_up = w.make(2 * INNER * HIDDEN, 0.2f), p.down = w.make(HIDDEN * INNER, 0.2f);
+        p.norm1 = w.vector(HIDDEN, 0.3f, 1), p.qkv = linear(fused, HIDDEN, 0.3f), p.qkv_bias = w.vector(fused, 0.3f);
+        p.o = linear(HIDDEN, wide, 0.1f), p.norm2 = w.vector(HIDDEN, 0.3f, 1);
+        p.gate_up = linear(2 * INNER, HIDDEN, 0.2f), p.down = linear(HIDDEN, INNER, 0.2f);
         layers.push_back(p);
     }
     float frequency[HEAD / 2];
     for (int64_t i = 0; i < HEAD / 2; ++i) frequency[i] = 1.0f / (float)(1 << (i / 2));
     ModelPointers model{VOCAB, HIDDEN, LAYERS, HEADS, KV, HEAD, INNER, half, 1e-6, 1.0, frequency, nullptr, nullptr, nullptr, layers.data()};
-    model.embedding = w.make(VOCAB * HIDDEN, 1), model.norm = w.make(HIDDEN, 0.3f, 1), model.head = w.make(VOCAB * HIDDEN, 0.5f);
+    model.embedding = linear(VOCAB, HIDDEN, 1), model.norm = w.vector(HIDDEN, 0.3f, 1), model.head = linear(VOCAB, HIDDEN, 0.5f);
     void* handle = ((void* (*)(const ModelPointers*))symbol(library, "outrider_new"))(&model);
     const std::vector<float> all = logits(library, handle, half, 0, 1);
     for (const float x : all) std::printf("%a\n", (double)x);
@@ -103,6 +118,40 @@ void decode(void* library, bool half) {
             }
         }
     ((void (*)(void*))symbol(library, "outrider_free"))(handle);
+}
+
+// Products of every quantised type with 1 to 9 rows: ends with 1 where one is not the twin's, bit for bit. Prints them.
+void multiply(void* library) {
+    constexpr int64_t K = 512, N = 37, MOST = 9;
+    const struct { int64_t format, values, bytes, scales[2]; } types[] = {
+        {2, 32, 18, {0, -1}}, {3, 32, 20, {0, 2}}, {6, 32, 22, {0, -1}}, {7, 32, 24, {0, 2}}, {8, 32, 34, {0, -1}},
+        {12, 256, 144, {0, 2}}, {13, 256, 176, {0, 2}}, {14, 256, 210, {208, -1}}, {39, 32, 17, {-1, -1}}, {1000, 32, 36, {-1, -1}}};
+    for (const auto& type : types) {
+        const int64_t row = K / type.values * type.bytes;
+        std::vector<uint8_t> raw(N * row);
+        for (uint8_t& b : raw) b = (uint8_t)(128 + 127 * uniform());
+        for (int64_t at = 0; at < N * row; at += type.bytes) {
+            for (const int64_t place : type.scales)
+                if (place >= 0) raw[at + place + 1] = (uint8_t)(raw[at + place + 1] & 0x83) | 0x24;  // half precision: 1/64 to 1/32
+            if (type.format == 39) raw[at] = (uint8_t)(100 + raw[at] % 30);
+            const float scale = 1.0f / (float)(1 + at / row);
+            if (type.format == 1000) __builtin_memcpy(&raw[at], &scale, 4);
+        }
+        const SegmentPointers segment{type.format, N, raw.data()};
+        void* linear = ((void* (*)(const SegmentPointers*, int64_t, int64_t, int64_t))symbol(library, "outrider_linear_new"))(&segment, 1, K, 2);
+        std::vector<float> x(MOST * K), expected(MOST * N), found(MOST * N);
+        for (float& v : x) v = uniform();
+        for (int64_t k = 0; k < K; ++k) x[k] = k % 2 ? 3.0f : -3.0f;
+        const auto twin = (int64_t (*)(int64_t, const uint8_t*, int64_t, int64_t, int64_t, const float*, float*))symbol(library, "outrider_twin");
+        for (int64_t r = 0; r < MOST; ++r) twin(type.format, raw.data(), row, N, K, x.data() + r * K, expected.data() + r * N);
+        for (int64_t rows = 1; rows <= MOST; ++rows) {
+            ((int (*)(const void*, const float*, int64_t, int64_t, float*))symbol(library, "outrider_linear_run"))(linear, x.data(), rows, 2, found.data());
+            if (__builtin_memcmp(found.data(), expected.data(), rows * N * 4) != 0)
+                std::fprintf(stderr, "type %d with %d rows is not its twin\n", (int)type.format, (int)rows), std::exit(1);
+        }
+        for (const float v : found) std::printf("%a\n", (double)v);
+        ((void (*)(void*))symbol(library, "outrider_linear_free"))(linear);
+    }
 }
 
 void judge(void* library) {
@@ -133,6 +182,7 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "%s\n", ((const char* (*)())symbol(decoder, "outrider_kind"))());
     decode(decoder, false);
     decode(decoder, true);
+    multiply(decoder);
     judge(open(arguments[2]));
     return 0;
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from outrider.cli import terminal
+from outrider.cli import paths, terminal
 from outrider.cli.closing import Closing
 from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.sampling_options import SAMPLING
@@ -22,6 +22,14 @@ from outrider.options import EngineOptions
 def chat(
     options: EngineOptions,
     sampling: Any,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            callback=paths.model,
+            help="The model, as --target: a GGUF file, a folder or a Hub name.",
+            show_default=False,
+        ),
+    ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System message of the conversation.", show_default=False)
     ] = None,
@@ -30,10 +38,12 @@ def chat(
 
     A target without a chat template (the shipped pair, any base model) continues what you type instead.
 
-    Example: outrider chat --temperature 0.2 --max-tokens 64
+    Example: outrider chat model.gguf --temperature 0.2 --max-tokens 64
     """
+    if model is not None and options.target is not None:
+        raise ConfigError("the model is named twice: give it alone, or as --target")
     closing = Closing()
-    engine = load_engine(options, sinks=(closing,))
+    engine = load_engine(options if model is None else options.changed(target=model), sinks=(closing,))
     edit_lines()
     talk = Conversation(engine, system, closing)
     if not talk.template:

@@ -22,7 +22,9 @@ def doctor(
     target: Annotated[
         str | None,
         typer.Argument(
-            callback=paths.model, help="Target: a folder or a Hub name. Default: the shipped pair.", show_default=False
+            callback=paths.model,
+            help="Target: a folder, a GGUF file or a Hub name. Default: the shipped pair.",
+            show_default=False,
         ),
     ] = None,
     draft: Annotated[
@@ -35,9 +37,10 @@ def doctor(
 ) -> None:
     """Check a pair of checkpoints as loading does, without reading weights: architecture, tensors, tokenizer, memory.
 
-    Exit code 0 if everything fits, 1 if a check fails, 2 if a checkpoint cannot be run.
+    For one path it says whether it runs, through which runtime, and how large it is. Exit code 0 if everything fits, 1 if a check
+    fails, 2 if a checkpoint cannot be run.
 
-    Example: outrider doctor --dtype float32 --slots 8
+    Example: outrider doctor model.gguf --slots 8
     """
     from outrider.assets import shipped
 
@@ -68,6 +71,7 @@ def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[s
         "runtime": facts.runtime,
         "reason": facts.reason,
         "parameters": facts.parameters,
+        "stored": facts.stored,
         "dtype": facts.dtype,
         "vocabulary": facts.vocab_size,
         "context": facts.max_length,
@@ -155,6 +159,7 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
         "architecture": str,
         "runtime": str,
         "parameters": lambda n: f"{n / 1e6:.1f}M",
+        "stored": str,
         "dtype": str,
         "vocabulary": str,
         "context": str,

@@ -23,7 +23,7 @@ ENGINE = Table(
                 "--target",
                 "-t",
                 callback=paths.model,
-                help="Target model: a folder or a Hub name. Default: the shipped pair.",
+                help="Target model: a folder, a GGUF file or a Hub name. Default: the shipped pair.",
                 show_default=False,
             ),
         ],
@@ -33,8 +33,8 @@ ENGINE = Table(
                 "--draft",
                 "-d",
                 callback=paths.drafter,
-                help="What proposes draft tokens: none, ngram, auto, a folder or a Hub name, or several joined by '+' (the "
-                "first that has a draft is used).",
+                help="What proposes draft tokens: none, ngram, auto, a folder, a GGUF file or a Hub name, or several joined by "
+                "'+' (the first that has a draft is used).",
             ),
         ],
         "length": Annotated[
@@ -64,11 +64,19 @@ ENGINE = Table(
             typer.Option("--dtype", help="Number format of the weights: auto, bfloat16, float16, float32 or float64."),
         ],
         "device": Annotated[str, typer.Option("--device", help="Where the models run: auto, cpu or cuda.")],
+        "target_quantize": Annotated[
+            str | None,
+            typer.Option(
+                "--quantize-target",
+                help="Round the target's weights to q8_0, q5_0, q4_0, ...: another, faster model; its distance is printed.",
+                show_default=False,
+            ),
+        ],
         "draft_quantize": Annotated[
             str | None,
             typer.Option(
                 "--quantize-draft",
-                help="Load the draft model with int8 or int4 weights; an exact rule keeps the target's distribution.",
+                help="Round the draft model's weights to q8_0, q4_0, ...; an exact rule keeps the target's distribution.",
                 show_default=False,
             ),
         ],

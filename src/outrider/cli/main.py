@@ -18,6 +18,7 @@ from outrider.cli import (  # noqa: E402
     audit,
     bench,
     chat,
+    convert,
     demo,
     doctor,
     generate,
@@ -58,6 +59,7 @@ app.add_typer(ab.ab_app, name="ab")
 app.command("plan", short_help="Which drafter, length and batch to use here.")(plan.plan)
 app.command("tree", short_help="The draft tree with the most tokens per second.")(tree.tree)
 app.command("doctor", short_help="Can these checkpoints be run, and together?")(doctor.doctor)
+app.command("convert", short_help="Write a model as a GGUF file.")(convert.convert)
 app.command("train", short_help="Train a drafter for a target.")(train.train)
 app.add_typer(theory_app, name="theory")
 app.add_typer(dashboards_app, name="dashboards")

@@ -41,7 +41,8 @@ def target_tables(target: Target, folder: Path | str) -> dict[str, Tensor]:
 
 
 def output_head(target: Target, target_path: str | None, folder: Path) -> Tensor:
-    """The target's output matrix [V, H] without its final norm, float32: from its folder, or its embeddings if they are tied.
+    """The target's output matrix [V, H] without its final norm, float32: from its folder, from itself if it
+    exposes it, or its embeddings if they are tied.
 
     Raises ConfigError if the matrix is neither in the folder nor equal to the embedding table.
     """
@@ -54,6 +55,8 @@ def output_head(target: Target, target_path: str | None, folder: Path) -> Tensor
     if files:
         return table  # a checkpoint without a head of its own ties it to the embeddings
     unit = torch.eye(target.hidden_size, dtype=target.dtype, device=target.device)
+    if isinstance(target, OpenTarget):  # a GGUF file, or a target that was given as an object
+        return target.head(unit).float().T
     normed = target.unembed(unit * target.hidden_size**0.5).float().T / target.hidden_size**0.5  # head times final norm
     norm = (normed * table).sum(0) / table.square().sum(0).clamp(min=1e-12)
     if not torch.allclose(normed, table * norm, rtol=1e-2, atol=1e-2 * float(normed.abs().max())):

@@ -17,10 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from outrider.config_keys import PACKED
 from outrider.errors import ConfigError
 from outrider.files import read_weight_map
-from outrider.models.config import Layout, Unsupported, read_layout
+from outrider.models.adapter import read_adapter
+from outrider.models.config import Layout, Unsupported, layout_of, read_raw_config
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.packed import packing_of
 from outrider.models.places import without_place
 from outrider.nn.memory import require_memory
 
@@ -28,6 +31,7 @@ Progress = Callable[[float], None]
 """Called with the share of the weights read so far, in (0, 1]."""
 
 INDEX_BYTES = 64 << 20
+_WIDE = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -46,7 +50,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 1)
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else _WIDE.get(self.stored, 1))
 
 
 class Checkpoint:
@@ -57,9 +61,17 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
-        self.layout = read_layout(folder, max_length)
+        self.adapter = read_adapter(folder)
+        folder = folder if self.adapter is None else self.adapter.base
+        self.raw = read_raw_config(folder)
+        self.packing = packing_of(self.raw)
+        plain = self.raw if self.packing is None else {k: v for k, v in self.raw.items() if k not in PACKED}
+        self.layout = layout_of(plain, max_length)
         self.entries = read_entries(folder)
+        self.packed: dict[str, dict[str, str]] = {}
         self._check()
+        if self.adapter is not None:
+            self.adapter.check(self._expected())
 
     @property
     def config(self) -> DecoderConfig:
@@ -69,6 +81,27 @@ class Checkpoint:
     def parameters(self) -> int:
         """Numbers in the weights in memory (a tied head counts once)."""
         return sum(math.prod(shape) for shape in self._expected().values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the decoder."""
+        return self._expected()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in float32, as it is stored."""
+        return _Reader(self, [name], torch.float32, torch.device("cpu"), None).tensor(name)
+
+    def notice(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """What a user should know of how the weights come into memory, a sentence or none."""
+        merged = (f"the adapter of {self.adapter.folder} is merged into its base model",) if self.adapter else ()
+        if self.packing is None or not self.packed:
+            return merged
+        name = str(dtype).removeprefix("torch.")
+        return (
+            *merged,
+            f"its weights are unpacked from {self.packing.name} to {name} when they are loaded: the target is what the codes stand "
+            f"for, and takes {self.parameters * dtype.itemsize / 2**30:.1f} GiB",
+        )
 
     def read(
         self,
@@ -88,7 +121,7 @@ class Checkpoint:
             f"the weights of the {role}",
             f"choose a smaller {role} or dtype, or free memory",
         )
-        reader = _Reader(self.entries, self._expected(), dtype, where, progress)
+        reader = _Reader(self, list(self._expected()), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
         head = embedding
         if "lm_head.weight" in self._expected():
@@ -98,7 +131,7 @@ class Checkpoint:
             ):  # both stored; unequal ones stay two, as in transformers
                 head = embedding
         layers = tuple(reader.layer(i, self.layout) for i in range(self.config.layers))
-        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head)
+        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head, dtype)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""
@@ -116,6 +149,8 @@ class Checkpoint:
         if not any(name in self.entries for name in expected):
             raise Unsupported("its tensors have other names than those of a causal language model")
         for name, shape in expected.items():
+            if self._take_packed(name, shape):
+                continue
             entry = self.entries.get(name)
             if entry is None:
                 raise ConfigError(f"tensor {name} is missing from the weight files: download the checkpoint again")
@@ -126,9 +161,33 @@ class Checkpoint:
                 )
             if entry.dtype is None:
                 raise Unsupported(f"tensor {name} is stored in a quantized format")
-        extra = without_place(self.entries.keys() - expected.keys())
+        if self.packing is not None and not self.packed:
+            raise Unsupported(f"config.json says that its weights are packed ({self.packing.name}), and none is")
+        parts = {part for names in self.packed.values() for part in names.values()}
+        extra = without_place(self.entries.keys() - expected.keys() - parts)
         if extra:
             raise Unsupported(f"tensor {extra[0]} has no place in a {self.config.family} model of this configuration")
+
+    def _take_packed(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a weight is packed; then the names of its tensors are noted. Raises ConfigError for tensors of other shapes."""
+        packing, base = self.packing, name.removesuffix("weight")
+        codes = self.entries.get(base + packing.codes) if packing is not None else None
+        if packing is None or codes is None or len(shape) != 2 or codes.stored not in packing.kinds:
+            return False
+        found: dict[str, str] = {}
+        for end, expected in packing.shapes(*shape).items():
+            entry = self.entries.get(base + end)
+            if entry is None and end in packing.optional:
+                continue
+            if entry is None or entry.shape != expected:
+                has = "is missing" if entry is None else f"has shape {list(entry.shape)}"
+                raise ConfigError(
+                    f"tensor {base + end} {has}, where {packing.name} of a weight of {list(shape)} has {list(expected)}: "
+                    "the checkpoint is damaged, download it again"
+                )
+            found[end] = base + end
+        self.packed[name] = found
+        return True
 
 
 def load_checkpoint(
@@ -208,7 +267,10 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
         "input_layernorm.weight": (c.hidden,),
         "post_attention_layernorm.weight": (c.hidden,),
     }
-    for name, size in (("q", queries), ("k", keys), ("v", keys)):
+    if layout.fused:
+        out["self_attn.qkv_proj.weight"] = (queries + 2 * keys, c.hidden)
+        out["mlp.gate_up_proj.weight"] = (2 * c.inner, c.hidden)
+    for name, size in () if layout.fused else (("q", queries), ("k", keys), ("v", keys)):
         out[f"self_attn.{name}_proj.weight"] = (size, c.hidden)
         if layout.qkv_bias:
             out[f"self_attn.{name}_proj.bias"] = (size,)
@@ -217,7 +279,7 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
         out["self_attn.o_proj.bias"] = (c.hidden,)
     if layout.qk_norm:
         out |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-    for name in ("gate", "up"):
+    for name in () if layout.fused else ("gate", "up"):
         out[f"mlp.{name}_proj.weight"] = (c.inner, c.hidden)
     out["mlp.down_proj.weight"] = (c.hidden, c.inner)
     return out
@@ -228,14 +290,19 @@ class _Reader:
 
     def __init__(
         self,
-        entries: dict[str, Entry],
-        wanted: dict[str, tuple[int, ...]],
+        checkpoint: Checkpoint,
+        wanted: Sequence[str],
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None,
     ) -> None:
-        self._entries, self._dtype, self._device, self._progress = entries, dtype, device, progress
-        self._done, self._all = 0, sum(entries[name].bytes for name in wanted)
+        self._checkpoint, self._dtype, self._device, self._progress = checkpoint, dtype, device, progress
+        self._entries, self._shapes = checkpoint.entries, checkpoint.shapes
+        self._done, self._all = 0, sum(self._entries[part].bytes for name in wanted for part in self._parts(name))
+
+    def _parts(self, name: str) -> Sequence[str]:
+        """The tensors in the files that a weight is made of."""
+        return list(self._checkpoint.packed[name].values()) if name in self._checkpoint.packed else [name]
 
     def tensor(self, name: str) -> Tensor:
         return self._group([(name,)])[0]
@@ -244,10 +311,10 @@ class _Reader:
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         names: dict[str, tuple[str, ...]] = {
             "norm1": (f"model.layers.{i}.input_layernorm.weight",),
-            "qkv": tuple(f"{attention}{part}_proj.weight" for part in "qkv"),
+            "qkv": tuple(f"{attention}{part}_proj.weight" for part in (("qkv",) if layout.fused else "qkv")),
             "o": (f"{attention}o_proj.weight",),
             "norm2": (f"model.layers.{i}.post_attention_layernorm.weight",),
-            "gate_up": (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
+            "gate_up": tuple(f"{mlp}{part}_proj.weight" for part in (("gate_up",) if layout.fused else ("gate", "up"))),
             "down": (f"{mlp}down_proj.weight",),
         }
         if layout.qkv_bias:
@@ -272,7 +339,7 @@ class _Reader:
 
     def _group(self, fused: Sequence[tuple[str, ...]]) -> list[Tensor]:
         """One tensor for each tuple of names: those tensors stacked along the first dimension."""
-        files = {self._entries[name].file for names in fused for name in names}
+        files = {self._entries[part].file for names in fused for name in names for part in self._parts(name)}
         try:
             with ExitStack() as stack:
                 maps = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
@@ -281,12 +348,29 @@ class _Reader:
             raise ConfigError(f"a weight file cannot be read ({reprlib.repr(str(error))}): download it again") from None
 
     def _fuse(self, names: tuple[str, ...], maps: dict[Path, safe_open]) -> Tensor:
-        shapes = [self._entries[name].shape for name in names]
+        shapes = [self._shapes[name] for name in names]
         out = torch.empty((sum(s[0] for s in shapes), *shapes[0][1:]), dtype=self._dtype, device=self._device)
         for name, part in zip(names, out.split([s[0] for s in shapes]), strict=True):
-            entry = self._entries[name]
-            part.copy_(maps[entry.file].get_tensor(name))
-            self._done += entry.bytes
+            part.copy_(self._value(name, maps))
+            self._done += sum(self._entries[piece].bytes for piece in self._parts(name))
             if self._progress:
                 self._progress(self._done / self._all)
         return out
+
+    def _value(self, name: str, maps: dict[Path, safe_open]) -> Tensor:
+        """A weight with what an adapter adds to it."""
+        value, adapter = self._stored_value(name, maps), self._checkpoint.adapter
+        return value if adapter is None else adapter.added(name, value)
+
+    def _stored_value(self, name: str, maps: dict[Path, safe_open]) -> Tensor:
+        """A weight as it is stored, or what its codes stand for."""
+        packing, packed = self._checkpoint.packing, self._checkpoint.packed
+        if packing is None or name not in packed:
+            return maps[self._entries[name].file].get_tensor(name)
+        pieces = {end: maps[self._entries[part].file].get_tensor(part) for end, part in packed[name].items()}
+        value = packing.unpack(pieces, *self._shapes[name])
+        if not bool(value.isfinite().all()):
+            raise ConfigError(
+                f"the scales of {name} are no finite numbers: the checkpoint is damaged, download it again"
+            )
+        return value

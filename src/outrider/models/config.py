@@ -33,7 +33,8 @@ class Unsupported(Exception):
 class Family:
     """The parts of a model type, and transformers' defaults of absent keys.
 
-    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files.
+    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files. fused: products that
+    share an input are stored as one.
     """
 
     options: frozenset[str]
@@ -41,9 +42,11 @@ class Family:
     kv_heads: int | None = None
     head_dim: int | None = None
     max_length: int = 32768
-    window: int = 4096
+    window: int | None = 4096
+    eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    fused: bool = False
 
 
 FAMILIES = {
@@ -51,6 +54,7 @@ FAMILIES = {
     "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
     "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm=True),
     "mistral": Family(frozenset({"sliding_window"}), kv_heads=8, max_length=131072),
+    "phi3": Family(frozenset({"sliding_window"}), max_length=4096, window=None, eps=1e-5, fused=True),
 }
 
 
@@ -64,6 +68,7 @@ class Layout:
     qk_norm: bool
     tied: bool
     stored: str | None
+    fused: bool = False
 
 
 def read_raw_config(folder: Path) -> dict:
@@ -82,53 +87,58 @@ def read_layout(folder: Path, max_length: int | None = None) -> Layout:
 
     Raises ConfigError for a wrong value and Unsupported for an architecture or option the lean runtime does not have.
     """
-    raw = read_raw_config(folder)
-    family = _family(raw)
-    hidden = whole(raw, "hidden_size", CONFIG, most=1 << 17)
-    layers = whole(raw, "num_hidden_layers", CONFIG, most=1024)
-    heads = whole(raw, "num_attention_heads", CONFIG, most=4096)
-    kv_heads = whole(raw, "num_key_value_heads", CONFIG, default=family.kv_heads or heads, null=heads, most=4096)
+    return layout_of(read_raw_config(folder), max_length)
+
+
+def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) -> Layout:
+    """`read_layout` of what a config.json says, or of a file that says the same in other words. where: the file, for messages."""
+    family = _family(raw, where)
+    hidden = whole(raw, "hidden_size", where, most=1 << 17)
+    layers = whole(raw, "num_hidden_layers", where, most=1024)
+    heads = whole(raw, "num_attention_heads", where, most=4096)
+    kv_heads = whole(raw, "num_key_value_heads", where, default=family.kv_heads or heads, null=heads, most=4096)
     null_dim = None if family.head_dim else hidden // heads
     head_dim = whole(
-        raw, "head_dim", CONFIG, default=family.head_dim or hidden // heads, null=null_dim, least=2, most=4096
+        raw, "head_dim", where, default=family.head_dim or hidden // heads, null=null_dim, least=2, most=4096
     )
     if heads % kv_heads or head_dim % 2:
         raise ConfigError(
-            f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}) "
+            f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}) "
             f"and head_dim ({head_dim}) must be even: the file is damaged, download it again"
         )
-    positions = whole(raw, "max_position_embeddings", CONFIG, default=family.max_length, most=1 << 26)
+    positions = whole(raw, "max_position_embeddings", where, default=family.max_length, most=1 << 26)
     if max_length is not None and not 1 <= max_length <= positions:
         raise ConfigError(f"max_length {max_length} is outside the model's positions: choose 1 to {positions}")
-    inv_freq, rope_scale = _rope(raw, head_dim, positions)
+    inv_freq, rope_scale = _rope(raw, head_dim, positions, where)
     decoder = DecoderConfig(
         family=str(raw["model_type"]),
-        vocab_size=whole(raw, "vocab_size", CONFIG),
+        vocab_size=whole(raw, "vocab_size", where),
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        inner=whole(raw, "intermediate_size", CONFIG, most=1 << 20),
-        eps=real(raw, "rms_norm_eps", CONFIG, 1e-6, least=0.0),
+        inner=whole(raw, "intermediate_size", where, most=1 << 20),
+        eps=real(raw, "rms_norm_eps", where, family.eps, least=0.0),
         max_length=max_length or positions,
-        window=_windows(raw, family, layers),
+        window=_windows(raw, family, layers, where),
         inv_freq=inv_freq,
         rope_scale=rope_scale,
     )
-    bias = "attention_bias" in family.options and flag(raw, "attention_bias", CONFIG)
+    bias = "attention_bias" in family.options and flag(raw, "attention_bias", where)
     stored = raw.get("dtype") or raw.get("torch_dtype")
     return Layout(
         decoder=decoder,
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
         qk_norm=family.qk_norm,
-        tied=flag(raw, "tie_word_embeddings", CONFIG),
+        tied=flag(raw, "tie_word_embeddings", where),
         stored=stored if isinstance(stored, str) else None,
+        fused=family.fused,
     )
 
 
-def _family(raw: dict) -> Family:
+def _family(raw: dict, where: object) -> Family:
     """The family of the file, after refusing options that the lean runtime does not support."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -142,7 +152,7 @@ def _family(raw: dict) -> Family:
     if packed is not None:
         raise Unsupported(f"the weights are quantized ({packed})")
     family = FAMILIES[kind]
-    if "mlp_bias" in family.options and flag(raw, "mlp_bias", CONFIG):
+    if "mlp_bias" in family.options and flag(raw, "mlp_bias", where):
         raise Unsupported("mlp_bias is set")
     if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
         raise Unsupported("its attention is not causal")
@@ -152,23 +162,23 @@ def _family(raw: dict) -> Family:
     return family
 
 
-def _windows(raw: dict, family: Family, layers: int) -> tuple[int, ...]:
+def _windows(raw: dict, family: Family, layers: int, where: object) -> tuple[int, ...]:
     """Sliding window of each layer, 0 for none: a row sees itself and the `window - 1` positions before it."""
     if "sliding_window" not in family.options:
         return (0,) * layers
     if "layer_types" not in family.options:
         absent = raw.get("sliding_window", family.window) is None
-        return (0 if absent else whole(raw, "sliding_window", CONFIG, default=family.window, most=1 << 30),) * layers
+        return (0 if absent else whole(raw, "sliding_window", where, default=family.window, most=1 << 30),) * layers
     kinds = raw.get("layer_types")
-    if not flag(raw, "use_sliding_window", CONFIG) or raw.get("sliding_window", family.window) is None:
+    if not flag(raw, "use_sliding_window", where) or raw.get("sliding_window", family.window) is None:
         width = 0
     else:
-        width = whole(raw, "sliding_window", CONFIG, default=family.window, most=1 << 30)
+        width = whole(raw, "sliding_window", where, default=family.window, most=1 << 30)
     if kinds is None:
-        first = whole(raw, "max_window_layers", CONFIG, default=28, least=0, most=1 << 20)
+        first = whole(raw, "max_window_layers", where, default=28, least=0, most=1 << 20)
         return tuple(width if i >= first else 0 for i in range(layers))
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ConfigError(f"config.json: layer_types must name {layers} layers: the file is damaged, download it again")
+        raise ConfigError(f"{where}: layer_types must name {layers} layers: the file is damaged, download it again")
     if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise Unsupported(f"layer_types has {reprlib.repr(sorted({str(kind) for kind in kinds}))}")
     if "sliding_attention" in kinds and not width:
@@ -176,7 +186,7 @@ def _windows(raw: dict, family: Family, layers: int) -> tuple[int, ...]:
     return tuple(width if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rope(raw: dict, head_dim: int, positions: int) -> tuple[Float[Tensor, "half"], float]:
+def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Float[Tensor, "half"], float]:
     """Rotary frequencies and the factor of cos and sin, computed in float32 in the order transformers computes them."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
@@ -190,31 +200,31 @@ def _rope(raw: dict, head_dim: int, positions: int) -> tuple[Float[Tensor, "half
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise Unsupported("partial_rotary_factor is not 1")
-    theta = real(rope, "rope_theta", CONFIG, 10000.0, least=1.0, most=1e12)
+    theta = real(rope, "rope_theta", where, 10000.0, least=1.0, most=1e12)
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if kind == "default":
         return inv_freq, 1.0
+    if raw["model_type"] == "phi3":  # which calls LongRoPE by several names
+        raise Unsupported(f"rotary scaling {reprlib.repr(kind)} of a phi3")
     if kind == "linear":
-        return inv_freq / real(rope, "factor", CONFIG, least=1e-6, most=1e6), 1.0
+        return inv_freq / real(rope, "factor", where, least=1e-6, most=1e6), 1.0
     if kind == "llama3":
-        return _llama3(inv_freq, rope, positions), 1.0
+        return _llama3(inv_freq, rope, positions, where), 1.0
     if kind == "yarn":
-        return _yarn(rope, theta, head_dim, positions)
+        return _yarn(rope, theta, head_dim, positions, where)
     raise Unsupported(f"rotary scaling {reprlib.repr(kind)}")
 
 
-def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int) -> Float[Tensor, "half"]:
+def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int, where: object) -> Float[Tensor, "half"]:
     """Llama 3.1: divide frequencies slower than the old context by `factor`, keep fast ones, blend between."""
-    factor = real(rope, "factor", CONFIG, least=1e-6, most=1e6)
+    factor = real(rope, "factor", where, least=1e-6, most=1e6)
     low, high = (
-        real(rope, "low_freq_factor", CONFIG, least=1e-6, most=1e6),
-        real(rope, "high_freq_factor", CONFIG, least=1e-6, most=1e6),
+        real(rope, "low_freq_factor", where, least=1e-6, most=1e6),
+        real(rope, "high_freq_factor", where, least=1e-6, most=1e6),
     )
     if high <= low:
-        raise ConfigError(
-            f"config.json: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file"
-        )
-    old = whole(rope, "original_max_position_embeddings", CONFIG, default=positions, most=1 << 26)
+        raise ConfigError(f"{where}: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file")
+    old = whole(rope, "original_max_position_embeddings", where, default=positions, most=1 << 26)
     wavelength = 2 * math.pi / inv_freq
     scaled = torch.where(wavelength > old / low, inv_freq / factor, inv_freq)
     smooth = (old / wavelength - low) / (high - low)
@@ -222,26 +232,28 @@ def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int) -> Floa
     return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled)
 
 
-def _yarn(rope: dict, theta: float, head_dim: int, positions: int) -> tuple[Float[Tensor, "half"], float]:
+def _yarn(
+    rope: dict, theta: float, head_dim: int, positions: int, where: object
+) -> tuple[Float[Tensor, "half"], float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow frequencies, keep fast ones, a ramp between."""
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise Unsupported("yarn with mscale")
     if "factor" not in rope:
         raise Unsupported("yarn without a factor")
-    old = whole(rope, "original_max_position_embeddings", CONFIG, default=positions, most=1 << 26)
-    factor = real(rope, "factor", CONFIG, positions / old, null=positions / old, least=1e-6, most=1e6)
+    old = whole(rope, "original_max_position_embeddings", where, default=positions, most=1 << 26)
+    factor = real(rope, "factor", where, positions / old, null=positions / old, least=1e-6, most=1e6)
 
     def dimension(rotations: float) -> float:
         return (head_dim * math.log(old / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
-    low = dimension(real(rope, "beta_fast", CONFIG, 32.0, null=32.0, least=1e-6, most=1e6))
-    high = dimension(real(rope, "beta_slow", CONFIG, 1.0, null=1.0, least=1e-6, most=1e6))
-    if rope.get("truncate", True) is not None and flag(rope, "truncate", CONFIG, True):
+    low = dimension(real(rope, "beta_fast", where, 32.0, null=32.0, least=1e-6, most=1e6))
+    high = dimension(real(rope, "beta_slow", where, 1.0, null=1.0, least=1e-6, most=1e6))
+    if rope.get("truncate", True) is not None and flag(rope, "truncate", where, True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2).float() - low) / ((high + 0.001 if low == high else high) - low)).clamp(0, 1)
     powers = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     keep = 1 - ramp
     default = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
-    scale = real(rope, "attention_factor", CONFIG, default, null=default, least=1e-6, most=1e6)
+    scale = real(rope, "attention_factor", where, default, null=default, least=1e-6, most=1e6)
     return 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep, scale

@@ -6,11 +6,17 @@ optional biases, per-head query/key norms and sliding windows, SwiGLU. `models/c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from outrider.nn.blocks import Segment, dequantise
+
+Segments = tuple[Segment, ...]
+"""A packed linear weight [out, in]: outputs of one type, then those of the next, as they are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,29 +43,58 @@ class DecoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One block. Linear weights are [out, in], fused where they share an input; None where the family has none."""
+    """One block. Linear weights are [out, in], fused where they share an input; None where the family has none.
+
+    Of packed weights linears are segments, and norms and biases are float32.
+    """
 
     norm1: Float[Tensor, "H"]
-    qkv: Float[Tensor, "QKV H"]
+    qkv: Float[Tensor, "QKV H"] | Segments
     qkv_bias: Float[Tensor, "QKV"] | None
     q_norm: Float[Tensor, "D"] | None
     k_norm: Float[Tensor, "D"] | None
-    o: Float[Tensor, "H A"]
+    o: Float[Tensor, "H A"] | Segments
     o_bias: Float[Tensor, "H"] | None
     norm2: Float[Tensor, "H"]
-    gate_up: Float[Tensor, "G H"]
-    down: Float[Tensor, "H I"]
+    gate_up: Float[Tensor, "G H"] | Segments
+    down: Float[Tensor, "H I"] | Segments
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All weights of one dtype. `head` is the embedding itself (the same tensor) when they are tied."""
+    """All weights. `head` is the embedding itself (the same object) when they are tied.
 
-    embedding: Float[Tensor, "V H"]
-    layers: tuple[LayerWeights, ...]
+    dtype: of plain weights; of packed ones the type of hidden states, keys and values. layers: of packed weights any iterable, read
+    once: then no two blocks need to be in memory as they are stored.
+    """
+
+    embedding: Float[Tensor, "V H"] | Segments
+    layers: tuple[LayerWeights, ...] | Iterable[LayerWeights]
     norm: Float[Tensor, "H"]
-    head: Float[Tensor, "V H"]
+    head: Float[Tensor, "V H"] | Segments
+    dtype: torch.dtype
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+    def packed(self) -> bool:
+        """Whether linears are segments."""
+        return isinstance(self.embedding, tuple)
+
+
+def unpacked(w: DecoderWeights, device: torch.device | str = "cpu") -> DecoderWeights:
+    """The values of packed weights as plain ones of their dtype: for machines without products in blocks."""
+
+    def plain(weight: object) -> object:
+        if isinstance(weight, tuple):
+            rows = [s.outputs for s in weight]
+            out = torch.empty(sum(rows), weight[0].inputs, dtype=w.dtype)
+            for segment, part in zip(weight, out.split(rows), strict=True):
+                dequantise(segment.rows, segment.block, part)
+            return out.to(device)
+        return weight.to(device, w.dtype) if isinstance(weight, Tensor) else weight
+
+    def layer(packed: LayerWeights) -> LayerWeights:
+        return LayerWeights(**{f.name: plain(getattr(packed, f.name)) for f in fields(packed)})  # type: ignore[arg-type]
+
+    embedding = plain(w.embedding)
+    head = embedding if w.head is w.embedding else plain(w.head)
+    return replace(w, embedding=embedding, layers=tuple(map(layer, w.layers)), norm=plain(w.norm), head=head)  # type: ignore[arg-type]

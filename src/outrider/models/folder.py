@@ -1,4 +1,4 @@
-"""From a path or a Hub name to a local folder."""
+"""From a path or a Hub name to the place of a model: a folder in Hugging Face format, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from outrider.errors import ConfigError
+from outrider.models.gguf.parts import all_parts, first_part, is_gguf, only_file
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
@@ -14,39 +15,43 @@ _UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.gguf", "*.onnx")
 
 
 def resolve_folder(path_or_name: str | Path) -> Path:
-    """The folder itself, or the Hub's snapshot of that name, downloaded if necessary. Raises ConfigError if there is neither."""
+    """The folder itself, the GGUF file (the first of a split set), or the Hub's snapshot of that name, downloaded if necessary.
+
+    A folder that holds one GGUF model and no config.json stands for it. Raises ConfigError if there is nothing of that name.
+    """
     path = Path(path_or_name).expanduser()
     if path.is_dir():
-        return path
+        return only_file(path) or path
     name = str(path_or_name)
+    if is_gguf(path):
+        return first_part(path)
     if path.exists():
-        raise ConfigError(f"{name} is a file: give the folder that holds config.json and model.safetensors")
-    if not _HUB_NAME.fullmatch(name) or ".." in name:
         raise ConfigError(
-            f"there is no folder {name}: give a folder in Hugging Face format or a Hub name like 'owner/model'"
+            f"{name} is a file: give a GGUF file, or the folder that holds config.json and model.safetensors"
+        )
+    if not _HUB_NAME.fullmatch(name) or ".." in name or path.suffix.lower() == ".gguf":
+        raise ConfigError(
+            f"there is no folder {name}: give a folder in Hugging Face format, a GGUF file or a Hub name like 'owner/model'"
         )
     return _download(name)
 
 
 def files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, size and modification time (ns) of a model's files: another training in the same folder differs."""
-    found = (p for kind in ("*.safetensors", "*.json") for p in folder.glob(kind))
+    kinds = ("*.safetensors", "*.json")
+    found = all_parts(folder) if is_gguf(folder) else [p for kind in kinds for p in folder.glob(kind)]
     return tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found))
 
 
 def require_config(folder: Path) -> None:
     """Raise ConfigError for a folder without config.json, with a hint at what else it seems to hold."""
-    if (folder / "config.json").is_file():
+    if is_gguf(folder) or any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
     hint = ""
     inner = sorted(p.parent for p in folder.glob("*/config.json"))
-    if (folder / "adapter_config.json").is_file():
-        hint = "; this one holds an adapter (LoRA): merge it into its base model (merge_and_unload) and save that"
-    elif any(folder.glob("*.gguf")):
-        hint = "; this one holds GGUF files, which are not read: use the checkpoint they were made from"
-    elif inner:
+    if inner:
         hint = f"; did you mean {inner[0]}?"
-    raise ConfigError(f"{folder} has no config.json: give a folder in Hugging Face format{hint}")
+    raise ConfigError(f"{folder} has no config.json: give a folder in Hugging Face format, or a GGUF file{hint}")
 
 
 @cache

@@ -14,6 +14,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.errors import CapabilityError, RequestError
-from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
 from outrider.models.native import load_native
-from outrider.models.quantised import SIZES, seconds, slower
 from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan
 from outrider.nn.kv import ContiguousKV
@@ -42,9 +42,9 @@ class LeanTarget:
     """Implements `protocols.Target` over `DecoderWeights`, for chains and trees.
 
     config:   the decoder's shape. weights: its weights, or a function that reads them: then no other code holds the plain
-              ones while they are packed, and at most one block is in memory twice.
-    quantize: None, or "int8" / "int4" linear layers (for drafts).
-    native:   whether to use the compiled decoder if available; quantized and float64 weights never do.
+              ones while they are packed, and at most one block is in memory twice. Weights in blocks are multiplied by the compiled
+              decoder alone; without it their values are, in their dtype.
+    native:   whether to use the compiled decoder if available; float64 weights never do.
     notices:  sentences for the user about how this target was loaded.
     """
 
@@ -56,37 +56,39 @@ class LeanTarget:
         config: DecoderConfig,
         weights: DecoderWeights | Callable[[], DecoderWeights],
         *,
-        quantize: str | None = None,
         native: bool = True,
     ) -> None:
         w = weights() if callable(weights) else weights
         del weights
         self.config = config
         self.vocab_size, self.hidden_size, self.layers = config.vocab_size, config.hidden, config.layers
-        self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.embedding.device
-        self.native, found = load_native(config, w) if native and quantize is None else (None, [])
+        self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.norm.device
+        self.native, found = load_native(config, w) if native else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
-        # the plain block and head that a quantised draft must beat
-        plain = load_native(_first(config), replace(w, layers=w.layers[:1]))[0] if native and quantize else None
         # if PyTorch only emulates products of this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = (
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
         )
-        self._embedding, self._norm = w.embedding, rms_norm(w.norm, config.eps)
-        self._rope = self._rope_table(1)
+        self._norm, self._rope = rms_norm(w.norm.to(self.dtype), config.eps), self._rope_table(1)
+        self._blocks: list[FusedLayer] = []
+        if w.packed and self.native is not None:
+            self._embedding, self._head = self.native.weights.embedding.rows, self.native.weights.head
+            self._native_rows = sys.maxsize
+            widened = sorted(set().union(*(linear.widened for linear in self.native.weights.linears)))
+            if widened:
+                why = f"weights of type {', '.join(widened)} have no products of their own here and are kept in float32"
+                self.notices += (f"{why} (more memory, slower): take a file with bf16, q8_0, q6_k or q4_k",)
+            return
+        w = unpacked(w) if w.packed else w
+        embedding, head = cast(Tensor, w.embedding), cast(Tensor, w.head)
+        self._embedding = lambda token: F.embedding(token, embedding)
         pack = self.native is None  # the native decoder reads the plain weights in place, and long prompts share them
-        copy = w.head is not w.embedding or w.head.nbytes <= TIED_COPY_BYTES
-        self._head = make_linear(w.head, quantize=quantize, pack=pack and copy)
+        copy = head is not embedding or head.nbytes <= TIED_COPY_BYTES
+        self._head = make_linear(head, pack=pack and copy)
         left = list(w.layers)
         del w
-        self._blocks: list[FusedLayer] = []
         while left:
-            self._blocks.append(_block(config, left.pop(0), quantize, pack))
-        if plain is not None and quantize is not None:
-            new_kv = lambda: self.first_layers(1).new_kv(1, max(SIZES))  # noqa: E731
-            times = seconds(self.first_layers(1), new_kv), seconds(plain, new_kv)
-            found = slower(quantize, *times, str(self.dtype).removeprefix("torch."))
-            self.notices += () if found is None else (found,)
+            self._blocks.append(_block(config, left.pop(0), pack))
 
     def new_kv(self, slots: int, length: int) -> ContiguousKV:
         """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
@@ -127,7 +129,7 @@ class LeanTarget:
         return run_parts(rows, groups)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
-        return F.embedding(token, self._embedding)
+        return self._embedding(token).to(self.dtype)
 
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """Final norm and output head, in float32 (float64 if the model is)."""
@@ -184,7 +186,7 @@ class LeanTarget:
 
     def _embed_rows(self, rows: Rows) -> Float[Tensor, "N H"]:
         try:
-            return F.embedding(rows.token, self._embedding)
+            return self._embedding(rows.token)
         except IndexError:
             raise RequestError(
                 f"a token is not in the model's vocabulary of {self.vocab_size}: check the tokenizer"
@@ -201,19 +203,14 @@ class LeanTarget:
         return rope.table(c.inv_freq.float().cpu(), length, c.rope_scale).to(device=self.device, dtype=self.dtype)
 
 
-def _first(config: DecoderConfig) -> DecoderConfig:
-    """The shape of the first block alone."""
-    return replace(config, layers=1, window=config.window[:1])
-
-
-def _block(config: DecoderConfig, w: LayerWeights, quantize: str | None, pack: bool) -> FusedLayer:
+def _block(config: DecoderConfig, w: LayerWeights, pack: bool) -> FusedLayer:
     qk_norm = None
     if w.q_norm is not None and w.k_norm is not None:
         both = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
         qk_norm = rms_norm(both, config.eps)
 
-    def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return make_linear(weight, bias, quantize=quantize, pack=pack)
+    def linear(weight: object, bias: Tensor | None = None) -> Linear:
+        return make_linear(cast(Tensor, weight), bias, pack=pack)
 
     return FusedLayer(
         norm1=rms_norm(w.norm1, config.eps),

@@ -11,21 +11,24 @@ import torch
 
 from outrider import isa
 from outrider.errors import ConfigError, unknown_name
+from outrider.models.adapter import home_of, is_adapter
 from outrider.models.admit import admit
 from outrider.models.checkpoint import Checkpoint, Progress, read_entries
 from outrider.models.config import Unsupported, read_raw_config
 from outrider.models.folder import require_config, resolve_folder
+from outrider.models.gguf.checkpoint import GgufCheckpoint
+from outrider.models.gguf.parts import is_gguf
 from outrider.models.lean import LeanTarget
 from outrider.models.native.build import load_library
 from outrider.models.native.runtime import library_for
 from outrider.models.places import check_numbers
+from outrider.models.quantised import block_type, quantised_target
 from outrider.models.tokenizer import (
     find_tokenizer,
     load_tokenizer,
     stop_ids,
     vocab_fingerprint,
 )
-from outrider.nn.linear import QUANTIZE
 from outrider.nn.memory import available_memory, require_memory
 from outrider.protocols import Target
 
@@ -66,14 +69,14 @@ def load_target(
     progress: Progress | None = None,
     role: str = "model",
 ) -> Target:
-    """A target from a folder in Hugging Face format or a Hub name; safetensors only, and no code from the checkpoint is run.
+    """A target from a folder in Hugging Face format (safetensors), a GGUF file or a Hub name; no code from it is run.
 
     dtype:          "auto", or "bfloat16", "float16", "float32", "float64". Auto is bfloat16 on a CPU that multiplies it
                     (AVX512_BF16, AMX, ARM's bf16) or, for bfloat16 checkpoints, that has the native decoder (half the
                     bytes to read, arithmetic in float32), else float32; on a GPU the checkpoint's own.
     device:         "auto" (a GPU if there is one), or a PyTorch device.
     implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean if possible; else `notices` give the reason.
-    quantize:       None, or "int8" / "int4" weights: for drafts, needs the lean runtime.
+    quantize:       None, or a type of `models.quantised.QUANTIZE` to round the weights to; needs the lean runtime.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
     role:           the model's role in messages: "target", "draft".
@@ -82,8 +85,8 @@ def load_target(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(unknown_name("implementation", implementation, IMPLEMENTATIONS))
-    if quantize is not None and quantize not in QUANTIZE:
-        raise ConfigError(unknown_name("quantize", quantize, QUANTIZE))
+    if quantize is not None:
+        block_type(quantize)
     where = _device(device)
     _named_dtype(dtype)
     folder = resolve_folder(path_or_name)
@@ -92,13 +95,29 @@ def load_target(
     if isinstance(found, str):
         return _load_hf(folder, dtype, where, quantize, max_length, found, role)
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
-    target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role), quantize=quantize)
-    target.notices += _dtype_notices(folder, chosen, where, target.native is not None)
+    if quantize is not None and isinstance(found, GgufCheckpoint):
+        raise ConfigError(f"{folder} is quantised already: leave --quantize-{role} out")
+    if quantize is not None:
+        target = quantised_target(found.config, found.read(chosen, where, progress, role), quantize, role)
+    elif isinstance(found, GgufCheckpoint) and where.type == "cpu":
+        target = LeanTarget(found.config, lambda: found.packed(chosen, progress, role))
+    else:
+        target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
+    told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
+    target.notices += (*told, *_dtype_notices(folder, chosen, where, target.native is not None))
     return target
 
 
-def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | str:
+def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | GgufCheckpoint | str:
     """A checkpoint that the lean runtime reads, or a sentence on why transformers is used, empty if that is no loss."""
+    if is_gguf(folder):
+        if implementation == "hf":
+            raise ConfigError(
+                f"{folder} is a GGUF file, which only the lean runtime reads: leave implementation 'hf' out"
+            )
+        return GgufCheckpoint(folder, max_length=max_length)
+    if is_adapter(folder) and implementation == "hf":
+        raise ConfigError(f"{folder} is a LoRA adapter, which the lean runtime merges: leave implementation 'hf' out")
     try:
         checkpoint = Checkpoint(folder, max_length=max_length)
     except (Unsupported, ConfigError) as reason:
@@ -106,11 +125,16 @@ def _runtime(folder: Path, implementation: str, max_length: int | None = None) -
             return ""
         if not isinstance(reason, Unsupported):
             raise
+        if is_adapter(folder):
+            raise ConfigError(
+                f"the adapter {folder} cannot be merged, as the lean runtime does not run its base model ({reason}): merge it with "
+                "peft (merge_and_unload) and save that"
+            ) from None
         if implementation == "lean":
             raise ConfigError(f"the lean runtime cannot run {folder}: {reason}; use implementation 'hf'") from None
         return (
             f"{folder.name} runs on transformers, not on the lean runtime (slower): {reason}; a model of the Llama, Qwen2, "
-            "Qwen3 or Mistral families would run on it"
+            "Qwen3, Mistral or Phi-3 families would run on it"
         )
     if implementation == "hf":
         return f"{folder.name} runs on transformers though the lean runtime is faster: leave implementation 'hf' out"
@@ -153,7 +177,8 @@ def _load_hf(
 class Facts:
     """Facts from a checkpoint's files, without loading weights.
 
-    runtime: "lean" or "transformers". reason: why not lean, or "". kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
+    runtime: "lean" or "transformers". reason: why not lean, or "". stored: the format of its files, with bytes by type. dtype,
+    weights_bytes: as it is loaded. kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
     will not run as fast as possible here, as far as files and machine show.
     """
 
@@ -161,6 +186,7 @@ class Facts:
     runtime: str
     reason: str
     parameters: int
+    stored: str
     dtype: str
     vocab_size: int
     max_length: int
@@ -173,19 +199,22 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError where `load_target` would."""
     folder, where = resolve_folder(path_or_name), _device(device)
     require_config(folder)
-    raw = read_raw_config(folder)
-    entries = read_entries(folder)
     found = _runtime(folder, "auto")
+    raw = read_raw_config(folder) if isinstance(found, str) else found.raw
     lean = not isinstance(found, str)
     chosen = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), where, lean=lean)
-    if isinstance(found, Checkpoint):
+    if not isinstance(found, str):
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
         library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
+        told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
+        blocks = isinstance(found, GgufCheckpoint) and library is not None
+        weights_bytes = found.packed_bytes if blocks else parameters * chosen.itemsize
     else:
-        runtime, reason, library, library_notice = "transformers", found, None, found
-        parameters = sum(math.prod(entry.shape) for entry in entries.values())
+        runtime, reason, library, library_notice, told = "transformers", found, None, found, ()
+        parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
         sizes = _sizes_by_transformers(admit(folder, raw))
+        weights_bytes = parameters * chosen.itemsize
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]
     return Facts(
@@ -193,16 +222,30 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         runtime=runtime,
         reason=reason,
         parameters=parameters,
+        stored=_stored(folder, found),
         dtype=str(chosen).removeprefix("torch."),
         vocab_size=vocab_size,
         max_length=max_length,
-        weights_bytes=parameters * chosen.itemsize,
+        weights_bytes=weights_bytes,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * chosen.itemsize,
         notices=(
+            *told,
             *([library_notice] if library_notice else []),
             *_dtype_notices(folder, chosen, where, library is not None),
         ),
     )
+
+
+def _stored(folder: Path, found: Checkpoint | GgufCheckpoint | str) -> str:
+    """The format of a model's files, and their bytes by type, the largest first."""
+    gguf = isinstance(found, GgufCheckpoint)
+    sizes: dict[str, int] = {}
+    for kind, size in (
+        found.stored_bytes() if gguf else ((e.stored, e.bytes) for e in read_entries(home_of(folder)).values())
+    ):
+        sizes[kind] = sizes.get(kind, 0) + size
+    told = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(sizes.items(), key=lambda i: -i[1]))
+    return f"{'GGUF' if gguf else 'safetensors'}: {told}"
 
 
 def _sizes_by_transformers(config: Any) -> tuple[int, int, int, int, int]:

@@ -13,17 +13,28 @@ from tokenizers import Tokenizer
 from outrider import protocols
 from outrider.errors import ConfigError
 from outrider.files import read_json
+from outrider.models.adapter import home_of
 from outrider.models.config import CONFIG_BYTES
 from outrider.models.fast_tokenizer import read_fast_tokenizer
 from outrider.models.folder import resolve_folder
+from outrider.models.gguf.parts import is_gguf
+from outrider.models.gguf.tokenizer import GgufTokenizer, read_gguf_tokenizer
+from outrider.models.gguf.vocabulary import has_vocabulary, stops
 
 TOKENIZER_BYTES = 128 << 20
 """Largest tokenizer.json that is read; the largest real ones have 35 MB."""
 
 
 def load_tokenizer(path_or_name: str | Path) -> Any:
-    """The fast tokenizer of a folder or Hub name; runs no code of the folder. Raises ConfigError if there is none."""
+    """The fast tokenizer of a folder, a GGUF file or a Hub name; runs no code of it. Raises ConfigError if there is none.
+
+    A tokenizer.json beside a GGUF file goes before the file's own vocabulary only where that one cannot be read.
+    """
     folder = resolve_folder(path_or_name)
+    return _of_gguf(folder) if is_gguf(folder) else _of_folder(home_of(folder, "tokenizer.json"))
+
+
+def _of_folder(folder: Path) -> Any:
     core = folder / "tokenizer.json"
     if not core.is_file():
         raise ConfigError(
@@ -50,9 +61,20 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
         ) from None
 
 
+def _of_gguf(path: Path) -> Any:
+    try:
+        return read_gguf_tokenizer(path)
+    except ConfigError:
+        if not (path.parent / "tokenizer.json").is_file():
+            raise
+    return _of_folder(path.parent)
+
+
 def whole_tokenizer(path_or_name: str | Path) -> Any:
     """The tokenizer of a folder as a transformers object: it can be saved, with all its special tokens."""
     tokenizer = load_tokenizer(path_or_name)  # which refuses code, and what is too large
+    if isinstance(tokenizer, GgufTokenizer):
+        return _as_transformers(tokenizer)
     if hasattr(tokenizer, "save_pretrained"):
         return tokenizer
     from transformers import AutoTokenizer
@@ -60,9 +82,21 @@ def whole_tokenizer(path_or_name: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(resolve_folder(path_or_name), local_files_only=True, trust_remote_code=False)
 
 
+def _as_transformers(tokenizer: GgufTokenizer) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    named = {name: text for name, text in tokenizer.special.items() if text is not None}
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer.core, **named)
+    whole.chat_template = tokenizer.chat_template
+    return whole
+
+
 def find_tokenizer(path_or_name: str | Path) -> Any | None:
-    """`load_tokenizer`, or None for a folder that holds none: such a model works on token ids."""
+    """`load_tokenizer`, or None for a model that has none: it works on token ids."""
     folder = resolve_folder(path_or_name)
+    if is_gguf(folder):
+        return load_tokenizer(folder) if has_vocabulary(folder) else None
+    folder = home_of(folder, "tokenizer.json")
     return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
@@ -137,9 +171,14 @@ def vocab_fingerprint(tokenizer: protocols.Tokenizer) -> str:
 def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
     """Tokens that end a text: from generation_config.json, else from config.json; and the tokenizer's own end of text.
 
+    A GGUF file names its own.
+
     Raises ConfigError if generation_config.json sets a constraint on every text, which is not supported here.
     """
     folder = resolve_folder(path_or_name)
+    if is_gguf(folder):
+        return stops(folder)
+    folder = home_of(folder)
     generation = folder / "generation_config.json"
     if generation.is_file():
         _refuse_constraints(read_json(generation, CONFIG_BYTES), generation)

@@ -5,8 +5,6 @@ two to four rows cost two to three times one row, which would make speculation u
 flat to about eight rows. It is a private operator of PyTorch, so every use of it is here, with a plain twin for
 platforms without it (another device, float64, an old processor); a test compares the two.
 
-Weight-only int8 and int4 are for drafts: they change the draft distribution, and speculation is lossless for any of them.
-
 Learned drafters multiply in bfloat16 if the processor has such products (`draft_linear`, `with_fast_linears`): their pass is
 bound by reading weights, and folders store them in bfloat16 anyway; the rows between the products keep their dtype. The draft
 distribution then differs from that of float32 products by rounding, and it is the one declared: exactness does not depend on it.
@@ -23,12 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from outrider.errors import ConfigError, unknown_name
+from outrider.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
-QUANTIZE = ("int8", "int4")
-INT4_GROUP = 32
-_INT4_OUTPUTS = 16
 _BATCH_HINT = 4
 _FEW = 16
 """Rows up to which a product has its exact size; larger ones are padded (see `filled`)."""
@@ -51,12 +46,9 @@ def make_linear(
     weight: Float[Tensor, "O I"],
     bias: Float[Tensor, "O"] | None = None,
     *,
-    quantize: str | None = None,
     pack: bool = True,
 ) -> Linear:
-    """The fastest layer for this weight. quantize: None, "int8" or "int4"; pack=False keeps the weight as it is (no copy)."""
-    if quantize is not None:
-        return _quantized(weight, bias, quantize)
+    """The fastest layer for this weight; pack=False keeps the weight as it is (no copy)."""
     if pack and can_pack(weight):
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
@@ -114,56 +106,6 @@ class PackedLinear:
         return self._run_add(filled(x), filled(residual), self._weight, self._bias, "add")[: x.shape[0]]
 
 
-class Int8Linear:
-    """Symmetric int8 weights, one scale per output: a quarter of float32's bytes.
-
-    PyTorch's CPU kernel reads bfloat16 rows (its float32 branch is scalar and slow); elsewhere the weight is widened per call.
-    """
-
-    def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
-        scale = weight.abs().amax(1).float().clamp(min=1e-12) / 127
-        self._weight = (weight.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        self._kernel = weight.device.type == "cpu" and weight.shape[1] % 16 == 0
-        self._scale = scale.bfloat16() if self._kernel else scale.to(weight.dtype)
-        self._bias = bias
-
-    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        if self._kernel:
-            y = torch._weight_int8pack_mm(x.bfloat16(), self._weight, self._scale).to(x.dtype)
-        else:
-            y = F.linear(x, self._weight.to(x.dtype)) * self._scale
-        return y if self._bias is None else y + self._bias
-
-    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
-        return residual + self(x)
-
-
-class Int4Linear:
-    """Asymmetric int4 weights in groups of 32 inputs: weight = (code - 8) * scale + zero, an eighth of float32's bytes.
-
-    Only on the CPU and with a multiple of 32 inputs; `make_linear` takes int8 elsewhere.
-    """
-
-    def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> None:
-        self._out, size = weight.shape
-        padded = F.pad(weight.float(), (0, 0, 0, -self._out % _INT4_OUTPUTS))
-        grouped = padded.view(-1, size // INT4_GROUP, INT4_GROUP)
-        low, high = grouped.amin(-1), grouped.amax(-1)
-        scale = ((high - low) / 15).clamp(min=1e-9)
-        code = ((grouped - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.int32).view(-1, size)
-        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code, 1)
-        self._scale_zero = torch.stack([scale.t(), (low + 8 * scale).t()], -1).bfloat16().contiguous()
-        self._bias = bias
-
-    def __call__(self, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(x.bfloat16(), self._weight, INT4_GROUP, self._scale_zero)[:, : self._out].to(x.dtype)
-        return y if self._bias is None else y + self._bias
-
-    def add(self, x: Float[Tensor, "n I"], residual: Float[Tensor, "n O"]) -> Float[Tensor, "n O"]:
-        return residual + self(x)
-
-
 class _Narrow:
     """Rows of float32 through a product of bfloat16."""
 
@@ -209,13 +151,6 @@ def filled(x: Float[Tensor, "n I"]) -> Float[Tensor, "m I"]:
     n = x.shape[0]
     missing = -n % (8 if n <= 64 else 16)
     return F.pad(x, (0, 0, 0, missing)) if missing and n > _FEW else x
-
-
-def _quantized(weight: Tensor, bias: Tensor | None, quantize: str) -> Linear:
-    if quantize not in QUANTIZE:
-        raise ConfigError(unknown_name("quantize", quantize, QUANTIZE))
-    fits = weight.device.type == "cpu" and weight.shape[1] % INT4_GROUP == 0
-    return Int4Linear(weight, bias) if quantize == "int4" and fits else Int8Linear(weight, bias)
 
 
 @cache

@@ -286,6 +286,7 @@ class TooLong(RequestError):
 
 
 def folder_of(tokenizer: Any) -> str | None:
-    """The folder from which transformers has read this tokenizer; None if there is none."""
-    folder = getattr(tokenizer, "name_or_path", None)
-    return str(folder) if folder and os.path.isfile(os.path.join(folder, "tokenizer.json")) else None
+    """The folder from which transformers has read this tokenizer, or its GGUF file; None if there is none."""
+    place = getattr(tokenizer, "name_or_path", None)
+    found = place and (os.path.isfile(place) or os.path.isfile(os.path.join(place, "tokenizer.json")))
+    return str(place) if found else None

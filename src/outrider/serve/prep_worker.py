@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from outrider.automata import Compiler, unspelled
@@ -51,8 +52,8 @@ def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool) 
 
 
 class Work:
-    """The jobs of one process. given: {"core": text of a tokenizer.json} or {"folder": where transformers reads it}, for texts;
-    {"grammar": text of a tokenizer.json, "eos": ids that end a text} for grammars."""
+    """The jobs of one process. given: {"core": text of a tokenizer.json} or {"folder": where transformers reads it,
+    or a GGUF file}, for texts; {"grammar": text of a tokenizer.json, "eos": ids that end a text} for grammars."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self._given = given
@@ -102,8 +103,12 @@ class _Core:
 
 
 def _of_folder(folder: str) -> Any:
-    """The tokenizer of a folder that `models.tokenizer.load_tokenizer` has checked. Torch is not needed, and not imported."""
+    """The tokenizer of a folder or GGUF file that `models.tokenizer.load_tokenizer` has checked. Torch is not imported."""
     sys.modules["torch"] = None  # type: ignore[assignment]
+    if os.path.isfile(folder):
+        from outrider.models.gguf.tokenizer import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(Path(folder))
     from outrider.models.fast_tokenizer import read_fast_tokenizer
 
     return read_fast_tokenizer(folder)

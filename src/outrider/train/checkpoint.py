@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outrider.files import sync
+from outrider.models.gguf.parts import all_parts, is_gguf
 from outrider.train.causal_lm import CausalLM
 
 MANIFEST = "manifest.json"
@@ -52,13 +53,14 @@ def sha256_of(path: Path) -> str:
 
 
 def identity_of(folder: Path) -> str:
-    """The identity of the model in a folder: a digest of all that its texts depend on, its weights, configuration and tokenizer.
+    """The identity of the model in a folder or a GGUF file: a digest of its weights, configuration and tokenizer.
 
     Every byte is read, at about a gigabyte per second, which is little compared with a training: a part of the weights would not
     distinguish two models of which another layer was tuned.
     """
-    digest = hashlib.sha256()
-    for path in sorted(p for kind in ("*.safetensors", "*.json", "*.model", "*.jinja") for p in folder.glob(kind)):
+    digest, kinds = hashlib.sha256(), ("*.safetensors", "*.json", "*.model", "*.jinja")
+    found = all_parts(folder) if is_gguf(folder) else [p for kind in kinds for p in folder.glob(kind)]
+    for path in sorted(found):
         digest.update(f"{path.name} {sha256_of(path)};".encode())
     return digest.hexdigest()
 

@@ -20,6 +20,7 @@ from outrider.evaluate.bench.scale import TARGETS, Predicted, carry_over, predic
 from outrider.evaluate.measure import Arm
 from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import Ratio, ratio_of_sums
+from outrider.models.gguf.parts import all_parts, is_gguf
 from outrider.theory.hardware import Hardware
 
 COLOURS = {
@@ -108,8 +109,9 @@ def shares_of(engine: Engine, arms: Sequence[Arm], specs: Sequence[Spec]) -> dic
     return out
 
 
-def _bytes(folder: str) -> int:
-    return sum(f.stat().st_size for f in Path(folder).expanduser().glob("*.safetensors"))
+def _bytes(place: str) -> int:
+    path = Path(place).expanduser()
+    return sum(f.stat().st_size for f in (all_parts(path) if is_gguf(path) else path.glob("*.safetensors")))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -2,7 +2,6 @@
 #include "decoder.h"
 
 #include <mutex>
-#include <new>
 
 namespace {
 
@@ -18,7 +17,7 @@ class Handle {
 template <class W>
 class HandleOf final : public Handle {
    public:
-    bool build(const ModelPointers& model) { return decoder_.build(model); }
+    explicit HandleOf(const ModelPointers& model) { decoder_.build(model); }
     Status forward(const CallPointers& call) override {
         const std::lock_guard<std::mutex> turn(mutex_);
         return decoder_.forward(call);
@@ -29,34 +28,76 @@ class HandleOf final : public Handle {
     Decoder<W> decoder_;
 };
 
-template <class W>
-Handle* make(const ModelPointers& model) {
-    auto* handle = new (std::nothrow) HandleOf<W>();
-    if (handle != nullptr && handle->build(model)) return handle;
-    delete handle;
-    return nullptr;
-}
-
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void* outrider_new(const ModelPointers* model) { return model->half ? make<bf16>(*model) : make<float>(*model); }
+EXPORT void* outrider_new(const ModelPointers* model) {
+    if (model->half) return static_cast<Handle*>(new (std::nothrow) HandleOf<bf16>(*model));
+    return static_cast<Handle*>(new (std::nothrow) HandleOf<float>(*model));
+}
 
 EXPORT int outrider_forward(void* handle, const CallPointers* call) { return static_cast<Handle*>(handle)->forward(*call); }
 
 EXPORT void outrider_free(void* handle) { delete static_cast<Handle*>(handle); }
+
+// A linear of `count` segments with k inputs each, packed by `threads` threads; null when there is no memory.
+EXPORT void* outrider_linear_new(const SegmentPointers* segment, int64_t count, int64_t k, int64_t threads) {
+    Linear* made = Linear::make(segment, count, k);
+    if (made == nullptr) return nullptr;
+    std::atomic<int64_t> next{0};
+    in_parallel((int)threads, [&](int, int) {
+        for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < made->pack_units();) made->pack(u);
+    });
+    return made;
+}
+
+EXPORT void outrider_linear_free(void* linear) { delete static_cast<Linear*>(linear); }
+
+// out [rows, outputs] = x [rows, inputs] times the weights.
+EXPORT int outrider_linear_run(const void* linear, const float* x, int64_t rows, int64_t threads, float* out) {
+    const Linear& weight = *static_cast<const Linear*>(linear);
+    constexpr int64_t BLOCK = 64;
+    Input input;
+    if (!input.reserve(rows, weight.inputs(), weight.stores())) return NO_MEMORY;
+    for (int64_t i = 0; i < rows; ++i) {
+        input.put(i, 0, x + i * weight.inputs(), weight.inputs());
+        for (int64_t part = 0; input.rounds() && part < input.parts(); ++part) input.round(i, part);
+    }
+    const int64_t n = weight.outputs();
+    std::atomic<int64_t> next{0};
+    in_parallel((int)threads, [&](int, int) {
+        for (int64_t at; (at = BLOCK * next.fetch_add(1, std::memory_order_relaxed)) < n;)
+            weight.product(at, n - at < BLOCK ? n - at : BLOCK, input, 0, rows, out + at, n);
+    });
+    return OK;
+}
+
+// out [rows, inputs] = those rows of the weights, as float32.
+EXPORT int outrider_linear_rows(const void* linear, const int64_t* row, int64_t rows, float* out) {
+    const Linear& weight = *static_cast<const Linear*>(linear);
+    for (int64_t i = 0; i < rows; ++i) {
+        if (row[i] < 0 || row[i] >= weight.outputs()) return BAD_TOKEN;
+        weight.row(row[i], out + i * weight.inputs());
+    }
+    return OK;
+}
+
+// The definition of a quantised product, for tests: see twin.h.
+EXPORT int64_t outrider_twin(int64_t format, const uint8_t* weight, int64_t bytes, int64_t n, int64_t k, const float* x, float* out) {
+    return twin_product((Format)format, weight, bytes, n, k, x, out);
+}
 
 // What this library was compiled for, for logs.
 EXPORT const char* outrider_kind() {
 #if OUTRIDER_BF16_DOT
     return "AVX-512 BF16";
 #elif defined(__AVX512F__)
-    return "AVX-512";
+    return OUTRIDER_DOTS == 2 ? "AVX-512 VNNI" : "AVX-512";
 #elif defined(__AVX2__) && defined(__FMA__)
-    return "AVX2";
+    return OUTRIDER_DOTS == 2 ? "AVX-VNNI" : "AVX2";
 #elif defined(__aarch64__)
-    return "NEON";
+    return OUTRIDER_DOTS == 3 ? "NEON dotprod" : "NEON";
 #else
     return "generic";
 #endif

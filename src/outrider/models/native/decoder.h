@@ -1,50 +1,16 @@
-// The forward of a dense decoder over flat rows, for weights W.
+// The forward of a dense decoder over flat rows, with keys, values and taps of type W.
 //
-// Residual stream and element-wise maths are float32; inputs of linears are rounded to W. Threads split outputs, never sums.
+// Residual stream and element-wise maths are float32; inputs of linears are rounded as their weights' types ask. Threads split
+// outputs, never sums.
 #pragma once
 
 #include <cmath>
 
 #include "crew.h"
 #include "plan.h"
+#include "weights.h"
 
 namespace outrider {
-
-// A norm's weights or a bias, widened once. Empty where the family has none.
-class Vector {
-   public:
-    template <class W>
-    bool widen_from(const void* source, int64_t n) {
-        present_ = source != nullptr;
-        if (!present_) return true;
-        if (!value_.reserve(n)) return false;
-        for (int64_t i = 0; i < n; ++i) value_[i] = widen(static_cast<const W*>(source)[i]);
-        return true;
-    }
-    explicit operator bool() const { return present_; }
-    const float* data() const { return value_ + 0; }
-
-   private:
-    Buffer<float> value_;
-    bool present_ = false;
-};
-
-template <class W>
-struct Layer {
-    Vector norm1, qkv_bias, q_norm, k_norm, o_bias, norm2;
-    const W *qkv, *o, *gate_up, *down;
-    int64_t window;
-
-    bool build(const LayerPointers& from, const ModelPointers& m) {
-        qkv = static_cast<const W*>(from.qkv), o = static_cast<const W*>(from.o);
-        gate_up = static_cast<const W*>(from.gate_up), down = static_cast<const W*>(from.down);
-        window = from.window;
-        return norm1.widen_from<W>(from.norm1, m.hidden) && norm2.widen_from<W>(from.norm2, m.hidden) &&
-               qkv_bias.widen_from<W>(from.qkv_bias, (m.heads + 2 * m.kv_heads) * m.head_dim) &&
-               q_norm.widen_from<W>(from.q_norm, m.head_dim) && k_norm.widen_from<W>(from.k_norm, m.head_dim) &&
-               o_bias.widen_from<W>(from.o_bias, m.hidden);
-    }
-};
 
 // out[0 : n] = x / rms(x) * weight; out may be x.
 inline void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
@@ -72,21 +38,23 @@ template <class W>
 class Decoder {
     using Item = typename Packing<W>::Item;
     static constexpr int64_t BLOCK = 48;  // outputs of a linear that a thread takes at a time: whole tiles of 3, 4 and 2 rows
+    static constexpr int64_t WIDE = 64;    // the same where weights are quantised: whole pairs of groups
     static constexpr int64_t QUERIES = 8;  // rows times heads that an attention task aims at
 
    public:
-    // False when there is no memory. Keeps pointers to the big tensors.
-    bool build(const ModelPointers& m) {
+    // Keeps pointers to all that it is given, the layers too.
+    void build(const ModelPointers& m) {
         m_ = m;
         group_ = m.heads / m.kv_heads;
         half_ = m.head_dim / 2;
-        layer_ = new Layer<W>[m.layers];
-        bool ok = norm_.template widen_from<W>(m.norm, m.hidden) && inv_freq_.template widen_from<float>(m.inv_freq, half_);
-        for (int64_t i = 0; ok && i < m.layers; ++i) ok = layer_[i].build(m.layer[i], m);
-        return ok;
+        normed_stores_ = m.head->stores(), mixed_stores_ = inner_stores_ = 0;
+        for (int64_t i = 0; i < m.layers; ++i) {
+            const LayerPointers& layer = m.layer[i];
+            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores();
+            mixed_stores_ |= layer.o->stores(), inner_stores_ |= layer.down->stores();
+        }
+        block_ = (normed_stores_ | mixed_stores_ | inner_stores_) & (STORE_32 | STORE_256) ? WIDE : BLOCK;
     }
-
-    ~Decoder() { delete[] layer_; }
 
     Status forward(const CallPointers& call) {
         c_ = call;
@@ -108,57 +76,59 @@ class Decoder {
    private:
     bool make_room() {
         x_size_ = (m_.hidden + 15) / 16 * 16;
-        normed_size_ = packed_stride<W>(m_.hidden), query_size_ = packed_stride<W>(m_.head_dim);
-        mixed_size_ = packed_stride<W>(m_.heads * m_.head_dim), inner_size_ = packed_stride<W>(m_.inner);
-        const int64_t widest = m_.head_dim > 2 * BLOCK ? m_.head_dim : 2 * BLOCK;
+        query_size_ = packed_stride<W>(m_.head_dim);
+        const int64_t widest = m_.head_dim > 2 * block_ ? m_.head_dim : 2 * block_;
         const int64_t line = m_.hidden > m_.head_dim ? m_.hidden : m_.head_dim;
         tile_at_ = (line + 15) / 16 * 16;
         scores_at_ = tile_at_ + (c_.rows * widest + 15) / 16 * 16;
         scratch_size_ = scores_at_ + (plan_.score_floats + 31) / 16 * 16;
         return x_.reserve(c_.rows * x_size_) && cosine_.reserve(c_.rows * half_) && sine_.reserve(c_.rows * half_) &&
-               normed_.reserve((c_.rows > c_.scored ? c_.rows : c_.scored) * normed_size_) &&
-               query_.reserve(c_.rows * m_.heads * query_size_) && mixed_.reserve(c_.rows * mixed_size_) &&
-               inner_.reserve(c_.rows * inner_size_) && scratch_.reserve(c_.threads * scratch_size_);
+               normed_.reserve(c_.rows > c_.scored ? c_.rows : c_.scored, m_.hidden, normed_stores_) &&
+               query_.reserve(c_.rows * m_.heads * query_size_) && mixed_.reserve(c_.rows, m_.heads * m_.head_dim, mixed_stores_) &&
+               inner_.reserve(c_.rows, m_.inner, inner_stores_) && scratch_.reserve(c_.threads * scratch_size_);
     }
 
     void run(int thread, int threads) {
         Phases::Walk phase(phases_, thread, threads);
         float* const scratch = scratch_ + thread * scratch_size_;
-        const int64_t wide = m_.heads * m_.head_dim;
+        const auto round = [&](Input& input) {
+            if (input.rounds()) phase(c_.rows * input.parts(), [&](int64_t u) { input.round(u / input.parts(), u % input.parts()); });
+        };
         phase(c_.rows, [&](int64_t i) { embed(i), finish_block(0, i, scratch); });
         for (int64_t l = 0; l < m_.layers; ++l) {
-            const Layer<W>& layer = layer_[l];
+            const LayerPointers& layer = m_.layer[l];
             phase(m_.heads + 2 * m_.kv_heads, [&](int64_t u) { project_head(layer, l, u, scratch); });
             phase(m_.kv_heads * plan_.tasks, [&](int64_t u) { mix(layer, l, u, scratch); });
-            phase(blocks(m_.hidden), [&](int64_t u) { add_product(layer.o, wide, mixed_ + 0, mixed_size_, layer.o_bias, u, scratch); });
+            round(mixed_);
+            phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.o, mixed_, layer.o_bias, u, scratch); });
             phase(c_.rows, [&](int64_t i) { normalise(i, i, layer.norm2, scratch); });
             phase(blocks(m_.inner), [&](int64_t u) { activate(layer, u, scratch); });
-            phase(blocks(m_.hidden), [&](int64_t u) { add_product(layer.down, m_.inner, inner_ + 0, inner_size_, Vector(), u, scratch); });
+            round(inner_);
+            phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.down, inner_, nullptr, u, scratch); });
             const bool last = l + 1 == m_.layers;
             phase(last && c_.scored > c_.rows ? c_.scored : c_.rows, [&](int64_t i) { finish_block(l + 1, i, scratch); });
         }
         phase(c_.scored > 0 ? blocks(m_.vocab) : 0, [&](int64_t u) { score(u); });
     }
 
-    static int64_t blocks(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
-    static int64_t block_size(int64_t from, int64_t outputs) { return outputs - from < BLOCK ? outputs - from : BLOCK; }
+    int64_t blocks(int64_t outputs) const { return (outputs + block_ - 1) / block_; }
+    int64_t block_size(int64_t from, int64_t outputs) const { return outputs - from < block_ ? outputs - from : block_; }
 
     // Token embedding and rotary angles of row i.
     void embed(int64_t i) {
-        const W* from = static_cast<const W*>(m_.embedding) + c_.token[i] * m_.hidden;
-        float* x = x_ + i * x_size_;
-        for (int64_t h = 0; h < m_.hidden; ++h) x[h] = widen(from[h]);
+        m_.embedding->row(c_.token[i], x_ + i * x_size_);
         for (int64_t j = 0; j < half_; ++j) {
-            const float angle = (float)c_.position[i] * inv_freq_.data()[j];
+            const float angle = (float)c_.position[i] * m_.inv_freq[j];
             cosine_[i * half_ + j] = std::cos(angle) * (float)m_.rope_scale;
             sine_[i * half_ + j] = std::sin(angle) * (float)m_.rope_scale;
         }
     }
 
     // normed[to] = norm of row `from`, packed as a linear's input.
-    void normalise(int64_t from, int64_t to, const Vector& weight, float* line) {
-        rms_norm(x_ + from * x_size_, weight.data(), m_.hidden, (float)m_.eps, line);
-        Packing<W>::pack(normed_ + to * normed_size_, 0, line, (int)m_.hidden);
+    void normalise(int64_t from, int64_t to, const float* weight, float* line) {
+        rms_norm(x_ + from * x_size_, weight, m_.hidden, (float)m_.eps, line);
+        normed_.put(to, 0, line, m_.hidden);
+        for (int64_t part = 0; normed_.rounds() && part < normed_.parts(); ++part) normed_.round(to, part);
     }
 
     // What follows block `done` (0: the embeddings) for row i: taps, and the next norm; for the last block the norm of scored row i.
@@ -166,23 +136,23 @@ class Decoder {
         for (int64_t t = 0; i < c_.rows && t < c_.taps; ++t)
             if (c_.tap[t] == done) narrow(x_ + i * x_size_, m_.hidden, static_cast<W*>(c_.tap_out[t]) + i * m_.hidden);
         if (done < m_.layers)
-            normalise(i, i, layer_[done].norm1, line);
+            normalise(i, i, m_.layer[done].norm1, line);
         else if (i < c_.scored)
-            normalise(c_.scored_row[i], i, norm_, line);
+            normalise(c_.scored_row[i], i, m_.norm, line);
     }
 
     // Query, key or value head u of all rows: product, bias, norm, rotation; queries are packed, keys and values cached.
-    void project_head(const Layer<W>& layer, int64_t l, int64_t u, float* scratch) {
+    void project_head(const LayerPointers& layer, int64_t l, int64_t u, float* scratch) {
         const int64_t d = m_.head_dim;
         float* tile = scratch + tile_at_;
-        product<W>(layer.qkv + u * d * m_.hidden, m_.hidden, (int)d, normed_ + 0, normed_size_, (int)c_.rows, (int)m_.hidden, tile, d);
+        layer.qkv->product(u * d, d, normed_, 0, c_.rows, tile, d);
         const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
-        const Vector& norm = is_query ? layer.q_norm : layer.k_norm;
+        const float* norm = is_query ? layer.q_norm : layer.k_norm;
         for (int64_t i = 0; i < c_.rows; ++i) {
             float* head = tile + i * d;
             if (layer.qkv_bias)
-                for (int64_t j = 0; j < d; ++j) head[j] += layer.qkv_bias.data()[u * d + j];
-            if (norm && !is_value) rms_norm(head, norm.data(), d, (float)m_.eps, head);
+                for (int64_t j = 0; j < d; ++j) head[j] += layer.qkv_bias[u * d + j];
+            if (norm && !is_value) rms_norm(head, norm, d, (float)m_.eps, head);
             if (!is_value) rotate(head, cosine_ + i * half_, sine_ + i * half_, half_);
             if (is_query) {
                 Packing<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
@@ -200,7 +170,7 @@ class Decoder {
     }
 
     // Attention: one task of one KV head.
-    void mix(const Layer<W>& layer, int64_t l, int64_t u, float* scratch) {
+    void mix(const LayerPointers& layer, int64_t l, int64_t u, float* scratch) {
         const int64_t d = m_.head_dim, head = u / plan_.tasks;
         const float scale = 1.0f / std::sqrt((float)d);
         const Task& task = plan_.task(u % plan_.tasks);
@@ -210,47 +180,45 @@ class Decoder {
             s, &plan_.row(row), task.count, c_.position, layer.window, (int)group_,
             query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, s.slot, head),
             cache(c_.v, l, s.slot, head), (int)d, scale, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
-                Packing<W>::pack(mixed_ + (row + i) * mixed_size_, (int)((head * group_ + g) * d), out, (int)d);
+                mixed_.put(row + i, (head * group_ + g) * d, out, d);
             }
         );
     }
 
     // x += weight @ input (+ bias), block u of outputs.
-    void add_product(const W* weight, int64_t k, const Item* input, int64_t stride, const Vector& bias, int64_t u, float* scratch) {
+    void add_product(const Linear& weight, const Input& input, const float* bias, int64_t u, float* scratch) {
         float* tile = scratch + tile_at_;
-        const int64_t from = u * BLOCK, n = block_size(from, m_.hidden);
-        product<W>(weight + from * k, k, (int)n, input, stride, (int)c_.rows, (int)k, tile, BLOCK);
+        const int64_t from = u * block_, n = block_size(from, m_.hidden);
+        weight.product(from, n, input, 0, c_.rows, tile, block_);
         for (int64_t i = 0; i < c_.rows; ++i) {
             float* x = x_ + i * x_size_ + from;
             if (bias)
-                for (int64_t j = 0; j < n; ++j) tile[i * BLOCK + j] += bias.data()[from + j];
-            for (int64_t j = 0; j < n; ++j) x[j] += tile[i * BLOCK + j];
+                for (int64_t j = 0; j < n; ++j) tile[i * block_ + j] += bias[from + j];
+            for (int64_t j = 0; j < n; ++j) x[j] += tile[i * block_ + j];
         }
     }
 
     // inner = silu(gate) * up, block u of outputs.
-    void activate(const Layer<W>& layer, int64_t u, float* scratch) {
+    void activate(const LayerPointers& layer, int64_t u, float* scratch) {
         float* gate = scratch + tile_at_;
-        float* up = gate + c_.rows * BLOCK;
-        const W* weight = layer.gate_up;
-        const int64_t from = u * BLOCK, n = block_size(from, m_.inner), h = m_.hidden;
-        product<W>(weight + from * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, gate, BLOCK);
-        product<W>(weight + (m_.inner + from) * h, h, (int)n, normed_ + 0, normed_size_, (int)c_.rows, (int)h, up, BLOCK);
+        float* up = gate + c_.rows * block_;
+        const int64_t from = u * block_, n = block_size(from, m_.inner);
+        layer.gate_up->product(from, n, normed_, 0, c_.rows, gate, block_);
+        layer.gate_up->product(m_.inner + from, n, normed_, 0, c_.rows, up, block_);
         for (int64_t i = 0; i < c_.rows; ++i) {
-            float* g = gate + i * BLOCK;
-            for (int64_t j = 0; j < n; j += LANES) {  // BLOCK is a multiple of LANES: what is behind n is not used
+            float* g = gate + i * block_;
+            for (int64_t j = 0; j < n; j += LANES) {  // a block is a multiple of LANES: what is behind n is not used
                 const vf x = load<vf>(g + j);
-                store(g + j, x / (1.0f + exp_near(-x)) * load<vf>(up + i * BLOCK + j));
+                store(g + j, x / (1.0f + exp_near(-x)) * load<vf>(up + i * block_ + j));
             }
-            Packing<W>::pack(inner_ + i * inner_size_, (int)from, g, (int)n);
+            inner_.put(i, from, g, n);
         }
     }
 
     // Logits of the scored rows, block u of the vocabulary.
     void score(int64_t u) {
-        const int64_t h = m_.hidden, from = u * BLOCK, n = block_size(from, m_.vocab);
-        const W* weight = static_cast<const W*>(m_.head) + from * h;
-        product<W>(weight, h, (int)n, normed_ + 0, normed_size_, (int)c_.scored, (int)h, c_.logits + from, m_.vocab);
+        const int64_t from = u * block_, n = block_size(from, m_.vocab);
+        m_.head->product(from, n, normed_, 0, c_.scored, c_.logits + from, m_.vocab);
     }
 
     ModelPointers m_;
@@ -258,12 +226,12 @@ class Decoder {
     Plan plan_;
     Crew crew_;
     Phases phases_;
-    Layer<W>* layer_ = nullptr;
-    Vector norm_, inv_freq_;
-    int64_t group_ = 1, half_ = 0;
-    int64_t x_size_, normed_size_, query_size_, mixed_size_, inner_size_, scratch_size_, tile_at_, scores_at_;
+    int64_t group_ = 1, half_ = 0, block_ = BLOCK;
+    int normed_stores_ = 0, mixed_stores_ = 0, inner_stores_ = 0;
+    int64_t x_size_, query_size_, scratch_size_, tile_at_, scores_at_;
     Buffer<float> x_, cosine_, sine_, scratch_;
-    Buffer<Item> normed_, query_, mixed_, inner_;
+    Buffer<Item> query_;
+    Input normed_, mixed_, inner_;
 };
 
 }  // namespace outrider

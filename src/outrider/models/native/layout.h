@@ -5,18 +5,29 @@
 
 namespace outrider {
 
+class Linear;
+
 struct LayerPointers {
-    const void *norm1, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *norm2, *gate_up, *down;  // null where there is none
-    int64_t window;                                                                             // 0: none
+    const float *norm1, *qkv_bias, *q_norm, *k_norm, *o_bias, *norm2;  // null where there is none
+    const Linear *qkv, *o, *gate_up, *down;
+    int64_t window;  // 0: none
 };
 
 struct ModelPointers {
     int64_t vocab, hidden, layers, heads, kv_heads, head_dim, inner;
-    int64_t half;  // 1: the weights and the cache are bf16, 0: float32
+    int64_t half;  // 1: the cache and the taps are bf16, 0: float32
     double eps, rope_scale;
     const float* inv_freq;  // [head_dim / 2]
-    const void *embedding, *norm, *head;
+    const float* norm;
+    const Linear *embedding, *head;
     const LayerPointers* layer;
+};
+
+// What crosses for a linear: `n` outputs of one type (a Format). Plain weights are row-major and read in place; others are whole
+// blocks, row by row, and are copied.
+struct SegmentPointers {
+    int64_t format, n;
+    const void* data;
 };
 
 struct CallPointers {
@@ -25,8 +36,8 @@ struct CallPointers {
     const int64_t *token, *position, *scored_row;  // [rows], [rows], [scored]
     const int64_t* segment;  // per segment: slot, first, cached, prefix, nodes, then the parents of its nodes
     const int64_t* tap;      // [taps] 0: the embeddings, i: after block i
-    void* const* tap_out;    // [taps] each [rows, hidden] of the weights' type
-    void *k, *v;             // [layers, slots, kv_heads, capacity, head_dim] of the weights' type
+    void* const* tap_out;    // [taps] each [rows, hidden] of the cache's type
+    void *k, *v;             // [layers, slots, kv_heads, capacity, head_dim]
     float* logits;           // [scored, vocab]
 };
 

@@ -9,6 +9,7 @@ import sys
 import weakref
 from array import array
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,12 @@ from torch import Tensor
 from outrider import isa
 from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights
+from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.kv import ContiguousKV
 from outrider.types import Rows, Scores
 
-LAYER_TENSORS = ("norm1", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "norm2", "gate_up", "down")
-
-
-WITHOUT_TORCH = ("AVX2", "generic")
+WITHOUT_TORCH = ("AVX2", "AVX-VNNI", "generic")
 """Kinds of CPU without bfloat16 products in torch: its emulation is 3 to 5 times slower than ours at any number of rows."""
 
 FEW_ROWS = 32
@@ -36,7 +35,7 @@ ROWS = 256
 class _Layer(ctypes.Structure):
     """`LayerPointers` of layout.h."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in LAYER_TENSORS), ("window", ctypes.c_int64)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in (*VECTORS, *LINEARS)), ("window", ctypes.c_int64)]
 
 
 class _Model(ctypes.Structure):
@@ -48,7 +47,7 @@ class _Model(ctypes.Structure):
             for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half")
         ),
         *((name, ctypes.c_double) for name in ("eps", "rope_scale")),
-        *((name, ctypes.c_void_p) for name in ("inv_freq", "embedding", "norm", "head")),
+        *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
     ]
 
@@ -67,13 +66,13 @@ def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeD
     It needs float32 or bfloat16 weights on the CPU and its library (see `outrider.nn.compiled`); the environment variable
     OUTRIDER_NATIVE=0 switches it off. For weights on a GPU there is no notice.
     """
-    if weights.embedding.device.type != "cpu":
+    if not weights.packed and weights.norm.device.type != "cpu":
         return None, []
     library, notice = library_for(config, weights.dtype)
     unlike = _unlike(config, weights) if library is not None else None
     if library is None or unlike is not None:
         return None, [notice or "" if unlike is None else f"{DECODER.instead}: {unlike}"]
-    return NativeDecoder(library, config, weights), [] if notice is None else [notice]
+    return NativeDecoder(library, config, NativeWeights.of(library, weights)), [] if notice is None else [notice]
 
 
 def library_for(config: DecoderConfig, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
@@ -108,7 +107,9 @@ def _unfit(config: DecoderConfig, dtype: torch.dtype) -> str | None:
 
 
 def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
-    """Why the decoder cannot read these tensors, in a clause; None if it can."""
+    """Why the decoder cannot read these plain weights, in a clause; None if it can. Readers check packed ones."""
+    if weights.packed:
+        return None
     for name, tensor, shape in _expected(config, weights):
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
@@ -133,13 +134,13 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
         "gate_up": (2 * c.inner, c.hidden),
         "down": (c.hidden, c.inner),
     }
-    out = [
+    out: list[tuple[str, Any, tuple[int, ...]]] = [
         ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
         ("norm", weights.norm, (c.hidden,)),
         ("head", weights.head, (c.vocab_size, c.hidden)),
     ]
     for i, layer in enumerate(weights.layers):
-        tensors = {name: getattr(layer, name) for name in LAYER_TENSORS}
+        tensors = {name: getattr(layer, name) for name in shapes}
         out += [(f"{name} of layer {i}", t, shapes[name]) for name, t in tensors.items() if t is not None]
     return out
 
@@ -148,21 +149,22 @@ class NativeDecoder:
     """Runs forwards of few rows per sequence at the speed of memory.
 
     A row's logits, hidden states, keys and values have the same bits for any other rows in the call and any number of threads:
-    they depend on its token, its position and the keys and values it sees. Large weights are read in place; norm weights and
-    biases are copied, so weights must not be changed afterwards. Calls from several threads take turns.
+    they depend on its token, its position and the keys and values it sees. Plain weights are read in place, packed ones are copied;
+    so weights must not be changed afterwards. Calls from several threads take turns.
 
     kind:     the instructions it was compiled for. max_rows: most rows of one segment for which it is the fastest; more are
               correct, but torch is faster.
     """
 
-    def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: DecoderWeights) -> None:
-        self._library, self._config, self._weights = library, config, weights
+    def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: NativeWeights) -> None:
+        self._library, self._config, self.weights = library, config, weights
         self._forward = library.outrider_forward
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
         self.kind: str = _kind(library)
-        alone = weights.dtype is torch.bfloat16 and self.kind in WITHOUT_TORCH
+        packed = any(linear.packed for linear in weights.linears)
+        alone = packed or (weights.dtype is torch.bfloat16 and self.kind in WITHOUT_TORCH)
         self.max_rows = sys.maxsize if alone else ROWS if self.kind.startswith("AVX-512") else FEW_ROWS
         handle = self._new(library)
         if not handle:
@@ -184,7 +186,7 @@ class NativeDecoder:
         if position.shape[0] != n or any(not 0 <= i <= self._config.layers for i in layers):
             raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
         logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
-        hidden = tuple(torch.empty(n, self._config.hidden, dtype=self._weights.dtype) for _ in layers)
+        hidden = tuple(torch.empty(n, self._config.hidden, dtype=self.weights.dtype) for _ in layers)
         taps, outs = array("q", layers), array("Q", [h.data_ptr() for h in hidden])
         segments = array("q", _flat(rows))
         call = _CALL.pack(
@@ -199,24 +201,26 @@ class NativeDecoder:
 
     def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""
-        return NativeDecoder(
-            self._library, config, replace(self._weights, layers=self._weights.layers[: config.layers])
-        )
+        return NativeDecoder(self._library, config, replace(self.weights, layers=self.weights.layers[: config.layers]))
 
     def _new(self, library: ctypes.CDLL) -> int | None:
-        c, w = self._config, self._weights
+        c, w = self._config, self.weights
         pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
-        layers = (_Layer * c.layers)(
+        self._layers = (_Layer * c.layers)(
             *(
-                _Layer(*(pointer(getattr(layer, name)) for name in LAYER_TENSORS), window)
+                _Layer(
+                    *(pointer(layer.vectors[name]) for name in VECTORS),
+                    *(layer.linears[name].handle for name in LINEARS),
+                    window,
+                )
                 for layer, window in zip(w.layers, c.window, strict=True)
             )
-        )
-        inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
+        )  # kept, as all that the decoder has pointers to
+        self._inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
         half = int(w.dtype is torch.bfloat16)
         model = _Model(
             c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, c.eps, c.rope_scale,
-            inv_freq.data_ptr(), pointer(w.embedding), pointer(w.norm), pointer(w.head), layers,
+            self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
@@ -225,8 +229,8 @@ class NativeDecoder:
         c = self._config
         shape = (c.layers, kv.slots, c.kv_heads, kv.capacity, c.head_dim)
         for t in (kv.k, kv.v):
-            if t.shape != shape or t.dtype != self._weights.dtype or t.device.type != "cpu" or not t.is_contiguous():
-                raise ValueError(f"the cache must be contiguous {self._weights.dtype} on the CPU of shape {shape}")
+            if t.shape != shape or t.dtype != self.weights.dtype or t.device.type != "cpu" or not t.is_contiguous():
+                raise ValueError(f"the cache must be contiguous {self.weights.dtype} on the CPU of shape {shape}")
         self._checked = weakref.ref(kv)
 
     def _fail(self, status: int) -> None:

@@ -12,6 +12,8 @@ from outrider.drafters.target_tables import output_head, output_of
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import Unsupported
 from outrider.models.folder import resolve_folder
+from outrider.models.gguf.checkpoint import GgufCheckpoint
+from outrider.models.gguf.parts import is_gguf
 from outrider.protocols import Target
 
 
@@ -60,6 +62,8 @@ def head_of(path: Path | str, target: Target) -> tuple[Tensor, Tensor]:
 def final_norm(target: Path | str) -> Tensor | None:
     """Weights of the target's final norm, if the lean runtime's reader supports the target."""
     try:
-        return Checkpoint(resolve_folder(target)).read(torch.float32, torch.device("cpu")).norm
+        folder = resolve_folder(target)
+        checkpoint = GgufCheckpoint(folder) if is_gguf(folder) else Checkpoint(folder)
+        return checkpoint.read(torch.float32, torch.device("cpu")).norm
     except Unsupported:
         return None

@@ -1,0 +1,213 @@
+"""A GGUF model as `models.checkpoint.Checkpoint` has a folder: read and checked, nothing allocated, then its weights.
+
+The weights come in two forms: `packed`, as they are stored, in segments that each have a type; and `read`, their values in one
+plain type, which is the twin of products with the packed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from outrider.errors import ConfigError
+from outrider.models.config import Layout, Unsupported, layout_of
+from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
+from outrider.models.gguf.config import architecture_of, config_of
+from outrider.models.gguf.weights import Weights, permuted_back
+from outrider.models.places import refuse_extra
+from outrider.nn.blocks import Segment
+from outrider.nn.memory import require_memory
+
+Progress = Callable[[float], None]
+
+EMBEDDING, HEAD, NORM, DIVISORS = "token_embd.weight", "output.weight", "output_norm.weight", "rope_freqs.weight"
+
+
+class GgufCheckpoint:
+    """path: a GGUF file, or any part of a split set. max_length: may shorten the context. Raises ConfigError."""
+
+    def __init__(self, path: Path, *, max_length: int | None = None) -> None:
+        self.weights = Weights(path)
+        self._permuted = architecture_of(self.weights).permuted
+        self.raw = config_of(self.weights)
+        self._tensors = self.weights.tensors
+        layout = self._layout(max_length)
+        self.layout = replace(layout, decoder=replace(layout.decoder, inv_freq=self._frequencies(layout.decoder)))
+        self._check()
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.layout.decoder
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights (a tied head counts once)."""
+        return sum(self._tensors[name].numbers for name in self._expected())
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+        return sum(self._tensors[name].bytes for name in self._expected())
+
+    def stored_bytes(self) -> Iterator[tuple[str, int]]:
+        """Name of the type and bytes of every tensor."""
+        return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
+
+    def embedding(self) -> Segment:
+        return self.weights.segment(EMBEDDING)
+
+    def head(self) -> Segment | None:
+        """The output head, None if it is the embedding."""
+        return self.weights.segment(HEAD) if HEAD in self._tensors else None
+
+    def norm(self) -> Float[Tensor, "H"]:
+        return self.weights.numbers(NORM)
+
+    def layer(self, i: int) -> LayerWeights:
+        """Block i. Rows of queries and keys are in the order of halves, as everywhere in the lean runtime."""
+        at, c, w = f"blk.{i}.", self.config, self.weights
+        heads = {"q": c.heads, "k": c.kv_heads, "v": 0}
+        numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
+        parts = {"qkv": 0} if self.layout.fused else heads
+        qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in parts.items())
+        biases = [numbers(f"attn_{part}.bias") for part in heads]
+        return LayerWeights(
+            norm1=w.numbers(at + "attn_norm.weight"),
+            qkv=qkv,
+            qkv_bias=self._bias(biases, tuple(heads.values())) if self.layout.qkv_bias else None,
+            q_norm=numbers("attn_q_norm.weight"),
+            k_norm=numbers("attn_k_norm.weight"),
+            o=(w.segment(at + "attn_output.weight"),),
+            o_bias=numbers("attn_output.bias"),
+            norm2=w.numbers(at + "ffn_norm.weight"),
+            gate_up=tuple(w.segment(f"{at}ffn_{part}.weight") for part in (("up",) if self.layout.fused else ("gate", "up"))),
+            down=(w.segment(at + "ffn_down.weight"),),
+        )
+
+    def layers(self) -> Iterator[LayerWeights]:
+        """The blocks, one at a time: at most one is in memory if its user lets go of it."""
+        return (self.layer(i) for i in range(self.config.layers))
+
+    def packed(self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model") -> DecoderWeights:
+        """The weights as they are stored; blocks are read one at a time, while they are used.
+
+        dtype: of hidden states and the cache.
+        """
+        note = f"choose a smaller {role}, or free memory"
+        require_memory(self.packed_bytes, torch.device("cpu"), f"the weights of the {role}", note)
+        told, count = progress or (lambda _: None), self.config.layers
+
+        def layers() -> Iterator[LayerWeights]:
+            for i in range(count):
+                yield self.layer(i)
+                told((i + 1) / count)
+
+        embedding, head = (self.embedding(),), self.head()
+        return DecoderWeights(embedding, layers(), self.norm(), embedding if head is None else (head,), dtype)
+
+    def read(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        progress: Progress | None = None,
+        role: str = "model",
+    ) -> DecoderWeights:
+        """The values of all weights, in `dtype` on `device`; CapacityError if they do not fit.
+
+        role: the model's role in messages: "target", "draft".
+        """
+        where = torch.device(device)
+        require_memory(
+            self.parameters * dtype.itemsize,
+            where,
+            f"the weights of the {role}",
+            f"choose a smaller {role} or dtype, or free memory",
+        )
+        return unpacked(self.packed(dtype, progress, role), where)
+
+    def _turned(self, segment: Segment, heads: int) -> Segment:
+        return replace(segment, rows=permuted_back(segment.rows, heads)) if self._permuted and heads else segment
+
+    def _bias(self, parts: list[Tensor | None], heads: tuple[int, ...]) -> Tensor:
+        found = [part for part in parts if part is not None]
+        turned = [
+            permuted_back(part[:, None], n)[:, 0] if self._permuted and n else part
+            for part, n in zip(found, heads, strict=True)
+        ]
+        return torch.cat(turned)
+
+    def _layout(self, max_length: int | None) -> Layout:
+        try:
+            layout = layout_of(self.raw, max_length, self.weights.path)
+        except Unsupported as reason:
+            raise ConfigError(f"the lean runtime cannot run {self.weights.path}: {reason}; use another model") from None
+        first = lambda part: f"blk.0.{part}.bias" in self._tensors  # noqa: E731
+        return replace(layout, qkv_bias=first("attn_q"), o_bias=first("attn_output"))
+
+    def _frequencies(self, c: DecoderConfig) -> Float[Tensor, "half"]:
+        """Rotary frequencies, divided by what the file gives for each (how it states Llama 3.1's scaling)."""
+        if DIVISORS not in self._tensors:
+            return c.inv_freq
+        if self._tensors[DIVISORS].shape != (c.head_dim // 2,):
+            raise ConfigError(f"{self.weights.path}: {DIVISORS} has the shape {list(self._tensors[DIVISORS].shape)}, not "
+                              f"[{c.head_dim // 2}]: the file is damaged, download it again")  # fmt: skip
+        divisors = self.weights.numbers(DIVISORS)
+        if not bool((divisors > 0).all()):
+            raise ConfigError(f"{self.weights.path}: {DIVISORS} has numbers that are not positive: download it again")
+        return c.inv_freq / divisors
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the decoder."""
+        c = self.config
+        out: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden), NORM: (c.hidden,)}
+        if HEAD in self._tensors:
+            out[HEAD] = (c.vocab_size, c.hidden)
+        shapes = _block_shapes(self.layout)
+        return out | {f"blk.{i}.{name}": shape for i in range(c.layers) for name, shape in shapes.items()}
+
+    def _check(self) -> None:
+        path, expected = self.weights.path, self._expected_or_fewer()
+        for name, shape in expected.items():
+            tensor = self._tensors.get(name)
+            if tensor is None:
+                raise ConfigError(f"tensor {name} is missing from {path}: download the file again")
+            if tensor.shape != shape:
+                raise ConfigError(
+                    f"tensor {name} of {path} has shape {list(tensor.shape)}, its keys say {list(shape)}: the file is damaged, "
+                    "download it again"
+                )
+        refuse_extra(self._tensors.keys() - expected.keys() - {DIVISORS}, str(path))
+
+    def _expected_or_fewer(self) -> dict[str, tuple[int, ...]]:
+        """`_expected`, unless the keys speak of more layers than there are tensors: then nothing is made for each of them."""
+        if self.config.layers > len(self._tensors):
+            raise ConfigError(
+                f"{self.weights.path} has {len(self._tensors)} tensors for {self.config.layers} layers: download it again"
+            )
+        return self._expected()
+
+
+def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    c = layout.decoder
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    out: dict[str, tuple[int, ...]] = {"attn_norm.weight": (c.hidden,), "ffn_norm.weight": (c.hidden,)}
+    out["ffn_up.weight"] = (c.inner * (2 if layout.fused else 1), c.hidden)
+    if layout.fused:
+        out["attn_qkv.weight"] = (queries + 2 * keys, c.hidden)
+    else:
+        out["ffn_gate.weight"] = (c.inner, c.hidden)
+    for name, size in () if layout.fused else (("q", queries), ("k", keys), ("v", keys)):
+        out[f"attn_{name}.weight"] = (size, c.hidden)
+        if layout.qkv_bias:
+            out[f"attn_{name}.bias"] = (size,)
+    out["attn_output.weight"] = (c.hidden, queries)
+    if layout.o_bias:
+        out["attn_output.bias"] = (c.hidden,)
+    if layout.qk_norm:
+        out |= {"attn_q_norm.weight": (c.head_dim,), "attn_k_norm.weight": (c.head_dim,)}
+    return out | {"ffn_down.weight": (c.hidden, c.inner)}

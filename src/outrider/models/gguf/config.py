@@ -1,0 +1,200 @@
+"""The keys of a GGUF model as a `config.json` in Hugging Face spelling: one reader of configurations serves both.
+
+Keys: llama.cpp's `gguf-py/gguf/constants.py` and `conversion/`. A key of the model's architecture that is not known here is refused
+by name, because ignoring it could change the text.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from outrider.config_keys import flag, real, whole
+from outrider.errors import ConfigError
+from outrider.models.gguf.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How files of an architecture are read. family: model type in Hugging Face's spelling. named: its class there.
+
+    permuted: rows of queries and keys are stored as interleaved pairs. options: further keys that the family reads, from ours to
+    the name in config.json.
+    """
+
+    family: str
+    named: str
+    permuted: bool = False
+    options: Mapping[str, str] | None = None
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM"),
+}
+"""The architectures that are read, by `general.architecture`."""
+
+_PLAIN = frozenset({
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
+    "attention.causal", "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_log_multiplier", "vocab_size", "tensor_data_layout", "use_parallel_residual", "expert_count",
+    "expert_used_count", "attention.sliding_window",
+})  # fmt: skip
+"""Keys of every architecture, behind its name."""
+
+
+def architecture_of(weights: Weights) -> Architecture:
+    """The row of the table. Raises ConfigError for a file that names none, or one that is not read."""
+    name = weights.value("general.architecture")
+    if weights.value("general.type", "model") != "model" or not isinstance(name, str):
+        raise ConfigError(
+            f"{weights.path} is no language model (general.type {reprlib.repr(weights.value('general.type'))}, architecture "
+            f"{reprlib.repr(name)}): give the file of one"
+        )
+    if name not in ARCHITECTURES:
+        raise ConfigError(
+            f"{weights.path} has the architecture {reprlib.repr(name)}, which is not read from GGUF yet (read are "
+            f"{', '.join(ARCHITECTURES)}): give the folder in Hugging Face format that it was made from"
+        )
+    return ARCHITECTURES[name]
+
+
+def config_of(weights: Weights) -> dict[str, Any]:
+    """A `config.json` for these files, as transformers would write it. Raises ConfigError for what is not known here."""
+    kind = architecture_of(weights)
+    keys = _Keys(weights)
+    keys.check(_PLAIN | set(kind.options or ()))
+    hidden, heads = keys.whole("embedding_length"), keys.same("attention.head_count")
+    embedding = weights.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ConfigError(
+            f"{weights.path} has no tensor token_embd.weight (a vocabulary alone?): give the file of a model"
+        )
+    head_dim = keys.whole("attention.key_length", hidden // heads if heads else None)
+    if keys.whole("attention.value_length", head_dim) != head_dim:
+        raise ConfigError(
+            f"{weights.path} has keys and values of different sizes, which are not read: use another model"
+        )
+    if keys.whole("rope.dimension_count", head_dim) != head_dim:
+        raise ConfigError(f"{weights.path} turns a part of every head only, which is not read yet: use another model")
+    out: dict[str, Any] = {
+        "model_type": kind.family,
+        "architectures": [kind.named],
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "num_hidden_layers": keys.whole("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.same("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": keys.same("feed_forward_length"),
+        "max_position_embeddings": keys.whole("context_length"),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": keys.real("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(keys),
+        "tie_word_embeddings": "output.weight" not in weights.tensors,
+        "dtype": _stored(weights),
+    }
+    if keys.given("attention.sliding_window"):
+        out |= _window(keys, kind)
+    ends = [weights.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return out | {"eos_token_id": [i for i in ends if isinstance(i, int)]}
+
+
+def _stored(weights: Weights) -> str:
+    """The type of its matrices if they are plain numbers, else float32: what codes stand for."""
+    kinds = {tensor.block.name for tensor in weights.tensors.values() if len(tensor.shape) > 1}
+    names = {"bf16": "bfloat16", "f16": "float16"}
+    return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
+def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
+    width = keys.whole("attention.sliding_window", least=0)
+    if not width:
+        return {}
+    if kind.family == "llama":  # Mistral: the same network, and every layer has the window
+        return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": width}
+    if kind.family == "phi3":
+        return {"sliding_window": width}
+    raise ConfigError(f"{keys.path} has a sliding window of {width}, whose layers it does not name: use another model")
+
+
+def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
+    kind = keys.values.get(keys.name("rope.scaling.type"), "none")
+    if kind == "none":
+        old = keys.real("rope.scale_linear", 1.0)
+        return None if old == 1.0 else {"rope_type": "linear", "factor": old}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": keys.real("rope.scaling.factor", most=1e6)}
+    if kind != "yarn":
+        raise ConfigError(
+            f"{keys.path} scales its positions by {reprlib.repr(kind)}, which is not read: use another model"
+        )
+    if keys.real("rope.scaling.yarn_ext_factor", 1.0, most=1e6) != 1.0 or keys.given(
+        "rope.scaling.yarn_log_multiplier"
+    ):
+        raise ConfigError(
+            f"{keys.path} has a kind of YaRN that is not read (ext_factor, log_multiplier): use another model"
+        )
+    out: dict[str, Any] = {"rope_type": "yarn", "factor": keys.real("rope.scaling.factor", most=1e6)}
+    out["original_max_position_embeddings"] = keys.whole("rope.scaling.original_context_length")
+    for ours, theirs in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        if keys.given(f"rope.scaling.{ours}"):
+            out[theirs] = keys.real(f"rope.scaling.{ours}", most=1e6)
+    for name in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        if keys.given(name) and keys.real(name, most=1e6) != 1.0:
+            raise ConfigError(f"{keys.path} has {keys.name(name)} other than 1, which is not read: use another model")
+    return out
+
+
+class _Keys:
+    """The keys of a model's architecture, each bounded when it is read."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.path, self.values = weights.path, weights.values
+        self._prefix = f"{weights.value('general.architecture')}."
+
+    def name(self, key: str) -> str:
+        return self._prefix + key
+
+    def given(self, key: str) -> bool:
+        return self.name(key) in self.values
+
+    def check(self, known: frozenset[str] | set[str]) -> None:
+        """Refuse keys that are not known, and values of known ones that mean another network."""
+        for key in self.values:
+            if key.startswith(self._prefix) and key.removeprefix(self._prefix) not in known:
+                raise ConfigError(
+                    f"{self.path} has the key {key[:120]}, which is not known to be without effect: use another model"
+                )
+        if self.whole("expert_count", 0, least=0) or self.whole("expert_used_count", 0, least=0):
+            raise ConfigError(
+                f"{self.path} is a mixture of experts, which is not read from GGUF yet: use a dense model"
+            )
+        if flag(self.values, self.name("use_parallel_residual"), self.path):
+            raise ConfigError(f"{self.path} has parallel residuals, which are not read: use another model")
+        if not flag(self.values, self.name("attention.causal"), self.path, True):
+            raise ConfigError(f"{self.path} is an encoder, in which a token sees what follows it: use a causal model")
+
+    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        return whole(self.values, self.name(key), self.path, default=default, least=least, most=1 << 26)
+
+    def real(self, key: str, default: float | None = None, *, most: float = 1e12) -> float:
+        return real(self.values, self.name(key), self.path, default, most=most)
+
+    def same(self, key: str, default: int | None = None) -> int:
+        """A number that a file may give for every layer, if it is the same for all."""
+        value = self.values.get(self.name(key))
+        if isinstance(value, tuple) and value:
+            if len(set(value)) > 1:
+                raise ConfigError(
+                    f"{self.path}: {self.name(key)} differs between layers, which is not read: use another model"
+                )
+            return whole({key: value[0]}, key, self.path, most=1 << 26)
+        return self.whole(key, default)

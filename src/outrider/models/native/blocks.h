@@ -1,0 +1,200 @@
+// Products of 1 to 8 rounded rows with packed weights: a unit is unpacked once for all of them.
+//
+// Inside a block sums are integers, so exact in any order; then one float step per block (two where the type has a minimum), blocks in
+// order of k, one lane per column. So a result has the same bits whatever is computed beside it. See twin.h.
+#pragma once
+
+#include <utility>
+
+#include "packed.h"
+#include "rounded.h"
+
+namespace outrider {
+
+// The eight vectors of a unit. BITS as in packed.h; signed if they are 6, and where 8 are (see UNSIGNED_BYTES).
+template <int BITS>
+inline void unpack(const uint8_t* p, vb* w) {
+    if (BITS == 8) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) w[j] = load<vb>(p + j * VECTOR);
+        return;
+    }
+    typedef uint16_t vw __attribute__((vector_size(LANES * 4)));  // x86 shifts 16 bits at least; masks remove what comes over
+    const auto up = [](vb v, int by) { return (vb)((vw)v << by); };
+    const auto down = [](vb v, int by) { return (vb)((vw)v >> by); };
+    const vb low = vb{} + (uint8_t)15;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const vb both = load<vb>(p + j * VECTOR);
+        w[j] = both & low, w[j + 4] = down(both, 4) & low;
+    }
+    if (BITS == 5) {
+        const vb fifth = load<vb>(p + 4 * VECTOR), bit = vb{} + (uint8_t)16;
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) w[j] |= (j < 4 ? up(fifth, 4 - j) : down(fifth, j - 4)) & bit;
+    }
+    if (BITS == 6) {
+        const vb bits = vb{} + (uint8_t)0x30, middle = vb{} + (uint8_t)32;
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            const vb upper = load<vb>(p + (4 + j / 4) * VECTOR);
+            w[j] = (w[j] | ((j % 4 < 2 ? up(upper, 4 - 2 * (j % 4)) : down(upper, 2 * (j % 4) - 4)) & bits)) - middle;
+        }
+    }
+}
+
+// Codes of MXFP4 to their values, 16 added.
+inline void look_up(vb* w) {
+    alignas(16) static constexpr uint8_t TABLE[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+#if defined(__AVX512BW__)
+    const __m512i table = _mm512_broadcast_i32x4(load<__m128i>(TABLE));
+    for (int j = 0; j < 8; ++j) w[j] = (vb)_mm512_shuffle_epi8(table, (__m512i)w[j]);
+#elif !defined(__AVX512F__) && defined(__AVX2__) && defined(__FMA__)
+    const __m256i table = _mm256_broadcastsi128_si256(load<__m128i>(TABLE));
+    for (int j = 0; j < 8; ++j) w[j] = (vb)_mm256_shuffle_epi8(table, (__m256i)w[j]);
+#elif defined(__aarch64__)
+    for (int j = 0; j < 8; ++j) w[j] = (vb)vqtbl1q_u8(load<uint8x16_t>(TABLE), (uint8x16_t)w[j]);
+#else
+    for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < VECTOR; ++i) w[j][i] = TABLE[w[j][i]];
+#endif
+}
+
+template <Format F>
+inline vf block_scales(const uint8_t* p) {
+    if (F != MXFP4) return widen_halves(p);
+    return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16);
+}
+
+// out[(c * R + r) * LANES] for C groups side by side and R rows of a type with blocks of 32.
+template <Format F, int R, int C>
+void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, float* out) {
+    vf total[C][R] = {};
+    constexpr BlockSizes SIZE = sizes_of(F);
+    constexpr int DEPTH = F == MXFP4 ? 5 : SIZE.bits;
+    constexpr bool SIGNED = SIZE.offset == 0 || (SIZE.bits == 8 && !UNSIGNED_BYTES);
+    const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
+    const int32_t* start = x.start[SIZE.offset == 8 ? 0 : SIZE.offset == 16 ? 1 : 2];
+    for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) {
+            const uint8_t* at = group + c * apart;
+            const uint8_t* side = at + codes + b * aside;
+            vb w[8];
+            unpack<SIZE.bits>(at + b * step, w);
+            if (F == MXFP4) look_up(w);
+            const vf d = F == INT8 ? vf{} + 1.0f : block_scales<F>(side);
+            const vf m = SIZE.minimum ? widen_halves(side + 2 * LANES) : vf{};
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const int64_t i = r * x.ldb + b;
+                const vi from = SIGNED ? vi{} : vi{} + start[i];
+                const vi sum = dots<DEPTH, 8>(from, w, x.q + r * x.ldq + b * UNIT);
+                const vf dx = x.d[i] - vf{};
+                total[c][r] = fused(to_float(sum), F == INT8 ? dx : d * dx, total[c][r]);
+                if (SIZE.minimum) total[c][r] = fused(x.sum[i] - vf{}, m * dx, total[c][r]);
+            }
+        }
+    }
+    for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r)
+            store(out + (c * R + r) * LANES, F == INT8 ? total[c][r] * load<vf>(group + c * apart + codes) : total[c][r]);
+}
+
+// The same with super-blocks of 256.
+template <Format F, int R, int C>
+void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, float* out) {
+    vf total[C][R] = {};
+    constexpr BlockSizes SIZE = sizes_of(F);
+    const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
+    for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) {
+            const uint8_t* at = group + c * apart + b * 8 * step;
+            const uint8_t* side = group + c * apart + codes + b * aside;
+            vi sum[R];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sum[r] = F == Q6_K ? load<vi>(side + 18 * LANES) : vi{};
+            for (int u = 0; u < 8; ++u) {
+                vb w[8];
+                unpack<SIZE.bits>(at + u * step, w);
+                const vi scale = F == Q6_K ? widen_bytes<int8_t>(side + (2 + 2 * u) * LANES) : widen_bytes<uint8_t>(side + (4 + u) * LANES);
+                const vi second = F == Q6_K ? widen_bytes<int8_t>(side + (3 + 2 * u) * LANES) : vi{};
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const int8_t* q = (F == Q6_K ? x.moved : x.q) + r * x.ldq + b * 256 + u * UNIT;
+                    if (F == Q6_K) {
+                        sum[r] = scaled_dots<6, 4>(sum[r], scale, w, q);
+                        sum[r] = scaled_dots<6, 4>(sum[r], second, w + 4, q + 16);
+                    } else {
+                        sum[r] = scaled_dots<SIZE.bits, 8>(sum[r], scale, w, q);
+                    }
+                }
+            }
+            const vf d = widen_halves(side), m = SIZE.minimum ? widen_halves(side + 2 * LANES) : vf{};
+            vi pair[4];
+            for (int u = 0; SIZE.minimum && u < 4; ++u) pair[u] = two_least(side + (12 + 2 * u) * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const vf dx = x.d[r * x.ldd + b] - vf{};
+                total[c][r] = fused(to_float(sum[r]), d * dx, total[c][r]);
+                if (!SIZE.minimum) continue;
+                vi least = {};
+#pragma GCC unroll 4
+                for (int u = 0; u < 4; ++u) {
+                    int32_t two;
+                    std::memcpy(&two, x.sum + r * x.lds + b * 8 + 2 * u, 4);
+                    least = pair_dot(least, pair[u], two);
+                }
+                total[c][r] = fused(to_float(least), m * dx, total[c][r]);
+            }
+        }
+    }
+    for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) store(out + (c * R + r) * LANES, total[c][r]);
+}
+
+// The kernels of a type. two: for two groups side by side, which read memory in more streams; more rows leave no registers for it.
+// Where there are no sums of byte products nothing is gained by either.
+constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 1, MOST_TWO = OUTRIDER_DOTS ? 2 : 0;
+template <class X>
+struct Kernels {
+    using Run = void (*)(const Layout&, const uint8_t*, const X&, float*);
+    Run one[MOST_ROWS], two[2];
+};
+
+template <Format F, int... R>
+constexpr Kernels<Rounded32> small_kernels(std::integer_sequence<int, R...>) {
+    if constexpr (MOST_TWO == 0) return {{small_blocks<F, R + 1, 1>...}, {}};
+    else return {{small_blocks<F, R + 1, 1>...}, {small_blocks<F, 1, 2>, small_blocks<F, 2, 2>}};
+}
+
+template <Format F, int... R>
+constexpr Kernels<Rounded256> super_kernels(std::integer_sequence<int, R...>) {
+    if constexpr (MOST_TWO == 0) return {{super_blocks<F, R + 1, 1>...}, {}};
+    else return {{super_blocks<F, R + 1, 1>...}, {super_blocks<F, 1, 2>, super_blocks<F, 2, 2>}};
+}
+
+using Each = std::make_integer_sequence<int, MOST_ROWS>;
+
+inline const Kernels<Rounded32>& kernels32(Format f) {
+    static constexpr Kernels<Rounded32> Q40 = small_kernels<Q4_0>(Each()), Q41 = small_kernels<Q4_1>(Each()), Q50 = small_kernels<Q5_0>(Each()),
+                                        Q51 = small_kernels<Q5_1>(Each()), Q80 = small_kernels<Q8_0>(Each()), FP = small_kernels<MXFP4>(Each()),
+                                        BYTE = small_kernels<INT8>(Each());
+    switch (f) {
+        case Q4_0: return Q40;
+        case Q4_1: return Q41;
+        case Q5_0: return Q50;
+        case Q5_1: return Q51;
+        case Q8_0: return Q80;
+        case MXFP4: return FP;
+        default: return BYTE;
+    }
+}
+
+inline const Kernels<Rounded256>& kernels256(Format f) {
+    static constexpr Kernels<Rounded256> Q4 = super_kernels<Q4_K>(Each()), Q5 = super_kernels<Q5_K>(Each()), Q6 = super_kernels<Q6_K>(Each());
+    return f == Q4_K ? Q4 : f == Q5_K ? Q5 : Q6;
+}
+
+}  // namespace outrider

@@ -1,0 +1,206 @@
+// The weights of a linear: segments of outputs, each of a type of its own, and what its inputs must be stored as.
+#pragma once
+
+#include <memory>
+#include <new>
+
+#include "blocks.h"
+#include "layout.h"
+#include "linear.h"
+
+namespace outrider {
+
+// Ways to store a linear's input; a set of them is their sum.
+enum Store : int { STORE_FLOAT = 1, STORE_BF16 = 2, STORE_32 = 4, STORE_256 = 8 };
+
+constexpr int store_of(Format f) {
+    return f == F32 ? STORE_FLOAT : f == BF16 ? STORE_BF16 : sizes_of(f).values == 256 ? STORE_256 : STORE_32;
+}
+
+// Rows of inputs, in every way that the linears which read them need.
+class Input {
+   public:
+    // Before a forward: `rows` rows of k values; `stores` is a set of Store. False when there is no memory.
+    bool reserve(int64_t rows, int64_t k, int stores) {
+        k_ = k, stores_ = stores, lines_ = (k + 15) / 16 * 16 + 16;
+        return (!(stores & STORE_FLOAT) || full_.reserve(rows * packed_stride<float>(k))) &&
+               (!(stores & STORE_BF16) || half_.reserve(rows * packed_stride<bf16>(k))) &&
+               (!rounds() || line_.reserve(rows * lines_)) && (!(stores & STORE_32) || by32_.reserve(rows, k)) &&
+               (!(stores & STORE_256) || by256_.reserve(rows, k));
+    }
+
+    // x[0 : n] at values k0 : k0 + n of a row.
+    void put(int64_t row, int64_t k0, const float* x, int64_t n) {
+        if (stores_ & STORE_FLOAT) Packing<float>::pack(full_ + row * packed_stride<float>(k_), (int)k0, x, (int)n);
+        if (stores_ & STORE_BF16) Packing<bf16>::pack(half_ + row * packed_stride<bf16>(k_), (int)k0, x, (int)n);
+        if (rounds()) std::memcpy(line_ + row * lines_ + k0, x, n * sizeof(float));
+    }
+
+    // Whether complete rows are still to be rounded, part by part, before they are read.
+    bool rounds() const { return stores_ & (STORE_32 | STORE_256); }
+    int64_t parts() const { return (k_ + PART - 1) / PART; }
+    void round(int64_t row, int64_t part) {
+        const float* x = line_ + row * lines_;
+        const int64_t from = part * PART, to = from + PART < k_ ? from + PART : k_;
+        if (stores_ & STORE_32) by32_.round(row, x, from, to);
+        if (stores_ & STORE_256) by256_.round(row, x, from, to);
+    }
+
+    const float* full(int64_t row) const { return full_ + row * packed_stride<float>(k_); }
+    const Packing<bf16>::Item* half(int64_t row) const { return half_ + row * packed_stride<bf16>(k_); }
+    Rounded32 by32(int64_t row) const { return by32_.rows(row); }
+    Rounded256 by256(int64_t row) const { return by256_.rows(row); }
+
+   private:
+    static constexpr int64_t PART = 1024;  // a multiple of every block
+    int stores_ = 0;
+    int64_t k_ = 0, lines_ = 0;
+    Buffer<float> full_, line_;
+    Buffer<Packing<bf16>::Item> half_;
+    Rounding32 by32_;
+    Rounding256 by256_;
+};
+
+class Linear {
+   public:
+    // Null when there is no memory, or for a type or a number of inputs that there are no kernels for.
+    static Linear* make(const SegmentPointers* from, int64_t count, int64_t k) {
+        std::unique_ptr<Linear> made(new (std::nothrow) Linear());
+        if (made == nullptr) return nullptr;
+        made->part_.reset(new (std::nothrow) Part[count]);
+        if (made->part_ == nullptr) return nullptr;
+        made->k_ = k, made->parts_ = count;
+        for (int64_t i = 0; i < count; ++i)
+            if (!made->part_[i].build(from[i], made->n_, k, made->stores_)) return nullptr;
+            else made->n_ += from[i].n;
+        return made.release();
+    }
+
+    int64_t inputs() const { return k_; }
+    int64_t outputs() const { return n_; }
+    int stores() const { return stores_; }
+
+    // Packs group `unit` of the whole; units are independent of each other.
+    int64_t pack_units() const {
+        int64_t units = 0;
+        for (int64_t i = 0; i < parts_; ++i) units += part_[i].packed != nullptr ? part_[i].layout.groups() : 0;
+        return units;
+    }
+    void pack(int64_t unit) {
+        for (int64_t i = 0; i < parts_; ++i) {
+            Part& p = part_[i];
+            const int64_t groups = p.packed != nullptr ? p.layout.groups() : 0;
+            if (unit < groups) return p.pack(unit);
+            unit -= groups;
+        }
+    }
+
+    // out[0 : k] = row c of the weights.
+    void row(int64_t c, float* out) const {
+        for (int64_t i = 0; i < parts_; ++i)
+            if (c < part_[i].first + part_[i].layout.n) return part_[i].row(c - part_[i].first, k_, out);
+    }
+
+    // out[r * ldo + j] = weight row (from + j) . input row (row + r), for n outputs and `rows` rows.
+    void product(int64_t from, int64_t n, const Input& x, int64_t row, int64_t rows, float* out, int64_t ldo) const {
+        for (int64_t i = 0; i < parts_ && rows > 0; ++i) {
+            const Part& p = part_[i];
+            const int64_t begin = from > p.first ? from - p.first : 0, end = from + n - p.first < p.layout.n ? from + n - p.first : p.layout.n;
+            if (begin < end) p.product(begin, end, k_, x, row, rows, out + (p.first + begin - from), ldo);
+        }
+    }
+
+   private:
+    struct Free {
+        void operator()(uint8_t* p) const { std::free(p); }
+    };
+
+    struct Part {
+        Layout layout{F32, 0, 0};
+        int64_t first = 0;
+        const void* data = nullptr;
+        std::unique_ptr<uint8_t, Free> packed;
+
+        bool build(const SegmentPointers& from, int64_t at, int64_t k, int& stores) {
+            const Format f = (Format)from.format;
+            layout = Layout(f, from.n, k), first = at, data = from.data;
+            stores |= store_of(f);
+            if (f == F32 || f == BF16) return true;
+            if (!is_quantised(f) || k % layout.size.values || k == 0) return false;
+            packed.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (size_t)layout.bytes())));
+            return packed != nullptr;
+        }
+
+        int64_t row_bytes() const { return layout.blocks() * layout.size.bytes; }
+        void pack(int64_t group) {
+            uint8_t* to = packed.get() + group * layout.group_bytes();
+            std::memset(to, 0, (size_t)layout.group_bytes());
+            pack_group(layout, static_cast<const uint8_t*>(data), row_bytes(), group, to);
+        }
+
+        void row(int64_t c, int64_t k, float* out) const {
+            if (layout.format == F32) std::memcpy(out, static_cast<const float*>(data) + c * k, k * sizeof(float));
+            else if (layout.format == BF16)
+                for (int64_t i = 0; i < k; ++i) out[i] = widen(static_cast<const bf16*>(data)[c * k + i]);
+            else unpack_column(layout, packed.get(), c, out);
+        }
+
+        void product(int64_t begin, int64_t end, int64_t k, const Input& x, int64_t row, int64_t rows, float* out, int64_t ldo) const {
+            const int n = (int)(end - begin);
+            if (layout.format == F32)
+                outrider::product(plain<float>() + begin * k, k, n, x.full(row), packed_stride<float>(k), (int)rows, (int)k, out, ldo);
+            else if (layout.format == BF16)
+                outrider::product(plain<bf16>() + begin * k, k, n, x.half(row), packed_stride<bf16>(k), (int)rows, (int)k, out, ldo);
+            else if (layout.super())
+                quantised(kernels256(layout.format), begin, end, [&](int64_t at) { return x.by256(row + at); }, rows, out, ldo);
+            else
+                quantised(kernels32(layout.format), begin, end, [&](int64_t at) { return x.by32(row + at); }, rows, out, ldo);
+        }
+
+        template <class W>
+        const W* plain() const {
+            return static_cast<const W*>(data);
+        }
+
+        // Rows in even parts of 8 at most, all of them against the same few groups while those are in the cache.
+        template <class X, class From>
+        void quantised(const Kernels<X>& run, int64_t begin, int64_t end, const From& from, int64_t rows, float* out, int64_t ldo) const {
+            const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, last = (end + LANES - 1) / LANES;
+            alignas(64) float total[MOST_ROWS * LANES * 2];
+            for (int64_t g = begin / LANES; g < last; g += 2) {
+                const int64_t groups = g + 1 < last ? 2 : 1;
+                const uint8_t* weights = packed.get() + g * layout.group_bytes();
+                int64_t at = 0;
+                for (int64_t t = 0; t < tiles; ++t) {
+                    const int64_t size = (rows - at + tiles - t - 1) / (tiles - t);
+                    const X x = from(at);
+                    if (MOST_TWO > 0 && groups == 2 && size <= MOST_TWO)
+                        run.two[size - 1](layout, weights, x, total);
+                    else
+                        for (int64_t i = 0; i < groups; ++i)
+                            run.one[size - 1](layout, weights + i * layout.group_bytes(), x, total + i * size * LANES);
+                    for (int64_t i = 0; i < groups; ++i)
+                        for (int64_t r = 0; r < size; ++r)
+                            hand_out(total + (i * size + r) * LANES, (g + i) * LANES, begin, end, out + (at + r) * ldo);
+                    at += size;
+                }
+            }
+        }
+
+        // What lies between columns `begin` and `end` of a group that begins at `column`.
+        static void hand_out(const float* total, int64_t column, int64_t begin, int64_t end, float* out) {
+            if (column >= begin && column + LANES <= end) {
+                std::memcpy(out + (column - begin), total, LANES * sizeof(float));
+                return;
+            }
+            for (int64_t j = column < begin ? begin - column : 0; j < LANES && column + j < end; ++j) out[column + j - begin] = total[j];
+        }
+    };
+
+    Linear() = default;
+    int64_t k_ = 0, n_ = 0, parts_ = 0;
+    int stores_ = 0;
+    std::unique_ptr<Part[]> part_;
+};
+
+}  // namespace outrider

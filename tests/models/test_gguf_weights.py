@@ -1,0 +1,173 @@
+"""GGUF files hold the checkpoint they were made from: bit for bit in float32, as its blocks say in the other types."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from outrider.errors import ConfigError
+from outrider.models.checkpoint import Checkpoint
+from outrider.models.convert import TYPES, convert
+from outrider.models.gguf.checkpoint import GgufCheckpoint
+from outrider.models.gguf.weights import Weights, permuted_back
+from outrider.models.load import inspect_checkpoint, load_target
+from outrider.nn.blocks import BLOCKS, dequantise, named, quantise
+from outrider.types import Draft, Rows
+from tests.gguf_files import make_pair
+
+pytest.importorskip("gguf")
+SCALING = {"rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 32}
+CASES = {
+    "llama": ("llama", {}),
+    "llama tied, biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
+    "llama one key head": ("llama", {"num_key_value_heads": 1, "head_dim": 14}),
+    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0}}),
+    "llama 3": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | SCALING},
+    ),
+    "llama yarn": ("llama", {"rope_parameters": {"rope_type": "yarn"} | SCALING}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 biases": ("qwen3", {"attention_bias": True}),
+    "mistral window": ("mistral", {"sliding_window": 6}),
+    "phi3": ("phi3", {}),
+    "phi3 window": ("phi3", {"sliding_window": 6}),
+}
+
+
+def tensors(weights: object) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor of a decoder's weights with a name."""
+    out = []
+    for field in fields(weights):  # type: ignore[arg-type]
+        value = getattr(weights, field.name)
+        if isinstance(value, torch.Tensor):
+            out.append((field.name, value))
+        elif isinstance(value, tuple):
+            out += [(f"{field.name}.{i}.{n}", t) for i, layer in enumerate(value) for n, t in tensors(layer)]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_files_are_the_checkpoint(case: str, tmp_path: Path) -> None:
+    family, overrides = CASES[case]
+    source, file = make_pair(tmp_path, family, **overrides)
+    ours, theirs = GgufCheckpoint(file), Checkpoint(source)
+    a, b = ours.config, theirs.config
+    same = (
+        "family",
+        "vocab_size",
+        "hidden",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "inner",
+        "max_length",
+        "window",
+    )
+    assert [getattr(a, name) for name in same] == [getattr(b, name) for name in same]
+    assert a.eps == pytest.approx(b.eps, rel=1e-7)
+    assert a.rope_scale == pytest.approx(b.rope_scale, rel=1e-6)
+    assert torch.allclose(a.inv_freq, b.inv_freq, rtol=3e-7, atol=0)
+    left, right = tensors(ours.read(torch.float32)), tensors(theirs.read(torch.float32))
+    assert [name for name, _ in left] == [name for name, _ in right] and len(left) > 20
+    for (name, x), (_, y) in zip(left, right, strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_reads_as_its_blocks_say(kind: str, tmp_path: Path) -> None:
+    source, file = make_pair(tmp_path, kind=kind, hidden_size=256, intermediate_size=288, num_hidden_layers=1)
+    weights, plain = Weights(file), Checkpoint(source)
+    for name in ("ffn_gate", "ffn_down", "attn_output"):
+        theirs = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "attn_output": "self_attn.o_proj"}[name]
+        x = plain.tensor(f"model.layers.0.{theirs}.weight")
+        stored = weights.tensors[f"blk.0.{name}.weight"]
+        wide = stored.block.values == 256
+        assert stored.block.name == kind or (not wide and kind.endswith("_k") and name == "ffn_down")
+        assert torch.equal(weights.numbers(f"blk.0.{name}.weight"), dequantise(quantise(x, stored.block), stored.block))
+    assert weights.tensors["blk.0.attn_norm.weight"].block.name == "f32"
+    target = load_target(file, dtype="float32")
+    rows = Rows.assemble([0], [[3, 5, 7]], [0], Draft.empty(1))
+    logits = target.forward(rows, target.new_kv(1, 8)).logits
+    reference = load_target(source, dtype="float32")
+    expected = reference.forward(rows, reference.new_kv(1, 8)).logits
+    error = float((logits - expected).std() / expected.std())
+    assert error < {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 3e-2, "q6_k": 0.1}.get(kind, 0.5)
+    facts = inspect_checkpoint(file)
+    assert (facts.runtime, facts.parameters) == ("lean", plain.parameters)
+
+
+def test_segments_keep_their_types(tmp_path: Path) -> None:
+    """A fused layer is its parts one below the other, each in its own type, and rows of queries are moved whole."""
+    source, file = make_pair(tmp_path, kind="q4_0", hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    found = GgufCheckpoint(file).layer(0)
+    assert [s.block.name for s in found.qkv] == ["q4_0"] * 3
+    assert [s.outputs for s in found.qkv] == [64, 32, 32] and found.qkv[0].inputs == 64
+    x = Checkpoint(source).tensor("model.layers.0.self_attn.q_proj.weight")
+    assert torch.equal(found.qkv[0].rows, quantise(x, named("q4_0")))
+
+
+def test_rows_are_permuted_as_llama_cpps_converter_does() -> None:
+    """Its formula, in numpy: view [heads, 2, half], swap."""
+    rows = np.arange(24 * 5, dtype=np.uint8).reshape(24, 5)
+    stored = rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(24, 5)
+    assert np.array_equal(permuted_back(torch.from_numpy(stored.copy()), 3).numpy(), rows)
+
+
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    _, file = make_pair(tmp_path, kind="q8_0", hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    place = Weights(file).tensors["blk.0.ffn_up.weight"].offset
+    data = bytearray(file.read_bytes())
+    data[place + 34 : place + 36] = b"\x00\x7e"  # NaN
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"ffn_up\.weight.*no finite number"):
+        load_target(file)
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    source, _ = make_pair(tmp_path)
+    with pytest.raises(ConfigError, match="choose one of"):
+        convert(source, tmp_path / "other.gguf", "q2_k")
+    (source / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    with pytest.raises(ConfigError, match="not BPE"):
+        convert(source, tmp_path / "other.gguf", "q8_0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
+
+
+def test_splits(tmp_path: Path) -> None:
+    """A split set is found by any of its parts, and is refused when it is not whole."""
+    gguf = pytest.importorskip("gguf")
+    _, file = make_pair(tmp_path)
+    weights = Weights(file)
+    writer = gguf.GGUFWriter(tmp_path / "parts.gguf", "llama", split_max_tensors=12)
+    for key, value in weights.values.items():
+        if key != "general.architecture":
+            kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
+            getattr(writer, f"add_{kind}")(key, value)
+    for name in weights.tensors:
+        writer.add_tensor(name, weights.numbers(name).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
+    assert len(parts) > 1
+    whole = tensors(GgufCheckpoint(file).read(torch.float32))
+    for (name, x), (_, y) in zip(tensors(GgufCheckpoint(parts[1]).read(torch.float32)), whole, strict=True):
+        assert torch.equal(x, y), name
+    parts[1].rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match="is missing, one of the"):
+        load_target(parts[0])
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.raises(ConfigError, match="do not belong together"):
+        load_target(parts[0])
+
+
+def test_every_type_of_ggml_has_a_size_that_fits() -> None:
+    assert all(block.bytes <= 292 and block.values in (1, 32, 256) for block in BLOCKS.values())
