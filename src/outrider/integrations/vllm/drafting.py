@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -68,7 +68,9 @@ class Knowledge:
         prediction = extra.get("outrider_prediction")
         if isinstance(prediction, str):
             if self.tokenizer is None:
-                raise RequestError("outrider_prediction is a text, and the target has no tokenizer here: give token ids")
+                raise RequestError(
+                    "outrider_prediction is a text, and the target has no tokenizer here: give token ids"
+                )
             prediction = self.tokenizer.encode(prediction)
         if prediction is not None:
             values["prediction"] = tuple(int(t) if isinstance(t, float) and t.is_integer() else t for t in prediction)
@@ -117,7 +119,9 @@ class Drafting:
             find_folder=resolve_folder,
         )
         if drafter.layers or drafter.trees:
-            raise ConfigError(f"{spec!r} cannot draft here: a proposer of vLLM gets no hidden states and gives chains only")
+            raise ConfigError(
+                f"{spec!r} cannot draft here: a proposer of vLLM gets no hidden states and gives chains only"
+            )
         logger.info("outrider drafts with %s", drafter.name)
         return cls(Contained(drafter), facts.vocab_size, tokenizer, path)
 

@@ -21,9 +21,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 import outrider.serve
 from outrider import __version__
 from outrider.integrations.vllm.ledger import find
+from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.status import parts_of
 from outrider.integrations.vllm.sums import StepSums
-from outrider.integrations.vllm.settings import Settings
 from outrider.records import Counts
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 

@@ -128,7 +128,9 @@ def lengths_of(settings: Settings, longest: int) -> Lengths:
     if settings.lengths == "fixed":
         return Cycle([longest])
     if settings.lengths == "adaptive":
-        return LiveLengths(min(longest, longest if settings.first is None else settings.first), longest, settings.margin)
+        return LiveLengths(
+            min(longest, longest if settings.first is None else settings.first), longest, settings.margin
+        )
     return Cycle([min(longest, int(x)) for x in settings.lengths])
 
 

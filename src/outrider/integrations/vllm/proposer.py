@@ -8,18 +8,17 @@ Under our worker class the proposer also knows the requests themselves, and so t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 
 from outrider.contained import Contained
 from outrider.drafters.none import NoDraft
 from outrider.integrations.vllm.drafting import Drafting, Knowledge
-from outrider.integrations.vllm.lengths import Lengths, SeenStep, lengths_of, own_limit
+from outrider.integrations.vllm.lengths import Lengths, SeenStep, lengths_of
 from outrider.integrations.vllm.scheduler import note_of
 from outrider.integrations.vllm.settings import Settings
 from outrider.protocols import Drafter
@@ -185,9 +184,7 @@ class HistoryProposer:
         own = view.params.draft_length
         return max(0, min(length, self.longest, self.most - len(view.tokens) - 1, length if own is None else own))
 
-    def _learn(
-        self, sampled: Sequence[Sequence[int]], given: dict[int, int], fresh: Sequence[int], now: float
-    ) -> None:
+    def _learn(self, sampled: Sequence[Sequence[int]], given: dict[int, int], fresh: Sequence[int], now: float) -> None:
         """Tell the controller what the step that has just ended accepted, and how long it and our drafting took."""
         old = [(row, slot) for row, slot in given.items() if slot not in fresh]
         accepted = [len(sampled[row]) - 1 for row, _ in old]

@@ -34,7 +34,9 @@ class LiveScheduling:
         config = self.vllm_config
         speculative = config.speculative_config
         if speculative is None:
-            raise ConfigError("outrider's scheduler sets draft lengths: give vLLM a --speculative-config, or drop --scheduler-cls")
+            raise ConfigError(
+                "outrider's scheduler sets draft lengths: give vLLM a --speculative-config, or drop --scheduler-cls"
+            )
         settings = Settings.of(config.additional_config)
         self.lengths = lengths_of(settings, self.num_spec_tokens)
         self._own_proposer = speculative.method == "custom_class"  # sets its lengths itself: vLLM has no table for it
@@ -116,9 +118,7 @@ class LiveScheduling:
             return
         prompts = len(accepted) < len(here)
         busy = now - then if names & here else None
-        self.lengths.saw(
-            SeenStep(len(accepted), verified, out.num_spec_tokens_to_schedule, prompts, busy, accepted)
-        )
+        self.lengths.saw(SeenStep(len(accepted), verified, out.num_spec_tokens_to_schedule, prompts, busy, accepted))
         if len(self._limits) > 4 * len(here) + 64:
             self._limits = {name: limit for name, limit in self._limits.items() if name in self.requests}
 

@@ -51,7 +51,7 @@ class Settings:
             raise ConfigError(f"{KEY}.allow_lossy must be true or false, got {self.allow_lossy!r}")
         if self.rule != "vllm" and not load_rule(self.rule).lossless and not self.allow_lossy:
             raise ConfigError(
-                f"rule {self.rule!r} changes the distribution of the output: add \"allow_lossy\": true if that is what you want"
+                f'rule {self.rule!r} changes the distribution of the output: add "allow_lossy": true if that is what you want'
             )
         for name, most in (("margin", 1.0), ("price", 1e9)):
             value = getattr(self, name)

@@ -28,14 +28,19 @@ def parts_of(config: Any, report: dict[str, Any] | None, ledger: bool) -> list[d
     general = allowed is None or "outrider" in allowed.split(",")
     out.append(part("plug-in", general, named, f"VLLM_PLUGINS is one list for all groups: set VLLM_PLUGINS={ALL}"))
     if speculative is None:
-        return [*out, part("speculation", False, "vLLM was started without speculation", "give it a --speculative-config")]
+        return [
+            *out,
+            part("speculation", False, "vLLM was started without speculation", "give it a --speculative-config"),
+        ]
     method = f"{speculative.method}, at most {speculative.num_speculative_tokens} tokens"
     out.append(part("speculation", True, method))
     out += [_worker(report), _repair(report, general), _lengths(config, report), _rule(report)]
     if speculative.method == "custom_class":
         own = (report or {}).get("proposer")
         told = speculative.model if own is None else f"{own['drafter']}, {own['faults']} faults"
-        out.append(part("proposer", own is not None and not own["notices"], told, " ".join((own or {}).get("notices", ()))))
+        out.append(
+            part("proposer", own is not None and not own["notices"], told, " ".join((own or {}).get("notices", ())))
+        )
     return out
 
 

@@ -152,7 +152,9 @@ class Watched:
     ) -> Tensor:
         owner = _owner(num_draft_tokens, target_logits.device)
         greedy = _greedy(sampling_metadata, owner)
-        risk = risks(target_logits, draft_token_ids, draft_probs, greedy)  # before: the kernels may write into their inputs
+        risk = risks(
+            target_logits, draft_token_ids, draft_probs, greedy
+        )  # before: the kernels may write into their inputs
         out = self.inner(
             draft_token_ids,
             num_draft_tokens,

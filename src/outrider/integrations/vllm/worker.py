@@ -80,7 +80,9 @@ class Ledgered:
         drafter = getattr(self.model_runner, "drafter", None)
         own = getattr(drafter, "report", None)
         settings = Settings.of(self.vllm_config.additional_config)
-        tap = self.tap or getattr(getattr(self.model_runner, "rejection_sampler", None), "tap", None)  # V2: `v2.WatchedVerify`
+        tap = self.tap or getattr(
+            getattr(self.model_runner, "rejection_sampler", None), "tap", None
+        )  # V2: `v2.WatchedVerify`
         return {
             "tap": None if tap is None else tap.report(),
             "unwatched": self.unwatched,
