@@ -84,7 +84,9 @@ class Worker:
 
     def run(self, arm: Any, load: int, seed: int, temperature: float) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"arm": arm, "load": load, "seed": seed, "temperature": temperature}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"arm": arm, "load": load, "seed": seed, "temperature": temperature}) + "\n"
+        )
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -100,7 +102,9 @@ def main() -> None:
     parser.add_argument("--worker")
     parser.add_argument("--method", default="eagle3", choices=["eagle3", "draft_model", "dflash"])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--learn", type=int, default=12, help="batches of the adaptive arm at each load before the first round")
+    parser.add_argument(
+        "--learn", type=int, default=12, help="batches of the adaptive arm at each load before the first round"
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="end after the round in which this time has passed")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
@@ -115,7 +119,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for load in LOADS:
         for seed in range(o.learn):
-            rows.append({"round": -1, "arm": "learning", "load": load, **ours.run("adaptive", load, seed, o.temperature)})
+            rows.append(
+                {"round": -1, "arm": "learning", "load": load, **ours.run("adaptive", load, seed, o.temperature)}
+            )
         for arm in ("plain", *LENGTHS):
             (plain if arm == "plain" else ours).run(arm, load, 0, o.temperature)  # warm
     for number in range(o.rounds):
@@ -140,7 +146,9 @@ def report(rows: list[dict[str, Any]], method: str) -> None:
         speed = {(r["round"], r["arm"]): r["tokens"] / r["seconds"] for r in here}
         numbers = sorted({r["round"] for r in here})
         best = max(LENGTHS, key=lambda arm: median(speed[n, arm] / speed[n, "plain"] for n in numbers))
-        print(f"{method}, {load} at a time, {len(numbers)} rounds, plain {median(speed[n, 'plain'] for n in numbers):.0f} tokens/s")
+        print(
+            f"{method}, {load} at a time, {len(numbers)} rounds, plain {median(speed[n, 'plain'] for n in numbers):.0f} tokens/s"
+        )
         for arm in ("adaptive", *LENGTHS):
             found = sorted(speed[n, arm] / speed[n, "plain"] for n in numbers)
             mark = " (best fixed)" if arm == best else ""

@@ -51,7 +51,12 @@ def test_live_and_dead_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     with answering({"/outrider/parts": json.dumps({"parts": rows})}) as url:
         assert run(monkeypatch, "--vllm", url + "/v1/") == 1
         text = capsys.readouterr().out
-        assert "live ledger" in text and "off  lengths" in text and "--scheduler-cls [x]" in text and "\x1b[31m" not in text
+        assert (
+            "live ledger" in text
+            and "off  lengths" in text
+            and "--scheduler-cls [x]" in text
+            and "\x1b[31m" not in text
+        )
         assert run(monkeypatch, "--vllm", url, "--json") == 1
         assert json.loads(capsys.readouterr().out)["parts"][1]["part"] == "lengths"
     with answering({"/outrider/parts": json.dumps({"parts": rows[:1]})}) as url:
@@ -61,7 +66,11 @@ def test_live_and_dead_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("pages", "code", "said"),
     [
-        ({"/metrics": "vllm:spec_decode_num_drafts_total 3\n"}, 1, "VLLM_PLUGINS=outrider,outrider_ledger,outrider_http"),
+        (
+            {"/metrics": "vllm:spec_decode_num_drafts_total 3\n"},
+            1,
+            "VLLM_PLUGINS=outrider,outrider_ledger,outrider_http",
+        ),
         ({"/metrics": "other 1\n"}, 2, "no vLLM server"),
         ({"/metrics": "vllm:x 1\noutrider_steps_total 3\noutrider_config_info 1\n"}, 2, "Outrider's own server"),
         ({"/outrider/parts": "[]"}, 2, "does not answer"),

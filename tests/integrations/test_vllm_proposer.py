@@ -130,7 +130,9 @@ def test_two_rows_with_one_text_stay_two_sequences() -> None:
 def test_a_request_tells_its_prediction_grammar_and_limit() -> None:
     from types import SimpleNamespace as N
 
-    params = N(extra_args={"outrider_prediction": [5, 6.0, 7], "outrider_length": 2}, structured_outputs=N(json={}, regex=None))
+    params = N(
+        extra_args={"outrider_prediction": [5, 6.0, 7], "outrider_length": 2}, structured_outputs=N(json={}, regex=None)
+    )
     runner = N(input_batch=N(req_ids=["a"]), requests={"a": N(prompt_token_ids=[1, 2], sampling_params=params)})
     found = Knowledge(runner).of(0)
     assert (found.name, found.prompt, found.params.prediction, found.params.draft_length) == ("a", 2, (5, 6, 7), 2)

@@ -57,7 +57,9 @@ def test_sums_equal_a_recount_where_lengths_are_equal() -> None:
         sums.record(scheduler(steps), iteration(sum(a + 1 for _, a in steps), later=len(steps)))
     got = sums.metrics.counts
     for name in ("steps", "proposed", "judged", "accepted", "rejected", "emitted", "judged_at", "accepted_at"):
-        assert getattr(got, name) == (want.emitted or want.accepted + want.steps if name == "emitted" else getattr(want, name))
+        assert getattr(got, name) == (
+            want.emitted or want.accepted + want.steps if name == "emitted" else getattr(want, name)
+        )
     assert sums.unsure == 0 and sums.metrics.running == 2 and sums.metrics.waiting == 1
 
 
@@ -130,6 +132,7 @@ def test_the_page_the_metrics_and_the_alerts_get_the_workers_sums() -> None:
     assert shown["ledger"]["predicted"] == 2.5 and shown["ledger"]["observed"] == 3 and shown["ledger"]["agrees"]
     assert shown["positions"] == {"judged": [5, 2], "accepted": [3, 1]} and shown["now"]["emitted"] == 9
     assert shown["outlook"]["length"] == 3 and shown["speeds"][1]["speedup"] == 1.43
+    assert shown["server"]["missing"] == ["play", "requests", "phases"]
     assert shown["server"]["drafter"] == "eagle3" and shown["alerts"] and shown["history"]
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Ours(server.metrics))

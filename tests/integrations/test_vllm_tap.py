@@ -47,7 +47,11 @@ def theirs(
             p = target_logits[at + d].softmax(-1)
             if greedy:
                 p = torch.nn.functional.one_hot(p.argmax(), p.numel()).float()
-            q = torch.nn.functional.one_hot(torch.tensor(x), p.numel()).float() if draft_probs is None else draft_probs[at + d]
+            q = (
+                torch.nn.functional.one_hot(torch.tensor(x), p.numel()).float()
+                if draft_probs is None
+                else draft_probs[at + d]
+            )
             if torch.rand(()) < p[x] / q[x]:
                 row.append(x)
                 continue
@@ -60,7 +64,9 @@ def theirs(
     return out
 
 
-def call(judge: Any, drafted: list[int], logits: torch.Tensor, tokens: list[int], q: Any, sampling: Any) -> torch.Tensor:
+def call(
+    judge: Any, drafted: list[int], logits: torch.Tensor, tokens: list[int], q: Any, sampling: Any
+) -> torch.Tensor:
     ends = torch.tensor(drafted).cumsum(0).int()
     bonus = torch.full((len(drafted), 1), 3, dtype=torch.int32)
     return judge(torch.tensor(tokens, dtype=torch.int32), drafted, max(drafted), ends, q, logits, bonus, sampling)
@@ -128,7 +134,9 @@ def test_risk_is_the_probability_of_rejection() -> None:
     torch.manual_seed(1)
     logits, q = torch.randn(400, V), torch.randn(400, V).softmax(-1)
     token = torch.multinomial(q, 1)[:, 0]
-    assert torch.allclose(risks(logits, token, q, False), 1 - torch.minimum(logits.softmax(-1), q).sum(-1).double(), atol=1e-6)
+    assert torch.allclose(
+        risks(logits, token, q, False), 1 - torch.minimum(logits.softmax(-1), q).sum(-1).double(), atol=1e-6
+    )
     best = logits.argmax(-1)
     assert risks(logits, best, None, True).sum() == 0 and risks(logits, (best + 1) % V, None, True).sum() == 400
     assert not torch.allclose(risks(logits / 2, token, None, False), risks(logits, token, None, False), atol=1e-2)
@@ -177,9 +185,11 @@ def test_the_lossy_rule_spends_within_its_budgets_and_says_so() -> None:
 
 
 def test_we_take_vllms_place_only_where_its_interface_is_known() -> None:
-    module, tap, names = SimpleNamespace(rejection_sample=theirs), Tap(K), lambda: []
+    module, tap, names = SimpleNamespace(rejection_sample=theirs), Tap(K), list
     assert stand_in(module, tap, Settings(), "standard", names) == "" and isinstance(module.rejection_sample, Watched)
-    assert stand_in(module, tap, Settings(), "standard", names) == "" and module.rejection_sample.inner is theirs, "not twice"
+    assert stand_in(module, tap, Settings(), "standard", names) == "" and module.rejection_sample.inner is theirs, (
+        "not twice"
+    )
     assert "synthetic" in stand_in(module, tap, Settings(), "synthetic", names)
     assert "interface" in stand_in(SimpleNamespace(rejection_sample=lambda a, b: a), tap, Settings(), "standard", names)
     own = Settings(rule="tv_budget", allow_lossy=True)

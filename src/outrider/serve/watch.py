@@ -23,12 +23,14 @@ KEPT = 600
 
 
 class Source(Protocol):
-    """What is watched: a bridge, or another engine's server. metrics: its sums. alive: whether it answers. tickets: its open requests.
-    failures: requests that it failed."""
+    """What is watched: a bridge, or another engine's server. metrics: its sums. alive: whether it answers. tickets: its open
+    requests. failures: requests that it failed."""
 
-    metrics: Metrics
     tickets: Any
     failures: int
+
+    @property
+    def metrics(self) -> Metrics: ...
 
     @property
     def alive(self) -> bool: ...

@@ -58,7 +58,16 @@ def environment(plugins: str | None) -> dict[str, str]:
 
 def command(port: int, config: dict[str, Any] | None, more: list[str]) -> list[str]:
     """The server's command line."""
-    model = ["--model", str(shipped("target")), "--served-model-name", "pycode", "--host", "127.0.0.1", "--port", str(port)]
+    model = [
+        "--model",
+        str(shipped("target")),
+        "--served-model-name",
+        "pycode",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     size = ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", str(SLOTS), "--no-enable-prefix-caching"]
     drafts = [] if config is None else ["--speculative-config", json.dumps(config)]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *size, *drafts, *more]
@@ -79,7 +88,9 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """`/metrics`: value by name and labels."""
-        lines = (line.rsplit(" ", 1) for line in self.get("/metrics").decode().splitlines() if line[:1] not in ("#", ""))
+        lines = (
+            line.rsplit(" ", 1) for line in self.get("/metrics").decode().splitlines() if line[:1] not in ("#", "")
+        )
         return {name: float(value) for name, value in lines}
 
     def settled(self) -> dict[str, Any]:
@@ -92,7 +103,14 @@ class Server:
 
     def complete(self, prompt: str | list[int], tokens: int = 48, **more: Any) -> dict[str, Any]:
         """One completion: its choice, with the reply's metrics."""
-        body = {"model": "pycode", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, **more}
+        body = {
+            "model": "pycode",
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "return_token_ids": True,
+            **more,
+        }
         data = json.dumps(body).encode()
         request = urllib.request.Request(self.url + "/v1/completions", data, {"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=600) as reply:

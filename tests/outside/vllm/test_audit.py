@@ -29,7 +29,17 @@ def texts(server: Server, path: Path, count: int = 24, tokens: int = 40) -> Path
 
 
 def audit(path: Path) -> dict[str, Any]:
-    words = ["audit", "--texts", str(path), "--target", str(shipped("target")), "--dtype", "float32", "--ignore-eos", "--json"]
+    words = [
+        "audit",
+        "--texts",
+        str(path),
+        "--target",
+        str(shipped("target")),
+        "--dtype",
+        "float32",
+        "--ignore-eos",
+        "--json",
+    ]
     done = subprocess.run([sys.executable, "-m", "outrider", *words], capture_output=True, text=True)
     print(done.stdout[-1500:], done.stderr[-500:])
     return {"code": done.returncode, "out": done.stdout}
@@ -55,7 +65,9 @@ def test_unrepaired_fails(tmp_path: Path) -> None:
 def test_our_lossy_rule_counts_what_it_spends(tmp_path: Path) -> None:
     """Within its budget per position, above zero; greedy text is untouched by it."""
     own = {"outrider": {"lengths": "fixed", "rule": "tv_budget:per_token=0.05", "allow_lossy": True}}
-    with served(tmp_path, speculative("draft_model", 4), *PARTS, *FLOAT, "--additional-config", json.dumps(own)) as server:
+    with served(
+        tmp_path, speculative("draft_model", 4), *PARTS, *FLOAT, "--additional-config", json.dumps(own)
+    ) as server:
         server.complete_all([[5, 9, 77, 100 + i] for i in range(8)], tokens=32, ignore_eos=True)
         assert server.settled()["tap"]["all"]["bias"] == 0.0
         server.complete_all([[5, 9, 77, 100 + i] for i in range(16)], tokens=32, temperature=1.0, ignore_eos=True)

@@ -100,7 +100,9 @@ def agree_with_each_other(server: Server) -> None:
 @pytest.mark.parametrize(("method", "length"), [("eagle3", 4), ("dflash", 7)])
 def test_tokens_per_step_are_our_engines(method: str, length: int, folder: Path, eagle: Server) -> None:
     """Within 3% on 32 prompts, greedy: a step is a verdict of one sequence, its first one from the prompt included."""
-    engine = outrider.Engine.build(draft="greedy:eagle" if method == "eagle3" else "greedy:dflash", length=length, slots=4)
+    engine = outrider.Engine.build(
+        draft="greedy:eagle" if method == "eagle3" else "greedy:dflash", length=length, slots=4
+    )
     results = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True))
     ours = sum(r.outputs[0].counts.tokens for r in results) / sum(r.outputs[0].counts.steps for r in results)
     if method == "eagle3":
@@ -151,7 +153,9 @@ def test_predicted_and_observed_rejections_agree_when_sampling(eagle: Server) ->
 
     eagle.complete_all(prompts(32), tokens=TOKENS, temperature=1.0, ignore_eos=True)
     found = eagle.settled()["tap"]["all"]
-    counts = Counts(judged=int(found["judged"]), rejected=int(found["rejected"]), risk=found["risk"], spread=found["spread"])
+    counts = Counts(
+        judged=int(found["judged"]), rejected=int(found["rejected"]), risk=found["risk"], spread=found["spread"]
+    )
     book = ledger(counts, 1e-9)
     print(f"rejections: predicted {book.predicted:.1f}, observed {book.observed}, judged {book.judged}")
     assert found["spread"] > 20 and book.agrees

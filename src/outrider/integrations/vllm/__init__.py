@@ -1,4 +1,5 @@
-"""Outrider inside vLLM, through vLLM's own plug-in points: drafters, draft lengths, the ledger, a lossy rule with its meter, a repair.
+"""Outrider inside vLLM, through vLLM's own plug-in points: drafters, draft lengths, the ledger, a lossy rule with its meter, a
+repair.
 
 `--speculative-config '{"method": "custom_class", "model": "outrider.integrations.vllm.Proposer", ...}'` drafts with our drafters,
 `--scheduler-cls outrider.integrations.vllm.Scheduler` sets draft lengths, `--worker-cls outrider.integrations.vllm.CpuWorker` (or
@@ -21,8 +22,7 @@ def register() -> None:
     """vLLM's general plug-in, called in every process: repairs a known fault if a probe shows it, and registers our model class."""
     from outrider.integrations.vllm import repair, v2
 
-    found = repair.repair()
-    if found == "repaired" and os.environ.get("OUTRIDER_VLLM_REPAIR_TOLD") != "1":
+    if repair.repair() and os.environ.get("OUTRIDER_VLLM_REPAIR_TOLD") != "1":
         os.environ["OUTRIDER_VLLM_REPAIR_TOLD"] = "1"  # child processes say it no more
         repair.logger.warning(
             "outrider repaired vLLM's CPU stand-in for `expand_kernel` (temperature, top-k and top-p of draft tokens): a probe on "

@@ -29,10 +29,14 @@ def examine(url: str, seconds: float = 10.0) -> list[dict[str, Any]]:
             raise ConfigError(f"{base}/outrider/parts does not answer as Outrider's endpoint in vLLM does") from None
     metrics = _get(base, "/metrics", seconds)
     if metrics is None or "vllm:" not in metrics:
-        raise ConfigError(f"{base} answers, and is no vLLM server: nothing at /outrider/parts, no vllm: metrics at /metrics")
+        raise ConfigError(
+            f"{base} answers, and is no vLLM server: nothing at /outrider/parts, no vllm: metrics at /metrics"
+        )
     if "outrider_steps_total" in metrics and "outrider_config_info" in metrics:
         raise ConfigError(f"{base} is Outrider's own server, where every part is live: its page is at {base}/")
-    remedy = f"vLLM loads routes only if VLLM_PLUGINS names them, and it is one list for all groups: set VLLM_PLUGINS={ALL}"
+    remedy = (
+        f"vLLM loads routes only if VLLM_PLUGINS names them, and it is one list for all groups: set VLLM_PLUGINS={ALL}"
+    )
     speculates = "vllm:spec_decode_num_drafts" in metrics
     told = "vLLM reports drafts" if speculates else "vLLM reports no drafts"
     return [
@@ -52,4 +56,6 @@ def _get(base: str, path: str, seconds: float) -> str | None:
     except urllib.error.HTTPError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no server answers at {base} ({getattr(error, 'reason', error)}): give the address of vLLM") from None
+        raise ConfigError(
+            f"no server answers at {base} ({getattr(error, 'reason', error)}): give the address of vLLM"
+        ) from None

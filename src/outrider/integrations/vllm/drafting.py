@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,7 +33,7 @@ class Known:
 
     name: str = ""
     prompt: int | None = None
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
 
 
 class Knowledge:
@@ -44,11 +44,16 @@ class Knowledge:
         self.runner, self.tokenizer = runner, tokenizer
         self.told: set[str] = set()
 
+    def name(self, row: int) -> str:
+        """The request in this row; "" if it is not known."""
+        return "" if self.runner is None else self.runner.input_batch.req_ids[row]
+
     def of(self, row: int) -> Known:
-        """What is known of the request in this row. A prediction or grammar that we cannot read counts as none, and is said once."""
+        """What is known of the request in this row. A prediction or grammar that we cannot read counts as none, and is said
+        once."""
         if self.runner is None:
             return Known()
-        name = self.runner.input_batch.req_ids[row]
+        name = self.name(row)
         state = self.runner.requests[name]
         prompt = len(state.prompt_token_ids or ())
         try:
@@ -106,7 +111,8 @@ class Drafting:
 
     @classmethod
     def load(cls, spec: str, longest: int, config: Any) -> Drafting:
-        """The drafter that the settings name, for vLLM's target. Raises ConfigError for one that needs the target's hidden states."""
+        """The drafter that the settings name, for vLLM's target. Raises ConfigError for one that needs the target's hidden
+        states."""
         path = str(config.model_config.model)
         facts = inspect_checkpoint(path)
         tokenizer = find_tokenizer(path)
@@ -125,7 +131,7 @@ class Drafting:
         logger.info("outrider drafts with %s", drafter.name)
         return cls(Contained(drafter), facts.vocab_size, tokenizer, path)
 
-    def served(self, config: Any, knowledge: Knowledge) -> None:
+    def served(self) -> None:
         """From now on requests are known, and with them their grammars."""
         ends = stop_ids(self.target, self.tokenizer)
         self.pipeline = LogitsPipeline(self.vocab_size, ends, grammars_of(self.tokenizer, self.vocab_size, ends))

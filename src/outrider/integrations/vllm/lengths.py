@@ -1,9 +1,10 @@
 """Draft lengths inside vLLM: `control.Adaptive`, fed with what can be seen from outside of a step.
 
-Our engine measures the seconds of verifying and of drafting apart; vLLM's scheduler sees only when a step ends. A step that verifies
-drafts of one length and makes drafts of another mixes the two, so a length is held until enough *clean* steps were seen: no prompt
-rows, the same length verified and drafted, and time that follows directly on the step before. The mean of these is one
-measurement for the controller, reported with its next one, because the controller expects that a draft is verified in the step after.
+Our engine measures the seconds of verifying and of drafting apart; vLLM's scheduler sees only when a step ends. A step that
+verifies drafts of one length and makes drafts of another mixes the two, so a length is held until enough *clean* steps were seen:
+no prompt rows, the same length verified and drafted, and time that follows directly on the step before. The mean of these is one
+measurement for the controller, reported with its next one, because the controller expects that a draft is verified in the step
+after.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class SeenStep:
     """A finished step as it is seen from outside.
 
     sequences: sequences that decoded. verified, drafted: draft length that this step's drafts were made with, and that it asked of
-    the drafter. prompts: whether it read prompts. seconds: since the end of the step before; None if the engine was idle in between.
-    accepted: accepted draft tokens of each sequence.
+    the drafter. prompts: whether it read prompts. seconds: since the end of the step before; None if the engine was idle in
+    between. accepted: accepted draft tokens of each sequence.
     """
 
     sequences: int
@@ -70,7 +71,8 @@ class Cycle:
 
 
 class LiveLengths:
-    """One length for each load, 0 to `longest`, the fastest one; 0 stops at once where drafts are slower (see `control.Adaptive`)."""
+    """One length for each load, 0 to `longest`, the fastest one; 0 stops at once where drafts are slower (see
+    `control.Adaptive`)."""
 
     def __init__(self, first: int, longest: int, margin: float = 0.03) -> None:
         self.control = Adaptive(first, longest, margin=margin, invariant=True)  # vLLM's seeds do not fix a text anyway

@@ -67,9 +67,19 @@ class VllmMonitor(Watching):
             "max_length": config.model_config.max_model_len,
             "ready": self.bridge.alive,
             "notices": self._notices(),
+            "missing": self._missing(),
         }
-        shown = state_of(self, self.own.metrics.model, server, [], after)
-        return {**shown, "store": False, "playground": False}
+        return {**state_of(self, self.own.metrics.model, server, [], after), "store": False}
+
+    def _missing(self) -> list[str]:
+        """Parts of the page for which there is nothing here."""
+        watched = self.own.report is not None and self.own.report["tap"] is not None
+        live = self.outlook() is not None
+        return [
+            *("play", "requests", "phases"),
+            *(() if watched else ("ledger", "pareto")),
+            *(() if live else ("length", "speeds", "speedup")),
+        ]
 
     def _notices(self) -> list[str]:
         report = self.own.report

@@ -1,8 +1,8 @@
 """Our drafters inside vLLM: what `--speculative-config '{"method": "custom_class", ...}'` calls after every step.
 
 vLLM hands over the rows of its batch (tokens and their number), no names: rows are swapped when requests end, and used again. A row
-is recognised by its text: each slot of ours keeps the tokens it stands for, and a row belongs to the slot whose tokens it continues.
-Under our worker class the proposer also knows the requests themselves, and so their predicted outputs and grammars.
+is recognised by its text: each slot of ours keeps the tokens it stands for, and a row belongs to the slot whose tokens it
+continues. Under our worker class the proposer also knows the requests themselves, and so their predicted outputs and grammars.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Slots:
     def assign(self, rows: dict[int, np.ndarray]) -> tuple[dict[int, int], list[int]]:
         """The slot of each row (its number and its tokens), and the slots whose sequences are gone or new.
 
-        A row keeps its slot if its tokens continue the slot's; otherwise any free slot whose tokens it continues, the longest first;
-        otherwise a free slot is given to a new sequence.
+        A row keeps its slot if its tokens continue the slot's; otherwise any free slot whose tokens it continues, the longest
+        first; otherwise a free slot is given to a new sequence.
         """
         given: dict[int, int] = {}
         taken: set[int] = set()
@@ -83,7 +83,8 @@ def _continues(tokens: np.ndarray, text: np.ndarray) -> bool:
 
 
 class HistoryProposer:
-    """The class behind `outrider.integrations.vllm.Proposer`: drafts by one of our drafters, with a length that the controller sets.
+    """The class behind `outrider.integrations.vllm.Proposer`: drafts by one of our drafters, with a length that the controller
+    sets.
 
     Every draft is a point mass for vLLM's rejection sampler (it takes no distribution from such a class), which is lossless. Trees
     are not supported. A drafter that fails costs its drafts and nothing else.
@@ -98,7 +99,7 @@ class HistoryProposer:
         self.lengths: Lengths = lengths_of(self.settings, self.longest)
         self.knowledge = Knowledge()
         self._drafting: Drafting | None = None
-        self._length = self._before = 0
+        self._length = 0
         self._end: float | None = None
 
     # ------------------------------------------------------------------ what vLLM calls
@@ -129,6 +130,7 @@ class HistoryProposer:
             if len(sampled) and num_tokens_no_spec[i] > 0
         }
         given, fresh = self.slots.assign(rows)
+        fresh += self._others(given)
         self._learn(sampled_token_ids, given, fresh, began)
         drafting = self._drafting
         out: list[list[int]] = [[] for _ in sampled_token_ids]
@@ -136,7 +138,7 @@ class HistoryProposer:
             return out
         drafting.contained.release(fresh)
         length = self.lengths.next(len(rows))
-        self._before, self._length = self._length, length
+        self._length = length
         views = [self._view(row, given[row], tokens) for row, tokens in rows.items()]
         budget = [self._room(view, length) for view in views]
         for row, draft in zip(rows, drafting.chains(views, budget), strict=True):
@@ -150,7 +152,7 @@ class HistoryProposer:
         """Our worker hands over vLLM's model runner, whose batch names the requests."""
         self.knowledge = Knowledge(runner, self._drafting.tokenizer if self._drafting else None)
         if self._drafting is not None:
-            self._drafting.served(self.config, self.knowledge)
+            self._drafting.served()
 
     def use(self, drafter: Drafter, vocab_size: int, drafting: Drafting | None = None) -> None:
         """Draft with this drafter. vocab_size: of the target."""
@@ -178,6 +180,17 @@ class HistoryProposer:
             held.text = tokens.copy()
             held.view = SequenceView(slot, slot, old.tokens, old.prompt, len(old.tokens) - 1, old.params)
         return held.view
+
+    def _others(self, given: dict[int, int]) -> list[int]:
+        """Slots whose row is another request that begins with the text of the one before, as the next turn of a conversation
+        does."""
+        changed = []
+        for row, slot in given.items():
+            held = self.slots.held.get(slot)
+            if held is not None and held.name != self.knowledge.name(row):
+                self.slots.held.pop(slot)
+                changed.append(slot)
+        return changed
 
     def _room(self, view: SequenceView, length: int) -> int:
         """Tokens that may be drafted: within the model's length, one place being the bonus token's."""

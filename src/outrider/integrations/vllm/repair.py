@@ -1,7 +1,8 @@
 """One fault of vLLM on CPUs without Triton, undone where a probe shows it (found by our audit: docs/audit.md).
 
-Its stand-in for the kernel that spreads the values of requests (temperature, top-k, top-p) over their draft tokens fills a converted
-copy and drops it, so the target's logits of every draft token are divided by uninitialised memory. Greedy requests skip that step.
+Its stand-in for the kernel that spreads the values of requests (temperature, top-k, top-p) over their draft tokens fills a
+converted copy and drops it, so the target's logits of every draft token are divided by uninitialised memory. Greedy requests skip
+that step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 logger = logging.getLogger("vllm.outrider")  # below vLLM's logger, so that its log shows it
 
 Expand = Callable[..., None]
+NAME = "_expand_kernel_impl"
 PROBE = (0.5, 1.0, 0.25)
 """Temperatures of three requests, with 1, 2 and 1 draft tokens."""
 
@@ -45,28 +47,38 @@ def expand(
     output.copy_(torch.where(values == old, torch.full_like(values, new), values).repeat_interleave(counts))
 
 
-def repair() -> str:
-    """Probe the stand-in in this process, and replace it if it is faulty. Returns what was found: "repaired", "sound" or "unused".
-
-    To be called before vLLM installs its stand-ins (its general plug-ins are loaded before that).
-    """
-    from vllm.platforms import current_platform  # type: ignore[reportMissingImports]
-    from vllm.triton_utils import HAS_TRITON  # type: ignore[reportMissingImports]
-
-    if HAS_TRITON or not current_platform.is_cpu():
-        return "unused"
-    try:
-        import vllm._custom_ops  # type: ignore[reportMissingImports]  # noqa: F401 - loads the kernels
-        from vllm.utils import cpu_triton_utils as stand_ins  # type: ignore[reportMissingImports]
-    except ImportError:
-        return "unused"
-    name = "_expand_kernel_impl"
-    present: Any = getattr(stand_ins, name, None)
+def found() -> str:
+    """What a probe finds in this process: "unused" (Triton, or no CPU), "sound", "faulty", or "repaired" by us."""
+    stand_ins = _stand_ins()
+    present = getattr(stand_ins, NAME, None)
     if present is None:
         return "unused"
     if present is expand:
         return "repaired"
-    if not is_faulty(present):
-        return "sound"
-    setattr(stand_ins, name, expand)
-    return "repaired"
+    return "faulty" if is_faulty(present) else "sound"
+
+
+def repair() -> bool:
+    """Replace the stand-in in this process if it is faulty; whether that was done.
+
+    To be called before vLLM installs its stand-ins (its general plug-ins are loaded before that).
+    """
+    if found() != "faulty":
+        return False
+    setattr(_stand_ins(), NAME, expand)
+    return True
+
+
+def _stand_ins() -> Any:
+    """vLLM's module of stand-ins; None where it uses none."""
+    from vllm.platforms import current_platform  # type: ignore[reportMissingImports]
+    from vllm.triton_utils import HAS_TRITON  # type: ignore[reportMissingImports]
+
+    if HAS_TRITON or not current_platform.is_cpu():
+        return None
+    try:
+        import vllm._custom_ops  # type: ignore[reportMissingImports]  # noqa: F401 - loads the kernels
+        from vllm.utils import cpu_triton_utils  # type: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return cpu_triton_utils

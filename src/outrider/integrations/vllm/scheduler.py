@@ -1,8 +1,8 @@
 """vLLM's scheduler with live draft lengths: what a subclass of its scheduler adds, without importing vLLM.
 
-vLLM asks the table `dynamic_sd_lookup` (draft length by number of scheduled requests) in every step for the length to draft now; its
-drafts are verified in the next step. We write our length into that table before the step is scheduled. The length of one request is
-cut where its drafts are handed to the scheduler: that saves their verification, not their drafting.
+vLLM asks the table `dynamic_sd_lookup` (draft length by number of scheduled requests) in every step for the length to draft now;
+its drafts are verified in the next step. We write our length into that table before the step is scheduled. The length of one
+request is cut where its drafts are handed to the scheduler: that saves their verification, not their drafting.
 """
 
 from __future__ import annotations

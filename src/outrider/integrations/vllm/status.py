@@ -54,14 +54,18 @@ def _worker(report: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _repair(report: dict[str, Any] | None, general: bool) -> dict[str, Any]:
+    remedy = f"the general plug-in `outrider` is not loaded: set VLLM_PLUGINS={ALL}"
     if report is None:
-        return part("repair", general, "the plug-in probes in every process; our worker class would tell what it found")
-    found = {
-        "repaired": "the CPU fault was found and is repaired",
+        return part(
+            "repair", general, "the plug-in probes in every process; our worker class would tell what it found", remedy
+        )
+    told = {
+        "repaired": "the fault of CPUs without Triton was found and is repaired",
         "sound": "the probe found no fault",
-        "unused": "not needed: Triton or no CPU",
+        "unused": "not needed: Triton, or no CPU",
+        "faulty": "sampled output is WRONG: the fault of CPUs without Triton is there",
     }
-    return part("repair", general, found[report["repair"]], "the general plug-in `outrider` is not loaded")
+    return part("repair", report["repair"] != "faulty", told[report["repair"]], remedy)
 
 
 def _lengths(config: Any, report: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The ledger inside vLLM's worker: what its rejection sampler should have rejected beside what it did, and our rules in its place.
 
-Both stand where vLLM calls `rejection_sample`: there the target's distributions are final (temperature, top-k, top-p, penalties) and
-draft tokens and draft distributions are at hand. Shapes: n draft tokens of B requests, V vocabulary, K the longest draft.
+Both stand where vLLM calls `rejection_sample`: there the target's distributions are final (temperature, top-k, top-p, penalties)
+and draft tokens and draft distributions are at hand. Shapes: n draft tokens of B requests, V vocabulary, K the longest draft.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Tap:
         seeded: Sequence[int],
     ) -> None:
         """One step. drafted: draft tokens of each request. token: the drafts; from the first negative one on they are placeholders.
-        risk: rejection probability of each before its coin. accepted: of each request. seeded: requests with a seed of their own."""
+        risk: rejection probability of each before its coin. accepted: of each request. seeded: requests with a seed of their
+        own."""
         if not len(risk):
             return
         device = risk.device
@@ -114,10 +115,8 @@ def risks(
     logits: of the target, after temperature and filters. greedy: per token or for all, whether p is the point mass at the argmax.
     """
     x = token.long().clamp(min=0)[:, None]
-    all_greedy = greedy is True
-    certain = (logits.argmax(-1) != x[:, 0]).double() if all_greedy or torch.is_tensor(greedy) else None
-    if all_greedy:
-        assert certain is not None
+    certain = (logits.argmax(-1) != x[:, 0]).double() if greedy is not False else None
+    if greedy is True and certain is not None:
         return certain
     if q is None:
         p_of_x = (logits.gather(1, x)[:, 0].double() - logits.double().logsumexp(-1)).exp()
@@ -125,7 +124,7 @@ def risks(
     else:
         risk = 1.0 - torch.minimum(logits.softmax(-1, dtype=torch.float32), q).double().sum(-1)
     risk = risk.clamp(0.0, 1.0)
-    return risk if certain is None else torch.where(greedy, certain, risk)
+    return torch.where(greedy, certain, risk) if certain is not None and isinstance(greedy, Tensor) else risk
 
 
 Names = Callable[[], Sequence[str]]

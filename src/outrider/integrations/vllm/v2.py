@@ -51,7 +51,8 @@ class _WatchedState:
             RejectionSampler,
         )
 
-        watched = type("WatchedRejectionSampler", (WatchedVerify, RejectionSampler), {})(sampler, config, self.device)
+        made: Any = type("WatchedRejectionSampler", (WatchedVerify, RejectionSampler), {})
+        watched = made(sampler, config, self.device)
         watched.tap = Tap(config.num_speculative_tokens)
         return sampler, watched
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from types import ModuleType
 from typing import Any
 
 from outrider.integrations.vllm.scheduler import NOTE
@@ -94,7 +93,7 @@ class Ledgered:
         }
 
 
-def stand_in(module: ModuleType | Any, tap: Tap, settings: Settings, method: str, names: Any) -> str:
+def stand_in(module: Any, tap: Tap, settings: Settings, method: str, names: Any) -> str:
     """Replace `rejection_sample` of vLLM's module by one that counts (or by our rule); why not, if that is impossible."""
     present = getattr(module, "rejection_sample", None)
     if isinstance(present, Watched | Ruled):
@@ -111,7 +110,7 @@ def stand_in(module: ModuleType | Any, tap: Tap, settings: Settings, method: str
 
 
 def _repaired() -> str:
-    """What the repair found in this process."""
-    from outrider.integrations.vllm.repair import repair
+    """What a probe of the faulty function finds in this process."""
+    from outrider.integrations.vllm.repair import found
 
-    return repair()
+    return found()
