@@ -18,14 +18,13 @@ from .servers import PARTS, Server, served, speculative
 FLOAT = ["--dtype", "float32"]
 
 
-def texts(server: Server, path: Path, count: int = 24, tokens: int = 40) -> Path:
+def texts(server: Server, path: Path, count: int = 24, tokens: int = 40) -> None:
     draw = random.Random(1)
     asked = [[draw.randrange(3, 2048) for _ in range(12)] for _ in range(count)]
     rows = server.complete_all(asked, tokens=tokens, temperature=1.0, ignore_eos=True)
     with path.open("w") as out:
         for prompt, row in zip(asked, rows, strict=True):
             out.write(json.dumps({"prompt_token_ids": prompt, "token_ids": row["token_ids"]}) + "\n")
-    return path
 
 
 def audit(path: Path) -> dict[str, Any]:
@@ -50,7 +49,8 @@ def test_repaired_passes(method: str, tmp_path: Path) -> None:
     with served(tmp_path, speculative(method, 4), *PARTS, *FLOAT) as server:
         assert "repaired vLLM's CPU stand-in" in server.log.read_text()
         assert server.log.read_text().count("repaired vLLM's CPU stand-in") == 1, "said once"
-        found = audit(texts(server, tmp_path / "texts.jsonl"))
+        texts(server, tmp_path / "texts.jsonl")
+    found = audit(tmp_path / "texts.jsonl")
     assert found["code"] == 0, found
 
 
@@ -58,7 +58,8 @@ def test_unrepaired_fails(tmp_path: Path) -> None:
     """The control: the same server without our general plug-in."""
     with served(tmp_path, speculative("draft_model", 4), *FLOAT, plugins="outrider_ledger") as server:
         assert "repaired" not in server.log.read_text()
-        found = audit(texts(server, tmp_path / "texts.jsonl", count=8))
+        texts(server, tmp_path / "texts.jsonl", count=8)
+    found = audit(tmp_path / "texts.jsonl")
     assert found["code"] != 0, found
 
 
