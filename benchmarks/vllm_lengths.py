@@ -107,16 +107,27 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="end after the round in which this time has passed")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="append every measurement to this file")
+    parser.add_argument("--report", type=Path, help="print the table of such a file, and measure nothing")
     o = parser.parse_args()
     if o.worker:
         worker(o.worker)
+        return
+    if o.report:
+        report([json.loads(line) for line in o.report.read_text().splitlines()], o.method)
         return
     began = time.monotonic()
     plain, ours = Worker("plain"), Worker(o.method)
     plain.ready()
     ours.ready()
     rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if o.out:
+            with o.out.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+
     for load in LOADS:
         for seed in range(o.learn):
             rows.append(
@@ -129,13 +140,11 @@ def main() -> None:
         random.Random(number).shuffle(turns)
         for arm, load in turns:
             who = plain if arm == "plain" else ours
-            rows.append({"round": number, "arm": arm, "load": load, **who.run(arm, load, number, o.temperature)})
+            keep({"round": number, "arm": arm, "load": load, **who.run(arm, load, number, o.temperature)})
         if time.monotonic() - began > o.seconds:
             break
     plain.end()
     ours.end()
-    if o.out:
-        o.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report(rows, o.method)
 
 
