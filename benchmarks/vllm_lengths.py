@@ -130,7 +130,7 @@ def main() -> None:
 
     for load in LOADS:
         for seed in range(o.learn):
-            rows.append(
+            keep(
                 {"round": -1, "arm": "learning", "load": load, **ours.run("adaptive", load, seed, o.temperature)}
             )
         for arm in ("plain", *LENGTHS):
