@@ -159,9 +159,10 @@ def test_drafters_that_read_hidden_states_are_refused_with_what_to_do() -> None:
 
     own = config()
     own.model_config.model = str(shipped("target"))
-    for spec in ("eagle:x", "ngram+medusa", "early:2"):
+    for spec in ("eagle:x", "ngram+medusa", "early:2", "recycle", "recycle+ngram", "ahead:4:x"):
         with pytest.raises(ConfigError, match="hidden states"):
             Drafting.load(spec, 4, own)
     assert Drafting.load("prediction+ngram", 4, own).drafter.name == "prediction+ngram"
+    assert Drafting.load("suffix", 4, own).drafter.name == "suffix"
     model = Drafting.load(f"ngram+{shipped('draft')}", 4, own)
     assert model.drafter.name == "ngram+model" and model.vocab_size == 4096

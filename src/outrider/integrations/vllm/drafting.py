@@ -17,6 +17,7 @@ from outrider.errors import ConfigError, OutriderError, RequestError
 from outrider.models.folder import resolve_folder
 from outrider.models.load import find_tokenizer, inspect_checkpoint, load_target, stop_ids
 from outrider.noise import Noise
+from outrider.options import WITHOUT_MODEL
 from outrider.params import SamplingParams
 from outrider.protocols import Drafter
 from outrider.sampling.grammar import grammars_of
@@ -24,7 +25,8 @@ from outrider.sampling.pipeline import LogitsPipeline
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 logger = logging.getLogger("vllm.outrider")
-LEARNED = ("medusa", "eagle", "dflash", "early")
+UNSERVED = ("medusa", "eagle", "dflash", "early", "recycle", "ahead")
+"""Drafters that read hidden states or scores of the target, or prepare drafts beside its step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +176,13 @@ def _greedy(spec: str) -> str:
     """The spec with the draft model's most likely tokens: a point mass is accepted with p(x), which is largest there."""
     head, plus, model = spec.rpartition("+")
     kind = model.partition(":")[0]
-    if kind in LEARNED and not Path(model).exists():
-        raise ConfigError(
-            f"{model!r} reads hidden states of the target, which vLLM gives its own drafters only: serve its folder by vLLM's own "
-            'method, as {"method": "eagle3", "model": FOLDER}'
-        )
-    plain = kind in ("ngram", "prediction", "forced", "none", "auto", "greedy", "translate")
+    for name in (part.partition(":")[0] for part in spec.split("+")):
+        if name in UNSERVED and not Path(name).exists():
+            raise ConfigError(
+                f"the drafter {name!r} needs hidden states or scores of the target, which vLLM gives its own drafters only: serve "
+                'an EAGLE-3 or block drafter by vLLM\'s own method, as {"method": "eagle3", "model": FOLDER}'
+            )
+    plain = kind in (*WITHOUT_MODEL, "none", "auto", "greedy")
     return spec if plain else f"{head}{plus}greedy:{model}"
 
 
