@@ -130,9 +130,7 @@ def main() -> None:
 
     for load in LOADS:
         for seed in range(o.learn):
-            keep(
-                {"round": -1, "arm": "learning", "load": load, **ours.run("adaptive", load, seed, o.temperature)}
-            )
+            keep({"round": -1, "arm": "learning", "load": load, **ours.run("adaptive", load, seed, o.temperature)})
         for arm in ("plain", *LENGTHS):
             (plain if arm == "plain" else ours).run(arm, load, 0, o.temperature)  # warm
     for number in range(o.rounds):
@@ -153,7 +151,8 @@ def report(rows: list[dict[str, Any]], method: str) -> None:
     for load in LOADS:
         here = [r for r in rows if r["load"] == load and r["round"] >= 0]
         speed = {(r["round"], r["arm"]): r["tokens"] / r["seconds"] for r in here}
-        numbers = sorted({r["round"] for r in here})
+        whole = len(LENGTHS) + 2
+        numbers = [n for n in sorted({r["round"] for r in here}) if sum(r["round"] == n for r in here) == whole]
         best = max(LENGTHS, key=lambda arm: median(speed[n, arm] / speed[n, "plain"] for n in numbers))
         print(
             f"{method}, {load} at a time, {len(numbers)} rounds, plain {median(speed[n, 'plain'] for n in numbers):.0f} tokens/s"

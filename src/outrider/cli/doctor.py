@@ -39,14 +39,16 @@ def doctor(
 ) -> None:
     """Check a pair of checkpoints as loading does, without reading weights: architecture, tensors, tokenizer, memory.
 
-    With --vllm it asks a running vLLM server instead (docs/vllm.md). Exit code 0 if everything fits (every part is live), 1 if a
+    With --vllm http://127.0.0.1:8000 it asks that running vLLM server instead (docs/vllm.md). Exit code 0 if everything fits (every part is live), 1 if a
     check fails (a part is off), 2 if a checkpoint cannot be run (nobody answers).
 
-    Examples: outrider doctor --dtype float32 --slots 8, outrider doctor --vllm http://127.0.0.1:8000
+    Example: outrider doctor --dtype float32 --slots 8
     """
     if vllm is not None:
         if target or draft:
-            raise ConfigError("--vllm asks a server, and a pair of checkpoints is checked without one: give one of them")
+            raise ConfigError(
+                "--vllm asks a server, and a pair of checkpoints is checked without one: give one of them"
+            )
         raise typer.Exit(live_parts(vllm, json))
     from outrider.assets import shipped
 
