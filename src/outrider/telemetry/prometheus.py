@@ -153,6 +153,10 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families: vLLM's, then ours."""
         yield from self._like_vllm()
+        yield from self.ours()
+
+    def ours(self) -> Iterator[Metric]:
+        """Our own families alone, for a process whose other metrics are vLLM's."""
         yield from self._speculation()
         yield from self._server()
 

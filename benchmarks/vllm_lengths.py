@@ -1,0 +1,169 @@
+"""Our draft lengths inside vLLM against its fixed ones and plain decoding, interleaved, at two loads.
+
+    .venv-vllm/bin/python benchmarks/vllm_lengths.py --rounds 6 --seconds 200
+
+Two processes with vLLM in each, one plain and one with our scheduler; only one of them works at a time, so rounds are comparable.
+Every round runs each arm once at each load, in shuffled order. The adaptive arm keeps what it has learnt between its turns, and
+learns for some steps before the first round; `learning` is the price of that. Prints ratios to plain: median and range of rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+LENGTHS, LOADS, TOKENS = (0, 1, 2, 3, 4), (1, 8), 64
+
+
+def worker(method: str) -> None:
+    """One vLLM; a line {"arm", "load", "seed"} on stdin gives a line {"tokens", "seconds"} on stdout."""
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints goes to stderr
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM, SamplingParams
+
+    from outrider.assets import HERE, shipped
+    from outrider.integrations.vllm.lengths import Cycle, LiveLengths
+
+    folder = {"eagle3": "eagle", "draft_model": "draft", "dflash": "dflash"}.get(method)
+    config: dict[str, Any] = {}
+    if folder:
+        config["speculative_config"] = {
+            "method": method,
+            "model": str(shipped("target").parent / folder),
+            "num_speculative_tokens": 4,
+            "num_speculative_tokens_per_batch_size": [[1, 8, 4]],
+        }
+        config["scheduler_cls"] = "outrider.integrations.vllm.Scheduler"
+        config["worker_cls"] = "outrider.integrations.vllm.CpuWorker"
+    llm = LLM(
+        model=str(shipped("target")),
+        max_model_len=512,
+        max_num_seqs=8,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        **config,
+    )
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    prompts = [json.loads(row)["prompt"] for row in (HERE / "pycode" / "prompts.jsonl").read_text().splitlines()]
+    adaptive = LiveLengths(4, 4)
+    print("ready", file=reply, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if folder:
+            scheduler.lengths = adaptive if asked["arm"] == "adaptive" else Cycle([asked["arm"]])
+        draw = random.Random(asked["seed"])
+        chosen = [draw.choice(prompts) for _ in range(asked["load"])]
+        params = SamplingParams(temperature=asked["temperature"], max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        done = llm.generate(chosen, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        tokens = sum(len(out.outputs[0].token_ids) for out in done)
+        look = adaptive.control.outlook()
+        print(json.dumps({"tokens": tokens, "seconds": seconds, "length": look.length}), file=reply, flush=True)
+
+
+class Worker:
+    """A process with one vLLM."""
+
+    def __init__(self, method: str) -> None:
+        words = [sys.executable, __file__, "--worker", method]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ready(self) -> None:
+        assert self.process.stdout and self.process.stdout.readline().strip() == "ready"
+
+    def run(self, arm: Any, load: int, seed: int, temperature: float) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(
+            json.dumps({"arm": arm, "load": load, "seed": seed, "temperature": temperature}) + "\n"
+        )
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def main() -> None:
+    """Rounds, then a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--worker")
+    parser.add_argument("--method", default="eagle3", choices=["eagle3", "draft_model", "dflash"])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument(
+        "--learn", type=int, default=12, help="batches of the adaptive arm at each load before the first round"
+    )
+    parser.add_argument("--seconds", type=float, default=1e9, help="end after the round in which this time has passed")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--out", type=Path, help="append every measurement to this file")
+    parser.add_argument("--report", type=Path, help="print the table of such a file, and measure nothing")
+    o = parser.parse_args()
+    if o.worker:
+        worker(o.worker)
+        return
+    if o.report:
+        report([json.loads(line) for line in o.report.read_text().splitlines()], o.method)
+        return
+    began = time.monotonic()
+    plain, ours = Worker("plain"), Worker(o.method)
+    plain.ready()
+    ours.ready()
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if o.out:
+            with o.out.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    for load in LOADS:
+        for seed in range(o.learn):
+            keep({"round": -1, "arm": "learning", "load": load, **ours.run("adaptive", load, seed, o.temperature)})
+        for arm in ("plain", *LENGTHS):
+            (plain if arm == "plain" else ours).run(arm, load, 0, o.temperature)  # warm
+    for number in range(o.rounds):
+        turns = [(arm, load) for arm in ("plain", "adaptive", *LENGTHS) for load in LOADS]
+        random.Random(number).shuffle(turns)
+        for arm, load in turns:
+            who = plain if arm == "plain" else ours
+            keep({"round": number, "arm": arm, "load": load, **who.run(arm, load, number, o.temperature)})
+        if time.monotonic() - began > o.seconds:
+            break
+    plain.end()
+    ours.end()
+    report(rows, o.method)
+
+
+def report(rows: list[dict[str, Any]], method: str) -> None:
+    """Speed of every arm over plain of the same round: median, and range."""
+    for load in LOADS:
+        here = [r for r in rows if r["load"] == load and r["round"] >= 0]
+        speed = {(r["round"], r["arm"]): r["tokens"] / r["seconds"] for r in here}
+        whole = len(LENGTHS) + 2
+        numbers = [n for n in sorted({r["round"] for r in here}) if sum(r["round"] == n for r in here) == whole]
+        best = max(LENGTHS, key=lambda arm: median(speed[n, arm] / speed[n, "plain"] for n in numbers))
+        print(
+            f"{method}, {load} at a time, {len(numbers)} rounds, plain {median(speed[n, 'plain'] for n in numbers):.0f} tokens/s"
+        )
+        for arm in ("adaptive", *LENGTHS):
+            found = sorted(speed[n, arm] / speed[n, "plain"] for n in numbers)
+            mark = " (best fixed)" if arm == best else ""
+            print(f"  {arm!s:>8}: {median(found):.2f} of plain ({found[0]:.2f} to {found[-1]:.2f}){mark}")
+        found = sorted(speed[n, "adaptive"] / speed[n, best] for n in numbers)
+        print(f"  adaptive over best fixed: {median(found):.3f} ({found[0]:.2f} to {found[-1]:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Draft lengths inside vLLM: `control.Adaptive`, fed with what can be seen from outside of a step.
+
+Our engine measures the seconds of verifying and of drafting apart; vLLM's scheduler sees only when a step ends. A step that
+verifies drafts of one length and makes drafts of another mixes the two, so a length is held until enough *clean* steps were seen:
+no prompt rows, the same length verified and drafted, and time that follows directly on the step before. The mean of these is one
+measurement for the controller, reported with its next one, because the controller expects that a draft is verified in the step
+after.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+from outrider.control import Adaptive
+from outrider.control.row_times import load_class
+from outrider.integrations.vllm.settings import Settings
+from outrider.params import SamplingParams
+from outrider.records import Counts, StepRecord
+from outrider.types import SequenceView
+
+CLEAN = 3
+"""Clean steps that make a measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenStep:
+    """A finished step as it is seen from outside.
+
+    sequences: sequences that decoded. verified, drafted: draft length that this step's drafts were made with, and that it asked of
+    the drafter. prompts: whether it read prompts. seconds: since the end of the step before; None if the engine was idle in
+    between. accepted: accepted draft tokens of each sequence.
+    """
+
+    sequences: int
+    verified: int
+    drafted: int
+    prompts: bool
+    seconds: float | None
+    accepted: Sequence[int]
+
+
+class Lengths(Protocol):
+    """What sets the draft length of a step."""
+
+    def next(self, sequences: int) -> int:
+        """Draft length for a step of so many sequences."""
+        ...
+
+    def saw(self, step: SeenStep) -> None:
+        """Learn from a finished step."""
+        ...
+
+
+@dataclass(slots=True)
+class Cycle:
+    """Given lengths one after another, whatever happens: for tests, and with one entry a fixed length."""
+
+    lengths: Sequence[int]
+    _turn: int = 0
+
+    def next(self, sequences: int) -> int:
+        """The next of `lengths`."""
+        self._turn += 1
+        return self.lengths[(self._turn - 1) % len(self.lengths)]
+
+    def saw(self, step: SeenStep) -> None:
+        """Steps change nothing."""
+
+
+class LiveLengths:
+    """One length for each load, 0 to `longest`, the fastest one; 0 stops at once where drafts are slower (see
+    `control.Adaptive`)."""
+
+    def __init__(self, first: int, longest: int, margin: float = 0.03) -> None:
+        self.control = Adaptive(first, longest, margin=margin, invariant=True)  # vLLM's seeds do not fix a text anyway
+        self._load, self._length = 0, first
+        self._clean: list[SeenStep] = []
+        self._measured: StepRecord | None = None
+        self._views: dict[int, tuple[SequenceView, ...]] = {}
+
+    def next(self, sequences: int) -> int:
+        """The length of the present measurement; a new one begins when the load's class changes."""
+        load = load_class(max(1, sequences))
+        if load != self._load:
+            self._begin(load)
+        return self._length
+
+    def saw(self, step: SeenStep) -> None:
+        """Count the step if it is clean, and end the measurement when it has enough of them."""
+        mine = load_class(max(1, step.sequences)) == self._load and step.verified == step.drafted == self._length
+        if not mine or step.prompts or step.seconds is None or not step.sequences:
+            return
+        self._clean.append(step)
+        if len(self._clean) < CLEAN:
+            return
+        measured, self._measured = self._measured, self._record()
+        self.control.observe(measured or _record_of(0, 0.0, Counts()))
+        self._begin(self._load)
+
+    def _begin(self, load: int) -> None:
+        self._load = load
+        views = self._views.setdefault(load, tuple(_view(slot) for slot in range(load)))
+        self._length = self.control.budget(views)[0]
+        self._clean.clear()
+
+    def _record(self) -> StepRecord:
+        """The mean of the clean steps, as one step of `_load` sequences."""
+        steps, counts = self._clean, Counts()
+        total = sum(s.sequences for s in steps)
+        hits = [sum(n > d for s in steps for n in s.accepted) for d in range(self._length)]
+        # shares of the sequences, so that steps of 5 and of 6 of them count alike; the controller only adds them up
+        counts.accepted_at = cast(list[int], [self._load * n / total for n in hits])
+        return _record_of(self._load, sum(s.seconds or 0.0 for s in steps) / len(steps), counts)
+
+
+def _record_of(scored: int, seconds: float, counts: Counts) -> StepRecord:
+    """rows = 0: times of passes by rows are not learnt, since these contain the drafting too."""
+    return StepRecord(0, scored, scored, 0, {"target": seconds, "rule": 0.0, "draft": 0.0, "host": 0.0}, counts)
+
+
+def _view(slot: int) -> SequenceView:
+    return SequenceView(slot, 0, [0], 1, 0, SamplingParams())
+
+
+def lengths_of(settings: Settings, longest: int) -> Lengths:
+    """What the settings ask for. longest: vLLM's `num_speculative_tokens`."""
+    if settings.lengths == "fixed":
+        return Cycle([longest])
+    if settings.lengths == "adaptive":
+        return LiveLengths(
+            min(longest, longest if settings.first is None else settings.first), longest, settings.margin
+        )
+    return Cycle([min(longest, int(x)) for x in settings.lengths])
+
+
+# ------------------------------------------------------------------------------------------------- one request
+WINDOW, FEWEST, PAUSE = 16, 0.03, 64
+"""A request whose latest WINDOW drafts had fewer than this share of their tokens accepted is not drafted for in its next PAUSE
+steps. On its way back one window is tried."""
+
+
+@dataclass(slots=True)
+class Request:
+    """Limits of one request. most: its own (`outrider_length` in `vllm_xargs`); None: no limit."""
+
+    most: int | None = None
+    _latest: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _pause: int = 0
+
+    def cut(self, length: int) -> int:
+        """The draft length of this request, where the step has `length`."""
+        if self._pause:
+            self._pause -= 1
+            return 0
+        return length if self.most is None else min(length, self.most)
+
+    def saw(self, drafted: int, accepted: int) -> None:
+        """A draft of so many tokens was verified."""
+        if not drafted:
+            return
+        self._latest.append((drafted, accepted))
+        if len(self._latest) == WINDOW and sum(a for _, a in self._latest) < FEWEST * sum(d for d, _ in self._latest):
+            self._latest.clear()
+            self._pause = PAUSE
+
+
+def own_limit(extra: object) -> int | None:
+    """`outrider_length` of a request's `vllm_xargs`: a whole number of at least 0; anything else counts as no limit."""
+    value = extra.get("outrider_length") if isinstance(extra, dict) else None
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 else None
