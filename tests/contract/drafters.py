@@ -16,6 +16,7 @@ from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.jacobi import Jacobi
 from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.model.drafter import ModelDrafter
@@ -102,6 +103,10 @@ def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
 DRAFTERS: dict[str, Factory] = {
     "none": lambda target, slots: NoDraft(),
     "ngram": lambda target, slots: NGram(5, max_n=3, min_n=1),
+    "jacobi": lambda target, slots: Jacobi(4, target.vocab_size),
+    "jacobi-up": lambda target, slots: Jacobi(4, target.vocab_size, columns=3),
+    "jacobi-fresh": lambda target, slots: Jacobi(3, target.vocab_size, keyed=False),
+    "ngram+jacobi": lambda target, slots: first_of(NGram(2), Jacobi(4, target.vocab_size, columns=4)),
     "model": lambda target, slots: ModelDrafter(small(target), 4),
     "model-coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
     "model-short-context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),

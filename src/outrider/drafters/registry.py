@@ -13,6 +13,7 @@ from outrider.drafters import dflash, eagle, medusa, vllm_config
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
+from outrider.drafters.jacobi import parse_jacobi
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
@@ -22,6 +23,7 @@ from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule, Target
+from outrider.raster import find_raster
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ def load_drafter(
       "ngram"       prompt lookup; "ngram:2-4" sets the sizes of its n-grams, "ngram:3" just one
       "prediction"  the request's own predicted continuation
       "forced"      the text a request's grammar forces next; "forced:4" only where it forces at least 4 tokens
+      "jacobi:8"    the next 8 guesses, drawn from what the last pass computed behind its first rejection; "jacobi:8:up" starts
+                    from the row above in an image; ":fresh" draws with fresh noise in every pass
       PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
@@ -99,7 +103,10 @@ def load_drafter(
         # forced tokens replace the draft model only if they fill a whole draft; for fewer the model drafts further ahead
         spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
     parts, rest = _without_model(spec, length)
-    if rest or not parts:
+    if rest.partition(":")[0] == "jacobi":
+        raster = find_raster(target_path)
+        parts.append(parse_jacobi(rest, length, target.vocab_size, raster.width if raster else 0))
+    elif rest or not parts:
         how = parse_draft(rest, length, "coupled" if rule is not None and rule.lane == "gumbel" else "sampled")
         kind, _, path = how.path.partition(":")
         if kind == "early":
@@ -182,7 +189,7 @@ def _model(
     learned: Mapping[str, LearnedDrafter],
 ) -> ModelDrafter:
     path = how.path
-    names = ("none", "auto", "ngram", "prediction", "forced", *learned, "early")
+    names = ("none", "auto", "ngram", "prediction", "forced", "jacobi", *learned, "early")
     if not path or path in ("none", "auto"):
         raise ConfigError(f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():
