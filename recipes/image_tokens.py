@@ -4,29 +4,41 @@
     python recipes/image_tokens.py target --kind digits    # one stage of one kind
 
 Needs `pip install scikit-learn scikit-image matplotlib`: the pictures are those that these packages ship. Stages: target ->
-draft -> counts -> eagle -> export -> evaluate -> page. Each reads what the one before it left in the work folder
-(`runs/images`), and can be killed at any moment and continued by the same command. `export` puts the digits into the package.
+draft -> export -> counts -> eagle -> ship -> evaluate -> page. Each reads what the one before it left in the work folder
+(`runs/images`), and can be killed at any moment and continued by the same command. `ship` puts the digits into the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import image_data
+import image_report
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from outrider.drafters import counts
 from outrider.models.hf.fresh import small_llama
+from outrider.models.load import load_target
 from outrider.train import losses
+from outrider.train.checkpoint import export_model, replace_folder
+from outrider.train.distill import Teacher, measure_of
+from outrider.train.features import read_features, write_hidden
 from outrider.train.loop import LoopConfig, train
+from outrider.train.methods.base import MethodOptions
+from outrider.train.methods.registry import method_named
 
 HERE = Path(__file__).resolve().parent
 KINDS: tuple[image_data.Kind, ...] = ("digits", "textures")
-STAGES = ("target", "draft", "counts", "eagle", "export", "evaluate", "page")
+STAGES = ("target", "draft", "export", "counts", "eagle", "ship", "evaluate", "page")
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Config:
         default_factory=lambda: LoopConfig(steps=1200, lr=4e-3, warmup=40, final_lr_ratio=0.02, save_every_s=30.0)
     )
     eagle: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=700, lr=2e-3, warmup=40, final_lr_ratio=0.02, save_every_s=60.0)
+        default_factory=lambda: LoopConfig(steps=400, lr=3e-3, warmup=40, final_lr_ratio=0.02, save_every_s=60.0)
     )
 
 
@@ -75,8 +87,8 @@ def keep_best(images: image_data.Images, place: Path) -> Callable[[torch.nn.Modu
 
     1,500 images are learned by heart in some epochs, so the best model is not the last one.
     """
-    rows = torch.from_numpy(image_data.np.column_stack([images.held_out_class, images.held_out]))
-    seen = torch.from_numpy(image_data.np.column_stack([images.training_class, images.training])[:297])
+    rows = torch.from_numpy(np.column_stack([images.held_out_class, images.held_out]))
+    seen = torch.from_numpy(np.column_stack([images.training_class, images.training])[:297])
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         nats = next_token_loss(model, rows, 0.0).item()
@@ -126,7 +138,7 @@ def stage_draft(config: Config, images: image_data.Images) -> None:
         tv, kl = (0.0, 1.0) if progress < losses.ONLY_KL else (1.0, 0.1)
         return losses.distillation(batch[1], logits_of(draft, batch[0][:, :-1]), tv, kl)
 
-    rows = torch.from_numpy(image_data.np.column_stack([images.held_out_class, images.held_out]))[:, :-1]
+    rows = torch.from_numpy(np.column_stack([images.held_out_class, images.held_out]))[:, :-1]
     wanted = logits_of(target, rows)
 
     def evaluate(draft: torch.nn.Module) -> dict[str, float]:
@@ -137,9 +149,107 @@ def stage_draft(config: Config, images: image_data.Images) -> None:
     train(model, batches, loss, config.draft, folder, evaluate)
 
 
+# --- folders of a pair, and what is made for it ----------------------------------------------------------------------
+
+
+def model_folder(config: Config, images: image_data.Images) -> Path:
+    """Where the finished parts of a kind are: target, draft, counts, eagle."""
+    return config.work / images.kind / "model"
+
+
+def finished(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replace `folder` by what `write` puts into a new one, with a manifest."""
+    built = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(built, ignore_errors=True)
+    built.mkdir(parents=True)
+    write(built)
+    replace_folder(built, folder)
+
+
+def stage_export(config: Config, images: image_data.Images) -> None:
+    """Target and draft as transformers folders in bfloat16; raster.json says what the target's tokens mean."""
+    place = model_folder(config, images)
+    for part in ("target", "draft"):
+        export_model(trained(config, images, part), None, place / part)
+
+    def with_raster(folder: Path) -> None:
+        shutil.copytree(place / "target", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        images.raster.save(folder)
+
+    finished(place / "target", with_raster)
+
+
+def stage_counts(config: Config, images: image_data.Images) -> None:
+    """Count the tables, and choose the weights that predict training images best (held-out ones choose nothing)."""
+    rows = [torch.from_numpy(np.asarray(x)).long() for x in (images.training, images.training_class)]
+    if images.maps is not None:  # crops are free: count many
+        batch = images.batch(0, 20_000, 1, 0.0, seed=2)
+        rows = [batch[:, 1:], batch[:, 0]]
+    classes, wide = sorted(images.raster.classes.values()), images.raster.width
+    cut = 4 * len(rows[0]) // 5
+    part = counts.count(rows[0][:cut], rows[1][:cut], len(images.raster.colours), classes, wide)
+    weights = counts.fit(part, rows[0][cut:], rows[1][cut:])
+    tables = replace(counts.count(*rows, len(images.raster.colours), classes, wide), weights=weights)
+    held = [torch.from_numpy(np.asarray(x)).long() for x in (images.held_out, images.held_out_class)]
+    print(f"counts: weights {weights.tolist()}, {counts.nats(tables, *held):.3f} nats per held-out token")
+    finished(model_folder(config, images) / "counts", tables.save)
+
+
+def stage_eagle(config: Config, images: image_data.Images) -> None:
+    """An EAGLE-3 layer on the target's hidden states of training images with their classes."""
+    place, method = config.work / images.kind, method_named("eagle")
+    target = load_target(model_folder(config, images) / "target", dtype="float32")
+    options = MethodOptions(
+        target=model_folder(config, images) / "target", loop=config.eagle, prompt=1, length=65, batch=16, levels=4
+    )
+    taps = method.taps(options, target)
+    held = tuple(sorted({*taps, target.layers}))
+    parts = []
+    for part, tokens, classes in (
+        ("training", images.training, images.training_class),
+        ("held_out", images.held_out, images.held_out_class),
+    ):
+        folder = place / "features" / part
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = np.column_stack([classes, tokens]).astype(np.uint16)
+        np.save(folder / "tokens.npy", rows, allow_pickle=False)
+        write_hidden(target, rows, held, folder, rows=32)
+        parts.append(read_features(folder, taps, rows=options.batch, seed=0))
+    columns = [held.index(layer) for layer in taps]
+    model = method.new_model(options, target, parts[0].take(list(range(8)))[1][:, :, columns].flatten(0, 1))
+    judge = Teacher.of(target, held, taps)
+    batches, loss = method.fit_inputs(options, judge, model, parts[0])
+    train(model, batches, loss, config.eagle, place / "eagle", measure_of(judge, method.predictor(4), parts[1]))
+    finished(model_folder(config, images) / "eagle", lambda folder: method.save(model, options, folder))
+
+
+def stage_ship(config: Config, images: image_data.Images) -> None:
+    """The digits become part of the package."""
+    if images.kind == "digits":
+        for part in ("target", "draft", "counts", "eagle"):
+            source = model_folder(config, images) / part
+            copy = partial(shutil.copytree, source, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+            finished(config.assets / part, copy)
+        size = sum(p.stat().st_size for p in config.assets.rglob("*") if p.is_file())
+        print(f"shipped: {size / 1e6:.2f} MB")
+
+
+def stage_evaluate(config: Config, images: image_data.Images) -> None:
+    """Every arm: ledger, tokens per pass, audit, quality; the figures and the table of the page."""
+    image_report.evaluate(model_folder(config, images), images, config.work / images.kind)
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
-RUN = {"target": stage_target, "draft": stage_draft}
+RUN = {
+    "target": stage_target,
+    "draft": stage_draft,
+    "export": stage_export,
+    "counts": stage_counts,
+    "eagle": stage_eagle,
+    "ship": stage_ship,
+    "evaluate": stage_evaluate,
+}
 
 
 def main(config: Config, stages: tuple[str, ...]) -> None:
@@ -148,7 +258,10 @@ def main(config: Config, stages: tuple[str, ...]) -> None:
         images = image_data.load(kind)
         for stage in stages:
             print(f"--- {kind}: {stage}", flush=True)
-            RUN[stage](config, images)
+            if stage != "page":
+                RUN[stage](config, images)
+    if "page" in stages:
+        image_report.page(config.work, config.docs)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from torch import nn
 from examples.linear_drafter import METHOD
 from examples.linear_drafter.drafter import LinearDrafter
 from examples.linear_drafter.network import LinearConfig, LinearNetwork
+from outrider.drafters import counts
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
@@ -100,6 +101,14 @@ def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
     return DFlashDrafter(learned("dflash", target), growth)  # type: ignore[arg-type]
 
 
+def counted(target: Toy, growth: Levels | BestFirst) -> counts.Counts:
+    """Tables of random pictures of 5 x 4 tokens, some of the vocabulary's no colours."""
+    noise = torch.Generator().manual_seed(6)
+    tokens, prompts = (torch.randint(target.vocab_size - 2, size, generator=noise) for size in ((60, 20), (60,)))
+    tables = counts.count(tokens, prompts, target.vocab_size - 2, (3, 5, 9), 4)
+    return counts.Counts(tables, growth, target.vocab_size)
+
+
 DRAFTERS: dict[str, Factory] = {
     "none": lambda target, slots: NoDraft(),
     "ngram": lambda target, slots: NGram(5, max_n=3, min_n=1),
@@ -143,6 +152,10 @@ DRAFTERS: dict[str, Factory] = {
     "eagle-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3)),
     "eagle1": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "eagle1"),
     "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
+    "counts": lambda target, slots: counted(target, Levels(levels((1,) * 4), target.vocab_size)),
+    "counts-tree": lambda target, slots: counted(
+        target, Levels(levels((2, 1)), target.vocab_size, siblings="without_replacement")
+    ),
     "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),
     "early-dynamic": lambda target, slots: early_exit(target, 1, BestFirst(6, 3, target.vocab_size, width=2)),
     "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from outrider.drafters import dflash, eagle, medusa, vllm_config
+from outrider.drafters import counts, dflash, eagle, medusa, vllm_config
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
@@ -44,6 +44,7 @@ LEARNED: Mapping[str, LearnedDrafter] = {
     "medusa": LearnedDrafter(medusa.load, ("medusa",), ("medusa",)),
     "eagle": LearnedDrafter(eagle.load, ("eagle", "eagle3", "eagle-3"), ("eagle", "eagle3")),
     "dflash": LearnedDrafter(dflash.load, ("dflash",), ("dflash",)),
+    "counts": LearnedDrafter(counts.load, ("counts",)),
 }
 """A row for each learned drafter, by the name that `--draft`, a request and an experiment give it."""
 LoadModel = Callable[[str], tuple[Target, object]]
@@ -80,6 +81,7 @@ def load_drafter(
       "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
+      "counts"      tables of an image model's tokens by place, left and upper neighbour, likewise
       "early:K"     the target's own first K layers with its norm and head
                     All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...). They and draft models also
                     take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 most probable nodes by the draft, of
