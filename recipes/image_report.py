@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import image_data
 import numpy as np
 
-from outrider.evaluate.audit.audit import Auditor, audit
+from outrider.evaluate.audit.audit import Auditor
 from outrider.evaluate.audit.findings import AuditOptions
-from outrider.evaluate.audit.sources import of_engine
+from outrider.evaluate.audit.sources import Emission
 from outrider.evaluate.images import Drawing, Painter, load_painter
 from outrider.evaluate.measure import machine
 from outrider.evaluate.png import enlarged, grid, png
 from outrider.evaluate.statistics.ratios import paired_ratio, ratio_of_sums
 from outrider.files import write_whole
-from outrider.params import SamplingParams
 from outrider.telemetry.ledger import ledger
 
 LENGTH = 5
 COMPONENTS = 16
-AUDITED = 50_000
-"""Tokens of the audit, shared among the exact arms."""
+PICTURES = 200
+"""Of each arm. Four exact arms are audited: 51,200 tokens."""
 BEGIN, END = "<!-- measured: recipes/image_tokens.py -->", "<!-- end -->"
 
 
@@ -59,7 +57,7 @@ def arms(folder: Path) -> list[Arm]:
         Arm("jacobi up, fresh noise", "jacobi:5:up:fresh"),
         Arm("jacobi up", "jacobi:5:up", audited=True, base="jacobi up, fresh noise"),
     ]
-    for budget in (0.02, 0.05, 0.1):
+    for budget in (0.05, 0.1):
         out += [
             Arm(f"tv_budget {budget}", draft, f"tv_budget:per_token={budget}"),
             Arm(f"neighbours {budget}", draft, f"neighbours:delta=0.3,per_token={budget}"),
@@ -165,18 +163,20 @@ def run(arm: Arm, folder: Path, images: image_data.Images, count: int) -> tuple[
     return made, drawings, painter
 
 
-def audited(painter: Painter, images: image_data.Images, tokens: int) -> dict[str, Any]:
-    """The black-box audit of an arm's engine on at least `tokens` tokens."""
-    prompts = [images.raster.prompt(name) for name in images.raster.classes]
+def audited(painter: Painter, images: image_data.Images, drawings: list[Drawing]) -> dict[str, Any]:
+    """The black-box audit of the pictures of an arm: against the target's distribution, and against nothing else."""
     params = painter.request(None, 0)[1]
-    options = AuditOptions(params, detect=0.05)
-    auditor = Auditor(painter.engine.parts.target, None, options)
-    samples = -(-tokens // (images.raster.tokens * len(prompts)))
-    found = audit(of_engine(painter.engine, params), prompts, auditor, samples=samples)
+    auditor = Auditor(painter.engine.parts.target, None, AuditOptions(params, detect=0.05))
+    names = [name for name, _ in wanted(images, len(drawings))]
+    for name in images.raster.classes:  # pictures of one prompt one after another
+        mine = [tuple(d.tokens) for d, other in zip(drawings, names, strict=True) if other == name]
+        for i, tokens in enumerate(mine):
+            auditor.add(images.raster.prompt(name), Emission(tokens), mine[max(0, i - 2) : i])
+    found = auditor.verdict()
     return {"tokens": found.tokens, "outcome": found.outcome, "sentence": found.sentence, "planted": found.control_planted}
 
 
-def evaluate(folder: Path, images: image_data.Images, work: Path, count: int = 400) -> None:
+def evaluate(folder: Path, images: image_data.Images, work: Path, count: int = PICTURES) -> None:
     """Measure every arm; keeps what is done, so that it can be stopped at any moment."""
     place = work / "measured"
     judge = Judge.of(
@@ -184,10 +184,9 @@ def evaluate(folder: Path, images: image_data.Images, work: Path, count: int = 4
     )
     floor = bootstrap(judge.low(pixels_of(images, images.training[: len(images.held_out)])), judge.real)
     classes = np.asarray([images.raster.classes[name] for name, _ in wanted(images, count)])
-    plain: list[Drawing] = []
     for arm in arms(folder):
         file = place / f"{arm.name.replace(' ', '-')}.json"
-        if file.is_file():
+        if file.is_file() or (arm.name == "EAGLE" and not (folder / "eagle").is_dir()):
             continue
         made, drawings, painter = run(arm, folder, images, count)
         pixels = pixels_of(images, np.asarray([d.tokens for d in drawings]))
@@ -204,13 +203,105 @@ def evaluate(folder: Path, images: image_data.Images, work: Path, count: int = 4
         else:
             made["more_distance"] = bootstrap(low, judge.real, np.load(place.with_suffix(".npy")))
         if arm.audited:
-            made["audit"] = audited(painter, images, AUDITED // 4)
+            made["audit"] = audited(painter, images, drawings)
         write_whole(file, (json.dumps(made) + "\n").encode())
         show(arm, drawings, work)
         print(f"{arm.name}: {made['per_pass'][0]:.2f} tokens a pass, ledger {made['ledger']}, {made.get('audit')}", flush=True)
-    del plain
 
 
 def show(arm: Arm, drawings: list[Drawing], work: Path, count: int = 10) -> None:
     """One row of pictures of an arm, tinted by origin."""
     np.save(work / f"row-{arm.name.replace(' ', '-')}.npy", grid([d.coloured() for d in drawings[:count]], count))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+SHOWN = ("plain", "draft", "jacobi up", "tv_budget 0.1", "neighbours 0.1", "cluster 0.1")
+"""Arms of the picture grid, a row each."""
+
+
+def measured(work: Path, kind: str) -> list[dict[str, Any]]:
+    """What was measured of a kind, in the order of the arms."""
+    place = work / kind / "measured"
+    files = [place / f"{arm.name.replace(' ', '-')}.json" for arm in arms(Path())]
+    return [json.loads(f.read_text()) for f in files if f.is_file()]
+
+
+def page(work: Path, docs: Path) -> None:
+    """The tables of docs/images.md, its grid and its figure."""
+    parts = []
+    for kind in ("digits", "textures"):
+        found = measured(work, kind)
+        if not found:
+            continue
+        parts.append(table(kind, found))
+        rows = [work / kind / f"row-{name.replace(' ', '-')}.npy" for name in SHOWN]
+        rows = [np.load(r) for r in rows if r.is_file()]
+        scale = 6 if kind == "digits" else 2
+        write_whole(docs / "figures" / "images" / f"{kind}.png", png(enlarged(grid(rows, 1, gap=2), scale)))
+    figure(work, docs / "figures" / "images" / "distance.svg")
+    m = machine()
+    parts.append(f"{m['cpu']}, torch {m['versions']['torch']}, a shared machine (nothing in these tables is a time).")
+    path = docs / "images.md"
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN, 1)
+    text = "\n\n".join(parts)
+    write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}".encode())
+
+
+def table(kind: str, found: list[dict[str, Any]]) -> str:
+    """One kind's arms as a table."""
+    lines = [
+        f"**{kind.capitalize()}**, {found[0]['tokens']:,} tokens an arm:",
+        "",
+        "| arm | tokens per pass | rejections: predicted, observed (band) | TV per token | distance to real | more than plain | class | nearest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    band = lambda v, d=2: f"{v[0]:.{d}f} ({v[1]:.{d}f} to {v[2]:.{d}f})"  # noqa: E731
+    for f in found:
+        low = f["ledger"]
+        book = f"{low[0]:.0f}, {low[1]} ({low[2]:.0f} to {low[3]:.0f})" if low[0] else ""
+        more = band(f["more_distance"]) if "more_distance" in f else ""
+        spent = f"{f['tv_per_token']:.4f}" if f["tv_per_token"] else "0"
+        cells = (
+            f["arm"]["name"], band(f["per_pass"]), book, spent, band(f["distance"]), more, f"{f['agreement']:.3f}", f"{f['nearest']:.3f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"Real training images are {band(found[0]['floor'])} from the held-out ones; held-out images are "
+              f"{found[0]['real_nearest']:.3f} from their nearest training image."]  # fmt: skip
+    by = {f["arm"]["name"]: f for f in found}
+    for f in found:
+        if f["arm"]["base"] in by:
+            tokens, base = (np.full(len(x["passes"]), x["tokens"] / len(x["passes"])) for x in (f, by[f["arm"]["base"]]))
+            r = paired_ratio(tokens, np.asarray(f["passes"]), base, np.asarray(by[f["arm"]["base"]]["passes"]))
+            lines += ["", f"`{f['arm']['name']}` against `{f['arm']['base']}`: {band((r.value, r.low, r.high), 3)} times the tokens per pass."]
+    for f in found:
+        if "audit" in f:
+            lines += ["", f"Audit of `{f['arm']['name']}`, {f['audit']['tokens']:,} tokens: {f['audit']['sentence']}."]
+    return "\n".join(lines)
+
+
+def figure(work: Path, path: Path) -> None:
+    """More distance than plain against tokens per pass, an arm a point."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.hashsalt": "images", "svg.fonttype": "none", "font.size": 9})
+    fig, panels = pyplot.subplots(1, 2, figsize=(8.6, 3.4), squeeze=False)
+    for axis, kind in zip(panels[0], ("digits", "textures"), strict=True):
+        for f in measured(work, kind):
+            if "more_distance" not in f:
+                continue
+            value, low, high = f["more_distance"]
+            name, mark = f["arm"]["name"], "s" if f["tv_per_token"] else "o"
+            x = f["per_pass"][0]
+            axis.errorbar(x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], fmt=mark, markersize=4, capsize=2)
+            axis.annotate(name, (x, value), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.axhline(0, color="grey", linewidth=0.6)
+        axis.set_xlabel("tokens per target pass")
+        axis.set_title(kind)
+    panels[0][0].set_ylabel("distance to real, minus plain's")
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, metadata={"Date": None})

@@ -183,10 +183,10 @@ def stage_counts(config: Config, images: image_data.Images) -> None:
     """Count the tables, and choose the weights that predict training images best (held-out ones choose nothing)."""
     rows = [torch.from_numpy(np.asarray(x)).long() for x in (images.training, images.training_class)]
     if images.maps is not None:  # crops are free: count many
-        batch = images.batch(0, 20_000, 1, 0.0, seed=2)
+        batch = images.batch(0, 6_000, 1, 0.0, seed=2)
         rows = [batch[:, 1:], batch[:, 0]]
     classes, wide = sorted(images.raster.classes.values()), images.raster.width
-    cut = 4 * len(rows[0]) // 5
+    cut = len(rows[0]) - 400
     part = counts.count(rows[0][:cut], rows[1][:cut], len(images.raster.colours), classes, wide)
     weights = counts.fit(part, rows[0][cut:], rows[1][cut:])
     tables = replace(counts.count(*rows, len(images.raster.colours), classes, wide), weights=weights)

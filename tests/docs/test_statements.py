@@ -24,8 +24,8 @@ PAGES = [
 ]
 PAST = "log.md"
 """The page of experiments says what was, not what is."""
-EXECUTED = {"README.md", "api.md", "serve.md"}
-"""Pages whose Python is run by a test: `test_examples`, and the last one here."""
+EXECUTED = {"README.md", "api.md", "images.md", "serve.md"}
+"""Pages whose Python is run by a test: `test_examples`, `evaluate/test_images`, and the last one here."""
 
 
 def names(page: Path) -> set[str]:

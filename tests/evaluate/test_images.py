@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import sys
@@ -145,6 +146,13 @@ def test_what_is_shipped_is_small() -> None:
     size = sum(p.stat().st_size for p in shipped_images().parent.rglob("*") if p.is_file())
     assert size <= 4_000_000
     assert load_file(shipped_images() / "model.safetensors")
+
+
+def test_the_python_of_the_page_runs(capsys) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "docs/images.md", "exec"), {})
+    assert "(8, 8)" in capsys.readouterr().out
 
 
 def test_a_raster_draws_what_it_says(tmp_path) -> None:
