@@ -12,6 +12,7 @@ from examples.linear_drafter import METHOD
 from examples.linear_drafter.drafter import LinearDrafter
 from examples.linear_drafter.network import LinearConfig, LinearNetwork
 from outrider.drafters import counts
+from outrider.drafters.ahead import Ahead
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
@@ -25,6 +26,8 @@ from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
+from outrider.drafters.recycle import Recycle
+from outrider.drafters.suffix import Suffix
 from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
@@ -116,7 +119,13 @@ DRAFTERS: dict[str, Factory] = {
     "jacobi-up": lambda target, slots: Jacobi(4, target.vocab_size, columns=3),
     "jacobi-fresh": lambda target, slots: Jacobi(3, target.vocab_size, keyed=False),
     "ngram+jacobi": lambda target, slots: first_of(NGram(2), Jacobi(4, target.vocab_size, columns=4)),
+    "suffix": lambda target, slots: Suffix(5),
+    "suffix-shared": lambda target, slots: Suffix(5, shared=400),
+    "recycle": lambda target, slots: Recycle(levels((1,) * 4)),
+    "recycle-tree": lambda target, slots: Recycle(levels((3, 2, 1))),
     "model": lambda target, slots: ModelDrafter(small(target), 4),
+    "ahead": lambda target, slots: Ahead(ModelDrafter(small(target), 4), 3),
+    "ahead-inline": lambda target, slots: Ahead(ModelDrafter(small(target), 5), 4, inline=True),
     "model-coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
     "model-short-context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),
     "model-padded": lambda target, slots: ModelDrafter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def image(
     from outrider.evaluate.images import load_painter
     from outrider.evaluate.png import enlarged, grid, png
     from outrider.files import write_whole
-    from outrider.telemetry.ledger import summary
+    from outrider.telemetry.ledger import ledger
 
     with terminal.loading("loading"):
         painter = load_painter(
@@ -78,7 +79,7 @@ def image(
     pictures = [d.coloured() if colour else d.picture() for d in drawings]
     write_whole(out, png(enlarged(grid(pictures, columns), scale)))
     counts = painter.engine.counts
-    book = summary(counts)["ledger"]
+    book = ledger(counts)
     found = {
         "file": str(out),
         "pictures": count,
@@ -88,15 +89,15 @@ def image(
         "rule": painter.engine.parts.rule.name,
         "lossless": painter.engine.parts.rule.lossless,
         "bias": counts.bias,
-        "ledger": book,
+        "ledger": {**asdict(book), "agrees": book.agrees},
     }
     if json:
         terminal.print_json(found)
         return
     typer.echo(f"{out}: {count} pictures, {counts.emitted} tokens in {counts.steps} passes, {found['tokens_per_pass']:.2f} a pass")
     typer.echo(
-        f"rejections: predicted {book['predicted']:.1f}, observed {book['observed']}, expected within {book['low']:.0f} to "
-        f"{book['high']:.0f}" + ("" if found["lossless"] else f"; distance from the model spent: {counts.bias:.2f}")
+        f"rejections: predicted {book.predicted:.1f}, observed {book.observed}, expected within {book.low:.0f} to "
+        f"{book.high:.0f}" + ("" if found["lossless"] else f"; distance from the model spent: {counts.bias:.2f}")
     )
 
 
