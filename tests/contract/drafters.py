@@ -118,7 +118,6 @@ DRAFTERS: dict[str, Factory] = {
     "jacobi": lambda target, slots: Jacobi(4, target.vocab_size),
     "jacobi-up": lambda target, slots: Jacobi(4, target.vocab_size, columns=3),
     "jacobi-fresh": lambda target, slots: Jacobi(3, target.vocab_size, keyed=False),
-    "ngram+jacobi": lambda target, slots: first_of(NGram(2), Jacobi(4, target.vocab_size, columns=4)),
     "suffix": lambda target, slots: Suffix(5),
     "suffix-shared": lambda target, slots: Suffix(5, shared=400),
     "recycle": lambda target, slots: Recycle(levels((1,) * 4)),
@@ -162,9 +161,6 @@ DRAFTERS: dict[str, Factory] = {
     "eagle1": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "eagle1"),
     "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
     "counts": lambda target, slots: counted(target, Levels(levels((1,) * 4), target.vocab_size)),
-    "counts-tree": lambda target, slots: counted(
-        target, Levels(levels((2, 1)), target.vocab_size, siblings="without_replacement")
-    ),
     "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),
     "early-dynamic": lambda target, slots: early_exit(target, 1, BestFirst(6, 3, target.vocab_size, width=2)),
     "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),
