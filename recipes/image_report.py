@@ -87,7 +87,9 @@ class Judge:
         mean = pixels.mean(0)
         axes = np.linalg.svd(pixels - mean, full_matrices=False)[2][:COMPONENTS].T
         low = (pixels - mean) @ axes
-        return cls(mean, axes, (real - mean) @ axes, pixels, LogisticRegression(max_iter=400).fit(low / low.std(0), classes))
+        return cls(
+            mean, axes, (real - mean) @ axes, pixels, LogisticRegression(max_iter=400).fit(low / low.std(0), classes)
+        )
 
     def low(self, pixels: np.ndarray) -> np.ndarray:
         return (pixels - self.mean) @ self.axes
@@ -173,15 +175,18 @@ def audited(painter: Painter, images: image_data.Images, drawings: list[Drawing]
         for i, tokens in enumerate(mine):
             auditor.add(images.raster.prompt(name), Emission(tokens), mine[max(0, i - 2) : i])
     found = auditor.verdict()
-    return {"tokens": found.tokens, "outcome": found.outcome, "sentence": found.sentence, "planted": found.control_planted}
+    return {
+        "tokens": found.tokens,
+        "outcome": found.outcome,
+        "sentence": found.sentence,
+        "planted": found.control_planted,
+    }
 
 
 def evaluate(folder: Path, images: image_data.Images, work: Path, count: int = PICTURES) -> None:
     """Measure every arm; keeps what is done, so that it can be stopped at any moment."""
     place = work / "measured"
-    judge = Judge.of(
-        pixels_of(images, images.training), images.training_class, pixels_of(images, images.held_out)
-    )
+    judge = Judge.of(pixels_of(images, images.training), images.training_class, pixels_of(images, images.held_out))
     floor = bootstrap(judge.low(pixels_of(images, images.training[: len(images.held_out)])), judge.real)
     classes = np.asarray([images.raster.classes[name] for name, _ in wanted(images, count)])
     for arm in arms(folder):
@@ -206,7 +211,10 @@ def evaluate(folder: Path, images: image_data.Images, work: Path, count: int = P
             made["audit"] = audited(painter, images, drawings)
         write_whole(file, (json.dumps(made) + "\n").encode())
         show(arm, drawings, work)
-        print(f"{arm.name}: {made['per_pass'][0]:.2f} tokens a pass, ledger {made['ledger']}, {made.get('audit')}", flush=True)
+        print(
+            f"{arm.name}: {made['per_pass'][0]:.2f} tokens a pass, ledger {made['ledger']}, {made.get('audit')}",
+            flush=True,
+        )
 
 
 def show(arm: Arm, drawings: list[Drawing], work: Path, count: int = 10) -> None:
@@ -253,7 +261,8 @@ def table(kind: str, found: list[dict[str, Any]]) -> str:
     lines = [
         f"**{kind.capitalize()}**, {found[0]['tokens']:,} tokens an arm:",
         "",
-        "| arm | tokens per pass | rejections: predicted, observed (band) | TV per token | distance to real | more than plain | class | nearest |",
+        "| arm | tokens per pass | rejections: predicted, observed (band) | TV per token | distance to real | more than plain "
+        "| class | nearest |",
         "|---|---|---|---|---|---|---|---|",
     ]
     band = lambda v, d=2: f"{v[0]:.{d}f} ({v[1]:.{d}f} to {v[2]:.{d}f})"  # noqa: E731
@@ -263,7 +272,8 @@ def table(kind: str, found: list[dict[str, Any]]) -> str:
         more = band(f["more_distance"]) if "more_distance" in f else ""
         spent = f"{f['tv_per_token']:.4f}" if f["tv_per_token"] else "0"
         cells = (
-            f["arm"]["name"], band(f["per_pass"]), book, spent, band(f["distance"]), more, f"{f['agreement']:.3f}", f"{f['nearest']:.3f}",
+            f["arm"]["name"], band(f["per_pass"]), book, spent, band(f["distance"]), more,
+            f"{f['agreement']:.3f}", f"{f['nearest']:.3f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Real training images are {band(found[0]['floor'])} from the held-out ones; held-out images are "
@@ -271,9 +281,15 @@ def table(kind: str, found: list[dict[str, Any]]) -> str:
     by = {f["arm"]["name"]: f for f in found}
     for f in found:
         if f["arm"]["base"] in by:
-            tokens, base = (np.full(len(x["passes"]), x["tokens"] / len(x["passes"])) for x in (f, by[f["arm"]["base"]]))
+            tokens, base = (
+                np.full(len(x["passes"]), x["tokens"] / len(x["passes"])) for x in (f, by[f["arm"]["base"]])
+            )
             r = paired_ratio(tokens, np.asarray(f["passes"]), base, np.asarray(by[f["arm"]["base"]]["passes"]))
-            lines += ["", f"`{f['arm']['name']}` against `{f['arm']['base']}`: {band((r.value, r.low, r.high), 3)} times the tokens per pass."]
+            lines += [
+                "",
+                f"`{f['arm']['name']}` against `{f['arm']['base']}`: {band((r.value, r.low, r.high), 3)} times the tokens "
+                "per pass.",
+            ]
     for f in found:
         if "audit" in f:
             lines += ["", f"Audit of `{f['arm']['name']}`, {f['audit']['tokens']:,} tokens: {f['audit']['sentence']}."]
@@ -296,7 +312,9 @@ def figure(work: Path, path: Path) -> None:
             value, low, high = f["more_distance"]
             name, mark = f["arm"]["name"], "s" if f["tv_per_token"] else "o"
             x = f["per_pass"][0]
-            axis.errorbar(x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], fmt=mark, markersize=4, capsize=2)
+            axis.errorbar(
+                x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], fmt=mark, markersize=4, capsize=2
+            )
             axis.annotate(name, (x, value), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axis.axhline(0, color="grey", linewidth=0.6)
         axis.set_xlabel("tokens per target pass")

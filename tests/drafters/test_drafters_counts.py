@@ -66,7 +66,11 @@ def test_a_path_reads_its_own_neighbours() -> None:
     made = tables()
     growth = Seen(Levels(levels((1,) * 4), V))
     drafter = Counts(made, growth, V)
-    texts = [view([1, 7, 0, 2], 0, prompt=2, seed=1), view([6], 1, prompt=1, seed=2), view([8, 1, 1, 1, 1, 1], 2, prompt=1, seed=3)]
+    texts = [
+        view([1, 7, 0, 2], 0, prompt=2, seed=1),
+        view([6], 1, prompt=1, seed=2),
+        view([8, 1, 1, 1, 1, 1], 2, prompt=1, seed=3),
+    ]
     draft = drafter.draft(evidence(texts, V), [4, 3, 4])
     assert draft.counts == (4, 3, 1)
     kinds = (1, 0, 2)  # the last prompt is of no class: counted over all

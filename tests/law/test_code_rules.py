@@ -48,7 +48,8 @@ def test_codes_of_several_dimensions_are_those_of_the_theory(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", list(RULES))
 def test_chains_are_enumerated_with_such_codes(spec: str) -> None:
-    """Exact output distribution of two tokens: within E[bias] of the target's, no outcome above the budget, ledger in expectation."""
+    """Exact output distribution of two tokens: within E[bias] of the target's, no outcome above the budget, and the
+    ledger in expectation."""
     rng = np.random.default_rng(61)
     rule = load_rule(f"{spec},per_token=0.2,per_sequence=0.3", points_of(rng, 4))
     assert isinstance(rule, Lossy)

@@ -34,7 +34,7 @@ def mixed(text: list[int], scale: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 4.0])
 def test_rows_of_a_tree_are_mixed_as_defined(scale: float) -> None:
-    """Two texts, a chunk that is not scored, and trees with siblings: every scored row, and the hidden states of the conditioned."""
+    """Two texts, a chunk that is not scored, and trees with siblings: every scored row, and hidden states of the conditioned."""
     guided = Guided(MODEL, FREE, scale)
     kv = guided.new_kv(3, 40)
     texts = [[15, 3, 4], [16, 2], [15, 7, 8, 9]]
@@ -49,7 +49,7 @@ def test_rows_of_a_tree_are_mixed_as_defined(scale: float) -> None:
     kv.commit(rows, [[1], [0], []])
     assert kv.length == [4, 4, 3]
     assert kv.inner.length == [4, 4, 3] * 2
-    again = Rows.assemble([0, 2, 1], [[8], [9], [1]], kv.length[:1] + [kv.length[2]] + [kv.length[1]], Draft.empty(3))
+    again = Rows.assemble([0, 2, 1], [[8], [9], [1]], [kv.length[0], kv.length[2], kv.length[1]], Draft.empty(3))
     found = guided.forward(again, kv).logits
     for row, path in zip(found, ([*texts[0], 6, 8], [*texts[1], 4, 9], [*texts[2], 1]), strict=True):
         assert torch.allclose(row, mixed(path, scale), atol=1e-10)
@@ -61,7 +61,7 @@ def test_rows_of_a_tree_are_mixed_as_defined(scale: float) -> None:
 @pytest.mark.parametrize("kind", ["model", "jacobi", "tree"])
 def test_drafted_texts_are_those_of_plain_guided_decoding(kind: str) -> None:
     guided = Guided(MODEL, FREE, 2.0)
-    params = [SamplingParams(max_tokens=14, seed=i, logit_bias={t: -100.0 for t in range(15, V)}) for i in range(5)]
+    params = [SamplingParams(max_tokens=14, seed=i, logit_bias=dict.fromkeys(range(15, V), -100.0)) for i in range(5)]
     prompts = [[15], [16], [NULL], [16], [15]]
 
     def texts(drafter, slots: int) -> list[tuple[int, ...]]:

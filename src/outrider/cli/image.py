@@ -19,32 +19,60 @@ def image(
     ] = Path("grid.png"),
     kind: Annotated[
         str | None,
-        typer.Option("--class", "-c", help="What to draw, such as 7; 'none' for no class. Default: every class in turn.", show_default=False),
+        typer.Option(
+            "--class",
+            "-c",
+            help="What to draw, such as 7; 'none' for no class. Default: every class in turn.",
+            show_default=False,
+        ),
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=1024, help="Pictures in the grid.")] = 16,
     target: Annotated[
         str | None,
-        typer.Option("--target", callback=paths.model, help="A folder with raster.json. Default: the shipped digits.", show_default=False),
+        typer.Option(
+            "--target",
+            callback=paths.model,
+            help="A folder with raster.json. Default: the shipped digits.",
+            show_default=False,
+        ),
     ] = None,
     draft: Annotated[
         str,
         typer.Option(
-            "--draft", callback=paths.drafter, help="What drafts: auto, none, jacobi:5, jacobi:5:up, counts, a folder, ..."
+            "--draft",
+            callback=paths.drafter,
+            help="What drafts: auto, none, jacobi:5, jacobi:5:up, counts, a folder, ...",
         ),
     ] = "auto",
     length: Annotated[int, typer.Option("--length", min=0, max=64, help="Tokens drafted in a step.")] = 5,
     rule: Annotated[str, typer.Option("--rule", help="The verification rule.")] = "auto",
-    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Permit a rule that changes the distribution.")] = False,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Permit a rule that changes the distribution.")
+    ] = False,
     guidance: Annotated[
         float | None,
-        typer.Option("--guidance", min=0.0, max=100.0, help="Scale of classifier-free guidance. Default: the model's.", show_default=False),
+        typer.Option(
+            "--guidance",
+            min=0.0,
+            max=100.0,
+            help="Scale of classifier-free guidance. Default: the model's.",
+            show_default=False,
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 takes the most likely tokens.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first picture; the next ones follow.")] = 0,
-    scale: Annotated[int, typer.Option("--scale", min=1, max=64, help="Pixels of the file for a pixel of the model.")] = 8,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, max=100.0, help="0 takes the most likely tokens.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first picture; the next ones follow.")
+    ] = 0,
+    scale: Annotated[
+        int, typer.Option("--scale", min=1, max=64, help="Pixels of the file for a pixel of the model.")
+    ] = 8,
     colour: Annotated[
         bool,
-        typer.Option("--colour", help="Tint tokens: green accepted, red corrected where a draft was rejected, blue bonus."),
+        typer.Option(
+            "--colour", help="Tint tokens: green accepted, red corrected where a draft was rejected, blue bonus."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -94,7 +122,9 @@ def image(
     if json:
         terminal.print_json(found)
         return
-    typer.echo(f"{out}: {count} pictures, {counts.emitted} tokens in {counts.steps} passes, {found['tokens_per_pass']:.2f} a pass")
+    typer.echo(
+        f"{out}: {count} pictures, {counts.emitted} tokens in {counts.steps} passes, {found['tokens_per_pass']:.2f} a pass"
+    )
     typer.echo(
         f"rejections: predicted {book.predicted:.1f}, observed {book.observed}, expected within {book.low:.0f} to "
         f"{book.high:.0f}" + ("" if found["lossless"] else f"; distance from the model spent: {counts.bias:.2f}")
@@ -108,7 +138,9 @@ class Progress:
         self.raster, self.columns, self.lines = raster, columns, 0
         encoding = (getattr(terminal.err.file, "encoding", "") or "").lower()
         wide = columns * (raster.pixels([]).shape[1] + 1)
-        able = terminal.err.is_terminal and not terminal.err.is_dumb_terminal and terminal.err.color_system == "truecolor"
+        able = (
+            terminal.err.is_terminal and not terminal.err.is_dumb_terminal and terminal.err.color_system == "truecolor"
+        )
         self.able = able and "utf" in encoding and wide <= terminal.err.width
 
     def __call__(self, tokens: list[list[int]]) -> None:

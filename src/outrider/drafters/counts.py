@@ -58,10 +58,16 @@ class Tables:
 
 
 def count(
-    tokens: Int[Tensor, "n T"], prompts: Int[Tensor, "n"], colours: int, classes: Sequence[int], columns: int, add: float = 0.3
+    tokens: Int[Tensor, "n T"],
+    prompts: Int[Tensor, "n"],
+    colours: int,
+    classes: Sequence[int],
+    columns: int,
+    add: float = 0.3,
 ) -> Tables:
     """Tables of images `tokens` with prompts of one token, each of `classes` or another one, which counts for all. add: what every
-    cell begins with, in units of the token's overall share times `colours`. Weights are those of naive Bayes; `fit` finds better ones."""
+    cell begins with, in units of the token's overall share times `colours`. Weights are those of naive Bayes; `fit` finds
+    better ones."""
     share = (torch.bincount(tokens.flatten(), minlength=colours) + 1.0).double()
     share /= share.sum()
 

@@ -82,7 +82,9 @@ class Drawing:
     def coloured(self, share: float = 0.45) -> Picture:
         """Colours [h, w, 3]: every token tinted by its origin."""
         side = self.raster.colours.shape[1]
-        tints = np.asarray([TINTS[o] for o in self.origins], dtype=float).reshape(self.raster.height, self.raster.width, 3)
+        tints = np.asarray([TINTS[o] for o in self.origins], dtype=float).reshape(
+            self.raster.height, self.raster.width, 3
+        )
         grey = np.repeat(self.picture()[:, :, None], 3, axis=2).astype(float)
         wide = tints.repeat(side, axis=0).repeat(side, axis=1)
         return np.round((1 - share) * grey + share * wide).astype(np.uint8)

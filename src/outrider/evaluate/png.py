@@ -19,7 +19,9 @@ MOST = 1 << 26
 def png(picture: Picture) -> bytes:
     """The file of a picture [h, w] of greys or [h, w, 3] of colours. ConfigError for one that is empty or absurdly large."""
     if picture.ndim not in (2, 3) or 0 in picture.shape or picture.shape[0] * picture.shape[1] > MOST:
-        raise ConfigError(f"a picture of {' x '.join(map(str, picture.shape))} cannot be written: choose a smaller scale")
+        raise ConfigError(
+            f"a picture of {' x '.join(map(str, picture.shape))} cannot be written: choose a smaller scale"
+        )
     height, width = picture.shape[:2]
     rows = np.ascontiguousarray(picture, dtype=np.uint8).reshape(height, -1)
     flat = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()  # each row begins with "no filter"
@@ -53,4 +55,6 @@ def blocks(picture: Picture) -> list[str]:
     if len(rgb) % 2:
         rgb = np.concatenate([rgb, rgb[-1:]])
     cell = lambda up, low: f"\x1b[38;2;{up[0]};{up[1]};{up[2]};48;2;{low[0]};{low[1]};{low[2]}m▀"  # noqa: E731
-    return ["".join(cell(u, d) for u, d in zip(rgb[y], rgb[y + 1], strict=True)) + "\x1b[0m" for y in range(0, len(rgb), 2)]
+    return [
+        "".join(cell(u, d) for u, d in zip(rgb[y], rgb[y + 1], strict=True)) + "\x1b[0m" for y in range(0, len(rgb), 2)
+    ]

@@ -56,7 +56,8 @@ class GuidedKV:
 class Guided:
     """`inner` with guidance: implements `protocols.Target`.
 
-    free: condition token -> the token that takes its place in the free row. scale: 1 is the conditioned model alone, 0 the free one.
+    free: condition token -> the token that takes its place in the free row. scale: 1 is the conditioned model alone, 0 the
+    free one.
     Hidden states and token tables are those of the conditioned rows.
     """
 
@@ -97,8 +98,8 @@ class Guided:
 
 
 def twice(rows: Rows, slots: int, free: Tensor | None = None) -> Rows:
-    """The rows of a forward, and behind them those of the free twins in slots `slots` above. free: the token that each token becomes
-    there; None where tokens do not matter."""
+    """The rows of a forward, and behind them those of the free twins in slots `slots` above. free: the token that each token
+    becomes there; None where tokens do not matter."""
     count, anchors = rows.count, sum(s.scored for s in rows.segments)
     twins = tuple(replace(s, slot=s.slot + slots, first=s.first + count) for s in rows.segments)
     first, nodes = rows.scored[:anchors], rows.scored[anchors:]

@@ -1,7 +1,8 @@
 """Lossy acceptance by nearness of codes, for image tokens: a token is accepted for the sake of others that look like it.
 
 Both are acceptance functions in the frame of `lossy`: whatever they accept, a refusal draws from the optimal residual, the distance
-of the position from the target is metered, and a budget bounds it. The papers state thresholds of single tests, which bound neither.
+of the position from the target is metered, and a budget bounds it. The papers state thresholds of single tests, which
+bound neither.
 Distances of codes are those of their points (`raster.Raster.codes`: root mean square of pixels, 1 for full contrast).
 """
 
@@ -38,7 +39,8 @@ def nearest(points: Float64[Tensor, "C d"], count: int) -> Int[Tensor, "C k"]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Neighbours:
-    """min(1, (p(x) + sum of p over the J nearest codes) / q(x)), J as large as the sum stays within delta (LANTERN, Jang et al. 2025).
+    """min(1, (p(x) + sum of p over the J nearest codes) / q(x)), J as large as the sum stays within delta (LANTERN, Jang
+    et al. 2025).
 
     k: most codes that are looked at. points: [C, d] of the codes, tokens beyond them have no neighbours; None: a line.
     """
@@ -61,7 +63,9 @@ class Neighbours:
         """The neighbours of every code; they are looked for once."""
         if vocab_size not in self._near:
             points = line(vocab_size) * (vocab_size - 1) if self.points is None else self.points[:vocab_size]
-            self._near[vocab_size] = nearest(points.round() if self.points is None else points, self.k)  # whole: equals stay equal
+            self._near[vocab_size] = nearest(
+                points.round() if self.points is None else points, self.k
+            )  # whole: equals stay equal
         return self._near[vocab_size]
 
 

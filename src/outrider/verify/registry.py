@@ -130,7 +130,8 @@ def reads_codes(text: str) -> bool:
 def load_rule(text: str, points: Float64[Tensor, "C d"] | None = None) -> Rule:
     """The rule named by `name` or `name:key=value,...`. Raises ConfigError naming the nearest known name.
 
-    points: of the target's image codes, for rules that look at their distances; None: codes on a line, in the order of their numbers.
+    points: of the target's image codes, for rules that look at their distances; None: codes on a line, in the order of
+    their numbers.
     """
     name, _, rest = text.partition(":")
     entry = RULES.get(ALIASES.get(name, name))
