@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from outrider.control.fixed import Fixed
 from outrider.drafters.combine import gated
 from outrider.drafters.registry import load_drafter as _load_drafter
@@ -26,9 +28,10 @@ from outrider.notices import notices_of, wasted_option
 from outrider.options import EngineOptions, check_names
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, Rule, Sink, Target
+from outrider.raster import find_raster
 from outrider.sampling.grammar import grammars_of
 from outrider.sampling.pipeline import LogitsPipeline
-from outrider.verify import best_exact, load_rule
+from outrider.verify import best_exact, load_rule, reads_codes
 
 ControllerFor = Callable[[Drafter, Rule], Controller]
 """Makes the controller of an engine from its drafter and rule."""
@@ -167,7 +170,7 @@ def assemble(
         )
     mine = replace(loaded, options=options, drafter=drafter, rule=rule)
     auto = rule is None and options.rule == "auto"
-    rule = load_rule(options.rule) if rule is None else rule
+    rule = _rule(loaded, options) if rule is None else rule
     drafter = _drafter(loaded, options, rule) if drafter is None else drafter
     rule = best_exact(drafter) if auto else rule
     return Engine(
@@ -187,6 +190,19 @@ def assemble(
         loaded=mine,
         notices=_notices(loaded, options, bool(drafter.max_depth)),
     )
+
+
+def _rule(loaded: Loaded, options: EngineOptions) -> Rule:
+    """The rule that the options name. One that looks at image codes takes their points from the target's folder."""
+    if not reads_codes(options.rule) or loaded.path is None:
+        return load_rule(options.rule)
+    raster = find_raster(resolve_folder(loaded.path))
+    if raster is None:
+        raise ConfigError(
+            f"rule {options.rule.partition(':')[0]!r} compares the colours of image tokens, and {loaded.path} has no raster.json: "
+            "choose tv_budget, or an image model (docs/images.md)"
+        )
+    return load_rule(options.rule, torch.from_numpy(raster.codes()))
 
 
 def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:

@@ -120,6 +120,8 @@ class Rule(Protocol):
 
     lossless: whether it keeps the target distribution. trees: whether it can verify trees. lane: the noise a coupled drafter draws
     with. tv_limit: total variation it may spend on a sequence in all, 0 for a lossless rule.
+    A rule whose decision about a node looks at the drafts below it says so: `reads_below = True`. Drafters that draw with noise
+    keyed by absolute place (`keyed = True`) do not fit it, for they draw a place again that such a decision has looked at.
     """
 
     name: str

@@ -11,12 +11,14 @@ from torch import nn
 from examples.linear_drafter import METHOD
 from examples.linear_drafter.drafter import LinearDrafter
 from examples.linear_drafter.network import LinearConfig, LinearNetwork
+from outrider.drafters import counts
 from outrider.drafters.ahead import Ahead
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.jacobi import Jacobi
 from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.model.drafter import ModelDrafter
@@ -102,9 +104,20 @@ def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
     return DFlashDrafter(learned("dflash", target), growth)  # type: ignore[arg-type]
 
 
+def counted(target: Toy, growth: Levels | BestFirst) -> counts.Counts:
+    """Tables of random pictures of 5 x 4 tokens, some of the vocabulary's no colours."""
+    noise = torch.Generator().manual_seed(6)
+    tokens, prompts = (torch.randint(target.vocab_size - 2, size, generator=noise) for size in ((60, 20), (60,)))
+    tables = counts.count(tokens, prompts, target.vocab_size - 2, (3, 5, 9), 4)
+    return counts.Counts(tables, growth, target.vocab_size)
+
+
 DRAFTERS: dict[str, Factory] = {
     "none": lambda target, slots: NoDraft(),
     "ngram": lambda target, slots: NGram(5, max_n=3, min_n=1),
+    "jacobi": lambda target, slots: Jacobi(4, target.vocab_size),
+    "jacobi-up": lambda target, slots: Jacobi(4, target.vocab_size, columns=3),
+    "jacobi-fresh": lambda target, slots: Jacobi(3, target.vocab_size, keyed=False),
     "suffix": lambda target, slots: Suffix(5),
     "suffix-shared": lambda target, slots: Suffix(5, shared=400),
     "recycle": lambda target, slots: Recycle(levels((1,) * 4)),
@@ -147,6 +160,7 @@ DRAFTERS: dict[str, Factory] = {
     "eagle-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3)),
     "eagle1": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "eagle1"),
     "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
+    "counts": lambda target, slots: counted(target, Levels(levels((1,) * 4), target.vocab_size)),
     "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),
     "early-dynamic": lambda target, slots: early_exit(target, 1, BestFirst(6, 3, target.vocab_size, width=2)),
     "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),

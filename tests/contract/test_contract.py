@@ -36,11 +36,13 @@ def plain(sampling: str, rule: str) -> list[tuple[int, ...]]:
 
 
 def refused(drafter: str, rule: str) -> bool:
-    """A tree drafter with a rule for chains is refused when the engine is built, in a sentence; True if it was."""
+    """A tree drafter with a rule for chains, and a drafter of keyed noise with a rule that looks below the node it judges, are
+    refused when the engine is built, in a sentence; True if it was."""
     proposes, judge = DRAFTERS[drafter](MODEL, 1), load_rule(rule)
-    if not proposes.trees or judge.trees:
+    branches = proposes.trees and not judge.trees
+    if not branches and not (getattr(proposes, "keyed", False) and getattr(judge, "reads_below", False)):
         return False
-    with pytest.raises(CapabilityError, match="verifies chains only"):
+    with pytest.raises(CapabilityError, match="verifies chains only" if branches else "noise keyed by absolute place"):
         engine(MODEL, proposes, judge, 1)
     return True
 

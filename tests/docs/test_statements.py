@@ -24,8 +24,8 @@ PAGES = [
 ]
 PAST = "log.md"
 """The page of experiments says what was, not what is."""
-EXECUTED = {"README.md", "api.md", "serve.md", "watch.md"}
-"""Pages whose Python is run by a test: `test_examples`, the last one here, and tests/watch."""
+EXECUTED = {"README.md", "api.md", "images.md", "serve.md", "watch.md"}
+"""Pages whose Python is run by a test: `test_examples`, `evaluate/test_images`, the last one here, and tests/watch."""
 
 
 def names(page: Path) -> set[str]:

@@ -174,6 +174,8 @@ THEORY = {
     "mentored": lambda p, q: theory.mentored(p, q, 0.05),
     "typical": lambda p, q: theory.typical(p, q, 0.09, 0.3),
     "top_k": lambda p, q: theory.top_k(p, q, 3),
+    "neighbours": lambda p, q: theory.neighbours(p, q, np.arange(len(p))[:, None], 0.1, 16),
+    "cluster": lambda p, q: theory.cluster(p, q, np.linspace(0, 1, len(p))[:, None], 14, 0.15, 0.1),
 }
 
 

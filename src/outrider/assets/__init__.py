@@ -20,6 +20,16 @@ def shipped(part: str) -> Path:
     return path
 
 
+def shipped_images() -> Path:
+    """Folder of the shipped model of image tokens: handwritten digits, made by `recipes/image_tokens.py`."""
+    path = HERE / "digits" / "target"
+    if not (path / "raster.json").is_file():
+        raise ConfigError(
+            "the shipped image model is incomplete: reinstall outrider, or run recipes/image_tokens.py export --kind digits"
+        )
+    return path
+
+
 def shipped_prompts() -> list[str]:
     """Held-out prompts of the shipped pair's domain: none of their files was seen in training."""
     lines = (HERE / "pycode" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()

@@ -22,6 +22,7 @@ from outrider.cli import (  # noqa: E402
     demo,
     doctor,
     generate,
+    image,
     plan,
     predict,
     runs,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.command("demo", short_help="The shipped pair, plain and speculative side by side.")(demo.demo)
 app.command("generate", short_help="Continue a prompt.")(generate.generate)
+app.command("image", short_help="Draw pictures with a model of image tokens.")(image.image)
 app.command("chat", short_help="Talk to a model.")(chat.chat)
 app.command("bench", short_help="Compare draft lengths, or the arms of a preset.")(bench.bench)
 app.command("predict", short_help="What a draft is worth, without running it.")(predict.predict)

@@ -33,6 +33,7 @@ class FirstOf:
         self.max_nodes = max(p.max_nodes for p in parts)
         self.max_depth = max(p.max_depth for p in parts)
         self.trees = any(p.trees for p in parts)
+        self.keyed = any(getattr(p, "keyed", False) for p in parts)
 
     def bind(self, slots: int, length: int) -> None:
         """Bind every part."""
@@ -139,6 +140,7 @@ class SelectableDrafter:
     def __init__(self, inner: Drafter, number: int) -> None:
         self.inner, self.number = inner, number
         self.name, self.layers, self.trees = inner.name, inner.layers, inner.trees
+        self.keyed = getattr(inner, "keyed", False)
         self.max_nodes, self.max_depth = inner.max_nodes, inner.max_depth
 
     def bind(self, slots: int, length: int) -> None:

@@ -9,11 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from outrider.drafters import dflash, eagle, medusa, vllm_config
+from outrider.drafters import counts, dflash, eagle, medusa, vllm_config
 from outrider.drafters.ahead import Ahead
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
+from outrider.drafters.jacobi import parse_jacobi
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
@@ -27,6 +28,7 @@ from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import ConfigError, unknown_name
 from outrider.options import PART, WITHOUT_MODEL
 from outrider.protocols import Drafter, Rule, Target
+from outrider.raster import find_raster
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ LEARNED: Mapping[str, LearnedDrafter] = {
     "medusa": LearnedDrafter(medusa.load, ("medusa",), ("medusa",)),
     "eagle": LearnedDrafter(eagle.load, ("eagle", "eagle3", "eagle-3"), ("eagle", "eagle3")),
     "dflash": LearnedDrafter(dflash.load, ("dflash",), ("dflash",)),
+    "counts": LearnedDrafter(counts.load, ("counts",)),
 }
 """A row for each learned drafter, by the name that `--draft`, a request and an experiment give it."""
 LoadModel = Callable[[str], tuple[Target, object]]
@@ -77,6 +80,8 @@ def load_drafter(
                     requests that have ended, for requests without a seed
       "recycle"     the target's own candidates of earlier steps: a chain, or "recycle:3x2x1" a tree
       "forced"      the text a request's grammar forces next; "forced:4" only where it forces at least 4 tokens
+      "jacobi:8"    the next 8 guesses, drawn from what the last pass computed behind its first rejection; "jacobi:8:up" starts
+                    from the row above in an image; ":fresh" draws with fresh noise in every pass
       PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
@@ -84,6 +89,7 @@ def load_drafter(
       "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
+      "counts"      tables of an image model's tokens by place, left and upper neighbour, likewise
       "early:K"     the target's own first K layers with its norm and head
                     All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...). They and draft models also
                     take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 most probable nodes by the draft, of
@@ -108,7 +114,10 @@ def load_drafter(
         # forced tokens replace the draft model only if they fill a whole draft; for fewer the model drafts further ahead
         spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
     parts, rest = _without_model(spec, length)
-    if rest or not parts:
+    if rest.partition(":")[0] == "jacobi":
+        raster = find_raster(target_path)
+        parts.append(parse_jacobi(rest, length, target.vocab_size, raster.width if raster else 0))
+    elif rest or not parts:
         premises, rest = _premises(rest)
         how = parse_draft(
             rest, length + (premises > 0), "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
@@ -227,7 +236,7 @@ def _model(
     learned: Mapping[str, LearnedDrafter],
 ) -> ModelDrafter:
     path = how.path
-    names = ("none", "auto", *WITHOUT_MODEL, *learned, "early")
+    names = ("none", "auto", *WITHOUT_MODEL, "jacobi", *learned, "early")
     if not path or path in ("none", "auto"):
         raise ConfigError(f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():

@@ -16,6 +16,11 @@ def check_fit(target: Target, drafter: Drafter, rule: Rule, allow_lossy: bool) -
         raise CapabilityError(
             f"rule {rule.name!r} verifies chains only and drafter {drafter.name!r} proposes trees: change one"
         )
+    if getattr(drafter, "keyed", False) and getattr(rule, "reads_below", False):
+        raise CapabilityError(
+            f"drafter {drafter.name!r} draws with noise keyed by absolute place, and rule {rule.name!r} looks at drafts below "
+            "the one it judges, which would not be exact: use speculative_sampling or match, or fresh noise (':fresh')"
+        )
     if drafter.max_nodes and not target.rewinds:
         raise CapabilityError("this target cannot forget rejected tokens (recurrent state): use the drafter 'none'")
     if not rule.lossless and not allow_lossy:

@@ -235,6 +235,42 @@ RULES: Mapping[str, Callable[..., Step]] = MappingProxyType(
 """Every named rule: (target, draft, its own parameters) -> Step, row by row on (..., V)."""
 
 
+def neighbours(target: npt.ArrayLike, draft: npt.ArrayLike, points: npt.ArrayLike, delta: float, k: int) -> Step:
+    """LANTERN (Jang et al. 2025): p(x) is lifted by the mass of its nearest codes as long as that stays within delta.
+
+    target, draft: [V]. points: [V, d] the codes. One code at a time, as the paper states it; the engine's rule takes all at once.
+    """
+    p, q = pair(target, draft)
+    codes, accept = np.asarray(points, dtype=float), np.ones(len(p))
+    for x in range(len(p)):
+        gaps = np.linalg.norm(codes - codes[x], axis=1)
+        others = [y for y in sorted(range(len(p)), key=lambda y: (gaps[y], y)) if y != x][:k]
+        moved = 0.0
+        for y in others:
+            if moved + p[y] > delta:
+                break
+            moved += p[y]
+        accept[x] = min(1.0, (p[x] + moved) / q[x]) if q[x] > 0 else 1.0
+    return step(p, q, accept)
+
+
+def cluster(
+    target: npt.ArrayLike, draft: npt.ArrayLike, points: npt.ArrayLike, k: int, gap: float, near: float
+) -> Step:
+    """Grouped speculative decoding (So et al. 2025): P(C) / Q(C) of the codes around x in the order of p that are like it."""
+    p, q = pair(target, draft)
+    codes, accept = np.asarray(points, dtype=float), np.ones(len(p))
+    order = sorted(range(len(p)), key=lambda y: (-p[y], y))
+    for rank, x in enumerate(order):
+        around = order[max(0, rank - k // 2) : rank + k // 2 + 1]
+        members = [
+            y for y in around if y == x or (abs(p[y] - p[x]) < gap and np.linalg.norm(codes[y] - codes[x]) < near)
+        ]
+        below = sum(q[y] for y in members)
+        accept[x] = min(1.0, sum(p[y] for y in members) / below) if below > 0 else 1.0
+    return step(p, q, accept)
+
+
 def _distance(p: Array, q: Array, divergence: Divergence) -> Array:
     if divergence == "js":
         middle = 0.5 * (p + q)

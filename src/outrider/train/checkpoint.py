@@ -144,7 +144,9 @@ def load_latest(folder: Path) -> TrainState | None:
 
 
 def export_model(model: CausalLM, tokenizer, folder: Path) -> None:
-    """Write a transformers folder (bfloat16 safetensors, configs, tokenizer) in place of ``folder``, atomically."""
+    """Write a transformers folder (bfloat16 safetensors, configs, tokenizer) in place of ``folder``, atomically.
+
+    tokenizer: None for a model whose tokens are no text."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     built = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(built, ignore_errors=True)
@@ -158,6 +160,7 @@ def write_model(model: CausalLM, tokenizer, folder: Path) -> None:
     copy = type(model)(model.config).to(torch.bfloat16)  # the caller's float32 weights are not touched
     copy.load_state_dict(weights)
     copy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which an installed package must not have

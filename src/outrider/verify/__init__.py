@@ -6,7 +6,7 @@ from outrider.verify.block import BlockVerification
 from outrider.verify.lossy import Lossy
 from outrider.verify.match import Match
 from outrider.verify.multidraft import KSeq
-from outrider.verify.registry import ALIASES, LOSSLESS, RULES, best_exact, load_rule
+from outrider.verify.registry import ALIASES, LOSSLESS, RULES, best_exact, load_rule, reads_codes
 from outrider.verify.spechub import SpecHub
 from outrider.verify.transport import OptimalTransport
 from outrider.verify.traversal import Traversal
@@ -26,4 +26,5 @@ __all__ = [
     "Traversal",
     "best_exact",
     "load_rule",
+    "reads_codes",
 ]

@@ -42,6 +42,7 @@ class BlockVerification:
     lossless = True
     trees = False
     lane = "draft"
+    reads_below = True  # a decision about one node looks at the drafts below it
     tv_limit = 0.0
     limit = Renamed("tv_limit")
 

@@ -10,9 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from jaxtyping import Float64
+from torch import Tensor
+
 from outrider.errors import ConfigError, unknown_name
 from outrider.protocols import Drafter, Rule
 from outrider.verify.block import BlockVerification
+from outrider.verify.codes import Cluster, Neighbours
 from outrider.verify.lossy import AcceptanceRule, Lenience, Lossy, Mentored, OverAcceptance, Spend, TopK, Typical
 from outrider.verify.match import Match
 from outrider.verify.multidraft import KSeq
@@ -28,11 +32,12 @@ BUDGET = {"per_token": (0.0, 1.0, 1.0), "per_sequence": (0.0, math.inf, math.inf
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """make: builds the rule from its options. options: name -> (least, most, default). lossless: keeps the target's
-    distribution."""
+    distribution. codes: `make` also takes the points of the target's image codes."""
 
     make: Callable[..., Rule]
     options: Mapping[str, tuple[float, float, float]]
     lossless: bool
+    codes: bool = False
 
 
 def _exact(rule: type) -> tuple[str, _Entry]:
@@ -48,6 +53,17 @@ def _lossy(
         return Lossy(name, acceptance(**values), per_token, per_sequence)
 
     return name, _Entry(make, options | budget, False)
+
+
+def _near(
+    name: str, acceptance: Callable[..., AcceptanceRule], **options: tuple[float, float, float]
+) -> tuple[str, _Entry]:
+    """A lossy rule that looks at the distances of codes."""
+
+    def make(per_token: float, per_sequence: float, points: Float64[Tensor, "C d"] | None, **values: float) -> Lossy:
+        return Lossy(name, acceptance(points=points, **values), per_token, per_sequence)
+
+    return name, _Entry(make, options | BUDGET, False, True)
 
 
 RULES: Mapping[str, _Entry] = MappingProxyType(
@@ -66,6 +82,19 @@ RULES: Mapping[str, _Entry] = MappingProxyType(
             _lossy("mentored", Mentored, kl=(0.0, 100.0, 0.05)),
             _lossy("typical", Typical, eps=(0.0, 1.0, 0.09), delta=(0.0, 100.0, 0.3)),
             _lossy("top_k", lambda k: TopK(int(k)), k=(1, 2**31 - 1, 3)),
+            _near(
+                "neighbours",
+                lambda delta, k, points: Neighbours(delta, int(k), points),
+                delta=(0.0, 1.0, 0.1),
+                k=(1, 1024, 16),
+            ),
+            _near(
+                "cluster",
+                lambda k, gap, near, points: Cluster(int(k), gap, near, points),
+                k=(2, 1024, 14),
+                gap=(0.0, 1.0, 0.15),
+                near=(0.0, 16.0, 0.1),
+            ),
         ]
     )
 )
@@ -87,11 +116,23 @@ def best_exact(drafter: Drafter) -> Rule:
     """
     if drafter.trees:
         return OptimalTransport()
+    if getattr(drafter, "keyed", False):  # block verification would not be exact: see drafters/jacobi.py
+        return SpeculativeSampling()
     return BlockVerification() if drafter.max_depth > 1 else SpeculativeSampling()
 
 
-def load_rule(text: str) -> Rule:
-    """The rule named by `name` or `name:key=value,...`. Raises ConfigError naming the nearest known name."""
+def reads_codes(text: str) -> bool:
+    """Whether the rule that `text` names looks at the distances of image codes."""
+    entry = RULES.get(text.partition(":")[0])
+    return entry is not None and entry.codes
+
+
+def load_rule(text: str, points: Float64[Tensor, "C d"] | None = None) -> Rule:
+    """The rule named by `name` or `name:key=value,...`. Raises ConfigError naming the nearest known name.
+
+    points: of the target's image codes, for rules that look at their distances; None: codes on a line, in the order of
+    their numbers.
+    """
     name, _, rest = text.partition(":")
     entry = RULES.get(ALIASES.get(name, name))
     if entry is None:
@@ -105,7 +146,7 @@ def load_rule(text: str) -> Rule:
             raise ConfigError(unknown_name(f"option of rule {name!r}", key, entry.options))
         low, high, _ = entry.options[key]
         values[key] = _number(f"{key} of rule {name!r}", number if equals else "nothing", low, high)
-    return entry.make(**values)
+    return entry.make(**values, points=points) if entry.codes else entry.make(**values)
 
 
 def _number(what: str, text: str, low: float, high: float) -> float:

@@ -41,6 +41,7 @@ class Traversal:
     lossless = True
     trees = True
     lane = "draft"
+    reads_below = True  # a decision about one node looks at the drafts below it
     tv_limit = 0.0
     limit = Renamed("tv_limit")
 

@@ -1,0 +1,143 @@
+"""Image-token models as engines, and their outputs as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from outrider.build import Engine, build_engine
+from outrider.drafters.registry import load_drafter
+from outrider.errors import ConfigError
+from outrider.evaluate.png import Picture
+from outrider.models.folder import resolve_folder
+from outrider.models.guided import Guided
+from outrider.models.load import load_target
+from outrider.options import EngineOptions
+from outrider.params import SamplingParams
+from outrider.protocols import Target
+from outrider.raster import Raster, read_raster
+from outrider.verify import best_exact, load_rule
+
+TINTS = {"accepted": (60, 170, 90), "corrected": (225, 50, 50), "bonus": (50, 150, 220), "sampled": (150, 150, 150)}
+"""Colours of tokens by origin: accepted drafts, corrections where a draft was rejected, tokens behind a whole accepted draft."""
+
+
+@dataclass(frozen=True)
+class Painter:
+    """An engine that draws pictures. raster: what its tokens mean."""
+
+    engine: Engine
+    raster: Raster
+
+    def request(self, name: str | None, seed: int, temperature: float = 1.0) -> tuple[list[int], SamplingParams]:
+        """Prompt and parameters of one picture of class `name`."""
+        allowed = self.raster.only_colours(self.engine.parts.target.vocab_size)
+        count = self.raster.tokens
+        params = SamplingParams(
+            temperature=temperature, max_tokens=count, ignore_eos=True, seed=seed, logit_bias=allowed
+        )
+        return self.raster.prompt(name), params
+
+    def draw(
+        self,
+        wanted: Sequence[tuple[str | None, int]],
+        temperature: float = 1.0,
+        watch: Callable[[list[list[int]]], None] | None = None,
+    ) -> list[Drawing]:
+        """One picture for each (class, seed). watch: called after every step with the tokens of all pictures so far."""
+        requests = [self.request(name, seed, temperature) for name, seed in wanted]
+        names = [self.engine.submit(prompt, params) for prompt, params in requests]
+        found = {name: Drawing(self.raster, [], []) for name in names}
+        try:
+            while self.engine.busy:
+                for event in self.engine.step():
+                    if event.error:
+                        raise ConfigError(f"a picture failed: {event.error}")
+                    found[event.request].tokens.extend(event.tokens)
+                    found[event.request].origins.extend(event.origins)
+                if watch is not None:
+                    watch([found[name].tokens for name in names])
+        finally:
+            for name in names:
+                self.engine.abort(name)
+        return [found[name] for name in names]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture: its tokens and where each came from."""
+
+    raster: Raster
+    tokens: list[int]
+    origins: list[str]
+
+    def picture(self) -> Picture:
+        """Greys [h, w]."""
+        return self.raster.pixels(self.tokens)
+
+    def coloured(self, share: float = 0.45) -> Picture:
+        """Colours [h, w, 3]: every token tinted by its origin."""
+        side = self.raster.colours.shape[1]
+        tints = np.asarray([TINTS[o] for o in self.origins], dtype=float).reshape(
+            self.raster.height, self.raster.width, 3
+        )
+        grey = np.repeat(self.picture()[:, :, None], 3, axis=2).astype(float)
+        wide = tints.repeat(side, axis=0).repeat(side, axis=1)
+        return np.round((1 - share) * grey + share * wide).astype(np.uint8)
+
+
+def load_painter(
+    folder: str | Path,
+    draft: str = "auto",
+    *,
+    length: int = 5,
+    rule: str = "auto",
+    guidance: float | None = None,
+    slots: int = 16,
+    allow_lossy: bool = False,
+    dtype: str = "float32",
+) -> Painter:
+    """An engine for the image model of a folder. draft: a spec of `load_drafter`; a draft model is guided as the target is.
+
+    guidance: its scale; None: the model's own. Raises ConfigError for a folder without raster.json, or one that does not fit.
+    """
+    place = resolve_folder(folder)
+    raster = read_raster(place)
+    scale = raster.guidance if guidance is None else guidance
+
+    def guided(path: str | Path, role: str) -> Target:
+        model = load_target(path, dtype=dtype, role=role)
+        return model if scale == 1.0 else Guided(model, raster.conditions(), scale)
+
+    target = guided(place, "target")
+    most = max(len(raster.colours) - 1, raster.null, *raster.classes.values())
+    if most >= target.vocab_size or target.max_length < 1 + raster.tokens:
+        raise ConfigError(
+            f"{place}: its raster.json has token {most} and images of {raster.tokens}, and the model {target.vocab_size} tokens "
+            f"and {target.max_length} positions: they are of different models"
+        )
+    options = EngineOptions(draft=draft, length=length, rule=rule, slots=slots, allow_lossy=allow_lossy)
+    made = load_rule(rule, torch.from_numpy(raster.codes()))
+    drafter = load_drafter(
+        draft,
+        target=target,
+        length=options.length,
+        rule=made,
+        target_path=str(place),
+        load_model=lambda path: (guided(path, "draft"), None),
+        find_folder=resolve_folder,
+    )
+    engine = build_engine(
+        target,
+        drafter,
+        rule=best_exact(drafter) if rule == "auto" else made,
+        length=length,
+        slots=slots,
+        max_length=1 + raster.tokens,
+        allow_lossy=allow_lossy,
+    )
+    return Painter(engine, raster)

@@ -1,0 +1,168 @@
+"""`outrider image` on the shipped digits: the same pictures however they are drafted, the file, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from outrider.assets import shipped_images
+from outrider.cli import main
+from outrider.errors import ConfigError
+from outrider.evaluate.images import load_painter
+from outrider.evaluate.png import blocks, enlarged, grid, png
+from outrider.raster import Raster, read_raster
+
+WANTED = [("7", 3), ("0", 4), (None, 5)]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["outrider", "image", *words])
+    try:
+        main.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def decoded(data: bytes) -> np.ndarray:
+    """A PNG of ours, read back by the format's own words: chunks with checksums, rows without filters."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, body, size = 8, b"", (0, 0, 0)
+    while at < len(data):
+        (length,), name = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
+        chunk = data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(name + chunk)
+        if name == b"IHDR":
+            width, height, depth, kind = struct.unpack(">IIBB", chunk[:10])
+            assert depth == 8
+            size = (height, width, {0: 1, 2: 3}[kind])
+        body += chunk if name == b"IDAT" else b""
+        at += 12 + length
+    rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(size[0], -1)
+    assert not rows[:, 0].any()
+    return rows[:, 1:].reshape(size) if size[2] == 3 else rows[:, 1:]
+
+
+def test_a_png_is_the_picture() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((3, 5), (4, 2, 3)):
+        picture = rng.integers(0, 256, size=shape, dtype=np.uint8)
+        assert np.array_equal(decoded(png(picture)), picture)
+    whole = grid([np.full((2, 3), n, np.uint8) for n in (1, 2, 3)], 2, gap=1, back=9)
+    assert whole.tolist() == [[1, 1, 1, 9, 2, 2, 2]] * 2 + [[9] * 7] + [[3, 3, 3, 9, 9, 9, 9]] * 2
+    assert enlarged(np.array([[1, 2]], np.uint8), 2).tolist() == [[1, 1, 2, 2]] * 2
+    assert len(blocks(np.zeros((5, 4), np.uint8))) == 3
+    with pytest.raises(ConfigError, match="smaller scale"):
+        png(np.broadcast_to(np.uint8(0), (1 << 14, 1 << 14)))
+
+
+@pytest.mark.parametrize("draft", ["auto", "counts", "jacobi:5:up", "eagle", "ngram+jacobi:3"])
+def test_with_match_pictures_are_those_of_plain_sampling(draft: str) -> None:
+    """Byte for byte, under guidance: what drafts them cannot be seen."""
+    plain = load_painter(shipped_images(), "none", length=0, rule="match", slots=1).draw(WANTED)
+    painter = load_painter(shipped_images(), draft, length=5, rule="match", slots=3)
+    drawn = painter.draw(WANTED)
+    assert [d.tokens for d in drawn] == [d.tokens for d in plain]
+    assert painter.engine.counts.accepted > 0
+    assert painter.engine.defects == 0
+    assert {len(d.tokens) for d in drawn} == {64}
+    assert max(t for d in drawn for t in d.tokens) < 17
+
+
+def test_the_command_writes_a_grid(tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "seven.png"
+    words = ("--class", "7", "--out", str(out), "--count", "4", "--scale", "2", "--seed", "1")
+    assert run(monkeypatch, *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pictures"], found["tokens"], found["lossless"], found["bias"]) == (4, 256, True, 0.0)
+    assert found["tokens_per_pass"] > 1.2
+    assert found["ledger"]["agrees"]
+    grey = decoded(out.read_bytes())
+    assert grey.shape == (2 * 17, 2 * 17)
+    assert run(monkeypatch, *words, "--colour") == 0
+    assert "4 pictures, 256 tokens in" in capsys.readouterr().out
+    assert decoded(out.read_bytes()).shape == (34, 34, 3)
+    lossy = ("--rule", "neighbours:delta=0.3,per_token=0.05", "--allow-lossy", "--json")
+    assert run(monkeypatch, *words, *lossy) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.0 < found["bias"] <= 0.05 * 256
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--class", "12"), "has no class '12'"),
+        (("--draft", "jacobi:9"), "raise the length"),
+        (("--draft", "jacobi:3", "--rule", "block"), "use speculative_sampling or match"),
+        (("--rule", "neighbours"), "--allow-lossy"),
+        (("--scale", "64", "--count", "1024"), "smaller scale"),
+    ],
+)
+def test_what_cannot_be_done_ends_in_a_sentence(tmp_path, monkeypatch, capsys, words, sentence: str) -> None:
+    assert run(monkeypatch, "--out", str(tmp_path / "x.png"), *words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"height": 0}, "height of"),
+        ({"height": 4096, "width": 4096}, "more than a million"),
+        ({"height": 9}, "they are of different models"),
+        ({"patch": 2}, "is not 4 numbers"),
+        ({"colours": [[999]]}, "from 0 to 255"),
+        ({"colours": []}, "lacks its colours"),
+        ({"classes": {"7": "x"}}, "must be a whole number"),
+        ({"null": 99}, "they are of different models"),
+        ({"guidance": "much"}, "a number from 0 to 100"),
+        (None, "cannot be read as JSON"),
+    ],
+)
+def test_damaged_rasters_are_refused(tmp_path, change, sentence: str) -> None:
+    folder = tmp_path / "target"
+    shutil.copytree(shipped_images(), folder)
+    raw = json.loads((folder / "raster.json").read_text())
+    (folder / "raster.json").write_text("{" if change is None else json.dumps(raw | change))
+    with pytest.raises(ConfigError, match=sentence):
+        load_painter(folder, "none", length=0)
+
+
+def test_a_model_without_a_raster_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no image model of ours"):
+        load_painter(shipped_images().parent / "draft", "none")
+
+
+def test_what_is_shipped_is_small() -> None:
+    size = sum(p.stat().st_size for p in shipped_images().parent.rglob("*") if p.is_file())
+    assert size <= 4_000_000
+    assert load_file(shipped_images() / "model.safetensors")
+
+
+def test_the_python_of_the_page_runs(capsys) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "docs/images.md", "exec"), {})
+    assert "(8, 8)" in capsys.readouterr().out
+
+
+def test_a_raster_draws_what_it_says(tmp_path) -> None:
+    colours = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    raster = Raster(2, 2, colours, {"a": 3}, 4, 2.0)
+    raster.save(tmp_path)
+    again = read_raster(tmp_path)
+    assert again.pixels([0, 1, 2]).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 255, 255], [10, 11, 255, 255]]
+    assert (again.prompt("a"), again.prompt(None), again.conditions()) == ([3], [4], {3: 4})
+    assert again.only_colours(6) == {3: -100.0, 4: -100.0, 5: -100.0}
+    with pytest.raises(ConfigError, match="at most 4 tokens"):
+        again.pixels([3])
+    assert float(np.linalg.norm(Raster(1, 1, np.array([[[0]], [[255]]], np.uint8), {}, 0).codes()[1])) == 1.0
