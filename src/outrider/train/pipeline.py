@@ -12,11 +12,12 @@ from typing import Any
 from torch import nn
 
 from outrider.build import Engine, build_engine
+from outrider.files import identity_of
 from outrider.models.folder import resolve_folder
 from outrider.models.load import load_target
 from outrider.protocols import Target
 from outrider.train import data
-from outrider.train.checkpoint import identity_of, replace_folder
+from outrider.train.checkpoint import replace_folder
 from outrider.train.corpus import read_corpus
 from outrider.train.distill import Teacher, measure_of
 from outrider.train.features import Features, cut_prompts, read_features, write_hidden, write_tokens
