@@ -11,6 +11,8 @@ from outrider.evaluate.experiments.experiment import experiment_from
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
+ONE = {"draft", "length", "rule", "allow_lossy"}
+"""The fields of one configuration; the options of an arm."""
 Option = str | int | float | bool | None
 
 
@@ -50,7 +52,7 @@ class Drafted(Decoding):
     @property
     def options(self) -> dict[str, Any]:
         """The options that an arm may vary."""
-        return {name: getattr(self, name) for name in ("draft", "length", "rule", "allow_lossy")}
+        return {name: getattr(self, name) for name in sorted(ONE)}
 
 
 class Bench(Drafted):
@@ -71,13 +73,18 @@ class Bench(Drafted):
         if self.metric == "speed" and (self.arms is None or len(self.arms) < 2):
             raise ValueError("metric speed compares arms within the cell: name at least two in `arms`")
         if self.arms is not None:
-            if self.model_fields_set & {"draft", "length", "rule", "allow_lossy"}:
+            if self.model_fields_set & ONE:
                 raise ValueError("with `arms`, draft, length and rule belong into the arms")
             self.base = self.base or next(iter(self.arms), None)
             experiment_from({"arms": self.arms, "base": self.base}, "bench", "arms")
         elif self.base is not None:
             raise ValueError("base names one of the `arms`, and there are none")
         return self
+
+    def as_cell(self) -> dict[str, Any]:
+        """Either the arms, or the one configuration: what the cell does not have is not part of its identity."""
+        unused = {"arms", "base"} if self.arms is None else ONE
+        return self.model_dump(mode="json", exclude=unused)
 
     @property
     def configurations(self) -> dict[str, dict[str, Any]]:

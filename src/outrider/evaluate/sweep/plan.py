@@ -153,7 +153,9 @@ def _readable(kind: Kind, checked: Any, where: str) -> list[Path]:
 
 def _label(kind: str, place: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
     """What tables call a cell: its kind and its place in the grid."""
-    said = place or {k: fields[k] for k in ("draft", "length", "seed") if k in fields}
+    said = {**(place or {k: fields[k] for k in ("draft", "length") if k in fields})}
+    if fields.get("seed") is not None:
+        said["seed"] = said.pop("seed", fields["seed"])  # the last word: see `same_but_seed`
     words = ", ".join(f"{k} {v if isinstance(v, str | int | float) else canonical(v)}" for k, v in said.items())
     return f"{kind}: {words}"[:160] if words else kind
 

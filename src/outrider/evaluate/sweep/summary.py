@@ -7,6 +7,7 @@ over machines; its interval then has a part for each of them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from outrider.evaluate.sweep.plan import same_but_seed
 from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
 
+SEED = re.compile(r"(,|:) seed \S+$")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -29,7 +31,7 @@ def summarise(cells: Sequence[Cell], book: Book, kinds: Mapping[str, Kind]) -> d
     for group in same_but_seed(cells):
         found = [book.known[c.identity] for c in group]
         done = [(c, k) for c, k in zip(group, found, strict=True) if k.record is not None and not k.failed]
-        row: dict[str, Any] = {"label": group[0].label, "kind": group[0].fields["kind"], "cells": len(group)}
+        row: dict[str, Any] = {"label": SEED.sub("", group[0].label), "kind": group[0].fields["kind"], "cells": len(group)}
         row |= {"done": len(done), "failed": sum(bool(k.failed) for k in found)}
         if done and row["kind"] == "bench":
             records = [k.record["result"]["rows"] for _, k in done if k.record is not None]

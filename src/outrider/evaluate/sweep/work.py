@@ -20,7 +20,8 @@ def perform(job: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]
     """
     import torch
 
-    os.chdir(job["folder"]) if os.path.isdir(job["folder"]) else None
+    if os.path.isdir(job["folder"]):
+        os.chdir(job["folder"])
     torch.set_num_threads(job["threads"])
     if job["code"] != (mine := code_version()):
         raise Mismatch(f"this worker has outrider {mine} and the driver {job['code']}: install the same on every machine")
@@ -39,7 +40,7 @@ def refusal(error: Exception) -> dict[str, Any]:
     """An exception of `perform` as plain data. again: whether another try, perhaps elsewhere, may succeed."""
     if isinstance(error, OutriderError):
         return {"error": str(error), "again": isinstance(error, Mismatch)}
-    return {"error": f"{type(error).__name__}: {str(error)[:500]}", "again": True}
+    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "again": True}
 
 
 def machine_block() -> dict[str, Any]:
