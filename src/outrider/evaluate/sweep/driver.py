@@ -164,8 +164,8 @@ class Driver:
             return
         self.progress.lost += 1
         self.attempts[cell.identity] += 1
-        if self.attempts[cell.identity] >= self.rules.attempts:
-            self._fail(cell, f"{self.attempts[cell.identity]} attempts, the last one: {reason}")
+        if (tried := self.attempts[cell.identity]) >= self.rules.attempts:
+            self._fail(cell, f"given up after {tried} attempt{'s' * (tried > 1)}: {reason}")
             return
         self.say(f"cell {cell.number} ({cell.label}): {reason}; trying again")
         self.waiting[cell.alone].append(cell)

@@ -15,8 +15,6 @@ import sys
 import threading
 from typing import Any, BinaryIO
 
-from outrider.evaluate.sweep.work import refusal
-
 
 def listen(lines: BinaryIO, jobs: queue.SimpleQueue[dict[str, Any]]) -> None:
     """Take jobs until the driver is gone, also while one is being performed."""
@@ -44,6 +42,8 @@ def main(address: str) -> None:
         try:
             found = {"answer": getattr(importlib.import_module(module), name)(job)}
         except Exception as error:  # the cell's, not the worker's: the next one may be fine
+            from outrider.evaluate.sweep.work import refusal  # here: a worker starts without anything heavy
+
             found = refusal(error)
         say({"ticket": job["ticket"], **found})
 
