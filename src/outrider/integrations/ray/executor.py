@@ -130,7 +130,11 @@ class RayExecutor:
             self.ray.cancel(stream, force=True)
             self._forget(stream)
 
-    def close(self) -> None:
+    def cancel_all(self) -> None:
+        """End what runs, and stay connected."""
         for ticket in list(self._open.values()):
             self.cancel(ticket)
+
+    def close(self) -> None:
+        self.cancel_all()
         self.ray.shutdown()
