@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outrider.errors import ConfigError, unknown_name
-from outrider.evaluate.sweep.cells import Cell, Kind, code_version, data_of, identity
 from outrider.evaluate.store.store import canonical
+from outrider.evaluate.sweep.cells import Cell, Kind, code_version, data_of, identity
 
 MAX_BYTES = 1 << 20
 MAX_CELLS = 10_000
