@@ -39,7 +39,7 @@ def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeO
         from outrider.integrations.ray.replicas import serve_on_ray
 
         settings = asked.settings(options.target, keys, options.slots)
-        serve_on_ray(options, asked, settings, threads, keeper_of(options, asked))
+        serve_on_ray(options, asked, settings, threads, str((asked.store or Path(STORE)).absolute()))
     else:
         raise ConfigError(f"--on is local or ray, got {asked.on!r}")
 
