@@ -18,7 +18,9 @@ from tests.evaluate.sweep_work import cells, found
 Make = Callable[[], Any]
 
 
-def drive(where: Path, some: list[Cell], executor: Any, said: list[str] | None = None, **rules: Any) -> tuple[Progress, Book]:
+def drive(
+    where: Path, some: list[Cell], executor: Any, said: list[str] | None = None, **rules: Any
+) -> tuple[Progress, Book]:
     """Run cells to the end; the book is open."""
     book = Book(where, "sweep", some)
     say = (said if said is not None else []).append
@@ -59,7 +61,9 @@ class ExecutorContract:
         assert events[1].value["record"] == found(cell.fields)
 
     @pytest.mark.parametrize(("field", "what", "again"), [("raise", "refused", True), ("refuse", "refused", False)])
-    def test_an_exception_is_said_and_the_next_cell_is_fine(self, make: Make, field: str, what: str, again: bool) -> None:
+    def test_an_exception_is_said_and_the_next_cell_is_fine(
+        self, make: Make, field: str, what: str, again: bool
+    ) -> None:
         executor, (bad, good) = make(), cells(2, **{field: {0: True}})
         executor.submit(1, bad)
         last = events_of(executor, 1)[-1]
@@ -99,7 +103,9 @@ class ExecutorContract:
             driver.run()
             assert records(book) == undisturbed([*alone, *shared]) and most[0] <= 1
 
-    def test_killed_workers_and_a_poison_cell_leave_the_records_of_an_undisturbed_run(self, make: Make, tmp_path: Path) -> None:
+    def test_killed_workers_and_a_poison_cell_leave_the_records_of_an_undisturbed_run(
+        self, make: Make, tmp_path: Path
+    ) -> None:
         marks = {n: str(tmp_path / f"mark-{n}") for n in (1, 4, 5)}
         some = cells(8, mark=marks, die={3: True})
         progress, book = drive(tmp_path / "s.db", some, make(), attempts=2)

@@ -31,7 +31,11 @@ def cells(count: int, alone: bool = False, threads: int | None = None, **fields:
 def found(fields: dict[str, Any]) -> dict[str, Any]:
     """What a cell finds, wherever it is performed."""
     digest = hashlib.sha256(str(sorted(fields.items())).encode()).hexdigest()
-    return {"cell": fields, "result": {"digest": digest, "value": int(digest[:8], 16) / 2**32}, "counts": counted(fields["n"])}
+    return {
+        "cell": fields,
+        "result": {"digest": digest, "value": int(digest[:8], 16) / 2**32},
+        "counts": counted(fields["n"]),
+    }
 
 
 def counted(n: int) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def counted(n: int) -> dict[str, Any]:
 def perform(job: dict[str, Any]) -> dict[str, Any]:
     """Do as the fields say: pause, die (always, or the first time a mark file is missing), raise, refuse."""
     fields = job["fields"]
-    time.sleep(fields.get("pause", 0.0))
+    time.sleep(fields.get("pause", float(os.environ.get("SWEEP_PAUSE", "0"))))
     if fields.get("die") or (fields.get("mark") and first(Path(fields["mark"]))):
         os.kill(os.getpid(), signal.SIGKILL)
     if fields.get("raise"):
@@ -55,7 +59,13 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
         from outrider.evaluate.sweep.cells import Mismatch
 
         raise Mismatch("other code")
-    where = {"machine": MACHINE, "seconds": 0.0, "load": None, "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
+    where = {
+        "machine": MACHINE,
+        "seconds": 0.0,
+        "load": None,
+        "pid": os.getpid(),
+        "threads": os.environ["OMP_NUM_THREADS"],
+    }
     return {"record": found(fields), "measured": None, "where": where}
 
 

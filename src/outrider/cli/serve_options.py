@@ -115,7 +115,9 @@ class ServeOptions:
     ] = "local"
     address: Annotated[
         str | None,
-        typer.Option("--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False),
+        typer.Option(
+            "--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False
+        ),
     ] = None
     replica_threads: Annotated[
         int | None,

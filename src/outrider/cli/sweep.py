@@ -28,14 +28,20 @@ class SweepOptions:
     on: Annotated[str, typer.Option("--on", help="local: processes of this machine; ray: a Ray cluster.")] = "local"
     address: Annotated[
         str | None,
-        typer.Option("--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False),
+        typer.Option(
+            "--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False
+        ),
     ] = None
     workers: Annotated[
         int | None,
         typer.Option("--workers", min=1, max=1024, help="With --on local: cells at the same time. Default: the cores."),
     ] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and whether each is done, and stop.")] = False
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again that are recorded as failed.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and whether each is done, and stop.")] = (
+        False
+    )
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try cells again that are recorded as failed.")
+    ] = False
     stall: Annotated[
         float, typer.Option("--stall", min=1, help="Seconds after which a cell that no machine can take is reported.")
     ] = 45.0
@@ -89,6 +95,8 @@ def sweep(
         progress = drive(plan, asked, book)
         document = {"plan": plan.name, **summarise(plan.cells, book, table), "duplicates": book.duplicates}
         document |= {"unplaced": [{"cell": n, "reason": why} for n, why in sorted(progress.unplaced.items())]}
+        for said in finished(plan, book, table):
+            terminal.say(said)
         book.store.finish(book.run, document, "done" if not progress.unplaced else "failed")
     if asked.html is not None:
         from outrider.evaluate.sweep.report import write_sweep
@@ -96,6 +104,15 @@ def sweep(
         write_sweep(asked.html, plan.name, document)
     terminal.print_json(document) if json else show(document)
     raise typer.Exit(3 if document["unplaced"] else 1 if document["failed"] else 0)
+
+
+def finished(plan: Any, book: Any, table: dict[str, Any]) -> list[str]:
+    """What kinds do once the parts of a whole are there."""
+    out = []
+    for kind in table.values():
+        mine = [c for c in plan.cells if c.fields["kind"] == kind.name and book.has(c, retry=True)]
+        out += kind.finish([kind.fields.model_validate(c.fields) for c in mine])
+    return out
 
 
 def drive(plan: Any, asked: SweepOptions, book: Any) -> Any:
@@ -138,7 +155,13 @@ def list_cells(plan: Any, store: str, json: bool) -> None:
     """The cells of a plan, with their identities, and what the store has of them. Nothing is written."""
     done = done_in(store, plan)
     cells = [
-        {"cell": c.number, "label": c.label, "identity": c.identity, "alone": c.alone, "state": done.get(c.identity, "to do")}
+        {
+            "cell": c.number,
+            "label": c.label,
+            "identity": c.identity,
+            "alone": c.alone,
+            "state": done.get(c.identity, "to do"),
+        }
         | {"fields": c.fields}
         for c in plan.cells
     ]

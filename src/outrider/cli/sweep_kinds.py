@@ -9,9 +9,10 @@ WORK = "outrider.cli.sweep_kinds:perform"
 
 def kinds() -> dict[str, Any]:
     """Name -> kind."""
+    from outrider.cli.sweep_features import KIND
     from outrider.evaluate.sweep.kinds import KINDS
 
-    return dict(KINDS)
+    return {**KINDS, KIND.name: KIND}
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:

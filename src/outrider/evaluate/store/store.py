@@ -105,7 +105,7 @@ class Store:
 
     # ------------------------------------------------------------------ writing
     def begin(self, kind: str, name: str, config: dict[str, Any], *, reopen: bool = False) -> str:
-        """A new run, or the unfinished one of the same kind and name, to be continued; its id. reopen: also the latest finished one.
+        """A new run, or the unfinished one of the same kind and name, to be continued; its id. reopen: also a finished one.
 
         Raises ConfigError when that run was configured differently, or is being written by a process that is alive.
         """
@@ -135,7 +135,9 @@ class Store:
             )
             return run
 
-    def append(self, run: str, key: Key, data: dict[str, Any], beside: Mapping[Key, dict[str, Any]] | None = None) -> bool:
+    def append(
+        self, run: str, key: Key, data: dict[str, Any], beside: Mapping[Key, dict[str, Any]] | None = None
+    ) -> bool:
         """Commit one record and add its `counts` to the ledger; False, and nothing written, if the record is there already.
 
         beside: further records, which are written in the same transaction or not at all, and have no share of the ledger.

@@ -1,7 +1,7 @@
 """The records of a sweep in a store. A cell has one record for ever; what it took is beside it, written in the same transaction.
 
-Keys: (identity, try, 0) is the record, equal wherever the cell was performed; (identity, try, 1) what was measured, where, and after
-how many attempts. `try` is 0, and rises only where a failed cell is tried again because the user asked for it.
+Keys: (identity, try, 0) is the record, equal wherever the cell was performed; (identity, try, 1) what was measured, where, and
+after how many attempts. `try` is 0, and rises only where a failed cell is tried again because the user asked for it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Book:
                 )
             return False
         number = known.number + 1
-        new = self.store.append(self.run, (cell.identity, number, RECORD), record, {(cell.identity, number, BESIDE): beside})
+        new = self.store.append(
+            self.run, (cell.identity, number, RECORD), record, {(cell.identity, number, BESIDE): beside}
+        )
         known.number, known.record, known.beside = number, record, beside
         return new
 

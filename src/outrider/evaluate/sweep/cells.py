@@ -43,7 +43,8 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One kind of cell. fields: its schema. alone: whether it must have its machine to itself. reads: files and folders that
-    decide its result. perform: does it. headline: a sentence about its record."""
+    decide its result. perform: does it. headline: a sentence about its record. finish: called in the driver with the fields of
+    every cell that is done, at the end of a run: what is left to do when all parts are there; returns sentences."""
 
     name: str
     fields: type[BaseModel]
@@ -51,6 +52,7 @@ class Kind:
     reads: Callable[[Any], Iterable[Path]]
     perform: Callable[[Any], Answer]
     headline: Callable[[Mapping[str, Any]], str]
+    finish: Callable[[list[Any]], list[str]] = lambda done: []
 
 
 @dataclass(frozen=True, slots=True)

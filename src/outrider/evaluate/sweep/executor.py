@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -102,7 +103,9 @@ class ProcessExecutor:
         if cell.alone:
             return not busy
         threads = sum(w.threads for w in busy) + self.threads_of(cell)
-        return self._alone is None and len(busy) < self.workers and (not busy or threads <= max(self.cores, self.workers))
+        return (
+            self._alone is None and len(busy) < self.workers and (not busy or threads <= max(self.cores, self.workers))
+        )
 
     def submit(self, ticket: int, cell: Cell) -> None:
         threads = self.threads_of(cell)
@@ -115,12 +118,10 @@ class ProcessExecutor:
         worker.ticket = ticket
         self._alone = ticket if cell.alone else self._alone
         line = json.dumps({**cell.job(Path.cwd(), threads), "ticket": ticket}) + "\n"
-        try:
-            assert worker.process.stdin is not None
+        assert worker.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has died idle: `wait` reports it
             worker.process.stdin.write(line.encode())
             worker.process.stdin.flush()
-        except OSError:  # it has died idle: `wait` reports it
-            pass
 
     def wait(self, seconds: float) -> list[Event]:
         end, events = monotonic() + seconds, list[Event]()
@@ -193,10 +194,8 @@ class ProcessExecutor:
         self._selector.unregister(process.stdout)
         if kill:
             process.kill()
-        try:
+        with contextlib.suppress(OSError):
             process.stdin.close()
-        except OSError:
-            pass
         try:
             process.wait(PATIENCE)
         except subprocess.TimeoutExpired:

@@ -69,7 +69,7 @@ class Bench(Drafted):
 
     @model_validator(mode="after")
     def arms_fit(self) -> Bench:
-        """Seconds are compared within one cell only: a cell of seconds has its arms, and one of acceptance has one configuration."""
+        """Seconds are compared within one cell only: so a cell of seconds has several arms."""
         if self.metric == "speed" and (self.arms is None or len(self.arms) < 2):
             raise ValueError("metric speed compares arms within the cell: name at least two in `arms`")
         if self.arms is not None:

@@ -57,9 +57,13 @@ def read_plan(path: Path, kinds: Mapping[str, Kind]) -> Plan:
         data = read.setdefault("\0".join(files), "") or data_of(map(Path, files))
         read["\0".join(files)] = data
         plain = checked.as_cell()
-        cell = Cell(number, _label(kind.name, place, plain), plain, kind.alone(checked), checked.threads, code_version(), data)
+        cell = Cell(
+            number, _label(kind.name, place, plain), plain, kind.alone(checked), checked.threads, code_version(), data
+        )
         if (twin := seen.setdefault(cell.identity, number)) != number:
-            raise ConfigError(f"{where}: cell {number} is the same as cell {twin}: name each once, with seeds to repeat it")
+            raise ConfigError(
+                f"{where}: cell {number} is the same as cell {twin}: name each once, with seeds to repeat it"
+            )
         cells.append(cell)
     return Plan(plan.name, plan.attempts, plan.limit, tuple(cells))
 

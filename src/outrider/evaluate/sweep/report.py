@@ -51,7 +51,9 @@ def write_sweep(path: Path, name: str, document: dict[str, Any]) -> None:
     """A self-contained page. Raises ConfigError when it cannot be written."""
     lengths, speeds = [], []
     for g in document["groups"]:
-        lengths += [(short(g["label"], a["arm"]), a["tokens_per_step"]) for a in g.get("acceptance", ()) if a["tokens_per_step"]]
+        lengths += [
+            (short(g["label"], a["arm"]), a["tokens_per_step"]) for a in g.get("acceptance", ()) if a["tokens_per_step"]
+        ]
         speeds += [(short(g["label"], s["arm"]), s["speedup"]) for s in g.get("speed", ())]
     body = [f"<p>{document['cells']} cells, {len(document['failed'])} failed.</p>"]
     body += _drawn("Tokens per step", lengths, "tokens per step, 1 = plain decoding", 1.0)
@@ -59,7 +61,9 @@ def write_sweep(path: Path, name: str, document: dict[str, Any]) -> None:
     body += ["<h2>Numbers</h2><p>95% intervals over prompts.</p>", table(COLUMNS, rows_of(document))]
     if document["failed"]:
         body += ["<h2>Failed</h2>", table(("cell", "reason"), [(f["label"], f["reason"]) for f in document["failed"]])]
-    machines = [(m["node"], m["cpu"], m["threads"], m["cells"], f"{m['seconds']:.0f}") for m in document["machines"].values()]
+    machines = [
+        (m["node"], m["cpu"], m["threads"], m["cells"], f"{m['seconds']:.0f}") for m in document["machines"].values()
+    ]
     body += ["<h2>Machines</h2><p>Seconds are compared within a machine only.</p>"]
     body.append(table(("node", "processor", "threads", "cells", "seconds"), machines))
     write_page(path, page(f"Sweep {escaped(name)}", body))

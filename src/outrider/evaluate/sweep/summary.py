@@ -31,7 +31,11 @@ def summarise(cells: Sequence[Cell], book: Book, kinds: Mapping[str, Kind]) -> d
     for group in same_but_seed(cells):
         found = [book.known[c.identity] for c in group]
         done = [(c, k) for c, k in zip(group, found, strict=True) if k.record is not None and not k.failed]
-        row: dict[str, Any] = {"label": SEED.sub("", group[0].label), "kind": group[0].fields["kind"], "cells": len(group)}
+        row: dict[str, Any] = {
+            "label": SEED.sub("", group[0].label),
+            "kind": group[0].fields["kind"],
+            "cells": len(group),
+        }
         row |= {"done": len(done), "failed": sum(bool(k.failed) for k in found)}
         if done and row["kind"] == "bench":
             records = [k.record["result"]["rows"] for _, k in done if k.record is not None]
@@ -43,7 +47,9 @@ def summarise(cells: Sequence[Cell], book: Book, kinds: Mapping[str, Kind]) -> d
         elif done:
             row["says"] = [kinds[row["kind"]].headline(sight(k.record, k.beside)) for _, k in done]
         groups.append(row)
-    failures = [{"cell": c.number, "label": c.label, "reason": k.failed} for c in cells if (k := book.known[c.identity]).failed]
+    failures = [
+        {"cell": c.number, "label": c.label, "reason": k.failed} for c in cells if (k := book.known[c.identity]).failed
+    ]
     return {"cells": len(cells), "groups": groups, "failed": failures, "machines": machines(cells, book)}
 
 
@@ -59,7 +65,9 @@ def machines(cells: Sequence[Cell], book: Book) -> dict[str, Any]:
         where = book.known[cell.identity].beside.get("where")
         if where is not None:
             m = where["machine"]
-            row = out.setdefault(m["block"], {k: m[k] for k in ("node", "cpu", "threads")} | {"cells": 0, "seconds": 0.0})
+            row = out.setdefault(
+                m["block"], {k: m[k] for k in ("node", "cpu", "threads")} | {"cells": 0, "seconds": 0.0}
+            )
             row["cells"] += 1
             row["seconds"] += where["seconds"]
     return out
@@ -122,7 +130,7 @@ def joint(cell: Timed) -> list[dict[str, Any]]:
 
 
 def speed(cells: Sequence[Timed], base: str) -> list[dict[str, Any]]:
-    """Of every arm but the base: the speed-up on each machine, over all of them, and tokens per second where one machine ran all."""
+    """Of every arm but the base: the speed-up on each machine, over all of them, and tokens per second of a single machine."""
     blocks = list(dict.fromkeys(block for block, *_ in cells))
     per = {block: [row for cell in cells if cell[0] == block for row in joint(cell)] for block in blocks}
     out = []
@@ -139,7 +147,12 @@ def speed(cells: Sequence[Timed], base: str) -> list[dict[str, Any]]:
 def columns(rows: Rows, arm: str, base: str) -> tuple[Array, Array, Array, Array]:
     """What `paired_ratio` reads."""
     mine, theirs = ([r for r in rows if r["arm"] == a] for a in (arm, base))
-    return by_group(mine, "emitted"), by_group(mine, "seconds"), by_group(theirs, "emitted"), by_group(theirs, "seconds")
+    return (
+        by_group(mine, "emitted"),
+        by_group(mine, "seconds"),
+        by_group(theirs, "emitted"),
+        by_group(theirs, "seconds"),
+    )
 
 
 def over_machines(pairs: Sequence[tuple[Array, Array, Array, Array]]) -> Ratio:

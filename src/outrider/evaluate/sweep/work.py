@@ -24,7 +24,9 @@ def perform(job: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]
         os.chdir(job["folder"])
     torch.set_num_threads(job["threads"])
     if job["code"] != (mine := code_version()):
-        raise Mismatch(f"this worker has outrider {mine} and the driver {job['code']}: install the same on every machine")
+        raise Mismatch(
+            f"this worker has outrider {mine} and the driver {job['code']}: install the same on every machine"
+        )
     kind = kinds[job["fields"]["kind"]]
     fields = kind.fields.model_validate(job["fields"])
     if job["data"] != data_of(kind.reads(fields)):

@@ -33,7 +33,9 @@ def connect(address: str | None, **options: Any) -> Any:
             ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = str(error).strip().splitlines()
-        raise ConfigError(f"no Ray cluster at {address!r} ({said[0] if said else type(error).__name__}): `ray status` shows it") from None
+        raise ConfigError(
+            f"no Ray cluster at {address!r} ({said[0] if said else type(error).__name__}): `ray status` shows it"
+        ) from None
     return ray
 
 

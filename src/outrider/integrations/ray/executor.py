@@ -64,7 +64,7 @@ class RayExecutor:
         threads, most = cell.threads or 1, max((n["Resources"].get("CPU", 0) for n in self.machines()), default=0)
         if cell.alone and not any(n["Resources"]["CPU"] >= threads for n in self._quiet()):
             return (
-                f"it measures seconds and needs a machine of its own with {threads} CPUs and the resource {QUIET!r}, and no machine "
+                f"it measures seconds and needs a machine of its own with {threads} CPUs and the resource {QUIET!r}, and none "
                 f"of the cluster has both: ray start --resources '{{\"{QUIET}\": 1}}' on one that does nothing else"
             )
         if threads > most:
@@ -94,7 +94,12 @@ class RayExecutor:
             cpus = whole
         threads = int(cell.threads or cpus)
         environment = {"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}}
-        options = {"num_cpus": cpus, "resources": resources, "scheduling_strategy": strategy, "runtime_env": environment}
+        options = {
+            "num_cpus": cpus,
+            "resources": resources,
+            "scheduling_strategy": strategy,
+            "runtime_env": environment,
+        }
         stream = self._task.options(**options).remote(self.work, cell.job(Path.cwd(), threads))
         self._open[stream] = ticket
         self._need[ticket] = (cpus, node)
@@ -112,7 +117,9 @@ class RayExecutor:
                 self._forget(stream)
             except Exception as error:  # Ray has many: a worker, a machine or its memory is gone
                 self._forget(stream)
-                events.append(Event(ticket, "lost", printable(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")))
+                events.append(
+                    Event(ticket, "lost", printable(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"))
+                )
             else:
                 if "started" in message:
                     events.append(Event(ticket, "started", message["started"]))

@@ -38,7 +38,9 @@ ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 class Replica:
     """One engine with the server's application around it, called by the front."""
 
-    async def __init__(self, options: EngineOptions, settings: Settings, adaptive: bool, experiment: str | None) -> None:
+    async def __init__(
+        self, options: EngineOptions, settings: Settings, adaptive: bool, experiment: str | None
+    ) -> None:
         """Returns when it serves. Raises what the engine's construction raises."""
         from ray import serve
 
@@ -125,8 +127,10 @@ class RayReplicas:
                 parts.cancel()
 
     async def ask(self, calls: Sequence[Call]) -> dict[str, list[tuple[int, bytes]]]:
-        found = await self.handle.broadcast("ask", list(calls)).results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
-        return {name: answers for name, answers in (x for x in found if not isinstance(x, BaseException))}
+        found = await self.handle.broadcast("ask", list(calls)).results_async(
+            timeout_s=ASK_SECONDS, return_exceptions=True
+        )
+        return dict(x for x in found if not isinstance(x, BaseException))
 
     async def close(self, grace: float) -> None:
         """Serve ends them."""

@@ -71,7 +71,9 @@ def conversation_key(body: Any) -> str:
         return ""
     messages = body.get("messages")
     if isinstance(messages, list):
-        first = next((i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"), len(messages))
+        first = next(
+            (i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"), len(messages)
+        )
         opening: Any = messages[: first + 1]
     else:
         prompt = body.get("prompt")

@@ -131,13 +131,20 @@ class Front:
         return Response(self.sums.exposition(self._lines()), headers={"content-type": CONTENT_TYPE})
 
     def _lines(self) -> list[str]:
-        lines = described("outrider_front_requests", "counter", "Requests passed to a replica, by how their reply ended.")
-        lines += [sample("outrider_front_requests_total", [("outcome", k)], self.outcomes[k]) for k in ("answered", "left", "lost", "refused")]
+        lines = described(
+            "outrider_front_requests", "counter", "Requests passed to a replica, by how their reply ended."
+        )
+        lines += [
+            sample("outrider_front_requests_total", [("outcome", k)], self.outcomes[k])
+            for k in ("answered", "left", "lost", "refused")
+        ]
         lines += described("outrider_front_open_requests", "gauge", "Requests whose reply has not ended.")
         lines.append(sample("outrider_front_open_requests", (), len(self.tickets)))
         lines += described("outrider_replicas", "gauge", "Replicas that answer.")
         lines.append(sample("outrider_replicas", (), len(self.sums.live)))
-        lines += described("outrider_replicas_gone", "counter", "Replicas that have ended since the start; their counts are kept.")
+        lines += described(
+            "outrider_replicas_gone", "counter", "Replicas that have ended since the start; their counts are kept."
+        )
         lines.append(sample("outrider_replicas_gone_total", (), self.sums.gone))
         return lines
 
@@ -205,7 +212,9 @@ class Passed(Response):
                 await parts.aclose()  # type: ignore[attr-defined]
         self.front.outcomes[outcome] += 1
 
-    async def _sorry(self, error: OutriderError, begun: bool, stream: bool, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _sorry(
+        self, error: OutriderError, begun: bool, stream: bool, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Say that the reply ends here, in whatever way is still open."""
         if not begun:
             await reply(503, str(error), "server_error", headers={"retry-after": "1"})(scope, receive, send)
@@ -254,7 +263,10 @@ def create_front(replicas: Replicas, settings: Settings, keeper: RecordKeeper | 
         Route("/outrider/runs", front.passed),
         Route("/v1/models", front.passed),
         Route("/v1/models/{id:path}", front.passed),
-        *(Route(p, front.passed, methods=["POST"]) for p in ("/v1/completions", "/v1/chat/completions", "/outrider/play")),
+        *(
+            Route(p, front.passed, methods=["POST"])
+            for p in ("/v1/completions", "/v1/chat/completions", "/outrider/play")
+        ),
     ]
     known = frozenset(route.path for route in routes)
     guard = Middleware(RequestGate, settings=settings, metrics=front.metrics, routes=known)

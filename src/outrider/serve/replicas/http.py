@@ -23,7 +23,7 @@ class Unreachable(Exception):
 
 
 async def request(port: int, call: Call, key: str) -> AsyncIterator[Part]:
-    """The reply to a call. key: the API key of the replicas. Raises Unreachable, and Lost when the connection ends in the middle."""
+    """The reply to a call. key: the API key of the replicas. Raises Unreachable, and Lost when the connection ends early."""
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -38,10 +38,17 @@ async def request(port: int, call: Call, key: str) -> AsyncIterator[Part]:
         writer.transport.abort()  # a reply that was not read to its end is not wanted: the replica must see that at once
 
 
-async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, call: Call, key: str) -> AsyncIterator[Part]:
+async def _exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, call: Call, key: str
+) -> AsyncIterator[Part]:
     connection = h11.Connection(h11.CLIENT)
     path = call.path + (f"?{call.query.decode('latin-1')}" if call.query else "")
-    headers = [(b"host", b"127.0.0.1"), (b"connection", b"close"), (b"authorization", f"Bearer {key}".encode()), *call.headers]
+    headers = [
+        (b"host", b"127.0.0.1"),
+        (b"connection", b"close"),
+        (b"authorization", f"Bearer {key}".encode()),
+        *call.headers,
+    ]
     headers += [(b"content-length", str(len(call.body)).encode())] if call.method == "POST" else []
     writer.write(connection.send(h11.Request(method=call.method, target=path, headers=headers)) or b"")
     if call.body:

@@ -65,7 +65,9 @@ class LocalReplicas:
             if all(r.code for r in self._all):  # it has printed why
                 raise ConfigError("no replica could be started: see above")
             if monotonic() > end:
-                raise ConfigError(f"no replica served within {START_SECONDS:g} s: start one without --replicas to see why")
+                raise ConfigError(
+                    f"no replica served within {START_SECONDS:g} s: start one without --replicas to see why"
+                )
             await asyncio.sleep(0.1)
             await self._probe()
 

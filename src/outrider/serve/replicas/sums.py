@@ -96,7 +96,9 @@ class Sums:
             have = [(life.name, life.metrics[name]) for life in self.live.values() if name in life.metrics]
             lines += described(name, have[0][1].kind, have[0][1].text)
             for who, family in have:
-                lines += [sample(n, (*labels, ("replica", who)), value) for (n, labels), value in family.samples.items()]
+                lines += [
+                    sample(n, (*labels, ("replica", who)), value) for (n, labels), value in family.samples.items()
+                ]
         return ("\n".join([*lines, *more]) + "\n").encode()
 
     def state(self, clock: float) -> dict[str, Any] | None:
@@ -112,11 +114,23 @@ class Sums:
         book = ledger(counts)
         told = merged_counts([*self._states, *states])
         server = states[0]["server"] | {k: sum(s["server"][k] for s in states) for k in ("slots", "queue")}
-        server |= {"uptime": max(s["server"]["uptime"] for s in states), "ready": any(s["server"]["ready"] for s in states)}
+        server |= {
+            "uptime": max(s["server"]["uptime"] for s in states),
+            "ready": any(s["server"]["ready"] for s in states),
+        }
         agrees = all(s["ledger"]["agrees"] for s in states)
-        ledgers = {"predicted": book.predicted, "observed": book.observed, "low": book.low, "high": book.high, "agrees": agrees}
+        ledgers = {
+            "predicted": book.predicted,
+            "observed": book.observed,
+            "low": book.low,
+            "high": book.high,
+            "agrees": agrees,
+        }
         ledgers["log_evidence"] = max(s["ledger"]["log_evidence"] for s in states)
-        alerts = [max((s["alerts"][i] for s in states), key=lambda a: bool(a["firing"])) for i in range(len(states[0]["alerts"]))]
+        alerts = [
+            max((s["alerts"][i] for s in states), key=lambda a: bool(a["firing"]))
+            for i in range(len(states[0]["alerts"]))
+        ]
         resources = states[0]["resources"] | {"memory": sum(s["resources"]["memory"] or 0 for s in states)}
         resources |= {"kv": sum(s["resources"]["kv"] for s in states) / len(states)}
         requests = [r for s in states for r in s["requests"]][:64]
