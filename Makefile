@@ -18,7 +18,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser check constraints docs bench clean
+.PHONY: demo test test-ray test-latest durations test-slow test-browser check constraints docs bench clean
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -73,6 +73,14 @@ test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in pro
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_browser.py tests/serve/test_serve_command.py
 
+.venv-ray/.outrider: pyproject.toml constraints.txt
+	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev,ray]"
+	@touch $@
+
+test-ray: .venv-ray/.outrider  ## sweeps and replicas on Ray, in an environment of its own
+	$(TEST_ENV) .venv-ray/bin/python -m pytest -q tests/outside/ray
+
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
@@ -82,4 +90,4 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-ray .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds

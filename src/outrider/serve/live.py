@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from time import monotonic
@@ -54,6 +55,7 @@ class Live:
                 "server": {
                     "model": self.settings.model,
                     "version": __version__,
+                    "pid": os.getpid(),
                     "uptime": monotonic() - watch.began,
                     "drafter": engine.parts.drafter.name,
                     "rule": engine.parts.rule.name,

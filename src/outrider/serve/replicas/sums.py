@@ -146,6 +146,7 @@ def row_of(life: Life) -> dict[str, Any]:
     steps = now["sequence_steps"]
     return {
         "name": life.name,
+        "pid": life.state["server"]["pid"],
         "ready": life.state["server"]["ready"],
         "uptime": life.uptime,
         **{k: now[k] for k in ("running", "waiting", "emitted", "judged", "rejected", "risk", "failed")},
