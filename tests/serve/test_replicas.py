@@ -140,7 +140,7 @@ def test_options_of_the_front_are_not_passed_on() -> None:
 
 
 # ----------------------------------------------------------------- what is added up
-def reading(uptime: float, emitted: int) -> tuple[dict[str, Any], str]:
+def reading(uptime: float, emitted: int, pid: int) -> tuple[dict[str, Any], str]:
     """What a replica says; only what the sums read."""
     now = {
         "t": 1.0,
@@ -152,7 +152,7 @@ def reading(uptime: float, emitted: int) -> tuple[dict[str, Any], str]:
         "speedup": 1.0,
     }
     now |= {"judged": 0, "accepted": 0, "rejected": 0, "risk": 0.0, "spread": 0.0, "bias": 0.0, "failed": 0}
-    server = {"uptime": uptime, "pid": 1, "ready": True, "slots": 2, "queue": 3}
+    server = {"uptime": uptime, "pid": pid, "ready": True, "slots": 2, "queue": 3}
     state = {"server": server, "now": now, "positions": {"judged": [emitted], "accepted": []}, "outcomes": {"stop": 1}}
     state |= {"refused": {}, "ledger": {"agrees": True, "log_evidence": 0.0}, "alerts": [], "requests": []}
     state |= {"resources": {"memory": 5, "kv": 0.5}}
@@ -162,18 +162,18 @@ def reading(uptime: float, emitted: int) -> tuple[dict[str, Any], str]:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 50), st.booleans()), max_size=20))
 def test_a_sum_never_falls_and_is_what_was_counted(steps: list[tuple[str, int, bool]]) -> None:
-    """Replicas count on, start again from 0, or go for ever."""
-    sums, uptime, counted, total, last = Sums(), {"a": 0.0, "b": 0.0}, {"a": 0, "b": 0}, 0, 0.0
+    """Replicas count on, start again from 0, and are not heard of for a while, in either case."""
+    sums, uptime, counted, total, last = Sums(), {"a": 1.0, "b": 1.0}, {"a": 0, "b": 0}, 0, 0.0
+    pids = {"a": 0, "b": 0}
     for name, more, again in steps:
         if again:
-            uptime[name], counted[name] = 0.0, 0
+            uptime[name], counted[name], pids[name] = 0.0, 0, pids[name] + 1
         uptime[name] += 1.0
         counted[name] += more
         total += more
-        if again and more % 2:
+        if more % 2:
             sums.forget([name])
-        sums.update({name: reading(uptime[name] if not again else 0.5, counted[name])})
-        uptime[name] = 0.5 if again else uptime[name]
+        sums.update({name: reading(uptime[name], counted[name], pids[name])})
         seen = sample(sums.exposition(), "tokens_total")
         state = sums.state(0.0)
         assert state is not None
@@ -247,7 +247,7 @@ def test_a_replica_that_ends_ends_its_own_replies_with_an_error() -> None:
             assert again[0] == 200 and replicas.seen[-1][0] != names[0]
             before = sample((await ask("/metrics"))[2], "vllm:generation_tokens_total")
             for _ in range(6):
-                await ask.front.look()
+                await ask.front.look(0.0)
             assert sample((await ask("/metrics"))[2], "vllm:generation_tokens_total") >= before
             assert ask.front.sums.gone == 1
 

@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from outrider.errors import OutriderError
 from outrider.serve.app import openapi, page, version
 from outrider.serve.body import Bodies
-from outrider.serve.middleware import RequestGate, on_error, reply
+from outrider.serve.middleware import HEADERS, RequestGate, on_error, reply
 from outrider.serve.replicas.calls import PASSED, Call, Lost, Replicas, conversation_key
 from outrider.serve.replicas.sums import Sums, described, sample
 from outrider.serve.settings import Settings
@@ -32,6 +32,8 @@ from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 
 PERIOD = 1.0
 """Seconds between two readings of the replicas."""
+FRESH = 0.2
+"""Seconds for which a reading is as good as a new one."""
 MISSED = 5
 """Readings without an answer after which a replica's counters are those of one that is gone."""
 VALUES = 5_000_000
@@ -63,6 +65,7 @@ class Front:
         self._bodies = Bodies(settings.body, settings.body_seconds)
         self._began, self._number = monotonic(), 0
         self._missed: Counter[str] = Counter()
+        self._looking, self._looked = asyncio.Lock(), float("-inf")
 
     # ------------------------------------------------------------------ life
     def drain(self) -> None:
@@ -79,11 +82,18 @@ class Front:
         """Read the replicas from time to time, until cancelled."""
         while True:
             with contextlib.suppress(OutriderError, OSError, ValueError, TimeoutError):
-                await self.look()
+                await self.look(0.0)
             await asyncio.sleep(PERIOD)
 
-    async def look(self) -> None:
-        """One reading of all replicas: their sums, and the records of an experiment."""
+    async def look(self, age: float = FRESH) -> None:
+        """A reading of all replicas that is at most `age` seconds old. One at a time: readings must come in their order."""
+        async with self._looking:
+            if monotonic() - self._looked > age:
+                await self._read()
+                self._looked = monotonic()
+
+    async def _read(self) -> None:
+        """Their sums, and the records of an experiment."""
         stopped = json.dumps(self.keeper.stopped() if self.keeper else [])
         calls = [Call("GET", "/outrider/state", b"after=1e18"), Call("GET", "/metrics")]
         calls += [Call("POST", "/outrider/ended", body=stopped.encode())] * bool(self.keeper)
@@ -127,7 +137,8 @@ class Front:
 
     async def exposition(self, request: Request) -> Response:
         """GET /metrics: sums over all replicas that there ever were, and gauges of each that is there."""
-        await self._fresh()
+        with contextlib.suppress(OutriderError, OSError, ValueError, TimeoutError):
+            await self.look()
         return Response(self.sums.exposition(self._lines()), headers={"content-type": CONTENT_TYPE})
 
     def _lines(self) -> list[str]:
@@ -138,6 +149,11 @@ class Front:
             sample("outrider_front_requests_total", [("outcome", k)], self.outcomes[k])
             for k in ("answered", "left", "lost", "refused")
         ]
+        lines += described(
+            "outrider_front_responses", "counter", "Replies of the front, refusals of its own among them."
+        )
+        seen = sorted(self.metrics.responses.items())
+        lines += [sample("outrider_front_responses_total", [("route", r), ("code", c)], n) for (r, c), n in seen]
         lines += described("outrider_front_open_requests", "gauge", "Requests whose reply has not ended.")
         lines.append(sample("outrider_front_open_requests", (), len(self.tickets)))
         lines += described("outrider_replicas", "gauge", "Replicas that answer.")
@@ -150,7 +166,8 @@ class Front:
 
     async def state(self, request: Request) -> Response:
         """GET /outrider/state: as one server's, of all replicas together, and a row for each."""
-        await self._fresh()
+        with contextlib.suppress(OutriderError, OSError, ValueError, TimeoutError):
+            await self.look()
         state = self.sums.state(monotonic() - self._began)
         if state is None:
             raise Unavailable("no replica serves yet: try again in some seconds")
@@ -160,11 +177,6 @@ class Front:
             after = 0.0
         state["history"] = [s for s in self.history if s["t"] > after]
         return JSONResponse(state, headers={"cache-control": "no-store"})
-
-    async def _fresh(self) -> None:
-        """A reading of now, where the replicas answer in time."""
-        with contextlib.suppress(OutriderError, OSError, ValueError, TimeoutError):
-            await self.look()
 
 
 class Passed(Response):
@@ -200,7 +212,10 @@ class Passed(Response):
                     begun = True
                     stream = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in part.headers)
                     outcome = "refused" if part.status >= 400 else outcome
-                    await send({"type": "http.response.start", "status": part.status, "headers": list(part.headers)})
+                    headers = [
+                        (k, v) for k, v in part.headers if k.decode("latin-1") not in HEADERS
+                    ]  # the gate adds its own
+                    await send({"type": "http.response.start", "status": part.status, "headers": headers})
                 if part.body:
                     await send({"type": "http.response.body", "body": part.body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -247,7 +262,7 @@ def create_front(replicas: Replicas, settings: Settings, keeper: RecordKeeper | 
         await front.drain_requests(settings.grace)
         watching.cancel()
         with contextlib.suppress(Exception):
-            await front.look()
+            await front.look(0.0)
         await replicas.close(settings.grace)
         if keeper is not None:
             await asyncio.to_thread(keeper.close)

@@ -15,6 +15,8 @@ ADDED = ("counter", "histogram")
 """Kinds of metrics that are added; of the others every replica's value is given, with its name as a label."""
 PRESENT = ("running", "waiting")
 """Sums of a state that end with their replica."""
+MOST_SILENT = 64
+"""Replicas that may come back; of more, the oldest count as ended."""
 NOT_SUMS = ("t", "length", "speedup")
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -50,43 +52,53 @@ class Life:
 
 
 class Sums:
-    """The latest reading of each replica, and what the ones before it add up to."""
+    """The latest reading of each replica, and what the ones before it add up to.
+
+    live: replicas that answer. silent: those that have not answered for a while; they may yet, and are then not counted twice.
+    """
 
     def __init__(self) -> None:
         self.live: dict[str, Life] = {}
-        self.gone = 0
+        self.silent: dict[str, Life] = {}
+        self._ended = 0
         self._metrics: dict[str, Family] = {}
         self._now: dict[str, Any] = {}
-        self._states: list[dict[str, Any]] = []
+        self._told: dict[str, Any] = {}
+
+    @property
+    def gone(self) -> int:
+        """Replicas that have ended, or seem to have."""
+        return self._ended + len(self.silent)
 
     def update(self, found: Mapping[str, tuple[dict[str, Any], str]]) -> None:
-        """New readings by replica: state and exposition. One that is missing keeps its last until `forget`."""
+        """New readings by replica, later than all before: state and exposition. One that is missing keeps its last."""
         for name, (state, text) in found.items():
-            uptime, old = float(state["server"]["uptime"]), self.live.get(name)
-            if old is not None and uptime < old.uptime:  # started again: its counters began at 0
+            uptime = float(state["server"]["uptime"])
+            old = self.live.get(name) or self.silent.pop(name, None)
+            again = old is not None and (state["server"]["pid"] != old.state["server"]["pid"] or uptime < old.uptime)
+            if old is not None and again:  # started again: its counters began at 0
                 self._retire(old)
             self.live[name] = Life(name, uptime, state, read_metrics(text))
 
     def forget(self, names: Iterable[str]) -> None:
-        """These replicas will not come back."""
-        for name in names:
-            if (life := self.live.pop(name, None)) is not None:
-                self._retire(life)
+        """These replicas do not answer any more."""
+        self.silent |= {name: self.live.pop(name) for name in names if name in self.live}
+        while len(self.silent) > MOST_SILENT:
+            self._retire(self.silent.pop(next(iter(self.silent))))
 
     def _retire(self, life: Life) -> None:
-        self.gone += 1
+        """Keep the sums of one that has ended."""
+        self._ended += 1
         add_families(self._metrics, life.metrics)
-        add(self._now, {k: v for k, v in life.state["now"].items() if k not in (*PRESENT, *NOT_SUMS)})
-        self._states.append({k: life.state[k] for k in ("positions", "outcomes", "refused")})
-        if len(self._states) > 2:  # one sum is enough
-            self._states = [merged_counts(self._states)]
+        add(self._now, past(life))
+        add(self._told, counted(life.state))
 
     # ------------------------------------------------------------------ what is shown
     def exposition(self, more: Iterable[str] = ()) -> bytes:
         """Prometheus' text: sums under the names that one server has, other values by replica. more: lines of the front."""
         total: dict[str, Family] = {}
         add_families(total, self._metrics)
-        for life in self.live.values():
+        for life in (*self.live.values(), *self.silent.values()):
             add_families(total, life.metrics)
         lines: list[str] = []
         for name, family in total.items():
@@ -107,12 +119,14 @@ class Sums:
             return None
         states = [life.state for life in self.live.values()]
         now: dict[str, Any] = {}
-        for part in [self._now, *(s["now"] for s in states)]:
+        for part in [self._now, *map(past, self.silent.values()), *(s["now"] for s in states)]:
             add(now, {k: v for k, v in part.items() if k not in NOT_SUMS})
         now |= {"t": clock} | {k: states[0]["now"][k] for k in ("length", "speedup")}
         counts = Counts(**{k: now[k] for k in ("judged", "accepted", "rejected", "risk", "spread", "bias", "emitted")})
         book = ledger(counts)
-        told = merged_counts([*self._states, *states])
+        told: dict[str, Any] = {}
+        for part in [self._told, *(counted(life.state) for life in (*self.silent.values(), *self.live.values()))]:
+            add(told, part)
         server = states[0]["server"] | {k: sum(s["server"][k] for s in states) for k in ("slots", "queue")}
         server |= {
             "uptime": max(s["server"]["uptime"] for s in states),
@@ -155,12 +169,14 @@ def row_of(life: Life) -> dict[str, Any]:
     }
 
 
-def merged_counts(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Positions, outcomes and refusals of several states."""
-    out: dict[str, Any] = {}
-    for state in states:
-        add(out, {k: state[k] for k in ("positions", "outcomes", "refused")})
-    return out
+def past(life: Life) -> dict[str, Any]:
+    """What remains of a replica's sums when it is gone."""
+    return {k: v for k, v in life.state["now"].items() if k not in (*PRESENT, *NOT_SUMS)}
+
+
+def counted(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts of a state beside `now`."""
+    return {k: state[k] for k in ("positions", "outcomes", "refused")}
 
 
 def add(total: dict[str, Any], part: Mapping[str, Any]) -> None:
