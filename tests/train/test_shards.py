@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from outrider.cli.train_options import TrainOptions
 from outrider.errors import ConfigError
-from outrider.train import shards
+from outrider.train import pipeline, shards
 from outrider.train.job import Job
-from outrider.train.pipeline import prepare
+from outrider.train.pipeline import engine_of, prepare
 from outrider.train.shards import merge, span_of, write_shard
 
 
 def silent(_: str) -> None:
     """Nobody is told."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_engine() -> Iterator[None]:
+    """Loaded once: what is tested is what is written, and by whom."""
+    with pytest.MonkeyPatch.context() as patched:
+        loaded = cache(lambda *_: engine_of(job(Path("."), Path("."))))
+        for module in (shards, pipeline):
+            patched.setattr(module, "engine_of", lambda _: loaded())
+        yield
 
 
 @pytest.fixture(scope="module")

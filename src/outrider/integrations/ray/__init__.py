@@ -21,23 +21,26 @@ def the_ray() -> Any:
 def connect(address: str | None, **options: Any) -> Any:
     """`ray`, connected to the cluster at `address`; None: to one that is started here and ends with this process.
 
-    Raises ConfigError where there is no such cluster.
+    Raises ConfigError where there is no such cluster, or none can be started.
     """
     ray = the_ray()
     if ray.is_initialized():
         return ray
-    try:
-        if address is None:
-            ray.init(include_dashboard=False, log_to_driver=False, resources={QUIET: 1}, **options)
-        else:
-            ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        said = str(error).strip().splitlines()
-        raise ConfigError(
-            f"no Ray cluster at {address!r} ({said[0] if said else type(error).__name__}): `ray status` shows it"
-        ) from None
+    given = {"address": address} if address else {"include_dashboard": False, "resources": {QUIET: 1}, **options}
+    for left in reversed(range(1 if address else STARTS)):
+        try:
+            ray.init(log_to_driver=False, **given)
+            return ray
+        except Exception as error:  # plain ones too
+            ray.shutdown()
+            if not left:
+                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                what = f"no Ray cluster at {address!r}" if address else "no Ray could be started here"
+                raise ConfigError(f"{what} ({said}): `ray status` shows what runs") from None
     return ray
 
 
+STARTS = 3
+"""Times that Ray is started: it gives itself 30 s, which are too few on a busy machine."""
 QUIET = "quiet"
 """The custom resource of machines on which seconds are measured: `ray start --resources '{"quiet": 1}'`."""
