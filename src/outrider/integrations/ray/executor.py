@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from outrider.errors import printable
@@ -106,6 +106,7 @@ class RayExecutor:
 
     def wait(self, seconds: float) -> list[Event]:
         if not self._open:
+            sleep(seconds)
             return []
         ready, _ = self.ray.wait(list(self._open), num_returns=1, timeout=seconds)
         events: list[Event] = []
