@@ -37,6 +37,9 @@ class Scripted:
     def never(self, cell: Cell) -> str | None:
         return None
 
+    def waits(self, cell: Cell) -> str:
+        return "nobody"
+
     def room(self, cell: Cell) -> bool:
         return len(self.open) < self.places
 

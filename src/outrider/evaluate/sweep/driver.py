@@ -187,10 +187,7 @@ class Driver:
                 self._again(flight.cell, f"it ran longer than the plan's limit of {self.rules.limit:g} s")
             elif flight.began is None and now - flight.submitted > self.rules.stall and self._stuck():
                 self._abandon(ticket)
-                why = (
-                    self.executor.never(flight.cell)
-                    or "it was submitted, and nothing of ours runs that it could wait for"
-                )
+                why = self.executor.never(flight.cell) or self.executor.waits(flight.cell)
                 self.progress.unplaced[flight.cell.number] = why
                 self.say(f"cell {flight.cell.number} ({flight.cell.label}) has no place: {why}")
 

@@ -42,6 +42,10 @@ class Executor(Protocol):
         """Why this cell cannot be placed with all that there is now, also when nothing else runs; None if it can."""
         ...
 
+    def waits(self, cell: Cell) -> str:
+        """What a submitted cell may be waiting for that has not begun though nothing else of ours runs."""
+        ...
+
     def room(self, cell: Cell) -> bool:
         """Whether it would begin at once."""
         ...
@@ -97,6 +101,9 @@ class ProcessExecutor:
         if self.threads_of(cell) > max(self.cores, 1):
             return f"it needs {self.threads_of(cell)} threads, and this machine has {self.cores} cores for it"
         return None
+
+    def waits(self, cell: Cell) -> str:
+        return "its process was started and has not begun: this machine is very busy"
 
     def room(self, cell: Cell) -> bool:
         busy = self.busy

@@ -71,6 +71,11 @@ class RayExecutor:
             return f"it needs {threads} CPUs on one machine, and the largest has {most:g}"
         return None
 
+    def waits(self, cell: Cell) -> str:
+        free = self.ray.available_resources()
+        told = ", ".join(f"{name} {free.get(name, 0):g}" for name in ("CPU", QUIET))
+        return f"it fits a machine of the cluster, and others' work holds that: free are {told}"
+
     def room(self, cell: Cell) -> bool:
         taken = {node for _, node in self._need.values() if node}
         if cell.alone:
@@ -116,6 +121,7 @@ class RayExecutor:
                 message = self.ray.get(next(stream))
             except StopIteration:
                 self._forget(stream)
+                events.append(Event(ticket, "lost", "its task ended without an answer"))
             except Exception as error:  # Ray has many: a worker, a machine or its memory is gone
                 self._forget(stream)
                 events.append(
