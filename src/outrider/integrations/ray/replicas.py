@@ -127,9 +127,14 @@ class RayReplicas:
                 parts.cancel()
 
     async def ask(self, calls: Sequence[Call]) -> dict[str, list[tuple[int, bytes]]]:
-        found = await self.handle.broadcast("ask", list(calls)).results_async(
-            timeout_s=ASK_SECONDS, return_exceptions=True
-        )
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        asked = self.handle.broadcast("ask", list(calls))
+        try:
+            found = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
+        except (RayError, RayServeException):  # none is there yet, or any more
+            return {}
         return dict(x for x in found if not isinstance(x, BaseException))
 
     async def close(self, grace: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,6 +31,9 @@ from outrider.serve.sse import DONE, frame
 from outrider.serve.tickets import Unavailable
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 
+logger = logging.getLogger(__name__)
+TROUBLE = (OutriderError, OSError, ValueError, TimeoutError)
+"""What reading a replica may raise while it starts or ends."""
 PERIOD = 1.0
 """Seconds between two readings of the replicas."""
 FRESH = 0.2
@@ -81,8 +85,12 @@ class Front:
     async def watch(self) -> None:
         """Read the replicas from time to time, until cancelled."""
         while True:
-            with contextlib.suppress(OutriderError, OSError, ValueError, TimeoutError):
+            try:
                 await self.look(0.0)
+            except TROUBLE as error:
+                logger.debug("the replicas could not be read: %s", error)
+            except Exception:  # what is shown grows old; what is served does not need it
+                logger.exception("the replicas could not be read")
             await asyncio.sleep(PERIOD)
 
     async def look(self, age: float = FRESH) -> None:
@@ -137,7 +145,7 @@ class Front:
 
     async def exposition(self, request: Request) -> Response:
         """GET /metrics: sums over all replicas that there ever were, and gauges of each that is there."""
-        with contextlib.suppress(OutriderError, OSError, ValueError, TimeoutError):
+        with contextlib.suppress(*TROUBLE):
             await self.look()
         return Response(self.sums.exposition(self._lines()), headers={"content-type": CONTENT_TYPE})
 
@@ -166,7 +174,7 @@ class Front:
 
     async def state(self, request: Request) -> Response:
         """GET /outrider/state: as one server's, of all replicas together, and a row for each."""
-        with contextlib.suppress(OutriderError, OSError, ValueError, TimeoutError):
+        with contextlib.suppress(*TROUBLE):
             await self.look()
         state = self.sums.state(monotonic() - self._began)
         if state is None:
