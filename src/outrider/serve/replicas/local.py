@@ -22,6 +22,8 @@ AGAIN_SECONDS = 1.0
 """Seconds before a replica that has ended is started again; twice as many after each that ended at once, up to a minute."""
 STEADY_SECONDS = 30.0
 """A replica that lasted this long did not end at once."""
+STARTS = 2
+"""Times that a replica is started before it counts as one that cannot be."""
 START_SECONDS = 600.0
 """Seconds in which the first replica must serve."""
 ROOM = 1.25
@@ -62,7 +64,7 @@ class LocalReplicas:
             replica.keeper = asyncio.create_task(self._keep(replica))
         end = monotonic() + START_SECONDS
         while not any(r.ready for r in self._all):
-            if all(r.code for r in self._all):  # it has printed why
+            if all(r.code and r.lives >= STARTS for r in self._all):  # they have printed why
                 raise ConfigError("no replica could be started: see above")
             if monotonic() > end:
                 raise ConfigError(
@@ -89,7 +91,9 @@ class LocalReplicas:
             replica.ready = False
             if self._closing:
                 return
-            if not replica.lives > 1 and replica.code == 2:  # wrong options: another start would say the same
+            if (
+                replica.code == 2 and replica.lives == STARTS
+            ):  # wrong options, and no port that another was faster to take
                 return
             pause = AGAIN_SECONDS if monotonic() - began > STEADY_SECONDS else min(60.0, 2 * pause)
             self.say(f"{replica.name} has ended (exit code {replica.code}): starting it again in {pause:g} s")
