@@ -40,11 +40,11 @@ def served(words: list[str], slots: int) -> Iterator[int]:
     port = a_port()
     threads = os.environ | ({} if words else {"OMP_NUM_THREADS": "2"})
     command = [sys.executable, "-m", "outrider.cli.main", "serve", "--port", str(port), "--slots", str(slots), *words]
-    with subprocess.Popen(command, env=threads, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=threads, stderr=subprocess.PIPE) as process:
         try:
             while not ready(port):
                 if process.poll() is not None:
-                    raise SystemExit(f"{' '.join(command)} has ended")
+                    raise SystemExit(f"{command} has ended: {(process.stderr or sys.stdin).read()[-500:]!r}")
                 time.sleep(0.5)
             time.sleep(5.0)  # the second replica
             yield port

@@ -302,7 +302,7 @@ def test_one_of_two_processes_is_killed_under_load() -> None:
     thread.start()
     front = Running(port, server, thread, app.state.bridge, None)  # type: ignore[arg-type]
     try:
-        until(lambda: server.started and sum(r.ready for r in replicas._all) == 2, 120)
+        until(lambda: server.started and sum(r.ready for r in replicas.members) == 2, 120)
         done: dict[int, tuple[float, bytes]] = {}
 
         def one(i: int) -> None:
@@ -313,8 +313,8 @@ def test_one_of_two_processes_is_killed_under_load() -> None:
         for client in clients:
             client.start()
         until(lambda: len(app.state.bridge.tickets) == 8, 20)
-        owner = {i: ranked(conversation_key({"prompt": [i]}), [r.name for r in replicas._all])[0] for i in range(8)}
-        victim = next(r for r in replicas._all if r.name == owner[0])
+        owner = {i: ranked(conversation_key({"prompt": [i]}), [r.name for r in replicas.members])[0] for i in range(8)}
+        victim = next(r for r in replicas.members if r.name == owner[0])
         assert victim.process is not None
         until(lambda: replicas.open[victim.name] == sum(n == victim.name for n in owner.values()), 20)
         killed = time.monotonic()

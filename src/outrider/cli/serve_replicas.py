@@ -36,10 +36,14 @@ def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeO
             raise ConfigError("--address and --max-replicas are Ray's: add --on ray")
         on_this_machine(context, options, asked, keys, threads)
     elif asked.on == "ray":
-        from outrider.integrations.ray.replicas import serve_on_ray
+        from outrider.integrations.ray.replicas import Deployment, serve_on_ray
 
         settings = asked.settings(options.target, keys, options.slots)
-        serve_on_ray(options, asked, settings, threads, str((asked.store or Path(STORE)).absolute()))
+        file = None if asked.experiment is None else str(asked.experiment.absolute())
+        store = str((asked.store or Path(STORE)).absolute())
+        size = (asked.replicas or 1, asked.max_replicas, threads)
+        deployed = Deployment(asked.host, asked.port, *size, asked.address, file, store, not asked.fixed_length)
+        serve_on_ray(options, deployed, settings)
     else:
         raise ConfigError(f"--on is local or ray, got {asked.on!r}")
 

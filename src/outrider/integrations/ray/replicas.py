@@ -10,10 +10,10 @@ import contextlib
 import signal
 import threading
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outrider.errors import ConfigError
 from outrider.integrations.ray import connect
@@ -21,9 +21,6 @@ from outrider.options import EngineOptions
 from outrider.serve.replicas.calls import Call, Lost, Part
 from outrider.serve.settings import Settings
 from outrider.serve.tickets import Unavailable
-
-if TYPE_CHECKING:
-    from outrider.cli.serve_options import ServeOptions
 
 NAME, ENGINE, FRONT = "outrider", "engine", "front"
 """Of the application in Serve, and of its two deployments."""
@@ -33,6 +30,23 @@ FRONT_CALLS = 10_000
 FRONT_CPUS = 0.1
 ENDED = "the replica that answered this request has ended: send it again"
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What is deployed. replicas: how many, at least; most: up to how many while requests queue, None: no more. threads: of one,
+    and its CPUs. address: of the cluster, None: one is started. experiment: its file, whose records go to `store`. adaptive: whether
+    draft lengths follow the load."""
+
+    host: str
+    port: int
+    replicas: int
+    most: int | None
+    threads: int
+    address: str | None
+    experiment: str | None
+    store: str
+    adaptive: bool
 
 
 class Replica:
@@ -166,32 +180,31 @@ def keeper_of(options: EngineOptions, file: str, store: str) -> Any:
     return LiveExperiment(e, arm_overrides(e, options, fixed=True), store)
 
 
-def application(options: EngineOptions, asked: ServeOptions, settings: Settings, threads: int, store: str) -> Any:
+def application(options: EngineOptions, asked: Deployment, settings: Settings) -> Any:
     """The bound application: what `serve.run` takes."""
     from dataclasses import replace
 
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "false"}}
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(asked.threads), "OMP_PROC_BIND": "false"}}
     inner = replace(settings, keys=(), hosts=("*",))  # only the front can call it
-    file = None if asked.experiment is None else str(asked.experiment.absolute())
     size: dict[str, Any] = {"num_replicas": asked.replicas}
-    if asked.max_replicas is not None:
-        least = asked.replicas or 1
-        size = {"autoscaling_config": {"min_replicas": least, "max_replicas": asked.max_replicas, "initial_replicas": least,
+    if asked.most is not None:
+        least = asked.replicas
+        size = {"autoscaling_config": {"min_replicas": least, "max_replicas": asked.most, "initial_replicas": least,
                                        "target_ongoing_requests": options.slots}}  # fmt: skip
     engine = serve.deployment(
         name=ENGINE,
         max_ongoing_requests=options.slots + settings.limits.queue + 8,  # its own queue refuses first, with 429
-        ray_actor_options={"num_cpus": threads, "runtime_env": environment},
+        ray_actor_options={"num_cpus": asked.threads, "runtime_env": environment},
         request_router_config=RequestRouterConfig(request_router_class=ROUTER.replace(":", ".")),
         graceful_shutdown_timeout_s=settings.grace + 5.0,
         health_check_period_s=2.0,
         health_check_timeout_s=settings.limits.hang_seconds,
         **size,
-    )(Replica).bind(options, inner, not asked.fixed_length, file)
-    keeper = None if file is None else (options, file, store)
+    )(Replica).bind(options, inner, asked.adaptive, asked.experiment)
+    keeper = None if asked.experiment is None else (options, asked.experiment, asked.store)
     front = serve.deployment(
         name=FRONT,
         max_ongoing_requests=FRONT_CALLS,
@@ -201,18 +214,18 @@ def application(options: EngineOptions, asked: ServeOptions, settings: Settings,
     return front.bind(engine, settings, keeper)
 
 
-def serve_on_ray(options: EngineOptions, asked: ServeOptions, settings: Settings, threads: int, store: str) -> None:
+def serve_on_ray(options: EngineOptions, asked: Deployment, settings: Settings) -> None:
     """Deploy, and wait for Ctrl-C or SIGTERM; then drain. Raises ConfigError where the cluster has no room for the replicas."""
     import sys
 
-    cpus = (asked.replicas or 1) * threads + 1
-    ray = connect(asked.address, num_cpus=max(cpus, 1)) if asked.address is None else connect(asked.address)
+    here = {} if asked.address else {"num_cpus": (asked.most or asked.replicas) * asked.threads + 1}
+    ray = connect(asked.address, **here)
     from ray import serve
 
-    fits = sum(int(n["Resources"].get("CPU", 0) // threads) for n in ray.nodes() if n["Alive"])
-    if fits < (asked.replicas or 1):
+    fits = sum(int(n["Resources"].get("CPU", 0) // asked.threads) for n in ray.nodes() if n["Alive"])
+    if fits < asked.replicas:
         raise ConfigError(
-            f"{asked.replicas} replicas of {threads} CPUs each do not fit into this cluster, which has room for {fits}: "
+            f"{asked.replicas} replicas of {asked.threads} CPUs each do not fit into this cluster, which has room for {fits}: "
             "ask for fewer, or for smaller ones with --replica-threads"
         )
     serve.start(http_options={"host": asked.host, "port": asked.port})
@@ -220,7 +233,7 @@ def serve_on_ray(options: EngineOptions, asked: ServeOptions, settings: Settings
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: told.set())
     try:
-        serve.run(application(options, asked, settings, threads, store), name=NAME, route_prefix="/")
+        serve.run(application(options, asked, settings), name=NAME, route_prefix="/")
         key = ", key needed" if settings.keys else ""
         print(f"outrider: {settings.model} on http://{asked.host}:{asked.port}{key}, {asked.replicas} replicas on Ray "
               "(Ctrl-C ends it)", file=sys.stderr, flush=True)  # fmt: skip

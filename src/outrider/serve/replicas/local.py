@@ -55,16 +55,16 @@ class LocalReplicas:
     slots: int
     say: Callable[[str], None]
     open: Counter[str] = field(default_factory=Counter)
-    _all: list[_Replica] = field(default_factory=list)
+    members: list[_Replica] = field(default_factory=list)
     _closing: bool = False
 
     async def start(self) -> None:
-        self._all = [_Replica(f"replica-{i}") for i in range(self.count)]
-        for replica in self._all:
+        self.members = [_Replica(f"replica-{i}") for i in range(self.count)]
+        for replica in self.members:
             replica.keeper = asyncio.create_task(self._keep(replica))
         end = monotonic() + START_SECONDS
-        while not any(r.ready for r in self._all):
-            if all(r.code and r.lives >= STARTS for r in self._all):  # they have printed why
+        while not any(r.ready for r in self.members):
+            if all(r.code and r.lives >= STARTS for r in self.members):  # they have printed why
                 raise ConfigError("no replica could be started: see above")
             if monotonic() > end:
                 raise ConfigError(
@@ -100,14 +100,14 @@ class LocalReplicas:
             await asyncio.sleep(pause)
 
     async def _probe(self) -> None:
-        for replica in self._all:
+        for replica in self.members:
             if replica.process is not None and not replica.ready:
                 replica.ready = (await self._one(replica, Call("GET", "/ready")))[0] == 200
 
     # ------------------------------------------------------------------ requests
     def _order(self, key: str) -> list[_Replica]:
         """Replicas that serve, in the order in which this conversation tries them: its own, unless that has far more to do."""
-        by_name = {r.name: r for r in self._all if r.ready}
+        by_name = {r.name: r for r in self.members if r.ready}
         order = ranked(key, list(by_name)) if key else sorted(by_name, key=lambda n: self.open[n])
         most = max(self.slots, ROOM * (sum(self.open[n] for n in by_name) + 1) / max(1, len(by_name)))
         return [by_name[n] for n in sorted(order, key=lambda n: self.open[n] >= most)]
@@ -127,7 +127,7 @@ class LocalReplicas:
 
     async def ask(self, calls: Sequence[Call]) -> dict[str, list[tuple[int, bytes]]]:
         await self._probe()
-        ready = [r for r in self._all if r.ready]
+        ready = [r for r in self.members if r.ready]
         answers = await asyncio.gather(*(self._all_of(r, calls) for r in ready))
         return {r.name: a for r, a in zip(ready, answers, strict=True) if all(status for status, _ in a)}
 
@@ -148,10 +148,10 @@ class LocalReplicas:
 
     async def close(self, grace: float) -> None:
         self._closing = True
-        alive = [r.process for r in self._all if r.process is not None and r.process.returncode is None]
+        alive = [r.process for r in self.members if r.process is not None and r.process.returncode is None]
         for process in alive:
             process.send_signal(signal.SIGTERM)
-        keepers = [r.keeper for r in self._all if r.keeper is not None]
+        keepers = [r.keeper for r in self.members if r.keeper is not None]
         _, late = await asyncio.wait(keepers, timeout=grace + 10.0) if keepers else (set(), set())
         for process in alive if late else ():
             if process.returncode is None:
