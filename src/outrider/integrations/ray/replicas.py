@@ -34,9 +34,11 @@ ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What is deployed. replicas: how many, at least; most: up to how many while requests queue, None: no more. threads: of one,
-    and its CPUs. address: of the cluster, None: one is started. experiment: its file, whose records go to `store`. adaptive: whether
-    draft lengths follow the load."""
+    """What is deployed. replicas: how many, at least; most: up to how many while requests queue, None: no more.
+
+    threads: of a replica, and its CPUs. address: of the cluster, None: one is started. experiment: its file, whose records go to
+    `store`. adaptive: whether draft lengths follow the load.
+    """
 
     host: str
     port: int
