@@ -18,7 +18,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -113,6 +113,14 @@ test-watch: $(STAMP) .venvs/watch-vllm/.made .venvs/watch-llama/.made  ## real s
 	WATCH_VLLM=$(CURDIR)/.venvs/watch-vllm/bin/python WATCH_LLAMA=$(CURDIR)/.venvs/watch-llama/bin/python \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -s tests/outside/watch
 
+.venv-ray/.outrider: pyproject.toml constraints.txt
+	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev,ray]"
+	@touch $@
+
+test-ray: .venv-ray/.outrider  ## sweeps and replicas on Ray, in an environment of its own
+	$(TEST_ENV) .venv-ray/bin/python -m pytest -q tests/outside/ray
+
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
@@ -122,6 +130,4 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds
-
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-vllm .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venvs .wheels .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds

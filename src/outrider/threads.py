@@ -28,7 +28,7 @@ def set_threads(threads: int | None = None) -> bool:
     """
     if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in _USERS):
         return False
-    os.environ[_NUMBER] = str(threads or min(_cores(os.sched_getaffinity(0)), quota()))
+    os.environ[_NUMBER] = str(threads or usable_cores())
     return True
 
 
@@ -36,7 +36,7 @@ def thread_notice(threads: int) -> str | None:
     """A sentence if an OpenMP runtime of so many threads does not fit the cores that this process may use."""
     if sys.platform != "linux":
         return None
-    cores = min(_cores(os.sched_getaffinity(0)), quota())
+    cores = usable_cores()
     bound = os.environ.get("OMP_PROC_BIND", "false").lower() not in ("false", "")
     if bound:  # by the user; this thread sees its own core only
         named = os.environ.get("OMP_NUM_THREADS", "")
@@ -56,6 +56,13 @@ def quota(root: Path = Path("/sys/fs/cgroup")) -> int:
         return max(1, math.ceil(int(limit) / int(period)))
     except (OSError, ValueError, ZeroDivisionError):  # also "max": no limit
         return sys.maxsize
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, at least 1."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    return min(_cores(os.sched_getaffinity(0)), quota())
 
 
 def _cores(usable: set[int]) -> int:

@@ -241,6 +241,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = re.sub(r"(?m)^name:.*$", "", (ROOT / "examples" / "ab.yaml").read_text())
     Path("ab.yaml").write_text(re.sub(r"(count|max_tokens): \d+", r"\1: 8", text))
     Path("live.yaml").write_text("arms: {short: {length: 1}, long: {length: 3}}\ncount: 8\n")
+    Path("plan.yaml").write_text("cells: [{kind: bench, count: 2, max_tokens: 8}]\n")
     Path("vllm.json").write_text(json.dumps(RESULT))
     return tmp_path
 

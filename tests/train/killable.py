@@ -24,9 +24,10 @@ from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.target_tables import output_of
+from outrider.files import sha256_of
 from outrider.models.hf.fresh import small_llama
 from outrider.models.toy import TinyLM
-from outrider.train.checkpoint import checkpoints, sha256_of
+from outrider.train.checkpoint import checkpoints
 from outrider.train.distill import Teacher, loss_of, measure_of
 from outrider.train.features import Features, hidden_of
 from outrider.train.loop import LoopConfig, train

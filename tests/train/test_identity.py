@@ -14,8 +14,8 @@ from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
 from outrider.errors import ConfigError
+from outrider.models.folder import identity_of
 from outrider.models.toy import TinyLM
-from outrider.train.checkpoint import identity_of
 from outrider.train.data import Document, encode, halve, narrowed, token_type
 from outrider.train.features import DataSpec, cut_prompts, write_tokens
 from outrider.train.job import ELSEWHERE, Job

@@ -102,10 +102,7 @@ def audit(options: EngineOptions, asked: AuditedBy, sampling: Any, json: Json = 
     written = [] if asked.texts else load_prompts(asked.prompts, asked.count)
     engine = load_engine(replace(options, slots=1 if asked.other else 8))
     source, prompts, samples = source_of(asked, engine, sampling, options.target, written)
-    if sampling.temperature == 0:
-        document, code = greedy(engine, source, prompts)
-    else:
-        document, code = sampled(engine, source, prompts, sampling, asked, samples)
+    document, code = answered(engine, source, prompts, sampling, asked, samples)
     document["generator"] = asked.other or f"{engine.parts.drafter.name} / {engine.parts.rule.name}"
     terminal.print_json(document) if json else print_document(document)
     raise typer.Exit(code)
@@ -132,56 +129,22 @@ def source_of(
     return src.of_engine(engine, sampling), prompts, asked.samples
 
 
-def allowed(tolerance: str, engine: Any, text: list[int]) -> float:
-    """Total variation per token that rounding may cause: what was said, or twice what `text` shows."""
-    from outrider.evaluate.audit.whitebox import rounding
-
-    if tolerance == "auto":
-        return max(1e-6, 2 * rounding(engine.parts.target, text[:64]))
-    try:
-        return float(tolerance)
-    except ValueError:
-        raise ConfigError(f"--tolerance is a number or auto, got {tolerance!r}") from None
-
-
-def sampled(
+def answered(
     engine: Any, source: Any, texts: list[list[int]], sampling: Any, asked: AuditedBy, samples: int
 ) -> tuple[dict[str, Any], int]:
-    """The audit of sampled text: the document and the exit code."""
-    from outrider.evaluate.audit.audit import Auditor
-    from outrider.evaluate.audit.audit import audit as run
-    from outrider.evaluate.audit.findings import EXACT, NOT_THE_TARGET, AuditOptions, as_document
-    from outrider.evaluate.audit.whitebox import joint_distribution
-    from outrider.evaluate.measure import machine
-    from outrider.telemetry.ledger import ledger, summary
+    """The audit of greedy or of sampled text: the document and the exit code."""
+    from outrider.evaluate.audit import answer
+    from outrider.evaluate.audit.findings import AuditOptions
 
-    models = list(engine.loaded.models.values())
-    tolerance = allowed(asked.tolerance, engine, texts[0])
+    if sampling.temperature == 0:
+        with terminal.loading(f"auditing greedy continuations of {len(texts)} prompts"):
+            return answer.greedy(engine, source, texts)
+    tolerance = answer.allowed(asked.tolerance, engine, texts[0])
     options = AuditOptions(sampling, asked.level, tolerance, asked.detect, asked.seed)
-    auditor = Auditor(engine.parts.target, models[0][0] if models else None, options, tuple(engine.eos))
-    engine.reset()
     with terminal.loading(f"auditing {samples} continuations of {len(texts)} prompts") as progress:
-        verdict = run(source, texts, auditor, samples=samples, progress=progress)
-    document = {**as_document(verdict), "machine": machine()}
-    bad = verdict.outcome == NOT_THE_TARGET
-    if asked.other is None:
-        joint = joint_distribution(engine.parts.rule)
-        book = ledger(engine.counts, asked.level)
-        document["white_box"] = {**summary(engine.counts), "joint_law_p_value": joint.p_value}
-        bad = bad or not book.agrees or joint.p_value < asked.level * 1e-3
-    return document, 1 if bad else 0 if verdict.outcome == EXACT else 3
-
-
-def greedy(engine: Any, source: Any, texts: list[list[int]]) -> tuple[dict[str, Any], int]:
-    """The audit of greedy text: the document and the exit code."""
-    from dataclasses import asdict
-
-    from outrider.evaluate.audit.greedy import audit_greedy
-
-    with terminal.loading(f"auditing greedy continuations of {len(texts)} prompts"):
-        v = audit_greedy(source, texts, engine.parts.target)
-    document = {**asdict(v), "outcome": v.outcome, "sentence": v.outcome, "ties": len(v.departures) - len(v.wrong)}
-    return document, 1 if v.wrong else 0 if v.texts else 3
+        return answer.sampled(
+            engine, source, texts, options, samples=samples, ours=asked.other is None, progress=progress
+        )
 
 
 def print_document(d: dict[str, Any]) -> None:

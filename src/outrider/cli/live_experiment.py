@@ -30,6 +30,18 @@ def trial_of(file: Path, store: str | Path, served: EngineOptions, *, fixed: boo
     return LiveExperiment(e, arm_overrides(e, served, fixed=fixed), store)
 
 
+def placer_of(file: Path, served: EngineOptions, *, fixed: bool) -> Any:
+    """The part of an experiment that one of several replicas has: see `evaluate.experiments.placer`."""
+    from dataclasses import replace
+
+    from outrider.evaluate.experiments.assignment import arm_overrides
+    from outrider.evaluate.experiments.experiment import read_experiment
+    from outrider.evaluate.experiments.placer import ArmPlacer
+
+    e = replace(read_experiment(file), quality=None)
+    return ArmPlacer(e, arm_overrides(e, served, fixed=fixed))
+
+
 # ----------------------------------------------------------------- rehearsals
 async def rehearse(app: Any, model: str, prompts: list[str], requests: int, users: int, tokens: int) -> int:
     """Send `requests` requests of `users` users through the application, without a socket; how many were answered."""

@@ -27,6 +27,7 @@ from outrider.cli import (  # noqa: E402
     predict,
     runs,
     serve,
+    sweep,
     terminal,
     train,
     tree,
@@ -58,6 +59,7 @@ app.command("audit", short_help="Is a generator's text distributed as the target
 app.command("gate", short_help="Compare a run with a baseline.")(runs.gate)
 app.add_typer(runs.runs_app, name="runs")
 app.add_typer(ab.ab_app, name="ab")
+app.command("sweep", short_help="Many measurements from a plan, each recorded once.")(sweep.sweep)
 app.command("plan", short_help="Which drafter, length and batch to use here.")(plan.plan)
 app.command("tree", short_help="The draft tree with the most tokens per second.")(tree.tree)
 app.command("doctor", short_help="Can these checkpoints be run, and together?")(doctor.doctor)

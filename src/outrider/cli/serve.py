@@ -16,7 +16,7 @@ import typer
 from outrider.cli import paths, terminal
 from outrider.cli.ending import Told, end_now
 from outrider.cli.engine_options import ENGINE, SpeculativeConfig, configured, load_engine
-from outrider.cli.live_experiment import trial_of
+from outrider.cli.live_experiment import placer_of, trial_of
 from outrider.cli.options import STORE
 from outrider.cli.serve_options import ServeOptions
 from outrider.cli.takes import takes
@@ -48,10 +48,17 @@ def serve(
     paths.needs("serve", ("starlette", "uvicorn", "prometheus_client"))
     keys = asked.keys()
     check_address(asked.host, keys, asked.allow_open)
-    if asked.kept is not None:
+    if asked.kept is not None or asked.replica:
         die_with_parent()
+    elif asked.replicas is not None:
+        from outrider.cli.serve_replicas import serve_replicas
+
+        serve_replicas(context, configured(engine, speculative_config), asked, keys)
+        return
     elif asked.restarts:
         raise typer.Exit(keep(asked))
+    if asked.max_replicas is not None or asked.address is not None or asked.on != "local":
+        raise ConfigError("--on, --address and --max-replicas are about replicas: add --replicas N")
     listener = reserve(asked.host, asked.port) if asked.kept is None else socket.socket(fileno=asked.kept[0])
     context.call_on_close(listener.close)  # also where something below is refused
     options = configured(engine, speculative_config)
@@ -66,14 +73,17 @@ def application(options: EngineOptions, asked: ServeOptions, settings: Settings)
     trial, store = None, asked.store
     if asked.experiment is not None:
         store = store or Path(STORE)
-        trial = trial_of(asked.experiment, store, options, fixed=asked.fixed_length)
+        if asked.replica:
+            trial = placer_of(asked.experiment, options, fixed=asked.fixed_length)
+        else:
+            trial = trial_of(asked.experiment, store, options, fixed=asked.fixed_length)
     past = None if store is None else past_of(store)
     return create_app(partial(load_engine, options), settings, adaptive=not asked.fixed_length, past=past, trial=trial)
 
 
 def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.socket) -> None:
     """Serve until it is told to end."""
-    from outrider.serve.server import server_for
+    from outrider.serve.server import server_for, silent
 
     line, port = None, listener.getsockname()[1]
     if asked.kept is not None:
@@ -83,7 +93,8 @@ def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.sock
     told = Told(where + (", key needed" if settings.keys else ""), asked.grace)
     told.open = lambda: len(app.state.bridge.tickets)
     try:
-        server_for(app, settings, asked.host, port, line, told).run([listener])
+        say = silent if asked.replica else told
+        server_for(app, settings, asked.host, port, line, say).run([listener])
     except KeyboardInterrupt:  # while it loaded
         end_now()
 

@@ -90,6 +90,46 @@ class ServeOptions:
             help="Serve from a child process, and restart it when it dies or hangs, at most this often in a row.",
         ),
     ] = 0
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas",
+            min=1,
+            max=4096,
+            help="Serve from this many replicas behind one address; a conversation stays with its replica.",
+            show_default=False,
+        ),
+    ] = None
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--max-replicas",
+            min=1,
+            max=4096,
+            help="With --on ray: start up to this many replicas while requests queue.",
+            show_default=False,
+        ),
+    ] = None
+    on: Annotated[
+        str, typer.Option("--on", help="With --replicas: local (processes of this machine) or ray (Ray Serve).")
+    ] = "local"
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False
+        ),
+    ] = None
+    replica_threads: Annotated[
+        int | None,
+        typer.Option(
+            "--replica-threads",
+            min=1,
+            max=1024,
+            help="Threads of a replica; its CPUs in Ray. Default: the cores divided by the replicas.",
+            show_default=False,
+        ),
+    ] = None
+    replica: Annotated[bool, typer.Option("--replica", hidden=True)] = False
     kept: Annotated[tuple[int, int, int] | None, typer.Option("--kept", hidden=True, show_default=False)] = None
     fixed_length: Annotated[
         bool, typer.Option("--fixed-length", help="Always draft --length tokens, whatever the load.")

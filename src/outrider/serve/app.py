@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,7 +30,7 @@ from outrider.models.tokenizer import disable_bpe_cache
 from outrider.protocols import Controller, Drafter, Rule
 from outrider.serve.bridge import Bridge
 from outrider.serve.dashboard import PAGE, PAGE_HEADERS
-from outrider.serve.experiment import LiveExperimentHook
+from outrider.serve.experiment import LiveExperimentHook, Placer
 from outrider.serve.live import Live, Past
 from outrider.serve.middleware import RequestGate, on_error
 from outrider.serve.requests import ChatRequest, CompletionRequest
@@ -81,7 +82,7 @@ def create_app(
         if trial is not None:
             await asyncio.to_thread(trial.close)
 
-    routes = routes_of(bridge, metrics, v1, live)
+    routes = [*routes_of(bridge, metrics, v1, live), *ended_route(trial)]
     known = frozenset(route.path for route in routes)
     handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
     guard = Middleware(RequestGate, settings=settings, metrics=metrics, routes=known)
@@ -108,6 +109,18 @@ def routes_of(bridge: Bridge, metrics: Metrics, v1: OpenAI, live: Live) -> list[
         Route("/outrider/runs", live.runs),
         Route("/outrider/play", live.play, methods=["POST"]),
     ]
+
+
+def ended_route(trial: LiveExperimentHook | None) -> list[Route]:
+    """POST /outrider/ended, for the front of several replicas: what became of the requests of an experiment."""
+    if not isinstance(trial, Placer):
+        return []
+
+    async def ended(request: Request) -> Response:
+        stopped = json.loads(await request.body())
+        return JSONResponse(trial.take([str(name) for name in stopped]))
+
+    return [Route("/outrider/ended", ended, methods=["POST"])]
 
 
 def controller_for(drafter: Drafter, rule: Rule) -> Controller:

@@ -23,6 +23,15 @@ class LiveExperimentHook(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Placer(LiveExperimentHook, Protocol):
+    """The part of an experiment that a replica has: it places requests, and hands out what became of them, to be kept elsewhere."""
+
+    def take(self, stopped: list[str]) -> list[dict[str, Any]]:
+        """The records since the last call, as {label, unit, record}. stopped: arms that do harm, whose requests get the base's."""
+        ...
+
+
 def fixed_by_seed(params: SamplingParams, lane: str) -> bool:
     """Whether a request's seed fixes its text to one draft length: another length would give another draw of the same distribution.
     lane: of the server's rule; on lane `gumbel` (match) the text is the same for every length."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from time import monotonic
@@ -48,6 +49,7 @@ class Live:
             raise BadField("after must be a time in seconds", "after") from None
         engine, watch = self.bridge.engine, self.watch
         server = {
+            "pid": os.getpid(),
             "drafter": engine.parts.drafter.name,
             "rule": engine.parts.rule.name,
             "lossless": engine.parts.rule.lossless,

@@ -13,7 +13,6 @@ detect later damage (a truncated copy, a bad disk). No pickle anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.files import sync
-from outrider.models.gguf.parts import all_parts, is_gguf
+from outrider.files import sha256_of, sync
 from outrider.train.causal_lm import CausalLM
 
 MANIFEST = "manifest.json"
@@ -44,25 +42,6 @@ class TrainState:
     path: Path
     tensors: dict[str, dict[str, torch.Tensor]]
     state: dict
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def identity_of(folder: Path) -> str:
-    """The identity of the model in a folder or a GGUF file: a digest of its weights, configuration and tokenizer.
-
-    Every byte is read, at about a gigabyte per second, which is little compared with a training: a part of the weights would not
-    distinguish two models of which another layer was tuned.
-    """
-    digest, kinds = hashlib.sha256(), ("*.safetensors", "*.json", "*.model", "*.jinja")
-    found = all_parts(folder) if is_gguf(folder) else [p for kind in kinds for p in folder.glob(kind)]
-    for path in sorted(found):
-        digest.update(f"{path.name} {sha256_of(path)};".encode())
-    return digest.hexdigest()
 
 
 def replace_folder(built: Path, final: Path) -> None:

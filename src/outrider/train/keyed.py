@@ -35,7 +35,7 @@ def part_folder(
 ) -> Path:
     """The folder of a part ("training" or "held_out") of the data, described in its about.json; it is created.
 
-    target: identity of the model that writes (`checkpoint.identity_of`). documents: the part's source texts, in order.
+    target: identity of the model that writes (`models.folder.identity_of`). documents: the part's source texts, in order.
     prompts: tokens that its rows begin with, cut from the documents.
     """
     text = hashlib.sha256("".join(d.digest for d in documents).encode()).hexdigest()

@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from outrider.build import Engine, build_engine
-from outrider.models.folder import resolve_folder
+from outrider.models.folder import identity_of, resolve_folder
 from outrider.models.load import load_target
 from outrider.protocols import Target
 from outrider.train import data
-from outrider.train.checkpoint import identity_of, replace_folder
+from outrider.train.checkpoint import replace_folder
 from outrider.train.corpus import read_corpus
 from outrider.train.distill import Teacher, measure_of
-from outrider.train.features import Features, cut_prompts, read_features, write_hidden, write_tokens
+from outrider.train.features import DataSpec, Features, cut_prompts, read_features, write_hidden, write_tokens
 from outrider.train.job import Job
 from outrider.train.keyed import hidden_folder, part_folder, run_folder
 from outrider.train.loop import share_computing, train
@@ -51,23 +51,42 @@ def texts_of(job: Job, report: Report = print) -> dict[str, list[data.Document]]
     return {"held_out": held_out, "training": training}
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the data before it is written. folder: its place. apart: beginnings that its rows may not have."""
+
+    name: str
+    folder: Path
+    documents: list[data.Document]
+    wanted: DataSpec
+    apart: set[tuple[int, ...]]
+
+
+def parts_of(job: Job, engine: Engine, report: Report = print) -> list[Part]:
+    """Both parts: what is written, and where. The same on every machine that has the same target and text."""
+    texts, identity = texts_of(job, report), identity_of(resolve_folder(job.target))
+    # files may begin with the same text (a licence): prompts of the training are not held out
+    begun = {tuple(p) for p in cut_prompts(texts["training"], engine.encode, job.wanted("training"))}
+    out = []
+    for name, documents in texts.items():
+        wanted, apart = job.wanted(name), begun if name == "held_out" else set[tuple[int, ...]]()
+        prompts = cut_prompts(documents, engine.encode, wanted, apart)
+        folder = part_folder(job.work, name, identity, documents, wanted, prompts)
+        out.append(Part(name, folder, documents, wanted, apart))
+    return out
+
+
 def prepare(job: Job, report: Report = print) -> Prepared:
     """Text and hidden states of the training and the held-out part; missing ones are made."""
-    texts, identity = texts_of(job, report), identity_of(resolve_folder(job.target))
     engine = engine_of(job)
     for notice in engine.notices:
         report(notice)
     target = engine.parts.target
-    layers = layers_of(job, target)
-    folders: dict[str, Path] = {}
-    # files may begin with the same text (a licence): prompts of the training are not held out
-    begun = {tuple(p) for p in cut_prompts(texts["training"], engine.encode, job.wanted("training"))}
-    for part, documents in texts.items():
-        wanted, apart = job.wanted(part), begun if part == "held_out" else set[tuple[int, ...]]()
-        prompts = cut_prompts(documents, engine.encode, wanted, apart)
-        folders[part] = part_folder(job.work, part, identity, documents, wanted, prompts)
-        tokens = write_tokens(engine, documents, wanted, folders[part], report, apart)
-        place, held = hidden_folder(folders[part], layers)
+    layers, folders = layers_of(job, target), dict[str, Path]()
+    for part in parts_of(job, engine, report):
+        folders[part.name] = part.folder
+        tokens = write_tokens(engine, part.documents, part.wanted, part.folder, report, part.apart)
+        place, held = hidden_folder(part.folder, layers)
         place.mkdir(exist_ok=True)
         write_hidden(target, tokens, held, place, report=report)
     return Prepared(folders["training"], folders["held_out"], layers)

@@ -107,8 +107,14 @@ def read_experiment(path: Path) -> Experiment:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    return experiment_from(found, path.stem, path)
+
+
+def experiment_from(found: Any, name: str, path: Path | str) -> Experiment:
+    """An experiment from plain data, called `name` unless it says otherwise. path: where it is from, for messages."""
     if not isinstance(found, dict) or not isinstance(found.get("arms"), dict) or len(found["arms"]) < 2:
         raise ConfigError(f"{path}: an experiment is a mapping with at least two `arms`")
+    found = dict(found)
     known = Experiment.__dataclass_fields__
     for key in found:
         if key not in known:
@@ -123,7 +129,7 @@ def read_experiment(path: Path) -> Experiment:
                 raise ConfigError(f"{path}: arm {name!r}: {unknown_name('option', str(key), ARM_OPTIONS)}")
             if type(value) not in ARM_OPTIONS[key] or (key in NUMBERS and not 0 <= value < math.inf):
                 raise ConfigError(f"{path}: arm {name!r}: {key} cannot be {str(value)[:80]!r}")
-    made = {"name": path.stem, "base": next(iter(arms)), "arms": arms, **found}
+    made = {"name": name, "base": next(iter(arms)), "arms": arms, **found}
     try:
         experiment = TypeAdapter(Experiment).validate_json(json.dumps(made, default=str), strict=True)
     except ValidationError as error:
@@ -141,7 +147,7 @@ def changed(e: Experiment, *, replay: int | None = None, metric: str | None = No
     return replace(e, replay=e.replay if replay is None else replay, metric=cast(Metric, metric or e.metric))
 
 
-def _check(e: Experiment, path: Path) -> None:
+def _check(e: Experiment, path: Path | str) -> None:
     if e.base not in e.arms:
         raise ConfigError(f"{path}: {unknown_name('arm', e.base, e.arms)}")
     if e.shares is not None and (set(e.shares) != set(e.arms) or not all(0 < s <= 1 for s in e.shares.values())):

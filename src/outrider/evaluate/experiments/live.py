@@ -91,6 +91,15 @@ class LiveExperiment:
         """An assigned request has ended: outcome, tokens, later, seconds, queued, prompt_tokens, seeded, counts. Does not wait."""
         self._mail.put((place, {**record, "unit": place.unit}))
 
+    def adopt(self, label: str, unit: str, record: dict[str, Any]) -> None:
+        """Keep the record of a request that a replica has placed, by the same hash (`placer`)."""
+        number, self._number = self._number, self._number + 1
+        self._mail.put((Assignment(label, number, unit, {}), {**record, "unit": unit}))
+
+    def stopped(self) -> list[str]:
+        """The arms that were stopped."""
+        return list(self.status.stopped)
+
     def close(self) -> None:
         """Write what has come in and end the thread."""
         self._closing = monotonic() + STORE_CLOSE_SECONDS

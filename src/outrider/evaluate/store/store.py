@@ -104,43 +104,48 @@ class Store:
             ) from None
 
     # ------------------------------------------------------------------ writing
-    def begin(self, kind: str, name: str, config: dict[str, Any]) -> str:
-        """A new run, or the unfinished one of the same kind and name, to be continued; its id.
+    def begin(self, kind: str, name: str, config: dict[str, Any], *, reopen: bool = False) -> str:
+        """A new run, or the unfinished one of the same kind and name, to be continued; its id. reopen: also a finished one.
 
         Raises ConfigError when that run was configured differently, or is being written by a process that is alive.
         """
         name = name.encode("utf-8", "backslashreplace").decode()  # of a file whose name is no text
         with self._write():
             row = self.db.execute(
-                "SELECT id, config, pid, host, updated FROM runs WHERE kind = ? AND name = ? AND state = 'running' "
+                "SELECT id, config, pid, host, updated, state FROM runs WHERE kind = ? AND name = ? AND (state = 'running' OR ?) "
                 "ORDER BY created DESC",
-                (kind, name),
+                (kind, name, reopen),
             ).fetchone()
             if row is None:
                 run, now = secrets.token_hex(6), time.time()
-                values = (run, kind, name, "running", now, now, os.getpid(), platform.node(), _json(config))
+                values = (run, kind, name, "running", now, now, os.getpid(), platform.node(), canonical(config))
                 self.db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", values)
                 return run
-            run, known, pid, host, updated = row
-            if known != _json(config):
+            run, known, pid, host, updated, state = row
+            if known != canonical(config):
                 raise ConfigError(
                     f"{self.name}: run {name!r} is unfinished and was configured differently: repeat its options, or choose "
                     "another name"
                 )
-            if _held(pid, host, updated):
+            if state == "running" and _held(pid, host, updated):
                 raise ConfigError(f"{self.name}: run {name!r} is being written by process {pid} of {host}")
             self.db.execute(
-                "UPDATE runs SET pid = ?, host = ?, updated = ? WHERE id = ?",
+                "UPDATE runs SET state = 'running', pid = ?, host = ?, updated = ? WHERE id = ?",
                 (os.getpid(), platform.node(), time.time(), run),
             )
             return run
 
-    def append(self, run: str, key: Key, data: dict[str, Any]) -> bool:
-        """Commit one record and add its `counts` to the ledger; False, and nothing written, if the record is there already."""
+    def append(
+        self, run: str, key: Key, data: dict[str, Any], beside: Mapping[Key, dict[str, Any]] | None = None
+    ) -> bool:
+        """Commit one record and add its `counts` to the ledger; False, and nothing written, if the record is there already.
+
+        beside: further records, which are written in the same transaction or not at all, and have no share of the ledger.
+        """
         counts = data.get("counts") or {}
         with self._write():
             new = self.db.execute(
-                "INSERT INTO records VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", (run, *key, _json(data))
+                "INSERT INTO records VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", (run, *key, canonical(data))
             ).rowcount
             if new:
                 sums = [counts.get(name, 0) for name in SUMS]
@@ -149,15 +154,22 @@ class Store:
                 )
                 added = ", ".join(f"{name} = {name} + ?" for name in SUMS)
                 self.db.execute(f"UPDATE ledgers SET {added} WHERE run = ? AND task = ?", (*sums, run, key[0]))
+                for other, more in (beside or {}).items():
+                    self.db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (run, *other, canonical(more)))
                 self.db.execute("UPDATE runs SET updated = ? WHERE id = ?", (time.time(), run))
         return bool(new)
+
+    def touch(self, run: str) -> None:
+        """Say that a run is still being written, though it has had no record for a while: see LEASE."""
+        with self._write():
+            self.db.execute("UPDATE runs SET updated = ? WHERE id = ?", (time.time(), run))
 
     def finish(self, run: str, summary: dict[str, Any], state: str = "done") -> None:
         """Close a run with its summary."""
         with self._write():
             self.db.execute(
                 "UPDATE runs SET state = ?, summary = ?, updated = ? WHERE id = ?",
-                (state, _json(summary), time.time(), run),
+                (state, canonical(summary), time.time(), run),
             )
 
     def save_experiment(self, name: str, run: str, config: dict[str, Any], state: dict[str, Any]) -> None:
@@ -166,7 +178,7 @@ class Store:
             self.db.execute(
                 "INSERT INTO experiments VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET run = excluded.run, "
                 "config = excluded.config, state = excluded.state",
-                (name, run, _json(config), _json(state)),
+                (name, run, canonical(config), canonical(state)),
             )
 
     # ------------------------------------------------------------------ reading
@@ -209,9 +221,9 @@ class Store:
             found = self.run(run)
             ledgers, records = self.ledgers(found.id), self.records(found.id)
         head = {"run": found.id, "kind": found.kind, "name": found.name, "state": found.state, "config": found.config}
-        lines = [_json(head | {"summary": found.summary, "ledgers": ledgers})]
+        lines = [canonical(head | {"summary": found.summary, "ledgers": ledgers})]
         for (task, item, sample), data in records.items():
-            lines.append(_json({"task": task, "item": item, "sample": sample, "data": data}))
+            lines.append(canonical({"task": task, "item": item, "sample": sample, "data": data}))
         return "\n".join(lines) + "\n"
 
     def close(self) -> None:
@@ -230,7 +242,7 @@ def _run(row: tuple[Any, ...]) -> Run:
     return Run(run, kind, name, state, created, updated, pid, host, json.loads(config), known)
 
 
-def _json(value: object) -> str:
+def canonical(value: object) -> str:
     """Canonical JSON; numbers that JSON does not have (an open interval) become null."""
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -271,4 +283,4 @@ def _started(pid: int) -> float | None:
 
 def fingerprint(value: object) -> str:
     """Short hash of plain data: whether two runs were asked the same."""
-    return hashlib.sha256(_json(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
