@@ -72,7 +72,7 @@ def test_alerts_cost_the_front_and_past_runs_are_shown(browser: Any, tmp_path: P
         store.finish(trial, verdict)
     with serving(slots=2, price=0.5, past=past_of(tmp_path / "runs.db")) as running:
         failing = running.watch.alerts
-        trouble = WindowSample(judged=5000, rejected=1)
+        trouble = WindowSample(judged=5000, rejected=1, accepted=4999, drafts=1667)
         running.watch.reading = lambda: trouble  # type: ignore[method-assign]
         failing.hold = 0.0
         body = {"model": "pycode", "prompt": "def f(", "max_tokens": 60, "ignore_eos": True}
@@ -89,7 +89,7 @@ def test_alerts_cost_the_front_and_past_runs_are_shown(browser: Any, tmp_path: P
         wait(page, "!document.getElementById('past').hidden")
         assert page.inner_text("#runs").split("\t")[2:] == ["<i>trial</i>", "done", "-", "two: faster, speed 11%"]
         assert "$" in page.inner_text("#facts") and "exact" in page.inner_text("#par2")
-        trouble = WindowSample(judged=5000, rejected=1500)
+        trouble = WindowSample(judged=5000, rejected=1500, accepted=3500, drafts=1667)
         wait(page, "document.querySelectorAll('#alerts div:not(.notice)').length === 0")
         page.close()
 

@@ -18,6 +18,7 @@ import pytest
 from outrider.assets import __file__ as assets
 from outrider.errors import ConfigError
 from outrider.evaluate.audit.findings import NOT_THE_TARGET, AuditOptions
+from outrider.evaluate.audit.sources import Endpoint, of_endpoint, read_choice
 from outrider.evaluate.store.store import Store
 from outrider.integrations.watch import Watch
 from outrider.integrations.watch.acceptance import of_reply
@@ -120,6 +121,22 @@ def test_the_audit_stays_in_its_budget_and_accuses_only_the_wrong_target() -> No
         while wrong.step() is not None and not wrong.accused:
             pass
         assert wrong.verdict is not None and wrong.verdict.outcome == NOT_THE_TARGET
+
+
+def test_an_audit_by_address_reads_a_server_that_refuses_fields_it_does_not_know() -> None:
+    """Ours knows no `return_tokens_as_token_ids`, which vLLM needs: it is left out once it has been refused."""
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    with serving(engine=toy(2), fixed=True) as running:
+        found = of_endpoint(Endpoint(running.url, "pycode"), params, V)([[1, 3], [2, 3], [3, 3]], [1, 2, 3])
+    assert [len(e.tokens) for e in found] == [5, 5, 5] and not any(e.error for e in found)
+
+
+def test_token_ids_of_llamacpps_completions_are_read_without_its_logprobs() -> None:
+    content = [{"id": 7, "token": "a", "logprob": -1.5}, {"id": 9, "token": "b", "logprob": 0.0}]
+    found = read_choice({"text": "ab", "logprobs": {"content": content}}, 2, V)
+    assert (found.tokens, found.logprobs) == ((7, 9), ())
+    with pytest.raises(ConfigError, match="no token ids"):
+        read_choice({"text": "ab", "logprobs": {"content": [{"token": "a"}]}}, 2, V)
 
 
 def test_the_rate_is_kept() -> None:
