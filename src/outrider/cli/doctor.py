@@ -39,8 +39,8 @@ def doctor(
 ) -> None:
     """Check a pair of checkpoints as loading does, without reading weights: architecture, tensors, tokenizer, memory.
 
-    With --vllm http://127.0.0.1:8000 it asks that running vLLM server instead (docs/vllm.md). Exit code 0 if everything fits (every part is live), 1 if a
-    check fails (a part is off), 2 if a checkpoint cannot be run (nobody answers).
+    With --vllm http://127.0.0.1:8000 it asks that running vLLM server instead (docs/vllm.md). Exit code 0 if everything fits (every
+    part is live), 1 if a check fails (a part is off), 2 if a checkpoint cannot be run (nobody answers).
 
     Example: outrider doctor --dtype float32 --slots 8
     """
