@@ -33,8 +33,8 @@ class Unsupported(Exception):
 class Family:
     """The parts of a model type, and transformers' defaults of absent keys.
 
-    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files. fused: products that share an
-    input are stored as one.
+    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files. fused: products that
+    share an input are stored as one.
     """
 
     options: frozenset[str]

@@ -83,7 +83,7 @@ def test_greedy_text_is_that_of_the_dequantised_model(file: Path, theirs: Any) -
     for question in QUESTIONS:
         ids = engine.tokenizer.apply_chat_template(conversation(question), add_generation_prompt=True)
         expected = theirs.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
-        found = list(engine.generate([ids], SamplingParams(temperature=0, max_tokens=TOKENS))[0].token_ids)
+        found = list(engine.generate([ids], SamplingParams(temperature=0, max_tokens=TOKENS))[0].outputs[0].token_ids)
         equal = found == expected[: len(found)] and (len(found) == TOKENS or len(expected) <= len(found) + 1)
         same += equal
         if not equal:
