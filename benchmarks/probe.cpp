@@ -28,7 +28,7 @@ EXPORT int64_t probe_bytes(int64_t threads, int64_t units, int64_t* sink) {
         vb w[8] = {};
         vi sum[4] = {};
         for (int64_t u = 0; u < units; ++u) {
-            for (int r = 0; r < 4; ++r) sum[r] = dots<4, 8>(sum[r], w, x[r]);
+            for (int r = 0; r < 4; ++r) sum[r] += dots<4, 8>(vi{}, w, x[r]);  // a new chain each time, as in a block
             asm volatile("" ::: "memory");
         }
         sink[thread] = sum[0][0] + sum[1][0] + sum[2][0] + sum[3][0];

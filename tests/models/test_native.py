@@ -418,12 +418,13 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"embedding": torch.zeros(101, 64, dtype=torch.float16)}, "float16"),
+        ({"dtype": torch.float16}, "float16; choose dtype"),
+        ({"embedding": torch.zeros(101, 64, dtype=torch.float16)}, "embedding is not a contiguous"),
         ({"head": torch.zeros(64, 101).T}, "head is not a contiguous"),
         ({}, r"embedding has shape \(101, 64\), not \(102, 64\)"),
     ],
 )
-def test_says_why_not(change: dict[str, Tensor], reason: str) -> None:
+def test_says_why_not(change: dict[str, Any], reason: str) -> None:
     config, weights = tiny()
     if not change:
         config = dataclasses.replace(config, vocab_size=102)

@@ -126,7 +126,7 @@ def test_embedding_and_head_are_of_the_same_model() -> None:
     scores = target.forward(rows, kv, layers=(0, 2))
     assert torch.equal(target.embed(torch.tensor([7, 90])), scores.hidden[0])
     assert torch.allclose(
-        target.unembed(scores.hidden[1][-1:]), scores.logits, rtol=1e-2, atol=1e-2 * scores.logits.std()
+        target.unembed(scores.hidden[1][-1:]), scores.logits, rtol=1e-2, atol=1e-2 * float(scores.logits.std())
     )
 
 

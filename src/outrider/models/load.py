@@ -13,8 +13,9 @@ from outrider import isa
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.adapter import home_of, is_adapter
 from outrider.models.admit import admit
-from outrider.models.checkpoint import Checkpoint, Progress, read_entries
+from outrider.models.checkpoint import Checkpoint, Progress
 from outrider.models.config import Unsupported, read_raw_config
+from outrider.models.entries import read_entries
 from outrider.models.folder import require_config, resolve_folder
 from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.parts import is_gguf
