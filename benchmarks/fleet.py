@@ -257,7 +257,9 @@ class Simulation:
         def excess(speed: float) -> float:
             return statistics.mean(o.busy for o in self.runs(speed, 8)) - busy
 
-        return float(brentq(excess, 0.05, 20.0, xtol=0.005)) if excess(0.05) < 0 < excess(20.0) else 1.0
+        if not excess(0.05) < 0 < excess(20.0):
+            return 1.0
+        return float(brentq(excess, 0.05, 20.0, xtol=0.005))  # pyright: ignore[reportArgumentType]
 
 
 def report(rows: dict[float, list[tuple[dict[str, float], ...]]], replicas: int) -> dict[str, Any]:
