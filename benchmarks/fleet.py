@@ -204,9 +204,11 @@ def compare(
                 continue
             found = Simulation(table, sizes, options, arrivals, len(arms), overhead)
             speed = found.speed(busy)
-            rows[load].append((found.row(), found.row(speed), measured(out, arrivals)))
+            run = (found.row(), found.row(speed), measured(out, arrivals))
+            rows[load].append(run)
+            near = ", ".join(f"{k} {run[0][k] / run[2][k]:.2f}, {run[1][k] / run[2][k]:.2f}" for k in run[0])
             print(
-                f"  load {load:g}, round {turn + 1}: steps took {speed:.2f} times the table's seconds", file=sys.stderr
+                f"  load {load:g}, round {turn + 1}: steps took {speed:.2f} times the table's; {near}", file=sys.stderr
             )
         print(
             f"{len(arms)} replicas, round {turn + 1}: HTTP {1e3 * overhead:.1f} ms, most {most:.2f} requests/s",
@@ -255,7 +257,9 @@ class Simulation:
         def excess(speed: float) -> float:
             return statistics.mean(o.busy for o in self.runs(speed, 8)) - busy
 
-        return float(brentq(excess, 0.05, 20.0, xtol=0.005)) if excess(0.05) < 0 < excess(20.0) else 1.0
+        if not excess(0.05) < 0 < excess(20.0):
+            return 1.0
+        return float(brentq(excess, 0.05, 20.0, xtol=0.005))  # pyright: ignore[reportArgumentType]
 
 
 def report(rows: dict[float, list[tuple[dict[str, float], ...]]], replicas: int) -> dict[str, Any]:

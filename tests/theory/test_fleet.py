@@ -141,10 +141,10 @@ def test_waits_are_lindleys_and_kiefer_wolfowitzs(servers: int) -> None:
 N, LOAD = 15_000, 0.5
 
 
-def waits(outputs: np.ndarray, servers: int = 1, **more: object) -> np.ndarray:
+def waits(outputs: np.ndarray, servers: int = 1) -> np.ndarray:
     """Seconds before service of each request at 50% load; a mean service takes a second."""
     gaps = np.random.default_rng(3).exponential(1.0 / (LOAD * servers), len(outputs))
-    out = simulate(single(outputs, gaps), Replica(flat, 1), servers, ongoing=1, **more)
+    out = simulate(single(outputs, gaps), Replica(flat, 1), servers, ongoing=1)
     return out.first - out.traffic.arrival - 0.01
 
 

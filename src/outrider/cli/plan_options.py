@@ -158,7 +158,8 @@ class PlanOptions:
         "ib-ndr"
     )
     acceptance: Annotated[
-        float, typer.Option("--acceptance", min=0, max=1, help="With --gpus: acceptance of a judged draft token.")
+        float,
+        typer.Option("--acceptance", min=0, max=1, help="With --gpus: probability that a draft token is accepted."),
     ] = 0.8
     context: Annotated[
         int, typer.Option("--context", min=0, help="With --gpus: tokens in the cache of a sequence.")

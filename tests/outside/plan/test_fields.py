@@ -40,7 +40,7 @@ def literals(tree: ast.Module) -> dict[str, list[str]]:
             inside = n.value.slice.elts if isinstance(n.value.slice, ast.Tuple) else [n.value.slice]
             found: list[str] = []
             for x in inside:
-                found += [x.value] if isinstance(x, ast.Constant) else out[x.id] if isinstance(x, ast.Name) else []
+                found += [str(x.value)] if isinstance(x, ast.Constant) else out[x.id] if isinstance(x, ast.Name) else []
             out[n.targets[0].id] = found
     return out
 

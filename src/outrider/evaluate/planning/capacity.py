@@ -78,7 +78,7 @@ def _row(line: str, where: str) -> tuple[float, int, int]:
         raise ConfigError(f"{where}: not JSON: {error}") from None
     for at, prompt, output, unit in _COLUMNS:
         if isinstance(row, dict) and at in row:
-            values = [row.get(name) for name in (at, prompt, output)]
+            values: list[Any] = [row.get(name) for name in (at, prompt, output)]
             if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < 1e12 for v in values):
                 raise ConfigError(f"{where}: {at}, {prompt} and {output} must be numbers >= 0, got {values}")
             return float(values[0]) * unit, max(1, int(values[1])), max(1, int(values[2]))

@@ -42,7 +42,7 @@ def method_of(kind: str, folder: str) -> str | None:
     """vLLM's method for a folder of a learned drafter; None if vLLM has none. The folder says which EAGLE it is, if it is here."""
     methods = LEARNED[kind].vllm_methods
     try:
-        said = read_config(Path(folder).expanduser())[1]
+        said = read_config(Path(folder).expanduser())[1] or ""
     except OutriderError:
         said = ""  # a Hub name: nothing is downloaded for a command line
     near = said.replace("-", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Draws:
         assert self._values is not None
         return self._rng.choice(self._values, n)
 
-    def take(self, n: int) -> Array | Ints:
+    def take(self, n: int) -> Any:
         """The next n numbers, [n]."""
         if n > POOL // 4:
             return self._draw(n)
@@ -133,9 +134,8 @@ class Server:
         elif self.emitted is None:
             self.steps = least
         else:
-            over = (self.emitted >= np.array(self.left)[:, None]).any(axis=0)
-            first = int(over.argmax())
-            self.steps = first + 1 if over[first] else self.emitted.shape[1]
+            over = np.flatnonzero((self.emitted >= np.array(self.left)[:, None]).any(axis=0))
+            self.steps = int(over[0]) + 1 if len(over) else self.emitted.shape[1]
         ratios = steps.ratios(self.steps)
         if ratios is not None:
             self.ends = now + self.seconds * ratios.cumsum()
