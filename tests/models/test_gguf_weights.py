@@ -35,8 +35,6 @@ CASES = {
     "qwen3": ("qwen3", {}),
     "qwen3 biases": ("qwen3", {"attention_bias": True}),
     "mistral window": ("mistral", {"sliding_window": 6}),
-    "phi3": ("phi3", {}),
-    "phi3 window": ("phi3", {"sliding_window": 6}),
 }
 
 

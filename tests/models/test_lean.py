@@ -47,8 +47,6 @@ CASES = {
     "qwen3": ("qwen3", {}),
     "qwen3 biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": None}),
-    "phi3": ("phi3", {}),
-    "phi3 window": ("phi3", {"sliding_window": 6, "tie_word_embeddings": True}),
     "mistral window": ("mistral", {"sliding_window": 6}),
     "llama packed": ("llama", {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 1}),
 }

@@ -54,7 +54,6 @@ FAMILIES = {
     "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
     "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm=True),
     "mistral": Family(frozenset({"sliding_window"}), kv_heads=8, max_length=131072),
-    "phi3": Family(frozenset({"sliding_window"}), max_length=4096, window=None, eps=1e-5, fused=True),
 }
 
 

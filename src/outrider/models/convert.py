@@ -16,7 +16,7 @@ from outrider.models.config import read_raw_config
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
 from outrider.nn.blocks import BlockType, named, quantise
 
-ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
+ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """The families that are written -> their names in GGUF."""
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32,

@@ -34,7 +34,6 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM"),
 }
 """The architectures that are read, by `general.architecture`."""
 
