@@ -147,15 +147,6 @@ def unchecked(drafter: Jacobi, rule: Rule) -> EngineCore:
     return EngineCore(parts, Hooks(Budgets(lambda s: 3)), CoreOptions(512, 32))
 
 
-@pytest.mark.slow
-def test_control_keyed_noise_with_block_verification_is_wrong() -> None:
-    """Why the pair is refused: a place is drawn again with noise that the decision above it has looked at."""
-    n = 150_000
-    wrong = unchecked(Jacobi(3, V), load_rule("block"))
-    value, bound = statistic(collect(wrong, n, seed=5, disturb=False), exact_joint() * n)
-    assert value > bound
-
-
 def test_control_guesses_declared_as_uniform_are_seen() -> None:
     """Negative control: rows that are not what was drawn from, and the same statistic sees it."""
 

@@ -109,17 +109,17 @@ def load_painter(
     raster = read_raster(place)
     scale = raster.guidance if guidance is None else guidance
 
-    def guided(path: str | Path, role: str) -> Target:
-        model = load_target(path, dtype=dtype, role=role)
+    def guided(model: Target) -> Target:
         return model if scale == 1.0 else Guided(model, raster.conditions(), scale)
 
-    target = guided(place, "target")
+    target = load_target(place, dtype=dtype, role="target")
     most = max(len(raster.colours) - 1, raster.null, *raster.classes.values())
     if most >= target.vocab_size or target.max_length < 1 + raster.tokens:
         raise ConfigError(
             f"{place}: its raster.json has token {most} and images of {raster.tokens}, and the model {target.vocab_size} tokens "
             f"and {target.max_length} positions: they are of different models"
         )
+    target = guided(target)
     options = EngineOptions(draft=draft, length=length, rule=rule, slots=slots, allow_lossy=allow_lossy)
     made = load_rule(rule, torch.from_numpy(raster.codes()))
     drafter = load_drafter(
@@ -128,7 +128,7 @@ def load_painter(
         length=options.length,
         rule=made,
         target_path=str(place),
-        load_model=lambda path: (guided(path, "draft"), None),
+        load_model=lambda path: (guided(load_target(path, dtype=dtype, role="draft")), None),
         find_folder=resolve_folder,
     )
     engine = build_engine(
