@@ -110,8 +110,8 @@ def read_experiment(path: Path) -> Experiment:
     return experiment_from(found, path.stem, path)
 
 
-def experiment_from(found: Any, name: str, path: Path | str) -> Experiment:
-    """An experiment from plain data, called `name` unless it says otherwise. path: where it is from, for messages."""
+def experiment_from(found: Any, called: str, path: Path | str) -> Experiment:
+    """An experiment from plain data, with the name `called` unless it has one. path: where it is from, for messages."""
     if not isinstance(found, dict) or not isinstance(found.get("arms"), dict) or len(found["arms"]) < 2:
         raise ConfigError(f"{path}: an experiment is a mapping with at least two `arms`")
     found = dict(found)
@@ -129,7 +129,7 @@ def experiment_from(found: Any, name: str, path: Path | str) -> Experiment:
                 raise ConfigError(f"{path}: arm {name!r}: {unknown_name('option', str(key), ARM_OPTIONS)}")
             if type(value) not in ARM_OPTIONS[key] or (key in NUMBERS and not 0 <= value < math.inf):
                 raise ConfigError(f"{path}: arm {name!r}: {key} cannot be {str(value)[:80]!r}")
-    made = {"name": name, "base": next(iter(arms)), "arms": arms, **found}
+    made = {"name": called, "base": next(iter(arms)), "arms": arms, **found}
     try:
         experiment = TypeAdapter(Experiment).validate_json(json.dumps(made, default=str), strict=True)
     except ValidationError as error:

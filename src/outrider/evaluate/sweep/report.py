@@ -75,5 +75,6 @@ def short(label: str, arm: str) -> str:
 
 
 def _drawn(title: str, found: Sequence[tuple[str, dict[str, Any]]], unit: str, mark: float) -> list[str]:
-    rows = [(name, f["value"], *(math.nan if f[k] is None else f[k] for k in ("low", "high"))) for name, f in found]
+    ends = [{k: math.nan if f[k] is None else f[k] for k in ("low", "high")} for _, f in found]
+    rows = [(name, f["value"], e["low"], e["high"]) for (name, f), e in zip(found, ends, strict=True)]
     return [f"<h2>{title}</h2>", intervals(title, rows, unit, mark)] if rows else []

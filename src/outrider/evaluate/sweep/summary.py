@@ -85,7 +85,8 @@ def acceptance(records: Sequence[Rows]) -> list[dict[str, Any]]:
             out.append({"arm": arm, "tokens_per_step": None, "failed": sum(r["failed"] for r in mine)})
             continue
         ratio = ratio_of_sums(by_group(good, "tokens"), by_group(good, "steps"))
-        counts = Counts(**{k: sum(r[k] for r in good) for k in ("judged", "rejected", "risk", "spread", "bias")})
+        sums: dict[str, Any] = {k: sum(r[k] for r in good) for k in ("judged", "rejected", "risk", "spread", "bias")}
+        counts = Counts(**sums)
         book = ledger(counts)
         out.append(
             {

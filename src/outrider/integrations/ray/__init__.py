@@ -1,5 +1,7 @@
 """Outrider on Ray: sweeps over a cluster (`executor`), and replicas of the server behind Ray Serve (`replicas`)."""
 
+# pyright: reportMissingImports=false
+# Ray is not among what the code is checked with: `make test-ray` has it.
 from __future__ import annotations
 
 import os

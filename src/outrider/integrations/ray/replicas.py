@@ -4,6 +4,8 @@ Ray Serve starts replicas, probes them, starts lost ones again, drains those it 
 is Serve's ingress; it names a request's conversation as its session, and Serve's consistent hashing keeps a session on its replica.
 """
 
+# pyright: reportMissingImports=false
+# Ray is not among what the code is checked with: `make test-ray` has it.
 from __future__ import annotations
 
 import contextlib
