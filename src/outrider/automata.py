@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ cost of a schema's numbers (`multipleOf`)."""
 BLANKS = {"whitespace_pattern": r"[ ]|\n[ ]{0,24}|\n\t{0,8}"}
 """White space between the parts of JSON: a space, or a line break and some indentation. Without a bound some models would write
 only spaces until the last token. A schema may choose another pattern (`x-guidance`)."""
+HIDDEN = re.compile(rb"[0-9a-f]{24}$")
+"""What `unspelled` adds to the names of special tokens."""
 INSTALL = "structured output needs llguidance: pip install 'outrider[grammar]'"
 
 
@@ -154,8 +157,9 @@ class Compiler:
         return matcher.grammar_from_regex(body) if kind == "regex" else matcher.grammar_from_json_schema(body, BLANKS)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to the text."""
-        return self._tokenizer.decode_bytes([token])
+        """What a token adds to the text; special tokens are spelled by their names."""
+        spelled = self._tokenizer.decode_bytes([token])
+        return HIDDEN.sub(b"", spelled) if self._tokenizer.is_special_token(token) else spelled
 
     def tokens_of(self, text: bytes) -> list[int]:
         """Tokens that spell a text."""

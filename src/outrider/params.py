@@ -61,6 +61,8 @@ class SamplingParams:
     logprobs:           None, or how many of the most likely tokens (0 .. 20) are reported beside the chosen one.
     grammar:            None, or what the output must be: "regex:PATTERN", "json:SCHEMA", "lark:RULES" (llguidance's Lark) or the
                         text of `automata.Stages`, at most 256 KiB; without min_tokens.
+    allowed_token_ids:  the only tokens that may be sampled, at most 1024; empty = all.
+    bad_words:          at most 256 token sequences, each at most 64 long, that the output may not contain.
     skip_special_tokens: the text leaves out special tokens. keep_special: at most 64 of them that it shows nevertheless.
     tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = the rule's limit. A lossless
                         rule spends nothing.
@@ -94,6 +96,8 @@ class SamplingParams:
     drafters: tuple[int, ...] | None = None
     skip_special_tokens: bool = True
     keep_special: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -115,6 +119,11 @@ class SamplingParams:
         put("stop", _strings(self.stop))
         put("stop_token_ids", _tokens("stop_token_ids", self.stop_token_ids, _MAX_STOP_IDS))
         put("prediction", _tokens("prediction", self.prediction, _MAX_PREDICTION))
+        put("allowed_token_ids", _tokens("allowed_token_ids", self.allowed_token_ids, _MAX_BIASES))
+        words = list(islice(_items("bad_words", self.bad_words), _MAX_STOP_IDS + 1))
+        if len(words) > _MAX_STOP_IDS or not all(words):
+            raise RequestError(f"bad_words must be at most {_MAX_STOP_IDS} sequences, none of them empty")
+        put("bad_words", tuple(_tokens("bad_words", word, _MAX_DRAFTERS) for word in words))
         put("keep_special", _tokens("keep_special", self.keep_special, _MAX_DRAFTERS))
         if self.drafters is not None:
             put("drafters", _tokens("drafters", self.drafters, _MAX_DRAFTERS))
@@ -143,13 +152,13 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """Whether the distribution depends on more than the logits: on tokens (penalties) or their number (`min_tokens`)."""
-        return self.min_tokens > 0 or self.penalised
+        """Whether the distribution depends on more than the logits: on tokens (penalties, `bad_words`) or their number."""
+        return self.min_tokens > 0 or self.penalised or bool(self.bad_words)
 
     @property
     def edits(self) -> bool:
         """Whether logits change before temperature (bias, penalties, `min_tokens`), which may change the most likely token."""
-        return bool(self.logit_bias) or self.needs_history or self.grammar is not None
+        return bool(self.logit_bias or self.allowed_token_ids) or self.needs_history or self.grammar is not None
 
     @property
     def filters(self) -> bool:
@@ -168,6 +177,9 @@ class SamplingParams:
             ("logit_bias", biased),
             ("stop_token_ids", self.stop_token_ids),
             ("prediction", self.prediction),
+            ("keep_special", self.keep_special),
+            ("allowed_token_ids", self.allowed_token_ids),
+            ("bad_words", tuple(token for word in self.bad_words for token in word)),
         ):
             wrong = max(tokens, default=0)
             if wrong >= vocab_size:

@@ -110,13 +110,17 @@ def required(form: Format, tools: Sequence[Tool], mark: Mark, many: bool) -> str
 
 
 def automatic(form: Format, tools: Sequence[Tool], mark: Mark, many: bool) -> str:
-    """The grammar of one region, from behind its opening mark to its end."""
+    """The grammar of one region, from behind its opening mark to its end (gpt-oss: from the name of the function)."""
+    if form.name == "gpt_oss":
+        w = Writer(mark)
+        name = w.rule(_to_function(w, form, tools))
+        return "\n".join([f"start: {name}", *w.rules, ""])
     rules, name = region(form, tools, mark, many)
     return f"start: {name}\n{rules}\n"
 
 
 def _either(w: Writer, tools: Sequence[Tool], of: Callable[[Tool], str]) -> str:
-    return w.rule(" | ".join(w.rule(of(tool)) for tool in tools))
+    return w.rule(" | ".join([w.rule(of(tool)) for tool in tools]))
 
 
 def _hermes(w: Writer, form: Format, tools: Sequence[Tool], many: bool) -> str:
@@ -194,7 +198,7 @@ def _raw(w: Writer, tool: Tool, schema: Any, behind: str, mark: str, marks: Sequ
     types = types_of(schema)
     if isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices):
         return f"( {' | '.join(w.text(c) for c in choices)} ) {w.spelled(behind, marks)}"
-    if types and "string" not in types or (not types and isinstance(schema, dict) and ("$ref" in schema or choices)):
+    if (types and "string" not in types) or (not types and isinstance(schema, dict) and ("$ref" in schema or choices)):
         return f"{w.json(schema, tool.parameters)} {w.spelled(behind, marks)}"
     return w.until(behind, mark)
 
@@ -303,13 +307,21 @@ def _listed(w: Writer, parts: Sequence[tuple[str, bool]], comma: str) -> str:
 
 
 def _harmony(w: Writer, form: Format, tools: Sequence[Tool], many: bool) -> str:
-    start, message, constrain = form.marks[:3]
+    _, message, constrain = form.marks[:3]
 
     def one(tool: Tool) -> str:
         head = f"commentary to=functions.{tool.name} {constrain}json{message}"
         return f"{w.spelled(head, form.marks)} {w.json(tool.schema)}"
 
     return _either(w, tools, one)
+
+
+def _to_function(w: Writer, form: Format, tools: Sequence[Tool]) -> str:
+    """gpt-oss's call from the function's name on: the channel may stand before or behind it."""
+    _, message, constrain = form.marks[:3]
+    heads = [f" {constrain}json{message}", f"{form.open}commentary json{message}", f"{form.open}commentary{message}", message]
+    middle = " | ".join(w.spelled(head, [form.open, *form.marks]) for head in heads)
+    return _either(w, tools, lambda t: f"{w.text(t.name)} ( {middle} ) {w.json(t.schema)}")
 
 
 _REGIONS: dict[str, Callable[[Writer, Format, Sequence[Tool], bool], str]] = {

@@ -127,7 +127,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _is_json(value: Any, depth: int = 0) -> bool:
-    if depth > DEPTH or isinstance(value, float) and not math.isfinite(value):
+    if depth > DEPTH or (isinstance(value, float) and not math.isfinite(value)):
         return False
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_json(v, depth + 1) for k, v in value.items())

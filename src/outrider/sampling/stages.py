@@ -37,8 +37,8 @@ class _Place:
 
 @dataclass(slots=True)
 class _Walk:
-    """A walk along a path. own: the matcher is a copy of this walk. fed: tokens of the region that the matcher has read in this
-    walk. taken: how many of them the text's own matcher read. ended: an end token was passed. broken: the grammar forbids the path."""
+    """A walk along a path. own: the matcher is a copy of this walk. fed: tokens of the region that it has read in this walk.
+    taken: how many of them the text's own matcher read. ended: an end token was passed. broken: the grammar forbids the path."""
 
     place: _Place
     matcher: Any

@@ -29,10 +29,11 @@ from outrider.errors import OutriderError
 from outrider.models.tokenizer import disable_bpe_cache
 from outrider.protocols import Controller, Drafter, Rule
 from outrider.serve.bridge import Bridge
+from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.experiment import LiveExperimentHook
 from outrider.serve.live import Live, Past
 from outrider.serve.middleware import RequestGate, on_error
-from outrider.serve.requests import ChatRequest, CompletionRequest
+from outrider.serve.requests import CompletionRequest
 from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
 from outrider.serve.watch import Monitor
@@ -76,6 +77,8 @@ def create_app(
         if trial is not None:
             trial.start()
         watching = asyncio.create_task(watch.run())
+        if getattr(bridge.engine.tokenizer, "chat_template", None):
+            v1.reading.begin()  # said in the log, and known before the first conversation
         yield
         watching.cancel()
         await bridge.close(settings.grace)

@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.errors import RequestError
+from outrider.serve.parsing import BadField
 from outrider.serve.replies import error_body
-from outrider.serve.requests import BadField
 from outrider.serve.settings import Settings
 from outrider.serve.tickets import EngineFailure, Overloaded, Unavailable
 from outrider.telemetry.prometheus import Metrics
