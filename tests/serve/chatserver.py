@@ -84,19 +84,20 @@ class ScriptTarget(TableTarget):
         cache = kv.k[0, :, 0, :, 0]  # type: ignore[attr-defined]
         logits = self.base.repeat(rows.count, 1)
         scored = set(rows.scored.tolist())
+        tokens = rows.token.tolist()
         for s in rows.segments:
-            paths: list[list[int]] = []
-            before = cache[s.slot, : s.cached].long().tolist()
-            for i in range(s.count):
-                token = int(rows.token[s.first + i])
-                cache[s.slot, s.cached + i] = token
-                up = i - 1 if i < s.fed else (s.parent[i - s.fed] if s.parent[i - s.fed] >= 0 else s.fed - 1)
-                paths.append([*(paths[up] if up >= 0 else before), token])
-            for i, path in enumerate(paths):
-                if s.first + i not in scored:
-                    continue
-                logits[s.first + i] += self.noise * self._dice[hash(tuple(path[-3:])) % 97]
-                logits[s.first + i, self.script(path)] += self.sure
+            cache[s.slot, s.cached : s.cached + s.count] = rows.token[s.first : s.first + s.count].to(self.dtype)
+            wanted = [i for i in range(s.count) if s.first + i in scored]
+            before = cache[s.slot, : s.cached].long().tolist() if wanted else []
+            for i in wanted:
+                path, at = list[int](), i
+                while at >= s.fed:
+                    path.append(tokens[s.first + at])
+                    up = s.parent[at - s.fed]
+                    at = up if up >= 0 else s.fed - 1
+                own = [*before, *tokens[s.first : s.first + at + 1], *reversed(path)]
+                logits[s.first + i] += self.noise * self._dice[hash(tuple(own[-3:])) % 97]
+                logits[s.first + i, self.script(own)] += self.sure
         return Scores(logits[rows.scored], tuple(logits for _ in layers))
 
 
@@ -108,8 +109,9 @@ def scripted(tokenizer: Any) -> Callable[[list[int]], int]:
         text = tokenizer.decode(path, skip_special_tokens=False)
         prompt, _, said = text.rpartition(f"{START}assistant\n")
         turns = re.findall(r"<\|im_start\|>(user|tool)\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
-        asked = turns[-1][1] if turns else ""
-        reply = SCRIPTS.get(asked, f"You said: {asked}")
+        role, asked = turns[-1] if turns else ("", "")
+        reply = SCRIPTS.get(asked) or _known(asked) or (SCRIPTS.get("*tool") if role == "tool" else None)
+        reply = reply or f"You said: {asked[:80]}"
         if said.startswith("<think>\n") and not reply.startswith("<think>"):
             skipped = "<think>\n\n</think>\n\n"
             said = said.removeprefix(skipped if said.startswith(skipped) else "<think>\n")
@@ -120,7 +122,20 @@ def scripted(tokenizer: Any) -> Callable[[list[int]], int]:
     return script
 
 
-def chat_engine(name: str, slots: int = 4, noise: float = 0.0, sure: float = 30.0, drafts: bool = True) -> Engine:
+def _known(asked: str) -> str | None:
+    """The script of a text that an agent has put among others."""
+    return next((reply for name, reply in SCRIPTS.items() if len(name) > 10 and asked.rstrip().endswith(name)), None)
+
+
+def chat_engine(
+    name: str,
+    slots: int = 4,
+    noise: float = 0.0,
+    sure: float = 30.0,
+    drafts: bool = True,
+    length: int = 6000,
+    rule: str = "speculative_sampling",
+) -> Engine:
     """An engine that drafts the script, with every fifth token wrong."""
     tokenizer = chat_tokenizer(name)
     script = scripted(tokenizer)
@@ -135,9 +150,9 @@ def chat_engine(name: str, slots: int = 4, noise: float = 0.0, sure: float = 30.
             path.append(token)
         return out
 
-    parts = (ScriptTarget(vocab, script, noise, sure, likes), Scripted(guess, 4), load_rule("speculative_sampling"))
+    parts = (ScriptTarget(vocab, script, noise, sure, likes), Scripted(guess, 4), load_rule(rule))
     return Engine(
-        *parts, Budgets(lambda s: 4 if drafts else 0), slots=slots, max_length=6000, tokenizer=tokenizer,
+        *parts, Budgets(lambda s: 4 if drafts else 0), slots=slots, max_length=length, tokenizer=tokenizer,
         eos=[tokenizer.convert_tokens_to_ids(END)],
     )  # fmt: skip
 
@@ -153,7 +168,7 @@ def main(port: int, name: str, scripts: Sequence[str] = ()) -> None:
 
     SCRIPTS.update(json.loads(scripts[0]) if scripts else {})
     settings = Settings("scripted", grace=1.0)
-    server_for(create_app(rewired(chat_engine(name)), settings, adaptive=False), settings, "127.0.0.1", port).run()
+    server_for(create_app(rewired(chat_engine(name, length=120_000)), settings, adaptive=False), settings, "127.0.0.1", port).run()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Reader:
         self._bare = False  # whether the region of calls began without its mark
         self._thought = self._thinks = False  # whether thinking is over, and whether some of it has been shown
         self._gap = ""  # white space that is shown only if text follows it
-        self._state = "reasoning" if thinking and thinking.opened else "start"
+        self._state = "reasoning" if thinking and thinking.opened else "start" if thinking or form else "text"
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain now."""

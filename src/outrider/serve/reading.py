@@ -9,6 +9,7 @@ from typing import Any
 
 from outrider.dialects.detect import Dialect
 from outrider.dialects.formats import FORMATS
+from outrider.dialects.infill import infill_of, infilled
 from outrider.engine.text import special_tokens
 from outrider.errors import ConfigError, RequestError
 from outrider.serve.bridge import Bridge
@@ -17,7 +18,7 @@ from outrider.serve.chat.turn import Speech, Turn, messages_of, template_kwargs,
 from outrider.serve.parsing import BadField
 from outrider.serve.prep import Refused, TooLong
 from outrider.serve.prep_worker import conversation, dialect_of, encoder
-from outrider.serve.requests import RequestFields, text_of
+from outrider.serve.requests import CompletionRequest, RequestFields, text_of
 from outrider.serve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,33 @@ class Reading:
         texts = [p for p in prompts if isinstance(p, str)]
         found = iter(await self.read(texts, special, most, owner))
         return [next(found) or self._beginning() if isinstance(p, str) else p for p in prompts]
+
+    async def completions(self, body: CompletionRequest, owner: int) -> tuple[list[list[int]], tuple[int, ...]]:
+        """The prompts of a completion, and tokens that end the text between a prompt and its suffix."""
+        if not body.suffix:
+            return await self.prompts(body.prompts, body.add_special_tokens is not False, owner), ()
+        tokenizer = self.bridge.engine.tokenizer
+        vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+        family = infill_of(vocabulary)
+        if family is None:
+            raise BadField("this model has no tokens for filling in the middle: leave suffix out", "suffix")
+        if len(body.prompts) != 1 or not isinstance(body.prompts[0], str):
+            raise BadField("suffix goes with one prompt, a text", "suffix")
+        if body.echo:
+            raise BadField("echo and suffix exclude each other", "echo")
+        most = self.bridge.prep.most
+        texts = [body.prompts[0], body.suffix]
+        before, behind = await self.read(texts, False, most, owner)
+        begin = getattr(tokenizer, "bos_token_id", None)
+        known = dict(zip(texts, (before, behind), strict=True))
+        ids, ends = infilled(family, vocabulary, *texts, known.__getitem__, [begin] if isinstance(begin, int) else [])
+        return [ids], ends
+
+    def shown(self, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+        """The texts of prompts, as an echo shows them."""
+        tokenizer = self.bridge.engine.tokenizer
+        decode = (lambda ids: "") if tokenizer is None else (lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        return [p if isinstance(p, str) else decode(ids) for p, ids in zip(body.prompts, prompts, strict=True)]
 
     def _beginning(self) -> list[int]:
         begin = getattr(self.bridge.engine.tokenizer, "bos_token_id", None)

@@ -205,7 +205,7 @@ class Reply:
         """vLLM's per-request metrics, and ours under the key `outrider`; null for several samples, as in vLLM."""
         if not self.details:
             return {}
-        one = self.ticket.sequences[0].counts if self.ticket.choices == 1 else None
+        one = self.ticket.sequences[0].counts if self.ticket.choices == len(self.ticket.sequences) == 1 else None
         ticket, now = self.ticket, monotonic()
         first = ticket.first or now
         tokens = sum(len(c.tokens) for c in self.choices)

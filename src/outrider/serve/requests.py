@@ -159,7 +159,7 @@ class RequestFields(Harmless):
     include_stop_str_in_output: Literal[False] | None = None
     allowed_token_ids: Annotated[list[Token], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None = None
     bad_words: Annotated[list[StopString], Field(max_length=64, fail_fast=True)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=-1, le=20)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     # ours

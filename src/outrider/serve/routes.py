@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from outrider.engine.prompt_scores import PromptScores
 from outrider.errors import RequestError, unknown_name
+from outrider.params import SamplingParams
 from outrider.serve.body import Bodies
 from outrider.serve.bridge import Bridge
 from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.chat.reply import ChatReply
 from outrider.serve.chat.turn import Turn
+from outrider.serve.echo import EchoReply, alone, last_event, wanted
 from outrider.serve.experiment import ARM, USER, LiveExperimentHook, fixed_by_seed, join
 from outrider.serve.meaning import ServedEngine, grammar_of, sampling
 from outrider.serve.middleware import OWNER
@@ -125,7 +128,8 @@ class OpenAI:
             prompts = [ids]
             more = {"grammar": turn.grammar(grammar_of(body)), "keep_special": turn.keep}
         else:
-            prompts = await self.reading.prompts(body.prompts, body.add_special_tokens is not False, owner)
+            prompts, ends = await self.reading.completions(body, owner)
+            more = {"stop_token_ids": [*(body.stop_token_ids or ()), *ends]} if ends else {}
         predicted = await self.reading.predicted(body, owner)
         if body.bad_words:
             more["bad_words"] = await self.reading.banned(body.bad_words, owner)
@@ -136,11 +140,43 @@ class OpenAI:
             await self.bridge.compile(params.grammar, owner)
         if self.trial is not None and who is not None and not fixed_by_seed(params, engine.parts.rule.lane):
             params = join(self.trial, who, ticket, params)
-        await self.bridge.submit(ticket, prompts, params)
+        top = wanted(body)
+        scores = None if top is None else await self.bridge.score(ticket, prompts, top)
         given = (ticket, engine.tokenizer, facts.longest, self.settings.details)
-        reply = Reply(body, *given) if turn is None or not isinstance(body, ChatRequest) else chat(body, *given, turn)
+        reply: Reply
+        if isinstance(body, ChatRequest):
+            assert turn is not None
+            reply = chat(body, *given, turn)
+            reply.prompt_scores = scores
+        elif scores is not None or body.echo:
+            reply = EchoReply(body, *given).prepare(self.reading.shown(body, prompts), scores)
+        else:
+            reply = Reply(body, *given)
         reply.prediction = predicted
+        if alone(body, params):
+            self._answered(body, ticket, prompts, params, reply, scores)
+        else:
+            await self.bridge.submit(ticket, prompts, params)
         return reply
+
+    def _answered(
+        self,
+        body: Body,
+        ticket: Ticket,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        reply: Reply,
+        scores: list[PromptScores] | None,
+    ) -> None:
+        """End a request that the forward over its prompts has answered."""
+        engine = self.bridge.engine
+        for prompt in prompts:
+            engine.check(prompt, replace(params, max_tokens=1, min_tokens=0))
+        ticket.prompt_tokens, ticket.ended, ticket.outcome = sum(map(len, prompts)), ticket.choices, "length"
+        for i, choice in enumerate(reply.choices):
+            choice.finish = "length"
+            if body.max_tokens and scores is not None:
+                choice.add(last_event(scores[i], engine.tokenizer, engine.eos, params.ignore_eos))
 
     def check_model(self, name: str) -> None:
         """Raise BadField for a model that is not served here."""

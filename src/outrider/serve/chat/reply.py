@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from outrider.dialects.pieces import Piece
+from outrider.engine.prompt_scores import PromptScores
 from outrider.engine.sequence import Event, TokenLogprob
+from outrider.serve.bridge import Bridge
 from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.chat.turn import Turn
+from outrider.serve.echo import by_token
 from outrider.serve.replies import Reply, ReplyChoice
 from outrider.serve.tickets import Ticket
 
@@ -98,7 +101,16 @@ class ChatReply(Reply):
             out.setdefault("completion_tokens_details", {})["reasoning_tokens"] = thought
         return out
 
+    prompt_scores: list[PromptScores] | None = None
+
     # ------------------------------------------------------------------ whole
+    async def whole(self, bridge: Bridge) -> dict[str, Any]:
+        """Wait for the end and build the reply."""
+        out = await super().whole(bridge)
+        if self.prompt_scores is not None:
+            out["prompt_logprobs"] = by_token(self.prompt_scores[0], self.request.prompt_logprobs or 0, self._spelling)
+        return out
+
     def _said(self, index: int, c: ReplyChoice) -> dict[str, Any]:
         said = self.spoken[index]
         text = "".join(said.content)
