@@ -13,7 +13,18 @@ from outrider.serve.requests import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, Harmles
 Status = Annotated[str, Field(max_length=32)]
 
 
-class Part(Strict):
+class Returned(Strict):
+    """Something of an earlier reply that clients send back: unused fields that a client library has added, all null, are left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unused(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
+
+
+class Part(Returned):
     """A part of a message: text in, text out, or a refusal."""
 
     type: Literal["input_text", "output_text", "refusal", "summary_text", "reasoning_text", "text"]
@@ -27,7 +38,7 @@ class Part(Strict):
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-class Item(Strict):
+class Item(Returned):
     """An item of the input: a message, a call, its output, or thinking."""
 
     type: Literal[
