@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from inspect import get_annotations
 from typing import get_args, no_type_check
@@ -12,6 +13,16 @@ from outrider.errors import ConfigError, unknown_name
 
 _LEAST = {"length": 0, "slots": 1, "chunk": 1, "max_length": 1}
 """The least value of each whole-number option."""
+WITHOUT_MODEL: Mapping[str, str] = {
+    "ngram": r"(?::[^+/]*)?",
+    "prediction": "",
+    "forced": r"(?::\d{0,4})?",
+    "suffix": r"(?::shared)?",
+    "recycle": r"(?::[\dx]{0,64})?",
+}
+"""The drafters that need no model, by the name that `--draft` gives them, and what may stand behind it."""
+PART = re.compile(f"({'|'.join(name + options for name, options in WITHOUT_MODEL.items())})(\\+|$)")
+"""One of them at the start of a --draft, and the '+' behind it, which another drafter follows."""
 _TEXTS = ("draft", "rule", "dtype", "device", "implementation")
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from examples.linear_drafter import METHOD
 from examples.linear_drafter.drafter import LinearDrafter
 from examples.linear_drafter.network import LinearConfig, LinearNetwork
+from outrider.drafters.ahead import Ahead
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
@@ -23,6 +24,8 @@ from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
+from outrider.drafters.recycle import Recycle
+from outrider.drafters.suffix import Suffix
 from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
@@ -102,7 +105,13 @@ def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
 DRAFTERS: dict[str, Factory] = {
     "none": lambda target, slots: NoDraft(),
     "ngram": lambda target, slots: NGram(5, max_n=3, min_n=1),
+    "suffix": lambda target, slots: Suffix(5),
+    "suffix-shared": lambda target, slots: Suffix(5, shared=400),
+    "recycle": lambda target, slots: Recycle(levels((1,) * 4)),
+    "recycle-tree": lambda target, slots: Recycle(levels((3, 2, 1))),
     "model": lambda target, slots: ModelDrafter(small(target), 4),
+    "ahead": lambda target, slots: Ahead(ModelDrafter(small(target), 4), 3),
+    "ahead-inline": lambda target, slots: Ahead(ModelDrafter(small(target), 5), 4, inline=True),
     "model-coupled": lambda target, slots: ModelDrafter(small(target), 4, sample="coupled"),
     "model-short-context": lambda target, slots: ModelDrafter(small(target), 4, max_length=14),
     "model-padded": lambda target, slots: ModelDrafter(

@@ -135,7 +135,7 @@ def place(tmp_path: Path) -> Path:
 def test_arms_that_cannot_be_had_are_named(place: Path) -> None:
     engine = build_engine(place / "target", "none", dtype="float32", slots=1, max_length=64)
     arms, absent = arms_of(engine, PRESETS["chart"])
-    assert [a.name for a in arms] == ["plain", "draft model, 3", "draft model, 5", "Medusa", "n-gram"]
+    assert [a.name for a in arms] == ["plain", "draft model, 3", "draft model, 5", "Medusa", "n-gram", "suffix"]
     assert set(absent) == {"EAGLE, chain", "EAGLE, dynamic tree", "block diffusion"}
     assert "companion folder 'eagle'" in absent["EAGLE, chain"]
     assert arms[1].engine.parts.drafter.max_depth == 3

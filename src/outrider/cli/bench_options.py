@@ -23,8 +23,9 @@ class BenchOptions:
         str | None,
         typer.Option(
             "--preset",
-            help="chart: plain decoding, draft model, Medusa, EAGLE, block diffusion and n-gram in one run, with charts; "
-            "replaces --lengths. --draft then names the draft model.",
+            help="chart: plain decoding, draft model, Medusa, EAGLE, block diffusion, n-gram and suffix decoding in one "
+            "run, with charts; untrained: n-gram, suffix decoding, recycled tokens and the draft model. Replaces "
+            "--lengths; --draft then names the draft model.",
             show_default=False,
         ),
     ] = None

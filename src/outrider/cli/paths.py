@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from outrider.errors import ConfigError
+from outrider.options import PART
 
-_FIRST = re.compile(r"(?:(?:ngram(?::[^+/]*)?|prediction|forced(?::\d*)?)\+)*")
 _HOW = re.compile(r"(?:[\w,]+:)*")
 """Words before a path, each with a colon behind it: how drafts grow, and what kind of drafter the path holds."""
 _LOCAL = (".", "/", "~")
@@ -31,7 +31,10 @@ def model(name: str | None) -> str | None:
 def drafter(spec: Any) -> Any:
     """A drafter, or several, whose paths lead somewhere. What is no path is looked at when it is loaded."""
     for one in [spec] if isinstance(spec, str) else spec or ():
-        path = _HOW.sub("", _FIRST.sub("", one, count=1), count=1)
+        rest = one
+        while head := PART.match(rest):
+            rest = rest[head.end() :]
+        path = _HOW.sub("", rest, count=1)
         if path.startswith(_LOCAL) and not Path(path).expanduser().exists():
             raise ConfigError(f"--draft: there is no {path}: give a folder, a Hub name, or none, ngram or auto")
     return spec

@@ -136,13 +136,14 @@ def predicted_calls(
     from outrider.build import assemble, companion
     from outrider.evaluate.planning import plan as pl
     from outrider.evaluate.scoring.score import VERIFICATION
+    from outrider.options import WITHOUT_MODEL
 
     calls: dict[str, Any] = {}
     models: dict[str, str] = {}
     for name in drafts:
         one = assemble(replace(engine.loaded, models={}), replace(engine.loaded.options, draft=name))
         loaded = one.loaded.models if one.loaded is not None else {}
-        if len(loaded) != 1 or "+" in name or ":" in name or name in ("none", "ngram", "prediction"):
+        if len(loaded) != 1 or "+" in name or ":" in name or name in ("none", *WITHOUT_MODEL):
             continue  # no distributions of its own to replay, or not a plain chain of it: its own counts are taken
         models[name] = next(iter(loaded)).name
         with terminal.loading(f"predicting acceptance of {name}") as progress:

@@ -10,7 +10,9 @@ from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
+from outrider.drafters.recycle import Recycle
 from outrider.drafters.registry import load_drafter, parse_speculative_config
+from outrider.drafters.suffix import Suffix
 from outrider.moved import names_of
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "NGram",
     "NoDraft",
     "PredictedOutput",
+    "Recycle",
+    "Suffix",
     "early_exit",
     "first_of",
     "load_drafter",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.drafters import dflash, eagle, medusa, vllm_config
+from outrider.drafters.ahead import Ahead
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
@@ -18,9 +19,13 @@ from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
+from outrider.drafters.recycle import Recycle
 from outrider.drafters.spec import DraftSpec, parse_draft
+from outrider.drafters.suffix import MEMORY, Suffix
+from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import ConfigError, unknown_name
+from outrider.options import PART, WITHOUT_MODEL
 from outrider.protocols import Drafter, Rule, Target
 
 
@@ -68,6 +73,9 @@ def load_drafter(
       "none"        plain decoding
       "ngram"       prompt lookup; "ngram:2-4" sets the sizes of its n-grams, "ngram:3" just one
       "prediction"  the request's own predicted continuation
+      "suffix"      what most often followed the text's end, by a suffix tree over the text; "suffix:shared" also over the texts of
+                    requests that have ended, for requests without a seed
+      "recycle"     the target's own candidates of earlier steps: a chain, or "recycle:3x2x1" a tree
       "forced"      the text a request's grammar forces next; "forced:4" only where it forces at least 4 tokens
       PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
@@ -80,8 +88,9 @@ def load_drafter(
                     All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...). They and draft models also
                     take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 most probable nodes by the draft, of
                     the 4 most likely children of each expanded node
+      "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else "ngram"
-      "A+B"         per sequence the first of A ("ngram", "prediction" or "forced") and B that proposes something
+      "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
 
     rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
     load_model: loads a draft model; the caller decides device, dtype and quantisation. find_folder: finds the folder of a learned
@@ -100,16 +109,30 @@ def load_drafter(
         spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
     parts, rest = _without_model(spec, length)
     if rest or not parts:
-        how = parse_draft(rest, length, "coupled" if rule is not None and rule.lane == "gumbel" else "sampled")
+        premises, rest = _premises(rest)
+        how = parse_draft(
+            rest, length + (premises > 0), "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
+        )
         kind, _, path = how.path.partition(":")
         if kind == "early":
-            parts.append(early_exit(target, _layers(how.path), how.growth(target.vocab_size)))
+            found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
         elif kind in learned and (path or not Path(kind).exists()):
             folder = _learned_folder(kind, path, target_path, find_folder)
-            parts.append(learned[kind].load(folder, target, how, target_path))
+            found = learned[kind].load(folder, target, how, target_path)
         else:
-            parts.append(_model(how, target, length, tokenizer, load_model, learned))
+            found = _model(how, target, length + (premises > 0), tokenizer, load_model, learned)
+        parts.append(Ahead(found, premises) if premises else found)  # type: ignore[arg-type]  # it says what it cannot wrap
     return first_of(*parts)
+
+
+def _premises(spec: str) -> tuple[int, str]:
+    """How many outcomes drafts are prepared for, 0 for none, and the drafter: "ahead:4:PATH" is (4, "PATH")."""
+    if not spec.startswith("ahead:"):
+        return 0, spec
+    found = re.fullmatch(r"ahead:(\d{1,2}):(.+)", spec)
+    if found is None or int(found.group(1)) < 1:
+        raise ConfigError(f"drafting ahead is written 'ahead:PREMISES:PATH', as 'ahead:4:PATH', got {spec!r}")
+    return int(found.group(1)), found.group(2)
 
 
 def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -147,30 +170,52 @@ def _layers(spec: str) -> int:
 def _without_model(spec: str, length: int) -> tuple[list[Drafter], str]:
     """The drafters without a model at the start of `spec`, and the rest of it, "" if there is none."""
     parts: list[Drafter] = []
-    while (head := re.match(r"(ngram(:[^+/]*)?|prediction|forced(:\d{1,4})?)(\+|$)", spec)) is not None:
+    while (head := PART.match(spec)) is not None:
         parts.append(_host(head.group(1), length))
         spec = spec[head.end() :]
-        if not spec and head.group(4):
+        if not spec and head.group(2):
             raise ConfigError(f"a drafter is missing after {head.group(0)!r}: name one, or drop the '+'")
     return parts, spec
 
 
 def _host(spec: str, length: int) -> Drafter:
-    """The drafter 'prediction', 'forced', 'forced:N', 'ngram' or 'ngram:SIZES'."""
-    kind, _, least = spec.partition(":")
-    if kind == "forced":
-        return Forced(length, int(least or 1))
-    return PredictedOutput(length) if kind == "prediction" else _ngram(spec, length)
+    """One of HOSTS, with what stands behind its name."""
+    kind, colon, option = spec.partition(":")
+    return HOSTS[kind](length, option if colon else None)
 
 
-def _ngram(spec: str, length: int) -> NGram:
-    _, _, sizes = spec.partition(":")
-    if not sizes and spec == "ngram":
+def _ngram(length: int, sizes: str | None) -> NGram:
+    if sizes is None:
         return NGram(length)
     found = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", sizes)
     if found is None:
-        raise ConfigError(f"n-gram sizes are written 'ngram:MIN-MAX' or 'ngram:N', got {spec!r}")
+        raise ConfigError(f"n-gram sizes are written 'ngram:MIN-MAX' or 'ngram:N', got 'ngram:{sizes}'")
     return NGram(length, min_n=int(found.group(1)), max_n=int(found.group(2) or found.group(1)))
+
+
+def _recycle(length: int, widths: str | None) -> Recycle:
+    if widths is None:
+        return Recycle(levels((1,) * length))
+    if re.fullmatch(r"\d{1,4}(x\d{1,4})*", widths) is None:
+        raise ConfigError(
+            f"a recycled tree is written 'recycle:3x2x1' (children of a node of each level), got {widths!r}"
+        )
+    shape = levels(tuple(map(int, widths.split("x"))))
+    if shape.depth > length:
+        raise ConfigError(
+            f"the tree 'recycle:{widths}' has {shape.depth} levels, the draft length is {length}: raise it"
+        )
+    return Recycle(shape)
+
+
+HOSTS: Mapping[str, Callable[[int, str | None], Drafter]] = {
+    "ngram": _ngram,
+    "prediction": lambda length, _: PredictedOutput(length),
+    "forced": lambda length, least: Forced(length, int(least or 1)),
+    "suffix": lambda length, memory: Suffix(length, shared=MEMORY if memory else 0),
+    "recycle": _recycle,
+}
+"""The drafters of `options.WITHOUT_MODEL`: (draft length, what stands behind the name and a colon, or None) -> the drafter."""
 
 
 def _model(
@@ -182,7 +227,7 @@ def _model(
     learned: Mapping[str, LearnedDrafter],
 ) -> ModelDrafter:
     path = how.path
-    names = ("none", "auto", "ngram", "prediction", "forced", *learned, "early")
+    names = ("none", "auto", *WITHOUT_MODEL, *learned, "early")
     if not path or path in ("none", "auto"):
         raise ConfigError(f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():

@@ -37,6 +37,17 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
         Spec("EAGLE, dynamic tree", "dynamic:16:eagle", 4, "layer"),
         Spec("block diffusion", "dflash", 7, "block"),
         Spec("n-gram", "ngram", 5, "nothing"),
+        Spec("suffix", "suffix", 8, "nothing"),
+    ),
+    "untrained": (
+        Spec("plain", "none", 0, "nothing"),
+        Spec("n-gram", "ngram", 8, "nothing"),
+        Spec("suffix, 8", "suffix", 8, "nothing"),
+        Spec("suffix, 16", "suffix", 16, "nothing"),
+        Spec("recycled", "recycle", 4, "nothing"),
+        Spec("recycled, tree", "recycle:3x2x1", 3, "nothing"),
+        Spec("draft model, 3", DRAFT, 3),
+        Spec("suffix or model", f"suffix+{DRAFT}", 6),
     ),
 }
 """The first arm is the base of every ratio."""

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import Experiment
-from outrider.options import EngineOptions
+from outrider.options import PART, EngineOptions
 from outrider.verify import load_rule
-
-PART = re.compile(r"(ngram(?::[^+/]*)?|prediction|forced(?::\d{1,4})?)\+")
-"""A drafter that others may follow in a --draft."""
 
 
 def unit_of(e: Experiment, who: str) -> str:

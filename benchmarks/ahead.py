@@ -1,0 +1,105 @@
+"""Drafting in parallel with verification, on a target and a draft model that sleep: what it gains, beside the formula.
+
+    python benchmarks/ahead.py                     # a target pass of 50 ms, a drafted token of 0.2 of it
+    python benchmarks/ahead.py --cost 0.1 --length 5
+
+Both are small tables whose passes sleep for a known time, so the figures are those of two devices. One process, the arms in
+turn. The rate predicted for the parallel arm takes its measured acceptance, and how many prepared drafts came true.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+
+from outrider.build import Engine
+from outrider.control.fixed import Fixed
+from outrider.drafters.ahead import Ahead
+from outrider.drafters.model.drafter import ModelDrafter
+from outrider.drafters.none import NoDraft
+from outrider.models.toy import TableTarget
+from outrider.params import SamplingParams
+from outrider.protocols import Drafter
+from outrider.theory.parallel import speculated_rate
+from outrider.theory.speedup import speedup
+from outrider.verify import SpeculativeSampling
+
+VOCABULARY, TOKENS, SEEDS = 16, 60, 4
+
+
+class Sleeping:
+    """A model whose every pass takes `seconds` longer; everything else is the model's own."""
+
+    def __init__(self, model: TableTarget, seconds: float) -> None:
+        self._model, self._seconds = model, seconds
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def forward(self, rows, kv, *, layers=()):
+        """The model's pass, later."""
+        time.sleep(self._seconds)
+        return self._model.forward(rows, kv, layers=layers)
+
+
+def alpha_of(target: TableTarget, draft: TableTarget) -> float:
+    """Mean acceptance of a token at temperature 1, by the counts of a fast run."""
+    engine = Engine(target, ModelDrafter(draft, 1), SpeculativeSampling(), Fixed(1), slots=1)
+    engine.generate([[1]] * 8, SamplingParams(max_tokens=120, seed=3))
+    return engine.counts.accepted / engine.counts.judged
+
+
+def rate(engine: Engine, seed: int) -> float:
+    """Tokens per second of one text."""
+    start = time.perf_counter()
+    text = engine.generate([[1]], SamplingParams(max_tokens=TOKENS, seed=seed))[0].outputs[0].token_ids
+    return len(text) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Print the rates of every arm and their predictions."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--seconds", type=float, default=0.05, help="a target pass")
+    ask.add_argument("--cost", type=float, default=0.2, help="a drafted token, in target passes")
+    ask.add_argument("--length", type=int, default=3, help="tokens of a draft")
+    ask.add_argument("--premises", type=int, default=4, help="outcomes that are prepared for")
+    given = ask.parse_args()
+    table = TableTarget.random(VOCABULARY, seed=1)
+    small = table.perturbed(0.35, seed=7)
+    target, draft = Sleeping(table, given.seconds), Sleeping(small, given.seconds * given.cost)
+    drafters: dict[str, tuple[Drafter, int]] = {
+        "plain": (NoDraft(), 0),
+        "in turn": (ModelDrafter(draft, given.length), given.length),  # type: ignore[arg-type]
+        "ahead": (Ahead(ModelDrafter(draft, given.length + 1), given.premises), given.length),  # type: ignore[arg-type]
+    }
+    engines = {
+        name: Engine(target, d, SpeculativeSampling(), Fixed(n), slots=1)  # type: ignore[arg-type]
+        for name, (d, n) in drafters.items()
+    }
+    rates = {name: [] for name in engines}
+    for seed in range(SEEDS):
+        for name, engine in engines.items():
+            rates[name].append(rate(engine, seed))
+    alpha, ahead = alpha_of(table, small), drafters["ahead"][0]
+    assert isinstance(ahead, Ahead)
+    hit = ahead.hits / max(ahead.hits + ahead.misses, 1)
+    predicted = {
+        "plain": 1.0,
+        "in turn": speedup(alpha, given.length, given.cost),
+        "ahead": speculated_rate(alpha, given.length, given.cost, hit, branch_cost=0.0),
+    }
+    print(f"acceptance {alpha:.3f}, prepared drafts that came true {hit:.2f} of {ahead.hits + ahead.misses}")
+    for name, found in rates.items():
+        per_pass = np.array(found) * given.seconds
+        print(
+            f"{name:8} {per_pass.mean():.3f} tokens per target pass ({per_pass.min():.3f} to {per_pass.max():.3f}), "
+            f"predicted {predicted[name]:.3f}"
+        )
+    gain = np.array(rates["ahead"]) / np.array(rates["in turn"])
+    print(f"ahead over in turn {gain.mean():.2f} ({gain.min():.2f} to {gain.max():.2f})")
+
+
+if __name__ == "__main__":
+    main()
