@@ -98,7 +98,7 @@ def test_what_a_reply_has_may_be_sent_back() -> None:
         {"role": "user"},
         {**answer, "tool_calls": [{"id": "1"}]},
         {**user, "parsed": {"a": 1}},
-        {**answer, "reasoning": "because"},
+        {**user, "reasoning": "because"},
     ):
         with pytest.raises(BadField):
             parse(ChatRequest, {"model": "m", "messages": [wrong]})
