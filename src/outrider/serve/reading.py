@@ -35,9 +35,10 @@ class Reading:
 
     # ------------------------------------------------------------------ the model's language
     def begin(self) -> asyncio.Future[Speech]:
-        """Find out what the model can say; once."""
-        if self._speech is None:
+        """Find out what the model can say; once, and again if that failed on a busy machine."""
+        if self._speech is None or _failed(self._speech):
             self._speech = asyncio.ensure_future(self._find_speech())
+            self._speech.add_done_callback(_failed)  # nobody may be waiting for it
         return self._speech
 
     async def speech(self) -> Speech:
@@ -176,6 +177,11 @@ class Reading:
         if turn.shown is not None:
             options["tools"] = turn.shown
         return options
+
+
+def _failed(future: asyncio.Future[Any]) -> bool:
+    """Whether a future has ended without a result; its exception then counts as seen."""
+    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:
