@@ -86,7 +86,7 @@ class Stages:
 
     grammar: what holds, 'json:', 'regex:' or 'lark:'. trigger: the mark behind which it holds, to its end; then the text is free
     again. None: it holds for the whole text (behind the thinking). thinking: the marks of thinking, in which anything is allowed
-    but the end of a text that must still come. opened: the prompt has opened the thinking. final: nothing follows the grammar's end.
+    but the end of a text that must still come. opened: the prompt has opened the thinking. final: nothing follows its end.
     """
 
     grammar: str
@@ -130,7 +130,8 @@ class Compiler:
         self._limits = llguidance.LLParserLimits(**LIMITS)
 
     def make(self, text: str) -> Any:
-        """A matcher for 'regex:...', 'json:{schema}', 'lark:...' or the grammar of `Stages`. Raises RequestError with the reason, also for a grammar that costs more
+        """A matcher for 'regex:...', 'json:{schema}', 'lark:...' or the grammar of `Stages`. Raises RequestError with the reason,
+        also for a grammar that costs more
         than LIMITS."""
         kind, colon, body = text.partition(":")
         if kind == STAGED:

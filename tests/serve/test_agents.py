@@ -53,7 +53,8 @@ def test_a_response_and_the_conversation_behind_it(client: openai.OpenAI) -> Non
     assert call.name == "look_up" and json.loads(call.arguments) == {"place": "Bern"}
     items = [{"role": "user", "content": "weather"}, *(item.model_dump() for item in first.output)]
     items.append({"type": "function_call_output", "call_id": call.call_id, "output": "cold"})
-    second = client.responses.create(model="scripted", input=items, tools=FLAT, temperature=0, instructions="Be brief.", **OFF)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"input": items, "instructions": "Be brief."}
+    second = client.responses.create(model="scripted", tools=FLAT, temperature=0, **more, **OFF)
     assert second.output_text == "It is cold."
     assert second.usage is not None and second.usage.output_tokens > 0
     assert second.store is False

@@ -1,4 +1,4 @@
-"""A coding agent's session of ten turns, sampled with seeds by a noisy model: every call is valid, and drafts change none of them."""
+"""A coding agent's session of ten turns, sampled with seeds by a noisy model: every call is valid, and drafts change none."""
 
 from __future__ import annotations
 

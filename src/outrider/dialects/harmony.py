@@ -54,7 +54,8 @@ class HarmonyReader:
         if self._kind is None:
             self._head += text
             return []
-        return [Piece(self._kind, text, self._calls - 1 if self._kind == "arguments" else -1)] if text else []  # type: ignore[arg-type]
+        call = self._calls - 1 if self._kind == "arguments" else -1
+        return [Piece(self._kind, text, call)] if text else []  # type: ignore[arg-type]
 
     def _mark(self, mark: str) -> list[Piece]:
         if mark in ("<|end|>", "<|call|>", "<|return|>", "<|start|>"):

@@ -18,13 +18,16 @@ class Infill:
 
 
 FAMILIES = (
-    Infill("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", ends=("<|file_sep|>", "<|fim_pad|>", "<|endoftext|>", "<|im_end|>")),
+    Infill(
+        "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
+        ends=("<|file_sep|>", "<|fim_pad|>", "<|endoftext|>", "<|im_end|>"),
+    ),
     Infill("<fim_prefix>", "<fim_suffix>", "<fim_middle>", ends=("<file_sep>", "<fim_pad>", "<|endoftext|>")),
     Infill("<fim-prefix>", "<fim-suffix>", "<fim-middle>", ends=("<|endoftext|>",)),
     Infill("▁<PRE>", "▁<SUF>", "▁<MID>", ends=("▁<EOT>",)),
     Infill("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
     Infill("[PREFIX]", "[SUFFIX]", "", suffix_first=True),
-)
+)  # fmt: skip
 """Qwen-Coder, StarCoder 2 and Granite, StarCoder, Code Llama, DeepSeek-Coder, Codestral."""
 
 

@@ -98,14 +98,15 @@ def create_app(
     known = frozenset(route.path for route in routes)
     handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
     guard = Middleware(RequestGate, settings=settings, metrics=metrics, routes=known)
-    app = Starlette(routes=routes, middleware=[*shared_with(settings.cors), Middleware(Log), guard], exception_handlers=handlers, lifespan=lifespan)
+    layers = [*shared_with(settings.cors), Middleware(Log), guard]
+    app = Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     app.state.bridge, app.state.watch = bridge, watch
     return app
 
 
 def shared_with(origins: tuple[str, ...]) -> list[Middleware]:
-    """What lets pages of other origins read replies; nothing unless the operator names them. It answers before the key is asked for."""
+    """What lets pages of other origins read replies; nothing unless the operator names them. It answers before a key is asked for."""
     if not origins:
         return []
     from starlette.middleware.cors import CORSMiddleware

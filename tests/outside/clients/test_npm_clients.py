@@ -52,7 +52,8 @@ def test_codex_exec(agent_url: str, place: Path, tmp_path: Path) -> None:
 
 
 def test_qwen_code(agent_url: str, place: Path, tmp_path: Path) -> None:
-    env = os.environ | {"OPENAI_API_KEY": "unused", "OPENAI_BASE_URL": f"{agent_url}/v1", "OPENAI_MODEL": "scripted", "HOME": str(tmp_path)}
+    env = os.environ | {"OPENAI_API_KEY": "unused", "OPENAI_BASE_URL": f"{agent_url}/v1"}
+    env |= {"OPENAI_MODEL": "scripted", "HOME": str(tmp_path)}
     command = [program("@qwen-code/qwen-code", "qwen"), "-p", "list the folder", "--auth-type", "openai", "--approval-mode", "yolo"]
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert "All done here." in done.stdout, (done.stdout[-2000:], done.stderr[-2000:])
@@ -66,8 +67,10 @@ def test_openai_js(agent_url: str, tmp_path: Path) -> None:
     script.write_text(f'''
 import OpenAI from "openai";
 const client = new OpenAI({{baseURL: "{agent_url}/v1", apiKey: "unused"}});
-const tools = [{{type: "function", function: {{name: "exec_command", parameters: {{type: "object", properties: {{cmd: {{type: "string"}}}}}}}}}}];
-const stream = client.chat.completions.stream({{model: "scripted", temperature: 0, tools, messages: [{{role: "user", content: "use the shell"}}]}});
+const parameters = {{type: "object", properties: {{cmd: {{type: "string"}}}}}};
+const tools = [{{type: "function", function: {{name: "exec_command", parameters}}}}];
+const messages = [{{role: "user", content: "use the shell"}}];
+const stream = client.chat.completions.stream({{model: "scripted", temperature: 0, tools, messages}});
 const chat = await stream.finalChatCompletion();
 const response = await client.responses.create({{model: "scripted", input: "hello", temperature: 0}});
 console.log(JSON.stringify([chat.choices[0].message.tool_calls[0].function, response.output_text]));

@@ -50,7 +50,8 @@ def test_anthropic(url: str) -> None:
 
 def test_litellm(url: str) -> None:
     litellm = pytest.importorskip("litellm")
-    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}}}]
+    parameters = {"type": "object", "properties": {"place": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": parameters}}]
     given = {"model": "openai/scripted", "api_base": f"{url}/v1", "api_key": "unused", "temperature": 0}
     reply = litellm.completion(messages=[{"role": "user", "content": "weather"}], tools=tools, **given)
     assert json.loads(reply.choices[0].message.tool_calls[0].function.arguments) == {"place": "Bern"}

@@ -18,8 +18,8 @@ TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required
 
 @dataclass(slots=True)
 class Tools:
-    """The tools of a request. functions: as a chat request has them. custom: names of those that take one text. spaces: the namespace
-    of each name that came in one. skipped: types that this server cannot run."""
+    """The tools of a request. functions: as a chat request has them. custom: names of those that take one text. spaces: the
+    namespace of each name that came in one. skipped: types that this server cannot run."""
 
     functions: list[dict[str, Any]] = field(default_factory=list)
     custom: set[str] = field(default_factory=set)
@@ -104,7 +104,8 @@ def messages_of(request: ResponseRequest) -> list[dict[str, Any]]:
         out.append({"role": "system", "content": request.instructions})
     for message in map(_message, items):
         last = out[-1] if out else None
-        if last is not None and last["role"] == message["role"] == "assistant" and not (last.get("tool_calls") and message["content"]):
+        same = last is not None and last["role"] == message["role"] == "assistant"
+        if last is not None and same and not (last.get("tool_calls") and message["content"]):
             _merge(last, message)
         else:
             out.append(message)

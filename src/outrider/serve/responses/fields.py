@@ -14,7 +14,7 @@ Status = Annotated[str, Field(max_length=32)]
 
 
 class Returned(Strict):
-    """Something of an earlier reply that clients send back: unused fields that a client library has added, all null, are left out."""
+    """Something of an earlier reply that clients send back: unused fields that a client library has added, null, are left out."""
 
     @model_validator(mode="before")
     @classmethod

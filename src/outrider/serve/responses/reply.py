@@ -180,7 +180,8 @@ class Items:
             return self._called(self._call, text, status)
         if self._kind == "reasoning":
             content = [{"type": "reasoning_text", "text": text}]
-            return {"id": self._id, "type": "reasoning", "summary": [], "content": content, "encrypted_content": None, "status": status}
+            head = {"id": self._id, "type": "reasoning", "summary": [], "status": status}
+            return {**head, "content": content, "encrypted_content": None}
         logprobs = self._reply.text_logprobs() if status == "completed" else []
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
         return {"id": self._id, "type": "message", "role": "assistant", "status": status, "content": [part]}
