@@ -131,8 +131,7 @@ class Compiler:
 
     def make(self, text: str) -> Any:
         """A matcher for 'regex:...', 'json:{schema}', 'lark:...' or the grammar of `Stages`. Raises RequestError with the reason,
-        also for a grammar that costs more
-        than LIMITS."""
+        also for a grammar that costs more than LIMITS."""
         kind, colon, body = text.partition(":")
         if kind == STAGED:
             kind, colon, body = Stages.read(text).grammar.partition(":")
