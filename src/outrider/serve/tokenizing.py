@@ -12,7 +12,7 @@ from outrider.errors import RequestError
 from outrider.serve.chat.fields import MAX_TOOLS, ChatRequest, Message, ToolField
 from outrider.serve.middleware import OWNER
 from outrider.serve.parsing import BadField, Strict, parse
-from outrider.serve.requests import MAX_MESSAGES, Text, Tokens
+from outrider.serve.requests import MAX_MESSAGES, Text, Token, Tokens
 from outrider.serve.routes import OpenAI
 from outrider.serve.spelling import Spelling
 from outrider.serve.sse import while_connected
@@ -44,7 +44,7 @@ class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    tokens: Tokens | Annotated[list[int], Field(max_length=0)]
+    tokens: Tokens | Annotated[list[Token], Field(max_length=0)]
 
 
 class Tokenizing:

@@ -38,7 +38,7 @@ class ToolCall(Strict):
     id: Id | None = None
     type: Literal["function"] = "function"
     function: Called
-    index: int | None = None
+    index: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
 
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None

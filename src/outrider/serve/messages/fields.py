@@ -67,7 +67,7 @@ class MessageField(Strict):
 class ToolField(Strict):
     """A tool of the client. Tools that the service would run have another type, and are left out."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"maxProperties": 4096})  # as `serve.body` bounds objects
     type: Annotated[str, Field(max_length=64)] | None = None
     name: Name
     description: Text | None = None
@@ -85,7 +85,7 @@ class ThinkingField(Strict):
     """Whether to think. budget_tokens: accepted; `max_tokens` bounds the whole reply."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    budget_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     display: Any = None
 
 

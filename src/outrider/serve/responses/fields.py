@@ -10,6 +10,8 @@ from outrider.serve.chat.fields import MAX_TOOLS, Effort, Id, Name
 from outrider.serve.parsing import Strict
 from outrider.serve.requests import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, Harmless, JsonSchema, Speculation, StopString, Text
 
+MAX_KEYS = 4096
+"""Keys of a tool of a type that is left out; `serve.body` refuses objects with more."""
 Status = Annotated[str, Field(max_length=32)]
 
 
@@ -77,7 +79,7 @@ class Item(Returned):
 class ToolItem(Strict):
     """A tool of any type: functions and custom tools are served, a namespace holds more of them, and others are left out."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"maxProperties": MAX_KEYS})
     type: Annotated[str, Field(max_length=64)]
     name: Name | None = None
     description: Text | None = None
@@ -149,7 +151,7 @@ class ResponseRequest(Harmless):
     speculation: Speculation | None = None
     # what changes nothing, and what is refused with a sentence
     client_metadata: Any = None
-    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     previous_response_id: Annotated[str, Field(max_length=256)] | None = None
     background: bool | None = None
