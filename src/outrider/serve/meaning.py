@@ -72,8 +72,9 @@ def sampling(
 
 def grammar_of(request: CompletionRequest | ChatRequest) -> str | None:
     """The grammar that a request asks for, by its response format or its structured outputs."""
-    if request.response_format is not None and request.response_format.type != "text":
-        return _of_format(request.response_format)
+    found = None if request.response_format is None else _of_format(request.response_format)
+    if found is not None:
+        return found
     return None if request.structured_outputs is None else _structured(request.structured_outputs)
 
 
