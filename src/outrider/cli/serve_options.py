@@ -114,7 +114,7 @@ class ServeOptions:
         list[str] | None,
         typer.Option(
             "--cors-origin",
-            help="Origin whose pages may call this server from a browser (repeatable; '*': any). Example: http://localhost:3000",
+            help="Origin whose pages may call this server from a browser (http://localhost:3000; repeatable; '*': any).",
             show_default=False,
         ),
     ] = None

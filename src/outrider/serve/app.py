@@ -28,10 +28,10 @@ from outrider.control.fixed import Fixed
 from outrider.errors import OutriderError
 from outrider.models.tokenizer import disable_bpe_cache
 from outrider.protocols import Controller, Drafter, Rule
+from outrider.serve.access import Log, Statistics
 from outrider.serve.agents import Agents
 from outrider.serve.bridge import Bridge
 from outrider.serve.chat.fields import ChatRequest
-from outrider.serve.access import Log, Statistics
 from outrider.serve.experiment import ARM, LiveExperimentHook
 from outrider.serve.live import Live, Past
 from outrider.serve.messages.fields import CountRequest, MessageRequest

@@ -57,7 +57,7 @@ def test_a_real_template(name: str) -> None:
     thinking = dialect.thinks(prompt)
     if thinking is not None and len(before) < len(prompt):
         thinking = Thinking(thinking.open, thinking.close)
-    schemas = {n: PARAMETERS for n in names}
+    schemas = dict.fromkeys(names, PARAMETERS)
     for seed in range(5):
         reader: Any = HarmonyReader() if dialect.form == "gpt_oss" else Reader(FORMATS[dialect.form], thinking, schemas)
         cuts, at, pieces = random.Random(seed), 0, list[Piece]()

@@ -8,7 +8,16 @@ from pydantic import ConfigDict, Field, model_validator
 
 from outrider.serve.chat.fields import MAX_TOOLS, Effort, Id, Name
 from outrider.serve.parsing import Strict
-from outrider.serve.requests import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, Harmless, JsonSchema, Speculation, StopString, Text
+from outrider.serve.requests import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOKENS,
+    Harmless,
+    JsonSchema,
+    Speculation,
+    StopString,
+    Text,
+)
 
 MAX_KEYS = 4096
 """Keys of a tool of a type that is left out; `serve.body` refuses objects with more."""
