@@ -106,7 +106,7 @@ def create_app(
 
 
 def shared_with(origins: tuple[str, ...]) -> list[Middleware]:
-    """What lets pages of other origins read replies; nothing unless the operator names them. It answers before a key is asked for."""
+    """What lets pages of other origins read replies, if the operator names any. It answers before a key is asked for."""
     if not origins:
         return []
     from starlette.middleware.cors import CORSMiddleware

@@ -97,7 +97,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's: exactly one of the first five. whitespace_pattern: what may stand between the parts of JSON."""
 
-    json_: dict[str, Any] | Text | None = Field(None, alias="json")
+    json_: Annotated[dict[str, Any], Field(max_length=256)] | Text | None = Field(None, alias="json")
     regex: Text | None = None
     choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     grammar: Text | None = None
