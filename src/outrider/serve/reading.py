@@ -104,7 +104,7 @@ class Reading:
         before, behind = await self.read(texts, False, most, owner)
         begin = getattr(tokenizer, "bos_token_id", None)
         known = dict(zip(texts, (before, behind), strict=True))
-        ids, ends = infilled(family, vocabulary, *texts, known.__getitem__, [begin] if isinstance(begin, int) else [])
+        ids, ends = infilled(family, vocabulary, texts[0], texts[1], known.__getitem__, [begin] if isinstance(begin, int) else [])
         return [ids], ends
 
     def shown(self, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
