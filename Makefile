@@ -18,7 +18,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -121,6 +121,17 @@ test-watch: $(STAMP) .venvs/watch-vllm/.made .venvs/watch-llama/.made  ## real s
 test-ray: .venv-ray/.outrider  ## sweeps and replicas on Ray, in an environment of its own
 	$(TEST_ENV) .venv-ray/bin/python -m pytest -q tests/outside/ray
 
+# Clients as their users have them. codex and qwen-code come from npm, and are skipped where there is no npm.
+CLIENTS := openai anthropic litellm langchain-openai langgraph instructor llm trl
+.venv-clients/.outrider: pyproject.toml
+	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/$(INSTALL) --editable ".[dev]" $(CLIENTS)
+	@if command -v npm >/dev/null; then npm install --silent --prefix .venv-clients @openai/codex @qwen-code/qwen-code openai; fi
+	@touch $@
+
+test-clients: .venv-clients/.outrider  ## real clients and agents against a server whose model follows a script
+	$(TEST_ENV) OUTRIDER_NPM=$(CURDIR)/.venv-clients/node_modules .venv-clients/bin/python -m pytest -q tests/outside/clients
+
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
@@ -130,4 +141,5 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venvs .wheels .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cpu-seconds
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venv-clients .venvs .wheels .pytest_cache .ruff_cache \
+	  .hypothesis .import_linter_cache .cpu-seconds

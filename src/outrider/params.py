@@ -34,7 +34,7 @@ _OPTIONAL = ("seed", "logprobs", "tv_budget", "draft_length")
 _MAX_BIASES, _MAX_BIAS = 1024, 100.0
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 256
 _MAX_STOP_IDS, _MAX_PREDICTION = 256, 65_536
-_MAX_GRAMMAR = 65_536
+_MAX_GRAMMAR = 1 << 18
 _MAX_DRAFTERS = 64
 
 
@@ -59,7 +59,11 @@ class SamplingParams:
     stop:               at most 16 non-empty strings of <= 256 characters that end the output and are cut from it.
     stop_token_ids:     at most 256 tokens that end the output.
     logprobs:           None, or how many of the most likely tokens (0 .. 20) are reported beside the chosen one.
-    grammar:            None, or what the output must be: "regex:PATTERN" or "json:SCHEMA", at most 64 KiB; without min_tokens.
+    grammar:            None, or what the output must be: "regex:PATTERN", "json:SCHEMA", "lark:RULES" (llguidance's Lark) or the
+                        text of `automata.Stages`, at most 256 KiB; without min_tokens.
+    allowed_token_ids:  the only tokens that may be sampled, at most 1024; empty = all.
+    bad_words:          at most 256 token sequences, each at most 64 long, that the output may not contain.
+    skip_special_tokens: the text leaves out special tokens. keep_special: at most 64 of them that it shows nevertheless.
     tv_budget:          most total variation a lossy rule may spend on each output, >= 0; None = the rule's limit. A lossless
                         rule spends nothing.
     prediction:         a predicted continuation (token ids) that drafters may propose; it never changes the distribution.
@@ -90,6 +94,10 @@ class SamplingParams:
     prediction: tuple[int, ...] = ()
     draft_length: int | None = None
     drafters: tuple[int, ...] | None = None
+    skip_special_tokens: bool = True
+    keep_special: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -103,13 +111,20 @@ class SamplingParams:
                 put(name, _integer(name, value, low, high))
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}")
         put("grammar", _grammar(self.grammar, self.min_tokens))
         put("logit_bias", _biases(self.logit_bias))
         put("stop", _strings(self.stop))
         put("stop_token_ids", _tokens("stop_token_ids", self.stop_token_ids, _MAX_STOP_IDS))
         put("prediction", _tokens("prediction", self.prediction, _MAX_PREDICTION))
+        put("allowed_token_ids", _tokens("allowed_token_ids", self.allowed_token_ids, _MAX_BIASES))
+        words = list(islice(_items("bad_words", self.bad_words), _MAX_STOP_IDS + 1))
+        if len(words) > _MAX_STOP_IDS or not all(words):
+            raise RequestError(f"bad_words must be at most {_MAX_STOP_IDS} sequences, none of them empty")
+        put("bad_words", tuple(_tokens("bad_words", word, _MAX_DRAFTERS) for word in words))
+        put("keep_special", _tokens("keep_special", self.keep_special, _MAX_DRAFTERS))
         if self.drafters is not None:
             put("drafters", _tokens("drafters", self.drafters, _MAX_DRAFTERS))
 
@@ -137,13 +152,13 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """Whether the distribution depends on more than the logits: on tokens (penalties) or their number (`min_tokens`)."""
-        return self.min_tokens > 0 or self.penalised
+        """Whether the distribution depends on more than the logits: on tokens (penalties, `bad_words`) or their number."""
+        return self.min_tokens > 0 or self.penalised or bool(self.bad_words)
 
     @property
     def edits(self) -> bool:
         """Whether logits change before temperature (bias, penalties, `min_tokens`), which may change the most likely token."""
-        return bool(self.logit_bias) or self.needs_history or self.grammar is not None
+        return bool(self.logit_bias or self.allowed_token_ids) or self.needs_history or self.grammar is not None
 
     @property
     def filters(self) -> bool:
@@ -162,6 +177,9 @@ class SamplingParams:
             ("logit_bias", biased),
             ("stop_token_ids", self.stop_token_ids),
             ("prediction", self.prediction),
+            ("keep_special", self.keep_special),
+            ("allowed_token_ids", self.allowed_token_ids),
+            ("bad_words", tuple(token for word in self.bad_words for token in word)),
         ):
             wrong = max(tokens, default=0)
             if wrong >= vocab_size:

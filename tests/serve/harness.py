@@ -120,6 +120,7 @@ def serving(
         body_seconds=options.pop("body_seconds", 30.0),
         head_seconds=options.pop("head_seconds", 10.0),
         connections=options.pop("connections", 1024),
+        cors=options.pop("cors", ()),
     )
     past, arrange = options.pop("past", None), options.pop("arrange", lambda watch: None)
     before = set(threading.enumerate())

@@ -17,10 +17,12 @@ from outrider.errors import RequestError
 from outrider.models.tokenizer import load_tokenizer
 from outrider.serve import prep as prep_module
 from outrider.serve.body import CONTAINERS, KEYS, check, parsed
+from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.expressions import risky, wild
+from outrider.serve.parsing import BadField, parse
 from outrider.serve.prep import SHORT, Prep
 from outrider.serve.prep_worker import Refused, conversation, encoder
-from outrider.serve.requests import BadField, ChatRequest, CompletionRequest, parse
+from outrider.serve.requests import CompletionRequest
 from outrider.serve.tickets import Unavailable
 from tests.serve.harness import Running
 
@@ -96,7 +98,7 @@ def test_what_a_reply_has_may_be_sent_back() -> None:
         {"role": "user"},
         {**answer, "tool_calls": [{"id": "1"}]},
         {**user, "parsed": {"a": 1}},
-        {**answer, "reasoning": "because"},
+        {**user, "reasoning": "because"},
     ):
         with pytest.raises(BadField):
             parse(ChatRequest, {"model": "m", "messages": [wrong]})

@@ -137,7 +137,7 @@ BAD = [
     ({**SHORT, "stop": [""]}, "stop"),
     ({**SHORT, "stop": ["a"] * 17}, "stop"),
     ({**SHORT, "logit_bias": {"x": 1}}, "logit_bias"),
-    ({**SHORT, "echo": True}, "echo"),
+    ({**SHORT, "echo": "yes"}, "echo"),
     ({**SHORT, "best_of": 4}, "best_of"),
     ({**SHORT, "speculation": {"lenght": 2}}, "speculation.lenght"),
     ({**SHORT, "speculation": {"length": 9}}, "speculation.length"),
@@ -168,7 +168,7 @@ def test_the_nearest_field_is_named(server: Running) -> None:
         )
     chat = {"model": "pycode", "messages": [{"role": "user", "content": "x", "nmae": "y"}]}
     assert "'name'" in json.loads(server.call("POST", "/v1/chat/completions", chat)[2])["error"]["message"]
-    for field, value in (("tools", [{}]), ("response_format", {"type": "xml"}), ("store", True)):
+    for field, value in (("tools", [{}]), ("response_format", {"type": "xml"}), ("store", 1)):
         chat = {"model": "pycode", "messages": [{"role": "user", "content": "x"}], field: value}
         assert server.call("POST", "/v1/chat/completions", chat)[0] == 400
 

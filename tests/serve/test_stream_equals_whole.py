@@ -19,7 +19,9 @@ import torch
 from outrider.build import Engine
 from outrider.nn.kv import ContiguousKV
 from outrider.serve.bridge import Bridge
-from outrider.serve.requests import ChatRequest, CompletionRequest, parse
+from outrider.serve.chat.fields import ChatRequest
+from outrider.serve.parsing import parse
+from outrider.serve.requests import CompletionRequest
 from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
 from outrider.serve.tickets import Limits

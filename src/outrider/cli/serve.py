@@ -61,6 +61,7 @@ def serve(
         raise ConfigError("--on, --address and --max-replicas are about replicas: add --replicas N")
     listener = reserve(asked.host, asked.port) if asked.kept is None else socket.socket(fileno=asked.kept[0])
     context.call_on_close(listener.close)  # also where something below is refused
+    asked.log()
     options = configured(engine, speculative_config)
     settings = asked.settings(options.target, keys, options.slots)
     run(application(options, asked, settings), asked, settings, listener)

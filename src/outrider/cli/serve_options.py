@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from outrider.errors import ConfigError
 if TYPE_CHECKING:
     from outrider.serve.settings import Settings
 
+LEVELS = ("ERROR", "WARNING", "INFO", "DEBUG")
 KEY, WEBHOOK = "OUTRIDER_API_KEY", "OUTRIDER_ALERT_WEBHOOK"
 
 
@@ -140,6 +142,26 @@ class ServeOptions:
             "--pad-streams", help="Pad and pace streams, so that packet sizes do not reveal which tokens were accepted."
         ),
     ] = False
+    tool_format: Annotated[
+        str | None,
+        typer.Option(
+            "--tool-format",
+            help="Notation of the model's tool calls (hermes, llama3, mistral ...). Default: as its chat template shows it.",
+            show_default=False,
+        ),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin",
+            help="Origin whose pages may call this server from a browser (http://localhost:3000; repeatable; '*': any).",
+            show_default=False,
+        ),
+    ] = None
+    log_level: Annotated[
+        str,
+        typer.Option("--log-level", help="error, warning, info (every request, statistics every 10 s) or debug."),
+    ] = "warning"
     details: Annotated[
         bool,
         typer.Option("--request-metrics/--no-request-metrics", help="Report a request's acceptance in its reply."),
@@ -189,6 +211,7 @@ class ServeOptions:
 
     def settings(self, target: str | None, keys: list[str], slots: int) -> Settings:
         """What the server is told: of a target and API keys, with `slots` sequences at the same time."""
+        from outrider.serve.reading import check_tool_format
         from outrider.serve.settings import LOCAL_NAMES, Settings, digest, model_name
         from outrider.serve.tickets import Limits
         from outrider.serve.webhook import check_url
@@ -205,7 +228,17 @@ class ServeOptions:
             grace=self.grace,
             price=self.price_per_hour,
             webhook=None if self.alert_webhook is None else check_url(self.alert_webhook),
+            tool_format=check_tool_format(self.tool_format),
+            cors=tuple(self.cors_origin or ()),
         )
+
+    def log(self) -> None:
+        """Let the server say on stderr what `log_level` names. ConfigError for an unknown level."""
+        level = self.log_level.upper()
+        if level not in LEVELS:
+            raise ConfigError(f"no log level {self.log_level!r}: choose one of {', '.join(map(str.lower, LEVELS))}")
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+        logging.getLogger("outrider").setLevel(level)
 
 
 def share_of(asked: int | None, keys: int, room: int) -> int | None:

@@ -122,6 +122,10 @@ class EngineCore:
                 self.scheduler.waiting.append(made)
         return name
 
+    def check(self, tokens: list[int], params: SamplingParams) -> None:
+        """Raise RequestError for a request that cannot be served."""
+        self._intake.check(tokens, params)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt, which is text or token ids already. Raises RequestError for anything else."""
         prompt = as_prompt(prompt)

@@ -57,12 +57,15 @@ class Intake:
         """The text of one sequence; tokenizers whose decoding looks to the left need the prompt's last tokens."""
         if self.tokenizer is None:
             return None
-        if params.stop and self._special is None:
+        named = bool(params.stop or params.keep_special)
+        if named and self._special is None:
             self._special = special_tokens(self.tokenizer)
         return TextStream(
             self.tokenizer,
             params.stop,
             context=prompt[-12:],
             min_tokens=params.min_tokens,
-            special=self._special if params.stop else None,
+            skip_special_tokens=params.skip_special_tokens,
+            special=self._special if named else None,
+            shown=params.keep_special,
         )

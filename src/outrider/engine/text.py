@@ -96,13 +96,16 @@ class TextStream:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         special: Mapping[int, str] | None = None,
+        shown: Sequence[int] = (),
     ) -> None:
         """stop: non-empty strings that end the text. context: the last tokens of the prompt (8 or so are plenty), for
         tokenizers whose first word has no space. min_tokens: a stop string completed by these first tokens is only text.
-        special: tokens that the text leaves out, and how stop strings spell them (`special_tokens`).
+        special: tokens that the text leaves out, and how stop strings spell them (`special_tokens`). shown: those of them that it
+        shows nevertheless.
         """
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        self._left_out = frozenset(special or ()) - set(shown) if shown and skip_special_tokens else None
         self._ids = list(context)
         for first in range(1, _MAX_MISSING_BYTES + 1):  # the context may have been cut inside a character
             if self._ids and self._decode(0).startswith(UNKNOWN):
@@ -110,7 +113,7 @@ class TextStream:
         self._start = len(self._ids)
         self._min_tokens = min_tokens
         self._matcher = StopMatcher(stop) if stop else None
-        spelled = special if special and skip_special_tokens else {}
+        spelled = {t: s for t, s in special.items() if t not in shown} if special and skip_special_tokens else {}
         named = [s for s in stop if any(name in s or s in name for name in spelled.values())]
         self._special = spelled if named else {}
         self._full = StopMatcher(named) if named else None  # reads the text with its special tokens
@@ -202,6 +205,9 @@ class TextStream:
         return self._scan(new)
 
     def _decode(self, first: int) -> str:
+        if self._left_out is not None:
+            ids = [t for t in self._ids[first:] if t not in self._left_out]
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
         return self._tokenizer.decode(self._ids[first:], skip_special_tokens=self._skip_special)
 
     def _move_window(self) -> None:

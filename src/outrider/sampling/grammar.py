@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from outrider.automata import Compiler, core_of, unspelled
+from outrider.automata import STAGED, Compiler, core_of, unspelled
 from outrider.errors import RequestError
 
 DEAR = 0.1
@@ -105,7 +105,16 @@ class Grammars:
 
     def start(self, text: str) -> Automaton:
         """The automaton of a new sequence."""
+        if text.startswith(f"{STAGED}:"):
+            from outrider.sampling.stages import StagedAutomaton  # which is an Automaton
+
+            return StagedAutomaton(self, text)
         return Automaton(self, text)
+
+    @property
+    def compiler(self) -> Compiler:
+        """The compiler of this tokenizer."""
+        return self._compiler()
 
     def shared(self, text: str) -> Any:
         """A matcher of the grammar that has not been advanced. Copies share the compiler's caches, and the budget."""
@@ -244,15 +253,22 @@ class Automaton:
         taken, ended, broken = self._walk(path)
         if broken:
             mask = np.ones(self._size, dtype=bool)
-        elif ended or self._matcher.is_stopped():
+        elif ended:
             mask = self._ends()
         else:
-            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-            mask = np.zeros(self._size, dtype=bool)
-            size = min(len(bits), self._size)
-            mask[:size] = bits[:size].astype(bool)
-            if mask[self._eos[0]]:
-                mask[list(self._eos)] = True
+            mask = self._matched(self._matcher)
         if taken:
             self._matcher.rollback(taken)
+        return mask
+
+    def _matched(self, matcher: Any) -> npt.NDArray[np.bool_]:
+        """[V] bool: the tokens that a matcher allows next."""
+        if matcher.is_stopped():
+            return self._ends()
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        mask = np.zeros(self._size, dtype=bool)
+        size = min(len(bits), self._size)
+        mask[:size] = bits[:size].astype(bool)
+        if mask[self._eos[0]]:
+            mask[list(self._eos)] = True
         return mask

@@ -13,6 +13,7 @@ from outrider import transfer
 from outrider.errors import CapabilityError, ConfigError
 from outrider.params import SamplingParams
 from outrider.sampling import cpu, processors
+from outrider.sampling.bans import rule_out
 from outrider.sampling.grammar import Automaton, Grammars
 from outrider.sampling.history import History
 from outrider.threads import serially
@@ -86,6 +87,8 @@ class LogitsPipeline:
         """Apply bias, bans and penalties to the caller's own `x`."""
         processors.add_bias(x, params)
         for i, p in enumerate(params):
+            if p.allowed_token_ids or p.bad_words:
+                rule_out(x[i], p, sequences[i].tokens, sequences[i].prompt, paths[i])
             if p.grammar is not None:
                 self._rule_out(x[i], self._automaton(sequences[i], p.grammar), paths[i])
         short = [i for i, p in enumerate(params) if output_length(sequences[i]) + len(paths[i]) < p.min_tokens]

@@ -28,14 +28,20 @@ from outrider.control.fixed import Fixed
 from outrider.errors import OutriderError
 from outrider.models.tokenizer import disable_bpe_cache
 from outrider.protocols import Controller, Drafter, Rule
+from outrider.serve.access import Log, Statistics
+from outrider.serve.agents import Agents
 from outrider.serve.bridge import Bridge
+from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.dashboard import PAGE, PAGE_HEADERS
-from outrider.serve.experiment import LiveExperimentHook, Placer
+from outrider.serve.experiment import ARM, LiveExperimentHook, Placer
 from outrider.serve.live import Live, Past
+from outrider.serve.messages.fields import CountRequest, MessageRequest
 from outrider.serve.middleware import RequestGate, on_error
-from outrider.serve.requests import ChatRequest, CompletionRequest
+from outrider.serve.requests import CompletionRequest
+from outrider.serve.responses.fields import ResponseRequest
 from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
+from outrider.serve.tokenizing import DetokenizeRequest, TokenizeRequest, Tokenizing
 from outrider.serve.watch import Monitor
 from outrider.serve.webhook import Webhook
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
@@ -74,8 +80,12 @@ def create_app(
         if trial is not None:
             trial.start()
         watching = asyncio.create_task(watch.run())
+        telling = asyncio.create_task(Statistics(bridge).run())
+        if getattr(bridge.engine.tokenizer, "chat_template", None):
+            v1.reading.begin()  # said in the log, and known before the first conversation
         yield
         watching.cancel()
+        telling.cancel()
         await bridge.close(settings.grace)
         for ticket in list(bridge.tickets.values()):  # replies that were still open are recorded too
             bridge.release(ticket)
@@ -86,14 +96,27 @@ def create_app(
     known = frozenset(route.path for route in routes)
     handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
     guard = Middleware(RequestGate, settings=settings, metrics=metrics, routes=known)
-    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    layers = [*shared_with(settings.cors), Middleware(Log), guard]
+    app = Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     app.state.bridge, app.state.watch = bridge, watch
     return app
 
 
+def shared_with(origins: tuple[str, ...]) -> list[Middleware]:
+    """What lets pages of other origins read replies, if the operator names any. It answers before a key is asked for."""
+    if not origins:
+        return []
+    from starlette.middleware.cors import CORSMiddleware
+
+    headers = ["x-request-id", ARM]
+    options = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": headers, "max_age": 600}
+    return [Middleware(CORSMiddleware, allow_origins=list(origins), **options)]
+
+
 def routes_of(bridge: Bridge, metrics: Metrics, v1: OpenAI, live: Live) -> list[Route]:
     """Every address of the server."""
+    agents, tokens = Agents(v1), Tokenizing(v1)
     return [
         Route("/", page),
         Route("/health", Health(bridge).health),
@@ -105,6 +128,12 @@ def routes_of(bridge: Bridge, metrics: Metrics, v1: OpenAI, live: Live) -> list[
         Route("/v1/models/{id:path}", v1.model),
         Route("/v1/completions", v1.completions, methods=["POST"]),
         Route("/v1/chat/completions", v1.chat, methods=["POST"]),
+        Route("/v1/responses", agents.responses, methods=["POST"]),
+        Route("/v1/messages", agents.messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", agents.count_tokens, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokens.info),
         Route("/outrider/state", live.state),
         Route("/outrider/runs", live.runs),
         Route("/outrider/play", live.play, methods=["POST"]),
@@ -193,7 +222,10 @@ class Health:
 
 def document() -> dict[str, Any]:
     """OpenAPI 3.1; the schemas of request bodies come from the models that validate them."""
-    models = [(CompletionRequest, "validation"), (ChatRequest, "validation")]
+    bodies = (
+        CompletionRequest, ChatRequest, ResponseRequest, MessageRequest, CountRequest, TokenizeRequest, DetokenizeRequest,
+    )  # fmt: skip
+    models = [(body, "validation") for body in bodies]
     _, schema = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     fail = {"description": "an error in OpenAI's shape", "content": {"application/json": {}}}
     codes = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
@@ -214,6 +246,12 @@ def document() -> dict[str, Any]:
         "paths": {
             "/v1/completions": post("CompletionRequest", "Continue prompts"),
             "/v1/chat/completions": post("ChatRequest", "Answer a conversation"),
+            "/v1/responses": post("ResponseRequest", "OpenAI's newer interface, without stored state"),
+            "/v1/messages": post("MessageRequest", "Anthropic's interface"),
+            "/v1/messages/count_tokens": post("CountRequest", "Tokens of the prompt that a message would have"),
+            "/tokenize": post("TokenizeRequest", "The tokens of a text or of a conversation"),
+            "/detokenize": post("DetokenizeRequest", "The text of tokens"),
+            "/tokenizer_info": get("The settings of the tokenizer"),
             "/outrider/play": post("CompletionRequest", "One streamed sample with the origin of every token"),
             "/v1/models": get("The served model"),
             "/health": get("Alive"),

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from outrider.serve.requests import BadField
+from outrider.serve.parsing import BadField
 
 DEPTH = 32
 """Deepest nesting of lists and objects in a body."""

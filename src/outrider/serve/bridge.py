@@ -16,10 +16,11 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from outrider.build import Engine
+from outrider.engine.prompt_scores import PromptScores
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError, RequestError
 from outrider.params import SamplingParams
-from outrider.serve.engine_thread import EngineThread, Mail
+from outrider.serve.engine_thread import EngineThread, Mail, Scoring
 from outrider.serve.prep import Prep
 from outrider.serve.supervisor import HEARTBEAT_SECONDS, Awake
 from outrider.serve.tickets import Deadline, EngineFailure, Limits, Overloaded, Ticket, Unavailable
@@ -190,6 +191,20 @@ class Bridge:
         async with self._deadline(ticket):
             await accepted
 
+    async def score(self, ticket: Ticket, prompts: list[list[int]], top: int) -> list[PromptScores]:
+        """Log-probabilities of the tokens of prompts. Raises RequestError for one that cannot be served."""
+        found: asyncio.Future[list[PromptScores]] = asyncio.get_running_loop().create_future()
+
+        def answer(done: list[PromptScores] | OutriderError) -> None:
+            if not found.done():
+                found.set_exception(done) if isinstance(done, OutriderError) else found.set_result(done)
+
+        self.worker.command(lambda: self.worker.score(Scoring(ticket, prompts, top, answer)))
+        if not self.worker.running:
+            raise EngineFailure(DEAD)
+        async with self._deadline(ticket):
+            return await found
+
     async def events(self, ticket: Ticket) -> AsyncIterator[list[tuple[int, Event]]]:
         """The events of the request's samples as (choice, event) pairs, in batches of everything available.
 
@@ -236,7 +251,11 @@ class Bridge:
             self.metrics.queued.observe(ticket.admitted - ticket.arrived)
         first = None if ticket.first is None else ticket.first - ticket.arrived
         counts = ticket.counts()
-        self.metrics.finished(Finished(ticket.outcome, ticket.prompt_tokens, counts.emitted, first, total, counts))
+        queued = None if ticket.admitted is None else ticket.admitted - ticket.arrived
+        longest = max((s.counts.emitted for s in ticket.sequences), default=0)
+        self.metrics.finished(
+            Finished(ticket.outcome, ticket.prompt_tokens, counts.emitted, first, total, counts, queued, longest)
+        )
         if ticket.on_end is not None:
             ticket.on_end(ticket)
 
@@ -269,6 +288,9 @@ class Bridge:
         now = monotonic()
         for ticket, events in mail:
             if any(event.tokens for _, event in events):
+                if ticket.last is not None:
+                    new = sum(len(event.tokens) for _, event in events)
+                    self.metrics.interval.observe((now - ticket.last) / max(1, new))
                 ticket.first, ticket.last = ticket.first or now, now
             for _, event in events:
                 ticket.origins.extend(origin[0] for origin in event.origins)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from time import monotonic
 
 from outrider.build import Engine
+from outrider.engine.prompt_scores import PromptScores, prompt_scores
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError
 from outrider.params import SamplingParams
@@ -23,6 +25,29 @@ IDLE_BEAT = 0.5
 BROKEN_STEPS = 3
 """After this many failed steps in a row, each of which ends its requests, the engine counts as broken."""
 Mail = list[tuple[Ticket, list[tuple[int, Event]]]]
+
+
+class Scoring:
+    """Prompts of a request whose log-probabilities are wanted. top: likely tokens beside each. answer: gets them, or the error."""
+
+    def __init__(
+        self, ticket: Ticket, prompts: list[list[int]], top: int, answer: Callable[[list[PromptScores] | OutriderError], None]
+    ) -> None:
+        self.ticket, self.answer, self.done = ticket, answer, list[PromptScores]()
+        self._left, self._top = deque(prompts), top
+        self._running: Iterator[PromptScores | None] | None = None
+
+    def advance(self, engine: Engine) -> bool:
+        """Score one chunk; whether all is done."""
+        if self._running is None:
+            tokens = self._left.popleft()
+            engine.check(tokens, SamplingParams())
+            self._running = prompt_scores(engine.parts.target, tokens, self._top)
+        found = next(self._running)
+        if found is not None:
+            self.done.append(found)
+            self._running = None
+        return found is not None and not self._left
 
 
 class EngineThread:
@@ -50,6 +75,7 @@ class EngineThread:
         self._build, self._prepare = build, prepare
         self._post, self._deliver, self._give_up = post, deliver, give_up
         self._queue_seconds = queue_seconds
+        self._scoring: deque[Scoring] = deque()
         self._condition = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._stop = False
@@ -107,12 +133,31 @@ class EngineThread:
 
     def _round(self, engine: Engine) -> None:
         """Execute the commands, end requests that have waited too long, and make a step."""
-        for command in self._take(engine.busy):
+        for command in self._take(engine.busy or bool(self._scoring)):
             command()
         self._expire()
         self._share(engine)
+        if self._scoring:
+            self._score(engine)
         if engine.busy:
             self._step(engine)
+
+    def score(self, scoring: Scoring) -> None:
+        """Queue prompts whose log-probabilities are wanted (a command)."""
+        self._scoring.append(scoring)
+
+    def _score(self, engine: Engine) -> None:
+        """Score a chunk of the first prompt that waits; the steps of others go on between two chunks."""
+        job = self._scoring[0]
+        try:
+            if not job.ticket.open or job.advance(engine):
+                self._scoring.popleft()
+                self._post(lambda: job.answer(job.done))
+        except Exception as error:
+            logger.exception("the scores of a prompt failed")
+            self._scoring.popleft()
+            failure = error if isinstance(error, OutriderError) else EngineFailure("the prompt could not be scored")
+            self._post(lambda: job.answer(failure))
 
     def _take(self, busy: bool) -> list[Callable[[], None]]:
         """The commands since the last step; an idle engine waits for one."""

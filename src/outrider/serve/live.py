@@ -18,7 +18,8 @@ from outrider.engine.sequence import Event
 from outrider.errors import OutriderError
 from outrider.serve.bridge import Bridge
 from outrider.serve.middleware import OWNER
-from outrider.serve.requests import BadField, CompletionRequest
+from outrider.serve.parsing import BadField
+from outrider.serve.requests import CompletionRequest
 from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
 from outrider.serve.sse import DONE, EventStream, frame, while_connected

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from outrider.params import SamplingParams
-from outrider.serve.requests import MAX_TOKENS, BadField, ChatRequest, CompletionRequest, ResponseFormat, Speculation
+from outrider.serve.chat.fields import ChatRequest
+from outrider.serve.parsing import BadField
+from outrider.serve.requests import MAX_TOKENS, CompletionRequest, ResponseFormat, Speculation, StructuredOutputs
 
 DEFAULT_TOKENS = 16
 """Default `max_tokens` of a completion, as in OpenAI's API."""
@@ -22,14 +26,16 @@ class ServedEngine:
 
 
 def sampling(
-    request: CompletionRequest | ChatRequest, engine: ServedEngine, predicted: tuple[int, ...]
+    request: CompletionRequest | ChatRequest, engine: ServedEngine, predicted: tuple[int, ...], **more: Any
 ) -> SamplingParams:
-    """The sampling parameters of a request. predicted: its `prediction` as token ids."""
+    """The sampling parameters of a request. predicted: its `prediction` as token ids. more: parameters that the server sets."""
     asked = request.max_tokens
     if isinstance(request, ChatRequest):
         if request.max_tokens is not None and request.max_completion_tokens is not None:
             raise BadField("give max_completion_tokens or max_tokens, not both", "max_tokens")
         asked = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
+        if request.max_tokens == 0:
+            raise BadField("max_tokens must be at least 1: only completions with echo may ask for 0", "max_tokens")
         if request.top_logprobs and not request.logprobs:
             raise BadField("top_logprobs needs logprobs to be true", "top_logprobs")
     elif request.best_of is not None and request.best_of != request.samples:
@@ -37,8 +43,8 @@ def sampling(
     speculation = request.speculation or Speculation()
     _check_speculation(speculation, engine)
     given = {
-        "temperature": request.temperature,
-        "top_p": request.top_p,
+        "temperature": 0.0 if request.top_p == 0 else request.temperature,  # an empty nucleus keeps the likeliest token
+        "top_p": request.top_p or None,
         "top_k": None if request.top_k == -1 else request.top_k,
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,
@@ -47,24 +53,69 @@ def sampling(
         "logit_bias": {int(k): v for k, v in request.logit_bias.items()} if request.logit_bias else None,
         "seed": request.seed,
         "n": request.samples,
-        "max_tokens": asked if asked is not None else DEFAULT_TOKENS,
+        "max_tokens": max(1, asked) if asked is not None else DEFAULT_TOKENS,
         "min_tokens": request.min_tokens,
         "ignore_eos": request.ignore_eos,
         "stop": request.stop,
         "stop_token_ids": request.stop_token_ids,
         "logprobs": request.top,
+        "allowed_token_ids": request.allowed_token_ids,
+        "skip_special_tokens": request.skip_special_tokens,
         "tv_budget": speculation.tv_budget,
-        "grammar": grammar_of(request.response_format),
+        "grammar": grammar_of(request),
         "prediction": predicted,
         "draft_length": 0 if speculation.mode == "off" else speculation.length,
     }
+    given |= more
     return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
 
 
-def grammar_of(wanted: ResponseFormat | None) -> str | None:
+def grammar_of(request: CompletionRequest | ChatRequest) -> str | None:
+    """The grammar that a request asks for, by its response format or its structured outputs."""
+    found = None if request.response_format is None else _of_format(request.response_format)
+    if found is not None:
+        return found
+    return None if request.structured_outputs is None else _structured(request.structured_outputs)
+
+
+def _structured(wanted: StructuredOutputs) -> str | None:
+    """The grammar of vLLM's structured outputs."""
+    kinds = ("json_", "regex", "choice", "grammar", "json_object")
+    given = [name for name in kinds if getattr(wanted, name) is not None]
+    if len(given) != 1:
+        raise BadField("structured_outputs takes one of json, regex, choice, grammar, json_object", "structured_outputs")
+    if wanted.regex is not None:
+        return f"regex:{wanted.regex}"
+    if wanted.grammar is not None:
+        return f"lark:{wanted.grammar}"
+    if wanted.choice is not None:
+        return "lark:start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in wanted.choice if choice)
+    return "json:" + json.dumps(_spaced(_schema(wanted), wanted))
+
+
+def _schema(wanted: StructuredOutputs) -> dict[str, Any]:
+    schema: Any = {"type": "object"} if wanted.json_ is None else wanted.json_
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise BadField("structured_outputs.json is no JSON: send the schema", "structured_outputs") from None
+    if not isinstance(schema, dict):
+        raise BadField("structured_outputs.json must be a schema, an object", "structured_outputs")
+    return schema
+
+
+def _spaced(schema: dict[str, Any], wanted: StructuredOutputs) -> dict[str, Any]:
+    """The schema with the white space that is wanted between the parts of its JSON."""
+    if wanted.disable_any_whitespace:
+        return {**schema, "x-guidance": {"whitespace_flexible": False}}
+    if wanted.whitespace_pattern is not None:
+        return {**schema, "x-guidance": {"whitespace_pattern": wanted.whitespace_pattern}}
+    return schema
+
+
+def _of_format(wanted: ResponseFormat) -> str | None:
     """The grammar of a response format; raises BadField for a schema without its type or a type without its schema."""
-    if wanted is None:
-        return None
     if (wanted.type == "json_schema") != (wanted.json_schema is not None):
         raise BadField("json_schema goes with the type 'json_schema', and that type needs it", "response_format")
     return wanted.grammar

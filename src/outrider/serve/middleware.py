@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import logging
 
 from starlette.exceptions import HTTPException
@@ -13,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.errors import RequestError
 from outrider.serve.dashboard import HEADERS
+from outrider.serve.parsing import BadField
 from outrider.serve.replies import error_body
-from outrider.serve.requests import BadField
 from outrider.serve.settings import Settings
 from outrider.serve.tickets import EngineFailure, Overloaded, Unavailable
 from outrider.telemetry.prometheus import Metrics
@@ -77,7 +78,7 @@ class RequestGate:
             if "*" in self.settings.hosts or host in self.settings.hosts:
                 return None
             return reply(403, "this host name is not served: start with --allowed-host NAME", "invalid_request_error")
-        key = presented(headers.get(b"authorization", ""))
+        key = presented(headers.get(b"authorization", "")) or headers.get(b"x-api-key")  # the latter is Anthropic's
         owner = None if key is None else self.settings.owner(key)
         if owner is not None:
             scope[OWNER] = owner
@@ -118,7 +119,15 @@ def reply(
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Replies to Outrider's and Starlette's exceptions in OpenAI's error format."""
+    """Replies to Outrider's and Starlette's exceptions in OpenAI's error format; for /v1/messages it is Anthropic's too."""
+    out = _on_error(error)
+    if request.url.path.startswith("/v1/messages"):
+        body = {"type": "error", **json.loads(bytes(out.body))}
+        return JSONResponse(body, out.status_code, {k: v for k, v in out.headers.items() if k != "content-length"})
+    return out
+
+
+def _on_error(error: Exception) -> Response:
     if isinstance(error, BadField):
         status = 404 if error.code == "model_not_found" else 400
         return reply(status, str(error), "invalid_request_error", error.param, error.code)

@@ -21,6 +21,7 @@ from time import monotonic
 from typing import Any
 
 from outrider.automata import core_of
+from outrider.dialects.detect import Dialect
 from outrider.errors import ConfigError, RequestError
 from outrider.serve.expressions import wild
 from outrider.serve.prep_worker import Refused, packed
@@ -215,12 +216,27 @@ class Prep:
         """Token ids of texts, read in a process. RequestError for a text of more than `most` tokens, or not read in time."""
         return await self._ids({"do": "encode", "texts": texts, "special": special, "most": most}, owner)
 
-    async def chat(self, messages: list[dict[str, Any]], special: bool, owner: int = 0) -> list[int]:
-        """Token ids of a conversation by the model's chat template, in a process."""
-        job = {"do": "chat", "messages": messages, "special": special, "most": self.most}
-        return (await self._ids(job, owner))[0]
+    async def chat(
+        self, messages: list[dict[str, Any]], special: bool, owner: int = 0, **options: Any
+    ) -> tuple[list[int], str]:
+        """Token ids of a conversation by the model's chat template, and the end of its text, in a process."""
+        job = {"do": "chat", "messages": messages, "special": special, "most": self.most, "options": options}
+        answer = await self._answer(job, owner)
+        return answer["ids"][0], answer["tail"]
+
+    async def dialect(self) -> Dialect:
+        """What the model's chat template can do, found in a process."""
+        try:
+            answer = await self._texts.do({"do": "dialect"}, TEXT_SECONDS, 0)
+        except (Ended, Unfit):
+            return Dialect(None, why="its chat template could not be tried in time")
+        found = answer.get("dialect")
+        return Dialect.from_json(found) if found else Dialect(None, why="its chat template fails")
 
     async def _ids(self, job: dict[str, Any], owner: int) -> list[list[int]]:
+        return (await self._answer(job, owner))["ids"]
+
+    async def _answer(self, job: dict[str, Any], owner: int) -> dict[str, Any]:
         try:
             answer = await self._texts.do(job, TEXT_SECONDS, owner)
         except Ended as error:
@@ -240,7 +256,7 @@ class Prep:
             raise Refused(answer["bad"])
         if "failed" in answer:
             raise RequestError("the prompt cannot be read by this model's tokenizer")
-        return answer["ids"]
+        return answer
 
     async def try_grammar(self, text: str, owner: int = 0) -> None:
         """Compile a grammar in a process unless it is known. RequestError for a bad one, or if it takes too long."""

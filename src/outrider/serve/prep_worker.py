@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from outrider.automata import Compiler, unspelled
+from outrider.dialects.detect import Dialect, detect
 from outrider.errors import OutriderError, RequestError
 
 NICE = 5
@@ -39,16 +40,43 @@ class Refused(RequestError):
         self.name = name
 
 
-def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool) -> list[int]:
-    """The prompt of a conversation by the model's chat template, in transformers' immutable sandbox. Raises Refused.
+TAIL = 256
+"""Characters of a prompt's end that are returned with it: they tell whether thinking is open."""
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """The text of a conversation by the model's chat template, in transformers' immutable sandbox. Raises Refused.
+
+    options: what the template gets besides: tools, add_generation_prompt, continue_final_message, and arguments of its own.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **options})
+    except Exception as error:  # templates refuse orders of roles by raising, and are outside code
+        said = " ".join(str(error).split())[:200] if type(error).__name__ == "TemplateError" else ""
+        raise Refused(type(error).__name__ + (f": {said}" if said else "")) from None
+
+
+def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool, **options: Any) -> tuple[list[int], str]:
+    """The prompt of a conversation, and the end of its text. options: see `rendered`.
 
     special: let the tokenizer add its special tokens to the template's output, which usually has them already.
     """
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates refuse orders of roles by raising, and are outside code
-        raise Refused(type(error).__name__) from None
-    return encoder(tokenizer)(text, special)
+    text = rendered(tokenizer, messages, **options)
+    return encoder(tokenizer)(text, special), text[-TAIL:]
+
+
+def dialect_of(tokenizer: Any) -> Dialect:
+    """What the tokenizer's chat template can do."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = "\n".join(map(str, template.values()))
+    if not template:
+        return Dialect(None, why="it has no chat template")
+
+    def render(messages: list[dict[str, Any]], **options: Any) -> str:
+        return rendered(tokenizer, messages, **{"add_generation_prompt": False, **options})
+
+    return detect(render, template)
 
 
 class Work:
@@ -73,9 +101,12 @@ class Work:
         """Do one job. Its answer: {"ids"}, {"long": tokens of a text that is too long}, {"bad": a sentence}, {} for a grammar."""
         if job["do"] == "grammar":
             return self._grammar(job["text"])
+        if job["do"] == "dialect":
+            return {"dialect": dialect_of(self._tokenizer).as_json()}
         if job["do"] == "chat":
             try:
-                return _bounded([conversation(self._tokenizer, job["messages"], job["special"])], job["most"])
+                ids, tail = conversation(self._tokenizer, job["messages"], job["special"], **job["options"])
+                return {**_bounded([ids], job["most"]), "tail": tail}
             except Refused as error:
                 return {"bad": error.name}
         encode = encoder(self._tokenizer)

@@ -1,4 +1,5 @@
-"""OpenAI's replies: completions, chat completions and their chunks, usage, log-probabilities, and vLLM's acceptance metrics."""
+"""Replies to requests: from the events of their samples to a whole reply or to chunks; completions, usage, and vLLM's acceptance
+metrics. Other wire formats derive from `Reply` (`chat/reply.py`)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from outrider.engine.sequence import Event, TokenLogprob
 from outrider.errors import OutriderError, RequestError
 from outrider.records import Counts
 from outrider.serve.bridge import Bridge
-from outrider.serve.requests import ChatRequest, CompletionRequest
+from outrider.serve.requests import RequestFields
 from outrider.serve.spelling import Offsets, Spelling
 from outrider.serve.sse import DONE, PIECE, frame
 from outrider.serve.tickets import Ticket
@@ -45,15 +46,16 @@ class ReplyChoice:
 class Reply:
     """The reply to one request, whole or in chunks.
 
-    tokenizer: for the strings of log-probabilities. details: put `metrics.speculative_decoding` into the reply.
+    tokenizer: for the strings of log-probabilities. details: put `metrics.speculative_decoding` into the reply. kinds: the names of
+    its object, whole and as a chunk. prefix: of its id.
     """
 
-    def __init__(
-        self, request: CompletionRequest | ChatRequest, ticket: Ticket, tokenizer: Any, longest: int, details: bool
-    ) -> None:
+    kinds = ("text_completion", "text_completion")
+    prefix = "cmpl-"
+
+    def __init__(self, request: RequestFields, ticket: Ticket, tokenizer: Any, longest: int, details: bool) -> None:
         self.request, self.ticket, self.tokenizer = request, ticket, tokenizer
         self.longest, self.details = longest, details
-        self.chat = isinstance(request, ChatRequest)
         self.created = int(time())
         self.choices = [ReplyChoice() for _ in range(ticket.choices)]
         self.prediction: tuple[int, ...] = ()
@@ -61,7 +63,6 @@ class Reply:
         self._replays: dict[int, Replay] = {}
         self._spelling = Spelling(tokenizer)
         self._offsets = [Offsets(self._spelling) for _ in self.choices]
-        self._begun = [False] * ticket.choices
 
     # ------------------------------------------------------------------ whole
     async def whole(self, bridge: Bridge) -> dict[str, Any]:
@@ -70,8 +71,7 @@ class Reply:
         async for batch in bridge.events(self.ticket):
             self._take(batch)
         choices = [self._choice(i, c, await self._spaced(i, c.logprobs)) for i, c in enumerate(self.choices)]
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": self.usage(), **self._metrics()}
+        return {**self._head(self.kinds[0]), "choices": choices, "usage": self.usage(), **self._metrics()}
 
     async def _spaced(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
         """The log-probabilities of a whole text. Other tasks may run after every PIECE of them."""
@@ -84,15 +84,14 @@ class Reply:
         return out
 
     def _choice(self, index: int, c: ReplyChoice, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        text = "".join(c.text)
-        out: dict[str, Any] = {"index": index, "finish_reason": c.finish, "logprobs": logprobs}
-        if self.chat:
-            out["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            out["text"] = text
+        out: dict[str, Any] = {"index": index, "finish_reason": c.finish, "logprobs": logprobs, **self._said(index, c)}
         if self.request.return_token_ids:
             out["token_ids"] = c.tokens
         return out
+
+    def _said(self, index: int, c: ReplyChoice) -> dict[str, Any]:
+        """What a whole sample says."""
+        return {"text": "".join(c.text)}
 
     # ------------------------------------------------------------------ streamed
     async def frames(self, bridge: Bridge, pad: bool = False) -> AsyncIterator[bytes]:
@@ -124,23 +123,12 @@ class Reply:
         text = "".join(c.text)
         more: dict[str, Any] = {"token_ids": c.tokens} if self.request.return_token_ids else {}
         logprobs = self._logprobs(index, c.logprobs)
-        if not self.chat:
-            if not (text or c.finish or logprobs or more):
-                return []
-            return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": c.finish, **more}]
-        out: list[dict[str, Any]] = []
-        if not self._begun[index]:
-            self._begun[index] = True
-            out.append(_delta(index, {"role": "assistant", "content": ""}))
-        if text or logprobs or more:
-            out.append({**_delta(index, {"content": text}), "logprobs": logprobs, **more})
-        if c.finish:
-            out.append({**_delta(index, {}), "finish_reason": c.finish})
-        return out
+        if not (text or c.finish or logprobs or more):
+            return []
+        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": c.finish, **more}]
 
     def _chunk(self, choices: list[dict[str, Any]], usage: bool) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        out = {**self._head(kind), "choices": choices}
+        out = {**self._head(self.kinds[1]), "choices": choices}
         if self.request.usage_in_stream or self.request.usage_in_chunks:
             out["usage"] = self.usage() if usage else None
         return out
@@ -170,9 +158,8 @@ class Reply:
         return new
 
     def _head(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl-" if self.chat else "cmpl-"
         return {
-            "id": prefix + self.ticket.id,
+            "id": self.prefix + self.ticket.id,
             "object": kind,
             "created": self.created,
             "model": self.request.model,
@@ -197,21 +184,12 @@ class Reply:
         return out
 
     def _logprobs(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
-        if self.request.top is None:
-            return None
-        if self.chat:
-            return {"content": [self._modern(e) for e in entries], "refusal": None}
-        return self._legacy(index, entries) if entries else None
+        return self._legacy(index, entries) if entries and self.top is not None else None
 
-    def _modern(self, e: TokenLogprob) -> dict[str, Any]:
-        return {**self._token(e.token, e.logprob), "top_logprobs": [self._token(t, v) for t, v in e.top]}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        special = (
-            token in self._spelling.special
-        )  # it has no bytes, so that the joined bytes of all tokens are the text
-        spelled = None if self.tokenizer is None else [] if special else list(self._spelling.bytes_of(token))
-        return {"token": self._spelling.text(token), "logprob": max(logprob, -9999.0), "bytes": spelled}
+    @property
+    def top(self) -> int | None:
+        """How many likely tokens are reported beside each, or None."""
+        return getattr(self.request, "top", None)
 
     def _legacy(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -227,7 +205,7 @@ class Reply:
         """vLLM's per-request metrics, and ours under the key `outrider`; null for several samples, as in vLLM."""
         if not self.details:
             return {}
-        one = self.ticket.sequences[0].counts if self.ticket.choices == 1 else None
+        one = self.ticket.sequences[0].counts if self.ticket.choices == len(self.ticket.sequences) == 1 else None
         ticket, now = self.ticket, monotonic()
         first = ticket.first or now
         tokens = sum(len(c.tokens) for c in self.choices)
@@ -277,7 +255,3 @@ def rejections(counts: Counts) -> dict[str, Any]:
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
     """OpenAI's error object, always with all four keys."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,7 +1,7 @@
 """OpenAI's requests: the accepted fields and their bounds.
 
 Every field is bounded here, before anything is allocated. Unknown and unsupported fields are refused; no field is ignored except
-those that by OpenAI's definition have no effect on the text (`user`, `metadata`).
+those that have no effect on the text by their definition (`Harmless`).
 Checked against OpenAI's openapi.yaml 2.3.0 (August 2026) and the extra fields of vLLM 0.33.
 """
 
@@ -10,13 +10,22 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field
 
-from outrider.errors import RequestError, unknown_name
+from outrider.serve.parsing import Strict
 
 MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_TEXT = 64, 1 << 20, 2_000_000
 MAX_MESSAGES, MAX_PARTS, MAX_TOKEN, MAX_TOKENS, MAX_LENGTH = 1024, 64, (1 << 31) - 1, (1 << 31) - 1, 64
+MAX_ALLOWED = 1024
 
+GONE = {
+    **{f"guided_{kind}": f'send "structured_outputs": {{"{kind}": ...}}' for kind in ("json", "regex", "choice", "grammar")},
+    "guided_decoding_backend": "leave it out, there is one",
+    "guided_whitespace_pattern": 'send "structured_outputs": {"json": ..., "whitespace_pattern": ...}',
+    "guided_json_object": 'send "structured_outputs": {"json_object": true}',
+    "thinking_token_budget": "bound the whole reply by max_tokens",
+}
+"""Fields of older or other interfaces, and what to send instead."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
@@ -25,21 +34,16 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$", max_length=10)]
 
 
-class Strict(BaseModel):
-    """No unknown keys, no implicit conversions, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None  # nothing is obfuscated
 
 
 class TextPart(Strict):
     type: Literal["text"]
     text: Text
+    cache_control: Any = None  # agents mark what may be cached: every prompt is read anew
 
 
 Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
@@ -90,12 +94,47 @@ class ResponseFormat(Strict):
         return "json:" + json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
 
 
-class RequestFields(Strict):
+class StructuredOutputs(Strict):
+    """vLLM's: exactly one of the first five. whitespace_pattern: what may stand between the parts of JSON."""
+
+    json_: Annotated[dict[str, Any], Field(max_length=256)] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    grammar: Text | None = None
+    json_object: Literal[True] | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: Annotated[str, Field(max_length=256)] | None = None
+
+
+class Harmless(Strict):
+    """Fields that clients send and that change nothing here: they steer billing, caches or the storing of replies."""
+
+    service_tier: Annotated[str, Field(max_length=64)] | None = None
+    store: bool | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
+    prompt_cache_retention: Annotated[str, Field(max_length=64)] | None = None
+    prompt_cache_options: Any = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    moderation: Any = None
+    priority: Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)] | None = None
+    request_id: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    stream_include_usage: bool | None = None
+    stream_continuous_usage_stats: bool | None = None
+
+
+class RequestFields(Harmless):
     """Fields common to completions and chat completions."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -105,7 +144,7 @@ class RequestFields(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     # vLLM's and SGLang's extra fields
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -115,9 +154,14 @@ class RequestFields(Strict):
     stop_token_ids: Annotated[list[Token], Field(max_length=256, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    skip_special_tokens: Literal[True] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None  # fast tokenizers write none
     include_stop_str_in_output: Literal[False] | None = None
+    allowed_token_ids: Annotated[list[Token], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=64, fail_fast=True)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     # ours
     prediction: PredictionField | None = None
     speculation: Speculation | None = None
@@ -146,8 +190,8 @@ class CompletionRequest(RequestFields):
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=64)] | None = None
-    echo: Literal[False] | None = None
-    suffix: Literal[""] | None = None
+    echo: bool | None = None
+    suffix: Text | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -161,135 +205,6 @@ class CompletionRequest(RequestFields):
         return self.logprobs
 
 
-Nothing = Annotated[list[Any], Field(max_length=0)] | None
-"""A list field of a message that clients send back unchanged: empty or null."""
-
-
-class Message(Strict):
-    """One message. Fields of this server's replies may be sent back unchanged, and so may fields that client libraries add."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
-    name: Annotated[str, Field(max_length=64)] | None = None
-    refusal: Text | None = None
-    tool_calls: Nothing = None
-    annotations: Nothing = None
-    function_call: None = None
-    audio: None = None
-    parsed: Any = None  # added by the official client: the parsed `content`
-    reasoning_content: None = None
-    reasoning: None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        """Only an assistant's message may be empty, because some replies are."""
-        if self.role != "assistant" and self.content is None:
-            raise ValueError("content is needed: give a text (null is for messages of the assistant)")
-        for name in ("refusal", "parsed"):
-            if self.role != "assistant" and getattr(self, name) is not None:
-                raise ValueError(f"{name} is for messages of the assistant: leave it out")
-        return self
-
-    @property
-    def text(self) -> str:
-        return text_of(self.content) if self.content is not None else self.refusal or ""
-
-
-class ChatRequest(RequestFields):
-    """Body of POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
-
-    @property
-    def top(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
-_FIELDS = frozenset(
-    name
-    for model in (
-        CompletionRequest,
-        ChatRequest,
-        Message,
-        TextPart,
-        StreamOptions,
-        PredictionField,
-        Speculation,
-        ResponseFormat,
-    )
-    for name in model.model_fields
-)
-
-
-class BadField(RequestError):
-    """A field that cannot be served. param: its name. code: OpenAI's error code, if there is one."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param, self.code = param, code
-
-
 def text_of(content: str | list[TextPart]) -> str:
     """The text of a message or prediction."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def parse(model: type[RequestFields], body: object) -> Any:
-    """A checked request of the class `model`. Raises BadField with field and remedy, without repeating the client's values."""
-    if not isinstance(body, dict):
-        raise BadField("the body must be a JSON object")
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        first = _worst(error)
-    where = [str(part) for part in first["loc"] if not _is_branch(part)]
-    if first["type"] == "extra_forbidden":
-        name, known = str(first["loc"][-1])[:64], _fields_at(model, where)
-        message = f"{unknown_name('field', name, known)} (or it is not supported here)"
-        raise BadField(message, ".".join([*where, name])[:200])
-    param = ".".join(where)[:200] or None
-    raise BadField(f"{param or 'the body'}: {_plain(first)}", param)
-
-
-def _worst(error: ValidationError) -> Any:
-    """The error to report: one about an unknown field first, otherwise the one deepest in the body."""
-    errors = error.errors(include_url=False, include_context=True, include_input=False)
-    return next((e for e in errors if e["type"] == "extra_forbidden"), max(errors, key=lambda e: len(e["loc"])))
-
-
-def _is_branch(part: object) -> bool:
-    """Whether a part of a location names a branch of a union, or a client's key, instead of a field."""
-    return isinstance(part, str) and part not in _FIELDS
-
-
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    nested: dict[str, type[BaseModel]] = {
-        "stream_options": StreamOptions,
-        "speculation": Speculation,
-        "prediction": PredictionField,
-        "response_format": ResponseFormat,
-        "messages": Message,
-    }
-    inside = [part for part in path if part in nested]
-    return list((nested[inside[0]] if inside else model).model_fields)
-
-
-def _plain(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "literal_error":
-        return f"{message}; other values are not supported"
-    return message[0].lower() + message[1:]

@@ -20,7 +20,8 @@ class Settings:
     machine must not reach it). body: largest request body in bytes. body_seconds, head_seconds: time limits for it and its head.
     connections: most at once, fewer if the process may not open so many descriptors. pad: pad and pace streams. details:
     per-request acceptance metrics in replies. price: dollars per hour of this machine. webhook: the URL that alerts are sent to
-    (`webhook.check_url`).
+    (`webhook.check_url`). tool_format: the notation of calls, instead of the one that the chat template shows. cors: origins whose
+    pages may read replies; "*": any.
     """
 
     model: str
@@ -37,6 +38,8 @@ class Settings:
     grace: float = 30.0
     price: float | None = None
     webhook: str | None = None
+    tool_format: str | None = None
+    cors: tuple[str, ...] = ()
 
     def owner(self, key: str) -> int | None:
         """The number of `key` among the keys, or None; in time that does not depend on where it differs."""

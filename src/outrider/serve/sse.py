@@ -34,6 +34,17 @@ def frame(document: object, pad: bool = False) -> bytes:
     return b":" + b" " * missing + b"\n\n" + data
 
 
+def event_frame(kind: str, document: object, pad: bool = False) -> bytes:
+    """One event that names its kind."""
+    return f"event: {kind}\n".encode() + frame(document) if not pad else _named(kind, frame(document, True))
+
+
+def _named(kind: str, framed: bytes) -> bytes:
+    """A padded frame whose event has a name."""
+    head, _, data = framed.rpartition(b"\n\ndata: ")
+    return head + f"\n\nevent: {kind}\ndata: ".encode() + data
+
+
 async def written(document: Any) -> bytes:
     """A document as JSON. Other tasks may run after about every TURN characters."""
     out: list[str] = []

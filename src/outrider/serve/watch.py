@@ -76,6 +76,7 @@ class Watching:
             lambda: HOPELESS if (level := self.break_even()) is None else level,
         )
         gauges["engine_alive"] = ("1 while the engine thread has a recent heartbeat.", lambda: float(self.bridge.alive))
+        self.bridge.metrics.kv_usage = self.kv_usage
         gauges["kv_cache_usage_ratio"] = ("Tokens in the cache over its capacity.", self.kv_usage)
         if self.price is not None:
             gauges["cost_dollars_per_million_tokens"] = ("Price of a million tokens, latest minute.", self.unit_cost)

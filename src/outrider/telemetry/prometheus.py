@@ -36,6 +36,8 @@ TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025,
 """Bucket ends for seconds per token: finer than usual, since speculation moves them by tens of per cent."""
 REFUSALS = ("BadField", "Overloaded", "RequestError", "Unavailable")
 """Reasons for which requests are refused."""
+COUNTS = tuple(float(d * 10**e) for e in range(6) for d in (1, 2, 5))
+"""Bucket ends for numbers of tokens: 1, 2, 5, 10 ..."""
 LENGTHS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
 """Bucket ends for acceptance lengths of requests."""
 
@@ -77,7 +79,8 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request that ended. Seconds since it arrived; `first` is None if it never got a token. outcome: a finish reason."""
+    """A request that ended. Seconds since it arrived; `first` is None if it never got a token, `queued` (until it had a slot) if it
+    never got one. outcome: a finish reason."""
 
     outcome: str
     prompt_tokens: int
@@ -85,6 +88,8 @@ class Finished:
     first: float | None
     total: float
     counts: Counts
+    queued: float | None = None
+    longest: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +118,14 @@ class Metrics(Collector):
     per_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
     whole: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     queued: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    interval: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
+    prefill: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    decode: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    inference: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    prompt_lengths: Histogram = field(default_factory=lambda: Histogram(COUNTS))
+    output_lengths: Histogram = field(default_factory=lambda: Histogram(COUNTS))
+    longest_lengths: Histogram = field(default_factory=lambda: Histogram(COUNTS))
+    kv_usage: Callable[[], float] = float
     lengths: Histogram = field(default_factory=lambda: Histogram(LENGTHS))
     residuals: Residuals = field(default_factory=Residuals)
     gauges: dict[str, tuple[str, Callable[[], float | None]]] = field(default_factory=dict)
@@ -140,6 +153,13 @@ class Metrics(Collector):
             self.first_token.observe(request.first)
             if request.tokens > 1:
                 self.per_token.observe((request.total - request.first) / (request.tokens - 1))
+            self.decode.observe(request.total - request.first)
+            if request.queued is not None:
+                self.prefill.observe(max(0.0, request.first - request.queued))
+                self.inference.observe(request.total - request.queued)
+        self.prompt_lengths.observe(request.prompt_tokens)
+        self.output_lengths.observe(request.tokens)
+        self.longest_lengths.observe(request.longest or request.tokens)
         if request.counts.steps:
             self.lengths.observe(request.counts.tokens / request.counts.steps)
 
@@ -184,11 +204,19 @@ class Metrics(Collector):
         )
         for name, value in (("running", self.running), ("waiting", self.waiting)):
             yield _gauge(f"vllm:num_requests_{name}", f"Sequences {name}.", names, values, value)
+        yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", names, values, self.kv_usage())
         for name, text, histogram in (
             ("time_to_first_token_seconds", "Arrival to first token.", self.first_token),
             ("request_time_per_output_token_seconds", "Mean seconds per token after the first.", self.per_token),
             ("e2e_request_latency_seconds", "Arrival to last token.", self.whole),
             ("request_queue_time_seconds", "Arrival to a slot.", self.queued),
+            ("inter_token_latency_seconds", "Between two deliveries of tokens, spread over them.", self.interval),
+            ("request_prefill_time_seconds", "A slot to first token.", self.prefill),
+            ("request_decode_time_seconds", "First token to last.", self.decode),
+            ("request_inference_time_seconds", "A slot to last token.", self.inference),
+            ("request_prompt_tokens", "Prompt tokens of a request.", self.prompt_lengths),
+            ("request_generation_tokens", "Tokens that a request got.", self.output_lengths),
+            ("request_max_num_generation_tokens", "Tokens that the longest sample of a request got.", self.longest_lengths),
         ):
             yield _histogram(f"vllm:{name}", text, names, values, histogram)
 
