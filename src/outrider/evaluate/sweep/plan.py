@@ -132,9 +132,9 @@ def _put(cell: dict[str, Any], name: str, value: Any, where: str) -> None:
 
 
 def _checked(fields: dict[str, Any], kinds: Mapping[str, Kind], where: str) -> tuple[Kind, Any]:
-    name = fields.get("kind")
+    name = str(fields.get("kind"))
     if name not in kinds:
-        raise ConfigError(f"{where}: {unknown_name('kind', str(name), kinds)}")
+        raise ConfigError(f"{where}: {unknown_name('kind', name, kinds)}")
     kind = kinds[name]
     for key in fields:
         if key not in kind.fields.model_fields:
