@@ -78,12 +78,12 @@ def count(
     hot = torch.nn.functional.one_hot(tokens, colours).double()
     place = [log_rows(hot[prompts == c].sum(0)) for c in classes] + [log_rows(hot.sum(0))]
     left, above = neighbours_of(tokens, columns, colours)
-    beside = [
+    beside_left, beside_above = (
         log_rows(torch.zeros(colours + 1, colours, dtype=torch.float64).index_add_(0, n.flatten(), hot.flatten(0, 1)))
         for n in (left, above)
-    ]
+    )
     weights = torch.tensor([1.0, 1.0, 1.0, -2.0], dtype=torch.float64)
-    return Tables(torch.stack(place), *beside, share.log(), weights, tuple(classes), columns)
+    return Tables(torch.stack(place), beside_left, beside_above, share.log(), weights, tuple(classes), columns)
 
 
 def neighbours_of(tokens: Int[Tensor, "n T"], columns: int, none: int) -> tuple[Int[Tensor, "n T"], Int[Tensor, "n T"]]:

@@ -74,9 +74,9 @@ class Guided:
         self.max_length, self.trees, self.rewinds = inner.max_length, inner.trees, inner.rewinds
         self.dtype, self.device, self.notices = inner.dtype, inner.device, inner.notices
 
-    def new_kv(self, slots: int, length: int) -> GuidedKV:
+    def new_kv(self, slots: int, length: int) -> KVCache:
         """Caches of both texts."""
-        return GuidedKV(self.inner.new_kv(2 * slots, length), slots)
+        return GuidedKV(self.inner.new_kv(2 * slots, length), slots)  # type: ignore[return-value]  # its length is only read
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`: one row of mixed logits for every scored row."""
