@@ -38,7 +38,7 @@ class Tables:
     left: Float[Tensor, "C1 C"]
     above: Float[Tensor, "C1 C"]
     share: Float[Tensor, "C"]
-    weights: Float[Tensor, "4"]
+    weights: Float[Tensor, "W"]
     classes: tuple[int, ...]
     columns: int
 

@@ -210,7 +210,8 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
         told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
         blocks = isinstance(found, GgufCheckpoint) and library is not None
-        weights_bytes = found.packed_bytes if blocks else parameters * chosen.itemsize
+        packed = found.packed_bytes if isinstance(found, GgufCheckpoint) and blocks else None
+        weights_bytes = parameters * chosen.itemsize if packed is None else packed
     else:
         runtime, reason, library, library_notice, told = "transformers", found, None, found, ()
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())

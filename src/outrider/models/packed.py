@@ -137,7 +137,11 @@ def _compressed(how: Mapping[str, Any]) -> Packing | None:
         return _packed_fours(weights.get("group_size") if kind[3] == "group" else None, symmetric)
     if not symmetric or kind[3] not in ("channel", "tensor"):
         return None
-    stored = {("int-quantized", 8, "int"): "I8", ("float-quantized", 8, "float"): "F8_E4M3"}.get(kind[:3])
+    known: dict[tuple[Any, ...], str] = {
+        ("int-quantized", 8, "int"): "I8",
+        ("float-quantized", 8, "float"): "F8_E4M3",
+    }
+    stored = known.get(kind[:3])
     if stored is None:
         return None
 

@@ -151,4 +151,4 @@ def _verify(length: int, verify_cost: VerifyCost) -> float:
 def _outcomes(alpha: float, length: int) -> npt.NDArray[np.float64]:
     """P(exactly k of `length` drafts are accepted), k = 0 .. length."""
     powers = alpha ** np.arange(length + 1)
-    return np.append((1.0 - alpha) * powers[:-1], powers[-1])
+    return np.append((1.0 - alpha) * powers[:-1], powers[-1]).astype(np.float64)

@@ -73,7 +73,8 @@ def read_parts(path: Path) -> Parts:
         if not part.is_file():
             raise ConfigError(f"{part} is missing, one of the {len(paths)} files of this model: download it too")
     headers = tuple(read_header(part) for part in paths)
-    count = whole(headers[0].values, "split.count", paths[0], default=1, least=0, most=1 << 16)
+    keys = headers[0].values
+    count = whole(keys, "split.count", paths[0], default=1, least=0, most=1 << 16)
     if max(count, 1) != len(paths):
         raise ConfigError(
             f"{paths[0]} says that the model has {count} files, its name says {len(paths)}: name the files as they were, "
@@ -88,7 +89,7 @@ def read_parts(path: Path) -> Parts:
                 "these files do not belong together, download them again"
             )
     total = sum(len(header.tensors) for header in headers)
-    expected = whole(headers[0].values, "split.tensors.count", paths[0], default=total, least=0)
+    expected = whole(keys, "split.tensors.count", headers[0].path, default=total, least=0)
     if len(paths) > 1 and expected != total:
         raise ConfigError(f"{paths[0]} and its parts hold {total} tensors of {expected}: download them again")
     return Parts(headers)

@@ -72,7 +72,7 @@ class Weights:
         try:
             with tensor.file.open("rb", buffering=0) as file:
                 file.seek(tensor.offset)
-                _fill(file, memoryview(raw.numpy()))
+                _fill(file, memoryview(raw.numpy().data))
         except OSError as error:
             raise ConfigError(f"{tensor.file} cannot be read ({error.strerror}): check the disk") from None
         except EOFError:

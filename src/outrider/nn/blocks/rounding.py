@@ -117,7 +117,8 @@ def _q6_k(x: Numbers) -> Rounded:
     d, scale = _shared(_furthest(parts.reshape(-1, 16)).view(-1, 16) / -32, 127)
     codes = (parts * _inverse(d * scale)[..., None]).round().clamp(-32, 31).add(32).to(torch.uint8).view(-1, 2, 4, 32)
     low = torch.cat([(codes[:, :, g] & 15) | ((codes[:, :, g + 2] & 15) << 4) for g in (0, 1)], 2).flatten(1)
-    high = sum((codes[:, :, g] >> 4) << (2 * g) for g in range(4))
+    places = torch.tensor([1, 4, 16, 64], dtype=torch.uint8).view(1, 1, 4, 1)
+    high = ((codes >> 4) * places).sum(2, dtype=torch.uint8)
     return torch.cat([low, high.flatten(1), scale.to(torch.int8).view(torch.uint8), _halves(d)], 1)
 
 
