@@ -10,7 +10,6 @@ import asyncio
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
@@ -18,17 +17,15 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-import outrider.serve
 from outrider import __version__
 from outrider.integrations.vllm.ledger import find
 from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.status import parts_of
 from outrider.integrations.vllm.sums import StepSums
 from outrider.records import Counts
+from outrider.serve.dashboard import PAGE, PAGE_HEADERS
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
 
-PAGE = Path(outrider.serve.__file__).parent / "dashboard" / "index.html"
-CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 RPC_SECONDS = 10.0
 """Seconds that a worker has to answer."""
 
@@ -145,8 +142,7 @@ class Endpoint:
     # ------------------------------------------------------------------ routes
     async def page(self, request: Request) -> Response:
         """GET /outrider: the dashboard."""
-        headers = {"content-security-policy": CSP, "cache-control": "no-store"}
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     async def state(self, request: Request) -> Response:
         """GET /outrider/state: all data of the page; `?after=T` leaves out the history up to time T."""
