@@ -24,6 +24,7 @@ from outrider.cli.takes import Table, takes
 from outrider.errors import ConfigError
 from outrider.options import EngineOptions
 from outrider.params import SamplingParams
+from tests.gguf_files import make_pair
 
 ROOT = Path(__file__).parents[2]
 UNASKED = {"chunk"}
@@ -52,6 +53,13 @@ OWN = {
     ("plan", "slots"),
     ("predict", "length"),
     ("train", "length"),
+    ("image", "target"),
+    ("image", "draft"),
+    ("image", "length"),
+    ("image", "rule"),
+    ("image", "allow_lossy"),
+    ("watch", "target"),
+    ("watch", "draft"),
 }
 """Options and arguments of the same name that mean something else in a command."""
 SAMPLERS = {
@@ -174,8 +182,8 @@ def test_vllms_json_replaces_what_it_names() -> None:
 
 
 # ----------------------------------------------------------------- helps and their examples
-PARSED = ("serve", "train", "theory figures")
-"""Examples that are only parsed: they run until they are stopped, write to a fixed folder, or take minutes."""
+PARSED = ("serve", "train", "theory figures", "watch")
+"""Examples that are only parsed: they run until they are stopped, write to a fixed folder, take minutes, or need a server."""
 SMALL = {
     "demo": ("--max-tokens", "8"),
     "generate": ("--max-tokens", "8"),
@@ -243,6 +251,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("live.yaml").write_text("arms: {short: {length: 1}, long: {length: 3}}\ncount: 8\n")
     Path("plan.yaml").write_text("cells: [{kind: bench, count: 2, max_tokens: 8}]\n")
     Path("vllm.json").write_text(json.dumps(RESULT))
+    folder, file = make_pair(tmp_path / "made", kind="q8_0", tokenizer=True)
+    folder.rename("my-model")
+    file.rename("model.gguf")
     return tmp_path
 
 

@@ -102,7 +102,7 @@ def test_the_distribution_is_the_targets_restricted_and_renormalised(engine: Eng
         ("regex:[a", "unclosed"),
         ("yaml:a", "'regex:PATTERN' or 'json:SCHEMA'"),
         ("json:{", "cannot be"),
-        ("", "1 to 65536"),
+        ("", "1 to 262144"),
     ],
 )
 def test_a_bad_grammar_is_refused_and_disturbs_nobody(engine: Engine, grammar: str, words: str) -> None:

@@ -47,13 +47,14 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
             write(asked.out, document)
         terminal.print_json(document) if json else plan_paper.print_paper(document)
         return
+    options = options.changed(target=paths.model(asked.target))
+    named = paths.drafter(asked.draft) or ["auto"]  # what leads nowhere is said before anything heavy is imported
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning import plan as pl
     from outrider.evaluate.scoring.score import VERIFICATION, load_items
 
-    options = options.changed(target=paths.model(asked.target))
     drafts, wanted, sizes = (
-        paths.drafter(asked.draft) or ["auto"],
+        named,
         parse_lengths(asked.lengths),
         parse_batches(asked.batches),
     )

@@ -183,11 +183,11 @@ def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None)
     if {name: t.dim() for name, t in tensors.items()} != wanted:
         raise ConfigError(f"{folder}: the tensors are not the tables of this drafter: make them again")
     made = {name: t.float() for name, t in tensors.items()}
-    tables = Tables(**made, classes=tuple(classes), columns=whole(config, "columns", folder))
-    size = len(tables.share)
-    shapes = [tables.place.shape[0] == len(classes) + 1, tables.place.shape[2] == size, len(tables.weights) == 4]
-    if not all(shapes) or any(t.shape != (size + 1, size) for t in (tables.left, tables.above)):
+    size, place = len(made["share"]), made["place"]
+    shapes = [place.shape[0] == len(classes) + 1, place.shape[2] == size, len(made["weights"]) == 4]
+    if not all(shapes) or any(made[name].shape != (size + 1, size) for name in ("left", "above")):
         raise ConfigError(f"{folder}: the tables do not fit each other: make them again")
+    tables = Tables(**made, classes=tuple(classes), columns=whole(config, "columns", folder))
     if not all(bool(torch.isfinite(t).all()) for t in made.values()):
         raise ConfigError(f"{folder}: a table has numbers that are not finite: make them again")
     if size > target.vocab_size:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from time import monotonic, time
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from outrider.control.acceptance import break_even
 from outrider.control.adaptive import Adaptive, Outlook
@@ -22,6 +22,7 @@ KEPT = 600
 """Samples kept."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """What is watched: a bridge, or another engine's server. metrics: its sums. alive: whether it answers. tickets: its open
     requests. failures: requests that it failed."""

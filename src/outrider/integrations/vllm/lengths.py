@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from outrider.control import Adaptive
 from outrider.control.row_times import load_class
@@ -42,6 +42,7 @@ class SeenStep:
     accepted: Sequence[int]
 
 
+@runtime_checkable
 class Lengths(Protocol):
     """What sets the draft length of a step."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from outrider.errors import ConfigError
@@ -134,7 +134,7 @@ def _block(header: Header, info: TensorInfo) -> BlockType:
     return block
 
 
-def permuted_back(rows: UInt8[Tensor, "N bytes"], heads: int) -> UInt8[Tensor, "N bytes"]:
+def permuted_back(rows: Shaped[Tensor, "N width"], heads: int) -> Shaped[Tensor, "N width"]:
     """Rows of queries or keys in the order of their halves; files of interleaved rotary pairs hold them pair by pair.
 
     Whole rows move, so that blocks stay as they are.
