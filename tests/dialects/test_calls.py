@@ -89,8 +89,10 @@ def test_automatic_calls_are_masked_from_their_mark_on_and_text_is_free(name: st
     core = byte_tokenizer(dict.fromkeys(m for m in (form.open, form.close, *form.marks) if m))
     grammars, mark = grammars_for(core), marks_of(core)
     trigger = Mark(form.open, mark(form.open)) if not form.bare else Mark("{", None, start=True)
+    free = f"Well, <b> {form.open}" if not form.bare else "\n {"
+    if name == "gpt_oss":  # a channel may hold thinking or text, so the mask begins where a function is addressed
+        trigger, free = Mark("to=functions."), f"{form.open}commentary to=functions."
     stages = Stages(f"lark:{automatic(form, TOOLS, mark, False)}", trigger, final=form.final)
-    free = ("Well, <b> " if not form.bare else "\n ") + (form.open if not form.bare else "{")
     for seed in range(1):
         automaton = grammars.start(stages.text)
         tokens = random_text(core, automaton, seed, free=free, endings=ENDINGS)

@@ -254,6 +254,8 @@ class Monitor(Watching):
         return [asdict(s) for s in controller.speeds()] if isinstance(controller, Adaptive) else []
 
     def kv_usage(self) -> float:
-        """Tokens in the cache over its capacity, 0 .. 1."""
+        """Tokens in the cache over its capacity, 0 .. 1; 0 while the model is loaded."""
+        if self.own.worker.engine is None:
+            return 0.0
         kv = self.own.engine.parts.kv
         return sum(kv.length) / (kv.slots * kv.capacity)
