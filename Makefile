@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Shapes and types of every call are checked at run time in these tests, but not in the statistical ones, which make the same calls
 # thousands of times (five times slower then).
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli tests/contract/test_scripted.py
-STATISTICAL := tests/drafters/test_drafters_law.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
+STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
