@@ -192,6 +192,7 @@ SMALL = {
     "plan": ("--max-tokens", "8", "--count", "4", "--rounds", "2", "--lengths", "0,2"),
     "tree": ("--max-tokens", "8", "--count", "2", "--nodes", "3", "--depth", "2", "--width", "2"),
     "audit": ("--max-tokens", "4", "--count", "2"),
+    "image": ("--count", "1"),
 }
 """What is said besides, so that it takes a moment; the last one of two counts."""
 VERDICTS = ("audit", "gate", "plan", "ab run", "ab status", "ab rehearse", "runs compare")
