@@ -82,7 +82,7 @@ def image(
     """
     from outrider.assets import shipped_images
     from outrider.evaluate.images import load_painter
-    from outrider.evaluate.png import enlarged, grid, png
+    from outrider.evaluate.png import check_size, enlarged, grid, png
     from outrider.files import write_whole
     from outrider.telemetry.ledger import ledger
 
@@ -98,6 +98,8 @@ def image(
         )
     names = [None if kind == "none" else kind] if kind is not None else list(painter.raster.classes)
     columns = math.ceil(math.sqrt(count))
+    high, wide = grid([painter.raster.pixels([])] * count, columns).shape[:2]
+    check_size((high * scale, wide * scale))  # before anything is drawn
     wanted = [(names[i % len(names)], seed + i) for i in range(count)]
     show = Progress(painter.raster, columns)
     try:

@@ -16,12 +16,15 @@ MOST = 1 << 26
 """Most pixels of a picture."""
 
 
+def check_size(shape: tuple[int, ...]) -> None:
+    """ConfigError unless `png` writes a picture of this shape."""
+    if len(shape) not in (2, 3) or 0 in shape or shape[0] * shape[1] > MOST:
+        raise ConfigError(f"a picture of {' x '.join(map(str, shape))} cannot be written: choose a smaller scale")
+
+
 def png(picture: Picture) -> bytes:
     """The file of a picture [h, w] of greys or [h, w, 3] of colours. ConfigError for one that is empty or absurdly large."""
-    if picture.ndim not in (2, 3) or 0 in picture.shape or picture.shape[0] * picture.shape[1] > MOST:
-        raise ConfigError(
-            f"a picture of {' x '.join(map(str, picture.shape))} cannot be written: choose a smaller scale"
-        )
+    check_size(picture.shape)
     height, width = picture.shape[:2]
     rows = np.ascontiguousarray(picture, dtype=np.uint8).reshape(height, -1)
     flat = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()  # each row begins with "no filter"
