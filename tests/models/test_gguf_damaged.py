@@ -168,6 +168,13 @@ def test_the_vocabulary_they_derive_from_is_read(tmp_path: Path) -> None:
     assert stops(tmp_path / "x.gguf") == (2,)
 
 
+def test_ends_of_text_are_refused_where_the_vocabulary_is(tmp_path: Path) -> None:
+    """They are also asked for where a tokenizer.json beside the file has taken the place of the damaged vocabulary."""
+    (tmp_path / "x.gguf").write_bytes(vocabulary(ABC, types=u32("tokenizer.ggml.token_type", 3)))
+    with pytest.raises(ConfigError, match="each of the 6"):
+        stops(tmp_path / "x.gguf")
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A whole model whose header has some 2 KB, with a vocabulary."""

@@ -96,10 +96,10 @@ def stops(path: Path) -> tuple[int, ...]:
     if not has_vocabulary(path):
         return ()
     tokens = _tokens(header)
-    kinds = header.values.get(PREFIX + "token_type") or ()
+    kinds = _array(header, "token_type", _WHOLES, len(tokens)) or ()
     special = _special(header.values, header.path, str(header.values.get(PREFIX + "model")), len(tokens))
     found = [special[name] for name in ("eos", "eot", "eom") if name in special]
-    named = [i for i, kind in enumerate(kinds) if kind == CONTROL and i < len(tokens) and tokens[i] in ENDS]
+    named = [i for i, kind in enumerate(kinds) if kind == CONTROL and tokens[i] in ENDS]
     return tuple(dict.fromkeys([*found, *named]))
 
 
