@@ -19,6 +19,7 @@ from outrider.models.tokenizer import whole_tokenizer
 from outrider.vocabulary import first_difference
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import byte_level, make_pair, save_tokenizer, sentencepiece
+from tests.models.test_gguf_damaged import kinds, vocabulary
 
 pytest.importorskip("gguf")
 TEXTS = [
@@ -97,6 +98,13 @@ def test_an_unknown_way_to_cut_words_takes_the_file_beside(tmp_path: Path) -> No
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
     assert load_tokenizer(file).encode("hello") == load_tokenizer(source).encode("hello")
+
+
+@pytest.mark.parametrize("begin", ["a:b", "$A", "$x", ":"])
+def test_special_tokens_may_have_any_text(begin: str, tmp_path: Path) -> None:
+    """Also one that means something in the templates of the library."""
+    (tmp_path / "x.gguf").write_bytes(vocabulary(["<unk>", begin, "</s>", "a", "b", "ab"], types=kinds(2, 3, 3, 1, 1, 1)))
+    assert load_tokenizer(tmp_path / "x.gguf").encode("ab") == [1, 0, 5]
 
 
 HOSTILE = {

@@ -135,18 +135,14 @@ def _add_special(core: Tokenizer, v: Vocabulary) -> None:
 
 def _add_ends(core: Tokenizer, v: Vocabulary, begins: bool) -> None:
     """The begin and the end of text, where the file says so, or its kind of vocabulary has them."""
-    first = v.text_of("bos") if (begins if v.begins is None else v.begins) else None
-    last = v.text_of("eos") if v.ends else None
-    if first is None and last is None:
+    first = ["bos"] if (begins if v.begins is None else v.begins) and "bos" in v.special else []
+    last = ["eos"] if v.ends and "eos" in v.special else []
+    if not first and not last:
         return
-    around = [name for name in (first, "$A", last) if name is not None]
-    pair = [name for name in (first, "$A", last, first, "$B:1", last) if name is not None]
+    # by names of ours: a template reads "$" and ":" in a token's own text as signs
+    given = [{"id": name, "ids": [v.special[name]], "tokens": [v.text_of(name)]} for name in (*first, *last)]
     core.post_processor = processors.TemplateProcessing(
-        single=_pieces(around),
-        pair=_pieces(pair),
-        special_tokens=[(name, v.tokens.index(name)) for name in dict.fromkeys((first, last)) if name is not None],
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *first, "$B:1", *last],
+        special_tokens=given,  # type: ignore[arg-type]  # the library's stub knows pairs only
     )
-
-
-def _pieces(names: list[str]) -> list[str]:
-    return [name if name.startswith("$") else f"{name}:0" for name in names]
