@@ -141,6 +141,7 @@ BAD_WORDS: dict[str, tuple[bytes, str]] = {
         vocabulary(ABC, types=entry("tokenizer.ggml.token_type", ARR, array(F32, 6, bytes(24)))), "each of the 6"),
     "kind 7": (vocabulary(ABC, types=kinds(1, 1, 1, 1, 1, 7)), "kind that does not exist"),
     "byte token": (vocabulary([*ABC[:5], "<0x-1>"], types=kinds(1, 1, 1, 1, 1, 6)), "not written <0xNN>"),
+    "token too long": (vocabulary([*ABC[:5], "a" * 1025]), "1025 characters"),
     "end beyond": (vocabulary(ABC, end=u32("tokenizer.ggml.eos_token_id", 6)), "from 0 to 5"),
     "default beyond": (vocabulary(["a", "b"]), "no token 2 for eos"),
     "no merges": (vocabulary(ABC, model=model("gpt2")), "no merges"),

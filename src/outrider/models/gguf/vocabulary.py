@@ -17,6 +17,8 @@ from outrider.models.gguf.reader import Header, Strings, read_header
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 TEMPLATE_BYTES = 1 << 20
+PIECE = 1024
+"""Most characters of a token of SentencePiece, of which every way to cut it in two is tried: far above any real one."""
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens."""
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -77,7 +79,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
         raise _damaged(path, "its vocabulary has no scores")
     if any(not 0 <= kind <= BYTE for kind in kinds) or not all(map(math.isfinite, scores or ())):
         raise _damaged(path, "a token has a kind that does not exist, or a score that is no number")
-    _check_bytes(path, model, tokens, kinds)
+    if model == "llama":
+        _check_pieces(path, tokens, kinds)
     known = _special(values, path, model, len(tokens))
     template = values.get(TEMPLATE)
     if template is not None and not (isinstance(template, str) and len(template) <= TEMPLATE_BYTES):
@@ -130,9 +133,10 @@ def _array(header: Header, name: str, types: tuple[int, ...], count: int) -> tup
     return found
 
 
-def _check_bytes(path: Path, model: str, tokens: list[str], kinds: tuple[int, ...]) -> None:
-    if model != "llama":
-        return
+def _check_pieces(path: Path, tokens: list[str], kinds: tuple[int, ...]) -> None:
+    longest = max(map(len, tokens))
+    if longest > PIECE:
+        raise _damaged(path, f"a token has {longest} characters, where at most {PIECE} are possible")
     spelled = [token for token, kind in zip(tokens, kinds, strict=True) if kind == BYTE]
     if not all(_BYTE.fullmatch(token) for token in spelled):
         wrong = next(token for token in spelled if not _BYTE.fullmatch(token))
