@@ -11,8 +11,6 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -26,7 +24,6 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
-    "phi3": (Phi3Config, Phi3ForCausalLM),
 }
 SIZES = {
     "vocab_size": 101,
@@ -43,14 +40,13 @@ SIZES = {
 def make_model(
     family: str, *, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32, **overrides
 ) -> PreTrainedModel:
-    """A random model of `family` ("llama", "qwen2", "qwen3", "mistral", "phi3") whose logits differ strongly.
+    """A random model of `family` ("llama", "qwen2", "qwen3", "mistral") whose logits differ strongly.
 
     scale: weights are normal with standard deviation scale / sqrt(inputs) (embeddings: scale), biases and norms move
     too, so that a part that is forgotten shows. overrides: keys of the configuration class, over `SIZES`.
     """
     config_class, model_class = FAMILIES[family]
-    own = {"qwen3": {"head_dim": 16}, "phi3": {"pad_token_id": 0, "eos_token_id": 2}}.get(family, {})
-    sizes = SIZES | own | overrides
+    sizes = SIZES | ({"head_dim": 16} if family == "qwen3" else {}) | overrides
     model = model_class(config_class(**sizes)).to(dtype).eval().requires_grad_(False)
     noise = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():

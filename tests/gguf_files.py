@@ -44,9 +44,7 @@ def sentencepiece(size: int = 400) -> Tokenizer:
     trained.train_from_iterator(
         TEXT, trainers.BpeTrainer(vocab_size=size, special_tokens=[*special, *bytes_], initial_alphabet=alphabet)
     )
-    model = trained.model
     core = Tokenizer.from_str(trained.to_str())
-    del model
     core.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

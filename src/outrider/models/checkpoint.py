@@ -187,10 +187,7 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
         "input_layernorm.weight": (c.hidden,),
         "post_attention_layernorm.weight": (c.hidden,),
     }
-    if layout.fused:
-        out["self_attn.qkv_proj.weight"] = (queries + 2 * keys, c.hidden)
-        out["mlp.gate_up_proj.weight"] = (2 * c.inner, c.hidden)
-    for name, size in () if layout.fused else (("q", queries), ("k", keys), ("v", keys)):
+    for name, size in (("q", queries), ("k", keys), ("v", keys)):
         out[f"self_attn.{name}_proj.weight"] = (size, c.hidden)
         if layout.qkv_bias:
             out[f"self_attn.{name}_proj.bias"] = (size,)
@@ -199,7 +196,7 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
         out["self_attn.o_proj.bias"] = (c.hidden,)
     if layout.qk_norm:
         out |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-    for name in () if layout.fused else ("gate", "up"):
+    for name in ("gate", "up"):
         out[f"mlp.{name}_proj.weight"] = (c.inner, c.hidden)
     out["mlp.down_proj.weight"] = (c.hidden, c.inner)
     return out
@@ -231,10 +228,10 @@ class _Reader:
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         names: dict[str, tuple[str, ...]] = {
             "norm1": (f"model.layers.{i}.input_layernorm.weight",),
-            "qkv": tuple(f"{attention}{part}_proj.weight" for part in (("qkv",) if layout.fused else "qkv")),
+            "qkv": tuple(f"{attention}{part}_proj.weight" for part in "qkv"),
             "o": (f"{attention}o_proj.weight",),
             "norm2": (f"model.layers.{i}.post_attention_layernorm.weight",),
-            "gate_up": tuple(f"{mlp}{part}_proj.weight" for part in (("gate_up",) if layout.fused else ("gate", "up"))),
+            "gate_up": tuple(f"{mlp}{part}_proj.weight" for part in ("gate", "up")),
             "down": (f"{mlp}down_proj.weight",),
         }
         if layout.qkv_bias:

@@ -33,8 +33,7 @@ class Unsupported(Exception):
 class Family:
     """The parts of a model type, and transformers' defaults of absent keys.
 
-    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files. fused: products that
-    share an input are stored as one.
+    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files.
     """
 
     options: frozenset[str]
@@ -42,11 +41,9 @@ class Family:
     kv_heads: int | None = None
     head_dim: int | None = None
     max_length: int = 32768
-    window: int | None = 4096
-    eps: float = 1e-6
+    window: int = 4096
     qkv_bias: bool = False
     qk_norm: bool = False
-    fused: bool = False
 
 
 FAMILIES = {
@@ -67,7 +64,6 @@ class Layout:
     qk_norm: bool
     tied: bool
     stored: str | None
-    fused: bool = False
 
 
 def read_raw_config(folder: Path) -> dict:
@@ -118,7 +114,7 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         kv_heads=kv_heads,
         head_dim=head_dim,
         inner=whole(raw, "intermediate_size", where, most=1 << 20),
-        eps=real(raw, "rms_norm_eps", where, family.eps, least=0.0),
+        eps=real(raw, "rms_norm_eps", where, 1e-6, least=0.0),
         max_length=max_length or positions,
         window=_windows(raw, family, layers, where),
         inv_freq=inv_freq,
@@ -133,7 +129,6 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         qk_norm=family.qk_norm,
         tied=flag(raw, "tie_word_embeddings", where),
         stored=stored if isinstance(stored, str) else None,
-        fused=family.fused,
     )
 
 
@@ -203,8 +198,6 @@ def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Floa
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if kind == "default":
         return inv_freq, 1.0
-    if raw["model_type"] == "phi3":  # which calls LongRoPE by several names
-        raise Unsupported(f"rotary scaling {reprlib.repr(kind)} of a phi3")
     if kind == "linear":
         return inv_freq / real(rope, "factor", where, least=1e-6, most=1e6), 1.0
     if kind == "llama3":

@@ -73,8 +73,7 @@ class GgufCheckpoint:
         at, c, w = f"blk.{i}.", self.config, self.weights
         heads = {"q": c.heads, "k": c.kv_heads, "v": 0}
         numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
-        parts = {"qkv": 0} if self.layout.fused else heads
-        qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in parts.items())
+        qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())
         biases = [numbers(f"attn_{part}.bias") for part in heads]
         return LayerWeights(
             norm1=w.numbers(at + "attn_norm.weight"),
@@ -85,13 +84,9 @@ class GgufCheckpoint:
             o=(w.segment(at + "attn_output.weight"),),
             o_bias=numbers("attn_output.bias"),
             norm2=w.numbers(at + "ffn_norm.weight"),
-            gate_up=tuple(w.segment(f"{at}ffn_{part}.weight") for part in (("up",) if self.layout.fused else ("gate", "up"))),
+            gate_up=tuple(w.segment(f"{at}ffn_{part}.weight") for part in ("gate", "up")),
             down=(w.segment(at + "ffn_down.weight"),),
         )
-
-    def layers(self) -> Iterator[LayerWeights]:
-        """The blocks, one at a time: at most one is in memory if its user lets go of it."""
-        return (self.layer(i) for i in range(self.config.layers))
 
     def packed(self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model") -> DecoderWeights:
         """The weights as they are stored; blocks are read one at a time, while they are used.
@@ -196,12 +191,8 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     c = layout.decoder
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     out: dict[str, tuple[int, ...]] = {"attn_norm.weight": (c.hidden,), "ffn_norm.weight": (c.hidden,)}
-    out["ffn_up.weight"] = (c.inner * (2 if layout.fused else 1), c.hidden)
-    if layout.fused:
-        out["attn_qkv.weight"] = (queries + 2 * keys, c.hidden)
-    else:
-        out["ffn_gate.weight"] = (c.inner, c.hidden)
-    for name, size in () if layout.fused else (("q", queries), ("k", keys), ("v", keys)):
+    out["ffn_up.weight"] = out["ffn_gate.weight"] = (c.inner, c.hidden)
+    for name, size in (("q", queries), ("k", keys), ("v", keys)):
         out[f"attn_{name}.weight"] = (size, c.hidden)
         if layout.qkv_bias:
             out[f"attn_{name}.bias"] = (size,)

@@ -7,7 +7,6 @@ by name, because ignoring it could change the text.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +19,12 @@ from outrider.models.gguf.weights import Weights
 class Architecture:
     """How files of an architecture are read. family: model type in Hugging Face's spelling. named: its class there.
 
-    permuted: rows of queries and keys are stored as interleaved pairs. options: further keys that the family reads, from ours to
-    the name in config.json.
+    permuted: rows of queries and keys are stored as interleaved pairs.
     """
 
     family: str
     named: str
     permuted: bool = False
-    options: Mapping[str, str] | None = None
 
 
 ARCHITECTURES = {
@@ -69,7 +66,7 @@ def config_of(weights: Weights) -> dict[str, Any]:
     """A `config.json` for these files, as transformers would write it. Raises ConfigError for what is not known here."""
     kind = architecture_of(weights)
     keys = _Keys(weights)
-    keys.check(_PLAIN | set(kind.options or ()))
+    keys.check(_PLAIN)
     hidden, heads = keys.whole("embedding_length"), keys.same("attention.head_count")
     embedding = weights.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -119,8 +116,6 @@ def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
         return {}
     if kind.family == "llama":  # Mistral: the same network, and every layer has the window
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": width}
-    if kind.family == "phi3":
-        return {"sliding_window": width}
     raise ConfigError(f"{keys.path} has a sliding window of {width}, whose layers it does not name: use another model")
 
 
@@ -165,7 +160,7 @@ class _Keys:
     def given(self, key: str) -> bool:
         return self.name(key) in self.values
 
-    def check(self, known: frozenset[str] | set[str]) -> None:
+    def check(self, known: frozenset[str]) -> None:
         """Refuse keys that are not known, and values of known ones that mean another network."""
         for key in self.values:
             if key.startswith(self._prefix) and key.removeprefix(self._prefix) not in known:

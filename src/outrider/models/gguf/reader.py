@@ -78,7 +78,6 @@ class Header:
     values: dict[str, Any]
     element_types: dict[str, int]
     tensors: tuple[TensorInfo, ...]
-    alignment: int
     end: int
 
 
@@ -262,4 +261,4 @@ def _placed(
                 f"tensor {reprlib.repr(info.name)} begins at {info.offset}, not at a place inside the file"
             )
     placed = tuple(TensorInfo(i.name, i.kind, i.shape, begin + i.offset) for i in infos)
-    return Header(cursor.path, values, element_types, placed, alignment, cursor.size)
+    return Header(cursor.path, values, element_types, placed, cursor.size)

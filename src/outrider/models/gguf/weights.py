@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ class Weights:
     def __init__(self, path: Path) -> None:
         parts = read_parts(path)
         self.path, self.values = parts.path, parts.values
-        self.element_types: Mapping[str, int] = parts.headers[0].element_types
         self.tensors: dict[str, Stored] = {}
         for header in parts.headers:
             for name, tensor in _stored(header).items():
@@ -60,10 +58,6 @@ class Weights:
 
     def value(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors.values())
 
     def segment(self, name: str) -> Segment:
         """A weight as it is stored, [N, bytes of a row]. Raises ConfigError for scales that are no finite numbers."""
