@@ -19,12 +19,12 @@ from torch import Tensor
 from outrider.config_keys import PACKED
 from outrider.errors import ConfigError
 from outrider.models.adapter import read_adapter
-from outrider.models.config import Layout, Unsupported, layout_of, read_raw_config
+from outrider.models.config import Layout, Unsupported, layout_of, read_raw_config, shapes_of
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.entries import read_entries
 from outrider.models.packed import packing_of
 from outrider.models.places import without_place
-from outrider.nn.memory import require_memory
+from outrider.nn.memory import require_weights
 
 Progress = Callable[[float], None]
 """Called with the share of the weights read so far, in (0, 1]."""
@@ -92,12 +92,7 @@ class Checkpoint:
         role: the model's role in messages: "target", "draft".
         """
         where = torch.device(device)
-        require_memory(
-            self.parameters * dtype.itemsize,
-            where,
-            f"the weights of the {role}",
-            f"choose a smaller {role} or dtype, or free memory",
-        )
+        require_weights(self.parameters, dtype, where, role)
         reader = _Reader(self, list(self._expected()), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
         head = embedding
@@ -112,14 +107,7 @@ class Checkpoint:
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""
-        c = self.config
-        out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden)}
-        if not self.layout.tied or "lm_head.weight" in self.entries:
-            out["lm_head.weight"] = (c.vocab_size, c.hidden)
-        out["model.norm.weight"] = (c.hidden,)
-        for i in range(c.layers):
-            out |= {f"model.layers.{i}.{name}": shape for name, shape in _block_shapes(self.layout).items()}
-        return out
+        return shapes_of(self.layout, not self.layout.tied or "lm_head.weight" in self.entries)
 
     def _check(self) -> None:
         expected = self._expected()
@@ -178,28 +166,6 @@ def load_checkpoint(
     """Shape and weights of the checkpoint in `folder`: see `Checkpoint`."""
     checkpoint = Checkpoint(folder, max_length=max_length)
     return checkpoint.config, checkpoint.read(dtype, device, progress)
-
-
-def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    c = layout.decoder
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    out: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (c.hidden,),
-        "post_attention_layernorm.weight": (c.hidden,),
-    }
-    for name, size in (("q", queries), ("k", keys), ("v", keys)):
-        out[f"self_attn.{name}_proj.weight"] = (size, c.hidden)
-        if layout.qkv_bias:
-            out[f"self_attn.{name}_proj.bias"] = (size,)
-    out["self_attn.o_proj.weight"] = (c.hidden, queries)
-    if layout.o_bias:
-        out["self_attn.o_proj.bias"] = (c.hidden,)
-    if layout.qk_norm:
-        out |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-    for name in ("gate", "up"):
-        out[f"mlp.{name}_proj.weight"] = (c.inner, c.hidden)
-    out["mlp.down_proj.weight"] = (c.hidden, c.inner)
-    return out
 
 
 class _Reader:

@@ -132,6 +132,39 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
     )
 
 
+def shapes_of(layout: Layout, head: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own."""
+    c = layout.decoder
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden)}
+    if head:
+        out["lm_head.weight"] = (c.vocab_size, c.hidden)
+    out["model.norm.weight"] = (c.hidden,)
+    block = _block_shapes(layout)
+    return out | {f"model.layers.{i}.{name}": shape for i in range(c.layers) for name, shape in block.items()}
+
+
+def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    c = layout.decoder
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    out: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (c.hidden,),
+        "post_attention_layernorm.weight": (c.hidden,),
+    }
+    for name, size in (("q", queries), ("k", keys), ("v", keys)):
+        out[f"self_attn.{name}_proj.weight"] = (size, c.hidden)
+        if layout.qkv_bias:
+            out[f"self_attn.{name}_proj.bias"] = (size,)
+    out["self_attn.o_proj.weight"] = (c.hidden, queries)
+    if layout.o_bias:
+        out["self_attn.o_proj.bias"] = (c.hidden,)
+    if layout.qk_norm:
+        out |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
+    for name in ("gate", "up"):
+        out[f"mlp.{name}_proj.weight"] = (c.inner, c.hidden)
+    out["mlp.down_proj.weight"] = (c.hidden, c.inner)
+    return out
+
+
 def _family(raw: dict, where: object) -> Family:
     """The family of the file, after refusing options that the lean runtime does not support."""
     kind = raw.get("model_type")

@@ -13,6 +13,7 @@ from torch import Tensor
 from outrider.errors import ConfigError
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import read_raw_config
+from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
 from outrider.nn.blocks import BlockType, named, quantise
 
@@ -24,24 +25,7 @@ _FILE_TYPES = {
 """How llama.cpp numbers files that are mostly of a type; the types that can be written."""
 _NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What llama.cpp takes instead for rows that are no whole blocks."""
-_PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_WHOLE = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 TYPES = tuple(_FILE_TYPES)
-
-
-def gguf_name(name: str) -> str:
-    """The name of a tensor in GGUF, from the one in Hugging Face's spelling."""
-    if name in _WHOLE:
-        return _WHOLE[name]
-    _, _, layer, rest = name.split(".", 3)
-    part, _, end = rest.rpartition(".")
-    return f"blk.{layer}.{_PARTS[part]}.{end}"
 
 
 def type_for(name: str, shape: tuple[int, ...], wanted: BlockType) -> BlockType:

@@ -30,7 +30,7 @@ from outrider.models.tokenizer import (
     stop_ids,
     vocab_fingerprint,
 )
-from outrider.nn.memory import available_memory, require_memory
+from outrider.nn.memory import available_memory, require_weights
 from outrider.protocols import Target
 
 __all__ = [
@@ -167,8 +167,7 @@ def _load_hf(
     chosen = choose_dtype(dtype, raw.get("dtype") or raw.get("torch_dtype"), device, lean=False)
     entries = read_entries(folder)
     check_numbers({name: entry.stored for name, entry in entries.items()}, bool(raw.get("quantization_config")))
-    size = sum(math.prod(entry.shape) for entry in entries.values()) * chosen.itemsize
-    require_memory(size, device, f"the weights of the {role}", f"choose a smaller {role} or dtype, or free memory")
+    require_weights(sum(math.prod(entry.shape) for entry in entries.values()), chosen, device, role)
     target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
     target.notices = (*([notice] if notice else []), *target.notices, *_dtype_notices(folder, chosen, device, False))
     return target

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.errors import ConfigError, unknown_name
-from outrider.models.convert import EMBEDDING, HEAD, type_for
+from outrider.models.convert import type_for
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, Segments
+from outrider.models.gguf.names import EMBEDDING, HEAD
 from outrider.models.lean import LeanTarget
 from outrider.models.native import load_native
 from outrider.nn.blocks import INT8, BlockType, Segment, named, quantise

@@ -31,6 +31,12 @@ def require_memory(size: int, device: torch.device, what: str, remedy: str) -> N
         raise CapacityError(f"{what} needs {_readable(size)}, {_readable(free)} are available on {device}: {remedy}")
 
 
+def require_weights(parameters: int, dtype: torch.dtype, device: torch.device, role: str) -> None:
+    """Raise CapacityError unless that many numbers fit. role: the model's role in messages: "target", "draft"."""
+    remedy = f"choose a smaller {role} or dtype, or free memory"
+    require_memory(parameters * dtype.itemsize, device, f"the weights of the {role}", remedy)
+
+
 def _readable(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 

@@ -15,17 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.errors import ConfigError
-from outrider.models.config import Layout, Unsupported, layout_of
+from outrider.models.config import Layout, Unsupported, layout_of, shapes_of
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
+from outrider.models.gguf import names
 from outrider.models.gguf.config import architecture_of, config_of
+from outrider.models.gguf.names import gguf_name
 from outrider.models.gguf.weights import Weights, permuted_back
 from outrider.models.places import refuse_extra
 from outrider.nn.blocks import Segment
-from outrider.nn.memory import require_memory
+from outrider.nn.memory import require_memory, require_weights
 
 Progress = Callable[[float], None]
 
-EMBEDDING, HEAD, NORM, DIVISORS = "token_embd.weight", "output.weight", "output_norm.weight", "rope_freqs.weight"
+EMBEDDING, HEAD, NORM = (gguf_name(name) for name in (names.EMBEDDING, names.HEAD, names.NORM))
+DIVISORS = "rope_freqs.weight"
 
 
 class GgufCheckpoint:
@@ -117,12 +120,7 @@ class GgufCheckpoint:
         role: the model's role in messages: "target", "draft".
         """
         where = torch.device(device)
-        require_memory(
-            self.parameters * dtype.itemsize,
-            where,
-            f"the weights of the {role}",
-            f"choose a smaller {role} or dtype, or free memory",
-        )
+        require_weights(self.parameters, dtype, where, role)
         return unpacked(self.packed(dtype, progress, role), where)
 
     def _turned(self, segment: Segment, heads: int) -> Segment:
@@ -158,12 +156,7 @@ class GgufCheckpoint:
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the decoder."""
-        c = self.config
-        out: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, c.hidden), NORM: (c.hidden,)}
-        if HEAD in self._tensors:
-            out[HEAD] = (c.vocab_size, c.hidden)
-        shapes = _block_shapes(self.layout)
-        return out | {f"blk.{i}.{name}": shape for i in range(c.layers) for name, shape in shapes.items()}
+        return {gguf_name(name): shape for name, shape in shapes_of(self.layout, HEAD in self._tensors).items()}
 
     def _check(self) -> None:
         path, expected = self.weights.path, self._expected_or_fewer()
@@ -185,20 +178,3 @@ class GgufCheckpoint:
                 f"{self.weights.path} has {len(self._tensors)} tensors for {self.config.layers} layers: download it again"
             )
         return self._expected()
-
-
-def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    c = layout.decoder
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    out: dict[str, tuple[int, ...]] = {"attn_norm.weight": (c.hidden,), "ffn_norm.weight": (c.hidden,)}
-    out["ffn_up.weight"] = out["ffn_gate.weight"] = (c.inner, c.hidden)
-    for name, size in (("q", queries), ("k", keys), ("v", keys)):
-        out[f"attn_{name}.weight"] = (size, c.hidden)
-        if layout.qkv_bias:
-            out[f"attn_{name}.bias"] = (size,)
-    out["attn_output.weight"] = (c.hidden, queries)
-    if layout.o_bias:
-        out["attn_output.bias"] = (c.hidden,)
-    if layout.qk_norm:
-        out |= {"attn_q_norm.weight": (c.head_dim,), "attn_k_norm.weight": (c.head_dim,)}
-    return out | {"ffn_down.weight": (c.hidden, c.inner)}

@@ -1,0 +1,22 @@
+"""The names of a decoder's tensors in GGUF, from those in Hugging Face's spelling."""
+
+from __future__ import annotations
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+"""Of the tensors outside of blocks, in Hugging Face's spelling."""
+_WHOLE = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
+_PARTS = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def gguf_name(name: str) -> str:
+    """The name of a tensor in GGUF."""
+    if name in _WHOLE:
+        return _WHOLE[name]
+    _, _, layer, rest = name.split(".", 3)
+    part, _, end = rest.rpartition(".")
+    return f"blk.{layer}.{_PARTS[part]}.{end}"
