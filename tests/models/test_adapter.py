@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from outrider import Engine
 from outrider.errors import ConfigError
 from outrider.models.checkpoint import Checkpoint
-from outrider.models.load import find_tokenizer, inspect_checkpoint, load_target, stop_ids
+from outrider.models.convert import convert
+from outrider.models.gguf.checkpoint import GgufCheckpoint
+from outrider.models.gguf.names import gguf_name
+from outrider.models.load import find_tokenizer, inspect_checkpoint, load_target, load_tokenizer, stop_ids
 from outrider.params import SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.gguf_files import make_pair
 
 R, PLACES = 3, ("self_attn.q_proj", "mlp.down_proj")
 
@@ -88,6 +92,19 @@ def test_an_adapter_is_a_target(base: Path, tmp_path: Path) -> None:
     assert texts[0] != texts[1]
     drafted = Engine.build(target=str(folder), draft=str(base), slots=1, max_length=64).generate("abc", params)[0].text
     assert drafted == texts[0]
+
+
+def test_an_adapter_is_converted_as_it_is_merged(tmp_path: Path) -> None:
+    """The file has the merged weights, and the base's configuration and tokenizer."""
+    pytest.importorskip("gguf")
+    base, _ = make_pair(tmp_path, tokenizer=True, num_hidden_layers=2)
+    folder = make_adapter(tmp_path / "adapter", base)
+    convert(folder, tmp_path / "merged.gguf", "f32")
+    found, expected = GgufCheckpoint(tmp_path / "merged.gguf"), Checkpoint(folder)
+    down = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(found.weights.numbers(gguf_name(down)), expected.tensor(down))
+    ours, theirs = load_tokenizer(tmp_path / "merged.gguf"), load_tokenizer(base)
+    assert ours.get_vocab() == theirs.get_vocab() and ours.encode("abc") == theirs.encode("abc")
 
 
 def test_a_base_beside_it_is_found(base: Path, tmp_path: Path) -> None:

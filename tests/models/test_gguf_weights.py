@@ -31,6 +31,11 @@ CASES = {
         {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | SCALING},
     ),
     "llama yarn": ("llama", {"rope_parameters": {"rope_type": "yarn"} | SCALING}),
+    "llama yarn, the context it was trained with": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}),
+    "llama yarn, factor by the contexts": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn"} | SCALING | {"factor": None}},
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3 biases": ("qwen3", {"attention_bias": True}),
@@ -132,6 +137,9 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     source, _ = make_pair(tmp_path)
     with pytest.raises(ConfigError, match="choose one of"):
         convert(source, tmp_path / "other.gguf", "q2_k")
+    (source / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    with pytest.raises(ConfigError, match="no merges"):
+        convert(source, tmp_path / "other.gguf", "q8_0")
     (source / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
     with pytest.raises(ConfigError, match="not BPE"):
         convert(source, tmp_path / "other.gguf", "q8_0")

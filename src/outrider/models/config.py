@@ -215,20 +215,12 @@ def _windows(raw: dict, family: Family, layers: int, where: object) -> tuple[int
 
 def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Float[Tensor, "half"], float]:
     """Rotary frequencies and the factor of cos and sin, computed in float32 in the order transformers computes them."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise Unsupported("rotary parameters differ between layers")
-    unknown = unknown_keys(given, ROPE)
-    if unknown:
-        raise Unsupported(f"the rotary parameters have a key {unknown[0][:80]!r} that is not known here")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | given
-    if "original_max_position_embeddings" in raw:  # beside the parameters it takes precedence over a value among them
-        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = rope_keys(raw)
+    kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise Unsupported("partial_rotary_factor is not 1")
     theta = real(rope, "rope_theta", where, 10000.0, least=1.0, most=1e12)
-    inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    inv_freq = plain_frequencies(theta, head_dim)
     if kind == "default":
         return inv_freq, 1.0
     if kind == "linear":
@@ -238,6 +230,25 @@ def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Floa
     if kind == "yarn":
         return _yarn(rope, theta, head_dim, positions, where)
     raise Unsupported(f"rotary scaling {reprlib.repr(kind)}")
+
+
+def rope_keys(raw: dict) -> dict:
+    """The rotary parameters of a config.json, wherever it has them; always with rope_theta and rope_type."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise Unsupported("rotary parameters differ between layers")
+    unknown = unknown_keys(given, ROPE)
+    if unknown:
+        raise Unsupported(f"the rotary parameters have a key {unknown[0][:80]!r} that is not known here")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": given.get("type", "default")} | given
+    if "original_max_position_embeddings" in raw:  # beside the parameters it takes precedence over a value among them
+        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    return rope
+
+
+def plain_frequencies(theta: float, head_dim: int) -> Float[Tensor, "half"]:
+    """Rotary frequencies before any scaling, in the order transformers computes them."""
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
 
 
 def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int, where: object) -> Float[Tensor, "half"]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from outrider.errors import ConfigError
+from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
-from outrider.models.config import read_raw_config
+from outrider.models.config import plain_frequencies, rope_keys
 from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
 from outrider.nn.blocks import BlockType, named, quantise
@@ -114,17 +115,15 @@ def _tensors(checkpoint: Checkpoint, plan: list[Any]) -> Iterator[tuple[BlockTyp
 
 def _divisors(checkpoint: Checkpoint) -> Tensor | None:
     """What the rotary frequencies are divided by, where they are scaled one by one (Llama 3.1)."""
-    rope = checkpoint.raw.get("rope_scaling") or checkpoint.raw.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type")) != "llama3":
+    rope = rope_keys(checkpoint.raw)
+    if rope["rope_type"] != "llama3":
         return None
-    theta = rope.get("rope_theta", checkpoint.raw.get("rope_theta", 10000.0))
-    size = checkpoint.config.head_dim
-    plain = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
-    return (plain / checkpoint.config.inv_freq).float()
+    return (plain_frequencies(rope["rope_theta"], checkpoint.config.head_dim) / checkpoint.config.inv_freq).float()
 
 
 def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
-    raw, c = read_raw_config(folder), checkpoint.config
+    c, rope = checkpoint.config, rope_keys(checkpoint.raw)
+    theta = float(rope["rope_theta"])
     if c.family not in ARCHITECTURE:
         raise ConfigError(
             f"{folder} is a {c.family}, which cannot be written yet: convert it with llama.cpp's converter"
@@ -133,13 +132,11 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} has windows in some layers only, which GGUF has no key for here: convert it with llama.cpp"
         )
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
     sizes: dict[str, Any] = {
         "context_length": c.max_length, "embedding_length": c.hidden, "block_count": c.layers, "feed_forward_length": c.inner,
         "attention.head_count": c.heads, "attention.head_count_kv": c.kv_heads, "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": c.eps, "rope.freq_base": theta,
-        "rope.dimension_count": c.head_dim, "vocab_size": c.vocab_size, **_scaling(folder, rope),
+        "rope.dimension_count": c.head_dim, "vocab_size": c.vocab_size, **_scaling(folder, rope, c.max_length),
         **({"attention.sliding_window": c.window[0]} if c.window[0] else {}),
     }  # fmt: skip
     arch = ARCHITECTURE[c.family]
@@ -148,19 +145,24 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": 2,
     }
-    words = {f"tokenizer.{key}": value for key, value in vocabulary_keys(folder, c.vocab_size).items()}
+    words = {
+        f"tokenizer.{key}": value
+        for key, value in vocabulary_keys(home_of(folder, "tokenizer.json"), c.vocab_size).items()
+    }
     return general | {f"{arch}.{key}": value for key, value in sizes.items()} | words
 
 
-def _scaling(folder: Path, rope: dict[str, Any]) -> dict[str, Any]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _scaling(folder: Path, rope: dict[str, Any], positions: int) -> dict[str, Any]:
+    kind = rope["rope_type"]
     if kind in ("default", "llama3"):  # the divisors say it
         return {}
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn" and rope.get("attention_factor") is None and rope.get("truncate", True):
-        out = {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
-        out["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+        old = int(rope.get("original_max_position_embeddings", positions))
+        factor = positions / old if rope["factor"] is None else float(rope["factor"])
+        out = {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}
+        out["rope.scaling.original_context_length"] = old
         betas = {
             f"rope.scaling.yarn_{name}": float(rope[name]) for name in ("beta_fast", "beta_slow") if rope.get(name)
         }

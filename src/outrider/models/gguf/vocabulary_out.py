@@ -42,6 +42,8 @@ def vocabulary_keys(folder: Path, rows: int) -> dict[str, Any]:
     out: dict[str, Any] = {"ggml.tokens": tokens, "ggml.token_type": kinds}
     if sentencepiece:
         out |= _sentencepiece(file, data, model, tokens, kinds, merges)
+    elif not merges:
+        raise _unwritable(file, "it has no merges")
     else:
         out |= {
             "ggml.model": "gpt2",
