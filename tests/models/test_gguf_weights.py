@@ -140,8 +140,15 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
     with pytest.raises(ConfigError, match="no merges"):
         convert(source, tmp_path / "other.gguf", "q8_0")
+    (source / "tokenizer.json").write_text('{"model": {"type": "BPE", "merges": []}}')
+    with pytest.raises(ConfigError, match="it is damaged: KeyError 'vocab'"):
+        convert(source, tmp_path / "other.gguf", "q8_0")
     (source / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
     with pytest.raises(ConfigError, match="not BPE"):
+        convert(source, tmp_path / "other.gguf", "q8_0")
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(config.replace('"llama"', '"gpt2"'))
+    with pytest.raises(ConfigError, match="model_type 'gpt2'.*llama.cpp's converter"):
         convert(source, tmp_path / "other.gguf", "q8_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from outrider.errors import ConfigError
 from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
-from outrider.models.config import plain_frequencies, rope_keys
+from outrider.models.config import Unsupported, plain_frequencies, rope_keys
 from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
 from outrider.nn.blocks import BlockType, named, quantise
@@ -51,7 +51,10 @@ def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None
     """
     if kind not in _FILE_TYPES:
         raise ConfigError(f"cannot write type {kind!r}: choose one of {', '.join(_FILE_TYPES)}")
-    checkpoint = Checkpoint(folder)
+    try:
+        checkpoint = Checkpoint(folder)
+    except Unsupported as reason:
+        raise ConfigError(f"{folder} cannot be written: {reason}; convert it with llama.cpp's converter") from None
     keys = _keys(folder, checkpoint, kind)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -98,6 +98,8 @@ def load_target(
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
     if quantize is not None and isinstance(found, GgufCheckpoint):
         raise ConfigError(f"{folder} is quantised already: leave --quantize-{role} out")
+    if quantize is not None and where.type != "cpu":  # before its weights are read
+        raise ConfigError(f"quantised weights run on the CPU only: choose --device cpu, or leave --quantize-{role} out")
     if quantize is not None:
         target = quantised_target(found.config, found.read(chosen, where, progress, role), quantize, role)
     elif isinstance(found, GgufCheckpoint) and where.type == "cpu":

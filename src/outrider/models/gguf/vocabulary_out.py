@@ -22,7 +22,14 @@ def vocabulary_keys(folder: Path, rows: int) -> dict[str, Any]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return {"ggml.model": "none"}
-    data = read_json(file, _FILE_BYTES)
+    try:
+        return _keys(file, rows)
+    except (AttributeError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise _unwritable(file, f"it is damaged: {type(error).__name__} {str(error)[:80]}") from None
+
+
+def _keys(file: Path, rows: int) -> dict[str, Any]:
+    data, folder = read_json(file, _FILE_BYTES), file.parent
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file, _FILE_BYTES) if settings_file.is_file() else {}
     model = data.get("model", {})
@@ -31,8 +38,9 @@ def vocabulary_keys(folder: Path, rows: int) -> dict[str, Any]:
     added = {token["id"]: token for token in data.get("added_tokens") or ()}
     ids = {**model["vocab"], **{token["content"]: i for i, token in added.items()}}
     names = {i: text for text, i in ids.items()}
-    if max(names) >= rows:
-        raise _unwritable(file, f"it has the token {max(names)} and the embedding {rows} rows")
+    last = max(names, default=0)
+    if last >= rows:
+        raise _unwritable(file, f"it has the token {last} and the embedding {rows} rows")
     tokens = [names.get(i, f"[PAD{i}]") for i in range(rows)]
     kinds = [NORMAL if i in names else UNUSED for i in range(rows)]
     for i, token in added.items():
