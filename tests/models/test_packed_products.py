@@ -142,6 +142,13 @@ def test_a_row_that_is_not_finite_stays_alone(bad: float) -> None:
         assert found[1].isnan().any() and same(found[[0, 2]], good[[0, 2]])
 
 
+def test_no_rows_have_no_products() -> None:
+    library = load_library()
+    assert library is not None
+    for name in ("q8_0", "q4_k"):
+        assert NativeLinear(library, (blocks(TYPES[name], 24, 512),))(torch.empty(0, 512)).shape == (0, 24)
+
+
 def test_a_linear_of_several_types() -> None:
     """Segments of one linear are what each is alone; plain ones beside packed ones."""
     library = load_library()

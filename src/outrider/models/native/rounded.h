@@ -58,9 +58,8 @@ inline int sum_of(const int8_t* q) {
 class Rounding32 {
    public:
     bool reserve(int64_t rows, int64_t k) {
-        ldq_ = k + 64, ldb_ = k / UNIT + 16;
-        return q_.reserve(rows * ldq_) && d_.reserve(rows * ldb_) && sum_.reserve(rows * ldb_) && start_.reserve(3 * rows * ldb_) &&
-               (rows_ = rows) > 0;
+        ldq_ = k + 64, ldb_ = k / UNIT + 16, rows_ = rows;
+        return q_.reserve(rows * ldq_) && d_.reserve(rows * ldb_) && sum_.reserve(rows * ldb_) && start_.reserve(3 * rows * ldb_);
     }
     // Blocks of x[from : to] of a row.
     void round(int64_t row, const float* x, int64_t from, int64_t to) {
