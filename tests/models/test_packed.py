@@ -216,3 +216,15 @@ def test_configurations_that_contradict_the_files(name: str, tmp_path: Path) -> 
     edit_config(folder, quantization_config=how)
     with pytest.raises(ConfigError):
         load_target(folder)
+
+
+def test_groups_of_nothing_are_refused(tmp_path: Path) -> None:
+    """Groups that are not whole, and scales and zeros of no group at all beside them."""
+    folder, _ = make_packed(tmp_path, "gptq 4")
+    how = json.loads((folder / "config.json").read_text())["quantization_config"] | {"group_size": 7}
+    edit_config(folder, quantization_config=how)
+    tensors = {name: t for name, t in load_file(folder / "model.safetensors").items() if not name.endswith("g_idx")}
+    empty = {name: t[:0].clone() for name, t in tensors.items() if name.endswith(("scales", "qzeros"))}
+    save_file(tensors | empty, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="damaged"):
+        load_target(folder)

@@ -144,7 +144,7 @@ class Checkpoint:
             entry = self.entries.get(base + end)
             if entry is None and end in packing.optional:
                 continue
-            if entry is None or entry.shape != expected:
+            if entry is None or entry.shape != expected or not all(expected):
                 has = "is missing" if entry is None else f"has shape {list(entry.shape)}"
                 raise ConfigError(
                     f"tensor {base + end} {has}, where {packing.name} of a weight of {list(shape)} has {list(expected)}: "
