@@ -58,7 +58,9 @@ class GgufTokenizer:
         **more: Any,
     ) -> str | list[int]:
         """The prompt of a conversation, as text or as ids. Raises what the template raises; `return_dict` must be False."""
-        if self.chat_template is None or return_dict:
+        if return_dict:
+            raise ConfigError("the tokenizer of a GGUF file gives ids or text, no dictionary: give return_dict=False")
+        if self.chat_template is None:
             raise ConfigError(f"{self.name_or_path} has no chat template: give the prompt as text")
         named = {name: text for name, text in self.special.items() if text is not None}
         given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **named, **more}
