@@ -1,7 +1,7 @@
 """Rounds float32 rows to blocks in one pass, without importance weights.
 
 The types of 32 values round as ggml's reference code does, bit for bit. Those of 256 take scales from the extremes of their parts,
-where ggml searches for better ones: their error is some 10% larger.
+where ggml searches for better ones with less error.
 """
 
 from __future__ import annotations
