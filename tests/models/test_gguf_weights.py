@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.errors import ConfigError
+from outrider.errors import CapacityError, ConfigError
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.convert import TYPES, convert
 from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.weights import Weights, permuted_back
 from outrider.models.load import inspect_checkpoint, load_target
+from outrider.models.native.build import load_library
+from outrider.nn import memory
 from outrider.nn.blocks import BLOCKS, dequantise, named, quantise
 from outrider.types import Draft, Rows
 from tests.gguf_files import make_pair
@@ -104,6 +106,25 @@ def test_every_type_reads_as_its_blocks_say(kind: str, tmp_path: Path) -> None:
     assert error < {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 3e-2, "q6_k": 0.1}.get(kind, 0.5)
     facts = inspect_checkpoint(file)
     assert (facts.runtime, facts.parameters) == ("lean", plain.parameters)
+
+
+def test_memory_is_what_the_weights_take_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types without products are widened to float32, and without the native decoder so is every type; else a file's bytes count."""
+    for kind in ("q8_0", "f16"):
+        (tmp_path / kind).mkdir()
+        make_pair(tmp_path / kind, kind=kind, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    small, wide = (inspect_checkpoint(tmp_path / kind / "model.gguf", dtype="float32") for kind in ("q8_0", "f16"))
+    assert wide.weights_bytes == 4 * wide.parameters
+    if load_library() is not None:
+        assert small.weights_bytes == sum(t.bytes for t in Weights(tmp_path / "q8_0" / "model.gguf").tensors.values())
+        monkeypatch.setattr(memory, "available_memory", lambda device="cpu": wide.weights_bytes - 1)
+        load_target(tmp_path / "q8_0" / "model.gguf", dtype="float32")
+    monkeypatch.setattr(memory, "available_memory", lambda device="cpu": wide.weights_bytes - 1)
+    with pytest.raises(CapacityError, match="weights of the model"):
+        load_target(tmp_path / "f16" / "model.gguf", dtype="float32")
+    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+    with pytest.raises(CapacityError, match="weights of the model"):
+        load_target(tmp_path / "q8_0" / "model.gguf", dtype="float32")
 
 
 def test_segments_keep_their_types(tmp_path: Path) -> None:

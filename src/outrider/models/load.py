@@ -102,7 +102,7 @@ def load_target(
         raise ConfigError(f"quantised weights run on the CPU only: choose --device cpu, or leave --quantize-{role} out")
     if quantize is not None:
         target = quantised_target(found.config, found.read(chosen, where, progress, role), quantize, role)
-    elif isinstance(found, GgufCheckpoint) and where.type == "cpu":
+    elif isinstance(found, GgufCheckpoint) and _native(found, chosen, where)[0] is not None:
         target = LeanTarget(found.config, lambda: found.packed(chosen, progress, role))
     else:
         target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
@@ -142,6 +142,11 @@ def _runtime(folder: Path, implementation: str, max_length: int | None = None) -
     if implementation == "hf":
         return f"{folder.name} runs on transformers though the lean runtime is faster: leave implementation 'hf' out"
     return checkpoint
+
+
+def _native(found: Checkpoint | GgufCheckpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The native decoder's library and its notice, (None, None) on other devices. With it GGUF weights stay in blocks."""
+    return library_for(found.config, dtype) if device.type == "cpu" else (None, None)
 
 
 def reads_emulated(path_or_name: str | Path, dtype: torch.dtype, device: torch.device, implementation: str) -> bool:
@@ -208,11 +213,10 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     if not isinstance(found, str):
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
-        library, library_notice = library_for(c, chosen) if where.type == "cpu" else (None, None)
+        library, library_notice = _native(found, chosen, where)
         told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
-        blocks = isinstance(found, GgufCheckpoint) and library is not None
-        packed = found.packed_bytes if isinstance(found, GgufCheckpoint) and blocks else None
-        weights_bytes = parameters * chosen.itemsize if packed is None else packed
+        packed = isinstance(found, GgufCheckpoint) and library is not None
+        weights_bytes = found.packed_bytes if packed else parameters * chosen.itemsize
     else:
         runtime, reason, library, library_notice, told = "transformers", found, None, found, ()
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())

@@ -54,8 +54,9 @@ class GgufCheckpoint:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the weights as they are stored."""
-        return sum(self._tensors[name].bytes for name in self._expected())
+        """Bytes of `packed` weights in the native decoder: as they are stored, float32 where that type has no products."""
+        found = (self._tensors[name] for name in self._expected())
+        return sum(4 * tensor.numbers if tensor.block.widened else tensor.bytes for tensor in found)
 
     def stored_bytes(self) -> Iterator[tuple[str, int]]:
         """Name of the type and bytes of every tensor."""

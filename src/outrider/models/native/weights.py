@@ -13,12 +13,8 @@ from torch import Tensor
 
 from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import DecoderWeights, LayerWeights, Segments
-from outrider.nn.blocks import Segment, dequantise, named
+from outrider.nn.blocks import KERNELS, Segment, dequantise, named
 
-KERNELS = frozenset(
-    named(name).number for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4", "int8")
-)
-"""Types that are multiplied as they are stored; formats.h has their layouts."""
 PLAIN = {torch.float32: named("f32").number, torch.bfloat16: named("bf16").number}
 LINEARS = ("qkv", "o", "gate_up", "down")
 VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2")
@@ -45,7 +41,7 @@ class NativeLinear:
         self._plain = [p for p in parts if isinstance(p, Tensor)]  # kept: read in place
         self.packed = len(self._plain) < len(parts)
         kinds = {s.block for s in weight} if isinstance(weight, tuple) else set()
-        self.widened = {k.name for k in kinds if k.number not in KERNELS and k.name not in ("f32", "bf16")}
+        self.widened = {k.name for k in kinds if k.widened}
         segments = (_Segment * len(parts))(*(_pointers(p) for p in parts))
         _declare(library)
         made = library.outrider_linear_new(ctypes.addressof(segments), len(parts), self.inputs, torch.get_num_threads())

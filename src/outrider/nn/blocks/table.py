@@ -32,6 +32,11 @@ class BlockType:
     scales: tuple[int, ...] = ()
 
     @property
+    def widened(self) -> bool:
+        """Whether the native decoder keeps its values in float32, as it has no products with them."""
+        return self.number not in KERNELS and self.name not in ("f32", "bf16")
+
+    @property
     def plain(self) -> bool:
         """Whether a block is one ordinary number."""
         return self.values == 1
@@ -87,6 +92,12 @@ INT8 = BlockType("int8", 1000, 32, 36, values.int8)
 """One scale for a whole row, which stands in each of its blocks. No type of ggml, so never in a file of it."""
 BLOCKS = {block.number: block for block in _ALL}
 """ggml's number -> the type, for every type that is read."""
+KERNELS = frozenset(
+    block.number
+    for block in (*_ALL, INT8)
+    if block.name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4", "int8")
+)
+"""Types that the native decoder multiplies as they are stored; its formats.h has their layouts."""
 
 UNREAD = {
     9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 21: "iq3_s", 22: "iq2_s", 24: "i8",
