@@ -215,8 +215,9 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
         library, library_notice = _native(found, chosen, where)
         told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
-        packed = isinstance(found, GgufCheckpoint) and library is not None
-        weights_bytes = found.packed_bytes if packed else parameters * chosen.itemsize
+        weights_bytes = parameters * chosen.itemsize
+        if isinstance(found, GgufCheckpoint) and library is not None:
+            weights_bytes = found.packed_bytes
     else:
         runtime, reason, library, library_notice, told = "transformers", found, None, found, ()
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
