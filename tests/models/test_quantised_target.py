@@ -176,7 +176,9 @@ def test_refuses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'q8_0'"):
         load_target(shipped("target"), quantize="q8")
     with pytest.raises(ConfigError, match="CPU only"):
-        load_target(shipped("target"), quantize="q8_0", device="meta", progress=lambda _: pytest.fail("weights are read"))
+        load_target(
+            shipped("target"), quantize="q8_0", device="meta", progress=lambda _: pytest.fail("weights are read")
+        )
     with pytest.raises(ConfigError, match="fixed when the target was loaded"):
         companion(build_engine(draft="none", slots=1, max_length=32), target_quantize="q8_0")
     assert {named(kind).number for kind in QUANTIZE.values() if kind != "int8"} <= BLOCKS.keys()
