@@ -194,6 +194,7 @@ class Bridge:
     async def score(self, ticket: Ticket, prompts: list[list[int]], top: int) -> list[PromptScores]:
         """Log-probabilities of the tokens of prompts. Raises RequestError for one that cannot be served."""
         found: asyncio.Future[list[PromptScores]] = asyncio.get_running_loop().create_future()
+        ticket.accepted = found  # fails when the engine's thread ends
 
         def answer(done: list[PromptScores] | OutriderError) -> None:
             if not found.done():
