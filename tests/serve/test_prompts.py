@@ -135,6 +135,9 @@ def test_structured_outputs(server: Running) -> None:
         ({"suffix": "return x"}, "suffix"),
         ({"prompt": ""}, "prompt"),
         ({"guided_regex": "a"}, "guided_regex"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice.1"),
     ],
 )
 def test_refusals(server: Running, body: dict[str, Any], param: str) -> None:

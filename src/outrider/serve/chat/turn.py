@@ -16,7 +16,7 @@ from outrider.dialects.reader import Reader, Thinking
 from outrider.serve.chat.fields import AllowedChoice, ChatRequest, Message, NamedChoice
 from outrider.serve.parsing import BadField
 
-KNOWN = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "clear_thinking", "thinking_budget")
+KNOWN = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "clear_thinking")
 """Arguments of templates that are accepted by models whose templates do not read them."""
 RESERVED = frozenset({
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
