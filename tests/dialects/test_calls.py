@@ -29,7 +29,7 @@ SCHEMAS = {t.name: t.schema for t in TOOLS}
 
 
 def reader_of(name: str, thinking: Thinking | None = None) -> Any:
-    return HarmonyReader(SCHEMAS) if name == "gpt_oss" else Reader(FORMATS[name], thinking, SCHEMAS)
+    return HarmonyReader() if name == "gpt_oss" else Reader(FORMATS[name], thinking, SCHEMAS)
 
 
 def read(name: str, text: str, cuts: random.Random | None = None, thinking: Thinking | None = None) -> list[Piece]:

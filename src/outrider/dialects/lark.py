@@ -80,7 +80,7 @@ class Writer:
         """Any text and then `end`, which begins with `mark` or is ordinary text."""
         if self.mark(mark) is not None and end.startswith(mark):
             return f"{FREE} {self.spelled(end, [mark])}"
-        pattern = "".join("\\" + c if c in r"\.^$|?*+()[]{}/<>" and c not in "<>" else "\\n" if c == "\n" else c for c in end)
+        pattern = "".join("\\" + c if c in r"\.^$|?*+()[]{}/" else "\\n" if c == "\n" else c for c in end)
         return self.rule(f"/(?s:.*){pattern}/", lazy=True)
 
     def json(self, schema: Any, root: Mapping[str, Any] | None = None) -> str:
