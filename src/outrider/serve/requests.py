@@ -1,7 +1,7 @@
 """OpenAI's requests: the accepted fields and their bounds.
 
 Every field is bounded here, before anything is allocated. Unknown and unsupported fields are refused; no field is ignored except
-those that have no effect on the text by their definition (`Harmless`).
+those that have no effect on the text by their definition (`Harmless`); docs/agents.md names every one.
 Checked against OpenAI's openapi.yaml 2.3.0 (August 2026) and the extra fields of vLLM 0.33.
 """
 
