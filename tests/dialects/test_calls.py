@@ -15,6 +15,7 @@ from outrider.dialects.lark import Tool, automatic, required
 from outrider.dialects.pieces import Piece
 from outrider.dialects.reader import Reader, Thinking
 from outrider.dialects.values import typed
+from outrider.errors import RequestError
 from tests.dialects.tokens import byte_tokenizer, grammars_for, marks_of, random_text, text_of
 
 TOOLS = [
@@ -172,3 +173,15 @@ def test_numbers_that_no_float_holds_stay_text(raw: str, schema: dict[str, Any],
 def test_a_python_call_that_is_no_json_is_text() -> None:
     text = "<|tool_call_start|>[now(a={[]: 1})]<|tool_call_end|>"
     assert whole(read("lfm2", text)) == (text, "", [])
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "minimax"])
+def test_definitions_stand_only_where_they_are_referred_to_and_are_bounded(name: str) -> None:
+    long = {"enum": ["x" * 1000 + str(i) for i in range(200)]}
+    numbers = {f"p{i}": {"type": "integer"} for i in range(200)}
+    plain = {"type": "object", "properties": {**numbers, "one": {"$ref": "#/$defs/long"}}, "$defs": {"long": long}}
+    rules = required(FORMATS[name], [Tool("f", plain)], {}.get, False)
+    assert rules.count('"$defs"') == 1
+    everywhere = {**plain, "properties": {key: {"$ref": "#/$defs/long"} for key in numbers}}
+    with pytest.raises(RequestError, match="fewer tools"):
+        required(FORMATS[name], [Tool("f", everywhere)], {}.get, False)
