@@ -78,6 +78,12 @@ class Ticket:
     def done(self) -> bool:
         return self.ended >= self.choices
 
+    def fail(self, error: OutriderError) -> None:
+        """Tell whoever waits for the request, for its events or for being queued, that it has failed."""
+        self.mail.put_nowait(error)
+        if self.accepted is not None and not self.accepted.done():
+            self.accepted.set_exception(error)
+
     def counts(self) -> Counts:
         """The sums of all its sequences."""
         total = Counts()
