@@ -14,6 +14,8 @@ from outrider.dialects.harmony import HarmonyReader
 from outrider.dialects.lark import Tool, automatic, required
 from outrider.dialects.pieces import Piece
 from outrider.dialects.reader import Reader, Thinking
+from outrider.dialects.values import typed
+from outrider.errors import RequestError
 from tests.dialects.tokens import byte_tokenizer, grammars_for, marks_of, random_text, text_of
 
 TOOLS = [
@@ -28,7 +30,7 @@ SCHEMAS = {t.name: t.schema for t in TOOLS}
 
 
 def reader_of(name: str, thinking: Thinking | None = None) -> Any:
-    return HarmonyReader(SCHEMAS) if name == "gpt_oss" else Reader(FORMATS[name], thinking, SCHEMAS)
+    return HarmonyReader() if name == "gpt_oss" else Reader(FORMATS[name], thinking, SCHEMAS)
 
 
 def read(name: str, text: str, cuts: random.Random | None = None, thinking: Thinking | None = None) -> list[Piece]:
@@ -141,3 +143,45 @@ def test_a_required_text_begins_behind_the_thinking(token: bool) -> None:
     assert automaton.allowed([]).sum() == core.get_vocab_size() - 1
     tokens = random_text(core, automaton, 1, free='hm {"</think>')
     assert text_of(core, tokens).split("</think>")[1].strip() == '"x"'
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "gpt_oss"])
+@pytest.mark.parametrize("text", [" " * 4000, "a" + " " * 4000, "f[CALL_ID]" + " " * 4000])
+def test_blanks_behind_a_mark_are_read_in_linear_time(name: str, text: str) -> None:
+    """A pattern that tries every split of the blanks would take minutes, in the loop that serves everybody."""
+    whole_text = FORMATS[name].open + text
+    assert whole(read(name, whole_text))[0].strip() == whole_text.strip()
+
+
+@pytest.mark.parametrize(
+    ("raw", "schema", "value"),
+    [
+        ("9" * 400, {"type": "integer"}, int("9" * 400)),
+        ("2.0", {"type": "integer"}, 2.0),
+        ("2.5", {"type": "integer"}, "2.5"),
+        ("1e999", {"type": "number"}, "1e999"),
+        ("[1e999]", {}, "[1e999]"),
+        ("NaN", {}, "NaN"),
+    ],
+)
+def test_numbers_that_no_float_holds_stay_text(raw: str, schema: dict[str, Any], value: Any) -> None:
+    found = typed(raw, schema)
+    assert found == value and type(found) is type(value)
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_python_call_that_is_no_json_is_text() -> None:
+    text = "<|tool_call_start|>[now(a={[]: 1})]<|tool_call_end|>"
+    assert whole(read("lfm2", text)) == (text, "", [])
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "minimax"])
+def test_definitions_stand_only_where_they_are_referred_to_and_are_bounded(name: str) -> None:
+    long = {"enum": ["x" * 1000 + str(i) for i in range(200)]}
+    numbers = {f"p{i}": {"type": "integer"} for i in range(200)}
+    plain = {"type": "object", "properties": {**numbers, "one": {"$ref": "#/$defs/long"}}, "$defs": {"long": long}}
+    rules = required(FORMATS[name], [Tool("f", plain)], {}.get, False)
+    assert rules.count('"$defs"') == 1
+    everywhere = {**plain, "properties": {key: {"$ref": "#/$defs/long"} for key in numbers}}
+    with pytest.raises(RequestError, match="fewer tools"):
+        required(FORMATS[name], [Tool("f", everywhere)], {}.get, False)

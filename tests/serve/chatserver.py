@@ -73,7 +73,7 @@ class ScriptTarget(TableTarget):
         likes: Sequence[int] = (),
     ) -> None:
         """likes: tokens that it prefers where it may not say what it wants, the last one most."""
-        super().__init__(torch.zeros(vocab, vocab))
+        super().__init__(torch.zeros(vocab, vocab), max_length=1 << 20)  # agents' prompts have 80,000 bytes, each a token
         self.base = torch.zeros(vocab, dtype=torch.float64)
         for i, token in enumerate(likes):
             self.base[token] = i + 1.0

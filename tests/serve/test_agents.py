@@ -97,6 +97,8 @@ def test_what_needs_state_is_refused_in_a_sentence(agents: Running) -> None:
         error = json.loads(data)["error"]
         assert status == 400 and "send the whole conversation in input" in error["message"]
         assert error["param"] == next(iter(more))
+    status, _, data = agents.call("POST", "/v1/responses", {**body, "top_logprobs": 2})
+    assert status == 400 and json.loads(data)["error"]["param"] == "top_logprobs"
     cut = json.loads(agents.call("POST", "/v1/responses", {**body, "max_output_tokens": 3, **OFF})[2])
     assert cut["status"] == "incomplete" and cut["incomplete_details"]["reason"] == "max_output_tokens"
 

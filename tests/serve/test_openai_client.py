@@ -229,3 +229,6 @@ def test_the_page_and_its_data(server: Running) -> None:
     assert origins <= {"accepted", "corrected", "bonus", "sampled"}
     assert "accepted" in origins
     assert parts[-1]["tokens"] == 30
+    for more in ({"echo": True, "max_tokens": 0}, {"prompt_logprobs": 0}):
+        status, _, data = server.call("POST", "/outrider/play", {**body, **more})
+        assert status == 400 and json.loads(data)["error"]["param"] == next(iter(more))

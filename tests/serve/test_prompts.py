@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from outrider.build import build_engine
+from outrider.errors import RequestError
+from outrider.serve.echo import check_scores
 from outrider.types import Draft, Rows
 from tests.serve.harness import Running, serving
 
@@ -80,6 +82,24 @@ def test_prompt_logprobs(server: Running, scores: Any) -> None:
     assert post(server, chat, "/v1/chat/completions")["prompt_logprobs"][0] is None
 
 
+def test_each_list_of_likely_tokens_has_the_length_that_was_asked_for(server: Running, scores: Any) -> None:
+    ids, _ = scores
+    body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "prompt_logprobs": 4, "echo": True}
+    alone = post(server, body)["choices"][0]
+    assert len(alone["logprobs"]["top_logprobs"][-1]) == 1
+    assert max(len(entry) for entry in alone["prompt_logprobs"][1:]) in (4, 5)
+    stepped = post(server, {**body, "logit_bias": {"1": 0.0}})["choices"][0]  # decoded by a step of the engine
+    assert alone["logprobs"]["tokens"] == stepped["logprobs"]["tokens"] and alone["text"] == stepped["text"]
+    assert alone["logprobs"]["text_offset"] == stepped["logprobs"]["text_offset"]
+
+
+def test_the_scores_of_one_reply_are_bounded() -> None:
+    check_scores([[0] * 1024] * 64, 1, 1)  # a batch of an evaluation
+    for prompts, samples, top in (([[0] * 1024] * 64, 1, 20), ([[0] * 1024], 64, 20)):
+        with pytest.raises(RequestError, match="fewer"):
+            check_scores(prompts, samples, top)
+
+
 def test_allowed_tokens_and_banned_words(server: Running) -> None:
     engine = build_engine(draft="none", slots=1)
     allowed = engine.encode("return path")[:2]
@@ -115,6 +135,9 @@ def test_structured_outputs(server: Running) -> None:
         ({"suffix": "return x"}, "suffix"),
         ({"prompt": ""}, "prompt"),
         ({"guided_regex": "a"}, "guided_regex"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice.1"),
     ],
 )
 def test_refusals(server: Running, body: dict[str, Any], param: str) -> None:

@@ -320,14 +320,14 @@ def test_a_failing_step_ends_its_requests_and_nothing_else(caplog: pytest.LogCap
         assert free(running) == 2
 
 
-@pytest.mark.parametrize("where", ["_step", "admit"])
+@pytest.mark.parametrize("where", ["_step", "admit", "_score"])
 def test_a_dead_engine_thread_is_told_at_once(caplog: pytest.LogCaptureFixture, where: str) -> None:
-    """Those who wait for a token, and those who wait to be queued, hear it now and not at their deadline; /health says it."""
+    """Those who wait for a token, to be queued, or for a prompt's scores hear it now and not at their deadline; /health says it."""
     engine = build_engine(slots=2)
     with caplog.at_level(logging.CRITICAL), serving(engine=engine) as running:
         setattr(running.bridge.worker, where, lambda *_: (_ for _ in ()).throw(SystemExit("planted")))
         start = time.monotonic()
-        status, _, reply = running.call("POST", "/v1/completions", SHORT)
+        status, _, reply = running.call("POST", "/v1/completions", {**SHORT, "prompt_logprobs": 0})
         assert status == 500 and "died" in json.loads(reply)["error"]["message"]
         assert time.monotonic() - start < 2
         assert running.call("GET", "/health")[0] == running.call("GET", "/ready")[0] == 503

@@ -133,6 +133,7 @@ def test_speculation_does_not_change_a_call(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"unheard_of": 1}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"thinking_budget": 1}}, "chat_template_kwargs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
         ({"guided_json": {}}, "guided_json"),

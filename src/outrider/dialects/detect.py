@@ -12,7 +12,7 @@ from outrider.dialects.reader import Thinking
 
 Render = Callable[..., str]
 """(messages, tools=..., add_generation_prompt=..., **kwargs) -> text; raises anything for messages that it refuses."""
-_F, _G, _KEY, _VALUE, _RESULT = "probe_f", "probe_g", "probe_key", "probe_value", "probe_result"
+_F, _G, _KEY, _VALUE = "probe_f", "probe_g", "probe_key", "probe_value"
 TOOL = {
     "type": "function",
     "function": {
@@ -32,14 +32,12 @@ class Dialect:
     """What a template can do.
 
     form: the name of its notation of calls (`FORMATS`), or None. texts: it takes arguments as JSON text and not as an object.
-    parallel: it shows two calls of one turn. results: it shows the results of tools.
-    thinking: how it marks thinking, or None. why: why there is no form.
+    parallel: it shows two calls of one turn. thinking: how it marks thinking, or None. why: why there is no form.
     """
 
     form: str | None
     texts: bool = False
     parallel: bool = True
-    results: bool = True
     thinking: tuple[str, str] | None = None
     why: str = ""
 
@@ -75,8 +73,7 @@ def detect(render: Render, template: str) -> Dialect:
             continue
         form = _form_of(text)
         if form is not None:
-            results = _RESULT in text
-            return Dialect(form, texts, _parallel(render, texts), results, thinking)
+            return Dialect(form, texts, _parallel(render, texts), thinking)
     return Dialect(None, thinking=thinking, why=why)
 
 
@@ -91,7 +88,7 @@ def _turn(texts: bool, *names: str) -> dict[str, Any]:
 
 
 def _result(name: str, number: int = 0) -> dict[str, Any]:
-    return {"role": "tool", "tool_call_id": f"probe0000{number}"[-9:], "name": name, "content": _RESULT}
+    return {"role": "tool", "tool_call_id": f"probe0000{number}"[-9:], "name": name, "content": "probe_result"}
 
 
 def _parallel(render: Render, texts: bool) -> bool:

@@ -80,7 +80,7 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
         body=_tagged(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"),
     ),
     Format(
-        "glm", "<tool_call>", re.compile(r"\s*(?P<name>[^\n<{]+?)\s*(?=<arg_key>|</tool_call>)"), re.compile(""),
+        "glm", "<tool_call>", re.compile(r"\s*(?P<name>[^\s<{][^\n<{]*)(?:\n\s*)?(?=<arg_key>|</tool_call>)"), re.compile(""),
         "</tool_call>", until="</tool_call>",
         body=_tagged(r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"),
         marks=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
@@ -91,7 +91,7 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
     ),
     Format(
         "mistral", "[TOOL_CALLS]",
-        re.compile(r"\s*(?P<name>[^\[{\s]+)(?:\[CALL_ID\](?P<id>[^\[]+))?(?:\[ARGS\])?\s*(?=\{)"), re.compile(""),
+        re.compile(r"\s*(?P<name>[^\[{\s]+)(?:\[CALL_ID\](?P<id>[^\[{\s]+))?(?:\[ARGS\])?\s*(?=\{)"), re.compile(""),
         marks=("[CALL_ID]", "[ARGS]"), nine=True,
     ),
     _json_list("mistral_list", "[TOOL_CALLS]", nine=True),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from outrider.dialects.pieces import Piece, joined
 
@@ -16,14 +14,9 @@ _TO = re.compile(r"to=(?:functions\.)?(?P<name>[A-Za-z0-9_.-]+)")
 class HarmonyReader:
     """The pieces of one reply of gpt-oss: channel `analysis` is thinking, `final` is text, a message to a function is a call."""
 
-    def __init__(self, schemas: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(self) -> None:
         self._buffer, self._head, self._calls = "", "", 0
         self._kind: str | None = None  # None: in a message's head
-
-    @property
-    def calls(self) -> int:
-        """Calls so far."""
-        return self._calls
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain now."""

@@ -9,7 +9,10 @@ from typing import Any
 
 from outrider.dialects.formats import FORMATS, Format
 from outrider.dialects.values import types_of
+from outrider.errors import RequestError
 
+MAX_SCHEMAS = 4_000_000
+"""Most characters of JSON schemas in one grammar: notations that write each parameter apart repeat the definitions beside it."""
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": True}
 """JSON of a call: one line, as models write it. Keywords of schemas that the library does not know are not enforced."""
 FREE = "/(?s:.*)/"
@@ -52,6 +55,7 @@ class Writer:
 
     mark: Mark
     rules: list[str] = field(default_factory=list)
+    _schemas: int = 0
 
     def rule(self, body: str, lazy: bool = False) -> str:
         """A new rule; returns its name."""
@@ -80,16 +84,19 @@ class Writer:
         """Any text and then `end`, which begins with `mark` or is ordinary text."""
         if self.mark(mark) is not None and end.startswith(mark):
             return f"{FREE} {self.spelled(end, [mark])}"
-        pattern = "".join("\\" + c if c in r"\.^$|?*+()[]{}/<>" and c not in "<>" else "\\n" if c == "\n" else c for c in end)
+        pattern = "".join("\\" + c if c in r"\.^$|?*+()[]{}/" else "\\n" if c == "\n" else c for c in end)
         return self.rule(f"/(?s:.*){pattern}/", lazy=True)
 
     def json(self, schema: Any, root: Mapping[str, Any] | None = None) -> str:
-        """A JSON value of a schema. root: the schema with its definitions."""
+        """A JSON value of a schema. root: the schema with its definitions. Raises RequestError for more than MAX_SCHEMAS."""
         schema = dict(schema) if isinstance(schema, dict) else {}
-        for key in ("$defs", "definitions"):
-            if root and key in root:
-                schema.setdefault(key, root[key])
-        return f"%json {json.dumps({**schema, 'x-guidance': COMPACT})}"
+        if root and '"$ref"' in json.dumps(schema):
+            schema = {key: root[key] for key in ("$defs", "definitions") if key in root} | schema
+        text = json.dumps({**schema, "x-guidance": COMPACT})
+        self._schemas += len(text)
+        if self._schemas > MAX_SCHEMAS:
+            raise RequestError("the schemas of the tools are too long together: send fewer tools, or shorter definitions")
+        return f"%json {text}"
 
 
 def region(form: Format, tools: Sequence[Tool], mark: Mark, many: bool) -> tuple[str, str]:

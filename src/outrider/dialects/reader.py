@@ -64,11 +64,6 @@ class Reader:
         self._buffer, self._state, self._gap = "", "text", ""
         return joined(out)
 
-    @property
-    def calls(self) -> int:
-        """Calls so far."""
-        return self._calls
-
     def _run(self, last: bool) -> list[Piece]:
         out: list[Piece] = []
         while True:

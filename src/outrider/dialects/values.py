@@ -77,7 +77,7 @@ def typed(raw: str, schema: Any) -> Any:
     if "string" in types and not (set(types) - {"string", "null"}):
         return None if "null" in types and raw.strip() == "null" else raw
     try:
-        value = json.loads(raw, parse_constant=_refuse)
+        value = _json(raw)
     except (ValueError, RecursionError):
         lowered = raw.strip().lower()
         if "boolean" in types and lowered in ("true", "false"):
@@ -88,14 +88,22 @@ def typed(raw: str, schema: Any) -> Any:
     return value if any(_fits(value, name) for name in types) else raw
 
 
-def _refuse(name: str) -> Any:
-    raise ValueError(name)
+def _json(raw: str) -> Any:
+    """A JSON value. Raises ValueError for other text, and for numbers that no float holds: they could not be written again."""
+    return json.loads(raw, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
 
 
 def _fits(value: Any, name: str) -> bool:
     if name in ("integer", "number"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (name == "number" or float(value).is_integer())
+        return number and (name == "number" or isinstance(value, int) or value.is_integer())
     return isinstance(value, str) if name == "string" else isinstance(value, _PYTHON.get(name, object))
 
 
@@ -113,7 +121,7 @@ def python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
                 raise ValueError("not a call with named arguments")
             out.append((ast.unparse(node.func), {str(k.arg): _literal(k.value) for k in node.keywords}))
         return out
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:  # TypeError: a key that cannot be one
         raise ValueError(str(error)) from None
 
 
@@ -166,7 +174,7 @@ class Bare:
         while end < len(self._text) and self._text[end] not in ",]}":
             end += 1
         raw, self._at = self._text[self._at : end].strip(), end
-        return json.loads(raw, parse_constant=_refuse)
+        return _json(raw)
 
     def _pairs(self, depth: int) -> list[tuple[str, Any]]:
         out: list[tuple[str, Any]] = []

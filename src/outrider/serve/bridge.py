@@ -146,7 +146,7 @@ class Bridge:
         while self.tickets and monotonic() < end and self.alive:
             await asyncio.sleep(0.02)
         for ticket in list(self.tickets.values()):
-            ticket.mail.put_nowait(Unavailable("the server is shutting down: send the request again elsewhere"))
+            ticket.fail(Unavailable("the server is shutting down: send the request again elsewhere"))
         last = monotonic() + 1.0
         while self.tickets and monotonic() < last:
             await asyncio.sleep(0.02)
@@ -194,6 +194,7 @@ class Bridge:
     async def score(self, ticket: Ticket, prompts: list[list[int]], top: int) -> list[PromptScores]:
         """Log-probabilities of the tokens of prompts. Raises RequestError for one that cannot be served."""
         found: asyncio.Future[list[PromptScores]] = asyncio.get_running_loop().create_future()
+        ticket.accepted = found  # fails when the engine's thread ends
 
         def answer(done: list[PromptScores] | OutriderError) -> None:
             if not found.done():
@@ -299,6 +300,4 @@ class Bridge:
     def _give_up(self) -> None:
         """End every open request with an error (in the event loop)."""
         for ticket in self.tickets.values():
-            ticket.mail.put_nowait(EngineFailure(DEAD))
-            if ticket.accepted is not None and not ticket.accepted.done():
-                ticket.accepted.set_exception(EngineFailure(DEAD))
+            ticket.fail(EngineFailure(DEAD))

@@ -99,6 +99,9 @@ class Live:
         body = await self.v1.body(request, CompletionRequest)
         if len(body.prompts) * body.samples > 1:
             raise BadField("the playground shows one sample", "n")
+        if body.echo or body.prompt_logprobs is not None:
+            name = "echo" if body.echo else "prompt_logprobs"
+            raise BadField(f"the playground shows new text alone: leave {name} out", name)
         ticket = (await while_connected(request, self.v1.begin(body, request.scope.get(OWNER, 0)))).ticket
         return EventStream(self._pieces(ticket), lambda: self.bridge.release(ticket))
 

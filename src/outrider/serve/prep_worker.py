@@ -65,11 +65,15 @@ def conversation(tokenizer: Any, messages: list[dict[str, Any]], special: bool, 
     return encoder(tokenizer)(text, special), text[-TAIL:]
 
 
+def template_of(tokenizer: Any) -> str:
+    """The source of the tokenizer's chat template, of all of them if it has several; empty if it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return "\n".join(map(str, template.values())) if isinstance(template, dict) else template or ""
+
+
 def dialect_of(tokenizer: Any) -> Dialect:
     """What the tokenizer's chat template can do."""
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = "\n".join(map(str, template.values()))
+    template = template_of(tokenizer)
     if not template:
         return Dialect(None, why="it has no chat template")
 

@@ -17,7 +17,7 @@ from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.chat.turn import Speech, Turn, messages_of, template_kwargs, turn_of
 from outrider.serve.parsing import BadField
 from outrider.serve.prep import Refused, TooLong
-from outrider.serve.prep_worker import conversation, dialect_of, encoder
+from outrider.serve.prep_worker import conversation, dialect_of, encoder, template_of
 from outrider.serve.requests import CompletionRequest, RequestFields, text_of
 from outrider.serve.settings import Settings
 
@@ -47,9 +47,7 @@ class Reading:
 
     async def _find_speech(self) -> Speech:
         tokenizer, prep = self.bridge.engine.tokenizer, self.bridge.prep
-        template = getattr(tokenizer, "chat_template", None)
-        if isinstance(template, dict):
-            template = "\n".join(map(str, template.values()))
+        template = template_of(tokenizer)
         dialect = Dialect(None, why="it has no chat template")
         if template:
             inside = prep.in_thread(0, True)
@@ -61,7 +59,7 @@ class Reading:
             logger.info("tool calls: %s%s", dialect.form or f"none ({dialect.why})", thinks)
         special = {} if tokenizer is None else special_tokens(tokenizer)
         marks = {} if tokenizer is None else added_tokens(tokenizer)
-        return Speech(dialect, marks, frozenset(special), frozenset(self.bridge.engine.eos), template or "")
+        return Speech(dialect, marks, frozenset(special), frozenset(self.bridge.engine.eos), template)
 
     # ------------------------------------------------------------------ prompts
     async def read(self, texts: list[str], special: bool, most: int, owner: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """OpenAI's requests: the accepted fields and their bounds.
 
 Every field is bounded here, before anything is allocated. Unknown and unsupported fields are refused; no field is ignored except
-those that have no effect on the text by their definition (`Harmless`).
+those that have no effect on the text by their definition (`Harmless`); docs/agents.md names every one.
 Checked against OpenAI's openapi.yaml 2.3.0 (August 2026) and the extra fields of vLLM 0.33.
 """
 
@@ -27,6 +27,7 @@ GONE = {
 }
 """Fields of older or other interfaces, and what to send instead."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Choice = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -99,7 +100,7 @@ class StructuredOutputs(Strict):
 
     json_: Annotated[dict[str, Any], Field(max_length=256)] | Text | None = Field(None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    choice: Annotated[list[Choice], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     grammar: Text | None = None
     json_object: Literal[True] | None = None
     disable_any_whitespace: bool | None = None

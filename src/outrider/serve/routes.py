@@ -18,7 +18,7 @@ from outrider.serve.bridge import Bridge
 from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.chat.reply import ChatReply
 from outrider.serve.chat.turn import Turn
-from outrider.serve.echo import EchoReply, alone, last_event, wanted
+from outrider.serve.echo import EchoReply, alone, check_scores, last_event, wanted
 from outrider.serve.experiment import ARM, USER, LiveExperimentHook, fixed_by_seed, join
 from outrider.serve.meaning import ServedEngine, grammar_of, sampling
 from outrider.serve.middleware import OWNER
@@ -141,6 +141,8 @@ class OpenAI:
         if self.trial is not None and who is not None and not fixed_by_seed(params, engine.parts.rule.lane):
             params = join(self.trial, who, ticket, params)
         top = wanted(body)
+        if top is not None:
+            check_scores(prompts, body.samples, top)
         scores = None if top is None else await self.bridge.score(ticket, prompts, top)
         given = (ticket, engine.tokenizer, facts.longest, self.settings.details)
         reply: Reply
@@ -176,7 +178,7 @@ class OpenAI:
         for i, choice in enumerate(reply.choices):
             choice.finish = "length"
             if body.max_tokens and scores is not None:
-                choice.add(last_event(scores[i], engine.tokenizer, engine.eos, params.ignore_eos))
+                choice.add(last_event(scores[i], body.top or 0, engine.tokenizer, engine.eos, params.ignore_eos))
 
     def check_model(self, name: str) -> None:
         """Raise BadField for a model that is not served here."""

@@ -51,8 +51,8 @@ class Ticket:
     """One HTTP request inside the server. Its place is held from before its prompt is read until its reply has ended.
 
     choices: samples in all (prompts x n). owner: the number of its API key. sequences: the engine's objects, in order of choices,
-    once it has started. accepted: done when the engine has checked and queued it. last: when its latest tokens arrived. arm,
-    on_end: of its experiment, if any (`trial`).
+    once it has started. accepted: done when the engine has checked and queued it, or scored its prompts. last: when its latest
+    tokens arrived. arm, on_end: of its experiment, if any (`trial`).
     """
 
     choices: int
@@ -70,13 +70,19 @@ class Ticket:
     on_end: Callable[[Ticket], None] | None = None
     outcome: str = "abort"
     open: bool = True
-    accepted: asyncio.Future[None] | None = None
+    accepted: asyncio.Future[Any] | None = None
     mail: asyncio.Queue[list[tuple[int, Event]] | OutriderError] = field(default_factory=asyncio.Queue)
     origins: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
 
     @property
     def done(self) -> bool:
         return self.ended >= self.choices
+
+    def fail(self, error: OutriderError) -> None:
+        """Tell whoever waits for the request, for its events or for being queued, that it has failed."""
+        self.mail.put_nowait(error)
+        if self.accepted is not None and not self.accepted.done():
+            self.accepted.set_exception(error)
 
     def counts(self) -> Counts:
         """The sums of all its sequences."""

@@ -71,7 +71,7 @@ class Tokenizing:
         strings = None
         if body.return_token_strs:
             spelling = Spelling(tokenizer)
-            strings = [spelling.text(token) for token in ids]
+            strings = await self.v1.bridge.in_thread(lambda: [spelling.text(token) for token in ids])
         most = self.v1.bridge.engine.max_length
         return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": strings})
 

@@ -35,7 +35,7 @@ def test_anthropic(url: str) -> None:
     anthropic = pytest.importorskip("anthropic")
     client = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0)
     tool = {"name": "look_up", "description": "d", "input_schema": {"type": "object", "properties": {"place": {"type": "string"}}}}
-    given: dict[str, Any] = {"model": "scripted", "max_tokens": 100, "temperature": 0, "tools": [tool]}
+    given: dict[str, Any] = {"model": "scripted", "max_tokens": 100, "extra_body": {"temperature": 0}, "tools": [tool]}
     messages: list[Any] = [{"role": "user", "content": "weather"}]
     first = client.messages.create(messages=messages, **given)
     assert first.stop_reason == "tool_use" and first.content[-1].input == {"place": "Bern"}
@@ -92,7 +92,7 @@ def test_instructor(url: str) -> None:
     found = client.chat.completions.create(
         model="scripted", response_model=Person, temperature=0, messages=[{"role": "user", "content": "ada"}]
     )
-    assert found == Person(name="Ada", age=36)
+    assert found.model_dump() == {"name": "Ada", "age": 36}  # of a class that instructor makes
 
 
 def test_llm(url: str, tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -16,10 +17,11 @@ from outrider.dialects.harmony import HarmonyReader
 from outrider.dialects.pieces import Piece
 from outrider.dialects.reader import Reader, Thinking
 
-trl = pytest.importorskip("trl.chat_template_utils", reason="pip install trl")
-from transformers.utils.chat_template_utils import render_jinja_template  # noqa: E402
-
-FOLDER = Path(trl.__file__).parent / "chat_templates"
+jinja = pytest.importorskip("transformers.utils.chat_template_utils")
+TRL = importlib.util.find_spec("trl")  # only its files are read
+if TRL is None or TRL.origin is None:
+    pytest.skip("pip install trl", allow_module_level=True)
+FOLDER = Path(TRL.origin).parent / "chat_templates"
 EXPECTED = {
     "deepseekv3": "deepseek_v3", "gemma4": "gemma4", "gemma4_v5": "gemma4", "glm4moe": "glm", "gptoss": "gpt_oss",
     "lfm2_v2": "lfm2", "llama3_1": "llama3", "llama3_2": "llama3", "nemotron_3_nano": "qwen3_coder", "qwen2_5": "hermes",
@@ -32,7 +34,7 @@ ENDS = ("<|im_end|>", "<turn|>", "<|eot_id|>", "<EOS>", "<｜end▁of▁sentence
 
 def rendered(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
     given = {"add_generation_prompt": False, **options}
-    return render_jinja_template([messages], chat_template=template, bos_token="<BOS>", eos_token="<EOS>", **given)[0][0]
+    return jinja.render_jinja_template([messages], chat_template=template, bos_token="<BOS>", eos_token="<EOS>", **given)[0][0]
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

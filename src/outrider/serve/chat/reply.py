@@ -108,7 +108,7 @@ class ChatReply(Reply):
         """Wait for the end and build the reply."""
         out = await super().whole(bridge)
         if self.prompt_scores is not None:
-            out["prompt_logprobs"] = by_token(self.prompt_scores[0], self.request.prompt_logprobs or 0, self._spelling)
+            out["prompt_logprobs"] = await by_token(self.prompt_scores[0], self.request.prompt_logprobs or 0, self._spelling)
         return out
 
     def _said(self, index: int, c: ReplyChoice) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from outrider.dialects.reader import Reader, Thinking
 from outrider.serve.chat.fields import AllowedChoice, ChatRequest, Message, NamedChoice
 from outrider.serve.parsing import BadField
 
-KNOWN = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "clear_thinking", "thinking_budget")
+KNOWN = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "clear_thinking")
 """Arguments of templates that are accepted by models whose templates do not read them."""
 RESERVED = frozenset({
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
@@ -77,9 +77,9 @@ class Turn:
 
     def reader(self) -> Reader | HarmonyReader:
         """A reader for one reply."""
-        schemas = {tool.name: tool.schema for tool in self.tools}
         if self.speech.dialect.form == "gpt_oss":
-            return HarmonyReader(schemas)
+            return HarmonyReader()
+        schemas = {tool.name: tool.schema for tool in self.tools}
         return Reader(self.speech.form if self.tools else None, self.thinking, schemas)
 
     def grammar(self, wanted: str | None) -> str | None:
@@ -117,7 +117,7 @@ class Turn:
             return prefix if thoughts is None else Stages(prefix, None, thoughts, self._opened).text
         rules = automatic(form, self.tools, mark, self.parallel)
         trigger = self.speech.mark(form.open)
-        if (form.bare and trigger.token is None) or form.bare:
+        if form.bare:
             trigger = Mark("{", None, start=True)
         if form.name == "gpt_oss":
             trigger = Mark("to=functions.")
@@ -187,9 +187,8 @@ def messages_of(messages: list[Message], speech: Speech) -> list[dict[str, Any]]
     if calls and dialect.form is None and speech.template:
         raise BadField(f"this model cannot be shown calls: {dialect.why}. Leave them out of messages", "messages")
     out: list[dict[str, Any]] = []
-    system = [m for m in messages if m.role in ("system", "developer")]
     leading = list(_leading(messages))
-    role = "developer" if system and all(m.role == "developer" for m in leading) and "'developer'" in speech.template else "system"
+    role = "developer" if all(m.role == "developer" for m in leading) and "'developer'" in speech.template else "system"
     if leading:
         out.append({"role": role, "content": "\n\n".join(m.text for m in leading)})
     for message in messages[len(leading) :]:

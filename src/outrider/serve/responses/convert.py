@@ -76,6 +76,8 @@ def chat_of(request: ResponseRequest) -> tuple[ChatRequest, Tools]:
         body["speculation"] = request.speculation.model_dump(exclude_none=True)
     if "message.output_text.logprobs" in (request.include or []):
         body |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
+    elif request.top_logprobs:
+        raise BadField('top_logprobs needs "message.output_text.logprobs" in include', "top_logprobs")
     return parse(ChatRequest, {name: value for name, value in body.items() if value is not None}), tools
 
 
