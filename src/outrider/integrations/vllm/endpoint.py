@@ -178,7 +178,7 @@ def describe(server: Server) -> None:
     speculative, settings = server.config.speculative_config, Settings.of(server.config.additional_config)
     server.metrics.info.update(
         drafter="none" if speculative is None else str(speculative.method),
-        rule="vllm" if settings.rule == "vllm" else settings.rule,
+        rule=settings.rule,
         lossless=str(not settings.allow_lossy or settings.rule == "vllm").lower(),
         longest="0" if speculative is None else str(speculative.num_speculative_tokens),
         slots=str(server.config.scheduler_config.max_num_seqs),
