@@ -250,6 +250,7 @@ def test_a_replica_that_ends_ends_its_own_replies_with_an_error() -> None:
                 assert (b"has ended" in body) == (i in mine)
                 assert i in mine or body.count(b'"finish_reason":"length"') == 1
             assert ask.front.outcomes["lost"] == len(mine[:2])
+            assert sum(ask.front.outcomes.values()) == 8 + len(bodies), "every request is counted once"
             again = await ask("/v1/completions", {**WHOLE, "prompt": [0], "max_tokens": 2})
             assert again[0] == 200 and replicas.seen[-1][0] != names[0]
             before = sample((await ask("/metrics"))[2], "vllm:generation_tokens_total")
@@ -257,6 +258,44 @@ def test_a_replica_that_ends_ends_its_own_replies_with_an_error() -> None:
                 await ask.front.look(0.0)
             assert sample((await ask("/metrics"))[2], "vllm:generation_tokens_total") >= before
             assert ask.front.sums.gone == 1
+
+    asyncio.run(run())
+
+
+def test_a_body_that_stops_short_counts_as_lost() -> None:
+    """Not a stream, so that nothing can be said in it: the connection ends, and the front still counts the request."""
+
+    class Short(InProcess):
+        async def forward(self, call: Call, key: str) -> AsyncIterator[Part]:
+            yield Part(200, ((b"content-type", b"application/json"),))
+            yield Part(body=b"{")
+            raise Lost("the replica has ended: send it again")
+
+    async def run() -> None:
+        async with fronted(Short(1)) as ask:
+            assert (await ask("/v1/completions", WHOLE))[2] == b"{"
+            assert ask.front.outcomes == {"lost": 1} and not ask.front.tickets
+
+    asyncio.run(run())
+
+
+def test_a_reader_that_leaves_a_full_queue_ends_the_application() -> None:
+    ended = list[bool]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while True:
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        finally:
+            ended.append(True)
+
+    async def run() -> None:
+        parts = answer(app, Call("GET", "/"))
+        await anext(parts)
+        await asyncio.sleep(0)
+        await asyncio.wait_for(parts.aclose(), 5.0)  # type: ignore[attr-defined]
+        assert ended == [True]
 
     asyncio.run(run())
 
