@@ -90,7 +90,7 @@ class Watching:
             return []
         if self._log is not None:
             try:
-                self._log.tick(self.asked())
+                self._log.tick(self.asked)
             except OutriderError as error:
                 self.watch.fault("store", str(error))
         return notices
