@@ -98,10 +98,23 @@ class WatchOptions:
 
     def check(self) -> None:
         """ConfigError for options that would do nothing."""
-        if self.target is not None and not self.budget:
-            raise ConfigError("--target is for the audit, which needs tokens: add --budget, such as 20000")
+        from outrider.integrations.watch import ANSWERS
+
         if self.once and (self.store or self.budget or self.alert_webhook):
             raise ConfigError("--once reads once: leave out --store, --budget and --alert-webhook")
+        if self.target is not None and not self.budget:
+            raise ConfigError("--target is for the audit, which needs tokens: add --budget, such as 20000")
+        if self.draft != "none" and self.target is None:
+            raise ConfigError("--draft helps the audit, which needs the served model: add --target")
+        if not self.budget and (self.prompts is not None or self.model is not None):
+            raise ConfigError("--prompts and --model are for requests of the watch, which need tokens: add --budget, such as 20000")
+        if 0 < self.budget < ANSWERS * self.max_tokens:
+            raise ConfigError(
+                f"--budget {self.budget} does not pay for one prompt, which gets {ANSWERS} answers of up to --max-tokens "
+                f"{self.max_tokens}"
+            )
+        if self.name is not None and self.store is None:
+            raise ConfigError("--name is of the run in the store: add --store FILE")
 
 
 @takes(WatchOptions, "asked")
