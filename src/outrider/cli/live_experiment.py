@@ -1,4 +1,4 @@
-"""Experiments on live traffic for the commands: from a file and a server's options to a trial, rehearsals, and how it stands."""
+"""Experiments on live traffic for the commands: rehearsals, and how it stands."""
 
 from __future__ import annotations
 
@@ -15,31 +15,6 @@ from outrider.options import EngineOptions
 
 ROOM = 8
 """Requests of a rehearsal that are in the server at once."""
-
-
-def trial_of(file: Path, store: str | Path, served: EngineOptions, *, fixed: bool, name: str | None = None) -> Any:
-    """The trial of an experiment's file on a server. Raises ConfigError for what it cannot vary, before anything is loaded."""
-    from dataclasses import replace
-
-    from outrider.evaluate.experiments.assignment import arm_overrides
-    from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.live import LiveExperiment
-
-    e = read_experiment(file)
-    e = replace(e, name=name or e.name, quality=None)
-    return LiveExperiment(e, arm_overrides(e, served, fixed=fixed), store)
-
-
-def placer_of(file: Path, served: EngineOptions, *, fixed: bool) -> Any:
-    """The part of an experiment that one of several replicas has: see `evaluate.experiments.placer`."""
-    from dataclasses import replace
-
-    from outrider.evaluate.experiments.assignment import arm_overrides
-    from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.placer import ArmPlacer
-
-    e = replace(read_experiment(file), quality=None)
-    return ArmPlacer(e, arm_overrides(e, served, fixed=fixed))
 
 
 # ----------------------------------------------------------------- rehearsals
@@ -92,6 +67,7 @@ def client(data: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
 def run_rehearsal(file: Path, store: str, requests: int, users: int, options: EngineOptions, tokens: int) -> str:
     """Serve an experiment in this process to users that are made up; the name under which it is kept."""
     from outrider.evaluate.experiments.experiment import read_experiment
+    from outrider.evaluate.experiments.live import trial_of
     from outrider.evaluate.workloads import load_prompts
     from outrider.serve.app import create_app
     from outrider.serve.settings import Settings, model_name

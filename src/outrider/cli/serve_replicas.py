@@ -11,7 +11,6 @@ from typing import Any
 import typer
 
 from outrider.cli import terminal
-from outrider.cli.live_experiment import trial_of
 from outrider.cli.options import STORE
 from outrider.cli.serve_options import ServeOptions
 from outrider.errors import ConfigError
@@ -76,6 +75,8 @@ def keeper_of(options: EngineOptions, asked: ServeOptions) -> Any:
     """Who keeps the records of an experiment: one process, whatever the number of replicas that place its requests."""
     if asked.experiment is None:
         return None
+    from outrider.evaluate.experiments.live import trial_of
+
     return trial_of(asked.experiment, asked.store or Path(STORE), options, fixed=asked.fixed_length)
 
 
