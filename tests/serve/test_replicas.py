@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from outrider.cli.main import app as command
 from outrider.cli.serve_replicas import FRONTS, without
+from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import experiment_from
 from outrider.evaluate.experiments.live import LiveExperiment, read
 from outrider.evaluate.experiments.placer import ArmPlacer
@@ -142,6 +145,25 @@ def test_options_of_the_front_are_not_passed_on() -> None:
         "--draft=none",
     ]
     assert without(words, FRONTS) == ["serve", "--slots", "4", "--draft=none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--replica-threads 2", "add --replicas"),
+        ("--max-replicas 2", "add --replicas"),
+        ("--replicas 2 --restarts 1", "leave --restarts out"),
+        ("--replicas 2 --log-level loud", "no log level 'loud'"),
+        ("--replicas 2 --on ray --max-replicas 1", "below --replicas 2"),
+        ("--replicas 2 --on ray --store runs.db", "leave --store out"),
+        ("--replicas 2 --on ray --port 0", "name the --port"),
+        ("--replicas 2 --on moon", "local or ray"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    found = CliRunner().invoke(command, ["serve", *words.split()])
+    assert isinstance(found.exception, ConfigError) and said in str(found.exception)
 
 
 # ----------------------------------------------------------------- what is added up

@@ -56,8 +56,8 @@ def serve(
         return
     elif asked.restarts:
         raise typer.Exit(keep(asked))
-    if asked.max_replicas is not None or asked.address is not None or asked.on != "local":
-        raise ConfigError("--on, --address and --max-replicas are about replicas: add --replicas N")
+    if asked.on != "local" or any(x is not None for x in (asked.address, asked.max_replicas, asked.replica_threads)):
+        raise ConfigError("--on, --address, --max-replicas and --replica-threads are about replicas: add --replicas N")
     listener = reserve(asked.host, asked.port) if asked.kept is None else socket.socket(fileno=asked.kept[0])
     context.call_on_close(listener.close)  # also where something below is refused
     asked.log()
