@@ -13,8 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import paths, terminal
-from outrider.cli.options import Json
-from outrider.cli.serve_options import WEBHOOK
+from outrider.cli.options import AlertWebhook, Json
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
 
@@ -42,15 +41,7 @@ class WatchOptions:
         str | None,
         typer.Option("--name", help="Name of the run in the store. Default: the server's address.", show_default=False),
     ] = None
-    alert_webhook: Annotated[
-        str | None,
-        typer.Option(
-            "--alert-webhook",
-            envvar=WEBHOOK,
-            help="URL that is told of alerts as they begin and end.",
-            show_default=False,
-        ),
-    ] = None
+    alert_webhook: AlertWebhook = None
     budget: Annotated[
         int,
         typer.Option(
