@@ -52,7 +52,9 @@ def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeO
 def refuse_on_ray(asked: ServeOptions) -> None:
     """ConfigError for options that would do nothing, or something else, behind Ray Serve."""
     if asked.max_replicas is not None and asked.max_replicas < (asked.replicas or 1):
-        raise ConfigError(f"--max-replicas {asked.max_replicas} is below --replicas {asked.replicas}: raise it, or leave it out")
+        raise ConfigError(
+            f"--max-replicas {asked.max_replicas} is below --replicas {asked.replicas}: raise it, or leave it out"
+        )
     if asked.store is not None and asked.experiment is None:
         raise ConfigError("behind Ray Serve the page shows no runs: leave --store out, or name an --experiment for it")
     if asked.port == 0:

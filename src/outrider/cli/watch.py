@@ -98,7 +98,9 @@ class WatchOptions:
         if self.draft != "none" and self.target is None:
             raise ConfigError("--draft helps the audit, which needs the served model: add --target")
         if not self.budget and (self.prompts is not None or self.model is not None):
-            raise ConfigError("--prompts and --model are for requests of the watch, which need tokens: add --budget, such as 20000")
+            raise ConfigError(
+                "--prompts and --model are for requests of the watch, which need tokens: add --budget, such as 20000"
+            )
         if 0 < self.budget < ANSWERS * self.max_tokens:
             raise ConfigError(
                 f"--budget {self.budget} does not pay for one prompt, which gets {ANSWERS} answers of up to --max-tokens "

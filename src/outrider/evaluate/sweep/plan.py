@@ -97,7 +97,9 @@ def _copied(found: Any, path: Path) -> Any:
         parts.append(part)
         size += len(part)
         if size > MAX_TEXT:
-            raise ConfigError(f"{path}: its aliases stand for more than {MAX_TEXT >> 20} MiB: write a grid, or split the plan")
+            raise ConfigError(
+                f"{path}: its aliases stand for more than {MAX_TEXT >> 20} MiB: write a grid, or split the plan"
+            )
     return json.loads("".join(parts))
 
 
