@@ -136,8 +136,8 @@ class RayReplicas:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        asked = self.handle.broadcast("ask", list(calls))
         try:
+            asked = self.handle.broadcast("ask", list(calls))
             found = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
         except (RayError, RayServeException):  # none is there yet, or any more
             return {}
