@@ -26,10 +26,11 @@ from outrider.evaluate.experiments.experiment import experiment_from
 from outrider.evaluate.experiments.live import LiveExperiment, read
 from outrider.evaluate.experiments.placer import ArmPlacer
 from outrider.serve.app import create_app
+from outrider.serve.replicas import local
 from outrider.serve.replicas.calls import Call, Lost, Part, Replicas, conversation_key, ranked
 from outrider.serve.replicas.front import create_front
 from outrider.serve.replicas.inside import answer
-from outrider.serve.replicas.local import LocalReplicas
+from outrider.serve.replicas.local import STARTS, LocalReplicas
 from outrider.serve.replicas.sums import Sums
 from outrider.serve.server import server_for
 from outrider.serve.settings import Settings
@@ -320,6 +321,31 @@ def test_a_reader_that_leaves_a_full_queue_ends_the_application() -> None:
         assert ended == [True]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_only_a_replica_that_never_served_is_given_up(served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the code of a wrong option again and again: another process may have its port, or its model is gone."""
+    monkeypatch.setattr(local, "AGAIN_SECONDS", 0.0)
+    said = list[str]()
+
+    async def run() -> int:
+        command = [sys.executable, "-S", "-c", "import time, sys; time.sleep(0.2); sys.exit(2)"]
+        replicas = LocalReplicas(1, lambda port: command, dict(os.environ), "key", 1, said.append)
+        starting = asyncio.create_task(replicas.start())
+        while not replicas.members or not replicas.members[0].lives:
+            await asyncio.sleep(0.01)
+        one = replicas.members[0]
+        one.ready = served
+        for _ in range(1000):
+            if one.lives == STARTS + 1 or (one.keeper is not None and one.keeper.done()):
+                break
+            await asyncio.sleep(0.01)
+        await replicas.close(0.0)
+        await asyncio.gather(starting, return_exceptions=True)
+        return one.lives
+
+    assert asyncio.run(run()) == STARTS + served and any("not tried again" in text for text in said) != served
 
 
 def test_users_have_one_arm_on_all_replicas_and_one_writer_keeps_the_records(tmp_path: Path) -> None:
