@@ -15,7 +15,8 @@ def main(where: str, count: int, attempts: int) -> None:
     some = cells(count, die={7: True})
     with closing(ProcessExecutor(WORK, 2, 2)) as executor:
         _, book = drive(Path(where), some, executor, attempts=attempts)
-        book.close({})
+        book.finish({})
+        book.close()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def test_failed_cells_are_not_tried_again_unless_that_is_asked(tmp_path: Path) -
         )
     )
     progress, book = drive(tmp_path / "s.db", some, refuses)
-    book.close({})
+    book.finish({})
+    book.close()
     assert (progress.done, progress.failed) == (2, 1)
     for retry, expected in ((False, []), (True, [1]), (True, [])):
         executor = Scripted(lambda t, c: [answer(t, c)])
@@ -121,14 +122,15 @@ def test_failed_cells_are_not_tried_again_unless_that_is_asked(tmp_path: Path) -
             Driver(some, executor, book, Rules(), retry=retry).run()
             assert executor.submitted == expected
             assert (book.known[some[1].identity].failed is None) == retry
-            book.store.finish(book.run, {})
+            book.finish({})
 
 
 def test_a_plan_that_grows_keeps_what_it_has(tmp_path: Path) -> None:
     for count, expected in ((3, [0, 1, 2]), (5, [3, 4])):
         executor = Scripted(lambda t, c: [answer(t, c)], places=1)
         progress, book = drive(tmp_path / "s.db", cells(count), executor)
-        book.close({})
+        book.finish({})
+        book.close()
         assert executor.submitted == expected and progress.known == count - len(expected)
 
 

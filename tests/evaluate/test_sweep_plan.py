@@ -99,6 +99,14 @@ def test_a_grid_is_bounded_before_it_is_made(tmp_path: Path) -> None:
         read(tmp_path, f"cells: [{{kind: bench, grid: {{seed: {values}, count: {values}, max_tokens: {values}}}}}]")
 
 
+def test_aliases_are_bounded_before_they_are_written_out(tmp_path: Path) -> None:
+    """Half a kilobyte of YAML that stands for 9^12 texts."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    with pytest.raises(ConfigError, match="aliases stand for more than 16 MiB"):
+        read(tmp_path, "\n".join([*lines, "cells: [{kind: bench}]"]))
+
+
 KEYS = st.sampled_from(["kind", "cells", "grid", "seed", "arms", "x"])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),

@@ -90,5 +90,5 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     with answering({}) as url:
         pass
     assert run(monkeypatch, "--vllm", url) == 2 and "no server answers" in " ".join(capsys.readouterr().err.split())
-    assert run(monkeypatch, "--vllm", "ftp://x") == 2 and "http://" in capsys.readouterr().err
+    assert run(monkeypatch, "--vllm", "ftp://x") == 2 and "http or https address" in capsys.readouterr().err
     assert run(monkeypatch, "folder", "--vllm", "http://x") == 2

@@ -153,6 +153,17 @@ def test_a_request_may_opt_out() -> None:
     assert {n: len(t) for n, t in out.scheduled_spec_decode_tokens.items()} == {"a": 4}
 
 
+@pytest.mark.parametrize("method", ["eagle3", "custom_class"])
+def test_limits_of_requests_that_have_ended_are_forgotten(method: str) -> None:
+    own = config(lengths="fixed")
+    own.speculative_config.method = method
+    made = Ours(own)
+    for n in range(500):
+        made._limit(f"ended {n}")
+    step(made)
+    assert set(made._limits) <= {"a", "b"}
+
+
 def test_without_a_table_it_says_which_line_to_add() -> None:
     with pytest.raises(ConfigError, match=r'"num_speculative_tokens_per_batch_size": \[\[1, 4, 4\]\]'):
         Ours(config(), table=False)

@@ -11,6 +11,7 @@ import pytest
 from outrider.drafters.ngram import NGram
 from outrider.errors import ConfigError
 from outrider.integrations.vllm.drafting import Drafting, Knowledge, grammar_of
+from outrider.integrations.vllm.lengths import own_limit
 from outrider.integrations.vllm.proposer import HistoryProposer, Slots
 from outrider.types import Draft, Evidence
 from tests.integrations.vllm_stubs import Batch, config
@@ -139,6 +140,21 @@ def test_a_request_tells_its_prediction_grammar_and_limit() -> None:
     assert found.params.grammar == "json:{}" and grammar_of(N(json=None, regex="a+")) == "regex:a+"
     params.extra_args = {"outrider_prediction": [1, "x"]}
     assert Knowledge(runner).of(0).params.prediction == (), "a bad one counts as none"
+
+
+@pytest.mark.parametrize("value", [5, 1e999, True, {"a": 1}, [1e999], "\ud800"])
+def test_what_a_client_sends_never_ends_the_engine(value: Any) -> None:
+    """vLLM hands over whatever JSON a request had in `vllm_xargs`; an exception here would end its engine's process."""
+    from types import SimpleNamespace as N
+
+    class Picky:
+        def encode(self, text: str) -> list[int]:
+            return list(text.encode())
+
+    params = N(extra_args={"outrider_prediction": value, "outrider_length": value}, structured_outputs=None)
+    runner = N(input_batch=N(req_ids=["a"]), requests={"a": N(prompt_token_ids=[1, 2], sampling_params=params)})
+    found = Knowledge(runner, Picky()).of(0)
+    assert found.params.prediction == () and own_limit(params.extra_args) == (5 if value == 5 else None)
 
 
 def test_the_prediction_of_a_request_is_drafted() -> None:

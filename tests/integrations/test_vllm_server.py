@@ -20,6 +20,7 @@ from outrider.integrations.vllm.monitor import VllmMonitor
 from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.status import parts_of
 from outrider.integrations.vllm.sums import StepSums
+from outrider.integrations.vllm.worker import Ledgered
 from outrider.records import Counts
 from tests.integrations.vllm_stubs import config
 
@@ -97,10 +98,8 @@ def report(**tap: Any) -> dict[str, Any]:
     return {
         "tap": {"all": both, "engine_seeded": both, "judged_at": [5, 2, 0, 0], "accepted_at": [3, 1, 0, 0]},
         "unwatched": "",
-        "scheduler": True,
         "note": {"outlook": [2, 3, 1.4, 0.01, 0.3], "speeds": [[0, 1.0, 1.0, 1.0], [3, 2.0, 1.4, 1.43]]},
         "proposer": None,
-        "rule": "vllm",
         "repair": "repaired",
     }
 
@@ -165,6 +164,29 @@ def test_parts_say_which_setting_switched_what_off(monkeypatch: pytest.MonkeyPat
     assert not rows["lengths"]["live"] and "--scheduler-cls" in rows["lengths"]["remedy"]
     own.speculative_config = None
     assert "speculative-config" in parts_of(own, None, True)[-1]["remedy"]
+
+
+def test_a_rule_that_is_not_in_place_is_no_rule() -> None:
+    """Without our worker class doctor says so; where our worker cannot put it there, the server does not start."""
+    for found, live in ((None, False), (report(), True)):
+        rows = {row["part"]: row for row in parts_of(config(rule="block"), found, True)}
+        assert rows["rule"]["live"] == live and bool(rows["rule"]["remedy"]) != live
+
+    class Newer:
+        use_v2_model_runner, model_runner = True, SimpleNamespace()
+
+        def __init__(self, own: Any) -> None:
+            self.vllm_config = own
+
+        def load_model(self) -> str:
+            return "loaded"
+
+    class Worker(Ledgered, Newer):
+        """Ours before a worker whose runner has another hook."""
+
+    assert Worker(config()).load_model() == "loaded"
+    with pytest.raises(ConfigError, match="'block' cannot take the place"):
+        Worker(config(rule="block")).load_model()
 
 
 @pytest.mark.parametrize(

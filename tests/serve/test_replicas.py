@@ -17,16 +17,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from outrider.cli.main import app as command
 from outrider.cli.serve_replicas import FRONTS, without
+from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import experiment_from
 from outrider.evaluate.experiments.live import LiveExperiment, read
 from outrider.evaluate.experiments.placer import ArmPlacer
 from outrider.serve.app import create_app
+from outrider.serve.replicas import local
 from outrider.serve.replicas.calls import Call, Lost, Part, Replicas, conversation_key, ranked
 from outrider.serve.replicas.front import create_front
 from outrider.serve.replicas.inside import answer
-from outrider.serve.replicas.local import LocalReplicas
+from outrider.serve.replicas.local import STARTS, LocalReplicas
 from outrider.serve.replicas.sums import Sums
 from outrider.serve.server import server_for
 from outrider.serve.settings import Settings
@@ -144,6 +148,25 @@ def test_options_of_the_front_are_not_passed_on() -> None:
     assert without(words, FRONTS) == ["serve", "--slots", "4", "--draft=none"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--replica-threads 2", "add --replicas"),
+        ("--max-replicas 2", "add --replicas"),
+        ("--replicas 2 --restarts 1", "leave --restarts out"),
+        ("--replicas 2 --log-level loud", "no log level 'loud'"),
+        ("--replicas 2 --on ray --max-replicas 1", "below --replicas 2"),
+        ("--replicas 2 --on ray --store runs.db", "leave --store out"),
+        ("--replicas 2 --on ray --port 0", "name the --port"),
+        ("--replicas 2 --on moon", "local or ray"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    found = CliRunner().invoke(command, ["serve", *words.split()])
+    assert isinstance(found.exception, ConfigError) and said in str(found.exception)
+
+
 # ----------------------------------------------------------------- what is added up
 def reading(uptime: float, emitted: int, pid: int) -> tuple[dict[str, Any], str]:
     """What a replica says; only what the sums read."""
@@ -250,6 +273,7 @@ def test_a_replica_that_ends_ends_its_own_replies_with_an_error() -> None:
                 assert (b"has ended" in body) == (i in mine)
                 assert i in mine or body.count(b'"finish_reason":"length"') == 1
             assert ask.front.outcomes["lost"] == len(mine[:2])
+            assert sum(ask.front.outcomes.values()) == 8 + len(bodies), "every request is counted once"
             again = await ask("/v1/completions", {**WHOLE, "prompt": [0], "max_tokens": 2})
             assert again[0] == 200 and replicas.seen[-1][0] != names[0]
             before = sample((await ask("/metrics"))[2], "vllm:generation_tokens_total")
@@ -259,6 +283,69 @@ def test_a_replica_that_ends_ends_its_own_replies_with_an_error() -> None:
             assert ask.front.sums.gone == 1
 
     asyncio.run(run())
+
+
+def test_a_body_that_stops_short_counts_as_lost() -> None:
+    """Not a stream, so that nothing can be said in it: the connection ends, and the front still counts the request."""
+
+    class Short(InProcess):
+        async def forward(self, call: Call, key: str) -> AsyncIterator[Part]:
+            yield Part(200, ((b"content-type", b"application/json"),))
+            yield Part(body=b"{")
+            raise Lost("the replica has ended: send it again")
+
+    async def run() -> None:
+        async with fronted(Short(1)) as ask:
+            assert (await ask("/v1/completions", WHOLE))[2] == b"{"
+            assert ask.front.outcomes == {"lost": 1} and not ask.front.tickets
+
+    asyncio.run(run())
+
+
+def test_a_reader_that_leaves_a_full_queue_ends_the_application() -> None:
+    ended = list[bool]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while True:
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        finally:
+            ended.append(True)
+
+    async def run() -> None:
+        parts = answer(app, Call("GET", "/"))
+        await anext(parts)
+        await asyncio.sleep(0)
+        await asyncio.wait_for(parts.aclose(), 5.0)  # type: ignore[attr-defined]
+        assert ended == [True]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_only_a_replica_that_never_served_is_given_up(served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the code of a wrong option again and again: another process may have its port, or its model is gone."""
+    monkeypatch.setattr(local, "AGAIN_SECONDS", 0.0)
+    said = list[str]()
+
+    async def run() -> int:
+        command = [sys.executable, "-S", "-c", "import time, sys; time.sleep(0.2); sys.exit(2)"]
+        replicas = LocalReplicas(1, lambda port: command, dict(os.environ), "key", 1, said.append)
+        starting = asyncio.create_task(replicas.start())
+        while not replicas.members or not replicas.members[0].lives:
+            await asyncio.sleep(0.01)
+        one = replicas.members[0]
+        one.ready = served
+        for _ in range(1000):
+            if one.lives == STARTS + 1 or (one.keeper is not None and one.keeper.done()):
+                break
+            await asyncio.sleep(0.01)
+        await replicas.close(0.0)
+        await asyncio.gather(starting, return_exceptions=True)
+        return one.lives
+
+    assert asyncio.run(run()) == STARTS + served and any("not tried again" in text for text in said) != served
 
 
 def test_users_have_one_arm_on_all_replicas_and_one_writer_keeps_the_records(tmp_path: Path) -> None:

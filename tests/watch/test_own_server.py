@@ -238,6 +238,10 @@ def test_once_prints_one_reading_for_programs_and_for_people(run: Any) -> None:
         (("nowhere", "--once"), "not an http or https address"),
         (("http://127.0.0.1:9", "--once", "--budget", "5"), "leave out --store"),
         (("http://127.0.0.1:9", "--target", str(Path(assets).parent / "pycode" / "target")), "add --budget"),
+        (("http://127.0.0.1:9", "--draft", "none:x", "--budget", "500"), "add --target"),
+        (("http://127.0.0.1:9", "--model", "m"), "add --budget"),
+        (("http://127.0.0.1:9", "--name", "n"), "add --store"),
+        (("http://127.0.0.1:9", "--budget", "127"), "2 answers of up to --max-tokens 64"),
     ],
 )
 def test_wrong_use_is_one_sentence(run: Any, words: tuple[str, ...], said: str) -> None:

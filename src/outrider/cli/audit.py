@@ -133,18 +133,12 @@ def answered(
     engine: Any, source: Any, texts: list[list[int]], sampling: Any, asked: AuditedBy, samples: int
 ) -> tuple[dict[str, Any], int]:
     """The audit of greedy or of sampled text: the document and the exit code."""
-    from outrider.evaluate.audit import answer
-    from outrider.evaluate.audit.findings import AuditOptions
+    from outrider.evaluate.audit.answer import document_of
 
-    if sampling.temperature == 0:
-        with terminal.loading(f"auditing greedy continuations of {len(texts)} prompts"):
-            return answer.greedy(engine, source, texts)
-    tolerance = answer.allowed(asked.tolerance, engine, texts[0])
-    options = AuditOptions(sampling, asked.level, tolerance, asked.detect, asked.seed)
-    with terminal.loading(f"auditing {samples} continuations of {len(texts)} prompts") as progress:
-        return answer.sampled(
-            engine, source, texts, options, samples=samples, ours=asked.other is None, progress=progress
-        )
+    said = {"samples": samples, **{name: getattr(asked, name) for name in ("level", "tolerance", "detect", "seed")}}
+    what = "greedy continuations" if sampling.greedy else f"{samples} continuations"
+    with terminal.loading(f"auditing {what} of {len(texts)} prompts") as progress:
+        return document_of(engine, source, texts, sampling, said, ours=asked.other is None, progress=progress)
 
 
 def print_document(d: dict[str, Any]) -> None:

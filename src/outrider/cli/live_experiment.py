@@ -1,10 +1,9 @@
-"""Experiments on live traffic for the commands: from a file and a server's options to a trial, rehearsals, and how it stands."""
+"""Experiments on live traffic for the commands: rehearsals, and how it stands."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,6 @@ from outrider.options import EngineOptions
 
 ROOM = 8
 """Requests of a rehearsal that are in the server at once."""
-
-
-def trial_of(file: Path, store: str | Path, served: EngineOptions, *, fixed: bool, name: str | None = None) -> Any:
-    """The trial of an experiment's file on a server. Raises ConfigError for what it cannot vary, before anything is loaded."""
-    from dataclasses import replace
-
-    from outrider.evaluate.experiments.assignment import arm_overrides
-    from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.live import LiveExperiment
-
-    e = read_experiment(file)
-    e = replace(e, name=name or e.name, quality=None)
-    return LiveExperiment(e, arm_overrides(e, served, fixed=fixed), store)
-
-
-def placer_of(file: Path, served: EngineOptions, *, fixed: bool) -> Any:
-    """The part of an experiment that one of several replicas has: see `evaluate.experiments.placer`."""
-    from dataclasses import replace
-
-    from outrider.evaluate.experiments.assignment import arm_overrides
-    from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.placer import ArmPlacer
-
-    e = replace(read_experiment(file), quality=None)
-    return ArmPlacer(e, arm_overrides(e, served, fixed=fixed))
 
 
 # ----------------------------------------------------------------- rehearsals
@@ -59,39 +33,20 @@ async def rehearse(app: Any, model: str, prompts: list[str], requests: int, user
 
 async def post(app: Any, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Any:
     """One POST through an ASGI application: status, headers, body."""
-    data, out = json.dumps(body).encode(), bytearray()
-    start: dict[str, Any] = {}
-    given = {"host": "localhost", "content-type": "application/json", **(headers or {})}
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": path,
-        "raw_path": path.encode(), "root_path": "", "query_string": b"", "client": ("127.0.0.1", 1), "server": ("localhost", 80),
-        "headers": [(k.encode(), v.encode()) for k, v in given.items()],
-    }  # fmt: skip
+    from outrider.serve.replicas.calls import Call
+    from outrider.serve.replicas.inside import answer
 
-    async def send(message: dict[str, Any]) -> None:
-        start.update(message if message["type"] == "http.response.start" else {})
-        out.extend(message.get("body", b""))
-
-    await app(scope, client(data), send)
-    found = {k.decode(): v.decode() for k, v in start["headers"]}
-    return start["status"], found, bytes(out)
-
-
-def client(data: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
-    """What receives from a client that sends a body and stays until it is answered; as in a server, several may wait for it."""
-    body = [data]
-
-    async def receive() -> dict[str, Any]:
-        if not body:
-            await asyncio.Event().wait()
-        return {"type": "http.request", "body": body.pop(), "more_body": False}
-
-    return receive
+    given = {"content-type": "application/json", **(headers or {})}
+    named = tuple((k.encode(), v.encode()) for k, v in given.items())
+    parts = [p async for p in answer(app, Call("POST", path, b"", named, json.dumps(body).encode()))]
+    found = {k.decode(): v.decode() for k, v in parts[0].headers}
+    return parts[0].status, found, b"".join(p.body for p in parts)
 
 
 def run_rehearsal(file: Path, store: str, requests: int, users: int, options: EngineOptions, tokens: int) -> str:
     """Serve an experiment in this process to users that are made up; the name under which it is kept."""
     from outrider.evaluate.experiments.experiment import read_experiment
+    from outrider.evaluate.experiments.live import trial_of
     from outrider.evaluate.workloads import load_prompts
     from outrider.serve.app import create_app
     from outrider.serve.settings import Settings, model_name

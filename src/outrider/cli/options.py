@@ -30,6 +30,23 @@ Traffic = Annotated[
 ]
 
 
+AlertWebhook = Annotated[
+    str | None,
+    typer.Option(
+        "--alert-webhook",
+        envvar="OUTRIDER_ALERT_WEBHOOK",
+        help="URL that is told of alerts as they begin and end.",
+        show_default=False,
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False
+    ),
+]
+
+
 def parse_lengths(text: str) -> list[int]:
     """ "0,2,4" -> [0, 2, 4]; plain decoding comes first, as the base, and is added if missing."""
     try:

@@ -16,7 +16,6 @@ import typer
 from outrider.cli import paths, terminal
 from outrider.cli.ending import Told, end_now
 from outrider.cli.engine_options import ENGINE, SpeculativeConfig, configured, load_engine
-from outrider.cli.live_experiment import placer_of, trial_of
 from outrider.cli.options import STORE
 from outrider.cli.serve_options import ServeOptions
 from outrider.cli.takes import takes
@@ -57,8 +56,8 @@ def serve(
         return
     elif asked.restarts:
         raise typer.Exit(keep(asked))
-    if asked.max_replicas is not None or asked.address is not None or asked.on != "local":
-        raise ConfigError("--on, --address and --max-replicas are about replicas: add --replicas N")
+    if asked.on != "local" or any(x is not None for x in (asked.address, asked.max_replicas, asked.replica_threads)):
+        raise ConfigError("--on, --address, --max-replicas and --replica-threads are about replicas: add --replicas N")
     listener = reserve(asked.host, asked.port) if asked.kept is None else socket.socket(fileno=asked.kept[0])
     context.call_on_close(listener.close)  # also where something below is refused
     asked.log()
@@ -73,6 +72,9 @@ def application(options: EngineOptions, asked: ServeOptions, settings: Settings)
 
     trial, store = None, asked.store
     if asked.experiment is not None:
+        from outrider.evaluate.experiments.live import trial_of
+        from outrider.evaluate.experiments.placer import placer_of
+
         store = store or Path(STORE)
         if asked.replica:
             trial = placer_of(asked.experiment, options, fixed=asked.fixed_length)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outrider.cli import paths
+from outrider.cli.options import AlertWebhook, RayAddress
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
     from outrider.serve.settings import Settings
 
 LEVELS = ("ERROR", "WARNING", "INFO", "DEBUG")
-KEY, WEBHOOK = "OUTRIDER_API_KEY", "OUTRIDER_ALERT_WEBHOOK"
+KEY = "OUTRIDER_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,7 @@ class ServeOptions:
     on: Annotated[
         str, typer.Option("--on", help="With --replicas: local (processes of this machine) or ray (Ray Serve).")
     ] = "local"
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False
-        ),
-    ] = None
+    address: RayAddress = None
     replica_threads: Annotated[
         int | None,
         typer.Option(
@@ -172,15 +168,7 @@ class ServeOptions:
             "--price-per-hour", min=0, help="Price of this machine in dollars per hour: shows cost.", show_default=False
         ),
     ] = None
-    alert_webhook: Annotated[
-        str | None,
-        typer.Option(
-            "--alert-webhook",
-            envvar=WEBHOOK,
-            help="URL that is told of alerts as they begin and end.",
-            show_default=False,
-        ),
-    ] = None
+    alert_webhook: AlertWebhook = None
     store: Annotated[
         Path | None,
         typer.Option("--store", help="Store whose runs and experiments the page shows.", show_default=False),

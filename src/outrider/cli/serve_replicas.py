@@ -11,7 +11,6 @@ from typing import Any
 import typer
 
 from outrider.cli import terminal
-from outrider.cli.live_experiment import trial_of
 from outrider.cli.options import STORE
 from outrider.cli.serve_options import ServeOptions
 from outrider.errors import ConfigError
@@ -30,12 +29,14 @@ def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeO
 
     if asked.restarts:
         raise ConfigError("replicas that die are started again anyway: leave --restarts out")
+    asked.log()
     threads = asked.replica_threads or max(1, usable_cores() // (asked.replicas or 1))
     if asked.on == "local":
         if asked.address is not None or asked.max_replicas is not None:
             raise ConfigError("--address and --max-replicas are Ray's: add --on ray")
         on_this_machine(context, options, asked, keys, threads)
     elif asked.on == "ray":
+        refuse_on_ray(asked)
         from outrider.integrations.ray.replicas import Deployment, serve_on_ray
 
         settings = asked.settings(options.target, keys, options.slots)
@@ -46,6 +47,18 @@ def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeO
         serve_on_ray(options, deployed, settings)
     else:
         raise ConfigError(f"--on is local or ray, got {asked.on!r}")
+
+
+def refuse_on_ray(asked: ServeOptions) -> None:
+    """ConfigError for options that would do nothing, or something else, behind Ray Serve."""
+    if asked.max_replicas is not None and asked.max_replicas < (asked.replicas or 1):
+        raise ConfigError(
+            f"--max-replicas {asked.max_replicas} is below --replicas {asked.replicas}: raise it, or leave it out"
+        )
+    if asked.store is not None and asked.experiment is None:
+        raise ConfigError("behind Ray Serve the page shows no runs: leave --store out, or name an --experiment for it")
+    if asked.port == 0:
+        raise ConfigError("with --on ray name the --port: Ray Serve does not tell which free one it took")
 
 
 def on_this_machine(
@@ -76,6 +89,8 @@ def keeper_of(options: EngineOptions, asked: ServeOptions) -> Any:
     """Who keeps the records of an experiment: one process, whatever the number of replicas that place its requests."""
     if asked.experiment is None:
         return None
+    from outrider.evaluate.experiments.live import trial_of
+
     return trial_of(asked.experiment, asked.store or Path(STORE), options, fixed=asked.fixed_length)
 
 

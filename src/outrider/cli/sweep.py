@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from outrider.cli import paths, tables, terminal
-from outrider.cli.options import STORE, Json, StorePath
+from outrider.cli.options import STORE, Json, RayAddress, StorePath
 from outrider.cli.sweep_kinds import WORK, kinds
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
@@ -26,12 +26,7 @@ class SweepOptions:
     """Where and how a plan is run. As on the command line."""
 
     on: Annotated[str, typer.Option("--on", help="local: processes of this machine; ray: a Ray cluster.")] = "local"
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address", help="With --on ray: the cluster, as auto. Default: one is started here.", show_default=False
-        ),
-    ] = None
+    address: RayAddress = None
     workers: Annotated[
         int | None,
         typer.Option("--workers", min=1, max=1024, help="With --on local: cells at the same time. Default: the cores."),
@@ -97,7 +92,7 @@ def sweep(
         document |= {"unplaced": [{"cell": n, "reason": why} for n, why in sorted(progress.unplaced.items())]}
         for said in finished(plan, book, table):
             terminal.say(said)
-        book.store.finish(book.run, document, "done" if not progress.unplaced else "failed")
+        book.finish(document, whole=not progress.unplaced)
     if asked.html is not None:
         from outrider.evaluate.sweep.report import write_sweep
 

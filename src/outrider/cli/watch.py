@@ -13,8 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import paths, terminal
-from outrider.cli.options import Json
-from outrider.cli.serve_options import WEBHOOK
+from outrider.cli.options import AlertWebhook, Json
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
 
@@ -42,15 +41,7 @@ class WatchOptions:
         str | None,
         typer.Option("--name", help="Name of the run in the store. Default: the server's address.", show_default=False),
     ] = None
-    alert_webhook: Annotated[
-        str | None,
-        typer.Option(
-            "--alert-webhook",
-            envvar=WEBHOOK,
-            help="URL that is told of alerts as they begin and end.",
-            show_default=False,
-        ),
-    ] = None
+    alert_webhook: AlertWebhook = None
     budget: Annotated[
         int,
         typer.Option(
@@ -98,10 +89,25 @@ class WatchOptions:
 
     def check(self) -> None:
         """ConfigError for options that would do nothing."""
-        if self.target is not None and not self.budget:
-            raise ConfigError("--target is for the audit, which needs tokens: add --budget, such as 20000")
+        from outrider.integrations.watch import ANSWERS
+
         if self.once and (self.store or self.budget or self.alert_webhook):
             raise ConfigError("--once reads once: leave out --store, --budget and --alert-webhook")
+        if self.target is not None and not self.budget:
+            raise ConfigError("--target is for the audit, which needs tokens: add --budget, such as 20000")
+        if self.draft != "none" and self.target is None:
+            raise ConfigError("--draft helps the audit, which needs the served model: add --target")
+        if not self.budget and (self.prompts is not None or self.model is not None):
+            raise ConfigError(
+                "--prompts and --model are for requests of the watch, which need tokens: add --budget, such as 20000"
+            )
+        if 0 < self.budget < ANSWERS * self.max_tokens:
+            raise ConfigError(
+                f"--budget {self.budget} does not pay for one prompt, which gets {ANSWERS} answers of up to --max-tokens "
+                f"{self.max_tokens}"
+            )
+        if self.name is not None and self.store is None:
+            raise ConfigError("--name is of the run in the store: add --store FILE")
 
 
 @takes(WatchOptions, "asked")

@@ -169,3 +169,25 @@ def room(asked: int) -> int:
             spare = min(SPARE, soft // 4)
             return max(FEWEST, min(asked, soft - used - RESERVED - BURST - spare))
     return asked
+
+
+def guarded(app: Any, host: str, port: int, *, connections: int, head_seconds: float, **more: Any) -> Config:
+    """uvicorn's configuration of every server of ours: bounded connections, and neither headers nor logs of uvicorn's own.
+
+    more: further settings of uvicorn.
+    """
+    return Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        ws="none",
+        backlog=BURST,
+        http=Connection.at(Door(room(connections), head_seconds)),
+        timeout_keep_alive=5,
+        **more,
+    )

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from outrider.errors import ConfigError
 from outrider.serve.address import BACKLOG
 from outrider.serve.bridge import Bridge
-from outrider.serve.connection import BURST, Connection, Door, room
+from outrider.serve.connection import guarded
 from outrider.serve.settings import Settings
 from outrider.serve.sse import STALL_SECONDS
 from outrider.serve.supervisor import CLOSED, LOST, SERVING, Heartbeat
@@ -104,20 +104,13 @@ def server_for(
 
     say: called with True when requests are answered, and with False for the first and the second signal to end.
     """
-    config = uvicorn.Config(
+    config = guarded(
         app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
+        host,
+        port,
+        connections=settings.connections,
+        head_seconds=settings.head_seconds,
         lifespan="off",  # `Server` runs it itself, so that it can report its errors
-        ws="none",
-        backlog=BURST,
-        http=Connection.at(Door(room(settings.connections), settings.head_seconds)),
-        timeout_keep_alive=5,
         timeout_graceful_shutdown=int(settings.grace) + 3,
         h11_max_incomplete_event_size=16384,
     )

@@ -63,11 +63,18 @@ def greedy(engine: Engine, source: Any, texts: list[list[int]]) -> tuple[dict[st
 
 
 def document_of(
-    engine: Engine, source: Any, texts: list[list[int]], params: SamplingParams, asked: dict[str, Any], ours: bool
+    engine: Engine,
+    source: Any,
+    texts: list[list[int]],
+    params: SamplingParams,
+    asked: dict[str, Any],
+    *,
+    ours: bool,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> tuple[dict[str, Any], int]:
     """Either audit, by the temperature. asked: samples, level, tolerance, detect, seed."""
     if params.greedy:
         return greedy(engine, source, texts)
     tolerance = allowed(asked["tolerance"], engine, texts[0])
     options = AuditOptions(params, asked["level"], tolerance, asked["detect"], asked["seed"])
-    return sampled(engine, source, texts, options, samples=asked["samples"], ours=ours)
+    return sampled(engine, source, texts, options, samples=asked["samples"], ours=ours, progress=progress)

@@ -13,18 +13,19 @@ import queue
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
 
 from outrider.errors import CapacityError, ConfigError
-from outrider.evaluate.experiments.assignment import arm_of, unit_key, unit_of
-from outrider.evaluate.experiments.experiment import Comparison, Experiment
+from outrider.evaluate.experiments.assignment import arm_of, arm_overrides, unit_key, unit_of
+from outrider.evaluate.experiments.experiment import Comparison, Experiment, read_experiment
 from outrider.evaluate.experiments.tally import STOPPED, ExperimentStatus, Tally
 from outrider.evaluate.records import Key
 from outrider.evaluate.statistics.sequential import Bounds
 from outrider.evaluate.store.store import Store
+from outrider.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 KIND = "online"
@@ -153,6 +154,18 @@ class LiveExperiment:
             db.save_experiment(self.e.name, self.run, self.config, asdict(self.status))
         except CapacityError as error:
             logger.warning("the state of %s waits: %s", self.e.name, error)
+
+
+def trial_of(
+    file: str | Path, store: str | Path, served: EngineOptions, *, fixed: bool, name: str | None = None
+) -> LiveExperiment:
+    """The trial of an experiment's file on a server with these options, under `name` or its own.
+
+    Raises ConfigError for what it cannot vary, before anything is loaded.
+    """
+    e = read_experiment(Path(file))
+    e = replace(e, name=name or e.name, quality=None)
+    return LiveExperiment(e, arm_overrides(e, served, fixed=fixed), store)
 
 
 def state_of(db: Store, name: str) -> tuple[str | None, dict[str, Any]]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from time import time
 from typing import Any
 
-from outrider.evaluate.experiments.assignment import arm_of, unit_key, unit_of
-from outrider.evaluate.experiments.experiment import Experiment
+from outrider.evaluate.experiments.assignment import arm_of, arm_overrides, unit_key, unit_of
+from outrider.evaluate.experiments.experiment import Experiment, read_experiment
 from outrider.evaluate.experiments.live import Assignment
 from outrider.evaluate.experiments.tally import STOPPED
+from outrider.options import EngineOptions
 
 KEPT = 100_000
 """Most records that wait to be taken: those of a front that has gone are not kept for ever."""
@@ -54,3 +57,9 @@ class ArmPlacer:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def placer_of(file: str | Path, served: EngineOptions, *, fixed: bool) -> ArmPlacer:
+    """The part of an experiment's file that one of several replicas has. See `live.trial_of`."""
+    e = replace(read_experiment(Path(file)), quality=None)
+    return ArmPlacer(e, arm_overrides(e, served, fixed=fixed))

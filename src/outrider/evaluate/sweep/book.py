@@ -49,7 +49,7 @@ class Book:
             for (task, number, part), data in self.store.records(self.run).items():
                 self._learn(task, number, part, data)
         except BaseException:
-            self.store.close()
+            self.close()
             raise
         self.duplicates = 0
 
@@ -92,14 +92,16 @@ class Book:
         """Tell other machines that this process still drives the sweep."""
         self.store.touch(self.run)
 
-    def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Close the store; with a summary, the run too."""
-        if summary is not None:
-            self.store.finish(self.run, summary)
+    def finish(self, summary: dict[str, Any], *, whole: bool = True) -> None:
+        """End the run for now. whole: whether every cell of the plan has its record."""
+        self.store.finish(self.run, summary, "done" if whole else "failed")
+
+    def close(self) -> None:
+        """Close the store."""
         self.store.close()
 
     def __enter__(self) -> Book:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.store.close()
+        self.close()

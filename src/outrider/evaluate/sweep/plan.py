@@ -17,6 +17,8 @@ from outrider.evaluate.store.store import canonical
 from outrider.evaluate.sweep.cells import Cell, Kind, code_version, data_of, identity
 
 MAX_BYTES = 1 << 20
+MAX_TEXT = 16 * MAX_BYTES
+"""Most characters of a plan as JSON, aliases written out."""
 MAX_CELLS = 10_000
 """Most cells of a plan."""
 MAX_DEPTH = 8
@@ -72,7 +74,7 @@ def _parse(path: Path) -> _Plan:
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path}: no such plan, or larger than {MAX_BYTES >> 20} MiB")
     try:
-        found = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))  # aliases become copies
+        found = _copied(yaml.safe_load(path.read_text(encoding="utf-8")), path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     except (TypeError, ValueError, RecursionError):
@@ -86,6 +88,19 @@ def _parse(path: Path) -> _Plan:
         return _Plan.model_validate({"name": path.stem, **found})
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first(error)}") from None
+
+
+def _copied(found: Any, path: Path) -> Any:
+    """Plain data, in which aliases have become copies. Raises ConfigError before they grow beyond measure."""
+    parts, size = list[str](), 0
+    for part in json.JSONEncoder().iterencode(found):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_TEXT:
+            raise ConfigError(
+                f"{path}: its aliases stand for more than {MAX_TEXT >> 20} MiB: write a grid, or split the plan"
+            )
+    return json.loads("".join(parts))
 
 
 def _first(error: ValidationError) -> str:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from outrider.errors import ConfigError
@@ -63,9 +62,10 @@ class Replica:
         from ray import serve
 
         from outrider.build import build_engine
+        from outrider.evaluate.experiments.placer import placer_of
         from outrider.serve.app import create_app
 
-        trial = None if experiment is None else placer_of(experiment, options, not adaptive)
+        trial = None if experiment is None else placer_of(experiment, options, fixed=not adaptive)
         self.name = serve.get_replica_context().replica_id.unique_id
         build = partial(build_engine, **asdict(options))
         self.app = create_app(build, settings, adaptive=adaptive, trial=trial)
@@ -103,18 +103,6 @@ class Replica:
             await self._life.__aexit__(None, None, None)
 
 
-def placer_of(file: str, options: EngineOptions, fixed: bool) -> Any:
-    """A replica's part of an experiment."""
-    from dataclasses import replace
-
-    from outrider.evaluate.experiments.assignment import arm_overrides
-    from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.placer import ArmPlacer
-
-    e = replace(read_experiment(Path(file)), quality=None)
-    return ArmPlacer(e, arm_overrides(e, options, fixed=fixed))
-
-
 class RayReplicas:
     """The replicas of a deployment, by its handle."""
 
@@ -148,8 +136,8 @@ class RayReplicas:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        asked = self.handle.broadcast("ask", list(calls))
         try:
+            asked = self.handle.broadcast("ask", list(calls))
             found = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
         except (RayError, RayServeException):  # none is there yet, or any more
             return {}
@@ -166,22 +154,14 @@ class Front:
         self._handle, self._settings, self._keeper = handle, settings, keeper
 
     def __serve_build_asgi_app__(self) -> Any:
+        from outrider.evaluate.experiments.live import trial_of
         from outrider.serve.replicas.front import create_front
 
-        keeper = None if self._keeper is None else keeper_of(*self._keeper)
+        keeper = None
+        if self._keeper is not None:  # the front keeps the records of an experiment: there is one of it
+            options, file, store = self._keeper
+            keeper = trial_of(file, store, options, fixed=True)
         return create_front(RayReplicas(self._handle), self._settings, keeper)
-
-
-def keeper_of(options: EngineOptions, file: str, store: str) -> Any:
-    """Who keeps the records of an experiment: the front, which there is once."""
-    from dataclasses import replace
-
-    from outrider.evaluate.experiments.assignment import arm_overrides
-    from outrider.evaluate.experiments.experiment import read_experiment
-    from outrider.evaluate.experiments.live import LiveExperiment
-
-    e = replace(read_experiment(Path(file)), quality=None)
-    return LiveExperiment(e, arm_overrides(e, options, fixed=True), store)
 
 
 def application(options: EngineOptions, asked: Deployment, settings: Settings) -> Any:
@@ -219,9 +199,16 @@ def application(options: EngineOptions, asked: Deployment, settings: Settings) -
 
 
 def serve_on_ray(options: EngineOptions, asked: Deployment, settings: Settings) -> None:
-    """Deploy, and wait for Ctrl-C or SIGTERM; then drain. Raises ConfigError where the cluster has no room for the replicas."""
+    """Deploy, and wait for Ctrl-C or SIGTERM; then drain.
+
+    Raises ConfigError where the cluster has no room for the replicas, and for an experiment that they cannot place.
+    """
     import sys
 
+    from outrider.evaluate.experiments.placer import placer_of
+
+    if asked.experiment is not None:
+        placer_of(asked.experiment, options, fixed=not asked.adaptive)  # a wrong one is told before anything is started
     here = {} if asked.address else {"num_cpus": (asked.most or asked.replicas) * asked.threads + 1}
     ray = connect(asked.address, **here)
     from ray import serve

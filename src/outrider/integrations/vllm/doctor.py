@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-import urllib.error
-import urllib.request
 from typing import Any
 
 from outrider.errors import ConfigError, printable
 from outrider.integrations.vllm.status import ALL, part
+from outrider.web import Fault, base_of, get
 
 MOST = 1 << 22
-"""Bytes that are read of an answer."""
+"""Most bytes of an answer."""
 
 
 def examine(url: str, seconds: float = 10.0) -> list[dict[str, Any]]:
     """The parts of the server at `url`. Raises ConfigError if there is none, or if it is no vLLM."""
-    base = url.rstrip("/").removesuffix("/v1")
-    if not re.match(r"https?://", base):
-        raise ConfigError(f"the address of a server begins with http:// or https://, got {url!r}")
+    base = base_of(url, "--vllm")
     found = _get(base, "/outrider/parts", seconds)
     if found is not None:
         try:
@@ -49,13 +45,10 @@ _KEYS = ("part", "live", "found", "remedy")
 
 
 def _get(base: str, path: str, seconds: float) -> str | None:
-    """The text at an address; None if there is nothing there. Raises ConfigError if nobody answers."""
+    """The text at an address; None if there is nothing there. Raises ConfigError if nobody answers, or not within `seconds`."""
     try:
-        with urllib.request.urlopen(base + path, timeout=seconds) as reply:
-            return reply.read(MOST).decode("utf-8", "replace")
-    except urllib.error.HTTPError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no server answers at {base} ({getattr(error, 'reason', error)}): give the address of vLLM"
-        ) from None
+        return get(base + path, seconds=seconds, most=MOST).body.decode("utf-8", "replace")
+    except Fault as fault:
+        if fault.code is not None and not 300 <= fault.code < 400:
+            return None
+        raise ConfigError(f"no server answers at {base} as vLLM does ({fault})") from None

@@ -14,6 +14,7 @@ import torch
 from outrider.contained import Contained
 from outrider.drafters.registry import load_drafter
 from outrider.errors import ConfigError, OutriderError, RequestError
+from outrider.integrations.vllm.lengths import own_limit
 from outrider.models.folder import resolve_folder
 from outrider.models.load import find_tokenizer, inspect_checkpoint, load_target, stop_ids
 from outrider.noise import Noise
@@ -60,7 +61,7 @@ class Knowledge:
         prompt = len(state.prompt_token_ids or ())
         try:
             return Known(name, prompt, self._params(state.sampling_params))
-        except OutriderError as error:
+        except (OutriderError, TypeError, ValueError) as error:  # a tokenizer refuses half of a surrogate pair
             if str(error) not in self.told and len(self.told) < 100:
                 self.told.add(str(error))
                 logger.warning("a request is drafted for without its prediction or grammar: %s", error)
@@ -69,9 +70,7 @@ class Knowledge:
     def _params(self, theirs: Any) -> SamplingParams:
         extra = getattr(theirs, "extra_args", None) or {}
         values: dict[str, Any] = {"grammar": grammar_of(getattr(theirs, "structured_outputs", None))}
-        limit = extra.get("outrider_length")
-        if isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 0:
-            values["draft_length"] = int(limit)
+        values["draft_length"] = own_limit(extra)
         prediction = extra.get("outrider_prediction")
         if isinstance(prediction, str):
             if self.tokenizer is None:
@@ -80,6 +79,8 @@ class Knowledge:
                 )
             prediction = self.tokenizer.encode(prediction)
         if prediction is not None:
+            if not isinstance(prediction, list | tuple):
+                raise RequestError("outrider_prediction is a text or a list of token ids")
             values["prediction"] = tuple(int(t) if isinstance(t, float) and t.is_integer() else t for t in prediction)
         return SamplingParams(**values)
 

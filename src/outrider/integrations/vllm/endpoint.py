@@ -21,7 +21,7 @@ from outrider import __version__
 from outrider.integrations.vllm.ledger import find
 from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.status import parts_of
-from outrider.integrations.vllm.sums import StepSums
+from outrider.integrations.vllm.sums import StepSums, served_name
 from outrider.records import Counts
 from outrider.serve.dashboard import PAGE, PAGE_HEADERS
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
@@ -120,9 +120,7 @@ class Endpoint:
 
         found = find(engine_client)
         config = engine_client.vllm_config
-        names = config.model_config.served_model_name
-        sums = found or StepSums(str(names[0] if isinstance(names, list) else names))
-        server = Server(engine_client, sums, found is not None)
+        server = Server(engine_client, found or StepSums(served_name(config)), found is not None)
         settings = Settings.of(config.additional_config)
         self.watch = VllmMonitor(server, settings.price)
         describe(server)
@@ -178,7 +176,7 @@ def describe(server: Server) -> None:
     speculative, settings = server.config.speculative_config, Settings.of(server.config.additional_config)
     server.metrics.info.update(
         drafter="none" if speculative is None else str(speculative.method),
-        rule="vllm" if settings.rule == "vllm" else settings.rule,
+        rule=settings.rule,
         lossless=str(not settings.allow_lossy or settings.rule == "vllm").lower(),
         longest="0" if speculative is None else str(speculative.num_speculative_tokens),
         slots=str(server.config.scheduler_config.max_num_seqs),

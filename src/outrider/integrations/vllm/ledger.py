@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from outrider.integrations.vllm.sums import StepSums
+from outrider.integrations.vllm.sums import StepSums, served_name
 
 _made: list[type] = []
 
@@ -27,9 +27,8 @@ def _make() -> type:
         """Sums of one engine. The endpoint finds it among the loggers of the engine's client."""
 
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            names = vllm_config.model_config.served_model_name
             self.engine_index = engine_index
-            self.sums = StepSums(str(names[0] if isinstance(names, list) else names))
+            self.sums = StepSums(served_name(vllm_config))
 
         def record(
             self,

@@ -171,4 +171,6 @@ class Request:
 def own_limit(extra: object) -> int | None:
     """`outrider_length` of a request's `vllm_xargs`: a whole number of at least 0; anything else counts as no limit."""
     value = extra.get("outrider_length") if isinstance(extra, dict) else None
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**31:  # JSON has 1e999 too
+        return None
+    return int(value)

@@ -114,13 +114,13 @@ class LiveScheduling:
         (then, names), here = self._last, frozenset(out.num_scheduled_tokens)
         self._last = now, here
         verified = self._before.pop(id(out), 0)
+        if len(self._limits) > 4 * len(here) + 64:
+            self._limits = {name: limit for name, limit in self._limits.items() if name in self.requests}
         if self._own_proposer:
             return
         prompts = len(accepted) < len(here)
         busy = now - then if names & here else None
         self.lengths.saw(SeenStep(len(accepted), verified, out.num_spec_tokens_to_schedule, prompts, busy, accepted))
-        if len(self._limits) > 4 * len(here) + 64:
-            self._limits = {name: limit for name, limit in self._limits.items() if name in self.requests}
 
     def note(self) -> dict[str, Any]:
         """The controller's estimates, for the page of the server: plain numbers."""

@@ -34,7 +34,7 @@ def parts_of(config: Any, report: dict[str, Any] | None, ledger: bool) -> list[d
         ]
     method = f"{speculative.method}, at most {speculative.num_speculative_tokens} tokens"
     out.append(part("speculation", True, method))
-    out += [_worker(report), _repair(report, general), _lengths(config, report), _rule(report)]
+    out += [_worker(report), _repair(report, general), _lengths(config, report), _rule(config, report)]
     if speculative.method == "custom_class":
         own = (report or {}).get("proposer")
         told = speculative.model if own is None else f"{own['drafter']}, {own['faults']} faults"
@@ -81,6 +81,12 @@ def _lengths(config: Any, report: dict[str, Any] | None) -> dict[str, Any]:
     return part("lengths", True, "ours" if look is None else f"ours: {look[1]} now, {look[0]} sequences")
 
 
-def _rule(report: dict[str, Any] | None) -> dict[str, Any]:
-    rule = "vllm" if report is None else report["rule"]
-    return part("rule", True, "vLLM's own" if rule == "vllm" else rule)
+def _rule(config: Any, report: dict[str, Any] | None) -> dict[str, Any]:
+    from outrider.integrations.vllm.settings import Settings  # here: `doctor` needs none of what it loads
+
+    asked = Settings.of(config.additional_config).rule
+    if asked == "vllm":
+        return part("rule", True, "vLLM's own")
+    live = report is not None and report["tap"] is not None
+    remedy = "our worker class puts it there: add --worker-cls outrider.integrations.vllm.CpuWorker (GpuWorker on GPUs)"
+    return part("rule", live, asked if live else f"vLLM's own, where {asked} was asked for", remedy)

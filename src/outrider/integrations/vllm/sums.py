@@ -67,6 +67,12 @@ class StepSums:
         )
 
 
+def served_name(config: Any) -> str:
+    """The model's name for clients, in vLLM's configuration."""
+    names = config.model_config.served_model_name
+    return str(names[0] if isinstance(names, list) else names)
+
+
 def _finished(request: Any) -> Finished:
     """A request that ended, as our metrics count it."""
     reason, tokens, total = str(request.finish_reason), int(request.num_generation_tokens), float(request.e2e_latency)

@@ -75,9 +75,8 @@ class Tap:
         if not len(risk):
             return
         device = risk.device
-        count = torch.tensor(drafted, device=device)
+        count, owner = torch.tensor(drafted, device=device), _owner(drafted, device)
         first = count.cumsum(0) - count
-        owner = torch.repeat_interleave(torch.arange(len(drafted), device=device), count, output_size=len(risk))
         depth = torch.arange(len(risk), device=device) - first[owner]
         bad = (token.to(device) < 0).long().cumsum(0)
         real = bad == (bad - (token.to(device) < 0).long())[first[owner]]  # no placeholder so far in this request

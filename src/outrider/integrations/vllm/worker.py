@@ -6,6 +6,7 @@ import inspect
 import logging
 from typing import Any
 
+from outrider.errors import ConfigError
 from outrider.integrations.vllm.scheduler import NOTE
 from outrider.integrations.vllm.settings import Settings
 from outrider.integrations.vllm.tap import Ruled, Tap, Watched
@@ -42,6 +43,9 @@ class Ledgered:
         runner = self.model_runner
         if self.vllm_config.speculative_config is not None:
             self.unwatched = self._watch(runner)
+            rule = Settings.of(self.vllm_config.additional_config).rule
+            if self.unwatched and rule != "vllm":
+                raise ConfigError(f"rule {rule!r} cannot take the place of vLLM's here: {self.unwatched}")
             if self.unwatched:
                 logger.warning("outrider keeps no ledger of predicted rejections: %s", self.unwatched)
         attach = getattr(getattr(runner, "drafter", None), "attach", None)
@@ -78,17 +82,14 @@ class Ledgered:
         """Sums and estimates as plain numbers; the endpoint asks for them by `collective_rpc`."""
         drafter = getattr(self.model_runner, "drafter", None)
         own = getattr(drafter, "report", None)
-        settings = Settings.of(self.vllm_config.additional_config)
         tap = self.tap or getattr(
             getattr(self.model_runner, "rejection_sampler", None), "tap", None
         )  # V2: `v2.WatchedVerify`
         return {
             "tap": None if tap is None else tap.report(),
             "unwatched": self.unwatched,
-            "scheduler": self.note is not None,
             "note": self.note or {},
             "proposer": None if own is None else own(),
-            "rule": settings.rule,
             "repair": _repaired(),
         }
 

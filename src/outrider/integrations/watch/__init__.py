@@ -16,4 +16,6 @@ from __future__ import annotations
 
 from outrider.integrations.watch.watcher import Watch
 
-__all__ = ["Watch"]
+ANSWERS = 2
+"""Answers that a request of the watch's own gets to its prompt: an audit sees more in two."""
+__all__ = ["ANSWERS", "Watch"]

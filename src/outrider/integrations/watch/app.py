@@ -27,13 +27,15 @@ except ImportError as error:
 
 from outrider.integrations.watch.watcher import Watch
 from outrider.serve.address import is_loopback
-from outrider.serve.connection import BURST, Connection, Door, room
+from outrider.serve.connection import guarded
 from outrider.serve.dashboard import HEADERS, PAGE, PAGE_HEADERS
 from outrider.serve.webhook import Webhook
 
 Asked = Callable[[], "dict[str, Any] | None"]
 GRACE = 5.0
 """Seconds that a request of ours gets to come back when the watch ends."""
+CONNECTIONS = 64
+"""Connections to the page at the same time."""
 NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 """Host names that are answered: a page elsewhere that resolves to this machine has another."""
 
@@ -90,7 +92,7 @@ class Watching:
             return []
         if self._log is not None:
             try:
-                self._log.tick(self.asked())
+                self._log.tick(self.asked)
             except OutriderError as error:
                 self.watch.fault("store", str(error))
         return notices
@@ -216,19 +218,4 @@ def server_for(app: ASGIApp, host: str, port: int) -> PageServer:
         raise ConfigError(
             f"{host} can be reached by others, and the page of a watch has no keys: use a loopback address"
         )
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        ws="none",
-        backlog=BURST,
-        http=Connection.at(Door(room(64), 10.0)),
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=3,
-    )
-    return PageServer(config)
+    return PageServer(guarded(app, host, port, connections=CONNECTIONS, head_seconds=10.0, timeout_graceful_shutdown=3))

@@ -14,6 +14,7 @@ from outrider.evaluate.audit.alternatives import Candidates
 from outrider.evaluate.audit.audit import Auditor
 from outrider.evaluate.audit.findings import NOT_THE_TARGET, AuditResult, as_document
 from outrider.evaluate.audit.sources import Emission, Endpoint, read_choice, request_body
+from outrider.integrations.watch import ANSWERS
 from outrider.integrations.watch.acceptance import Acceptance, of_reply, predict
 from outrider.integrations.watch.figures import finite
 from outrider.integrations.watch.replayed import beside, text_of
@@ -52,7 +53,7 @@ class Asking:
     """Asks one server, a prompt at a time, and judges what it gets.
 
     prompts: texts, or token ids where there is an auditor. params: of every request. extra, leave_out: fields for this engine.
-    samples: continuations of a prompt; an audit sees more with two. say: told what ends it.
+    samples: continuations of a prompt. say: told what ends it.
     """
 
     endpoint: Endpoint
@@ -62,7 +63,7 @@ class Asking:
     auditor: Auditor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     leave_out: tuple[str, ...] = ()
-    samples: int = 2
+    samples: int = ANSWERS
     say: Callable[[str], object] = lambda sentence: None
     requests: list[Acceptance] = field(default_factory=list)
     answered: int = 0

@@ -22,6 +22,11 @@ class Look(WindowSample):
     accused: bool = False
 
 
+def doubted(gauges: dict[str, float]) -> bool:
+    """Whether the server's own evidence against exactness is enough for an alarm."""
+    return gauges.get("evidence", 0.0) >= math.log(1 / LIFE_LEVEL)
+
+
 def look(span: Span, gauges: dict[str, float], *, answers: bool, lives: int, accused: bool) -> Look:
     """The window as the conditions read it."""
     counted: Callable[[str], int] = lambda name: round(span.get(name) or 0)  # noqa: E731
@@ -42,7 +47,7 @@ def look(span: Span, gauges: dict[str, float], *, answers: bool, lives: int, acc
         speedup=gauges.get("speedup"),
         break_even=gauges.get("break_even"),
         alive=gauges.get("alive", 1.0) >= 1.0,
-        doubted=gauges.get("evidence", 0.0) >= math.log(1 / LIFE_LEVEL),
+        doubted=doubted(gauges),
         changed=gauges.get("detector", 0.0) >= math.log(STEPS_BETWEEN_FALSE_ALARMS),
         lives=lives,
         answers=answers,

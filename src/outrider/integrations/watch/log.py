@@ -3,6 +3,7 @@ verdict."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,16 @@ class Log:
         self.number = max((item for _, item, _ in known), default=-1) + 1
         self.since: Sample | None = None
 
-    def tick(self, asked: dict[str, Any] | None = None) -> bool:
-        """Write a record if it is time; whether one was written. Raises CapacityError when the store cannot be written."""
+    def tick(self, asked: Callable[[], dict[str, Any] | None] = lambda: None) -> bool:
+        """Write a record if it is time; whether one was written. asked: says what the watch's own requests have shown, which is
+        some work. Raises CapacityError when the store cannot be written."""
         now = self.watch.history[-1] if self.watch.history else None
         if now is None or (self.since is not None and now.t - self.since.t < self.every):
             return False
         if self.since is None:  # what was counted before we looked belongs to no minute of ours
             self.since = now
             return False
-        self._write(self.since, now, asked)
+        self._write(self.since, now, asked())
         return True
 
     def _write(self, then: Sample, now: Sample, asked: dict[str, Any] | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from outrider import __version__
 from outrider.errors import ConfigError, printable
-from outrider.integrations.watch.conditions import Look, conditions_for, look
+from outrider.integrations.watch.conditions import Look, conditions_for, doubted, look
 from outrider.integrations.watch.figures import cannot, document, missing
 from outrider.integrations.watch.flavours import FLAVOURS, WANTED, Flavour, flavour_of
 from outrider.integrations.watch.identity import Identity, ask, without_metrics
@@ -208,7 +208,7 @@ class Watch:
     def state(self, after: float = 0.0) -> dict[str, Any]:
         """What the page shows, in the shape of our server's /outrider/state. after: leaves out the history up to this time."""
         whole, gauges = self.lifetime(), {} if self.seen is None else self.seen.gauges
-        rows = [_row(s) for s in list(self.history)]
+        kept = list(self.history)  # readings come from another thread
         return {
             "server": {
                 "model": self.identity.model or self.url.partition("://")[2],
@@ -224,7 +224,7 @@ class Watch:
                 "how": "" if self.seen is None else self.seen.how,
                 "restarts": max(0, self.sums.lives - 1),
             },
-            "now": rows[-1] if rows else _row(Sample(self.clock(), {}, {}, 0)),
+            "now": _row(kept[-1] if kept else Sample(self.clock(), {}, {}, 0)),
             "positions": {"judged": whole.judged_at(), "accepted": whole.at("accepted_at")},
             "rejections": whole.rejections(),
             "ledger": _ledger(whole, gauges) if "risk" in whole.sums else None,
@@ -235,7 +235,7 @@ class Watch:
             "requests": [],
             "outcomes": {k: round(v) for k, v in whole.under("ended").items()},
             "refused": {},
-            "history": [row for row in rows if row["t"] > after],
+            "history": [_row(s) for s in kept if s.t > after],
         }
 
     def _resources(self, gauges: dict[str, float]) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _ledger(whole: Span, gauges: dict[str, float]) -> dict[str, Any]:
 
     book = ledger(whole.counts())
     evidence = gauges.get("evidence")
-    agrees = book.agrees if evidence is None else evidence < 13.8
+    agrees = book.agrees if evidence is None else not doubted(gauges)
     return {k: v for k, v in asdict(book).items() if k != "judged"} | {"agrees": agrees, "log_evidence": evidence}
 
 

@@ -193,6 +193,8 @@ class Passed(Response):
     def __init__(self, front: Front, call: Call, key: str) -> None:
         super().__init__()
         self.front, self.call, self.key = front, call, key
+        self.outcome: str | None = None
+        """How the reply ended, once that is known."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         front = self.front
@@ -202,38 +204,37 @@ class Passed(Response):
         leaving = asyncio.create_task(gone(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            front.outcomes["left"] += not sending.done()
             if sending.done():
                 sending.result()
         finally:
+            front.outcomes[self.outcome or "left"] += 1
             for task in (sending, leaving):
                 task.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
             front.tickets.pop(number, None)
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        parts, begun, stream = self.front.replicas.forward(self.call, self.key), False, False
-        outcome = "answered"
+        parts, begun, stream, refused = self.front.replicas.forward(self.call, self.key), False, False, False
         try:
             async for part in parts:
                 if part.status is not None:
                     begun = True
                     stream = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in part.headers)
-                    outcome = "refused" if part.status >= 400 else outcome
+                    refused = part.status >= 400
                     headers = [
                         (k, v) for k, v in part.headers if k.decode("latin-1") not in HEADERS
                     ]  # the gate adds its own
                     await send({"type": "http.response.start", "status": part.status, "headers": headers})
                 if part.body:
                     await send({"type": "http.response.body", "body": part.body, "more_body": True})
+            self.outcome = "refused" if refused else "answered"
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (Lost, Unavailable) as error:
-            outcome = "lost" if isinstance(error, Lost) else "refused"
+            self.outcome = "lost" if isinstance(error, Lost) else "refused"
             await self._sorry(error, begun, stream, scope, receive, send)
         finally:
             with contextlib.suppress(Exception):
                 await parts.aclose()  # type: ignore[attr-defined]
-        self.front.outcomes[outcome] += 1
 
     async def _sorry(
         self, error: OutriderError, begun: bool, stream: bool, scope: Scope, receive: Receive, send: Send

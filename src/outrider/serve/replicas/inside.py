@@ -36,7 +36,8 @@ async def answer(app: ASGIApp, call: Call) -> AsyncIterator[Part]:
         try:
             await app(scope_of(call), receive, send)
         finally:
-            await parts.put(None)
+            if not left.is_set():  # nobody reads any more then, and a full queue would keep this task for ever
+                await parts.put(None)
 
     running = asyncio.create_task(run())
     try:

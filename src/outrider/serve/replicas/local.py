@@ -75,7 +75,7 @@ class LocalReplicas:
 
     async def _keep(self, replica: _Replica) -> None:
         """Run its process for as long as this server runs."""
-        pause = AGAIN_SECONDS
+        pause, served, refused = AGAIN_SECONDS, False, 0
         while not self._closing:
             with reserve("127.0.0.1", 0) as free:
                 replica.port = free.getsockname()[1]
@@ -88,12 +88,12 @@ class LocalReplicas:
             )
             replica.lives += 1
             replica.code = await replica.process.wait()
-            replica.ready = False
+            served, replica.ready = served or replica.ready, False
             if self._closing:
                 return
-            if (
-                replica.code == 2 and replica.lives == STARTS
-            ):  # wrong options, and no port that another was faster to take
+            refused = refused + 1 if replica.code == 2 else 0
+            if refused == STARTS and not served:  # wrong options, and no port that another was faster to take
+                self.say(f"{replica.name} cannot be started (exit code 2, see above): it is not tried again")
                 return
             pause = AGAIN_SECONDS if monotonic() - began > STEADY_SECONDS else min(60.0, 2 * pause)
             self.say(f"{replica.name} has ended (exit code {replica.code}): starting it again in {pause:g} s")
