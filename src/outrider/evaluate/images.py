@@ -16,7 +16,6 @@ from outrider.evaluate.png import Picture
 from outrider.models.folder import resolve_folder
 from outrider.models.guided import Guided
 from outrider.models.load import load_target
-from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.protocols import Target
 from outrider.raster import Raster, read_raster
@@ -120,12 +119,11 @@ def load_painter(
             f"and {target.max_length} positions: they are of different models"
         )
     target = guided(target)
-    options = EngineOptions(draft=draft, length=length, rule=rule, slots=slots, allow_lossy=allow_lossy)
     made = load_rule(rule, torch.from_numpy(raster.codes()))
     drafter = load_drafter(
-        draft,
+        draft if length else "none",
         target=target,
-        length=options.length,
+        length=length,
         rule=made,
         target_path=str(place),
         load_model=lambda path: (guided(load_target(path, dtype=dtype, role="draft")), None),
