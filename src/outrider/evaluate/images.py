@@ -49,9 +49,10 @@ class Painter:
     ) -> list[Drawing]:
         """One picture for each (class, seed). watch: called after every step with the tokens of all pictures so far."""
         requests = [self.request(name, seed, temperature) for name, seed in wanted]
-        names = [self.engine.submit(prompt, params) for prompt, params in requests]
-        found = {name: Drawing(self.raster, [], []) for name in names}
+        found: dict[str, Drawing] = {}
         try:
+            for prompt, params in requests:
+                found[self.engine.submit(prompt, params)] = Drawing(self.raster, [], [])
             while self.engine.busy:
                 for event in self.engine.step():
                     if event.error:
@@ -59,11 +60,11 @@ class Painter:
                     found[event.request].tokens.extend(event.tokens)
                     found[event.request].origins.extend(event.origins)
                 if watch is not None:
-                    watch([found[name].tokens for name in names])
+                    watch([drawing.tokens for drawing in found.values()])
         finally:
-            for name in names:
+            for name in found:
                 self.engine.abort(name)
-        return [found[name] for name in names]
+        return list(found.values())
 
 
 @dataclass(frozen=True)
