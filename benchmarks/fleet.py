@@ -78,13 +78,15 @@ def tables(
         subprocess.Popen(
             pinned([sys.executable, "-c", TABLE, json.dumps(wish | {"threads": len(cores), "seed": seed + i})], cores),
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             env=os.environ | environment(cores),
         )
         for i, cores in enumerate(shares)
     ]
-    said = [p.communicate()[0] for p in running]
+    said, errors = zip(*[p.communicate() for p in running], strict=True)
+    if any(p.returncode for p in running):
+        sys.exit("no step table:\n" + "\n".join(e[-2000:] for e in errors))
     decode, rows, counts, spread, sizes = json.loads(said[0].split("TABLE")[1])
     return StepTable(
         {int(n): {int(b): s for b, s in row.items()} for n, row in decode.items()},

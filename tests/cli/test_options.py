@@ -41,6 +41,7 @@ ENGINES = {
     "demo": {"target", "draft", "length", "dtype"},
     "doctor": {"dtype", "max_length"},
     "train": {"target"},
+    "image": {"draft", "length", "rule", "allow_lossy"},
     "ab rehearse": {"length"},
 }
 """Command -> the engine options that it has."""
@@ -54,10 +55,6 @@ OWN = {
     ("predict", "length"),
     ("train", "length"),
     ("image", "target"),
-    ("image", "draft"),
-    ("image", "length"),
-    ("image", "rule"),
-    ("image", "allow_lossy"),
     ("watch", "target"),
     ("watch", "draft"),
 }
@@ -72,11 +69,13 @@ SAMPLERS = {
     "demo": {"temperature", "max_tokens"},
     "audit": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos"},
     "ab rehearse": {"max_tokens"},
+    "image": {"temperature"},
 }
 """Command -> the sampling options that it has."""
 DEFAULTS = {
     ("demo", "length"): 2,
     ("ab rehearse", "length"): 4,
+    ("image", "length"): 5,
     ("chat", "temperature"): 0.7,
     ("chat", "max_tokens"): 256,
     ("audit", "max_tokens"): 64,

@@ -16,7 +16,7 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.recycle import KEPT, Recycle
-from outrider.drafters.suffix import LEAST, Suffix, SuffixTree
+from outrider.drafters.suffix import LEAST, Memory, Suffix, SuffixTree
 from outrider.drafters.tree.shapes import levels
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
@@ -102,6 +102,20 @@ def test_memory_is_for_requests_without_a_seed() -> None:
     for _ in range(20):
         drafter.draft(evidence([view([0])], V), [0])
     assert chain(drafter.draft(evidence([view([40, 1, 2])], V), [4])) == []
+
+
+def test_texts_that_wait_to_be_remembered_have_a_bound() -> None:
+    """Many texts end between two steps: no more of them waits than the memory holds, and the latest is there."""
+    memory = Memory(200)
+    for n in range(50):
+        memory.add([*range(100 * n, 100 * n + 30)])
+        assert 0 < memory.queued == sum(map(len, memory.waiting)) <= 200
+    memory.add([*range(6000, 6500)])
+    assert len(memory.waiting[-1]) == 100 and memory.queued <= 200
+    memory.read(1000)
+    assert memory.queued == 0 and not memory.waiting
+    assert memory.best([7, 6450, 6451], 3)[1] == [6452, 6453]
+    assert memory.best([7, 100, 101], 3)[1] == []
 
 
 def test_a_long_text_is_read_quickly() -> None:

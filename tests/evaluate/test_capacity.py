@@ -12,7 +12,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.planning import capacity, paper, step_table
 from outrider.evaluate.planning.capacity import Target
 from outrider.records import Counts
-from outrider.theory.fleet import poisson, simulate
+from outrider.theory.fleet import Failures, poisson, simulate
 from outrider.theory.hardware import HARDWARE, MODELS
 from outrider.theory.links import LINKS
 
@@ -98,6 +98,16 @@ def test_the_fewest_replicas_are_the_fewest() -> None:
     assert few["ttft"]["p50"] <= few["ttft"]["p95"] <= few["ttft"]["p99"]
 
 
+def test_a_request_that_is_lost_meets_no_target() -> None:
+    traffic, target = poisson(4.0, 200, [100], [200], seed=1), Target(ttft=60.0, percentile=50)
+    replica = made().replica(8, False)
+    assert target.met(simulate(traffic, replica, 2, seed=3))
+    broken = simulate(traffic, replica, 2, failures=Failures(0.05, 0.01), seed=3)
+    assert not broken.whole.any() and not target.met(broken)
+    again = simulate(traffic, replica, 2, failures=Failures(20.0, 0.1, retries=3), seed=3)
+    assert again.whole.all() and target.met(again)
+
+
 def test_traffic_is_read_and_bad_rows_are_named(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text(
@@ -126,6 +136,7 @@ def test_traffic_is_read_and_bad_rows_are_named(tmp_path: Path) -> None:
         ("{}", "expected arrival"),
         ('{"arrival": -1}', "must be numbers"),
         ("[]", "expected"),
+        ('{"arrival": 1, "prompt_tokens": 1, "output_tokens": 1e11}', "at most"),
     ):
         trace.write_text('{"arrival": 0, "prompt_tokens": 1, "output_tokens": 1}\n' + row)
         with pytest.raises(ConfigError, match=f"jsonl:2: .*{says}"):

@@ -78,6 +78,12 @@ def test_with_match_pictures_are_those_of_plain_sampling(draft: str) -> None:
     assert max(t for d in drawn for t in d.tokens) < 17
 
 
+def test_length_0_draws_plainly_whatever_drafts() -> None:
+    painter = load_painter(shipped_images(), "jacobi:5", length=0, slots=1)
+    painter.draw(WANTED[:1])
+    assert (painter.engine.counts.proposed, painter.engine.counts.steps) == (0, 64)
+
+
 def test_the_command_writes_a_grid(tmp_path: Path, monkeypatch, capsys) -> None:
     out = tmp_path / "seven.png"
     words = ("--class", "7", "--out", str(out), "--count", "4", "--scale", "2", "--seed", "1")

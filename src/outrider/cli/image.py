@@ -4,79 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from outrider.cli import paths, terminal
+from outrider.cli import terminal
+from outrider.cli.engine_options import ENGINE, tell
+from outrider.cli.image_options import ImageOptions
 from outrider.cli.options import Json
+from outrider.cli.sampling_options import SAMPLING
+from outrider.cli.takes import takes
+from outrider.options import EngineOptions
 
 
-def image(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", callback=paths.out_file, help="The PNG file to write.", show_default=True)
-    ] = Path("grid.png"),
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            "--class",
-            "-c",
-            help="What to draw, such as 7; 'none' for no class. Default: every class in turn.",
-            show_default=False,
-        ),
-    ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=1024, help="Pictures in the grid.")] = 16,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            callback=paths.model,
-            help="A folder with raster.json. Default: the shipped digits.",
-            show_default=False,
-        ),
-    ] = None,
-    draft: Annotated[
-        str,
-        typer.Option(
-            "--draft",
-            callback=paths.drafter,
-            help="What drafts: auto, none, jacobi:5, jacobi:5:up, counts, a folder, ...",
-        ),
-    ] = "auto",
-    length: Annotated[int, typer.Option("--length", min=0, max=64, help="Tokens drafted in a step.")] = 5,
-    rule: Annotated[str, typer.Option("--rule", help="The verification rule.")] = "auto",
-    allow_lossy: Annotated[
-        bool, typer.Option("--allow-lossy", help="Permit a rule that changes the distribution.")
-    ] = False,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            "--guidance",
-            min=0.0,
-            max=100.0,
-            help="Scale of classifier-free guidance. Default: the model's.",
-            show_default=False,
-        ),
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, max=100.0, help="0 takes the most likely tokens.")
-    ] = 1.0,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first picture; the next ones follow.")
-    ] = 0,
-    scale: Annotated[
-        int, typer.Option("--scale", min=1, max=64, help="Pixels of the file for a pixel of the model.")
-    ] = 8,
-    colour: Annotated[
-        bool,
-        typer.Option(
-            "--colour", help="Tint tokens: green accepted, red corrected where a draft was rejected, blue bonus."
-        ),
-    ] = False,
-    json: Json = False,
-) -> None:
+@takes(ENGINE, "options", only=("draft", "length", "rule", "allow_lossy"), length=5)
+@takes(ImageOptions, "asked")
+@takes(SAMPLING, "sampling", only=("temperature",))
+def image(options: EngineOptions, asked: ImageOptions, sampling: Any, json: Json = False) -> None:
     """Draw pictures token by token, speculatively, and write them as one PNG. They have the model's own distribution.
+
+    --draft also takes jacobi:5, jacobi:5:up and counts.
 
     Example: outrider image --class 7 --out grid.png --colour
     """
@@ -84,52 +31,66 @@ def image(
     from outrider.evaluate.images import load_painter
     from outrider.evaluate.png import check_size, enlarged, grid, png
     from outrider.files import write_whole
-    from outrider.telemetry.ledger import ledger
 
     with terminal.loading("loading"):
         painter = load_painter(
-            target or shipped_images(),
-            draft,
-            length=length,
-            rule=rule,
-            guidance=guidance,
-            slots=min(count, 16),
-            allow_lossy=allow_lossy,
+            asked.target or shipped_images(),
+            options.draft,
+            length=options.length,
+            rule=options.rule,
+            guidance=asked.guidance,
+            slots=min(asked.count, 16),
+            allow_lossy=options.allow_lossy,
         )
-    names = [None if kind == "none" else kind] if kind is not None else list(painter.raster.classes)
-    columns = math.ceil(math.sqrt(count))
-    high, wide = grid([painter.raster.pixels([])] * count, columns).shape[:2]
-    check_size((high * scale, wide * scale))  # before anything is drawn
-    wanted = [(names[i % len(names)], seed + i) for i in range(count)]
+    tell(painter.engine.notices)
+    columns = math.ceil(math.sqrt(asked.count))
+    high, wide = grid([painter.raster.pixels([])] * asked.count, columns).shape[:2]
+    check_size((high * asked.scale, wide * asked.scale))  # before anything is drawn
     show = Progress(painter.raster, columns)
     try:
-        drawings = painter.draw(wanted, temperature, show)
+        drawings = painter.draw(wanted(asked, list(painter.raster.classes)), sampling.temperature, show)
     finally:
         show.end()
-    pictures = [d.coloured() if colour else d.picture() for d in drawings]
-    write_whole(out, png(enlarged(grid(pictures, columns), scale)))
-    counts = painter.engine.counts
+    pictures = [d.coloured() if asked.colour else d.picture() for d in drawings]
+    write_whole(asked.out, png(enlarged(grid(pictures, columns), asked.scale)))
+    document = document_of(painter.engine, asked)
+    terminal.print_json(document) if json else print_document(document)
+
+
+def wanted(asked: ImageOptions, classes: list[str]) -> list[tuple[str | None, int]]:
+    """Class and seed of every picture."""
+    kinds = classes if asked.kind is None else [None if asked.kind == "none" else asked.kind]
+    return [(kinds[i % len(kinds)], asked.seed + i) for i in range(asked.count)]
+
+
+def document_of(engine: Any, asked: ImageOptions) -> dict[str, Any]:
+    """What was drawn, in how many passes, and whether the ledger agrees."""
+    from outrider.telemetry.ledger import ledger
+
+    counts, rule = engine.counts, engine.parts.rule
     book = ledger(counts)
-    found = {
-        "file": str(out),
-        "pictures": count,
+    return {
+        "file": str(asked.out),
+        "pictures": asked.count,
         "tokens": counts.emitted,
         "passes": counts.steps,
         "tokens_per_pass": counts.emitted / counts.steps,
-        "rule": painter.engine.parts.rule.name,
-        "lossless": painter.engine.parts.rule.lossless,
+        "rule": rule.name,
+        "lossless": rule.lossless,
         "bias": counts.bias,
         "ledger": {**asdict(book), "agrees": book.agrees},
     }
-    if json:
-        terminal.print_json(found)
-        return
+
+
+def print_document(d: dict[str, Any]) -> None:
+    """The document for people."""
+    book = d["ledger"]
     typer.echo(
-        f"{out}: {count} pictures, {counts.emitted} tokens in {counts.steps} passes, {found['tokens_per_pass']:.2f} a pass"
+        f"{d['file']}: {d['pictures']} pictures, {d['tokens']} tokens in {d['passes']} passes, {d['tokens_per_pass']:.2f} a pass"
     )
     typer.echo(
-        f"rejections: predicted {book.predicted:.1f}, observed {book.observed}, expected within {book.low:.0f} to "
-        f"{book.high:.0f}" + ("" if found["lossless"] else f"; distance from the model spent: {counts.bias:.2f}")
+        f"rejections: predicted {book['predicted']:.1f}, observed {book['observed']}, expected within {book['low']:.0f} to "
+        f"{book['high']:.0f}" + ("" if d["lossless"] else f"; distance from the model spent: {d['bias']:.2f}")
     )
 
 

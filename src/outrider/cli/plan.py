@@ -10,7 +10,7 @@ import typer
 from outrider.cli import paths, plan_fleet, plan_launch, plan_paper, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.options import Json, parse_batches, parse_lengths
-from outrider.cli.plan_options import PlanOptions
+from outrider.cli.plan_options import PlanOptions, check_together
 from outrider.cli.plan_print import markdown, print_document
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
@@ -41,7 +41,12 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
 
     On paper: outrider plan --gpus 8 --target 70b --draft 1b --batches 1,8,64
     """
+    check_together(asked)
     if asked.gpus is not None:
+        if options != EngineOptions(slots=options.slots):
+            raise ConfigError(
+                "--gpus plans on paper: the options of an engine (--rule, --dtype, ...) say nothing there"
+            )
         document = plan_paper.paper_document(asked.target, sampling.max_tokens, asked)
         if asked.out is not None:
             write(asked.out, document)
@@ -53,17 +58,12 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     from outrider.evaluate.planning import plan as pl
     from outrider.evaluate.scoring.score import VERIFICATION, load_items
 
-    drafts, wanted, sizes = (
-        named,
-        parse_lengths(asked.lengths),
-        parse_batches(asked.batches),
-    )
+    drafts, wanted, sizes = named, parse_lengths(asked.lengths), parse_batches(asked.batches)
     if options.rule not in ("auto", *VERIFICATION):
         raise ConfigError(f"plan predicts {', '.join(VERIFICATION)}; rule {options.rule!r} can be measured with bench")
     items = load_items(asked.prompts, asked.count)
     if asked.check and len(items) < 2 * max(sizes):
         raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
-    plan_fleet.check_options(asked)
     plan_launch.check_options(asked)
     engine = load_engine(options.changed(draft=drafts[0], length=max(wanted)))
     if asked.traffic is not None:
@@ -162,10 +162,6 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
     from outrider.files import write_whole
 
-    if path.suffix in (".yaml", ".yml") and "ray" not in document.get("launch", {}):
-        raise ConfigError(f"{path}: a YAML file is what --ray writes; add --ray, or name a .json or .md file")
-    if path.suffix == ".md" and "choices" not in document:
-        raise ConfigError(f"{path}: only a ranking is written as Markdown; name a .json file")
     text = markdown(document) if path.suffix == ".md" else json.dumps(document, indent=1)
     text = document["launch"]["ray"] if path.suffix in (".yaml", ".yml") else text
     write_whole(path, text.encode())

@@ -7,7 +7,6 @@ from typing import Any
 from rich.table import Table
 
 from outrider.cli import tables, terminal
-from outrider.errors import ConfigError
 
 
 def fleet_document(
@@ -55,15 +54,6 @@ def fleet_document(
         "prompt_seconds": {"drafting" if d else "plain": row for d, row in table.prompts.items()},
         "arms": found,
     }
-
-
-def check_options(asked: Any) -> None:
-    """Raises ConfigError for options of a simulated fleet that say nothing without --traffic."""
-    given = [n for n in ("replicas", "ttft", "itl", "mtbf") if getattr(asked, n) is not None]
-    if asked.ray and "replicas" in given:
-        given.remove("replicas")  # then it is the most that Ray Serve may start
-    if asked.traffic is None and given:
-        raise ConfigError(f"--{given[0]} is about a fleet: add --traffic poisson:RATE or a trace")
 
 
 def print_fleet(d: dict[str, Any]) -> None:

@@ -13,8 +13,6 @@ def check_options(asked: Any) -> None:
 
     if asked.vllm is not None:
         version(asked.vllm)
-    if asked.traffic is not None and (asked.vllm is not None or asked.ray):
-        raise ConfigError("--vllm and --ray print the ranking's first choice: leave out --traffic")
 
 
 def launch_document(

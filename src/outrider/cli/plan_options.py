@@ -10,6 +10,8 @@ import typer
 
 from outrider.cli import paths
 from outrider.cli.options import Traffic
+from outrider.cli.takes import defaults_of
+from outrider.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,3 +176,43 @@ class PlanOptions:
             "--disaggregated", help="With --gpus: prompts are read on other GPUs of the same kind and number."
         ),
     ] = False
+
+
+_WITHOUT: dict[str, tuple[str, ...]] = {
+    "traffic": ("slots", "ttft", "itl", "percentile", "overhead", "mtbf", "repair", "retries"),
+    "gpus": ("hardware", "link", "between", "acceptance", "context", "efficiency", "disaggregated"),
+    "mtbf": ("repair", "retries"),
+    "check": ("within",),
+}
+"""An option, and those that say nothing without it. Numbers that only say how much is measured or drawn are taken everywhere."""
+_BESIDE: dict[str, tuple[str, ...]] = {
+    "gpus": ("traffic", "prompts", "check", "replicas", "vllm", "ray"),
+    "traffic": ("batches", "check", "vllm", "ray"),
+}
+"""An option, and those that say nothing beside it."""
+
+
+def check_together(asked: PlanOptions) -> None:
+    """Raises ConfigError, before anything is measured, for an option that would be ignored or a file that would not be written."""
+    given = {name for name, usual in defaults_of(PlanOptions).items() if getattr(asked, name) != usual}
+    for needed, options in _WITHOUT.items():
+        for name in options:
+            if name in given and needed not in given:
+                raise ConfigError(f"{_spelled(name)} says nothing without --{needed}: add it, or leave this out")
+    for mode, options in _BESIDE.items():
+        for name in options:
+            if name in given and mode in given:
+                raise ConfigError(f"{_spelled(name)} says nothing beside --{mode}: leave out one of them")
+    if asked.replicas is not None and asked.traffic is None and not asked.ray:
+        raise ConfigError("--replicas is about a fleet: add --traffic poisson:RATE or a trace, or --ray")
+    if asked.traffic is not None and len(asked.draft or ()) > 1:
+        raise ConfigError("--traffic simulates one drafter: give --draft once")
+    suffix = "" if asked.out is None else asked.out.suffix
+    if suffix in (".yaml", ".yml") and not asked.ray:
+        raise ConfigError(f"{asked.out}: a YAML file is what --ray writes; add --ray, or name a .json or .md file")
+    if suffix == ".md" and given & {"gpus", "traffic"}:
+        raise ConfigError(f"{asked.out}: only a ranking is written as Markdown; name a .json file")
+
+
+def _spelled(name: str) -> str:
+    return "--overhead-ms" if name == "overhead" else f"--{name}"

@@ -108,8 +108,7 @@ def speedup_document(
     try:
         where = hardware.hardware(machine)
         big, small = hardware.model(target), hardware.model(draft)
-        named = split.link or links.USUAL.get(machine.strip().lower(), "free")
-        over = None if named == "free" else links.link(named)
+        over = links.usual(machine) if split.link is None else links.link(split.link) if split.link != "free" else None
         across = links.link(split.between) if split.between else None
         setting = roofline.Setting(
             where, batch, context, split.devices, draft_context, element, overhead, split.pipeline, over, across,

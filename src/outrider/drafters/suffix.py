@@ -154,13 +154,25 @@ def _follow(text: Sequence[int], size: int, node: _Node | int, limit: int) -> tu
     return score, draft
 
 
-class _Memory:
-    """Texts that have ended, as two trees: when the newer one holds `tokens` / 2, it becomes the older one, and that is dropped."""
+class Memory:
+    """Texts that have ended, as two trees: when the newer one holds `tokens` / 2, it becomes the older one, and that is dropped.
+
+    Texts that wait to be read are at most as many tokens: of more the oldest are dropped.
+    """
 
     def __init__(self, tokens: int) -> None:
         self.half = max(tokens // 2, 1)
-        self.waiting: deque[list[int]] = deque(maxlen=4096)
+        self.waiting: deque[list[int]] = deque()
+        self.queued = 0  # tokens that wait
         self.trees = [(SuffixTree(), list[int]())]
+
+    def add(self, text: list[int]) -> None:
+        """Remember a text, or its end if it is longer than a tree; it is read later."""
+        if text:
+            self.waiting.append(text[-self.half :])
+            self.queued += len(self.waiting[-1])
+        while self.queued > 2 * self.half:
+            self.queued -= len(self.waiting.popleft())
 
     def read(self, most: int = READ) -> None:
         """Read up to `most` of the tokens that wait."""
@@ -170,8 +182,9 @@ class _Memory:
                 if tree.size >= self.half:
                     self.trees = [(SuffixTree(), []), *self.trees[:1]]
                     tree, text = self.trees[0]
-                text += self.waiting.popleft()
-                text.append(-1)
+                new = self.waiting.popleft()
+                self.queued -= len(new)
+                text += [*new, -1]
             end = min(len(text), tree.size + most)
             most -= end - tree.size
             tree.extend(text, end)
@@ -205,7 +218,7 @@ class Suffix:
             raise ConfigError(f"a memory of {shared} tokens: it must be >= 0")
         self.max_depth = self.max_nodes = depth
         self._trees: dict[int, tuple[SuffixTree, SequenceView]] = {}  # by slot: the tree, and what it has read
-        self._memory = _Memory(shared) if shared else None
+        self._memory = Memory(shared) if shared else None
 
     def bind(self, slots: int, length: int) -> None:
         """Nothing to allocate: a tree grows with its text."""
@@ -237,4 +250,4 @@ class Suffix:
         for slot in slots:
             tree, view = self._trees.pop(slot, (None, None))
             if self._memory is not None and tree is not None and view is not None:
-                self._memory.waiting.append(view.tokens[view.prompt : tree.size][-self._memory.half :])
+                self._memory.add(view.tokens[view.prompt : tree.size])

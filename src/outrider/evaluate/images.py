@@ -16,7 +16,6 @@ from outrider.evaluate.png import Picture
 from outrider.models.folder import resolve_folder
 from outrider.models.guided import Guided
 from outrider.models.load import load_target
-from outrider.options import EngineOptions
 from outrider.params import SamplingParams
 from outrider.protocols import Target
 from outrider.raster import Raster, read_raster
@@ -50,9 +49,10 @@ class Painter:
     ) -> list[Drawing]:
         """One picture for each (class, seed). watch: called after every step with the tokens of all pictures so far."""
         requests = [self.request(name, seed, temperature) for name, seed in wanted]
-        names = [self.engine.submit(prompt, params) for prompt, params in requests]
-        found = {name: Drawing(self.raster, [], []) for name in names}
+        found: dict[str, Drawing] = {}
         try:
+            for prompt, params in requests:
+                found[self.engine.submit(prompt, params)] = Drawing(self.raster, [], [])
             while self.engine.busy:
                 for event in self.engine.step():
                     if event.error:
@@ -60,11 +60,11 @@ class Painter:
                     found[event.request].tokens.extend(event.tokens)
                     found[event.request].origins.extend(event.origins)
                 if watch is not None:
-                    watch([found[name].tokens for name in names])
+                    watch([drawing.tokens for drawing in found.values()])
         finally:
-            for name in names:
+            for name in found:
                 self.engine.abort(name)
-        return [found[name] for name in names]
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,11 @@ def load_painter(
             f"and {target.max_length} positions: they are of different models"
         )
     target = guided(target)
-    options = EngineOptions(draft=draft, length=length, rule=rule, slots=slots, allow_lossy=allow_lossy)
     made = load_rule(rule, torch.from_numpy(raster.codes()))
     drafter = load_drafter(
-        draft,
+        draft if length else "none",
         target=target,
-        length=options.length,
+        length=length,
         rule=made,
         target_path=str(place),
         load_model=lambda path: (guided(load_target(path, dtype=dtype, role="draft")), None),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+Entry = TypeVar("Entry")
 TOLERANCE = 1e-9
 """How far the sum of a distribution may be from one: generous for float64, small enough to catch float32 rows."""
 
@@ -104,6 +107,18 @@ def fraction(name: str, value: float) -> float:
     0.1
     """
     return number(name, value, 0.0, 1.0)
+
+
+def named(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
+    """The entry of `table` called `name`, in any case; ValueError lists the names.
+
+    >>> named("link", "PCIe4", {"pcie4": 32})
+    32
+    """
+    found = table.get(name.strip().lower())
+    if found is None:
+        raise ValueError(f"{what} {name!r} is not in the table; known: {', '.join(table)}")
+    return found
 
 
 def same_shape(name_a: str, a: npt.NDArray[np.float64], name_b: str, b: npt.NDArray[np.float64]) -> None:

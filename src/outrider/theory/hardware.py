@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from outrider.theory.checks import number
+from outrider.theory.checks import named, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +121,7 @@ def hardware(name: str) -> Hardware:
     >>> hardware("H100").bandwidth
     3350000000000.0
     """
-    found = HARDWARE.get(name.strip().lower())
-    if found is None:
-        raise ValueError(f"hardware {name!r} is not in the table; known: {', '.join(HARDWARE)}")
-    return found
+    return named("hardware", name, HARDWARE)
 
 
 def model(name: str) -> Model:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from outrider.theory.checks import number, positive_int
+from outrider.theory.checks import named, number, positive_int
 from outrider.theory.hardware import Model
 
 
@@ -53,10 +53,13 @@ def link(name: str) -> Link:
     >>> link("NVLink4").bandwidth
     450000000000.0
     """
-    found = LINKS.get(name.strip().lower())
-    if found is None:
-        raise ValueError(f"link {name!r} is not in the table; known: {', '.join(LINKS)}")
-    return found
+    return named("link", name, LINKS)
+
+
+def usual(machine: str) -> Link | None:
+    """The link between devices of one box of a machine of `hardware`; None where none is known."""
+    found = USUAL.get(machine.strip().lower())
+    return None if found is None else LINKS[found]
 
 
 def width(model: Model) -> int:

@@ -62,10 +62,10 @@ class Neighbours:
     def _table(self, vocab_size: int) -> Int[Tensor, "C k"]:
         """The neighbours of every code; they are looked for once."""
         if vocab_size not in self._near:
-            points = line(vocab_size) * (vocab_size - 1) if self.points is None else self.points[:vocab_size]
-            self._near[vocab_size] = nearest(
-                points.round() if self.points is None else points, self.k
-            )  # whole: equals stay equal
+            # of `line` whole numbers: equal distances stay equal
+            whole = torch.arange(vocab_size, dtype=torch.float64).unsqueeze(1)
+            points = whole if self.points is None else self.points[:vocab_size]
+            self._near[vocab_size] = nearest(points, self.k)
         return self._near[vocab_size]
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from jaxtyping import Float64
 from torch import Tensor
@@ -45,25 +46,15 @@ def _exact(rule: type) -> tuple[str, _Entry]:
 
 
 def _lossy(
-    name: str, acceptance: Callable[..., AcceptanceRule], **options: tuple[float, float, float]
+    name: str, acceptance: Callable[..., AcceptanceRule], *, codes: bool = False, **options: tuple[float, float, float]
 ) -> tuple[str, _Entry]:
+    """codes: whether the acceptance looks at the distances of codes, and takes their `points`."""
     budget = BUDGET | {key: options.pop(key) for key in BUDGET if key in options}
 
-    def make(per_token: float, per_sequence: float, **values: float) -> Lossy:
+    def make(per_token: float, per_sequence: float, **values: Any) -> Lossy:
         return Lossy(name, acceptance(**values), per_token, per_sequence)
 
-    return name, _Entry(make, options | budget, False)
-
-
-def _near(
-    name: str, acceptance: Callable[..., AcceptanceRule], **options: tuple[float, float, float]
-) -> tuple[str, _Entry]:
-    """A lossy rule that looks at the distances of codes."""
-
-    def make(per_token: float, per_sequence: float, points: Float64[Tensor, "C d"] | None, **values: float) -> Lossy:
-        return Lossy(name, acceptance(points=points, **values), per_token, per_sequence)
-
-    return name, _Entry(make, options | BUDGET, False, True)
+    return name, _Entry(make, options | budget, False, codes)
 
 
 RULES: Mapping[str, _Entry] = MappingProxyType(
@@ -82,15 +73,17 @@ RULES: Mapping[str, _Entry] = MappingProxyType(
             _lossy("mentored", Mentored, kl=(0.0, 100.0, 0.05)),
             _lossy("typical", Typical, eps=(0.0, 1.0, 0.09), delta=(0.0, 100.0, 0.3)),
             _lossy("top_k", lambda k: TopK(int(k)), k=(1, 2**31 - 1, 3)),
-            _near(
+            _lossy(
                 "neighbours",
                 lambda delta, k, points: Neighbours(delta, int(k), points),
+                codes=True,
                 delta=(0.0, 1.0, 0.1),
                 k=(1, 1024, 16),
             ),
-            _near(
+            _lossy(
                 "cluster",
                 lambda k, gap, near, points: Cluster(int(k), gap, near, points),
+                codes=True,
                 k=(2, 1024, 14),
                 gap=(0.0, 1.0, 0.15),
                 near=(0.0, 16.0, 0.1),

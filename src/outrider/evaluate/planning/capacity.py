@@ -16,7 +16,9 @@ from outrider.theory.fleet import FAILED, REFUSED, Failures, Outcome, Replica, T
 
 MOST = 1000
 """Replicas that are looked at."""
-MAX_ROWS, MAX_BYTES = 1_000_000, 1 << 28
+MAX_BYTES = 1 << 28
+MAX_TOKENS = 1 << 20
+"""Most tokens of a trace's prompt or output: steps are simulated one by one."""
 SHARES = (50, 95, 99)
 _COLUMNS = (("arrival", "prompt_tokens", "output_tokens", 1.0), ("timestamp", "input_length", "output_length", 1e-3))
 """Names of a trace's columns, and seconds of a unit of its first: our own, and Mooncake's (milliseconds)."""
@@ -31,11 +33,11 @@ class Target:
     percentile: float = 95.0
 
     def met(self, out: Outcome) -> bool:
-        """Whether an outcome meets it; a request that was refused meets nothing."""
-        refused = int((out.status == REFUSED).sum())
+        """Whether an outcome meets it; a request that was refused, or that failed with its replica, meets nothing."""
+        lost = int((~out.whole).sum())
         for most, seen in ((self.ttft, out.ttft()), (self.itl, out.itl())):
-            late = refused + (0 if most is None else int((seen > most).sum()))
-            if late > (1 - self.percentile / 100) * max(1, len(seen) + refused):
+            late = lost + (0 if most is None else int((seen > most).sum()))
+            if late > (1 - self.percentile / 100) * max(1, len(seen) + lost):
                 return False
         return True
 
@@ -81,6 +83,8 @@ def _row(line: str, where: str) -> tuple[float, int, int]:
             values: list[Any] = [row.get(name) for name in (at, prompt, output)]
             if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < 1e12 for v in values):
                 raise ConfigError(f"{where}: {at}, {prompt} and {output} must be numbers >= 0, got {values}")
+            if max(values[1:]) > MAX_TOKENS:
+                raise ConfigError(f"{where}: {prompt} and {output} are at most {MAX_TOKENS:,}, got {values[1:]}")
             return float(values[0]) * unit, max(1, int(values[1])), max(1, int(values[2]))
     raise ConfigError(
         f"{where}: expected arrival, prompt_tokens and output_tokens, or timestamp, input_length, output_length"

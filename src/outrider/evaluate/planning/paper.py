@@ -12,7 +12,7 @@ from typing import Any
 
 from outrider.errors import ConfigError
 from outrider.theory.hardware import Hardware, Model
-from outrider.theory.links import USUAL, Link, handover_seconds, link
+from outrider.theory.links import Link, handover_seconds, link, usual
 from outrider.theory.roofline import Prediction, Setting, forward, predict
 
 BOX = 8
@@ -69,14 +69,11 @@ class PaperEntry:
 
 
 def usual_link(machine: str, name: str | None) -> Link:
-    """The link of a name, or the usual one of a machine. Raises ConfigError where there is none."""
-    wanted = name or USUAL.get(machine.strip().lower())
-    if wanted is None:
+    """The link of a name, or the usual one of a machine. Raises ConfigError where there is none, ValueError for an unknown name."""
+    found = usual(machine) if name is None else link(name)
+    if found is None:
         raise ConfigError(f"no usual link between devices of {machine!r} is known: add --link")
-    try:
-        return link(wanted)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    return found
 
 
 def layouts(gpus: int) -> Iterator[tuple[int, int, int]]:
