@@ -159,8 +159,16 @@ class _Memory:
 
     def __init__(self, tokens: int) -> None:
         self.half = max(tokens // 2, 1)
-        self.waiting: deque[list[int]] = deque(maxlen=4096)
+        self.waiting: deque[list[int]] = deque()
+        self._tokens = 0  # of the texts that wait
         self.trees = [(SuffixTree(), list[int]())]
+
+    def add(self, text: list[int]) -> None:
+        """A text that has ended; it waits to be read, and is not remembered where as many tokens as fit wait already."""
+        text = text[-self.half :]
+        if self._tokens + len(text) <= self.half:
+            self.waiting.append(text)
+            self._tokens += len(text)
 
     def read(self, most: int = READ) -> None:
         """Read up to `most` of the tokens that wait."""
@@ -171,6 +179,7 @@ class _Memory:
                     self.trees = [(SuffixTree(), []), *self.trees[:1]]
                     tree, text = self.trees[0]
                 text += self.waiting.popleft()
+                self._tokens -= len(text) - tree.size
                 text.append(-1)
             end = min(len(text), tree.size + most)
             most -= end - tree.size
@@ -237,4 +246,4 @@ class Suffix:
         for slot in slots:
             tree, view = self._trees.pop(slot, (None, None))
             if self._memory is not None and tree is not None and view is not None:
-                self._memory.waiting.append(view.tokens[view.prompt : tree.size][-self._memory.half :])
+                self._memory.add(view.tokens[view.prompt : tree.size])
