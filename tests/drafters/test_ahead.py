@@ -85,6 +85,6 @@ def test_a_worker_that_fails_costs_nothing_but_speed(monkeypatch: pytest.MonkeyP
 def test_only_chains_of_a_draft_model() -> None:
     for inner in (NGram(4), ModelDrafter(TableTarget.random(17, seed=1), 3, branching=(2, 1, 1))):
         with pytest.raises(CapabilityError, match="drop 'ahead:'"):
-            Ahead(inner, 2)  # type: ignore[arg-type]
+            Ahead(inner, 2)
     with pytest.raises(ConfigError):
         Ahead(ModelDrafter(TARGET, 1), 2)

@@ -18,6 +18,7 @@ from outrider.drafters.combine import merge
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.errors import CapabilityError, ConfigError
 from outrider.noise import Noise
+from outrider.protocols import Drafter
 from outrider.types import Draft, Evidence, Proposal, Rows, Scores, SequenceView, Verdict
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,10 @@ class Ahead:
     layers: tuple[int, ...] = ()
     trees = False
 
-    def __init__(self, inner: ModelDrafter, premises: int, *, inline: bool = False) -> None:
+    def __init__(self, inner: Drafter, premises: int, *, inline: bool = False) -> None:
         if not isinstance(inner, ModelDrafter) or inner.trees:
-            name = getattr(inner, "name", inner)
             raise CapabilityError(
-                f"only chains of a draft model can be drafted ahead, not those of {name!r}: drop 'ahead:'"
+                f"only chains of a draft model can be drafted ahead, not those of {inner.name!r}: drop 'ahead:'"
             )
         if premises < 1 or inner.max_depth < 2:
             raise ConfigError(
