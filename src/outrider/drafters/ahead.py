@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from outrider.drafters.combine import merge
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.errors import CapabilityError, ConfigError
 from outrider.noise import Noise
+from outrider.protocols import Drafter
 from outrider.types import Draft, Evidence, Proposal, Rows, Scores, SequenceView, Verdict
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,20 @@ MEMORY = 64.0
 """Judged tokens after which what was learnt about acceptance has lost 63% of its weight."""
 
 
+@dataclass(slots=True)
+class _Expected:
+    """What is expected of a sequence. length: tokens of its text then. made: the drafts so far, by the tokens behind that text."""
+
+    view: SequenceView
+    length: int
+    made: dict[tuple[int, ...], Draft] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class _Premise:
     """An outcome of the verification, and the evidence there would be. tail: the tokens behind the text so far."""
 
-    slot: int
+    expected: _Expected
     tail: tuple[int, ...]
     chance: float
     evidence: Evidence
@@ -50,11 +60,10 @@ class Ahead:
     layers: tuple[int, ...] = ()
     trees = False
 
-    def __init__(self, inner: ModelDrafter, premises: int, *, inline: bool = False) -> None:
+    def __init__(self, inner: Drafter, premises: int, *, inline: bool = False) -> None:
         if not isinstance(inner, ModelDrafter) or inner.trees:
-            name = getattr(inner, "name", inner)
             raise CapabilityError(
-                f"only chains of a draft model can be drafted ahead, not those of {name!r}: drop 'ahead:'"
+                f"only chains of a draft model can be drafted ahead, not those of {inner.name!r}: drop 'ahead:'"
             )
         if premises < 1 or inner.max_depth < 2:
             raise ConfigError(
@@ -65,9 +74,7 @@ class Ahead:
         self.max_depth = self.max_nodes = inner.max_depth - 1
         self.hits = self.misses = 0
         self.notices: list[str] = []
-        self._made: dict[int, dict[tuple[int, ...], Draft]] = {}  # slot -> tail -> the draft
-        self._base: dict[int, SequenceView] = {}  # slot -> the sequence that premises follow, and below its length then
-        self._length: dict[int, int] = {}
+        self._expected: dict[int, _Expected] = {}  # by slot
         self._judged, self._accepted = 0.0, 0.0
         self._worker = _Worker(self._prepare)
 
@@ -83,8 +90,7 @@ class Ahead:
 
     def _forget(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            for table in (self._made, self._base, self._length):
-                table.pop(slot, None)
+            self._expected.pop(slot, None)
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """The prepared drafts whose premise came true, and the drafter's own for the other sequences."""
@@ -92,6 +98,7 @@ class Ahead:
         if error := self._worker.error:
             self._worker.error, self._worker.off = None, True
             self.notices = [f"drafts are no longer prepared ahead, since that failed ({error}): they are made as usual"]
+            self.release([v.slot for v in evidence.sequences])  # where it broke off is unknown
         self._learn(evidence.verdict)
         views = evidence.sequences
         found = [self._prepared(v, min(b, self.max_depth)) for v, b in zip(views, budget, strict=True)]
@@ -116,10 +123,10 @@ class Ahead:
 
     def _prepared(self, view: SequenceView, depth: int) -> Draft | None:
         """The draft that was made for what has now happened to a sequence; None if there is none."""
-        base, length = self._base.get(view.slot), self._length.get(view.slot, 0)
-        if depth < 1 or base is None or base.seed != view.seed or base.params is not view.params:
+        found = self._expected.get(view.slot)
+        if depth < 1 or found is None or found.view.seed != view.seed or found.view.params is not view.params:
             return None
-        draft = self._made.get(view.slot, {}).get(tuple(view.tokens[length:]))
+        draft = found.made.get(tuple(view.tokens[found.length :]))
         self.hits, self.misses = self.hits + (draft is not None), self.misses + (draft is None)
         return draft if draft is None else _shortened(draft, [depth + 1])
 
@@ -138,9 +145,9 @@ class Ahead:
             reached = rate**n * (1.0 if n == kept else 1.0 - rate)
             for chance, token in _next(draft, nodes[n], tokens[n], self.premises, whole=n == kept):
                 found.append((reached * chance, (*tokens[:n], token)))
-        self._base[view.slot], self._length[view.slot] = view, len(view.tokens)
+        expected = self._expected[view.slot] = _Expected(view, len(view.tokens))
         best = sorted(found, reverse=True)[: self.premises]
-        return [_Premise(view.slot, tail, chance, _after(evidence, view, tail), budget + 1) for chance, tail in best]
+        return [_Premise(expected, tail, chance, _after(evidence, view, tail), budget + 1) for chance, tail in best]
 
     def _start(self, premises: list[_Premise]) -> None:
         """Have the drafts made for these premises."""
@@ -151,8 +158,7 @@ class Ahead:
             self._worker.start(premises)
 
     def _prepare(self, premise: _Premise) -> None:
-        draft = self.inner.draft(premise.evidence, [premise.budget])
-        self._made.setdefault(premise.slot, {})[premise.tail] = draft
+        premise.expected.made[premise.tail] = self.inner.draft(premise.evidence, [premise.budget])
 
     def _learn(self, verdict: Verdict) -> None:
         for judged, path in zip(verdict.judged, verdict.path, strict=True):
@@ -204,19 +210,19 @@ def _shortened(draft: Draft, most: Sequence[int]) -> Draft:
 class _Worker:
     """A thread that works through one list at a time, and can be told to stop after the piece that it is at."""
 
-    def __init__(self, work) -> None:
+    def __init__(self, work: Callable[[_Premise], None]) -> None:
         self._work = work
         self._lock = threading.Condition()
-        self._todo: list[_Premise] = []
+        self._pending: list[_Premise] = []
         self._busy = False
         self._thread: threading.Thread | None = None
         self.error: str | None = None
         self.off = False
 
-    def start(self, todo: list[_Premise]) -> None:
+    def start(self, premises: list[_Premise]) -> None:
         """Begin a list. The thread begins with the first one; it ends with the process."""
         with self._lock:
-            self._todo = todo
+            self._pending = premises
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="outrider-ahead", daemon=True)
                 self._thread.start()
@@ -225,14 +231,14 @@ class _Worker:
     def pause(self) -> None:
         """Drop what has not been begun, and wait for what has."""
         with self._lock:
-            self._todo = []
+            self._pending = []
             self._lock.wait_for(lambda: not self._busy)
 
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: bool(self._todo))
-                premise, self._busy = self._todo.pop(0), True
+                self._lock.wait_for(lambda: bool(self._pending))
+                premise, self._busy = self._pending.pop(0), True
             try:
                 self._work(premise)
             except BaseException as error:
@@ -242,5 +248,5 @@ class _Worker:
                 with self._lock:
                     self._busy = False
                     if self.error is not None:
-                        self._todo = []
+                        self._pending = []
                     self._lock.notify_all()

@@ -130,7 +130,7 @@ def load_drafter(
             found = learned[kind].load(folder, target, how, target_path)
         else:
             found = _model(how, target, length + (premises > 0), tokenizer, load_model, learned)
-        parts.append(Ahead(found, premises) if premises else found)  # type: ignore[arg-type]  # it says what it cannot wrap
+        parts.append(Ahead(found, premises) if premises else found)
     return first_of(*parts)
 
 

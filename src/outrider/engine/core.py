@@ -118,7 +118,7 @@ class EngineCore:
                 raise RequestError(f"request {name!r} is already running; use another name")
             for index, (own, text) in enumerate(zip(seeds, texts, strict=True)):
                 made = Sequence(name, index, list(tokens), len(tokens), params, own, self.max_length, ends, text)
-                self.state.live[made.key] = made
+                self.state.live.setdefault(name, {})[index] = made
                 self.scheduler.waiting.append(made)
         return name
 
@@ -251,7 +251,7 @@ class EngineCore:
     # ------------------------------------------------------------------ small helpers
     def _alive(self, sequences: list[Sequence]) -> bool:
         """Whether any of them has neither ended nor been aborted."""
-        return any(self.state.live.get(s.key) is s for s in sequences)
+        return any(self.state.live.get(s.request, {}).get(s.index) is s for s in sequences)
 
     def compile_grammar(self, grammar: str) -> None:
         """Compile a `SamplingParams.grammar` ahead of its request, from any thread. Raises RequestError for a bad one."""

@@ -39,20 +39,23 @@ class StepState:
         self.drafter = Contained(parts.drafter, lambda message: self.watchers.defect("drafter", message))
         self.pending = self._nothing = PendingDraft(Draft.empty(0, parts.target.device), [])
         self.counts, self.seconds, self.steps = Counts(), dict.fromkeys(PHASES, 0.0), 0
-        self.live: dict[tuple[str, int], Sequence] = {}
+        self.live: dict[str, dict[int, Sequence]] = {}  # request -> index of the sample -> its sequence
         self.readers: dict[str, deque[Event]] = {}
         self._sealed = False
         self._aborted_in_step: list[str] = []
 
     def sequences(self, request: str) -> list[Sequence]:
         """The live sequences of a request, by index; each object stays readable after the engine has dropped it."""
-        return [s for key, s in self.live.items() if key[0] == request]
+        return list(self.live.get(request, {}).values())
 
     # ------------------------------------------------------------------ what ends
     def forget(self, sequence: Sequence) -> None:
         """Drop a sequence; its slot is free before the next step."""
         self.scheduler.drop(sequence, self.release)
-        self.live.pop(sequence.key, None)
+        samples = self.live.get(sequence.request, {})
+        samples.pop(sequence.index, None)
+        if not samples:
+            self.live.pop(sequence.request, None)
 
     def release(self, slots: list[int]) -> None:
         """Clear these slots in every part."""

@@ -72,12 +72,12 @@ class Driver:
         say: Callable[[str], None] = lambda _: None,
         look: Callable[[Progress], None] = lambda _: None,
     ) -> None:
-        todo = [cell for cell in cells if not book.has(cell, retry)]
+        missing = [cell for cell in cells if not book.has(cell, retry)]
         self.executor, self.book, self.rules, self.say, self.look = executor, book, rules, say, look
         self.retry = retry
-        self.progress = Progress(len(cells), len(cells) - len(todo))
-        self.waiting = {alone: deque(c for c in todo if c.alone == alone) for alone in (True, False)}
-        self.attempts = dict.fromkeys((c.identity for c in todo), 0)
+        self.progress = Progress(len(cells), len(cells) - len(missing))
+        self.waiting = {alone: deque(c for c in missing if c.alone == alone) for alone in (True, False)}
+        self.attempts = dict.fromkeys((c.identity for c in missing), 0)
         self.given_up: set[str] = set()
         self.flying: dict[int, Flight] = {}
         self.landed: dict[int, Cell] = {}  # their answers may come once more
