@@ -76,7 +76,8 @@ MATTER = {
     "gemma3_text": ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq", "rope_theta"),
     "phi3": ("rope_scaling", "partial_rotary_factor"), "olmo2": ("num_key_value_heads",),
     "granite": ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
-    "smollm3": ("no_rope_layers", "no_rope_layer_interval", "use_sliding_window"), "glm4": ("partial_rotary_factor", "attention_bias"),
+    "smollm3": ("no_rope_layers", "no_rope_layer_interval", "use_sliding_window"),
+    "glm4": ("partial_rotary_factor", "attention_bias"),
 }
 """Keys that are tried in every run for the families that came later; all others are in the slow tests."""
 OTHERS = {

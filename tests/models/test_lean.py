@@ -1,7 +1,8 @@
 """The lean runtime against transformers' own models: every family and option, prompts, drafts, trees and batches.
 
-Tolerances. float64: 1e-9, a few thousand roundings of numbers up to 30; transformers normalises in float32 whatever the
-dtype, so its RMSNorm is replaced by the same formula in float64; Gemma 2's softmax stays in float32 there. float32: 2e-4 on logits whose standard deviation is above 1.
+Tolerances. float64: 1e-9, a few thousand roundings of numbers up to 30; transformers normalises in float32 whatever the dtype, so
+its RMSNorm is replaced by the same formula in float64; Gemma 2's softmax stays in float32 there. float32: 2e-4 on logits whose
+standard deviation is above 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from tests.checkpoints import make_checkpoint
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 ROPE = {"rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 32}
-LONG = {"rope_type": "longrope", "rope_theta": 300.0, "short_factor": [1.0, 1.5, 2, 2.5, 3, 3.5], "long_factor": [2.0] * 6}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.5, 2, 2.5, 3, 3.5],
+    "long_factor": [2.0] * 6,
+}
 CASES = {
     "llama grouped heads": ("llama", {}),
     "llama tied, equal heads": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -54,8 +60,17 @@ CASES = {
     "gemma2 without bounds": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3": ("gemma3_text", {}),
     "phi3": ("phi3", {}),
-    "phi3 part, window": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}, "sliding_window": 6}),
-    "phi3 longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64, "max_position_embeddings": 64}),
+    "phi3 part, window": (
+        "phi3",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+            "sliding_window": 6,
+        },
+    ),
+    "phi3 longrope": (
+        "phi3",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 64, "max_position_embeddings": 64},
+    ),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
     "granite biases": ("granite", {"attention_bias": True}),
@@ -63,7 +78,17 @@ CASES = {
     "glm4": ("glm4", {}),
     "llama packed": ("llama", {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 1}),
 }
-LATER = ("gemma", "gemma2", "gemma3", "phi3 part, window", "phi3 longrope", "olmo2", "granite biases", "smollm3", "glm4")
+LATER = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3 part, window",
+    "phi3 longrope",
+    "olmo2",
+    "granite biases",
+    "smollm3",
+    "glm4",
+)
 """A case of each family that came after the first four."""
 PROMPT = torch.randint(0, 97, (23,), generator=torch.Generator().manual_seed(5)).tolist()
 

@@ -119,7 +119,12 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
 
     layers = tuple(layer() for _ in range(c.layers))
     return DecoderWeights(
-        matrix(c.vocab_size, c.hidden, 4.0), layers, norm(c.hidden), matrix(c.vocab_size, c.hidden, 3.0), dtype, c.wide_norms
+        matrix(c.vocab_size, c.hidden, 4.0),
+        layers,
+        norm(c.hidden),
+        matrix(c.vocab_size, c.hidden, 3.0),
+        dtype,
+        c.wide_norms,
     )
 
 
@@ -191,7 +196,9 @@ def rotation(c: DecoderConfig, n: int, turn: int) -> Callable[[Tensor], Tensor]:
 
     def turned(x: Tensor) -> Tensor:
         front = x[..., :size]
-        return torch.cat([front * cos + torch.cat([-front[..., half:], front[..., :half]], -1) * sin, x[..., size:]], -1)
+        return torch.cat(
+            [front * cos + torch.cat([-front[..., half:], front[..., :half]], -1) * sin, x[..., size:]], -1
+        )
 
     return turned
 

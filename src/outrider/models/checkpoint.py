@@ -25,6 +25,7 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.entries import read_entries
 from outrider.models.packed import packing_of
 from outrider.models.places import without_place
+from outrider.models.rotary import halves
 from outrider.nn.memory import require_weights
 
 Progress = Callable[[float], None]
@@ -174,14 +175,6 @@ def load_checkpoint(
     return checkpoint.config, checkpoint.read(dtype, device, progress)
 
 
-def to_halves(rows: Tensor, heads: int, head_dim: int, turned: int) -> None:
-    """Reorder, in place, the rows of the first `heads` heads from interleaved rotary pairs to halves, of which the first `turned` of
-    a head are turned. Queries and keys move alike, so their products stay."""
-    part = rows[: heads * head_dim].view(heads, head_dim, -1)[:, :turned]
-    pairs = part.reshape(heads, turned // 2, 2, -1)
-    part.copy_(pairs.transpose(1, 2).reshape(heads, turned, -1))
-
-
 class _Reader:
     """Copies tensors into newly allocated, fused ones, in the requested dtype and on the requested device."""
 
@@ -211,7 +204,9 @@ class _Reader:
         names: dict[str, tuple[str, ...]] = {
             "qkv": tuple(f"{attention}{part}_proj.weight" for part in heads),
             "o": (f"{attention}o_proj.weight",),
-            "gate_up": tuple(f"{mlp}{p}_proj.weight" for p in (["gate_up"] if "gate_up" in family.fused else ["gate", "up"])),
+            "gate_up": tuple(
+                f"{mlp}{p}_proj.weight" for p in (["gate_up"] if "gate_up" in family.fused else ["gate", "up"])
+            ),
             "down": (f"{mlp}down_proj.weight",),
         }
         names |= {place: (f"{block}{name}.weight",) for place, name in family.norms}
@@ -222,9 +217,9 @@ class _Reader:
         if family.qk_norm:
             names |= {"q_norm": (f"{attention}q_norm.weight",), "k_norm": (f"{attention}k_norm.weight",)}
         t = dict(zip(names, self._group(list(names.values())), strict=True))
-        if family.interleaved:
-            for rows in (t[name] for name in ("qkv", "qkv_bias") if name in t):
-                to_halves(rows, c.heads + c.kv_heads, c.head_dim, 2 * len(c.inv_freq))
+        turned, count = (c.heads + c.kv_heads) * c.head_dim, 2 * len(c.inv_freq)
+        for rows in (t[name][:turned] for name in ("qkv", "qkv_bias") if name in t and family.interleaved):
+            rows.copy_(halves(rows.view(turned, -1), c.heads + c.kv_heads, c.head_dim, count).view(rows.shape))
         return LayerWeights(**{f.name: t.get(f.name) for f in fields(LayerWeights)})  # type: ignore[arg-type]
 
     def _group(self, fused: Sequence[tuple[str, ...]]) -> list[Tensor]:

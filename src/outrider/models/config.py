@@ -254,5 +254,7 @@ def _turned_layers(raw: dict, family: Family, layers: int, window: tuple[int, ..
         every = whole(raw, "no_rope_layer_interval", where, default=4, most=1 << 20)
         return tuple(0 if i % every else -1 for i in range(1, layers + 1))
     if not isinstance(turned, list) or len(turned) < layers or any(value not in (0, 1) for value in turned):
-        raise ConfigError(f"{where}: no_rope_layers must list 0 or 1 for {layers} layers: download the checkpoint again")
+        raise ConfigError(
+            f"{where}: no_rope_layers must list 0 or 1 for {layers} layers: download the checkpoint again"
+        )
     return tuple(0 if value else -1 for value in turned[:layers])

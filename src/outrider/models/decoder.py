@@ -1,8 +1,8 @@
 """The shape and the weights of a dense decoder, as the lean runtime and its native twin read them.
 
 One family of shapes covers the rows of `families.py`: RMSNorm before or behind a part, rotary positions, grouped attention heads
-with optional biases, query/key norms, bounds and sliding windows, a gated feed-forward part. `models/checkpoint.py` fills these from
-safetensors.
+with optional biases, query/key norms, bounds and sliding windows, a gated feed-forward part. `models/checkpoint.py` fills these
+from safetensors.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Segments = tuple[Segment, ...]
 class DecoderConfig:
     """Sizes and constants. `window[i]` is the sliding window of layer i in tokens (the row itself included), 0 for none.
 
-    inv_freq: [rotary / 2] rotary frequencies after any scaling, of the first `rotary` numbers of a head; rope_scale multiplies cos
-    and sin (1.0 for most). local_freq, turns: of layers whose `turns` is 1; layers of -1 are not turned (empty: all are 0).
-    activation: of the feed-forward part. attention_scale: of scores, None for head_dim ** -0.5. embed_scale (rounded to the weights'
-    type if embed_scale_rounded), residual_scale, logit_scale: factors of embeddings, of what a block adds, and of logits. Bounds
-    c tanh(x / c) of scores and logits: attention_cap, logit_cap, 0 for none. wide_norms: norms are float32 and multiplied before half
-    precision is rounded.
+    inv_freq: [rotary / 2] rotary frequencies after any scaling, of the first `rotary` numbers of a head; rope_scale multiplies
+    cos and sin (1.0 for most). local_freq, turns: of layers whose `turns` is 1; layers of -1 are not turned (empty: all are 0).
+    activation: of the feed-forward part. attention_scale: of scores, None for head_dim ** -0.5. embed_scale (rounded to the
+    weights' type if embed_scale_rounded), residual_scale, logit_scale: factors of embeddings, of what a block adds, and of
+    logits. Bounds c tanh(x / c) of scores and logits: attention_cap, logit_cap, 0 for none. wide_norms: norms are float32 and
+    multiplied before half precision is rounded.
     """
 
     family: str
@@ -74,9 +74,9 @@ class DecoderConfig:
 class LayerWeights:
     """One block. Linear weights are [out, in], fused where they share an input; None where the family has none.
 
-    norm1, norm2: of the inputs of attention and feed-forward part; post1, post2: of their outputs, before they are added. q_norm and
-    k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are segments,
-    and norms and biases are float32.
+    norm1, norm2: of the inputs of attention and feed-forward part; post1, post2: of their outputs, before they are added. q_norm
+    and k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are
+    segments, and norms and biases are float32.
     """
 
     norm1: Float[Tensor, "H"] | None

@@ -23,13 +23,13 @@ class Unsupported(Exception):
 class Family:
     """The parts of a model type, and transformers' defaults of absent keys.
 
-    options: keys of `config_keys.OPTIONS` that its class reads; the others have no effect if they occur in its files.
-    norms: a block's norms (fields of `LayerWeights`) -> their names in its files. wide_norms: they are multiplied before half
-    precision is rounded. shifted: they multiply by 1 + weight. qk_norm: of queries and keys, "" none, "head" each head alone, "row"
-    all heads of a row together. fused: linears ("qkv", "gate_up") that its files hold as one. act: the key of the activation.
-    partial: `partial_rotary_factor` is read; rotary: its default. longrope: its only scaling. interleaved: pairs are neighbours, not halves. pattern: of every so many layers the last
-    sees everything and the others a window (0: no such default). roots: embeddings are multiplied by the root of their size.
-    o_bias: `attention_bias` is of the output too.
+    options: keys of `config_keys.OPTIONS` that its class reads; the others have no effect if they occur in its files. norms: a
+    block's norms (fields of `LayerWeights`) -> their names in its files. wide_norms: they are multiplied before half precision is
+    rounded. shifted: they multiply by 1 + weight. qk_norm: of queries and keys, "" none, "head" each head alone, "row" all heads
+    of a row together. fused: linears ("qkv", "gate_up") that its files hold as one. act: the key of the activation. partial:
+    `partial_rotary_factor` is read; rotary: its default. longrope: its only scaling. interleaved: pairs are neighbours, not
+    halves. pattern: of every so many layers the last sees everything and the others a window (0: no such default). roots:
+    embeddings are multiplied by the root of their size. o_bias: `attention_bias` is of the output too.
     """
 
     options: frozenset[str]
@@ -63,7 +63,9 @@ _GEMMA = {
     "wide_norms": True, "shifted": True, "activation": "gelu_pytorch_tanh", "head_dim": 256, "max_length": 8192, "tied": True,
     "roots": True,
 }  # fmt: skip
-_GEMMA_KEYS = frozenset({"attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types", "final_logit_softcapping"})
+_GEMMA_KEYS = frozenset(
+    {"attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types", "final_logit_softcapping"}
+)
 _GEMMA_LATER = _GEMMA | {
     "kv_heads": 4,
     "norms": tuple(GEMMA_NORMS.items()),

@@ -7,12 +7,12 @@ import reprlib
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from outrider.config_keys import ROPE, flag, real, unknown_keys, whole
 from outrider.errors import ConfigError
-from outrider.models.families import Family, Unsupported
+from outrider.models.families import FAMILIES, Family, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,10 @@ def turns_of(
     given = raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or given.keys() - {"full_attention", "sliding_attention"}:
         raise Unsupported("its rotary parameters are not those of full_attention and sliding_attention")
-    default = {"full_attention": raw.get("rope_theta", family.theta), "sliding_attention": raw.get("rope_local_base_freq", 1e4)}
+    default = {
+        "full_attention": raw.get("rope_theta", family.theta),
+        "sliding_attention": raw.get("rope_local_base_freq", 1e4),
+    }
     extra = {"full_attention": raw.get("rope_scaling") or {}, "sliding_attention": {}}
     turned = []
     for kind, theta in default.items():
@@ -42,9 +45,7 @@ def turns_of(
     return turned[0], turned[1]
 
 
-def _turns(
-    rope: dict, raw: dict, family: Family, head_dim: int, positions: int, length: int, where: object
-) -> Turns:
+def _turns(rope: dict, raw: dict, family: Family, head_dim: int, positions: int, length: int, where: object) -> Turns:
     """Frequencies and the factor of cos and sin, computed in float32 in the order transformers computes them."""
     kind = rope["rope_type"]
     part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
@@ -71,8 +72,27 @@ def _turns(
     raise Unsupported(f"rotary scaling {reprlib.repr(kind)}")
 
 
+def halves(rows: Shaped[Tensor, "N width"], heads: int, head_dim: int, turned: int) -> Shaped[Tensor, "N width"]:
+    """Rows of queries or keys in the order of their halves, where they are stored as interleaved rotary pairs.
+
+    Of every head's rows the first `turned` are such pairs, the others stay. Whole rows move, so blocks stay as they are; queries
+    and keys move alike, so their products stay.
+    """
+    parts = rows.view(heads, head_dim, -1)
+    pairs = parts[:, :turned].reshape(heads, turned // 2, 2, -1).transpose(1, 2).reshape(heads, turned, -1)
+    return torch.cat([pairs, parts[:, turned:]], 1).reshape(rows.shape)
+
+
+def original_context(raw: dict) -> int | None:
+    """The context up to which a LongRoPE model is turned by its short factors; None for every other model."""
+    rope = rope_keys(raw) if raw.get("model_type") in FAMILIES and FAMILIES[raw["model_type"]].longrope else {}
+    old = rope.get("original_max_position_embeddings", 4096)
+    return old if rope.get("rope_type") == "longrope" and isinstance(old, int) else None
+
+
 def rope_keys(raw: dict, theta: float = 10000.0) -> dict:
-    """The rotary parameters of a config.json, wherever it has them; always with rope_theta (the family's if absent) and rope_type."""
+    """The rotary parameters of a config.json, wherever it has them; always with rope_theta (the family's if absent) and
+    rope_type."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise Unsupported("rotary parameters differ between layers")
@@ -92,10 +112,14 @@ def _longrope(rope: dict, theta: float, size: int, positions: int, length: int, 
         raise Unsupported(f"rotary scaling {reprlib.repr(rope['rope_type'])}")
     old = whole(rope, "original_max_position_embeddings", where, default=4096, most=1 << 26)
     if length > old:
-        raise Unsupported(f"its positions are scaled anew beyond {old} tokens (longrope); a max_length of {old} avoids that")
+        raise Unsupported(
+            f"its positions are scaled anew beyond {old} tokens (longrope); a max_length of {old} avoids that"
+        )
     short = rope.get("short_factor")
     if not isinstance(short, list) or len(short) != size // 2:
-        raise ConfigError(f"{where}: short_factor must list {size // 2} numbers: the file is damaged, download it again")
+        raise ConfigError(
+            f"{where}: short_factor must list {size // 2} numbers: the file is damaged, download it again"
+        )
     divisors = torch.tensor([real({"short_factor": f}, "short_factor", where, least=1e-6, most=1e6) for f in short])
     powers = theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
     factor = positions / old

@@ -96,8 +96,8 @@ class _View:
 class AttentionPlan:
     """Where the rows of one forward write their keys and values, and which places they see.
 
-    window: sliding window of each layer, 0 for none. heads: query heads, a multiple of the cache's. scale: of the scores (None: head_dim
-    ** -0.5). cap: their soft bound, 0 for none.
+    window: sliding window of each layer, 0 for none. heads: query heads, a multiple of the cache's. scale: of the scores (None:
+    head_dim ** -0.5). cap: their soft bound, 0 for none.
     """
 
     def __init__(
@@ -189,7 +189,9 @@ def _product(scale: float | None, cap: float) -> Callable[..., Tensor]:
         score = capped(score, cap)
         if is_causal:
             attn_mask = ancestor_mask(q.shape[2], (), 0).to(q.device)
-            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~attn_mask, -torch.inf)
+            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(
+                ~attn_mask, -torch.inf
+            )
         score = score if attn_mask is None else score + attn_mask
         weight = torch.softmax(score, -1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
         return weight @ v.repeat_interleave(groups, 1)

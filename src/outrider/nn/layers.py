@@ -36,8 +36,9 @@ class Mlp(nn.Module):
 class FusedLayer:
     """A decoder layer fused for serving: products that share an input are one, with all heads side by side.
 
-    norm1, norm2: of the inputs of attention and feed-forward part, or the identity. post1, post2: of their outputs. qk_norm: of queries
-    and keys [n, heads + kv_heads, head_dim], or None. act: in place or not; scale: of what is added to the residual stream.
+    norm1, norm2: of the inputs of attention and feed-forward part, or the identity. post1, post2: of their outputs. qk_norm: of
+    queries and keys [n, heads + kv_heads, head_dim], or None. act: in place or not; scale: of what is added to the residual
+    stream.
     """
 
     norm1: Norm
