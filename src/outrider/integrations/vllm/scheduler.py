@@ -88,6 +88,7 @@ class LiveScheduling:
                     request.spec_token_ids = places[:length]
 
     def limit_of(self, name: str) -> Request:
+        """What is known of a request's draft lengths, made when it is first asked for."""
         if name not in self.limits:
             request = self.requests.get(name)
             params = getattr(request, "sampling_params", None)
