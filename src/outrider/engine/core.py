@@ -152,8 +152,7 @@ class EngineCore:
         with self._turns:
             found = [s for s in self.scheduler.running if s.request == request]
             for sequence in found:
-                self.scheduler.drop(sequence, self.state.release)
-                self.scheduler.waiting.appendleft(sequence)
+                self.scheduler.send_back(sequence, self.state.release)
         return bool(found)
 
     def reset(self) -> tuple[Counts, dict[str, float]]:

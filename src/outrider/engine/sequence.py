@@ -48,6 +48,7 @@ class Sequence:
 
     tokens: prompt and output; the last one is the anchor while decoding. prompt: length of the prompt.
     slot:   -1 while waiting. cached: tokens in the target's KV cache. limit: most tokens it may hold (context).
+    entered: tokens that it had when it got its slot. reused: tokens of its prompt that others had computed.
     """
 
     request: str
@@ -61,6 +62,8 @@ class Sequence:
     text: TextStream | None = None
     slot: int = -1
     cached: int = 0
+    entered: int = 0
+    reused: int = 0
     finish_reason: str | None = None
     error: str | None = None
     counts: Counts = field(default_factory=Counts)

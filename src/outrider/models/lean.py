@@ -26,10 +26,9 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights,
 from outrider.models.native import load_native
 from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan
-from outrider.nn.kv import PagedKV
+from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.layers import FusedLayer, rms_norm
 from outrider.nn.linear import Linear, has_fast_matmul, make_linear
-from outrider.nn.memory import require_memory
 from outrider.nn.row_parts import check_prefix, run_parts
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
@@ -90,15 +89,21 @@ class LeanTarget:
         while left:
             self._blocks.append(_block(config, left.pop(0), pack))
 
-    def new_kv(self, slots: int, length: int) -> PagedKV:
-        """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
+    @property
+    def uniform_rows(self) -> int:
+        """Forwards of up to so many rows per segment give every row the same bits, whatever is fed with it."""
+        return self._native_rows if self.native else 0
+
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> PagedKV:
+        """A cache for `slots` sequences of `length` tokens each, drafts included. CapacityError if not even one of them fits.
+
+        memory: bytes that it may take; None: what it could fill, or 90% of what is free, if that is less.
+        """
         c = self.config
-        size = 2 * c.layers * slots * c.kv_heads * length * c.head_dim * self.dtype.itemsize
-        require_memory(
-            size, self.device, f"a cache of {slots} x {length} tokens", "lower max_length or the number of slots"
-        )
+        token = 2 * c.layers * c.kv_heads * c.head_dim * self.dtype.itemsize
+        limit = page_limit(slots, length, token, self.device, memory)
         self._grow_rope(length)
-        return PagedKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device)
+        return PagedKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device, limit=limit)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`. Raises CapabilityError for a layer that does not exist, CapacityError and RequestError for
