@@ -184,6 +184,11 @@ class PagedKV:
         """Pages that slots can still get."""
         return self.pages.free + self.prefixes.idle
 
+    @property
+    def usage(self) -> float:
+        """Share of all pages that slots hold, 0 .. 1."""
+        return 1.0 - self.spare / self.pages.count
+
     def _is_shared(self, slot: int, index: int) -> bool:
         page = self.pages.table[slot * self.pages.per_slot + index]
         return self.pages.uses[page] > 1 or page in self.prefixes
