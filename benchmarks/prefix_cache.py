@@ -121,7 +121,12 @@ def main() -> None:
     both = engines(target, o.slots, 2 * o.tokens)
     for one in both.values():
         one.warm_up()
-    print(told(f"second turn of a chat of {o.tokens} tokens, first token", second_turn(both, o.vocab, o.tokens, o.said, o.rounds)))
+    print(
+        told(
+            f"second turn of a chat of {o.tokens} tokens, first token",
+            second_turn(both, o.vocab, o.tokens, o.said, o.rounds),
+        )
+    )
     seconds = shared_prompt(both, o.vocab, o.clients, o.tokens, 20, o.said, o.rounds)
     print(told(f"{o.clients} clients, a system prompt of {o.tokens} tokens, answers of {o.said}", seconds))
 

@@ -54,7 +54,9 @@ class Schedules(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.text) < SLOTS)
     @rule(
-        wants=st.lists(st.integers(0, 1), min_size=1, max_size=16), owner=st.integers(0, 1), step=st.sampled_from([1, 8])
+        wants=st.lists(st.integers(0, 1), min_size=1, max_size=16),
+        owner=st.integers(0, 1),
+        step=st.sampled_from([1, 8]),
     )
     def admit(self, wants: list[int], owner: int, step: int) -> None:
         slot = min(set(range(SLOTS)) - set(self.text))
@@ -146,6 +148,7 @@ TestSchedules.settings = settings(max_examples=60, stateful_step_count=30, deadl
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_schedules() -> None:
     case = type("Case", (Schedules.TestCase,), {"settings": settings(max_examples=10_000, stateful_step_count=30)})
     case("runTest").runTest()

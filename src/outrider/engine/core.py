@@ -118,6 +118,7 @@ class EngineCore:
                 raise RequestError(f"request {name!r} is already running; use another name")
             for index, (own, text) in enumerate(zip(seeds, texts, strict=True)):
                 made = Sequence(name, index, list(tokens), len(tokens), params, own, self.max_length, ends, text)
+                made.shares = self.options.prefix_cache
                 self.state.live.setdefault(name, {})[index] = made
                 self.scheduler.waiting.append(made)
         return name
