@@ -299,6 +299,7 @@ class SequenceView:
     prompt:  how many of them are the prompt.
     cached:  how many of them are in the target's KV cache (after the step: all but the anchor, or the prompt chunks so far).
     params:  the request's sampling parameters (`params.SamplingParams`).
+    shares:  whether a drafter's own cache may let it use what others with the same salt have computed, and the other way round.
     """
 
     slot: int
@@ -307,6 +308,7 @@ class SequenceView:
     prompt: int
     cached: int
     params: SamplingParams
+    shares: bool = True
 
 
 LogitsProcessing = Callable[

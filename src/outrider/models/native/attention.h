@@ -1,4 +1,4 @@
-// Attention of a few rows over their slot's cached tokens and their own ancestors.
+// Attention of a few rows over their sequence's cached tokens and their own ancestors.
 //
 // A row's visible keys are one sequence: cached tokens in order, then its path. Scores are single dot products, the softmax
 // sums in blocks counted from the start of that sequence, values are added one by one along it. So a row that is verified as a
@@ -55,39 +55,43 @@ struct Visible {
 
 // out[0 : BLOCKS * LANES] = sum over visible keys of p * value.
 template <class W, int BLOCKS>
-inline void weigh_block(const float* p, const W* values, int64_t width, const Visible& seen, float* out) {
+inline void weigh_block(const float* p, const W* values, int64_t width, const Segment& s, const Visible& seen, float* out) {
     vf acc[BLOCKS] = {};
     const auto add = [&](float weight, const W* value) {
         const vf w = weight - vf{};
 #pragma GCC unroll 8
         for (int b = 0; b < BLOCKS; ++b) acc[b] = fma(w, load_wide(value + b * LANES), acc[b]);
     };
-    for (int64_t j = seen.cached_from; j < seen.cached; ++j) add(*p++, values + j * width);
-    for (int32_t i = 0; i < seen.path_count; ++i) add(*p++, values + (seen.cached + seen.path[i]) * width);
+    each_run(s, seen.cached_from, seen.cached, [&](int64_t, int64_t count, int64_t at) {
+        for (int64_t j = at; j < at + count; ++j) add(*p++, values + j * width);
+    });
+    for (int32_t i = 0; i < seen.path_count; ++i) add(*p++, values + s.own[seen.path[i]] * width);
 #pragma GCC unroll 8
     for (int b = 0; b < BLOCKS; ++b) store(out + b * LANES, acc[b]);
 }
 
 template <class W>
-inline void weigh(const float* p, const W* values, int width, const Visible& seen, float* out) {
+inline void weigh(const float* p, const W* values, int width, const Segment& s, const Visible& seen, float* out) {
     int d = 0;
-    for (; d + 8 * LANES <= width; d += 8 * LANES) weigh_block<W, 8>(p, values + d, width, seen, out + d);
-    for (; d + 4 * LANES <= width; d += 4 * LANES) weigh_block<W, 4>(p, values + d, width, seen, out + d);
-    for (; d + LANES <= width; d += LANES) weigh_block<W, 1>(p, values + d, width, seen, out + d);
+    for (; d + 8 * LANES <= width; d += 8 * LANES) weigh_block<W, 8>(p, values + d, width, s, seen, out + d);
+    for (; d + 4 * LANES <= width; d += 4 * LANES) weigh_block<W, 4>(p, values + d, width, s, seen, out + d);
+    for (; d + LANES <= width; d += LANES) weigh_block<W, 1>(p, values + d, width, s, seen, out + d);
     for (; d < width; ++d) {
         float total = 0.0f;
         const float* weight = p;
-        for (int64_t j = seen.cached_from; j < seen.cached; ++j) total += *weight++ * widen(values[j * width + d]);
-        for (int32_t i = 0; i < seen.path_count; ++i)
-            total += *weight++ * widen(values[(seen.cached + seen.path[i]) * width + d]);
+        each_run(s, seen.cached_from, seen.cached, [&](int64_t, int64_t count, int64_t at) {
+            for (int64_t j = at; j < at + count; ++j) total += *weight++ * widen(values[j * width + d]);
+        });
+        for (int32_t i = 0; i < seen.path_count; ++i) total += *weight++ * widen(values[s.own[seen.path[i]] * width + d]);
         out[d] = total;
     }
 }
 
 // Attention of `count` neighbouring rows of a segment for the `group` heads of one KV head.
 //
-// rows: their Row records. query: [count * group] packed queries, `stride` apart. keys, values: [capacity, width] of the slot
-// and KV head. cap: soft bound of the scores, 0 for none. scores: scratch of count * group * (visible + SUM_LANES) floats. emit(i, g, out) receives the results in turn.
+// rows: their Row records. query: [count * group] packed queries, `stride` apart. keys, values: the cache's places
+// [pages * page, width] of the layer and KV head. cap: soft bound of the scores, 0 for none. scores: scratch of count * group * (visible + SUM_LANES) floats.
+// emit(i, g, out) receives the results in turn.
 template <class W, class Emit>
 inline void attend(
     const Segment& s, const Row* rows, int count, const int64_t* position, int64_t window, int group,
@@ -101,7 +105,9 @@ inline void attend(
     }
     const int span = (int)(s.cached - low) + rows[count - 1].offset + 1;
     const int64_t row_size = span + SUM_LANES;
-    product<W>(keys + low * width, width, span, query, stride, count * group, width, scores, row_size);
+    each_run(s, low, low + span, [&](int64_t place, int64_t length, int64_t at) {
+        product<W>(keys + at * width, width, (int)length, query, stride, count * group, width, scores + (place - low), row_size);
+    });
     for (int i = 0; i < count; ++i) {
         const Visible seen(s, rows[i], position, window);
         for (int g = 0; g < group; ++g) {
@@ -111,7 +117,7 @@ inline void attend(
             float* first = line + (seen.cached_from - low);
             if (cap > 0.0f) bound_softly(first, seen.count(), scale, cap);
             const float total = softmax_terms(first, seen.count(), cap > 0.0f ? 1.0f : scale);
-            weigh<W>(first, values, width, seen, out);
+            weigh<W>(first, values, width, s, seen, out);
             for (int d = 0; d < width; ++d) out[d] /= total;
             emit(i, g, out);
         }

@@ -196,12 +196,12 @@ class Decoder {
         }
         const Row& row = plan_.row(i);
         const Segment& s = plan_.segment(row.segment);
-        W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
-        narrow(head, d, places + (s.cached + row.offset) * d);
+        W* places = cache(is_value ? c_.v : c_.k, l, (u - m_.heads) % m_.kv_heads);
+        narrow(head, d, places + s.own[row.offset] * d);
     }
 
-    W* cache(void* base, int64_t l, int64_t slot, int64_t head) const {
-        return static_cast<W*>(base) + ((l * c_.slots + slot) * m_.kv_heads + head) * c_.capacity * m_.head_dim;
+    W* cache(void* base, int64_t l, int64_t head) const {
+        return static_cast<W*>(base) + (l * m_.kv_heads + head) * c_.pages * c_.page * m_.head_dim;
     }
 
     // Attention: one task of one KV head.
@@ -212,8 +212,8 @@ class Decoder {
         const int64_t row = s.first + task.offset;
         attend<W>(
             s, &plan_.row(row), task.count, c_.position, layer.window, (int)group_,
-            query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, s.slot, head),
-            cache(c_.v, l, s.slot, head), (int)d, (float)m_.attention_scale, (float)m_.attention_cap, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
+            query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, head),
+            cache(c_.v, l, head), (int)d, (float)m_.attention_scale, (float)m_.attention_cap, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
                 mixed_.put(row + i, (head * group_ + g) * d, out, d);
             }
         );

@@ -48,10 +48,10 @@ class Plan {
    private:
     Status read_segments(const CallPointers& c) {
         const int64_t* in = c.segment;
-        int64_t next = 0, path_total = 0;
+        int64_t next = 0, path_total = 0, page_total = 0;
         for (int64_t i = 0; i < c.segments; ++i) {
             Segment& s = segments_[i];
-            s = Segment{in[0], in[1], in[2], in[3], in[4], in + 5};
+            s = Segment{in[0], in[1], in[2], in[3], in[4], in + 5, nullptr, nullptr};
             in += 5 + s.nodes;
             const bool sound = s.slot >= 0 && s.slot < c.slots && s.first == next && s.cached >= 0 && s.prefix >= 1;
             if (!sound || s.nodes < 0 || next + s.rows() > c.rows) return BAD_SEGMENT;
@@ -60,12 +60,36 @@ class Plan {
                 if (s.parent[n] < 0 || s.parent[n] >= s.prefix + n) return BAD_SEGMENT;
             next += s.rows();
             path_total += s.nodes * s.rows();
+            page_total += pages_of(c, s.cached + s.rows());
         }
         if (next != c.rows) return BAD_SEGMENT;
-        if (!paths_.reserve(path_total)) return NO_MEMORY;
+        if (!paths_.reserve(path_total) || !runs_.reserve(page_total) || !own_.reserve(c.rows)) return NO_MEMORY;
+        Run* free_run = runs_ + 0;
+        for (int64_t i = 0; i < c.segments && free_run != nullptr; ++i) free_run = read_pages(c, segments_[i], free_run);
+        if (free_run == nullptr) return BAD_SEGMENT;
         int32_t* free_path = paths_ + 0;
         for (int64_t i = 0; i < c.segments; ++i) free_path = read_rows((int32_t)i, free_path);
         return OK;
+    }
+
+    static int64_t pages_of(const CallPointers& c, int64_t tokens) { return (tokens + c.page - 1) / c.page; }
+
+    // The runs of a segment's tokens, and where its rows are. Null for a page that does not exist.
+    Run* read_pages(const CallPointers& c, Segment& s, Run* run) {
+        const int64_t* table = c.table + s.slot * pages_of(c, c.capacity);
+        s.run = run, s.own = own_ + s.first;
+        for (int64_t i = 0; i < pages_of(c, s.cached + s.rows()); ++i) {
+            if (table[i] < 0 || table[i] >= c.pages) return nullptr;
+            const int64_t end = (i + 1) * c.page, shift = (table[i] - i) * c.page;
+            if (run > s.run && run[-1].shift == shift)
+                run[-1].end = end;
+            else
+                *run++ = Run{end, shift};
+        }
+        each_run(s, s.cached, s.cached + s.rows(), [&](int64_t place, int64_t count, int64_t at) {
+            for (int64_t i = 0; i < count; ++i) own_[s.first + place - s.cached + i] = at + i;
+        });
+        return run;
     }
 
     // Rows of a plain chain share one list of offsets; others get their own, copied from their parent's.
@@ -88,6 +112,8 @@ class Plan {
     Buffer<Segment> segments_;
     Buffer<Row> rows_;
     Buffer<Task> tasks_;
+    Buffer<Run> runs_;
+    Buffer<int64_t> own_;
     Buffer<int32_t> identity_, paths_;
 };
 
