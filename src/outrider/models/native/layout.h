@@ -49,6 +49,13 @@ struct Segment {
     int64_t rows() const { return prefix + nodes; }
 };
 
+// Calls body(place, count, at) for the tokens from : to of a sequence in order: `count` from `place` on lie at `at` and behind it.
+template <class Body>
+inline void each_run(const Segment&, int64_t from, int64_t to, const Body& body) {
+    body(from, to - from, from);
+}
+inline int64_t own_place(const Segment& s, int64_t offset) { return s.cached + offset; }
+
 // Where a row stands: its segment, its offset there, and its visible rows of this forward (itself last) as offsets.
 struct Row {
     int32_t segment, offset, depth;

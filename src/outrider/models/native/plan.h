@@ -7,15 +7,23 @@
 
 namespace outrider {
 
-// Some neighbouring rows of one segment: attention's unit of work, once per KV head.
+// Some neighbouring rows of one segment that read their keys together, once per KV head.
 struct Task {
     int32_t segment, offset, count;
+    int64_t parts, kept;  // of its visible keys; where its parts' results are kept (in queries), -1 if one thread folds them
+};
+
+// What a thread takes at a time: the parts from : to of a task.
+struct Unit {
+    int32_t task;
+    int64_t from, to;
 };
 
 class Plan {
    public:
-    int64_t tasks = 0;
-    int64_t score_floats = 0;  // scratch that the largest task needs
+    int64_t tasks = 0, units = 0;
+    int64_t kept = 0;          // results of queries in single parts that are kept for folding, per KV head
+    int64_t own_rows = 0, task_rows = 0;  // most of a segment and of a task
 
     // `rows_per_task` rows at most in a task; `group` query heads per KV head.
     Status build(const CallPointers& c, int64_t vocab, int64_t rows_per_task, int64_t group) {
@@ -27,25 +35,17 @@ class Plan {
         for (int64_t i = 0; i < c.rows; ++i) identity_[i] = (int32_t)i;
         const Status status = read_segments(c);
         if (status != OK) return status;
-        if (!tasks_.reserve(c.rows)) return NO_MEMORY;
-        tasks = score_floats = 0;
-        for (int64_t i = 0; i < c.segments; ++i) {
-            const Segment& s = segments_[i];
-            for (int64_t o = 0; o < s.rows(); o += rows_per_task) {
-                const int64_t count = s.rows() - o < rows_per_task ? s.rows() - o : rows_per_task;
-                const int64_t need = count * group * (s.cached + o + count + SUM_LANES);
-                score_floats = need > score_floats ? need : score_floats;
-                tasks_[tasks++] = Task{(int32_t)i, (int32_t)o, (int32_t)count};
-            }
-        }
-        return OK;
+        return cut(c, rows_per_task, group);
     }
 
     const Segment& segment(int64_t i) const { return segments_[i]; }
     const Row& row(int64_t i) const { return rows_[i]; }
     const Task& task(int64_t i) const { return tasks_[i]; }
+    const Unit& unit(int64_t i) const { return units_[i]; }
 
    private:
+    static constexpr int64_t FEW = 128;  // rows times group of a segment up to which parts are units of their own
+
     Status read_segments(const CallPointers& c) {
         const int64_t* in = c.segment;
         int64_t next = 0, path_total = 0;
@@ -65,6 +65,34 @@ class Plan {
         if (!paths_.reserve(path_total)) return NO_MEMORY;
         int32_t* free_path = paths_ + 0;
         for (int64_t i = 0; i < c.segments; ++i) free_path = read_rows((int32_t)i, free_path);
+        return OK;
+    }
+
+    // Tasks, and their units: the parts of few rows are taken one by one, so that a long sequence keeps all threads busy whatever its
+    // number of heads; those of many rows together, since every part's result would have to be kept. Bits do not depend on it.
+    Status cut(const CallPointers& c, int64_t rows_per_task, int64_t group) {
+        if (!tasks_.reserve(c.rows)) return NO_MEMORY;
+        tasks = units = kept = own_rows = task_rows = 0;
+        for (int64_t i = 0; i < c.segments; ++i) {
+            const Segment& s = segments_[i];
+            const bool few = s.rows() * group <= FEW;
+            own_rows = s.rows() > own_rows ? s.rows() : own_rows;
+            for (int64_t o = 0; o < s.rows(); o += rows_per_task) {
+                const int64_t count = s.rows() - o < rows_per_task ? s.rows() - o : rows_per_task;
+                const int64_t parts = (s.cached + o + count + PART - 1) / PART;
+                const bool split = few && parts > 1;
+                tasks_[tasks++] = Task{(int32_t)i, (int32_t)o, (int32_t)count, parts, split ? kept : -1};
+                kept += split ? parts * count * group : 0;
+                units += split ? parts : 1;
+                task_rows = count > task_rows ? count : task_rows;
+            }
+        }
+        if (!units_.reserve(units)) return NO_MEMORY;
+        int64_t next = 0;
+        for (int64_t t = 0; t < tasks; ++t) {
+            const int64_t parts = tasks_[t].parts, step = tasks_[t].kept < 0 ? parts : 1;
+            for (int64_t p = 0; p < parts; p += step) units_[next++] = Unit{(int32_t)t, p, p + step};
+        }
         return OK;
     }
 
@@ -88,6 +116,7 @@ class Plan {
     Buffer<Segment> segments_;
     Buffer<Row> rows_;
     Buffer<Task> tasks_;
+    Buffer<Unit> units_;
     Buffer<int32_t> identity_, paths_;
 };
 
