@@ -48,6 +48,8 @@ inline void weigh_block(const float* p, int64_t ldp, const W* values, int64_t wi
     for (; d + C * LANES <= width; d += C * LANES) weigh_tile<W, M, C>(p, ldp, values + d, width, count, out + d, ldo);
     if constexpr (C > 4)
         for (; d + 4 * LANES <= width; d += 4 * LANES) weigh_tile<W, M, 4>(p, ldp, values + d, width, count, out + d, ldo);
+    if constexpr (C > 3)
+        for (; d + 3 * LANES <= width; d += 3 * LANES) weigh_tile<W, M, 3>(p, ldp, values + d, width, count, out + d, ldo);
     if constexpr (C > 2)
         for (; d + 2 * LANES <= width; d += 2 * LANES) weigh_tile<W, M, 2>(p, ldp, values + d, width, count, out + d, ldo);
     for (; d + LANES <= width; d += LANES) weigh_tile<W, M, 1>(p, ldp, values + d, width, count, out + d, ldo);
