@@ -26,7 +26,7 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights,
 from outrider.models.native import load_native
 from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.nn.layers import FusedLayer, rms_norm
 from outrider.nn.linear import Linear, has_fast_matmul, make_linear
 from outrider.nn.memory import require_memory
@@ -90,7 +90,7 @@ class LeanTarget:
         while left:
             self._blocks.append(_block(config, left.pop(0), pack))
 
-    def new_kv(self, slots: int, length: int) -> ContiguousKV:
+    def new_kv(self, slots: int, length: int) -> PagedKV:
         """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
         c = self.config
         size = 2 * c.layers * slots * c.kv_heads * length * c.head_dim * self.dtype.itemsize
@@ -98,7 +98,7 @@ class LeanTarget:
             size, self.device, f"a cache of {slots} x {length} tokens", "lower max_length or the number of slots"
         )
         self._grow_rope(length)
-        return ContiguousKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device)
+        return PagedKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`. Raises CapabilityError for a layer that does not exist, CapacityError and RequestError for
@@ -107,7 +107,7 @@ class LeanTarget:
         With the native decoder a mixed forward is split, short segments together and every long one alone, so that a
         sequence's numbers never depend on the others.
         """
-        if not isinstance(kv, ContiguousKV):
+        if not isinstance(kv, PagedKV):
             raise CapabilityError(f"LeanTarget cannot read a {type(kv).__name__}: make the cache with its new_kv()")
         if any(not 0 <= i <= self.layers for i in layers):
             raise CapabilityError(
@@ -154,7 +154,7 @@ class LeanTarget:
         return other
 
     @torch.no_grad()
-    def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:
+    def _torch_forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...]) -> Scores:
         """All rows in one pass through PyTorch's operators.
 
         The blocks run in inference mode, where views cost half; the outputs are made outside of it, as ordinary tensors.
@@ -165,7 +165,7 @@ class LeanTarget:
         return Scores(self.unembed(x.index_select(0, rows.scored)), tuple(taps[i].clone() for i in layers))
 
     def _run_blocks(
-        self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]
+        self, rows: Rows, kv: PagedKV, layers: tuple[int, ...]
     ) -> tuple[Float[Tensor, "N H"], dict[int, Tensor]]:
         c = self.config
         n, turned = rows.count, c.heads + c.kv_heads

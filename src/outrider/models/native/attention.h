@@ -83,7 +83,7 @@ class Attention {
     using Item = typename Query<W>::Item;
 
    public:
-    // query: [count * group] packed queries, query_stride apart. keys, values: of the segment's slot and KV head.
+    // query: [count * group] packed queries, query_stride apart. keys, values: the places of the layer and KV head.
     struct Inputs {
         const Segment& segment;
         const Row* row;  // [count]
@@ -181,7 +181,7 @@ class Attention {
             });
         for (int64_t j = from > cached_ ? from : cached_; j < to; ++j)
             weigh_values<W>(
-                line + (j - low), 0, 1, in_.values + own_place(s_, row.path[j - cached_]) * in_.width, in_.width, 1, sums, 0, still
+                line + (j - low), 0, 1, in_.values + s_.own[row.path[j - cached_]] * in_.width, in_.width, 1, sums, 0, still
             );
     }
 

@@ -165,13 +165,13 @@ class Decoder {
             }
             const Row& row = plan_.row(i);
             const Segment& s = plan_.segment(row.segment);
-            W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
-            narrow(head, d, places + (s.cached + row.offset) * d);
+            W* places = cache(is_value ? c_.v : c_.k, l, (u - m_.heads) % m_.kv_heads);
+            narrow(head, d, places + s.own[row.offset] * d);
         }
     }
 
-    W* cache(void* base, int64_t l, int64_t slot, int64_t head) const {
-        return static_cast<W*>(base) + ((l * c_.slots + slot) * m_.kv_heads + head) * c_.capacity * m_.head_dim;
+    W* cache(void* base, int64_t l, int64_t head) const {
+        return static_cast<W*>(base) + (l * m_.kv_heads + head) * c_.pages * c_.page * m_.head_dim;
     }
 
     // Attention: one unit of one KV head.
@@ -183,8 +183,7 @@ class Decoder {
         const int64_t row = s.first + task.offset, queries = task.count * group_;
         Attention<W> attention(
             {s, &plan_.row(row), task.count, (int)group_, c_.position, layer.window, m_.head_dim,
-             query_ + (head * c_.rows + row) * group_ * query_size_, cache(c_.k, l, s.slot, head), cache(c_.v, l, s.slot, head),
-             score_scale()},
+             query_ + (head * c_.rows + row) * group_ * query_size_, cache(c_.k, l, head), cache(c_.v, l, head), score_scale()},
             scratch + scores_at_
         );
         if (task.kept >= 0) return attention.part(unit.from, kept(head, task, unit.from));

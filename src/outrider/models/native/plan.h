@@ -48,21 +48,30 @@ class Plan {
 
     Status read_segments(const CallPointers& c) {
         const int64_t* in = c.segment;
-        int64_t next = 0, path_total = 0;
+        int64_t next = 0, path_total = 0, page_total = 0;
         for (int64_t i = 0; i < c.segments; ++i) {
             Segment& s = segments_[i];
-            s = Segment{in[0], in[1], in[2], in[3], in[4], in + 5};
-            in += 5 + s.nodes;
+            s = Segment{in[0], in[1], in[2], in[3], in[4], in[5], in + 6, in + 6 + in[4], nullptr, nullptr};
             const bool sound = s.slot >= 0 && s.slot < c.slots && s.first == next && s.cached >= 0 && s.prefix >= 1;
-            if (!sound || s.nodes < 0 || next + s.rows() > c.rows) return BAD_SEGMENT;
+            if (!sound || s.nodes < 0 || s.ranges < 0 || next + s.rows() > c.rows) return BAD_SEGMENT;
+            in += 6 + s.nodes + 2 * s.ranges;
             if (s.cached + s.rows() > c.capacity) return NO_ROOM;
             for (int64_t n = 0; n < s.nodes; ++n)
                 if (s.parent[n] < 0 || s.parent[n] >= s.prefix + n) return BAD_SEGMENT;
+            for (int64_t r = 0, past = 0; r < s.ranges; ++r) {
+                const int64_t from = s.range[2 * r], to = s.range[2 * r + 1];
+                if (from < past || to <= from || to > s.cached) return BAD_SEGMENT;
+                past = to;
+            }
             next += s.rows();
             path_total += s.nodes * s.rows();
+            page_total += pages_of(c, s.cached + s.rows()) + 2 * s.ranges;
         }
         if (next != c.rows) return BAD_SEGMENT;
-        if (!paths_.reserve(path_total)) return NO_MEMORY;
+        if (!paths_.reserve(path_total) || !runs_.reserve(page_total) || !own_.reserve(c.rows)) return NO_MEMORY;
+        Run* free_run = runs_ + 0;
+        for (int64_t i = 0; i < c.segments && free_run != nullptr; ++i) free_run = read_pages(c, segments_[i], free_run);
+        if (free_run == nullptr) return BAD_SEGMENT;
         int32_t* free_path = paths_ + 0;
         for (int64_t i = 0; i < c.segments; ++i) free_path = read_rows((int32_t)i, free_path);
         return OK;
@@ -96,6 +105,39 @@ class Plan {
         return OK;
     }
 
+    static int64_t pages_of(const CallPointers& c, int64_t tokens) { return (tokens + c.page - 1) / c.page; }
+
+    // The runs of what a segment sees, and where its rows are; from here on `cached` counts the cached tokens that it sees. Null for
+    // a page that does not exist.
+    Run* read_pages(const CallPointers& c, Segment& s, Run* run) {
+        const int64_t* table = c.table + s.slot * pages_of(c, c.capacity);
+        const int64_t all[2] = {0, s.cached}, own[2] = {s.cached, s.cached + s.rows()};
+        s.run = run, s.own = own_ + s.first;
+        int64_t number = 0;
+        const auto add = [&](const int64_t* range) {
+            for (int64_t from = range[0], to; from < range[1]; from = to) {
+                const int64_t page = table[from / c.page], end = (from / c.page + 1) * c.page;
+                if (page < 0 || page >= c.pages) return false;
+                to = end < range[1] ? end : range[1];
+                const int64_t shift = page * c.page + from % c.page - number;
+                number += to - from;
+                if (run > s.run && run[-1].shift == shift)
+                    run[-1].end = number;
+                else
+                    *run++ = Run{number, shift};
+            }
+            return true;
+        };
+        bool sound = s.ranges > 0 || add(all);
+        for (int64_t r = 0; r < s.ranges; ++r) sound = sound && add(s.range + 2 * r);
+        s.cached = number;
+        if (!sound || !add(own)) return nullptr;
+        each_run(s, s.cached, number, [&](int64_t place, int64_t count, int64_t at) {
+            for (int64_t i = 0; i < count; ++i) own_[s.first + place - s.cached + i] = at + i;
+        });
+        return run;
+    }
+
     // Rows of a plain chain share one list of offsets; others get their own, copied from their parent's.
     int32_t* read_rows(int32_t index, int32_t* free_path) {
         const Segment& s = segments_[index];
@@ -117,6 +159,8 @@ class Plan {
     Buffer<Row> rows_;
     Buffer<Task> tasks_;
     Buffer<Unit> units_;
+    Buffer<Run> runs_;
+    Buffer<int64_t> own_;
     Buffer<int32_t> identity_, paths_;
 };
 
