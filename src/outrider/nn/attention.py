@@ -145,11 +145,13 @@ class _Piece:
         end = max(s.cached for s in run) + self._count
         places = _places(run, kv, start, end)
         alone = len(run) == 1
-        if alone and self._count == 1:  # its window begins at `start`, and it is the last place
+        if alone and self._count == 1 and not run[0].view:  # its window begins at `start`, and it is the last place
             return _View(places, None, False)
         if alone and not self._folded and start == run[0].cached == 0 and run[0].is_chain and not 0 < width < end:
             return _View(places, None, True)
         masks = [ancestor_mask(s.fed, s.parent, s.cached, window=width, start=start, end=end) for s in run]
+        for s, mask in zip(run, masks, strict=True):
+            _hide(mask, s, start)
         see = torch.stack(masks)[:, None]
         see = see.repeat_interleave(self._group, 2) if self._folded else see
         mask = torch.zeros(see.shape, dtype=kv.k.dtype).masked_fill_(~see, float("-inf"))
@@ -196,6 +198,13 @@ def _product(scale: float | None, cap: float) -> Callable[..., Tensor]:
         return weight @ v.repeat_interleave(groups, 1)
 
     return written_out
+
+
+def _hide(mask: Bool[Tensor, "n places"], s: Segment, start: int) -> None:
+    """Take from a mask over the places from `start` on the cached ones that are not in the segment's view."""
+    if s.view:
+        for before, after in zip((0, *(end for _, end in s.view)), (*(first for first, _ in s.view), s.cached), strict=True):
+            mask[:, max(0, before - start) : max(0, after - start)] = False
 
 
 def _places(run: list[Segment], kv: PagedKV, start: int, end: int) -> slice | Int[Tensor, "places"]:

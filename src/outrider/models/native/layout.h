@@ -39,7 +39,7 @@ struct CallPointers {
     int64_t slots, capacity;  // most tokens of a slot
     int64_t page, pages;      // places of a page; pages of the cache
     const int64_t *token, *position, *scored_row;  // [rows], [rows], [scored]
-    const int64_t* segment;  // per segment: slot, first, cached, prefix, nodes, then the parents of its nodes
+    const int64_t* segment;  // per segment: slot, first, cached, prefix, nodes, ranges; parents of its nodes; from and to of ranges
     const int64_t* table;    // [slots, capacity / page rounded up] the pages of a slot's tokens, in order
     const int64_t* tap;      // [taps] 0: the embeddings, i: after block i
     void* const* tap_out;    // [taps] each [rows, hidden] of the cache's type
@@ -56,8 +56,9 @@ struct Run {
 };
 
 struct Segment {
-    int64_t slot, first, cached, prefix, nodes;
+    int64_t slot, first, cached, prefix, nodes, ranges;
     const int64_t* parent;
+    const int64_t* range;  // [ranges] of the cached tokens it sees, in order; without ranges it sees all
     const Run* run;      // of the cached tokens and the rows
     const int64_t* own;  // [rows] where each row is in the cache
     int64_t rows() const { return prefix + nodes; }

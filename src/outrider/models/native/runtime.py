@@ -274,8 +274,10 @@ def _flat(rows: Rows) -> list[int]:
     """The segments in the layout of layout.h."""
     out: list[int] = []
     for s in rows.segments:
-        out += (s.slot, s.first, s.cached, s.fed, len(s.parent))
+        out += (s.slot, s.first, s.cached, s.fed, len(s.parent), len(s.view))
         out += s.parent
+        for part in s.view:
+            out += part
     return out
 
 
