@@ -142,7 +142,8 @@ class Attention {
                 for (int64_t j = a > cached_ ? a : cached_; j < b; ++j)
                     line[j - low] = own_score_[q * line_size(s_.rows()) + row.path[j - cached_]];
             const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
-            mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.scale, mine);
+            if (in_.cap > 0.0f) bound_softly(line + (a - low), (int)(b - a), in_.scale, in_.cap);
+            mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.factor(), mine);
             weigh_alone(row, line, low, a, joint && from < b ? from : b, mine + Sums::HEAD);
         }
         if (!joint) return;
