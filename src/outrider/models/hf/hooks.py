@@ -51,7 +51,7 @@ class RecordedStates:
     def keep(self, count: int) -> None:
         """Keep only the last `count` rows of the newest call: those before were fed again."""
         for parts in self.parts.values():
-            parts[-1] = parts[-1][-count:]
+            parts[-1] = parts[-1][len(parts[-1]) - count :]
 
     def states(self) -> tuple[Float[Tensor, "N H"], ...]:
         """One tensor per requested layer: the rows of all calls, in order."""
