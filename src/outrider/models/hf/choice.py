@@ -40,7 +40,8 @@ class Drive(Protocol):
 
 # A rehearsal: per step how many tokens go in as prefix, how many as drafts, and whether one wrong draft follows them.
 DRAFTED: Plan = ((4, 1, True), (1, 2, False)), [3, 4, 5, 6, 7]
-REJECTED: Plan = ((3, 0, False), (1, 1, True), (1, 0, True), (1, 1, False)), [2, 3, 4, 5, 6, 7]
+REJECTED: Plan = ((3, 0, False), (1, 0, True), (1, 1, True), (1, 1, False)), [2, 3, 4, 5, 6, 7]
+"""Most of its rows come after the first rejection: the typical row shows it if that was not undone."""
 PLAIN: Plan = ((4, 0, False), (3, 0, False), (1, 0, False)), [3, 6, 7]
 
 
