@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from outrider.errors import CapabilityError
 from outrider.nn.kv import check_kept, check_room
-from outrider.types import Rows
+from outrider.types import Rows, Segment
 
 MOST_MERGED = 16
 """Accepted tokens that are read again in the same call as the next draft, at most: beyond, they get a call of their own, after
@@ -81,6 +81,7 @@ class SlotCaches:
 class StateCaches(SlotCaches):
     """States that cannot be cut, with snapshots to go back to.
 
+    Accepted tokens that a rejection has undone are read again with the next rows of their slot: rows, not a call of the model.
     growing: the tensors that hold one entry per token, and the dimension of the entries: they are cut, not copied.
     opaque: classes of objects in a state that hold none of it, such as a configuration.
     """
@@ -103,7 +104,35 @@ class StateCaches(SlotCaches):
         for slot in slots:
             self.saved[slot].clear()
 
-    def resume(self, slot: int, cached: int, token: Sequence[int]) -> list[int]:
+    def calls(self, s: Segment, token: list[int], by_token: bool = False) -> Iterator[tuple[list[int], slice]]:
+        """The calls of the model that read a segment, whose tokens are `token`: tokens that are read again, and which of the
+        segment's follow in the same call (none: an empty slice). The caller makes each call by `advance` before it takes the next.
+
+        by_token: the model continues a state by one token a call only. Then every row has a state of its own, so that a rejection
+        chooses one and nothing is read again.
+        """
+        behind = self._resume(s.slot, s.cached, token)
+        at_risk = bool(s.parent) or self.cut_by_owner
+        if behind and (by_token or (at_risk and len(behind) > MOST_MERGED)):
+            first = len(behind) if not (by_token and self.fed[s.slot]) else 1
+            yield behind[:first], slice(0, 0)
+            for one in behind[first:]:
+                yield [one], slice(0, 0)
+            behind = []
+        if not by_token:
+            if at_risk:
+                self._keep(s.slot)
+            yield behind, slice(0, s.count)
+            return
+        at = 0 if self.fed[s.slot] else s.fed  # a text may begin with many tokens
+        if at:
+            yield [], slice(0, at)
+        for i in range(at, s.count):
+            if i >= s.fed or self.cut_by_owner:
+                self._keep(s.slot, len(s.parent))
+            yield [], slice(i, i + 1)
+
+    def _resume(self, slot: int, cached: int, token: list[int]) -> list[int]:
         """Bring a slot's state to its first `cached` tokens or fewer; returns those it has yet to read again.
 
         The slot's text becomes its first `cached` tokens and `token`.
@@ -119,7 +148,7 @@ class StateCaches(SlotCaches):
         self.replayed += len(behind)
         return behind
 
-    def keep(self, slot: int, others: int = 0) -> None:
+    def _keep(self, slot: int, others: int = 0) -> None:
         """Take a snapshot of the state as it is, beside the newest `others`; none of an empty state, which is simply made anew."""
         saved, count = self.saved[slot], self.fed[slot]
         if not count or (saved and saved[-1].count == count):

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from outrider.errors import CapabilityError
 from outrider.models.hf.hooks import HiddenStateHooks, RecordedStates
 from outrider.models.hf.state import Handover, keeping
-from outrider.models.states import MOST_MERGED, Path, SlotCaches, StateCaches, growing_by_token, tensors_of
+from outrider.models.states import Path, SlotCaches, StateCaches, growing_by_token, tensors_of
 from outrider.protocols import KVCache
 from outrider.types import Rows, Segment
 
@@ -181,43 +181,14 @@ class SnapshotPath(CachePath):
 
     def _segment(self, held: SlotCaches, s: Segment, out: _Scored, heard: RecordedStates) -> None:
         assert isinstance(held, StateCaches)
-        first, end = s.first, s.first + s.count
-        behind = held.resume(s.slot, s.cached, out.rows.token[first:end].tolist())
-        at_risk = bool(s.parent) or held.cut_by_owner
-        if behind and (self.by_token or (at_risk and len(behind) > MOST_MERGED)):
-            self._read_again(held, s.slot, behind, out, heard)
-            behind = []
-        if self.by_token:
-            alone = first + s.fed if not held.fed[s.slot] else first  # a text may begin with many tokens
-            pieces = [slice(first, alone), *(slice(i, i + 1) for i in range(alone, end))]
-        else:
-            pieces = [slice(first, end)]
-        for piece in pieces:
-            if piece.stop == piece.start:
-                continue
-            if at_risk and (not self.by_token or piece.start >= first + s.fed or held.cut_by_owner):
-                held.keep(s.slot, len(s.parent) if self.by_token else 0)
-            self._read(held, s.slot, behind, piece, out, heard)
-            behind = []
-
-    def _read(
-        self, held: StateCaches, slot: int, behind: list[int], piece: slice, out: _Scored, heard: RecordedStates
-    ) -> None:
-        """One call: tokens to read again, and the rows of `piece`."""
-        token, scored = out.rows.token[piece], out.within(piece.start, piece.stop, len(behind))
-        if behind:
-            token = torch.cat([torch.tensor(behind, device=token.device), token])
-        out.parts.append(self._call(held, slot, token, scored))
-        heard.keep(len(token) - len(behind))
-
-    def _read_again(
-        self, held: StateCaches, slot: int, behind: list[int], out: _Scored, heard: RecordedStates
-    ) -> None:
-        """Calls for these tokens alone."""
-        token = torch.tensor(behind, device=out.rows.token.device)
-        for part in token.split(1 if self.by_token and held.fed[slot] else len(token)):
-            self._call(held, slot, part, torch.zeros(1, dtype=torch.int64, device=part.device))
-            heard.keep(0)
+        token = out.rows.token[s.first : s.first + s.count]
+        for behind, piece in held.calls(s, token.tolist(), self.by_token):
+            rows = token[piece]
+            given = torch.cat([torch.tensor(behind, device=token.device), rows]) if behind else rows
+            scored = out.within(s.first + piece.start, s.first + piece.stop, len(behind))
+            logits = self._call(held, s.slot, given, scored if len(rows) else scored.new_zeros(1))
+            out.parts.append(logits[: len(scored)])
+            heard.keep(len(rows))
 
     def _call(self, held: StateCaches, slot: int, token: Tensor, scored: Tensor) -> Float[Tensor, "s V"]:
         at, logits = held.fed[slot], list[Tensor]()
