@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from outrider.errors import CapabilityError
 from outrider.nn.kv import check_kept, check_room
+from outrider.theory.recurrent import MERGED
 from outrider.types import Rows, Segment
 
-MOST_MERGED = 16
+MOST_MERGED = MERGED
 """Accepted tokens that are read again in the same call as the next draft, at most: beyond, they get a call of their own, after
 which a snapshot is taken, because otherwise one rejection after another would make them more and more."""
 MOST_SNAPSHOTS = 16
