@@ -93,7 +93,7 @@ inline void attend(
         const int64_t from = Visible(s, rows[i], position, window).cached_from;
         low = from < low ? from : low;
     }
-    const int span = (int)(s.cached - low) + rows[count - 1].offset + 1;
+    const int span = (int)(s.cached - low) + rows[count - 1].path[rows[count - 1].depth - 1] + 1;
     const int64_t row_size = span + SUM_LANES;
     product<W>(keys + low * width, width, span, query, stride, count * group, width, scores, row_size);
     for (int i = 0; i < count; ++i) {
