@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -51,7 +52,7 @@ def forward_of(model: EagleNetwork, length: int) -> Forward:
 class NativeForward:
     """Compiled layers and head."""
 
-    def __init__(self, library: object, model: EagleNetwork, *, narrow: bool = True) -> None:
+    def __init__(self, library: ctypes.CDLL, model: EagleNetwork, *, narrow: bool = True) -> None:
         c, (norm, head, support) = model.config, model.output
         table = model.embed_tokens.weight
         self._layers = NativeLayers(
