@@ -5,7 +5,7 @@
 #pragma once
 
 #include "crew.h"
-#include "features.h"
+#include "joined.h"
 #include "plan.h"
 
 namespace outrider {

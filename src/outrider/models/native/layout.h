@@ -41,7 +41,7 @@ struct CallPointers {
     float* logits;           // [scored, vocab]
 };
 
-// What a learned drafter puts in front of a decoder's first block; all zero for a decoder of tokens. See features.h.
+// What a learned drafter puts in front of a decoder's first block; all zero for a decoder of tokens. See joined.h.
 struct FeaturePointers {
     int64_t taps, width;        // hidden states of the target that make a row's feature, and their width
     const Linear* fuse;         // [hidden, taps * width]; null: the one tap is the feature
