@@ -1,11 +1,12 @@
 """How long do the forwards of the shipped learned drafters take, beside the time that their weights take to read?
 
-    python benchmarks/drafts.py [--threads 2] [--rounds 30] [--steps 24]
+    python benchmarks/drafts.py [--threads 2] [--rounds 30] [--steps 48]
 
 One EAGLE level, the rows it catches up with, Medusa's heads, and a block with its injected rows: each alone, behind 128 rows of
-context, in random order with a read of as many bytes as its weights have (the fastest of 1 to 8 streams from memory, probe.cpp) and with the
-torch twin. All times are the least of the rounds. Then whole drafts in an engine: milliseconds per step of `draft`, with sampling,
-the forest and the catch-up, and the speed beside plain decoding; prompts are interleaved over the drafters.
+context, in random order with the torch twins and with reads of memory, whose speed (the best of 1 to 8 streams, probe.cpp) says
+how long a forward's weights take to read. All times are the least of the rounds. Then whole drafts in an engine: milliseconds per
+step of `draft`, with sampling, the forest and the catch-up, and the speed beside plain decoding; prompts are interleaved over the
+drafters.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from outrider.drafters.eagle import forward as eagle_forward
 from outrider.drafters.medusa import MedusaNetwork
 from outrider.drafters.medusa import drafter as medusa_heads
 from outrider.models.load import load_target
-from outrider.nn.drafts import Rows, library_for
+from outrider.nn.drafts import Rows
+from outrider.nn.held import library_for
 from outrider.nn.kv import RowCache
 from outrider.params import SamplingParams
 
 CONTEXT = 128
+READ = 1 << 26
 LEVELS = 4
 CPU = torch.device("cpu")
 
@@ -91,7 +94,10 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
         rows.add(0, CONTEXT, [0, 0, 0], range(CONTEXT, CONTEXT + 3))
         run.inject(rows, kv, hidden, [0, 1, 2])
 
-    out["block, 8 rows"] = bytes_of(block.layers, block.norm, block.lm_head), *(partial(draft, r, cache(r, d, d.layers)) for r in blocks)
+    out["block, 8 rows"] = (
+        bytes_of(block.layers, block.norm, block.lm_head),
+        *(partial(draft, r, cache(r, d, d.layers)) for r in blocks),
+    )
     keys = [p for layer in block.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]  # type: ignore[union-attr]
     out["block, 3 kept rows"] = bytes_of(block.fc, *keys), *(partial(inject, r, cache(r, d, d.layers)) for r in blocks)
     return out
@@ -100,15 +106,15 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
 def forwards(rounds: int) -> None:
     probe, made = Probe(torch.get_num_threads()), arms()
     timed: dict[str, Callable[[], object]] = {}
-    for name, (size, native, twin) in made.items():
+    for name, (_, native, twin) in made.items():
         timed |= {name: native, f"torch {name}": twin}
-        timed |= {f"read {n} {name}": partial(probe.read, size, n) for n in STREAMS}
+    timed |= {f"read {n}": partial(probe.read, READ, n) for n in STREAMS}
     times = {name: min(spent) for name, spent in interleaved(timed, rounds).items()}
-    print(f"{torch.get_num_threads()} threads; microseconds, the least of {rounds} rounds")
+    speed = max(READ / times[f"read {n}"] for n in STREAMS)  # bytes per microsecond
+    print(f"{torch.get_num_threads()} threads, {speed / 1e3:.1f} GB/s; microseconds, the least of {rounds} rounds")
     print(f"{'':22}{'weights':>10}{'read':>8}{'native':>8}{'ratio':>7}{'torch':>8}")
     for name, (size, _, _) in made.items():
-        read = min(times[f"read {n} {name}"] for n in STREAMS)
-        own = times[name]
+        read, own = size / speed, times[name]
         print(f"{name:22}{size / 1e6:7.2f} MB{read:8.0f}{own:8.0f}{own / read:7.2f}{times[f'torch {name}']:8.0f}")
 
 

@@ -1,4 +1,4 @@
-"""Forwards of learned drafters by the compiled decoder: layers on tokens and hidden states, and heads on one hidden state.
+"""Forwards of learned drafters' layers, on tokens and hidden states, by the compiled decoder.
 
 One call does what a drafter's network does to some rows: it reads hidden states, runs the layers over the drafter's own cache and
 gives logits. Weights are multiplied in bfloat16, as folders store them, or in float32; rows between the products are float32. A
@@ -8,7 +8,6 @@ row's numbers have the same bits for any other rows of the call and any number o
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 import weakref
 from array import array
@@ -21,13 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.errors import CapacityError, RequestError
-from outrider.nn.compiled import DECODER, load
+from outrider.errors import CapacityError
+from outrider.nn.held import OK, Held, fail
 from outrider.nn.kv import RowCache
-from outrider.nn.products import NativeLinear
 
 _LAYER = ("norm1", "q_norm", "k_norm", "norm2", "qkv", "o", "gate_up", "down")
-_OK, _BAD_TOKEN, _, _NO_ROOM, _NO_MEMORY, _ = range(6)
 
 
 class Join(IntEnum):
@@ -74,27 +71,6 @@ class _Model(ctypes.Structure):
 
 _CALL = struct.Struct("6q7Q" + "Qq2Qq2Q")
 """`DraftCall` of drafts.h: rows, scored, segments, threads, slots, capacity; seven pointers; then its `FeatureRows`."""
-
-
-class _Heads(ctypes.Structure):
-    """`HeadsPointers` of heads.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("hidden", "levels", "layers", "vocab", "outputs", "shared")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("norm", "block", "bias", "head", "support")),
-    ]
-
-
-_HEADS_CALL = struct.Struct("3q2Q")
-"""`HeadsCall` of heads.h."""
-
-
-def library_for(weight: Tensor) -> ctypes.CDLL | None:
-    """The compiled decoder, if it can run a network with this weight: float32 on the CPU. OUTRIDER_NATIVE=0 switches it off."""
-    if weight.dtype is not torch.float32 or weight.device.type != "cpu" or os.environ.get("OUTRIDER_NATIVE") == "0":
-        return None
-    return load(DECODER).library
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +145,7 @@ class Rows:
 class NativeLayers:
     """The layers of a drafter. layers: named as in Llama and Qwen3. norm: before the head, None for none. narrow: bfloat16.
 
-    support: tokens of the head's outputs, None for all. cache: keys and values must be of `dtype`.
+    support: tokens of the head's outputs, None for all. head: its matrix. cache: keys and values must be of `dtype`.
     """
 
     def __init__(
@@ -186,12 +162,13 @@ class NativeLayers:
         narrow: bool = True,
     ) -> None:
         self.shape, self.dtype = shape, torch.bfloat16 if narrow else torch.float32
-        self._held = held = _Held(library, self.dtype)
-        self._sparse = support is not None
+        self._held = held = Held(library, self.dtype)
+        self._sparse, self._features = support is not None, features
         self._forward = library.outrider_draft_forward
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_draft_new.argtypes, library.outrider_draft_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_draft_free.argtypes, library.outrider_draft_free.restype = (ctypes.c_void_p,), None
+        self.head = held.product(head)
         s, f = shape, features
         self._layers = (_Layer * len(layers))(*(self._layer(layer, f.join is not Join.BESIDE) for layer in layers))
         made = _Features(
@@ -201,12 +178,13 @@ class NativeLayers:
         )  # fmt: skip
         model = _Model(
             s.vocab, s.hidden, len(layers), s.heads, s.kv_heads, s.head_dim, s.inner, int(narrow), s.eps,
-            held.vector(s.theta), held.vector(norm), held.linear(embedding), held.linear(head), self._layers, made,
+            held.vector(s.theta), held.vector(norm), held.linear(embedding), self.head.handle, self._layers, made,
         )  # fmt: skip
         handle = library.outrider_draft_new(ctypes.addressof(model))
         if not handle:
             raise CapacityError("no memory for the native drafter: set OUTRIDER_NATIVE=0 or use a smaller drafter")
         self._handle: int = handle
+        self._checked: weakref.ref[RowCache] | None = None
         weakref.finalize(self, library.outrider_draft_free, handle)
 
     def forward(
@@ -224,6 +202,8 @@ class NativeLayers:
         taps, tap_rows: the target's hidden states, each [any, width], and the row of them that each row reads. feature: instead,
         what the drafter made itself. Raises RequestError for a token that does not exist, CapacityError for a full cache.
         """
+        if self._checked is None or self._checked() is not cache:
+            self._check_cache(cache)
         n, m, s = len(rows.token), len(rows.scored), self.shape
         logits = torch.empty(m, s.vocab) if not self._sparse else torch.full((m, s.vocab), -torch.inf)
         out = torch.empty(n, s.hidden) if states else None
@@ -237,6 +217,7 @@ class NativeLayers:
         segments, skips = array("q", flat), array("q", [r[4] for r in rows.segments])
         scored, tap_row = array("q", rows.scored), array("q", tap_rows)
         held = [(t if t.dtype in (torch.float32, torch.bfloat16) else t.float()).contiguous() for t in taps]
+        self._check(n, held, tap_rows, feature)
         places = array("Q", [t.data_ptr() for t in held])
         at = lambda a: a.buffer_info()[0]  # noqa: E731
         call = _CALL.pack(
@@ -246,9 +227,33 @@ class NativeLayers:
             0 if feature is None else feature.data_ptr(), 0 if out is None else out.data_ptr(),
         )  # fmt: skip
         status = self._forward(self._handle, call)
-        if status != _OK:
-            _fail(status, s.vocab)
+        if status != OK:
+            fail(status, s.vocab)
         return out, logits
+
+    def _check_cache(self, cache: RowCache) -> None:
+        """A cache is checked once: its shape and type do not change."""
+        s = self.shape
+        shape = (len(self._layers), cache.slots, s.kv_heads, cache.capacity, s.head_dim)
+        for t in (cache.k, cache.v):
+            if t.shape != shape or t.dtype != self.dtype or not t.is_cpu or not t.is_contiguous():
+                raise ValueError(f"the cache must be contiguous {self.dtype} on the CPU of shape {shape}")
+        self._checked = weakref.ref(cache)
+
+    def _check(self, rows: int, taps: Sequence[Tensor], tap_rows: Sequence[int], feature: Tensor | None) -> None:
+        """Nothing outside of the hidden states may be read."""
+        f = self._features
+        if taps:
+            shape = (len(taps[0]), f.width)
+            fit = len(taps) == f.taps and len(tap_rows) == rows and min(tap_rows) >= 0 and max(tap_rows) < shape[0]
+            fit = fit and all(t.shape == shape and t.dtype == taps[0].dtype and t.is_cpu for t in taps)
+        else:
+            fit = feature is None or (feature.shape == (rows, self.shape.hidden) and feature.dtype is torch.float32)
+            fit = fit and (feature is None or feature.is_contiguous())
+        if not fit:
+            raise ValueError(
+                f"a draft's rows need {f.taps} hidden states of {f.width}, or features of {self.shape.hidden}"
+            )
 
     def _layer(self, layer: Any, has_norm: bool) -> _Layer:
         """has_norm: whether `input_layernorm` is the layer's own, and not that of the tokens beside it."""
@@ -265,98 +270,3 @@ class NativeLayers:
             self._held.linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
             self._held.linear(mlp.down_proj.weight),
         )
-
-
-class NativeHeads:
-    """Logits of several levels from one state: for each, residual blocks x + silu(A x + b) on its norm, then an output matrix.
-
-    blocks: per level its `nn.Linear`s with biases. heads: one output matrix per level, or one for all. norm: None for none.
-    support: tokens of the outputs, None for all. narrow: multiply in bfloat16.
-    """
-
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        norm: Tensor | None,
-        eps: float,
-        blocks: Sequence[Sequence[nn.Linear]],
-        heads: Sequence[Tensor],
-        vocab: int,
-        support: Int[Tensor, "S"] | None = None,
-        *,
-        narrow: bool = True,
-    ) -> None:
-        self._held = held = _Held(library, torch.bfloat16 if narrow else torch.float32)
-        self.levels, self.vocab, self._sparse = len(blocks), vocab, support is not None
-        self._forward = library.outrider_heads_forward
-        self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
-        library.outrider_heads_new.argtypes, library.outrider_heads_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
-        library.outrider_heads_free.argtypes, library.outrider_heads_free.restype = (ctypes.c_void_p,), None
-        layers = [layer for block in blocks for layer in block]
-        linears = array("Q", [held.linear(layer.weight) or 0 for layer in layers])
-        biases = array("Q", [held.vector(layer.bias) or 0 for layer in layers])
-        outputs = array("Q", [held.linear(head) or 0 for head in heads])
-        at = lambda a: a.buffer_info()[0]  # noqa: E731
-        outs, inputs = heads[0].shape
-        made = _Heads(
-            inputs, self.levels, len(layers) // self.levels, vocab, outs, len(heads) == 1, eps, held.vector(norm),
-            at(linears), at(biases), at(outputs), held.index(support),
-        )  # fmt: skip
-        handle = library.outrider_heads_new(ctypes.addressof(made))
-        if not handle:
-            raise CapacityError("no memory for the native drafter: set OUTRIDER_NATIVE=0 or use a smaller drafter")
-        self._handle: int = handle
-        weakref.finalize(self, library.outrider_heads_free, handle)
-
-    def __call__(self, state: Float[Tensor, "n H"], levels: int | None = None) -> Float[Tensor, "levels n V"]:
-        """Logits of the first `levels` levels (None: all) for states before the norm."""
-        state, count = state.float().contiguous(), levels or self.levels
-        size = (count, len(state), self.vocab)
-        logits = torch.full(size, -torch.inf) if self._sparse else torch.empty(size)
-        call = _HEADS_CALL.pack(len(state), count, torch.get_num_threads(), state.data_ptr(), logits.data_ptr())
-        status = self._forward(self._handle, call) if len(state) else _OK
-        if status != _OK:
-            _fail(status, self.vocab)
-        return logits
-
-
-class _Held:
-    """What compiled code has pointers to."""
-
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._library, self._dtype = library, dtype
-        self._parts: list[object] = []
-        self._linears: dict[int, NativeLinear] = {}
-
-    def linear(self, weight: Tensor | None) -> int | None:
-        """A linear's handle; one for each weight."""
-        if weight is None:
-            return None
-        if id(weight) not in self._linears:
-            self._parts.append(weight)  # its id must stay its own
-            self._linears[id(weight)] = NativeLinear(self._library, weight.detach().to(self._dtype).contiguous())
-        return self._linears[id(weight)].handle
-
-    def vector(self, x: Tensor | None) -> int | None:
-        """The address of a float32 copy."""
-        return None if x is None else self._keep(x.detach().float().contiguous())
-
-    def index(self, x: Tensor | None) -> int | None:
-        """The address of an int64 copy."""
-        return None if x is None else self._keep(x.long().contiguous())
-
-    def _keep(self, x: Tensor) -> int:
-        self._parts.append(x)
-        return x.data_ptr()
-
-
-def _fail(status: int, vocab: int) -> None:
-    if status == _BAD_TOKEN:
-        raise RequestError(f"a token is not in the drafter's vocabulary of {vocab}: check the tokenizer")
-    if status == _NO_ROOM:
-        raise CapacityError(
-            "a sequence outgrows its drafter's cache: raise the engine's max_length or shorten the draft"
-        )
-    if status == _NO_MEMORY:
-        raise CapacityError("no memory for a draft: use fewer or shorter sequences at a time")
-    raise ValueError("the segments of a draft do not describe its rows")

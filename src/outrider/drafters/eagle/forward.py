@@ -13,7 +13,9 @@ from torch import Tensor
 from outrider.drafters.eagle.network import EagleNetwork
 from outrider.nn import rope
 from outrider.nn.attention import attend
-from outrider.nn.drafts import NativeHeads, NativeLayers, Rows, library_for
+from outrider.nn.draft_heads import NativeHeads
+from outrider.nn.drafts import NativeLayers, Rows
+from outrider.nn.held import library_for
 from outrider.nn.kv import RowCache
 from outrider.nn.layers import FusedLayer
 from outrider.nn.linear import with_fast_linears
@@ -58,7 +60,7 @@ class NativeForward:
         self._layers = NativeLayers(
             library, model.shape, model.layers, table, norm, head, model.features, support, narrow=narrow
         )
-        self._head = NativeHeads(library, norm, c.eps, [()], [head], c.vocab_size, support, narrow=narrow)
+        self._head = NativeHeads(library, norm, c.eps, [()], [self._layers.head], c.vocab_size, support, narrow=narrow)
         self.dtype, self.forward = self._layers.dtype, self._layers.forward
 
     def logits(self, state: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:

@@ -16,7 +16,8 @@ from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.growth import Growth
 from outrider.drafters.vocabulary import spread
-from outrider.nn.drafts import NativeHeads, library_for
+from outrider.nn.draft_heads import NativeHeads
+from outrider.nn.held import library_for
 from outrider.nn.linear import draft_linear
 from outrider.protocols import Drafter, Target
 

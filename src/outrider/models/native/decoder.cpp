@@ -1,4 +1,4 @@
-// The C interface of the native decoder. Callers: runtime.py, nn/products.py (linears), nn/drafts.py (learned drafters).
+// The C interface of the native decoder. Callers: runtime.py, nn/products.py (linears), nn/drafts.py and nn/draft_heads.py (learned drafters).
 #include "decoder.h"
 #include "drafts.h"
 

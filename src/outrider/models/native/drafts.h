@@ -1,4 +1,4 @@
-// The C interface of learned drafters' forwards. nn/drafts.py is its only caller and mirrors these structs field by field.
+// The C interface of learned drafters' forwards. nn/drafts.py and nn/draft_heads.py call it and mirror these structs field by field.
 #pragma once
 
 #include <mutex>
