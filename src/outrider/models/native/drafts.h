@@ -52,7 +52,9 @@ class DraftLayersOf final : public DraftLayers {
         }
         ModelPointers to{};
         to.vocab = m.vocab, to.hidden = m.hidden, to.layers = m.layers, to.heads = m.heads, to.kv_heads = m.kv_heads;
-        to.head_dim = m.head_dim, to.inner = m.inner, to.half = m.half, to.eps = m.eps, to.rope_scale = 1.0;
+        to.head_dim = m.head_dim, to.inner = m.inner, to.half = m.half, to.eps = m.eps;
+        to.turned = m.head_dim / 2, to.frequencies = 1, to.attention_scale = 1.0 / std::sqrt((double)m.head_dim);
+        to.rope_scale = to.embed_scale = to.residual_scale = to.logit_scale = 1.0;
         to.inv_freq = m.inv_freq, to.norm = m.norm, to.embedding = m.embedding, to.head = m.head, to.layer = layers_.data();
         decoder_.build(to, m.features);
     }

@@ -14,7 +14,7 @@ from outrider.models.decoder import DecoderWeights, LayerWeights
 from outrider.nn.products import NativeLinear
 
 LINEARS = ("qkv", "o", "gate_up", "down")
-VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2")
+VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2")
 
 
 @dataclass(frozen=True, slots=True)
