@@ -72,7 +72,11 @@ class Case {
         for (int64_t i = 0; i < WIDTH / 2; ++i) frequency_.push_back(1.0f / (float)(i + 1));
         const Linear *embedding = linear(VOCAB, HIDDEN, 1), *head = linear(VOCAB, HIDDEN, .3f);
         const float* norm = vector(HIDDEN, 2);
-        model_ = {VOCAB, HIDDEN, LAYERS, HEADS, KV, WIDTH, INNER, 0, 1e-6, 1.0, frequency_.data(), norm, embedding, head, layers_.data()};
+        model_.vocab = VOCAB, model_.hidden = HIDDEN, model_.layers = LAYERS, model_.heads = HEADS, model_.kv_heads = KV;
+        model_.head_dim = WIDTH, model_.inner = INNER, model_.turned = WIDTH / 2, model_.frequencies = 1, model_.eps = 1e-6;
+        model_.rope_scale = model_.embed_scale = model_.residual_scale = model_.logit_scale = 1.0;
+        model_.attention_scale = 1.0 / std::sqrt((double)WIDTH), model_.inv_freq = frequency_.data();
+        model_.norm = norm, model_.embedding = embedding, model_.head = head, model_.layer = layers_.data();
     }
 
     // Everything a new decoder writes in some forwards on `threads` threads.
