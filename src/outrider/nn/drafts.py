@@ -195,9 +195,9 @@ class NativeLayers:
         taps: Sequence[Tensor] = (),
         tap_rows: Sequence[int] = (),
         feature: Float[Tensor, "n D"] | None = None,
-        states: bool = True,
-    ) -> tuple[Float[Tensor, "n D"] | None, Float[Tensor, "m V"]]:
-        """The layers' output (None if it is not wanted) and the logits of the scored rows; keys and values are written.
+        out: Float[Tensor, "n D"] | None = None,
+    ) -> Float[Tensor, "m V"]:
+        """Logits of the scored rows; keys and values are written, and the layers' output to `out`, if there is one.
 
         taps, tap_rows: the target's hidden states, each [any, width], and the row of them that each row reads. feature: instead,
         what the drafter made itself. Raises RequestError for a token that does not exist, CapacityError for a full cache.
@@ -206,7 +206,6 @@ class NativeLayers:
             self._check_cache(cache)
         n, m, s = len(rows.token), len(rows.scored), self.shape
         logits = torch.empty(m, s.vocab) if not self._sparse else torch.full((m, s.vocab), -torch.inf)
-        out = torch.empty(n, s.hidden) if states else None
         token, position = array("q", rows.token), array("q", rows.position)
         flat: list[int] = []
         first = 0
@@ -217,7 +216,7 @@ class NativeLayers:
         segments, skips = array("q", flat), array("q", [r[4] for r in rows.segments])
         scored, tap_row = array("q", rows.scored), array("q", tap_rows)
         held = [(t if t.dtype in (torch.float32, torch.bfloat16) else t.float()).contiguous() for t in taps]
-        self._check(n, held, tap_rows, feature)
+        self._check(n, held, tap_rows, feature, out)
         places = array("Q", [t.data_ptr() for t in held])
         at = lambda a: a.buffer_info()[0]  # noqa: E731
         call = _CALL.pack(
@@ -229,7 +228,7 @@ class NativeLayers:
         status = self._forward(self._handle, call)
         if status != OK:
             fail(status, s.vocab)
-        return out, logits
+        return logits
 
     def _check_cache(self, cache: RowCache) -> None:
         """A cache is checked once: its shape and type do not change."""
@@ -240,16 +239,23 @@ class NativeLayers:
                 raise ValueError(f"the cache must be contiguous {self.dtype} on the CPU of shape {shape}")
         self._checked = weakref.ref(cache)
 
-    def _check(self, rows: int, taps: Sequence[Tensor], tap_rows: Sequence[int], feature: Tensor | None) -> None:
-        """Nothing outside of the hidden states may be read."""
+    def _check(
+        self, rows: int, taps: Sequence[Tensor], tap_rows: Sequence[int], feature: Tensor | None, out: Tensor | None
+    ) -> None:
+        """Nothing outside of the hidden states may be read, or written outside of the output."""
         f = self._features
+        own = [t for t in (feature, out) if t is not None]
+        fit = all(t.shape == (rows, self.shape.hidden) and t.dtype is torch.float32 and t.is_contiguous() for t in own)
         if taps:
             shape = (len(taps[0]), f.width)
-            fit = len(taps) == f.taps and len(tap_rows) == rows and min(tap_rows) >= 0 and max(tap_rows) < shape[0]
+            fit = (
+                fit
+                and len(taps) == f.taps
+                and len(tap_rows) == rows
+                and min(tap_rows) >= 0
+                and max(tap_rows) < shape[0]
+            )
             fit = fit and all(t.shape == shape and t.dtype == taps[0].dtype and t.is_cpu for t in taps)
-        else:
-            fit = feature is None or (feature.shape == (rows, self.shape.hidden) and feature.dtype is torch.float32)
-            fit = fit and (feature is None or feature.is_contiguous())
         if not fit:
             raise ValueError(
                 f"a draft's rows need {f.taps} hidden states of {f.width}, or features of {self.shape.hidden}"

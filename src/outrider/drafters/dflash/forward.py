@@ -61,10 +61,10 @@ class NativeForward:
         self.dtype = self._layers.dtype
 
     def inject(self, rows: Rows, cache: RowCache, taps: Sequence[Tensor], tap_rows: Sequence[int]) -> None:
-        self._layers.forward(rows, cache, taps=taps, tap_rows=tap_rows, states=False)
+        self._layers.forward(rows, cache, taps=taps, tap_rows=tap_rows)
 
     def block(self, rows: Rows, cache: RowCache) -> Float[Tensor, "m V"]:
-        return self._layers.forward(rows, cache, states=False)[1]
+        return self._layers.forward(rows, cache)
 
 
 class TorchForward:

@@ -61,7 +61,19 @@ class NativeForward:
             library, model.shape, model.layers, table, norm, head, model.features, support, narrow=narrow
         )
         self._head = NativeHeads(library, norm, c.eps, [()], [self._layers.head], c.vocab_size, support, narrow=narrow)
-        self.dtype, self.forward = self._layers.dtype, self._layers.forward
+        self.dtype, self._width = self._layers.dtype, c.hidden
+
+    def forward(
+        self,
+        rows: Rows,
+        cache: RowCache,
+        *,
+        taps: Sequence[Tensor] = (),
+        tap_rows: Sequence[int] = (),
+        feature: Float[Tensor, "n D"] | None = None,
+    ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "m V"]]:
+        state = torch.empty(len(rows.token), self._width)
+        return state, self._layers.forward(rows, cache, taps=taps, tap_rows=tap_rows, feature=feature, out=state)
 
     def logits(self, state: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         return self._head(state)[0]
