@@ -69,8 +69,8 @@ class _Model(ctypes.Structure):
     ]
 
 
-_CALL = struct.Struct("6q7Q" + "Qq2Qq2Q")
-"""`DraftCall` of drafts.h: rows, scored, segments, threads, slots, capacity; seven pointers; then its `FeatureRows`."""
+_CALL = struct.Struct("6q8Q" + "Qq2Qq2Q")
+"""`DraftCall` of drafts.h: rows, scored, segments, threads, slots, capacity; eight pointers; then its `FeatureRows`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,7 @@ class NativeLayers:
             raise CapacityError("no memory for the native drafter: set OUTRIDER_NATIVE=0 or use a smaller drafter")
         self._handle: int = handle
         self._checked: weakref.ref[RowCache] | None = None
+        self._table = array("q")
         weakref.finalize(self, library.outrider_draft_free, handle)
 
     def forward(
@@ -210,7 +211,7 @@ class NativeLayers:
         flat: list[int] = []
         first = 0
         for slot, cached, fed, parents, skipped in rows.segments:
-            flat += (slot, first, cached, fed, len(parents))
+            flat += (slot, first, cached, fed, len(parents), 0)
             flat += parents
             first += fed + len(parents) - skipped
         segments, skips = array("q", flat), array("q", [r[4] for r in rows.segments])
@@ -221,7 +222,7 @@ class NativeLayers:
         at = lambda a: a.buffer_info()[0]  # noqa: E731
         call = _CALL.pack(
             n, m, len(rows.segments), torch.get_num_threads(), cache.slots, cache.capacity,
-            at(token), at(position), at(scored), at(segments), cache.k.data_ptr(), cache.v.data_ptr(), logits.data_ptr(),
+            at(token), at(position), at(scored), at(segments), at(self._table), cache.k.data_ptr(), cache.v.data_ptr(), logits.data_ptr(),
             at(skips), rows.mutual, at(places) if held else 0, at(tap_row), bool(held) and held[0].dtype is torch.bfloat16,
             0 if feature is None else feature.data_ptr(), 0 if out is None else out.data_ptr(),
         )  # fmt: skip
@@ -235,8 +236,9 @@ class NativeLayers:
         s = self.shape
         shape = (len(self._layers), cache.slots, s.kv_heads, cache.capacity, s.head_dim)
         for t in (cache.k, cache.v):
-            if t.shape != shape or t.dtype != self.dtype or not t.is_cpu or not t.is_contiguous():
-                raise ValueError(f"the cache must be contiguous {self.dtype} on the CPU of shape {shape}")
+            if t.shape != shape or t.dtype != self.dtype or not t.is_cpu or not t.transpose(1, 2).is_contiguous():
+                raise ValueError(f"the cache must be a RowCache of {self.dtype} on the CPU of shape {shape}")
+        self._table = array("q", range(cache.slots))
         self._checked = weakref.ref(cache)
 
     def _check(

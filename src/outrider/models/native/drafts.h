@@ -27,7 +27,8 @@ struct DraftModel {
 struct DraftCall {
     int64_t rows, scored, segments, threads, slots, capacity;
     const int64_t *token, *position, *scored_row, *segment;
-    void *k, *v;
+    const int64_t* table;  // [slots] 0, 1, 2, ...: a slot's rows are a page
+    void *k, *v;           // [layers, kv_heads, slots, capacity, head_dim]
     float* logits;
     FeatureRows features;
 };
@@ -63,7 +64,7 @@ class DraftLayersOf final : public DraftLayers {
         const std::lock_guard<std::mutex> turn(mutex_);
         CallPointers to{};
         to.rows = c.rows, to.scored = c.scored, to.segments = c.segments, to.threads = c.threads;
-        to.slots = c.slots, to.capacity = c.capacity, to.token = c.token, to.position = c.position;
+        to.slots = to.pages = c.slots, to.capacity = to.page = c.capacity, to.table = c.table, to.token = c.token, to.position = c.position;
         to.scored_row = c.scored_row, to.segment = c.segment, to.k = c.k, to.v = c.v, to.logits = c.logits;
         return decoder_.forward(to, c.features);
     }
