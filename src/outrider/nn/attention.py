@@ -203,9 +203,7 @@ def _product(scale: float | None, cap: float) -> Callable[..., Tensor]:
 def _hide(mask: Bool[Tensor, "n places"], s: Segment, start: int) -> None:
     """Take from a mask over the places from `start` on the cached ones that are not in the segment's view."""
     if s.view:
-        for before, after in zip(
-            (0, *(end for _, end in s.view)), (*(first for first, _ in s.view), s.cached), strict=True
-        ):
+        for before, after in zip((0, *(end for _, end in s.view)), (*(first for first, _ in s.view), s.cached), strict=True):
             mask[:, max(0, before - start) : max(0, after - start)] = False
 
 

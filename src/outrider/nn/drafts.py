@@ -222,7 +222,8 @@ class NativeLayers:
         at = lambda a: a.buffer_info()[0]  # noqa: E731
         call = _CALL.pack(
             n, m, len(rows.segments), torch.get_num_threads(), cache.slots, cache.capacity,
-            at(token), at(position), at(scored), at(segments), at(self._table), cache.k.data_ptr(), cache.v.data_ptr(), logits.data_ptr(),
+            at(token), at(position), at(scored), at(segments), at(self._table), cache.k.data_ptr(), cache.v.data_ptr(),
+            logits.data_ptr(),
             at(skips), rows.mutual, at(places) if held else 0, at(tap_row), bool(held) and held[0].dtype is torch.bfloat16,
             0 if feature is None else feature.data_ptr(), 0 if out is None else out.data_ptr(),
         )  # fmt: skip
