@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 
@@ -32,6 +33,7 @@ from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import BestFirst, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
 from outrider.models.toy import TableTarget, TinyLM
+from outrider.nn.held import library_for
 from outrider.protocols import Drafter
 from outrider.train.distill import Teacher, loss_of
 from outrider.train.features import hidden_of
@@ -104,6 +106,12 @@ def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
     return DFlashDrafter(learned("dflash", target), growth)  # type: ignore[arg-type]
 
 
+def compiled(kind: str, target: Toy, growth: Levels | BestFirst) -> Drafter:
+    """The same in float32, which the compiled decoder runs."""
+    made = {"medusa": MedusaDrafter, "dflash": DFlashDrafter}.get(kind, EagleDrafter)
+    return made(copy.deepcopy(learned(kind, target)).float(), growth)  # type: ignore[arg-type]
+
+
 def counted(target: Toy, growth: Levels | BestFirst) -> counts.Counts:
     """Tables of random pictures of 5 x 4 tokens, some of the vocabulary's no colours."""
     noise = torch.Generator().manual_seed(6)
@@ -174,3 +182,19 @@ DRAFTERS: dict[str, Factory] = {
         NGram(4), eagle(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy"))
     ),
 }
+
+if library_for(torch.ones(1)) is not None:
+    DRAFTERS |= {
+        "eagle-compiled": lambda target, slots: compiled(
+            "eagle", target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement")
+        ),
+        "eagle1-compiled": lambda target, slots: compiled(
+            "eagle1", target, BestFirst(7, 4, target.vocab_size, width=3)
+        ),
+        "medusa-compiled": lambda target, slots: compiled(
+            "medusa", target, Levels(levels((1,) * 4), target.vocab_size)
+        ),
+        "dflash-compiled": lambda target, slots: compiled(
+            "dflash", target, Levels(levels((1,) * 4), target.vocab_size)
+        ),
+    }

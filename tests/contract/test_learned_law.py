@@ -22,7 +22,7 @@ from outrider.models.toy import TableTarget
 from outrider.protocols import Drafter
 from outrider.types import Evidence
 from outrider.verify import load_rule
-from tests.contract.drafters import learned
+from tests.contract.drafters import compiled, learned
 from tests.contract.scripted import Budgets
 from tests.contract.test_joint_law import TARGET, V, collect, exact_joint, statistic
 from tests.covering import slow_beyond
@@ -44,6 +44,10 @@ CASES: dict[str, tuple[str, Growth]] = {
     "blocks, iid tree": ("dflash", Levels(levels((2, 2)), V)),
     "blocks, best first": ("dflash", BestFirst(5, 3, V, width=2)),
     "features, best first": ("eagle", BestFirst(5, 3, V, width=2)),
+    "compiled features, sampled tree": ("eagle compiled", Levels(levels((3, 2)), V, siblings="without_replacement")),
+    "compiled last features, chain": ("eagle1 compiled", Levels(levels((1, 1, 1)), V)),
+    "compiled heads, sampled chain": ("medusa compiled", Levels(levels((1, 1, 1)), V)),
+    "compiled blocks, sampled chain": ("dflash compiled", Levels(levels((1, 1, 1)), V)),
 }
 
 
@@ -56,6 +60,7 @@ QUICK = (
     "early exit, iid tree",
     "blocks, sampled chain",
     "blocks, best first",
+    "compiled features, sampled tree",
 )
 """Every drafter and every growth, which drafters share; the other pairs of them run in `make test-slow`."""
 
@@ -70,6 +75,8 @@ class Deep(TableTarget):
 def build(kind: str, growth: Growth) -> Engine:
     if kind == "early":
         drafter: Drafter = early_exit(Deep(TARGET.table), 1, growth)
+    elif kind.endswith(" compiled"):
+        drafter = compiled(kind.removesuffix(" compiled"), TARGET, growth)
     else:
         made = {"medusa": MedusaDrafter, "eagle": EagleDrafter, "eagle1": EagleDrafter, "dflash": DFlashDrafter}[kind]
         drafter = made(learned(kind, TARGET, 3), growth)  # type: ignore[arg-type]

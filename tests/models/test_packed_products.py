@@ -12,9 +12,9 @@ from torch import Tensor
 
 from outrider import isa
 from outrider.models.native.build import load_library
-from outrider.models.native.weights import NativeLinear
 from outrider.nn import compiled
 from outrider.nn.blocks import BLOCKS, INT8, KERNELS, BlockType, Segment, dequantise
+from outrider.nn.products import NativeLinear
 from tests.covering import covering
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="products in blocks need a C++ compiler")

@@ -106,7 +106,11 @@ void decode(void* library, bool half) {
     }
     float frequency[HEAD / 2];
     for (int64_t i = 0; i < HEAD / 2; ++i) frequency[i] = 1.0f / (float)(1 << (i / 2));
-    ModelPointers model{VOCAB, HIDDEN, LAYERS, HEADS, KV, HEAD, INNER, half, 1e-6, 1.0, frequency, nullptr, nullptr, nullptr, layers.data()};
+    ModelPointers model{};
+    model.vocab = VOCAB, model.hidden = HIDDEN, model.layers = LAYERS, model.heads = HEADS, model.kv_heads = KV, model.head_dim = HEAD;
+    model.inner = INNER, model.half = half, model.turned = HEAD / 2, model.frequencies = 1, model.eps = 1e-6;
+    model.rope_scale = model.embed_scale = model.residual_scale = model.logit_scale = 1.0;
+    model.attention_scale = 0.15811388300841897, model.inv_freq = frequency, model.layer = layers.data();
     model.embedding = linear(VOCAB, HIDDEN, 1), model.norm = w.vector(HIDDEN, 0.3f, 1), model.head = linear(VOCAB, HIDDEN, 0.5f);
     void* handle = ((void* (*)(const ModelPointers*))symbol(library, "outrider_new"))(&model);
     const std::vector<float> all = logits(library, handle, half, 0, 1);

@@ -35,9 +35,9 @@ class RowCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layers, slots, kv_heads, capacity, head_dim)
-        self.k: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self.v: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (layers, kv_heads, slots, capacity, head_dim)  # in memory, as a `PagedKV` with a page for each slot
+        self.k: Tensor = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        self.v: Tensor = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
         self.slots, self.capacity = slots, capacity
         self.length: list[int] = [0] * slots
 

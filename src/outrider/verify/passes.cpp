@@ -312,3 +312,5 @@ EXPORT int64_t outrider_draw(const void* p, const void* q, double w, int64_t siz
 
 // The residual if no candidate is accepted: returns its total, and its weights in node->rest.
 EXPORT double outrider_transport(const Node* node, int wide) { return wide ? judge<double>(*node) : judge<float>(*node); }
+
+#include "picks.h"

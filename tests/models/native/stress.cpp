@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "heads.h"
 
 namespace outrider {
 
@@ -51,7 +52,8 @@ std::vector<W> random_numbers(int64_t n, float size, std::minstd_rand& draw) {
     return out;
 }
 
-// One random model of weights W and a call with a chain of 7 rows, a tree of 4 and taps.
+// One random model of weights W and a call with a chain of 7 rows, a tree of 4 and taps; as a drafter it reads hidden states too, and
+// has heads.
 template <class W>
 class Case {
    public:
@@ -61,7 +63,7 @@ class Case {
             const SegmentPointers segment{sizeof(W) == 2 ? BF16 : F32, n, tensors_.emplace_back(random_numbers<W>(n * k, size, draw_)).data()};
             return linears_.emplace_back(Linear::make(&segment, 1, k)).get();
         };
-        tensors_.reserve(2 + LAYERS * 4), vectors_.reserve(1 + LAYERS * 2);
+        tensors_.reserve(7 + LAYERS * 4), vectors_.reserve(4 + LAYERS * 2);
         for (int64_t l = 0; l < LAYERS; ++l) {
             const int64_t wide = HEADS * WIDTH;
             LayerPointers p{};
@@ -73,14 +75,23 @@ class Case {
         for (int64_t i = 0; i < WIDTH / 2; ++i) frequency_.push_back(1.0f / (float)(i + 1));
         const Linear *embedding = linear(VOCAB, HIDDEN, 1), *head = linear(VOCAB, HIDDEN, .3f);
         const float* norm = vector(HIDDEN, 2);
-        model_ = {VOCAB, HIDDEN, LAYERS, HEADS, KV, WIDTH, INNER, 0, 1e-6, 1.0, frequency_.data(), norm, embedding, head, layers_.data()};
+        model_.vocab = VOCAB, model_.hidden = HIDDEN, model_.layers = LAYERS, model_.heads = HEADS, model_.kv_heads = KV;
+        model_.head_dim = WIDTH, model_.inner = INNER, model_.turned = WIDTH / 2, model_.frequencies = 1, model_.eps = 1e-6;
+        model_.rope_scale = model_.embed_scale = model_.residual_scale = model_.logit_scale = 1.0;
+        model_.attention_scale = 1.0 / std::sqrt((double)WIDTH), model_.inv_freq = frequency_.data();
+        model_.norm = norm, model_.embedding = embedding, model_.head = head, model_.layer = layers_.data();
+        features_.taps = 2, features_.width = HIDDEN, features_.fuse = linear(HIDDEN, 2 * HIDDEN, .1f), features_.fused_norm = norm;
+        features_.join = THROUGH, features_.joint = linear(HIDDEN, 2 * HIDDEN, .1f), features_.joint_bias = vector(HIDDEN, 1);
+        for (int i = 0; i < 2; ++i) blocks_.push_back(linear(HIDDEN, HIDDEN, .2f)), biases_.push_back(vector(HIDDEN, 1));
+        heads_ = {HIDDEN, 2, 1, VOCAB, VOCAB, 1, 1e-6, norm, blocks_.data(), biases_.data(), &model_.head, nullptr};
     }
 
     // Everything a new decoder writes in some forwards on `threads` threads.
-    std::vector<char> results(int threads, int forwards) {
+    std::vector<char> results(int threads, int forwards, bool drafter) {
         Decoder<W> decoder;
+        Heads heads;
         std::vector<char> out;
-        decoder.build(model_);
+        decoder.build(model_, drafter ? features_ : FeaturePointers{}), heads.build(heads_);
         std::vector<W> k(LAYERS * KV * PAGES * PAGE * WIDTH), v(k.size());
         for (int i = 0; i < forwards; ++i) {
             std::vector<float> logits(ROWS * VOCAB);
@@ -95,8 +106,16 @@ class Case {
             const int64_t taps[] = {0, LAYERS};
             const CallPointers call{ROWS, ROWS, 2, 2, threads, 2, CAPACITY, PAGE, PAGES, token.data(), position.data(), scored.data(),
                                     segment.data(), table, taps, outs, k.data(), v.data(), logits.data()};
-            if (decoder.forward(call) != OK) return {};
-            append(out, logits), append(out, first), append(out, last);
+            std::minstd_rand same(i + 1);
+            const std::vector<float> hidden = random_numbers<float>(ROWS * HIDDEN, 1, same);
+            const void* const read[] = {hidden.data(), hidden.data()};
+            std::vector<float> states(ROWS * HIDDEN), ahead(2 * ROWS * VOCAB);
+            FeatureRows rows{};
+            if (drafter) rows.tap = read, rows.tap_row = scored.data(), rows.out = states.data();
+            if (decoder.forward(call, rows) != OK) return {};
+            append(out, logits), append(out, first), append(out, last), append(out, states);
+            if (drafter && heads.forward({ROWS, 2, threads, hidden.data(), ahead.data()}) != OK) return {};
+            append(out, ahead);
         }
         append(out, k), append(out, v);
         return out;
@@ -127,16 +146,22 @@ class Case {
     std::vector<LayerPointers> layers_;
     std::vector<float> frequency_;
     ModelPointers model_{};
+    FeaturePointers features_{};
+    HeadsPointers heads_{};
+    std::vector<const Linear*> blocks_;
+    std::vector<const float*> biases_;
 };
 
 template <class W>
 bool same(const char* name, int rounds) {
     Case<W> model;
-    const auto expected = model.results(1, 6);
-    if (expected.empty()) return std::puts("a forward failed"), false;
-    for (int round = 0; round < rounds; ++round)
-        for (const int threads : {2, 3, 5})
-            if (model.results(threads, 6) != expected) return std::printf("%s: other bits on %d threads\n", name, threads), false;
+    for (const bool drafter : {false, true}) {
+        const auto expected = model.results(1, 6, drafter);
+        if (expected.empty()) return std::puts("a forward failed"), false;
+        for (int round = 0; round < rounds; ++round)
+            for (const int threads : {2, 3, 5})
+                if (model.results(threads, 6, drafter) != expected) return std::printf("%s: other bits on %d threads\n", name, threads), false;
+    }
     return true;
 }
 

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters.context import Context, new_rows, taps_of
+from outrider.drafters.context import Context, new_rows
+from outrider.drafters.dflash.forward import Forward, forward_of
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, LevelLogits
 from outrider.errors import ConfigError
-from outrider.nn.attention import attend
+from outrider.nn.drafts import Rows
 from outrider.nn.kv import RowCache
-from outrider.nn.layers import FusedLayer
-from outrider.nn.linear import draft_linear, with_fast_linears
-from outrider.nn.rope import turn
 from outrider.protocols import Drafter, Target
 from outrider.types import Draft, Evidence, SequenceView
 
@@ -51,20 +48,15 @@ class DFlashDrafter:
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
         self._order = [self.layers.index(t) for t in c.taps]
         self._size = growth.depth + 1
-        attention: list[Any] = [layer.self_attn for layer in model.layers]
-        self._run = [FusedLayer.of(layer) for layer in model.layers]
-        self._net = with_fast_linears(model)
-        self._k_norms = [a.k_norm for a in attention]
-        self._inject = draft_linear(torch.cat([w for a in attention for w in (a.k_proj.weight, a.v_proj.weight)]))
-        self._dtype, self._device = model.fc.weight.dtype, model.fc.weight.device
         self.context = Context(0)
+        self._run: Forward | None = None
 
     def bind(self, slots: int, length: int) -> None:
         """Allocate the drafter's KV cache: per layer keys and values of `length` rows and one block for every slot."""
         c = self.model.config
         room = length + self._size
-        self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._dtype, self._device)
-        self._angles = self.model.rotation(torch.arange(room, device=self._device))
+        self._run, device = forward_of(self.model, room), self.model.fc.weight.device
+        self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._run.dtype, device)
         self.context = Context(slots)
 
     def release(self, slots: Sequence[int]) -> None:
@@ -76,9 +68,9 @@ class DFlashDrafter:
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """Inject every kept row, then propose up to `budget[i]` tokens behind the anchor of sequence i."""
-        if not self.context.next:
+        if self._run is None:
             raise ConfigError("the block drafter has no cache yet: call bind(slots, length) before drafting")
-        self._catch_up(evidence)
+        self._catch_up(self._run, evidence)
         forest, depths = Forest(len(budget)), [0] * len(budget)
         live: list[SequenceView] = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
@@ -86,71 +78,35 @@ class DFlashDrafter:
                 depths[i] = min(depth, self.max_depth)
                 live.append(view)
         if live:
-            logits = self._block(live)
+            logits = self._block(self._run, live)
             self.growth.grow(evidence, depths, forest, logits[0], LevelLogits(logits, depths, forest))
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
-    def _catch_up(self, evidence: Evidence) -> None:
+    def _catch_up(self, run: Forward, evidence: Evidence) -> None:
         """Keys and values of every kept row, all sequences in one pass."""
         work = new_rows(evidence, self.context)
         if not work:
             return
         self.cache.release([new.view.slot for new in work if new.gap])
-        rows = [r for new in work for r in new.rows]
-        position = [p for new in work for p in range(new.start, new.start + len(new.rows))]
-        c, taps = self.model.config, taps_of(evidence, self._order, rows).flatten(1)
-        context = self._net.hidden_norm(self._net.fc(taps.to(self._dtype)))
-        kv = self._inject(context).view(len(rows), c.layers, 2, c.kv_heads, c.head_dim)
-        turns = self._turns(position)
-        for n, norm in enumerate(self._k_norms):
-            kv[:, n, 0] = turn(norm(kv[:, n, 0]), *turns)
-        first = 0
+        rows = Rows()
         for new in work:
-            slot, count = new.view.slot, len(new.rows)
-            self.cache.append(slot, *kv[first : first + count].unbind(2))
-            self.context.next[slot] += count
-            first += count
+            count, held = len(new.rows), self.cache.length[new.view.slot]
+            rows.add(new.view.slot, held, [0] * count, range(new.start, new.start + count))
+        taps = [evidence.scores.hidden[n] for n in self._order]
+        run.inject(rows, self.cache, taps, [r for new in work for r in new.rows])
+        for new in work:
+            self.cache.length[new.view.slot] += len(new.rows)
+            self.context.next[new.view.slot] += len(new.rows)
 
-    def _block(self, views: list[SequenceView]) -> Float[Tensor, "levels n V"]:
+    def _block(self, run: Forward, views: list[SequenceView]) -> Float[Tensor, "levels n V"]:
         """Logits of every slot after the anchor, for all sequences in one pass."""
-        c, size = self.model.config, self._size
-        token = [t for v in views for t in (v.tokens[-1], *(c.mask,) * (size - 1))]
-        turns = self._turns([p for v in views for p in range(len(v.tokens) - 1, len(v.tokens) - 1 + size)])
-        x = self.model.embed_tokens(self._long(token))
-        for n, layer in enumerate(self._run):
-            x = self._layer(n, layer, x, turns, views)
-        x = x.view(len(views), size, -1)[:, 1:].transpose(0, 1)
-        return self._net.lm_head(self._net.norm(x))
-
-    def _layer(
-        self,
-        n: int,
-        layer: FusedLayer,
-        x: Float[Tensor, "m H"],
-        turns: tuple[Tensor, Tensor],
-        views: list[SequenceView],
-    ) -> Float[Tensor, "m H"]:
-        c = self.model.config
-        qkv = layer.qkv(layer.norm1(x)).view(len(x), c.heads + 2 * c.kv_heads, c.head_dim)
-        qk, v = qkv.split((c.heads + c.kv_heads, c.kv_heads), 1)
-        qk = qk if layer.qk_norm is None else layer.qk_norm(qk)
-        q, k = turn(qk, *turns).split((c.heads, c.kv_heads), 1)
-        seen = []
-        for view, mine in zip(views, range(0, len(x), self._size), strict=True):
-            own, held = slice(mine, mine + self._size), self.cache.length[view.slot]
-            keys, values = self.cache.write(n, view.slot, held, k[own], v[own])
-            out = attend(q[own].transpose(0, 1), keys, values)
-            seen.append(out.transpose(0, 1).reshape(self._size, -1))
-        return layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), x)
-
-    def _turns(self, position: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions."""
-        at = self._long(position)
-        cos, sin = self._angles
-        return cos[at], sin[at]
-
-    def _long(self, x: list[int]) -> Tensor:
-        return torch.tensor(x, dtype=torch.int64, device=self._device)
+        size, mask = self._size, self.model.config.mask
+        rows = Rows(mutual=True)
+        for v in views:
+            at = len(v.tokens) - 1
+            rows.add(v.slot, self.cache.length[v.slot], [v.tokens[-1], *(mask,) * (size - 1)], range(at, at + size))
+        rows.scored = [n * size + level for level in range(1, size) for n in range(len(views))]
+        return run.block(rows, self.cache).view(size - 1, len(views), -1)
 
 
 def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:

@@ -20,6 +20,7 @@ from outrider.drafters.config_keys import LAYER, check_keys, check_layers, layer
 from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
 from outrider.drafters.target_tables import target_tables
 from outrider.errors import ConfigError
+from outrider.nn.drafts import Features, Join
 from outrider.nn.layers import Mlp
 from outrider.protocols import Target
 
@@ -69,6 +70,17 @@ class Eagle1Network(EagleNetwork):
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
         """The target's head on a predicted feature."""
         return self.lm_head(state)
+
+    @property
+    def features(self) -> Features:
+        c = self.config
+        return Features(
+            1, c.hidden, Join.THROUGH, fused_norm=self.norm.weight, joint=self.fc.weight, joint_bias=self.fc.bias
+        )
+
+    @property
+    def output(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        return None, self.lm_head.weight, None
 
     # ------------------------------------------------------------------ folders
     def save(self, folder: Path, verifier: str = "") -> None:

@@ -35,6 +35,7 @@ from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
 from outrider.drafters.target_tables import embeddings
 from outrider.drafters.vocabulary import from_offsets, spread, to_offsets
 from outrider.errors import ConfigError
+from outrider.nn.drafts import Features, Join
 from outrider.nn.layers import Mlp
 from outrider.protocols import Target
 
@@ -88,6 +89,18 @@ class Eagle3Network(EagleNetwork):
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
         """Logits over the target's vocabulary; minus infinity for tokens that are not drafted."""
         return spread(self.lm_head(self.norm(state)), self.support, self.config.vocab_size)
+
+    @property
+    def features(self) -> Features:
+        c, layer = self.config, self._layer
+        return Features(
+            len(c.taps), c.target_hidden, Join.BESIDE, self.fc.weight, token_norm=layer.input_layernorm.weight,
+            feature_norm=layer.hidden_norm.weight, normed_residual=c.norm_before_residual,
+        )  # fmt: skip
+
+    @property
+    def output(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        return self.norm.weight, self.lm_head.weight, self.support
 
     # ------------------------------------------------------------------ folders
     def save(self, folder: Path, verifier: str = "") -> None:

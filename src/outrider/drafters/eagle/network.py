@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from outrider.nn.drafts import DraftShape, Features
 from outrider.nn.rope import frequencies, rotation, turn
 
 
@@ -78,6 +79,23 @@ class EagleNetwork(nn.Module, ABC):
     @abstractmethod
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
         """Logits over the target's vocabulary after a row's state."""
+
+    @property
+    @abstractmethod
+    def features(self) -> Features:
+        """`read`, `rows` and `join` as the compiled decoder knows them."""
+
+    @property
+    @abstractmethod
+    def output(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """What `logits` consists of: norm, matrix, and the tokens of its outputs; None for no norm, for all tokens."""
+
+    @property
+    def shape(self) -> DraftShape:
+        """Its sizes as the compiled decoder knows them."""
+        c = self.config
+        theta = frequencies(c.head_dim, c.rope_theta)
+        return DraftShape(c.vocab_size, c.hidden, c.heads, c.kv_heads, c.head_dim, c.inner, c.eps, theta)
 
     # ------------------------------------------------------------------ the pieces, shared by training and serving
     def enter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters.last_state import LastStateDrafter
+from outrider.drafters.last_state import LastStateDrafter, Predict
 from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.growth import Growth
 from outrider.drafters.vocabulary import spread
+from outrider.nn.draft_heads import NativeHeads
+from outrider.nn.held import library_for
 from outrider.nn.linear import draft_linear
 from outrider.protocols import Drafter, Target
 
@@ -27,24 +30,40 @@ class MedusaDrafter(LastStateDrafter):
 
     def __init__(self, heads: MedusaNetwork, growth: Growth, *, name: str = "medusa") -> None:
         c, dtype = heads.config, heads.norm.weight.dtype
-        super().__init__(_stacked(heads), tap=c.tap, levels=c.heads, growth=growth, dtype=dtype, name=name)
+        predict = predictor(heads, min(growth.depth, c.heads))
+        super().__init__(predict, tap=c.tap, levels=c.heads, growth=growth, dtype=dtype, name=name)
 
 
-def _stacked(heads: MedusaNetwork) -> Any:
-    """The network with the weights of all heads side by side: hidden states [n, H] -> logits [heads, n, V]."""
+def predictor(heads: MedusaNetwork, levels: int) -> Predict:
+    """The first `levels` heads as one function, the fastest one here."""
+    library = library_for(heads.norm.weight)
+    return stacked(heads, levels) if library is None else native(library, heads, levels)
+
+
+def native(library: ctypes.CDLL, heads: MedusaNetwork, levels: int, *, narrow: bool = True) -> Predict:
+    """The heads in the compiled decoder: one forward for all levels."""
+    c, used = heads.config, range(1 if heads.config.shared else levels)
+    blocks: list[Any] = [heads.blocks[h].layers for h in range(levels)]
+    outputs: list[Any] = [heads.lm_heads[h].weight for h in used]
+    return NativeHeads(library, heads.norm.weight, c.eps, blocks, outputs, c.vocab_size, heads.support, narrow=narrow)
+
+
+def stacked(heads: MedusaNetwork, levels: int) -> Predict:
+    """The twin: the weights of all heads side by side."""
     c = heads.config
-    weights = [torch.stack([b.layers[j].weight.T for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
-    biases = [torch.stack([b.layers[j].bias[None] for b in heads.blocks]) for j in range(c.layers)]  # type: ignore[union-attr]
+    blocks: list[Any] = [heads.blocks[h].layers for h in range(levels)]
+    weights = [torch.stack([b[j].weight.T for b in blocks]) for j in range(c.layers)]
+    biases = [torch.stack([b[j].bias[None] for b in blocks]) for j in range(c.layers)]
     out = [draft_linear(head.weight) for head in heads.lm_heads]  # type: ignore[arg-type]
 
-    def predict(hidden: Float[Tensor, "n H"]) -> Float[Tensor, "heads n V"]:
-        x = heads.norm(hidden).expand(c.heads, -1, -1)
+    def predict(hidden: Float[Tensor, "n H"]) -> Float[Tensor, "levels n V"]:
+        x = heads.norm(hidden).expand(levels, -1, -1)
         for weight, bias in zip(weights, biases, strict=True):
             x = x + F.silu(torch.baddbmm(bias, x, weight))
         if c.shared:
             logits = out[0](x.flatten(0, 1)).unflatten(0, x.shape[:2])
         else:
-            logits = torch.stack([head(each) for head, each in zip(out, x, strict=True)])
+            logits = torch.stack([head(each) for head, each in zip(out, x, strict=False)])
         return spread(logits, heads.support, c.vocab_size)
 
     return predict

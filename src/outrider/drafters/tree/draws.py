@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from outrider import transfer
+from outrider.nn import picks
 from outrider.transfer import Pending
 from outrider.types import TOLERANCE
 
@@ -32,13 +33,13 @@ def inverse_cdf(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[
     A row that is not a distribution (not finite, or without mass) gives no tokens.
     """
     size = q.shape[-1]
-    columns, total = _columns(q, uniform)
+    columns, total = picks.draws(q, uniform, replace=True) or independent(q, uniform)
     return Pending(
         (columns, total), lambda rows, sums: Drawn([[] if size in row else row for row in rows], _sum_to_one(sums))
     )
 
 
-def _columns(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> tuple[Int[Tensor, "n w"], Float64[Tensor, "n"]]:
+def independent(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> tuple[Int[Tensor, "n w"], Float64[Tensor, "n"]]:
     """The token that each uniform draws (V if there is none), and the sums of the rows."""
     cdf = q.cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1:]
@@ -63,19 +64,26 @@ def with_mass(q: Float[Tensor, "n V"], columns: Int[Tensor, "n w"]) -> Int[Tenso
 
 def without_replacement(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
     """Successive draws from row i, each from the renormalised rest; fewer if no mass remains."""
+    size = q.shape[-1]
+    columns, total = picks.draws(q, uniform, replace=False) or successive(q, uniform)
+    return Pending(
+        (columns, total),
+        lambda rows, sums: Drawn([[t for t in row if t < size] for row in rows], _sum_to_one(sums)),
+    )
+
+
+def successive(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> tuple[Int[Tensor, "n w"], Float64[Tensor, "n"]]:
+    """The columns of draws without replacement, V where no mass remains, and the sums of the rows."""
     size, left = q.shape[-1], q.to(torch.float64, copy=True)
     columns: list[Tensor] = []
     sums: list[Tensor] = []
     for j in range(len(uniform[0])):
-        drawn, total = _columns(left, [[row[j]] for row in uniform])
+        drawn, total = independent(left, [[row[j]] for row in uniform])
         columns.append(drawn)
         sums.append(total)
         at = drawn.clamp(max=size - 1)
         left.scatter_(1, at, left.gather(1, at).where(drawn == size, 0.0))
-    return Pending(
-        (torch.cat(columns, 1), sums[0]),
-        lambda rows, sums: Drawn([[t for t in row if t < size] for row in rows], _sum_to_one(sums)),
-    )
+    return torch.cat(columns, 1), sums[0]
 
 
 def hub_pairs(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Drawn]:
@@ -84,9 +92,9 @@ def hub_pairs(q: Float[Tensor, "n V"], uniform: list[list[float]]) -> Pending[Dr
     One token where a has all the mass (Sun et al., "SpecHub", EMNLP 2024).
     """
     size, hubs = q.shape[-1], q.argmax(-1, keepdim=True)
-    first, total = _columns(q, [[row[0]] for row in uniform])
+    first, total = independent(q, [[row[0]] for row in uniform])
     others = q.to(torch.float64, copy=True).scatter_(1, hubs, 0.0)
-    second, _ = _columns(others, [[row[1]] for row in uniform])
+    second, _ = independent(others, [[row[1]] for row in uniform])
 
     def finish(rows: list[list[int]], sums: list[float]) -> Drawn:
         pairs = [(x, y if x == a else a) for x, y, a in rows]
@@ -111,15 +119,25 @@ def race(q: Float[Tensor, "n V"], exponential: Float[Tensor, "n V"], width: int)
 def top(scores: Float[Tensor, "n V"], width: int, floor: float = -torch.inf) -> Pending[Drawn]:
     """The `width` best columns of each row, best first, without those at `floor` or below."""
     if width == 1:
-        best = scores.max(-1)
+        values, tokens = scores.max(-1)
         pick = lambda tokens, values: [[t] if v > floor else [] for t, v in zip(tokens, values, strict=True)]  # noqa: E731
     else:
-        best = scores.topk(min(width, scores.shape[-1]), -1)
+        tokens, values = largest(scores, width)
         pick = lambda tokens, values: [  # noqa: E731
             [t for t, v in zip(row, chances, strict=True) if v > floor]
             for row, chances in zip(tokens, values, strict=True)
         ]
-    return Pending((best.indices, best.values), lambda tokens, values: Drawn(pick(tokens, values), False))
+    return Pending((tokens, values), lambda tokens, values: Drawn(pick(tokens, values), False))
+
+
+def largest(scores: Float[Tensor, "n V"], width: int) -> tuple[Int[Tensor, "n w"], Float[Tensor, "n w"]]:
+    """The `width` best columns of each row, best first, and their scores; a row of NaN has scores of NaN."""
+    width = min(width, scores.shape[-1])
+    found = picks.best(scores, width)
+    if found is None:
+        values, tokens = scores.topk(width, -1)
+        found = tokens, values
+    return found
 
 
 def _sum_to_one(sums: list[float]) -> bool:

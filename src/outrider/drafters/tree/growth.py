@@ -274,9 +274,9 @@ class BestFirst:
             q = torch.where(torch.tensor(edits, device=logits.device)[:, None], q, plain)
         else:
             q = torch.softmax(logits, -1)
-        best = q.topk(min(self.width, q.shape[-1]), -1)
+        best = draws.largest(q, self.width)
         fresh: dict[int, list[int]] = {}
-        for (i, up), tokens, chances in zip(frontier, *read(best.indices, best.values), strict=True):
+        for (i, up), tokens, chances in zip(frontier, *read(*best), strict=True):
             above = 1.0 if up < 0 else value[i][up]
             for token, chance in zip(tokens, chances, strict=True):
                 if chance > 0.0:

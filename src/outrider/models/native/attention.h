@@ -140,7 +140,7 @@ class Attention {
             if (a >= b) continue;
             if (!chain_)
                 for (int64_t j = a > cached_ ? a : cached_; j < b; ++j)
-                    line[j - low] = own_score_[q * line_size(s_.rows()) + row.path[j - cached_]];
+                    line[j - low] = own_score_[q * line_size(s_.end()) + row.path[j - cached_]];
             const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
             if (in_.cap > 0.0f) bound_softly(line + (a - low), (int)(b - a), in_.scale, in_.cap);
             mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.factor(), mine);
@@ -174,9 +174,10 @@ class Attention {
             });
         if (chain_ || own_known_ || high <= cached_) return;
         own_known_ = true;
-        each_run(s_, cached_, cached_ + in_.row[in_.count - 1].offset + 1, [&](int64_t place, int64_t count, int64_t at) {
+        const Row& tail = in_.row[in_.count - 1];
+        each_run(s_, cached_, cached_ + tail.path[tail.depth - 1] + 1, [&](int64_t place, int64_t count, int64_t at) {
             score_keys<W>(in_.keys + at * in_.width, in_.width, count, in_.query, stride, queries_,
-                own_score_ + (place - cached_), line_size(s_.rows()), lines_, [](int64_t, int) {});
+                own_score_ + (place - cached_), line_size(s_.end()), lines_, [](int64_t, int) {});
         });
     }
 

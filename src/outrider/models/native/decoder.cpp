@@ -1,5 +1,6 @@
-// The C interface of the native decoder. runtime.py is its only caller.
+// The C interface of the native decoder. Callers: runtime.py, nn/products.py (linears), nn/drafts.py and nn/draft_heads.py (learned drafters).
 #include "decoder.h"
+#include "drafts.h"
 
 #include <mutex>
 
@@ -40,6 +41,21 @@ EXPORT void* outrider_new(const ModelPointers* model) {
 EXPORT int outrider_forward(void* handle, const CallPointers* call) { return static_cast<Handle*>(handle)->forward(*call); }
 
 EXPORT void outrider_free(void* handle) { delete static_cast<Handle*>(handle); }
+
+EXPORT void* outrider_draft_new(const DraftModel* model) {
+    if (model->half) return static_cast<DraftLayers*>(new (std::nothrow) DraftLayersOf<bf16>(*model));
+    return static_cast<DraftLayers*>(new (std::nothrow) DraftLayersOf<float>(*model));
+}
+
+EXPORT int outrider_draft_forward(void* handle, const DraftCall* call) { return static_cast<DraftLayers*>(handle)->forward(*call); }
+
+EXPORT void outrider_draft_free(void* handle) { delete static_cast<DraftLayers*>(handle); }
+
+EXPORT void* outrider_heads_new(const HeadsPointers* heads) { return new (std::nothrow) DraftHeads(*heads); }
+
+EXPORT int outrider_heads_forward(void* handle, const HeadsCall* call) { return static_cast<DraftHeads*>(handle)->forward(*call); }
+
+EXPORT void outrider_heads_free(void* handle) { delete static_cast<DraftHeads*>(handle); }
 
 // A linear of `count` segments with k inputs each, packed by `threads` threads; null when there is no memory.
 EXPORT void* outrider_linear_new(const SegmentPointers* segment, int64_t count, int64_t k, int64_t threads) {

@@ -4,35 +4,11 @@
 // outputs, never sums.
 #pragma once
 
-#include <cmath>
-
 #include "crew.h"
+#include "joined.h"
 #include "plan.h"
-#include "weights.h"
 
 namespace outrider {
-
-// out[0 : n] = x / rms(x) * weight; out may be x.
-inline void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
-    float lanes[SUM_LANES] = {};
-    int64_t i = 0;
-    for (; i + SUM_LANES <= n; i += SUM_LANES)
-        for (int j = 0; j < SUM_LANES; ++j) lanes[j] += x[i + j] * x[i + j];
-    for (int j = 0; i + j < n; ++j) lanes[j] += x[i + j] * x[i + j];
-    for (int width = SUM_LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    const float scale = 1.0f / std::sqrt(lanes[0] / (float)n + eps);
-    for (i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
-}
-
-// Rotates the pairs (x[i], x[half + i]) by the row's angles.
-inline void rotate(float* x, const float* cosine, const float* sine, int64_t half) {
-    for (int64_t i = 0; i < half; ++i) {
-        const float a = x[i], b = x[half + i];
-        x[i] = a * cosine[i] - b * sine[i];
-        x[half + i] = b * cosine[i] + a * sine[i];
-    }
-}
 
 template <class W>
 class Decoder {
@@ -42,9 +18,11 @@ class Decoder {
     static constexpr int64_t QUERIES = 32;  // rows times heads that an attention task aims at
 
    public:
-    // Keeps pointers to all that it is given, the layers too.
-    void build(const ModelPointers& m) {
+    // Keeps pointers to all that it is given, the layers too. f: of a learned drafter.
+    void build(const ModelPointers& m, const FeaturePointers& f = {}) {
         m_ = m;
+        outputs_ = f.outputs ? f.outputs : m.vocab, support_ = f.support;
+        features_.build(f, m.hidden, m.eps, m.layer[0].qkv->stores());
         group_ = m.heads / m.kv_heads;
         half_ = m.turned;
         normed_stores_ = m.head->stores(), mixed_stores_ = inner_stores_ = 0;
@@ -58,12 +36,12 @@ class Decoder {
         block_ = (normed_stores_ | mixed_stores_ | inner_stores_) & (STORE_32 | STORE_256) ? WIDE : BLOCK;
     }
 
-    Status forward(const CallPointers& call) {
-        c_ = call;
+    Status forward(const CallPointers& call, const FeatureRows& rows = {}) {
+        c_ = call, out_ = rows.out;
         const int64_t rows_per_task = group_ < QUERIES ? QUERIES / group_ : 1;
-        const Status status = plan_.build(c_, m_.vocab, rows_per_task, group_);
+        const Status status = plan_.build(c_, m_.vocab, rows_per_task, group_, rows.skipped, rows.mutual);
         if (status != OK) return status;
-        if (!make_room()) return NO_MEMORY;
+        if (!features_.begin(rows, c_.rows) || !make_room()) return NO_MEMORY;
         const int threads = crew_.begin((int)c_.threads, c_.rows);
         if (threads == 0 || !phases_.start(threads)) return NO_MEMORY;
         in_parallel(threads, [this](int thread, int count) {
@@ -81,9 +59,10 @@ class Decoder {
         query_size_ = query_stride<W>(m_.head_dim);
         sums_size_ = Sums::size(m_.head_dim);
         const int64_t widest = m_.head_dim > 2 * block_ ? m_.head_dim : 2 * block_;
-        const int64_t line = m_.hidden > m_.head_dim ? m_.hidden : m_.head_dim;
+        const int64_t widest_line = m_.hidden > m_.head_dim ? m_.hidden : m_.head_dim;
+        const int64_t line = features_.line() > widest_line ? features_.line() : widest_line;
         tile_at_ = (line + 15) / 16 * 16;
-        scores_at_ = tile_at_ + (c_.rows * widest + 15) / 16 * 16;
+        scores_at_ = tile_at_ + ((c_.rows > c_.scored ? c_.rows : c_.scored) * widest + 15) / 16 * 16;
         const int64_t queries = plan_.task_rows * group_;
         sums_at_ = scores_at_ + Attention<W>::scratch_floats(queries, plan_.own_rows, m_.head_dim);
         scratch_size_ = (sums_at_ + 2 * queries * sums_size_ + 31) / 16 * 16;
@@ -103,7 +82,11 @@ class Decoder {
         const auto round = [&](Input& input) {
             if (input.rounds()) phase(c_.rows * input.parts(), [&](int64_t u) { input.round(u / input.parts(), u % input.parts()); });
         };
-        phase(c_.rows, [&](int64_t i) { embed(i), finish_block(0, i, scratch); });
+        enter(phase, scratch);
+        if (features_.alone()) {
+            const int64_t each = 2 * m_.kv_heads;
+            return phase(m_.layers * each, [&](int64_t u) { project_head(m_.layer[u / each], u / each, m_.heads + u % each, scratch); });
+        }
         for (int64_t l = 0; l < m_.layers; ++l) {
             const LayerPointers& layer = m_.layer[l];
             phase(m_.heads + 2 * m_.kv_heads, [&](int64_t u) { project_head(layer, l, u, scratch); });
@@ -120,7 +103,25 @@ class Decoder {
             const bool last = l + 1 == m_.layers;
             phase(last && c_.scored > c_.rows ? c_.scored : c_.rows, [&](int64_t i) { finish_block(l + 1, i, scratch); });
         }
-        phase(c_.scored > 0 ? blocks(m_.vocab) : 0, [&](int64_t u) { score(u); });
+        phase(c_.scored > 0 ? blocks(outputs_) : 0, [&](int64_t u) { score(u, scratch); });
+    }
+
+    // Residuals of all rows, and what the first block reads.
+    template <class Phase>
+    void enter(Phase& phase, float* scratch) {
+        if (!features_.present()) return phase(c_.rows, [&](int64_t i) { embed(i), finish_block(0, i, scratch); });
+        if (features_.fuses()) {
+            phase(c_.rows, [&](int64_t i) { features_.take(i, scratch); });
+            phase(blocks(m_.hidden), [&](int64_t u) { features_.fuse(u * block_, block_size(u * block_, m_.hidden), c_.rows); });
+        }
+        phase(c_.rows, [&](int64_t i) {
+            embed(i);
+            features_.join(i, x_ + i * x_size_, scratch);
+            if (features_.alone()) normalise(i, i, nullptr, scratch);
+        });
+        if (!features_.goes_through()) return;
+        phase(blocks(m_.hidden), [&](int64_t u) { features_.through(u * block_, block_size(u * block_, m_.hidden), c_.rows, x_ + 0, x_size_); });
+        phase(c_.rows, [&](int64_t i) { finish_block(0, i, scratch); });
     }
 
     int64_t blocks(int64_t outputs) const { return (outputs + block_ - 1) / block_; }
@@ -142,16 +143,16 @@ class Decoder {
 
     // normed[to] = norm of row `from` (the row itself where there is no norm), packed as a linear's input.
     void normalise(int64_t from, int64_t to, const float* weight, float* line) {
-        float* x = x_ + from * x_size_;
-        if (weight) rms_norm(x, weight, m_.hidden, (float)m_.eps, line);
-        normed_.put(to, 0, weight ? line : x, m_.hidden);
-        for (int64_t part = 0; normed_.rounds() && part < normed_.parts(); ++part) normed_.round(to, part);
+        rms_norm(x_ + from * x_size_, weight, m_.hidden, (float)m_.eps, line);
+        normed_.put(to, 0, line, m_.hidden);
+        normed_.round_row(to);
     }
 
     // What follows block `done` (0: the embeddings) for row i: taps, and the next norm; for the last block the norm of scored row i.
     void finish_block(int64_t done, int64_t i, float* line) {
         for (int64_t t = 0; i < c_.rows && t < c_.taps; ++t)
             if (c_.tap[t] == done) narrow(x_ + i * x_size_, m_.hidden, static_cast<W*>(c_.tap_out[t]) + i * m_.hidden);
+        if (out_ != nullptr && done == m_.layers && i < c_.rows) std::memcpy(out_ + i * m_.hidden, x_ + i * x_size_, m_.hidden * sizeof(float));
         if (done < m_.layers)
             normalise(i, i, m_.layer[done].norm1, line);
         else if (i < c_.scored)
@@ -162,7 +163,7 @@ class Decoder {
     void project_head(const LayerPointers& layer, int64_t l, int64_t u, float* scratch) {
         const int64_t d = m_.head_dim;
         float* tile = scratch + tile_at_;
-        layer.qkv->product(u * d, d, normed_, 0, c_.rows, tile, d);
+        layer.qkv->product(u * d, d, l == 0 && features_.beside() ? features_.pair() : normed_, 0, c_.rows, tile, d);
         const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
         const float* norm = is_query ? layer.q_norm : layer.k_norm;
         for (int64_t i = 0; i < c_.rows; ++i) {
@@ -303,18 +304,20 @@ class Decoder {
         }
     }
 
-    // Logits of the scored rows, block u of the vocabulary.
-    void score(int64_t u) {
-        const int64_t from = u * block_, n = block_size(from, m_.vocab);
-        m_.head->product(from, n, normed_, 0, c_.scored, c_.logits + from, m_.vocab);
-        if (m_.logit_scale == 1.0 && m_.logit_cap == 0.0) return;
-        for (int64_t i = 0; i < c_.scored; ++i) {
-            float* logit = c_.logits + i * m_.vocab + from;
+    // Logits of the scored rows, block u of the head's outputs.
+    void score(int64_t u, float* scratch) {
+        const int64_t from = u * block_, n = block_size(from, outputs_), stride = support_ ? block_ : m_.vocab;
+        float* out = support_ ? scratch + tile_at_ : c_.logits + from;
+        m_.head->product(from, n, normed_, 0, c_.scored, out, stride);
+        for (int64_t i = 0; i < c_.scored && (m_.logit_scale != 1.0 || m_.logit_cap != 0.0); ++i) {
+            float* logit = out + i * stride;
             for (int64_t j = 0; j < n; ++j) {
                 logit[j] *= (float)m_.logit_scale;
                 if (m_.logit_cap > 0.0) logit[j] = (float)m_.logit_cap * std::tanh(logit[j] / (float)m_.logit_cap);
             }
         }
+        for (int64_t i = 0; i < c_.scored && support_; ++i)
+            for (int64_t j = 0; j < n; ++j) c_.logits[i * m_.vocab + support_[from + j]] = out[i * stride + j];
     }
 
     ModelPointers m_;
@@ -322,7 +325,10 @@ class Decoder {
     Plan plan_;
     Crew crew_;
     Phases phases_;
-    int64_t group_ = 1, half_ = 0, block_ = BLOCK;
+    Features features_;
+    float* out_ = nullptr;
+    const int64_t* support_ = nullptr;
+    int64_t group_ = 1, half_ = 0, block_ = BLOCK, outputs_ = 0;
     bool posts_ = false, row_norms_ = false;
     int normed_stores_ = 0, mixed_stores_ = 0, inner_stores_ = 0;
     int64_t x_size_, query_size_, scratch_size_, tile_at_, scores_at_, sums_at_, sums_size_;

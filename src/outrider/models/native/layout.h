@@ -47,6 +47,37 @@ struct CallPointers {
     float* logits;           // [scored, vocab]
 };
 
+// What a learned drafter puts in front of a decoder's first block; all zero for a decoder of tokens. See joined.h.
+struct FeaturePointers {
+    int64_t taps, width;        // hidden states of the target that make a row's feature, and their width
+    const Linear* fuse;         // [hidden, taps * width]; null: the one tap is the feature
+    const float* fused_norm;    // of the feature; null: none
+    int64_t join;               // a Join
+    const float *token_norm, *feature_norm;  // BESIDE: of token and feature
+    int64_t normed_residual;    // BESIDE: 1: the residual is the normed feature
+    const Linear* joint;        // THROUGH: [hidden, 2 * hidden]
+    const float* joint_bias;    // [hidden]
+    int64_t outputs;            // of the head
+    const int64_t* support;     // [outputs] tokens of the head's outputs; null: token i is output i
+};
+
+enum Join : int64_t {
+    ALONE = 0,    // the feature is what all blocks' keys and values are made of, and nothing else is
+    BESIDE = 1,   // the first block reads [token, feature], both normed; the residual is the feature (EAGLE-3)
+    THROUGH = 2,  // `joint` of [token, feature] is the residual (EAGLE-1)
+};
+
+// What a forward of a learned drafter has beside rows; all zero for others.
+struct FeatureRows {
+    const int64_t* skipped;      // [segments] see Segment; null: none
+    int64_t mutual;              // 1: rows see all rows of their segment
+    const void* const* tap;      // [taps] hidden states of the target's forward, each [any, width]
+    const int64_t* tap_row;      // [rows] the row of them that is read
+    int64_t tap_half;            // 1: they are bf16, 0: float32
+    const float* feature;        // [rows, hidden], where no taps are read; both null: tokens alone are
+    float* out;                  // [rows, hidden] the last block's output; null: not wanted
+};
+
 enum Status { OK = 0, BAD_TOKEN = 1, BAD_SEGMENT = 2, NO_ROOM = 3, NO_MEMORY = 4, BAD_ROW = 5 };
 
 // Tokens of a sequence that lie side by side in the cache: those before `end` (and not in an earlier run), each at its number in the
@@ -55,13 +86,16 @@ struct Run {
     int64_t end, shift;
 };
 
+// `skipped`: so many of its first nodes are in the cache already, from an earlier forward. They stand behind `cached` like all others.
 struct Segment {
     int64_t slot, first, cached, prefix, nodes, ranges;
     const int64_t* parent;
     const int64_t* range;  // [ranges] of the cached tokens it sees, in order; without ranges it sees all
     const Run* run;      // of the cached tokens and the rows
-    const int64_t* own;  // [rows] where each row is in the cache
-    int64_t rows() const { return prefix + nodes; }
+    const int64_t* own;  // [end] where each row is in the cache, skipped ones too
+    int64_t skipped;
+    int64_t end() const { return prefix + nodes; }
+    int64_t rows() const { return end() - skipped; }
 };
 
 // Calls body(place, count, at) for the tokens from : to of a sequence in order: `count` from `place` on lie at `at` and behind it.
@@ -76,7 +110,7 @@ inline void each_run(const Segment& s, int64_t from, int64_t to, const Body& bod
     }
 }
 
-// Where a row stands: its segment, its offset there, and its visible rows of this forward (itself last) as offsets.
+// Where a row stands: its segment, its offset there, and its visible rows behind the cached ones as offsets, ascending.
 struct Row {
     int32_t segment, offset, depth;
     const int32_t* path;  // [depth]

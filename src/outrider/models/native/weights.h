@@ -46,6 +46,10 @@ class Input {
         if (stores_ & STORE_256) by256_.round(row, x, from, to);
     }
 
+    void round_row(int64_t row) {
+        for (int64_t part = 0; rounds() && part < parts(); ++part) round(row, part);
+    }
+
     const float* full(int64_t row) const { return full_ + row * packed_stride<float>(k_); }
     const Packing<bf16>::Item* half(int64_t row) const { return half_ + row * packed_stride<bf16>(k_); }
     Rounded32 by32(int64_t row) const { return by32_.rows(row); }
