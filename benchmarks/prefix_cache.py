@@ -3,8 +3,8 @@
     python benchmarks/prefix_cache.py            # the shape of the shipped target (22M) and random weights: text plays no part
     python benchmarks/prefix_cache.py --layers 12 --hidden 1024 --heads 16 --inner 2816 --vocab 8192   # 158M
 
-Two engines on the same weights take turns, plain decoding, the tokens of a prompt drawn anew for every round. Ratios are formed within
-a round and given as their median with a bootstrap interval over rounds.
+Two engines on the same weights take turns, plain decoding, the tokens of a prompt drawn anew for every round. Ratios are formed
+within a round and given as their median with a bootstrap interval over rounds.
 """
 
 from __future__ import annotations

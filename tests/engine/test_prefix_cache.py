@@ -96,8 +96,8 @@ def talk(one: Engine, temperature: float) -> list[tuple[int, ...]]:
     ],
 )
 def test_the_same_texts_with_and_without(drafter: str, rule: str, temperature: float) -> None:
-    """`match` and greedy decoding are blind to what is drafted: feature drafters draft less behind a prompt they did not see. Others
-    draft the same."""
+    """`match` and greedy decoding are blind to what is drafted: feature drafters draft less behind a prompt they did not see.
+    Others draft the same."""
     found = {}
     for on in (True, False):
         one = engine(model(), drafter, rule, prefix_cache=on)

@@ -254,7 +254,7 @@ class Monitor(Watching):
         return [asdict(s) for s in controller.speeds()] if isinstance(controller, Adaptive) else []
 
     def kv_usage(self) -> float:
-        """Pages that sequences hold over all (tokens over the capacity, if there are no pages), 0 .. 1; 0 while the model is loaded."""
+        """Share of the pages (without pages, of the capacity) that sequences hold, 0 .. 1; 0 while the model is loaded."""
         if self.own.worker.engine is None:
             return 0.0
         kv = self.own.engine.parts.kv
