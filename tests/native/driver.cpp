@@ -80,7 +80,7 @@ std::vector<float> logits(void* library, void* handle, bool half, int64_t from, 
             token.push_back((7 * (piece[0] + i) + 3) % VOCAB), position.push_back(piece[0] + i), scored.push_back(i);
         }
         const int64_t table[] = {2, 3, 0, 1, 7, 6, 5, 4};
-        const int64_t segment[5] = {0, 0, piece[0], n, 0};
+        const int64_t segment[6] = {0, 0, piece[0], n, 0, 0};
         out.assign(n * VOCAB, 0);
         const CallPointers call{n, n, 1, 0, threads, 1, CAPACITY, PAGE, CAPACITY / PAGE, token.data(), position.data(), scored.data(),
                                 segment, table, nullptr, nullptr, k.data(), v.data(), out.data()};

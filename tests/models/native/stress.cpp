@@ -87,7 +87,7 @@ class Case {
             std::vector<W> first(ROWS * HIDDEN), last(ROWS * HIDDEN);
             void* outs[] = {first.data(), last.data()};
             const int64_t from = i % 3;
-            std::vector<int64_t> token, position, scored, segment{1, 0, from, 7, 0, 0, 7, from, 1, 3, 0, 0, 2};
+            std::vector<int64_t> token, position, scored, segment{1, 0, from, 7, 0, 0, 0, 7, from, 1, 3, 0, 0, 0, 2};
             for (int64_t r = 0; r < ROWS; ++r) token.push_back((r * 37 + i) % VOCAB), scored.push_back(ROWS - 1 - r);
             for (int64_t r = 0; r < 7; ++r) position.push_back(from + r);
             for (const int64_t depth : {0, 1, 1, 2}) position.push_back(from + depth);
