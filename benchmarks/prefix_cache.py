@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--said", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shared-rounds", type=int, default=3, help="of the clients, each of which takes minutes")
     o = parser.parse_args()
     config = replace(decoder_config(o.vocab, o.hidden, o.layers, o.heads, o.inner), max_length=CONTEXT)
     target = LeanTarget(config, random_weights(config, torch.bfloat16))
@@ -127,7 +128,7 @@ def main() -> None:
             second_turn(both, o.vocab, o.tokens, o.said, o.rounds),
         )
     )
-    seconds = shared_prompt(both, o.vocab, o.clients, o.tokens, 20, o.said, o.rounds)
+    seconds = shared_prompt(both, o.vocab, o.clients, o.tokens, 20, o.said, o.shared_rounds)
     print(told(f"{o.clients} clients, a system prompt of {o.tokens} tokens, answers of {o.said}", seconds))
 
 
