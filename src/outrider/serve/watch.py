@@ -258,6 +258,6 @@ class Monitor(Watching):
         if self.own.worker.engine is None:
             return 0.0
         kv = self.own.engine.parts.kv
-        if hasattr(kv, "usage"):
-            return kv.usage
+        if (used := getattr(kv, "usage", None)) is not None:
+            return used
         return sum(kv.length) / (kv.slots * kv.capacity)
