@@ -3,8 +3,8 @@
     python benchmarks/prefix_cache.py            # the shape of the shipped target (22M) and random weights: text plays no part
     python benchmarks/prefix_cache.py --layers 12 --hidden 1024 --heads 16 --inner 2816 --vocab 8192   # 158M
 
-Two engines on the same weights take turns, plain decoding, the tokens of a prompt drawn anew for every round. Ratios are formed within
-a round and given as their median with a bootstrap interval over rounds.
+Two engines on the same weights take turns, plain decoding, the tokens of a prompt drawn anew for every round. Ratios are formed
+within a round and given as their median with a bootstrap interval over rounds.
 """
 
 from __future__ import annotations
@@ -47,11 +47,8 @@ def engines(target: LeanTarget, slots: int, length: int) -> dict[str, Engine]:
 def first_token(engine: Engine, prompt: list[int]) -> tuple[float, int]:
     """Seconds until it is there, and the token."""
     start = time.perf_counter()
-    stream = engine.stream(prompt, SamplingParams(max_tokens=1, seed=1, ignore_eos=True))
-    event = next(stream)
-    spent = time.perf_counter() - start
-    stream.close()
-    return spent, event.tokens[0]
+    events = list(engine.stream(prompt, SamplingParams(max_tokens=1, seed=1, ignore_eos=True)))
+    return time.perf_counter() - start, events[0].tokens[0]
 
 
 def second_turn(both: dict[str, Engine], vocab: int, tokens: int, said: int, rounds: int) -> dict[str, list[float]]:
@@ -107,6 +104,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--said", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shared-rounds", type=int, default=3, help="of the clients, each of which takes minutes")
     o = parser.parse_args()
     config = replace(decoder_config(o.vocab, o.hidden, o.layers, o.heads, o.inner), max_length=CONTEXT)
     target = LeanTarget(config, random_weights(config, torch.bfloat16))
@@ -127,7 +125,7 @@ def main() -> None:
             second_turn(both, o.vocab, o.tokens, o.said, o.rounds),
         )
     )
-    seconds = shared_prompt(both, o.vocab, o.clients, o.tokens, 20, o.said, o.rounds)
+    seconds = shared_prompt(both, o.vocab, o.clients, o.tokens, 20, o.said, o.shared_rounds)
     print(told(f"{o.clients} clients, a system prompt of {o.tokens} tokens, answers of {o.said}", seconds))
 
 

@@ -203,7 +203,8 @@ def _new_kv(target: Target, slots: int, length: int, memory: float | None) -> KV
         return target.new_kv(slots, length)
     if not contracts.takes(target.new_kv, ("slots", "length", "memory=")):
         raise ConfigError(
-            f"kv_memory was given, and the cache of {type(target).__name__} is not in pages: leave it out, and lower max_length or slots"
+            f"kv_memory was given, and the cache of {type(target).__name__} is not in pages: leave it out, and lower max_length "
+            "or slots"
         )
     return target.new_kv(slots, length, memory=int(memory * 1e9))  # type: ignore[call-arg]
 

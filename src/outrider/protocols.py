@@ -95,8 +95,8 @@ class Target(Protocol):
 
     trees: rows may be siblings. rewinds: rows may be dropped again (False for recurrent states: plain decoding only).
     notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
-    A target may say that forwards of up to `uniform_rows` rows per segment give every row the same bits whatever is fed with it; then
-    sequences share their beginnings to the token, else by whole prompt chunks.
+    A target may say that forwards of up to `uniform_rows` rows per segment give every row the same bits whatever is fed with it;
+    then sequences share their beginnings to the token, else by whole prompt chunks.
     """
 
     vocab_size: int

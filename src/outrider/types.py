@@ -302,11 +302,9 @@ class SequenceView:
     """The view of one sequence that drafters and logits processors get.
 
     slot:    its index in every persistent table. seed: its request seed.
-    tokens:  prompt and output so far, the anchor last (read only: the engine's own list).
-    prompt:  how many of them are the prompt.
+    tokens:  prompt and output so far, the anchor last (read only: the engine's own list). prompt: how many of them are the prompt.
     cached:  how many of them are in the target's KV cache (after the step: all but the anchor, or the prompt chunks so far).
-    params:  the request's sampling parameters (`params.SamplingParams`).
-    shares:  whether a drafter's own cache may let it use what others with the same salt have computed, and the other way round.
+    params:  the request's sampling parameters. shares: whether a drafter may let it use what others of the same salt have computed.
     """
 
     slot: int

@@ -90,14 +90,16 @@ def talk(one: Engine, temperature: float) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("drafter", "rule", "temperature"),
     [
-        *((name, "match", 1.0) for name in ("none", "ngram", "eagle", "medusa", "suffix-shared", "ahead-inline")),
-        *((name, "speculative_sampling", 0.0) for name in ("tree-iid", "eagle-tree")),
+        *((name, "match", 1.0) for name in ("none", "ngram", "medusa", "suffix-shared")),
+        ("tree-iid", "speculative_sampling", 0.0),
         ("model", "speculative_sampling", 1.0),
+        *(pytest.param(name, "match", 1.0, marks=pytest.mark.slow) for name in ("eagle", "ahead-inline")),
+        pytest.param("eagle-tree", "speculative_sampling", 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_the_same_texts_with_and_without(drafter: str, rule: str, temperature: float) -> None:
-    """`match` and greedy decoding are blind to what is drafted: feature drafters draft less behind a prompt they did not see. Others
-    draft the same."""
+    """`match` and greedy decoding are blind to what is drafted: feature drafters draft less behind a prompt they did not see.
+    Others draft the same."""
     found = {}
     for on in (True, False):
         one = engine(model(), drafter, rule, prefix_cache=on)

@@ -492,8 +492,8 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
     kv.pages.table[0] = 0
     with pytest.raises(ValueError, match="segments"):
         decoder.forward(Rows.assemble([1], [[1]], [0], Draft.empty(1)), kv, ())
+    wrong = dataclasses.replace(plain.segments[0], parent=(5,))
     with pytest.raises(ValueError, match="segments"):
-        wrong = dataclasses.replace(plain.segments[0], parent=(5,))
         decoder.forward(dataclasses.replace(plain, segments=(wrong,)), kv, ())
     with pytest.raises(ValueError, match="scored row"):
         decoder.forward(dataclasses.replace(plain, scored=torch.tensor([2])), kv, ())

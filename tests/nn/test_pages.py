@@ -1,4 +1,4 @@
-"""Pages of the KV cache: no page is lost or held twice, and no sequence ever reads what another one wrote after a different text."""
+"""Pages of the KV cache: no page is lost or held twice, and no sequence reads what another one wrote after a different text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(kv: PagedKV, slot: int, start: int, tokens: list[int], owner: int) -> 
 
 
 class Schedules(RuleBasedStateMachine):
-    """Sequences come, grow by prompt pieces and drafted paths, share, are cut, break, are aborted or sent away when pages run out."""
+    """Sequences come, grow by prompt pieces and drafted paths, share, are cut, break, are aborted or sent away."""
 
     @initialize(pages=st.integers(6, 24))
     def build(self, pages: int) -> None:

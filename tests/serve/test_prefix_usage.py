@@ -37,7 +37,9 @@ def test_replies_say_what_was_kept_and_keys_share_nothing(server: Running) -> No
     again = ask(server, KEYS[0], [*PROMPT, 50, 51])
     assert cached(first) == 0 and cached(again) == 128 and again["usage"]["prompt_tokens"] == 152
     assert cached(ask(server, KEYS[1], PROMPT)) == 0, "how soon a reply comes must not tell what another key has asked"
-    assert cached(ask(server, KEYS[1], PROMPT, n=2)) == 128  # of one prompt, however many samples
+    samples = ask(server, KEYS[1], PROMPT, n=2)
+    assert cached(samples) == 128  # of one prompt, however many samples
+    assert {c["text"] for c in samples["choices"]} == {c["text"] for c in first["choices"]}
     assert cached(ask(server, KEYS[1], PROMPT, cache_salt="mine")) == 0
     text = server.call("GET", "/metrics", headers={"Authorization": f"Bearer {KEYS[0]}"})[2].decode()
     value = lambda name: float(re.search(rf"^outrider_{name}(?:_total)?(?:{{.*}})? (\S+)$", text, re.M)[1])  # type: ignore[index]  # noqa: E731

@@ -26,8 +26,8 @@ class Reuse:
 class Room:
     """The cache's pages, for the scheduler and the step.
 
-    share: whether sequences may use each other's pages. chunk: rows of a prompt chunk. Where the numbers of an entry depend on how many
-    rows were fed with it, only whole chunks of prompts are shared, so that no text depends on what was in the cache.
+    share: whether sequences may use each other's pages. chunk: rows of a prompt chunk. Where the numbers of an entry depend on how
+    many rows were fed with it, only whole chunks of prompts are shared, so that no text depends on what was in the cache.
     """
 
     def __init__(self, parts: Parts, chunk: int, share: bool) -> None:

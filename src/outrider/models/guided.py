@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from outrider.errors import ConfigError
+from outrider.errors import CapacityError, ConfigError
 from outrider.protocols import KVCache, Target
 from outrider.types import Rows, Scores
 
@@ -90,8 +90,11 @@ class Guided:
         self.dtype, self.device, self.notices = inner.dtype, inner.device, inner.notices
 
     def new_kv(self, slots: int, length: int) -> KVCache:
-        """Caches of both texts."""
-        return GuidedKV(self.inner.new_kv(2 * slots, length), slots)  # type: ignore[return-value]  # its length is only read
+        """Caches of both texts. CapacityError if there is not room for one of each."""
+        kv = GuidedKV(self.inner.new_kv(2 * slots, length), slots)
+        if kv.lacking(0, length) > kv.spare:
+            raise CapacityError(f"two texts of {length} tokens do not fit into memory: lower max_length")
+        return kv  # type: ignore[return-value]  # its length is only read
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`: one row of mixed logits for every scored row."""

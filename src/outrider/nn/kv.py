@@ -78,9 +78,9 @@ class PagedKV:
     slots, capacity: sequences, and most tokens of each. page: places of a page. limit: pages in all; None: enough for every slot.
     On a CPU memory is taken when a page is first used, not before.
 
-    Full pages may be shared: `publish` makes those of a sequence known by their tokens, `share` gives them to another one that begins
-    with the same tokens. Nobody writes into a shared page: who has to gets a copy. Known pages that no sequence holds stay until their
-    place is needed.
+    Full pages may be shared: `publish` makes those of a sequence known by their tokens, `share` gives them to another one that
+    begins with the same tokens. Nobody writes into a shared page: who has to gets a copy. Known pages that no sequence holds stay
+    until their place is needed.
     """
 
     def __init__(
@@ -205,8 +205,8 @@ class PagedKV:
     def share(self, slot: int, tokens: Sequence[int], root: Hashable = None, step: int = 1) -> int:
         """Give a slot the pages of others for what follows in its sequence, as far as they are known; the tokens that it has now.
 
-        The last one of `tokens` is never among them, since whoever asks wants its logits. root: as in `publish`. step: the number of
-        tokens becomes a multiple of it (1: any number). Only for a slot with full pages, all of them published, or none.
+        The last one of `tokens` is never among them, since whoever asks wants its logits. root: as in `publish`. step: the number
+        of tokens becomes a multiple of it (1: any number). Only for a slot with full pages, all of them published, or none.
         """
         have, most = self.length[slot], len(tokens) - 1
         held = have // self.page
@@ -226,8 +226,8 @@ class PagedKV:
     def publish(self, slot: int, tokens: Sequence[int], root: Hashable = None) -> None:
         """Make a slot's full pages known. tokens: those that it holds, or their beginning: pages beyond them stay its own.
 
-        root: sequences share pages only with those of the same root. Where others have published the same tokens meanwhile, the slot
-        uses their pages and gives its own back.
+        root: sequences share pages only with those of the same root. Where others have published the same tokens meanwhile, the
+        slot uses their pages and gives its own back.
         """
         full = min(len(tokens), self.length[slot]) // self.page
         known = self._known[slot]
@@ -293,8 +293,8 @@ def page_limit(slots: int, length: int, token: int, device: torch.device, memory
         return None
     if allowed < per_slot * page:
         raise CapacityError(
-            f"a sequence of {length} tokens needs {per_slot * page / 1e9:.2f} GB of keys and values, and {allowed / 1e9:.2f} GB are "
-            "allowed: lower max_length, or give more with kv_memory if there is more"
+            f"a sequence of {length} tokens needs {per_slot * page / 1e9:.2f} GB of keys and values, and {allowed / 1e9:.2f} GB "
+            "are allowed: lower max_length, or give more with kv_memory if there is more"
         )
     return min(slots * per_slot, allowed // page)
 

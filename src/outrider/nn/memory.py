@@ -44,7 +44,7 @@ def require_weights(parameters: int, dtype: torch.dtype, device: torch.device, r
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU memory is taken page by page when it is first written, so that room for much that may never come costs nothing."""
+    """Zeros; on a CPU memory is taken when it is first written, so that room for what may never come costs nothing."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < SMALL:
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """The pages of a KV cache: which slot has which, which are free, and how many sequences hold each. Host data only.
 
-A page is a fixed number of neighbouring places. A slot gets pages as its sequence grows, next to its last one where that is free, so
-that most sequences lie in one piece and kernels and views need not know of pages at all.
+A page is a fixed number of neighbouring places. A slot gets pages as its sequence grows, next to its last one where that is free,
+so that most sequences lie in one piece and kernels and views need not know of pages at all.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class Pages:
             self.give_back(spared)
         if not self.free:
             raise CapacityError(
-                f"all {self.count} pages of the KV cache are in use: use fewer or shorter sequences at a time, or give it more memory"
+                f"all {self.count} pages of the KV cache are in use: use fewer or shorter sequences at a time, or give it more "
+                "memory"
             )
         before = self.table[slot * self.per_slot + index - 1] if index else -1
         for page in (before + 1 if index else -1, self._homes[slot] + index):

@@ -1,7 +1,7 @@
-"""Full pages by the tokens in them and before them, so that a sequence may use what another one with the same beginning has computed.
+"""Full pages by the tokens in them and before them, so that a sequence may use what another one with the same beginning has made.
 
-A tree: a node is a page, its path from the root the tokens before it. Nodes are found by comparing tokens, never by a hash alone, so one
-text can never get another's page. Roots are named: sequences share within one root only.
+A tree: a node is a page, its path from the root the tokens before it. Nodes are found by comparing tokens, never by a hash alone,
+so one text can never get another's page. Roots are named: sequences share within one root only.
 """
 
 from __future__ import annotations

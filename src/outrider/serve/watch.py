@@ -254,10 +254,10 @@ class Monitor(Watching):
         return [asdict(s) for s in controller.speeds()] if isinstance(controller, Adaptive) else []
 
     def kv_usage(self) -> float:
-        """Pages that sequences hold over all (tokens over the capacity, if there are no pages), 0 .. 1; 0 while the model is loaded."""
+        """Share of the pages (without pages, of the capacity) that sequences hold, 0 .. 1; 0 while the model is loaded."""
         if self.own.worker.engine is None:
             return 0.0
         kv = self.own.engine.parts.kv
-        if hasattr(kv, "usage"):
-            return kv.usage
+        if (used := getattr(kv, "usage", None)) is not None:
+            return used
         return sum(kv.length) / (kv.slots * kv.capacity)

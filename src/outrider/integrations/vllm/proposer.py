@@ -172,13 +172,13 @@ class HistoryProposer:
         if held is None:
             known = self.knowledge.of(row)
             prompt = len(tokens) - 1 if known.prompt is None else known.prompt
-            view = SequenceView(slot, slot, tokens.tolist(), prompt, len(tokens) - 1, known.params)
+            view = SequenceView(slot, slot, tokens.tolist(), prompt, len(tokens) - 1, known.params, shares=False)
             self.slots.held[slot] = held = _Held(tokens.copy(), view, name=known.name)
         else:
             old = held.view
             old.tokens.extend(tokens[len(held.text) :].tolist())
             held.text = tokens.copy()
-            held.view = SequenceView(slot, slot, old.tokens, old.prompt, len(old.tokens) - 1, old.params)
+            held.view = SequenceView(slot, slot, old.tokens, old.prompt, len(old.tokens) - 1, old.params, shares=False)
         return held.view
 
     def _others(self, given: dict[int, int]) -> list[int]:

@@ -21,7 +21,7 @@ from outrider.models.hf.hooks import HiddenStateHooks, StopForward
 from outrider.models.hf.probe import AttentionInterfaceUnsupported, Bend, attention_in, configs_of, listen
 from outrider.models.hf.state import named_rows, scores_rows
 from outrider.nn.attention import attend
-from outrider.nn.kv import PagedKV
+from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.masks import ancestor_mask
 from outrider.protocols import KVCache
 from outrider.types import Rows
@@ -136,10 +136,12 @@ class AttentionInterfacePath:
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
-    def new_kv(self, slots: int, length: int, layers: int | None = None) -> PagedKV:
-        """layers: of a prefix of the model; None: all."""
-        depth = self.layers if layers is None else layers
-        return PagedKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
+    def new_kv(self, slots: int, length: int, layers: int | None = None, memory: int | None = None) -> PagedKV:
+        """layers: of a prefix of the model; None: all. memory: bytes that it may take, see `page_limit`."""
+        depth, device = self.layers if layers is None else layers, self.model.device
+        token = 2 * depth * self.groups * self.head_dim * self.kv_dtype.itemsize
+        limit = page_limit(slots, length, token, device, memory)
+        return PagedKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, device, limit=limit)
 
     def run(
         self, rows: Rows, kv: KVCache, taps: HiddenStateHooks

@@ -134,8 +134,18 @@ class HFTarget:
         refuse_extra(info["unexpected_keys"], name)
         return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
 
-    def new_kv(self, slots: int, length: int) -> KVCache:
-        """A cache of `length` tokens a slot; it may exceed `max_length`, which bounds positions: siblings share one."""
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
+        """A cache of `length` tokens a slot; it may exceed `max_length`, which bounds positions: siblings share one.
+
+        memory: bytes that it may take; ConfigError where transformers keeps the cache, which cannot be limited.
+        """
+        if isinstance(self.serving_path, AttentionInterfacePath):
+            return self.serving_path.new_kv(slots, length, memory=memory)
+        if memory is not None:
+            raise ConfigError(
+                f"kv_memory was given, and transformers keeps the cache of {type(self.model).__name__}: leave it out, and lower "
+                "max_length or slots"
+            )
         return self.serving_path.new_kv(slots, length)
 
     @torch.no_grad()
