@@ -83,12 +83,23 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """What a step did to one sequence. slot: its index. proposed: nodes. judged: positions. accepted: nodes, emitted or not."""
+
+    slot: int
+    proposed: int
+    judged: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One step as sinks receive it: host numbers only.
 
     rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
     seconds: wall-clock seconds of each of PHASES; counts: the step's sums. engine_seeded: the sums of the sequences whose seed the
     engine chose: a client's own seed may repeat its noise, and then the statistics of the ledger do not hold over several requests.
+    each: the scored sequences one by one, those that ended among them.
     """
 
     rows: int
@@ -98,3 +109,4 @@ class StepRecord:
     seconds: dict[str, float]
     counts: Counts
     engine_seeded: Counts = field(default_factory=Counts)
+    each: tuple[SequenceStep, ...] = ()

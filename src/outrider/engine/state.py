@@ -119,5 +119,6 @@ class StepState:
                 seconds,
                 emission.counts,
                 emission.engine_seeded,
+                tuple(emission.each),
             )
         )

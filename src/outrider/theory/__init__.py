@@ -19,6 +19,7 @@ A *target* law p is to be sampled with the help of a cheaper *draft* law q. Each
 | `coupling` | shared randomness instead of acceptance tests |
 | `greedy` | temperature zero: certificates that a draft token is accepted |
 | `stopping` | when to stop drafting |
+| `shrinkage`, `shared_rows` | rates of many sequences estimated together, and draft lengths of each under a shared number of rows |
 | `speedup` | from acceptance and cost to speed-up and the best draft length |
 | `hardware`, `roofline` | cost of a forward pass on named hardware |
 | `logs`, `replay`, `forecast` | rejections of a pair on data, from logged probabilities, and under another setting |
@@ -60,6 +61,8 @@ _MODULES = (
     "rejections",
     "replay",
     "roofline",
+    "shared_rows",
+    "shrinkage",
     "simulate",
     "speedup",
     "stopping",
