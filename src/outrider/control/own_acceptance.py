@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from outrider.records import SequenceStep
 from outrider.theory.shared_rows import SharedRows
-from outrider.theory.shrinkage import prior
+from outrider.theory.shrinkage import GUESS, prior
 from outrider.types import SequenceView
 
-MEMORY = 32.0
-"""Steps of a sequence after which evidence about it has lost 63% of its weight: texts change between code, prose and copies."""
+MEMORY, IDLE = 32.0, 256.0
+"""Steps with and without a draft after which evidence about a sequence has lost 63% of its weight: texts change between code, prose
+and copies, and one without drafts is tried again, for it is taken for an average one in the end."""
 ENDED = 64
 """Sequences that have ended and still count for the pool."""
-EVERY = 8
-"""Steps after which it is estimated again how sequences differ."""
-FADE, TRUST, RATIOS = 1.0 / 1000.0, 30.0, (0.25, 2.0)
+ENOUGH = 60.0
+"""Judged draft tokens before what was expected of a draft is compared with what it brought."""
+FADE, TRUST, RATIOS = 1.0 / 500.0, 30.0, (0.25, 2.0)
 """Weight of the newest draft in the ratio of accepted to expected tokens; the tokens with which it starts, at 1; its bounds."""
 ROWS = 8.0
 """Asked rows that the pool counts for in a sequence's share of proposed rows."""
@@ -36,25 +37,18 @@ class Evidence:
     asked, proposed: rows that it might draft, and did.
     """
 
-    tries: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
-    hits: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    tries: tuple[float, float] = (0.0, 0.0)
+    hits: tuple[float, float] = (0.0, 0.0)
     asked: float = 0.0
     proposed: float = 0.0
 
-    def fade(self) -> None:
-        """Forget a little."""
-        keep = 1.0 - 1.0 / MEMORY
-        self.tries *= keep
-        self.hits *= keep
-        self.asked *= keep
-        self.proposed *= keep
-
     def learn(self, asked: int, step: SequenceStep) -> None:
-        """Add a verified draft for which `asked` levels were asked."""
-        self.tries += (step.judged > 0, max(0, step.judged - 1))
-        self.hits += (step.accepted > 0, max(0, step.accepted - 1))
-        self.asked += asked
-        self.proposed += step.proposed
+        """Forget a little, and add a verified draft for which `asked` levels were asked."""
+        keep = 1.0 - 1.0 / (MEMORY if asked else IDLE)
+        new = step if asked else SequenceStep(step.slot, 0, 0, 0)
+        self.tries = keep * self.tries[0] + (new.judged > 0), keep * self.tries[1] + max(0, new.judged - 1)
+        self.hits = keep * self.hits[0] + (new.accepted > 0), keep * self.hits[1] + max(0, new.accepted - 1)
+        self.asked, self.proposed = keep * self.asked + asked, keep * self.proposed + new.proposed
 
 
 class _Known:
@@ -72,7 +66,7 @@ class OwnAcceptance:
     def __init__(self) -> None:
         self._live: dict[int, _Known] = {}
         self._ended: deque[Evidence] = deque(maxlen=ENDED)
-        self._pools, self._usual, self._age = [prior([], []), prior([], [])], 1.0, 0
+        self._pools, self._usual, self._judged = [GUESS, GUESS], 1.0, 0.0
         self._expected = self._accepted = TRUST
 
     @property
@@ -101,34 +95,41 @@ class OwnAcceptance:
             known = self._live.get(step.slot)
             if known is None:
                 continue
-            known.evidence.fade()
             levels, gain = known.asked[0]
-            if levels:
-                known.evidence.learn(levels, step)
-            if gain:
+            known.evidence.learn(levels, step)
+            self._judged += step.judged
+            if gain and self._judged >= ENOUGH:
                 self._expected = (1.0 - FADE) * self._expected + gain
                 self._accepted = (1.0 - FADE) * self._accepted + step.accepted
-        self._age += 1
 
-    def rows(self, slots: Sequence[int], depths: Sequence[int]) -> SharedRows:
-        """What rows of these sequences gain, each to at most its own depth."""
-        if self._age % EVERY == 0:
-            self._pool()
-        mine = [self._live[slot].evidence for slot in slots]
-        rates = np.empty((len(mine), 2))
-        for part, pool in enumerate(self._pools):
-            rates[:, part] = pool.posterior([e.hits[part] for e in mine], [e.tries[part] for e in mine])
+    def rows(self, sequences: Sequence[SequenceView], longest: int) -> SharedRows:
+        """What rows of these sequences gain, at `longest` for each and no more than it has a use for."""
+        self._pool()
+        mine = [self._live[v.slot].evidence for v in sequences]
+        tries, hits = self._counts(mine)
+        rates = np.stack([pool.posterior(hits[:, i], tries[:, i]) for i, pool in enumerate(self._pools)], axis=1)
         rates = np.minimum(rates, SURE)
-        levels = np.arange(max(depths, default=0))
-        survival = rates[:, :1] * rates[:, 1:] ** levels[None, :]
-        survival[levels[None, :] >= np.asarray(depths, int).reshape(-1, 1)] = 0.0
+        levels = np.arange(longest)
+        survival = rates[:, :1] * rates[:, 1:] ** levels
+        survival[levels >= np.array([_useful(v, longest) for v in sequences]).reshape(-1, 1)] = 0.0
         use = [(e.proposed + ROWS * self._usual) / (e.asked + ROWS) for e in mine]
         return SharedRows(survival, np.maximum(use, LEAST_USE))
 
     def _pool(self) -> None:
         """Estimate again how sequences differ."""
         all_of = [*(known.evidence for known in self._live.values()), *self._ended]
-        tries, hits = (np.array([getattr(e, name) for e in all_of]).reshape(-1, 2) for name in ("tries", "hits"))
-        self._pools = [prior(hits[:, part], tries[:, part]) for part in (0, 1)]
+        tries, hits = self._counts(all_of)
+        self._pools = [prior(hits[:, i], tries[:, i], pool) for i, pool in enumerate(self._pools)]
         asked, proposed = sum(e.asked for e in all_of), sum(e.proposed for e in all_of)
         self._usual = (proposed + 1.0) / (asked + 1.0)
+
+    @staticmethod
+    def _counts(of: Sequence[Evidence]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """[n, 2] tries and hits."""
+        return np.array([e.tries for e in of]).reshape(-1, 2), np.array([e.hits for e in of]).reshape(-1, 2)
+
+
+def _useful(view: SequenceView, longest: int) -> int:
+    """The longest draft that a sequence has a use for: its request's own limit, and the tokens that it may still emit."""
+    own, left = view.params.draft_length, view.params.max_tokens - (len(view.tokens) - view.prompt) - 1
+    return max(0, min(longest, left, longest if own is None else own))

@@ -11,7 +11,8 @@ Lengths depend on counts of earlier steps alone, never on tokens that are still 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from outrider.control.adaptive import Adaptive
 from outrider.control.own_acceptance import OwnAcceptance
@@ -21,36 +22,18 @@ from outrider.theory.shared_rows import Share, SharedRows
 from outrider.types import SequenceView
 
 
+EVERY = 4
+"""Steps after which shares are decided again while the same sequences are there."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Present:
-    """The sequences that share rows in a step. slots: theirs. rows: what rows gain. seconds: of a step, by budget and depth; None
-    where nothing near was measured. ratio: of accepted to expected tokens."""
+    """The sequences that share rows. slots: theirs. rows: what rows gain. ratio: of accepted to expected tokens. shares: by budget."""
 
-    def __init__(
-        self, slots: list[int], rows: SharedRows, seconds: Callable[[int, int], float | None], ratio: float
-    ) -> None:
-        self.slots, self.rows, self.seconds, self.ratio = slots, rows, seconds, ratio
-        self._shares: dict[int, Share] = {}
-
-    def share(self, budget: int) -> Share:
-        """The best use of `budget` rows for each sequence.
-
-        Deeper drafts gain more by the same rows and take longer to make; until it is known how long, none is deeper than `budget`.
-        """
-        if budget not in self._shares:
-            self._shares[budget] = self._best(budget)
-        return self._shares[budget]
-
-    def _best(self, budget: int) -> Share:
-        sequences, total = len(self.slots), budget * len(self.slots)
-        found, least = self.rows.share(total, budget), None
-        for deepest in range(budget, self.rows.depth + 1) if total else ():
-            seconds, share = self.seconds(budget, deepest), self.rows.share(total, deepest)
-            if seconds is None:
-                break
-            needed = seconds / (sequences + self.ratio * share.gain)
-            if least is None or needed < least:
-                found, least = share, needed
-        return found
+    slots: tuple[int, ...] = ()
+    rows: SharedRows = field(default_factory=lambda: SharedRows([[]]))
+    ratio: float = 1.0
+    shares: dict[int, Share] = field(default_factory=dict)
 
 
 class PerSequence(Adaptive):
@@ -60,7 +43,7 @@ class PerSequence(Adaptive):
     def __init__(self, first: int, longest: int, *, margin: float = 0.03, invariant: bool = False) -> None:
         super().__init__(first, longest, margin=margin, invariant=invariant)
         self._own = OwnAcceptance()
-        self._present = _Present([], SharedRows([[]]), lambda *_: None, 1.0)
+        self._present = _Present()
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
@@ -68,12 +51,12 @@ class PerSequence(Adaptive):
         self._own.notice(sequences)
         ready = {v.slot for v in sequences if len(v.tokens) - v.cached == 1}
         sharing = [v for v in sequences if v.slot in ready and not pinned(v, self.invariant)]
-        slots, depths = [v.slot for v in sharing], [_most(v, self.longest) for v in sharing]
-        seconds = lambda budget, deepest: self._forecast.seconds(len(sharing), budget, deepest)  # noqa: E731
-        now = self._present = _Present(slots, self._own.rows(slots, depths), seconds, self._own.ratio)
+        slots, now = tuple(v.slot for v in sharing), self._present
+        if slots != now.slots or self._steps % EVERY == 0:
+            now = self._present = _Present(slots, self._own.rows(sharing, self.longest), self._own.ratio)
         out = super().budget(sequences)
-        asked = {v.slot: (x, 0.0) for v, x in zip(sequences, out, strict=True) if v.slot in ready}
-        asked |= {slot: (asked[slot][0], now.rows.gain(i, asked[slot][0])) for i, slot in enumerate(slots)}
+        asked = {v.slot: (x, 0.0) for v, x in zip(sequences, out, strict=True) if x and v.slot in ready}
+        asked |= {s: (asked[s][0], now.rows.gain(i, asked[s][0])) for i, s in enumerate(slots) if s in asked}
         self._own.ask(asked)
         return out
 
@@ -88,20 +71,36 @@ class PerSequence(Adaptive):
         now = self._present
         if not now.slots or not length:
             return super().tokens_per_step(length)
-        return 1.0 + now.ratio * now.share(length).gain / len(now.slots)
+        return 1.0 + now.ratio * self._share(now, length).gain / len(now.slots)
 
     # ------------------------------------------------------------------ inside
     def _shared(self, sequences: Sequence[SequenceView], length: int) -> list[int]:
         now = self._present
-        mine = dict(zip(now.slots, now.share(length).lengths, strict=True))
+        if not length:
+            return [0] * len(sequences)
+        mine = dict(zip(now.slots, self._share(now, length).lengths, strict=True))
         return [mine.get(v.slot, length if pinned(v, self.invariant) else 0) for v in sequences]
 
     def _depth(self, length: int) -> int:
         now = self._present
-        return max(now.share(length).lengths) if now.slots else length
+        return max(self._share(now, length).lengths) if now.slots and length else length
 
+    def _share(self, now: _Present, budget: int) -> Share:
+        """The best use of `budget` rows for each sequence."""
+        if budget not in now.shares:
+            now.shares[budget] = now.rows.share(budget * len(now.slots), self._limit(now, budget))
+        return now.shares[budget]
 
-def _most(view: SequenceView, longest: int) -> int:
-    """The longest draft that a sequence has a use for: its request's own limit, and the tokens that it may still emit."""
-    own, left = view.params.draft_length, view.params.max_tokens - (len(view.tokens) - view.prompt) - 1
-    return max(0, min(longest, left, longest if own is None else own))
+    def _limit(self, now: _Present, budget: int) -> int:
+        """How deep drafts may be. Deeper ones gain more by the same rows, and take longer to make; until it is known how long,
+        none is deeper than `budget`."""
+        sequences = len(now.slots)
+        tokens = sequences + now.ratio * now.rows.gains(budget * sequences)
+        found, least = budget, None
+        for deepest in range(budget, self.longest + 1):
+            seconds = self._forecast.seconds(sequences, budget, deepest)
+            if seconds is None:
+                break
+            if least is None or seconds / tokens[deepest] < least:
+                found, least = deepest, seconds / tokens[deepest]
+        return found

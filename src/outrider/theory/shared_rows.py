@@ -51,17 +51,28 @@ class SharedRows:
         gain = (self.survival * np.minimum(self.use, 1.0)[:, None]).T  # [D, B]: of two equal rows the less deep one comes first
         order = np.argsort(-(gain / self.use).ravel(), kind="stable")
         self._depth, self._owner = np.divmod(order, max(sequences, 1))
-        self._cost, self._gain = self.use[self._owner], gain.ravel()[order]
-        self.depth = depth
+        within = self._depth < np.arange(self.survival.shape[1] + 1)[:, None]  # [D + 1, B D]: no draft longer than ...
+        self._rows = np.cumsum(within * self.use[self._owner], axis=1)
+        self._sums = np.cumsum(within * gain.ravel()[order], axis=1)
+        self.depth = self.survival.shape[1]
+
+    def _taken(self, rows: float) -> npt.NDArray[np.int64]:
+        """[D + 1] how many of the sorted rows are looked at for each limit of the depth."""
+        return (self._rows <= rows + 1e-9).sum(axis=1)
+
+    def gains(self, rows: float) -> Array:
+        """[D + 1] expected accepted tokens of the best use of `rows` rows, where no draft is longer than 0, 1, ... D."""
+        taken = self._taken(rows)
+        return np.where(taken > 0, np.take_along_axis(self._sums, np.maximum(taken - 1, 0)[:, None], axis=1)[:, 0], 0.0)
 
     def share(self, rows: float, deepest: int | None = None) -> Share:
         """The best use of at most `rows` expected rows, with no draft longer than `deepest`."""
-        within = self._depth < (self.depth if deepest is None else deepest)
-        cost = np.cumsum(self._cost[within])
-        taken = int(np.searchsorted(cost, rows + 1e-9, side="right"))
-        lengths = np.bincount(self._owner[within][:taken], minlength=len(self.use))
-        gain = float(self._gain[within][:taken].sum())
-        return Share(tuple(int(x) for x in lengths), gain, float(cost[taken - 1]) if taken else 0.0)
+        limit = self.depth if deepest is None else deepest
+        taken = int(np.searchsorted(self._rows[limit], rows + 1e-9, side="right"))
+        owners = self._owner[:taken][self._depth[:taken] < limit]
+        lengths = tuple(np.bincount(owners, minlength=len(self.use)).tolist())
+        gain, used = (float(sums[limit, taken - 1]) if taken else 0.0 for sums in (self._sums, self._rows))
+        return Share(lengths, gain, used)
 
     def gain(self, sequence: int, length: int) -> float:
         """Expected accepted tokens of a step in which this sequence drafts `length` tokens."""
@@ -72,7 +83,7 @@ class SharedRows:
         sequences = len(self.use)
         found, rate = Share((0,) * sequences, 0.0, 0.0), sequences / seconds(0.0, 0)
         for deepest in range(1, self.depth + 1):
-            for rows in np.cumsum(self._cost[self._depth < deepest]):
+            for rows in np.unique(self._rows[deepest]):
                 mine = self.share(float(rows), deepest)
                 speed = (sequences + mine.gain) / seconds(mine.rows, max(mine.lengths, default=0))
                 if speed > rate:

@@ -17,6 +17,9 @@ import numpy.typing as npt
 WEAKEST, STRONGEST = 0.5, 1e6
 """Bounds of a prior's strength, in tries."""
 
+TOLD = 2.0
+"""Tries from which a rate says something of how rates differ."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prior:
@@ -35,28 +38,31 @@ class Prior:
         return (self.strength * self.mean + h) / (self.strength + n)
 
 
-def prior(hits: npt.ArrayLike, tries: npt.ArrayLike, mean: float = 0.5, strength: float = 8.0) -> Prior:
+GUESS = Prior(0.5, 8.0)
+"""What is believed without evidence."""
+
+
+def prior(hits: npt.ArrayLike, tries: npt.ArrayLike, guess: Prior = GUESS) -> Prior:
     """The prior that these counts suggest. hits, tries: [k], tries of any size, none counted where it is 0.
 
-    mean, strength: what is assumed without evidence. The pool's mean counts as if `mean` had been seen in one try; the strength
-    stays as assumed where fewer than two rates have tries, or where one try each is all there is.
+    guess: what was believed before; its mean counts as one try, and its strength stays where no rate has enough tries to show it.
 
-    With weights n_i, Q = sum n_i (h_i / n_i - m)^2 and k rates, E[Q] = m (1 - m) (k - 1 + rho (N - sum n_i^2 / N - (k - 1))) for
-    N = sum n_i and rho = 1 / (s + 1); this is solved for rho, which is 0, and the strength the strongest, where the rates differ
-    no more than chance explains.
+    The mean weighs each share by w_i = n_i / (1 + rho (n_i - 1)), the inverse of its variance, with the guess's rho = 1 / (s + 1):
+    a sequence that is tried often must not stand for all. A share varies by m (1 - m) (rho + (1 - rho) / n_i), so
+    Q = sum n_i (h_i / n_i - m)^2 is expected at m (1 - m) (k + rho (N - k)) with N = sum n_i; this is solved for rho. The
+    strength is the strongest where the rates differ no more than chance explains.
 
-    >>> prior([8.0, 2.0], [10.0, 10.0], 0.5, 8.0)
-    Prior(mean=0.5, strength=2.125)
+    >>> prior([8.0, 2.0], [10.0, 10.0])
+    Prior(mean=0.5, strength=2.4615384615384617)
     """
     h, n = np.asarray(hits, float), np.asarray(tries, float)
     h, n = h[n > 0], n[n > 0]
-    total = float(n.sum())
-    centre = (mean + float(h.sum())) / (1.0 + total)
-    variance = centre * (1.0 - centre)
-    room = total - float(n @ n) / total - (len(n) - 1) if len(n) > 1 else 0.0
+    weights = n / (1.0 + (n - 1.0) / (guess.strength + 1.0))
+    centre = (guess.mean + float(weights @ (h / n))) / (1.0 + float(weights.sum()))
+    variance, told = centre * (1.0 - centre), n >= TOLD
+    room = float((n[told] - 1.0).sum())
     if room <= 0.0 or variance <= 0.0:
-        return Prior(centre, strength)
-    spread = float(n @ (h / n - centre) ** 2) / variance
-    rho = (spread - (len(n) - 1)) / room
+        return Prior(centre, guess.strength)
+    rho = (float(n[told] @ (h[told] / n[told] - centre) ** 2) / variance - int(told.sum())) / room
     found = 1.0 / rho - 1.0 if rho > 1.0 / (STRONGEST + 1.0) else STRONGEST
     return Prior(centre, float(np.clip(found, WEAKEST, STRONGEST)))
