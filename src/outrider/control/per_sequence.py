@@ -28,7 +28,8 @@ EVERY = 4
 
 @dataclass(frozen=True, slots=True)
 class _Present:
-    """The sequences that share rows. slots: theirs. rows: what rows gain. ratio: of accepted to expected tokens. shares: by budget."""
+    """The sequences that share rows. slots: theirs. rows: what rows gain. ratio: of accepted to expected tokens. shares: what
+    they get, by budget."""
 
     slots: tuple[int, ...] = ()
     rows: SharedRows = field(default_factory=lambda: SharedRows([[]]))

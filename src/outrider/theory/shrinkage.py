@@ -1,4 +1,4 @@
-"""Many small proportions estimated together: each is drawn towards the mean of all, by as much as chance explains their differences.
+"""Many small proportions estimated together: each is drawn to the mean of all, by as much as chance explains their differences.
 
 Sequence i has h_i hits in n_i tries. Its rate a_i is taken as a draw from a Beta distribution with mean m and strength s (s m and
 s (1 - m) are the usual parameters), so the posterior mean is (s m + h_i) / (s + n_i): its own share where n_i is large beside s,
