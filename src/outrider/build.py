@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from outrider.control.fixed import Fixed
+from outrider.control.registry import load_controller
 from outrider.drafters.combine import gated
 from outrider.drafters.registry import load_drafter as _load_drafter
 from outrider.drafters.registry import parse_speculative_config
@@ -114,7 +114,7 @@ def build_engine(
 
     draft, rule: a name, or a drafter or rule object. options: the other fields of `EngineOptions` (`capacity` is another name of
     `slots`). speculative_config: vLLM's JSON; it replaces draft, length and rule.
-    controller: makes the controller of the draft length (a fixed length if None). on_defect: called with every contained failure.
+    controller: makes the controller of the draft length (None: the one that `lengths` names). on_defect: called with every contained failure.
     selectable: a request's `drafters` may choose among the members of a combined drafter.
     Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
     """
@@ -180,7 +180,7 @@ def assemble(
         loaded.target,
         gated(drafter) if selectable else drafter,
         rule,
-        Fixed(options.length) if controller is None else controller(drafter, rule),
+        _controller(options, drafter, rule) if controller is None else controller(drafter, rule),
         tokenizer=loaded.tokenizer,
         slots=options.slots,
         max_length=options.max_length,
@@ -222,6 +222,12 @@ def _rule(loaded: Loaded, options: EngineOptions) -> Rule:
     return load_rule(options.rule, torch.from_numpy(raster.codes()))
 
 
+def _controller(options: EngineOptions, drafter: Drafter, rule: Rule) -> Controller:
+    """The controller that the options name."""
+    name, longest = options.follows, min(options.longest, drafter.max_depth)
+    return load_controller(name, min(options.length, longest), longest, invariant=rule.lane == "gumbel")
+
+
 def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
     """The drafter that the options name."""
     return _load_drafter(
@@ -229,7 +235,7 @@ def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
         target=loaded.target,
         target_path=None if loaded.path is None else str(resolve_folder(loaded.path)),
         tokenizer=loaded.tokenizer,
-        length=options.length,
+        length=options.longest,
         rule=rule,
         load_model=lambda name: load_model(loaded, options, name),
         find_folder=resolve_folder,

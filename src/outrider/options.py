@@ -23,6 +23,18 @@ WITHOUT_MODEL: Mapping[str, str] = {
 """The drafters that need no model, by the name that `--draft` gives them, and what may stand behind it."""
 PART = re.compile(f"({'|'.join(name + options for name, options in WITHOUT_MODEL.items())})(\\+|$)")
 """One of them at the start of a --draft, and the '+' behind it, which another drafter follows."""
+MOST = 64
+"""The longest draft that may be asked for."""
+LENGTHS: Mapping[str, str] = {
+    "auto": "by load in a server, fixed elsewhere",
+    "fixed": "the draft length, always",
+    "adaptive": "one length for all, the fastest for the present load",
+    "per_sequence": "its own for each sequence, from its own acceptance, under a budget for the present load",
+    "bass": "BASS's rule: longer after a draft that was accepted whole, else shorter",
+}
+"""What sets draft lengths, by the name that `--lengths` gives it."""
+_LONGEST = {"per_sequence": 12, "bass": 32}
+"""The longest draft where no number stands behind the name; else it is the draft length."""
 _TEXTS = ("draft", "rule", "dtype", "device", "implementation")
 
 
@@ -33,7 +45,9 @@ class EngineOptions:
 
     target:         a folder or a Hub name; None: the shipped pair, or a target that was given as an object.
     draft:          what proposes draft tokens: a spec of `load_drafter`.
-    length:         tokens proposed per step, >= 0; 0 is plain decoding.
+    length:         tokens proposed per step, >= 0; 0 is plain decoding. Where `lengths` follows measurements: the first, and that
+                    of sampled requests with a seed of their own.
+    lengths:        one of `LENGTHS`, and behind a colon the longest draft where it follows measurements: "per_sequence:12".
     rule:           the verification rule: "auto", or a name of `load_rule`.
     allow_lossy:    whether the rule may change the distribution of the text.
     dtype, device, implementation: see `load_target`.
@@ -62,6 +76,7 @@ class EngineOptions:
     chunk: int = 256
     prefix_cache: bool = True
     kv_memory: float | None = None
+    lengths: str = "auto"
 
     def __post_init__(self) -> None:
         for name in _TEXTS:
@@ -74,17 +89,46 @@ class EngineOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
-
         memory = self.kv_memory
         if memory is not None and (
             isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < 1e9
         ):
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
+        _check_lengths(self.lengths, self.length)
+
+    @property
+    def follows(self) -> str:
+        """What sets draft lengths, without its number."""
+        return self.lengths.partition(":")[0]
+
+    @property
+    def longest(self) -> int:
+        """The longest draft that a sequence may get; 0 where nothing is drafted."""
+        name, _, number = self.lengths.partition(":")
+        most = int(number) if number else max(_LONGEST.get(name, 0), self.length)
+        return most if self.length else 0
 
     def changed(self, **changes: object) -> EngineOptions:
         """The same options except `changes`. Raises ConfigError for an unknown name, with the nearest known one."""
         check_names(changes)
         return replace(self, **changes)
+
+
+def _check_lengths(lengths: object, length: int) -> None:
+    """Raise ConfigError for a bad `lengths` beside this draft length."""
+    if not isinstance(lengths, str):
+        raise ConfigError(f"lengths must be a text, got {lengths!r}")
+    name, colon, number = lengths.partition(":")
+    if name not in LENGTHS:
+        raise ConfigError(unknown_name("way to set draft lengths", name, LENGTHS))
+    if not colon:
+        return
+    if name in ("auto", "fixed"):
+        raise ConfigError(f"lengths {name!r} takes no number: the draft length is the longest draft")
+    if not re.fullmatch(r"\d{1,2}", number) or not max(length, 1) <= int(number) <= MOST:
+        raise ConfigError(
+            f"lengths {lengths!r}: behind the colon stands the longest draft, {max(length, 1)} (the draft length) to {MOST}"
+        )
 
 
 def types_of(name: str) -> tuple[type, ...]:

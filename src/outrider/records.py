@@ -83,6 +83,16 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """What a step did to one sequence. slot: its index. proposed: nodes. judged: positions. accepted: nodes, emitted or not."""
+
+    slot: int
+    proposed: int
+    judged: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One step as sinks receive it: host numbers only.
 
@@ -90,6 +100,7 @@ class StepRecord:
     seconds: wall-clock seconds of each of PHASES; counts: the step's sums. engine_seeded: the sums of the sequences whose seed the
     engine chose: a client's own seed may repeat its noise, and then the statistics of the ledger do not hold over several requests.
     replayed: tokens that the forward read besides its rows, once more, because a rejection had undone them (`Scores.replayed`).
+    each: the scored sequences one by one, those that ended among them.
     """
 
     rows: int
@@ -100,3 +111,4 @@ class StepRecord:
     counts: Counts
     engine_seeded: Counts = field(default_factory=Counts)
     replayed: int = 0
+    each: tuple[SequenceStep, ...] = ()

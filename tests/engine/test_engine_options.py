@@ -21,6 +21,12 @@ from outrider.options import EngineOptions, types_of
         ({"max_length": 0}, "max_length must be a whole number of at least 1"),
         ({"draft": None}, "draft must be a text, got None"),
         ({"rule": 3}, "rule must be a text, got 3"),
+        ({"lengths": 3}, "lengths must be a text, got 3"),
+        ({"lengths": "per-sequence"}, "unknown way to set draft lengths 'per-sequence'; did you mean 'per_sequence'"),
+        ({"lengths": "fixed:4"}, "takes no number"),
+        ({"lengths": "bass:2"}, "the longest draft, 3 .the draft length. to 64"),
+        ({"lengths": "adaptive:65"}, "the longest draft"),
+        ({"lengths": "bass:"}, "the longest draft"),
     ],
 )
 def test_a_bad_value_is_refused_when_it_is_made(options: dict, words: str) -> None:
@@ -37,6 +43,14 @@ def test_a_change_keeps_the_rest_and_the_original() -> None:
     assert one == EngineOptions(target="a", length=5) and hash(one) != hash(two)
     with pytest.raises(FrozenInstanceError):
         one.length = 2  # type: ignore[misc]
+
+
+def test_the_longest_draft_is_what_stands_behind_the_name() -> None:
+    longest = lambda **options: EngineOptions(**options).longest  # noqa: E731
+    assert (longest(), longest(lengths="adaptive"), longest(lengths="adaptive:8")) == (3, 3, 8)
+    assert (longest(lengths="per_sequence"), longest(lengths="bass"), longest(lengths="bass:9")) == (12, 32, 9)
+    assert longest(lengths="per_sequence", length=20) == 20 and longest(lengths="bass", length=0) == 0
+    assert EngineOptions(lengths="bass:9").follows == "bass"
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:

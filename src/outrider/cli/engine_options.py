@@ -43,6 +43,15 @@ ENGINE = Table(
                 "--length", "-l", min=0, max=64, help="Draft length: tokens proposed per step; 0 is plain decoding."
             ),
         ],
+        "lengths": Annotated[
+            str,
+            typer.Option(
+                "--lengths",
+                help="What sets draft lengths: fixed (--length), adaptive (one for all, by load), per_sequence (each its own), "
+                "bass; 'per_sequence:12': at most 12. Default: adaptive in a server, else fixed.",
+                show_default=False,
+            ),
+        ],
         "rule": Annotated[
             str,
             typer.Option(

@@ -93,7 +93,7 @@ class PredictOptions:
     ] = False
 
 
-@takes(ENGINE, "options", leave_out=("length", "rule", "allow_lossy", "slots"), length=1, slots=1)
+@takes(ENGINE, "options", leave_out=("length", "lengths", "rule", "allow_lossy", "slots"), length=1, slots=1)
 @takes(PredictOptions, "asked")
 @takes(SAMPLING, "sampling", only=("temperature", "top_p", "max_tokens"))
 def predict(options: EngineOptions, asked: PredictOptions, sampling: Any, json: Json = False) -> None:

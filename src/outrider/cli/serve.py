@@ -52,7 +52,7 @@ def serve(
     elif asked.replicas is not None:
         from outrider.cli.serve_replicas import serve_replicas
 
-        serve_replicas(context, configured(engine, speculative_config), asked, keys)
+        serve_replicas(context, asked.lengths(configured(engine, speculative_config)), asked, keys)
         return
     elif asked.restarts:
         raise typer.Exit(keep(asked))
@@ -61,7 +61,7 @@ def serve(
     listener = reserve(asked.host, asked.port) if asked.kept is None else socket.socket(fileno=asked.kept[0])
     context.call_on_close(listener.close)  # also where something below is refused
     asked.log()
-    options = configured(engine, speculative_config)
+    options = asked.lengths(configured(engine, speculative_config))
     settings = asked.settings(options.target, keys, options.slots)
     run(application(options, asked, settings), asked, settings, listener)
 
@@ -77,11 +77,11 @@ def application(options: EngineOptions, asked: ServeOptions, settings: Settings)
 
         store = store or Path(STORE)
         if asked.replica:
-            trial = placer_of(asked.experiment, options, fixed=asked.fixed_length)
+            trial = placer_of(asked.experiment, options, fixed=options.follows == "fixed")
         else:
-            trial = trial_of(asked.experiment, store, options, fixed=asked.fixed_length)
+            trial = trial_of(asked.experiment, store, options, fixed=options.follows == "fixed")
     past = None if store is None else past_of(store)
-    return create_app(partial(load_engine, options), settings, adaptive=not asked.fixed_length, past=past, trial=trial)
+    return create_app(partial(load_engine, options), settings, adaptive=False, past=past, trial=trial)
 
 
 def run(app: Any, asked: ServeOptions, settings: Settings, listener: socket.socket) -> None:

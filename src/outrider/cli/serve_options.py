@@ -15,6 +15,7 @@ from outrider.cli.options import AlertWebhook, RayAddress
 from outrider.errors import ConfigError
 
 if TYPE_CHECKING:
+    from outrider.options import EngineOptions
     from outrider.serve.settings import Settings
 
 LEVELS = ("ERROR", "WARNING", "INFO", "DEBUG")
@@ -130,7 +131,7 @@ class ServeOptions:
     replica: Annotated[bool, typer.Option("--replica", hidden=True)] = False
     kept: Annotated[tuple[int, int, int] | None, typer.Option("--kept", hidden=True, show_default=False)] = None
     fixed_length: Annotated[
-        bool, typer.Option("--fixed-length", help="Always draft --length tokens, whatever the load.")
+        bool, typer.Option("--fixed-length", help="Always draft --length tokens, whatever the load: --lengths fixed.")
     ] = False
     pad_streams: Annotated[
         bool,
@@ -196,6 +197,13 @@ class ServeOptions:
         if any(len(key) < 8 for key in keys):
             raise ConfigError("an API key needs at least 8 characters; leave it out to ask for none")
         return keys
+
+    def lengths(self, options: EngineOptions) -> EngineOptions:
+        """The engine's options, with what sets draft lengths in a server where none is named."""
+        if self.fixed_length and options.follows not in ("auto", "fixed"):
+            raise ConfigError(f"--fixed-length and --lengths {options.lengths} exclude each other: leave one out")
+        auto = "fixed" if self.fixed_length else "adaptive"
+        return options.changed(lengths=auto) if options.follows == "auto" else options
 
     def settings(self, target: str | None, keys: list[str], slots: int) -> Settings:
         """What the server is told: of a target and API keys, with `slots` sequences at the same time."""

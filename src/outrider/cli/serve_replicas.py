@@ -43,7 +43,7 @@ def serve_replicas(context: typer.Context, options: EngineOptions, asked: ServeO
         file = None if asked.experiment is None else str(asked.experiment.absolute())
         store = str((asked.store or Path(STORE)).absolute())
         size = (asked.replicas or 1, asked.max_replicas, threads)
-        deployed = Deployment(asked.host, asked.port, *size, asked.address, file, store, not asked.fixed_length)
+        deployed = Deployment(asked.host, asked.port, *size, asked.address, file, store)
         serve_on_ray(options, deployed, settings)
     else:
         raise ConfigError(f"--on is local or ray, got {asked.on!r}")
@@ -91,7 +91,7 @@ def keeper_of(options: EngineOptions, asked: ServeOptions) -> Any:
         return None
     from outrider.evaluate.experiments.live import trial_of
 
-    return trial_of(asked.experiment, asked.store or Path(STORE), options, fixed=asked.fixed_length)
+    return trial_of(asked.experiment, asked.store or Path(STORE), options, fixed=options.follows == "fixed")
 
 
 def without(words: Sequence[str], options: dict[str, int]) -> list[str]:

@@ -18,7 +18,7 @@ from outrider.options import EngineOptions
 @takes(
     ENGINE,
     "options",
-    leave_out=("length", "rule", "allow_lossy", "slots"),
+    leave_out=("length", "lengths", "rule", "allow_lossy", "slots"),
     length=2,
     rule="speculative_sampling",
     slots=1,

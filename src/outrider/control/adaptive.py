@@ -20,6 +20,7 @@ from statistics import median
 from outrider.control.acceptance import AcceptanceByDepth, break_even
 from outrider.control.length_search import LAST_PAUSE, MAX_TRIAL_STEPS, PAIRS, SETTLE, LengthSearch
 from outrider.control.row_times import load_class
+from outrider.control.seeds import pinned
 from outrider.control.step_times import StepTimes
 from outrider.errors import ConfigError
 from outrider.records import StepRecord
@@ -80,7 +81,7 @@ class Adaptive:
         self._accepted = AcceptanceByDepth(longest)
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
         self._now: tuple[int, int] | None = None  # and of the draft that it made; None where lengths differ
-        self._last = self._steps = 0
+        self._last = self._steps = self._deepest = 0
         self._judged: list[int] = []  # lengths of the drafts that this step verified
         self._ready: list[int] = []  # and of those that it made, for sequences whose prompt was through
         self._prompts = False  # whether the latest step read prompts
@@ -90,9 +91,11 @@ class Adaptive:
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
         """The choice for this load; `first` for a sampled request with its own seed unless lengths are `invariant`."""
         length = self.choice(sequences)
-        out = [self.first if self._pinned(v) else length for v in sequences]
+        shared = self._shared(sequences, length)
+        out = [self.first if pinned(v, self.invariant) else x for v, x in zip(sequences, shared, strict=True)]
         own = any(v.params.draft_length is not None for v in sequences)
-        self._now = None if own or any(x != length for x in out) else (len(sequences), length)
+        self._now = None if own or out != shared else (len(sequences), length)
+        self._deepest = max(out, default=0)
         self._last = len(sequences)
         pairs = zip(out, sequences, strict=True)
         self._ready = [_at_most(x, v) for x, v in pairs if len(v.tokens) - v.cached == 1]
@@ -107,7 +110,7 @@ class Adaptive:
         if record.scored:
             self._accepted.learn(record, self._judged)
         self._judged = self._ready
-        self._forecast.learn(record, before, now)
+        self._forecast.learn(record, before, None if now is None else (now[0], self._deepest))
         self._prompts = record.rows > record.scored + record.counts.proposed
         load = self._load(self._last)
         comparable = before is not None and now is not None and record.scored == before[0] == now[0]
@@ -155,9 +158,13 @@ class Adaptive:
         return [Speed(x, tokens, cost, tokens / cost) for x, tokens, cost in known]
 
     # ------------------------------------------------------------------ inside
-    def _pinned(self, view: SequenceView) -> bool:
-        params = view.params
-        return not self.invariant and params.seed is not None and not params.greedy
+    def _shared(self, sequences: Sequence[SequenceView], length: int) -> list[int]:
+        """The draft length of each sequence where the choice is `length`."""
+        return [length] * len(sequences)
+
+    def _depth(self, length: int) -> int:
+        """The deepest draft where the choice is `length`."""
+        return length
 
     def _load(self, sequences: int) -> LengthSearch:
         return self._loads.setdefault(load_class(sequences), LengthSearch(self.first, self.longest, self.first))
@@ -189,7 +196,7 @@ class Adaptive:
         """Whether drafts of this length will save more time over these sequences than the drafter's prefill of them costs."""
         if length == 0:
             return True
-        plain, drafted = (self._forecast.seconds(len(sequences), x) for x in (0, length))
+        plain, drafted = (self._forecast.seconds(len(sequences), x, self._depth(x)) for x in (0, length))
         if plain is None or drafted is None:
             return True
         saved = (plain - drafted / self.tokens_per_step(length)) / len(sequences)  # seconds per token
@@ -201,7 +208,9 @@ class Adaptive:
         nothing similar was measured."""
         forecast = self._forecast
         alone = not beside or forecast.prompts < 1.0
-        seconds = forecast.seconds(sequences, length) if alone else forecast.beside(sequences, length, self.longest)
+        depth = self._depth(length)
+        longest = self.longest
+        seconds = forecast.seconds(sequences, length, depth) if alone else forecast.beside(sequences, length, longest, depth)
         return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, sequences, length)
 
     def predicted(self, sequences: int, length: int) -> int:
@@ -239,7 +248,7 @@ class Adaptive:
 
     def _doubtful(self, load: LengthSearch, trial: int) -> bool:
         """Whether a trial is not worthwhile: even at best its length is much slower than the choice."""
-        its, present = self._forecast.least(self._last, trial), self._worth(self._last, load.length)
+        its, present = self._forecast.least(self._last, trial, self._depth(trial)), self._worth(self._last, load.length)
         if its is None or present is None:
             return False
         return self.tokens_per_step(trial) < SKIP_TRIAL_BELOW * present * self._charged(its, self._last, trial)

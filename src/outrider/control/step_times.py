@@ -49,8 +49,8 @@ class StepTimes:
         """Recent average of prompt rows per step."""
 
     def learn(self, record: StepRecord, before: tuple[int, int] | None, now: tuple[int, int] | None) -> None:
-        """Learn from a step. before, now: sequences and length of the draft it verified and of the one it made; None if lengths
-        differed."""
+        """Learn from a step. before, now: sequences and deepest length of the draft it verified and of the one it made; None if
+        requests or seeds set lengths of their own."""
         drafting = record.seconds["draft"]
         prompts = max(0, record.rows - record.scored - record.counts.proposed)
         self.prompts += USUAL * (prompts - self.prompts)
@@ -81,11 +81,12 @@ class StepTimes:
         own = self._passes.seconds(record.rows + self.rows(record.scored, length) - record.scored * (1 + length))
         return 0.0 if found is None or own is None else own - found
 
-    def seconds(self, sequences: int, length: int) -> float | None:
-        """Predicted seconds of a step with drafts of this length, without the drafter's prefill; None if nothing near is known."""
-        return self._step(sequences, length, self._passes.seconds(self.rows(sequences, length)))
+    def seconds(self, sequences: int, length: int, depth: int | None = None) -> float | None:
+        """Predicted seconds of a step with drafts of this mean length, without the drafter's prefill; None if nothing near is
+        known. depth: of the deepest draft, None: all have one length."""
+        return self._step(sequences, length if depth is None else depth, self._passes.seconds(self.rows(sequences, length)))
 
-    def beside(self, sequences: int, length: int, longest: int) -> float | None:
+    def beside(self, sequences: int, length: int, longest: int, depth: int | None = None) -> float | None:
         """The same for steps with the recent amount of prefill, minus the time of those rows alone, which is due at any length.
         longest: of all compared lengths."""
         rows, most = self.rows(sequences, length), self.prompts + self.rows(sequences, longest)
@@ -96,7 +97,8 @@ class StepTimes:
             return None
         row = (above - below) / (most - less)
         least = verifying * rows / (self.prompts + rows)  # the share of a pass bound by arithmetic, the lower bound
-        return self._step(sequences, length, max(least, verifying - row * self.prompts))
+        deepest = length if depth is None else depth
+        return self._step(sequences, deepest, max(least, verifying - row * self.prompts))
 
     def _step(self, sequences: int, length: int, verifying: float | None) -> float | None:
         """Seconds of a pass plus those of drafting."""
@@ -108,8 +110,8 @@ class StepTimes:
                 return verifying + drafting * length / other
         return None
 
-    def least(self, sequences: int, length: int) -> float | None:
-        """A lower bound of the same: drafting to a length that was never measured counts as no time."""
-        verifying = self._passes.seconds(self.rows(sequences, length))
-        own = self._drafts[length].seconds(sequences) if length in self._drafts else None
+    def least(self, sequences: int, length: int, depth: int | None = None) -> float | None:
+        """A lower bound of the same: drafting to a depth that was never measured counts as no time."""
+        verifying, deepest = self._passes.seconds(self.rows(sequences, length)), length if depth is None else depth
+        own = self._drafts[deepest].seconds(sequences) if deepest in self._drafts else None
         return None if verifying is None else verifying + (own or 0.0)

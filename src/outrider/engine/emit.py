@@ -9,7 +9,7 @@ from outrider.engine.parts import Parts
 from outrider.engine.rows import VerifiedStep
 from outrider.engine.scheduler import StepWork
 from outrider.engine.sequence import Event, Sequence, TokenLogprob
-from outrider.records import Counts
+from outrider.records import Counts, SequenceStep
 from outrider.sampling.pipeline import logprobs_of
 
 logger = logging.getLogger(__name__)
@@ -20,13 +20,14 @@ UNUSABLE = "the target returned NaN or empty logits: check the checkpoint and th
 class Emission:
     """What a step produced: events in the order of its works, the sequences that ended, and the sums.
 
-    engine_seeded: the sums of sequences whose seed the engine chose.
+    engine_seeded: the sums of sequences whose seed the engine chose. each: the counts of every sequence with a verdict.
     """
 
     events: list[Event] = field(default_factory=list)
     ended: list[Sequence] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     engine_seeded: Counts = field(default_factory=Counts)
+    each: list[SequenceStep] = field(default_factory=list)
 
 
 def emit(parts: Parts, works: list[StepWork], verified: VerifiedStep) -> Emission:
@@ -73,6 +74,7 @@ def _append(sequence: Sequence, verified: VerifiedStep, b: int, out: Emission) -
     for sums in (sequence.counts, out.counts, *([out.engine_seeded] if sequence.params.seed is None else [])):
         sums.add(draft.counts[b], accepted, verdict.judged[b], *ledger, kept)
     out.counts.emitted += kept
+    out.each.append(SequenceStep(sequence.slot, draft.counts[b], verdict.judged[b], accepted))
     return event
 
 

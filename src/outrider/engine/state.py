@@ -134,5 +134,6 @@ class StepState:
                 emission.counts,
                 emission.engine_seeded,
                 verified.scores.replayed,
+                tuple(emission.each),
             )
         )

@@ -19,6 +19,7 @@ A *target* law p is to be sampled with the help of a cheaper *draft* law q. Each
 | `coupling` | shared randomness instead of acceptance tests |
 | `greedy` | temperature zero: certificates that a draft token is accepted |
 | `stopping` | when to stop drafting |
+| `shrinkage`, `shared_rows` | rates of many sequences estimated together, and draft lengths of each under a shared number of rows |
 | `speedup` | from acceptance and cost to speed-up and the best draft length |
 | `recurrent` | the same where the target's state cannot be cut: tokens read again after rejections |
 | `hardware`, `roofline` | cost of a forward pass on named hardware |
@@ -62,6 +63,8 @@ _MODULES = (
     "rejections",
     "replay",
     "roofline",
+    "shared_rows",
+    "shrinkage",
     "simulate",
     "speedup",
     "stopping",

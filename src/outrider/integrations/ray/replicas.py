@@ -38,7 +38,7 @@ class Deployment:
     """What is deployed. replicas: how many, at least; most: up to how many while requests queue, None: no more.
 
     threads: of a replica, and its CPUs. address: of the cluster, None: one is started. experiment: its file, whose records go to
-    `store`. adaptive: whether draft lengths follow the load.
+    `store`.
     """
 
     host: str
@@ -49,14 +49,13 @@ class Deployment:
     address: str | None
     experiment: str | None
     store: str
-    adaptive: bool
 
 
 class Replica:
     """One engine with the server's application around it, called by the front."""
 
     async def __init__(
-        self, options: EngineOptions, settings: Settings, adaptive: bool, experiment: str | None
+        self, options: EngineOptions, settings: Settings, experiment: str | None
     ) -> None:
         """Returns when it serves. Raises what the engine's construction raises."""
         from ray import serve
@@ -65,10 +64,10 @@ class Replica:
         from outrider.evaluate.experiments.placer import placer_of
         from outrider.serve.app import create_app
 
-        trial = None if experiment is None else placer_of(experiment, options, fixed=not adaptive)
+        trial = None if experiment is None else placer_of(experiment, options, fixed=options.follows == "fixed")
         self.name = serve.get_replica_context().replica_id.unique_id
         build = partial(build_engine, **asdict(options))
-        self.app = create_app(build, settings, adaptive=adaptive, trial=trial)
+        self.app = create_app(build, settings, adaptive=False, trial=trial)
         self._life = self.app.router.lifespan_context(self.app)
         await self._life.__aenter__()
 
@@ -187,7 +186,7 @@ def application(options: EngineOptions, asked: Deployment, settings: Settings) -
         health_check_period_s=2.0,
         health_check_timeout_s=settings.limits.hang_seconds,
         **size,
-    )(Replica).bind(options, inner, asked.adaptive, asked.experiment)
+    )(Replica).bind(options, inner, asked.experiment)
     keeper = None if asked.experiment is None else (options, asked.experiment, asked.store)
     front = serve.deployment(
         name=FRONT,
@@ -208,7 +207,7 @@ def serve_on_ray(options: EngineOptions, asked: Deployment, settings: Settings) 
     from outrider.evaluate.experiments.placer import placer_of
 
     if asked.experiment is not None:
-        placer_of(asked.experiment, options, fixed=not asked.adaptive)  # a wrong one is told before anything is started
+        placer_of(asked.experiment, options, fixed=options.follows == "fixed")  # a wrong one is told before anything is started
     here = {} if asked.address else {"num_cpus": (asked.most or asked.replicas) * asked.threads + 1}
     ray = connect(asked.address, **here)
     from ray import serve
