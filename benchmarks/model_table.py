@@ -66,11 +66,16 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 """What a configuration is given of the names that it knows."""
 KINDS = {kind: [kind, "full_attention"] * (LAYERS // 2) for kind in ("linear_attention", "sliding_attention", "conv")}
+ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group")
+"""Given even where the configuration has no value for them."""
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys("qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid minimax".split(), {"layer_types": KINDS["linear_attention"]}),
     **dict.fromkeys("gemma2 gemma3_text gemma3 gemma4_text gemma4 olmo3 gpt_oss ministral cohere2 exaone4".split(), {"layer_types": KINDS["sliding_attention"]}),
     **dict.fromkeys("lfm2 lfm2_moe lfm2_vl".split(), {"layer_types": KINDS["conv"], "num_dense_layers": 1}),
-    **dict.fromkeys("deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite youtu longcat_flash glm_moe_dsa".split(), {"head_dim": 8, "num_key_value_heads": 4}),
+    "glm4v": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB},
+    **dict.fromkeys("bailing_hybrid kimi_linear".split(), {"layer_types": KINDS["linear_attention"]}),
     **dict.fromkeys("gemma3n_text gemma3n".split(), {"layer_types": KINDS["sliding_attention"], "num_kv_shared_layers": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * LAYERS, "altup_num_inputs": 2}),
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "num_local_experts": 0, "num_experts_per_tok": 0},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -80,9 +85,9 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32, "mamba_expand": 2, "adapter_rank": 8},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
-    "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 0.5, "v_dim_factor": 1.0},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH, "mamba_expand": 2, "adapter_rank": 8},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     **dict.fromkeys("qwen2_vl qwen2_5_vl".split(), {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
     "falcon": {"alibi": False},
@@ -97,7 +102,9 @@ def shrink(config: Any, own: dict[str, Any]) -> Any:
     held, kind = config.to_dict(), type(config)
     renamed = {v: k for k, v in getattr(kind, "attribute_map", {}).items()}
     given = {k: v for k, v in SMALL.items() if k in held and held[k] is not None and renamed.get(k) not in held}
-    given |= {k: v for k, v in SMALL.items() if k in held and k in ("num_key_value_heads", "head_dim")}
+    given |= {k: SMALL[k] for k in ALWAYS if k in held}
+    if "qk_rope_head_dim" in held:  # latent attention: its rotary part is a head of its own
+        given |= {"head_dim": SMALL["qk_rope_head_dim"], "num_key_value_heads": 4}
     parts = {k: getattr(config, k) for k in getattr(kind, "sub_configs", {}) if getattr(config, k, None) is not None}
     if parts:
         given = {k: v for k, v in given.items() if k.endswith("token_id")}
