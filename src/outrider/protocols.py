@@ -63,7 +63,7 @@ class KVCache(Protocol):
 class Target(Protocol):
     """A causal language model that scores flat rows.
 
-    trees: rows may be siblings. rewinds: rows may be dropped again (False for recurrent states: plain decoding only).
+    trees: rows may be siblings. rewinds: rows may be dropped again (False for states that can neither be cut nor copied: plain decoding only).
     notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
     """
 
