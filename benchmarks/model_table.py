@@ -66,11 +66,16 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 """What a configuration is given of the names that it knows."""
 KINDS = {kind: [kind, "full_attention"] * (LAYERS // 2) for kind in ("linear_attention", "sliding_attention", "conv")}
+ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group")
+"""Given even where the configuration has no value for them."""
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys("qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid minimax".split(), {"layer_types": KINDS["linear_attention"]}),
     **dict.fromkeys("gemma2 gemma3_text gemma3 gemma4_text gemma4 olmo3 gpt_oss ministral cohere2 exaone4".split(), {"layer_types": KINDS["sliding_attention"]}),
     **dict.fromkeys("lfm2 lfm2_moe lfm2_vl".split(), {"layer_types": KINDS["conv"], "num_dense_layers": 1}),
-    **dict.fromkeys("deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite youtu longcat_flash glm_moe_dsa".split(), {"head_dim": 8, "num_key_value_heads": 4}),
+    "glm4v": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB},
+    **dict.fromkeys("bailing_hybrid kimi_linear".split(), {"layer_types": KINDS["linear_attention"]}),
     **dict.fromkeys("gemma3n_text gemma3n".split(), {"layer_types": KINDS["sliding_attention"], "num_kv_shared_layers": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * LAYERS, "altup_num_inputs": 2}),
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "num_local_experts": 0, "num_experts_per_tok": 0},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -80,9 +85,9 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32, "mamba_expand": 2, "adapter_rank": 8},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
-    "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 0.5, "v_dim_factor": 1.0},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH, "mamba_expand": 2, "adapter_rank": 8},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     **dict.fromkeys("qwen2_vl qwen2_5_vl".split(), {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
     "falcon": {"alibi": False},
@@ -97,7 +102,9 @@ def shrink(config: Any, own: dict[str, Any]) -> Any:
     held, kind = config.to_dict(), type(config)
     renamed = {v: k for k, v in getattr(kind, "attribute_map", {}).items()}
     given = {k: v for k, v in SMALL.items() if k in held and held[k] is not None and renamed.get(k) not in held}
-    given |= {k: v for k, v in SMALL.items() if k in held and k in ("num_key_value_heads", "head_dim")}
+    given |= {k: SMALL[k] for k in ALWAYS if k in held}
+    if "qk_rope_head_dim" in held:  # latent attention: its rotary part is a head of its own
+        given |= {"head_dim": SMALL["qk_rope_head_dim"], "num_key_value_heads": 4}
     parts = {k: getattr(config, k) for k in getattr(kind, "sub_configs", {}) if getattr(config, k, None) is not None}
     if parts:
         given = {k: v for k, v in given.items() if k.endswith("token_id")}
@@ -256,13 +263,94 @@ def alone(family: str, tokens: int, rounds: int, seconds: float) -> dict[str, An
         process.join()
 
 
+PAGE = """# Will my model run?
+
+Every family of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text part is
+the target. Each was built small and random (a few layers of 64, float32), saved, loaded like any checkpoint and decoded greedily, by
+`python benchmarks/model_table.py --out rows.jsonl`; this page is what `--page` makes of the rows. A family of the table that your
+checkpoint belongs to runs in the same way, however large it is; `outrider doctor PATH` says which runtime it is, and loading says what
+its path costs.
+
+- **path**: *native* is Outrider's own runtime, all others are transformers: *seam* scores the rows of all sequences in one call,
+  *cache* calls the model once per sequence, *snapshots* is for states that cannot be cut (docs/families.md), *recompute* reads the whole
+  text at every step.
+- **drafts**: what may be proposed. *chains, no gain*: exact, but the model reads one token a call, so that drafts save no time.
+- **text**: whether greedy text is that of transformers' own `generate`, plainly, and with drafts that are accepted and rejected (n-grams,
+  and its own text with every fifth token wrong), and sampled text (rule `match`) that of plain decoding.
+- **speed**: of transformers' `generate`, plain decoding of one sequence, the median of two interleaved runs of a few dozen tokens on a
+  shared machine: read 0.8 to 1.2 as equal.
+
+{counts}
+
+| family | path | drafts | text | speed |
+|---|---|---|---|---|
+{table}
+
+## Refused
+
+| family | sentence |
+|---|---|
+{refused}
+
+## Not tried
+
+transformers itself did not make or run these from small sizes, or needs another package for them.
+
+| family | what it said |
+|---|---|
+{untried}
+"""
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """The page of the rows: what runs, what is refused, what could not be tried."""
+    ran = [r for r in rows if "path" in r]
+    untried = [r for r in rows if "made" in r or "crash" in r or ("refused" in r and "theirs_fails" in r)]
+    refused = [r for r in rows if "refused" in r and "theirs_fails" not in r]
+    chains = sum(r["drafts"] != "none" for r in ran)
+    cell = lambda text: str(text).replace("|", "\\|")  # noqa: E731
+    return PAGE.format(
+        release=rows[0]["transformers"],
+        counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused, {len(untried)} could not be tried.",
+        table="\n".join(
+            f"| {r['family']} | {r['path']} | {r['drafts']}{', no gain' if r['by_token'] else ''} | {verdict(r)} "
+            f"| {r.get('speed', 'none')} |"
+            for r in ran
+        ),
+        refused="\n".join(f"| {r['family']} | {cell(r['refused'])} |" for r in refused),
+        untried="\n".join(
+            f"| {r['family']} | {cell(r.get('made') or r.get('crash') or r['theirs_fails'])} |" for r in untried
+        ),
+    )
+
+
+CHECKS = ("equal", "ngram", "ngram_match", "told", "told_match")
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What was compared, and what of it differs."""
+    wrong = [name for name in CHECKS if row.get(name) is False]
+    if wrong:
+        return f"differs: {', '.join(wrong)}"
+    return "equal" if "equal" in row else f"equal to plain decoding; transformers' own generate fails ({row['theirs_fails']})"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, by family."""
+    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda r: r["family"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=FAMILIES)
     parser.add_argument("--out", type=Path, required=True, help="rows, one JSON object a line; families in it are not run again")
+    parser.add_argument("--page", type=Path, help="write the page of the rows there, and run nothing")
     for name, default in (("tokens", 48), ("rounds", 3), ("seconds", 240)):
         parser.add_argument(f"--{name}", type=int, default=default)
     wanted = parser.parse_args()
+    if wanted.page is not None:
+        wanted.page.write_text(page(read_rows(wanted.out)))
+        return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

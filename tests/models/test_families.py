@@ -15,6 +15,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from benchmarks.families import FAMILIES, PROMPT, build, engine_of, known, ours, theirs
+from benchmarks.model_table import Told
+from outrider import SamplingParams
+from outrider.build import companion
 from outrider.errors import ConfigError
 from outrider.models.hf.target import HFTarget
 
@@ -58,6 +61,28 @@ def test_a_step_costs_what_it_costs_in_transformers(family: str, caplog: pytest.
         assert text == theirs(model, NEW, use_cache=False)
         pytest.skip("this release's own generate decodes another text with its cache than without")
     assert fed == expected
+
+
+RECURRENT = ("qwen3_next", "bamba", "lfm2", "rwkv", "mamba2", "jamba", "olmo_hybrid", "falcon_mamba")
+STATES = [f if f in ("qwen3_next", "rwkv") else pytest.param(f, marks=pytest.mark.slow) for f in RECURRENT]
+
+
+@pytest.mark.parametrize("family", STATES)
+def test_drafts_on_a_state_that_cannot_be_cut_give_the_text_of_transformers(family: str) -> None:
+    """Two sequences at a time, drafts accepted and rejected in turn; a model that reads pieces takes one call a step."""
+    model = build(family)
+    reference = theirs(model, NEW)
+    engine = companion(engine_of(model, 64), Told(reference, 4), length=4, slots=2)
+    target = engine.parts.target
+    assert target.path == "snapshots"
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+    with counted(model) as fed:
+        found = [list(r.outputs[0].token_ids) for r in engine.generate([PROMPT, PROMPT], params)]
+    assert found == [reference, reference]
+    assert engine.counts.accepted > NEW
+    assert engine.counts.rejected > 4
+    if not target.serving_path.by_token:
+        assert len(fed) == engine.counts.steps
 
 
 def deprecations(caplog: pytest.LogCaptureFixture) -> set[str]:

@@ -31,7 +31,8 @@ def admit(folder: Path, raw: dict) -> Any:
         _admit_quantized(folder, config, raw["quantization_config"])
     model = _skeleton(folder, config, str(named))
     causal_flags = [bool(getattr(m, _CAUSAL)) for m in model.modules() if isinstance(getattr(m, _CAUSAL, None), bool)]
-    if causal_flags and not any(causal_flags):
+    unflagged_encoder = not causal_flags and getattr(config, "is_decoder", None) is False
+    if unflagged_encoder or (causal_flags and not any(causal_flags)):
         raise ConfigError(
             f"{folder} is an encoder ({named}), in which a token sees what follows it: it cannot continue text, "
             "use a causal language model"

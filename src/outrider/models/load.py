@@ -259,11 +259,21 @@ def _stored(folder: Path, found: Checkpoint | GgufCheckpoint | str) -> str:
 def _sizes_by_transformers(config: Any) -> tuple[int, int, int, int, int]:
     """Vocabulary, positions, layers, key heads and their size, as transformers reads them; 0 if a model has no such value."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 0
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    positions = getattr(text, "max_position_embeddings", None) or 0
-    return text.vocab_size, positions, text.num_hidden_layers, kv_heads, head_dim
+    heads = _size(text, "num_attention_heads")
+    kv_heads = _size(text, "num_key_value_heads") or heads
+    head_dim = _size(text, "head_dim") or (_size(text, "hidden_size") // heads if heads else 0)
+    names = ("vocab_size", "max_position_embeddings", "num_hidden_layers")
+    vocab_size, positions, layers = (_size(text, name) for name in names)
+    return vocab_size, positions, layers, kv_heads, head_dim
+
+
+def _size(config: Any, name: str) -> int:
+    """A number of a configuration of transformers, 0 if it has none. Where layers differ it is the largest."""
+    try:
+        found = [getattr(config, name, None)]
+    except Exception:  # some classes refuse to name one value for layers that differ, with errors of their own
+        found = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", ())]
+    return max((n for n in found if isinstance(n, int)), default=0)
 
 
 def _device(name: str) -> torch.device:

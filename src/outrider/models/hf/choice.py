@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from outrider.errors import CapabilityError
+from outrider.errors import CapabilityError, ConfigError
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.cache import BentPath, CachePath, RecomputePath, RecurrentPath, SnapshotPath, find_growing
 from outrider.models.hf.hooks import HiddenStateHooks
@@ -76,11 +76,11 @@ def choose(
     try:
         way = handover(lambda: None, lambda: DynamicCache(config=model.config))
     except CapabilityError as failure:
-        return RecomputePath(model), why | {"recurrent": str(failure)}
+        return _recompute(model, token, reference, limit), why | {"recurrent": str(failure)}
     careful = rehearse(lambda: RecurrentPath(model, way, True), token, reference, PLAIN, limit)
     quick = rehearse(lambda: RecurrentPath(model, way, False), token, reference, PLAIN, limit)
     if careful.path is None:
-        return RecomputePath(model), why | {"recurrent": careful.fault}
+        return _recompute(model, token, reference, limit), why | {"recurrent": careful.fault}
     alike = quick.path is not None and quick.error <= 2 * careful.error + 1e-4
     plain = quick.path if quick.path is not None and alike else careful.path
 
@@ -93,6 +93,17 @@ def choose(
         if trial.path is None:
             return plain, why | {"snapshots": trial.fault}
     return trial.path, why
+
+
+def _recompute(model: PreTrainedModel, token: Sequence[int], reference: Float[Tensor, "P V"], limit: float) -> Drive:
+    """The path that is correct for every model whose rows do not see what follows them."""
+    trial = rehearse(lambda: RecomputePath(model), token, reference, DRAFTED, limit)
+    if trial.path is None:
+        raise ConfigError(
+            f"{type(model).__name__} is no decoder: what follows a token changes what the model says of it, so that it cannot continue "
+            "text; use a causal language model"
+        )
+    return trial.path
 
 
 def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:

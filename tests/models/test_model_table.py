@@ -1,0 +1,55 @@
+"""The table of all families: every recorded row runs with the same text or is refused in a sentence, the page is what the rows say,
+and the doctor agrees with them. The slow test runs a sample of the families again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from benchmarks import model_table
+from benchmarks.model_table import CHECKS, page, read_rows, row_of
+
+RECORDED = Path(model_table.__file__).with_name("model_table.jsonl")
+ROWS = read_rows(RECORDED)
+SAMPLE = [r["family"] for r in ROWS if "path" in r]
+
+
+def test_no_family_has_another_text() -> None:
+    assert len(ROWS) > 150
+    assert not [(r["family"], name) for r in ROWS for name in CHECKS if r.get(name) is False]
+    drafted = [r for r in ROWS if r.get("drafts", "none") != "none"]
+    assert all(r["told_accepted"] and r["told_rejected"] for r in drafted)
+
+
+def test_what_does_not_run_is_refused_in_a_sentence() -> None:
+    refused = [r["refused"] for r in ROWS if "refused" in r]
+    assert refused
+    assert all("\n" not in said and len(said) < 500 for said in refused)
+
+
+def test_the_doctor_agrees() -> None:
+    """Its runtime is the one that ran. What it refuses is refused; weights it does not read, so loading may find more."""
+    for r in ROWS:
+        if "path" in r:
+            assert r["doctor"] == ("lean" if r["path"] in ("native", "lean") else "transformers"), r["family"]
+        elif r.get("doctor", "").startswith("refused"):
+            assert "refused" in r, r["family"]
+
+
+def test_the_page_is_that_of_the_rows() -> None:
+    written = Path(__file__).parents[2] / "docs" / "models.md"
+    assert written.read_text() == page(ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", SAMPLE)
+def test_a_family_runs_as_recorded(family: str) -> None:
+    recorded = next(r for r in ROWS if r["family"] == family)
+    if recorded["transformers"] != transformers.__version__:
+        pytest.skip("recorded with another release of transformers")
+    row = row_of(family, 24, 0)
+    same = ("path", "drafts", "doctor", *CHECKS)
+    assert {k: row.get(k) for k in same} == {k: recorded.get(k) for k in same}
