@@ -30,7 +30,8 @@ from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
 from outrider.drafters.suffix import Suffix
 from outrider.drafters.target_tables import output_of
-from outrider.drafters.tree.growth import BestFirst, Levels
+from outrider.drafters.tree.gain import ByGain, Dynamic
+from outrider.drafters.tree.growth import BestFirst, Growth, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.nn.held import library_for
@@ -94,25 +95,25 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 60) -> nn.Modu
     return model.eval().requires_grad_(False)
 
 
-def medusa(target: Toy, growth: Levels | BestFirst) -> MedusaDrafter:
+def medusa(target: Toy, growth: Growth) -> MedusaDrafter:
     return MedusaDrafter(learned("medusa", target), growth)  # type: ignore[arg-type]
 
 
-def eagle(target: Toy, growth: Levels | BestFirst, kind: str = "eagle") -> EagleDrafter:
+def eagle(target: Toy, growth: Growth, kind: str = "eagle") -> EagleDrafter:
     return EagleDrafter(learned(kind, target), growth)  # type: ignore[arg-type]
 
 
-def dflash(target: Toy, growth: Levels | BestFirst) -> DFlashDrafter:
+def dflash(target: Toy, growth: Growth) -> DFlashDrafter:
     return DFlashDrafter(learned("dflash", target), growth)  # type: ignore[arg-type]
 
 
-def compiled(kind: str, target: Toy, growth: Levels | BestFirst) -> Drafter:
+def compiled(kind: str, target: Toy, growth: Growth) -> Drafter:
     """The same in float32, which the compiled decoder runs."""
     made = {"medusa": MedusaDrafter, "dflash": DFlashDrafter}.get(kind, EagleDrafter)
     return made(copy.deepcopy(learned(kind, target)).float(), growth)  # type: ignore[arg-type]
 
 
-def counted(target: Toy, growth: Levels | BestFirst) -> counts.Counts:
+def counted(target: Toy, growth: Growth) -> counts.Counts:
     """Tables of random pictures of 5 x 4 tokens, some of the vocabulary's no colours."""
     noise = torch.Generator().manual_seed(6)
     tokens, prompts = (torch.randint(target.vocab_size - 2, size, generator=noise) for size in ((60, 20), (60,)))
@@ -153,6 +154,17 @@ DRAFTERS: dict[str, Factory] = {
     "model-dynamic": lambda target, slots: ModelDrafter(
         small(target), 3, growth=BestFirst(6, 3, target.vocab_size, width=2)
     ),
+    "model-stop": lambda target, slots: ModelDrafter(
+        small(target), 5, growth=ByGain(5, 5, target.vocab_size, least=0.3)
+    ),
+    "model-stop-coupled": lambda target, slots: ModelDrafter(
+        small(target), 4, growth=ByGain(4, 4, target.vocab_size, least=0.3, sample="coupled")
+    ),
+    "model-by-gain": lambda target, slots: ModelDrafter(
+        small(target), 3, growth=Dynamic(7, 3, target.vocab_size, width=3)
+    ),
+    "medusa-stop": lambda target, slots: medusa(target, ByGain(4, 4, target.vocab_size, least=0.2)),
+    "eagle-by-gain": lambda target, slots: eagle(target, ByGain(6, 4, target.vocab_size, width=2, least=0.1)),
     "medusa": lambda target, slots: medusa(target, Levels(levels((1,) * 4), target.vocab_size)),
     "medusa-coupled": lambda target, slots: medusa(
         target, Levels(levels((1,) * 3), target.vocab_size, sample="coupled")
@@ -170,10 +182,12 @@ DRAFTERS: dict[str, Factory] = {
     "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
     "counts": lambda target, slots: counted(target, Levels(levels((1,) * 4), target.vocab_size)),
     "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),
-    "early-dynamic": lambda target, slots: early_exit(target, 1, BestFirst(6, 3, target.vocab_size, width=2)),
+    "early-dynamic": lambda target, slots: early_exit(target, 1, Dynamic(6, 3, target.vocab_size, width=2)),
+    "early-stop": lambda target, slots: early_exit(target, 1, ByGain(4, 4, target.vocab_size, least=0.3)),
     "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),
     "dflash-greedy": lambda target, slots: dflash(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy")),
-    "dflash-dynamic": lambda target, slots: dflash(target, BestFirst(8, 4, target.vocab_size, width=3)),
+    "dflash-dynamic": lambda target, slots: dflash(target, Dynamic(8, 4, target.vocab_size, width=3)),
+    "dflash-stop": lambda target, slots: dflash(target, ByGain(4, 4, target.vocab_size, least=0.2)),
     "linear": lambda target, slots: LinearDrafter(
         learned("linear", target),
         Levels(levels((1,) * 4), target.vocab_size),  # type: ignore[arg-type]

@@ -18,6 +18,8 @@ from scipy.stats import chi2
 
 from outrider.build import Engine
 from outrider.drafters.model.drafter import ModelDrafter
+from outrider.drafters.tree.gain import ByGain
+from outrider.drafters.tree.growth import Growth
 from outrider.drafters.tree.shapes import MergedDrafts, Shape, levels
 from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams
@@ -95,10 +97,11 @@ def build(
     branching: tuple[int, ...] = (1, 1, 1),
     shape: Shape | None = None,
     siblings: str = "iid",
+    growth: Growth | None = None,
     slots: int = 512,
 ) -> Engine:
     tree = shape or levels(branching)
-    drafter = ModelDrafter(DRAFT, depth=tree.depth, shape=tree, siblings=siblings, sample=sample)
+    drafter = ModelDrafter(DRAFT, depth=tree.depth, shape=tree, siblings=siblings, sample=sample, growth=growth)
     depth = Budgets(
         lambda s: (s.seed * 7 + len(s.tokens)) % 4
     )  # mixed lengths, 0 included, fixed by the sequence alone
@@ -122,6 +125,10 @@ CASES = {
     "traversal without replacement": ("traversal", {"branching": (3, 2), "siblings": "without_replacement"}),
     "block": ("block", {}),
     "block, greedy draft": ("block", {"sample": "greedy"}),
+    "stopping": ("block", {"growth": ByGain(3, 3, V, least=0.35)}),
+    "stopping, coupled": ("match", {"growth": ByGain(3, 3, V, least=0.35, sample="coupled")}),
+    "by gain": ("traversal", {"growth": ByGain(6, 3, V, width=3)}),
+    "by gain, node by node": ("optimal_transport", {"growth": ByGain(6, 3, V, width=3)}),
 }
 LATER = (
     "batch of drafts",
@@ -129,6 +136,8 @@ LATER = (
     "shared prefixes, optimal transport",
     "traversal",
     "block, greedy draft",
+    "stopping, coupled",
+    "by gain, node by node",
 )
 """What others show in `make test`: every rule, every shape and every way to draw is in one of them. `make test-slow` has all."""
 

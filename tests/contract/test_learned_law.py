@@ -16,11 +16,12 @@ from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.model.early_exit import early_exit
+from outrider.drafters.tree.gain import ByGain, Dynamic
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.models.toy import TableTarget
 from outrider.protocols import Drafter
-from outrider.types import Evidence
+from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
 from tests.contract.drafters import compiled, learned
 from tests.contract.scripted import Budgets
@@ -48,7 +49,17 @@ CASES: dict[str, tuple[str, Growth]] = {
     "compiled last features, chain": ("eagle1 compiled", Levels(levels((1, 1, 1)), V)),
     "compiled heads, sampled chain": ("medusa compiled", Levels(levels((1, 1, 1)), V)),
     "compiled blocks, sampled chain": ("dflash compiled", Levels(levels((1, 1, 1)), V)),
+    "heads, stopping": ("medusa", ByGain(3, 3, V, least=0.35)),
+    "features, stopping": ("eagle", ByGain(3, 3, V, least=0.35)),
+    "early exit, stopping": ("early", ByGain(3, 3, V, least=0.35)),
+    "blocks, stopping": ("dflash", ByGain(3, 3, V, least=0.35)),
+    "heads, by gain": ("medusa", Dynamic(5, 3, V, width=2)),
+    "features, by gain": ("eagle", Dynamic(5, 3, V, width=2)),
+    "early exit, by gain": ("early", Dynamic(5, 3, V, width=2)),
+    "blocks, by gain": ("dflash", Dynamic(5, 3, V, width=2)),
 }
+RULES = {"stopping": "block", "by gain": "traversal"}
+"""What `auto` chooses for these; the other cases are judged by speculative sampling."""
 
 
 QUICK = (
@@ -61,6 +72,11 @@ QUICK = (
     "blocks, sampled chain",
     "blocks, best first",
     "compiled features, sampled tree",
+    "heads, stopping",
+    "features, stopping",
+    "features, by gain",
+    "blocks, stopping",
+    "early exit, stopping",
 )
 """Every drafter and every growth, which drafters share; the other pairs of them run in `make test-slow`."""
 
@@ -72,7 +88,7 @@ class Deep(TableTarget):
         return self.perturbed(1.0, seed=4)
 
 
-def build(kind: str, growth: Growth) -> Engine:
+def build(kind: str, growth: Growth, rule: str = "speculative_sampling") -> Engine:
     if kind == "early":
         drafter: Drafter = early_exit(Deep(TARGET.table), 1, growth)
     elif kind.endswith(" compiled"):
@@ -81,12 +97,12 @@ def build(kind: str, growth: Growth) -> Engine:
         made = {"medusa": MedusaDrafter, "eagle": EagleDrafter, "eagle1": EagleDrafter, "dflash": DFlashDrafter}[kind]
         drafter = made(learned(kind, TARGET, 3), growth)  # type: ignore[arg-type]
     depth = Budgets(lambda s: (s.seed * 7 + len(s.tokens)) % 4)
-    return Engine(TARGET, drafter, load_rule("speculative_sampling"), depth, slots=512, max_length=32)
+    return Engine(TARGET, drafter, load_rule(rule), depth, slots=512, max_length=32)
 
 
 @pytest.mark.parametrize("case", slow_beyond([(c,) for c in CASES], [(c,) for c in QUICK]))
 def test_joint_distribution_of_four_tokens(case: str) -> None:
-    engine = build(*CASES[case])
+    engine = build(*CASES[case], RULES.get(case.partition(", ")[2], "speculative_sampling"))
     value, bound = statistic(collect(engine, N, seed=5, disturb=True), exact_joint() * N)
     assert value < bound
     assert engine.counts.accepted > 300
@@ -106,4 +122,28 @@ def test_control_a_drafter_that_declares_another_distribution_is_seen() -> None:
 
     engine.parts.drafter.draft = lying  # type: ignore[method-assign]
     value, bound = statistic(collect(engine, 4 * N, seed=5, disturb=False), exact_joint() * 4 * N)
+    assert value > bound
+
+
+def test_control_a_chain_that_drops_a_token_after_drawing_it_is_seen() -> None:
+    """Negative control of stopping: the same chains, cut before a token that was drawn and came out unlikely."""
+    engine = build("eagle", ByGain(3, 3, V, least=0.35), "block")
+    honest = engine.parts.drafter.draft
+
+    def choosy(evidence: Evidence, budget):
+        draft = honest(evidence, budget)
+        if draft.q is None:
+            return draft
+        trees = []
+        rows: list[int] = []
+        for b in range(len(draft.counts)):
+            mine = list(draft.nodes(b))
+            sure = [float(draft.q.probs[draft.q.row[k], draft.tokens[k]]) > 0.25 for k in mine]
+            keep = mine[: sure.index(False)] if False in sure else mine
+            trees.append(([draft.tokens[k] for k in keep], list(range(-1, len(keep) - 1))))
+            rows += [draft.q.row[k] for k in keep]
+        return Draft.join(trees, replace(draft.q, row=tuple(rows)) if rows else None)
+
+    engine.parts.drafter.draft = choosy  # type: ignore[method-assign]
+    value, bound = statistic(collect(engine, 2 * N, seed=5, disturb=False), exact_joint() * 2 * N)
     assert value > bound

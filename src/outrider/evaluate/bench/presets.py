@@ -49,6 +49,15 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
         Spec("draft model, 3", DRAFT, 3),
         Spec("suffix or model", f"suffix+{DRAFT}", 6),
     ),
+    "stopping": (
+        Spec("plain", "none", 0, "nothing"),
+        Spec("draft model, 3", DRAFT, 3),
+        Spec("draft model, 5", DRAFT, 5),
+        Spec("draft model, 8", DRAFT, 8),
+        Spec("draft model, stops", f"stop:{DRAFT}", 10),
+        Spec("EAGLE, chain", "eagle", 4, "layer"),
+        Spec("EAGLE, stops", "stop:eagle", 8, "layer"),
+    ),
 }
 """The first arm is the base of every ratio."""
 
