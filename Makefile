@@ -6,12 +6,16 @@ STAMP := $(VENV)/.outrider
 # Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
 TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
-# Shapes and types of every call are checked at run time in these tests, but not in the statistical ones, which make the same calls
-# thousands of times (five times slower then).
+# Shapes and types of every call are checked at run time in these tests, but not in those that make the same calls thousands of times
+# (three to ten times slower then): `make test-slow` checks them there too.
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli tests/contract/test_scripted.py
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
+REPEATING := $(STATISTICAL) tests/cli/test_interrupt.py tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
+  tests/drafters/test_ahead.py tests/drafters/test_recycled.py tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
+  tests/engine/test_sharing.py tests/models/test_config_keys.py tests/models/test_gguf_damaged.py tests/models/test_guided.py \
+  tests/models/test_quantised_target.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
-UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
+UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 INSTALL := python -m pip install --quiet --disable-pip-version-check
@@ -51,7 +55,7 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(STATISTICAL))
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING))
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) --ignore=tests/contract/test_scripted.py
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
@@ -75,6 +79,7 @@ constraints:  ## resolve the newest of everything anew, for every Python that we
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(SHAPES) $(filter-out $(STATISTICAL),$(REPEATING))
 
 # The wheels are read and not installed; with OUTRIDER_VLLM_PYTHON an environment that has vLLM also constructs the configurations.
 test-plan: $(STAMP)  ## the tables of vLLM's and Ray's field names against their released wheels (550 MB)
