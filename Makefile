@@ -22,7 +22,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -126,16 +126,39 @@ test-watch: $(STAMP) .venvs/watch-vllm/.made .venvs/watch-llama/.made  ## real s
 test-ray: .venv-ray/.outrider  ## sweeps and replicas on Ray, in an environment of its own
 	$(TEST_ENV) .venv-ray/bin/python -m pytest -q tests/outside/ray
 
-# Clients as their users have them. codex and qwen-code come from npm, and are skipped where there is no npm.
-CLIENTS := openai anthropic litellm langchain-openai langgraph instructor llm trl
-.venv-clients/.outrider: pyproject.toml
-	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
-	@.venv-clients/bin/$(INSTALL) --editable ".[dev]" $(CLIENTS)
-	@if command -v npm >/dev/null; then npm install --silent --prefix .venv-clients @openai/codex @qwen-code/qwen-code openai; fi
+# Clients as their users have them, each in an environment of its own: tests/outside/clients/pins says which releases. Those from npm
+# are skipped where there is no npm; vLLM's bench runs in the environment of `make test-vllm`, where that is.
+.PRECIOUS: .venvs/client-%/.made
+CLIENTS := openai anthropic llm litellm langchain instructor inspect lmeval guidellm
+.venvs/client-%/.made: tests/outside/clients/pins/%.txt
+	@$(PYTHON) -m venv .venvs/client-$*
+	@.venvs/client-$*/bin/$(INSTALL) --requirement $<
 	@touch $@
 
-test-clients: .venv-clients/.outrider  ## real clients and agents against a server whose model follows a script
-	$(TEST_ENV) OUTRIDER_NPM=$(CURDIR)/.venv-clients/node_modules .venv-clients/bin/python -m pytest -q tests/outside/clients
+.venvs/client-npm/.made: tests/outside/clients/pins/package.json
+	@mkdir -p .venvs/client-npm && cp $< .venvs/client-npm
+	@if command -v npm >/dev/null; then npm install --silent --prefix .venvs/client-npm; fi
+	@touch $@
+
+.venvs/trl/.made:
+	@$(PYTHON) -m venv .venvs/trl
+	@.venvs/trl/bin/$(INSTALL) --no-deps trl==1.16.0
+	@touch $@
+
+test-clients: $(addprefix test-client-,$(CLIENTS) npm) test-templates  ## real clients and agents, each in its own environment
+	@if test -e .venv-vllm/.outrider; then $(CLIENT) .venv-vllm/bin/python $(IN_CLIENTS)/test_vllm_bench.py; fi
+
+IN_CLIENTS := tests/outside/clients
+CLIENT = run() { OUTRIDER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) $$1 -m pytest -q -c $(IN_CLIENTS)/pytest.ini $$2; }; run
+test-client-%: $(STAMP) .venvs/client-%/.made
+	@$(CLIENT) .venvs/client-$*/bin/python $(IN_CLIENTS)/test_$*.py
+
+test-client-npm: $(STAMP) .venvs/client-npm/.made
+	@export OUTRIDER_NPM=$(CURDIR)/.venvs/client-npm/node_modules; $(CLIENT) $(BIN)/python $(IN_CLIENTS)/test_npm.py
+
+test-templates: $(STAMP) .venvs/trl/.made  ## chat templates of real models, as trl's wheel has them
+	@OUTRIDER_TRL=$$(.venvs/trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/trl \
+	  $(TEST_ENV) $(BIN)/python -m pytest -q $(IN_CLIENTS)/test_templates.py
 
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .
@@ -146,5 +169,5 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venv-clients .venvs .wheels .pytest_cache .ruff_cache \
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venvs .wheels .pytest_cache .ruff_cache \
 	  .hypothesis .import_linter_cache .cpu-seconds

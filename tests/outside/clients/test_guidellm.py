@@ -14,7 +14,8 @@ def test_guidellm(pair_url: str, tmp_path: Path) -> None:
     command = [
         Path(sys.executable).with_name("guidellm"), "run", "--backend", f"kind=openai_http,target={pair_url},model=pycode",
         "--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=3", "--tokenizer", f"kind=hf_auto,model={PAIR}",
-        "--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=8", "--output", "kind=json,path=out.json", "--disable-progress",
+        "--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=8", "--output", "kind=json,path=out.json",
+        "--disable-progress",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
