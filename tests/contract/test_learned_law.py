@@ -23,7 +23,7 @@ from outrider.types import Evidence
 from outrider.verify import load_rule
 from tests.contract.drafters import learned
 from tests.contract.scripted import Budgets
-from tests.contract.test_joint_law import N, TARGET, V, collect, exact_joint, statistic
+from tests.contract.test_joint_law import TARGET, N, V, collect, exact_joint, statistic
 from tests.covering import slow_beyond
 
 CASES: dict[str, tuple[str, Growth]] = {
