@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
 # Shapes and types of every call are checked at run time in these tests, but not in those that make the same calls thousands of times
 # (three to ten times slower then): `make test-slow` checks them there too.
-TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli tests/contract/test_scripted.py
+TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
 REPEATING := $(STATISTICAL) tests/cli/test_interrupt.py tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
   tests/drafters/test_ahead.py tests/drafters/test_recycled.py tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
@@ -56,7 +56,7 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING))
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) --ignore=tests/contract/test_scripted.py
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED)
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
 	@rm -f .cpu-seconds
@@ -79,7 +79,7 @@ constraints:  ## resolve the newest of everything anew, for every Python that we
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(SHAPES) $(filter-out $(STATISTICAL),$(REPEATING))
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(SHAPES) $(filter-out $(STATISTICAL),$(REPEATING)) tests/contract/test_scripted.py
 
 # The wheels are read and not installed; with OUTRIDER_VLLM_PYTHON an environment that has vLLM also constructs the configurations.
 test-plan: $(STAMP)  ## the tables of vLLM's and Ray's field names against their released wheels (550 MB)
