@@ -53,15 +53,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 	@$(BIN)/outrider demo
 
+# The second half is run whatever comes of the first.
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING))
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED)
+	@status=0; \
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
+	  || status=1; \
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) || status=1; \
+	exit $$status
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
 	@rm -f .cpu-seconds
-	@$(MAKE) --no-print-directory test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"
-	@$(BIN)/python -m tests.durations .cpu-seconds
+	@$(MAKE) --no-print-directory test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"; status=$$?; \
+	$(BIN)/python -m tests.durations .cpu-seconds; exit $$status
 
 # Both are run whatever comes of the first. What third parties say they will take away is an error here, and a warning in `make test`.
 NEWS := -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
