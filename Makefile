@@ -6,19 +6,23 @@ STAMP := $(VENV)/.outrider
 # Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
 TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
-# Shapes and types of every call are checked at run time in these tests, but not in the statistical ones, which make the same calls
-# thousands of times (five times slower then).
-TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli tests/contract/test_scripted.py
+# Shapes and types of every call are checked at run time in these tests, but not in those that make the same calls thousands of times
+# (three to ten times slower then): `make test-slow` checks them there too.
+TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
+REPEATING := $(STATISTICAL) tests/cli/test_interrupt.py tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
+  tests/drafters/test_ahead.py tests/drafters/test_recycled.py tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
+  tests/engine/test_sharing.py tests/models/test_config_keys.py tests/models/test_gguf_damaged.py tests/models/test_guided.py \
+  tests/models/test_quantised_target.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
-UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(STATISTICAL)
+UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -49,15 +53,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 	@$(BIN)/outrider demo
 
+# The second half is run whatever comes of the first.
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@$(MAKE) --no-print-directory check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(STATISTICAL))
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) --ignore=tests/contract/test_scripted.py
+	@status=0; \
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
+	  || status=1; \
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) || status=1; \
+	exit $$status
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
 	@rm -f .cpu-seconds
-	@$(MAKE) --no-print-directory test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"
-	@$(BIN)/python -m tests.durations .cpu-seconds
+	@$(MAKE) --no-print-directory test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"; status=$$?; \
+	$(BIN)/python -m tests.durations .cpu-seconds; exit $$status
 
 # Both are run whatever comes of the first. What third parties say they will take away is an error here, and a warning in `make test`.
 NEWS := -W error::DeprecationWarning -W error::PendingDeprecationWarning -W error::FutureWarning
@@ -75,6 +83,7 @@ constraints:  ## resolve the newest of everything anew, for every Python that we
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(SHAPES) $(filter-out $(STATISTICAL),$(REPEATING)) tests/contract/test_scripted.py
 
 # The wheels are read and not installed; with OUTRIDER_VLLM_PYTHON an environment that has vLLM also constructs the configurations.
 test-plan: $(STAMP)  ## the tables of vLLM's and Ray's field names against their released wheels (550 MB)
@@ -121,16 +130,48 @@ test-watch: $(STAMP) .venvs/watch-vllm/.made .venvs/watch-llama/.made  ## real s
 test-ray: .venv-ray/.outrider  ## sweeps and replicas on Ray, in an environment of its own
 	$(TEST_ENV) .venv-ray/bin/python -m pytest -q tests/outside/ray
 
-# Clients as their users have them. codex and qwen-code come from npm, and are skipped where there is no npm.
-CLIENTS := openai anthropic litellm langchain-openai langgraph instructor llm trl
-.venv-clients/.outrider: pyproject.toml
-	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
-	@.venv-clients/bin/$(INSTALL) --editable ".[dev]" $(CLIENTS)
-	@if command -v npm >/dev/null; then npm install --silent --prefix .venv-clients @openai/codex @qwen-code/qwen-code openai; fi
+# Clients as their users have them, each in an environment of its own: tests/outside/clients/pins says which releases. Those from npm
+# are skipped where there is no npm; vLLM's bench runs in the environment of `make test-vllm`, where that is.
+.PRECIOUS: .venvs/client-%/.made
+CLIENTS := openai anthropic llm litellm langchain instructor inspect lmeval guidellm
+.venvs/client-%/.made: tests/outside/clients/pins/%.txt
+	@$(PYTHON) -m venv .venvs/client-$*
+	@.venvs/client-$*/bin/$(INSTALL) --requirement $<
 	@touch $@
 
-test-clients: .venv-clients/.outrider  ## real clients and agents against a server whose model follows a script
-	$(TEST_ENV) OUTRIDER_NPM=$(CURDIR)/.venv-clients/node_modules .venv-clients/bin/python -m pytest -q tests/outside/clients
+.venvs/client-npm/.made: tests/outside/clients/pins/package.json
+	@mkdir -p .venvs/client-npm && cp $< .venvs/client-npm
+	@if command -v npm >/dev/null; then npm install --silent --prefix .venvs/client-npm; fi
+	@touch $@
+
+.venvs/trl/.made:
+	@$(PYTHON) -m venv .venvs/trl
+	@.venvs/trl/bin/$(INSTALL) --no-deps trl==1.16.0
+	@touch $@
+
+test-clients: $(addprefix test-client-,$(CLIENTS) npm) test-templates  ## real clients and agents, each in its own environment
+	@if test -e .venv-vllm/.outrider; then $(CLIENT) .venv-vllm/bin/python $(IN_CLIENTS)/test_vllm_bench.py; fi
+
+IN_CLIENTS := tests/outside/clients
+CLIENT = run() { OUTRIDER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) $$1 -m pytest -q -c $(IN_CLIENTS)/pytest.ini $$2; }; run
+test-client-%: $(STAMP) .venvs/client-%/.made
+	@$(CLIENT) .venvs/client-$*/bin/python $(IN_CLIENTS)/test_$*.py
+
+test-client-npm: $(STAMP) .venvs/client-npm/.made
+	@export OUTRIDER_NPM=$(CURDIR)/.venvs/client-npm/node_modules; $(CLIENT) $(BIN)/python $(IN_CLIENTS)/test_npm.py
+
+test-templates: $(STAMP) .venvs/trl/.made  ## chat templates of real models, as trl's wheel has them
+	@OUTRIDER_TRL=$$(.venvs/trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/trl \
+	  $(TEST_ENV) $(BIN)/python -m pytest -q $(IN_CLIENTS)/test_templates.py
+
+.venvs/bfcl/.made:
+	@$(PYTHON) -m venv .venvs/bfcl
+	@.venvs/bfcl/bin/$(INSTALL) --no-deps bfcl-eval==2026.3.23
+	@touch $@
+
+test-bfcl: $(STAMP) .venvs/bfcl/.made  ## tool sets of the Berkeley Function Calling Leaderboard: required calls are valid
+	@OUTRIDER_BFCL=$$(.venvs/bfcl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/bfcl_eval \
+	  $(TEST_ENV) $(BIN)/python -m pytest -q $(IN_CLIENTS)/test_bfcl.py
 
 check: $(STAMP)  ## style, types and import layers
 	$(BIN)/ruff check .
@@ -141,5 +182,5 @@ bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venv-clients .venvs .wheels .pytest_cache .ruff_cache \
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venvs .wheels .pytest_cache .ruff_cache \
 	  .hypothesis .import_linter_cache .cpu-seconds

@@ -1,7 +1,7 @@
 """EX-3: the joint distribution of four tokens, through the engine, with arrivals, aborts, preemption and mixed draft lengths.
 
 The target is a table whose distribution differs at every position; 625 cells of four tokens, and the distribution of how many
-drafts a first step accepts. False-alarm probability 1e-9 per assertion (chi-square, no reruns); 6,000 sequences see a gross error
+drafts a first step accepts. False-alarm probability 1e-9 per assertion (chi-square, no reruns); 4,000 sequences see a gross error
 of the joint distribution, as the control shows; in `make test-slow` a million (chain) see a total-variation error of about 1%,
 200,000 (others) of 2%.
 """
@@ -28,6 +28,7 @@ from outrider.verify import load_rule
 from tests.contract.scripted import Budgets
 
 ALPHA = 1e-9
+N = 4_000
 V, T = 5, 4
 TARGET = TableTarget.random(V, seed=3, positions=8, sharp=1.2)
 DRAFT = TARGET.perturbed(1.0, seed=4)
@@ -145,7 +146,7 @@ LATER = (
 @pytest.mark.parametrize("case", [c for c in CASES if c not in LATER])
 def test_joint_distribution_of_four_tokens(case: str) -> None:
     rule, how = CASES[case]
-    n = 6_000
+    n = N
     engine = build(rule, **how)
     value, bound = statistic(collect(engine, n, seed=5, disturb=True), exact_joint() * n)
     assert value < bound
@@ -165,14 +166,15 @@ def test_joint_distribution_nightly(case: str) -> None:
 
 def test_control_a_slightly_cold_engine_is_seen() -> None:
     """Negative control: the same statistic rejects text drawn at temperature 0.85."""
-    n = 6_000
+    n = N
     value, bound = statistic(collect(build("speculative_sampling"), n, seed=5, disturb=False), exact_joint(0.85) * n)
     assert value > bound
 
 
 def test_control_merging_by_dropping_siblings_is_seen() -> None:
-    """Negative control of `shared`: dropped duplicates bias the residual, and the same statistic sees it."""
-    n = 20_000
+    """Negative control of `shared`: dropped duplicates bias the residual, and the same statistic sees it, over the first three
+    tokens: the fourth adds cells and little to tell."""
+    n = 6_000
     engine = build("speculative_sampling", shape=MergedDrafts(4, 3))
     drafter = engine.parts.drafter
     honest = drafter.draft
@@ -191,13 +193,13 @@ def test_control_merging_by_dropping_siblings_is_seen() -> None:
         return Draft(draft.token[keep], tuple(new[draft.parent[k]] for k in keep), counts, q)
 
     drafter.draft = dropping
-    value, bound = statistic(collect(engine, n, seed=5, disturb=False), exact_joint() * n)
+    value, bound = statistic(collect(engine, n, seed=5, disturb=False).sum(-1), exact_joint().sum(-1) * n)
     assert value > bound
 
 
 def test_the_first_step_accepts_as_often_as_the_theory_says() -> None:
     """Accepted drafts of the first drafted step: P(at least d) from the tables, against what the engine did."""
-    n, depth = 6_000, 3
+    n, depth = N, 3
     drafter = ModelDrafter(DRAFT, depth=depth)
     engine = Engine(
         TARGET, drafter, load_rule("speculative_sampling"), Budgets(lambda s: depth), slots=512, max_length=32

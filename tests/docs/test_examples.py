@@ -44,20 +44,20 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 # ----------------------------------------------------------------- worked examples of the pages, at small sizes
 PAGES = ["evaluate.md", "audit.md", "capacity.md"]
 SMALL = {
-    "--count": "6",
-    "--max-tokens": "12",
+    "--count": "4",
+    "--max-tokens": "8",
     "--repeats": "1",
     "--rounds": "2",
     "--lengths": "0,2",
     "--batches": "1,2",
-    "--requests": "20",
-    "--users": "10",
+    "--requests": "12",
+    "--users": "6",
     "--slots": "2",
 }
 """What replaces the sizes that a page's command has."""
 ADDED = {
-    "bench": ("--max-tokens", "12", "--warmup", "0", "--repeats", "1"),
-    "plan": ("--count", "6", "--max-tokens", "12", "--rounds", "2", "--requests", "200"),
+    "bench": ("--max-tokens", "8", "--warmup", "0", "--repeats", "1"),
+    "plan": ("--count", "4", "--max-tokens", "8", "--rounds", "2", "--requests", "100"),
 }
 """What is said besides, because a page's command leaves it at a larger default."""
 ALLOWED = {"gate": (0, 1, 3), "ab": (0, 1, 3), "plan": (0, 1, 3), "audit": (0, 3)}
