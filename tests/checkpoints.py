@@ -11,12 +11,18 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES = {
@@ -24,7 +30,17 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM),
 }
+SHAPES = {
+    "qwen3": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 5},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "pad_token_id": None, "eos_token_id": None},
+}
+"""Keys that a family needs beside `SIZES`."""
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -40,13 +56,13 @@ SIZES = {
 def make_model(
     family: str, *, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32, **overrides
 ) -> PreTrainedModel:
-    """A random model of `family` ("llama", "qwen2", "qwen3", "mistral") whose logits differ strongly.
+    """A random model of `family` (a key of `FAMILIES`) whose logits differ strongly.
 
     scale: weights are normal with standard deviation scale / sqrt(inputs) (embeddings: scale), biases and norms move
     too, so that a part that is forgotten shows. overrides: keys of the configuration class, over `SIZES`.
     """
     config_class, model_class = FAMILIES[family]
-    sizes = SIZES | ({"head_dim": 16} if family == "qwen3" else {}) | overrides
+    sizes = SIZES | SHAPES.get(family, {}) | overrides
     model = model_class(config_class(**sizes)).to(dtype).eval().requires_grad_(False)
     noise = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -54,7 +70,7 @@ def make_model(
         if weight.ndim == 1:
             value = 0.3 * drawn + (0.0 if name.endswith("bias") else 1.0)
         else:
-            value = scale * drawn / (1.0 if "embed" in name else weight.shape[1] ** 0.5)
+            value = scale * drawn / (1.0 if "embed" in name else weight.shape[-1] ** 0.5)
             value = value * (2.0 if "q_proj" in name or "k_proj" in name or "lm_head" in name else 1.0)
         weight.copy_(value)
     return model

@@ -1,4 +1,4 @@
-"""`config.json` of a dense decoder -> DecoderConfig. The folder may be hostile: every number is bounded before it is used.
+"""`config.json` of a decoder -> DecoderConfig. The folder may be hostile: every number is bounded before it is used.
 
 Both spellings are read: transformers 4 (`rope_theta` beside `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
 `dtype`). Defaults of absent keys are those of each family's configuration class in transformers.
@@ -19,14 +19,11 @@ from outrider.config_keys import COMMON, OPTIONS, ROPE, WINDOWS, flag, packed_ke
 from outrider.errors import ConfigError
 from outrider.files import read_json
 from outrider.models.decoder import DecoderConfig
+from outrider.models.experts import MIXTRAL, OLMOE, QWEN3_MOE, ExpertKeys, Unsupported, block_shapes, read_experts
 
 CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
 """Largest config.json that is read; real ones have a few kilobytes."""
-
-
-class Unsupported(Exception):
-    """The lean runtime does not support this checkpoint, transformers may; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +38,13 @@ class Family:
     kv_heads: int | None = None
     head_dim: int | None = None
     max_length: int = 32768
-    window: int = 4096
+    window: int | None = 4096
+    eps: float = 1e-6
+    theta: float = 10000.0
     qkv_bias: bool = False
     qk_norm: bool = False
+    wide_norm: bool = False
+    experts: ExpertKeys | None = None
 
 
 FAMILIES = {
@@ -51,6 +52,15 @@ FAMILIES = {
     "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
     "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm=True),
     "mistral": Family(frozenset({"sliding_window"}), kv_heads=8, max_length=131072),
+    "mixtral": Family(
+        frozenset({"sliding_window"}), kv_heads=8, max_length=131072, window=None, eps=1e-5, theta=1e6, experts=MIXTRAL
+    ),
+    "qwen3_moe": Family(
+        frozenset({"sliding_window", "use_sliding_window", "attention_bias"}), kv_heads=4, qk_norm=True, experts=QWEN3_MOE
+    ),
+    "olmoe": Family(
+        frozenset({"attention_bias"}), max_length=4096, eps=1e-5, qk_norm=True, wide_norm=True, experts=OLMOE
+    ),
 }
 
 
@@ -104,7 +114,8 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
     positions = whole(raw, "max_position_embeddings", where, default=family.max_length, most=1 << 26)
     if max_length is not None and not 1 <= max_length <= positions:
         raise ConfigError(f"max_length {max_length} is outside the model's positions: choose 1 to {positions}")
-    inv_freq, rope_scale = _rope(raw, head_dim, positions, where)
+    inv_freq, rope_scale = _rope(raw, family.theta, head_dim, positions, where)
+    inner = whole(raw, "intermediate_size", where, most=1 << 20)
     decoder = DecoderConfig(
         family=str(raw["model_type"]),
         vocab_size=whole(raw, "vocab_size", where),
@@ -113,12 +124,15 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        inner=whole(raw, "intermediate_size", where, most=1 << 20),
-        eps=real(raw, "rms_norm_eps", where, 1e-6, least=0.0),
+        inner=inner,
+        eps=real(raw, "rms_norm_eps", where, family.eps, least=0.0),
         max_length=max_length or positions,
         window=_windows(raw, family, layers, where),
         inv_freq=inv_freq,
         rope_scale=rope_scale,
+        wide_norm=family.wide_norm,
+        clip=real(raw, "clip_qkv", where, 0.0, null=0.0, least=0.0, most=1e9) if family.wide_norm else 0.0,
+        experts=None if family.experts is None else read_experts(raw, family.experts, layers, inner, where),
     )
     bias = "attention_bias" in family.options and flag(raw, "attention_bias", where)
     stored = raw.get("dtype") or raw.get("torch_dtype")
@@ -132,18 +146,25 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
     )
 
 
-def shapes_of(layout: Layout, head: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own."""
+def shapes_of(layout: Layout, head: bool, fused: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own. fused: whether all experts of a
+    layer are in one tensor."""
     c = layout.decoder
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden)}
     if head:
         out["lm_head.weight"] = (c.vocab_size, c.hidden)
     out["model.norm.weight"] = (c.hidden,)
-    block = _block_shapes(layout)
-    return out | {f"model.layers.{i}.{name}": shape for i in range(c.layers) for name, shape in block.items()}
+    block, sparse = _block_shapes(layout), {} if c.experts is None else block_shapes(c, fused)
+    mlp = {f"mlp.{name}_proj.weight": (c.inner, c.hidden) for name in ("gate", "up")}
+    mlp["mlp.down_proj.weight"] = (c.hidden, c.inner)
+    for i in range(c.layers):
+        rest = sparse if c.experts is not None and c.experts.sparse[i] else mlp
+        out |= {f"model.layers.{i}.{name}": shape for name, shape in (*block.items(), *rest.items())}
+    return out
 
 
 def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """A block's tensors but for those of its SwiGLU or experts."""
     c = layout.decoder
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     out: dict[str, tuple[int, ...]] = {
@@ -158,10 +179,8 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     if layout.o_bias:
         out["self_attn.o_proj.bias"] = (c.hidden,)
     if layout.qk_norm:
-        out |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-    for name in ("gate", "up"):
-        out[f"mlp.{name}_proj.weight"] = (c.inner, c.hidden)
-    out["mlp.down_proj.weight"] = (c.hidden, c.inner)
+        wide = (queries, keys) if c.wide_norm else (c.head_dim, c.head_dim)
+        out |= {"self_attn.q_norm.weight": wide[:1], "self_attn.k_norm.weight": wide[1:]}
     return out
 
 
@@ -183,7 +202,8 @@ def _family(raw: dict, where: object) -> Family:
         raise Unsupported("mlp_bias is set")
     if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
         raise Unsupported("its attention is not causal")
-    unknown = unknown_keys(raw, COMMON | OPTIONS)
+    known = COMMON | OPTIONS | (family.experts.known if family.experts else frozenset())
+    unknown = unknown_keys(raw, known | ({"clip_qkv"} if family.wide_norm else set()))
     if unknown:
         raise Unsupported(f"config.json has a key {unknown[0][:80]!r} that is not known to be without effect")
     return family
@@ -195,6 +215,7 @@ def _windows(raw: dict, family: Family, layers: int, where: object) -> tuple[int
         return (0,) * layers
     if "layer_types" not in family.options:
         absent = raw.get("sliding_window", family.window) is None
+        absent |= "use_sliding_window" in family.options and not flag(raw, "use_sliding_window", where)
         return (0 if absent else whole(raw, "sliding_window", where, default=family.window, most=1 << 30),) * layers
     kinds = raw.get("layer_types")
     if not flag(raw, "use_sliding_window", where) or raw.get("sliding_window", family.window) is None:
@@ -213,13 +234,16 @@ def _windows(raw: dict, family: Family, layers: int, where: object) -> tuple[int
     return tuple(width if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Float[Tensor, "half"], float]:
-    """Rotary frequencies and the factor of cos and sin, computed in float32 in the order transformers computes them."""
-    rope = rope_keys(raw)
+def _rope(raw: dict, base: float, head_dim: int, positions: int, where: object) -> tuple[Float[Tensor, "half"], float]:
+    """Rotary frequencies and the factor of cos and sin, computed in float32 in the order transformers computes them.
+
+    base: the family's default of rope_theta.
+    """
+    rope = rope_keys(raw, base)
     kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise Unsupported("partial_rotary_factor is not 1")
-    theta = real(rope, "rope_theta", where, 10000.0, least=1.0, most=1e12)
+    theta = real(rope, "rope_theta", where, base, least=1.0, most=1e12)
     inv_freq = plain_frequencies(theta, head_dim)
     if kind == "default":
         return inv_freq, 1.0
@@ -232,15 +256,15 @@ def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Floa
     raise Unsupported(f"rotary scaling {reprlib.repr(kind)}")
 
 
-def rope_keys(raw: dict) -> dict:
-    """The rotary parameters of a config.json, wherever it has them; always with rope_theta and rope_type."""
+def rope_keys(raw: dict, theta: float = 10000.0) -> dict:
+    """The rotary parameters of a config.json, wherever it has them; always with rope_theta (default: `theta`) and rope_type."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise Unsupported("rotary parameters differ between layers")
     unknown = unknown_keys(given, ROPE)
     if unknown:
         raise Unsupported(f"the rotary parameters have a key {unknown[0][:80]!r} that is not known here")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": given.get("type", "default")} | given
+    rope = {"rope_theta": raw.get("rope_theta", theta), "rope_type": given.get("type", "default")} | given
     if "original_max_position_embeddings" in raw:  # beside the parameters it takes precedence over a value among them
         rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     return rope

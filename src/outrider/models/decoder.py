@@ -1,7 +1,8 @@
-"""The shape and the weights of a dense decoder, as the lean runtime and its native twin read them.
+"""The shape and the weights of a decoder, as the lean runtime and its native twin read them.
 
-One family of shapes covers Llama, Qwen2, Qwen3 and Mistral: RMSNorm, rotary positions, grouped attention heads with
-optional biases, per-head query/key norms and sliding windows, SwiGLU. `models/checkpoint.py` fills these from safetensors.
+One family of shapes covers Llama, Qwen2, Qwen3 and Mistral, and Mixtral, Qwen3-MoE and OLMoE: RMSNorm, rotary positions, grouped
+attention heads with optional biases, query/key norms and sliding windows, SwiGLU or a mixture of SwiGLUs.
+`models/checkpoint.py` fills these from safetensors.
 """
 
 from __future__ import annotations
@@ -20,10 +21,26 @@ Segments = tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts of a decoder: a router sends every row to `used` of `count` SwiGLUs with `inner` units each.
+
+    The weights of a row's experts are their softmax over all experts, divided by the sum over the used ones if `normalised`.
+    sparse[i]: whether layer i has experts, or one SwiGLU of the decoder's `inner` units.
+    """
+
+    count: int
+    used: int
+    inner: int
+    normalised: bool
+    sparse: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Sizes and constants. `window[i]` is the sliding window of layer i in tokens (the row itself included), 0 for none.
 
-    inv_freq: [head_dim / 2] rotary frequencies after any scaling; rope_scale multiplies cos and sin (1.0 for most).
+    inv_freq: [head_dim / 2] rotary frequencies after any scaling; rope_scale multiplies cos and sin (1.0 for most). wide_norm: the
+    norms of queries and keys, if there are any, go over all heads at once. clip: bound of queries, keys and values, 0 for none.
     """
 
     family: str
@@ -39,25 +56,30 @@ class DecoderConfig:
     window: tuple[int, ...]
     inv_freq: Float[Tensor, "half"]
     rope_scale: float = 1.0
+    wide_norm: bool = False
+    clip: float = 0.0
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One block. Linear weights are [out, in], fused where they share an input; None where the family has none.
 
-    Of packed weights linears are segments, and norms and biases are float32.
+    Of packed weights linears are segments, and norms and biases are float32. In a layer with E experts gate_up is [2 E I, H], the
+    gates of all of them and then their ups, down is [E H, I], and router is [E, H].
     """
 
     norm1: Float[Tensor, "H"]
     qkv: Float[Tensor, "QKV H"] | Segments
     qkv_bias: Float[Tensor, "QKV"] | None
-    q_norm: Float[Tensor, "D"] | None
-    k_norm: Float[Tensor, "D"] | None
+    q_norm: Float[Tensor, "Q"] | None
+    k_norm: Float[Tensor, "K"] | None
     o: Float[Tensor, "H A"] | Segments
     o_bias: Float[Tensor, "H"] | None
     norm2: Float[Tensor, "H"]
     gate_up: Float[Tensor, "G H"] | Segments
-    down: Float[Tensor, "H I"] | Segments
+    down: Float[Tensor, "O I"] | Segments
+    router: Float[Tensor, "E H"] | Segments | None = None
 
 
 @dataclass(frozen=True, slots=True)

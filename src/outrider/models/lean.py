@@ -1,4 +1,5 @@
-"""Our own decoder runtime for the Llama, Qwen2, Qwen3 and Mistral families: the fast twin of `models/hf/target.py`.
+"""Our own decoder runtime for the Llama, Qwen2, Qwen3 and Mistral families and mixtures of experts like them: the fast twin of
+`models/hf/target.py`.
 
 Weights that share an input are fused, linear layers are packed for few rows, keys and values lie in a static cache,
 rotary tables are static, rows are flat. If the native decoder (`models/native`) can be built, it scores short segments,
@@ -26,8 +27,9 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights,
 from outrider.models.native import load_native
 from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan
+from outrider.nn.experts import SparseLayer, expert_mlp
 from outrider.nn.kv import ContiguousKV
-from outrider.nn.layers import FusedLayer, rms_norm
+from outrider.nn.layers import FusedLayer, Norm, rms_norm, wide_norms
 from outrider.nn.linear import Linear, has_fast_matmul, make_linear
 from outrider.nn.memory import require_memory
 from outrider.nn.row_parts import check_prefix, run_parts
@@ -70,7 +72,7 @@ class LeanTarget:
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
         )
         self._norm, self._rope = rms_norm(w.norm.to(self.dtype), config.eps), self._rope_table(1)
-        self._blocks: list[FusedLayer] = []
+        self._blocks: list[FusedLayer | SparseLayer] = []
         if w.packed and self.native is not None:
             self._embedding, self._head = self.native.weights.embedding.rows, self.native.weights.head
             self._native_rows = sys.maxsize
@@ -88,7 +90,7 @@ class LeanTarget:
         left = list(w.layers)
         del w
         while left:
-            self._blocks.append(_block(config, left.pop(0), pack))
+            self._blocks.append(_block(config, len(self._blocks), left.pop(0), pack))
 
     def new_kv(self, slots: int, length: int) -> ContiguousKV:
         """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
@@ -178,6 +180,8 @@ class LeanTarget:
             qk, v = qkv.split((turned, c.kv_heads), 1)
             if block.qk_norm is not None:
                 qk = block.qk_norm(qk)
+            if c.clip:
+                qk, v = qk.clamp(-c.clip, c.clip), v.clamp(-c.clip, c.clip)
             q, k = rope.rotate(qk, cos, sin).split((c.heads, c.kv_heads), 1)
             x = block.leave(attend(i, q, k, v), x)
             if layers:
@@ -203,15 +207,34 @@ class LeanTarget:
         return rope.table(c.inv_freq.float().cpu(), length, c.rope_scale).to(device=self.device, dtype=self.dtype)
 
 
-def _block(config: DecoderConfig, w: LayerWeights, pack: bool) -> FusedLayer:
-    qk_norm = None
-    if w.q_norm is not None and w.k_norm is not None:
-        both = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
-        qk_norm = rms_norm(both, config.eps)
+def _qk_norm(config: DecoderConfig, w: LayerWeights) -> Norm | None:
+    if w.q_norm is None or w.k_norm is None:
+        return None
+    if config.wide_norm:
+        return wide_norms(rms_norm(w.q_norm, config.eps), rms_norm(w.k_norm, config.eps), config.heads)
+    both = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
+    return rms_norm(both, config.eps)
 
+
+def _block(config: DecoderConfig, i: int, w: LayerWeights, pack: bool) -> FusedLayer | SparseLayer:
     def linear(weight: object, bias: Tensor | None = None) -> Linear:
         return make_linear(cast(Tensor, weight), bias, pack=pack)
 
+    experts, qk_norm = config.experts, _qk_norm(config, w)
+    if experts is not None and experts.sparse[i]:
+        return SparseLayer(
+            norm1=rms_norm(w.norm1, config.eps),
+            qkv=linear(w.qkv, w.qkv_bias),
+            qk_norm=qk_norm,
+            o=linear(w.o, w.o_bias),
+            norm2=rms_norm(w.norm2, config.eps),
+            experts=expert_mlp(
+                *(cast(Tensor, m) for m in (w.router, w.gate_up, w.down)),
+                used=experts.used,
+                normalised=experts.normalised,
+                pack=pack,
+            ),
+        )
     return FusedLayer(
         norm1=rms_norm(w.norm1, config.eps),
         qkv=linear(w.qkv, w.qkv_bias),

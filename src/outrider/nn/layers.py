@@ -80,6 +80,16 @@ def _of_both(q_norm: Norm, k_norm: Norm, width: int) -> Norm:
     return norm
 
 
+def wide_norms(q_norm: Norm, k_norm: Norm, heads: int) -> Norm:
+    """Norms over all heads of queries [n, heads, D] and over all of keys, on both side by side."""
+
+    def norm(qk: Float[Tensor, "n heads D"]) -> Float[Tensor, "n heads D"]:
+        q, k = qk[:, :heads].flatten(1), qk[:, heads:].flatten(1)
+        return torch.cat([q_norm(q), k_norm(k)], 1).view_as(qk)
+
+    return norm
+
+
 def rms_norm(weight: Float[Tensor, "*h D"], eps: float) -> Norm:
     """x / rms(x) * weight over the last dimension; half precision is rounded before the weight, as in transformers."""
     if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):

@@ -1,4 +1,4 @@
-// The forward of a dense decoder over flat rows, with keys, values and taps of type W.
+// The forward of a decoder over flat rows, with keys, values and taps of type W.
 //
 // Residual stream and element-wise maths are float32; inputs of linears are rounded as their weights' types ask. Threads split
 // outputs, never sums.
@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "crew.h"
+#include "experts.h"
 #include "plan.h"
 #include "weights.h"
 
@@ -48,12 +49,15 @@ class Decoder {
         group_ = m.heads / m.kv_heads;
         half_ = m.head_dim / 2;
         normed_stores_ = m.head->stores(), mixed_stores_ = inner_stores_ = 0;
+        int block_stores = 0;
         for (int64_t i = 0; i < m.layers; ++i) {
             const LayerPointers& layer = m.layer[i];
-            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores();
-            mixed_stores_ |= layer.o->stores(), inner_stores_ |= layer.down->stores();
+            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores() | (layer.router ? layer.router->stores() : 0);
+            mixed_stores_ |= layer.o->stores(), inner_stores_ |= layer.router ? 0 : layer.down->stores();
+            block_stores |= layer.down->stores();
         }
-        block_ = (normed_stores_ | mixed_stores_ | inner_stores_) & (STORE_32 | STORE_256) ? WIDE : BLOCK;
+        block_ = (normed_stores_ | mixed_stores_ | block_stores) & (STORE_32 | STORE_256) ? WIDE : BLOCK;
+        mixture_.build(m_, block_);
     }
 
     Status forward(const CallPointers& call) {
@@ -82,7 +86,7 @@ class Decoder {
         tile_at_ = (line + 15) / 16 * 16;
         scores_at_ = tile_at_ + (c_.rows * widest + 15) / 16 * 16;
         scratch_size_ = scores_at_ + (plan_.score_floats + 31) / 16 * 16;
-        return x_.reserve(c_.rows * x_size_) && cosine_.reserve(c_.rows * half_) && sine_.reserve(c_.rows * half_) &&
+        return mixture_.reserve(c_.rows, c_.touched) && (!m_.wide_norm || wide_.reserve(c_.rows * wide_size())) && x_.reserve(c_.rows * x_size_) && cosine_.reserve(c_.rows * half_) && sine_.reserve(c_.rows * half_) &&
                normed_.reserve(c_.rows > c_.scored ? c_.rows : c_.scored, m_.hidden, normed_stores_) &&
                query_.reserve(c_.rows * m_.heads * query_size_) && mixed_.reserve(c_.rows, m_.heads * m_.head_dim, mixed_stores_) &&
                inner_.reserve(c_.rows, m_.inner, inner_stores_) && scratch_.reserve(c_.threads * scratch_size_);
@@ -98,13 +102,18 @@ class Decoder {
         for (int64_t l = 0; l < m_.layers; ++l) {
             const LayerPointers& layer = m_.layer[l];
             phase(m_.heads + 2 * m_.kv_heads, [&](int64_t u) { project_head(layer, l, u, scratch); });
+            if (m_.wide_norm) phase(c_.rows, [&](int64_t i) { place_heads(layer, l, i); });
             phase(m_.kv_heads * plan_.tasks, [&](int64_t u) { mix(layer, l, u, scratch); });
             round(mixed_);
             phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.o, mixed_, layer.o_bias, u, scratch); });
             phase(c_.rows, [&](int64_t i) { normalise(i, i, layer.norm2, scratch); });
-            phase(blocks(m_.inner), [&](int64_t u) { activate(layer, u, scratch); });
-            round(inner_);
-            phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.down, inner_, nullptr, u, scratch); });
+            if (layer.router) {
+                mixture_.run(phase, layer, l, normed_, x_ + 0, x_size_, scratch + tile_at_);
+            } else {
+                phase(blocks(m_.inner), [&](int64_t u) { activate(layer, u, scratch); });
+                round(inner_);
+                phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.down, inner_, nullptr, u, scratch); });
+            }
             const bool last = l + 1 == m_.layers;
             phase(last && c_.scored > c_.rows ? c_.scored : c_.rows, [&](int64_t i) { finish_block(l + 1, i, scratch); });
         }
@@ -141,28 +150,51 @@ class Decoder {
             normalise(c_.scored_row[i], i, m_.norm, line);
     }
 
-    // Query, key or value head u of all rows: product, bias, norm, rotation; queries are packed, keys and values cached.
+    // Query, key or value head u of all rows: product and bias, then its place, unless norms wait for all heads.
     void project_head(const LayerPointers& layer, int64_t l, int64_t u, float* scratch) {
         const int64_t d = m_.head_dim;
         float* tile = scratch + tile_at_;
         layer.qkv->product(u * d, d, normed_, 0, c_.rows, tile, d);
-        const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
-        const float* norm = is_query ? layer.q_norm : layer.k_norm;
+        const float* norm = u < m_.heads ? layer.q_norm : u < m_.heads + m_.kv_heads ? layer.k_norm : nullptr;
         for (int64_t i = 0; i < c_.rows; ++i) {
             float* head = tile + i * d;
             if (layer.qkv_bias)
                 for (int64_t j = 0; j < d; ++j) head[j] += layer.qkv_bias[u * d + j];
-            if (norm && !is_value) rms_norm(head, norm, d, (float)m_.eps, head);
-            if (!is_value) rotate(head, cosine_ + i * half_, sine_ + i * half_, half_);
-            if (is_query) {
-                Packing<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
+            if (m_.wide_norm) {
+                std::memcpy(wide_ + i * wide_size() + u * d, head, d * sizeof(float));
                 continue;
             }
-            const Row& row = plan_.row(i);
-            const Segment& s = plan_.segment(row.segment);
-            W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
-            narrow(head, d, places + (s.cached + row.offset) * d);
+            if (norm) rms_norm(head, norm, d, (float)m_.eps, head);
+            place_head(l, u, i, head);
         }
+    }
+
+    // The heads of row i: norms over all queries and over all keys, then their places.
+    void place_heads(const LayerPointers& layer, int64_t l, int64_t i) {
+        const int64_t d = m_.head_dim, queries = m_.heads * d, keys = m_.kv_heads * d;
+        float* line = wide_ + i * wide_size();
+        if (layer.q_norm) rms_norm(line, layer.q_norm, queries, (float)m_.eps, line);
+        if (layer.k_norm) rms_norm(line + queries, layer.k_norm, keys, (float)m_.eps, line + queries);
+        for (int64_t u = 0; u < m_.heads + 2 * m_.kv_heads; ++u) place_head(l, u, i, line + u * d);
+    }
+
+    int64_t wide_size() const { return ((m_.heads + 2 * m_.kv_heads) * m_.head_dim + 15) / 16 * 16; }
+
+    // Head u of row i after its norm: bounded, turned; a query is packed, keys and values are cached.
+    void place_head(int64_t l, int64_t u, int64_t i, float* head) {
+        const int64_t d = m_.head_dim;
+        const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
+        const float clip = (float)m_.clip;
+        for (int64_t j = 0; clip > 0.0f && j < d; ++j) head[j] = head[j] > clip ? clip : head[j] < -clip ? -clip : head[j];
+        if (!is_value) rotate(head, cosine_ + i * half_, sine_ + i * half_, half_);
+        if (is_query) {
+            Packing<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
+            return;
+        }
+        const Row& row = plan_.row(i);
+        const Segment& s = plan_.segment(row.segment);
+        W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
+        narrow(head, d, places + (s.cached + row.offset) * d);
     }
 
     W* cache(void* base, int64_t l, int64_t slot, int64_t head) const {
@@ -206,12 +238,8 @@ class Decoder {
         layer.gate_up->product(from, n, normed_, 0, c_.rows, gate, block_);
         layer.gate_up->product(m_.inner + from, n, normed_, 0, c_.rows, up, block_);
         for (int64_t i = 0; i < c_.rows; ++i) {
-            float* g = gate + i * block_;
-            for (int64_t j = 0; j < n; j += LANES) {  // a block is a multiple of LANES: what is behind n is not used
-                const vf x = load<vf>(g + j);
-                store(g + j, x / (1.0f + exp_near(-x)) * load<vf>(up + i * block_ + j));
-            }
-            inner_.put(i, from, g, n);
+            swish(gate + i * block_, up + i * block_, n);
+            inner_.put(i, from, gate + i * block_, n);
         }
     }
 
@@ -232,6 +260,8 @@ class Decoder {
     Buffer<float> x_, cosine_, sine_, scratch_;
     Buffer<Item> query_;
     Input normed_, mixed_, inner_;
+    Buffer<float> wide_;  // all heads of a row, where norms go over them
+    Mixture mixture_;
 };
 
 }  // namespace outrider

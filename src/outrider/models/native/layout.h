@@ -9,14 +9,16 @@ class Linear;
 
 struct LayerPointers {
     const float *norm1, *qkv_bias, *q_norm, *k_norm, *o_bias, *norm2;  // null where there is none
-    const Linear *qkv, *o, *gate_up, *down;
+    const Linear *qkv, *o, *gate_up, *down, *router;  // router: null for a dense layer
     int64_t window;  // 0: none
 };
 
 struct ModelPointers {
     int64_t vocab, hidden, layers, heads, kv_heads, head_dim, inner;
     int64_t half;  // 1: the cache and the taps are bf16, 0: float32
-    double eps, rope_scale;
+    int64_t experts, experts_used, expert_inner, normalised;  // 0: no layer has experts
+    int64_t wide_norm;  // 1: q_norm and k_norm go over all heads at once
+    double eps, rope_scale, clip;  // clip: of queries, keys and values, 0: none
     const float* inv_freq;  // [head_dim / 2]
     const float* norm;
     const Linear *embedding, *head;
@@ -39,6 +41,7 @@ struct CallPointers {
     void* const* tap_out;    // [taps] each [rows, hidden] of the cache's type
     void *k, *v;             // [layers, slots, kv_heads, capacity, head_dim]
     float* logits;           // [scored, vocab]
+    int64_t* touched;        // [layers] out: experts that some row chose; null: not asked for
 };
 
 enum Status { OK = 0, BAD_TOKEN = 1, BAD_SEGMENT = 2, NO_ROOM = 3, NO_MEMORY = 4, BAD_ROW = 5 };

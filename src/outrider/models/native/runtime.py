@@ -16,7 +16,7 @@ from torch import Tensor
 
 from outrider import isa
 from outrider.errors import CapacityError, RequestError
-from outrider.models.decoder import DecoderConfig, DecoderWeights
+from outrider.models.decoder import DecoderConfig, DecoderWeights, Experts
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.kv import ContiguousKV
@@ -44,16 +44,19 @@ class _Model(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half")
+            for name in (
+                "vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half", "experts", "experts_used",
+                "expert_inner", "normalised", "wide_norm",
+            )
         ),
-        *((name, ctypes.c_double) for name in ("eps", "rope_scale")),
+        *((name, ctypes.c_double) for name in ("eps", "rope_scale", "clip")),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
     ]
 
 
-_CALL = struct.Struct("7q9Q")
-"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity; then nine pointers."""
+_CALL = struct.Struct("7q10Q")
+"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity; then ten pointers."""
 
 ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
@@ -126,22 +129,25 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
         "norm1": (c.hidden,),
         "qkv": (fused, c.hidden),
         "qkv_bias": (fused,),
-        "q_norm": (c.head_dim,),
-        "k_norm": (c.head_dim,),
+        "q_norm": (wide,) if c.wide_norm else (c.head_dim,),
+        "k_norm": (c.kv_heads * c.head_dim,) if c.wide_norm else (c.head_dim,),
         "o": (c.hidden, wide),
         "o_bias": (c.hidden,),
         "norm2": (c.hidden,),
         "gate_up": (2 * c.inner, c.hidden),
         "down": (c.hidden, c.inner),
     }
+    count, _, inner, _ = _sizes(c.experts)
+    sparse = {"router": (count, c.hidden), "gate_up": (2 * count * inner, c.hidden), "down": (count * c.hidden, inner)}
     out: list[tuple[str, Any, tuple[int, ...]]] = [
         ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
         ("norm", weights.norm, (c.hidden,)),
         ("head", weights.head, (c.vocab_size, c.hidden)),
     ]
     for i, layer in enumerate(weights.layers):
-        tensors = {name: getattr(layer, name) for name in shapes}
-        out += [(f"{name} of layer {i}", t, shapes[name]) for name, t in tensors.items() if t is not None]
+        of = shapes if layer.router is None else shapes | sparse
+        tensors = {name: getattr(layer, name) for name in of}
+        out += [(f"{name} of layer {i}", t, of[name]) for name, t in tensors.items() if t is not None]
     return out
 
 
@@ -158,6 +164,7 @@ class NativeDecoder:
 
     def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: NativeWeights) -> None:
         self._library, self._config, self.weights = library, config, weights
+        self._touched = array("q", [0] * config.layers)
         self._forward = library.outrider_forward
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
@@ -193,11 +200,17 @@ class NativeDecoder:
             n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
             token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
             taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
+            self._touched.buffer_info()[0],
         )  # fmt: skip
         status = self._forward(self._handle, call)
         if status != OK:
             self._fail(status)
         return Scores(logits, hidden)
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Experts that some row of the last forward chose, by layer; 0 for dense ones."""
+        return tuple(self._touched)
 
     def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""
@@ -210,7 +223,7 @@ class NativeDecoder:
             *(
                 _Layer(
                     *(pointer(layer.vectors[name]) for name in VECTORS),
-                    *(layer.linears[name].handle for name in LINEARS),
+                    *(None if linear is None else linear.handle for linear in map(layer.linears.get, LINEARS)),
                     window,
                 )
                 for layer, window in zip(w.layers, c.window, strict=True)
@@ -219,8 +232,8 @@ class NativeDecoder:
         self._inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
         half = int(w.dtype is torch.bfloat16)
         model = _Model(
-            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, c.eps, c.rope_scale,
-            self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
+            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, *_sizes(c.experts),
+            int(c.wide_norm), c.eps, c.rope_scale, c.clip, self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
@@ -247,6 +260,11 @@ class NativeDecoder:
         raise ValueError(
             "the segments do not describe the rows" if status == BAD_SEGMENT else "a scored row is not a row"
         )
+
+
+def _sizes(experts: Experts | None) -> tuple[int, int, int, int]:
+    """Experts, those that a row uses, units of one, whether weights are normalised."""
+    return (0, 0, 0, 0) if experts is None else (experts.count, experts.used, experts.inner, int(experts.normalised))
 
 
 def _flat(rows: Rows) -> list[int]:
