@@ -38,7 +38,7 @@ namespace {
 
 using namespace outrider;
 
-constexpr int64_t VOCAB = 301, HIDDEN = 104, LAYERS = 3, HEADS = 6, KV = 2, WIDTH = 24, INNER = 192, ROWS = 11, CAPACITY = 40;
+constexpr int64_t VOCAB = 301, HIDDEN = 104, LAYERS = 3, HEADS = 6, KV = 2, WIDTH = 24, INNER = 192, ROWS = 11, CAPACITY = 40, EXPERTS = 5;
 
 template <class W>
 std::vector<W> random_numbers(int64_t n, float size, std::minstd_rand& draw) {
@@ -60,19 +60,22 @@ class Case {
             const SegmentPointers segment{sizeof(W) == 2 ? BF16 : F32, n, tensors_.emplace_back(random_numbers<W>(n * k, size, draw_)).data()};
             return linears_.emplace_back(Linear::make(&segment, 1, k)).get();
         };
-        tensors_.reserve(2 + LAYERS * 4), vectors_.reserve(1 + LAYERS * 2);
+        tensors_.reserve(2 + LAYERS * 5), vectors_.reserve(1 + LAYERS * 2);
         for (int64_t l = 0; l < LAYERS; ++l) {
             const int64_t wide = HEADS * WIDTH;
             LayerPointers p{};
             p.norm1 = vector(HIDDEN, 2), p.qkv = linear(wide + 2 * KV * WIDTH, HIDDEN, .3f), p.o = linear(HIDDEN, wide, .2f);
-            p.norm2 = vector(HIDDEN, 2), p.gate_up = linear(2 * INNER, HIDDEN, .2f), p.down = quantised(HIDDEN, INNER);
+            const int64_t experts = l % 2 ? EXPERTS : 1;
+            if (l % 2) p.router = linear(EXPERTS, HIDDEN, .5f);
+            p.norm2 = vector(HIDDEN, 2), p.gate_up = linear(2 * experts * INNER, HIDDEN, .2f), p.down = quantised(experts * HIDDEN, INNER);
             p.window = l % 2 ? 5 : 0;
             layers_.push_back(p);
         }
         for (int64_t i = 0; i < WIDTH / 2; ++i) frequency_.push_back(1.0f / (float)(i + 1));
         const Linear *embedding = linear(VOCAB, HIDDEN, 1), *head = linear(VOCAB, HIDDEN, .3f);
         const float* norm = vector(HIDDEN, 2);
-        model_ = {VOCAB, HIDDEN, LAYERS, HEADS, KV, WIDTH, INNER, 0, 1e-6, 1.0, frequency_.data(), norm, embedding, head, layers_.data()};
+        model_ = {VOCAB, HIDDEN, LAYERS, HEADS, KV, WIDTH, INNER, 0, 1e-6, 1.0, frequency_.data(), norm, embedding, head, layers_.data(), 0.0, 0,
+                  EXPERTS, 2, INNER, 1};
     }
 
     // Everything a new decoder writes in some forwards on `threads` threads.

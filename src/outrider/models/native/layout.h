@@ -16,13 +16,14 @@ struct LayerPointers {
 struct ModelPointers {
     int64_t vocab, hidden, layers, heads, kv_heads, head_dim, inner;
     int64_t half;  // 1: the cache and the taps are bf16, 0: float32
-    int64_t experts, experts_used, expert_inner, normalised;  // 0: no layer has experts
-    int64_t wide_norm;  // 1: q_norm and k_norm go over all heads at once
-    double eps, rope_scale, clip;  // clip: of queries, keys and values, 0: none
+    double eps, rope_scale;
     const float* inv_freq;  // [head_dim / 2]
     const float* norm;
     const Linear *embedding, *head;
     const LayerPointers* layer;
+    double clip;        // bound of queries, keys and values, 0: none
+    int64_t wide_norm;  // 1: q_norm and k_norm go over all heads at once
+    int64_t experts, experts_used, expert_inner, normalised;  // 0: no layer has experts
 };
 
 // What crosses for a linear: `n` outputs of one type (a Format). Plain weights are row-major and read in place; others are whole

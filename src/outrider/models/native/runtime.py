@@ -44,14 +44,13 @@ class _Model(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in (
-                "vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half", "experts", "experts_used",
-                "expert_inner", "normalised", "wide_norm",
-            )
+            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half")
         ),
-        *((name, ctypes.c_double) for name in ("eps", "rope_scale", "clip")),
+        *((name, ctypes.c_double) for name in ("eps", "rope_scale")),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
+        ("clip", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("wide_norm", "experts", "experts_used", "expert_inner", "normalised")),
     ]
 
 
@@ -232,8 +231,9 @@ class NativeDecoder:
         self._inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
         half = int(w.dtype is torch.bfloat16)
         model = _Model(
-            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, *_sizes(c.experts),
-            int(c.wide_norm), c.eps, c.rope_scale, c.clip, self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
+            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, c.eps, c.rope_scale,
+            self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers, c.clip,
+            int(c.wide_norm), *_sizes(c.experts),
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
