@@ -66,6 +66,15 @@ VALUES: dict[str, list[Any]] = {
     "max_position_embeddings": [16, 512],
 }  # fmt: skip
 """Values of keys that matter to some family, in some release."""
+EXPERTS: dict[str, list[Any]] = {
+    "num_experts": [4, 8, None, 0], "num_local_experts": [5, 8, 3, None], "num_experts_per_tok": [1, 2, 9, None, True],
+    "norm_topk_prob": [True, False, None, 1], "moe_intermediate_size": [40, 16, None], "mlp_only_layers": [[], [1], [0, 1, 2], 3, None],
+    "decoder_sparse_step": [2, 0, 4, None], "clip_qkv": [0.5, None, -1.0], "router_jitter_noise": [0.3],
+    "output_router_logits": [True], "sliding_window": [4, None], "use_sliding_window": [True], "attention_bias": [True],
+    "rope_theta": [None], "rms_norm_eps": [0.1], "head_dim": [16, None], "num_key_value_heads": [None, 4], "shared_expert_intermediate_size": [8],
+}  # fmt: skip
+"""The same for models with experts; keys of all families are tried on the others."""
+SPARSE = ("mixtral", "qwen3_moe", "olmoe")
 OTHERS = {
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "logit_scale": 0.1, "logits_scaling": 4.0,
     "embedding_multiplier": 3.0, "residual_multiplier": 0.2, "attention_multiplier": 0.3, "query_pre_attn_scalar": 7,
@@ -91,7 +100,8 @@ def by_transformers(folder: Path, weights: dict[str, torch.Tensor]) -> torch.Ten
     """Logits of the unmodified class with every weight in its place, or None where it refuses."""
     try:
         config = AutoConfig.from_pretrained(folder)
-        if config.tie_word_embeddings:  # which of the two tables is used is decided by its own loader
+        experts = any("experts" in name for name in weights)
+        if config.tie_word_embeddings or experts:  # its own loader decides which table is used, and joins experts
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -129,22 +139,37 @@ def agree_or_refuse(model: tuple[Path, dict[str, torch.Tensor]], copy: Path, **c
     return None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("key", VALUES)
+@pytest.mark.parametrize(
+    ("key", "family"),
+    [(key, f) for key in VALUES for f in FAMILIES if f not in SPARSE] + [(key, f) for key in EXPERTS for f in SPARSE],
+)
 def test_every_value_of_a_key_agrees_with_transformers_or_is_refused(models, tmp_path, family: str, key: str) -> None:
-    for value in VALUES[key]:
+    for value in (EXPERTS if family in SPARSE else VALUES)[key]:
         agree_or_refuse(models[family], tmp_path, **{key: value})
+
+
+def test_options_of_experts_are_honoured(models, tmp_path) -> None:
+    """They agree, and are not only refused."""
+    for changes in ({"norm_topk_prob": True}, {"num_experts_per_tok": 2}, {"use_sliding_window": True, "sliding_window": 4}):
+        assert agree_or_refuse(models["qwen3_moe"], tmp_path, **changes) is None
+    assert agree_or_refuse(models["olmoe"], tmp_path, clip_qkv=0.5) is None
+    assert agree_or_refuse(models["mixtral"], tmp_path, num_experts_per_tok=1, router_jitter_noise=0.3) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_of_other_families_agree_or_are_refused(models, tmp_path, family: str) -> None:
     for key, value in OTHERS.items():
+        if family in SPARSE and "expert" in key:  # its own key
+            continue
         refusal = agree_or_refuse(models[family], tmp_path, **{key: value})
         assert refusal is None or key in refusal
 
 
 LEFTOVERS = {
     "llama": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0, "layer_types": ["sliding_attention"] * 3},
+    "mixtral": {"attention_bias": True, "use_sliding_window": False, "max_window_layers": 1},
+    "qwen3_moe": {"mlp_bias": True, "max_window_layers": 1, "router_aux_loss_coef": 0.3},
+    "olmoe": {"sliding_window": 4, "mlp_bias": True, "router_aux_loss_coef": 0.3},
     "mistral": {"attention_bias": True, "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1},
     "qwen2": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"mlp_bias": True, "head_dim": 16},

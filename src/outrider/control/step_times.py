@@ -7,6 +7,8 @@ from steps of any kind, so a load and length that never ran can be predicted. Th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from outrider.control.prefill_cost import PrefillCost
 from outrider.control.row_times import EXTRAPOLATION_FACTOR, RowTimes
 from outrider.records import StepRecord
@@ -31,10 +33,10 @@ class _Drafting:
 
 
 class StepTimes:
-    """Seconds of a step by load and draft length, and of the drafter's prefill."""
+    """Seconds of a step by load and draft length, and of the drafter's prefill. work: of the target, see `RowTimes`."""
 
-    def __init__(self) -> None:
-        self._passes = RowTimes()  # of the target, by rows
+    def __init__(self, work: Callable[[float], float] | None = None) -> None:
+        self._passes = RowTimes(work)  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
         self.reading = PrefillCost()
         self.prompts = 0.0

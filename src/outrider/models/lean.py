@@ -24,6 +24,7 @@ from torch import Tensor
 
 from outrider.errors import CapabilityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
+from outrider.models.expert_use import ExpertUse
 from outrider.models.native import load_native
 from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan
@@ -48,6 +49,7 @@ class LeanTarget:
               decoder alone; without it their values are, in their dtype.
     native:   whether to use the compiled decoder if available; float64 weights never do.
     notices:  sentences for the user about how this target was loaded.
+    row_work: of a mixture of experts: a number of rows -> what they read relative to one row, measured while it decodes.
     """
 
     trees = True
@@ -67,6 +69,7 @@ class LeanTarget:
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.norm.device
         self.native, found = load_native(config, w) if native else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
+        self.row_work = None if config.experts is None else ExpertUse(config)
         # if PyTorch only emulates products of this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = (
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
@@ -121,7 +124,10 @@ class LeanTarget:
             return self._torch_forward(rows, cache, layers)
         long = [i for i, s in enumerate(rows.segments) if s.count > self._native_rows]
         if not long:
-            return native.forward(rows, cache, layers)
+            scores = native.forward(rows, cache, layers)
+            if self.row_work is not None and len(rows.segments) == 1:
+                self.row_work.learn(rows.count, native.touched)
+            return scores
         if len(rows.segments) == 1:
             return self._torch_forward(rows, cache, layers)
         groups = [([i], lambda part: self._torch_forward(part, cache, layers)) for i in long]
