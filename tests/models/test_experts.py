@@ -73,7 +73,9 @@ def test_greedy_text_is_that_of_transformers(folders, family: str) -> None:
     target = LeanTarget(*load_checkpoint(folders[family], torch.float32))
     model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
     greedy = [SamplingParams(max_tokens=20, temperature=0.0)]
-    (ours,) = tokens(engine(target, ModelDrafter(target.first_layers(1), 3), load_rule("block"), 1).generate(PROMPTS[:1], greedy))
+    (ours,) = tokens(
+        engine(target, ModelDrafter(target.first_layers(1), 3), load_rule("block"), 1).generate(PROMPTS[:1], greedy)
+    )
     path = list(PROMPTS[0])
     for token in ours:
         with torch.no_grad():

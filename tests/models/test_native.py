@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def shape(**changes: object) -> DecoderConfig:
     return dataclasses.replace(config, window=window, inv_freq=inv_freq)
 
 
+FREQUENCIES = [base ** -(torch.arange(0, 16, 2).float() / 16) for base in (1e6, 1e3)]
+"""Of the first 16 numbers of a head."""
 SHAPES = {
     "plain": (shape(), ()),
     "odd sizes": (shape(vocab_size=77, hidden=50, heads=5, kv_heads=1, head_dim=40, inner=71, layers=2), ()),
@@ -67,13 +70,25 @@ SHAPES = {
     "windows": (shape(window=(6, 0, 3)), ()),
     "biases": (shape(), ("qkv_bias", "o_bias")),
     "norms": (shape(head_dim=24, rope_scale=1.2), ("q_norm", "k_norm")),
+    "four norms, bounds, two frequencies": (
+        dataclasses.replace(
+            shape(window=(5, 0, 5), head_dim=24, activation="gelu_pytorch_tanh", attention_scale=0.31, attention_cap=3.0,
+                  embed_scale=2.1, embed_scale_rounded=True, logit_cap=4.0, turns=(1, 0, 1), wide_norms=True),
+            inv_freq=FREQUENCIES[0], local_freq=FREQUENCIES[1],
+        ),
+        ("q_norm", "k_norm", "post1", "post2"),
+    ),
+    "norms behind, of rows, factors": (
+        shape(turns=(0, -1, 0), residual_scale=0.7, embed_scale=1.7, logit_scale=0.4, wide_norms=True),
+        ("q_norm of rows", "k_norm of rows", "post1", "post2", "no norm1", "no norm2"),
+    ),
     "experts": (shape(experts=Experts(8, 3, 56, True, (True, False, True))), ()),
-    "experts, wide norms": (
-        shape(hidden=50, wide_norm=True, clip=1.0, experts=Experts(5, 2, 37, False, (True,) * 3)), ("q_norm", "k_norm")
+    "experts, norms of rows": (
+        shape(hidden=50, clip=1.0, experts=Experts(5, 2, 37, False, (True,) * 3)), ("q_norm of rows", "k_norm of rows"),
     ),
     "all experts": (shape(experts=Experts(4, 4, 40, True, (True,) * 3)), ()),
-}
-CHOOSING = ("experts", "experts, wide norms")
+}  # fmt: skip
+CHOOSING = ("experts", "experts, norms of rows")
 """Rounding to bfloat16 may choose another expert, and then nothing is near: these are compared with numbers in float32 alone."""
 
 
@@ -88,25 +103,37 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
     def vector(n: int, middle: float) -> Tensor:
         return (middle + 0.3 * torch.randn(n, generator=rng)).to(dtype)
 
+    def norm(n: int, middle: float = 1.0) -> Tensor:
+        weight = vector(n, middle)
+        return weight.float() if c.wide_norms else weight
+
     def layer(i: int) -> LayerWeights:
         e = c.experts if c.experts is not None and c.experts.sparse[i] else None
+        rows = "q_norm of rows" in extras
         return LayerWeights(
-            norm1=vector(c.hidden, 1.0),
+            norm1=None if "no norm1" in extras else norm(c.hidden),
             qkv=matrix(wide + 2 * kv, c.hidden, 1.5),
             qkv_bias=vector(wide + 2 * kv, 0.0) if "qkv_bias" in extras else None,
-            q_norm=vector(wide if c.wide_norm else c.head_dim, 1.5) if "q_norm" in extras else None,
-            k_norm=vector(kv if c.wide_norm else c.head_dim, 1.5) if "k_norm" in extras else None,
+            q_norm=norm(wide if rows else c.head_dim, 1.5) if rows or "q_norm" in extras else None,
+            k_norm=norm(kv if rows else c.head_dim, 1.5) if rows or "k_norm" in extras else None,
             o=matrix(c.hidden, wide),
             o_bias=vector(c.hidden, 0.0) if "o_bias" in extras else None,
-            norm2=vector(c.hidden, 1.0),
+            norm2=None if "no norm2" in extras else norm(c.hidden),
             gate_up=matrix(2 * (c.inner if e is None else e.count * e.inner), c.hidden),
             down=matrix(c.hidden * (1 if e is None else e.count), c.inner if e is None else e.inner, 2.0),
+            post1=norm(c.hidden) if "post1" in extras else None,
+            post2=norm(c.hidden) if "post2" in extras else None,
             router=None if e is None else matrix(e.count, c.hidden, 2.0),
         )
 
     layers = tuple(layer(i) for i in range(c.layers))
     return DecoderWeights(
-        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0), dtype
+        matrix(c.vocab_size, c.hidden, 4.0),
+        layers,
+        norm(c.hidden),
+        matrix(c.vocab_size, c.hidden, 3.0),
+        dtype,
+        c.wide_norms,
     )
 
 
@@ -134,55 +161,72 @@ def forest(*trees: tuple[list[int], list[int]]) -> Draft:
     return Draft(torch.tensor(flat, dtype=torch.int64), tuple(parent), tuple(len(t) for t, _ in trees))
 
 
-def swiglu(x: Tensor, w: Any) -> Tensor:
-    gate, up = (x @ w.gate_up.double().T).chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up) @ w.down.double().T
-
-
-def mixture(e: Experts, x: Tensor, w: LayerWeights) -> Tensor:
-    """Every expert on every row, weighted; of those not chosen with weight 0."""
-    share = (x @ w.router.double().T).softmax(-1)
-    weight = torch.zeros_like(share).scatter(1, share.topk(e.used, -1).indices, 1.0) * share
-    weight = weight / weight.sum(-1, keepdim=True) if e.normalised else weight
-    gate, up = w.gate_up.view(2, e.count, e.inner, -1)
-    experts = [
-        LayerWeights(**{f.name: None for f in dataclasses.fields(w)} | {"gate_up": torch.cat([gate[i], up[i]]), "down": down})
-        for i, down in enumerate(w.down.view(e.count, -1, e.inner))
-    ]
-    return sum(weight[:, i, None] * swiglu(x, expert) for i, expert in enumerate(experts))
-
-
 def reference(config: DecoderConfig, weights: DecoderWeights, path: list[int]) -> tuple[Tensor, list[Tensor]]:
     """Logits [V] behind the last token of `path` and the hidden states [H] of that token after each block, all in float64."""
     c, n = config, len(path)
     d = lambda t: t.double()  # noqa: E731
-    norm = lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + c.eps).sqrt() * d(w)  # noqa: E731
-    angle = torch.arange(n).double()[:, None] * c.inv_freq.double()
-    cos, sin = c.rope_scale * torch.cat([angle, angle], -1).cos(), c.rope_scale * torch.cat([angle, angle], -1).sin()
-    half = c.head_dim // 2
-    rope = lambda x: x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin  # noqa: E731
-    x = d(weights.embedding)[path]
+    norm = lambda x, w: x if w is None else x / (x.pow(2).mean(-1, keepdim=True) + c.eps).sqrt() * d(w)  # noqa: E731
+    capped = lambda x, cap: x if not cap else cap * torch.tanh(x / cap)  # noqa: E731
+    x = d(weights.embedding)[path] * c.scale_of_embeddings(weights.dtype)
     hidden = [x[-1]]
-    for w, window in zip(weights.layers, c.window, strict=True):
+    act = torch.nn.functional.silu if c.activation == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
+    for i, (w, window) in enumerate(zip(weights.layers, c.window, strict=True)):
+        rope = rotation(c, n, c.turn_of(i))
         qkv = norm(x, w.norm1) @ d(w.qkv).T + (0 if w.qkv_bias is None else d(w.qkv_bias))
-        if c.wide_norm:
-            q, k, v = qkv.split([c.heads * c.head_dim, *[c.kv_heads * c.head_dim] * 2], -1)
-            qkv = torch.cat([norm(q, w.q_norm), norm(k, w.k_norm), v], -1)
-        if c.clip:
-            qkv = qkv.clamp(-c.clip, c.clip)
-        heads = qkv.view(n, c.heads + 2 * c.kv_heads, c.head_dim).transpose(0, 1)
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads])
-        plain = c.wide_norm or w.q_norm is None or w.k_norm is None
-        q, k = (q, k) if plain else (norm(q, w.q_norm), norm(k, w.k_norm))
+        sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+        parts = list(qkv.split(sizes, -1))
+        for j, weight in enumerate((w.q_norm, w.k_norm)):
+            if weight is not None:
+                parts[j] = norm(parts[j].view(n, -1, len(weight)), weight).reshape(n, -1)
+        parts = [part.clamp(-c.clip, c.clip) if c.clip else part for part in parts]
+        q, k, v = (t.view(n, -1, c.head_dim).transpose(0, 1) for t in parts)
         k, v = (t.repeat_interleave(c.heads // c.kv_heads, 0) for t in (rope(k), v))
-        score = rope(q) @ k.transpose(1, 2) * c.head_dim**-0.5
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        score = capped(rope(q) @ k.transpose(1, 2) * scale, c.attention_cap)
         age = torch.arange(n)[:, None] - torch.arange(n)
         seen = (age >= 0) & (age < window if window else torch.ones(n, n, dtype=torch.bool))
         mixed = score.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-        x = x + mixed.transpose(0, 1).reshape(n, -1) @ d(w.o).T + (0 if w.o_bias is None else d(w.o_bias))
-        x = x + (swiglu(norm(x, w.norm2), w) if w.router is None else mixture(c.experts, norm(x, w.norm2), w))
+        part = mixed.transpose(0, 1).reshape(n, -1) @ d(w.o).T + (0 if w.o_bias is None else d(w.o_bias))
+        x = x + c.residual_scale * norm(part, w.post1)
+        if w.router is not None:
+            x = x + mixture(c.experts, norm(x, w.norm2), w)
+            hidden.append(x[-1])
+            continue
+        gate, up = (norm(x, w.norm2) @ d(w.gate_up).T).chunk(2, -1)
+        x = x + c.residual_scale * norm((act(gate) * up) @ d(w.down).T, w.post2)
         hidden.append(x[-1])
-    return norm(x, weights.norm)[-1] @ d(weights.head).T, hidden
+    logits = norm(x, weights.norm)[-1] @ d(weights.head).T
+    return capped(c.logit_scale * logits, c.logit_cap), hidden
+
+
+def mixture(e: Experts, x: Tensor, w: LayerWeights) -> Tensor:
+    """Every expert on every row, weighted; those not chosen with weight 0."""
+    share = (x @ w.router.double().T).softmax(-1)
+    weight = torch.zeros_like(share).scatter(1, share.topk(e.used, -1).indices, 1.0) * share
+    weight = weight / weight.sum(-1, keepdim=True) if e.normalised else weight
+    out = torch.zeros_like(x)
+    gates, ups = w.gate_up.double().view(2, e.count, e.inner, -1)
+    for i, down in enumerate(w.down.double().view(e.count, -1, e.inner)):
+        out += weight[:, i, None] * ((torch.nn.functional.silu(x @ gates[i].T) * (x @ ups[i].T)) @ down.T)
+    return out
+
+
+def rotation(c: DecoderConfig, n: int, turn: int) -> Callable[[Tensor], Tensor]:
+    """Turns queries or keys [heads, n, head_dim] of positions 0 .. n - 1."""
+    if turn < 0:
+        return lambda x: x
+    inv_freq = c.local_freq if turn and c.local_freq is not None else c.inv_freq
+    angle = torch.arange(n).double()[:, None] * inv_freq.double()
+    cos, sin = c.rope_scale * torch.cat([angle, angle], -1).cos(), c.rope_scale * torch.cat([angle, angle], -1).sin()
+    half, size = len(inv_freq), 2 * len(inv_freq)
+
+    def turned(x: Tensor) -> Tensor:
+        front = x[..., :size]
+        return torch.cat(
+            [front * cos + torch.cat([-front[..., half:], front[..., :half]], -1) * sin, x[..., size:]], -1
+        )
+
+    return turned
 
 
 def paths_of(rows: Rows, history: dict[int, list[int]]) -> list[list[int]]:
@@ -234,9 +278,7 @@ def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
             assert (scores.hidden[tap][row] - hidden).abs().max() <= tolerance(dtype) * hidden.abs().max()
 
 
-SENSITIVE = (
-    "plain", "odd sizes", "one head each", "windows", "biases", "norms", "experts", "experts, wide norms",
-)  # fmt: skip
+SENSITIVE = ("plain", "odd sizes", "one head each", "windows", "biases", "norms", *list(SHAPES)[-5:-1])
 
 
 @pytest.fixture

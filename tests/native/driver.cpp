@@ -105,7 +105,8 @@ void decode(void* library, bool half) {
     }
     float frequency[HEAD / 2];
     for (int64_t i = 0; i < HEAD / 2; ++i) frequency[i] = 1.0f / (float)(1 << (i / 2));
-    ModelPointers model{VOCAB, HIDDEN, LAYERS, HEADS, KV, HEAD, INNER, half, 1e-6, 1.0, frequency, nullptr, nullptr, nullptr, layers.data()};
+    ModelPointers model{VOCAB, HIDDEN, LAYERS, HEADS, KV, HEAD, INNER, half, HEAD / 2, 1, 0, 1e-6, 1.0, 0.25, 0.0, 1.0, 1.0, 1.0, 0.0, frequency, nullptr,
+                        nullptr, nullptr, layers.data()};
     model.embedding = linear(VOCAB, HIDDEN, 1), model.norm = w.vector(HIDDEN, 0.3f, 1), model.head = linear(VOCAB, HIDDEN, 0.5f);
     void* handle = ((void* (*)(const ModelPointers*))symbol(library, "outrider_new"))(&model);
     const std::vector<float> all = logits(library, handle, half, 0, 1);

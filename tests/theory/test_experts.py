@@ -71,7 +71,12 @@ def test_limits() -> None:
     assert all(a < b for a, b in zip(counts, counts[1:], strict=False))
     assert Routing.uniform(4, 4).touched(9) == 4.0 and Routing.uniform(64, 8, 1.0).touched(9) == pytest.approx(8.0)
     assert VerificationCost(routing, 0.0).relative(8) == 1.0
-    for bad in (lambda: Routing((1.5,)), lambda: Routing.uniform(4, 5), lambda: routing.touched(0), lambda: Routing((0.1,), 2.0)):
+    for bad in (
+        lambda: Routing((1.5,)),
+        lambda: Routing.uniform(4, 5),
+        lambda: routing.touched(0),
+        lambda: Routing((0.1,), 2.0),
+    ):
         with pytest.raises(ValueError):
             bad()
 
@@ -96,4 +101,7 @@ def test_the_roofline_reads_the_touched_experts() -> None:
     assert model.read_bytes(rows=10_000) == pytest.approx(model.weight_bytes())
     assert forward(model, setting, 4).seconds > 2 * forward(model, setting, 1).seconds
     assert forward(MODELS["8b"], setting, 4).seconds == forward(MODELS["8b"], setting, 1).seconds
-    assert predict(model, MODELS["0.6b"], setting, 0.8).best.length < predict(MODELS["8b"], MODELS["0.6b"], setting, 0.8).best.length
+    assert (
+        predict(model, MODELS["0.6b"], setting, 0.8).best.length
+        < predict(MODELS["8b"], MODELS["0.6b"], setting, 0.8).best.length
+    )

@@ -6,52 +6,15 @@ Checkpoints hold every expert by itself; transformers 5 may also write all exper
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
 
 from outrider.config_keys import flag, whole
 from outrider.errors import ConfigError
 from outrider.models.decoder import DecoderConfig, Experts
+from outrider.models.expert_keys import PLACES, ExpertKeys
+from outrider.models.families import Unsupported
 
 MOST = 1024
 """Most experts of a layer; the largest known models have 512."""
-
-
-class Unsupported(Exception):
-    """The lean runtime does not support this checkpoint, transformers may; the message is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertKeys:
-    """How a model type speaks of its experts, and transformers' defaults of absent keys.
-
-    place: the module of experts and router in a block. parts: gate, up and down of an expert. inner: the key of an expert's units
-    and its default, None if it is intermediate_size. normalised: None if norm_topk_prob says it. steps: whether some layers may be
-    dense.
-    """
-
-    place: str
-    parts: tuple[str, str, str]
-    count: int
-    used: int
-    inner: tuple[str, int] | None = None
-    normalised: bool | None = None
-    steps: bool = False
-
-    @property
-    def known(self) -> frozenset[str]:
-        """Keys that are read, or that matter for training alone."""
-        out = {"num_experts", "num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"}
-        out |= {"norm_topk_prob"} if self.normalised is None else {"router_jitter_noise"}
-        out |= {"decoder_sparse_step", "mlp_only_layers"} if self.steps else set()
-        return frozenset(out | ({self.inner[0]} if self.inner else set()))
-
-
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-MIXTRAL = ExpertKeys("block_sparse_moe", ("w1", "w3", "w2"), 8, 2, normalised=True)
-QWEN3_MOE = ExpertKeys("mlp", _PROJECTIONS, 128, 8, inner=("moe_intermediate_size", 768), steps=True)
-OLMOE = ExpertKeys("mlp", _PROJECTIONS, 64, 8)
-PLACES = {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "olmoe": OLMOE}
-"""By `DecoderConfig.family`."""
 
 
 def read_experts(raw: dict, keys: ExpertKeys, layers: int, inner: int, where: object) -> Experts:
@@ -62,7 +25,9 @@ def read_experts(raw: dict, keys: ExpertKeys, layers: int, inner: int, where: ob
     count = whole(raw, names[0] if names else "num_experts", where, default=keys.count, most=MOST)
     used = whole(raw, "num_experts_per_tok", where, default=keys.used, most=MOST)
     if used > count:
-        raise ConfigError(f"{where}: num_experts_per_tok ({used}) exceeds the number of experts ({count}): correct the file")
+        raise ConfigError(
+            f"{where}: num_experts_per_tok ({used}) exceeds the number of experts ({count}): correct the file"
+        )
     sparse = _sparse(raw, layers, where) if keys.steps else (True,) * layers
     if not any(sparse):
         raise Unsupported("decoder_sparse_step and mlp_only_layers leave no layer with experts")
@@ -79,7 +44,9 @@ def _sparse(raw: dict, layers: int, where: object) -> tuple[bool, ...]:
     step = whole(raw, "decoder_sparse_step", where, default=1, most=1 << 20)
     dense = raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
-        raise ConfigError(f"{where}: mlp_only_layers must be a list of layers, got {reprlib.repr(dense)}: correct the file")
+        raise ConfigError(
+            f"{where}: mlp_only_layers must be a list of layers, got {reprlib.repr(dense)}: correct the file"
+        )
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
 

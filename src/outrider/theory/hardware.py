@@ -177,7 +177,10 @@ def model(name: str) -> Model:
         raise ValueError(
             f"model {name!r} is no size: use one of {', '.join(MODELS)}, or parameters as 160m, 1.7b or 3e9"
         )
-    near = min((m for m in MODELS.values() if m.kv_heads < m.heads and m.mixture is None), key=lambda m: abs(math.log(m.parameters / size)))
+    near = min(
+        (m for m in MODELS.values() if m.kv_heads < m.heads and m.mixture is None),
+        key=lambda m: abs(math.log(m.parameters / size)),
+    )
     scale = (size / near.parameters) ** (1 / 3)
     layers, heads, shared = (max(1, round(x * scale)) for x in (near.layers, near.heads, near.kv_heads))
     return Model(key, size, layers, heads, shared, near.head_dim, f"scaled from {near.source}")

@@ -74,8 +74,8 @@ class Case {
         for (int64_t i = 0; i < WIDTH / 2; ++i) frequency_.push_back(1.0f / (float)(i + 1));
         const Linear *embedding = linear(VOCAB, HIDDEN, 1), *head = linear(VOCAB, HIDDEN, .3f);
         const float* norm = vector(HIDDEN, 2);
-        model_ = {VOCAB, HIDDEN, LAYERS, HEADS, KV, WIDTH, INNER, 0, 1e-6, 1.0, frequency_.data(), norm, embedding, head, layers_.data(), 0.0, 0,
-                  EXPERTS, 2, INNER, 1};
+        model_ = {VOCAB, HIDDEN, LAYERS, HEADS, KV, WIDTH, INNER, 0, WIDTH / 2, 1, 0, 1e-6, 1.0, 0.2, 0.0, 1.0, 1.0, 1.0, 0.0,
+                  frequency_.data(), norm, embedding, head, layers_.data(), 0.0, EXPERTS, 2, INNER, 1};
     }
 
     // Everything a new decoder writes in some forwards on `threads` threads.

@@ -163,7 +163,9 @@ def assumptions(paper: Paper) -> list[str]:
             f"{1e6 * one.latency:g} us a message (assumed)"
         )
     for role, m in (("target", paper.target), ("draft", paper.draft)):
-        out.append(f"{role}: {m.source}, {m.parameters / 1e9:.3g}e9 parameters in bfloat16, {m.layers} layers, {_parts(m)}")
+        out.append(
+            f"{role}: {m.source}, {m.parameters / 1e9:.3g}e9 parameters in bfloat16, {m.layers} layers, {_parts(m)}"
+        )
     out.append(
         f"a judged draft token is accepted with probability {paper.acceptance:g}, independently; a chain, verified in one forward"
     )

@@ -30,6 +30,12 @@ inline float softmax_terms(float* scores, int n, float scale) {
     return lanes[0];
 }
 
+// x[0 : n] = cap * tanh(scale * x / cap). Up to LANES - 1 floats behind are overwritten.
+inline void bound_softly(float* x, int n, float scale, float cap) {
+    const float twice = 2.0f * scale / cap;
+    for (int i = 0; i < n; i += LANES) store(x + i, cap - 2.0f * cap / (exp_near(load<vf>(x + i) * twice) + 1.0f));
+}
+
 // Visible keys of one row in one layer: places cached_from : cached, then `path`.
 struct Visible {
     int64_t cached_from, cached;
@@ -81,11 +87,11 @@ inline void weigh(const float* p, const W* values, int width, const Visible& see
 // Attention of `count` neighbouring rows of a segment for the `group` heads of one KV head.
 //
 // rows: their Row records. query: [count * group] packed queries, `stride` apart. keys, values: [capacity, width] of the slot
-// and KV head. scores: scratch of count * group * (visible + SUM_LANES) floats. emit(i, g, out) receives the results in turn.
+// and KV head. cap: soft bound of the scores, 0 for none. scores: scratch of count * group * (visible + SUM_LANES) floats. emit(i, g, out) receives the results in turn.
 template <class W, class Emit>
 inline void attend(
     const Segment& s, const Row* rows, int count, const int64_t* position, int64_t window, int group,
-    const typename Packing<W>::Item* query, int64_t stride, const W* keys, const W* values, int width, float scale,
+    const typename Packing<W>::Item* query, int64_t stride, const W* keys, const W* values, int width, float scale, float cap,
     float* scores, float* out, const Emit& emit
 ) {
     int64_t low = s.cached;
@@ -103,7 +109,8 @@ inline void attend(
             float* own = line + (s.cached - low);
             for (int32_t d = 0; d < seen.path_count; ++d) own[d] = own[seen.path[d]];  // paths increase: nothing is overwritten
             float* first = line + (seen.cached_from - low);
-            const float total = softmax_terms(first, seen.count(), scale);
+            if (cap > 0.0f) bound_softly(first, seen.count(), scale, cap);
+            const float total = softmax_terms(first, seen.count(), cap > 0.0f ? 1.0f : scale);
             weigh<W>(first, values, width, seen, out);
             for (int d = 0; d < width; ++d) out[d] /= total;
             emit(i, g, out);
