@@ -27,8 +27,8 @@ from outrider.models.native.build import load_library
 from outrider.models.native.weights import NativeWeights
 from outrider.nn import compiled
 from outrider.nn.compiled import DECODER, Unit
-from outrider.nn.kv import ContiguousKV
-from outrider.types import Draft, Rows
+from outrider.nn.kv import PagedKV
+from outrider.types import Draft, Rows, Scores
 
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="the native decoder needs a C++ compiler"
@@ -137,8 +137,17 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
     )
 
 
-def new_kv(config: DecoderConfig, dtype: torch.dtype, slots: int = 1, capacity: int = 64) -> ContiguousKV:
-    return ContiguousKV(config.layers, slots, config.kv_heads, capacity, config.head_dim, dtype, torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+def new_kv(config: DecoderConfig, dtype: torch.dtype, slots: int = 1, capacity: int = 64, page: int = 64) -> PagedKV:
+    return PagedKV(config.layers, slots, config.kv_heads, capacity, config.head_dim, dtype, CPU, page=page)
+
+
+def run(decoder: NativeDecoder, rows: Rows, kv: PagedKV, layers: tuple[int, ...] = ()) -> Scores:
+    """A forward, for whose rows there is room."""
+    kv.reserve(rows)
+    return decoder.forward(rows, kv, layers)
 
 
 def native(config: DecoderConfig, weights: DecoderWeights) -> NativeDecoder:
@@ -261,13 +270,13 @@ def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     decoder, kv = native(config, weights), new_kv(config, dtype, slots=4)
     history = {slot: tokens(n, v, seed=slot) for slot, n in ((0, 11), (1, 1), (3, 20))}
     feed = Rows.assemble(list(history), list(history.values()), [0, 0, 0], Draft.empty(0), [False] * 3)
-    assert decoder.forward(feed, kv, ()).logits.shape == (0, v)
+    assert run(decoder, feed, kv, ()).logits.shape == (0, v)
     kv.commit(feed, [()] * 3)
     tree = ([t % v for t in TREE[0]], TREE[1])
     draft = forest(tree, ([1, 2, 0], [-1, 0, 1]), ([], []))
     rows = Rows.assemble([3, 0, 1], [[2], [1, 1], [0]], [20, 11, 1], draft)
     taps = tuple(range(config.layers + 1))
-    scores = decoder.forward(rows, kv, taps)
+    scores = run(decoder, rows, kv, taps)
     paths = paths_of(rows, history)
     for m, row in enumerate(rows.scored.tolist()):
         expected, _ = reference(config, weights, paths[row])
@@ -297,10 +306,10 @@ def alone(
     logits = torch.empty(0)
     for i, token in enumerate(path):
         rows = Rows.assemble([0], [[token]], [i], Draft.empty(1))
-        logits = decoder.forward(rows, kv, ()).logits[0]
+        logits = run(decoder, rows, kv, ()).logits[0]
         kv.commit(rows, [()])
     n = len(path)
-    return logits, kv.k[:, 0, :, :n].clone(), kv.v[:, 0, :, :n].clone()
+    return logits, *kv.entries(0, n)
 
 
 @DTYPES
@@ -314,15 +323,39 @@ def test_chains_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtype) -
     for n in range(1, 10):
         kv = new_kv(config, dtype)
         prompt = Rows.assemble([0], [path[:7]], [0], Draft.empty(0), [False])
-        decoder.forward(prompt, kv, ())
+        run(decoder, prompt, kv, ())
         kv.commit(prompt, [()])
         chain = forest((path[8 : 7 + n], list(range(-1, n - 2))))
-        logits = decoder.forward(Rows.assemble([0], [[path[7]]], [7], chain), kv, ()).logits
+        logits = run(decoder, Rows.assemble([0], [[path[7]]], [7], chain), kv, ()).logits
         for i in range(n):
             assert torch.equal(logits[i], single[i][0]), f"row {i} of {n}"
-        assert torch.equal(kv.k[:, 0, :, : 7 + n], single[n - 1][1]) and torch.equal(
-            kv.v[:, 0, :, : 7 + n], single[n - 1][2]
-        )
+        assert all(map(torch.equal, kv.entries(0, 7 + n), single[n - 1][1:]))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SENSITIVE)
+def test_scattered_pages_give_the_bits_of_one_piece(name: str, dtype: torch.dtype) -> None:
+    """Two sequences on pages of 3 places here and there, a tree behind each, and what follows its accepted path."""
+    config, extras = SHAPES[name]
+    decoder = native(config, random_weights(config, extras, dtype))
+    texts, found = [tokens(10, config.vocab_size, seed=i) for i in range(2)], []
+    for page in (3, 64):
+        kv, scores = new_kv(config, dtype, slots=2, page=page), []
+        for slot, index in ((0, 0), (1, 2), (0, 3), (1, 0)) if page == 3 else ():
+            kv.make_room(slot, 15)
+            kv.pages.give_back(kv.pages.replace(slot, index)[0])
+        for at in range(0, 10, 2):
+            rows = Rows.assemble([0, 1], [t[at : at + 2] for t in texts], [at, at], Draft.empty(0), [False, False])
+            run(decoder, rows, kv)
+            kv.commit(rows, [(), ()])
+        draft = forest(([5, 1, 2, 3], [-1, -1, 0, 1]), ([4, 2], [-1, 0]))
+        rows = Rows.assemble([0, 1], [[7], [8]], [10, 10], draft)
+        scores.append(run(decoder, rows, kv).logits)
+        kv.commit(rows, [[1, 3], [0, 1]])
+        rows = Rows.assemble([0, 1], [[3], [3]], [13, 13], Draft.empty(2))
+        scores.append(run(decoder, rows, kv).logits)
+        found.append([*scores, *kv.entries(0, 14), *kv.entries(1, 14)])
+    assert all(map(torch.equal, *found))
 
 
 @DTYPES
@@ -346,9 +379,9 @@ def test_tree_nodes_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtyp
         torch.set_num_threads(count)
         kv = new_kv(config, dtype, slots=3)
         feed = Rows.assemble(list(history), list(history.values()), [0, 0], Draft.empty(0), [False] * 2)
-        decoder.forward(feed, kv, ())
+        run(decoder, feed, kv, ())
         kv.commit(feed, [()] * 2)
-        logits = decoder.forward(rows, kv, ()).logits
+        logits = run(decoder, rows, kv, ()).logits
         paths = paths_of(rows, history | {1: []})
         for m, row in enumerate(rows.scored.tolist()):
             assert torch.equal(logits[m], expected[tuple(paths[row])]), f"row {row} on {count} threads"
@@ -361,10 +394,10 @@ def test_an_accepted_path_goes_on_with_the_same_bits(dtype: torch.dtype) -> None
     decoder = native(config, random_weights(config, extras, dtype))
     kv = new_kv(config, dtype)
     rows = Rows.assemble([0], [[1, 2, 3]], [0], forest(TREE))
-    decoder.forward(rows, kv, ())
+    run(decoder, rows, kv, ())
     kv.commit(rows, [(0, 3, 5)])
     path = [1, 2, 3, TREE[0][0], TREE[0][3], TREE[0][5], 7]
-    logits = decoder.forward(Rows.assemble([0], [[7]], [6], Draft.empty(1)), kv, ()).logits[0]
+    logits = run(decoder, Rows.assemble([0], [[7]], [6], Draft.empty(1)), kv, ()).logits[0]
     assert torch.equal(logits, alone(decoder, config, dtype, path)[0])
 
 
@@ -383,7 +416,7 @@ def test_many_rows(threads: None) -> None:
     path = tokens(50, config.vocab_size)
     rows = Rows.assemble([0], [path], [0], Draft.empty(1))
     expected, _ = reference(config, weights, path)
-    logits = native(config, weights).forward(rows, new_kv(config, torch.float32), ()).logits[0]
+    logits = run(native(config, weights), rows, new_kv(config, torch.float32), ()).logits[0]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -458,7 +491,7 @@ def test_equals_transformers(family: str, dtype: torch.dtype) -> None:
     config, weights = from_transformers(model, family, window)
     decoder, kv = native(config, weights), new_kv(config, dtype)
     rows = Rows.assemble([0], [path[:12]], [0], forest((path[12:], [-1, 0, 1, 2])))
-    ours = decoder.forward(rows, kv, ()).logits
+    ours = run(decoder, rows, kv, ()).logits
     assert exact.std() > 1.0
     if dtype is torch.float32:
         assert (ours - exact).abs().max() <= 1e-4
@@ -479,12 +512,17 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
         decoder.forward(Rows.assemble([0], [[101]], [0], Draft.empty(1)), kv, ())
     with pytest.raises(CapacityError, match="max_length"):
         decoder.forward(Rows.assemble([0], [[1, 2, 3]], [2], Draft.empty(1)), kv, ())
+    for page in (-1, 1):  # of another cache, or none at all
+        kv.pages.table[0] = page
+        with pytest.raises(ValueError, match="segments"):
+            decoder.forward(plain, kv, ())
+    kv.make_room(0, 4)
+    kv.pages.table[0] = 0
     with pytest.raises(ValueError, match="segments"):
         decoder.forward(Rows.assemble([1], [[1]], [0], Draft.empty(1)), kv, ())
     with pytest.raises(ValueError, match="segments"):
-        decoder.forward(
-            dataclasses.replace(plain, segments=(dataclasses.replace(plain.segments[0], parent=(5,)),)), kv, ()
-        )
+        wrong = dataclasses.replace(plain.segments[0], parent=(5,))
+        decoder.forward(dataclasses.replace(plain, segments=(wrong,)), kv, ())
     with pytest.raises(ValueError, match="scored row"):
         decoder.forward(dataclasses.replace(plain, scored=torch.tensor([2])), kv, ())
     with pytest.raises(ValueError, match="layers in 0..3"):
@@ -545,7 +583,7 @@ def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         decoder = NativeDecoder(loaded, config, NativeWeights.of(loaded, weights))
         rows = Rows.assemble([0], [path[:5]], [0], forest((path[5:], [-1, 0, 1, 2])))
-        logits = decoder.forward(rows, new_kv(config, dtype), ()).logits
+        logits = run(decoder, rows, new_kv(config, dtype), ()).logits
         expected, _ = reference(config, weights, path)
         assert (logits[-1] - expected).abs().max() <= tolerance(dtype) * expected.abs().max()
         assert torch.equal(logits[-1], alone(decoder, config, dtype, path)[0])

@@ -28,10 +28,9 @@ from outrider.models.native import load_native
 from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan, capped
 from outrider.nn.experts import SparseLayer, expert_mlp
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.layers import FusedLayer, Norm, of_rows, rms_norm
 from outrider.nn.linear import Linear, has_fast_matmul, make_linear
-from outrider.nn.memory import require_memory
 from outrider.nn.row_parts import check_prefix, run_parts
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
@@ -94,15 +93,21 @@ class LeanTarget:
         while left:
             self._blocks.append(_block(config, len(self._blocks), left.pop(0), self.dtype, pack))
 
-    def new_kv(self, slots: int, length: int) -> ContiguousKV:
-        """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
+    @property
+    def uniform_rows(self) -> int:
+        """Forwards of up to so many rows per segment give every row the same bits, whatever is fed with it."""
+        return self._native_rows if self.native else 0
+
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> PagedKV:
+        """A cache for `slots` sequences of `length` tokens each, drafts included. CapacityError if not even one of them fits.
+
+        memory: bytes that it may take; None: what it could fill, or 90% of what is free, if that is less.
+        """
         c = self.config
-        size = 2 * c.layers * slots * c.kv_heads * length * c.head_dim * self.dtype.itemsize
-        require_memory(
-            size, self.device, f"a cache of {slots} x {length} tokens", "lower max_length or the number of slots"
-        )
+        token = 2 * c.layers * c.kv_heads * c.head_dim * self.dtype.itemsize
+        limit = page_limit(slots, length, token, self.device, memory)
         self._grow_rope(length)
-        return ContiguousKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device)
+        return PagedKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device, limit=limit)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`. Raises CapabilityError for a layer that does not exist, CapacityError and RequestError for
@@ -111,7 +116,7 @@ class LeanTarget:
         With the native decoder a mixed forward is split, short segments together and every long one alone, so that a
         sequence's numbers never depend on the others.
         """
-        if not isinstance(kv, ContiguousKV):
+        if not isinstance(kv, PagedKV):
             raise CapabilityError(f"LeanTarget cannot read a {type(kv).__name__}: make the cache with its new_kv()")
         if any(not 0 <= i <= self.layers for i in layers):
             raise CapabilityError(
@@ -167,7 +172,7 @@ class LeanTarget:
         return other
 
     @torch.no_grad()
-    def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:
+    def _torch_forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...]) -> Scores:
         """All rows in one pass through PyTorch's operators.
 
         The blocks run in inference mode, where views cost half; the outputs are made outside of it, as ordinary tensors.
@@ -178,7 +183,7 @@ class LeanTarget:
         return Scores(self.unembed(x.index_select(0, rows.scored)), tuple(taps[i].clone() for i in layers))
 
     def _run_blocks(
-        self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]
+        self, rows: Rows, kv: PagedKV, layers: tuple[int, ...]
     ) -> tuple[Float[Tensor, "N H"], dict[int, Tensor]]:
         c = self.config
         n, turned = rows.count, c.heads + c.kv_heads

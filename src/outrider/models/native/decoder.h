@@ -37,10 +37,10 @@ inline void rotate(float* x, const float* cosine, const float* sine, int64_t hal
 
 template <class W>
 class Decoder {
-    using Item = typename Packing<W>::Item;
+    using Item = typename Query<W>::Item;
     static constexpr int64_t BLOCK = 48;  // outputs of a linear that a thread takes at a time: whole tiles of 3, 4 and 2 rows
     static constexpr int64_t WIDE = 64;    // the same where weights are quantised: whole pairs of groups
-    static constexpr int64_t QUERIES = 8;  // rows times heads that an attention task aims at
+    static constexpr int64_t QUERIES = 32;  // rows times heads that an attention task aims at
 
    public:
     // Keeps pointers to all that it is given, the layers too.
@@ -82,18 +82,22 @@ class Decoder {
    private:
     bool make_room() {
         x_size_ = (m_.hidden + 15) / 16 * 16;
-        query_size_ = packed_stride<W>(m_.head_dim);
+        query_size_ = query_stride<W>(m_.head_dim);
+        sums_size_ = Sums::size(m_.head_dim);
         const int64_t widest = m_.head_dim > 2 * block_ ? m_.head_dim : 2 * block_;
         const int64_t line = m_.hidden > m_.head_dim ? m_.hidden : m_.head_dim;
         tile_at_ = (line + 15) / 16 * 16;
         scores_at_ = tile_at_ + (c_.rows * widest + 15) / 16 * 16;
-        scratch_size_ = scores_at_ + (plan_.score_floats + 31) / 16 * 16;
+        const int64_t queries = plan_.task_rows * group_;
+        sums_at_ = scores_at_ + Attention<W>::scratch_floats(queries, plan_.own_rows, m_.head_dim);
+        scratch_size_ = (sums_at_ + 2 * queries * sums_size_ + 31) / 16 * 16;
         const int64_t turns = c_.rows * half_ * m_.frequencies;
         return mixture_.reserve(c_.rows, c_.touched) && x_.reserve(c_.rows * x_size_) && cosine_.reserve(turns) && sine_.reserve(turns) &&
                part_.reserve(posts_ ? c_.rows * x_size_ : 0) &&
                heads_.reserve(row_norms_ ? c_.rows * (m_.heads + m_.kv_heads) * m_.head_dim : 0) &&
                normed_.reserve(c_.rows > c_.scored ? c_.rows : c_.scored, m_.hidden, normed_stores_) &&
-               query_.reserve(c_.rows * m_.heads * query_size_) && mixed_.reserve(c_.rows, m_.heads * m_.head_dim, mixed_stores_) &&
+               query_.reserve(c_.rows * m_.heads * query_size_) && kept_.reserve(m_.kv_heads * plan_.kept * sums_size_) &&
+               mixed_.reserve(c_.rows, m_.heads * m_.head_dim, mixed_stores_) &&
                inner_.reserve(c_.rows, m_.inner, inner_stores_) && scratch_.reserve(c_.threads * scratch_size_);
     }
 
@@ -108,7 +112,8 @@ class Decoder {
             const LayerPointers& layer = m_.layer[l];
             phase(m_.heads + 2 * m_.kv_heads, [&](int64_t u) { project_head(layer, l, u, scratch); });
             if (layer.row_norm) phase(c_.rows, [&](int64_t i) { norm_row(layer, l, i); });
-            phase(m_.kv_heads * plan_.tasks, [&](int64_t u) { mix(layer, l, u, scratch); });
+            phase(m_.kv_heads * plan_.units, [&](int64_t u) { mix(layer, l, u, scratch); });
+            if (plan_.kept > 0) phase(m_.kv_heads * plan_.tasks, [&](int64_t u) { fold(u, scratch); });
             round(mixed_);
             phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.o, mixed_, layer.o_bias, layer.post1, u, scratch); });
             phase(c_.rows, [&](int64_t i) { add_part(layer.post1, i), normalise(i, i, layer.norm2, scratch); });
@@ -201,33 +206,69 @@ class Decoder {
             rotate(head, cosine_ + at, sine_ + at, half_);
         }
         if (is_query) {
-            Packing<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, 0, head, (int)d);
+            Query<W>::pack(query_ + (u / group_ * c_.rows * group_ + i * group_ + u % group_) * query_size_, head, d);
             return;
         }
         const Row& row = plan_.row(i);
         const Segment& s = plan_.segment(row.segment);
-        W* places = cache(is_value ? c_.v : c_.k, l, s.slot, (u - m_.heads) % m_.kv_heads);
-        narrow(head, d, places + (s.cached + row.offset) * d);
+        W* places = cache(is_value ? c_.v : c_.k, l, (u - m_.heads) % m_.kv_heads);
+        narrow(head, d, places + s.own[row.offset] * d);
     }
 
-    W* cache(void* base, int64_t l, int64_t slot, int64_t head) const {
-        return static_cast<W*>(base) + ((l * c_.slots + slot) * m_.kv_heads + head) * c_.capacity * m_.head_dim;
+    W* cache(void* base, int64_t l, int64_t head) const {
+        return static_cast<W*>(base) + (l * m_.kv_heads + head) * c_.pages * c_.page * m_.head_dim;
     }
 
-    // Attention: one task of one KV head.
+    // Attention: one unit of one KV head.
     void mix(const LayerPointers& layer, int64_t l, int64_t u, float* scratch) {
-        const int64_t d = m_.head_dim, head = u / plan_.tasks;
-        const Task& task = plan_.task(u % plan_.tasks);
+        const int64_t head = u / plan_.units;
+        const Unit& unit = plan_.unit(u % plan_.units);
+        const Task& task = plan_.task(unit.task);
         const Segment& s = plan_.segment(task.segment);
-        const int64_t row = s.first + task.offset;
-        attend<W>(
-            s, &plan_.row(row), task.count, c_.position, layer.window, (int)group_,
-            query_ + (head * c_.rows + row) * group_ * query_size_, query_size_, cache(c_.k, l, s.slot, head),
-            cache(c_.v, l, s.slot, head), (int)d, (float)m_.attention_scale, (float)m_.attention_cap, scratch + scores_at_, scratch, [&](int i, int g, const float* out) {
-                mixed_.put(row + i, (head * group_ + g) * d, out, d);
-            }
+        const int64_t row = s.first + task.offset, queries = task.count * group_;
+        Attention<W> attention(
+            {s, &plan_.row(row), task.count, (int)group_, c_.position, layer.window, m_.head_dim,
+             query_ + (head * c_.rows + row) * group_ * query_size_, cache(c_.k, l, head), cache(c_.v, l, head),
+             (float)m_.attention_scale, (float)m_.attention_cap},
+            scratch + scores_at_
         );
+        if (task.kept >= 0) return attention.part(unit.from, kept(head, task, unit.from));
+        float *sums = scratch + sums_at_, *more = sums + queries * sums_size_;
+        for (int64_t part = unit.from; part < unit.to; ++part) {
+            attention.part(part, part == unit.from ? sums : more);
+            for (int64_t q = 0; part > unit.from && q < queries; ++q)
+                Sums::fold(sums + q * sums_size_, more + q * sums_size_, m_.head_dim, score_scale());
+        }
+        finish(head, task, sums);
     }
+
+    // Folds the kept results of a task of one KV head.
+    void fold(int64_t u, float* scratch) {
+        const int64_t head = u / plan_.tasks;
+        const Task& task = plan_.task(u % plan_.tasks);
+        if (task.kept < 0) return;
+        float* sums = scratch + sums_at_;
+        const int64_t size = task.count * group_ * sums_size_;
+        std::memcpy(sums, kept(head, task, 0), size * sizeof(float));
+        for (int64_t part = 1; part < task.parts; ++part)
+            for (int64_t at = 0; at < size; at += sums_size_)
+                Sums::fold(sums + at, kept(head, task, part) + at, m_.head_dim, score_scale());
+        finish(head, task, sums);
+    }
+
+    void finish(int64_t head, const Task& task, float* sums) {
+        const int64_t d = m_.head_dim, row = plan_.segment(task.segment).first + task.offset;
+        for (int64_t q = 0; q < task.count * group_; ++q) {
+            Sums::finish(sums + q * sums_size_, d);
+            mixed_.put(row + q / group_, (head * group_ + q % group_) * d, sums + q * sums_size_ + Sums::HEAD, d);
+        }
+    }
+
+    float* kept(int64_t head, const Task& task, int64_t part) const {
+        return kept_ + (head * plan_.kept + task.kept + part * task.count * group_) * sums_size_;
+    }
+
+    float score_scale() const { return m_.attention_cap > 0.0 ? 1.0f : (float)m_.attention_scale; }
 
     // x += weight @ input (+ bias), block u of outputs; kept in part_ where a norm follows.
     void add_product(const Linear& weight, const Input& input, const float* bias, const float* post, int64_t u, float* scratch) {
@@ -294,8 +335,8 @@ class Decoder {
     int64_t group_ = 1, half_ = 0, block_ = BLOCK;
     bool posts_ = false, row_norms_ = false;
     int normed_stores_ = 0, mixed_stores_ = 0, inner_stores_ = 0;
-    int64_t x_size_, query_size_, scratch_size_, tile_at_, scores_at_;
-    Buffer<float> x_, part_, heads_, cosine_, sine_, scratch_;
+    int64_t x_size_, query_size_, scratch_size_, tile_at_, scores_at_, sums_at_, sums_size_;
+    Buffer<float> x_, part_, heads_, cosine_, sine_, scratch_, kept_;
     Buffer<Item> query_;
     Input normed_, mixed_, inner_;
     Mixture mixture_;

@@ -19,7 +19,7 @@ from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.compiled import DECODER, load
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.types import Rows, Scores
 
 WITHOUT_TORCH = ("AVX2", "AVX-VNNI", "generic")
@@ -63,8 +63,8 @@ class _Model(ctypes.Structure):
     ]
 
 
-_CALL = struct.Struct("7q10Q")
-"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity; then ten pointers."""
+_CALL = struct.Struct("9q11Q")
+"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; then eleven pointers."""
 
 ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
@@ -191,9 +191,9 @@ class NativeDecoder:
             raise CapacityError("no memory for the native decoder: set OUTRIDER_NATIVE=0 or use a smaller model")
         self._handle: int = handle
         weakref.finalize(self, library.outrider_free, handle)
-        self._checked: weakref.ref[ContiguousKV] | None = None
+        self._checked: weakref.ref[PagedKV] | None = None
 
-    def forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...] = ()) -> Scores:
+    def forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...] = ()) -> Scores:
         """Score `rows` and write their keys and values after the cached tokens; see `protocols.Target.forward`.
 
         kv must hold this model's shapes and type. Hidden states have the type of the weights. Raises RequestError for a
@@ -211,8 +211,9 @@ class NativeDecoder:
         segments = array("q", _flat(rows))
         call = _CALL.pack(
             n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
+            kv.page, kv.pages.count,
             token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
-            taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
+            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
             self._touched.buffer_info()[0],
         )  # fmt: skip
         status = self._forward(self._handle, call)
@@ -257,10 +258,10 @@ class NativeDecoder:
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
-    def _check(self, kv: ContiguousKV) -> None:
+    def _check(self, kv: PagedKV) -> None:
         """A cache is checked once: its shape and type do not change."""
         c = self._config
-        shape = (c.layers, kv.slots, c.kv_heads, kv.capacity, c.head_dim)
+        shape = (c.layers, c.kv_heads, kv.pages.count * kv.page, c.head_dim)
         for t in (kv.k, kv.v):
             if t.shape != shape or t.dtype != self.weights.dtype or t.device.type != "cpu" or not t.is_contiguous():
                 raise ValueError(f"the cache must be contiguous {self.weights.dtype} on the CPU of shape {shape}")
@@ -291,8 +292,10 @@ def _flat(rows: Rows) -> list[int]:
     """The segments in the layout of layout.h."""
     out: list[int] = []
     for s in rows.segments:
-        out += (s.slot, s.first, s.cached, s.fed, len(s.parent))
+        out += (s.slot, s.first, s.cached, s.fed, len(s.parent), len(s.view))
         out += s.parent
+        for part in s.view:
+            out += part
     return out
 
 
