@@ -1,8 +1,8 @@
-"""Draft lengths on a mixture of experts: the length that a dense model of its active size would choose, and the one by `theory.experts`.
+"""Draft lengths on a mixture of experts: what a dense model of its active size would choose, and what `theory.experts` does.
 
-A random target whose rows use 8 of 64 experts, beyond the caches, and a dense one that multiplies a row with as many weights. Drafts
-are the target's own greedy text with a token replaced at the wanted rate, so that acceptance is the same for all lengths and drafting
-costs nothing. Both lengths decode the same prompts, in turns; the printed ratio is that of the medians of their tokens per second,
+A random target whose rows use 8 of 64 experts, beyond the caches, and a dense one that multiplies a row with as many weights.
+Drafts are the target's own greedy text with tokens replaced at the wanted rate, so that acceptance is the same for all lengths and
+drafting costs nothing. Both lengths decode the same prompts, in turns; the printed ratio is that of the medians of their speeds,
 with the smallest and the largest ratio of neighbouring turns.
 
     python benchmarks/experts.py --acceptance 0.7 --rounds 5
@@ -46,8 +46,8 @@ def target(experts: bool) -> LeanTarget:
         one = torch.ones(HIDDEN).bfloat16()
         width, copies = (COUNT * INNER, COUNT) if experts else (USED * INNER, 1)
         return LayerWeights(
-            norm1=one, qkv=matrix(3 * HIDDEN, HIDDEN), qkv_bias=None, q_norm=None, k_norm=None, o=matrix(HIDDEN, HIDDEN), o_bias=None,
-            norm2=one, gate_up=matrix(2 * width, HIDDEN), down=matrix(copies * HIDDEN, width // copies),
+            norm1=one, qkv=matrix(3 * HIDDEN, HIDDEN), qkv_bias=None, q_norm=None, k_norm=None, o=matrix(HIDDEN, HIDDEN),
+            o_bias=None, norm2=one, gate_up=matrix(2 * width, HIDDEN), down=matrix(copies * HIDDEN, width // copies),
             router=matrix(COUNT, HIDDEN) if experts else None,
         )  # fmt: skip
 
@@ -144,7 +144,8 @@ def main() -> None:
         "v_dense": [round(t / flat[0], 2) for t in flat], "repeat": round(work.routing.repeat, 3),
         "length_dense": lengths[0], "length_experts": lengths[1],
         "tokens_per_second": {n: round(median(x), 1) for n, x in speeds.items()},
-        "ratio": round(median(speeds[lengths[1]]) / median(speeds[lengths[0]]), 3), "ratio_range": [round(min(pairs), 3), round(max(pairs), 3)],
+        "ratio": round(median(speeds[lengths[1]]) / median(speeds[lengths[0]]), 3),
+        "ratio_range": [round(min(pairs), 3), round(max(pairs), 3)],
     }, indent=1))  # fmt: skip
 
 

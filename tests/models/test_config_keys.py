@@ -72,7 +72,8 @@ VALUES: dict[str, list[Any]] = {
 """Values of keys that matter to some family, in some release."""
 VALUES |= {
     "num_experts": [4, 8, None, 0], "num_local_experts": [5, 8, 3, None], "num_experts_per_tok": [1, 2, 9, None, True],
-    "norm_topk_prob": [True, False, None, 1], "moe_intermediate_size": [40, 16, None], "mlp_only_layers": [[], [1], [0, 1, 2], 3, None],
+    "norm_topk_prob": [True, False, None, 1], "moe_intermediate_size": [40, 16, None],
+    "mlp_only_layers": [[], [1], [0, 1, 2], 3, None],
     "decoder_sparse_step": [2, 0, 4, None], "clip_qkv": [0.5, None, -1.0], "router_jitter_noise": [0.3],
     "output_router_logits": [True], "shared_expert_intermediate_size": [8],
 }  # fmt: skip

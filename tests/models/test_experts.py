@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,12 @@ from outrider.models.config import Unsupported
 from outrider.models.convert import convert
 from outrider.models.lean import LeanTarget
 from outrider.models.load import load_target
+from outrider.params import SamplingParams
 from outrider.protocols import Drafter
 from outrider.types import Draft, Rows
 from outrider.verify import LOSSLESS, load_rule
 from tests.checkpoints import edit_config, make_checkpoint
 from tests.contract.asked import engine, tokens
-from tests.contract.drafters import DRAFTERS
-from outrider.params import SamplingParams
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 PROMPTS = [[5, 17, 3, 40], [9], [61, 2, 33, 71, 12, 50, 8]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_the_formula_is_the_enumerated_mean(repeat: float) -> None:
     total = mass = 0.0
     for path in product(range(6), repeat=3):
         p = weight[path[0]]
-        for above, below in zip(path, path[1:], strict=False):
+        for above, below in pairwise(path):
             p *= (1 - repeat) * weight[below] + repeat * (above == below)
         total += p * len(set().union(*(sets[i] for i in path)))
         mass += p
@@ -68,7 +68,7 @@ def test_limits() -> None:
     routing = Routing.uniform(64, 8, 0.3)
     counts = [routing.touched(n) for n in range(1, 200)]
     assert counts[0] == pytest.approx(8.0) and counts[-1] == pytest.approx(64.0, abs=1e-3)
-    assert all(a < b for a, b in zip(counts, counts[1:], strict=False))
+    assert all(a < b for a, b in pairwise(counts))
     assert Routing.uniform(4, 4).touched(9) == 4.0 and Routing.uniform(64, 8, 1.0).touched(9) == pytest.approx(8.0)
     assert VerificationCost(routing, 0.0).relative(8) == 1.0
     for bad in (

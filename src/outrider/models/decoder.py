@@ -1,8 +1,8 @@
 """The shape and the weights of a decoder, as the lean runtime and its native twin read them.
 
 One family of shapes covers the rows of `families.py`: RMSNorm before or behind a part, rotary positions, grouped attention heads
-with optional biases, query/key norms, bounds and sliding windows, a gated feed-forward part or a mixture of such parts. `models/checkpoint.py` fills these
-from safetensors.
+with optional biases, query/key norms, bounds and sliding windows, a gated feed-forward part or a mixture of such parts.
+`models/checkpoint.py` fills these from safetensors.
 """
 
 from __future__ import annotations

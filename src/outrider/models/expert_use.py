@@ -1,8 +1,8 @@
 """How many experts the forwards of a running target touch, and what its rows therefore cost: measured while it decodes.
 
-The native decoder says after every forward how many experts each layer touched. From these the routing is fitted: all experts equally
-likely, and the probability that a row keeps the experts of the row above it, for which the mean number of touched experts over the
-forwards seen is that of `theory.experts`.
+The native decoder says after every forward how many experts each layer touched. To these numbers the routing is fitted: all experts
+are equally likely, and a row keeps the experts of the row above it with the probability for which the mean number of touched ones
+over the forwards seen is that of `theory.experts`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class Family:
     of a row together. fused: linears ("qkv", "gate_up") that its files hold as one. act: the key of the activation. partial:
     `partial_rotary_factor` is read; rotary: its default. longrope: its only scaling. interleaved: pairs are neighbours, not
     halves. pattern: of every so many layers the last sees everything and the others a window (0: no such default). roots:
-    embeddings are multiplied by the root of their size. o_bias: `attention_bias` is of the output too. experts: its layers may be mixtures of experts. clip: `clip_qkv` is read.
+    embeddings are multiplied by the root of their size. o_bias: `attention_bias` is of the output too.
+    experts: its layers may be mixtures of experts. clip: `clip_qkv` is read.
     """
 
     options: frozenset[str]

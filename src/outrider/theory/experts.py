@@ -4,8 +4,8 @@ A row uses k of E experts. With R rows in a forward, each touched expert's weigh
 so the bytes of a forward grow with the number of touched experts, which is where a mixture differs from a dense model: there, rows
 are free until arithmetic limits them.
 
-Let p_e be the probability that a row chooses expert e (they sum to k). Neighbouring rows of a text do not choose independently: with
-probability r (`repeat`) a row keeps the experts of the row above, and otherwise it chooses anew. Then
+Let p_e be the probability that a row chooses expert e (they sum to k). Neighbouring rows of a text do not choose independently:
+with probability r (`repeat`) a row keeps the experts of the row above, and otherwise it chooses anew. Then
 
     P(expert e is touched by none of R rows) = (1 - p_e) (1 - (1 - r) p_e)^(R - 1)
     E[touched(R)] = sum over e of 1 - that
