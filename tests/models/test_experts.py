@@ -131,6 +131,8 @@ def test_touched_experts_are_counted(pair) -> None:
     for _ in range(200):
         forward(target, torch.randint(101, (5,)).tolist())
     assert all(3 <= n <= 8 for n in target.native.touched)
+    draft = pair[1].row_work
+    assert draft is not None and draft is not target.row_work
     assert target.row_work(1) == 1.0 and 1.0 < target.row_work(2) < target.row_work(5) <= 8 / 3
 
 

@@ -84,7 +84,8 @@ class DecoderConfig:
 
     def first_layers(self, layers: int) -> DecoderConfig:
         """The same with the first blocks only."""
-        return replace(self, layers=layers, window=self.window[:layers], turns=self.turns[:layers])
+        experts = self.experts and replace(self.experts, sparse=self.experts.sparse[:layers])
+        return replace(self, layers=layers, window=self.window[:layers], turns=self.turns[:layers], experts=experts)
 
 
 @dataclass(frozen=True, slots=True)

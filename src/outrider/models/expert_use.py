@@ -31,6 +31,11 @@ class ExpertUse:
         self._due = EVERY
         self._cost = VerificationCost(Routing.uniform(e.count, e.used), _sparse_share(config))
 
+    @classmethod
+    def of(cls, config: DecoderConfig) -> ExpertUse | None:
+        """None for a decoder without layers of experts."""
+        return cls(config) if config.experts is not None and any(config.experts.sparse) else None
+
     @property
     def routing(self) -> Routing:
         """The fitted routing; independent rows until forwards of two and more rows were seen."""

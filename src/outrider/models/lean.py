@@ -67,7 +67,7 @@ class LeanTarget:
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.norm.device
         self.native, found = load_native(config, w) if native else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
-        self.row_work = None if config.experts is None else ExpertUse(config)
+        self.row_work = ExpertUse.of(config)
         # if PyTorch only emulates products of this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = (
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
@@ -169,6 +169,7 @@ class LeanTarget:
         other.config = self.config.first_layers(layers)
         other.layers, other._blocks = layers, self._blocks[:layers]
         other.native = self.native and self.native.first_layers(other.config)
+        other.row_work = ExpertUse.of(other.config)
         return other
 
     @torch.no_grad()
