@@ -18,6 +18,9 @@ FAMILIES: dict[str, dict] = {
     },
     "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "glm4": HEAD | {"pad_token_id": 0, "eos_token_id": [2]},
+    "mixtral": {"num_local_experts": 5, "tie_word_embeddings": False},
+    "qwen3_moe": HEAD | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "pad_token_id": None, "eos_token_id": None},
 }  # fmt: skip
 """Families of the lean runtime -> what their small models have beside `SIZES`."""
 SIZES = {
@@ -49,7 +52,7 @@ def make_model(
         if weight.ndim == 1:
             value = 0.3 * drawn + (0.0 if name.endswith("bias") else middle)
         else:
-            value = scale * drawn / (1.0 if "embed" in name else weight.shape[1] ** 0.5)
+            value = scale * drawn / (1.0 if "embed" in name else weight.shape[-1] ** 0.5)
             value = value * (2.0 if "q_proj" in name or "k_proj" in name or "lm_head" in name else 1.0)
         weight.copy_(value)
     return model

@@ -33,8 +33,8 @@ from outrider.sampling.grammar import grammars_of
 from outrider.sampling.pipeline import LogitsPipeline
 from outrider.verify import best_exact, load_rule, reads_codes
 
-ControllerFor = Callable[[Drafter, Rule], Controller]
-"""Makes the controller of an engine from its drafter and rule."""
+ControllerFor = Callable[[Drafter, Rule, Target], Controller]
+"""Makes the controller of an engine from its drafter, rule and target."""
 
 
 class Engine(EngineCore):
@@ -180,7 +180,7 @@ def assemble(
         loaded.target,
         gated(drafter) if selectable else drafter,
         rule,
-        _controller(options, drafter, rule) if controller is None else controller(drafter, rule),
+        _controller(options, drafter, rule) if controller is None else controller(drafter, rule, loaded.target),
         tokenizer=loaded.tokenizer,
         slots=options.slots,
         max_length=options.max_length,

@@ -70,16 +70,59 @@ VALUES: dict[str, list[Any]] = {
     "attention_multiplier": [0.3, 0.0], "no_rope_layers": [[0, 0, 1], [1], None, [2, 2, 2]], "no_rope_layer_interval": [2, 0],
 }  # fmt: skip
 """Values of keys that matter to some family, in some release."""
+VALUES |= {
+    "num_experts": [4, 8, None, 0], "num_local_experts": [5, 8, 3, None], "num_experts_per_tok": [1, 2, 9, None, True],
+    "norm_topk_prob": [True, False, None, 1], "moe_intermediate_size": [40, 16, None],
+    "mlp_only_layers": [[], [1], [0, 1, 2], 3, None],
+    "decoder_sparse_step": [2, 0, 4, None], "clip_qkv": [0.5, None, -1.0], "router_jitter_noise": [0.3],
+    "output_router_logits": [True], "shared_expert_intermediate_size": [8],
+}  # fmt: skip
 FIRST = ("llama", "qwen2", "qwen3", "mistral")
 MATTER = {
-    "gemma2": ("sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+    "gemma2": (
+        "sliding_window",
+        "layer_types",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+    ),
     "gemma3_text": ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq", "rope_theta"),
-    "phi3": ("rope_scaling", "partial_rotary_factor"), "olmo2": ("num_key_value_heads",),
+    "phi3": ("rope_scaling", "partial_rotary_factor"),
+    "olmo2": ("num_key_value_heads",),
     "granite": ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
     "smollm3": ("no_rope_layers", "no_rope_layer_interval", "use_sliding_window"),
     "glm4": ("partial_rotary_factor", "attention_bias"),
+    "mixtral": (
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "router_jitter_noise",
+        "norm_topk_prob",
+        "sliding_window",
+    ),
+    "qwen3_moe": (
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "norm_topk_prob",
+        "moe_intermediate_size",
+        "mlp_only_layers",
+        "decoder_sparse_step",
+        "use_sliding_window",
+        "output_router_logits",
+        "shared_expert_intermediate_size",
+    ),
+    "olmoe": (
+        "num_experts",
+        "num_experts_per_tok",
+        "norm_topk_prob",
+        "clip_qkv",
+        "attention_bias",
+        "num_key_value_heads",
+    ),
 }
 """Keys that are tried in every run for the families that came later; all others are in the slow tests."""
+SPARSE = ("mixtral", "qwen3_moe", "olmoe")
 OTHERS = {
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "logit_scale": 0.1, "logits_scaling": 4.0,
     "embedding_multiplier": 3.0, "residual_multiplier": 0.2, "attention_multiplier": 0.3, "query_pre_attn_scalar": 7,
@@ -105,7 +148,8 @@ def by_transformers(folder: Path, weights: dict[str, torch.Tensor]) -> torch.Ten
     """Logits of the unmodified class with every weight in its place, or None where it refuses."""
     try:
         config = AutoConfig.from_pretrained(folder)
-        if config.tie_word_embeddings:  # which of the two tables is used is decided by its own loader
+        experts = any("experts" in name for name in weights)
+        if config.tie_word_embeddings or experts:  # its own loader decides which table is used, and joins experts
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -155,6 +199,8 @@ def test_every_value_of_a_key_agrees_with_transformers_or_is_refused(models, tmp
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_of_other_families_agree_or_are_refused(models, tmp_path, family: str) -> None:
     for key, value in OTHERS.items():
+        if family in SPARSE and "expert" in key:  # its own key
+            continue
         refusal = agree_or_refuse(models[family], tmp_path, **{key: value})
         assert refusal is None or key in refusal
 
@@ -164,6 +210,9 @@ LEFTOVERS = {
     "mistral": {"attention_bias": True, "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1},
     "qwen2": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"mlp_bias": True, "head_dim": 16},
+    "mixtral": {"attention_bias": True, "use_sliding_window": False, "max_window_layers": 1},
+    "qwen3_moe": {"mlp_bias": True, "max_window_layers": 1, "router_aux_loss_coef": 0.3},
+    "olmoe": {"sliding_window": 4, "mlp_bias": True, "router_aux_loss_coef": 0.3},
     "gemma": {"sliding_window": 4, "query_pre_attn_scalar": 7, "hidden_activation": "relu", "mlp_bias": True},
     "gemma2": {"sliding_window_pattern": 3, "rope_local_base_freq": 7.0, "hidden_act": "relu", "max_window_layers": 1},
     "gemma3_text": {"attn_logit_softcapping": 0.5, "use_sliding_window": False, "hidden_act": "relu"},
@@ -193,6 +242,18 @@ def test_bookkeeping_moves_no_logit(models, tmp_path, family: str) -> None:
     }  # fmt: skip
     odd = {key: shaped.get(key, 0.37) for key in sorted(BOOKKEEPING)}
     assert agree_or_refuse(models[family], tmp_path, **odd) is None
+
+
+def test_options_of_experts_are_honoured(models, tmp_path) -> None:
+    """They agree, and are not only refused."""
+    for changes in (
+        {"norm_topk_prob": True},
+        {"num_experts_per_tok": 2},
+        {"use_sliding_window": True, "sliding_window": 4},
+    ):
+        assert agree_or_refuse(models["qwen3_moe"], tmp_path, **changes) is None
+    assert agree_or_refuse(models["olmoe"], tmp_path, clip_qkv=0.5) is None
+    assert agree_or_refuse(models["mixtral"], tmp_path, num_experts_per_tok=1, router_jitter_noise=0.3) is None
 
 
 def test_a_key_nobody_knows_is_refused_by_name(models, tmp_path) -> None:

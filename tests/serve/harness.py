@@ -96,7 +96,7 @@ def rewired(engine: EngineCore) -> Callable[..., EngineCore]:
 
     def build(*, sinks: tuple[Any, ...], controller: Any = None) -> EngineCore:
         parts = engine.parts
-        made = engine.controller if controller is None else controller(parts.drafter, parts.rule)
+        made = engine.controller if controller is None else controller(parts.drafter, parts.rule, parts.target)
         return EngineCore(parts, Hooks(made, sinks), engine.options)
 
     return build

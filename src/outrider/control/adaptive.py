@@ -13,7 +13,7 @@ is added to the steps of every length except 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -69,9 +69,19 @@ class Adaptive:
                decoding to start again; it stops at once when it is slower than plain decoding.
     invariant: the rule gives the same text for every length (`match`). Otherwise a sampled request with its own seed
                always gets `first`, so that its text depends on the seed and not on measurements.
+    work:      what so many rows of the target read, relative to one; None for a dense target. It is the shape by which the time of
+               lengths that were not tried is predicted from those that were.
     """
 
-    def __init__(self, first: int, longest: int, *, margin: float = 0.03, invariant: bool = False) -> None:
+    def __init__(
+        self,
+        first: int,
+        longest: int,
+        *,
+        margin: float = 0.03,
+        invariant: bool = False,
+        work: Callable[[float], float] | None = None,
+    ) -> None:
         if not 0 <= first <= longest:
             raise ConfigError(f"draft lengths must be 0 <= first <= longest, got first {first} and longest {longest}")
         if not 0 <= margin < 1:
@@ -85,7 +95,7 @@ class Adaptive:
         self._judged: list[int] = []  # lengths of the drafts that this step verified
         self._ready: list[int] = []  # and of those that it made, for sequences whose prompt was through
         self._prompts = False  # whether the latest step read prompts
-        self._forecast = StepTimes(self._accepted.read_again)
+        self._forecast = StepTimes(self._accepted.read_again, work)
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:

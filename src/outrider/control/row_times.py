@@ -3,11 +3,14 @@
 Every step gives a measurement, even one with prefill and changing sequences: how long a pass with that many rows took. Rows are
 grouped like loads, each group keeps a fading mean, and between groups the time is interpolated linearly (a pass takes constant
 time while it is bound by memory, and time proportional to its rows when it is bound by arithmetic; Williams et al., CACM 2009).
+For a mixture of experts it is linear in what the rows read: the first rows add most, because later ones choose experts that are
+read already (`theory.experts`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -47,8 +50,12 @@ class _Group:
 
 @dataclass(slots=True)
 class RowTimes:
-    """Fading means of the seconds of passes, by class of rows."""
+    """Fading means of the seconds of passes, by class of rows.
 
+    work: what so many rows read, relative to one row, never decreasing; None if times are linear in rows.
+    """
+
+    work: Callable[[float], float] | None = None
     _groups: dict[int, _Group] = field(default_factory=dict)
 
     def learn(self, rows: int, seconds: float) -> None:
@@ -80,6 +87,11 @@ class RowTimes:
             return points[0][1] * rows / points[0][0]
         for (x0, y0), (x1, y1) in pairwise(points):
             if rows <= x1:
-                return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
+                return y0 + (y1 - y0) * self._share(x0, rows, x1)
         (x0, y0), (x1, y1) = points[-2] if len(points) > 1 else (0.0, 0.0), points[-1]
-        return y1 + (y1 - y0) / (x1 - x0) * (rows - x1)
+        return y1 + (y1 - y0) * (self._share(x0, rows, x1) - 1.0)
+
+    def _share(self, first: float, rows: float, last: float) -> float:
+        """How far `rows` is from the work of `first` rows to that of `last`; above 1 behind it."""
+        a, b, c = (first, rows, last) if self.work is None or first < 1.0 else map(self.work, (first, rows, last))
+        return (b - a) / (c - a) if c > a else (rows - first) / (last - first)

@@ -37,12 +37,16 @@ class StepTimes:
     """Seconds of a step by load and draft length, and of the drafter's prefill.
 
     read_again: tokens of one sequence that a step with drafts of this length reads again on average, from acceptance; it counts once
-    a step has read any.
+    a step has read any. work: of the target, see `RowTimes`.
     """
 
-    def __init__(self, read_again: Callable[[int], float] = lambda length: 0.0) -> None:
+    def __init__(
+        self,
+        read_again: Callable[[int], float] = lambda length: 0.0,
+        work: Callable[[float], float] | None = None,
+    ) -> None:
         self._read_again, self._reads_again = read_again, False
-        self._passes = RowTimes()  # of the target, by rows
+        self._passes = RowTimes(work)  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
         self.reading = PrefillCost()
         self.prompts = 0.0

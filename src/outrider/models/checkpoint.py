@@ -23,6 +23,7 @@ from outrider.models.adapter import read_adapter
 from outrider.models.config import Layout, Unsupported, layout_of, read_raw_config, shapes_of
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.entries import read_entries
+from outrider.models.experts import FUSED, expert_names
 from outrider.models.packed import packing_of
 from outrider.models.places import without_place
 from outrider.models.rotary import halves
@@ -47,6 +48,8 @@ class Checkpoint:
         plain = self.raw if self.packing is None else {k: v for k, v in self.raw.items() if k not in PACKED}
         self.layout = layout_of(plain, max_length)
         self.entries = read_entries(folder)
+        self.fused = any(name.endswith(FUSED) for name in self.entries)
+        self._check_count()
         self.packed: dict[str, dict[str, str]] = {}
         self._check()
         if self.adapter is not None:
@@ -108,13 +111,22 @@ class Checkpoint:
                 head, embedding
             ):  # both stored; unequal ones stay two, as in transformers
                 head = embedding
-        layers = tuple(reader.layer(i, self.layout) for i in range(self.config.layers))
+        layers = tuple(reader.layer(i, self.layout, self.fused) for i in range(self.config.layers))
         norm = reader.tensor("model.norm.weight")
         return DecoderWeights(embedding, layers, norm, head, dtype, self.config.wide_norms)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""
-        return shapes_of(self.layout, not self.layout.tied or "lm_head.weight" in self.entries)
+        return shapes_of(self.layout, not self.layout.tied or "lm_head.weight" in self.entries, self.fused)
+
+    def _check_count(self) -> None:
+        """Experts times layers may be a large number: nothing is made for each of them before the files are known to have them."""
+        experts = self.config.experts
+        if experts is not None and not self.fused and sum(experts.sparse) * experts.count > len(self.entries):
+            raise ConfigError(
+                f"config.json says {sum(experts.sparse)} layers of {experts.count} experts and the files have "
+                f"{len(self.entries)} tensors: the two do not belong together, download the checkpoint again"
+            )
 
     def _check(self) -> None:
         expected = self._expected()
@@ -197,7 +209,7 @@ class _Reader:
     def tensor(self, name: str) -> Tensor:
         return self._group([(name,)])[0]
 
-    def layer(self, i: int, layout: Layout) -> LayerWeights:
+    def layer(self, i: int, layout: Layout, fused: bool) -> LayerWeights:
         family, c = layout.family, layout.decoder
         block, attention, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         heads = ("qkv",) if "qkv" in family.fused else tuple("qkv")
@@ -216,7 +228,14 @@ class _Reader:
             names["o_bias"] = (f"{attention}o_proj.bias",)
         if family.qk_norm:
             names |= {"q_norm": (f"{attention}q_norm.weight",), "k_norm": (f"{attention}k_norm.weight",)}
+        experts = c.experts
+        sparse = experts is not None and experts.sparse[i]
+        if sparse:
+            names |= {field: tuple(f"{block}{n}" for n in parts) for field, parts in expert_names(c, fused).items()}
         t = dict(zip(names, self._group(list(names.values())), strict=True))
+        if sparse and fused:  # [E, gate and up, H], [E, H, I]
+            t["gate_up"] = t["gate_up"].unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+            t["down"] = t["down"].flatten(0, 1)
         turned, count = (c.heads + c.kv_heads) * c.head_dim, 2 * len(c.inv_freq)
         for rows in (t[name][:turned] for name in ("qkv", "qkv_bias") if name in t and family.interleaved):
             rows.copy_(halves(rows.view(turned, -1), c.heads + c.kv_heads, c.head_dim, count).view(rows.shape))

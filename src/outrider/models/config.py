@@ -1,4 +1,4 @@
-"""`config.json` of a dense decoder -> DecoderConfig. The folder may be hostile: every number is bounded before it is used.
+"""`config.json` of a decoder -> DecoderConfig. The folder may be hostile: every number is bounded before it is used.
 
 Both spellings are read: transformers 4 (`rope_theta` beside `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
 `dtype`). Defaults of absent keys are those of each family's configuration class in transformers.
@@ -15,6 +15,7 @@ from outrider.config_keys import COMMON, OPTIONS, flag, packed_key, real, unknow
 from outrider.errors import ConfigError
 from outrider.files import read_json
 from outrider.models.decoder import DecoderConfig
+from outrider.models.experts import block_shapes, read_experts
 from outrider.models.families import FAMILIES, Family, Unsupported
 from outrider.models.rotary import turns_of
 
@@ -80,6 +81,7 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
     if local is not None and local.scale != turned.scale:
         raise Unsupported("its rotary scalings differ between layers in the factor of their cosines")
     window = _windows(raw, family, layers, where)
+    inner = whole(raw, "intermediate_size", where, most=1 << 20)
     decoder = DecoderConfig(
         family=str(raw["model_type"]),
         vocab_size=whole(raw, "vocab_size", where),
@@ -88,7 +90,7 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        inner=whole(raw, "intermediate_size", where, most=1 << 20),
+        inner=inner,
         eps=real(raw, "rms_norm_eps", where, family.eps, least=0.0),
         max_length=max_length or positions,
         window=window,
@@ -98,6 +100,8 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         turns=_turned_layers(raw, family, layers, window, where),
         activation=family.activation,
         wide_norms=family.wide_norms,
+        clip=real(raw, "clip_qkv", where, 0.0, null=0.0, least=0.0, most=1e9) if family.clip else 0.0,
+        experts=None if family.experts is None else read_experts(raw, family.experts, layers, inner, where),
         **_factors(raw, family, hidden, where),
     )
     bias = "attention_bias" in family.options and flag(raw, "attention_bias", where, family.attention_bias)
@@ -143,18 +147,24 @@ _MULTIPLIERS = {
 }
 
 
-def shapes_of(layout: Layout, head: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own."""
+def shapes_of(layout: Layout, head: bool, fused: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own. fused: whether all experts of a
+    layer are in one tensor."""
     c = layout.decoder
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden)}
     if head:
         out["lm_head.weight"] = (c.vocab_size, c.hidden)
     out["model.norm.weight"] = (c.hidden,)
-    block = _block_shapes(layout)
-    return out | {f"model.layers.{i}.{name}": shape for i in range(c.layers) for name, shape in block.items()}
+    block, dense = _block_shapes(layout), _dense_shapes(layout)
+    sparse = {} if c.experts is None else block_shapes(c, fused)
+    for i in range(c.layers):
+        rest = sparse if c.experts is not None and c.experts.sparse[i] else dense
+        out |= {f"model.layers.{i}.{name}": shape for name, shape in (*block.items(), *rest.items())}
+    return out
 
 
 def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """A block's tensors but for those of its feed-forward part."""
     c, family = layout.decoder, layout.family
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     out: dict[str, tuple[int, ...]] = {f"{name}.weight": (c.hidden,) for _, name in family.norms}
@@ -169,10 +179,14 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     if family.qk_norm:
         wide = (queries, keys) if family.qk_norm == "row" else (c.head_dim, c.head_dim)
         out |= {"self_attn.q_norm.weight": wide[:1], "self_attn.k_norm.weight": wide[1:]}
-    for name in ("gate_up",) if "gate_up" in family.fused else ("gate", "up"):
-        out[f"mlp.{name}_proj.weight"] = (2 * c.inner if name == "gate_up" else c.inner, c.hidden)
-    out["mlp.down_proj.weight"] = (c.hidden, c.inner)
     return out
+
+
+def _dense_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    c = layout.decoder
+    sizes = {"gate_up": 2 * c.inner} if "gate_up" in layout.family.fused else {"gate": c.inner, "up": c.inner}
+    out = {f"mlp.{name}_proj.weight": (size, c.hidden) for name, size in sizes.items()}
+    return out | {"mlp.down_proj.weight": (c.hidden, c.inner)}
 
 
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_pytorch_tanh": ("gelu_pytorch_tanh",)}
@@ -198,7 +212,8 @@ def _family(raw: dict, where: object) -> Family:
         raise Unsupported("mlp_bias is set")
     if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
         raise Unsupported("its attention is not causal")
-    unknown = unknown_keys(raw, COMMON | OPTIONS)
+    known = COMMON | OPTIONS | (family.experts.known if family.experts else frozenset())
+    unknown = unknown_keys(raw, known | ({"clip_qkv"} if family.clip else set()))
     if unknown:
         raise Unsupported(f"config.json has a key {unknown[0][:80]!r} that is not known to be without effect")
     return family

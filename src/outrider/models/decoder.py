@@ -1,8 +1,8 @@
-"""The shape and the weights of a dense decoder, as the lean runtime and its native twin read them.
+"""The shape and the weights of a decoder, as the lean runtime and its native twin read them.
 
 One family of shapes covers the rows of `families.py`: RMSNorm before or behind a part, rotary positions, grouped attention heads
-with optional biases, query/key norms, bounds and sliding windows, a gated feed-forward part. `models/checkpoint.py` fills these
-from safetensors.
+with optional biases, query/key norms, bounds and sliding windows, a gated feed-forward part or a mixture of such parts.
+`models/checkpoint.py` fills these from safetensors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,21 @@ Segments = tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts of a decoder: a router sends every row to `used` of `count` SwiGLUs with `inner` units each.
+
+    The weights of a row's experts are their softmax over all experts, divided by the sum over the used ones if `normalised`.
+    sparse[i]: whether layer i has experts, or one feed-forward part of the decoder's `inner` units.
+    """
+
+    count: int
+    used: int
+    inner: int
+    normalised: bool
+    sparse: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Sizes and constants. `window[i]` is the sliding window of layer i in tokens (the row itself included), 0 for none.
 
@@ -29,7 +44,7 @@ class DecoderConfig:
     activation: of the feed-forward part. attention_scale: of scores, None for head_dim ** -0.5. embed_scale (rounded to the
     weights' type if embed_scale_rounded), residual_scale, logit_scale: factors of embeddings, of what a block adds, and of
     logits. Bounds c tanh(x / c) of scores and logits: attention_cap, logit_cap, 0 for none. wide_norms: norms are float32 and
-    multiplied before half precision is rounded.
+    multiplied before half precision is rounded. clip: bound of queries, keys and values behind their norms, 0 for none.
     """
 
     family: str
@@ -56,6 +71,8 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     wide_norms: bool = False
+    clip: float = 0.0
+    experts: Experts | None = None
 
     def scale_of_embeddings(self, dtype: torch.dtype) -> float:
         """`embed_scale` for weights of a type."""
@@ -67,7 +84,8 @@ class DecoderConfig:
 
     def first_layers(self, layers: int) -> DecoderConfig:
         """The same with the first blocks only."""
-        return replace(self, layers=layers, window=self.window[:layers], turns=self.turns[:layers])
+        experts = self.experts and replace(self.experts, sparse=self.experts.sparse[:layers])
+        return replace(self, layers=layers, window=self.window[:layers], turns=self.turns[:layers], experts=experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +94,8 @@ class LayerWeights:
 
     norm1, norm2: of the inputs of attention and feed-forward part; post1, post2: of their outputs, before they are added. q_norm
     and k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are
-    segments, and norms and biases are float32.
+    segments, and norms and biases are float32. In a layer with E experts gate_up is [2 E I, H], the gates of all of them and then
+    their ups, down is [E H, I], and router is [E, H].
     """
 
     norm1: Float[Tensor, "H"] | None
@@ -88,9 +107,10 @@ class LayerWeights:
     o_bias: Float[Tensor, "H"] | None
     norm2: Float[Tensor, "H"] | None
     gate_up: Float[Tensor, "G H"] | Segments
-    down: Float[Tensor, "H I"] | Segments
+    down: Float[Tensor, "O I"] | Segments
     post1: Float[Tensor, "H"] | None = None
     post2: Float[Tensor, "H"] | None = None
+    router: Float[Tensor, "E H"] | Segments | None = None
 
 
 NORMS = frozenset({"norm1", "q_norm", "k_norm", "norm2", "post1", "post2"})

@@ -1,10 +1,11 @@
-"""The dense families that the lean runtime has, as rows of one table: their parts, and transformers' defaults of absent keys."""
+"""The families that the lean runtime has, as rows of one table: their parts, and transformers' defaults of absent keys."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from outrider.config_keys import WINDOWS
+from outrider.models.expert_keys import MIXTRAL, OLMOE, QWEN3_MOE, ExpertKeys
 
 LLAMA_NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 GEMMA_NORMS = {
@@ -30,6 +31,7 @@ class Family:
     `partial_rotary_factor` is read; rotary: its default. longrope: its only scaling. interleaved: pairs are neighbours, not
     halves. pattern: of every so many layers the last sees everything and the others a window (0: no such default). roots:
     embeddings are multiplied by the root of their size. o_bias: `attention_bias` is of the output too.
+    experts: its layers may be mixtures of experts. clip: `clip_qkv` is read.
     """
 
     options: frozenset[str]
@@ -57,6 +59,8 @@ class Family:
     interleaved: bool = False
     pattern: int = 0
     roots: bool = False
+    experts: ExpertKeys | None = None
+    clip: bool = False
 
 
 _GEMMA = {
@@ -108,6 +112,15 @@ FAMILIES = {
         frozenset({"attention_bias"}), kv_heads=2, head_dim=128, max_length=131072, eps=1.5625e-07, attention_bias=True,
         o_bias=False, fused=frozenset({"gate_up"}), partial=True, rotary=0.5, interleaved=True,
         norms=(*LLAMA_NORMS.items(), ("post1", "post_self_attn_layernorm"), ("post2", "post_mlp_layernorm")),
+    ),
+    "mixtral": Family(
+        frozenset({"sliding_window"}), kv_heads=8, max_length=131072, window=0, eps=1e-5, theta=1e6, experts=MIXTRAL,
+    ),
+    "qwen3_moe": Family(
+        frozenset({"sliding_window", "use_sliding_window", "attention_bias"}), kv_heads=4, qk_norm="head", experts=QWEN3_MOE,
+    ),
+    "olmoe": Family(
+        frozenset({"attention_bias"}), max_length=4096, eps=1e-5, qk_norm="row", experts=OLMOE, clip=True,
     ),
 }  # fmt: skip
 """By `model_type`."""

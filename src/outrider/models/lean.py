@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from outrider.errors import CapabilityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
+from outrider.models.expert_use import ExpertUse
 from outrider.models.native import load_native
 from outrider.nn import rope
 from outrider.nn.attention import AttentionPlan, capped
+from outrider.nn.experts import SparseLayer, expert_mlp
 from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.layers import FusedLayer, Norm, of_rows, rms_norm
 from outrider.nn.linear import Linear, has_fast_matmul, make_linear
@@ -45,6 +47,7 @@ class LeanTarget:
               decoder alone; without it their values are, in their dtype.
     native:   whether to use the compiled decoder if available; float64 weights never do.
     notices:  sentences for the user about how this target was loaded.
+    row_work: of a mixture of experts: a number of rows -> what they read relative to one row, measured while it decodes.
     """
 
     trees = True
@@ -64,12 +67,13 @@ class LeanTarget:
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.norm.device
         self.native, found = load_native(config, w) if native else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
+        self.row_work = ExpertUse.of(config)
         # if PyTorch only emulates products of this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = (
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
         )
         self._norm, self._ropes = _norm(config, w.norm, self.dtype), self._rope_tables(1)
-        self._blocks: list[FusedLayer] = []
+        self._blocks: list[FusedLayer | SparseLayer] = []
         if w.packed and self.native is not None:
             self._rows, self._head = self.native.weights.embedding.rows, self.native.weights.head
             self._native_rows = sys.maxsize
@@ -87,7 +91,7 @@ class LeanTarget:
         left = list(w.layers)
         del w
         while left:
-            self._blocks.append(_block(config, left.pop(0), self.dtype, pack))
+            self._blocks.append(_block(config, len(self._blocks), left.pop(0), self.dtype, pack))
 
     @property
     def uniform_rows(self) -> int:
@@ -124,7 +128,10 @@ class LeanTarget:
             return self._torch_forward(rows, cache, layers)
         long = [i for i, s in enumerate(rows.segments) if s.count > self._native_rows]
         if not long:
-            return native.forward(rows, cache, layers)
+            scores = native.forward(rows, cache, layers)
+            if self.row_work is not None and len(rows.segments) == 1:
+                self.row_work.learn(rows.count, native.touched)
+            return scores
         if len(rows.segments) == 1:
             return self._torch_forward(rows, cache, layers)
         groups = [([i], lambda part: self._torch_forward(part, cache, layers)) for i in long]
@@ -162,6 +169,7 @@ class LeanTarget:
         other.config = self.config.first_layers(layers)
         other.layers, other._blocks = layers, self._blocks[:layers]
         other.native = self.native and self.native.first_layers(other.config)
+        other.row_work = ExpertUse.of(other.config)
         return other
 
     @torch.no_grad()
@@ -189,6 +197,8 @@ class LeanTarget:
             qk, v = qkv.split((turned, c.kv_heads), 1)
             if block.qk_norm is not None:
                 qk = block.qk_norm(qk)
+            if c.clip:
+                qk, v = qk.clamp(-c.clip, c.clip), v.clamp(-c.clip, c.clip)
             turn = c.turn_of(i)
             q, k = (qk if turn < 0 else rope.rotate(qk, *angles[turn])).split((c.heads, c.kv_heads), 1)
             x = block.leave(attend(i, q, k, v), x)
@@ -221,7 +231,7 @@ def _norm(config: DecoderConfig, weight: Tensor, dtype: torch.dtype) -> Norm:
     return rms_norm(weight if config.wide_norms else weight.to(dtype), config.eps, of=dtype)
 
 
-def _block(config: DecoderConfig, w: LayerWeights, dtype: torch.dtype, pack: bool) -> FusedLayer:
+def _block(config: DecoderConfig, i: int, w: LayerWeights, dtype: torch.dtype, pack: bool) -> FusedLayer | SparseLayer:
     c = config
 
     def linear(weight: object, bias: Tensor | None = None) -> Linear:
@@ -236,6 +246,16 @@ def _block(config: DecoderConfig, w: LayerWeights, dtype: torch.dtype, pack: boo
             qk_norm = norm(torch.cat([w.q_norm.expand(c.heads, -1), w.k_norm.expand(c.kv_heads, -1)]))
         else:
             qk_norm = of_rows(_norm(c, w.q_norm, dtype), _norm(c, w.k_norm, dtype), c.heads)
+    if c.experts is not None and c.experts.sparse[i]:
+        weights = (cast(Tensor, m) for m in (w.router, w.gate_up, w.down))
+        return SparseLayer(
+            norm1=norm(w.norm1) or nn.Identity(),
+            qkv=linear(w.qkv, w.qkv_bias),
+            qk_norm=qk_norm,
+            o=linear(w.o, w.o_bias),
+            norm2=norm(w.norm2) or nn.Identity(),
+            experts=expert_mlp(*weights, used=c.experts.used, normalised=c.experts.normalised, pack=pack),
+        )
     return FusedLayer(
         norm1=norm(w.norm1) or nn.Identity(),
         qkv=linear(w.qkv, w.qkv_bias),

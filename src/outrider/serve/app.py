@@ -27,7 +27,7 @@ from outrider.control.adaptive import Adaptive
 from outrider.control.fixed import Fixed
 from outrider.errors import OutriderError
 from outrider.models.tokenizer import disable_bpe_cache
-from outrider.protocols import Controller, Drafter, Rule
+from outrider.protocols import Controller, Drafter, Rule, Target
 from outrider.serve.access import Log, Statistics
 from outrider.serve.agents import Agents
 from outrider.serve.bridge import Bridge
@@ -152,10 +152,13 @@ def ended_route(trial: LiveExperimentHook | None) -> list[Route]:
     return [Route("/outrider/ended", ended, methods=["POST"])]
 
 
-def controller_for(drafter: Drafter, rule: Rule) -> Controller:
-    """The controller that sets the draft length by load; a fixed 0 if the drafter drafts nothing."""
-    depth = drafter.max_depth
-    return Adaptive(depth, depth, invariant=rule.lane == "gumbel") if depth else Fixed(0)
+def controller_for(drafter: Drafter, rule: Rule, target: Target) -> Controller:
+    """The controller that sets the draft length by load; a fixed 0 if the drafter drafts nothing.
+
+    target: if its forwards read more for more rows (`row_work`), lengths are predicted by that.
+    """
+    depth, work = drafter.max_depth, getattr(target, "row_work", None)
+    return Adaptive(depth, depth, invariant=rule.lane == "gumbel", work=work) if depth else Fixed(0)
 
 
 def prepare(engine: Engine, metrics: Metrics) -> None:

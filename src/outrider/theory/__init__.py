@@ -22,6 +22,7 @@ A *target* law p is to be sampled with the help of a cheaper *draft* law q. Each
 | `shrinkage`, `shared_rows` | rates of many sequences estimated together, and draft lengths of each under a shared number of rows |
 | `speedup` | from acceptance and cost to speed-up and the best draft length |
 | `recurrent` | the same where the target's state cannot be cut: tokens read again after rejections |
+| `experts` | mixtures of experts: what a verification touches and costs |
 | `hardware`, `roofline` | cost of a forward pass on named hardware |
 | `logs`, `replay`, `forecast` | rejections of a pair on data, from logged probabilities, and under another setting |
 | `figures` | the figures of the base paper, recomputed |
@@ -49,6 +50,7 @@ _MODULES = (
     "chains",
     "coupling",
     "exact",
+    "experts",
     "figures",
     "forecast",
     "greedy",

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from outrider.theory.checks import named, number
+from outrider.theory.experts import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,23 @@ HARDWARE: dict[str, Hardware] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """The experts of a model: `count` in a layer, `used` of them by a row, and the parameters of all experts of all layers."""
+
+    count: int
+    used: int
+    parameters: float
+
+    def read(self, rows: int) -> float:
+        """Parameters of the experts that so many rows touch: at most these, as rows that choose alike touch fewer."""
+        return self.parameters * Routing.uniform(self.count, self.used).touched(rows) / self.count
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A decoder's size: parameters, layers, query heads, key/value heads, head dimension.
 
-    source: the public configuration it is, or how it was scaled.
+    source: the public configuration it is, or how it was scaled. mixture: its experts, if it has any; they are among `parameters`.
     """
 
     name: str
@@ -79,6 +93,7 @@ class Model:
     kv_heads: int
     head_dim: int
     source: str
+    mixture: Mixture | None = None
 
     def kv_bytes(self, element: float = 2.0) -> float:
         """Bytes of keys and values per token: 2 layers kv_heads head_dim, times the bytes of an element.
@@ -91,6 +106,23 @@ class Model:
     def weight_bytes(self, element: float = 2.0) -> float:
         """Bytes of the weights."""
         return self.parameters * element
+
+    def read_bytes(self, element: float = 2.0, rows: int = 1) -> float:
+        """Bytes of the weights that a forward of so many rows reads: of experts only those that some row chose.
+
+        >>> [round(MODELS["30b-a3b"].read_bytes(rows=n) / 1e9, 1) for n in (1, 4)]
+        [6.7, 16.3]
+        """
+        return element * (self._dense + (self.mixture.read(rows) if self.mixture else 0.0))
+
+    @property
+    def active(self) -> float:
+        """Parameters that a row is multiplied with."""
+        return self._dense + (self.mixture.parameters * self.mixture.used / self.mixture.count if self.mixture else 0.0)
+
+    @property
+    def _dense(self) -> float:
+        return self.parameters - (self.mixture.parameters if self.mixture else 0.0)
 
     @property
     def attention_operations(self) -> float:
@@ -109,6 +141,9 @@ MODELS: dict[str, Model] = {
     "14b": Model("14b", 14.770e9, 48, 40, 8, 128, "Qwen2.5-14B"),
     "32b": Model("32b", 32.764e9, 64, 40, 8, 128, "Qwen2.5-32B"),
     "70b": Model("70b", 70.554e9, 80, 64, 8, 128, "Llama 3.1 70B"),
+    "7b-a1b": Model("7b-a1b", 6.919e9, 16, 16, 16, 128, "OLMoE-1B-7B", Mixture(64, 8, 6.442e9)),
+    "30b-a3b": Model("30b-a3b", 30.532e9, 48, 32, 4, 128, "Qwen3-30B-A3B", Mixture(128, 8, 28.991e9)),
+    "47b-a13b": Model("47b-a13b", 46.703e9, 32, 32, 8, 128, "Mixtral 8x7B", Mixture(8, 2, 45.097e9)),
     "405b": Model("405b", 405.853e9, 126, 128, 8, 128, "Llama 3.1 405B"),
 }
 
@@ -142,7 +177,10 @@ def model(name: str) -> Model:
         raise ValueError(
             f"model {name!r} is no size: use one of {', '.join(MODELS)}, or parameters as 160m, 1.7b or 3e9"
         )
-    near = min((m for m in MODELS.values() if m.kv_heads < m.heads), key=lambda m: abs(math.log(m.parameters / size)))
+    near = min(
+        (m for m in MODELS.values() if m.kv_heads < m.heads and m.mixture is None),
+        key=lambda m: abs(math.log(m.parameters / size)),
+    )
     scale = (size / near.parameters) ** (1 / 3)
     layers, heads, shared = (max(1, round(x * scale)) for x in (near.layers, near.heads, near.kv_heads))
     return Model(key, size, layers, heads, shared, near.head_dim, f"scaled from {near.source}")

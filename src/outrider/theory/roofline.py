@@ -5,7 +5,8 @@ computes on every row (the batch and context model of Chen et al., "MagicDec", I
 
     time(n) = max( (W + B k S) / bandwidth,  B n (2 N + A S) / compute ) / devices + overhead
 
-W weight bytes, k bytes of keys and values per token, N parameters, A attention operations per row and token of context.
+W weight bytes (of a mixture of experts, those that B n rows touch: `theory.experts`), k bytes of keys and values per token, N
+parameters that a row uses, A attention operations per row and token of context.
 One speculative call is `length` draft forwards of one row and one target forward of length + 1 rows. Three regimes follow:
 
 - weight-bound (small B and S): more rows cost nothing, and the draft costs its share of the weights;
@@ -113,9 +114,10 @@ def draft_forward(model: Model, setting: Setting) -> Forward:
 def _forward(model: Model, setting: Setting, rows: int, context: int | None, devices: int, stages: int) -> Forward:
     """Memory and arithmetic of all stages in turn, each on devices / stages of them, and what goes between."""
     n, cached = positive_int("rows", rows), setting.context if context is None else context
-    weights, kv = model.weight_bytes(setting.element), setting.batch * model.kv_bytes(setting.element) * cached
+    weights = model.read_bytes(setting.element, setting.batch * n)
+    kv = setting.batch * model.kv_bytes(setting.element) * cached
     moved = (weights + kv) / setting.hardware.bandwidth
-    operations = setting.batch * n * (2 * model.parameters + model.attention_operations * cached)
+    operations = setting.batch * n * (2 * model.active + model.attention_operations * cached)
     computed = operations / setting.hardware.compute
     tensor, waited = devices // stages, 0.0
     if setting.link is not None:

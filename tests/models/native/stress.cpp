@@ -40,7 +40,7 @@ namespace {
 using namespace outrider;
 
 constexpr int64_t VOCAB = 301, HIDDEN = 104, LAYERS = 3, HEADS = 6, KV = 2, WIDTH = 24, INNER = 192, ROWS = 11;
-constexpr int64_t CAPACITY = 40, PAGE = 8, PAGES = 10;
+constexpr int64_t CAPACITY = 40, PAGE = 8, PAGES = 10, EXPERTS = 5;
 
 template <class W>
 std::vector<W> random_numbers(int64_t n, float size, std::minstd_rand& draw) {
@@ -63,12 +63,14 @@ class Case {
             const SegmentPointers segment{sizeof(W) == 2 ? BF16 : F32, n, tensors_.emplace_back(random_numbers<W>(n * k, size, draw_)).data()};
             return linears_.emplace_back(Linear::make(&segment, 1, k)).get();
         };
-        tensors_.reserve(7 + LAYERS * 4), vectors_.reserve(4 + LAYERS * 2);
+        tensors_.reserve(7 + LAYERS * 5), vectors_.reserve(4 + LAYERS * 2);
         for (int64_t l = 0; l < LAYERS; ++l) {
             const int64_t wide = HEADS * WIDTH;
             LayerPointers p{};
             p.norm1 = vector(HIDDEN, 2), p.qkv = linear(wide + 2 * KV * WIDTH, HIDDEN, .3f), p.o = linear(HIDDEN, wide, .2f);
-            p.norm2 = vector(HIDDEN, 2), p.gate_up = linear(2 * INNER, HIDDEN, .2f), p.down = quantised(HIDDEN, INNER);
+            const int64_t experts = l % 2 ? EXPERTS : 1;
+            if (l % 2) p.router = linear(EXPERTS, HIDDEN, .5f);
+            p.norm2 = vector(HIDDEN, 2), p.gate_up = linear(2 * experts * INNER, HIDDEN, .2f), p.down = quantised(experts * HIDDEN, INNER);
             p.window = l % 2 ? 5 : 0;
             layers_.push_back(p);
         }
@@ -84,6 +86,7 @@ class Case {
         features_.join = THROUGH, features_.joint = linear(HIDDEN, 2 * HIDDEN, .1f), features_.joint_bias = vector(HIDDEN, 1);
         for (int i = 0; i < 2; ++i) blocks_.push_back(linear(HIDDEN, HIDDEN, .2f)), biases_.push_back(vector(HIDDEN, 1));
         heads_ = {HIDDEN, 2, 1, VOCAB, VOCAB, 1, 1e-6, norm, blocks_.data(), biases_.data(), &model_.head, nullptr};
+        model_.experts = EXPERTS, model_.experts_used = 2, model_.expert_inner = INNER, model_.normalised = 1;
     }
 
     // Everything a new decoder writes in some forwards on `threads` threads.

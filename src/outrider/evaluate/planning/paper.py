@@ -143,6 +143,12 @@ def _setting(paper: Paper, batch: int, tensor: int, pipeline: int, draft: int) -
     )  # fmt: skip
 
 
+def _parts(m: Model) -> str:
+    """Dense, or its experts."""
+    e = m.mixture
+    return "dense" if e is None else f"{e.used} of {e.count} experts a row, all equally likely and chosen independently"
+
+
 def assumptions(paper: Paper) -> list[str]:
     """Everything that the numbers rest on, a sentence each."""
     h, out = paper.hardware, []
@@ -157,7 +163,9 @@ def assumptions(paper: Paper) -> list[str]:
             f"{1e6 * one.latency:g} us a message (assumed)"
         )
     for role, m in (("target", paper.target), ("draft", paper.draft)):
-        out.append(f"{role}: {m.source}, {m.parameters / 1e9:.3g}e9 parameters in bfloat16, {m.layers} layers, dense")
+        out.append(
+            f"{role}: {m.source}, {m.parameters / 1e9:.3g}e9 parameters in bfloat16, {m.layers} layers, {_parts(m)}"
+        )
     out.append(
         f"a judged draft token is accepted with probability {paper.acceptance:g}, independently; a chain, verified in one forward"
     )

@@ -1,10 +1,11 @@
-// The forward of a dense decoder over flat rows, with keys, values and taps of type W.
+// The forward of a decoder over flat rows, with keys, values and taps of type W.
 //
 // Residual stream and element-wise maths are float32; inputs of linears are rounded as their weights' types ask. Threads split
 // outputs, never sums.
 #pragma once
 
 #include "crew.h"
+#include "experts.h"
 #include "joined.h"
 #include "plan.h"
 
@@ -26,14 +27,17 @@ class Decoder {
         group_ = m.heads / m.kv_heads;
         half_ = m.turned;
         normed_stores_ = m.head->stores(), mixed_stores_ = inner_stores_ = 0;
+        int down_stores = 0;
         for (int64_t i = 0; i < m.layers; ++i) {
             const LayerPointers& layer = m.layer[i];
-            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores();
-            mixed_stores_ |= layer.o->stores(), inner_stores_ |= layer.down->stores();
+            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores() | (layer.router ? layer.router->stores() : 0);
+            mixed_stores_ |= layer.o->stores(), down_stores |= layer.down->stores();
+            inner_stores_ |= layer.router ? 0 : layer.down->stores();
             posts_ = posts_ || layer.post1 || layer.post2;
             row_norms_ = row_norms_ || layer.row_norm;
         }
-        block_ = (normed_stores_ | mixed_stores_ | inner_stores_) & (STORE_32 | STORE_256) ? WIDE : BLOCK;
+        block_ = (normed_stores_ | mixed_stores_ | down_stores) & (STORE_32 | STORE_256) ? WIDE : BLOCK;
+        mixture_.build(m_, block_);
     }
 
     Status forward(const CallPointers& call, const FeatureRows& rows = {}) {
@@ -67,7 +71,7 @@ class Decoder {
         sums_at_ = scores_at_ + Attention<W>::scratch_floats(queries, plan_.own_rows, m_.head_dim);
         scratch_size_ = (sums_at_ + 2 * queries * sums_size_ + 31) / 16 * 16;
         const int64_t turns = c_.rows * half_ * m_.frequencies;
-        return x_.reserve(c_.rows * x_size_) && cosine_.reserve(turns) && sine_.reserve(turns) &&
+        return mixture_.reserve(c_.rows, c_.touched) && x_.reserve(c_.rows * x_size_) && cosine_.reserve(turns) && sine_.reserve(turns) &&
                part_.reserve(posts_ ? c_.rows * x_size_ : 0) &&
                heads_.reserve(row_norms_ ? c_.rows * (m_.heads + m_.kv_heads) * m_.head_dim : 0) &&
                normed_.reserve(c_.rows > c_.scored ? c_.rows : c_.scored, m_.hidden, normed_stores_) &&
@@ -96,9 +100,13 @@ class Decoder {
             round(mixed_);
             phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.o, mixed_, layer.o_bias, layer.post1, u, scratch); });
             phase(c_.rows, [&](int64_t i) { add_part(layer.post1, i), normalise(i, i, layer.norm2, scratch); });
-            phase(blocks(m_.inner), [&](int64_t u) { activate(layer, u, scratch); });
-            round(inner_);
-            phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.down, inner_, nullptr, layer.post2, u, scratch); });
+            if (layer.router) {
+                mixture_.run(phase, layer, l, normed_, x_ + 0, x_size_, scratch + tile_at_);
+            } else {
+                phase(blocks(m_.inner), [&](int64_t u) { activate(layer, u, scratch); });
+                round(inner_);
+                phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.down, inner_, nullptr, layer.post2, u, scratch); });
+            }
             if (layer.post2) phase(c_.rows, [&](int64_t i) { add_part(layer.post2, i); });
             const bool last = l + 1 == m_.layers;
             phase(last && c_.scored > c_.rows ? c_.scored : c_.rows, [&](int64_t i) { finish_block(l + 1, i, scratch); });
@@ -192,6 +200,8 @@ class Decoder {
     void place_head(const LayerPointers& layer, int64_t l, int64_t u, int64_t i, float* head) {
         const int64_t d = m_.head_dim;
         const bool is_query = u < m_.heads, is_value = u >= m_.heads + m_.kv_heads;
+        const float clip = (float)m_.clip;
+        for (int64_t j = 0; clip > 0.0f && j < d; ++j) head[j] = head[j] > clip ? clip : head[j] < -clip ? -clip : head[j];
         if (!is_value && layer.turn >= 0) {
             const int64_t at = (i * m_.frequencies + layer.turn) * half_;
             rotate(head, cosine_ + at, sine_ + at, half_);
@@ -335,6 +345,7 @@ class Decoder {
     Buffer<float> x_, part_, heads_, cosine_, sine_, scratch_, kept_;
     Buffer<Item> query_;
     Input normed_, mixed_, inner_;
+    Mixture mixture_;
 };
 
 }  // namespace outrider

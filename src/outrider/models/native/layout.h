@@ -9,7 +9,7 @@ class Linear;
 
 struct LayerPointers {
     const float *norm1, *qkv_bias, *q_norm, *k_norm, *o_bias, *norm2, *post1, *post2;  // null where there is none
-    const Linear *qkv, *o, *gate_up, *down;
+    const Linear *qkv, *o, *gate_up, *down, *router;  // router: null for a dense layer
     int64_t window;    // 0: none
     int64_t turn;      // whose frequencies turn its heads: 0, 1, or -1: nobody's
     int64_t row_norm;  // 1: q_norm and k_norm are of all heads of a row together
@@ -25,6 +25,8 @@ struct ModelPointers {
     const float* norm;
     const Linear *embedding, *head;
     const LayerPointers* layer;
+    double clip;  // bound of queries, keys and values, 0: none
+    int64_t experts, experts_used, expert_inner, normalised;  // 0: no layer has experts
 };
 
 // What crosses for a linear: `n` outputs of one type (a Format). Plain weights are row-major and read in place; others are whole
@@ -45,6 +47,7 @@ struct CallPointers {
     void* const* tap_out;    // [taps] each [rows, hidden] of the cache's type
     void *k, *v;             // [layers, kv_heads, pages * page, head_dim]
     float* logits;           // [scored, vocab]
+    int64_t* touched;        // [layers] out: experts that some row chose; null: not asked for
 };
 
 // What a learned drafter puts in front of a decoder's first block; all zero for a decoder of tokens. See joined.h.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from outrider import isa
 from outrider.errors import CapacityError, RequestError
-from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights
+from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.kv import PagedKV
@@ -58,11 +58,13 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_double) for name in _FACTORS),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
+        ("clip", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("experts", "experts_used", "expert_inner", "normalised")),
     ]
 
 
-_CALL = struct.Struct("9q10Q")
-"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; then ten pointers."""
+_CALL = struct.Struct("9q11Q")
+"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; then eleven pointers."""
 
 ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
@@ -148,14 +150,17 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
         "gate_up": (2 * c.inner, c.hidden),
         "down": (c.hidden, c.inner),
     }
+    count, _, inner, _ = _sizes(c.experts)
+    sparse = {"router": (count, c.hidden), "gate_up": (2 * count * inner, c.hidden), "down": (count * c.hidden, inner)}
     out: list[tuple[str, Any, tuple[int, ...]]] = [
         ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
         ("norm", weights.norm, (c.hidden,)),
         ("head", weights.head, (c.vocab_size, c.hidden)),
     ]
     for i, layer in enumerate(weights.layers):
-        tensors = {name: getattr(layer, name) for name in shapes}
-        out += [(f"{name} of layer {i}", t, shapes[name]) for name, t in tensors.items() if t is not None]
+        of = shapes if layer.router is None else shapes | sparse
+        tensors = {name: getattr(layer, name) for name in of}
+        out += [(f"{name} of layer {i}", t, of[name]) for name, t in tensors.items() if t is not None]
     return out
 
 
@@ -172,6 +177,7 @@ class NativeDecoder:
 
     def __init__(self, library: ctypes.CDLL, config: DecoderConfig, weights: NativeWeights) -> None:
         self._library, self._config, self.weights = library, config, weights
+        self._touched = array("q", [0] * config.layers)
         self._forward = library.outrider_forward
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
@@ -207,13 +213,19 @@ class NativeDecoder:
             n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
             kv.page, kv.pages.count,
             token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
-            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0],
-            kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
+            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(),
+            logits.data_ptr(),
+            self._touched.buffer_info()[0],
         )  # fmt: skip
         status = self._forward(self._handle, call)
         if status != OK:
             self._fail(status)
         return Scores(logits, hidden)
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Experts that some row of the last forward chose, by layer; 0 for dense ones."""
+        return tuple(self._touched)
 
     def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""
@@ -226,7 +238,7 @@ class NativeDecoder:
             *(
                 _Layer(
                     *(pointer(layer.vectors[name]) for name in VECTORS),
-                    *(layer.linears[name].handle for name in LINEARS),
+                    *(None if linear is None else linear.handle for linear in map(layer.linears.get, LINEARS)),
                     window,
                     c.turn_of(i),
                     int(layer.vectors["q_norm"] is not None and len(layer.vectors["q_norm"]) != c.head_dim),
@@ -243,6 +255,7 @@ class NativeDecoder:
             len(c.inv_freq), len(tables), int(c.activation != "silu"), c.eps, c.rope_scale, scale, c.attention_cap,
             c.scale_of_embeddings(w.dtype), c.residual_scale, c.logit_scale, c.logit_cap,
             self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
+            c.clip, *_sizes(c.experts),
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
@@ -269,6 +282,11 @@ class NativeDecoder:
         raise ValueError(
             "the segments do not describe the rows" if status == BAD_SEGMENT else "a scored row is not a row"
         )
+
+
+def _sizes(experts: Experts | None) -> tuple[int, int, int, int]:
+    """Experts, those that a row uses, units of one, whether weights are normalised."""
+    return (0, 0, 0, 0) if experts is None else (experts.count, experts.used, experts.inner, int(experts.normalised))
 
 
 def _flat(rows: Rows) -> list[int]:

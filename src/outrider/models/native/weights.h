@@ -36,6 +36,13 @@ class Input {
         if (rounds()) std::memcpy(line_ + row * lines_ + k0, x, n * sizeof(float));
     }
 
+    // A complete row of another input of as many values, which is stored in all of these ways too; before it is rounded here.
+    void copy(int64_t row, const Input& from, int64_t other) {
+        if (stores_ & STORE_FLOAT) copy_row<float>(full_, row, from.full_, other);
+        if (stores_ & STORE_BF16) copy_row<bf16>(half_, row, from.half_, other);
+        if (rounds()) std::memcpy(line_ + row * lines_, from.line_ + other * lines_, k_ * sizeof(float));
+    }
+
     // Whether complete rows are still to be rounded, part by part, before they are read.
     bool rounds() const { return stores_ & (STORE_32 | STORE_256); }
     int64_t parts() const { return (k_ + PART - 1) / PART; }
@@ -57,6 +64,13 @@ class Input {
 
    private:
     static constexpr int64_t PART = 1024;  // a multiple of every block
+
+    template <class W, class B>
+    void copy_row(const B& to, int64_t row, const B& from, int64_t other) const {
+        const int64_t n = packed_stride<W>(k_);
+        std::memcpy((void*)(to + row * n), from + other * n, n * sizeof(typename Packing<W>::Item));
+    }
+
     int stores_ = 0;
     int64_t k_ = 0, lines_ = 0;
     Buffer<float> full_, line_;

@@ -13,7 +13,8 @@ from torch import Tensor
 from outrider.models.decoder import DecoderWeights, LayerWeights
 from outrider.nn.products import NativeLinear
 
-LINEARS = ("qkv", "o", "gate_up", "down")
+LINEARS = ("qkv", "o", "gate_up", "down", "router")
+"""A router is None in a dense layer."""
 VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2")
 
 
@@ -21,7 +22,7 @@ VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", 
 class NativeLayer:
     """A block's linears and vectors by their names in `LayerWeights`; None where the family has none."""
 
-    linears: dict[str, NativeLinear]
+    linears: dict[str, NativeLinear | None]
     vectors: dict[str, Tensor | None]
 
 
@@ -37,7 +38,8 @@ class NativeWeights:
 
     @property
     def linears(self) -> list[NativeLinear]:
-        return [self.embedding, self.head, *(linear for layer in self.layers for linear in layer.linears.values())]
+        every = (linear for layer in self.layers for linear in layer.linears.values())
+        return [self.embedding, self.head, *(linear for linear in every if linear is not None)]
 
     @classmethod
     def of(cls, library: ctypes.CDLL, w: DecoderWeights) -> NativeWeights:
@@ -50,7 +52,8 @@ class NativeWeights:
 def _layers(library: ctypes.CDLL, layers: Iterable[LayerWeights]) -> tuple[NativeLayer, ...]:
     out = []
     for layer in layers:
-        linears = {name: NativeLinear(library, getattr(layer, name)) for name in LINEARS}
+        given = {name: getattr(layer, name) for name in LINEARS}
+        linears = {name: None if w is None else NativeLinear(library, w) for name, w in given.items()}
         vectors = {name: getattr(layer, name) for name in VECTORS}
         out.append(NativeLayer(linears, {k: None if v is None else v.float().contiguous() for k, v in vectors.items()}))
     return tuple(out)

@@ -1,0 +1,86 @@
+"""Mixtures of experts in checkpoints: their keys in `config.json` and the names of their tensors.
+
+Checkpoints hold every expert by itself; transformers 5 may also write all experts of a layer as one tensor. Both are read.
+"""
+
+from __future__ import annotations
+
+import reprlib
+
+from outrider.config_keys import flag, whole
+from outrider.errors import ConfigError
+from outrider.models.decoder import DecoderConfig, Experts
+from outrider.models.expert_keys import PLACES, ExpertKeys
+from outrider.models.families import Unsupported
+
+MOST = 1024
+"""Most experts of a layer; the largest known models have 512."""
+
+
+def read_experts(raw: dict, keys: ExpertKeys, layers: int, inner: int, where: object) -> Experts:
+    """The experts that a configuration describes. Raises ConfigError for wrong values, Unsupported for a model without experts."""
+    names = [name for name in ("num_experts", "num_local_experts") if raw.get(name) is not None]
+    if len(names) == 2 and raw[names[0]] != raw[names[1]]:
+        raise Unsupported(f"num_experts and num_local_experts differ ({raw[names[0]]!r:.20}, {raw[names[1]]!r:.20})")
+    count = whole(raw, names[0] if names else "num_experts", where, default=keys.count, most=MOST)
+    used = whole(raw, "num_experts_per_tok", where, default=keys.used, most=MOST)
+    if used > count:
+        raise ConfigError(
+            f"{where}: num_experts_per_tok ({used}) exceeds the number of experts ({count}): correct the file"
+        )
+    sparse = _sparse(raw, layers, where) if keys.steps else (True,) * layers
+    if not any(sparse):
+        raise Unsupported("decoder_sparse_step and mlp_only_layers leave no layer with experts")
+    return Experts(
+        count=count,
+        used=used,
+        inner=inner if keys.inner is None else whole(raw, keys.inner[0], where, default=keys.inner[1], most=1 << 20),
+        normalised=flag(raw, "norm_topk_prob", where) if keys.normalised is None else keys.normalised,
+        sparse=sparse,
+    )
+
+
+def _sparse(raw: dict, layers: int, where: object) -> tuple[bool, ...]:
+    step = whole(raw, "decoder_sparse_step", where, default=1, most=1 << 20)
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
+        raise ConfigError(
+            f"{where}: mlp_only_layers must be a list of layers, got {reprlib.repr(dense)}: correct the file"
+        )
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+
+
+FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""All experts of a layer in two tensors."""
+
+
+def block_shapes(config: DecoderConfig, fused: bool) -> dict[str, tuple[int, ...]]:
+    """Name within its block, and shape, of every tensor of a layer's experts and router."""
+    e, keys = config.experts, PLACES[config.family]
+    assert e is not None
+    if fused:
+        shapes = (e.count, 2 * e.inner, config.hidden), (e.count, config.hidden, e.inner)
+        return {router_name(config, True): (e.count, config.hidden), **dict(zip(FUSED, shapes, strict=True))}
+    gate, up, down = keys.parts
+    each = {gate: (e.inner, config.hidden), up: (e.inner, config.hidden), down: (config.hidden, e.inner)}
+    out = {expert_name(config, i, part): shape for i in range(e.count) for part, shape in each.items()}
+    return {router_name(config, False): (e.count, config.hidden)} | out
+
+
+def router_name(config: DecoderConfig, fused: bool) -> str:
+    return f"{'mlp' if fused else PLACES[config.family].place}.gate.weight"
+
+
+def expert_name(config: DecoderConfig, i: int, part: str) -> str:
+    return f"{PLACES[config.family].place}.experts.{i}.{part}.weight"
+
+
+def expert_names(config: DecoderConfig, fused: bool) -> dict[str, tuple[str, ...]]:
+    """The fields of `LayerWeights` that are made of a sparse layer's tensors -> their names within the block, in order."""
+    assert config.experts is not None
+    router = {"router": (router_name(config, fused),)}
+    if fused:
+        return router | {"gate_up": FUSED[:1], "down": FUSED[1:]}
+    gate, up, down = PLACES[config.family].parts
+    of = lambda part: tuple(expert_name(config, i, part) for i in range(config.experts.count))  # type: ignore[union-attr]  # noqa: E731
+    return router | {"gate_up": of(gate) + of(up), "down": of(down)}
