@@ -72,7 +72,7 @@ class Modelled:
         seconds = {"target": target, "rule": 0.0, "draft": LEVEL * self._deepest, "host": 0.0}
         self.seconds += sum(seconds.values())
         counts, each = record.counts, record.each
-        self._inner.observe(StepRecord(rows, record.scored, record.running, record.waiting, seconds, counts, counts, each))
+        self._inner.observe(StepRecord(rows, record.scored, record.running, record.waiting, seconds, counts, each=each))
 
 
 def requests(load: int, number: int) -> tuple[list[str], list[SamplingParams]]:

@@ -162,7 +162,7 @@ def test_bass_follows_its_rule() -> None:
             accepted = [min(length, draws.randrange(12)) for _ in range(3)]
             each = tuple(SequenceStep(i, length, min(length, a + 1), a) for i, a in enumerate(accepted))
             before = controller.length
-            controller.observe(StepRecord(0, 3, 3, 0, {}, Counts(), Counts(), each))
+            controller.observe(StepRecord(0, 3, 3, 0, {}, Counts(), each=each))
             if controller.length != before:
                 rounds.append(accepted)
                 found.append(controller.length)
@@ -186,7 +186,7 @@ def test_bass_leaves_seeded_requests_alone_and_learns_nothing_beside_them() -> N
     for _ in range(3):
         assert controller.budget(views) == [7, 3]
         each = (SequenceStep(0, 7, 7, 7), SequenceStep(1, 3, 3, 3))
-        controller.observe(StepRecord(0, 2, 2, 0, {}, Counts(), Counts(), each))
+        controller.observe(StepRecord(0, 2, 2, 0, {}, Counts(), each=each))
 
 
 def test_controllers_by_name() -> None:

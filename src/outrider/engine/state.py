@@ -133,6 +133,7 @@ class StepState:
                 seconds,
                 emission.counts,
                 emission.engine_seeded,
+                verified.scores.replayed,
                 tuple(emission.each),
             )
         )

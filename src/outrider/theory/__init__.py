@@ -21,6 +21,7 @@ A *target* law p is to be sampled with the help of a cheaper *draft* law q. Each
 | `stopping` | when to stop drafting |
 | `shrinkage`, `shared_rows` | rates of many sequences estimated together, and draft lengths of each under a shared number of rows |
 | `speedup` | from acceptance and cost to speed-up and the best draft length |
+| `recurrent` | the same where the target's state cannot be cut: tokens read again after rejections |
 | `hardware`, `roofline` | cost of a forward pass on named hardware |
 | `logs`, `replay`, `forecast` | rejections of a pair on data, from logged probabilities, and under another setting |
 | `figures` | the figures of the base paper, recomputed |
@@ -58,6 +59,7 @@ _MODULES = (
     "multidraft",
     "pareto",
     "pareto_chain",
+    "recurrent",
     "rejections",
     "replay",
     "roofline",
