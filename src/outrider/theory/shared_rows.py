@@ -52,9 +52,10 @@ class SharedRows:
         gain = (self.survival * np.minimum(self.use, 1.0)[:, None]).T
         order = np.argsort(-(gain / self.use).ravel(), kind="stable")
         self._depth, self._owner = np.divmod(order, max(sequences, 1))
-        within = self._depth < np.arange(self.depth + 1)[:, None]  # [D + 1, B D]: no draft longer than ...
-        self._rows = np.cumsum(within * self.use[self._owner], axis=1)
-        self._sums = np.cumsum(within * gain.ravel()[order], axis=1)
+        # [D + 1, B D]: whether a row gains anything, where no draft is longer than 0, 1, ... D
+        self._within = (self._depth < np.arange(self.depth + 1)[:, None]) & (gain.ravel()[order] > 0.0)
+        self._rows = np.cumsum(self._within * self.use[self._owner], axis=1)
+        self._sums = np.cumsum(self._within * gain.ravel()[order], axis=1)
 
     def gains(self, rows: float) -> Array:
         """[D + 1] expected accepted tokens of the best use of `rows` rows, where no draft is longer than 0, 1, ... D."""
@@ -66,7 +67,7 @@ class SharedRows:
         """The best use of at most `rows` expected rows, with no draft longer than `deepest`."""
         limit = self.depth if deepest is None else deepest
         taken = int(np.searchsorted(self._rows[limit], rows + 1e-9, side="right"))
-        owners = self._owner[:taken][self._depth[:taken] < limit]
+        owners = self._owner[:taken][self._within[limit, :taken]]
         lengths = tuple(np.bincount(owners, minlength=len(self.use)).tolist())
         gain, used = (float(sums[limit, taken - 1]) if taken else 0.0 for sums in (self._sums, self._rows))
         return Share(lengths, gain, used)
