@@ -85,7 +85,12 @@ def test_a_seed_fixes_a_text_whatever_its_neighbours_do() -> None:
 def test_the_record_of_a_step_counts_every_sequence() -> None:
     records: list[StepRecord] = []
     mine = Engine(
-        TARGET, ModelDrafter(DRAFT, LONGEST), load_rule("speculative_sampling"), Fixed(3), slots=3, sinks=(records.append,)
+        TARGET,
+        ModelDrafter(DRAFT, LONGEST),
+        load_rule("speculative_sampling"),
+        Fixed(3),
+        slots=3,
+        sinks=(records.append,),
     )
     mine.generate([PROMPT] * 7, SamplingParams(max_tokens=20, ignore_eos=True))
     for record in records:

@@ -209,7 +209,9 @@ class Adaptive:
         forecast = self._forecast
         alone = not beside or forecast.prompts < 1.0
         depth, most = self._depth(length), self.longest
-        seconds = forecast.seconds(sequences, length, depth) if alone else forecast.beside(sequences, length, most, depth)
+        seconds = (
+            forecast.seconds(sequences, length, depth) if alone else forecast.beside(sequences, length, most, depth)
+        )
         return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, sequences, length)
 
     def predicted(self, sequences: int, length: int) -> int:

@@ -84,7 +84,9 @@ class StepTimes:
     def seconds(self, sequences: int, length: int, depth: int | None = None) -> float | None:
         """Predicted seconds of a step with drafts of this mean length, without the drafter's prefill; None if nothing near is
         known. depth: of the deepest draft, None: all have one length."""
-        return self._step(sequences, length if depth is None else depth, self._passes.seconds(self.rows(sequences, length)))
+        return self._step(
+            sequences, length if depth is None else depth, self._passes.seconds(self.rows(sequences, length))
+        )
 
     def beside(self, sequences: int, length: int, longest: int, depth: int | None = None) -> float | None:
         """The same for steps with the recent amount of prefill, minus the time of those rows alone, which is due at any length.
