@@ -61,7 +61,9 @@ class Modelled:
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
         """The inner controller's lengths."""
         out = self._inner.budget(sequences)
-        self._deepest = max((x for v, x in zip(sequences, out, strict=True) if len(v.tokens) - v.cached == 1), default=0)
+        self._deepest = max(
+            (x for v, x in zip(sequences, out, strict=True) if len(v.tokens) - v.cached == 1), default=0
+        )
         return out
 
     def observe(self, record: StepRecord) -> None:
@@ -72,7 +74,7 @@ class Modelled:
         seconds = {"target": target, "rule": 0.0, "draft": LEVEL * self._deepest, "host": 0.0}
         self.seconds += sum(seconds.values())
         counts, each = record.counts, record.each
-        self._inner.observe(StepRecord(rows, record.scored, record.running, record.waiting, seconds, counts, counts, each))
+        self._inner.observe(StepRecord(rows, record.scored, record.running, record.waiting, seconds, counts, each=each))
 
 
 def requests(load: int, number: int) -> tuple[list[str], list[SamplingParams]]:
@@ -110,7 +112,10 @@ def engines(base: Engine, load: int, machine: str | None) -> dict[str, tuple[Eng
             continue
         deep = 0 if name == "plain" else options.longest
         told = Modelled(load_controller(options.follows, min(options.length, deep), deep), TIMES[machine])
-        out[name] = assemble(base.loaded, options, controller=lambda *_, told=told: told), lambda told=told: told.seconds
+        out[name] = (
+            assemble(base.loaded, options, controller=lambda *_, told=told: told),
+            lambda told=told: told.seconds,
+        )
     return out
 
 
@@ -134,7 +139,9 @@ def report(rows: list[dict[str, Any]]) -> None:
         for n in numbers:
             others = [m for m in numbers if m != n] or numbers
             best[n] = max(common, key=lambda arm, o=others: median(speed[m, arm] / speed[m, "plain"] for m in o))
-        print(f"{load} at a time, {machine or 'this machine'}, {len(numbers)} rounds; ratios with 95% intervals over rounds")
+        print(
+            f"{load} at a time, {machine or 'this machine'}, {len(numbers)} rounds; ratios with 95% intervals over rounds"
+        )
         for arm in ARMS:
             mine = [r for r in here if r["arm"] == arm]
             steps, tokens = sum(r["steps"] for r in mine), sum(r["tokens"] for r in mine)
@@ -173,7 +180,13 @@ def main() -> None:
                 random.Random(number).shuffle(turns)
                 for arm in turns:
                     engine, clock = arms[arm]
-                    row = {"machine": machine, "load": load, "round": number, "arm": arm, **run(engine, load, number, clock)}
+                    row = {
+                        "machine": machine,
+                        "load": load,
+                        "round": number,
+                        "arm": arm,
+                        **run(engine, load, number, clock),
+                    }
                     rows.append(row)
                     if asked.out:
                         with asked.out.open("a", encoding="utf-8") as lines:

@@ -114,7 +114,8 @@ def build_engine(
 
     draft, rule: a name, or a drafter or rule object. options: the other fields of `EngineOptions` (`capacity` is another name of
     `slots`). speculative_config: vLLM's JSON; it replaces draft, length and rule.
-    controller: makes the controller of the draft length (None: the one that `lengths` names). on_defect: called with every contained failure.
+    controller: makes the controller of draft lengths (None: the one that `lengths` names). on_defect: called with every contained
+    failure.
     selectable: a request's `drafters` may choose among the members of a combined drafter.
     Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
     """

@@ -54,6 +54,16 @@ def test_equal_sequences_get_equal_lengths() -> None:
         assert SharedRows(survival).share(4 * length).lengths == (length,) * 4
 
 
+def test_without_sequences_there_is_nothing_to_share() -> None:
+    shared = SharedRows(np.empty((0, 3)))
+    assert shared.share(4.0).lengths == () and shared.gains(4.0).tolist() == [0.0] * 4
+
+
+def test_rows_that_gain_nothing_are_not_taken() -> None:
+    share = SharedRows([[0.5, 0.0, 0.0], [0.9, 0.8, 0.0]]).share(100.0)
+    assert share.lengths == (1, 2) and share.rows == 3.0
+
+
 def test_rows_that_are_seldom_proposed_cost_less() -> None:
     """A sequence whose drafter proposes in a quarter of the steps: four of its rows cost one, and gain what one gains."""
     share = SharedRows([[0.9, 0.8], [0.5, 0.4]], use=[0.25, 1.0]).share(1.5)

@@ -218,9 +218,10 @@ class Adaptive:
         nothing similar was measured."""
         forecast = self._forecast
         alone = not beside or forecast.prompts < 1.0
-        depth = self._depth(length)
-        longest = self.longest
-        seconds = forecast.seconds(sequences, length, depth) if alone else forecast.beside(sequences, length, longest, depth)
+        depth, most = self._depth(length), self.longest
+        seconds = (
+            forecast.seconds(sequences, length, depth) if alone else forecast.beside(sequences, length, most, depth)
+        )
         return None if not seconds else self.tokens_per_step(length) / self._charged(seconds, sequences, length)
 
     def predicted(self, sequences: int, length: int) -> int:

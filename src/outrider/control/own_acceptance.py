@@ -75,14 +75,16 @@ class OwnAcceptance:
         low, high = RATIOS
         return min(high, max(low, self._accepted / self._expected))
 
-    def notice(self, sequences: Sequence[SequenceView]) -> None:
-        """Note which sequences are there."""
+    def notice(self, sequences: Sequence[SequenceView]) -> bool:
+        """Note which sequences are there; whether they are others than before."""
         held = {v.slot: v for v in sequences}
-        for slot in [s for s, known in self._live.items() if s not in held or held[s].tokens is not known.tokens]:
+        gone = [s for s, known in self._live.items() if s not in held or held[s].tokens is not known.tokens]
+        for slot in gone:
             self._ended.append(self._live.pop(slot).evidence)
-        for slot, view in held.items():
-            if slot not in self._live:
-                self._live[slot] = _Known(view.tokens)
+        new = [v for v in sequences if v.slot not in self._live]
+        for view in new:
+            self._live[view.slot] = _Known(view.tokens)
+        return bool(gone or new)
 
     def ask(self, asked: Mapping[int, tuple[int, float]]) -> None:
         """Note how many levels are asked of each slot for the next step's draft, and the gain expected of them."""

@@ -21,7 +21,6 @@ from outrider.records import StepRecord
 from outrider.theory.shared_rows import Share, SharedRows
 from outrider.types import SequenceView
 
-
 EVERY = 4
 """Steps after which shares are decided again while the same sequences are there."""
 
@@ -49,11 +48,11 @@ class PerSequence(Adaptive):
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
         """Each sequence's share; `first` for a sampled request with its own seed unless lengths are `invariant`."""
-        self._own.notice(sequences)
+        others = self._own.notice(sequences)
         ready = {v.slot for v in sequences if len(v.tokens) - v.cached == 1}
         sharing = [v for v in sequences if v.slot in ready and not pinned(v, self.invariant)]
         slots, now = tuple(v.slot for v in sharing), self._present
-        if slots != now.slots or self._steps % EVERY == 0:
+        if others or slots != now.slots or self._steps % EVERY == 0:
             now = self._present = _Present(slots, self._own.rows(sharing, self.longest), self._own.ratio)
         out = super().budget(sequences)
         asked = {v.slot: (x, 0.0) for v, x in zip(sequences, out, strict=True) if x and v.slot in ready}

@@ -37,16 +37,12 @@ class StepTimes:
     """Seconds of a step by load and draft length, and of the drafter's prefill.
 
     read_again: tokens of one sequence that a step with drafts of this length reads again on average, from acceptance; it counts once
-    a step has read any. work: of the target, see `RowTimes`.
+    a step has read any.
     """
 
-    def __init__(
-        self,
-        read_again: Callable[[int], float] = lambda length: 0.0,
-        work: Callable[[float], float] | None = None,
-    ) -> None:
+    def __init__(self, read_again: Callable[[int], float] = lambda length: 0.0) -> None:
         self._read_again, self._reads_again = read_again, False
-        self._passes = RowTimes(work)  # of the target, by rows
+        self._passes = RowTimes()  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
         self.reading = PrefillCost()
         self.prompts = 0.0
@@ -88,7 +84,9 @@ class StepTimes:
     def seconds(self, sequences: int, length: int, depth: int | None = None) -> float | None:
         """Predicted seconds of a step with drafts of this mean length, without the drafter's prefill; None if nothing near is
         known. depth: of the deepest draft, None: all have one length."""
-        return self._step(sequences, length if depth is None else depth, self._passes.seconds(self.rows(sequences, length)))
+        return self._step(
+            sequences, length if depth is None else depth, self._passes.seconds(self.rows(sequences, length))
+        )
 
     def beside(self, sequences: int, length: int, longest: int, depth: int | None = None) -> float | None:
         """The same for steps with the recent amount of prefill, minus the time of those rows alone, which is due at any length.

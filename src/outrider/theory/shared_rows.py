@@ -46,30 +46,28 @@ class SharedRows:
     def __init__(self, survival: npt.ArrayLike, use: npt.ArrayLike | None = None) -> None:
         chances = real("survival", survival)
         self.survival: Array = np.minimum.accumulate(chances, axis=1)
-        sequences, depth = self.survival.shape
+        sequences, self.depth = self.survival.shape
         self.use: Array = np.ones(sequences) if use is None else np.asarray(use, float)
-        gain = (self.survival * np.minimum(self.use, 1.0)[:, None]).T  # [D, B]: of two equal rows the less deep one comes first
+        # [D, B]: of two equal rows the less deep one comes first
+        gain = (self.survival * np.minimum(self.use, 1.0)[:, None]).T
         order = np.argsort(-(gain / self.use).ravel(), kind="stable")
         self._depth, self._owner = np.divmod(order, max(sequences, 1))
-        within = self._depth < np.arange(self.survival.shape[1] + 1)[:, None]  # [D + 1, B D]: no draft longer than ...
-        self._rows = np.cumsum(within * self.use[self._owner], axis=1)
-        self._sums = np.cumsum(within * gain.ravel()[order], axis=1)
-        self.depth = self.survival.shape[1]
-
-    def _taken(self, rows: float) -> npt.NDArray[np.int64]:
-        """[D + 1] how many of the sorted rows are looked at for each limit of the depth."""
-        return (self._rows <= rows + 1e-9).sum(axis=1)
+        # [D + 1, B D]: whether a row gains anything, where no draft is longer than 0, 1, ... D
+        self._within = (self._depth < np.arange(self.depth + 1)[:, None]) & (gain.ravel()[order] > 0.0)
+        self._rows = np.cumsum(self._within * self.use[self._owner], axis=1)
+        self._sums = np.cumsum(self._within * gain.ravel()[order], axis=1)
 
     def gains(self, rows: float) -> Array:
         """[D + 1] expected accepted tokens of the best use of `rows` rows, where no draft is longer than 0, 1, ... D."""
-        taken = self._taken(rows)
-        return np.where(taken > 0, np.take_along_axis(self._sums, np.maximum(taken - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+        taken = (self._rows <= rows + 1e-9).sum(axis=1)  # how many of the sorted rows are looked at
+        sums = np.pad(self._sums, ((0, 0), (1, 0)))
+        return np.take_along_axis(sums, taken[:, None], axis=1)[:, 0]
 
     def share(self, rows: float, deepest: int | None = None) -> Share:
         """The best use of at most `rows` expected rows, with no draft longer than `deepest`."""
         limit = self.depth if deepest is None else deepest
         taken = int(np.searchsorted(self._rows[limit], rows + 1e-9, side="right"))
-        owners = self._owner[:taken][self._depth[:taken] < limit]
+        owners = self._owner[:taken][self._within[limit, :taken]]
         lengths = tuple(np.bincount(owners, minlength=len(self.use)).tolist())
         gain, used = (float(sums[limit, taken - 1]) if taken else 0.0 for sums in (self._sums, self._rows))
         return Share(lengths, gain, used)
