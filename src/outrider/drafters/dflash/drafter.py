@@ -18,7 +18,7 @@ from outrider.drafters.dflash.forward import Forward, forward_of
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
-from outrider.drafters.tree.growth import Growth, level_logits
+from outrider.drafters.tree.growth import Growth, LevelLogits
 from outrider.errors import ConfigError
 from outrider.nn.drafts import Rows
 from outrider.nn.kv import RowCache
@@ -63,6 +63,7 @@ class DFlashDrafter:
         """Forget these slots."""
         self.cache.release(slots)
         self.context.release(slots)
+        self.growth.forget(slots)
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
@@ -78,7 +79,7 @@ class DFlashDrafter:
                 live.append(view)
         if live:
             logits = self._block(self._run, live)
-            self.growth.grow(evidence, depths, forest, logits[0], level_logits(logits, depths, forest))
+            self.growth.grow(evidence, depths, forest, logits[0], LevelLogits(logits, depths, forest))
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, run: Forward, evidence: Evidence) -> None:
