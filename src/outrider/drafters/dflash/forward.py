@@ -56,7 +56,7 @@ class NativeForward:
         features = Features(len(c.taps), c.hidden, Join.ALONE, model.fc.weight, fused_norm=model.hidden_norm.weight)
         table, head = model.embed_tokens.weight, model.lm_head.weight
         self._layers = NativeLayers(
-            library, shape_of(model), model.layers, table, model.norm.weight, head, features, narrow=narrow
+            library, shape_of(model), list(model.layers), table, model.norm.weight, head, features, narrow=narrow
         )
         self.dtype = self._layers.dtype
 

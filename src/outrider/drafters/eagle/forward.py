@@ -58,7 +58,7 @@ class NativeForward:
         c, (norm, head, support) = model.config, model.output
         table = model.embed_tokens.weight
         self._layers = NativeLayers(
-            library, model.shape, model.layers, table, norm, head, model.features, support, narrow=narrow
+            library, model.shape, list(model.layers), table, norm, head, model.features, support, narrow=narrow
         )
         self._head = NativeHeads(library, norm, c.eps, [()], [self._layers.head], c.vocab_size, support, narrow=narrow)
         self.dtype, self._width = self._layers.dtype, c.hidden
