@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from outrider.nn.linear import draft_linear, with_fast_linears
 from outrider.nn.rope import frequencies, turn
 
 
+@runtime_checkable
 class Forward(Protocol):
     """dtype: of the cache's keys and values."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from outrider.nn.linear import with_fast_linears
 from outrider.nn.masks import ancestor_mask
 
 
+@runtime_checkable
 class Forward(Protocol):
     """dtype: of the cache's keys and values."""
 

@@ -43,7 +43,7 @@ def predictor(heads: MedusaNetwork, levels: int) -> Predict:
 def native(library: ctypes.CDLL, heads: MedusaNetwork, levels: int, *, narrow: bool = True) -> Predict:
     """The heads in the compiled decoder: one forward for all levels."""
     c, used = heads.config, range(1 if heads.config.shared else levels)
-    blocks: list[Any] = [heads.blocks[h].layers for h in range(levels)]
+    blocks: list[Any] = [list(heads.blocks[h].layers) for h in range(levels)]  # type: ignore[arg-type]
     outputs: list[Any] = [heads.lm_heads[h].weight for h in used]
     return NativeHeads(library, heads.norm.weight, c.eps, blocks, outputs, c.vocab_size, heads.support, narrow=narrow)
 
