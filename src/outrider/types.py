@@ -263,10 +263,14 @@ class Rows:
 
 
 class Scores(NamedTuple):
-    """The result of a target forward: logits of the scored rows, and hidden states of all rows for the requested layers."""
+    """The result of a target forward: logits of the scored rows, and hidden states of all rows for the requested layers.
+
+    replayed: tokens that were read again besides, because a state that cannot be cut had to be made anew after a rejection.
+    """
 
     logits: Float[Tensor, "M V"]
     hidden: tuple[Float[Tensor, "N H"], ...] = ()
+    replayed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,5 +133,6 @@ class StepState:
                 seconds,
                 emission.counts,
                 emission.engine_seeded,
+                verified.scores.replayed,
             )
         )

@@ -104,7 +104,7 @@ class Guided:
         nodes = len(rows.scored) - anchors
         first, second, third, fourth = both.logits.split([anchors, anchors, nodes, nodes])
         given, free = torch.cat([first, third]), torch.cat([second, fourth])
-        return Scores(torch.lerp(free, given, self.scale), tuple(h[: rows.count] for h in both.hidden))
+        return Scores(torch.lerp(free, given, self.scale), tuple(h[: rows.count] for h in both.hidden), both.replayed)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         """See `protocols.Target`."""

@@ -83,7 +83,7 @@ class Translated:
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         scores = self.model.forward(replace(rows, token=self.fed[rows.token]), kv, layers=layers)
-        return Scores(self._spread(scores.logits), scores.hidden)
+        return Scores(self._spread(scores.logits), scores.hidden, scores.replayed)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self.model.embed(self.fed[token])

@@ -74,6 +74,7 @@ class ModelDrafter:
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
         self.cache.release(slots)
+        self.growth.forget(slots)
 
     @property
     def cache(self) -> TokenCache:
