@@ -73,6 +73,8 @@ DEFAULTS = {
     ("demo", "length"): 2,
     ("ab rehearse", "length"): 4,
     ("image", "length"): 5,
+    ("bench", "prefix_cache"): False,
+    ("plan", "prefix_cache"): False,
     ("chat", "temperature"): 0.7,
     ("chat", "max_tokens"): 256,
     ("audit", "max_tokens"): 64,
@@ -98,7 +100,7 @@ COMMANDS = dict(leaves(typer.main.get_command(app)))
 def spelling(hint: Any) -> list[str]:
     """How a table's option is spelled."""
     option = hint.__metadata__[0]
-    return [d for d in (option.default, *(option.param_decls or ())) if isinstance(d, str)]
+    return [one for d in (option.default, *(option.param_decls or ())) if isinstance(d, str) for one in d.split("/")]
 
 
 # ----------------------------------------------------------------- tables
@@ -127,7 +129,7 @@ def test_a_command_has_the_options_that_it_takes_and_no_other(command: str) -> N
                 assert [*found[name].opts, *found[name].secondary_opts] == spelling(hint), name
                 assert found[name].help == hint.__metadata__[0].help
                 assert found[name].default == DEFAULTS.get((command, name), table.defaults[name])
-    spelled = {o for p in found.values() if (command, p.name) not in OWN for o in p.opts}
+    spelled = {o for p in found.values() if (command, p.name) not in OWN for o in (*p.opts, *p.secondary_opts)}
     engine_only = {o for name, hint in ENGINE.options.items() for o in spelling(hint) if o.startswith("--")}
     taken = {o for name in ENGINES.get(command, set()) for o in spelling(ENGINE.options[name])}
     if not command.startswith("theory"):  # whose target and draft are sizes

@@ -17,7 +17,7 @@ from outrider.cli.takes import takes
 from outrider.options import EngineOptions
 
 
-@takes(ENGINE, "options", leave_out=("length", "lengths", "slots"))
+@takes(ENGINE, "options", leave_out=("length", "lengths", "slots"), prefix_cache=False)  # the same prompts come again
 @takes(BenchOptions, "asked")
 @takes(SAMPLING, "sampling", only=("temperature", "top_p", "max_tokens"), ignore_eos=True)
 def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json = False) -> None:

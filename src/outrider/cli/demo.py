@@ -20,7 +20,15 @@ from outrider.options import EngineOptions
 COLOURS = {"accepted": "green", "corrected": "bold red", "bonus": "bold cyan", "sampled": "default"}
 
 
-@takes(ENGINE, "options", only=("target", "draft", "length", "dtype"), length=2, slots=1, max_length=1024)
+@takes(
+    ENGINE,
+    "options",
+    only=("target", "draft", "length", "dtype"),
+    length=2,
+    slots=1,
+    max_length=1024,
+    prefix_cache=False,
+)
 @takes(SAMPLING, "sampling", only=("temperature", "max_tokens"), ignore_eos=True)
 def demo(
     options: EngineOptions,

@@ -21,7 +21,13 @@ TEXTS = 3
 """Texts of every prompt on which acceptance is predicted: what one text says varies more than prompts do."""
 
 
-@takes(ENGINE, "options", leave_out=("target", "draft", "length", "lengths", "allow_lossy", "slots"), slots=1)
+@takes(
+    ENGINE,
+    "options",
+    leave_out=("target", "draft", "length", "lengths", "allow_lossy", "slots"),
+    slots=1,
+    prefix_cache=False,
+)
 @takes(PlanOptions, "asked")
 @takes(SAMPLING, "sampling", only=("temperature", "max_tokens"), max_tokens=64, ignore_eos=True)
 def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json = False) -> None:
