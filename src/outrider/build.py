@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from outrider.control.fixed import Fixed
-from outrider.drafters.combine import gated
+from outrider.drafters.combine import gated, lend
 from outrider.drafters.registry import load_drafter as _load_drafter
 from outrider.drafters.registry import parse_speculative_config
 from outrider.engine import contracts
@@ -72,6 +72,7 @@ class Engine(EngineCore):
         most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
         kv = target.new_kv(slots, most + drafter.max_nodes)
         drafter.bind(slots, most)
+        lend(kv, drafter)
         pipeline = LogitsPipeline(target.vocab_size, ends, grammars_of(tokenizer, target.vocab_size, ends))
         super().__init__(
             Parts(target, kv, pipeline, rule, drafter),

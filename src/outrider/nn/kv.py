@@ -16,6 +16,8 @@ from outrider.types import Rows
 
 PAGE = 64
 """Places of a page."""
+CHUNK = 16
+"""Neighbouring tokens whose weight in attention is told as one number."""
 
 
 class RowCache:
@@ -75,6 +77,8 @@ class PagedKV:
     positions are already applied to the keys and depend on the position, not on the place, so moved keys stay valid.
 
     slots, capacity: sequences, and most tokens of each. page: places of a page. limit: pages in all; None: enough for every slot.
+    attended: if it is not None, targets that can (the compiled decoder) store in it, for each slot, how much weight the last rows of
+    its last forward gave to every `chunk` tokens, summed over rows, heads and layers. Rows with a view of the cache tell nothing.
     On a CPU memory is taken when a page is first used, not before.
     """
 
@@ -99,6 +103,8 @@ class PagedKV:
         self.k: Tensor = lazy_zeros(shape, dtype, device)
         self.v: Tensor = lazy_zeros(shape, dtype, device)
         self.length: list[int] = [0] * slots
+        self.attended: dict[int, Tensor] | None = None
+        self.chunk = CHUNK
         self._table = self.pages.tensor
         self._ruler = torch.arange(page)
 
@@ -172,6 +178,8 @@ class PagedKV:
         """Clear these slots."""
         for slot in slots:
             self.length[slot] = 0
+            if self.attended is not None:
+                self.attended.pop(slot, None)
             for page in self.pages.drop(slot, 0):
                 self.pages.give_back(page)
 

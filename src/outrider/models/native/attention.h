@@ -16,6 +16,7 @@ namespace outrider {
 
 constexpr int SUM_LANES = 16;  // of a sum, whatever the CPU's vectors are
 constexpr int PART = 512;      // visible keys of a part
+constexpr int CHUNK = 16;      // of which it is told how much weight they got
 
 // Visible keys of one row in one layer: the numbers first : last of its sequence; number `cached` + i is its path's place i.
 struct Visible {
@@ -115,11 +116,13 @@ class Attention {
         }
     }
 
-    // sums[q * Sums::size] = what each query sees of a part.
-    void part(int64_t index, float* sums) {
+    // sums[q * Sums::size] = what each query sees of a part. mass[q * PART / CHUNK + c], if it is not null: the sum of exp(scale *
+    // (score - largest of the part)) over the keys c * CHUNK : (c + 1) * CHUNK of the part.
+    void part(int64_t index, float* sums, float* mass = nullptr) {
         const int64_t low = index * PART, high = low + PART, size = Sums::size(in_.width);
         const int64_t ld = line_size(PART);
         for (int q = 0; q < queries_; ++q) std::memset(sums + q * size, 0, size * sizeof(float));
+        if (mass) std::memset(mass, 0, queries_ * (PART / CHUNK) * sizeof(float));
         score(low, high);
         // what all queries see of this part
         const int64_t from = most_ > low ? most_ : low, to = shared_ < high ? shared_ : high;
@@ -135,6 +138,7 @@ class Attention {
                     line[j - low] = own_score_[q * line_size(s_.rows()) + row.path[j - cached_]];
             const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
             mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.scale, mine);
+            for (int j = 0; mass && j < n; ++j) mass[q * (PART / CHUNK) + j / CHUNK] += line[j];
             weigh_alone(row, line, low, a, joint && from < b ? from : b, mine + Sums::HEAD);
         }
         if (!joint) return;

@@ -88,6 +88,7 @@ class Decoder {
         return x_.reserve(c_.rows * x_size_) && cosine_.reserve(c_.rows * half_) && sine_.reserve(c_.rows * half_) &&
                normed_.reserve(c_.rows > c_.scored ? c_.rows : c_.scored, m_.hidden, normed_stores_) &&
                query_.reserve(c_.rows * m_.heads * query_size_) && kept_.reserve(m_.kv_heads * plan_.kept * sums_size_) &&
+               mass_.reserve(c_.mass ? m_.kv_heads * plan_.kept * (PART / CHUNK) : 0) &&
                mixed_.reserve(c_.rows, m_.heads * m_.head_dim, mixed_stores_) &&
                inner_.reserve(c_.rows, m_.inner, inner_stores_) && scratch_.reserve(c_.threads * scratch_size_);
     }
@@ -186,7 +187,10 @@ class Decoder {
              query_ + (head * c_.rows + row) * group_ * query_size_, cache(c_.k, l, head), cache(c_.v, l, head), score_scale()},
             scratch + scores_at_
         );
-        if (task.kept >= 0) return attention.part(unit.from, kept(head, task, unit.from));
+        if (task.kept >= 0) {
+            float* mass = task.mass ? mass_ + place(head, task, unit.from) * (PART / CHUNK) : nullptr;
+            return attention.part(unit.from, kept(head, task, unit.from), mass);
+        }
         float *sums = scratch + sums_at_, *more = sums + queries * sums_size_;
         for (int64_t part = unit.from; part < unit.to; ++part) {
             attention.part(part, part == unit.from ? sums : more);
@@ -207,7 +211,22 @@ class Decoder {
         for (int64_t part = 1; part < task.parts; ++part)
             for (int64_t at = 0; at < size; at += sums_size_)
                 Sums::fold(sums + at, kept(head, task, part) + at, m_.head_dim, score_scale());
+        if (task.mass) tell(head, task, sums);
         finish(head, task, sums);
+    }
+
+    // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does.
+    void tell(int64_t head, const Task& task, const float* sums) {
+        constexpr int64_t CHUNKS = PART / CHUNK;
+        float* out = c_.mass + (head * c_.segments + task.segment) * c_.chunks;
+        for (int64_t part = 0; part < task.parts; ++part)
+            for (int64_t q = 0; q < task.count * group_; ++q) {
+                const float *seen = kept(head, task, part) + q * sums_size_, *all = sums + q * sums_size_;
+                if (seen[1] == 0.0f) continue;
+                const float share = exp_near(vf{} + (seen[0] - all[0]) * score_scale())[0] / all[1];
+                const float* mass = mass_ + (place(head, task, part) + q) * CHUNKS;
+                for (int64_t i = 0; i < CHUNKS; ++i) out[part * CHUNKS + i] += share * mass[i];
+            }
     }
 
     void finish(int64_t head, const Task& task, float* sums) {
@@ -219,7 +238,10 @@ class Decoder {
     }
 
     float* kept(int64_t head, const Task& task, int64_t part) const {
-        return kept_ + (head * plan_.kept + task.kept + part * task.count * group_) * sums_size_;
+        return kept_ + place(head, task, part) * sums_size_;
+    }
+    int64_t place(int64_t head, const Task& task, int64_t part) const {
+        return head * plan_.kept + task.kept + part * task.count * group_;
     }
 
     float score_scale() const { return 1.0f / std::sqrt((float)m_.head_dim); }
@@ -268,7 +290,7 @@ class Decoder {
     int64_t group_ = 1, half_ = 0, block_ = BLOCK;
     int normed_stores_ = 0, mixed_stores_ = 0, inner_stores_ = 0;
     int64_t x_size_, query_size_, scratch_size_, tile_at_, scores_at_, sums_at_, sums_size_;
-    Buffer<float> x_, cosine_, sine_, scratch_, kept_;
+    Buffer<float> x_, cosine_, sine_, scratch_, kept_, mass_;
     Buffer<Item> query_;
     Input normed_, mixed_, inner_;
 };

@@ -41,6 +41,8 @@ struct CallPointers {
     void* const* tap_out;    // [taps] each [rows, hidden] of the cache's type
     void *k, *v;             // [layers, kv_heads, pages * page, head_dim]
     float* logits;           // [scored, vocab]
+    float* mass;             // [kv_heads, segments, chunks] see Attention::part, added up over layers; null: not wanted
+    int64_t chunks;
 };
 
 enum Status { OK = 0, BAD_TOKEN = 1, BAD_SEGMENT = 2, NO_ROOM = 3, NO_MEMORY = 4, BAD_ROW = 5 };
