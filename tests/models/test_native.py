@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def shape(**changes: object) -> DecoderConfig:
     return dataclasses.replace(config, window=window, inv_freq=inv_freq)
 
 
+FREQUENCIES = [base ** -(torch.arange(0, 16, 2).float() / 16) for base in (1e6, 1e3)]
+"""Of the first 16 numbers of a head."""
 SHAPES = {
     "plain": (shape(), ()),
     "odd sizes": (shape(vocab_size=77, hidden=50, heads=5, kv_heads=1, head_dim=40, inner=71, layers=2), ()),
@@ -67,7 +70,19 @@ SHAPES = {
     "windows": (shape(window=(6, 0, 3)), ()),
     "biases": (shape(), ("qkv_bias", "o_bias")),
     "norms": (shape(head_dim=24, rope_scale=1.2), ("q_norm", "k_norm")),
-}
+    "four norms, bounds, two frequencies": (
+        dataclasses.replace(
+            shape(window=(5, 0, 5), head_dim=24, activation="gelu_pytorch_tanh", attention_scale=0.31, attention_cap=3.0,
+                  embed_scale=2.1, embed_scale_rounded=True, logit_cap=4.0, turns=(1, 0, 1), wide_norms=True),
+            inv_freq=FREQUENCIES[0], local_freq=FREQUENCIES[1],
+        ),
+        ("q_norm", "k_norm", "post1", "post2"),
+    ),
+    "norms behind, of rows, factors": (
+        shape(turns=(0, -1, 0), residual_scale=0.7, embed_scale=1.7, logit_scale=0.4, wide_norms=True),
+        ("q_norm of rows", "k_norm of rows", "post1", "post2", "no norm1", "no norm2"),
+    ),
+}  # fmt: skip
 
 
 def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dtype, seed: int = 0) -> DecoderWeights:
@@ -81,23 +96,35 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
     def vector(n: int, middle: float) -> Tensor:
         return (middle + 0.3 * torch.randn(n, generator=rng)).to(dtype)
 
+    def norm(n: int, middle: float = 1.0) -> Tensor:
+        weight = vector(n, middle)
+        return weight.float() if c.wide_norms else weight
+
     def layer() -> LayerWeights:
+        rows = "q_norm of rows" in extras
         return LayerWeights(
-            norm1=vector(c.hidden, 1.0),
+            norm1=None if "no norm1" in extras else norm(c.hidden),
             qkv=matrix(wide + 2 * kv, c.hidden, 1.5),
             qkv_bias=vector(wide + 2 * kv, 0.0) if "qkv_bias" in extras else None,
-            q_norm=vector(c.head_dim, 1.5) if "q_norm" in extras else None,
-            k_norm=vector(c.head_dim, 1.5) if "k_norm" in extras else None,
+            q_norm=norm(wide if rows else c.head_dim, 1.5) if rows or "q_norm" in extras else None,
+            k_norm=norm(kv if rows else c.head_dim, 1.5) if rows or "k_norm" in extras else None,
             o=matrix(c.hidden, wide),
             o_bias=vector(c.hidden, 0.0) if "o_bias" in extras else None,
-            norm2=vector(c.hidden, 1.0),
+            norm2=None if "no norm2" in extras else norm(c.hidden),
             gate_up=matrix(2 * c.inner, c.hidden),
             down=matrix(c.hidden, c.inner, 2.0),
+            post1=norm(c.hidden) if "post1" in extras else None,
+            post2=norm(c.hidden) if "post2" in extras else None,
         )
 
     layers = tuple(layer() for _ in range(c.layers))
     return DecoderWeights(
-        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0), dtype
+        matrix(c.vocab_size, c.hidden, 4.0),
+        layers,
+        norm(c.hidden),
+        matrix(c.vocab_size, c.hidden, 3.0),
+        dtype,
+        c.wide_norms,
     )
 
 
@@ -138,28 +165,51 @@ def reference(config: DecoderConfig, weights: DecoderWeights, path: list[int]) -
     """Logits [V] behind the last token of `path` and the hidden states [H] of that token after each block, all in float64."""
     c, n = config, len(path)
     d = lambda t: t.double()  # noqa: E731
-    norm = lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + c.eps).sqrt() * d(w)  # noqa: E731
-    angle = torch.arange(n).double()[:, None] * c.inv_freq.double()
-    cos, sin = c.rope_scale * torch.cat([angle, angle], -1).cos(), c.rope_scale * torch.cat([angle, angle], -1).sin()
-    half = c.head_dim // 2
-    rope = lambda x: x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin  # noqa: E731
-    x = d(weights.embedding)[path]
+    norm = lambda x, w: x if w is None else x / (x.pow(2).mean(-1, keepdim=True) + c.eps).sqrt() * d(w)  # noqa: E731
+    capped = lambda x, cap: x if not cap else cap * torch.tanh(x / cap)  # noqa: E731
+    x = d(weights.embedding)[path] * c.scale_of_embeddings(weights.dtype)
     hidden = [x[-1]]
-    for w, window in zip(weights.layers, c.window, strict=True):
+    act = torch.nn.functional.silu if c.activation == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
+    for i, (w, window) in enumerate(zip(weights.layers, c.window, strict=True)):
+        rope = rotation(c, n, c.turn_of(i))
         qkv = norm(x, w.norm1) @ d(w.qkv).T + (0 if w.qkv_bias is None else d(w.qkv_bias))
-        heads = qkv.view(n, c.heads + 2 * c.kv_heads, c.head_dim).transpose(0, 1)
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads])
-        q, k = (q, k) if w.q_norm is None or w.k_norm is None else (norm(q, w.q_norm), norm(k, w.k_norm))
+        sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+        parts = list(qkv.split(sizes, -1))
+        for j, weight in enumerate((w.q_norm, w.k_norm)):
+            if weight is not None:
+                parts[j] = norm(parts[j].view(n, -1, len(weight)), weight).reshape(n, -1)
+        q, k, v = (t.view(n, -1, c.head_dim).transpose(0, 1) for t in parts)
         k, v = (t.repeat_interleave(c.heads // c.kv_heads, 0) for t in (rope(k), v))
-        score = rope(q) @ k.transpose(1, 2) * c.head_dim**-0.5
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        score = capped(rope(q) @ k.transpose(1, 2) * scale, c.attention_cap)
         age = torch.arange(n)[:, None] - torch.arange(n)
         seen = (age >= 0) & (age < window if window else torch.ones(n, n, dtype=torch.bool))
         mixed = score.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-        x = x + mixed.transpose(0, 1).reshape(n, -1) @ d(w.o).T + (0 if w.o_bias is None else d(w.o_bias))
+        part = mixed.transpose(0, 1).reshape(n, -1) @ d(w.o).T + (0 if w.o_bias is None else d(w.o_bias))
+        x = x + c.residual_scale * norm(part, w.post1)
         gate, up = (norm(x, w.norm2) @ d(w.gate_up).T).chunk(2, -1)
-        x = x + (torch.nn.functional.silu(gate) * up) @ d(w.down).T
+        x = x + c.residual_scale * norm((act(gate) * up) @ d(w.down).T, w.post2)
         hidden.append(x[-1])
-    return norm(x, weights.norm)[-1] @ d(weights.head).T, hidden
+    logits = norm(x, weights.norm)[-1] @ d(weights.head).T
+    return capped(c.logit_scale * logits, c.logit_cap), hidden
+
+
+def rotation(c: DecoderConfig, n: int, turn: int) -> Callable[[Tensor], Tensor]:
+    """Turns queries or keys [heads, n, head_dim] of positions 0 .. n - 1."""
+    if turn < 0:
+        return lambda x: x
+    inv_freq = c.local_freq if turn and c.local_freq is not None else c.inv_freq
+    angle = torch.arange(n).double()[:, None] * inv_freq.double()
+    cos, sin = c.rope_scale * torch.cat([angle, angle], -1).cos(), c.rope_scale * torch.cat([angle, angle], -1).sin()
+    half, size = len(inv_freq), 2 * len(inv_freq)
+
+    def turned(x: Tensor) -> Tensor:
+        front = x[..., :size]
+        return torch.cat(
+            [front * cos + torch.cat([-front[..., half:], front[..., :half]], -1) * sin, x[..., size:]], -1
+        )
+
+    return turned
 
 
 def paths_of(rows: Rows, history: dict[int, list[int]]) -> list[list[int]]:
@@ -209,7 +259,7 @@ def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
             assert (scores.hidden[tap][row] - hidden).abs().max() <= tolerance(dtype) * hidden.abs().max()
 
 
-SENSITIVE = ("plain", "odd sizes", "one head each", "windows", "biases", "norms")
+SENSITIVE = ("plain", "odd sizes", "one head each", "windows", "biases", "norms", *list(SHAPES)[-2:])
 
 
 @pytest.fixture

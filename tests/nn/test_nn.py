@@ -15,7 +15,7 @@ import outrider.nn
 from outrider.errors import CapacityError
 from outrider.nn import rope
 from outrider.nn.attention import attend
-from outrider.nn.kv import PagedKV, RowCache, check_kept, check_room
+from outrider.nn.kv import RowCache, check_kept, check_room
 from outrider.nn.layers import FusedLayer, Mlp, rms_norm
 from outrider.nn.masks import ancestor_mask
 from outrider.types import Draft, Rows, Segment

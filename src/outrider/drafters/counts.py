@@ -139,7 +139,8 @@ class Counts:
         """Nothing to allocate."""
 
     def release(self, slots: Sequence[int]) -> None:
-        """Nothing is kept."""
+        """Nothing is kept but what growing has learnt."""
+        self.growth.forget(slots)
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """Up to `budget[i]` levels for sequence i, none beyond the picture."""

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.drafters.tree.forest import Forest
-from outrider.drafters.tree.growth import Levels, level_logits
+from outrider.drafters.tree.growth import LevelLogits, Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.errors import ConfigError
 from outrider.types import Draft, Evidence, SequenceView
@@ -62,7 +62,7 @@ class Jacobi:
         if live:
             each = [self._logits(evidence, i, known[i], max(depths)) for i in live]
             logits = torch.stack(each, 1)
-            self.growth.grow(evidence, depths, forest, logits[0], level_logits(logits, depths, forest))
+            self.growth.grow(evidence, depths, forest, logits[0], LevelLogits(logits, depths, forest))
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _logits(self, evidence: Evidence, i: int, known: list[int], depth: int) -> Float[Tensor, "d V"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outrider.drafters.context import Context, new_rows
 from outrider.drafters.tree.forest import Forest
-from outrider.drafters.tree.growth import Growth, level_logits
+from outrider.drafters.tree.growth import Growth, LevelLogits
 from outrider.errors import ConfigError
 from outrider.types import Draft, Evidence
 
@@ -43,6 +43,7 @@ class LastStateDrafter:
     def release(self, slots: Sequence[int]) -> None:
         """Clear these slots."""
         self._context.release(slots)
+        self.growth.forget(slots)
         for slot in slots:
             self._state.pop(slot, None)
 
@@ -60,5 +61,5 @@ class LastStateDrafter:
         forest = Forest(len(budget))
         if rows:
             logits = self._predict(torch.stack(rows).to(self._dtype))
-            self.growth.grow(evidence, depths, forest, logits[0], level_logits(logits, depths, forest))
+            self.growth.grow(evidence, depths, forest, logits[0], LevelLogits(logits, depths, forest))
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from outrider.drafters.tree.growth import BestFirst, Growth, Levels, Sample, Siblings
+from outrider.drafters.tree.gain import LEAST, ByGain, Dynamic
+from outrider.drafters.tree.growth import Growth, Levels, Sample, Siblings
 from outrider.drafters.tree.shapes import MergedDrafts, Shape, Static, levels
 from outrider.errors import ConfigError
 
@@ -25,8 +26,9 @@ WAYS: dict[str, Siblings] = {"tree": "without_replacement", "iid": "iid", "hub":
 class DraftSpec:
     """The prefix before a path: how the drafter grows its drafts.
 
-    path: the rest, which names the drafter. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a best-first tree, and
-    the number of children considered per node; its depth is the shape's.
+    path: the rest, which names the drafter. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a tree that is rebuilt in
+    every step, and the number of children considered per node; its depth is the shape's. stop: tokens that a further level of a
+    chain must be expected to bring, see `gain.ByGain`.
     """
 
     path: str
@@ -34,12 +36,16 @@ class DraftSpec:
     siblings: Siblings
     shape: Shape
     dynamic: tuple[int, int] | None = None
+    stop: float | None = None
 
     def growth(self, vocab_size: int) -> Growth:
         """How drafts over `vocab_size` tokens grow."""
         if self.dynamic is not None:
             nodes, width = self.dynamic
-            return BestFirst(nodes, self.shape.depth, vocab_size, width=width)
+            return Dynamic(nodes, self.shape.depth, vocab_size, width=width, sample=self.sample)
+        if self.stop is not None:
+            depth = self.shape.depth
+            return ByGain(depth, depth, vocab_size, least=self.stop, sample=self.sample)
         return Levels(self.shape, vocab_size, sample=self.sample, siblings=self.siblings)
 
     def at_most(self, depth: int) -> DraftSpec:
@@ -51,6 +57,8 @@ class DraftSpec:
 
 def parse_draft(spec: str, length: int, sample: Sample) -> DraftSpec:
     """Parse a spec after the drafters without a model: how to grow, and the drafter's path. Raises ConfigError for bad grammar."""
+    if spec.startswith("stop:"):
+        return _stopping(spec, length, sample)
     if spec.startswith("greedy:"):
         return DraftSpec(spec.removeprefix("greedy:"), "greedy", "iid", levels((1,) * length))
     if spec.startswith("dynamic:"):
@@ -65,6 +73,21 @@ def parse_draft(spec: str, length: int, sample: Sample) -> DraftSpec:
         path, shape, siblings = _shape(spec, length)
         return DraftSpec(path, sample, siblings, shape)
     return DraftSpec(spec, sample, "iid", levels((1,) * length))
+
+
+def _stopping(spec: str, length: int, sample: Sample) -> DraftSpec:
+    """A chain that stops early: 'stop:PATH' or 'stop:0.3:PATH', where PATH may begin with 'greedy:'."""
+    found = re.fullmatch(r"stop(?::(\d?\.?\d{1,4}))?:(.*)", spec)
+    least = float(found.group(1) or LEAST) if found else 1.0
+    if found is None or not 0.0 < least < 1.0:
+        raise ConfigError(
+            "a chain that stops early is written 'stop:PATH', or 'stop:0.3:PATH' with the tokens between 0 and 1 that a further token "
+            f"must be expected to bring, got {spec!r}"
+        )
+    inner = parse_draft(found.group(2), length, sample)
+    if inner.dynamic is not None or inner.stop is not None or found.group(2).partition(":")[0] in SHAPES:
+        raise ConfigError(f"only chains stop early, and {found.group(2)!r} is none: drop 'stop:', or the prefix behind it")
+    return replace(inner, stop=least)
 
 
 def _shape(spec: str, length: int) -> tuple[str, Shape, Siblings]:

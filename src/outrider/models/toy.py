@@ -56,6 +56,7 @@ class TableTarget:
     trees = True
     rewinds = True
     views = True
+    uniform_rows = 1 << 30  # a row's logits are a line of the table
     notices: tuple[str, ...] = ()
 
     def __init__(self, logits: Float[Tensor, "..."], *, order: int = 1, max_length: int = 1 << 16) -> None:

@@ -11,8 +11,9 @@ not repeated g times. Long prompts are left to `scaled_dot_product_attention`'s 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,11 @@ def attend(
     return out[0]
 
 
+def capped(x: Tensor, cap: float) -> Tensor:
+    """x bounded softly by `cap`: cap tanh(x / cap) (Gemma 2)."""
+    return torch.tanh(x / cap) * cap
+
+
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Float[Tensor, "h n E"]:
@@ -68,7 +74,7 @@ def _explicit(
     groups = q.shape[0] // k.shape[0]
     score = q @ k.repeat_interleave(groups, 0).mT * scale
     if softcap:
-        score = torch.tanh(score / softcap) * softcap
+        score = capped(score, softcap)
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf)
     if sinks is not None:
@@ -89,14 +95,24 @@ class _View:
 class AttentionPlan:
     """Where the rows of one forward write their keys and values, and which places they see.
 
-    window: sliding window of each layer, 0 for none. heads: query heads, a multiple of the cache's.
+    window: sliding window of each layer, 0 for none. heads: query heads, a multiple of the cache's. scale: of the scores (None:
+    head_dim ** -0.5). cap: their soft bound, 0 for none.
     """
 
-    def __init__(self, rows: Rows, kv: PagedKV, heads: int, window: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        kv: PagedKV,
+        heads: int,
+        window: tuple[int, ...],
+        *,
+        scale: float | None = None,
+        cap: float = 0.0,
+    ) -> None:
         self._window = window
         self._heads, self._kv_heads = heads, kv.k.shape[1]
         runs = _runs(rows.segments)
-        self._pieces = [_Piece(run, kv, heads // self._kv_heads, set(window)) for run in runs]
+        self._pieces = [_Piece(run, kv, heads // self._kv_heads, set(window), _product(scale, cap)) for run in runs]
         self._write = _writer(rows, kv)
 
     def __call__(
@@ -113,8 +129,11 @@ class AttentionPlan:
 class _Piece:
     """Segments of n rows each in neighbouring slots: one attention call per layer."""
 
-    def __init__(self, run: list[Segment], kv: PagedKV, group: int, windows: Iterable[int]) -> None:
+    def __init__(
+        self, run: list[Segment], kv: PagedKV, group: int, windows: Iterable[int], product: Callable[..., Tensor]
+    ) -> None:
         first = run[0]
+        self._product = product
         self._batch, self._count = len(run), first.count
         self.rows = slice(first.first, first.first + self._batch * self._count)
         self._kv, self._kv_heads, self._group = kv, kv.k.shape[1], group
@@ -146,7 +165,7 @@ class _Piece:
         key, value = self._read(self._kv.k[layer], view.places), self._read(self._kv.v[layer], view.places)
         if not self._folded:
             rows = q.view(self._batch, self._count, -1, q.shape[-1]).transpose(1, 2)
-            out = F.scaled_dot_product_attention(
+            out = self._product(
                 rows, key, value, attn_mask=view.mask, is_causal=view.causal, enable_gqa=self._group > 1
             )
             return out.transpose(1, 2).reshape(q.shape[0], -1)
@@ -154,8 +173,31 @@ class _Piece:
         rows = (
             q.view(b, heads, g, d) if n == 1 else q.view(b, n, heads, g, d).transpose(1, 2).reshape(b, heads, n * g, d)
         )
-        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=view.mask)
+        out = self._product(rows, key, value, attn_mask=view.mask)
         return out.view(b, heads, n, g, d).transpose(1, 2).reshape(b * n, heads * g * d)
+
+
+def _product(scale: float | None, cap: float) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` with a scale, or written out with a bound of its scores, which it does not have."""
+    if not cap:
+        return partial(F.scaled_dot_product_attention, scale=scale)
+
+    def written_out(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool = False, enable_gqa: bool = False
+    ) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        score = q @ k.repeat_interleave(groups, 1).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        score = capped(score, cap)
+        if is_causal:
+            attn_mask = ancestor_mask(q.shape[2], (), 0).to(q.device)
+            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(
+                ~attn_mask, -torch.inf
+            )
+        score = score if attn_mask is None else score + attn_mask
+        weight = torch.softmax(score, -1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
+        return weight @ v.repeat_interleave(groups, 1)
+
+    return written_out
 
 
 def _places(run: list[Segment], kv: PagedKV, start: int, end: int) -> slice | Int[Tensor, "places"]:

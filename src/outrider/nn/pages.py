@@ -66,10 +66,18 @@ class Pages:
         self.uses[old] -= 1
         return old, new
 
+    def exchange(self, slot: int, index: int, page: int) -> list[int]:
+        """Give a slot a page that is not free in place of one that it has; the old one, if nobody holds it any more."""
+        at = slot * self.per_slot + index
+        old, self.table[at] = self.table[at], page
+        self.uses[page] += 1
+        self.uses[old] -= 1
+        return [] if self.uses[old] else [old]
+
     def drop(self, slot: int, kept: int) -> list[int]:
         """Take all but the first pages from a slot; those that nobody holds any more, the last one first. They are not free yet."""
         first, last = slot * self.per_slot + kept, slot * self.per_slot + self.held[slot]
-        gone = [page for page in reversed(self.table[first:last])]
+        gone = list(reversed(self.table[first:last]))
         self.table[first:last] = array("q", [-1]) * (last - first)
         self.held[slot] = min(kept, self.held[slot])
         for page in gone:

@@ -103,15 +103,21 @@ ALIASES: Mapping[str, str] = MappingProxyType({"auto": SpeculativeSampling.name}
 def best_exact(drafter: Drafter) -> Rule:
     """The lossless rule that accepts most of this drafter's proposals: what "auto" means for an engine.
 
-    Block verification on chains of two or more tokens (never below speculative sampling, and the same for one token); optimal
-    transport on trees (no rule that works node by node accepts more of i.i.d. siblings; for others it is recursive rejection).
-    Proofs: docs/theory.md, sections 3 and 4.
+    Block verification on chains of two or more tokens (never below speculative sampling, and the same for one token); traversal on
+    trees drawn without replacement, which is block verification on them; optimal transport on other trees (no rule that works node
+    by node accepts more of i.i.d. siblings). Proofs: docs/theory.md, sections 3 and 4.
     """
     if drafter.trees:
-        return OptimalTransport()
+        return Traversal() if _without_replacement(drafter) else OptimalTransport()
     if getattr(drafter, "keyed", False):  # block verification would not be exact: see drafters/jacobi.py
         return SpeculativeSampling()
     return BlockVerification() if drafter.max_depth > 1 else SpeculativeSampling()
+
+
+def _without_replacement(drafter: Drafter) -> bool:
+    """Whether the siblings that this drafter draws, or one of those that it joins, are drawn without replacement."""
+    parts = getattr(drafter, "parts", (drafter,))
+    return any(getattr(getattr(part, "growth", None), "siblings", "") == "without_replacement" for part in parts)
 
 
 def reads_codes(text: str) -> bool:

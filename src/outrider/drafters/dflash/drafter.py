@@ -18,7 +18,7 @@ from outrider.drafters.context import Context, new_rows, taps_of
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
-from outrider.drafters.tree.growth import Growth, level_logits
+from outrider.drafters.tree.growth import Growth, LevelLogits
 from outrider.errors import ConfigError
 from outrider.nn.attention import attend
 from outrider.nn.kv import RowCache
@@ -71,6 +71,7 @@ class DFlashDrafter:
         """Forget these slots."""
         self.cache.release(slots)
         self.context.release(slots)
+        self.growth.forget(slots)
 
     @torch.inference_mode()
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
@@ -86,7 +87,7 @@ class DFlashDrafter:
                 live.append(view)
         if live:
             logits = self._block(live)
-            self.growth.grow(evidence, depths, forest, logits[0], level_logits(logits, depths, forest))
+            self.growth.grow(evidence, depths, forest, logits[0], LevelLogits(logits, depths, forest))
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
     def _catch_up(self, evidence: Evidence) -> None:

@@ -100,6 +100,7 @@ class EagleDrafter:
         """Forget these slots."""
         self.cache.release(slots)
         self.context.release(slots)
+        self.growth.forget(slots)
         for slot in slots:
             self._states[slot] = SlotState()
 

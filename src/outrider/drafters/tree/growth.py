@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -62,16 +62,21 @@ class Growth(Protocol):
         """
         ...
 
+    def forget(self, slots: Sequence[int]) -> None:
+        """Clear what was learnt of these slots; a drafter calls it when they are released."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
-class _Level:
+class Level:
     """One level about to be drawn: `frontier[e]` = (sequence, node, state of the shape) whose children row e of the logits decides.
 
     width: most children of any node of the shape, so that a node's noise does not depend on other nodes.
-    kinds[i]: how the nodes of sequence i are chosen, see `Levels._kind`.
+    kinds[i]: how the nodes of sequence i are chosen, see `Levels.kind`.
     """
 
     evidence: Evidence
+    forest: Forest
     depth: int
     width: int
     frontier: list[tuple[int, int, int]]
@@ -94,6 +99,15 @@ class _Level:
             for i in {self.frontier[e][0] for e in rows}
         }
         return torch.stack([own[self.frontier[e][0]] for e in rows])
+
+
+class Chosen(NamedTuple):
+    """Children of the frontier entries `rows`, all chosen in one way: `probs` is what they were drawn from, or logits ("raw")."""
+
+    kind: str
+    rows: list[int]
+    probs: Tensor
+    drawn: Pending[draws.Drawn]
 
 
 class Levels:
@@ -137,33 +151,24 @@ class Levels:
     ) -> None:
         """See `Growth.grow`."""
         frontier = [(i, -1, self.shape.start) for i, d in enumerate(depths) if d]
-        kinds = [self._kind(v.params) for v in evidence.sequences]
+        kinds = [self.kind(v.params) for v in evidence.sequences]
         for depth in range(1, self.depth + 1):
-            level = _Level(evidence, depth, self.shape.width, frontier, kinds)
-            new = self._level(level, to_vocabulary(logits, self.vocab_size), forest)
+            level = Level(evidence, forest, depth, self.shape.width, frontier, kinds)
+            new = self._level(level, to_vocabulary(logits, self.vocab_size))
             frontier = [(i, k, state) for i, k, state in new if depths[i] > depth and self.shape.children(state)]
             if not frontier:
                 return
             logits = follow([(i, k) for i, k, _ in frontier])
 
-    def _level(self, level: _Level, logits: Float[Tensor, "n V"], forest: Forest) -> list[tuple[int, int, int]]:
+    def forget(self, slots: Sequence[int]) -> None:
+        """A fixed shape learns nothing."""
+
+    def _level(self, level: Level, logits: Float[Tensor, "n V"]) -> list[tuple[int, int, int]]:
         """Choose the children of every frontier node and add them to the forest; returns new (sequence, node, state) triples."""
-        views = level.evidence.sequences
-        groups: list[tuple[str, list[int], Tensor, Pending[draws.Drawn]]] = []
-        for kind in sorted({level.kinds[i] for i, _, _ in level.frontier}):
-            rows = [e for e, (i, _, _) in enumerate(level.frontier) if level.kinds[i] == kind]
-            mine = logits if len(rows) == len(level.frontier) else logits[rows]
-            if kind == "raw":
-                chosen = draws.top(mine, level.width)
-            else:
-                frontier = [level.frontier[e] for e in rows]
-                mine = level.evidence.pipeline(
-                    mine, [views[i] for i, _, _ in frontier], [forest.path(i, k) for i, k, _ in frontier]
-                )
-                chosen = draws.top(mine, level.width, floor=0.0) if kind == "edited" else self._draw(mine, level, rows)
-            groups.append((kind, rows, mine, chosen))
+        forest = level.forest
+        groups = self.choose(level, logits)
         new: list[tuple[int, int, int]] = []
-        for (kind, rows, mine, _), drawn in zip(groups, fetch(*(g[3] for g in groups)), strict=True):
+        for (kind, rows, mine, _), drawn in zip(groups, fetch(*(g.drawn for g in groups)), strict=True):
             first = forest.add_distributions(mine, drawn.sound) if kind == "drawn" else POINT_MASS
             for j, (e, chosen) in enumerate(zip(rows, drawn.tokens, strict=True)):
                 i, up, state = level.frontier[e]
@@ -173,19 +178,37 @@ class Levels:
                 new += [(i, forest.add(i, up, t, row), s) for t, s in zip(tokens, after, strict=True)]
         return new
 
-    def _kind(self, params: SamplingParams) -> str:
+    def choose(self, level: Level, logits: Float[Tensor, "n V"]) -> list[Chosen]:
+        """`level.width` children of every frontier entry, entries of one kind together; their distributions, not yet read."""
+        views = level.evidence.sequences
+        groups: list[Chosen] = []
+        for kind in sorted({level.kinds[i] for i, _, _ in level.frontier}):
+            rows = [e for e, (i, _, _) in enumerate(level.frontier) if level.kinds[i] == kind]
+            mine = logits if len(rows) == len(level.frontier) else logits[rows]
+            if kind == "raw":
+                chosen = draws.top(mine, level.width)
+            else:
+                frontier = [level.frontier[e] for e in rows]
+                mine = level.evidence.pipeline(
+                    mine, [views[i] for i, _, _ in frontier], [level.forest.path(i, k) for i, k, _ in frontier]
+                )
+                chosen = draws.top(mine, level.width, floor=0.0) if kind == "edited" else self._draw(mine, level, rows)
+            groups.append(Chosen(kind, rows, mine, chosen))
+        return groups
+
+    def kind(self, params: SamplingParams) -> str:
         """How nodes are chosen: "drawn" from the request's distribution, or the best of that distribution ("edited") or of the
         logits."""
         if self.sample != "greedy" and not params.greedy:
             return "drawn"
         return "edited" if params.edits else "raw"
 
-    def _inverse_cdf(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> Pending[draws.Drawn]:
+    def _inverse_cdf(self, q: Float[Tensor, "r V"], level: Level, rows: list[int]) -> Pending[draws.Drawn]:
         uniform = level.uniforms(rows)
         draw = DRAWS[self.siblings] if level.width > 1 else draws.inverse_cdf
         return draw(q, uniform)
 
-    def _race(self, q: Float[Tensor, "r V"], level: _Level, rows: list[int]) -> Pending[draws.Drawn]:
+    def _race(self, q: Float[Tensor, "r V"], level: Level, rows: list[int]) -> Pending[draws.Drawn]:
         return draws.race(q, level.exponentials(rows, self.vocab_size, q.device), level.width)
 
 
@@ -231,6 +254,9 @@ class BestFirst:
         for i in live:
             forest.keep(i, sorted(self._best(value[i])))
 
+    def forget(self, slots: Sequence[int]) -> None:
+        """Every tree is made from its own logits alone."""
+
     def _expand(
         self,
         evidence: Evidence,
@@ -269,18 +295,21 @@ class BestFirst:
         return sorted(range(len(value)), key=lambda k: (-value[k], k))[: self.nodes]
 
 
-def level_logits(logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> NextLogits:
+class LevelLogits:
     """The `NextLogits` of drafters with one distribution per level, for every path: heads, and the slots of a block.
 
-    logits[d, j]: of level d + 1 for the j-th sequence i with depths[i] > 0.
+    logits[d, j]: of level d + 1 for the j-th sequence i with depths[i] > 0. They are there before the draft grows, so a further
+    level costs no pass.
     """
-    number = {i: n for n, i in enumerate(i for i, d in enumerate(depths) if d)}
 
-    def follow(frontier: list[tuple[int, int]]) -> Float[Tensor, "n W"]:
-        level = logits[len(forest.path(*frontier[0]))]
-        return level if len(frontier) == len(number) == 1 else level[[number[i] for i, _ in frontier]]
+    def __init__(self, logits: Float[Tensor, "levels n W"], depths: Sequence[int], forest: Forest) -> None:
+        self._number = {i: n for n, i in enumerate(i for i, d in enumerate(depths) if d)}
+        self._logits, self._forest = logits, forest
 
-    return follow
+    def __call__(self, frontier: list[tuple[int, int]]) -> Float[Tensor, "n W"]:
+        level = self._logits[len(self._forest.path(*frontier[0]))]
+        alone = len(frontier) == len(self._number) == 1
+        return level if alone else level[[self._number[i] for i, _ in frontier]]
 
 
 def to_vocabulary(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:

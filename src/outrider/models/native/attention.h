@@ -18,6 +18,12 @@ constexpr int SUM_LANES = 16;  // of a sum, whatever the CPU's vectors are
 constexpr int PART = 512;      // visible keys of a part
 constexpr int CHUNK = 16;      // of which it is told how much weight they got
 
+// x[0 : n] = cap * tanh(scale * x / cap). Up to LANES - 1 floats behind are overwritten.
+inline void bound_softly(float* x, int n, float scale, float cap) {
+    const float twice = 2.0f * scale / cap;
+    for (int i = 0; i < n; i += LANES) store(x + i, cap - 2.0f * cap / (exp_near(load<vf>(x + i) * twice) + 1.0f));
+}
+
 // Visible keys of one row in one layer: the numbers first : last of its sequence; number `cached` + i is its path's place i.
 struct Visible {
     int64_t first, last;
@@ -93,7 +99,9 @@ class Attention {
         int64_t window, width;
         const Item* query;
         const W *keys, *values;
-        float scale;
+        float scale, cap;  // cap: soft bound of the scores, 0 for none
+        // What the softmax multiplies scores by: bounded ones are scaled already.
+        float factor() const { return cap > 0.0f ? 1.0f : scale; }
     };
 
     // Floats of scratch: turned keys, and for every query its scores of a part and of `rows` own rows.
@@ -137,7 +145,8 @@ class Attention {
                 for (int64_t j = a > cached_ ? a : cached_; j < b; ++j)
                     line[j - low] = own_score_[q * line_size(s_.rows()) + row.path[j - cached_]];
             const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
-            mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.scale, mine);
+            if (in_.cap > 0.0f) bound_softly(line + (a - low), (int)(b - a), in_.scale, in_.cap);
+            mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.factor(), mine);
             for (int j = 0; mass && j < n; ++j) mass[q * (PART / CHUNK) + j / CHUNK] += line[j];
             weigh_alone(row, line, low, a, joint && from < b ? from : b, mine + Sums::HEAD);
         }

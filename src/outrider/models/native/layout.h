@@ -8,16 +8,20 @@ namespace outrider {
 class Linear;
 
 struct LayerPointers {
-    const float *norm1, *qkv_bias, *q_norm, *k_norm, *o_bias, *norm2;  // null where there is none
+    const float *norm1, *qkv_bias, *q_norm, *k_norm, *o_bias, *norm2, *post1, *post2;  // null where there is none
     const Linear *qkv, *o, *gate_up, *down;
-    int64_t window;  // 0: none
+    int64_t window;    // 0: none
+    int64_t turn;      // whose frequencies turn its heads: 0, 1, or -1: nobody's
+    int64_t row_norm;  // 1: q_norm and k_norm are of all heads of a row together
 };
 
 struct ModelPointers {
     int64_t vocab, hidden, layers, heads, kv_heads, head_dim, inner;
     int64_t half;  // 1: the cache and the taps are bf16, 0: float32
-    double eps, rope_scale;
-    const float* inv_freq;  // [head_dim / 2]
+    int64_t turned, frequencies;  // pairs of a head that are turned; tables of their frequencies
+    int64_t gelu;  // 1: the activation is GELU by tanh, 0: SiLU
+    double eps, rope_scale, attention_scale, attention_cap, embed_scale, residual_scale, logit_scale, logit_cap;  // caps: 0 for none
+    const float* inv_freq;  // [frequencies, turned]
     const float* norm;
     const Linear *embedding, *head;
     const LayerPointers* layer;

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from outrider import isa
 from outrider.errors import CapacityError, RequestError
-from outrider.models.decoder import DecoderConfig, DecoderWeights
+from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.kv import PagedKV
@@ -35,7 +35,16 @@ ROWS = 256
 class _Layer(ctypes.Structure):
     """`LayerPointers` of layout.h."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*VECTORS, *LINEARS)), ("window", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*VECTORS, *LINEARS)),
+        *((name, ctypes.c_int64) for name in ("window", "turn", "row_norm")),
+    ]
+
+
+_SHAPES = ("turned", "frequencies", "gelu")
+_FACTORS = (
+    "eps", "rope_scale", "attention_scale", "attention_cap", "embed_scale", "residual_scale", "logit_scale", "logit_cap",
+)  # fmt: skip
 
 
 class _Model(ctypes.Structure):
@@ -44,9 +53,9 @@ class _Model(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half")
+            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half", *_SHAPES)
         ),
-        *((name, ctypes.c_double) for name in ("eps", "rope_scale")),
+        *((name, ctypes.c_double) for name in _FACTORS),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
     ]
@@ -115,7 +124,9 @@ def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
     for name, tensor, shape in _expected(config, weights):
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
-        if tensor.dtype != weights.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        wide = weights.wide_norms and name.split()[0] in (*NORMS, "norm")
+        dtype = torch.float32 if wide else weights.dtype
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
     return None
 
@@ -124,12 +135,15 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
     """Every existing tensor, with the shape it must have."""
     c, wide = config, config.heads * config.head_dim
     fused = wide + 2 * config.kv_heads * config.head_dim
+    rows = any(layer.q_norm is not None and len(layer.q_norm) != c.head_dim for layer in weights.layers)
     shapes: dict[str, tuple[int, ...]] = {
         "norm1": (c.hidden,),
         "qkv": (fused, c.hidden),
         "qkv_bias": (fused,),
-        "q_norm": (c.head_dim,),
-        "k_norm": (c.head_dim,),
+        "q_norm": (wide,) if rows else (c.head_dim,),
+        "k_norm": (c.kv_heads * c.head_dim,) if rows else (c.head_dim,),
+        "post1": (c.hidden,),
+        "post2": (c.hidden,),
         "o": (c.hidden, wide),
         "o_bias": (c.hidden,),
         "norm2": (c.hidden,),
@@ -228,14 +242,20 @@ class NativeDecoder:
                     *(pointer(layer.vectors[name]) for name in VECTORS),
                     *(layer.linears[name].handle for name in LINEARS),
                     window,
+                    c.turn_of(i),
+                    int(layer.vectors["q_norm"] is not None and len(layer.vectors["q_norm"]) != c.head_dim),
                 )
-                for layer, window in zip(w.layers, c.window, strict=True)
+                for i, (layer, window) in enumerate(zip(w.layers, c.window, strict=True))
             )
         )  # kept, as all that the decoder has pointers to
-        self._inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
+        tables = [c.inv_freq] if c.local_freq is None else [c.inv_freq, c.local_freq]
+        self._inv_freq = torch.stack(tables).to("cpu", torch.float32).contiguous()
         half = int(w.dtype is torch.bfloat16)
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         model = _Model(
-            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, c.eps, c.rope_scale,
+            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half,
+            len(c.inv_freq), len(tables), int(c.activation != "silu"), c.eps, c.rope_scale, scale, c.attention_cap,
+            c.scale_of_embeddings(w.dtype), c.residual_scale, c.logit_scale, c.logit_cap,
             self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
