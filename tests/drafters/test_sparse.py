@@ -17,7 +17,9 @@ from tests.drafters.drafting import evidence, view
 V = 13
 
 
-def drafted(spec: Sparse, n: int, length: int = 4) -> tuple[SparseDrafter, TinyLM, Draft, list[torch.Tensor], list[int]]:
+def drafted(
+    spec: Sparse, n: int, length: int = 4
+) -> tuple[SparseDrafter, TinyLM, Draft, list[torch.Tensor], list[int]]:
     """A drafter after one draft behind `n` cached tokens; the cache's entries before and after it; the text."""
     target = TinyLM(V, sharp=3.0)
     drafter = SparseDrafter(target, spec, Levels(levels((1,) * length), V))
@@ -100,7 +102,9 @@ def test_specs(spec: str, found: Sparse) -> None:
     assert parse_sparse(spec) == found and found.size == sum(map(int, spec.partition(":")[2].split("+")))
 
 
-@pytest.mark.parametrize("spec", ["", "window", "window:16", "window:16+0", "snap:63", "pillar:x", "pillar:512+3", "int8"])
+@pytest.mark.parametrize(
+    "spec", ["", "window", "window:16", "window:16+0", "snap:63", "pillar:x", "pillar:512+3", "int8"]
+)
 def test_bad_specs_are_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match="sparse"):
         load_drafter(f"sparse:{spec}", target=TinyLM(V), length=3)

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.models.test_native import DTYPES, SHAPES, forest, native, new_kv, pytestmark, random_weights, run  # noqa: F401
 from torch import Tensor
 
 from outrider.models.decoder import DecoderConfig
 from outrider.models.lean import LeanTarget
 from outrider.nn.kv import PagedKV
 from outrider.types import Draft, Rows
+from tests.models.test_native import DTYPES, SHAPES, forest, native, new_kv, pytestmark, random_weights, run  # noqa: F401
 
 PART = 512
 BEHIND = [PART - 3, PART, 2 * PART - 2]
@@ -117,7 +117,7 @@ def test_a_view_sees_its_tokens_and_no_others(dtype: torch.dtype) -> None:
 
 
 def test_it_tells_the_weights_of_the_softmax() -> None:
-    """One layer, two KV heads, rows of a tree: sums of 16 tokens against a softmax in float64; all of them sum to the rows and heads."""
+    """One layer, rows of a tree: sums of 16 tokens against a softmax in float64; together they are the rows times the heads."""
     config, extras = SHAPES["plain"]
     config, n = replace(config, layers=1, window=(0,)), PART + 40
     weights = random_weights(config, extras, torch.float32)

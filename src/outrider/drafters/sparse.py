@@ -2,8 +2,8 @@
 
 At long context most of a step goes into reading keys and values, and most of those get hardly any weight. So the target with a view
 of a few hundred cached tokens is a drafter that costs little more than its weights, needs no training and no memory. The view is a
-list of ranges of the target's own cache: nothing is copied. Rows of drafted tokens are written behind the committed ones, as those of
-a verification are, and dropped again before it begins; the verification writes them anew with full attention.
+list of ranges of the target's own cache: nothing is copied. Rows of drafted tokens are written behind the committed ones, as those
+of a verification are, and dropped again before it begins; the verification writes them anew with full attention.
 
 Which tokens are seen, beside the newest:
 
@@ -79,7 +79,9 @@ def parse_sparse(spec: str) -> Sparse:
             recent = size // 4
             kind: Literal["snap", "pillar"] = "snap" if found.group(1) == "snap" else "pillar"
             return Sparse(kind, SINKS, recent, size - SINKS - recent, REFRESH if kind == "snap" else 0)
-        raise ConfigError(f"a sparse view of {size} tokens is too small: give at least {4 * SINKS}, as 'sparse:{spec[:4]}:512'")
+        raise ConfigError(
+            f"a sparse view of {size} tokens is too small: give at least {4 * SINKS}, as 'sparse:{spec[:4]}:512'"
+        )
     raise ConfigError(
         f"a sparse view is written 'sparse:window:16+496' (first and newest tokens), 'sparse:snap:512' or 'sparse:pillar:512', "
         f"got 'sparse:{spec}'"
@@ -128,7 +130,9 @@ class SparseDrafter:
         self._kv = kv
         if self.view.chosen:
             if not isinstance(kv, AttendedCache):
-                raise CapabilityError("this target's cache does not tell what was looked at: use 'sparse:window:16+496'")
+                raise CapabilityError(
+                    "this target's cache does not tell what was looked at: use 'sparse:window:16+496'"
+                )
             kv.attended = {}
 
     def release(self, slots: Sequence[int]) -> None:
@@ -166,13 +170,18 @@ class SparseDrafter:
     def _can(self, view: SequenceView) -> bool:
         return view.cached == len(view.tokens) - 1 and view.cached > self.view.size
 
-    def _feed(self, views: Sequence[SequenceView], tokens: dict[int, int], seen: dict[int, Ranges]) -> Float[Tensor, "n V"]:
+    def _feed(
+        self, views: Sequence[SequenceView], tokens: dict[int, int], seen: dict[int, Ranges]
+    ) -> Float[Tensor, "n V"]:
         """Logits after one more token of some sequences, whose keys and values are kept until the draft is made."""
         slots = [views[i].slot for i in tokens]
         at = [self.kv.length[slot] for slot in slots]
         drafted = Draft.empty(len(slots), self.target.device)
         rows = Rows.assemble(slots, [[token] for token in tokens.values()], at, drafted)
-        rows = replace(rows, segments=tuple(self._limited(s, views[i].cached, seen) for i, s in zip(tokens, rows.segments, strict=True)))
+        rows = replace(
+            rows,
+            segments=tuple(self._limited(s, views[i].cached, seen) for i, s in zip(tokens, rows.segments, strict=True)),
+        )
         logits = self.target.forward(rows, self.kv).logits
         self.kv.commit(rows, [()] * len(slots))
         return logits
