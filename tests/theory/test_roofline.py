@@ -136,7 +136,7 @@ def test_bad_input_is_named(call, words: str) -> None:
 @pytest.mark.parametrize("acceptance", [0.6, 0.8, 0.9])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_self_drafting_pays_from_a_ratio_of_bytes_on(acceptance: float, batch: int) -> None:
-    """With a small view and rows of 2% drafts of one token cross first: where (1 + rho) (acceptance - 0.02) = 1, whatever the batch."""
+    """With a small view and rows of 2%, drafts of one token cross first: (1 + rho) (acceptance - 0.02) = 1, at any batch."""
     model = MODELS["7b"]
     setting = Setting(H100, batch=batch, draft_context=1)
     context = self_draft_crossing(model, setting, acceptance)

@@ -1,4 +1,4 @@
-"""Self-speculation: the target drafts for itself and looks at a part of its own KV cache (MagicDec, Sadhukhan et al. 2024).
+"""Self-speculation: the target drafts for itself and looks at a part of its own KV cache (MagicDec, Chen et al. 2025).
 
 At long context most of a step goes into reading keys and values, and most of those get hardly any weight. So the target with a view
 of a few hundred cached tokens is a drafter that costs little more than its weights, needs no training and no memory. The view is a

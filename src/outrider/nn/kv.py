@@ -78,8 +78,8 @@ class PagedKV:
     positions are already applied to the keys and depend on the position, not on the place, so moved keys stay valid.
 
     slots, capacity: sequences, and most tokens of each. page: places of a page. limit: pages in all; None: enough for every slot.
-    attended: if it is not None, targets that can (the compiled decoder) store in it, for each slot, how much weight the last rows of
-    its last forward gave to every `chunk` tokens, summed over rows, heads and layers. Rows with a view of the cache tell nothing.
+    attended: if it is not None, targets that can (the compiled decoder) store in it, for each slot, how much weight the last rows
+    of its last forward gave to every `chunk` tokens, over all rows, heads and layers. Rows with a view tell nothing.
     On a CPU memory is taken when a page is first used, not before.
 
     Full pages may be shared: `publish` makes those of a sequence known by their tokens, `share` gives them to another one that begins

@@ -210,7 +210,8 @@ class NativeDecoder:
             n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
             kv.page, kv.pages.count,
             token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
-            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
+            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0],
+            kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
             0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
         )  # fmt: skip
         status = self._forward(self._handle, call)
