@@ -2,11 +2,12 @@
 
     python benchmarks/long_context.py [--contexts 256,4096,8192,16384] [--rows 1,2,4,6,8,16] [--threads 2] [--rounds 10]
 
-A target of the shipped pair's shape with random weights, one sequence, bfloat16, a cache of random numbers. For each context: the
-time of one row and the ratios of more rows to it, the time of one row that sees `--view` of the cached tokens only, and what these
-times predict for a sparse self-draft at acceptances of 0.8, 0.9 and 0.95 (`theory.roofline.self_draft_speedup`), best length of 1 to 12.
-Rows take turns in random order; times are the least of the rounds. `--cpu-time`: seconds that one thread spent computing and
-waiting for memory instead of seconds on the clock, for machines that others use too (one thread).
+A target of the shipped pair's shape with random weights, one sequence, bfloat16, a cache of random numbers. For each
+context: the time of one row and the ratios of more rows to it, the time of one row that sees `--view` of the cached tokens
+only, and what these times predict for a sparse self-draft at acceptances of 0.8, 0.9 and 0.95
+(`theory.roofline.self_draft_speedup`), best length of 1 to 12. Rows take turns in random order; times are the least of the
+rounds. `--cpu-time`: seconds that one thread spent computing and waiting for memory instead of seconds on the clock, for
+machines that others use too (one thread).
 """
 
 from __future__ import annotations

@@ -227,8 +227,8 @@ def memory_needed(target: Model, draft: Model, setting: Setting, length: int = 0
 def self_draft_speedup(acceptance: float, length: int, draft: float, verify: float) -> float:
     """Speed-up of a target that drafts for itself over a part of its keys and values (Chen et al., "MagicDec").
 
-    acceptance: of every token, independently. draft: of one drafted token, and verify: of length + 1 rows, both as shares of a plain
-    step. With W + B k S bytes a step, drafts over K tokens cost (W + B k K) / (W + B k S).
+    acceptance: of every token, independently. draft: of one drafted token, and verify: of length + 1 rows, both as shares of a
+    plain step. With W + B k S bytes a step, drafts over K tokens cost (W + B k K) / (W + B k S).
 
     >>> round(self_draft_speedup(0.9, 4, 0.25, 1.1), 2)
     1.95
@@ -240,8 +240,9 @@ def self_draft_speedup(acceptance: float, length: int, draft: float, verify: flo
 
 
 def self_draft_crossing(model: Model, setting: Setting, acceptance: float, row: float = 0.02) -> int | None:
-    """The least context, in tokens, from which drafting over `draft_context` tokens of one's own cache is faster than plain decoding
-    at the best length up to 16; None if it is not below 2^24. row: cost of each further row of a verification, as a share of a step.
+    """The least context, in tokens, from which drafting over `draft_context` tokens of one's own cache is faster than plain
+    decoding at the best length up to 16; None if it is not below 2^24. row: cost of each further row of a verification, as
+    a share of a step.
 
     Bytes alone are counted: where rows are bound by arithmetic, speculation loses whatever the context. Below, the planner should
     choose a draft model, or nothing.
