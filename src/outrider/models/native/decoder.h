@@ -93,7 +93,7 @@ class Decoder {
                heads_.reserve(row_norms_ ? c_.rows * (m_.heads + m_.kv_heads) * m_.head_dim : 0) &&
                normed_.reserve(c_.rows > c_.scored ? c_.rows : c_.scored, m_.hidden, normed_stores_) &&
                query_.reserve(c_.rows * m_.heads * query_size_) && kept_.reserve(m_.kv_heads * plan_.kept * sums_size_) &&
-               mass_.reserve(c_.mass ? m_.kv_heads * plan_.kept * (PART / CHUNK) : 0) &&
+               mass_.reserve(c_.mass ? m_.kv_heads * plan_.kept * CHUNKS : 0) &&
                mixed_.reserve(c_.rows, m_.heads * m_.head_dim, mixed_stores_) &&
                inner_.reserve(c_.rows, m_.inner, inner_stores_) && scratch_.reserve(c_.threads * scratch_size_);
     }
@@ -223,10 +223,7 @@ class Decoder {
              (float)m_.attention_scale, (float)m_.attention_cap},
             scratch + scores_at_
         );
-        if (task.kept >= 0) {
-            float* mass = task.mass ? mass_ + place(head, task, unit.from) * (PART / CHUNK) : nullptr;
-            return attention.part(unit.from, kept(head, task, unit.from), mass);
-        }
+        if (task.kept >= 0) return attention.part(unit.from, kept(head, task, unit.from), mass(head, task, unit.from));
         float *sums = scratch + sums_at_, *more = sums + queries * sums_size_;
         for (int64_t part = unit.from; part < unit.to; ++part) {
             attention.part(part, part == unit.from ? sums : more);
@@ -253,16 +250,10 @@ class Decoder {
 
     // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does.
     void tell(int64_t head, const Task& task, const float* sums) {
-        constexpr int64_t CHUNKS = PART / CHUNK;
         float* out = c_.mass + (head * c_.segments + task.segment) * c_.chunks;
         for (int64_t part = 0; part < task.parts; ++part)
-            for (int64_t q = 0; q < task.count * group_; ++q) {
-                const float *seen = kept(head, task, part) + q * sums_size_, *all = sums + q * sums_size_;
-                if (seen[1] == 0.0f) continue;
-                const float share = exp_near(vf{} + (seen[0] - all[0]) * score_scale())[0] / all[1];
-                const float* mass = mass_ + (place(head, task, part) + q) * CHUNKS;
-                for (int64_t i = 0; i < CHUNKS; ++i) out[part * CHUNKS + i] += share * mass[i];
-            }
+            Sums::add_weights(kept(head, task, part), mass(head, task, part), sums, task.count * group_, sums_size_, score_scale(),
+                out + part * CHUNKS);
     }
 
     void finish(int64_t head, const Task& task, float* sums) {
@@ -275,6 +266,9 @@ class Decoder {
 
     float* kept(int64_t head, const Task& task, int64_t part) const {
         return kept_ + place(head, task, part) * sums_size_;
+    }
+    float* mass(int64_t head, const Task& task, int64_t part) const {
+        return task.mass ? mass_ + place(head, task, part) * CHUNKS : nullptr;
     }
     int64_t place(int64_t head, const Task& task, int64_t part) const {
         return head * plan_.kept + task.kept + part * task.count * group_;

@@ -91,7 +91,7 @@ class Plan {
                 const int64_t count = s.rows() - o < rows_per_task ? s.rows() - o : rows_per_task;
                 const int64_t parts = (s.cached + o + count + PART - 1) / PART;
                 const bool mass = c.mass != nullptr && s.ranges == 0 && o + count == s.rows();
-                if (mass && parts * (PART / CHUNK) > c.chunks) return BAD_SEGMENT;
+                if (mass && parts * CHUNKS > c.chunks) return BAD_SEGMENT;
                 const bool split = (few && parts > 1) || mass;
                 tasks_[tasks++] = Task{(int32_t)i, (int32_t)o, (int32_t)count, parts, split ? kept : -1, mass};
                 kept += split ? parts * count * group : 0;
