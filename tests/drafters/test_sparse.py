@@ -50,6 +50,7 @@ def test_the_first_distribution_is_that_of_the_view() -> None:
     kv = target.new_kv(1, n + 2)
     rows = Rows.assemble([0], [text[:n]], [0], Draft.empty(0), [False])
     target.forward(rows, kv)
+    kv.commit(rows, [()])
     kept = [*range(2), *range(n - 6, n)]
     k, v = (t[:, :, kept].clone() for t in kv.entries(0, n))
     kv.k[:, :, :8], kv.v[:, :, :8] = k, v
