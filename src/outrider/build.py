@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from outrider.control.registry import load_controller
-from outrider.drafters.combine import gated
+from outrider.drafters.combine import gated, lend
 from outrider.drafters.registry import load_drafter as _load_drafter
 from outrider.drafters.registry import parse_speculative_config
 from outrider.engine import contracts
@@ -75,6 +75,7 @@ class Engine(EngineCore):
         most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
         kv = _new_kv(target, slots, most + drafter.max_nodes, kv_memory)
         drafter.bind(slots, most)
+        lend(kv, drafter)
         pipeline = LogitsPipeline(target.vocab_size, ends, grammars_of(tokenizer, target.vocab_size, ends))
         super().__init__(
             Parts(target, kv, pipeline, rule, drafter),

@@ -93,7 +93,8 @@ class SharingCache(PagedCache, Protocol):
 class Target(Protocol):
     """A causal language model that scores flat rows.
 
-    trees: rows may be siblings. rewinds: rows may be dropped again (False for states that can neither be cut nor copied: plain decoding only).
+    trees: rows may be siblings. views (if it has the attribute): segments may see a part of the cache (`types.Segment.view`).
+    rewinds: rows may be dropped again (False for states that can neither be cut nor copied: plain decoding only).
     notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
     A target may say that forwards of up to `uniform_rows` rows per segment give every row the same bits whatever is fed with it;
     then sequences share their beginnings to the token, else by whole prompt chunks.
@@ -189,6 +190,16 @@ class Drafter(Protocol):
 
     def release(self, slots: Sequence[int]) -> None:
         """Clear these slots."""
+        ...
+
+
+@runtime_checkable
+class Borrower(Protocol):
+    """A drafter that looks into the target's own cache. It may write behind a sequence's committed tokens while it drafts, and leaves
+    their number as it was."""
+
+    def borrow(self, kv: KVCache) -> None:
+        """Called once, when the engine is built, before the first draft."""
         ...
 
 

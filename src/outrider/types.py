@@ -177,8 +177,7 @@ class Segment:
     cached : cached + prefix + nodes of `slot`. `parent` holds, for each *node*, its parent as an offset into the segment
     (prefix - 1 is the last prefix row). A prefix row sees the cached tokens and the prefix rows up to itself.
     scored: whether the last prefix row (and the nodes) get logits; False for a prompt chunk that is not the last one.
-    view:   which of the cached tokens the rows see: ranges (from, to), increasing and disjoint; none: all of them. Positions stay what
-            they are. Only targets with `views` read it.
+    view:   ranges (from, to) of the cached tokens that the rows see, increasing; none: all. Only targets with `views` read it.
     """
 
     slot: int

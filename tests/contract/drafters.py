@@ -28,6 +28,7 @@ from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
+from outrider.drafters.sparse import Sparse, SparseDrafter
 from outrider.drafters.suffix import Suffix
 from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.gain import ByGain, Dynamic
@@ -184,6 +185,18 @@ DRAFTERS: dict[str, Factory] = {
     "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),
     "early-dynamic": lambda target, slots: early_exit(target, 1, Dynamic(6, 3, target.vocab_size, width=2)),
     "early-stop": lambda target, slots: early_exit(target, 1, ByGain(4, 4, target.vocab_size, least=0.3)),
+    "sparse-window": lambda target, slots: SparseDrafter(
+        target, Sparse("window", 1, 2), Levels(levels((1,) * 4), target.vocab_size)
+    ),
+    "sparse-coupled": lambda target, slots: SparseDrafter(
+        target, Sparse("window", 0, 3), Levels(levels((1,) * 3), target.vocab_size, sample="coupled")
+    ),
+    "sparse-snap": lambda target, slots: SparseDrafter(
+        target, Sparse("snap", 1, 2, chosen=2, refresh=5), Levels(levels((1,) * 4), target.vocab_size)
+    ),
+    "ngram+sparse": lambda target, slots: first_of(
+        NGram(4), SparseDrafter(target, Sparse("pillar", 1, 2, chosen=2), Levels(levels((1,) * 3), target.vocab_size))
+    ),
     "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),
     "dflash-greedy": lambda target, slots: dflash(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy")),
     "dflash-dynamic": lambda target, slots: dflash(target, Dynamic(8, 4, target.vocab_size, width=3)),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from outrider.theory import hardware, roofline
 from outrider.theory.hardware import HARDWARE, MODELS
-from outrider.theory.roofline import Setting, forward, predict
+from outrider.theory.roofline import Setting, forward, predict, self_draft_crossing, self_draft_speedup
 from outrider.theory.speedup import speedup, tokens_per_call
 
 H100 = HARDWARE["h100"]
@@ -131,3 +131,22 @@ def test_only_the_measured_machine_says_so() -> None:
 def test_bad_input_is_named(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("acceptance", [0.6, 0.8, 0.9])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_self_drafting_pays_from_a_ratio_of_bytes_on(acceptance: float, batch: int) -> None:
+    """With a small view and rows of 2%, drafts of one token cross first: (1 + rho) (acceptance - 0.02) = 1, at any batch."""
+    model = MODELS["7b"]
+    setting = Setting(H100, batch=batch, draft_context=1)
+    context = self_draft_crossing(model, setting, acceptance)
+    assert context is not None
+    ratio = batch * model.kv_bytes() * context / model.weight_bytes()
+    assert ratio == pytest.approx(1 / (acceptance - 0.02) - 1, abs=0.005)
+
+
+def test_self_drafting_never_pays_where_nothing_is_accepted() -> None:
+    assert self_draft_crossing(MODELS["7b"], Setting(H100, draft_context=512), 0.0) is None
+    assert self_draft_speedup(1.0, 3, 0.0, 1.0) == 4.0
+    with pytest.raises(ValueError, match="draft_context"):
+        self_draft_crossing(MODELS["7b"], Setting(H100), 0.8)

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from outrider.contained import Contained
 from outrider.errors import ConfigError
-from outrider.protocols import Drafter
+from outrider.protocols import Borrower, Drafter, KVCache
 from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores, Siblings
+
+
+def lend(kv: KVCache, *drafters: Drafter) -> None:
+    """Lend the target's cache to those drafters that look into it (`protocols.Borrower`)."""
+    for drafter in drafters:
+        if isinstance(drafter, Borrower):
+            drafter.borrow(kv)
 
 
 class FirstOf:
@@ -39,6 +46,10 @@ class FirstOf:
         """Bind every part."""
         for part in self.parts:
             part.bind(slots, length)
+
+    def borrow(self, kv: KVCache) -> None:
+        """Lend the target's cache to the parts that look into it."""
+        lend(kv, *self.parts)
 
     def release(self, slots: Sequence[int]) -> None:
         """Clear these slots in every part."""
@@ -146,6 +157,10 @@ class SelectableDrafter:
     def bind(self, slots: int, length: int) -> None:
         """Bind the drafter."""
         self.inner.bind(slots, length)
+
+    def borrow(self, kv: KVCache) -> None:
+        """Lend the target's cache to the drafter, if it looks into it."""
+        lend(kv, self.inner)
 
     def release(self, slots: Sequence[int]) -> None:
         """Clear these slots."""

@@ -21,6 +21,7 @@ from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
+from outrider.drafters.sparse import load_sparse
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
 from outrider.drafters.tree.shapes import levels
@@ -91,6 +92,9 @@ def load_drafter(
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
       "counts"      tables of an image model's tokens by place, left and upper neighbour, likewise
       "early:K"     the target's own first K layers with its norm and head
+      "sparse:window:16+496"  the target itself, looking at the first 16 and the newest 496 tokens of its own cache; chains only.
+                    "sparse:snap:512", "sparse:pillar:512": at 512 tokens, chosen by the attention of the prompt's last rows, or
+                    of the last verification
                     All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...). They and draft models also
                     take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes likeliest to be accepted, at most 4
                     below each; and "stop:PATH" or "stop:0.3:PATH": a chain that ends where a further token is expected to
@@ -128,6 +132,8 @@ def load_drafter(
         kind, _, path = how.path.partition(":")
         if kind == "early":
             found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
+        elif kind == "sparse":
+            found = load_sparse(path, target, how.growth(target.vocab_size))
         elif kind in learned and (path or not Path(kind).exists()):
             folder = _learned_folder(kind, path, target_path, find_folder)
             found = learned[kind].load(folder, target, how, target_path)
@@ -239,7 +245,7 @@ def _model(
     learned: Mapping[str, LearnedDrafter],
 ) -> ModelDrafter:
     path = how.path
-    names = ("none", "auto", *WITHOUT_MODEL, "jacobi", *learned, "early")
+    names = ("none", "auto", *WITHOUT_MODEL, "jacobi", *learned, "early", "sparse")
     if not path or path in ("none", "auto"):
         raise ConfigError(f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():

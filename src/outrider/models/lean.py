@@ -65,6 +65,7 @@ class LeanTarget:
         self.config = config
         self.vocab_size, self.hidden_size, self.layers = config.vocab_size, config.hidden, config.layers
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.norm.device
+        self.views = not any(config.window)  # a window is counted in positions, which a view leaves out
         self.native, found = load_native(config, w) if native else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
         self.row_work = ExpertUse.of(config)

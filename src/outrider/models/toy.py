@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from outrider.errors import ConfigError
 from outrider.nn.attention import attend
 from outrider.nn.kv import PagedKV
-from outrider.nn.masks import ancestor_mask
+from outrider.nn.masks import ancestor_mask, hide
 from outrider.nn.rope import rotation, turn
 from outrider.nn.row_parts import check_prefix
 from outrider.protocols import KVCache
@@ -54,6 +55,7 @@ class TableTarget:
     layers = 1
     trees = True
     rewinds = True
+    views = True
     uniform_rows = 1 << 30  # a row's logits are a line of the table
     notices: tuple[str, ...] = ()
 
@@ -140,6 +142,21 @@ def _norm(x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
+def _tell(
+    attended: dict[int, Tensor],
+    layer: int,
+    slot: int,
+    chunk: int,
+    q: Float[Tensor, "h n D"],
+    k: Float[Tensor, "h m D"],
+    see: Bool[Tensor, "n m"],
+) -> None:
+    """Add one layer's weights to `PagedKV.attended`: the plain twin of the compiled decoder's sums."""
+    score = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~see, -torch.inf)
+    weight = pad(torch.softmax(score, -1).sum((0, 1)), (0, -k.shape[1] % chunk)).view(-1, chunk).sum(-1)
+    attended[slot] = weight if layer == 0 else attended[slot] + weight
+
+
 class TinyLM:
     """A random pre-norm transformer with rotary positions: the smallest model that uses a KV cache as a real model does.
 
@@ -150,6 +167,7 @@ class TinyLM:
 
     trees = True
     rewinds = True
+    views = True
     notices: tuple[str, ...] = ()
 
     def __init__(
@@ -232,7 +250,11 @@ class TinyLM:
         for s in rows.segments:
             mine = slice(s.first, s.first + s.count)
             keys, values = kv.write(layer, s.slot, s.cached, k[mine], v[mine])
-            seen = attend(q[mine].transpose(0, 1), keys, values, ancestor_mask(s.fed, s.parent, s.cached))
+            see = ancestor_mask(s.fed, s.parent, s.cached)
+            hide(see, s.view, s.cached)
+            seen = attend(q[mine].transpose(0, 1), keys, values, see)
+            if kv.attended is not None and not s.view:
+                _tell(kv.attended, layer, s.slot, kv.chunk, q[mine].transpose(0, 1), keys, see)
             out[mine] = seen.transpose(0, 1)
         return out.flatten(1)
 

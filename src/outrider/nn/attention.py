@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from outrider.nn.kv import PagedKV
-from outrider.nn.masks import ancestor_mask
+from outrider.nn.masks import ancestor_mask, hide
 from outrider.types import Rows, Segment
 
 SHORT = 16
@@ -151,7 +151,7 @@ class _Piece:
             return _View(places, None, True)
         masks = [ancestor_mask(s.fed, s.parent, s.cached, window=width, start=start, end=end) for s in run]
         for s, mask in zip(run, masks, strict=True):
-            _hide(mask, s, start)
+            hide(mask, s.view, s.cached, start)
         see = torch.stack(masks)[:, None]
         see = see.repeat_interleave(self._group, 2) if self._folded else see
         mask = torch.zeros(see.shape, dtype=kv.k.dtype).masked_fill_(~see, float("-inf"))
@@ -198,13 +198,6 @@ def _product(scale: float | None, cap: float) -> Callable[..., Tensor]:
         return weight @ v.repeat_interleave(groups, 1)
 
     return written_out
-
-
-def _hide(mask: Bool[Tensor, "n places"], s: Segment, start: int) -> None:
-    """Take from a mask over the places from `start` on the cached ones that are not in the segment's view."""
-    if s.view:
-        for before, after in zip((0, *(end for _, end in s.view)), (*(first for first, _ in s.view), s.cached), strict=True):
-            mask[:, max(0, before - start) : max(0, after - start)] = False
 
 
 def _places(run: list[Segment], kv: PagedKV, start: int, end: int) -> slice | Int[Tensor, "places"]:

@@ -17,6 +17,8 @@ from outrider.types import Rows
 
 PAGE = 64
 """Places of a page."""
+CHUNK = 16
+"""Neighbouring tokens whose weight in attention is told as one number."""
 
 
 class RowCache:
@@ -76,6 +78,8 @@ class PagedKV:
     positions are already applied to the keys and depend on the position, not on the place, so moved keys stay valid.
 
     slots, capacity: sequences, and most tokens of each. page: places of a page. limit: pages in all; None: enough for every slot.
+    attended: if it is not None, targets that can (the compiled decoder) store in it, for each slot, how much weight the last rows
+    of its last forward gave to every `chunk` tokens, over all rows, heads and layers. Rows with a view tell nothing.
     On a CPU memory is taken when a page is first used, not before.
 
     Full pages may be shared: `publish` makes those of a sequence known by their tokens, `share` gives them to another one that
@@ -106,6 +110,8 @@ class PagedKV:
         self.k: Tensor = lazy_zeros(shape, dtype, device)
         self.v: Tensor = lazy_zeros(shape, dtype, device)
         self.length: list[int] = [0] * slots
+        self.attended: dict[int, Tensor] | None = None
+        self.chunk = CHUNK
         self._table = self.pages.tensor
         self._ruler = torch.arange(page)
 
@@ -261,6 +267,8 @@ class PagedKV:
     def release(self, slots: Sequence[int]) -> None:
         """Clear these slots. What they have published stays known."""
         for slot in slots:
+            if self.attended is not None:
+                self.attended.pop(slot, None)
             self.length[slot] = self._known[slot] = 0
             self._put_aside(self.pages.drop(slot, 0))
 

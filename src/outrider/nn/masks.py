@@ -47,6 +47,15 @@ def ancestor_mask(
     return see[:, start:]
 
 
+def hide(see: Bool[Tensor, "n places"], view: Sequence[tuple[int, int]], cached: int, start: int = 0) -> None:
+    """Take from a mask over the places from `start` on those of the first `cached` that are in none of the ranges of `view`, which
+    are increasing; without ranges all stay."""
+    if view:
+        ends, firsts = (0, *(end for _, end in view)), (*(first for first, _ in view), cached)
+        for end, first in zip(ends, firsts, strict=True):
+            see[:, max(0, end - start) : max(0, first - start)] = False
+
+
 def _ancestors(prefix: int, parents: Sequence[int]) -> Bool[Tensor, "n n"]:
     """Ancestors among the new rows, computed on the host: a tensor operation per node would cost more than the step."""
     n = prefix + len(parents)

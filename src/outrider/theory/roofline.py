@@ -224,3 +224,52 @@ def memory_needed(target: Model, draft: Model, setting: Setting, length: int = 0
         out += model.weight_bytes(setting.element)
         out += setting.pipeline * setting.batch * model.kv_bytes(setting.element) * (context + length + 1)
     return out
+
+
+def self_draft_speedup(acceptance: float, length: int, draft: float, verify: float) -> float:
+    """Speed-up of a target that drafts for itself over a part of its keys and values (Chen et al., "MagicDec").
+
+    acceptance: of every token, independently. draft: of one drafted token, and verify: of length + 1 rows, both as shares of a
+    plain step. With W + B k S bytes a step, drafts over K tokens cost (W + B k K) / (W + B k S).
+
+    >>> round(self_draft_speedup(0.9, 4, 0.25, 1.1), 2)
+    1.95
+    """
+    positive_int("length", length)
+    return tokens_per_call(fraction("acceptance", acceptance), length) / (
+        length * number("draft", draft, 0.0) + number("verify", verify, 0.0)
+    )
+
+
+def self_draft_crossing(model: Model, setting: Setting, acceptance: float, row: float = 0.02) -> int | None:
+    """The least context, in tokens, from which drafting over `draft_context` tokens of one's own cache is faster than plain
+    decoding at the best length up to 16; None if it is not below 2^24. row: cost of each further row of a verification, as
+    a share of a step.
+
+    Bytes alone are counted: where rows are bound by arithmetic, speculation loses whatever the context. Below, the planner should
+    choose a draft model, or nothing.
+
+    >>> from dataclasses import replace
+    >>> from outrider.theory.hardware import HARDWARE, MODELS
+    >>> setting = Setting(HARDWARE["h100"], batch=1, draft_context=512)
+    >>> one, many = (self_draft_crossing(MODELS["8b"], replace(setting, batch=b), 0.8) for b in (1, 16))
+    >>> one > 10 * many
+    True
+    """
+    view = setting.draft_context
+    if view is None:
+        raise ValueError("the view must have a size: set draft_context")
+    weights, token = model.weight_bytes(setting.element), setting.batch * model.kv_bytes(setting.element)
+
+    def gains(context: int) -> bool:
+        step = weights + token * context
+        draft = (weights + token * min(context, view)) / step
+        return any(self_draft_speedup(acceptance, n, draft, 1 + row * n) > 1 for n in range(1, 17))
+
+    low, high = 0, 1 << 24
+    if not gains(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if gains(middle) else (middle, high)
+    return high

@@ -16,6 +16,8 @@ namespace outrider {
 
 constexpr int SUM_LANES = 16;  // of a sum, whatever the CPU's vectors are
 constexpr int PART = 512;      // visible keys of a part
+constexpr int CHUNK = 16;      // of which it is told how much weight they got
+constexpr int CHUNKS = PART / CHUNK;
 
 // x[0 : n] = cap * tanh(scale * x / cap). Up to LANES - 1 floats behind are overwritten.
 inline void bound_softly(float* x, int n, float scale, float cap) {
@@ -53,6 +55,18 @@ struct Sums {
         const float a = exp_near(vf{} + (into[0] - top) * scale)[0], b = exp_near(vf{} + (more[0] - top) * scale)[0];
         into[0] = top, into[1] = into[1] * a + more[1] * b;
         for (int64_t d = HEAD; d < HEAD + width; ++d) into[d] = into[d] * a + more[d] * b;
+    }
+
+    // out[c] += the softmax weight that some queries, `step` floats apart, give to the chunks of a part. more: their sums of the part;
+    // mass: of it, see Attention::part; all: their sums of all parts.
+    static void add_weights(
+        const float* more, const float* mass, const float* all, int64_t queries, int64_t step, float scale, float* out
+    ) {
+        for (int64_t q = 0; q < queries; ++q, more += step, mass += CHUNKS, all += step) {
+            if (more[1] == 0.0f) continue;
+            const float share = exp_near(vf{} + (more[0] - all[0]) * scale)[0] / all[1];
+            for (int c = 0; c < CHUNKS; ++c) out[c] += share * mass[c];
+        }
     }
 
     static void finish(float* sums, int64_t width) {
@@ -123,11 +137,13 @@ class Attention {
         }
     }
 
-    // sums[q * Sums::size] = what each query sees of a part.
-    void part(int64_t index, float* sums) {
+    // sums[q * Sums::size] = what each query sees of a part. mass[q * CHUNKS + c], if it is not null: the sum of exp(scale *
+    // (score - largest of the part)) over the keys c * CHUNK : (c + 1) * CHUNK of the part.
+    void part(int64_t index, float* sums, float* mass = nullptr) {
         const int64_t low = index * PART, high = low + PART, size = Sums::size(in_.width);
         const int64_t ld = line_size(PART);
         for (int q = 0; q < queries_; ++q) std::memset(sums + q * size, 0, size * sizeof(float));
+        if (mass) std::memset(mass, 0, queries_ * CHUNKS * sizeof(float));
         score(low, high);
         // what all queries see of this part
         const int64_t from = most_ > low ? most_ : low, to = shared_ < high ? shared_ : high;
@@ -144,6 +160,7 @@ class Attention {
             const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
             if (in_.cap > 0.0f) bound_softly(line + (a - low), (int)(b - a), in_.scale, in_.cap);
             mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.factor(), mine);
+            for (int j = 0; mass && j < n; ++j) mass[q * CHUNKS + j / CHUNK] += line[j];
             weigh_alone(row, line, low, a, joint && from < b ? from : b, mine + Sums::HEAD);
         }
         if (!joint) return;

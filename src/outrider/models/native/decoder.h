@@ -76,6 +76,7 @@ class Decoder {
                heads_.reserve(row_norms_ ? c_.rows * (m_.heads + m_.kv_heads) * m_.head_dim : 0) &&
                normed_.reserve(c_.rows > c_.scored ? c_.rows : c_.scored, m_.hidden, normed_stores_) &&
                query_.reserve(c_.rows * m_.heads * query_size_) && kept_.reserve(m_.kv_heads * plan_.kept * sums_size_) &&
+               mass_.reserve(c_.mass ? m_.kv_heads * plan_.kept * CHUNKS : 0) &&
                mixed_.reserve(c_.rows, m_.heads * m_.head_dim, mixed_stores_) &&
                inner_.reserve(c_.rows, m_.inner, inner_stores_) && scratch_.reserve(c_.threads * scratch_size_);
     }
@@ -233,7 +234,7 @@ class Decoder {
              (float)m_.attention_scale, (float)m_.attention_cap},
             scratch + scores_at_
         );
-        if (task.kept >= 0) return attention.part(unit.from, kept(head, task, unit.from));
+        if (task.kept >= 0) return attention.part(unit.from, kept(head, task, unit.from), mass(head, task, unit.from));
         float *sums = scratch + sums_at_, *more = sums + queries * sums_size_;
         for (int64_t part = unit.from; part < unit.to; ++part) {
             attention.part(part, part == unit.from ? sums : more);
@@ -254,7 +255,16 @@ class Decoder {
         for (int64_t part = 1; part < task.parts; ++part)
             for (int64_t at = 0; at < size; at += sums_size_)
                 Sums::fold(sums + at, kept(head, task, part) + at, m_.head_dim, score_scale());
+        if (task.mass) tell(head, task, sums);
         finish(head, task, sums);
+    }
+
+    // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does.
+    void tell(int64_t head, const Task& task, const float* sums) {
+        float* out = c_.mass + (head * c_.segments + task.segment) * c_.chunks;
+        for (int64_t part = 0; part < task.parts; ++part)
+            Sums::add_weights(kept(head, task, part), mass(head, task, part), sums, task.count * group_, sums_size_, score_scale(),
+                out + part * CHUNKS);
     }
 
     void finish(int64_t head, const Task& task, float* sums) {
@@ -266,7 +276,13 @@ class Decoder {
     }
 
     float* kept(int64_t head, const Task& task, int64_t part) const {
-        return kept_ + (head * plan_.kept + task.kept + part * task.count * group_) * sums_size_;
+        return kept_ + place(head, task, part) * sums_size_;
+    }
+    float* mass(int64_t head, const Task& task, int64_t part) const {
+        return task.mass ? mass_ + place(head, task, part) * CHUNKS : nullptr;
+    }
+    int64_t place(int64_t head, const Task& task, int64_t part) const {
+        return head * plan_.kept + task.kept + part * task.count * group_;
     }
 
     float score_scale() const { return m_.attention_cap > 0.0 ? 1.0f : (float)m_.attention_scale; }
@@ -342,7 +358,7 @@ class Decoder {
     bool posts_ = false, row_norms_ = false;
     int normed_stores_ = 0, mixed_stores_ = 0, inner_stores_ = 0;
     int64_t x_size_, query_size_, scratch_size_, tile_at_, scores_at_, sums_at_, sums_size_;
-    Buffer<float> x_, part_, heads_, cosine_, sine_, scratch_, kept_;
+    Buffer<float> x_, part_, heads_, cosine_, sine_, scratch_, kept_, mass_;
     Buffer<Item> query_;
     Input normed_, mixed_, inner_;
     Mixture mixture_;

@@ -48,6 +48,8 @@ struct CallPointers {
     void *k, *v;             // [layers, kv_heads, pages * page, head_dim]
     float* logits;           // [scored, vocab]
     int64_t* touched;        // [layers] out: experts that some row chose; null: not asked for
+    float* mass;             // [kv_heads, segments, chunks] see Attention::part, added up over layers; null: not wanted
+    int64_t chunks;
 };
 
 // What a learned drafter puts in front of a decoder's first block; all zero for a decoder of tokens. See joined.h.

@@ -11,6 +11,7 @@ namespace outrider {
 struct Task {
     int32_t segment, offset, count;
     int64_t parts, kept;  // of its visible keys; where its parts' results are kept (in queries), -1 if one thread folds them
+    bool mass;            // whether it tells where its rows look: the last rows of a segment without ranges do
 };
 
 // What a thread takes at a time: the parts from : to of a task.
@@ -99,8 +100,10 @@ class Plan {
                 const int64_t count = s.rows() - o < rows_per_task ? s.rows() - o : rows_per_task;
                 const int64_t last = mutual ? s.end() : s.skipped + o + count;
                 const int64_t parts = (s.cached + last + PART - 1) / PART;
-                const bool split = few && parts > 1;
-                tasks_[tasks++] = Task{(int32_t)i, (int32_t)o, (int32_t)count, parts, split ? kept : -1};
+                const bool mass = c.mass != nullptr && s.ranges == 0 && o + count == s.rows();
+                if (mass && parts * CHUNKS > c.chunks) return BAD_SEGMENT;
+                const bool split = (few && parts > 1) || mass;
+                tasks_[tasks++] = Task{(int32_t)i, (int32_t)o, (int32_t)count, parts, split ? kept : -1, mass};
                 kept += split ? parts * count * group : 0;
                 units += split ? parts : 1;
                 task_rows = count > task_rows ? count : task_rows;

@@ -63,8 +63,10 @@ class _Model(ctypes.Structure):
     ]
 
 
-_CALL = struct.Struct("9q11Q")
-"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; then eleven pointers."""
+_CALL = struct.Struct("9q12Qq")
+"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; twelve pointers; chunks."""
+_PART = 512
+"""Keys of a part in attention.h."""
 
 ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
@@ -209,6 +211,7 @@ class NativeDecoder:
         hidden = tuple(torch.empty(n, self._config.hidden, dtype=self.weights.dtype) for _ in layers)
         taps, outs = array("q", layers), array("Q", [h.data_ptr() for h in hidden])
         segments = array("q", _flat(rows))
+        mass = self._mass(rows, kv)
         call = _CALL.pack(
             n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
             kv.page, kv.pages.count,
@@ -216,16 +219,28 @@ class NativeDecoder:
             kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(),
             logits.data_ptr(),
             self._touched.buffer_info()[0],
+            0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
         )  # fmt: skip
         status = self._forward(self._handle, call)
         if status != OK:
             self._fail(status)
+        if mass is not None and kv.attended is not None:
+            for s, seen in zip(rows.segments, mass.sum(0), strict=True):
+                if not s.view:
+                    kv.attended[s.slot] = seen[: -(-(s.cached + s.count) // kv.chunk)]
         return Scores(logits, hidden)
 
     @property
     def touched(self) -> tuple[int, ...]:
         """Experts that some row of the last forward chose, by layer; 0 for dense ones."""
         return tuple(self._touched)
+
+    def _mass(self, rows: Rows, kv: PagedKV) -> Tensor | None:
+        """Where the weights of attention are added up, if somebody wants them."""
+        if kv.attended is None or all(s.view for s in rows.segments):
+            return None
+        parts = max(-(-(s.cached + s.count) // _PART) for s in rows.segments)
+        return torch.zeros(self._config.kv_heads, len(rows.segments), parts * (_PART // kv.chunk))
 
     def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""

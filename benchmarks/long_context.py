@@ -1,0 +1,96 @@
+"""What does a forward cost by rows and by cached tokens, and what does drafting over a sparse view of the cache gain?
+
+    python benchmarks/long_context.py [--contexts 256,4096,8192,16384] [--rows 1,2,4,6,8,16] [--threads 2] [--rounds 10]
+
+A target of the shipped pair's shape with random weights, one sequence, bfloat16, a cache of random numbers. For each
+context: the time of one row and the ratios of more rows to it, the time of one row that sees `--view` of the cached tokens
+only, and what these times predict for a sparse self-draft at acceptances of 0.8, 0.9 and 0.95
+(`theory.roofline.self_draft_speedup`), best length of 1 to 12. Rows take turns in random order; times are the least of the
+rounds. `--cpu-time`: seconds that one thread spent computing and waiting for memory instead of seconds on the clock, for
+machines that others use too (one thread).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from native import random_weights, shipped_config
+
+from outrider.models.native import load_native
+from outrider.nn.kv import PagedKV
+from outrider.theory.roofline import self_draft_speedup
+from outrider.types import Draft, Rows
+
+LENGTHS = range(1, 13)
+
+
+def chain(n: int, cached: int, view: int = 0) -> Rows:
+    """One sequence: an anchor behind `cached` tokens and n - 1 drafted ones; `view`: of the first 16 and newest tokens alone."""
+    draft = Draft(torch.arange(1, n, dtype=torch.int64), tuple(range(-1, n - 2)), (n - 1,))
+    rows = Rows.assemble([0], [[7]], [cached], draft)
+    if not 0 < view < cached:
+        return rows
+    seen = ((0, 16), (cached - view + 16, cached))
+    return replace(rows, segments=tuple(replace(s, view=seen) for s in rows.segments))
+
+
+def fastest(arms: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of every arm: the least of the rounds, in each of which they take turns in another order."""
+    out = dict.fromkeys(arms, float("inf"))
+    chance = random.Random(rounds)
+    for r in range(rounds + 1):
+        for name in chance.sample(list(arms), len(arms)):
+            start = clock()
+            arms[name]()
+            if r:
+                out[name] = min(out[name], clock() - start)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", default="256,4096,8192,16384")
+    parser.add_argument("--rows", default="1,2,4,6,8,16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--view", type=int, default=512)
+    parser.add_argument("--cpu-time", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = shipped_config("target")
+    decoder, _ = load_native(config, random_weights(config, torch.bfloat16))
+    if decoder is None:
+        raise SystemExit("no native decoder here: run with logging to see why")
+    sizes = [int(n) for n in args.rows.split(",")]
+    print(f"{decoder.kind}, {args.threads} threads, {'CPU' if args.cpu_time else 'wall'} time; rows: {sizes}")
+    for cached in map(int, args.contexts.split(",")):
+        kv = PagedKV(
+            config.layers, 1, config.kv_heads, cached + 64, config.head_dim, torch.bfloat16, torch.device("cpu")
+        )
+        kv.make_room(0, cached + 64)
+        kv.k.normal_(), kv.v.normal_()
+        kv.length[0] = cached
+        more = sorted({*sizes, 1, 6})
+        arms = {str(n): partial(decoder.forward, chain(n, cached), kv) for n in more}
+        arms["view"] = partial(decoder.forward, chain(1, cached, args.view), kv)
+        took = fastest(arms, args.rounds, time.thread_time if args.cpu_time else time.perf_counter)
+        one = took["1"]
+        step = (took["6"] / one - 1) / 5  # of a row more, in passes
+        gains = [
+            max(self_draft_speedup(a, n, took["view"] / one, 1 + step * n) for n in LENGTHS) for a in (0.8, 0.9, 0.95)
+        ]
+        print(
+            f"  {cached:6} cached: one row {1e3 * one:7.2f} ms, ratios {' '.join(f'{took[str(n)] / one:.2f}' for n in sizes)}; "
+            f"view {took['view'] / one:.2f}, predicted gain {' '.join(f'{g:.2f}' for g in gains)}"
+        )
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
