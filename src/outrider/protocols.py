@@ -93,7 +93,8 @@ class SharingCache(PagedCache, Protocol):
 class Target(Protocol):
     """A causal language model that scores flat rows.
 
-    trees: rows may be siblings. rewinds: rows may be dropped again (False for states that can neither be cut nor copied: plain decoding only).
+    trees: rows may be siblings. rewinds: rows may be dropped again (False for states that can neither be cut nor copied: plain
+    decoding only).
     notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
     A target may say that forwards of up to `uniform_rows` rows per segment give every row the same bits whatever is fed with it; then
     sequences share their beginnings to the token, else by whole prompt chunks.

@@ -28,10 +28,8 @@ def run(controller: Adaptive, accept: float, steps: int, told: bool, seed: int =
         seconds = BASE * forwards + ROW * (length + behind)
         record = recorded(1 + length, 1, 1, seconds, 0.0005 * max(now), counts)
         controller.observe(replace(record, replayed=behind if told else 0))
-        if length == 0 or counts.rejected == 0:
-            behind = 0
-        else:
-            behind = (0 if behind > MERGED else behind) + 1 + counts.accepted
+        gathered = 0 if behind > MERGED else behind
+        behind = 0 if length == 0 or counts.rejected == 0 else gathered + 1 + counts.accepted
         pending = now
         if step > steps // 2:
             asked[now[0]] = asked.get(now[0], 0) + 1

@@ -197,7 +197,8 @@ def test_a_model_that_cannot_run_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "words"), [("bloom", "few slots"), ("mamba2", "read again"), ("mamba", "one token a call"), ("phi3", "max_length")]
+    ("family", "words"),
+    [("bloom", "few slots"), ("mamba2", "read again"), ("mamba", "one token a call"), ("phi3", "max_length")],
 )
 def test_what_a_path_costs_is_said(family: str, words: str) -> None:
     (notice,) = HFTarget(build(family)).notices

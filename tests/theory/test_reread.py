@@ -31,13 +31,17 @@ def test_the_formula_is_the_mean_of_the_rule(acceptance: list[float]) -> None:
         means = np.array([run[k][100:].mean() for run in runs])
         error = means.std(ddof=1) / len(means) ** 0.5
         assert abs(means.mean() - exact) < 6.2 * error + 1e-9
-        assert abs(means.mean() - 1.05 * exact) > 6.2 * error or exact < 0.2  # negative control: five per cent off is seen
+        assert (
+            abs(means.mean() - 1.05 * exact) > 6.2 * error or exact < 0.2
+        )  # negative control: five per cent off is seen
 
 
 def test_limits() -> None:
     assert reread([1.0] * 5).rows == 0.0
     assert speedup([1.0] * 5, 0.0, 1.0, 0.5) == pytest.approx(6.0)
-    assert speedup([0.8] * 4, 0.05) <= speedup([0.8] * 4, 0.05, merged=1000)  # without a cost of rows a forward is what counts
+    assert speedup([0.8] * 4, 0.05) <= speedup(
+        [0.8] * 4, 0.05, merged=1000
+    )  # without a cost of rows a forward is what counts
     assert speedup([0.8] * 4, 0.05, 1.0, 0.05) > speedup([0.8] * 4, 0.05, 1.0, 0.05, merged=1000)
 
 

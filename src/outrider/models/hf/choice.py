@@ -100,8 +100,8 @@ def _recompute(model: PreTrainedModel, token: Sequence[int], reference: Float[Te
     trial = rehearse(lambda: RecomputePath(model), token, reference, DRAFTED, limit)
     if trial.path is None:
         raise ConfigError(
-            f"{type(model).__name__} is no decoder: what follows a token changes what the model says of it, so that it cannot continue "
-            "text; use a causal language model"
+            f"{type(model).__name__} is no decoder: what follows a token changes what the model says of it, so that it cannot "
+            "continue text; use a causal language model"
         )
     return trial.path
 
