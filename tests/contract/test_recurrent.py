@@ -115,8 +115,10 @@ def plain(rule: str, sampling: str) -> list[tuple[int, ...]]:
     return out
 
 
+DAILY = ("model", "ngram", "suffix", "jacobi", "medusa", "none")
+DAILY_BY_TOKEN = ("model",)
 SPREAD = [
-    pytest.param(name, by_token, marks=() if not by_token or name in ("model", "ngram") else pytest.mark.slow)
+    pytest.param(name, by_token, marks=() if name in (DAILY_BY_TOKEN if by_token else DAILY) else pytest.mark.slow)
     for name in DRAFTERS
     for by_token in (False, True)
 ]
