@@ -197,7 +197,6 @@ def row_of(family: str, tokens: int, rounds: int) -> dict[str, Any]:
         except OutriderError as error:
             return row | {"refused": plainly(error, folder), **own_fault(model)}
         row |= compare(model, engine, tokens, rounds)
-        row["notices"] = [n.replace(Path(folder).name, family) for n in engine.parts.target.notices]
     return row
 
 
@@ -291,8 +290,8 @@ def alone(family: str, tokens: int, rounds: int, seconds: float) -> dict[str, An
 
 PAGE = """# Will my model run?
 
-Every family of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text
-part is the target. Each was built small and random (a few layers of 64, float32), saved, loaded like any checkpoint and decoded
+Families of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text
+part is the target; one that is not listed has not been recorded yet. Each was built small and random (a few layers of 64, float32), saved, loaded like any checkpoint and decoded
 greedily, by `python benchmarks/model_table.py --out rows.jsonl`; this page is what `--page` makes of the rows. A checkpoint of a
 family runs in the same way, however large it is; `outrider doctor PATH` says which runtime it is, and loading says what its path
 costs.
