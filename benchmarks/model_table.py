@@ -3,9 +3,10 @@
     python benchmarks/model_table.py [llama mamba ...] --out rows.jsonl [--tokens 48] [--rounds 3] [--seconds 240]
     python benchmarks/model_table.py --out rows.jsonl --page docs/models.md
 
-Each family is built small and random (seeded, a few layers of 64), saved as a checkpoint, loaded as any checkpoint is, and decoded
-greedily: by transformers' own `generate`, plainly, with n-gram drafts, and with drafts of its own text in which every fifth token is
-wrong. A family takes a process of its own, and its row is written when it is done: a run that was stopped goes on where it was.
+Each family is built small and random (seeded, a few layers of 64), saved as a checkpoint, loaded as any checkpoint is, and
+decoded greedily: by transformers' own `generate`, plainly, with n-gram drafts, and with drafts of its own text in which every
+fifth token is wrong. A family takes a process of its own, and its row is written when it is done: a run that was stopped goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -37,27 +38,34 @@ from outrider.types import Draft, Evidence
 VOCAB, WIDTH, LAYERS, POSITIONS = 512, 64, 4, 512
 PROMPT = [7 * i % 90 + 5 for i in range(24)]
 PICTURED = (
-    """mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe llava llava_next internvl smolvlm idefics3 paligemma aya_vision glm4v
-    glm4v_moe cohere2_vision lfm2_vl"""
-).split()
+    "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "llava_next", "internvl", "smolvlm", "idefics3",
+    "paligemma", "aya_vision", "glm4v", "glm4v_moe", "cohere2_vision", "lfm2_vl",
+)  # fmt: skip
 """Families that read pictures besides; those of them that transformers also has as causal models are among the others."""
 FAMILIES = tuple(sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *PICTURED}))
+
+
+def each(names: str, value: Any) -> dict[str, Any]:
+    """The same value for every name."""
+    return dict.fromkeys(names.split(), value)
+
+
 SMALL: dict[str, Any] = {
-    **dict.fromkeys("hidden_size n_embd d_model dim word_embed_proj_dim attention_hidden_size embedding_dim lru_width".split(), WIDTH),
-    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers num_blocks decoder_layers encoder_layers".split(), LAYERS),
-    **dict.fromkeys("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads".split(), 4),
-    **dict.fromkeys("intermediate_size ffn_dim ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim d_ff".split(), 2 * WIDTH),
-    **dict.fromkeys("intermediate_size_mlp shared_intermediate_size dense_intermediate_size block_ff_dim".split(), 2 * WIDTH),
-    **dict.fromkeys("max_position_embeddings n_positions n_ctx max_seq_len context_length seq_length".split(), POSITIONS),
-    **dict.fromkeys("head_dim global_head_dim swa_head_dim v_head_dim qk_nope_head_dim attention_head_dim".split(), 16),
-    **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4),
-    **dict.fromkeys("num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts".split(), 2),
-    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size".split(), WIDTH // 2),
-    **dict.fromkeys("state_size ssm_state_size mamba_d_state".split(), 8),
-    **dict.fromkeys("mamba_n_heads mamba_num_heads n_mamba_heads".split(), 8),
-    **dict.fromkeys("mamba_d_head mamba_head_dim mamba_headdim linear_key_head_dim linear_value_head_dim".split(), 16),
-    **dict.fromkeys("n_group topk_group mamba_n_groups mamba_ngroups n_groups n_shared_experts".split(), 1),
-    **dict.fromkeys("vocab_size vocab_size_per_layer_input".split(), VOCAB),
+    **each("hidden_size n_embd d_model dim word_embed_proj_dim attention_hidden_size embedding_dim lru_width", WIDTH),
+    **each("num_hidden_layers n_layer n_layers num_layers num_blocks decoder_layers encoder_layers", LAYERS),
+    **each("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads", 4),
+    **each("intermediate_size ffn_dim ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim d_ff", 2 * WIDTH),
+    **each("intermediate_size_mlp shared_intermediate_size dense_intermediate_size block_ff_dim", 2 * WIDTH),
+    **each("max_position_embeddings n_positions n_ctx max_seq_len context_length seq_length", POSITIONS),
+    **each("head_dim global_head_dim swa_head_dim v_head_dim qk_nope_head_dim attention_head_dim", 16),
+    **each("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
+    **each("num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k top_k_experts", 2),
+    **each("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size", WIDTH // 2),
+    **each("state_size ssm_state_size mamba_d_state", 8),
+    **each("mamba_n_heads mamba_num_heads n_mamba_heads", 8),
+    **each("mamba_d_head mamba_head_dim mamba_headdim linear_key_head_dim linear_value_head_dim", 16),
+    **each("n_group topk_group mamba_n_groups mamba_ngroups n_groups n_shared_experts", 1),
+    **each("vocab_size vocab_size_per_layer_input", VOCAB),
     "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_chunk_size": 16, "chunk_size": 16,
     "kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_head_dim": 24, "first_k_dense_replace": 1,
     "sliding_window": 16, "attention_window_size": 16, "attention_chunk_size": 16, "hidden_size_per_layer_input": 16,
@@ -69,27 +77,39 @@ KINDS = {kind: [kind, "full_attention"] * (LAYERS // 2) for kind in ("linear_att
 ALWAYS = ("num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group")
 """Given even where the configuration has no value for them."""
 OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys("qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid minimax".split(), {"layer_types": KINDS["linear_attention"]}),
-    **dict.fromkeys("gemma2 gemma3_text gemma3 gemma4_text gemma4 olmo3 gpt_oss ministral cohere2 exaone4".split(), {"layer_types": KINDS["sliding_attention"]}),
-    **dict.fromkeys("lfm2 lfm2_moe lfm2_vl".split(), {"layer_types": KINDS["conv"], "num_dense_layers": 1}),
+    **each("qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid minimax",
+        {"layer_types": KINDS["linear_attention"]}),
+    **each("gemma2 gemma3_text gemma3 gemma4_text gemma4 olmo3 gpt_oss ministral cohere2 exaone4",
+        {"layer_types": KINDS["sliding_attention"]}),
+    **each("lfm2 lfm2_moe lfm2_vl", {"layer_types": KINDS["conv"], "num_dense_layers": 1}),
     "glm4v": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "glm4v_moe": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCAB},
-    **dict.fromkeys("bailing_hybrid kimi_linear".split(), {"layer_types": KINDS["linear_attention"]}),
-    **dict.fromkeys("gemma3n_text gemma3n".split(), {"layer_types": KINDS["sliding_attention"], "num_kv_shared_layers": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * LAYERS, "altup_num_inputs": 2}),
+    **each("bailing_hybrid kimi_linear", {"layer_types": KINDS["linear_attention"]}),
+    **each("gemma3n_text gemma3n",
+        {"layer_types": KINDS["sliding_attention"], "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 2,
+         "activation_sparsity_pattern": [0.0] * LAYERS}),
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "num_local_experts": 0, "num_experts_per_tok": 0},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"] * 2, "moe_layers": [0, 1, 2, 3]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "moe_shared_expert_intermediate_size": 32},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH, "mamba_expand": 2, "adapter_rank": 8},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "attention_head_dim": 32,
+        "attention_hidden_size": 2 * WIDTH, "mamba_expand": 2, "adapter_rank": 8},
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "attention_hidden_size": 2 * WIDTH,
+        "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "xlstm": {"num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
-    **dict.fromkeys("qwen2_vl qwen2_5_vl".split(), {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
+    **each("qwen2_vl qwen2_5_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}),
     "falcon": {"alibi": False},
     "doge": {"is_moe": False},
     "opt": {"init_std": 0.1},
@@ -177,7 +197,6 @@ def row_of(family: str, tokens: int, rounds: int) -> dict[str, Any]:
         except OutriderError as error:
             return row | {"refused": plainly(error, folder), **own_fault(model)}
         row |= compare(model, engine, tokens, rounds)
-        row["notices"] = [n.replace(Path(folder).name, family) for n in engine.parts.target.notices]
     return row
 
 
@@ -212,7 +231,9 @@ def compare(model: Any, engine: Engine, tokens: int, rounds: int) -> dict[str, A
         if plain != theirs:
             out["first_difference"] = next(i for i, (a, b) in enumerate(zip(plain, theirs, strict=False)) if a != b)
         out |= {name: round(statistics.median(s), 4) for name, s in seconds.items()}
-        out["speed"] = round(statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)), 3)
+        out["speed"] = round(
+            statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)), 3
+        )
     out["distinct"] = len(set(plain))
     if not target.rewinds:
         return out
@@ -255,7 +276,11 @@ def alone(family: str, tokens: int, rounds: int, seconds: float) -> dict[str, An
     try:
         if ours.poll(seconds):
             return ours.recv()
-        return {"family": family, "transformers": transformers.__version__, "crash": f"not done in {seconds:.0f} seconds"}
+        return {
+            "family": family,
+            "transformers": transformers.__version__,
+            "crash": f"not done in {seconds:.0f} seconds",
+        }
     except EOFError:
         return {"family": family, "transformers": transformers.__version__, "crash": "its process died"}
     finally:
@@ -265,20 +290,21 @@ def alone(family: str, tokens: int, rounds: int, seconds: float) -> dict[str, An
 
 PAGE = """# Will my model run?
 
-Every family of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text part is
-the target. Each was built small and random (a few layers of 64, float32), saved, loaded like any checkpoint and decoded greedily, by
-`python benchmarks/model_table.py --out rows.jsonl`; this page is what `--page` makes of the rows. A family of the table that your
-checkpoint belongs to runs in the same way, however large it is; `outrider doctor PATH` says which runtime it is, and loading says what
-its path costs.
+Families of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text
+part is the target; one that is not listed has not been recorded yet. Each was built small and random (a few layers of 64, float32), saved, loaded like any checkpoint and decoded
+greedily, by `python benchmarks/model_table.py --out rows.jsonl`; this page is what `--page` makes of the rows. A checkpoint of a
+family runs in the same way, however large it is; `outrider doctor PATH` says which runtime it is, and loading says what its path
+costs.
 
-- **path**: *native* is Outrider's own runtime, all others are transformers: *seam* scores the rows of all sequences in one call,
-  *cache* calls the model once per sequence, *snapshots* is for states that cannot be cut (docs/families.md), *recompute* reads the whole
-  text at every step.
-- **drafts**: what may be proposed. *chains, no gain*: exact, but the model reads one token a call, so that drafts save no time.
-- **text**: whether greedy text is that of transformers' own `generate`, plainly, and with drafts that are accepted and rejected (n-grams,
-  and its own text with every fifth token wrong), and sampled text (rule `match`) that of plain decoding.
-- **speed**: of transformers' `generate`, plain decoding of one sequence, the median of two interleaved runs of a few dozen tokens on a
-  shared machine: read 0.8 to 1.2 as equal.
+- **path**: *native* is Outrider's own runtime, all others are transformers: *seam* scores the rows of all sequences in one
+  call, *cache* calls the model once per sequence, *snapshots* is for states that cannot be cut ([families](families.md)),
+  *recompute* reads the whole text at every step.
+- **drafts**: what may be proposed. *chains, no gain*: exact, but the model reads one token a call, so drafts save no time.
+- **text**: whether greedy text is that of transformers' own `generate`, plainly, and with drafts that are accepted and rejected
+  (n-grams, and its own text with every fifth token wrong), and sampled text (rule `match`) that of plain decoding.
+- **speed**: as a share of transformers' `generate`, plain decoding of one sequence; the median of two interleaved runs of a few
+  dozen tokens on a machine that other programs used too, so that single values are rough: measure a family that matters with
+  `benchmarks/families.py`.
 
 {counts}
 
@@ -311,7 +337,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     cell = lambda text: str(text).replace("|", "\\|")  # noqa: E731
     return PAGE.format(
         release=rows[0]["transformers"],
-        counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused, {len(untried)} could not be tried.",
+        counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused, {len(untried)} could not be "
+        "tried.",
         table="\n".join(
             f"| {r['family']} | {r['path']} | {r['drafts']}{', no gain' if r['by_token'] else ''} | {verdict(r)} "
             f"| {r.get('speed', 'none')} |"
@@ -332,7 +359,11 @@ def verdict(row: dict[str, Any]) -> str:
     wrong = [name for name in CHECKS if row.get(name) is False]
     if wrong:
         return f"differs: {', '.join(wrong)}"
-    return "equal" if "equal" in row else f"equal to plain decoding; transformers' own generate fails ({row['theirs_fails']})"
+    return (
+        "equal"
+        if "equal" in row
+        else f"equal to plain decoding; transformers' own generate fails ({row['theirs_fails']})"
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -343,7 +374,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=FAMILIES)
-    parser.add_argument("--out", type=Path, required=True, help="rows, one JSON object a line; families in it are not run again")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="rows, one JSON object a line; families in it are not run again"
+    )
     parser.add_argument("--page", type=Path, help="write the page of the rows there, and run nothing")
     for name, default in (("tokens", 48), ("rounds", 3), ("seconds", 240)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -355,7 +388,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    done = {json.loads(line)["family"] for line in wanted.out.read_text().splitlines()} if wanted.out.exists() else set()
+    done = (
+        {json.loads(line)["family"] for line in wanted.out.read_text().splitlines()} if wanted.out.exists() else set()
+    )
     for family in (f for f in wanted.families if f not in done):
         row = alone(family, wanted.tokens, wanted.rounds, wanted.seconds)
         with wanted.out.open("a") as file:

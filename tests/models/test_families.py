@@ -72,15 +72,15 @@ def test_drafts_on_a_state_that_cannot_be_cut_give_the_text_of_transformers(fami
     """Two sequences at a time, drafts accepted and rejected in turn; a model that reads pieces takes one call a step."""
     model = build(family)
     reference = theirs(model, NEW)
-    engine = companion(engine_of(model, 64), Told(reference, 4), length=4, slots=2)
+    engine = companion(engine_of(model, 64), Told(reference, 3), length=3, slots=2)
     target = engine.parts.target
     assert target.path == "snapshots"
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
     with counted(model) as fed:
         found = [list(r.outputs[0].token_ids) for r in engine.generate([PROMPT, PROMPT], params)]
     assert found == [reference, reference]
-    assert engine.counts.accepted > NEW
-    assert engine.counts.rejected > 4
+    assert engine.counts.accepted > 10
+    assert engine.counts.rejected > 3
     if not target.serving_path.by_token:
         assert len(fed) == engine.counts.steps
 
@@ -197,7 +197,8 @@ def test_a_model_that_cannot_run_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "words"), [("bloom", "few slots"), ("mamba2", "read again"), ("mamba", "one token a call"), ("phi3", "max_length")]
+    ("family", "words"),
+    [("bloom", "few slots"), ("mamba2", "read again"), ("mamba", "one token a call"), ("phi3", "max_length")],
 )
 def test_what_a_path_costs_is_said(family: str, words: str) -> None:
     (notice,) = HFTarget(build(family)).notices

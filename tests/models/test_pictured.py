@@ -24,7 +24,7 @@ def test_the_text_is_that_of_transformers(family: str) -> None:
     target = HFTarget(model)
     engine = Engine.build(target=target, draft="none", length=0, slots=2, max_length=128)
     assert decode(engine, NEW) == expected
-    drafted = companion(engine, Told(expected, 4), length=4)
+    drafted = companion(engine, Told(expected, 3), length=3)
     assert decode(drafted, NEW) == expected
     assert drafted.counts.accepted and drafted.counts.rejected
     tokens = torch.tensor([[3, 4, 5]])

@@ -28,16 +28,22 @@ def test_the_formula_is_the_mean_of_the_rule(acceptance: list[float]) -> None:
     found = reread(acceptance)
     runs = [simulate(acceptance, 400, seed) for seed in range(400)]
     for exact, k in ((found.rows, 0), (found.forwards, 1)):
+        if exact < 1e-3:  # too seldom to be counted here
+            continue
         means = np.array([run[k][100:].mean() for run in runs])
         error = means.std(ddof=1) / len(means) ** 0.5
         assert abs(means.mean() - exact) < 6.2 * error + 1e-9
-        assert abs(means.mean() - 1.05 * exact) > 6.2 * error or exact < 0.2  # negative control: five per cent off is seen
+        assert (
+            abs(means.mean() - 1.05 * exact) > 6.2 * error or exact < 0.2
+        )  # negative control: five per cent off is seen
 
 
 def test_limits() -> None:
     assert reread([1.0] * 5).rows == 0.0
     assert speedup([1.0] * 5, 0.0, 1.0, 0.5) == pytest.approx(6.0)
-    assert speedup([0.8] * 4, 0.05) <= speedup([0.8] * 4, 0.05, merged=1000)  # without a cost of rows a forward is what counts
+    assert speedup([0.8] * 4, 0.05) <= speedup(
+        [0.8] * 4, 0.05, merged=1000
+    )  # without a cost of rows a forward is what counts
     assert speedup([0.8] * 4, 0.05, 1.0, 0.05) > speedup([0.8] * 4, 0.05, 1.0, 0.05, merged=1000)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from outrider.records import StepRecord
@@ -14,6 +15,12 @@ MEMORY, FLOOR = 1000.0, 120.0
 tries below which it does not fade, so that a few steps of a trial do not outweigh everything measured before."""
 ENOUGH = 30.0
 """Tries needed for a first estimate."""
+
+
+@lru_cache(maxsize=4096)
+def _read_again(rates: tuple[float, ...]) -> float:
+    """Asked in every step: the rates are rounded, so that most answers are known."""
+    return reread(rates).rows
 
 
 class AcceptanceByDepth:
@@ -50,7 +57,8 @@ class AcceptanceByDepth:
     def read_again(self, length: int) -> float:
         """Tokens that a step of one sequence reads again, if the target's state cannot be cut: see `theory.recurrent`."""
         shares = [1.0, *self._shares(length)]
-        return reread([min(1.0, b / a) if a > 0 else 0.0 for a, b in pairwise(shares)]).rows if length else 0.0
+        rates = tuple(round(min(1.0, b / a), 2) if a > 0 else 0.0 for a, b in pairwise(shares))
+        return _read_again(rates) if length else 0.0
 
     def _shares(self, length: int) -> list[float]:
         """The share of drafts accepted down to each depth."""

@@ -87,9 +87,7 @@ class StateCaches(SlotCaches):
     opaque: classes of objects in a state that hold none of it, such as a configuration.
     """
 
-    def __init__(
-        self, slots: int, capacity: int, growing: Mapping[Path, int], opaque: tuple[type, ...] = ()
-    ) -> None:
+    def __init__(self, slots: int, capacity: int, growing: Mapping[Path, int], opaque: tuple[type, ...] = ()) -> None:
         super().__init__(slots, capacity, True)
         self.growing, self.opaque = growing, opaque
         self.saved: list[list[Snapshot]] = [[] for _ in range(slots)]

@@ -1,8 +1,8 @@
 """A toy target with a state that cannot be cut, and an exactly known distribution.
 
-It is a `toy.TableTarget` that reads the history through a state as models of transformers keep it: the newest tokens in a tensor that is
-overwritten in place, all of them in a tensor that grows, and a number beside them. So a snapshot that was not taken, was taken
-too late, or shares what is overwritten, shows in the logits.
+It is a `toy.TableTarget` that reads the history through a state as models of transformers keep it: the newest tokens in a
+tensor that is overwritten in place, all of them in a tensor that grows, and a number beside them. So a snapshot that was not
+taken, was taken too late, or shares what is overwritten, shows in the logits.
 """
 
 from __future__ import annotations

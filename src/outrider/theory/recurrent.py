@@ -1,9 +1,9 @@
 """Targets whose state cannot be cut: how many tokens are read again after rejections, and what that leaves of a speed-up.
 
-Such a target goes back to a snapshot from before the draft, and reads the anchor and the accepted drafts again in the same forward as
-the next draft. If that is rejected too, all of it is read again with the one after: a draft that is kept whole clears what has
-gathered, and so does a forward of its own for it, which is made when more than `merged` tokens have gathered. What has gathered
-before a call is a Markov chain; its stationary distribution gives the cost.
+Such a target goes back to a snapshot from before the draft, and reads the anchor and the accepted drafts again in the same
+forward as the next draft. If that is rejected too, all of it is read again with the one after: a draft that is kept whole
+clears what has gathered, and so does a forward of its own for it, which is made when more than `merged` tokens have gathered.
+What has gathered before a call is a Markov chain; its stationary distribution gives the cost.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ class Drive(Protocol):
 DRAFTED: Plan = ((4, 1, True), (1, 2, False)), [3, 4, 5, 6, 7]
 REJECTED: Plan = ((3, 0, False), (1, 0, True), (1, 1, True), (1, 1, False)), [2, 3, 4, 5, 6, 7]
 """Most of its rows come after the first rejection: the typical row shows it if that was not undone."""
+FOLLOWED: Plan = ((4, 3, True),), [3, 4, 5, 6]
+"""Every row is followed by a token that is not the text's: it must not show."""
 PLAIN: Plan = ((4, 0, False), (3, 0, False), (1, 0, False)), [3, 6, 7]
 
 
@@ -97,11 +99,11 @@ def choose(
 
 def _recompute(model: PreTrainedModel, token: Sequence[int], reference: Float[Tensor, "P V"], limit: float) -> Drive:
     """The path that is correct for every model whose rows do not see what follows them."""
-    trial = rehearse(lambda: RecomputePath(model), token, reference, DRAFTED, limit)
+    trial = rehearse(lambda: RecomputePath(model), token, reference, FOLLOWED, limit)
     if trial.path is None:
         raise ConfigError(
-            f"{type(model).__name__} is no decoder: what follows a token changes what the model says of it, so that it cannot continue "
-            "text; use a causal language model"
+            f"{type(model).__name__} is no decoder: what follows a token changes what the model says of it, so that it cannot "
+            "continue text; use a causal language model"
         )
     return trial.path
 
