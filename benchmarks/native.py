@@ -31,7 +31,7 @@ from outrider.models.lean import LeanTarget
 from outrider.models.native import load_native
 from outrider.models.quantised import QUANTIZE, quantised
 from outrider.nn import compiled
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.types import Draft, Rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -151,8 +151,9 @@ def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, wi
         decoder, _ = load_native(config, weights)
         if decoder is None:
             raise SystemExit("no native decoder here: run with logging to see why")
-        kv = ContiguousKV(config.layers, 1, config.kv_heads, 512, config.head_dim, dtype, torch.device("cpu"))
+        kv = PagedKV(config.layers, 1, config.kv_heads, 512, config.head_dim, dtype, torch.device("cpu"))
         kv.k.normal_(), kv.v.normal_()
+        kv.make_room(0, 512)
         kv.length[0] = CACHED
         arms |= {f"{name} {n}": partial(decoder.forward, chain(n), kv) for n in ROWS}
         if with_torch and name in PLAIN:

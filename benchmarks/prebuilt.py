@@ -27,7 +27,7 @@ from outrider.models.decoder import DecoderConfig
 from outrider.models.native.runtime import NativeDecoder
 from outrider.nn import compiled
 from outrider.nn.compiled import DECODER
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 
 HERE = "here"
 ROWS = (1, 4)
@@ -45,8 +45,9 @@ def libraries(folder: Path, levels: Collection[str]) -> dict[str, ctypes.CDLL]:
 def measure(title: str, config: DecoderConfig, dtype: torch.dtype, rounds: int, found: dict[str, ctypes.CDLL]) -> None:
     """Prints, per number of rows, the time of the library compiled here and the ratio of every other one to it."""
     weights = random_weights(config, dtype)
-    kv = ContiguousKV(config.layers, 1, config.kv_heads, 512, config.head_dim, dtype, torch.device("cpu"))
+    kv = PagedKV(config.layers, 1, config.kv_heads, 512, config.head_dim, dtype, torch.device("cpu"))
     kv.k.normal_(), kv.v.normal_()
+    kv.make_room(0, 512)
     kv.length[0] = CACHED
     decoders = {name: NativeDecoder(library, config, weights) for name, library in found.items()}
     print(f"{title}, {str(dtype)[6:]}, {torch.get_num_threads()} threads", flush=True)

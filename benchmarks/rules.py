@@ -27,7 +27,7 @@ from native import chain as chain_rows  # noqa: E402
 from native import decoder_config, random_weights  # noqa: E402
 
 from outrider.models.native import load_native  # noqa: E402
-from outrider.nn.kv import ContiguousKV  # noqa: E402
+from outrider.nn.kv import PagedKV  # noqa: E402
 from outrider.noise import Noise  # noqa: E402
 from outrider.types import Draft, Proposal  # noqa: E402
 from outrider.verify import LOSSLESS, RULES, load_rule  # noqa: E402
@@ -63,7 +63,8 @@ def forward(vocab: int, rows: tuple[int, ...]) -> dict[int, Callable[[], object]
     decoder, _ = load_native(config, random_weights(config, torch.bfloat16))
     if decoder is None:
         return {}
-    kv = ContiguousKV(config.layers, 1, config.kv_heads, 256, config.head_dim, torch.bfloat16, torch.device("cpu"))
+    kv = PagedKV(config.layers, 1, config.kv_heads, 256, config.head_dim, torch.bfloat16, torch.device("cpu"))
+    kv.make_room(0, 256)
     kv.length[0] = 128
     return {n: partial(decoder.forward, chain_rows(n), kv) for n in rows}
 

@@ -6,25 +6,20 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-}
+HEAD = {"head_dim": 16}
+FAMILIES: dict[str, dict] = {
+    "llama": {}, "qwen2": {}, "qwen3": HEAD, "mistral": {}, "gemma": HEAD, "gemma2": HEAD | {"sliding_window": 5},
+    "gemma3_text": HEAD | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.6, "attention_multiplier": 0.4,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "glm4": HEAD | {"pad_token_id": 0, "eos_token_id": [2]},
+}  # fmt: skip
+"""Families of the lean runtime -> what their small models have beside `SIZES`."""
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -40,19 +35,19 @@ SIZES = {
 def make_model(
     family: str, *, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32, **overrides
 ) -> PreTrainedModel:
-    """A random model of `family` ("llama", "qwen2", "qwen3", "mistral") whose logits differ strongly.
+    """A random model of a family of `FAMILIES` whose logits differ strongly.
 
     scale: weights are normal with standard deviation scale / sqrt(inputs) (embeddings: scale), biases and norms move
     too, so that a part that is forgotten shows. overrides: keys of the configuration class, over `SIZES`.
     """
-    config_class, model_class = FAMILIES[family]
-    sizes = SIZES | ({"head_dim": 16} if family == "qwen3" else {}) | overrides
-    model = model_class(config_class(**sizes)).to(dtype).eval().requires_grad_(False)
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | overrides))
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+    middle = 0.0 if family.startswith("gemma") else 1.0
     noise = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         drawn = torch.randn(weight.shape, generator=noise, dtype=torch.float64)
         if weight.ndim == 1:
-            value = 0.3 * drawn + (0.0 if name.endswith("bias") else 1.0)
+            value = 0.3 * drawn + (0.0 if name.endswith("bias") else middle)
         else:
             value = scale * drawn / (1.0 if "embed" in name else weight.shape[1] ** 0.5)
             value = value * (2.0 if "q_proj" in name or "k_proj" in name or "lm_head" in name else 1.0)

@@ -27,7 +27,7 @@ from outrider.models.folder import resolve_folder
 from outrider.notices import notices_of, wasted_option
 from outrider.options import EngineOptions, check_names
 from outrider.params import SamplingParams
-from outrider.protocols import Controller, Drafter, Rule, Sink, Target
+from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
 from outrider.raster import find_raster
 from outrider.sampling.grammar import grammars_of
 from outrider.sampling.pipeline import LogitsPipeline
@@ -44,6 +44,7 @@ class Engine(EngineCore):
     slots: sequences decoded together. max_length: most tokens (prompt and output) of a sequence; the target's context if None.
     chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step. on_defect: called with
     every contained failure. turns: shared by engines on one model, so that they take turns. loaded, notices: set by `build`.
+    prefix_cache, kv_memory: see `EngineOptions`.
     Raises CapabilityError when parts do not fit together.
     """
 
@@ -65,18 +66,20 @@ class Engine(EngineCore):
         turns: Turns | None = None,
         loaded: Loaded | None = None,
         notices: Iterable[str] = (),
+        prefix_cache: bool = True,
+        kv_memory: float | None = None,
     ) -> None:
         contracts.check_parts(target, drafter, rule, controller)
         turns = turns or Turns()  # first: it raises in a forked process before anything is allocated
         check_fit(target, drafter, rule, allow_lossy)
         most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
-        kv = target.new_kv(slots, most + drafter.max_nodes)
+        kv = _new_kv(target, slots, most + drafter.max_nodes, kv_memory)
         drafter.bind(slots, most)
         pipeline = LogitsPipeline(target.vocab_size, ends, grammars_of(tokenizer, target.vocab_size, ends))
         super().__init__(
             Parts(target, kv, pipeline, rule, drafter),
             Hooks(controller, tuple(sinks), on_defect),
-            CoreOptions(slots, most, chunk, tokenizer, turns),
+            CoreOptions(slots, most, chunk, tokenizer, turns, prefix_cache),
         )
         self.loaded = loaded
         self._notices = tuple(notices)
@@ -189,7 +192,20 @@ def assemble(
         turns=loaded.turns,
         loaded=mine,
         notices=_notices(loaded, options, bool(drafter.max_depth)),
+        prefix_cache=options.prefix_cache,
+        kv_memory=options.kv_memory,
     )
+
+
+def _new_kv(target: Target, slots: int, length: int, memory: float | None) -> KVCache:
+    """The target's cache. memory: GB that it may take."""
+    if memory is None:
+        return target.new_kv(slots, length)
+    if not contracts.takes(target.new_kv, ("slots", "length", "memory=")):
+        raise ConfigError(
+            f"kv_memory was given, and the cache of {type(target).__name__} is not in pages: leave it out, and lower max_length or slots"
+        )
+    return target.new_kv(slots, length, memory=int(memory * 1e9))  # type: ignore[call-arg]
 
 
 def _rule(loaded: Loaded, options: EngineOptions) -> Rule:

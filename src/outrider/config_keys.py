@@ -29,7 +29,7 @@ BOOKKEEPING = GENERATION | frozenset({
     "torch_dtype", "torchscript", "use_bfloat16", "tokenizer_class", "prefix", "unsloth_fixed", "unsloth_version",
     "base_model_name", "base_model_name_or_path", "license", "language", "pipeline_tag", "_attn_implementation_autoset",
     "_flash_attn_2_enabled", "model_max_length", "max_sequence_length", "is_llama_config", "rope_interleaved", "use_mrope",
-    "transformers.js_config", "attn_implementation",
+    "transformers.js_config", "attn_implementation", "_sliding_window_pattern",
     # labels and tasks
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
     # tokens; which of them end a text is read elsewhere
@@ -41,7 +41,11 @@ BOOKKEEPING = GENERATION | frozenset({
 })  # fmt: skip
 
 WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
-OPTIONS = WINDOWS | {"attention_bias", "mlp_bias"}
+OPTIONS = WINDOWS | {
+    "attention_bias", "mlp_bias", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "hidden_activation",
+    "sliding_window_pattern", "rope_local_base_freq", "embedding_multiplier", "logits_scaling", "residual_multiplier",
+    "attention_multiplier", "no_rope_layers", "no_rope_layer_interval",
+}  # fmt: skip
 """Keys of some of the families."""
 COMMON = frozenset({
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

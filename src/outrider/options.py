@@ -42,6 +42,9 @@ class EngineOptions:
     max_length:     tokens of context to reserve for prompt and output, >= 1; None: the model's.
     slots:          sequences decoded together, >= 1.
     chunk:          most tokens of a prompt in one forward pass, >= 1.
+    prefix_cache:   whether a sequence may use what others with the same beginning have computed. It never changes a text.
+    kv_memory:      GB (10^9 bytes) for the target's keys and values, > 0; None: what all slots could fill, or 90% of the memory that is
+                    free when the engine is built, if that is less.
     """
 
     target: str | None = None
@@ -57,6 +60,8 @@ class EngineOptions:
     max_length: int | None = None
     slots: int = 8
     chunk: int = 256
+    prefix_cache: bool = True
+    kv_memory: float | None = None
 
     def __post_init__(self) -> None:
         for name in _TEXTS:
@@ -69,6 +74,12 @@ class EngineOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+        memory = self.kv_memory
+        if memory is not None and (
+            isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < 1e9
+        ):
+            raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
 
     def changed(self, **changes: object) -> EngineOptions:
         """The same options except `changes`. Raises ConfigError for an unknown name, with the nearest known one."""

@@ -36,6 +36,7 @@ _MAX_STOPS, _MAX_STOP_CHARS = 16, 256
 _MAX_STOP_IDS, _MAX_PREDICTION = 256, 65_536
 _MAX_GRAMMAR = 1 << 18
 _MAX_DRAFTERS = 64
+_MAX_SALT = 4096
 
 
 @no_type_check  # its own checks give the messages for users; a type checker in tests must not raise first
@@ -71,6 +72,8 @@ class SamplingParams:
                         changes the distribution; 0 is plain decoding.
     drafters:           numbers of the members of a combined drafter that may propose for this request, if the engine lets requests
                         choose (`selectable`); None = all of them.
+    cache_salt:         None, or a text of at most 4096 characters: the request shares computed beginnings only with requests of the
+                        same salt. It never changes the text.
     """
 
     temperature: float = 1.0
@@ -98,6 +101,7 @@ class SamplingParams:
     keep_special: tuple[int, ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -125,6 +129,8 @@ class SamplingParams:
             raise RequestError(f"bad_words must be at most {_MAX_STOP_IDS} sequences, none of them empty")
         put("bad_words", tuple(_tokens("bad_words", word, _MAX_DRAFTERS) for word in words))
         put("keep_special", _tokens("keep_special", self.keep_special, _MAX_DRAFTERS))
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and len(self.cache_salt) <= _MAX_SALT):
+            raise RequestError(f"cache_salt must be a text of at most {_MAX_SALT} characters")
         if self.drafters is not None:
             put("drafters", _tokens("drafters", self.drafters, _MAX_DRAFTERS))
 

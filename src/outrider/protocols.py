@@ -5,7 +5,7 @@ They are runtime-checkable only for the type checks in the tests; the engine nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -59,12 +59,44 @@ class KVCache(Protocol):
         ...
 
 
+class PagedCache(KVCache, Protocol):
+    """A cache in pages, which has room for the tokens that it holds rather than for every slot's whole context."""
+
+    @property
+    def spare(self) -> int:
+        """Pages that slots can still get."""
+        ...
+
+    def lacking(self, slot: int, tokens: int) -> int:
+        """Pages that a slot must get before it can hold so many tokens."""
+        ...
+
+    def needed(self, tokens: Sequence[int], more: int, root: Hashable = None) -> int:
+        """Pages that a sequence of these tokens and `more` others would take."""
+        ...
+
+
+class SharingCache(PagedCache, Protocol):
+    """A cache whose sequences use each other's pages where they begin with the same tokens, within one root."""
+
+    def share(self, slot: int, tokens: Sequence[int], root: Hashable = None, step: int = 1) -> int:
+        """Give a slot what is known of its next tokens, all but the last of `tokens` at most, to a multiple of `step`; the tokens
+        that it has then."""
+        ...
+
+    def publish(self, slot: int, tokens: Sequence[int], root: Hashable = None) -> None:
+        """Make the full pages of a slot known by their tokens."""
+        ...
+
+
 @runtime_checkable
 class Target(Protocol):
     """A causal language model that scores flat rows.
 
     trees: rows may be siblings. rewinds: rows may be dropped again (False for recurrent states: plain decoding only).
     notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
+    A target may say that forwards of up to `uniform_rows` rows per segment give every row the same bits whatever is fed with it; then
+    sequences share their beginnings to the token, else by whole prompt chunks.
     """
 
     vocab_size: int

@@ -89,6 +89,7 @@ class StepRecord:
     rows: rows of the forward; scored: sequences with a verdict; running, waiting: sequences after the step;
     seconds: wall-clock seconds of each of PHASES; counts: the step's sums. engine_seeded: the sums of the sequences whose seed the
     engine chose: a client's own seed may repeat its noise, and then the statistics of the ledger do not hold over several requests.
+    replayed: tokens that the forward read besides its rows, once more, because a rejection had undone them (`Scores.replayed`).
     """
 
     rows: int
@@ -98,3 +99,4 @@ class StepRecord:
     seconds: dict[str, float]
     counts: Counts
     engine_seeded: Counts = field(default_factory=Counts)
+    replayed: int = 0

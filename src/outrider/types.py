@@ -177,6 +177,8 @@ class Segment:
     cached : cached + prefix + nodes of `slot`. `parent` holds, for each *node*, its parent as an offset into the segment
     (prefix - 1 is the last prefix row). A prefix row sees the cached tokens and the prefix rows up to itself.
     scored: whether the last prefix row (and the nodes) get logits; False for a prompt chunk that is not the last one.
+    view:   which of the cached tokens the rows see: ranges (from, to), increasing and disjoint; none: all of them. Positions stay what
+            they are. Only targets with `views` read it.
     """
 
     slot: int
@@ -185,6 +187,7 @@ class Segment:
     fed: int
     parent: tuple[int, ...]
     scored: bool
+    view: tuple[tuple[int, int], ...] = ()
 
     @property
     def count(self) -> int:
@@ -260,10 +263,14 @@ class Rows:
 
 
 class Scores(NamedTuple):
-    """The result of a target forward: logits of the scored rows, and hidden states of all rows for the requested layers."""
+    """The result of a target forward: logits of the scored rows, and hidden states of all rows for the requested layers.
+
+    replayed: tokens that were read again besides, because a state that cannot be cut had to be made anew after a rejection.
+    """
 
     logits: Float[Tensor, "M V"]
     hidden: tuple[Float[Tensor, "N H"], ...] = ()
+    replayed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +306,7 @@ class SequenceView:
     prompt:  how many of them are the prompt.
     cached:  how many of them are in the target's KV cache (after the step: all but the anchor, or the prompt chunks so far).
     params:  the request's sampling parameters (`params.SamplingParams`).
+    shares:  whether a drafter's own cache may let it use what others with the same salt have computed, and the other way round.
     """
 
     slot: int
@@ -307,6 +315,7 @@ class SequenceView:
     prompt: int
     cached: int
     params: SamplingParams
+    shares: bool = True
 
 
 LogitsProcessing = Callable[

@@ -26,7 +26,7 @@ def fresh_kv(model: TinyLM, text: list[int]) -> tuple[torch.Tensor, torch.Tensor
     kv = model.new_kv(1, len(text) + 1)
     rows = Rows.assemble([0], [text], [0], Draft.empty(0), [False])
     model.forward(rows, kv)
-    return kv.k[:, 0, :, : len(text)], kv.v[:, 0, :, : len(text)]
+    return kv.entries(0, len(text))
 
 
 @pytest.mark.parametrize("drafter", [n for n in DRAFTERS if n != "none"])
@@ -51,8 +51,7 @@ def test_the_cache_after_every_step_is_that_of_a_fresh_run(drafter: str) -> None
             if not s.cached:
                 continue  # admitted, its first chunk not yet fed
             k, v = fresh_kv(MODEL, s.tokens[: s.cached])
-            torch.testing.assert_close(one.parts.kv.k[:, s.slot, :, : s.cached], k, rtol=0, atol=1e-10)
-            torch.testing.assert_close(one.parts.kv.v[:, s.slot, :, : s.cached], v, rtol=0, atol=1e-10)
+            torch.testing.assert_close(one.parts.kv.entries(s.slot, s.cached), (k, v), rtol=0, atol=1e-10)
 
 
 def test_a_model_that_drafts_for_itself_is_never_rejected() -> None:

@@ -14,7 +14,16 @@ from outrider.errors import ConfigError
 from outrider.options import EngineOptions
 
 OTHER = {"implementation": "hf", "draft_quantize": "int8"}
-SHARED = {"length": 2, "slots": 1, "rule": "match", "max_length": 64, "chunk": 32, "allow_lossy": True}
+SHARED = {
+    "length": 2,
+    "slots": 1,
+    "rule": "match",
+    "max_length": 64,
+    "chunk": 32,
+    "prefix_cache": False,
+    "kv_memory": 1.0,
+    "allow_lossy": True,
+}
 
 
 @pytest.fixture(scope="module")

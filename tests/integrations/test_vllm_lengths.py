@@ -159,9 +159,9 @@ def test_limits_of_requests_that_have_ended_are_forgotten(method: str) -> None:
     own.speculative_config.method = method
     made = Ours(own)
     for n in range(500):
-        made._limit(f"ended {n}")
+        made.limit_of(f"ended {n}")
     step(made)
-    assert set(made._limits) <= {"a", "b"}
+    assert set(made.limits) <= {"a", "b"}
 
 
 def test_without_a_table_it_says_which_line_to_add() -> None:

@@ -64,8 +64,22 @@ VALUES: dict[str, list[Any]] = {
     "text_config": [{"model_type": "llama", "hidden_size": 7}],
     "quantization_config": [{}, {"quant_method": "fp8"}],
     "max_position_embeddings": [16, 512],
+    "attn_logit_softcapping": [2.0, None, 0], "final_logit_softcapping": [1.5, None], "query_pre_attn_scalar": [7, None],
+    "sliding_window_pattern": [2, 1, None], "rope_local_base_freq": [3.0, None], "hidden_activation": ["relu", "gelu", None],
+    "embedding_multiplier": [3.0, 0, None], "logits_scaling": [4.0, 0, None], "residual_multiplier": [0.2, None],
+    "attention_multiplier": [0.3, 0.0], "no_rope_layers": [[0, 0, 1], [1], None, [2, 2, 2]], "no_rope_layer_interval": [2, 0],
 }  # fmt: skip
 """Values of keys that matter to some family, in some release."""
+FIRST = ("llama", "qwen2", "qwen3", "mistral")
+MATTER = {
+    "gemma2": ("sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+    "gemma3_text": ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq", "rope_theta"),
+    "phi3": ("rope_scaling", "partial_rotary_factor"), "olmo2": ("num_key_value_heads",),
+    "granite": ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
+    "smollm3": ("no_rope_layers", "no_rope_layer_interval", "use_sliding_window"),
+    "glm4": ("partial_rotary_factor", "attention_bias"),
+}
+"""Keys that are tried in every run for the families that came later; all others are in the slow tests."""
 OTHERS = {
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "logit_scale": 0.1, "logits_scaling": 4.0,
     "embedding_multiplier": 3.0, "residual_multiplier": 0.2, "attention_multiplier": 0.3, "query_pre_attn_scalar": 7,
@@ -129,9 +143,11 @@ def agree_or_refuse(model: tuple[Path, dict[str, torch.Tensor]], copy: Path, **c
     return None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("key", VALUES)
-def test_every_value_of_a_key_agrees_with_transformers_or_is_refused(models, tmp_path, family: str, key: str) -> None:
+@pytest.mark.parametrize(("key", "family"), [
+    pytest.param(key, family, marks=() if family in FIRST or key in MATTER.get(family, ()) else pytest.mark.slow)
+    for key in VALUES for family in FAMILIES
+])  # fmt: skip
+def test_every_value_of_a_key_agrees_with_transformers_or_is_refused(models, tmp_path, key: str, family: str) -> None:
     for value in VALUES[key]:
         agree_or_refuse(models[family], tmp_path, **{key: value})
 
@@ -148,6 +164,14 @@ LEFTOVERS = {
     "mistral": {"attention_bias": True, "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1},
     "qwen2": {"attention_bias": True, "mlp_bias": True},
     "qwen3": {"mlp_bias": True, "head_dim": 16},
+    "gemma": {"sliding_window": 4, "query_pre_attn_scalar": 7, "hidden_activation": "relu", "mlp_bias": True},
+    "gemma2": {"sliding_window_pattern": 3, "rope_local_base_freq": 7.0, "hidden_act": "relu", "max_window_layers": 1},
+    "gemma3_text": {"attn_logit_softcapping": 0.5, "use_sliding_window": False, "hidden_act": "relu"},
+    "phi3": {"attention_bias": True, "mlp_bias": True, "logits_scaling": 2.0},
+    "olmo2": {"sliding_window": 4, "mlp_bias": True, "logits_scaling": 3.0},
+    "granite": {"sliding_window": 4, "final_logit_softcapping": 2.0},
+    "smollm3": {"max_window_layers": 1, "residual_multiplier": 0.3},
+    "glm4": {"mlp_bias": True, "sliding_window": 4, "embedding_multiplier": 2.0},
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_a_model_that_counts_from_zero_in_every_call_is_told_its_positions() -> 
     )
     ours(engine, NEW)
     hook.remove()
-    assert engine.parts.target.path == "recurrent"
+    assert engine.parts.target.path == "snapshots"
     assert told == list(range(len(PROMPT) + NEW - 1))
 
 
@@ -172,7 +172,7 @@ def test_a_model_that_cannot_run_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "words"), [("bloom", "few slots"), ("mamba2", "without drafts"), ("phi3", "max_length")]
+    ("family", "words"), [("bloom", "few slots"), ("mamba2", "read again"), ("mamba", "one token a call"), ("phi3", "max_length")]
 )
 def test_what_a_path_costs_is_said(family: str, words: str) -> None:
     (notice,) = HFTarget(build(family)).notices

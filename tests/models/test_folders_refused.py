@@ -18,7 +18,7 @@ from outrider.errors import ConfigError, RequestError
 from outrider.models.load import load_target, load_tokenizer, stop_ids
 from outrider.models.tokenizer import PlainTokenizer
 from outrider.nn.attention import AttentionPlan
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.params import SamplingParams
 from outrider.sampling.cpu import distribution_of
 from outrider.types import Draft, Rows
@@ -213,17 +213,17 @@ def test_what_an_aborted_sequence_left_never_reaches_the_next_owner() -> None:
     heads, size = 2, 4
 
     def attend(dirty: bool) -> torch.Tensor:
-        kv = ContiguousKV(1, 2, heads, 32, size, torch.float32, torch.device("cpu"))
+        kv = PagedKV(1, 2, heads, 32, size, torch.float32, torch.device("cpu"))
         if dirty:
             rows = Rows.assemble([0], [list(range(30))], [0], Draft.empty(1))
             kv.reserve(rows)
-            kv.k[:, 0, :, :30] = kv.v[:, 0, :, :30] = float("nan")
+            kv.k[:] = kv.v[:] = float("nan")
             kv.release([0])
         noise = torch.Generator().manual_seed(1)
         for slot, count in ((0, 12), (1, 14)):
             rows = Rows.assemble([slot], [list(range(count))], [0], Draft.empty(1))
             kv.reserve(rows)
-            kv.k[:, slot, :, :count], kv.v[:, slot, :, :count] = torch.randn(2, 1, heads, count, size, generator=noise)
+            kv.write(0, slot, 0, *torch.randn(2, count, heads, size, generator=noise))
             kv.commit(rows, [[]])
         rows = Rows.assemble([0, 1], [[1], [2]], [12, 14], Draft.empty(2))
         kv.reserve(rows)

@@ -13,9 +13,10 @@ from outrider.errors import CapacityError, ConfigError
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.convert import TYPES, convert
 from outrider.models.gguf.checkpoint import GgufCheckpoint
-from outrider.models.gguf.weights import Weights, permuted_back
+from outrider.models.gguf.weights import Weights
 from outrider.models.load import inspect_checkpoint, load_target
 from outrider.models.native.build import load_library
+from outrider.models.rotary import halves
 from outrider.nn import memory
 from outrider.nn.blocks import BLOCKS, dequantise, named, quantise
 from outrider.types import Draft, Rows
@@ -23,6 +24,12 @@ from tests.gguf_files import make_pair
 
 pytest.importorskip("gguf")
 SCALING = {"rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.5, 2, 2.5, 3, 3.5],
+    "long_factor": [2.0] * 6,
+}
 CASES = {
     "llama": ("llama", {}),
     "llama tied, biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
@@ -42,6 +49,15 @@ CASES = {
     "qwen3": ("qwen3", {}),
     "qwen3 biases": ("qwen3", {"attention_bias": True}),
     "mistral window": ("mistral", {"sliding_window": 6}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": None}),
+    "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}}),
+    "phi3 longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 5}),
+    "glm4": ("glm4", {}),
 }
 
 
@@ -61,7 +77,7 @@ def tensors(weights: object) -> list[tuple[str, torch.Tensor]]:
 def test_float32_files_are_the_checkpoint(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     source, file = make_pair(tmp_path, family, **overrides)
-    ours, theirs = GgufCheckpoint(file), Checkpoint(source)
+    ours, theirs = GgufCheckpoint(file), Checkpoint(source, max_length=64 if "longrope" in case else None)
     a, b = ours.config, theirs.config
     same = (
         "family",
@@ -72,13 +88,22 @@ def test_float32_files_are_the_checkpoint(case: str, tmp_path: Path) -> None:
         "kv_heads",
         "head_dim",
         "inner",
-        "max_length",
         "window",
+        "turns",
+        "activation",
+        "embed_scale",
     )
+    assert a.max_length == (64 if "longrope" in case else b.max_length)
     assert [getattr(a, name) for name in same] == [getattr(b, name) for name in same]
     assert a.eps == pytest.approx(b.eps, rel=1e-7)
     assert a.rope_scale == pytest.approx(b.rope_scale, rel=1e-6)
     assert torch.allclose(a.inv_freq, b.inv_freq, rtol=3e-7, atol=0)
+    for name in ("attention_cap", "logit_cap", "residual_scale", "logit_scale"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-6)
+    scales = [c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale for c in (a, b)]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-6)
+    if b.local_freq is not None:
+        assert a.local_freq is not None and torch.allclose(a.local_freq, b.local_freq, rtol=3e-7, atol=0)
     left, right = tensors(ours.read(torch.float32)), tensors(theirs.read(torch.float32))
     assert [name for name, _ in left] == [name for name, _ in right] and len(left) > 20
     for (name, x), (_, y) in zip(left, right, strict=True):
@@ -141,7 +166,7 @@ def test_rows_are_permuted_as_llama_cpps_converter_does() -> None:
     """Its formula, in numpy: view [heads, 2, half], swap."""
     rows = np.arange(24 * 5, dtype=np.uint8).reshape(24, 5)
     stored = rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(24, 5)
-    assert np.array_equal(permuted_back(torch.from_numpy(stored.copy()), 3).numpy(), rows)
+    assert np.array_equal(halves(torch.from_numpy(stored.copy()), 3, 8, 8).numpy(), rows)
 
 
 def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

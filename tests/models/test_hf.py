@@ -4,19 +4,20 @@ path       families
 seam       llama qwen2 qwen3 mistral gemma2 gemma3 phi phi3 cohere2 olmo2 gpt2 gpt_bigcode opt gpt_neox mixtral
            qwen2_moe gpt_oss deepseek_v3 gemma4
 cache      stablelm falcon bloom mpt gpt_neo llama4, gptj until transformers 5.23 (later: seam)
-recurrent  mamba mamba2 jamba qwen3_next lfm2 rwkv
+snapshots  mamba mamba2 jamba qwen3_next lfm2 rwkv
 recompute  openai-gpt
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, RwkvForCausalLM
 
 from outrider.errors import CapabilityError, CapacityError, ConfigError
 from outrider.models.hf.target import HFTarget
@@ -138,11 +139,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_NEW, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8, "attention_chunk_size": 16},
     ),
     "mamba": (
-        "recurrent",
+        "snapshots",
         {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4, "initializer_range": 0.3},
     ),
     "mamba2": (
-        "recurrent",
+        "snapshots",
         {
             "vocab_size": V,
             "hidden_size": 32,
@@ -155,7 +156,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "jamba": (
-        "recurrent",
+        "snapshots",
         {
             **_NEW,
             "attn_layer_period": 2,
@@ -166,9 +167,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
-    "qwen3_next": ("recurrent", {**_NEW, **_EXPERTS, **_LINEAR, "head_dim": 8}),
-    "lfm2": ("recurrent", {**_NEW, "layer_types": ["conv", "full_attention", "conv"]}),
-    "rwkv": ("recurrent", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 64}),
+    "qwen3_next": ("snapshots", {**_NEW, **_EXPERTS, **_LINEAR, "head_dim": 8}),
+    "lfm2": ("snapshots", {**_NEW, "layer_types": ["conv", "full_attention", "conv"]}),
+    "rwkv": ("snapshots", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 64}),
     "openai-gpt": ("recompute", _OLD),
 }
 DAILY = frozenset(
@@ -228,7 +229,7 @@ TREE = Draft(torch.tensor([7, 8, 9, 10, 11, 12, 13, 14]), (-1, -1, 0, 1, 1, 3, -
 """Anchor children 0 and 1 (6 for the third sequence), grandchildren below both, one of depth three."""
 
 
-PATHS = ("seam", "cache", "recurrent", "recompute")
+PATHS = ("seam", "cache", "snapshots", "recurrent", "recompute")
 """The best first. A release of transformers may move a family up (GPT-J in 5.24); the test is that none moves down."""
 
 
@@ -412,8 +413,33 @@ def test_trees_need_the_seam() -> None:
         target.forward(Rows.assemble([0, 1, 2], PROMPTS, [0, 0, 0], TREE), target.new_kv(3, 30))
 
 
-def test_recurrent_states_refuse_drafts_and_rewinding() -> None:
-    target = HFTarget(build("mamba"))
+class Sealed:
+    """A state that shows nothing of itself: it can be passed on, and neither be copied nor be cut."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+class SealedRwkv(RwkvForCausalLM):
+    """RWKV that hands out its state in a `Sealed`."""
+
+    def forward(self, input_ids: Any = None, state: Any = None, **kwargs: Any) -> Any:
+        out = super().forward(input_ids=input_ids, state=None if state is None else state.inner, **kwargs)
+        if out.get("state") is not None:
+            held = Sealed(None) if state is None else state
+            held.inner = out["state"]
+            out["state"] = held
+        return out
+
+
+def test_states_that_cannot_be_copied_refuse_drafts_and_rewinding() -> None:
+    model = copy.deepcopy(build("rwkv"))
+    model.__class__ = SealedRwkv
+    target = HFTarget(model)
+    assert target.path == "recurrent"
+    assert "differ" in target.why["snapshots"]
     kv = target.new_kv(1, 30)
     assert not target.rewinds
     assert not target.trees
@@ -428,7 +454,7 @@ def test_recurrent_states_refuse_drafts_and_rewinding() -> None:
     target.forward(rows, kv)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "mamba", "rwkv", "mamba2"])
 def test_a_repeated_or_truncated_forward_starts_from_what_was_committed(family: str) -> None:
     model = build(family)
     target = HFTarget(model)

@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from outrider.models.native.build import load_library
 from outrider.models.native.weights import NativeWeights
 from outrider.nn import compiled
 from outrider.nn.compiled import DECODER, Unit
-from outrider.nn.kv import ContiguousKV
-from outrider.types import Draft, Rows
+from outrider.nn.kv import PagedKV
+from outrider.types import Draft, Rows, Scores
 
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="the native decoder needs a C++ compiler"
@@ -59,6 +60,8 @@ def shape(**changes: object) -> DecoderConfig:
     return dataclasses.replace(config, window=window, inv_freq=inv_freq)
 
 
+FREQUENCIES = [base ** -(torch.arange(0, 16, 2).float() / 16) for base in (1e6, 1e3)]
+"""Of the first 16 numbers of a head."""
 SHAPES = {
     "plain": (shape(), ()),
     "odd sizes": (shape(vocab_size=77, hidden=50, heads=5, kv_heads=1, head_dim=40, inner=71, layers=2), ()),
@@ -67,7 +70,19 @@ SHAPES = {
     "windows": (shape(window=(6, 0, 3)), ()),
     "biases": (shape(), ("qkv_bias", "o_bias")),
     "norms": (shape(head_dim=24, rope_scale=1.2), ("q_norm", "k_norm")),
-}
+    "four norms, bounds, two frequencies": (
+        dataclasses.replace(
+            shape(window=(5, 0, 5), head_dim=24, activation="gelu_pytorch_tanh", attention_scale=0.31, attention_cap=3.0,
+                  embed_scale=2.1, embed_scale_rounded=True, logit_cap=4.0, turns=(1, 0, 1), wide_norms=True),
+            inv_freq=FREQUENCIES[0], local_freq=FREQUENCIES[1],
+        ),
+        ("q_norm", "k_norm", "post1", "post2"),
+    ),
+    "norms behind, of rows, factors": (
+        shape(turns=(0, -1, 0), residual_scale=0.7, embed_scale=1.7, logit_scale=0.4, wide_norms=True),
+        ("q_norm of rows", "k_norm of rows", "post1", "post2", "no norm1", "no norm2"),
+    ),
+}  # fmt: skip
 
 
 def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dtype, seed: int = 0) -> DecoderWeights:
@@ -81,28 +96,49 @@ def random_weights(config: DecoderConfig, extras: Sequence[str], dtype: torch.dt
     def vector(n: int, middle: float) -> Tensor:
         return (middle + 0.3 * torch.randn(n, generator=rng)).to(dtype)
 
+    def norm(n: int, middle: float = 1.0) -> Tensor:
+        weight = vector(n, middle)
+        return weight.float() if c.wide_norms else weight
+
     def layer() -> LayerWeights:
+        rows = "q_norm of rows" in extras
         return LayerWeights(
-            norm1=vector(c.hidden, 1.0),
+            norm1=None if "no norm1" in extras else norm(c.hidden),
             qkv=matrix(wide + 2 * kv, c.hidden, 1.5),
             qkv_bias=vector(wide + 2 * kv, 0.0) if "qkv_bias" in extras else None,
-            q_norm=vector(c.head_dim, 1.5) if "q_norm" in extras else None,
-            k_norm=vector(c.head_dim, 1.5) if "k_norm" in extras else None,
+            q_norm=norm(wide if rows else c.head_dim, 1.5) if rows or "q_norm" in extras else None,
+            k_norm=norm(kv if rows else c.head_dim, 1.5) if rows or "k_norm" in extras else None,
             o=matrix(c.hidden, wide),
             o_bias=vector(c.hidden, 0.0) if "o_bias" in extras else None,
-            norm2=vector(c.hidden, 1.0),
+            norm2=None if "no norm2" in extras else norm(c.hidden),
             gate_up=matrix(2 * c.inner, c.hidden),
             down=matrix(c.hidden, c.inner, 2.0),
+            post1=norm(c.hidden) if "post1" in extras else None,
+            post2=norm(c.hidden) if "post2" in extras else None,
         )
 
     layers = tuple(layer() for _ in range(c.layers))
     return DecoderWeights(
-        matrix(c.vocab_size, c.hidden, 4.0), layers, vector(c.hidden, 1.0), matrix(c.vocab_size, c.hidden, 3.0), dtype
+        matrix(c.vocab_size, c.hidden, 4.0),
+        layers,
+        norm(c.hidden),
+        matrix(c.vocab_size, c.hidden, 3.0),
+        dtype,
+        c.wide_norms,
     )
 
 
-def new_kv(config: DecoderConfig, dtype: torch.dtype, slots: int = 1, capacity: int = 64) -> ContiguousKV:
-    return ContiguousKV(config.layers, slots, config.kv_heads, capacity, config.head_dim, dtype, torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+def new_kv(config: DecoderConfig, dtype: torch.dtype, slots: int = 1, capacity: int = 64, page: int = 64) -> PagedKV:
+    return PagedKV(config.layers, slots, config.kv_heads, capacity, config.head_dim, dtype, CPU, page=page)
+
+
+def run(decoder: NativeDecoder, rows: Rows, kv: PagedKV, layers: tuple[int, ...] = ()) -> Scores:
+    """A forward, for whose rows there is room."""
+    kv.reserve(rows)
+    return decoder.forward(rows, kv, layers)
 
 
 def native(config: DecoderConfig, weights: DecoderWeights) -> NativeDecoder:
@@ -129,28 +165,51 @@ def reference(config: DecoderConfig, weights: DecoderWeights, path: list[int]) -
     """Logits [V] behind the last token of `path` and the hidden states [H] of that token after each block, all in float64."""
     c, n = config, len(path)
     d = lambda t: t.double()  # noqa: E731
-    norm = lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + c.eps).sqrt() * d(w)  # noqa: E731
-    angle = torch.arange(n).double()[:, None] * c.inv_freq.double()
-    cos, sin = c.rope_scale * torch.cat([angle, angle], -1).cos(), c.rope_scale * torch.cat([angle, angle], -1).sin()
-    half = c.head_dim // 2
-    rope = lambda x: x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin  # noqa: E731
-    x = d(weights.embedding)[path]
+    norm = lambda x, w: x if w is None else x / (x.pow(2).mean(-1, keepdim=True) + c.eps).sqrt() * d(w)  # noqa: E731
+    capped = lambda x, cap: x if not cap else cap * torch.tanh(x / cap)  # noqa: E731
+    x = d(weights.embedding)[path] * c.scale_of_embeddings(weights.dtype)
     hidden = [x[-1]]
-    for w, window in zip(weights.layers, c.window, strict=True):
+    act = torch.nn.functional.silu if c.activation == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
+    for i, (w, window) in enumerate(zip(weights.layers, c.window, strict=True)):
+        rope = rotation(c, n, c.turn_of(i))
         qkv = norm(x, w.norm1) @ d(w.qkv).T + (0 if w.qkv_bias is None else d(w.qkv_bias))
-        heads = qkv.view(n, c.heads + 2 * c.kv_heads, c.head_dim).transpose(0, 1)
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads])
-        q, k = (q, k) if w.q_norm is None or w.k_norm is None else (norm(q, w.q_norm), norm(k, w.k_norm))
+        sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+        parts = list(qkv.split(sizes, -1))
+        for j, weight in enumerate((w.q_norm, w.k_norm)):
+            if weight is not None:
+                parts[j] = norm(parts[j].view(n, -1, len(weight)), weight).reshape(n, -1)
+        q, k, v = (t.view(n, -1, c.head_dim).transpose(0, 1) for t in parts)
         k, v = (t.repeat_interleave(c.heads // c.kv_heads, 0) for t in (rope(k), v))
-        score = rope(q) @ k.transpose(1, 2) * c.head_dim**-0.5
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        score = capped(rope(q) @ k.transpose(1, 2) * scale, c.attention_cap)
         age = torch.arange(n)[:, None] - torch.arange(n)
         seen = (age >= 0) & (age < window if window else torch.ones(n, n, dtype=torch.bool))
         mixed = score.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-        x = x + mixed.transpose(0, 1).reshape(n, -1) @ d(w.o).T + (0 if w.o_bias is None else d(w.o_bias))
+        part = mixed.transpose(0, 1).reshape(n, -1) @ d(w.o).T + (0 if w.o_bias is None else d(w.o_bias))
+        x = x + c.residual_scale * norm(part, w.post1)
         gate, up = (norm(x, w.norm2) @ d(w.gate_up).T).chunk(2, -1)
-        x = x + (torch.nn.functional.silu(gate) * up) @ d(w.down).T
+        x = x + c.residual_scale * norm((act(gate) * up) @ d(w.down).T, w.post2)
         hidden.append(x[-1])
-    return norm(x, weights.norm)[-1] @ d(weights.head).T, hidden
+    logits = norm(x, weights.norm)[-1] @ d(weights.head).T
+    return capped(c.logit_scale * logits, c.logit_cap), hidden
+
+
+def rotation(c: DecoderConfig, n: int, turn: int) -> Callable[[Tensor], Tensor]:
+    """Turns queries or keys [heads, n, head_dim] of positions 0 .. n - 1."""
+    if turn < 0:
+        return lambda x: x
+    inv_freq = c.local_freq if turn and c.local_freq is not None else c.inv_freq
+    angle = torch.arange(n).double()[:, None] * inv_freq.double()
+    cos, sin = c.rope_scale * torch.cat([angle, angle], -1).cos(), c.rope_scale * torch.cat([angle, angle], -1).sin()
+    half, size = len(inv_freq), 2 * len(inv_freq)
+
+    def turned(x: Tensor) -> Tensor:
+        front = x[..., :size]
+        return torch.cat(
+            [front * cos + torch.cat([-front[..., half:], front[..., :half]], -1) * sin, x[..., size:]], -1
+        )
+
+    return turned
 
 
 def paths_of(rows: Rows, history: dict[int, list[int]]) -> list[list[int]]:
@@ -183,13 +242,13 @@ def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     decoder, kv = native(config, weights), new_kv(config, dtype, slots=4)
     history = {slot: tokens(n, v, seed=slot) for slot, n in ((0, 11), (1, 1), (3, 20))}
     feed = Rows.assemble(list(history), list(history.values()), [0, 0, 0], Draft.empty(0), [False] * 3)
-    assert decoder.forward(feed, kv, ()).logits.shape == (0, v)
+    assert run(decoder, feed, kv, ()).logits.shape == (0, v)
     kv.commit(feed, [()] * 3)
     tree = ([t % v for t in TREE[0]], TREE[1])
     draft = forest(tree, ([1, 2, 0], [-1, 0, 1]), ([], []))
     rows = Rows.assemble([3, 0, 1], [[2], [1, 1], [0]], [20, 11, 1], draft)
     taps = tuple(range(config.layers + 1))
-    scores = decoder.forward(rows, kv, taps)
+    scores = run(decoder, rows, kv, taps)
     paths = paths_of(rows, history)
     for m, row in enumerate(rows.scored.tolist()):
         expected, _ = reference(config, weights, paths[row])
@@ -200,7 +259,7 @@ def test_equals_the_reference(name: str, dtype: torch.dtype) -> None:
             assert (scores.hidden[tap][row] - hidden).abs().max() <= tolerance(dtype) * hidden.abs().max()
 
 
-SENSITIVE = ("plain", "odd sizes", "one head each", "windows", "biases", "norms")
+SENSITIVE = ("plain", "odd sizes", "one head each", "windows", "biases", "norms", *list(SHAPES)[-2:])
 
 
 @pytest.fixture
@@ -219,10 +278,10 @@ def alone(
     logits = torch.empty(0)
     for i, token in enumerate(path):
         rows = Rows.assemble([0], [[token]], [i], Draft.empty(1))
-        logits = decoder.forward(rows, kv, ()).logits[0]
+        logits = run(decoder, rows, kv, ()).logits[0]
         kv.commit(rows, [()])
     n = len(path)
-    return logits, kv.k[:, 0, :, :n].clone(), kv.v[:, 0, :, :n].clone()
+    return logits, *kv.entries(0, n)
 
 
 @DTYPES
@@ -236,15 +295,39 @@ def test_chains_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtype) -
     for n in range(1, 10):
         kv = new_kv(config, dtype)
         prompt = Rows.assemble([0], [path[:7]], [0], Draft.empty(0), [False])
-        decoder.forward(prompt, kv, ())
+        run(decoder, prompt, kv, ())
         kv.commit(prompt, [()])
         chain = forest((path[8 : 7 + n], list(range(-1, n - 2))))
-        logits = decoder.forward(Rows.assemble([0], [[path[7]]], [7], chain), kv, ()).logits
+        logits = run(decoder, Rows.assemble([0], [[path[7]]], [7], chain), kv, ()).logits
         for i in range(n):
             assert torch.equal(logits[i], single[i][0]), f"row {i} of {n}"
-        assert torch.equal(kv.k[:, 0, :, : 7 + n], single[n - 1][1]) and torch.equal(
-            kv.v[:, 0, :, : 7 + n], single[n - 1][2]
-        )
+        assert all(map(torch.equal, kv.entries(0, 7 + n), single[n - 1][1:]))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SENSITIVE)
+def test_scattered_pages_give_the_bits_of_one_piece(name: str, dtype: torch.dtype) -> None:
+    """Two sequences on pages of 3 places here and there, a tree behind each, and what follows its accepted path."""
+    config, extras = SHAPES[name]
+    decoder = native(config, random_weights(config, extras, dtype))
+    texts, found = [tokens(10, config.vocab_size, seed=i) for i in range(2)], []
+    for page in (3, 64):
+        kv, scores = new_kv(config, dtype, slots=2, page=page), []
+        for slot, index in ((0, 0), (1, 2), (0, 3), (1, 0)) if page == 3 else ():
+            kv.make_room(slot, 15)
+            kv.pages.give_back(kv.pages.replace(slot, index)[0])
+        for at in range(0, 10, 2):
+            rows = Rows.assemble([0, 1], [t[at : at + 2] for t in texts], [at, at], Draft.empty(0), [False, False])
+            run(decoder, rows, kv)
+            kv.commit(rows, [(), ()])
+        draft = forest(([5, 1, 2, 3], [-1, -1, 0, 1]), ([4, 2], [-1, 0]))
+        rows = Rows.assemble([0, 1], [[7], [8]], [10, 10], draft)
+        scores.append(run(decoder, rows, kv).logits)
+        kv.commit(rows, [[1, 3], [0, 1]])
+        rows = Rows.assemble([0, 1], [[3], [3]], [13, 13], Draft.empty(2))
+        scores.append(run(decoder, rows, kv).logits)
+        found.append([*scores, *kv.entries(0, 14), *kv.entries(1, 14)])
+    assert all(map(torch.equal, *found))
 
 
 @DTYPES
@@ -268,9 +351,9 @@ def test_tree_nodes_have_the_bits_of_plain_decoding(name: str, dtype: torch.dtyp
         torch.set_num_threads(count)
         kv = new_kv(config, dtype, slots=3)
         feed = Rows.assemble(list(history), list(history.values()), [0, 0], Draft.empty(0), [False] * 2)
-        decoder.forward(feed, kv, ())
+        run(decoder, feed, kv, ())
         kv.commit(feed, [()] * 2)
-        logits = decoder.forward(rows, kv, ()).logits
+        logits = run(decoder, rows, kv, ()).logits
         paths = paths_of(rows, history | {1: []})
         for m, row in enumerate(rows.scored.tolist()):
             assert torch.equal(logits[m], expected[tuple(paths[row])]), f"row {row} on {count} threads"
@@ -283,10 +366,10 @@ def test_an_accepted_path_goes_on_with_the_same_bits(dtype: torch.dtype) -> None
     decoder = native(config, random_weights(config, extras, dtype))
     kv = new_kv(config, dtype)
     rows = Rows.assemble([0], [[1, 2, 3]], [0], forest(TREE))
-    decoder.forward(rows, kv, ())
+    run(decoder, rows, kv, ())
     kv.commit(rows, [(0, 3, 5)])
     path = [1, 2, 3, TREE[0][0], TREE[0][3], TREE[0][5], 7]
-    logits = decoder.forward(Rows.assemble([0], [[7]], [6], Draft.empty(1)), kv, ()).logits[0]
+    logits = run(decoder, Rows.assemble([0], [[7]], [6], Draft.empty(1)), kv, ()).logits[0]
     assert torch.equal(logits, alone(decoder, config, dtype, path)[0])
 
 
@@ -305,7 +388,7 @@ def test_many_rows(threads: None) -> None:
     path = tokens(50, config.vocab_size)
     rows = Rows.assemble([0], [path], [0], Draft.empty(1))
     expected, _ = reference(config, weights, path)
-    logits = native(config, weights).forward(rows, new_kv(config, torch.float32), ()).logits[0]
+    logits = run(native(config, weights), rows, new_kv(config, torch.float32), ()).logits[0]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -380,7 +463,7 @@ def test_equals_transformers(family: str, dtype: torch.dtype) -> None:
     config, weights = from_transformers(model, family, window)
     decoder, kv = native(config, weights), new_kv(config, dtype)
     rows = Rows.assemble([0], [path[:12]], [0], forest((path[12:], [-1, 0, 1, 2])))
-    ours = decoder.forward(rows, kv, ()).logits
+    ours = run(decoder, rows, kv, ()).logits
     assert exact.std() > 1.0
     if dtype is torch.float32:
         assert (ours - exact).abs().max() <= 1e-4
@@ -401,12 +484,17 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
         decoder.forward(Rows.assemble([0], [[101]], [0], Draft.empty(1)), kv, ())
     with pytest.raises(CapacityError, match="max_length"):
         decoder.forward(Rows.assemble([0], [[1, 2, 3]], [2], Draft.empty(1)), kv, ())
+    for page in (-1, 1):  # of another cache, or none at all
+        kv.pages.table[0] = page
+        with pytest.raises(ValueError, match="segments"):
+            decoder.forward(plain, kv, ())
+    kv.make_room(0, 4)
+    kv.pages.table[0] = 0
     with pytest.raises(ValueError, match="segments"):
         decoder.forward(Rows.assemble([1], [[1]], [0], Draft.empty(1)), kv, ())
     with pytest.raises(ValueError, match="segments"):
-        decoder.forward(
-            dataclasses.replace(plain, segments=(dataclasses.replace(plain.segments[0], parent=(5,)),)), kv, ()
-        )
+        wrong = dataclasses.replace(plain.segments[0], parent=(5,))
+        decoder.forward(dataclasses.replace(plain, segments=(wrong,)), kv, ())
     with pytest.raises(ValueError, match="scored row"):
         decoder.forward(dataclasses.replace(plain, scored=torch.tensor([2])), kv, ())
     with pytest.raises(ValueError, match="layers in 0..3"):
@@ -467,7 +555,7 @@ def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         decoder = NativeDecoder(loaded, config, NativeWeights.of(loaded, weights))
         rows = Rows.assemble([0], [path[:5]], [0], forest((path[5:], [-1, 0, 1, 2])))
-        logits = decoder.forward(rows, new_kv(config, dtype), ()).logits
+        logits = run(decoder, rows, new_kv(config, dtype), ()).logits
         expected, _ = reference(config, weights, path)
         assert (logits[-1] - expected).abs().max() <= tolerance(dtype) * expected.abs().max()
         assert torch.equal(logits[-1], alone(decoder, config, dtype, path)[0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from outrider.errors import ConfigError
 from outrider.models.toy import TableTarget, TinyLM
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.protocols import Target
 from outrider.types import Draft, Rows
 
@@ -173,4 +173,4 @@ def test_wrong_shapes_and_caches_are_refused() -> None:
         TableTarget(torch.zeros(3, 3), order=3)
     with pytest.raises(ConfigError, match="heads"):
         TinyLM(5, hidden=6, heads=2)
-    assert isinstance(TinyLM(5).new_kv(1, 2), ContiguousKV)
+    assert isinstance(TinyLM(5).new_kv(1, 2), PagedKV)

@@ -21,7 +21,7 @@ float uniform() {  // between -1 and 1; the same on every machine
     return (float)((int32_t)(state >> 32)) * 0x1p-31f;
 }
 
-constexpr int64_t VOCAB = 77, HIDDEN = 50, LAYERS = 2, HEADS = 5, KV = 1, HEAD = 40, INNER = 71, CAPACITY = 32, ROWS = 9;
+constexpr int64_t VOCAB = 77, HIDDEN = 50, LAYERS = 2, HEADS = 5, KV = 1, HEAD = 40, INNER = 71, CAPACITY = 32, PAGE = 4, ROWS = 9;
 
 // Weights of one model, as floats or as the upper halves of floats.
 struct Weights {
@@ -79,10 +79,11 @@ std::vector<float> logits(void* library, void* handle, bool half, int64_t from, 
         for (int64_t i = 0; i < n; ++i) {
             token.push_back((7 * (piece[0] + i) + 3) % VOCAB), position.push_back(piece[0] + i), scored.push_back(i);
         }
-        const int64_t segment[5] = {0, 0, piece[0], n, 0};
+        const int64_t table[] = {2, 3, 0, 1, 7, 6, 5, 4};
+        const int64_t segment[6] = {0, 0, piece[0], n, 0, 0};
         out.assign(n * VOCAB, 0);
-        const CallPointers call{n, n, 1, 0, threads, 1, CAPACITY, token.data(), position.data(), scored.data(), segment,
-                                nullptr, nullptr, k.data(), v.data(), out.data()};
+        const CallPointers call{n, n, 1, 0, threads, 1, CAPACITY, PAGE, CAPACITY / PAGE, token.data(), position.data(), scored.data(),
+                                segment, table, nullptr, nullptr, k.data(), v.data(), out.data()};
         if (const int status = forward(handle, &call)) std::fprintf(stderr, "status %d\n", status), std::exit(2);
     }
     return out;

@@ -15,7 +15,7 @@ import outrider.nn
 from outrider.errors import CapacityError
 from outrider.nn import rope
 from outrider.nn.attention import attend
-from outrider.nn.kv import ContiguousKV, RowCache, check_kept, check_room
+from outrider.nn.kv import RowCache, check_kept, check_room
 from outrider.nn.layers import FusedLayer, Mlp, rms_norm
 from outrider.nn.masks import ancestor_mask
 from outrider.types import Draft, Rows, Segment
@@ -129,8 +129,6 @@ def test_a_segment_that_does_not_continue_or_fit_is_refused() -> None:
     for kept in (-1, 5):
         with pytest.raises(CapacityError, match="slot 1 holds 4 tokens, cannot keep"):
             check_kept(1, kept, [0, 4])
-    kv = ContiguousKV(1, 2, 1, 7, 2, torch.float32, torch.device("cpu"))
-    assert kv.bytes == 2 * 2 * 7 * 2 * 4
 
 
 # ----------------------------------------------------------------------------------------------- positions, fused layers

@@ -32,7 +32,7 @@ _TAIL = "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_
 _TOOLS = "{%- if tools %}{{ '<|im_start|>tools\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
 _CALLS = "{%- for c in m.tool_calls or [] %}"
 HERMES = (
-    "{{ '\n<tool_call>\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' + (c.function.arguments | tojson)"
+    '{{ \'\n<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' + (c.function.arguments | tojson)'
     " + '}\n</tool_call>' }}{% endfor %}"
 )
 CODER = (
@@ -73,7 +73,9 @@ class ScriptTarget(TableTarget):
         likes: Sequence[int] = (),
     ) -> None:
         """likes: tokens that it prefers where it may not say what it wants, the last one most."""
-        super().__init__(torch.zeros(vocab, vocab), max_length=1 << 20)  # agents' prompts have 80,000 bytes, each a token
+        super().__init__(
+            torch.zeros(vocab, vocab), max_length=1 << 20
+        )  # agents' prompts have 80,000 bytes, each a token
         self.base = torch.zeros(vocab, dtype=torch.float64)
         for i, token in enumerate(likes):
             self.base[token] = i + 1.0
@@ -81,14 +83,14 @@ class ScriptTarget(TableTarget):
         self._dice = torch.randn(97, vocab, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
-        cache = kv.k[0, :, 0, :, 0]  # type: ignore[attr-defined]
         logits = self.base.repeat(rows.count, 1)
         scored = set(rows.scored.tolist())
         tokens = rows.token.tolist()
         for s in rows.segments:
-            cache[s.slot, s.cached : s.cached + s.count] = rows.token[s.first : s.first + s.count].to(self.dtype)
+            own = rows.token[s.first : s.first + s.count].to(self.dtype)[:, None, None]
+            held = kv.write(0, s.slot, s.cached, own, own)[0][0, :, 0]  # type: ignore[attr-defined]
             wanted = [i for i in range(s.count) if s.first + i in scored]
-            before = cache[s.slot, : s.cached].long().tolist() if wanted else []
+            before = held[: s.cached].long().tolist() if wanted else []
             for i in wanted:
                 path, at = list[int](), i
                 while at >= s.fed:
@@ -168,7 +170,9 @@ def main(port: int, name: str, scripts: Sequence[str] = ()) -> None:
 
     SCRIPTS.update(json.loads(scripts[0]) if scripts else {})
     settings = Settings("scripted", grace=1.0)
-    server_for(create_app(rewired(chat_engine(name, length=120_000)), settings, adaptive=False), settings, "127.0.0.1", port).run()
+    server_for(
+        create_app(rewired(chat_engine(name, length=120_000)), settings, adaptive=False), settings, "127.0.0.1", port
+    ).run()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from outrider.build import Engine
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.serve.bridge import Bridge
 from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.parsing import parse
@@ -75,8 +75,8 @@ class Play:
         self.vocab_size, self.max_length, self.scripts = vocab_size, 256, scripts
         self.playing: dict[int, tuple[int, list[int]]] = {}
 
-    def new_kv(self, slots: int, length: int) -> ContiguousKV:
-        return ContiguousKV(1, slots, 1, length, 1, self.dtype, self.device)
+    def new_kv(self, slots: int, length: int) -> PagedKV:
+        return PagedKV(1, slots, 1, length, 1, self.dtype, self.device)
 
     def forward(self, rows: Rows, kv: Any, *, layers: tuple[int, ...] = ()) -> Scores:
         logits = torch.zeros(len(rows.scored), self.vocab_size)

@@ -96,6 +96,22 @@ ENGINE = Table(
                 show_default=False,
             ),
         ],
+        "prefix_cache": Annotated[
+            bool,
+            typer.Option(
+                "--prefix-cache/--no-prefix-cache",
+                help="Keep what was computed for the beginnings of prompts, so that a chat's next turn reads only what is new.",
+            ),
+        ],
+        "kv_memory": Annotated[
+            float | None,
+            typer.Option(
+                "--kv-memory",
+                help="GB of memory for the target's keys and values, as in --kv-memory 2. Sequences that do not fit wait. Default: "
+                "what all slots could fill, at most 90% of what is free.",
+                show_default=False,
+            ),
+        ],
     },
     defaults_of(EngineOptions),
 )

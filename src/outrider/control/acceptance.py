@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from outrider.records import StepRecord
+from outrider.theory.recurrent import reread
 from outrider.theory.speedup import break_even_acceptance
 
 MEMORY, FLOOR = 1000.0, 120.0
@@ -43,15 +45,24 @@ class AcceptanceByDepth:
 
     def tokens_per_step(self, length: int) -> float:
         """E(L) = 1 + sum over depths of the share of drafts accepted there; unmeasured depths continue geometrically."""
-        total, share, fall = 1.0, 1.0, 0.7
+        return 1.0 + sum(self._shares(length))
+
+    def read_again(self, length: int) -> float:
+        """Tokens that a step of one sequence reads again, if the target's state cannot be cut: see `theory.recurrent`."""
+        shares = [1.0, *self._shares(length)]
+        return reread([min(1.0, b / a) if a > 0 else 0.0 for a, b in pairwise(shares)]).rows if length else 0.0
+
+    def _shares(self, length: int) -> list[float]:
+        """The share of drafts accepted down to each depth."""
+        out, share, fall = list[float](), 1.0, 0.7
         for depth in range(length):
             if self._tries[depth] >= 1.0:
                 new = self._hits[depth] / self._tries[depth]
                 fall, share = min(1.0, new / share) if share > 0 else 0.0, new
             else:
                 share *= fall
-            total += share
-        return total
+            out.append(share)
+        return out
 
 
 def break_even(length: int, cost: float) -> float | None:

@@ -6,7 +6,8 @@ alternate, step by step. Speculation is faster than plain decoding exactly when 
 Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). Trials compare neighbouring
 steps because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such neighbours are
 rare: until a load has had a trial, and again when it has had no such neighbours for a while, T is predicted from all other steps
-(`control.step_times`), so that no choice outlives the evidence for it. The drafter's own prefill time, which no trial measures,
+(`control.step_times`), so that no choice outlives the evidence for it. Where a target reads tokens again after rejections, a trial
+charges them to the length that was rejected, not to the step that read them. The drafter's own prefill time, which no trial measures,
 is added to the steps of every length except 0.
 """
 
@@ -83,7 +84,7 @@ class Adaptive:
         self._judged: list[int] = []  # lengths of the drafts that this step verified
         self._ready: list[int] = []  # and of those that it made, for sequences whose prompt was through
         self._prompts = False  # whether the latest step read prompts
-        self._forecast = StepTimes()
+        self._forecast = StepTimes(self._accepted.read_again)
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
@@ -119,6 +120,7 @@ class Adaptive:
             load.halves.clear()  # halves of a pair must be neighbours
         load.at = self._steps
         verify = sum(s for phase, s in record.seconds.items() if phase != "draft")
+        verify = max(0.0, verify + self._forecast.own_share(record, before[1]))
         if load.trial < 0:
             load.recent.append(verify + record.seconds["draft"])
         else:

@@ -1,11 +1,14 @@
 """Seconds of a step for any load and draft length, estimated from all steps.
 
 A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt separately,
-from steps of any kind, so a load and length that never ran can be predicted. The drafter's prefill is kept separately
+from steps of any kind, so a load and length that never ran can be predicted. A target whose state cannot be cut reads tokens again
+after rejections; they are rows of the next step's pass, and a cost of the length that was rejected. The drafter's prefill is kept separately
 (`outrider.control.prefill_cost`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from outrider.control.prefill_cost import PrefillCost
 from outrider.control.row_times import EXTRAPOLATION_FACTOR, RowTimes
@@ -31,9 +34,14 @@ class _Drafting:
 
 
 class StepTimes:
-    """Seconds of a step by load and draft length, and of the drafter's prefill."""
+    """Seconds of a step by load and draft length, and of the drafter's prefill.
 
-    def __init__(self) -> None:
+    read_again: tokens of one sequence that a step with drafts of this length reads again on average, from acceptance; it counts once
+    a step has read any.
+    """
+
+    def __init__(self, read_again: Callable[[int], float] = lambda length: 0.0) -> None:
+        self._read_again, self._reads_again = read_again, False
         self._passes = RowTimes()  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
         self.reading = PrefillCost()
@@ -47,7 +55,8 @@ class StepTimes:
         prompts = max(0, record.rows - record.scored - record.counts.proposed)
         self.prompts += USUAL * (prompts - self.prompts)
         if record.rows > 0:
-            self._passes.learn(record.rows, sum(record.seconds.values()) - drafting)
+            self._passes.learn(record.rows + record.replayed, sum(record.seconds.values()) - drafting)
+        self._reads_again |= record.replayed > 0
         if now is None or now[1] == 0 or (before is not None and before[1] == 0):
             return  # after a plain step the drafter also reads the tokens of that step
         sequences, length = now
@@ -59,14 +68,27 @@ class StepTimes:
         elif alone is not None:
             self.reading.learn(prompts, drafting - alone)
 
+    def rows(self, sequences: int, length: int) -> float:
+        """Rows of a pass, with those read again that such steps cause."""
+        return sequences * (1 + length + (self._read_again(length) if self._reads_again else 0.0))
+
+    def own_share(self, record: StepRecord, length: int) -> float:
+        """Seconds to add to those of a step that verified drafts of this length, so that it bears the tokens that its own rejections
+        have read again, in the next step, and not those of the step before."""
+        if not self._reads_again:
+            return 0.0
+        found = self._passes.seconds(record.rows + record.replayed)
+        own = self._passes.seconds(record.rows + self.rows(record.scored, length) - record.scored * (1 + length))
+        return 0.0 if found is None or own is None else own - found
+
     def seconds(self, sequences: int, length: int) -> float | None:
         """Predicted seconds of a step with drafts of this length, without the drafter's prefill; None if nothing near is known."""
-        return self._step(sequences, length, self._passes.seconds(sequences * (1 + length)))
+        return self._step(sequences, length, self._passes.seconds(self.rows(sequences, length)))
 
     def beside(self, sequences: int, length: int, longest: int) -> float | None:
         """The same for steps with the recent amount of prefill, minus the time of those rows alone, which is due at any length.
         longest: of all compared lengths."""
-        rows, most = sequences * (1 + length), self.prompts + sequences * (1 + longest)
+        rows, most = self.rows(sequences, length), self.prompts + self.rows(sequences, longest)
         verifying, above = self._passes.seconds(self.prompts + rows), self._passes.seconds(most)
         less = next((x for x in (0.5 * most, most / NEAR) if self._passes.seconds(x) is not None), most)
         below = self._passes.seconds(less)
@@ -88,6 +110,6 @@ class StepTimes:
 
     def least(self, sequences: int, length: int) -> float | None:
         """A lower bound of the same: drafting to a length that was never measured counts as no time."""
-        verifying = self._passes.seconds(sequences * (1 + length))
+        verifying = self._passes.seconds(self.rows(sequences, length))
         own = self._drafts[length].seconds(sequences) if length in self._drafts else None
         return None if verifying is None else verifying + (own or 0.0)

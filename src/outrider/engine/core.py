@@ -118,6 +118,7 @@ class EngineCore:
                 raise RequestError(f"request {name!r} is already running; use another name")
             for index, (own, text) in enumerate(zip(seeds, texts, strict=True)):
                 made = Sequence(name, index, list(tokens), len(tokens), params, own, self.max_length, ends, text)
+                made.shares = self.options.prefix_cache
                 self.state.live.setdefault(name, {})[index] = made
                 self.scheduler.waiting.append(made)
         return name
@@ -152,8 +153,7 @@ class EngineCore:
         with self._turns:
             found = [s for s in self.scheduler.running if s.request == request]
             for sequence in found:
-                self.scheduler.drop(sequence, self.state.release)
-                self.scheduler.waiting.appendleft(sequence)
+                self.scheduler.send_back(sequence, self.state.release)
         return bool(found)
 
     def reset(self) -> tuple[Counts, dict[str, float]]:

@@ -53,6 +53,7 @@ class CoreOptions:
 
     tokenizer: a Hugging Face tokenizer, or None to work on ids alone. slots: sequences decoded together. max_length: most tokens
     (prompt and output) of a sequence. chunk: rows of a prompt chunk. turns: shared by engines on one model, to take turns.
+    prefix_cache: whether a sequence may use what others with the same beginning have computed.
     """
 
     slots: int
@@ -60,3 +61,4 @@ class CoreOptions:
     chunk: int = 256
     tokenizer: Any = None
     turns: Turns | None = None
+    prefix_cache: bool = True

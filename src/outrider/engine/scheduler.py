@@ -24,9 +24,18 @@ class Scheduler:
     chunk: rows of a prompt chunk. Chunks end at multiples of `chunk` whatever else is running, so that a prompt's entries in
     the KV cache do not depend on the batch. Each step takes every decoding sequence and at most `prefill` prompt rows
     (always at least one chunk), so a long prompt delays the others by one chunk at a time.
+    admits: whether there is room for a waiting sequence beside the running ones; until then it waits, and all behind it do.
     """
 
-    def __init__(self, slots: int, *, chunk: int = 256, prefill: int | None = None) -> None:
+    def __init__(
+        self,
+        slots: int,
+        *,
+        chunk: int = 256,
+        prefill: int | None = None,
+        admits: Callable[[Sequence, list[Sequence]], bool] = lambda sequence, running: True,
+    ) -> None:
+        self._admits = admits
         self.chunk, self.prefill = chunk, max(chunk, prefill or chunk)
         self.slots = slots
         self.waiting: deque[Sequence] = deque()
@@ -40,9 +49,10 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Give free slots to waiting sequences, oldest first."""
         admitted: list[Sequence] = []
-        while self.waiting and self._free:
+        while self.waiting and self._free and self._admits(self.waiting[0], self.running):
             sequence = self.waiting.popleft()
-            sequence.slot, sequence.cached = self._free.pop(), 0
+            sequence.slot, sequence.cached, sequence.entered = self._free.pop(), 0, len(sequence.tokens)
+            sequence.reused = sequence.reused if sequence.output else 0
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
@@ -69,6 +79,11 @@ class Scheduler:
                 budget -= part
                 works.append(StepWork(sequence, part, part == missing))
         return works
+
+    def send_back(self, sequence: Sequence, release: Callable[[list[int]], None]) -> None:
+        """Put a running sequence back in front of the queue; it resumes with the same tokens and the same noise."""
+        self.drop(sequence, release)
+        self.waiting.appendleft(sequence)
 
     def drop(self, sequence: Sequence, release: Callable[[list[int]], None]) -> None:
         """Remove a sequence, waiting or running; its slot is free again before the next step."""

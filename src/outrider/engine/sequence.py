@@ -48,6 +48,8 @@ class Sequence:
 
     tokens: prompt and output; the last one is the anchor while decoding. prompt: length of the prompt.
     slot:   -1 while waiting. cached: tokens in the target's KV cache. limit: most tokens it may hold (context).
+    entered: tokens that it had when it got its slot. reused: tokens of its prompt that others had computed.
+    shares: see `SequenceView`.
     """
 
     request: str
@@ -61,6 +63,9 @@ class Sequence:
     text: TextStream | None = None
     slot: int = -1
     cached: int = 0
+    entered: int = 0
+    reused: int = 0
+    shares: bool = True
     finish_reason: str | None = None
     error: str | None = None
     counts: Counts = field(default_factory=Counts)
@@ -82,7 +87,7 @@ class Sequence:
         return min(self.params.max_tokens - (len(self.tokens) - self.prompt), self.limit - len(self.tokens))
 
     def view(self) -> SequenceView:
-        return SequenceView(self.slot, self.seed, self.tokens, self.prompt, self.cached, self.params)
+        return SequenceView(self.slot, self.seed, self.tokens, self.prompt, self.cached, self.params, self.shares)
 
     def emit(self, tokens: list[int], origins: list[str], logprobs: list[TokenLogprob]) -> Event:
         """Append tokens one by one and stop at the first that ends the sequence: the only place where output is cut."""

@@ -9,6 +9,7 @@ from outrider.contained import Contained
 from outrider.engine.defects import Watchers
 from outrider.engine.emit import Emission
 from outrider.engine.parts import CoreOptions, Hooks, Parts
+from outrider.engine.room import Room
 from outrider.engine.rows import VerifiedStep
 from outrider.engine.scheduler import Scheduler, StepWork
 from outrider.engine.sequence import Event, Sequence
@@ -34,7 +35,8 @@ class StepState:
 
     def __init__(self, parts: Parts, hooks: Hooks, options: CoreOptions) -> None:
         self.parts, self.hooks, self.options = parts, hooks, options
-        self.scheduler = Scheduler(options.slots, chunk=options.chunk)
+        self.room = Room(parts, options.chunk, options.prefix_cache)
+        self.scheduler = Scheduler(options.slots, chunk=options.chunk, admits=self.room.admits)
         self.watchers = Watchers(hooks)
         self.drafter = Contained(parts.drafter, lambda message: self.watchers.defect("drafter", message))
         self.pending = self._nothing = PendingDraft(Draft.empty(0, parts.target.device), [])
@@ -84,6 +86,18 @@ class StepState:
             self.drop(self._aborted_in_step.pop())
 
     # ------------------------------------------------------------------ inside a step
+    def plan(self) -> list[StepWork]:
+        """Who takes part in the next step. Where pages would not do for all, the youngest go back to the queue: they are computed
+        again later, with the same text."""
+        self.scheduler.admit()
+        self.room.share(self.scheduler)
+        works = self.scheduler.plan()
+        while self.room.short(works) and len(self.scheduler.running) > 1:
+            self.scheduler.send_back(self.scheduler.running[-1], self.release)
+            self.room.sums.preempted += 1
+            works = self.scheduler.plan()
+        return works
+
     def take_pending(self, works: list[StepWork]) -> Draft:
         """Take the pending draft. It is used once: if this step fails, the next must not verify tokens that were already seen."""
         draft = self.pending.ordered(works)
@@ -119,5 +133,6 @@ class StepState:
                 seconds,
                 emission.counts,
                 emission.engine_seeded,
+                verified.scores.replayed,
             )
         )

@@ -22,8 +22,7 @@ from outrider.types import Draft, Rows, Scores
 def step(state: StepState, deliver: Callable[[list[Event]], None] | None = None) -> list[Event]:
     """Advance every running sequence once; returns the events. With nothing to do the list is empty."""
     parts, clock = state.parts, PhaseClock()
-    state.scheduler.admit()
-    works = state.scheduler.plan()
+    works = state.plan()
     if not works:
         return []
     draft, defects = sanitize_draft(state.take_pending(works), parts.target.vocab_size)
@@ -36,6 +35,7 @@ def step(state: StepState, deliver: Callable[[list[Event]], None] | None = None)
             verified = verify(parts, works, rows, scores, draft)
         parts.kv.commit(rows, kept_paths(works, verified))
     emission = emit(parts, works, verified)
+    state.room.publish(works)
     state.settle(emission, defects)  # ended sequences are dropped before observers see the step
     if deliver is not None:
         deliver([event for event in emission.events if event.finish_reason is None])  # may abort

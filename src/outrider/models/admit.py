@@ -50,13 +50,21 @@ def _config(folder: Path) -> Any:
         ) from None
 
 
+def model_class(config: Any) -> Any:
+    """transformers' automatic class for this configuration: a causal language model, or one that reads pictures beside text, of
+    which only the text part is used."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal, pictured = AutoModelForCausalLM, AutoModelForImageTextToText
+    kind = type(config)
+    return pictured if kind not in causal._model_mapping and kind in pictured._model_mapping else causal
+
+
 def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:
     """The model without weights, as transformers builds it."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model_class(config).from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"transformers does not run {folder} ({named}) as a causal language model "

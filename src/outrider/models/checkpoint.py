@@ -10,6 +10,7 @@ import math
 import reprlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.entries import read_entries
 from outrider.models.packed import packing_of
 from outrider.models.places import without_place
+from outrider.models.rotary import halves
 from outrider.nn.memory import require_weights
 
 Progress = Callable[[float], None]
@@ -68,6 +70,10 @@ class Checkpoint:
         """One tensor, in float32, as it is stored."""
         return _Reader(self, [name], torch.float32, torch.device("cpu"), None).tensor(name)
 
+    def norm(self) -> Tensor:
+        """Weights of the final norm, in float32."""
+        return self.tensor("model.norm.weight")
+
     def notice(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What a user should know of how the weights come into memory, a sentence or none."""
         merged = (f"the adapter of {self.adapter.folder} is merged into its base model",) if self.adapter else ()
@@ -103,7 +109,8 @@ class Checkpoint:
             ):  # both stored; unequal ones stay two, as in transformers
                 head = embedding
         layers = tuple(reader.layer(i, self.layout) for i in range(self.config.layers))
-        return DecoderWeights(embedding, layers, reader.tensor("model.norm.weight"), head, dtype)
+        norm = reader.tensor("model.norm.weight")
+        return DecoderWeights(embedding, layers, norm, head, dtype, self.config.wide_norms)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""
@@ -191,34 +198,29 @@ class _Reader:
         return self._group([(name,)])[0]
 
     def layer(self, i: int, layout: Layout) -> LayerWeights:
-        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        family, c = layout.family, layout.decoder
+        block, attention, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        heads = ("qkv",) if "qkv" in family.fused else tuple("qkv")
         names: dict[str, tuple[str, ...]] = {
-            "norm1": (f"model.layers.{i}.input_layernorm.weight",),
-            "qkv": tuple(f"{attention}{part}_proj.weight" for part in "qkv"),
+            "qkv": tuple(f"{attention}{part}_proj.weight" for part in heads),
             "o": (f"{attention}o_proj.weight",),
-            "norm2": (f"model.layers.{i}.post_attention_layernorm.weight",),
-            "gate_up": tuple(f"{mlp}{part}_proj.weight" for part in ("gate", "up")),
+            "gate_up": tuple(
+                f"{mlp}{p}_proj.weight" for p in (["gate_up"] if "gate_up" in family.fused else ["gate", "up"])
+            ),
             "down": (f"{mlp}down_proj.weight",),
         }
+        names |= {place: (f"{block}{name}.weight",) for place, name in family.norms}
         if layout.qkv_bias:
-            names["qkv_bias"] = tuple(f"{attention}{part}_proj.bias" for part in "qkv")
+            names["qkv_bias"] = tuple(f"{attention}{part}_proj.bias" for part in heads)
         if layout.o_bias:
             names["o_bias"] = (f"{attention}o_proj.bias",)
-        if layout.qk_norm:
+        if family.qk_norm:
             names |= {"q_norm": (f"{attention}q_norm.weight",), "k_norm": (f"{attention}k_norm.weight",)}
         t = dict(zip(names, self._group(list(names.values())), strict=True))
-        return LayerWeights(
-            norm1=t["norm1"],
-            qkv=t["qkv"],
-            qkv_bias=t.get("qkv_bias"),
-            q_norm=t.get("q_norm"),
-            k_norm=t.get("k_norm"),
-            o=t["o"],
-            o_bias=t.get("o_bias"),
-            norm2=t["norm2"],
-            gate_up=t["gate_up"],
-            down=t["down"],
-        )
+        turned, count = (c.heads + c.kv_heads) * c.head_dim, 2 * len(c.inv_freq)
+        for rows in (t[name][:turned] for name in ("qkv", "qkv_bias") if name in t and family.interleaved):
+            rows.copy_(halves(rows.view(turned, -1), c.heads + c.kv_heads, c.head_dim, count).view(rows.shape))
+        return LayerWeights(**{f.name: t.get(f.name) for f in fields(LayerWeights)})  # type: ignore[arg-type]
 
     def _group(self, fused: Sequence[tuple[str, ...]]) -> list[Tensor]:
         """One tensor for each tuple of names: those tensors stacked along the first dimension."""
@@ -232,13 +234,15 @@ class _Reader:
 
     def _fuse(self, names: tuple[str, ...], maps: dict[Path, safe_open]) -> Tensor:
         shapes = [self._shapes[name] for name in names]
-        out = torch.empty((sum(s[0] for s in shapes), *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        family, norm = self._checkpoint.layout.family, names[0].endswith("norm.weight")
+        dtype = torch.promote_types(self._dtype, torch.float32) if norm and family.wide_norms else self._dtype
+        out = torch.empty((sum(s[0] for s in shapes), *shapes[0][1:]), dtype=dtype, device=self._device)
         for name, part in zip(names, out.split([s[0] for s in shapes]), strict=True):
             part.copy_(self._value(name, maps))
             self._done += sum(self._entries[piece].bytes for piece in self._parts(name))
             if self._progress:
                 self._progress(self._done / self._all)
-        return out
+        return out.add_(1) if norm and family.shifted else out
 
     def _value(self, name: str, maps: dict[Path, safe_open]) -> Tensor:
         """A weight with what an adapter adds to it."""

@@ -6,52 +6,24 @@ Both spellings are read: transformers 4 (`rope_theta` beside `rope_scaling`, `to
 
 from __future__ import annotations
 
-import math
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from outrider.config_keys import COMMON, OPTIONS, ROPE, WINDOWS, flag, packed_key, real, unknown_keys, whole
+from outrider.config_keys import COMMON, OPTIONS, flag, packed_key, real, unknown_keys, whole
 from outrider.errors import ConfigError
 from outrider.files import read_json
 from outrider.models.decoder import DecoderConfig
+from outrider.models.families import FAMILIES, Family, Unsupported
+from outrider.models.rotary import turns_of
 
 CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
 """Largest config.json that is read; real ones have a few kilobytes."""
 
 
-class Unsupported(Exception):
-    """The lean runtime does not support this checkpoint, transformers may; the message is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """The parts of a model type, and transformers' defaults of absent keys.
-
-    options: keys of `OPTIONS` that its class reads; the others have no effect if they occur in its files.
-    """
-
-    options: frozenset[str]
-
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    max_length: int = 32768
-    window: int = 4096
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-
-FAMILIES = {
-    "llama": Family(frozenset({"attention_bias", "mlp_bias"}), max_length=2048),
-    "qwen2": Family(WINDOWS, kv_heads=32, qkv_bias=True),
-    "qwen3": Family(WINDOWS | {"attention_bias"}, kv_heads=32, head_dim=128, qk_norm=True),
-    "mistral": Family(frozenset({"sliding_window"}), kv_heads=8, max_length=131072),
-}
+__all__ = ["FAMILIES", "Layout", "Unsupported", "layout_of", "read_layout", "read_raw_config", "shapes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +31,9 @@ class Layout:
     """The expected contents of the weight files. stored: the dtype the config names, if any."""
 
     decoder: DecoderConfig
+    family: Family
     qkv_bias: bool
     o_bias: bool
-    qk_norm: bool
     tied: bool
     stored: str | None
 
@@ -104,7 +76,10 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
     positions = whole(raw, "max_position_embeddings", where, default=family.max_length, most=1 << 26)
     if max_length is not None and not 1 <= max_length <= positions:
         raise ConfigError(f"max_length {max_length} is outside the model's positions: choose 1 to {positions}")
-    inv_freq, rope_scale = _rope(raw, head_dim, positions, where)
+    turned, local = turns_of(raw, family, head_dim, positions, max_length or positions, where)
+    if local is not None and local.scale != turned.scale:
+        raise Unsupported("its rotary scalings differ between layers in the factor of their cosines")
+    window = _windows(raw, family, layers, where)
     decoder = DecoderConfig(
         family=str(raw["model_type"]),
         vocab_size=whole(raw, "vocab_size", where),
@@ -114,22 +89,58 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
         kv_heads=kv_heads,
         head_dim=head_dim,
         inner=whole(raw, "intermediate_size", where, most=1 << 20),
-        eps=real(raw, "rms_norm_eps", where, 1e-6, least=0.0),
+        eps=real(raw, "rms_norm_eps", where, family.eps, least=0.0),
         max_length=max_length or positions,
-        window=_windows(raw, family, layers, where),
-        inv_freq=inv_freq,
-        rope_scale=rope_scale,
+        window=window,
+        inv_freq=turned.inv_freq,
+        rope_scale=turned.scale,
+        local_freq=None if local is None else local.inv_freq,
+        turns=_turned_layers(raw, family, layers, window, where),
+        activation=family.activation,
+        wide_norms=family.wide_norms,
+        **_factors(raw, family, hidden, where),
     )
-    bias = "attention_bias" in family.options and flag(raw, "attention_bias", where)
+    bias = "attention_bias" in family.options and flag(raw, "attention_bias", where, family.attention_bias)
     stored = raw.get("dtype") or raw.get("torch_dtype")
     return Layout(
         decoder=decoder,
+        family=family,
         qkv_bias=family.qkv_bias or bias,
-        o_bias=bias,
-        qk_norm=family.qk_norm,
-        tied=flag(raw, "tie_word_embeddings", where),
+        o_bias=bias and family.o_bias,
+        tied=flag(raw, "tie_word_embeddings", where, family.tied),
         stored=stored if isinstance(stored, str) else None,
     )
+
+
+def _factors(raw: dict, family: Family, hidden: int, where: object) -> dict[str, Any]:
+    """The constants by which a family multiplies or bounds what others leave alone, by their names in `DecoderConfig`."""
+
+    def bound(key: str, default: float | None) -> float:
+        return 0.0 if raw.get(key, default) is None else real(raw, key, where, default, most=1e6)
+
+    out: dict[str, Any] = {}
+    if family.roots:
+        out |= {"embed_scale": hidden**0.5, "embed_scale_rounded": True}
+    for key, name in _MULTIPLIERS.items():
+        if key in family.options:
+            out[name] = real(raw, key, where, 1.0, most=1e6)
+    if "logits_scaling" in family.options:
+        out["logit_scale"] = 1 / real(raw, "logits_scaling", where, 1.0, most=1e6)
+    if "query_pre_attn_scalar" in family.options:
+        out["attention_scale"] = real(raw, "query_pre_attn_scalar", where, 256, most=1e6) ** -0.5
+    capped = "attn_logit_softcapping" in family.options
+    if capped:
+        out["attention_cap"] = bound("attn_logit_softcapping", 50.0)
+    if "final_logit_softcapping" in family.options:
+        out["logit_cap"] = bound("final_logit_softcapping", 30.0 if capped else None)
+    return out
+
+
+_MULTIPLIERS = {
+    "embedding_multiplier": "embed_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention_scale",
+}
 
 
 def shapes_of(layout: Layout, head: bool) -> dict[str, tuple[int, ...]]:
@@ -144,25 +155,28 @@ def shapes_of(layout: Layout, head: bool) -> dict[str, tuple[int, ...]]:
 
 
 def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    c = layout.decoder
+    c, family = layout.decoder, layout.family
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    out: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (c.hidden,),
-        "post_attention_layernorm.weight": (c.hidden,),
-    }
-    for name, size in (("q", queries), ("k", keys), ("v", keys)):
+    out: dict[str, tuple[int, ...]] = {f"{name}.weight": (c.hidden,) for _, name in family.norms}
+    sizes = {"qkv": queries + 2 * keys} if "qkv" in family.fused else {"q": queries, "k": keys, "v": keys}
+    for name, size in sizes.items():
         out[f"self_attn.{name}_proj.weight"] = (size, c.hidden)
         if layout.qkv_bias:
             out[f"self_attn.{name}_proj.bias"] = (size,)
     out["self_attn.o_proj.weight"] = (c.hidden, queries)
     if layout.o_bias:
         out["self_attn.o_proj.bias"] = (c.hidden,)
-    if layout.qk_norm:
-        out |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-    for name in ("gate", "up"):
-        out[f"mlp.{name}_proj.weight"] = (c.inner, c.hidden)
+    if family.qk_norm:
+        wide = (queries, keys) if family.qk_norm == "row" else (c.head_dim, c.head_dim)
+        out |= {"self_attn.q_norm.weight": wide[:1], "self_attn.k_norm.weight": wide[1:]}
+    for name in ("gate_up",) if "gate_up" in family.fused else ("gate", "up"):
+        out[f"mlp.{name}_proj.weight"] = (2 * c.inner if name == "gate_up" else c.inner, c.hidden)
     out["mlp.down_proj.weight"] = (c.hidden, c.inner)
     return out
+
+
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_pytorch_tanh": ("gelu_pytorch_tanh",)}
+"""Names of the activations that are the same function."""
 
 
 def _family(raw: dict, where: object) -> Family:
@@ -173,12 +187,13 @@ def _family(raw: dict, where: object) -> Family:
     named = raw.get("architectures") or []
     if isinstance(named, list) and named and not any(str(n).endswith("ForCausalLM") for n in named):
         raise Unsupported(f"architecture {reprlib.repr(named[0])} is not a causal language model")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise Unsupported(f"hidden_act {reprlib.repr(raw.get('hidden_act'))} is not silu")
+    family = FAMILIES[kind]
+    act = raw.get(family.act, family.activation)
+    if act not in _ACTIVATIONS[family.activation]:
+        raise Unsupported(f"{family.act} {reprlib.repr(act)} is not {family.activation}")
     packed = packed_key(raw)
     if packed is not None:
         raise Unsupported(f"the weights are quantized ({packed})")
-    family = FAMILIES[kind]
     if "mlp_bias" in family.options and flag(raw, "mlp_bias", where):
         raise Unsupported("mlp_bias is set")
     if not raw.get("is_causal", True) or raw.get("use_bidirectional_attention") or raw.get("is_encoder_decoder"):
@@ -193,17 +208,16 @@ def _windows(raw: dict, family: Family, layers: int, where: object) -> tuple[int
     """Sliding window of each layer, 0 for none: a row sees itself and the `window - 1` positions before it."""
     if "sliding_window" not in family.options:
         return (0,) * layers
+    switched = "use_sliding_window" in family.options
+    absent = raw.get("sliding_window", family.window or None) is None or (
+        switched and not flag(raw, "use_sliding_window", where)
+    )
+    width = 0 if absent else whole(raw, "sliding_window", where, default=family.window, most=1 << 30)
     if "layer_types" not in family.options:
-        absent = raw.get("sliding_window", family.window) is None
-        return (0 if absent else whole(raw, "sliding_window", where, default=family.window, most=1 << 30),) * layers
+        return (width,) * layers
     kinds = raw.get("layer_types")
-    if not flag(raw, "use_sliding_window", where) or raw.get("sliding_window", family.window) is None:
-        width = 0
-    else:
-        width = whole(raw, "sliding_window", where, default=family.window, most=1 << 30)
     if kinds is None:
-        first = whole(raw, "max_window_layers", where, default=28, least=0, most=1 << 20)
-        return tuple(width if i >= first else 0 for i in range(layers))
+        return _default_windows(raw, family, layers, width, where)
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ConfigError(f"{where}: layer_types must name {layers} layers: the file is damaged, download it again")
     if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
@@ -213,83 +227,34 @@ def _windows(raw: dict, family: Family, layers: int, where: object) -> tuple[int
     return tuple(width if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rope(raw: dict, head_dim: int, positions: int, where: object) -> tuple[Float[Tensor, "half"], float]:
-    """Rotary frequencies and the factor of cos and sin, computed in float32 in the order transformers computes them."""
-    rope = rope_keys(raw)
-    kind = rope["rope_type"]
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise Unsupported("partial_rotary_factor is not 1")
-    theta = real(rope, "rope_theta", where, 10000.0, least=1.0, most=1e12)
-    inv_freq = plain_frequencies(theta, head_dim)
-    if kind == "default":
-        return inv_freq, 1.0
-    if kind == "linear":
-        return inv_freq / real(rope, "factor", where, least=1e-6, most=1e6), 1.0
-    if kind == "llama3":
-        return _llama3(inv_freq, rope, positions, where), 1.0
-    if kind == "yarn":
-        return _yarn(rope, theta, head_dim, positions, where)
-    raise Unsupported(f"rotary scaling {reprlib.repr(kind)}")
+def _default_windows(raw: dict, family: Family, layers: int, width: int, where: object) -> tuple[int, ...]:
+    """The windows of a file that does not list the kinds of its layers."""
+    if family.pattern:
+        if not width:
+            raise Unsupported("its layers with a window have no sliding_window")
+        every = family.pattern
+        if "sliding_window_pattern" in family.options:
+            every = whole(raw, "sliding_window_pattern", where, default=every, most=1 << 20)
+        return tuple(width if i % every else 0 for i in range(1, layers + 1))
+    if "no_rope_layers" in family.options:
+        turned = _turned_layers(raw, family, layers, (), where)
+        return tuple(width if turn < 0 else 0 for turn in turned)
+    first = whole(raw, "max_window_layers", where, default=28, least=0, most=1 << 20)
+    return tuple(width if i >= first else 0 for i in range(layers))
 
 
-def rope_keys(raw: dict) -> dict:
-    """The rotary parameters of a config.json, wherever it has them; always with rope_theta and rope_type."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise Unsupported("rotary parameters differ between layers")
-    unknown = unknown_keys(given, ROPE)
-    if unknown:
-        raise Unsupported(f"the rotary parameters have a key {unknown[0][:80]!r} that is not known here")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": given.get("type", "default")} | given
-    if "original_max_position_embeddings" in raw:  # beside the parameters it takes precedence over a value among them
-        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-    return rope
-
-
-def plain_frequencies(theta: float, head_dim: int) -> Float[Tensor, "half"]:
-    """Rotary frequencies before any scaling, in the order transformers computes them."""
-    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-
-
-def _llama3(inv_freq: Float[Tensor, "half"], rope: dict, positions: int, where: object) -> Float[Tensor, "half"]:
-    """Llama 3.1: divide frequencies slower than the old context by `factor`, keep fast ones, blend between."""
-    factor = real(rope, "factor", where, least=1e-6, most=1e6)
-    low, high = (
-        real(rope, "low_freq_factor", where, least=1e-6, most=1e6),
-        real(rope, "high_freq_factor", where, least=1e-6, most=1e6),
-    )
-    if high <= low:
-        raise ConfigError(f"{where}: high_freq_factor ({high}) must exceed low_freq_factor ({low}): correct the file")
-    old = whole(rope, "original_max_position_embeddings", where, default=positions, most=1 << 26)
-    wavelength = 2 * math.pi / inv_freq
-    scaled = torch.where(wavelength > old / low, inv_freq / factor, inv_freq)
-    smooth = (old / wavelength - low) / (high - low)
-    between = ~(wavelength < old / high) * ~(wavelength > old / low)
-    return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled)
-
-
-def _yarn(
-    rope: dict, theta: float, head_dim: int, positions: int, where: object
-) -> tuple[Float[Tensor, "half"], float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate slow frequencies, keep fast ones, a ramp between."""
-    if rope.get("mscale") or rope.get("mscale_all_dim"):
-        raise Unsupported("yarn with mscale")
-    if "factor" not in rope:
-        raise Unsupported("yarn without a factor")
-    old = whole(rope, "original_max_position_embeddings", where, default=positions, most=1 << 26)
-    factor = real(rope, "factor", where, positions / old, null=positions / old, least=1e-6, most=1e6)
-
-    def dimension(rotations: float) -> float:
-        return (head_dim * math.log(old / (rotations * 2 * math.pi))) / (2 * math.log(theta))
-
-    low = dimension(real(rope, "beta_fast", where, 32.0, null=32.0, least=1e-6, most=1e6))
-    high = dimension(real(rope, "beta_slow", where, 1.0, null=1.0, least=1e-6, most=1e6))
-    if rope.get("truncate", True) is not None and flag(rope, "truncate", where, True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2).float() - low) / ((high + 0.001 if low == high else high) - low)).clamp(0, 1)
-    powers = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    keep = 1 - ramp
-    default = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
-    scale = real(rope, "attention_factor", where, default, null=default, least=1e-6, most=1e6)
-    return 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep, scale
+def _turned_layers(raw: dict, family: Family, layers: int, window: tuple[int, ...], where: object) -> tuple[int, ...]:
+    """Which frequencies turn the heads of each layer: 0 the first, 1 the local ones, -1 none; empty if it is 0 everywhere."""
+    if "rope_local_base_freq" in family.options:
+        return tuple(int(width > 0) for width in window)
+    if "no_rope_layers" not in family.options:
+        return ()
+    turned = raw.get("no_rope_layers")
+    if turned is None:
+        every = whole(raw, "no_rope_layer_interval", where, default=4, most=1 << 20)
+        return tuple(0 if i % every else -1 for i in range(1, layers + 1))
+    if not isinstance(turned, list) or len(turned) < layers or any(value not in (0, 1) for value in turned):
+        raise ConfigError(
+            f"{where}: no_rope_layers must list 0 or 1 for {layers} layers: download the checkpoint again"
+        )
+    return tuple(0 if value else -1 for value in turned[:layers])

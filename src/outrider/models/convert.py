@@ -13,12 +13,14 @@ from torch import Tensor
 from outrider.errors import ConfigError
 from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
-from outrider.models.config import Unsupported, plain_frequencies, rope_keys
+from outrider.models.config import Unsupported, read_raw_config
+from outrider.models.gguf.config import ARCHITECTURES, FACTORS
 from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
+from outrider.models.rotary import original_context, plain_frequencies, rope_keys
 from outrider.nn.blocks import BlockType, named, quantise
 
-ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama"}
 """The families that are written -> their names in GGUF."""
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32,
@@ -52,7 +54,7 @@ def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None
     if kind not in _FILE_TYPES:
         raise ConfigError(f"cannot write type {kind!r}: choose one of {', '.join(_FILE_TYPES)}")
     try:
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, max_length=original_context(read_raw_config(home_of(folder, "config.json"))))
     except Unsupported as reason:
         raise ConfigError(f"{folder} cannot be written: {reason}; convert it with llama.cpp's converter") from None
     keys = _keys(folder, checkpoint, kind)
@@ -81,17 +83,19 @@ def _write(
         count = torch.Size(shape).numel() // shape[-1] * block.row_bytes(shape[-1])
         total[block.name] = total.get(block.name, 0) + count
         size = (*shape[:-1], block.row_bytes(shape[-1]))
-        writer.add_tensor_info(gguf_name(name), size, _UINT8, count, gguf.GGMLQuantizationType(block.number))
-    if divisors is not None:
-        writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.numpy().dtype, divisors.nbytes)
+        writer.add_tensor_info(
+            gguf_name(name, checkpoint.layout.family), size, _UINT8, count, gguf.GGMLQuantizationType(block.number)
+        )
+    for name, numbers in divisors.items():
+        writer.add_tensor_info(name, numbers.shape, numbers.numpy().dtype, numbers.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for i, (block, tensor) in enumerate(_tensors(checkpoint, plan)):
         writer.write_tensor_data(quantise(tensor.reshape(-1, tensor.shape[-1]), block).numpy())
         progress((i + 1) / len(plan))
-    if divisors is not None:
-        writer.write_tensor_data(divisors.numpy())
+    for numbers in divisors.values():
+        writer.write_tensor_data(numbers.numpy())
     writer.close()
     return total
 
@@ -106,8 +110,11 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def _tensors(checkpoint: Checkpoint, plan: list[Any]) -> Iterator[tuple[BlockType, Tensor]]:
     """Each tensor in float32, one at a time; rows of queries and keys as interleaved pairs where the architecture has them so."""
-    c = checkpoint.config
-    heads = {"q_proj": c.heads, "k_proj": c.kv_heads} if ARCHITECTURE[c.family] == "llama" else {}
+    c, family = checkpoint.config, checkpoint.layout.family
+    pairs = (
+        ARCHITECTURES[ARCHITECTURE[c.family]].interleaved and not family.interleaved
+    )  # their order is the file's already
+    heads = {"q_proj": c.heads, "k_proj": c.kv_heads} if pairs else {}
     for name, _, block in plan:
         tensor = checkpoint.tensor(name)
         count = next((n for part, n in heads.items() if f".{part}." in name), 0)
@@ -116,31 +123,39 @@ def _tensors(checkpoint: Checkpoint, plan: list[Any]) -> Iterator[tuple[BlockTyp
         yield block, tensor
 
 
-def _divisors(checkpoint: Checkpoint) -> Tensor | None:
-    """What the rotary frequencies are divided by, where they are scaled one by one (Llama 3.1)."""
-    rope = rope_keys(checkpoint.raw)
+def _divisors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What the rotary frequencies are divided by, where they are scaled one by one (Llama 3.1, LongRoPE), by names of tensors."""
+    if checkpoint.config.local_freq is not None:
+        return {}
+    rope, c = rope_keys(checkpoint.raw), checkpoint.config
+    if checkpoint.layout.family.longrope and rope["rope_type"] != "default":
+        return {tensor: torch.tensor(rope[key], dtype=torch.float32) for key, tensor in FACTORS.items()}
     if rope["rope_type"] != "llama3":
-        return None
-    return (plain_frequencies(rope["rope_theta"], checkpoint.config.head_dim) / checkpoint.config.inv_freq).float()
+        return {}
+    return {"rope_freqs.weight": (plain_frequencies(rope["rope_theta"], c.head_dim) / c.inv_freq).float()}
 
 
 def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
-    c, rope = checkpoint.config, rope_keys(checkpoint.raw)
-    theta = float(rope["rope_theta"])
+    c, family = checkpoint.config, checkpoint.layout.family
     if c.family not in ARCHITECTURE:
         raise ConfigError(
             f"{folder} is a {c.family}, which cannot be written yet: convert it with llama.cpp's converter"
         )
-    if len(set(c.window)) > 1:
-        raise ConfigError(
-            f"{folder} has windows in some layers only, which GGUF has no key for here: convert it with llama.cpp"
+    if c.local_freq is None:
+        rope = rope_keys(checkpoint.raw, family.theta)
+    else:
+        rope = rope_keys(
+            {"rope_parameters": (checkpoint.raw.get("rope_parameters") or {}).get("full_attention")}, family.theta
         )
+    _check_layers(folder, checkpoint)
+    window = max(c.window)
     sizes: dict[str, Any] = {
-        "context_length": c.max_length, "embedding_length": c.hidden, "block_count": c.layers, "feed_forward_length": c.inner,
+        "context_length": int(checkpoint.raw.get("max_position_embeddings", c.max_length)),
+        "embedding_length": c.hidden, "block_count": c.layers, "feed_forward_length": c.inner,
         "attention.head_count": c.heads, "attention.head_count_kv": c.kv_heads, "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": c.eps, "rope.freq_base": theta,
-        "rope.dimension_count": c.head_dim, "vocab_size": c.vocab_size, **_scaling(folder, rope, c.max_length),
-        **({"attention.sliding_window": c.window[0]} if c.window[0] else {}),
+        "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": c.eps,
+        "rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": 2 * len(c.inv_freq), "vocab_size": c.vocab_size,
+        **_scaling(folder, rope, checkpoint), **_constants(checkpoint), **({"attention.sliding_window": window} if window else {}),
     }  # fmt: skip
     arch = ARCHITECTURE[c.family]
     general = {
@@ -155,7 +170,40 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
     return general | {f"{arch}.{key}": value for key, value in sizes.items()} | words
 
 
-def _scaling(folder: Path, rope: dict[str, Any], positions: int) -> dict[str, Any]:
+def _check_layers(folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuse kinds of layers in another order than the one that readers of this architecture take for given."""
+    c, family = checkpoint.config, checkpoint.layout.family
+    every = family.pattern
+    usual = tuple(max(c.window) if not every or i % every else 0 for i in range(1, c.layers + 1))
+    turns = tuple(0 if i % 4 else -1 for i in range(1, c.layers + 1)) if "no_rope_layers" in family.options else c.turns
+    if c.window != usual or c.turns != turns:
+        raise ConfigError(
+            f"{folder} has windows or unturned layers in another order than GGUF has a key for here: convert it with llama.cpp"
+        )
+    scale = checkpoint.raw.get("query_pre_attn_scalar", 256)
+    if "query_pre_attn_scalar" in family.options and scale != c.head_dim:
+        raise ConfigError(
+            f"{folder} scales its scores by {scale}, for which GGUF has no key: convert it with llama.cpp"
+        )
+
+
+def _constants(checkpoint: Checkpoint) -> dict[str, float]:
+    """The constants of a family by their keys, see `gguf.config`."""
+    c, known = checkpoint.config, ARCHITECTURES[ARCHITECTURE[checkpoint.config.family]].keys
+    local = checkpoint.raw.get("rope_parameters") or {}
+    values = {
+        "final_logit_softcapping": c.logit_cap, "attn_logit_softcapping": c.attention_cap, "attention.scale": c.attention_scale,
+        "embedding_scale": c.embed_scale, "residual_scale": c.residual_scale, "logit_scale": 1 / c.logit_scale,
+        "rope.freq_base_swa": (local.get("sliding_attention") or {}).get("rope_theta", 1e4),
+    }  # fmt: skip
+    return {key: float(value) for key, value in values.items() if key in known and value}
+
+
+def _scaling(folder: Path, rope: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    positions = checkpoint.config.max_length
+    if checkpoint.layout.family.longrope and rope["rope_type"] != "default":
+        old = int(rope.get("original_max_position_embeddings", positions))
+        return {"rope.scaling.original_context_length": old, "rope.scaling.attn_factor": checkpoint.config.rope_scale}
     kind = rope["rope_type"]
     if kind in ("default", "llama3"):  # the divisors say it
         return {}

@@ -1,7 +1,8 @@
 """The shape and the weights of a dense decoder, as the lean runtime and its native twin read them.
 
-One family of shapes covers Llama, Qwen2, Qwen3 and Mistral: RMSNorm, rotary positions, grouped attention heads with
-optional biases, per-head query/key norms and sliding windows, SwiGLU. `models/checkpoint.py` fills these from safetensors.
+One family of shapes covers the rows of `families.py`: RMSNorm before or behind a part, rotary positions, grouped attention heads
+with optional biases, query/key norms, bounds and sliding windows, a gated feed-forward part. `models/checkpoint.py` fills these
+from safetensors.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ Segments = tuple[Segment, ...]
 class DecoderConfig:
     """Sizes and constants. `window[i]` is the sliding window of layer i in tokens (the row itself included), 0 for none.
 
-    inv_freq: [head_dim / 2] rotary frequencies after any scaling; rope_scale multiplies cos and sin (1.0 for most).
+    inv_freq: [rotary / 2] rotary frequencies after any scaling, of the first `rotary` numbers of a head; rope_scale multiplies
+    cos and sin (1.0 for most). local_freq, turns: of layers whose `turns` is 1; layers of -1 are not turned (empty: all are 0).
+    activation: of the feed-forward part. attention_scale: of scores, None for head_dim ** -0.5. embed_scale (rounded to the
+    weights' type if embed_scale_rounded), residual_scale, logit_scale: factors of embeddings, of what a block adds, and of
+    logits. Bounds c tanh(x / c) of scores and logits: attention_cap, logit_cap, 0 for none. wide_norms: norms are float32 and
+    multiplied before half precision is rounded.
     """
 
     family: str
@@ -39,25 +45,56 @@ class DecoderConfig:
     window: tuple[int, ...]
     inv_freq: Float[Tensor, "half"]
     rope_scale: float = 1.0
+    local_freq: Float[Tensor, "half"] | None = None
+    turns: tuple[int, ...] = ()
+    activation: str = "silu"
+    attention_scale: float | None = None
+    attention_cap: float = 0.0
+    embed_scale: float = 1.0
+    embed_scale_rounded: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+    wide_norms: bool = False
+
+    def scale_of_embeddings(self, dtype: torch.dtype) -> float:
+        """`embed_scale` for weights of a type."""
+        return torch.tensor(self.embed_scale, dtype=dtype).item() if self.embed_scale_rounded else self.embed_scale
+
+    def turn_of(self, layer: int) -> int:
+        """The frequencies that turn the heads of a layer: see `turns`."""
+        return self.turns[layer] if self.turns else 0
+
+    def first_layers(self, layers: int) -> DecoderConfig:
+        """The same with the first blocks only."""
+        return replace(self, layers=layers, window=self.window[:layers], turns=self.turns[:layers])
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One block. Linear weights are [out, in], fused where they share an input; None where the family has none.
 
-    Of packed weights linears are segments, and norms and biases are float32.
+    norm1, norm2: of the inputs of attention and feed-forward part; post1, post2: of their outputs, before they are added. q_norm
+    and k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are
+    segments, and norms and biases are float32.
     """
 
-    norm1: Float[Tensor, "H"]
+    norm1: Float[Tensor, "H"] | None
     qkv: Float[Tensor, "QKV H"] | Segments
     qkv_bias: Float[Tensor, "QKV"] | None
-    q_norm: Float[Tensor, "D"] | None
-    k_norm: Float[Tensor, "D"] | None
+    q_norm: Float[Tensor, "Q"] | None
+    k_norm: Float[Tensor, "K"] | None
     o: Float[Tensor, "H A"] | Segments
     o_bias: Float[Tensor, "H"] | None
-    norm2: Float[Tensor, "H"]
+    norm2: Float[Tensor, "H"] | None
     gate_up: Float[Tensor, "G H"] | Segments
     down: Float[Tensor, "H I"] | Segments
+    post1: Float[Tensor, "H"] | None = None
+    post2: Float[Tensor, "H"] | None = None
+
+
+NORMS = frozenset({"norm1", "q_norm", "k_norm", "norm2", "post1", "post2"})
+"""The norms of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +102,7 @@ class DecoderWeights:
     """All weights. `head` is the embedding itself (the same object) when they are tied.
 
     dtype: of plain weights; of packed ones the type of hidden states, keys and values. layers: of packed weights any iterable, read
-    once: then no two blocks need to be in memory as they are stored.
+    once: then no two blocks need to be in memory as they are stored. wide_norms: see `DecoderConfig`.
     """
 
     embedding: Float[Tensor, "V H"] | Segments
@@ -73,6 +110,7 @@ class DecoderWeights:
     norm: Float[Tensor, "H"]
     head: Float[Tensor, "V H"] | Segments
     dtype: torch.dtype
+    wide_norms: bool = False
 
     @property
     def packed(self) -> bool:
@@ -92,9 +130,13 @@ def unpacked(w: DecoderWeights, device: torch.device | str = "cpu") -> DecoderWe
             return out.to(device)
         return weight.to(device, w.dtype) if isinstance(weight, Tensor) else weight
 
+    def norm(weight: Tensor | None) -> Tensor | None:
+        return weight if weight is None else weight.to(device, weight.dtype if w.wide_norms else w.dtype)
+
     def layer(packed: LayerWeights) -> LayerWeights:
-        return LayerWeights(**{f.name: plain(getattr(packed, f.name)) for f in fields(packed)})  # type: ignore[arg-type]
+        parts = {f.name: getattr(packed, f.name) for f in fields(packed)}
+        return LayerWeights(**{name: norm(part) if name in NORMS else plain(part) for name, part in parts.items()})  # type: ignore[arg-type]
 
     embedding = plain(w.embedding)
     head = embedding if w.head is w.embedding else plain(w.head)
-    return replace(w, embedding=embedding, layers=tuple(map(layer, w.layers)), norm=plain(w.norm), head=head)  # type: ignore[arg-type]
+    return replace(w, embedding=embedding, layers=tuple(map(layer, w.layers)), norm=norm(w.norm), head=head)  # type: ignore[arg-type]

@@ -7,8 +7,9 @@ drafters, the audit) sees the mixed distribution and nothing else, so everything
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,7 @@ class GuidedKV:
 
     def __init__(self, inner: KVCache, slots: int) -> None:
         self.inner, self.slots, self.capacity = inner, slots, inner.capacity
+        self._paged: Any = inner if hasattr(inner, "lacking") else None
 
     @property
     def length(self) -> list[int]:
@@ -37,6 +39,19 @@ class GuidedKV:
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
         """See `protocols.KVCache`."""
         self.inner.commit(twice(rows, self.slots), [*paths, *paths])
+
+    @property
+    def spare(self) -> int:
+        """See `protocols.PagedCache`."""
+        return self._paged.spare if self._paged else 0
+
+    def lacking(self, slot: int, tokens: int) -> int:
+        """See `protocols.PagedCache`: of both texts."""
+        return sum(self._paged.lacking(one, tokens) for one in (slot, slot + self.slots)) if self._paged else 0
+
+    def needed(self, tokens: Sequence[int], more: int, root: Hashable = None) -> int:
+        """See `protocols.PagedCache`: for both texts, which share nothing."""
+        return 2 * self._paged.needed(tokens, more, root) if self._paged else 0
 
     def truncate(self, slot: int, length: int) -> None:
         """See `protocols.KVCache`."""
@@ -86,7 +101,7 @@ class Guided:
         nodes = len(rows.scored) - anchors
         first, second, third, fourth = both.logits.split([anchors, anchors, nodes, nodes])
         given, free = torch.cat([first, third]), torch.cat([second, fourth])
-        return Scores(torch.lerp(free, given, self.scale), tuple(h[: rows.count] for h in both.hidden))
+        return Scores(torch.lerp(free, given, self.scale), tuple(h[: rows.count] for h in both.hidden), both.replayed)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         """See `protocols.Target`."""

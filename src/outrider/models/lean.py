@@ -1,4 +1,4 @@
-"""Our own decoder runtime for the Llama, Qwen2, Qwen3 and Mistral families: the fast twin of `models/hf/target.py`.
+"""Our own decoder runtime for the families of `families.py`: the fast twin of `models/hf/target.py`.
 
 Weights that share an input are fused, linear layers are packed for few rows, keys and values lie in a static cache,
 rotary tables are static, rows are flat. If the native decoder (`models/native`) can be built, it scores short segments,
@@ -13,23 +13,22 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from outrider.errors import CapabilityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
 from outrider.models.native import load_native
 from outrider.nn import rope
-from outrider.nn.attention import AttentionPlan
-from outrider.nn.kv import ContiguousKV
-from outrider.nn.layers import FusedLayer, rms_norm
+from outrider.nn.attention import AttentionPlan, capped
+from outrider.nn.kv import PagedKV, page_limit
+from outrider.nn.layers import FusedLayer, Norm, of_rows, rms_norm
 from outrider.nn.linear import Linear, has_fast_matmul, make_linear
-from outrider.nn.memory import require_memory
 from outrider.nn.row_parts import check_prefix, run_parts
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
@@ -69,10 +68,10 @@ class LeanTarget:
         self._native_rows = (
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
         )
-        self._norm, self._rope = rms_norm(w.norm.to(self.dtype), config.eps), self._rope_table(1)
+        self._norm, self._ropes = _norm(config, w.norm, self.dtype), self._rope_tables(1)
         self._blocks: list[FusedLayer] = []
         if w.packed and self.native is not None:
-            self._embedding, self._head = self.native.weights.embedding.rows, self.native.weights.head
+            self._rows, self._head = self.native.weights.embedding.rows, self.native.weights.head
             self._native_rows = sys.maxsize
             widened = sorted(set().union(*(linear.widened for linear in self.native.weights.linears)))
             if widened:
@@ -81,24 +80,30 @@ class LeanTarget:
             return
         w = unpacked(w) if w.packed else w
         embedding, head = cast(Tensor, w.embedding), cast(Tensor, w.head)
-        self._embedding = lambda token: F.embedding(token, embedding)
+        self._rows = lambda token: F.embedding(token, embedding)
         pack = self.native is None  # the native decoder reads the plain weights in place, and long prompts share them
         copy = head is not embedding or head.nbytes <= TIED_COPY_BYTES
         self._head = make_linear(head, pack=pack and copy)
         left = list(w.layers)
         del w
         while left:
-            self._blocks.append(_block(config, left.pop(0), pack))
+            self._blocks.append(_block(config, left.pop(0), self.dtype, pack))
 
-    def new_kv(self, slots: int, length: int) -> ContiguousKV:
-        """A cache for `slots` sequences of `length` tokens each, drafts included; CapacityError if memory does not allow."""
+    @property
+    def uniform_rows(self) -> int:
+        """Forwards of up to so many rows per segment give every row the same bits, whatever is fed with it."""
+        return self._native_rows if self.native else 0
+
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> PagedKV:
+        """A cache for `slots` sequences of `length` tokens each, drafts included. CapacityError if not even one of them fits.
+
+        memory: bytes that it may take; None: what it could fill, or 90% of what is free, if that is less.
+        """
         c = self.config
-        size = 2 * c.layers * slots * c.kv_heads * length * c.head_dim * self.dtype.itemsize
-        require_memory(
-            size, self.device, f"a cache of {slots} x {length} tokens", "lower max_length or the number of slots"
-        )
+        token = 2 * c.layers * c.kv_heads * c.head_dim * self.dtype.itemsize
+        limit = page_limit(slots, length, token, self.device, memory)
         self._grow_rope(length)
-        return ContiguousKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device)
+        return PagedKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device, limit=limit)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`. Raises CapabilityError for a layer that does not exist, CapacityError and RequestError for
@@ -107,7 +112,7 @@ class LeanTarget:
         With the native decoder a mixed forward is split, short segments together and every long one alone, so that a
         sequence's numbers never depend on the others.
         """
-        if not isinstance(kv, ContiguousKV):
+        if not isinstance(kv, PagedKV):
             raise CapabilityError(f"LeanTarget cannot read a {type(kv).__name__}: make the cache with its new_kv()")
         if any(not 0 <= i <= self.layers for i in layers):
             raise CapabilityError(
@@ -131,6 +136,10 @@ class LeanTarget:
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self._embedding(token).to(self.dtype)
 
+    def _embedding(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
+        rows, scale = self._rows(token), self.config.scale_of_embeddings(self.dtype)
+        return rows if scale == 1 else rows * scale
+
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """Final norm and output head, in float32 (float64 if the model is)."""
         return self.head(self.norm(hidden))
@@ -141,20 +150,22 @@ class LeanTarget:
 
     def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """The output head, in float32 (float64 if the model is)."""
-        logits = self._head(normed.to(self.dtype))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        c, logits = self.config, self._head(normed.to(self.dtype))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if c.logit_scale == 1 else logits * c.logit_scale
+        return capped(logits, c.logit_cap) if c.logit_cap else logits
 
     def first_layers(self, layers: int) -> LeanTarget:
         """See `protocols.OpenTarget`."""
         check_prefix(layers, self.layers)
         other = copy.copy(self)
-        other.config = replace(self.config, layers=layers, window=self.config.window[:layers])
+        other.config = self.config.first_layers(layers)
         other.layers, other._blocks = layers, self._blocks[:layers]
         other.native = self.native and self.native.first_layers(other.config)
         return other
 
     @torch.no_grad()
-    def _torch_forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]) -> Scores:
+    def _torch_forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...]) -> Scores:
         """All rows in one pass through PyTorch's operators.
 
         The blocks run in inference mode, where views cost half; the outputs are made outside of it, as ordinary tensors.
@@ -165,12 +176,12 @@ class LeanTarget:
         return Scores(self.unembed(x.index_select(0, rows.scored)), tuple(taps[i].clone() for i in layers))
 
     def _run_blocks(
-        self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...]
+        self, rows: Rows, kv: PagedKV, layers: tuple[int, ...]
     ) -> tuple[Float[Tensor, "N H"], dict[int, Tensor]]:
         c = self.config
         n, turned = rows.count, c.heads + c.kv_heads
-        attend = AttentionPlan(rows, kv, c.heads, c.window)
-        cos, sin = rope.angles(self._rope, rows.position)
+        attend = AttentionPlan(rows, kv, c.heads, c.window, scale=c.attention_scale, cap=c.attention_cap)
+        angles = [rope.angles(table, rows.position) for table in self._ropes]
         x = self._embed_rows(rows)
         taps = {0: x}
         for i, block in enumerate(self._blocks):
@@ -178,7 +189,8 @@ class LeanTarget:
             qk, v = qkv.split((turned, c.kv_heads), 1)
             if block.qk_norm is not None:
                 qk = block.qk_norm(qk)
-            q, k = rope.rotate(qk, cos, sin).split((c.heads, c.kv_heads), 1)
+            turn = c.turn_of(i)
+            q, k = (qk if turn < 0 else rope.rotate(qk, *angles[turn])).split((c.heads, c.kv_heads), 1)
             x = block.leave(attend(i, q, k, v), x)
             if layers:
                 taps[i + 1] = x
@@ -194,30 +206,46 @@ class LeanTarget:
 
     def _grow_rope(self, length: int) -> None:
         """Rotary tables for as many positions as a cache has places: a long context costs nothing until it is used."""
-        if self._rope.shape[0] < length:
-            self._rope = self._rope_table(length)
+        if self._ropes[0].shape[0] < length:
+            self._ropes = self._rope_tables(length)
 
-    def _rope_table(self, length: int) -> Float[Tensor, "L DD"]:
+    def _rope_tables(self, length: int) -> list[Float[Tensor, "L DD"]]:
         """Computed in float32 on the CPU for every dtype of the model, as in transformers."""
         c = self.config
-        return rope.table(c.inv_freq.float().cpu(), length, c.rope_scale).to(device=self.device, dtype=self.dtype)
+        frequencies = [c.inv_freq] if c.local_freq is None else [c.inv_freq, c.local_freq]
+        tables = [rope.table(f.float().cpu(), length, c.rope_scale) for f in frequencies]
+        return [table.to(device=self.device, dtype=self.dtype) for table in tables]
 
 
-def _block(config: DecoderConfig, w: LayerWeights, pack: bool) -> FusedLayer:
-    qk_norm = None
-    if w.q_norm is not None and w.k_norm is not None:
-        both = torch.cat([w.q_norm.expand(config.heads, -1), w.k_norm.expand(config.kv_heads, -1)])
-        qk_norm = rms_norm(both, config.eps)
+def _norm(config: DecoderConfig, weight: Tensor, dtype: torch.dtype) -> Norm:
+    return rms_norm(weight if config.wide_norms else weight.to(dtype), config.eps, of=dtype)
+
+
+def _block(config: DecoderConfig, w: LayerWeights, dtype: torch.dtype, pack: bool) -> FusedLayer:
+    c = config
 
     def linear(weight: object, bias: Tensor | None = None) -> Linear:
         return make_linear(cast(Tensor, weight), bias, pack=pack)
 
+    def norm(weight: Tensor | None) -> Norm | None:
+        return None if weight is None else _norm(c, weight, dtype)
+
+    qk_norm = None
+    if w.q_norm is not None and w.k_norm is not None:
+        if w.q_norm.shape[0] == c.head_dim:
+            qk_norm = norm(torch.cat([w.q_norm.expand(c.heads, -1), w.k_norm.expand(c.kv_heads, -1)]))
+        else:
+            qk_norm = of_rows(_norm(c, w.q_norm, dtype), _norm(c, w.k_norm, dtype), c.heads)
     return FusedLayer(
-        norm1=rms_norm(w.norm1, config.eps),
+        norm1=norm(w.norm1) or nn.Identity(),
         qkv=linear(w.qkv, w.qkv_bias),
         qk_norm=qk_norm,
         o=linear(w.o, w.o_bias),
-        norm2=rms_norm(w.norm2, config.eps),
+        norm2=norm(w.norm2) or nn.Identity(),
         gate_up=linear(w.gate_up),
         down=linear(w.down),
+        post1=norm(w.post1),
+        post2=norm(w.post2),
+        act=F.silu if c.activation == "silu" else partial(F.gelu, approximate="tanh"),
+        scale=c.residual_scale,
     )

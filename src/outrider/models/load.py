@@ -106,7 +106,7 @@ def load_target(
         target = LeanTarget(found.config, lambda: found.packed(chosen, progress, role))
     else:
         target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
-    told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
+    told = found.notice(chosen)
     target.notices += (*told, *_dtype_notices(folder, chosen, where, target.native is not None))
     return target
 
@@ -214,7 +214,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         c, parameters, runtime, reason = found.config, found.parameters, "lean", ""
         sizes = (c.vocab_size, c.max_length, c.layers, c.kv_heads, c.head_dim)
         library, library_notice = _native(found, chosen, where)
-        told = found.notice(chosen) if isinstance(found, Checkpoint) else ()
+        told = found.notice(chosen)
         weights_bytes = parameters * chosen.itemsize
         if isinstance(found, GgufCheckpoint) and library is not None:
             weights_bytes = found.packed_bytes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from outrider.errors import ConfigError
 from outrider.nn.attention import attend
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.nn.masks import ancestor_mask
 from outrider.nn.rope import rotation, turn
 from outrider.nn.row_parts import check_prefix
@@ -24,9 +24,9 @@ from outrider.protocols import KVCache
 from outrider.types import Rows, Scores, Segment
 
 
-def _own(kv: KVCache, what: str) -> ContiguousKV:
-    if not isinstance(kv, ContiguousKV):
-        raise ConfigError(f"{what} reads a ContiguousKV, not a {type(kv).__name__}: make the cache with its new_kv()")
+def _own(kv: KVCache, what: str) -> PagedKV:
+    if not isinstance(kv, PagedKV):
+        raise ConfigError(f"{what} reads a PagedKV, not a {type(kv).__name__}: make the cache with its new_kv()")
     return kv
 
 
@@ -54,6 +54,7 @@ class TableTarget:
     layers = 1
     trees = True
     rewinds = True
+    uniform_rows = 1 << 30  # a row's logits are a line of the table
     notices: tuple[str, ...] = ()
 
     def __init__(self, logits: Float[Tensor, "..."], *, order: int = 1, max_length: int = 1 << 16) -> None:
@@ -86,20 +87,23 @@ class TableTarget:
         t = min(len(history) - 1, self.table.shape[0] - 1)
         return torch.softmax(self.table[(t, *padded[-self.order :])], -1)
 
-    def new_kv(self, slots: int, length: int) -> ContiguousKV:
-        return ContiguousKV(1, slots, 1, length, 1, self.dtype, self.device)
+    def new_kv(self, slots: int, length: int) -> PagedKV:
+        return PagedKV(1, slots, 1, length, 1, self.dtype, self.device)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
-        cache = _own(kv, "TableTarget").k[0, :, 0, :, 0]  # [slots, capacity]: the tokens themselves
+        paged = _own(kv, "TableTarget")
+        paged.reserve(rows)
+        cache = paged.k[0, 0, :, 0]  # [places]: the tokens themselves
         slot = [s.slot for s in rows.segments for _ in range(s.count)]
         places: list[list[int]] = [[] for _ in range(self.order)]
         for s in rows.segments:
             for level, more in zip(places, _places(s, self.order), strict=True):
                 level += more
-        where = torch.tensor([slot, *places], device=self.device)
-        cache[where[0], where[1]] = rows.token.to(self.dtype)
+        where = torch.tensor([slot, *places])
         place = where[1:].flip(0)  # oldest first, as the table is indexed
-        history = cache[where[0], place.clamp(min=0)].long().masked_fill_(place < 0, 0)
+        at = paged.at(where[0].expand_as(place), place.clamp(min=0)).to(self.device)
+        cache[at[-1]] = rows.token.to(self.dtype)
+        history = cache[at].long().masked_fill_(place.to(self.device) < 0, 0)
         position = rows.position.clamp(max=self.table.shape[0] - 1)
         need = slice(None) if 1 in layers else rows.scored
         logits = self.table[(position[need], *history[:, need])]
@@ -207,13 +211,12 @@ class TinyLM:
         other.blocks = tuple(_Block(move(b.qkv), move(b.out), move(b.up), move(b.down)) for b in self.blocks)
         return other
 
-    def new_kv(self, slots: int, length: int) -> ContiguousKV:
-        return ContiguousKV(
-            self.layers, slots, self.heads, length, self.hidden_size // self.heads, self.dtype, self.device
-        )
+    def new_kv(self, slots: int, length: int) -> PagedKV:
+        return PagedKV(self.layers, slots, self.heads, length, self.hidden_size // self.heads, self.dtype, self.device)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         cache = _own(kv, "TinyLM")
+        cache.reserve(rows)
         x = self.embed(rows.token)
         states = [x]
         cos, sin = rotation(rows.position, self.inv_freq)
@@ -224,9 +227,7 @@ class TinyLM:
             states.append(x)
         return Scores(self.unembed(x[rows.scored]), tuple(states[i] for i in layers))
 
-    def _attend(
-        self, layer: int, rows: Rows, kv: ContiguousKV, q: Tensor, k: Tensor, v: Tensor
-    ) -> Float[Tensor, "N H"]:
+    def _attend(self, layer: int, rows: Rows, kv: PagedKV, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "N H"]:
         out = torch.empty_like(q)
         for s in rows.segments:
             mine = slice(s.first, s.first + s.count)

@@ -73,6 +73,7 @@ class Translated:
         self.fed = torch.tensor(list(fed), device=model.device)
         self.hidden_size, self.layers, self.max_length = model.hidden_size, model.layers, model.max_length
         self.trees, self.rewinds, self.dtype, self.device = model.trees, model.rewinds, model.dtype, model.device
+        self.uniform_rows = getattr(model, "uniform_rows", 0)
         self.notices: tuple[str, ...] = (
             f"{name}: {len(shared):,} of the target's {vocab_size:,} tokens are also the draft's; only those can be drafted",
         )
@@ -82,7 +83,7 @@ class Translated:
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         scores = self.model.forward(replace(rows, token=self.fed[rows.token]), kv, layers=layers)
-        return Scores(self._spread(scores.logits), scores.hidden)
+        return Scores(self._spread(scores.logits), scores.hidden, scores.replayed)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self.model.embed(self.fed[token])

@@ -1,9 +1,9 @@
-"""Attention of one sequence, and of flat rows over a contiguous cache.
+"""Attention of one sequence, and of flat rows over a paged cache.
 
-`attend` is one call for one sequence. A forward of several makes one `AttentionPlan`, without padding rows, gathering keys or
-copying grouped heads; views and masks that all layers share are built there, once. Segments are split into pieces: one segment, or
-several short ones of equal size in neighbouring slots, which share one call that reads the shorter caches up to the longest one's
-length.
+`attend` is one call for one sequence. A forward of several makes one `AttentionPlan`, without padding rows or copying grouped
+heads; views, places and masks that all layers share are built there, once. Segments are split into pieces: one segment, whose keys
+are read in place if its pages lie side by side, or several short ones of equal size, which share one call on gathered keys: the
+shorter ones are filled up to the longest one's length.
 
 Few rows with grouped heads are folded: the g query heads of a key head become g rows of it, so keys are read once and
 not repeated g times. Long prompts are left to `scaled_dot_product_attention`'s own causal path.
@@ -11,15 +11,16 @@ not repeated g times. Long prompts are left to `scaled_dot_product_attention`'s 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.nn.masks import ancestor_mask
 from outrider.types import Rows, Segment
 
@@ -61,6 +62,11 @@ def attend(
     return out[0]
 
 
+def capped(x: Tensor, cap: float) -> Tensor:
+    """x bounded softly by `cap`: cap tanh(x / cap) (Gemma 2)."""
+    return torch.tanh(x / cap) * cap
+
+
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Float[Tensor, "h n E"]:
@@ -68,7 +74,7 @@ def _explicit(
     groups = q.shape[0] // k.shape[0]
     score = q @ k.repeat_interleave(groups, 0).mT * scale
     if softcap:
-        score = torch.tanh(score / softcap) * softcap
+        score = capped(score, softcap)
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf)
     if sinks is not None:
@@ -79,10 +85,9 @@ def _explicit(
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """The inputs of one piece in the layers of one window. keys, values: per layer [b, kv_heads, places, head_dim]."""
+    """The inputs of one piece in the layers of one window. places: of its b sequences' tokens, all in one line."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    places: slice | Tensor
     mask: Tensor | None
     causal: bool
 
@@ -90,14 +95,24 @@ class _View:
 class AttentionPlan:
     """Where the rows of one forward write their keys and values, and which places they see.
 
-    window: sliding window of each layer, 0 for none. heads: query heads, a multiple of the cache's.
+    window: sliding window of each layer, 0 for none. heads: query heads, a multiple of the cache's. scale: of the scores (None:
+    head_dim ** -0.5). cap: their soft bound, 0 for none.
     """
 
-    def __init__(self, rows: Rows, kv: ContiguousKV, heads: int, window: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        kv: PagedKV,
+        heads: int,
+        window: tuple[int, ...],
+        *,
+        scale: float | None = None,
+        cap: float = 0.0,
+    ) -> None:
         self._window = window
-        self._heads, self._kv_heads = heads, kv.k.shape[2]
+        self._heads, self._kv_heads = heads, kv.k.shape[1]
         runs = _runs(rows.segments)
-        self._pieces = [_Piece(run, kv, heads // self._kv_heads, set(window)) for run in runs]
+        self._pieces = [_Piece(run, kv, heads // self._kv_heads, set(window), _product(scale, cap)) for run in runs]
         self._write = _writer(rows, kv)
 
     def __call__(
@@ -114,38 +129,43 @@ class AttentionPlan:
 class _Piece:
     """Segments of n rows each in neighbouring slots: one attention call per layer."""
 
-    def __init__(self, run: list[Segment], kv: ContiguousKV, group: int, windows: Iterable[int]) -> None:
+    def __init__(
+        self, run: list[Segment], kv: PagedKV, group: int, windows: Iterable[int], product: Callable[..., Tensor]
+    ) -> None:
         first = run[0]
+        self._product = product
         self._batch, self._count = len(run), first.count
         self.rows = slice(first.first, first.first + self._batch * self._count)
-        self._kv_heads, self._group = kv.k.shape[2], group
+        self._kv, self._kv_heads, self._group = kv, kv.k.shape[1], group
         self._folded = group > 1 and self._count <= SHORT
         self._views = {width: self._view(run, kv, width) for width in windows}
 
-    def _view(self, run: list[Segment], kv: ContiguousKV, width: int) -> _View:
+    def _view(self, run: list[Segment], kv: PagedKV, width: int) -> _View:
         start = min(max(0, s.cached - width + 1) if width else 0 for s in run)
         end = max(s.cached for s in run) + self._count
-        for s in run:
-            kv.clean(s.slot, s.cached + s.count, end)
-        slots, places = slice(run[0].slot, run[0].slot + self._batch), slice(start, end)
-        keys, values = kv.k[:, slots, :, places].unbind(0), kv.v[:, slots, :, places].unbind(0)
+        places = _places(run, kv, start, end)
         alone = len(run) == 1
-        if alone and self._count == 1:  # its window begins at `start`, and it is the last place
-            return _View(keys, values, None, False)
+        if alone and self._count == 1 and not run[0].view:  # its window begins at `start`, and it is the last place
+            return _View(places, None, False)
         if alone and not self._folded and start == run[0].cached == 0 and run[0].is_chain and not 0 < width < end:
-            return _View(keys, values, None, True)
+            return _View(places, None, True)
         masks = [ancestor_mask(s.fed, s.parent, s.cached, window=width, start=start, end=end) for s in run]
+        for s, mask in zip(run, masks, strict=True):
+            _hide(mask, s, start)
         see = torch.stack(masks)[:, None]
         see = see.repeat_interleave(self._group, 2) if self._folded else see
         mask = torch.zeros(see.shape, dtype=kv.k.dtype).masked_fill_(~see, float("-inf"))
-        return _View(keys, values, mask.to(kv.k.device), False)
+        return _View(places, mask.to(kv.k.device), False)
+
+    def _read(self, cache: Float[Tensor, "kv P D"], places: slice | Tensor) -> Float[Tensor, "b kv m D"]:
+        return cache[:, places].view(cache.shape[0], self._batch, -1, cache.shape[-1]).transpose(0, 1)
 
     def attend(self, layer: int, width: int, q: Float[Tensor, "M heads D"]) -> Float[Tensor, "M A"]:
         view = self._views[width]
-        key, value = view.keys[layer], view.values[layer]
+        key, value = self._read(self._kv.k[layer], view.places), self._read(self._kv.v[layer], view.places)
         if not self._folded:
             rows = q.view(self._batch, self._count, -1, q.shape[-1]).transpose(1, 2)
-            out = F.scaled_dot_product_attention(
+            out = self._product(
                 rows, key, value, attn_mask=view.mask, is_causal=view.causal, enable_gqa=self._group > 1
             )
             return out.transpose(1, 2).reshape(q.shape[0], -1)
@@ -153,16 +173,57 @@ class _Piece:
         rows = (
             q.view(b, heads, g, d) if n == 1 else q.view(b, n, heads, g, d).transpose(1, 2).reshape(b, heads, n * g, d)
         )
-        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=view.mask)
+        out = self._product(rows, key, value, attn_mask=view.mask)
         return out.view(b, heads, n, g, d).transpose(1, 2).reshape(b * n, heads * g * d)
 
 
+def _product(scale: float | None, cap: float) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` with a scale, or written out with a bound of its scores, which it does not have."""
+    if not cap:
+        return partial(F.scaled_dot_product_attention, scale=scale)
+
+    def written_out(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool = False, enable_gqa: bool = False
+    ) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        score = q @ k.repeat_interleave(groups, 1).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        score = capped(score, cap)
+        if is_causal:
+            attn_mask = ancestor_mask(q.shape[2], (), 0).to(q.device)
+            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(
+                ~attn_mask, -torch.inf
+            )
+        score = score if attn_mask is None else score + attn_mask
+        weight = torch.softmax(score, -1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
+        return weight @ v.repeat_interleave(groups, 1)
+
+    return written_out
+
+
+def _hide(mask: Bool[Tensor, "n places"], s: Segment, start: int) -> None:
+    """Take from a mask over the places from `start` on the cached ones that are not in the segment's view."""
+    if s.view:
+        for before, after in zip((0, *(end for _, end in s.view)), (*(first for first, _ in s.view), s.cached), strict=True):
+            mask[:, max(0, before - start) : max(0, after - start)] = False
+
+
+def _places(run: list[Segment], kv: PagedKV, start: int, end: int) -> slice | Int[Tensor, "places"]:
+    """Places of the tokens start .. end - 1 of every sequence. One that has fewer repeats its own first one, which is masked: a
+    masked place has no effect only if it holds numbers, and another's might be NaN."""
+    if len(run) == 1:
+        return kv.places(run[0].slot, start, end)
+    number = torch.arange(start, end).expand(len(run), -1)
+    own = torch.tensor([s.cached + s.count for s in run])[:, None]
+    slot = torch.tensor([s.slot for s in run])[:, None].expand_as(number)
+    return kv.at(slot, number.where(number < own, 0)).view(-1).to(kv.k.device)
+
+
 def _runs(segments: tuple[Segment, ...]) -> list[list[Segment]]:
-    """Segments that may share a call: short, of equal size, in neighbouring slots, of similar cached length."""
+    """Segments that may share a call: short, of equal size, of similar cached length."""
     out: list[list[Segment]] = []
     for s in segments:
         run = out[-1] if out else []
-        if run and s.count == run[0].count <= SHORT and s.slot == run[-1].slot + 1:
+        if run and s.count == run[0].count <= SHORT:
             together = [*run, s]
             longest = max(t.cached for t in together) + s.count
             if longest * len(together) <= _WASTE * sum(t.cached + t.count for t in together):
@@ -172,24 +233,17 @@ def _runs(segments: tuple[Segment, ...]) -> list[list[Segment]]:
     return out
 
 
-def _writer(rows: Rows, kv: ContiguousKV):
+def _writer(rows: Rows, kv: PagedKV):
     """Stores one layer's new keys and values at their places."""
     if len(rows.segments) == 1:
         s = rows.segments[0]
-        places = slice(s.cached, s.cached + s.count)
-        keys = kv.k[:, s.slot, :, places].transpose(1, 2).unbind(0)
-        values = kv.v[:, s.slot, :, places].transpose(1, 2).unbind(0)
+        where = kv.places(s.slot, s.cached, s.cached + s.count)
+    else:
+        slot = torch.tensor([s.slot for s in rows.segments for _ in range(s.count)])
+        where = kv.at(slot, torch.tensor([s.cached + i for s in rows.segments for i in range(s.count)])).to(kv.k.device)
 
-        def copy(layer: int, k: Tensor, v: Tensor) -> None:
-            keys[layer].copy_(k)
-            values[layer].copy_(v)
+    def write(layer: int, k: Tensor, v: Tensor) -> None:
+        kv.k[layer][:, where] = k.transpose(0, 1)
+        kv.v[layer][:, where] = v.transpose(0, 1)
 
-        return copy
-    slot = torch.tensor([s.slot for s in rows.segments for _ in range(s.count)], device=kv.k.device)
-    place = torch.tensor([s.cached + i for s in rows.segments for i in range(s.count)], device=kv.k.device)
-
-    def scatter(layer: int, k: Tensor, v: Tensor) -> None:
-        kv.k[layer][slot, :, place] = k
-        kv.v[layer][slot, :, place] = v
-
-    return scatter
+    return write

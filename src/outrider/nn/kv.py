@@ -1,15 +1,22 @@
-"""Contiguous KV caches: one row of memory per slot. Keeping a path moves its rows down; dropping rows changes a length."""
+"""KV caches: rows of memory for drafters, pages for targets. Keeping a path moves its rows; dropping rows changes a length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from outrider.errors import CapacityError
+from outrider.nn.memory import available_memory, lazy_zeros, require_memory
+from outrider.nn.pages import Pages
+from outrider.nn.prefixes import Prefixes
 from outrider.types import Rows
+
+PAGE = 64
+"""Places of a page."""
 
 
 class RowCache:
@@ -62,11 +69,18 @@ class RowCache:
             self.length[slot] = 0
 
 
-class ContiguousKV(RowCache):
-    """A target's KV cache: a `RowCache` in which rows of a forward are reserved, and then committed.
+class PagedKV:
+    """A target's KV cache: keys and values [layers, kv_heads, places, head_dim], whose places belong to sequences page by page.
 
-    Rows of a forward follow the committed ones, in flat order: row i of a segment at place `cached + i`. Rotary positions
-    are already applied to the keys and depend on the position, not on the place, so moved keys stay valid.
+    Rows of a forward follow the committed ones, in flat order: row i of a segment at number `cached + i` of its sequence. Rotary
+    positions are already applied to the keys and depend on the position, not on the place, so moved keys stay valid.
+
+    slots, capacity: sequences, and most tokens of each. page: places of a page. limit: pages in all; None: enough for every slot.
+    On a CPU memory is taken when a page is first used, not before.
+
+    Full pages may be shared: `publish` makes those of a sequence known by their tokens, `share` gives them to another one that begins
+    with the same tokens. Nobody writes into a shared page: who has to gets a copy. Known pages that no sequence holds stay until their
+    place is needed.
     """
 
     def __init__(
@@ -78,51 +92,211 @@ class ContiguousKV(RowCache):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        page: int = PAGE,
+        limit: int | None = None,
     ) -> None:
-        super().__init__(layers, slots, kv_heads, capacity, head_dim, dtype, device)
-        self._end = [0] * slots  # places that this owner has written, kept or not
-        self._foreign = [0] * slots  # places below which earlier owners have written
+        self.slots, self.capacity, self.page = slots, capacity, page
+        per_slot = self.pages_for(capacity)
+        count = slots * per_slot if limit is None else min(limit, slots * per_slot)
+        self.prefixes = Prefixes(page)
+        self.pages = Pages(slots, per_slot, count, self.prefixes.spare)
+        self._known = [0] * slots  # how many of a slot's first pages are indexed
+        shape = (layers, kv_heads, count * page, head_dim)
+        self.k: Tensor = lazy_zeros(shape, dtype, device)
+        self.v: Tensor = lazy_zeros(shape, dtype, device)
+        self.length: list[int] = [0] * slots
+        self._table = self.pages.tensor
+        self._ruler = torch.arange(page)
 
+    def pages_for(self, tokens: int) -> int:
+        """Pages that so many tokens need."""
+        return -(-tokens // self.page)
+
+    # ------------------------------------------------------------------ where things are
+    def at(self, slot: Int[Tensor, "*n"], number: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+        """Places of tokens, given their slots and numbers in their sequences."""
+        return self._table[slot, number // self.page] * self.page + number % self.page
+
+    def places(self, slot: int, start: int, end: int) -> slice | Int[Tensor, "n"]:
+        """Places of the tokens `start` .. `end` - 1 of a slot: a slice where they lie side by side."""
+        first, last = start // self.page, self.pages_for(end)
+        pages = self.pages.of(slot)[first:last]
+        if not pages:
+            return slice(0, 0)
+        if pages[-1] - pages[0] == last - first - 1 and all(b - a == 1 for a, b in pairwise(pages)):
+            shift = (pages[0] - first) * self.page
+            return slice(start + shift, end + shift)
+        flat = (torch.tensor(pages)[:, None] * self.page + self._ruler).view(-1)
+        return flat[start - first * self.page : end - first * self.page].to(self.k.device)
+
+    def read(self, layer: int, slot: int, end: int) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
+        """One layer's keys and values of the first `end` tokens."""
+        where = self.places(slot, 0, end)
+        return self.k[layer][:, where], self.v[layer][:, where]
+
+    def entries(self, slot: int, end: int) -> tuple[Float[Tensor, "L g m D"], Float[Tensor, "L g m D"]]:
+        """Keys and values of the first `end` tokens in all layers."""
+        where = self.places(slot, 0, end)
+        return self.k[:, :, where], self.v[:, :, where]
+
+    def write(
+        self, layer: int, slot: int, start: int, k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
+    ) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
+        """Write one layer's rows behind the first `start` tokens and return its keys and values from the first to the last."""
+        where = self.places(slot, start, start + len(k))
+        self.k[layer][:, where], self.v[layer][:, where] = k.transpose(0, 1), v.transpose(0, 1)
+        return self.read(layer, slot, start + len(k))
+
+    # ------------------------------------------------------------------ a forward
     def reserve(self, rows: Rows) -> None:
-        """Raise CapacityError unless every segment continues its slot and fits."""
+        """Give every segment's sequence the pages that it needs. Raises CapacityError unless it continues its slot and fits."""
         check_room(rows, self.length, self.capacity)
         for s in rows.segments:
-            self._end[s.slot] = max(self._end[s.slot], s.cached + s.count)
+            self.make_room(s.slot, s.cached + s.count)
 
-    def clean(self, slot: int, start: int, end: int) -> None:
-        """Before places `start` .. `end` of a slot are read, where `start` ends its own content: erase rows of earlier owners.
+    def make_room(self, slot: int, tokens: int) -> None:
+        """Give a slot the pages for so many tokens, and a copy of its last one if that is shared: it will be written to."""
+        start = self.length[slot]
+        if start % self.page and self._is_shared(slot, start // self.page):
+            old, new = self.pages.replace(slot, start // self.page)
+            source, goal = (slice(page * self.page, (page + 1) * self.page) for page in (old, new))
+            self.k[:, :, goal], self.v[:, :, goal] = self.k[:, :, source], self.v[:, :, source]
+            self._known[slot] = min(self._known[slot], start // self.page)
+            if not self.pages.uses[old]:
+                self._put_aside([old])
+        self.pages.grow(slot, self.pages_for(tokens))
 
-        A masked place has no effect only if it holds numbers: NaN times zero is NaN. This happens at most once per owner.
+    def lacking(self, slot: int, tokens: int) -> int:
+        """Pages that a slot must get before it can hold so many tokens."""
+        start = self.length[slot]
+        copied = start % self.page and self._is_shared(slot, start // self.page)
+        return max(0, self.pages_for(tokens) - self.pages.held[slot]) + bool(copied)
+
+    def needed(self, tokens: Sequence[int], more: int, root: Hashable = None) -> int:
+        """Pages that a sequence of these tokens and `more` others would take: those in use by others with the same beginning count
+        nothing."""
+        found = self.prefixes.find(root, tokens)
+        return self.pages_for(len(tokens) + more) - sum(self.pages.uses[page] > 0 for page in found)
+
+    @property
+    def spare(self) -> int:
+        """Pages that slots can still get."""
+        return self.pages.free + self.prefixes.idle
+
+    @property
+    def usage(self) -> float:
+        """Share of all pages that slots hold, 0 .. 1."""
+        return 1.0 - self.spare / self.pages.count
+
+    def _is_shared(self, slot: int, index: int) -> bool:
+        page = self.pages.table[slot * self.pages.per_slot + index]
+        return self.pages.uses[page] > 1 or page in self.prefixes
+
+    def _put_aside(self, pages: Iterable[int]) -> None:
+        """Pages that nobody holds any more rest if they are known, and are free otherwise."""
+        for page in pages:
+            if page in self.prefixes:
+                self.prefixes.rest(page)
+            else:
+                self.pages.give_back(page)
+
+    # ------------------------------------------------------------------ sharing
+    def share(self, slot: int, tokens: Sequence[int], root: Hashable = None, step: int = 1) -> int:
+        """Give a slot the pages of others for what follows in its sequence, as far as they are known; the tokens that it has now.
+
+        The last one of `tokens` is never among them, since whoever asks wants its logits. root: as in `publish`. step: the number of
+        tokens becomes a multiple of it (1: any number). Only for a slot with full pages, all of them published, or none.
         """
-        if end > start and self._foreign[slot] > start:
-            self.k[:, slot, :, start : self._foreign[slot]] = 0
-            self.v[:, slot, :, start : self._foreign[slot]] = 0
-            self._foreign[slot] = 0
+        have, most = self.length[slot], len(tokens) - 1
+        held = have // self.page
+        if have % self.page or held != self._known[slot] or have >= most:
+            return have
+        found = self.prefixes.find(root, tokens)
+        end = min(len(found) * self.page, most) // step * step
+        if end <= have or list(self.pages.of(slot)[:held]) != found[:held]:
+            return have
+        self._put_aside(self.pages.drop(slot, held))
+        for page in found[held : self.pages_for(end)]:
+            self.pages.hold(slot, page)
+            self.prefixes.wake(page)
+        self.length[slot], self._known[slot] = end, self.pages_for(end)
+        return end
+
+    def publish(self, slot: int, tokens: Sequence[int], root: Hashable = None) -> None:
+        """Make a slot's full pages known. tokens: those that it holds, or their beginning: pages beyond them stay its own.
+
+        root: sequences share pages only with those of the same root. Where others have published the same tokens meanwhile, the slot
+        uses their pages and gives its own back.
+        """
+        full = min(len(tokens), self.length[slot]) // self.page
+        known = self._known[slot]
+        if full <= known:
+            return
+        own = self.pages.of(slot)[:full]
+        for i, page in enumerate(self.prefixes.add(root, own, known, tokens[: full * self.page])):
+            if page != own[i]:
+                self.prefixes.wake(page)
+                self._put_aside(self.pages.exchange(slot, i, page))
+        self._known[slot] = full
 
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
         """Keep prefixes and accepted paths, in order; all other rows of the forward are dropped."""
         for s, path in zip(rows.segments, paths, strict=True):
             base = s.cached + s.fed
             if list(path) != list(range(len(path))):  # a chain is in place already
-                place = torch.tensor([base + i for i in path], device=self.k.device)
-                self.k[:, s.slot, :, base : base + len(path)] = self.k[:, s.slot].index_select(2, place)
-                self.v[:, s.slot, :, base : base + len(path)] = self.v[:, s.slot].index_select(2, place)
+                moved = torch.tensor([[base + i for i in path], list(range(base, base + len(path)))])
+                source, goal = self.at(torch.full_like(moved, s.slot), moved).to(self.k.device)
+                self.k[:, :, goal] = self.k[:, :, source]
+                self.v[:, :, goal] = self.v[:, :, source]
             self.length[s.slot] = base + len(path)
 
     def truncate(self, slot: int, length: int) -> None:
+        """Drop all but the first `length` tokens of a slot."""
         check_kept(slot, length, self.length)
         self.length[slot] = length
+        self._known[slot] = min(self._known[slot], length // self.page)
+        self._put_aside(self.pages.drop(slot, self.pages_for(length)))
 
     def release(self, slots: Sequence[int]) -> None:
+        """Clear these slots. What they have published stays known."""
         for slot in slots:
-            self._foreign[slot] = max(self._foreign[slot], self._end[slot])
-            self.length[slot] = self._end[slot] = 0
+            self.length[slot] = self._known[slot] = 0
+            self._put_aside(self.pages.drop(slot, 0))
 
     def erase(self, slot: int) -> None:
-        """Overwrite a slot: NaN of a broken sequence must not reach others through a masked product."""
-        self.k[:, slot] = 0
-        self.v[:, slot] = 0
-        self._end[slot] = self._foreign[slot] = 0
+        """Overwrite the pages of a broken sequence, and forget those that were known: NaN must not reach others."""
+        mine = self.pages.of(slot)
+        for page in mine:
+            self._put_aside(self.prefixes.forget(page))
+        for page in mine:
+            if self.pages.uses[page] == 1:
+                where = slice(page * self.page, (page + 1) * self.page)
+                self.k[:, :, where] = 0
+                self.v[:, :, where] = 0
+
+
+def page_limit(slots: int, length: int, token: int, device: torch.device, memory: int | None) -> int | None:
+    """Pages for a `PagedKV`; None: no limit is known.
+
+    token: bytes of a token. memory: bytes that all may take; None: 90% of what is free now. Raises CapacityError where one sequence
+    would not fit, or `memory` is more than there is.
+    """
+    per_slot, page = -(-length // PAGE), PAGE * token
+    remedy = "lower max_length or the number of slots"
+    require_memory(16 * slots * per_slot, torch.device("cpu"), f"the page table of {slots} x {length} tokens", remedy)
+    if memory is not None:
+        require_memory(min(memory, slots * per_slot * page), device, "a cache of the wanted size", "lower kv_memory")
+    free = available_memory(device)
+    allowed = memory if memory is not None else None if free is None else int(0.9 * free)
+    if allowed is None:
+        return None
+    if allowed < per_slot * page:
+        raise CapacityError(
+            f"a sequence of {length} tokens needs {per_slot * page / 1e9:.2f} GB of keys and values, and {allowed / 1e9:.2f} GB are "
+            "allowed: lower max_length, or give more with kv_memory if there is more"
+        )
+    return min(slots * per_slot, allowed // page)
 
 
 def check_room(rows: Rows, length: Sequence[int], capacity: int) -> None:

@@ -36,7 +36,9 @@ class Mlp(nn.Module):
 class FusedLayer:
     """A decoder layer fused for serving: products that share an input are one, with all heads side by side.
 
-    norm1: of the input, or the identity. qk_norm: of queries and keys [n, heads + kv_heads, head_dim], or None.
+    norm1, norm2: of the inputs of attention and feed-forward part, or the identity. post1, post2: of their outputs. qk_norm: of
+    queries and keys [n, heads + kv_heads, head_dim], or None. act: in place or not; scale: of what is added to the residual
+    stream.
     """
 
     norm1: Norm
@@ -46,6 +48,10 @@ class FusedLayer:
     norm2: Norm
     gate_up: Linear
     down: Linear
+    post1: Norm | None = None
+    post2: Norm | None = None
+    act: Norm = F.silu
+    scale: float = 1.0
 
     @staticmethod
     def of(layer: Any) -> FusedLayer:
@@ -65,9 +71,25 @@ class FusedLayer:
 
     def leave(self, seen: Float[Tensor, "n A"], residual: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
         """The layer's output from the attention's output and the layer's input."""
-        x = self.o.add(seen, residual)
+        x = self._join(self.o, self.post1, seen, residual)
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return self.down.add(F.silu(gate).mul_(up), x)
+        return self._join(self.down, self.post2, self.act(gate).mul_(up), x)
+
+    def _join(self, linear: Linear, post: Norm | None, part: Tensor, x: Tensor) -> Tensor:
+        if post is None and self.scale == 1:
+            return linear.add(part, x)
+        out = linear(part) if post is None else post(linear(part))
+        return x + out * self.scale
+
+
+def of_rows(q_norm: Norm, k_norm: Norm, heads: int) -> Norm:
+    """Norms of all queries (the first `heads` heads) of a row together, and of all keys, on both side by side (OLMo 2)."""
+
+    def norm(qk: Float[Tensor, "n heads D"]) -> Float[Tensor, "n heads D"]:
+        q, k = qk[:, :heads].flatten(1), qk[:, heads:].flatten(1)
+        return torch.cat([q_norm(q), k_norm(k)], 1).view(qk.shape)
+
+    return norm
 
 
 def _of_both(q_norm: Norm, k_norm: Norm, width: int) -> Norm:
@@ -80,14 +102,20 @@ def _of_both(q_norm: Norm, k_norm: Norm, width: int) -> Norm:
     return norm
 
 
-def rms_norm(weight: Float[Tensor, "*h D"], eps: float) -> Norm:
-    """x / rms(x) * weight over the last dimension; half precision is rounded before the weight, as in transformers."""
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+def rms_norm(weight: Float[Tensor, "*h D"], eps: float, *, of: torch.dtype | None = None) -> Norm:
+    """x / rms(x) * weight over the last dimension.
+
+    of: the type of x, by default the weight's. Half precision is rounded before the weight, as in transformers' Llama; behind it if
+    the weight is wider than x, as in its Gemma and OLMo 2.
+    """
+    dtype = of or weight.dtype
+    if weight.device.type == "cpu" and weight.dtype == dtype and dtype in (torch.float32, torch.float64):
         return _CpuNorm(weight, eps)
 
     def norm(x: Tensor) -> Tensor:
         wide = x.float() if x.dtype.itemsize < 4 else x
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (normed if weight.dtype != dtype else normed.to(dtype)).mul(weight).to(dtype)
 
     return norm
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from outrider.errors import CapacityError
+
+SMALL = 1 << 20
+"""Bytes below which memory is taken at once."""
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
@@ -35,6 +41,20 @@ def require_weights(parameters: int, dtype: torch.dtype, device: torch.device, r
     """Raise CapacityError unless that many numbers fit. role: the model's role in messages: "target", "draft"."""
     remedy = f"choose a smaller {role} or dtype, or free memory"
     require_memory(parameters * dtype.itemsize, device, f"the weights of the {role}", remedy)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU memory is taken page by page when it is first written, so that room for much that may never come costs nothing."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < SMALL:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        raise CapacityError(
+            f"{_readable(size)} could not be reserved: lower max_length or the number of slots"
+        ) from None
+    return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
 def _readable(size: int) -> str:

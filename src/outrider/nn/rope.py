@@ -48,5 +48,8 @@ def angles(turns: Float[Tensor, "L DD"], position: Int[Tensor, "n"]) -> tuple[Te
 
 
 def rotate(x: Float[Tensor, "n h d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "n h d"]:
-    """`turn` by the `angles` of a table."""
+    """`turn` by the `angles` of a table, which may be of the first numbers of a head: then the others stay."""
+    size = cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -29,6 +30,12 @@ from outrider.telemetry.prometheus import Finished, Metrics
 T = TypeVar("T")
 DEAD = "the engine has died: send the request again later"
 LOADING = "the engine is still loading: try again in some seconds"
+REUSE = {
+    "prefix_cache_queries": ("Tokens of the prompts that entered the engine.", "asked"),
+    "prefix_cache_hits": ("Those of them that it did not have to compute.", "reused"),
+    "preemptions": ("Sequences that went back to the queue because the cache was full; they are computed again.", "preempted"),
+}
+"""Counter -> its help text, and the sum of `engine.room.Reuse` that it is."""
 
 
 class Bridge:
@@ -71,10 +78,15 @@ class Bridge:
             "Contained defects: invalid drafts, and grammars that ran out of their budget in the middle of a text.",
             lambda: None if self.worker.engine is None else self.worker.engine.defects,
         )
+        for name, (about, field) in REUSE.items():
+            metrics.counters[name] = (about, partial(self._reuse, field))
         metrics.counters["drafter_faults"] = (
             "Calls of a drafter that raised or did not return a draft; each lost the drafts of one step and no text.",
             lambda: None if self.worker.engine is None else self.worker.engine.drafter_faults,
         )
+
+    def _reuse(self, field: str) -> float | None:
+        return None if self.worker.engine is None else getattr(self.worker.engine.state.room.sums, field)
 
     # ------------------------------------------------------------------ life
     async def start(self) -> None:

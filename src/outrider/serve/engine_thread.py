@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from time import monotonic
 
 from outrider.build import Engine
@@ -226,6 +227,8 @@ class EngineThread:
         engine = self.engine
         if not ticket.open or engine is None:
             return
+        # owners never share what was computed: how soon a reply begins would tell one what another has asked
+        params = replace(params, cache_salt=f"{ticket.owner}/{params.cache_salt or ''}")
         try:
             for i, prompt in enumerate(prompts):
                 name = engine.submit(prompt, params, request=f"{ticket.id}/{i}")

@@ -64,6 +64,7 @@ def sampling(
         "tv_budget": speculation.tv_budget,
         "grammar": grammar_of(request),
         "prediction": predicted,
+        "cache_salt": request.cache_salt,
         "draft_length": 0 if speculation.mode == "off" else speculation.length,
     }
     given |= more

@@ -174,6 +174,7 @@ class Reply:
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": self.ticket.cached_tokens},
         }
         if self.prediction:
             accepted = [self._accepted(index) for index in range(len(self.choices))]

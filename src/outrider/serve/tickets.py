@@ -75,6 +75,11 @@ class Ticket:
     origins: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of its prompts that the engine did not have to compute; each prompt counts once, as in `prompt_tokens`."""
+        return sum(s.reused for s in self.sequences if s.index == 0)
+
+    @property
     def done(self) -> bool:
         return self.ended >= self.choices
 

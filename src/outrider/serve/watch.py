@@ -78,7 +78,7 @@ class Watching:
         )
         gauges["engine_alive"] = ("1 while the engine thread has a recent heartbeat.", lambda: float(self.bridge.alive))
         self.bridge.metrics.kv_usage = self.kv_usage
-        gauges["kv_cache_usage_ratio"] = ("Tokens in the cache over its capacity.", self.kv_usage)
+        gauges["kv_cache_usage_ratio"] = ("Share of the KV cache that running requests hold.", self.kv_usage)
         if self.price is not None:
             gauges["cost_dollars_per_million_tokens"] = ("Price of a million tokens, latest minute.", self.unit_cost)
         if self.price is not None:
@@ -254,8 +254,10 @@ class Monitor(Watching):
         return [asdict(s) for s in controller.speeds()] if isinstance(controller, Adaptive) else []
 
     def kv_usage(self) -> float:
-        """Tokens in the cache over its capacity, 0 .. 1; 0 while the model is loaded."""
+        """Pages that sequences hold over all (tokens over the capacity, if there are no pages), 0 .. 1; 0 while the model is loaded."""
         if self.own.worker.engine is None:
             return 0.0
         kv = self.own.engine.parts.kv
+        if hasattr(kv, "usage"):
+            return kv.usage
         return sum(kv.length) / (kv.slots * kv.capacity)

@@ -20,6 +20,7 @@ A *target* law p is to be sampled with the help of a cheaper *draft* law q. Each
 | `greedy` | temperature zero: certificates that a draft token is accepted |
 | `stopping` | when to stop drafting |
 | `speedup` | from acceptance and cost to speed-up and the best draft length |
+| `recurrent` | the same where the target's state cannot be cut: tokens read again after rejections |
 | `hardware`, `roofline` | cost of a forward pass on named hardware |
 | `logs`, `replay`, `forecast` | rejections of a pair on data, from logged probabilities, and under another setting |
 | `figures` | the figures of the base paper, recomputed |
@@ -57,6 +58,7 @@ _MODULES = (
     "multidraft",
     "pareto",
     "pareto_chain",
+    "recurrent",
     "rejections",
     "replay",
     "roofline",

@@ -38,7 +38,8 @@ namespace {
 
 using namespace outrider;
 
-constexpr int64_t VOCAB = 301, HIDDEN = 104, LAYERS = 3, HEADS = 6, KV = 2, WIDTH = 24, INNER = 192, ROWS = 11, CAPACITY = 40;
+constexpr int64_t VOCAB = 301, HIDDEN = 104, LAYERS = 3, HEADS = 6, KV = 2, WIDTH = 24, INNER = 192, ROWS = 11;
+constexpr int64_t CAPACITY = 40, PAGE = 8, PAGES = 10;
 
 template <class W>
 std::vector<W> random_numbers(int64_t n, float size, std::minstd_rand& draw) {
@@ -80,19 +81,20 @@ class Case {
         Decoder<W> decoder;
         std::vector<char> out;
         decoder.build(model_);
-        std::vector<W> k(LAYERS * 2 * KV * CAPACITY * WIDTH), v(k.size());
+        std::vector<W> k(LAYERS * KV * PAGES * PAGE * WIDTH), v(k.size());
         for (int i = 0; i < forwards; ++i) {
             std::vector<float> logits(ROWS * VOCAB);
             std::vector<W> first(ROWS * HIDDEN), last(ROWS * HIDDEN);
             void* outs[] = {first.data(), last.data()};
             const int64_t from = i % 3;
-            std::vector<int64_t> token, position, scored, segment{1, 0, from, 7, 0, 0, 7, from, 1, 3, 0, 0, 2};
+            std::vector<int64_t> token, position, scored, segment{1, 0, from, 7, 0, 0, 0, 7, from, 1, 3, 0, 0, 0, 2};
             for (int64_t r = 0; r < ROWS; ++r) token.push_back((r * 37 + i) % VOCAB), scored.push_back(ROWS - 1 - r);
             for (int64_t r = 0; r < 7; ++r) position.push_back(from + r);
             for (const int64_t depth : {0, 1, 1, 2}) position.push_back(from + depth);
+            const int64_t table[] = {3, 1, 2, 9, 4, 0, 5, 7, 6, 8};
             const int64_t taps[] = {0, LAYERS};
-            const CallPointers call{ROWS, ROWS, 2, 2, threads, 2, CAPACITY, token.data(), position.data(), scored.data(),
-                                    segment.data(), taps, outs, k.data(), v.data(), logits.data()};
+            const CallPointers call{ROWS, ROWS, 2, 2, threads, 2, CAPACITY, PAGE, PAGES, token.data(), position.data(), scored.data(),
+                                    segment.data(), table, taps, outs, k.data(), v.data(), logits.data()};
             if (decoder.forward(call) != OK) return {};
             append(out, logits), append(out, first), append(out, last);
         }

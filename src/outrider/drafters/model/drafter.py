@@ -9,16 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.drafters.model.token_cache import TokenCache
+from outrider.drafters.model.token_cache import CHUNK, TokenCache
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, Levels, Sample, Siblings
 from outrider.drafters.tree.shapes import Shape, levels
 from outrider.errors import CapabilityError, CapacityError, ConfigError
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence, Rows, SequenceView
-
-CHUNK = 256
-"""Most history tokens of one sequence that one draft forward catches up on."""
 
 
 class ModelDrafter:

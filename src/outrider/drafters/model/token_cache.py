@@ -11,6 +11,8 @@ from torch import Tensor
 from outrider.protocols import Target
 from outrider.types import Rows, Segment, SequenceView
 
+CHUNK = 256
+"""Most history tokens of one sequence that one draft forward catches up on."""
 STAND_IN = 0
 """The token that a model reads in place of one outside its vocabulary."""
 
@@ -27,6 +29,7 @@ class TokenCache:
     def __init__(self, model: Target, slots: int, capacity: int, limit: int) -> None:
         self.model, self.limit = model, limit
         self.kv = model.new_kv(slots, capacity)
+        self._shares = hasattr(self.kv, "share") and getattr(model, "uniform_rows", 0) >= CHUNK
         self._ruler = torch.arange(max(capacity, slots), dtype=torch.int64, device=model.device)
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self._checked = [0] * slots  # how many held tokens were found equal to the history at the last check
@@ -34,8 +37,17 @@ class TokenCache:
     def rewind(self, view: SequenceView) -> None:
         """Drop held tokens that differ from the history before its last token. Checks only tokens new since the last call.
 
-        The last token stays to be fed, since a drafter needs the logits after it.
+        The last token stays to be fed, since a drafter needs the logits after it. What the history holds is shared with the other
+        slots: pages that they have of it are used, and its own are made known.
         """
+        self._rewind(view)
+        if self._shares and view.shares:
+            held, salt = self.held[view.slot], view.params.cache_salt
+            self.kv.publish(view.slot, view.tokens, salt)  # type: ignore[attr-defined]
+            if len(view.tokens) - len(held) > 1:
+                held += view.tokens[len(held) : self.kv.share(view.slot, view.tokens[: self.limit], salt)]  # type: ignore[attr-defined]
+
+    def _rewind(self, view: SequenceView) -> None:
         held, tokens, n = self.held[view.slot], view.tokens, self._checked[view.slot]
         if n > len(tokens) or (n and held[n - 1] != tokens[n - 1]):
             n = 0  # another sequence: start over instead of drafting from the previous one's text

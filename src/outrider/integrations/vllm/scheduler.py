@@ -46,7 +46,7 @@ class LiveScheduling:
                 f'"num_speculative_tokens_per_batch_size": [[1, {config.scheduler_config.max_num_seqs}, {self.num_spec_tokens}]] '
                 "to --speculative-config (vLLM drops it with data parallelism and for the methods custom_class, medusa and suffix)"
             )
-        self._limits: dict[str, Request] = {}
+        self.limits: dict[str, Request] = {}
         self._last: tuple[float, frozenset[str]] = (0.0, frozenset())  # end of the latest step, and the requests in it
         self._before: dict[int, int] = {}  # of steps under way: the length that the step before drafted
         self._drafted = 0
@@ -73,7 +73,7 @@ class LiveScheduling:
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         """Drafts of the step that has ended (synchronous scheduling): cut to what their requests allow."""
         rows = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
-        draft_token_ids.draft_token_ids = [tokens[: self._limit(name).cut(len(tokens))] for name, tokens in rows]
+        draft_token_ids.draft_token_ids = [tokens[: self.limit_of(name).cut(len(tokens))] for name, tokens in rows]
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
@@ -83,16 +83,17 @@ class LiveScheduling:
             request = self.requests[name]
             places = request.spec_token_ids
             if places and places[0] == -1:
-                length = self._limit(name).cut(len(places))
+                length = self.limit_of(name).cut(len(places))
                 if length < len(places):
                     request.spec_token_ids = places[:length]
 
-    def _limit(self, name: str) -> Request:
-        if name not in self._limits:
+    def limit_of(self, name: str) -> Request:
+        """What is known of a request's draft lengths, made when it is first asked for."""
+        if name not in self.limits:
             request = self.requests.get(name)
             params = getattr(request, "sampling_params", None)
-            self._limits[name] = Request(own_limit(getattr(params, "extra_args", None)))
-        return self._limits[name]
+            self.limits[name] = Request(own_limit(getattr(params, "extra_args", None)))
+        return self.limits[name]
 
     # ------------------------------------------------------------------ what a step shows
     def _decoding(self) -> int:
@@ -110,12 +111,12 @@ class LiveScheduling:
             drafted = len(drafts.get(name, ()))
             if rows == 1 + drafted:
                 accepted.append(len(tokens) - 1)
-                self._limit(name).saw(drafted, len(tokens) - 1)
+                self.limit_of(name).saw(drafted, len(tokens) - 1)
         (then, names), here = self._last, frozenset(out.num_scheduled_tokens)
         self._last = now, here
         verified = self._before.pop(id(out), 0)
-        if len(self._limits) > 4 * len(here) + 64:
-            self._limits = {name: limit for name, limit in self._limits.items() if name in self.requests}
+        if len(self.limits) > 4 * len(here) + 64:
+            self.limits = {name: limit for name, limit in self.limits.items() if name in self.requests}
         if self._own_proposer:
             return
         prompts = len(accepted) < len(here)

@@ -18,10 +18,11 @@ from outrider.errors import ConfigError
 from outrider.models.config import Layout, Unsupported, layout_of, shapes_of
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights, unpacked
 from outrider.models.gguf import names
-from outrider.models.gguf.config import architecture_of, config_of
+from outrider.models.gguf.config import FACTORS, architecture_of, config_of
 from outrider.models.gguf.names import gguf_name
-from outrider.models.gguf.weights import Weights, permuted_back
+from outrider.models.gguf.weights import Weights
 from outrider.models.places import refuse_extra
+from outrider.models.rotary import halves, original_context
 from outrider.nn.blocks import Segment
 from outrider.nn.memory import require_memory, require_weights
 
@@ -36,7 +37,7 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path, *, max_length: int | None = None) -> None:
         self.weights = Weights(path)
-        self._permuted = architecture_of(self.weights).permuted
+        self._interleaved = architecture_of(self.weights).interleaved
         self.raw = config_of(self.weights)
         self._tensors = self.weights.tensors
         layout = self._layout(max_length)
@@ -58,6 +59,13 @@ class GgufCheckpoint:
         found = (self._tensors[name] for name in self._expected())
         return sum(4 * tensor.numbers if tensor.block.widened else tensor.bytes for tensor in found)
 
+    def notice(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """What a user should know of how the model is run, a sentence or none."""
+        old = original_context(self.raw)
+        if old is None or self.config.max_length >= self.raw["max_position_embeddings"]:
+            return ()
+        return (f"its context is {old} tokens here: beyond, every position is turned by other frequencies (LongRoPE)",)
+
     def stored_bytes(self) -> Iterator[tuple[str, int]]:
         """Name of the type and bytes of every tensor."""
         return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
@@ -74,22 +82,28 @@ class GgufCheckpoint:
 
     def layer(self, i: int) -> LayerWeights:
         """Block i. Rows of queries and keys are in the order of halves, as everywhere in the lean runtime."""
-        at, c, w = f"blk.{i}.", self.config, self.weights
-        heads = {"q": c.heads, "k": c.kv_heads, "v": 0}
+        at, c, w, family = f"blk.{i}.", self.config, self.weights, self.layout.family
+        heads = {"qkv": 0} if "qkv" in family.fused else {"q": c.heads, "k": c.kv_heads, "v": 0}
         numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
         qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())
         biases = [numbers(f"attn_{part}.bias") for part in heads]
+        norms = {place: w.numbers(f"{at}{names.NORMS[place]}.weight") for place, _ in family.norms}
         return LayerWeights(
-            norm1=w.numbers(at + "attn_norm.weight"),
+            norm1=norms.get("norm1"),
             qkv=qkv,
             qkv_bias=self._bias(biases, tuple(heads.values())) if self.layout.qkv_bias else None,
             q_norm=numbers("attn_q_norm.weight"),
             k_norm=numbers("attn_k_norm.weight"),
             o=(w.segment(at + "attn_output.weight"),),
             o_bias=numbers("attn_output.bias"),
-            norm2=w.numbers(at + "ffn_norm.weight"),
-            gate_up=tuple(w.segment(f"{at}ffn_{part}.weight") for part in ("gate", "up")),
+            norm2=norms.get("norm2"),
+            gate_up=tuple(
+                w.segment(f"{at}ffn_{part}.weight")
+                for part in (["up"] if "gate_up" in family.fused else ["gate", "up"])
+            ),
             down=(w.segment(at + "ffn_down.weight"),),
+            post1=norms.get("post1"),
+            post2=norms.get("post2"),
         )
 
     def packed(self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model") -> DecoderWeights:
@@ -107,7 +121,8 @@ class GgufCheckpoint:
                 told((i + 1) / count)
 
         embedding, head = (self.embedding(),), self.head()
-        return DecoderWeights(embedding, layers(), self.norm(), embedding if head is None else (head,), dtype)
+        made = embedding if head is None else (head,)
+        return DecoderWeights(embedding, layers(), self.norm(), made, dtype, self.config.wide_norms)
 
     def read(
         self,
@@ -125,31 +140,38 @@ class GgufCheckpoint:
         return unpacked(self.packed(dtype, progress, role), where)
 
     def _turned(self, segment: Segment, heads: int) -> Segment:
-        return replace(segment, rows=permuted_back(segment.rows, heads)) if self._permuted and heads else segment
+        return replace(segment, rows=self._halves(segment.rows, heads)) if self._interleaved and heads else segment
+
+    def _halves(self, rows: Tensor, heads: int) -> Tensor:
+        return halves(rows, heads, self.config.head_dim, 2 * len(self.config.inv_freq))
 
     def _bias(self, parts: list[Tensor | None], heads: tuple[int, ...]) -> Tensor:
         found = [part for part in parts if part is not None]
         turned = [
-            permuted_back(part[:, None], n)[:, 0] if self._permuted and n else part
+            self._halves(part[:, None], n)[:, 0] if self._interleaved and n else part
             for part, n in zip(found, heads, strict=True)
         ]
         return torch.cat(turned)
 
     def _layout(self, max_length: int | None) -> Layout:
+        short = original_context(self.raw)
+        if max_length is None and short is not None:
+            max_length = min(short, self.raw["max_position_embeddings"])
         try:
             layout = layout_of(self.raw, max_length, self.weights.path)
         except Unsupported as reason:
             raise ConfigError(f"the lean runtime cannot run {self.weights.path}: {reason}; use another model") from None
         first = lambda part: f"blk.0.{part}.bias" in self._tensors  # noqa: E731
-        return replace(layout, qkv_bias=first("attn_q"), o_bias=first("attn_output"))
+        fused = "qkv" in layout.family.fused
+        return replace(layout, qkv_bias=first("attn_qkv" if fused else "attn_q"), o_bias=first("attn_output"))
 
     def _frequencies(self, c: DecoderConfig) -> Float[Tensor, "half"]:
         """Rotary frequencies, divided by what the file gives for each (how it states Llama 3.1's scaling)."""
         if DIVISORS not in self._tensors:
             return c.inv_freq
-        if self._tensors[DIVISORS].shape != (c.head_dim // 2,):
+        if self._tensors[DIVISORS].shape != c.inv_freq.shape:
             raise ConfigError(f"{self.weights.path}: {DIVISORS} has the shape {list(self._tensors[DIVISORS].shape)}, not "
-                              f"[{c.head_dim // 2}]: the file is damaged, download it again")  # fmt: skip
+                              f"{list(c.inv_freq.shape)}: the file is damaged, download it again")  # fmt: skip
         divisors = self.weights.numbers(DIVISORS)
         if not bool((divisors > 0).all()):
             raise ConfigError(f"{self.weights.path}: {DIVISORS} has numbers that are not positive: download it again")
@@ -157,7 +179,8 @@ class GgufCheckpoint:
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the decoder."""
-        return {gguf_name(name): shape for name, shape in shapes_of(self.layout, HEAD in self._tensors).items()}
+        family = self.layout.family
+        return {gguf_name(name, family): shape for name, shape in shapes_of(self.layout, HEAD in self._tensors).items()}
 
     def _check(self) -> None:
         path, expected = self.weights.path, self._expected_or_fewer()
@@ -170,7 +193,7 @@ class GgufCheckpoint:
                     f"tensor {name} of {path} has shape {list(tensor.shape)}, its keys say {list(shape)}: the file is damaged, "
                     "download it again"
                 )
-        refuse_extra(self._tensors.keys() - expected.keys() - {DIVISORS}, str(path))
+        refuse_extra(self._tensors.keys() - expected.keys() - {DIVISORS, *FACTORS.values()}, str(path))
 
     def _expected_or_fewer(self) -> dict[str, tuple[int, ...]]:
         """`_expected`, unless the keys speak of more layers than there are tensors: then nothing is made for each of them."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from outrider.config_keys import flag, real, whole
 from outrider.errors import ConfigError
+from outrider.models.families import FAMILIES
 from outrider.models.gguf.weights import Weights
 
 
@@ -19,20 +20,35 @@ from outrider.models.gguf.weights import Weights
 class Architecture:
     """How files of an architecture are read. family: model type in Hugging Face's spelling. named: its class there.
 
-    permuted: rows of queries and keys are stored as interleaved pairs.
+    interleaved: rows of queries and keys are stored as interleaved pairs. keys: what its files say beside `_PLAIN`.
     """
 
     family: str
     named: str
-    permuted: bool = False
+    interleaved: bool = False
+    keys: frozenset[str] = frozenset()
 
 
+_CAPS = frozenset({"final_logit_softcapping"})
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
+    "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-}
+    "gemma": Architecture("gemma", "GemmaForCausalLM"),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", keys=_CAPS | {"attn_logit_softcapping"}),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", keys=_CAPS | {"rope.freq_base_swa"}),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM"),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
+    "granite": Architecture(
+        "granite", "GraniteForCausalLM", interleaved=True,
+        keys=frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}),
+    ),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", interleaved=True),
+    "glm4": Architecture("glm4", "Glm4ForCausalLM", interleaved=True),
+}  # fmt: skip
 """The architectures that are read, by `general.architecture`."""
+FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+"""Tensors of LongRoPE's divisors."""
 
 _PLAIN = frozenset({
     "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
@@ -66,7 +82,7 @@ def config_of(weights: Weights) -> dict[str, Any]:
     """A `config.json` for these files, as transformers would write it. Raises ConfigError for what is not known here."""
     kind = architecture_of(weights)
     keys = _Keys(weights)
-    keys.check(_PLAIN)
+    keys.check(_PLAIN | kind.keys)
     hidden, heads = keys.whole("embedding_length"), keys.same("attention.head_count")
     embedding = weights.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -78,7 +94,8 @@ def config_of(weights: Weights) -> dict[str, Any]:
         raise ConfigError(
             f"{weights.path} has keys and values of different sizes, which are not read: use another model"
         )
-    if keys.whole("rope.dimension_count", head_dim) != head_dim:
+    family, turned = FAMILIES[kind.family], keys.whole("rope.dimension_count", head_dim)
+    if turned != head_dim and not family.partial:
         raise ConfigError(f"{weights.path} turns a part of every head only, which is not read yet: use another model")
     out: dict[str, Any] = {
         "model_type": kind.family,
@@ -93,12 +110,14 @@ def config_of(weights: Weights) -> dict[str, Any]:
         "max_position_embeddings": keys.whole("context_length"),
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.real("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(keys),
+        "rope_scaling": _longrope(weights, keys) if family.longrope else _rope_scaling(keys),
+        **({"partial_rotary_factor": turned / head_dim} if family.partial else {}),
         "tie_word_embeddings": "output.weight" not in weights.tensors,
         "dtype": _stored(weights),
     }
     if keys.given("attention.sliding_window"):
         out |= _window(keys, kind)
+    out |= _factors(keys, kind, hidden // heads, head_dim, out["num_hidden_layers"])
     ends = [weights.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return out | {"eos_token_id": [i for i in ends if isinstance(i, int)]}
 
@@ -112,11 +131,52 @@ def _stored(weights: Weights) -> str:
 
 def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
     width = keys.whole("attention.sliding_window", least=0)
-    if not width:
+    if not width and not FAMILIES[kind.family].pattern:
         return {}
+    if "sliding_window" in FAMILIES[kind.family].options:
+        return {"sliding_window": width}
     if kind.family == "llama":  # Mistral: the same network, and every layer has the window
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": width}
     raise ConfigError(f"{keys.path} has a sliding window of {width}, whose layers it does not name: use another model")
+
+
+def _factors(keys: _Keys, kind: Architecture, share: int, head_dim: int, layers: int) -> dict[str, Any]:
+    """The constants of some families. share: hidden size by heads, which the largest Gemmas scale scores by, as llama.cpp knows by
+    their number of layers."""
+    out: dict[str, Any] = {}
+    if "query_pre_attn_scalar" in FAMILIES[kind.family].options:
+        out["query_pre_attn_scalar"] = share if layers == _LARGEST[kind.family] else head_dim
+        out |= {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+    names = {
+        "final_logit_softcapping": "final_logit_softcapping", "attn_logit_softcapping": "attn_logit_softcapping",
+        "rope.freq_base_swa": "rope_local_base_freq", "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+    }  # fmt: skip
+    given = {ours: keys.real(theirs) for theirs, ours in names.items() if theirs in kind.keys and keys.given(theirs)}
+    if kind.family == "granite" and "attention_multiplier" not in given:
+        given["attention_multiplier"] = head_dim**-0.5
+    return out | given
+
+
+_LARGEST = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the models of 27 billion parameters."""
+
+
+def _longrope(weights: Weights, keys: _Keys) -> dict[str, Any] | None:
+    """LongRoPE's divisors, which lie in tensors; the longer ones too, though only the short are used."""
+    found = [weights.tensors.get(name) for name in FACTORS.values()]
+    if not all(found):
+        return _rope_scaling(keys)
+    if any(tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] > 2048) for tensor in found):
+        raise ConfigError(f"{keys.path} has LongRoPE's divisors in another shape than a list: download it again")
+    out: dict[str, Any] = {name: weights.numbers(tensor).tolist() for name, tensor in FACTORS.items()}
+    out |= {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": keys.whole("rope.scaling.original_context_length"),
+    }
+    if keys.given("rope.scaling.attn_factor"):
+        out["attention_factor"] = keys.real("rope.scaling.attn_factor", most=1e6)
+    return out
 
 
 def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:

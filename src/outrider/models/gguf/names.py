@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from outrider.models.families import FAMILIES, Family
+
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 """Of the tensors outside of blocks, in Hugging Face's spelling."""
 _WHOLE = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
+NORMS = {"norm1": "attn_norm", "norm2": "ffn_norm", "post1": "post_attention_norm", "post2": "post_ffw_norm"}
+"""Of the norms of a block, by their fields in `LayerWeights`."""
 _PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, family: Family = FAMILIES["llama"]) -> str:
     """The name of a tensor in GGUF."""
     if name in _WHOLE:
         return _WHOLE[name]
     _, _, layer, rest = name.split(".", 3)
     part, _, end = rest.rpartition(".")
-    return f"blk.{layer}.{_PARTS[part]}.{end}"
+    norms = {named: NORMS[place] for place, named in family.norms}
+    return f"blk.{layer}.{norms.get(part) or _PARTS[part]}.{end}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from outrider.errors import ConfigError
@@ -126,12 +126,3 @@ def _block(header: Header, info: TensorInfo) -> BlockType:
             f"needs a multiple of {block.values}): {_AGAIN}"
         )
     return block
-
-
-def permuted_back(rows: Shaped[Tensor, "N width"], heads: int) -> Shaped[Tensor, "N width"]:
-    """Rows of queries or keys in the order of their halves; files of interleaved rotary pairs hold them pair by pair.
-
-    Whole rows move, so that blocks stay as they are.
-    """
-    half = rows.shape[0] // heads // 2
-    return rows.view(heads, half, 2, -1).transpose(1, 2).reshape(rows.shape[0], -1)

@@ -21,7 +21,7 @@ from outrider.models.hf.hooks import HiddenStateHooks, StopForward
 from outrider.models.hf.probe import AttentionInterfaceUnsupported, Bend, attention_in, configs_of, listen
 from outrider.models.hf.state import named_rows, scores_rows
 from outrider.nn.attention import attend
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.nn.masks import ancestor_mask
 from outrider.protocols import KVCache
 from outrider.types import Rows
@@ -34,8 +34,17 @@ class _Step:
     """The data of one forward for the attention function. Masks are made once, for all layers with the same window."""
 
     rows: Rows
-    kv: ContiguousKV
+    kv: PagedKV
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    found: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
+
+    def places(self, index: int, start: int) -> slice | Tensor:
+        """Places of a segment's tokens from number `start` to its last row."""
+        key = (index, start)
+        if key not in self.found:
+            s = self.rows.segments[index]
+            self.found[key] = self.kv.places(s.slot, start, s.cached + s.count)
+        return self.found[key]
 
     def mask(self, index: int, low: int, window: int) -> Tensor | None:
         key = (index, window)
@@ -68,18 +77,18 @@ def _attend(
     groups, key_size, value_size = key.shape[1], key.shape[-1], value.shape[-1]
     out = query.new_empty(1, query.shape[2], query.shape[1], value_size)
     for i, s in enumerate(outrider.rows.segments):
-        mine, end = slice(s.first, s.first + s.count), s.cached + s.count
-        kv.k[layer, s.slot, :groups, s.cached : end, :key_size] = key[0, :, mine]
-        kv.v[layer, s.slot, :groups, s.cached : end, :value_size] = value[0, :, mine]
+        mine, own = slice(s.first, s.first + s.count), outrider.places(i, s.cached)
+        kv.k[layer, :groups][:, own, :key_size] = key[0, :, mine]
+        kv.v[layer, :groups][:, own, :value_size] = value[0, :, mine]
         low = max(0, s.cached - window + 1) if window else 0
         q = query[0, :, mine]
-        k = kv.k[layer, s.slot, :groups, low:end, :key_size]
-        v = kv.v[layer, s.slot, :groups, low:end, :value_size]
+        seen = outrider.places(i, low)
+        k, v = kv.k[layer, :groups][:, seen, :key_size], kv.v[layer, :groups][:, seen, :value_size]
         causal = s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
         plain = not softcap and s_aux is None
         mask = None if causal and plain else outrider.mask(i, low, window)
-        seen = attend(q, k, v, mask, scale=scale, causal=causal and plain, softcap=softcap, sinks=s_aux, fold=True)
-        out[0, mine] = seen.transpose(0, 1)
+        mixed = attend(q, k, v, mask, scale=scale, causal=causal and plain, softcap=softcap, sinks=s_aux, fold=True)
+        out[0, mine] = mixed.transpose(0, 1)
     return out, None
 
 
@@ -127,10 +136,10 @@ class AttentionInterfacePath:
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
-    def new_kv(self, slots: int, length: int, layers: int | None = None) -> ContiguousKV:
+    def new_kv(self, slots: int, length: int, layers: int | None = None) -> PagedKV:
         """layers: of a prefix of the model; None: all."""
         depth = self.layers if layers is None else layers
-        return ContiguousKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
+        return PagedKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, self.model.device)
 
     def run(
         self, rows: Rows, kv: KVCache, taps: HiddenStateHooks
@@ -146,7 +155,8 @@ class AttentionInterfacePath:
         return heard.states()
 
     def _call(self, rows: Rows, kv: KVCache) -> Float[Tensor, "M V"]:
-        assert isinstance(kv, ContiguousKV)
+        assert isinstance(kv, PagedKV)
+        kv.reserve(rows)
         with attention_in(self.configs, _ATTEND):
             out = self.model(
                 input_ids=rows.token[None],

@@ -1,71 +1,28 @@
 """Paths for Hugging Face models without the attention interface: one call per sequence, chains only.
 
-`CachePath` keeps transformers' own cache for every slot and crops rejected tokens. `RecurrentPath` is for states that cannot
-be cropped (Mamba and its hybrids): it decodes, and refuses drafts. `RecomputePath` keeps no state and feeds the whole
-sequence every time, for models without a growing cache.
+`CachePath` keeps transformers' own cache for every slot and crops rejected tokens. `SnapshotPath` is for states that cannot be
+cropped (Mamba and its hybrids): it goes back to a snapshot, and reads what was accepted again with the next rows.
+`RecurrentPath` is for states that can neither be cropped nor copied: it decodes, and refuses drafts. `RecomputePath` keeps no
+state and feeds the whole sequence every time, for models without a growing cache.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from outrider.errors import CapabilityError
 from outrider.models.hf.hooks import HiddenStateHooks, RecordedStates
 from outrider.models.hf.state import Handover, keeping
-from outrider.nn.kv import check_kept, check_room
+from outrider.models.states import Path, SlotCaches, StateCaches, growing_by_token, tensors_of
 from outrider.protocols import KVCache
 from outrider.types import Rows, Segment
-
-
-class SlotCaches:
-    """One state of the model per slot (usually a cache of transformers), or its tokens if there is none.
-
-    length: committed tokens of every slot. fed: tokens its state has seen; the next forward crops rejected ones.
-    """
-
-    def __init__(self, slots: int, capacity: int, rewinds: bool) -> None:
-        self.slots, self.capacity, self.rewinds = slots, capacity, rewinds
-        self.length: list[int] = [0] * slots
-        self.fed: list[int] = [0] * slots
-        self.state: list[Any] = [None] * slots
-        self.tokens: list[list[int]] = [[] for _ in range(slots)]
-
-    def reserve(self, rows: Rows) -> None:
-        """Raise CapacityError unless every segment continues its slot and fits."""
-        check_room(rows, self.length, self.capacity)
-
-    def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
-        """Keep prefixes and the first nodes of each chain."""
-        for s, path in zip(rows.segments, paths, strict=True):
-            kept = s.fed + len(path)
-            if list(path) != list(range(len(path))) or (not self.rewinds and kept != s.count):
-                raise CapabilityError(
-                    "this model's cache keeps chains from their first node only: use a drafter of chains"
-                )
-            self.length[s.slot] = s.cached + kept
-
-    def truncate(self, slot: int, length: int) -> None:
-        check_kept(slot, length, self.length)
-        if not self.rewinds and 0 < length < self.length[slot]:
-            raise CapabilityError("a recurrent state cannot be rewound: release the slot and feed the sequence again")
-        self.length[slot] = length
-
-    def release(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self.length[slot] = self.fed[slot] = 0
-            self.state[slot] = None
-            self.tokens[slot] = []
-
-    def erase(self, slot: int) -> None:
-        """Slots share nothing here: dropping the state is enough."""
-        self.release([slot])
 
 
 def _caches(kv: KVCache) -> SlotCaches:
@@ -111,9 +68,12 @@ class CachePath:
             for s in rows.segments:
                 if not s.is_chain:
                     raise CapabilityError("this model runs on chains only: use a drafter that proposes one")
-                for piece in self.pieces(s):
-                    self._feed(held, s, piece, out, heard)
+                self._segment(held, s, out, heard)
         return out.logits(), heard.states()
+
+    def _segment(self, held: SlotCaches, s: Segment, out: _Scored, heard: RecordedStates) -> None:
+        for piece in self.pieces(s):
+            self._feed(held, s, piece, out, heard)
 
     def pieces(self, s: Segment) -> list[slice]:
         """Rows of each call of the model."""
@@ -195,6 +155,65 @@ class RecurrentPath(CachePath):
         if at and held.fed[s.slot] != at:
             raise CapabilityError("this model's recurrent state has seen tokens that were not kept: release the slot")
         super()._feed(held, s, piece, out, heard)
+
+
+class SnapshotPath(CachePath):
+    """States that cannot be cropped: a snapshot before a draft, and after a rejection the accepted rows once more.
+
+    by_token: the model continues a state by one token a call only. Then every row has a state of its own, so a rejection chooses
+    one and nothing is read again; but a draft of n tokens costs n calls. growing: see `StateCaches`.
+    """
+
+    name, trees, rewinds = "snapshots", False, True
+
+    def __init__(self, model: PreTrainedModel, handover: Handover, by_token: bool, growing: Mapping[Path, int]) -> None:
+        super().__init__(model, handover)
+        self.by_token, self.growing = by_token, growing
+
+    def new_kv(self, slots: int, length: int) -> StateCaches:
+        return StateCaches(slots, length, self.growing, OPAQUE)
+
+    def run(
+        self, rows: Rows, kv: KVCache, taps: HiddenStateHooks
+    ) -> tuple[Float[Tensor, "M V"], tuple[Float[Tensor, "N H"], ...]]:
+        _caches(kv).replayed = 0
+        return super().run(rows, kv, taps)
+
+    def _segment(self, held: SlotCaches, s: Segment, out: _Scored, heard: RecordedStates) -> None:
+        assert isinstance(held, StateCaches)
+        token = out.rows.token[s.first : s.first + s.count]
+        for behind, piece in held.calls(s, token.tolist(), self.by_token):
+            rows = token[piece]
+            given = torch.cat([torch.tensor(behind, device=token.device), rows]) if behind else rows
+            scored = out.within(s.first + piece.start, s.first + piece.stop, len(behind))
+            logits = self._call(held, s.slot, given, scored if len(rows) else scored.new_zeros(1))
+            out.parts.append(logits[: len(scored)])
+            heard.keep(len(rows))
+
+    def _call(self, held: StateCaches, slot: int, token: Tensor, scored: Tensor) -> Float[Tensor, "s V"]:
+        at, logits = held.fed[slot], list[Tensor]()
+
+        def read(state: Any) -> Any:
+            found, after = self.handover.call(self.model, token, state if at else self.handover.fresh(), scored, at)
+            logits.append(found)
+            return after
+
+        held.advance(slot, read, len(token))
+        return logits[0]
+
+
+OPAQUE = (PreTrainedConfig,)
+"""What a state of transformers may refer to and never changes."""
+
+
+@torch.no_grad()
+def find_growing(model: PreTrainedModel, way: Handover, token: Tensor) -> dict[Path, int]:
+    """The tensors of the model's state with one entry per token, by reading `token` (6 at least): see `StateCaches`."""
+    last, seen, state = torch.zeros(1, dtype=torch.int64, device=token.device), [], way.fresh()
+    for at, end in ((0, 3), (3, 4), (4, 5), (5, 6)):
+        _, state = way.call(model, token[at:end], state, last, at)
+        seen.append((end, {path: t.clone() for path, t in tensors_of(state, OPAQUE).items()}))
+    return growing_by_token(seen)
 
 
 class RecomputePath:

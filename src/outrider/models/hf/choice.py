@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from outrider.errors import CapabilityError
 from outrider.models.hf.attention_interface import AttentionInterfacePath
-from outrider.models.hf.cache import BentPath, CachePath, RecomputePath, RecurrentPath
+from outrider.models.hf.cache import BentPath, CachePath, RecomputePath, RecurrentPath, SnapshotPath, find_growing
 from outrider.models.hf.hooks import HiddenStateHooks
 from outrider.models.hf.probe import AttentionInterfaceUnsupported, Bend, find_bend
 from outrider.models.hf.state import Handover, brief, croppable, find_handover
@@ -40,6 +40,8 @@ class Drive(Protocol):
 
 # A rehearsal: per step how many tokens go in as prefix, how many as drafts, and whether one wrong draft follows them.
 DRAFTED: Plan = ((4, 1, True), (1, 2, False)), [3, 4, 5, 6, 7]
+REJECTED: Plan = ((3, 0, False), (1, 0, True), (1, 1, True), (1, 1, False)), [2, 3, 4, 5, 6, 7]
+"""Most of its rows come after the first rejection: the typical row shows it if that was not undone."""
 PLAIN: Plan = ((4, 0, False), (3, 0, False), (1, 0, False)), [3, 6, 7]
 
 
@@ -80,7 +82,17 @@ def choose(
     if careful.path is None:
         return RecomputePath(model), why | {"recurrent": careful.fault}
     alike = quick.path is not None and quick.error <= 2 * careful.error + 1e-4
-    return (quick.path if quick.path is not None and alike else careful.path), why
+    plain = quick.path if quick.path is not None and alike else careful.path
+
+    def snapshots() -> Drive:
+        inputs = torch.tensor(list(token), device=model.device)
+        return SnapshotPath(model, way, plain is careful.path, find_growing(model, way, inputs))
+
+    for plan in (DRAFTED, REJECTED):
+        trial = rehearse(snapshots, token, reference, plan, limit)
+        if trial.path is None:
+            return plain, why | {"snapshots": trial.fault}
+    return trial.path, why
 
 
 def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:
@@ -89,6 +101,16 @@ def costs(model: str, path: Drive, why: dict[str, str]) -> tuple[str, ...]:
         return (
             f"{model} runs on transformers by recomputing the whole text at every step, whose time grows with its length, because "
             f"{why['recurrent']}: keep texts short, or use a model with a cache",
+        )
+    if isinstance(path, SnapshotPath) and path.by_token:
+        return (
+            f"{model} reads one token a call once its text has begun, so that a draft saves no time, and prompts beyond the first "
+            "chunk are slow: raise chunk, and for speculation use another model",
+        )
+    if isinstance(path, SnapshotPath):
+        return (
+            f"{model} is called once per sequence and step and takes chains of drafts only, because its state cannot be cut: after "
+            "a rejection the accepted tokens are read again with the next draft, so use short drafts and few slots",
         )
     if isinstance(path, RecurrentPath):
         slow = ", and prompts beyond the first chunk token by token: raise chunk" if path.by_token else ""

@@ -21,13 +21,23 @@ from transformers.utils import ModelOutput
 from outrider.errors import CapabilityError
 
 
-def find_blocks(model: PreTrainedModel, layers: int) -> tuple[nn.Module, nn.ModuleList] | None:
-    """The list of decoder blocks and the module that holds it, or None."""
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == layers:
-                return module, child
-    return None
+def find_blocks(model: PreTrainedModel, layers: int, inputs: Tensor) -> tuple[nn.Module, nn.ModuleList] | None:
+    """The list of decoder blocks and the module that holds it, or None. Of several lists of that length, such as the blocks that
+    read pictures, the first that the tokens `inputs` [1, n] go through."""
+    found = [
+        (module, child)
+        for module in model.modules()
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) == layers
+    ]
+    if len(found) < 2:
+        return found[0] if found else None
+    ran: set[int] = set()
+    with ExitStack() as hooks, torch.no_grad():
+        for i, (_, blocks) in enumerate(found):
+            hooks.callback(blocks[0].register_forward_hook(lambda *_, i=i: ran.add(i)).remove)
+        model(input_ids=inputs)
+    return next((pair for i, pair in enumerate(found) if i in ran), found[0])
 
 
 class StopForward(Exception):
@@ -51,7 +61,7 @@ class RecordedStates:
     def keep(self, count: int) -> None:
         """Keep only the last `count` rows of the newest call: those before were fed again."""
         for parts in self.parts.values():
-            parts[-1] = parts[-1][-count:]
+            parts[-1] = parts[-1][len(parts[-1]) - count :]
 
     def states(self) -> tuple[Float[Tensor, "N H"], ...]:
         """One tensor per requested layer: the rows of all calls, in order."""

@@ -5,6 +5,7 @@ How a model is driven is determined by running it when it is loaded, never by th
     path       needs                                          drafts         calls of the model per step
     seam       all attention through transformers' interface  chains, trees  one
     cache      a cache that can be cropped                    chains         one per sequence
+    snapshots  a state that it returns and that can be copied chains         one per sequence, or token of later chunks
     recurrent  a state that it returns and takes back         none           one per sequence, or token of later chunks
     recompute  nothing                                        chains         one per sequence, of its whole length
 
@@ -14,7 +15,7 @@ token in between (`models.hf.choice`). With transformers 5.16 to 5.24 the result
     seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT,
                GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3, and GPT-J if it attends through the interface
     cache      BLOOM, MPT, Falcon, GPT-Neo, StableLM, Nemotron, Llama 4, Phi-3 beyond its native length
-    recurrent  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV
+    snapshots  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV, DeepSeek-V4
     recompute  the first GPT
 """
 
@@ -27,9 +28,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
+from outrider.models.admit import model_class
 from outrider.models.folder import resolve_folder
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.choice import choose, costs, disagreement, tolerance
@@ -38,6 +40,7 @@ from outrider.models.hf.prefix import HFPrefix
 from outrider.models.hf.probe import attention_of
 from outrider.models.hf.state import brief
 from outrider.models.places import refuse_extra
+from outrider.models.states import SlotCaches
 from outrider.nn.row_parts import check_prefix
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
@@ -115,7 +118,8 @@ class HFTarget:
         if not (Path(name) / "config.json").is_file():
             raise ConfigError(f"{name} has no config.json: give a folder in Hugging Face format")
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            model, info = model_class(config).from_pretrained(
                 name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
         except Exception as error:  # a wrong configuration may raise any error of its class
@@ -143,7 +147,7 @@ class HFTarget:
                 f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
             )
         logits, hidden = self.serving_path.run(rows, kv, HiddenStateHooks(self._blocks, layers))
-        return Scores(_wide(logits), hidden)
+        return Scores(_wide(logits), hidden, kv.replayed if isinstance(kv, SlotCaches) else 0)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self.model.get_input_embeddings()(token)
@@ -189,7 +193,7 @@ class HFTarget:
         self._tail: nn.Module | None = None
         self._owner: nn.Module | None = None
         self._steps: list[nn.Module] = []
-        found = find_blocks(self.model, self.layers)
+        found = find_blocks(self.model, self.layers, inputs)
         if found is None:
             with faithful:
                 return self.model(input_ids=inputs).logits[0]

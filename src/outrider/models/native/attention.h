@@ -1,114 +1,212 @@
-// Attention of a few rows over their slot's cached tokens and their own ancestors.
+// Attention of a few rows over their sequence's cached tokens and their own ancestors.
 //
-// A row's visible keys are one sequence: cached tokens in order, then its path. Scores are single dot products, the softmax
-// sums in blocks counted from the start of that sequence, values are added one by one along it. So a row that is verified as a
-// node of a tree gets the bits it would get if it were decoded alone.
+// A row's visible keys are one sequence: cached tokens in order, then its path. It is cut into parts of PART keys, counted from its
+// start. Within a part scores are single dot products, sums of the softmax run in fixed lanes, values are added one by one along
+// the keys; parts are folded in order. All of that depends on the row alone: verified as a node of a tree, or in any batch, on any
+// number of threads, it gets the bits it would get if it were decoded alone.
+//
+// What all rows see is read once for all of them; what only some see (their own tokens, the rims of a window) is added row by row.
 #pragma once
 
 #include "layout.h"
-#include "linear.h"
+#include "scores.h"
+#include "weigh.h"
 
 namespace outrider {
 
-constexpr int SUM_LANES = 16;  // also the slack a score buffer needs behind its last score
+constexpr int SUM_LANES = 16;  // of a sum, whatever the CPU's vectors are
+constexpr int PART = 512;      // visible keys of a part
 
-// scores[0 : n] -> exp(scale * (score - max)); returns the sum. Up to SUM_LANES - 1 floats behind are overwritten.
-inline float softmax_terms(float* scores, int n, float scale) {
-    vf tops = vf{} + scores[0];
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) tops = larger(load<vf>(scores + i), tops);
-    float top = scores[0];
-    for (; i < n; ++i) top = scores[i] > top ? scores[i] : top;
-    for (int j = 0; j < LANES; ++j) top = tops[j] > top ? tops[j] : top;
-    for (i = 0; i < n; i += LANES) store(scores + i, exp_near((load<vf>(scores + i) - top) * scale));
-    for (i = n; i % SUM_LANES; ++i) scores[i] = 0.0f;
-    float lanes[SUM_LANES] = {};
-    for (i = 0; i < n; i += SUM_LANES)
-        for (int j = 0; j < SUM_LANES; ++j) lanes[j] += scores[i + j];
-    for (int width = SUM_LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    return lanes[0];
+// x[0 : n] = cap * tanh(scale * x / cap). Up to LANES - 1 floats behind are overwritten.
+inline void bound_softly(float* x, int n, float scale, float cap) {
+    const float twice = 2.0f * scale / cap;
+    for (int i = 0; i < n; i += LANES) store(x + i, cap - 2.0f * cap / (exp_near(load<vf>(x + i) * twice) + 1.0f));
 }
 
-// Visible keys of one row in one layer: places cached_from : cached, then `path`.
+// Visible keys of one row in one layer: the numbers first : last of its sequence; number `cached` + i is its path's place i.
 struct Visible {
-    int64_t cached_from, cached;
-    const int32_t* path;
-    int32_t path_count;
-    int count() const { return (int)(cached - cached_from) + path_count; }
+    int64_t first, last;
 
-    // A row at position t with a window w sees positions above t - w; a cached token's position is its place.
-    Visible(const Segment& s, const Row& row, const int64_t* position, int64_t window)
-        : cached_from(0), cached(s.cached), path(row.path), path_count(row.depth) {
+    // A row at position t with a window w sees positions above t - w; a cached token's position is its number.
+    Visible(const Segment& s, const Row& row, const int64_t* position, int64_t window) : first(0), last(s.cached + row.depth) {
         if (window == 0) return;
         const int64_t oldest = position[s.first + row.offset] - window + 1;
-        cached_from = oldest < 0 ? 0 : oldest < cached ? oldest : cached;
-        while (path_count > 1 && position[s.first + path[0]] < oldest) ++path, --path_count;
+        first = oldest < 0 ? 0 : oldest < s.cached ? oldest : s.cached;
+        while (first >= s.cached && first + 1 < last && position[s.first + row.path[first - s.cached]] < oldest) ++first;
     }
 };
 
-// out[0 : BLOCKS * LANES] = sum over visible keys of p * value.
-template <class W, int BLOCKS>
-inline void weigh_block(const float* p, const W* values, int64_t width, const Visible& seen, float* out) {
-    vf acc[BLOCKS] = {};
-    const auto add = [&](float weight, const W* value) {
-        const vf w = weight - vf{};
-#pragma GCC unroll 8
-        for (int b = 0; b < BLOCKS; ++b) acc[b] = fma(w, load_wide(value + b * LANES), acc[b]);
-    };
-    for (int64_t j = seen.cached_from; j < seen.cached; ++j) add(*p++, values + j * width);
-    for (int32_t i = 0; i < seen.path_count; ++i) add(*p++, values + (seen.cached + seen.path[i]) * width);
-#pragma GCC unroll 8
-    for (int b = 0; b < BLOCKS; ++b) store(out + b * LANES, acc[b]);
+// A query's result over some parts, `size` floats: the largest score, the sum of exp(scale * (score - largest)) (0: nothing was
+// seen), then from HEAD on that of exp * value.
+struct Sums {
+    static constexpr int64_t HEAD = 16;
+    static int64_t size(int64_t width) { return HEAD + (width + 15) / 16 * 16; }
+
+    // into = what both have seen.
+    static void fold(float* into, const float* more, int64_t width, float scale) {
+        if (more[1] == 0.0f) return;
+        if (into[1] == 0.0f) {
+            std::memcpy(into, more, size(width) * sizeof(float));
+            return;
+        }
+        const float top = more[0] > into[0] ? more[0] : into[0];
+        const float a = exp_near(vf{} + (into[0] - top) * scale)[0], b = exp_near(vf{} + (more[0] - top) * scale)[0];
+        into[0] = top, into[1] = into[1] * a + more[1] * b;
+        for (int64_t d = HEAD; d < HEAD + width; ++d) into[d] = into[d] * a + more[d] * b;
+    }
+
+    static void finish(float* sums, int64_t width) {
+        for (int64_t d = HEAD; d < HEAD + width; ++d) sums[d] /= sums[1];
+    }
+};
+
+// line[from : to] -> exp(scale * (score - largest)), zeros around it within 0 : n; n is a multiple of SUM_LANES. Returns the sum;
+// its lanes are counted from the start of the line.
+inline float softmax_terms(float* line, int from, int to, int n, float scale, float* largest) {
+    float top = line[from];
+    int i = from;
+    if (to - from >= LANES) {
+        vf tops = load<vf>(line + from);
+        for (; i + LANES <= to; i += LANES) tops = larger(load<vf>(line + i), tops);
+        for (int j = 0; j < LANES; ++j) top = tops[j] > top ? tops[j] : top;
+    }
+    for (; i < to; ++i) top = line[i] > top ? line[i] : top;
+    for (i = from / LANES * LANES; i < to; i += LANES) store(line + i, exp_near((load<vf>(line + i) - top) * scale));
+    std::memset(line, 0, from * sizeof(float));
+    std::memset(line + to, 0, (n - to) * sizeof(float));
+    float lanes[SUM_LANES] = {};
+    for (i = 0; i < n; i += SUM_LANES)
+        for (int j = 0; j < SUM_LANES; ++j) lanes[j] += line[i + j];
+    for (int width = SUM_LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+    *largest = top;
+    return lanes[0];
 }
 
+// Neighbouring rows of a segment in one layer, for the `group` heads of one KV head: one task of attention, part by part.
 template <class W>
-inline void weigh(const float* p, const W* values, int width, const Visible& seen, float* out) {
-    int d = 0;
-    for (; d + 8 * LANES <= width; d += 8 * LANES) weigh_block<W, 8>(p, values + d, width, seen, out + d);
-    for (; d + 4 * LANES <= width; d += 4 * LANES) weigh_block<W, 4>(p, values + d, width, seen, out + d);
-    for (; d + LANES <= width; d += LANES) weigh_block<W, 1>(p, values + d, width, seen, out + d);
-    for (; d < width; ++d) {
-        float total = 0.0f;
-        const float* weight = p;
-        for (int64_t j = seen.cached_from; j < seen.cached; ++j) total += *weight++ * widen(values[j * width + d]);
-        for (int32_t i = 0; i < seen.path_count; ++i)
-            total += *weight++ * widen(values[(seen.cached + seen.path[i]) * width + d]);
-        out[d] = total;
-    }
-}
+class Attention {
+    using Item = typename Query<W>::Item;
 
-// Attention of `count` neighbouring rows of a segment for the `group` heads of one KV head.
-//
-// rows: their Row records. query: [count * group] packed queries, `stride` apart. keys, values: [capacity, width] of the slot
-// and KV head. scores: scratch of count * group * (visible + SUM_LANES) floats. emit(i, g, out) receives the results in turn.
-template <class W, class Emit>
-inline void attend(
-    const Segment& s, const Row* rows, int count, const int64_t* position, int64_t window, int group,
-    const typename Packing<W>::Item* query, int64_t stride, const W* keys, const W* values, int width, float scale,
-    float* scores, float* out, const Emit& emit
-) {
-    int64_t low = s.cached;
-    for (int i = 0; i < count; ++i) {
-        const int64_t from = Visible(s, rows[i], position, window).cached_from;
-        low = from < low ? from : low;
+   public:
+    // query: [count * group] packed queries, query_stride apart. keys, values: the places of the layer and KV head.
+    struct Inputs {
+        const Segment& segment;
+        const Row* row;  // [count]
+        int count, group;
+        const int64_t* position;
+        int64_t window, width;
+        const Item* query;
+        const W *keys, *values;
+        float scale, cap;  // cap: soft bound of the scores, 0 for none
+        // What the softmax multiplies scores by: bounded ones are scaled already.
+        float factor() const { return cap > 0.0f ? 1.0f : scale; }
+    };
+
+    // Floats of scratch: turned keys, and for every query its scores of a part and of `rows` own rows.
+    static int64_t scratch_floats(int64_t queries, int64_t rows, int64_t width) {
+        return turned_floats(width) + queries * (line_size(PART) + line_size(rows));
     }
-    const int span = (int)(s.cached - low) + rows[count - 1].offset + 1;
-    const int64_t row_size = span + SUM_LANES;
-    product<W>(keys + low * width, width, span, query, stride, count * group, width, scores, row_size);
-    for (int i = 0; i < count; ++i) {
-        const Visible seen(s, rows[i], position, window);
-        for (int g = 0; g < group; ++g) {
-            float* line = scores + (i * group + g) * row_size;
-            float* own = line + (s.cached - low);
-            for (int32_t d = 0; d < seen.path_count; ++d) own[d] = own[seen.path[d]];  // paths increase: nothing is overwritten
-            float* first = line + (seen.cached_from - low);
-            const float total = softmax_terms(first, seen.count(), scale);
-            weigh<W>(first, values, width, seen, out);
-            for (int d = 0; d < width; ++d) out[d] /= total;
-            emit(i, g, out);
+
+    Attention(const Inputs& in, float* scratch)
+        : in_(in), s_(in.segment), queries_(in.count * in.group), cached_(s_.cached), lines_(scratch),
+          score_(scratch + turned_floats(in.width)), own_score_(score_ + queries_ * line_size(PART)) {
+        const Row &head = in.row[0], &tail = in.row[in.count - 1];
+        chain_ = true;
+        for (int i = 0; i < in.count; ++i) chain_ = chain_ && in.row[i].depth == in.row[i].offset + 1;
+        scored_ = chain_ ? cached_ + tail.offset + 1 : cached_;
+        shared_ = chain_ ? cached_ + head.offset + 1 : cached_;
+        least_ = most_ = Visible(s_, head, in.position, in.window).first;
+        for (int i = 1; i < in.count; ++i) {
+            const int64_t first = Visible(s_, in.row[i], in.position, in.window).first;
+            least_ = first < least_ ? first : least_, most_ = first > most_ ? first : most_;
         }
     }
-}
+
+    // sums[q * Sums::size] = what each query sees of a part.
+    void part(int64_t index, float* sums) {
+        const int64_t low = index * PART, high = low + PART, size = Sums::size(in_.width);
+        const int64_t ld = line_size(PART);
+        for (int q = 0; q < queries_; ++q) std::memset(sums + q * size, 0, size * sizeof(float));
+        score(low, high);
+        // what all queries see of this part
+        const int64_t from = most_ > low ? most_ : low, to = shared_ < high ? shared_ : high;
+        const bool joint = from < to;
+        for (int q = 0; q < queries_; ++q) {
+            const Row& row = in_.row[q / in_.group];
+            const Visible seen(s_, row, in_.position, in_.window);
+            const int64_t a = seen.first > low ? seen.first : low, b = seen.last < high ? seen.last : high;
+            float *line = score_ + q * ld, *mine = sums + q * size;
+            if (a >= b) continue;
+            if (!chain_)
+                for (int64_t j = a > cached_ ? a : cached_; j < b; ++j)
+                    line[j - low] = own_score_[q * line_size(s_.rows()) + row.path[j - cached_]];
+            const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
+            if (in_.cap > 0.0f) bound_softly(line + (a - low), (int)(b - a), in_.scale, in_.cap);
+            mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.factor(), mine);
+            weigh_alone(row, line, low, a, joint && from < b ? from : b, mine + Sums::HEAD);
+        }
+        if (!joint) return;
+        each_run(s_, from, to, [&](int64_t place, int64_t count, int64_t at) {
+            const W *values = in_.values + at * in_.width, *next = in_.keys + (at + PART) * in_.width;
+            weigh_values<W>(score_ + (place - low), ld, queries_, values, in_.width, count, sums + Sums::HEAD, size,
+                [&](int64_t i, int n) { if (place + i + PART < cached_) ask(next + i * in_.width, n); });
+        });
+        for (int q = 0; q < queries_; ++q) {
+            const Row& row = in_.row[q / in_.group];
+            const int64_t last = Visible(s_, row, in_.position, in_.window).last;
+            weigh_alone(row, score_ + q * ld, low, to, last < high ? last : high, sums + q * size + Sums::HEAD);
+        }
+    }
+
+    static int64_t line_size(int64_t n) { return (n + 15) / 16 * 16 + 16; }
+
+   private:
+    // Scores of the keys low : high that lie in order, and of own rows where paths pick them.
+    void score(int64_t low, int64_t high) {
+        const int64_t from = least_ > low ? least_ : low, to = scored_ < high ? scored_ : high;
+        const int64_t stride = query_stride<W>(in_.width);
+        if (from < to)
+            each_run(s_, from, to, [&](int64_t place, int64_t count, int64_t at) {
+                const W* values = in_.values + at * in_.width;
+                score_keys<W>(in_.keys + at * in_.width, in_.width, count, in_.query, stride, queries_, score_ + (place - low),
+                    line_size(PART), lines_, [&](int64_t i, int n) { ask(values + i * in_.width, n); });
+            });
+        if (chain_ || own_known_ || high <= cached_) return;
+        own_known_ = true;
+        each_run(s_, cached_, cached_ + in_.row[in_.count - 1].offset + 1, [&](int64_t place, int64_t count, int64_t at) {
+            score_keys<W>(in_.keys + at * in_.width, in_.width, count, in_.query, stride, queries_,
+                own_score_ + (place - cached_), line_size(s_.rows()), lines_, [](int64_t, int) {});
+        });
+    }
+
+    // Adds the values of the numbers from : to that one query sees.
+    void weigh_alone(const Row& row, const float* line, int64_t low, int64_t from, int64_t to, float* sums) const {
+        const auto still = [](int64_t, int) {};
+        const int64_t end = to < cached_ ? to : cached_;
+        if (from < end)
+            each_run(s_, from, end, [&](int64_t place, int64_t count, int64_t at) {
+                weigh_values<W>(line + (place - low), 0, 1, in_.values + at * in_.width, in_.width, count, sums, 0, still);
+            });
+        for (int64_t j = from > cached_ ? from : cached_; j < to; ++j)
+            weigh_values<W>(
+                line + (j - low), 0, 1, in_.values + s_.own[row.path[j - cached_]] * in_.width, in_.width, 1, sums, 0, still
+            );
+    }
+
+    // Asks for `n` keys or values that are read soon: computing and reading then overlap.
+    void ask(const W* from, int64_t n) const {
+        const char* p = reinterpret_cast<const char*>(from);
+        for (const char* end = p + n * in_.width * (int64_t)sizeof(W); p < end; p += 64) __builtin_prefetch(p, 0, 2);
+    }
+
+    const Inputs in_;
+    const Segment& s_;
+    const int queries_;
+    const int64_t cached_;
+    float *const lines_, *const score_, *const own_score_;
+    bool chain_, own_known_ = false;
+    int64_t scored_, shared_, least_, most_;  // ends of what lies in order and of what all see; first keys of the rows
+};
 
 }  // namespace outrider

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from outrider import isa
 from outrider.errors import CapacityError, RequestError
-from outrider.models.decoder import DecoderConfig, DecoderWeights
+from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.compiled import DECODER, load
-from outrider.nn.kv import ContiguousKV
+from outrider.nn.kv import PagedKV
 from outrider.types import Rows, Scores
 
 WITHOUT_TORCH = ("AVX2", "AVX-VNNI", "generic")
@@ -35,7 +35,16 @@ ROWS = 256
 class _Layer(ctypes.Structure):
     """`LayerPointers` of layout.h."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*VECTORS, *LINEARS)), ("window", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*VECTORS, *LINEARS)),
+        *((name, ctypes.c_int64) for name in ("window", "turn", "row_norm")),
+    ]
+
+
+_SHAPES = ("turned", "frequencies", "gelu")
+_FACTORS = (
+    "eps", "rope_scale", "attention_scale", "attention_cap", "embed_scale", "residual_scale", "logit_scale", "logit_cap",
+)  # fmt: skip
 
 
 class _Model(ctypes.Structure):
@@ -44,16 +53,16 @@ class _Model(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half")
+            for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "inner", "half", *_SHAPES)
         ),
-        *((name, ctypes.c_double) for name in ("eps", "rope_scale")),
+        *((name, ctypes.c_double) for name in _FACTORS),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
     ]
 
 
-_CALL = struct.Struct("7q9Q")
-"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity; then nine pointers."""
+_CALL = struct.Struct("9q10Q")
+"""`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; then ten pointers."""
 
 ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
@@ -113,7 +122,9 @@ def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
     for name, tensor, shape in _expected(config, weights):
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
-        if tensor.dtype != weights.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        wide = weights.wide_norms and name.split()[0] in (*NORMS, "norm")
+        dtype = torch.float32 if wide else weights.dtype
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
     return None
 
@@ -122,12 +133,15 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
     """Every existing tensor, with the shape it must have."""
     c, wide = config, config.heads * config.head_dim
     fused = wide + 2 * config.kv_heads * config.head_dim
+    rows = any(layer.q_norm is not None and len(layer.q_norm) != c.head_dim for layer in weights.layers)
     shapes: dict[str, tuple[int, ...]] = {
         "norm1": (c.hidden,),
         "qkv": (fused, c.hidden),
         "qkv_bias": (fused,),
-        "q_norm": (c.head_dim,),
-        "k_norm": (c.head_dim,),
+        "q_norm": (wide,) if rows else (c.head_dim,),
+        "k_norm": (c.kv_heads * c.head_dim,) if rows else (c.head_dim,),
+        "post1": (c.hidden,),
+        "post2": (c.hidden,),
         "o": (c.hidden, wide),
         "o_bias": (c.hidden,),
         "norm2": (c.hidden,),
@@ -171,9 +185,9 @@ class NativeDecoder:
             raise CapacityError("no memory for the native decoder: set OUTRIDER_NATIVE=0 or use a smaller model")
         self._handle: int = handle
         weakref.finalize(self, library.outrider_free, handle)
-        self._checked: weakref.ref[ContiguousKV] | None = None
+        self._checked: weakref.ref[PagedKV] | None = None
 
-    def forward(self, rows: Rows, kv: ContiguousKV, layers: tuple[int, ...] = ()) -> Scores:
+    def forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...] = ()) -> Scores:
         """Score `rows` and write their keys and values after the cached tokens; see `protocols.Target.forward`.
 
         kv must hold this model's shapes and type. Hidden states have the type of the weights. Raises RequestError for a
@@ -191,8 +205,9 @@ class NativeDecoder:
         segments = array("q", _flat(rows))
         call = _CALL.pack(
             n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
+            kv.page, kv.pages.count,
             token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
-            taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
+            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
         status = self._forward(self._handle, call)
         if status != OK:
@@ -212,22 +227,28 @@ class NativeDecoder:
                     *(pointer(layer.vectors[name]) for name in VECTORS),
                     *(layer.linears[name].handle for name in LINEARS),
                     window,
+                    c.turn_of(i),
+                    int(layer.vectors["q_norm"] is not None and len(layer.vectors["q_norm"]) != c.head_dim),
                 )
-                for layer, window in zip(w.layers, c.window, strict=True)
+                for i, (layer, window) in enumerate(zip(w.layers, c.window, strict=True))
             )
         )  # kept, as all that the decoder has pointers to
-        self._inv_freq = c.inv_freq.to("cpu", torch.float32).contiguous()
+        tables = [c.inv_freq] if c.local_freq is None else [c.inv_freq, c.local_freq]
+        self._inv_freq = torch.stack(tables).to("cpu", torch.float32).contiguous()
         half = int(w.dtype is torch.bfloat16)
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         model = _Model(
-            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half, c.eps, c.rope_scale,
+            c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half,
+            len(c.inv_freq), len(tables), int(c.activation != "silu"), c.eps, c.rope_scale, scale, c.attention_cap,
+            c.scale_of_embeddings(w.dtype), c.residual_scale, c.logit_scale, c.logit_cap,
             self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
-    def _check(self, kv: ContiguousKV) -> None:
+    def _check(self, kv: PagedKV) -> None:
         """A cache is checked once: its shape and type do not change."""
         c = self._config
-        shape = (c.layers, kv.slots, c.kv_heads, kv.capacity, c.head_dim)
+        shape = (c.layers, c.kv_heads, kv.pages.count * kv.page, c.head_dim)
         for t in (kv.k, kv.v):
             if t.shape != shape or t.dtype != self.weights.dtype or t.device.type != "cpu" or not t.is_contiguous():
                 raise ValueError(f"the cache must be contiguous {self.weights.dtype} on the CPU of shape {shape}")
@@ -253,8 +274,10 @@ def _flat(rows: Rows) -> list[int]:
     """The segments in the layout of layout.h."""
     out: list[int] = []
     for s in rows.segments:
-        out += (s.slot, s.first, s.cached, s.fed, len(s.parent))
+        out += (s.slot, s.first, s.cached, s.fed, len(s.parent), len(s.view))
         out += s.parent
+        for part in s.view:
+            out += part
     return out
 
 

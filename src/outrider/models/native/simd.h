@@ -141,24 +141,42 @@ inline vf load_wide(const bf16* p) {
 }
 
 inline vf select(vu mask, vf yes, vf no) { return (vf)(((vu)yes & mask) | ((vu)no & ~mask)); }
-inline vf larger(vf a, vf b) { return select((vu)(a > b), a, b); }
+
+// The larger or smaller of each pair; b where one is NaN.
+inline vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select((vu)(a > b), a, b);
+#endif
+}
+inline vf smaller(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select((vu)(a < b), a, b);
+#endif
+}
 
 // exp to about 2 units in the last place (Cephes' expf polynomial, Cody and Waite's two-part ln 2); arguments are clamped to
 // +-87, NaN stays NaN.
 inline vf exp_near(vf x) {
     const vf limit = vf{} + 87.0f;
-    x = select((vu)(x > limit), limit, x);
-    x = select((vu)(x < -limit), -limit, x);
-    const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // adds 1.5 * 2^23: the low bits become the nearest integer
+    x = larger(-limit, smaller(limit, x));
+    const vf shifted = fma(x, vf{} + 1.44269504088896341f, vf{} + 12582912.0f);  // adds 1.5 * 2^23: the low bits become the nearest integer
     const vf n = shifted - 12582912.0f;
-    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const vf r = fma(n, vf{} + 2.12194440e-4f, fma(n, vf{} - 0.693359375f, x));
     vf p = vf{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = fma(p, r, vf{} + 1.3981999507e-3f);
+    p = fma(p, r, vf{} + 8.3334519073e-3f);
+    p = fma(p, r, vf{} + 4.1665795894e-2f);
+    p = fma(p, r, vf{} + 1.6666665459e-1f);
+    p = fma(p, r, vf{} + 5.0000001201e-1f);
+    p = fma(p * r, r, r + 1.0f);
     return p * (vf)(((vu)shifted - 0x4b400000u + 127u) << 23);
 }
 

@@ -17,7 +17,7 @@ from outrider.nn.blocks import KERNELS, Segment, dequantise, named
 
 PLAIN = {torch.float32: named("f32").number, torch.bfloat16: named("bf16").number}
 LINEARS = ("qkv", "o", "gate_up", "down")
-VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2")
+VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2")
 
 
 class _Segment(ctypes.Structure):

@@ -41,12 +41,12 @@ class MessageReply(ChatReply):
         return ("max_tokens" if finish == "length" else "tool_use" if said.calls else "end_turn"), None
 
     def _usage(self, written: int | None = None) -> dict[str, Any]:
-        counted = super().usage()
+        counted, cached = super().usage(), self.ticket.cached_tokens
         return {
-            "input_tokens": counted["prompt_tokens"],
+            "input_tokens": counted["prompt_tokens"] - cached,
             "output_tokens": counted["completion_tokens"] if written is None else written,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": cached,
         }
 
     async def whole(self, bridge: Bridge) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class ResponseReply(ChatReply):
         thought = counted.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
         return {
             "input_tokens": counted["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": counted["prompt_tokens_details"],
             "output_tokens": counted["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": thought},
             "total_tokens": counted["total_tokens"],

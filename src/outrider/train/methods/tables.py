@@ -64,6 +64,6 @@ def final_norm(target: Path | str) -> Tensor | None:
     try:
         folder = resolve_folder(target)
         checkpoint = GgufCheckpoint(folder) if is_gguf(folder) else Checkpoint(folder)
-        return checkpoint.read(torch.float32, torch.device("cpu")).norm
+        return checkpoint.norm()
     except Unsupported:
         return None

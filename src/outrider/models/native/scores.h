@@ -1,0 +1,232 @@
+// Scores of a few queries with many keys: keys lie in the lanes of vectors, so that a score needs no sum across lanes.
+//
+// Keys are read once and turned (rows to lanes) in blocks that stay in the first cache, where all queries meet them. A score is one
+// chain of multiply-adds along the head, in order: its bits depend on its own query and key only.
+#pragma once
+
+#include "simd.h"
+
+namespace outrider {
+
+// How a query is stored, and how many numbers of a key a turned line holds for each of LANES keys.
+template <class W>
+struct Query {
+    using Item = float;
+    static void pack(Item* row, const float* x, int64_t n) { narrow(x, n, row); }
+};
+
+template <>
+struct Query<bf16> {
+#if OUTRIDER_BF16_DOT
+    using Item = bf16;
+    static void pack(Item* row, const float* x, int64_t n) { narrow(x, n, row); }
+#else
+    using Item = float;  // rounded to bf16, kept as float32
+    static void pack(Item* row, const float* x, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) row[i] = widen(round_bf16(x[i]));
+    }
+#endif
+};
+
+// Items from one packed query to the next, with a cache line more so that queries do not share sets of the first cache.
+template <class W>
+constexpr int64_t query_stride(int64_t width) {
+    using Item = typename Query<W>::Item;
+    return (width * (int64_t)sizeof(Item) + 63) / 64 * (64 / (int64_t)sizeof(Item)) + 64 / (int64_t)sizeof(Item);
+}
+
+// LANES words of LANES keys -> the same with rows and columns exchanged.
+inline void turn(vu (&x)[LANES]) {
+#if defined(__AVX512F__)
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 8; ++i) {
+        a[2 * i] = _mm512_unpacklo_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < 2; ++j) {
+            b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+            b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {  // b[i], b[4 + i], b[8 + i], b[12 + i]: words i, 4 + i, 8 + i, 12 + i of four keys each
+        const __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+        const __m512i low2 = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd), high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+        x[i] = (vu)_mm512_shuffle_i32x4(low, high, 0x88);
+        x[8 + i] = (vu)_mm512_shuffle_i32x4(low, high, 0xdd);
+        x[4 + i] = (vu)_mm512_shuffle_i32x4(low2, high2, 0x88);
+        x[12 + i] = (vu)_mm512_shuffle_i32x4(low2, high2, 0xdd);
+    }
+#elif defined(__AVX2__) && defined(__FMA__)
+    __m256i a[8], b[8];
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        a[2 * i] = _mm256_unpacklo_epi32((__m256i)x[2 * i], (__m256i)x[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32((__m256i)x[2 * i], (__m256i)x[2 * i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < 2; ++j) {
+            b[4 * i + 2 * j] = _mm256_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+            b[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        x[i] = (vu)_mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
+        x[4 + i] = (vu)_mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
+    }
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+    const uint32x4_t a = vtrn1q_u32((uint32x4_t)x[0], (uint32x4_t)x[1]), b = vtrn2q_u32((uint32x4_t)x[0], (uint32x4_t)x[1]);
+    const uint32x4_t c = vtrn1q_u32((uint32x4_t)x[2], (uint32x4_t)x[3]), d = vtrn2q_u32((uint32x4_t)x[2], (uint32x4_t)x[3]);
+    x[0] = (vu)vtrn1q_u64((uint64x2_t)a, (uint64x2_t)c), x[1] = (vu)vtrn1q_u64((uint64x2_t)b, (uint64x2_t)d);
+    x[2] = (vu)vtrn2q_u64((uint64x2_t)a, (uint64x2_t)c), x[3] = (vu)vtrn2q_u64((uint64x2_t)b, (uint64x2_t)d);
+#else
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < i; ++j) {
+            const uint32_t kept = x[i][j];
+            x[i][j] = x[j][i], x[j][i] = kept;
+        }
+#endif
+}
+
+// The first `n` words at p, zeros behind them; nothing behind them is read.
+inline vu load_words(const void* p, int n) {
+    if (n >= LANES) return load<vu>(p);
+#if defined(__AVX512F__)
+    return (vu)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
+#else
+    vu out = {};
+    std::memcpy((void*)&out, p, n * 4);
+    return out;
+#endif
+}
+
+// Turned lines of LANES keys: for each pair of numbers (bf16 where the CPU has its products) or each number (else) a vector.
+template <class W>
+inline void turn_keys(const W* keys, int64_t width, int count, float* lines) {
+    constexpr int PER_WORD = 4 / (int)sizeof(W);
+    const int words = (int)(width / PER_WORD);
+    for (int w = 0; w < words; w += LANES) {
+        vu x[LANES];
+        const int n = words - w < LANES ? words - w : LANES;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) x[i] = i < count ? load_words(keys + i * width + w * PER_WORD, n) : vu{};
+        turn(x);
+        for (int t = 0; t < n; ++t) {
+            if constexpr (sizeof(W) == 4 || OUTRIDER_BF16_DOT)
+                store(lines + (w + t) * LANES, x[t]);
+            else {
+                store(lines + 2 * (w + t) * LANES, x[t] << 16);
+                store(lines + (2 * (w + t) + 1) * LANES, x[t] & 0xffff0000u);
+            }
+        }
+    }
+}
+
+constexpr int KEY_GROUPS = 4;  // vectors of keys in a block
+constexpr int KEY_BLOCK = KEY_GROUPS * LANES;
+
+// Queries that meet G vectors of keys at once: what the registers hold.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int QUERY_TILE = 8;
+#else
+constexpr int QUERY_TILE = 6;
+#endif
+
+constexpr int key_vectors(int m) { return m <= 2 || (QUERY_TILE == 8 && m <= 6) ? 4 : 2; }
+
+template <class W>
+inline vf multiply_add(vf acc, vf key, const typename Query<W>::Item* query, int t) {
+#if OUTRIDER_BF16_DOT
+    if constexpr (sizeof(W) == 2) {
+        uint32_t pair;
+        std::memcpy(&pair, query + 2 * t, 4);
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)key, (__m512bh)_mm512_set1_epi32((int)pair));
+    } else
+#endif
+        return fma(key, query[t] - vf{}, acc);
+}
+
+// scores[m * lds + i] = key i . query m, for M queries and a turned block of G vectors of keys.
+template <class W, int M, int G>
+inline void score_tile(
+    const float* lines, int64_t line_count, const typename Query<W>::Item* query, int64_t stride, float* scores, int64_t lds
+) {
+    vf acc[M][G] = {};
+    for (int t = 0; t < line_count; ++t) {
+        vf key[G];
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) key[g] = load<vf>(lines + (g * line_count + t) * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) acc[m][g] = multiply_add<W>(acc[m][g], key[g], query + m * stride, t);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) store(scores + m * lds + g * LANES, acc[m][g]);
+}
+
+template <class W, int M>
+inline void score_block(
+    const float* lines, int64_t line_count, int groups, const typename Query<W>::Item* query, int64_t stride, float* scores,
+    int64_t lds
+) {
+    constexpr int G = key_vectors(M);
+    int g = 0;
+    for (; g + G <= groups; g += G)
+        score_tile<W, M, G>(lines + g * line_count * LANES, line_count, query, stride, scores + g * LANES, lds);
+    for (; g < groups; ++g)
+        score_tile<W, M, 1>(lines + g * line_count * LANES, line_count, query, stride, scores + g * LANES, lds);
+}
+
+// Floats of scratch for a turned block.
+inline int64_t turned_floats(int64_t width) { return KEY_BLOCK * width; }
+
+// scores[m * lds + i] = key i . query m for `count` keys of `width` numbers side by side, and any number of queries. Up to LANES - 1
+// scores behind each row's last are overwritten. ahead(i, n): called before keys i : i + n are read.
+template <class W, class Ahead>
+inline void score_keys(
+    const W* keys, int64_t width, int64_t count, const typename Query<W>::Item* query, int64_t stride, int queries,
+    float* scores, int64_t lds, float* lines, const Ahead& ahead
+) {
+    constexpr bool PAIRS = sizeof(W) == 2 && OUTRIDER_BF16_DOT;
+    const int64_t line_count = PAIRS ? width / 2 : width;
+    const int tiles = (queries + QUERY_TILE - 1) / QUERY_TILE;
+    for (int64_t i = 0; i < count; i += KEY_BLOCK) {
+        const int n = (int)(count - i < KEY_BLOCK ? count - i : KEY_BLOCK), groups = (n + LANES - 1) / LANES;
+        ahead(i, n);
+        for (int g = 0; g < groups; ++g) {
+            const int left = n - g * LANES;
+            turn_keys(keys + (i + g * LANES) * width, width, left < LANES ? left : LANES, lines + g * line_count * LANES);
+        }
+        int m = 0;
+        for (int t = 0; t < tiles; ++t) {
+            const int size = (queries - m + tiles - t - 1) / (tiles - t);
+            const auto* q = query + m * stride;
+            float* out = scores + m * lds + i;
+            switch (size) {
+                case 1: score_block<W, 1>(lines, line_count, groups, q, stride, out, lds); break;
+                case 2: score_block<W, 2>(lines, line_count, groups, q, stride, out, lds); break;
+                case 3: score_block<W, 3>(lines, line_count, groups, q, stride, out, lds); break;
+                case 4: score_block<W, 4>(lines, line_count, groups, q, stride, out, lds); break;
+                case 5: score_block<W, 5>(lines, line_count, groups, q, stride, out, lds); break;
+                case 6: score_block<W, 6>(lines, line_count, groups, q, stride, out, lds); break;
+#if defined(__AVX512F__) || defined(__aarch64__)
+                case 7: score_block<W, 7>(lines, line_count, groups, q, stride, out, lds); break;
+                case 8: score_block<W, 8>(lines, line_count, groups, q, stride, out, lds); break;
+#endif
+            }
+            m += size;
+        }
+    }
+}
+
+}  // namespace outrider

@@ -1,0 +1,98 @@
+// Sums of values, weighed, for a few queries: every value is read and widened once for all of them.
+//
+// A sum adds value after value in order, whatever it is computed beside, and may be taken up again where it was left.
+#pragma once
+
+#include "simd.h"
+
+namespace outrider {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int WEIGH_TILE = 8;
+constexpr int weigh_vectors(int m) { return m <= 2 ? 8 : m <= 6 ? 4 : 3; }
+#else
+constexpr int WEIGH_TILE = 6;
+constexpr int weigh_vectors(int m) { return m == 1 ? 6 : m <= 3 ? 3 : 2; }
+#endif
+constexpr int VALUE_BLOCK = 64;  // values that all queries meet while they are in the first cache
+
+// out[m * ldo + 0 : C * LANES] += sum over values i < count of p[m * ldp + i] * value i.
+template <class W, int M, int C>
+inline void weigh_tile(const float* p, int64_t ldp, const W* values, int64_t width, int count, float* out, int64_t ldo) {
+    vf acc[M][C];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) acc[m][c] = load<vf>(out + m * ldo + c * LANES);
+    for (int i = 0; i < count; ++i) {
+        vf value[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) value[c] = load_wide(values + i * width + c * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const vf weight = p[m * ldp + i] - vf{};
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) acc[m][c] = fma(weight, value[c], acc[m][c]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) store(out + m * ldo + c * LANES, acc[m][c]);
+}
+
+template <class W, int M>
+inline void weigh_block(const float* p, int64_t ldp, const W* values, int64_t width, int count, float* out, int64_t ldo) {
+    constexpr int C = weigh_vectors(M);
+    int64_t d = 0;
+    for (; d + C * LANES <= width; d += C * LANES) weigh_tile<W, M, C>(p, ldp, values + d, width, count, out + d, ldo);
+    if constexpr (C > 4)
+        for (; d + 4 * LANES <= width; d += 4 * LANES) weigh_tile<W, M, 4>(p, ldp, values + d, width, count, out + d, ldo);
+    if constexpr (C > 3)
+        for (; d + 3 * LANES <= width; d += 3 * LANES) weigh_tile<W, M, 3>(p, ldp, values + d, width, count, out + d, ldo);
+    if constexpr (C > 2)
+        for (; d + 2 * LANES <= width; d += 2 * LANES) weigh_tile<W, M, 2>(p, ldp, values + d, width, count, out + d, ldo);
+    for (; d + LANES <= width; d += LANES) weigh_tile<W, M, 1>(p, ldp, values + d, width, count, out + d, ldo);
+    for (int m = 0; m < M; ++m)
+        for (int64_t e = d; e < width; ++e) {
+            float total = out[m * ldo + e];
+            for (int i = 0; i < count; ++i) total += p[m * ldp + i] * widen(values[i * width + e]);
+            out[m * ldo + e] = total;
+        }
+}
+
+// out[m * ldo + d] += sum over `count` values side by side, for any number of queries. ahead(i, n): called before values i : i + n
+// are read.
+template <class W, class Ahead>
+inline void weigh_values(
+    const float* p, int64_t ldp, int queries, const W* values, int64_t width, int64_t count, float* out, int64_t ldo,
+    const Ahead& ahead
+) {
+    const int tiles = (queries + WEIGH_TILE - 1) / WEIGH_TILE;
+    for (int64_t i = 0; i < count; i += VALUE_BLOCK) {
+        const int n = (int)(count - i < VALUE_BLOCK ? count - i : VALUE_BLOCK);
+        ahead(i, n);
+        const W* v = values + i * width;
+        int m = 0;
+        for (int t = 0; t < tiles; ++t) {
+            const int size = (queries - m + tiles - t - 1) / (tiles - t);
+            const float* weight = p + m * ldp + i;
+            float* sum = out + m * ldo;
+            switch (size) {
+                case 1: weigh_block<W, 1>(weight, ldp, v, width, n, sum, ldo); break;
+                case 2: weigh_block<W, 2>(weight, ldp, v, width, n, sum, ldo); break;
+                case 3: weigh_block<W, 3>(weight, ldp, v, width, n, sum, ldo); break;
+                case 4: weigh_block<W, 4>(weight, ldp, v, width, n, sum, ldo); break;
+                case 5: weigh_block<W, 5>(weight, ldp, v, width, n, sum, ldo); break;
+                case 6: weigh_block<W, 6>(weight, ldp, v, width, n, sum, ldo); break;
+#if defined(__AVX512F__) || defined(__aarch64__)
+                case 7: weigh_block<W, 7>(weight, ldp, v, width, n, sum, ldo); break;
+                case 8: weigh_block<W, 8>(weight, ldp, v, width, n, sum, ldo); break;
+#endif
+            }
+            m += size;
+        }
+    }
+}
+
+}  // namespace outrider
