@@ -1,7 +1,7 @@
-"""Tokens, drafted nodes and levels per target pass for several ways to grow a draft, and the rate that they would give at assumed times.
+"""Tokens, drafted nodes and levels per target pass for several ways to grow a draft, and their rate at assumed times.
 
-Counts do not depend on the machine. The rate is tokens per unit of time if a target pass takes 1, a level of drafting `--level` and a
-verified row `--row`; drafters whose levels come from one pass have `--level 0`.
+Counts do not depend on the machine. The rate is tokens per unit of time if a target pass takes 1, a level of drafting `--level` and
+a verified row `--row`; drafters whose levels come from one pass have `--level 0`.
 
     python benchmarks/growth.py --every 3 --length 8 --draft DRAFT --draft stop:0.2:DRAFT
     python benchmarks/growth.py --every 3 --length 6 --temperature 1 --rule traversal --draft dynamic:12x4:DRAFT
@@ -23,7 +23,7 @@ def counted(engine: Engine, prompts: list[str], temperature: float, tokens: int)
     """Per target pass of a sequence: tokens, drafted nodes, and levels of its draft."""
     inner, levels = engine.parts.drafter.draft, [0]
 
-    def draft(evidence, budget):  # noqa: ANN001, ANN202
+    def draft(evidence, budget):
         made = inner(evidence, budget)
         levels[0] += sum(max((len(made.path_to(k)) for k in made.nodes(b)), default=0) for b in range(len(made.counts)))
         return made

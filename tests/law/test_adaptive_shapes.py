@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.drafters.tree.gain import Belief, by_rank, plan
+from outrider.drafters.tree.chances import Belief, by_rank, plan
 from outrider.types import Draft, Proposal
 from outrider.verify.traversal import stops
 from tests.law.lab import after, index, prefixes
 
 V, DEPTH = 3, 2
 Counts = Callable[[list[tuple[int, ...]], np.ndarray], list[int]]
-"""(paths of the nodes of a level, their distributions q) -> children of each; paths of all branches, so that they may depend on others."""
+"""(paths of the nodes of a level, their distributions q) -> children of each; they may depend on other branches."""
 
 
 def world(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +67,8 @@ def output(p: np.ndarray, q: np.ndarray, counts: Counts, drop: bool = False) -> 
         scored = torch.from_numpy(p[[index((), V), *(index(path, V) for path in paths)]])
         left = chance
         for stop in stops(scored, draft, 0):
+            if stop.keep == 0.0:
+                continue  # it has nothing left to put out
             text = () if stop.node < 0 else paths[stop.node]
             weight = stop.distribution[0].numpy() / float(stop.distribution.sum())
             for x in range(V):
@@ -120,4 +122,4 @@ def test_control_children_that_are_dropped_after_they_were_drawn_bias_the_output
     kept: Sequence[float] = np.abs(output(p, q, stopping) - joint(p)).ravel()
     dropped = np.abs(output(p, q, stopping, drop=True) - joint(p)).ravel()
     assert max(kept) < 1e-12
-    assert dropped.sum() / 2 > 0.01
+    assert dropped.sum() / 2 > 1e-3

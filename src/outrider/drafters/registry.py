@@ -128,7 +128,9 @@ def load_drafter(
             rest, length + (premises > 0), "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
         )
         if premises and how.stop is not None:
-            raise ConfigError("a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two")
+            raise ConfigError(
+                "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
+            )
         kind, _, path = how.path.partition(":")
         if kind == "early":
             found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))

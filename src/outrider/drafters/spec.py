@@ -26,8 +26,8 @@ WAYS: dict[str, Siblings] = {"tree": "without_replacement", "iid": "iid", "hub":
 class DraftSpec:
     """The prefix before a path: how the drafter grows its drafts.
 
-    path: the rest, which names the drafter. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a tree that is rebuilt in
-    every step, and the number of children considered per node; its depth is the shape's. stop: tokens that a further level of a
+    path: the rest, which names the drafter. sample, siblings, shape: see `growth.Levels`. dynamic: nodes of a tree that is rebuilt
+    in every step, and the number of children considered per node; its depth is the shape's. stop: tokens that a further level of a
     chain must be expected to bring, see `gain.ByGain`.
     """
 
@@ -81,12 +81,14 @@ def _stopping(spec: str, length: int, sample: Sample) -> DraftSpec:
     least = float(found.group(1) or LEAST) if found else 1.0
     if found is None or not 0.0 < least < 1.0:
         raise ConfigError(
-            "a chain that stops early is written 'stop:PATH', or 'stop:0.3:PATH' with the tokens between 0 and 1 that a further token "
+            "a chain that stops early is written 'stop:PATH', or 'stop:0.3:PATH' with the tokens, 0 to 1, that a further one "
             f"must be expected to bring, got {spec!r}"
         )
     inner = parse_draft(found.group(2), length, sample)
     if inner.dynamic is not None or inner.stop is not None or found.group(2).partition(":")[0] in SHAPES:
-        raise ConfigError(f"only chains stop early, and {found.group(2)!r} is none: drop 'stop:', or the prefix behind it")
+        raise ConfigError(
+            f"only chains stop early, and {found.group(2)!r} is none: drop 'stop:', or the prefix behind it"
+        )
     return replace(inner, stop=least)
 
 
