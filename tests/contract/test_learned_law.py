@@ -60,7 +60,6 @@ QUICK = (
     "early exit, iid tree",
     "blocks, sampled chain",
     "blocks, best first",
-    "compiled features, sampled tree",
 )
 """Every drafter and every growth, which drafters share; the other pairs of them run in `make test-slow`."""
 
