@@ -69,7 +69,6 @@ QUICK = (
     "early exit, iid tree",
     "blocks, sampled chain",
     "blocks, best first",
-    "compiled features, sampled tree",
     "heads, stopping",
     "features, stopping",
     "features, by gain",
