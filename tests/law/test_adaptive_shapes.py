@@ -7,7 +7,7 @@ Control: a drafter that decides how many children a node has after it has seen t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
@@ -119,7 +119,7 @@ def test_shapes_that_depend_on_drawn_tokens_are_exact(counts: Counts, seed: int)
 
 def test_control_children_that_are_dropped_after_they_were_drawn_bias_the_output() -> None:
     p, q = world(0)
-    kept: Sequence[float] = np.abs(output(p, q, stopping) - joint(p)).ravel()
+    kept = np.abs(output(p, q, stopping) - joint(p)).ravel()
     dropped = np.abs(output(p, q, stopping, drop=True) - joint(p)).ravel()
     assert max(kept) < 1e-12
     assert dropped.sum() / 2 > 1e-3
