@@ -1,9 +1,9 @@
 """Seconds of a step for any load and draft length, estimated from all steps.
 
-A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt separately,
-from steps of any kind, so a load and length that never ran can be predicted. A target whose state cannot be cut reads tokens again
-after rejections; they are rows of the next step's pass, and a cost of the length that was rejected. The drafter's prefill is kept separately
-(`outrider.control.prefill_cost`).
+A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt
+separately, from steps of any kind, so a load and length that never ran can be predicted. A target whose state cannot be cut
+reads tokens again after rejections; they are rows of the next step's pass, and a cost of the length that was rejected. The
+drafter's prefill is kept separately (`outrider.control.prefill_cost`).
 """
 
 from __future__ import annotations
