@@ -291,10 +291,10 @@ def alone(family: str, tokens: int, rounds: int, seconds: float) -> dict[str, An
 PAGE = """# Will my model run?
 
 Families of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text
-part is the target; one that is not listed has not been recorded yet. Each was built small and random (a few layers of 64, float32), saved, loaded like any checkpoint and decoded
-greedily, by `python benchmarks/model_table.py --out rows.jsonl`; this page is what `--page` makes of the rows. A checkpoint of a
-family runs in the same way, however large it is; `outrider doctor PATH` says which runtime it is, and loading says what its path
-costs.
+part is the target; one that is not listed has not been recorded yet. Each was built small and random (a few layers of 64,
+float32), saved, loaded like any checkpoint and decoded greedily, by `python benchmarks/model_table.py --out rows.jsonl`; this
+page is what `--page` makes of the rows. A checkpoint of a family runs in the same way, however large it is; `outrider doctor
+PATH` says which runtime it is, and loading says what its path costs.
 
 - **path**: *native* is Outrider's own runtime, all others are transformers: *seam* scores the rows of all sequences in one
   call, *cache* calls the model once per sequence, *snapshots* is for states that cannot be cut ([families](families.md)),

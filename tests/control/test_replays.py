@@ -44,7 +44,7 @@ def exact(accept: float, length: int) -> float:
 @pytest.mark.parametrize("accept", [0.35, 0.9])
 def test_the_choice_is_that_of_the_theory(accept: float) -> None:
     """Drafts that lose by being read again are given up, and drafts that win are kept, at a length about as good as the best."""
-    asked = run(Adaptive(4, 6), accept, 2500, told=True)
+    asked = run(Adaptive(4, 6), accept, 4000, told=True)
     chosen = max(asked, key=lambda x: asked[x])
     assert exact(accept, chosen) >= 0.95 * max(exact(accept, n) for n in range(7))
     assert (chosen == 0) == (accept < 0.5)
@@ -52,5 +52,5 @@ def test_the_choice_is_that_of_the_theory(accept: float) -> None:
 
 def test_a_controller_that_is_not_told_charges_the_wrong_length() -> None:
     """Negative control: plain steps of a trial pay for the drafts before them, so drafting goes on though it loses."""
-    asked = run(Adaptive(4, 6), 0.35, 2500, told=False)
+    asked = run(Adaptive(4, 6), 0.35, 4000, told=False)
     assert max(asked, key=lambda x: asked[x]) > 0

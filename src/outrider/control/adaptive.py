@@ -1,14 +1,14 @@
 """Draft length from measured times: the fastest length for the present load, which may be none.
 
-With b sequences in a step and a draft length L, a step takes T(b, L) seconds and emits E(L) tokens per sequence, so the speed of
-a length is E(L) / T(b, L). Both are measured: E from the acceptance at each depth, ratios of T by trials in which two lengths
-alternate, step by step. Speculation is faster than plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et al. 2023,
-Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). Trials compare neighbouring
-steps because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such neighbours are
-rare: until a load has had a trial, and again when it has had no such neighbours for a while, T is predicted from all other steps
-(`control.step_times`), so that no choice outlives the evidence for it. Where a target reads tokens again after rejections, a trial
-charges them to the length that was rejected, not to the step that read them. The drafter's own prefill time, which no trial measures,
-is added to the steps of every length except 0.
+With b sequences in a step and a draft length L, a step takes T(b, L) seconds and emits E(L) tokens per sequence, so the speed
+of a length is E(L) / T(b, L). Both are measured: E from the acceptance at each depth, ratios of T by trials in which two
+lengths alternate, step by step. Speculation is faster than plain decoding exactly when E(L) > T(b, L) / T(b, 0) (Leviathan et
+al. 2023, Theorem 3.8, with the cost of drafting and of the wider verification measured instead of modelled). Trials compare
+neighbouring steps because the speed of a machine changes by more, and for longer, than lengths differ. In heavy traffic such
+neighbours are rare: until a load has had a trial, and again when it has had no such neighbours for a while, T is predicted from
+all other steps (`control.step_times`), so that no choice outlives the evidence for it. Where a target reads tokens again after
+rejections, a trial charges them to the length that was rejected, not to the step that read them. The drafter's own prefill
+time, which no trial measures, is added to the steps of every length except 0.
 """
 
 from __future__ import annotations

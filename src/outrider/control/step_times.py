@@ -1,9 +1,9 @@
 """Seconds of a step for any load and draft length, estimated from all steps.
 
-A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt separately,
-from steps of any kind, so a load and length that never ran can be predicted. A target whose state cannot be cut reads tokens again
-after rejections; they are rows of the next step's pass, and a cost of the length that was rejected. The drafter's prefill is kept separately
-(`outrider.control.prefill_cost`).
+A step of b sequences with drafts of length L is a pass of b (1 + L) rows and the drafting of L levels. Both are learnt
+separately, from steps of any kind, so a load and length that never ran can be predicted. A target whose state cannot be cut
+reads tokens again after rejections; they are rows of the next step's pass, and a cost of the length that was rejected. The
+drafter's prefill is kept separately (`outrider.control.prefill_cost`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class _Drafting:
 class StepTimes:
     """Seconds of a step by load and draft length, and of the drafter's prefill.
 
-    read_again: tokens of one sequence that a step with drafts of this length reads again on average, from acceptance; it counts once
-    a step has read any.
+    read_again: tokens of one sequence that a step with drafts of this length reads again on average, from acceptance; it counts
+    once a step has read any.
     """
 
     def __init__(self, read_again: Callable[[int], float] = lambda length: 0.0) -> None:
@@ -73,8 +73,8 @@ class StepTimes:
         return sequences * (1 + length + (self._read_again(length) if self._reads_again else 0.0))
 
     def own_share(self, record: StepRecord, length: int) -> float:
-        """Seconds to add to those of a step that verified drafts of this length, so that it bears the tokens that its own rejections
-        have read again, in the next step, and not those of the step before."""
+        """Seconds to add to those of a step that verified drafts of this length, so that it bears the tokens that its own
+        rejections have read again, in the next step, and not those of the step before."""
         if not self._reads_again:
             return 0.0
         found = self._passes.seconds(record.rows + record.replayed)
