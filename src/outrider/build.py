@@ -182,7 +182,7 @@ def assemble(
         loaded.target,
         gated(drafter) if selectable else drafter,
         rule,
-        _controller(options, drafter, rule) if controller is None else controller(drafter, rule, loaded.target),
+        _controller(options, drafter, rule, loaded.target) if controller is None else controller(drafter, rule, loaded.target),
         tokenizer=loaded.tokenizer,
         slots=options.slots,
         max_length=options.max_length,
@@ -224,10 +224,11 @@ def _rule(loaded: Loaded, options: EngineOptions) -> Rule:
     return load_rule(options.rule, torch.from_numpy(raster.codes()))
 
 
-def _controller(options: EngineOptions, drafter: Drafter, rule: Rule) -> Controller:
-    """The controller that the options name."""
+def _controller(options: EngineOptions, drafter: Drafter, rule: Rule, target: Target) -> Controller:
+    """The controller that the options name. If forwards of the target read more for more rows (`row_work`), it knows."""
     name, longest = options.follows, min(options.longest, drafter.max_depth)
-    return load_controller(name, min(options.length, longest), longest, invariant=rule.lane == "gumbel")
+    first, invariant = min(options.length, longest), rule.lane == "gumbel"
+    return load_controller(name, first, longest, invariant=invariant, work=getattr(target, "row_work", None))
 
 
 def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:

@@ -195,8 +195,8 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class Borrower(Protocol):
-    """A drafter that looks into the target's own cache. It may write behind a sequence's committed tokens while it drafts, and leaves
-    their number as it was."""
+    """A drafter that looks into the target's own cache. It may write behind a sequence's committed tokens while it drafts, and
+    leaves their number as it was."""
 
     def borrow(self, kv: KVCache) -> None:
         """Called once, when the engine is built, before the first draft."""

@@ -11,7 +11,7 @@ Lengths depend on counts of earlier steps alone, never on tokens that are still 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from outrider.control.adaptive import Adaptive
@@ -40,8 +40,16 @@ class PerSequence(Adaptive):
     """A budget of rows for each load, and each sequence's share of it. Arguments: see `Adaptive`; no draft is longer than
     `longest`, and no budget more than `longest` rows a sequence."""
 
-    def __init__(self, first: int, longest: int, *, margin: float = 0.03, invariant: bool = False) -> None:
-        super().__init__(first, longest, margin=margin, invariant=invariant)
+    def __init__(
+        self,
+        first: int,
+        longest: int,
+        *,
+        margin: float = 0.03,
+        invariant: bool = False,
+        work: Callable[[float], float] | None = None,
+    ) -> None:
+        super().__init__(first, longest, margin=margin, invariant=invariant, work=work)
         self._own = OwnAcceptance()
         self._present = _Present()
 

@@ -40,9 +40,13 @@ class StepTimes:
     once a step has read any.
     """
 
-    def __init__(self, read_again: Callable[[int], float] = lambda length: 0.0) -> None:
+    def __init__(
+        self,
+        read_again: Callable[[int], float] = lambda length: 0.0,
+        work: Callable[[float], float] | None = None,
+    ) -> None:
         self._read_again, self._reads_again = read_again, False
-        self._passes = RowTimes()  # of the target, by rows
+        self._passes = RowTimes(work)  # of the target, by rows
         self._drafts: dict[int, _Drafting] = {}  # by length
         self.reading = PrefillCost()
         self.prompts = 0.0
