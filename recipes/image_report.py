@@ -304,7 +304,7 @@ def figure(work: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams.update({"svg.hashsalt": "images", "svg.fonttype": "none", "font.size": 9})
-    fig, panels = pyplot.subplots(1, 2, figsize=(8.6, 3.4), squeeze=False)
+    fig, panels = pyplot.subplots(1, 2, figsize=(11, 3.6), squeeze=False)
     for axis, kind in zip(panels[0], ("digits", "textures"), strict=True):
         for f in measured(work, kind):
             if "more_distance" not in f:
@@ -312,13 +312,12 @@ def figure(work: Path, path: Path) -> None:
             value, low, high = f["more_distance"]
             name, mark = f["arm"]["name"], "s" if f["tv_per_token"] else "o"
             x = f["per_pass"][0]
-            axis.errorbar(
-                x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], fmt=mark, markersize=4, capsize=2
-            )
-            axis.annotate(name, (x, value), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            spread = [[max(0, value - low)], [max(0, high - value)]]
+            axis.errorbar(x, value, yerr=spread, fmt=mark, markersize=4, capsize=2, label=name)
         axis.axhline(0, color="grey", linewidth=0.6)
         axis.set_xlabel("tokens per target pass")
         axis.set_title(kind)
+        axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     panels[0][0].set_ylabel("distance to real, minus plain's")
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from outrider.errors import ConfigError
 from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import Unsupported, read_raw_config
+from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.config import ARCHITECTURES, FACTORS
 from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
@@ -61,6 +62,7 @@ def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         found = _write(checkpoint, beside, keys, named(kind), progress or (lambda _: None))
+        GgufCheckpoint(beside)  # whose checks it must pass before it takes the place of another file
         os.replace(beside, out)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror})") from None
