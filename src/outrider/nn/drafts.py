@@ -196,7 +196,7 @@ class NativeLayers:
         taps: Sequence[Tensor] = (),
         tap_rows: Sequence[int] = (),
         feature: Float[Tensor, "n D"] | None = None,
-        out: Float[Tensor, "n D"] | None = None,
+        out: Float[Tensor, "r D"] | None = None,
     ) -> Float[Tensor, "m V"]:
         """Logits of the scored rows; keys and values are written, and the layers' output to `out`, if there is one.
 
