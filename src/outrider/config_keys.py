@@ -41,10 +41,12 @@ BOOKKEEPING = GENERATION | frozenset({
 })  # fmt: skip
 
 WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
-OPTIONS = WINDOWS | {
-    "attention_bias", "mlp_bias", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "hidden_activation",
-    "sliding_window_pattern", "rope_local_base_freq", "embedding_multiplier", "logits_scaling", "residual_multiplier",
-    "attention_multiplier", "no_rope_layers", "no_rope_layer_interval",
+LAYER_OPTIONS = WINDOWS | {"attention_bias", "mlp_bias"}
+"""Keys of some families that a drafter's layer may have too."""
+OPTIONS = LAYER_OPTIONS | {
+    "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "hidden_activation", "sliding_window_pattern",
+    "rope_local_base_freq", "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier", "no_rope_layers",
+    "no_rope_layer_interval",
 }  # fmt: skip
 """Keys of some of the families."""
 COMMON = frozenset({

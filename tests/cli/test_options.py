@@ -49,6 +49,8 @@ OWN = {
     ("plan", "target"),
     ("plan", "draft"),
     ("plan", "slots"),
+    ("plan", "lengths"),
+    ("bench", "lengths"),
     ("predict", "length"),
     ("train", "length"),
     ("image", "target"),

@@ -61,6 +61,9 @@ class Seen:
             inner.trees,
         )
 
+    def forget(self, slots: Sequence[int]) -> None:
+        self.inner.forget(slots)
+
     def grow(self, evidence: Evidence, depths, forest: Forest, logits, follow) -> None:
         live = [i for i, d in enumerate(depths) if d]
         history = {i: tuple(evidence.sequences[i].tokens) for i in live}

@@ -23,6 +23,7 @@ SHARED = {
     "prefix_cache": False,
     "kv_memory": 1.0,
     "allow_lossy": True,
+    "lengths": "bass",
 }
 
 

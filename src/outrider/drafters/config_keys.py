@@ -10,10 +10,10 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, TypedDict
 
-from outrider.config_keys import COMMON, OPTIONS, ROPE, packed_key, real, unknown_keys, whole
+from outrider.config_keys import COMMON, LAYER_OPTIONS, ROPE, packed_key, real, unknown_keys, whole
 from outrider.errors import ConfigError
 
-LAYER = COMMON | OPTIONS | {"qkv_bias"}
+LAYER = COMMON | LAYER_OPTIONS | {"qkv_bias"}
 """Keys that describe decoder layers: in `transformer_layer_config`, or at the top level of EAGLE's own folders."""
 SPECULATORS = frozenset({
     "speculators_model_type", "speculators_version", "speculators_config", "transformer_layer_config", "auto_map",
