@@ -11,7 +11,7 @@ WORKERS ?= 2
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
 REPEATING := $(STATISTICAL) tests/cli/test_interrupt.py tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
-  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_recycled.py tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
+  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_recycled.py tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
   tests/engine/test_sharing.py tests/models/test_config_keys.py tests/models/test_gguf_damaged.py tests/models/test_guided.py \
   tests/models/test_quantised_target.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.

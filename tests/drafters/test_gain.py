@@ -122,7 +122,7 @@ def test_what_was_learnt_ends_with_the_slot() -> None:
     first = texts(made, 1.0, count=1)
     texts(made, 1.0, count=5)
     assert texts(made, 1.0, count=1) == first
-    assert not made.parts.drafter.growth._beliefs  # type: ignore[attr-defined]
+    assert not made.parts.drafter.growth.beliefs  # type: ignore[attr-defined]
 
 
 def test_the_grammar_of_stopping() -> None:

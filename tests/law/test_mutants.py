@@ -182,10 +182,11 @@ def test_mutant_beside_native_passes_is_killed(mutant, monkeypatch):
 @pytest.mark.parametrize("mutant", CXX_MUTANTS, ids=lambda mutant: mutant[0])
 def test_mutant_of_the_native_passes_is_killed(mutant, tmp_path, monkeypatch):
     _, old, new, check = mutant
-    [path] = native.PASSES.sources
-    source = path.read_text()
-    assert source.count(old) == 1, f"{path.name} holds {source.count(old)} times {old!r}: update the mutant"
-    (tmp_path / path.name).write_text(source.replace(old, new))
+    sources = {path.name: path.read_text() for path in native.PASSES.sources}
+    count = sum(source.count(old) for source in sources.values())
+    assert count == 1, f"the passes hold {count} times {old!r}: update the mutant"
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source.replace(old, new))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(native, "PASSES", replace(native.PASSES, folder=tmp_path))
     native.library.cache_clear()

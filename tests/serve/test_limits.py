@@ -35,7 +35,7 @@ class Waits:
     """As much of a sequence as the queue looks at."""
 
     def __init__(self, request: str) -> None:
-        self.request, self.slot, self.cached = request, -1, 0
+        self.request, self.slot, self.cached, self.tokens, self.output = request, -1, 0, [1], []
 
 
 def test_owners_take_turns_in_the_queue() -> None:

@@ -49,7 +49,7 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     """
     check_together(asked)
     if asked.gpus is not None:
-        if options != EngineOptions(slots=options.slots):
+        if options != EngineOptions(slots=options.slots, prefix_cache=False):
             raise ConfigError(
                 "--gpus plans on paper: the options of an engine (--rule, --dtype, ...) say nothing there"
             )

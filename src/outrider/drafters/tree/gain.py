@@ -60,7 +60,7 @@ class ByGain:
         self.nodes, self.depth, self.width, self.least, self.trees = nodes, depth, width, least, width > 1
         self.max_expanded_nodes, self.vocab_size = nodes, vocab_size
         self._usual = by_rank(USUAL, width)
-        self._beliefs: dict[int, Belief] = {}  # by slot
+        self.beliefs: dict[int, Belief] = {}  # by slot
 
     def grow(
         self,
@@ -92,11 +92,11 @@ class ByGain:
     def forget(self, slots: Sequence[int]) -> None:
         """See `Growth.forget`."""
         for slot in slots:
-            self._beliefs.pop(slot, None)
+            self.beliefs.pop(slot, None)
 
     def _learn(self, evidence: Evidence) -> list[Belief]:
         """What is believed of every sequence, after the verdict on its last draft, if it was this drafter's."""
-        beliefs = [self._beliefs.setdefault(view.slot, Belief()) for view in evidence.sequences]
+        beliefs = [self.beliefs.setdefault(view.slot, Belief()) for view in evidence.sequences]
         for view, belief, b in zip(evidence.sequences, beliefs, evidence.verdict_index, strict=True):
             if b >= 0 and belief.tokens and tuple(evidence.draft.tree(b)[0]) == belief.tokens:
                 path = [evidence.draft.local(b, k) for k in evidence.verdict.path[b]]
