@@ -230,10 +230,10 @@ def compare(model: Any, engine: Engine, tokens: int, rounds: int) -> dict[str, A
         out["equal"] = plain == theirs
         if plain != theirs:
             out["first_difference"] = next(i for i, (a, b) in enumerate(zip(plain, theirs, strict=False)) if a != b)
+    ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    if ratios:
         out |= {name: round(statistics.median(s), 4) for name, s in seconds.items()}
-        out["speed"] = round(
-            statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)), 3
-        )
+        out["speed"] = round(statistics.median(ratios), 3)
     out["distinct"] = len(set(plain))
     if not target.rewinds:
         return out
