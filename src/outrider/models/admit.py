@@ -31,7 +31,8 @@ def admit(folder: Path, raw: dict) -> Any:
         _admit_quantized(folder, config, raw["quantization_config"])
     model = _skeleton(folder, config, str(named))
     causal_flags = [bool(getattr(m, _CAUSAL)) for m in model.modules() if isinstance(getattr(m, _CAUSAL, None), bool)]
-    unflagged_encoder = not causal_flags and getattr(config, "is_decoder", None) is False
+    switched = hasattr(config, "add_cross_attention")  # BERT's kind: an encoder unless it is told to be a decoder
+    unflagged_encoder = not causal_flags and switched and getattr(config, "is_decoder", None) is False
     if unflagged_encoder or (causal_flags and not any(causal_flags)):
         raise ConfigError(
             f"{folder} is an encoder ({named}), in which a token sees what follows it: it cannot continue text, "
