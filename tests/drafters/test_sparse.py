@@ -7,6 +7,8 @@ import torch
 
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.sparse import Sparse, SparseDrafter, merged, parse_sparse
+from outrider.drafters.tree.chances import Belief
+from outrider.drafters.tree.gain import ByGain
 from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.errors import CapabilityError, ConfigError
@@ -85,6 +87,15 @@ def test_snap_keeps_its_choice_for_a_while() -> None:
     attended[1] = torch.tensor([9.0, 0.1, 0.1, 0.2, 0.1, 5.0])
     assert drafter.ranges(view([*text, 1, 1], slot=1))[1] == first[1] == (32, 48)
     assert drafter.ranges(view([*text, 1, 1, 1], slot=1))[1] == (48, 64)
+
+
+def test_a_released_slot_s_acceptance_is_forgotten() -> None:
+    """What a chain that stops has learnt of a sequence says nothing of the next one in its slot."""
+    growth = ByGain(4, 4, V)
+    drafter = SparseDrafter(TinyLM(V), Sparse("window", 2, 6), growth)
+    growth.beliefs |= {0: Belief(base=0.1), 1: Belief(base=0.9)}
+    drafter.release([1])
+    assert growth.beliefs == {0: Belief(base=0.1)}
 
 
 def test_ranges_are_merged() -> None:

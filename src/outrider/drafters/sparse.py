@@ -137,6 +137,7 @@ class SparseDrafter:
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
+        self.growth.forget(slots)
         for slot in slots:
             self._chosen.pop(slot, None)
 
