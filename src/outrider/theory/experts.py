@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outrider.theory.checks import fraction, positive_int
-from outrider.theory.speedup import tokens_per_call
+from outrider.theory.speedup import best_of, tokens_per_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,10 @@ def best_length(
     >>> best_length(0.8, 0.02, dense)[0], best_length(0.8, 0.02, sparse)[0]
     (8, 0)
     """
-    fraction("acceptance", acceptance)
     most = len(times) - 1 if longest is None else min(longest, len(times) - 1)
-    speed = [tokens_per_call(acceptance, n) / (times[n] / times[0] + n * draft_cost) for n in range(most + 1)]
-    best = max(range(most + 1), key=lambda n: speed[n])
-    return best, float(speed[best])
+    tokens = [tokens_per_call(acceptance, n) for n in range(most + 1)]
+    best = best_of(tokens, draft_cost, [t / times[0] for t in times])
+    return best.length, best.speedup
 
 
 def simulate_touched(
