@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.theory import hardware, roofline
-from outrider.theory.hardware import HARDWARE, MODELS
+from outrider.theory.hardware import HARDWARE, MODELS, Mixture
 from outrider.theory.roofline import Setting, forward, predict, self_draft_crossing, self_draft_speedup
 from outrider.theory.speedup import speedup, tokens_per_call
 
@@ -143,6 +143,17 @@ def test_self_drafting_pays_from_a_ratio_of_bytes_on(acceptance: float, batch: i
     assert context is not None
     ratio = batch * model.kv_bytes() * context / model.weight_bytes()
     assert ratio == pytest.approx(1 / (acceptance - 0.02) - 1, abs=0.005)
+
+
+def test_self_drafting_of_a_mixture_counts_the_experts_that_rows_read() -> None:
+    """A step of one sequence reads few experts, so its cache weighs more; but each further row of a verification reads new ones."""
+    mixed, one = MODELS["30b-a3b"], Setting(H100, draft_context=1)
+    whole, active = (replace(mixed, parameters=n, mixture=None) for n in (mixed.parameters, mixed.active))
+    least, found, most = (self_draft_crossing(m, one, 0.8) or 0 for m in (active, mixed, whole))
+    assert 0 < least < found < most
+    eight = replace(one, batch=8)
+    assert (self_draft_crossing(mixed, eight, 0.8) or 0) > (self_draft_crossing(whole, eight, 0.8) or 0) > 0
+    assert self_draft_crossing(replace(mixed, mixture=Mixture(8, 8, 28.991e9)), one, 0.8) == most, "every row reads all"
 
 
 def test_self_drafting_never_pays_where_nothing_is_accepted() -> None:

@@ -244,7 +244,7 @@ def self_draft_speedup(acceptance: float, length: int, draft: float, verify: flo
 def self_draft_crossing(model: Model, setting: Setting, acceptance: float, row: float = 0.02) -> int | None:
     """The least context, in tokens, from which drafting over `draft_context` tokens of one's own cache is faster than plain
     decoding at the best length up to 16; None if it is not below 2^24. row: cost of each further row of a verification, as
-    a share of a step.
+    a share of a step, beside the experts that it reads.
 
     Bytes alone are counted: where rows are bound by arithmetic, speculation loses whatever the context. Below, the planner should
     choose a draft model, or nothing.
@@ -259,12 +259,15 @@ def self_draft_crossing(model: Model, setting: Setting, acceptance: float, row: 
     view = setting.draft_context
     if view is None:
         raise ValueError("the view must have a size: set draft_context")
-    weights, token = model.weight_bytes(setting.element), setting.batch * model.kv_bytes(setting.element)
+    weights = [model.read_bytes(setting.element, setting.batch * rows) for rows in range(1, 18)]
+    token = setting.batch * model.kv_bytes(setting.element)
 
     def gains(context: int) -> bool:
-        step = weights + token * context
-        draft = (weights + token * min(context, view)) / step
-        return any(self_draft_speedup(acceptance, n, draft, 1 + row * n) > 1 for n in range(1, 17))
+        cached = token * context
+        step = weights[0] + cached
+        draft = (weights[0] + token * min(context, view)) / step
+        verify = [(weights[n] + cached) / step + row * n for n in range(1, 17)]
+        return any(self_draft_speedup(acceptance, n, draft, v) > 1 for n, v in enumerate(verify, 1))
 
     low, high = 0, 1 << 24
     if not gains(high):
