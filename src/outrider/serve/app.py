@@ -24,7 +24,7 @@ except ImportError as error:
 
 from outrider.build import Engine
 from outrider.control.adaptive import Adaptive
-from outrider.control.fixed import Fixed
+from outrider.control.registry import load_controller
 from outrider.errors import OutriderError
 from outrider.models.tokenizer import disable_bpe_cache
 from outrider.protocols import Controller, Drafter, Rule, Target
@@ -158,7 +158,7 @@ def controller_for(drafter: Drafter, rule: Rule, target: Target) -> Controller:
     target: if its forwards read more for more rows (`row_work`), lengths are predicted by that.
     """
     depth, work = drafter.max_depth, getattr(target, "row_work", None)
-    return Adaptive(depth, depth, invariant=rule.lane == "gumbel", work=work) if depth else Fixed(0)
+    return load_controller("adaptive", depth, depth, invariant=rule.lane == "gumbel", work=work)
 
 
 def prepare(engine: Engine, metrics: Metrics) -> None:
