@@ -24,7 +24,7 @@ LONG = {
     "long_factor": [2.0] * 8,
 }
 CASES = {
-    "llama": ("llama", {}), "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "llama": ("llama", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": None, "tie_word_embeddings": True}),
     "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}}),
