@@ -33,8 +33,8 @@ def test_every_test_that_the_page_on_security_names_is_there() -> None:
     for path, name in named:
         assert (ROOT / path).is_file(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+    known = {o for p in serve().params for o in (*p.opts, *p.secondary_opts)}
     for option in re.findall(r"`(--[a-z-]+)", text):
-        known = {o for p in serve().params for o in p.opts}
         assert option in known, option
 
 
