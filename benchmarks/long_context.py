@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -60,7 +61,7 @@ def main() -> None:
         kv.k.normal_(), kv.v.normal_()
         kv.length[0] = cached
         more = sorted({*sizes, 1, 6})
-        arms = {str(n): partial(decoder.forward, chain(n, cached), kv) for n in more}
+        arms: dict[str, Callable[[], object]] = {str(n): partial(decoder.forward, chain(n, cached), kv) for n in more}
         arms["view"] = partial(decoder.forward, narrowed(chain(1, cached), cached, args.view), kv)
         spent = interleaved(arms, args.rounds, time.thread_time if args.cpu_time else time.perf_counter)
         took = {name: min(each) for name, each in spent.items()}
