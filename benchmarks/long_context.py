@@ -13,44 +13,28 @@ machines that others use too (one thread).
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
-from native import random_weights, shipped_config
+from native import chain, interleaved, random_weights, shipped_config
 
 from outrider.models.native import load_native
 from outrider.nn.kv import PagedKV
 from outrider.theory.roofline import self_draft_speedup
-from outrider.types import Draft, Rows
+from outrider.types import Rows
 
 LENGTHS = range(1, 13)
 
 
-def chain(n: int, cached: int, view: int = 0) -> Rows:
-    """One sequence: an anchor behind `cached` tokens and n - 1 drafted ones; `view`: of the first 16 and newest tokens alone."""
-    draft = Draft(torch.arange(1, n, dtype=torch.int64), tuple(range(-1, n - 2)), (n - 1,))
-    rows = Rows.assemble([0], [[7]], [cached], draft)
+def narrowed(rows: Rows, cached: int, view: int) -> Rows:
+    """The same rows, which see the first 16 and the newest of `cached` tokens, `view` in all."""
     if not 0 < view < cached:
         return rows
     seen = ((0, 16), (cached - view + 16, cached))
     return replace(rows, segments=tuple(replace(s, view=seen) for s in rows.segments))
-
-
-def fastest(arms: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds of every arm: the least of the rounds, in each of which they take turns in another order."""
-    out = dict.fromkeys(arms, float("inf"))
-    chance = random.Random(rounds)
-    for r in range(rounds + 1):
-        for name in chance.sample(list(arms), len(arms)):
-            start = clock()
-            arms[name]()
-            if r:
-                out[name] = min(out[name], clock() - start)
-    return out
 
 
 def main() -> None:
@@ -77,16 +61,17 @@ def main() -> None:
         kv.k.normal_(), kv.v.normal_()
         kv.length[0] = cached
         more = sorted({*sizes, 1, 6})
-        arms = {str(n): partial(decoder.forward, chain(n, cached), kv) for n in more}
-        arms["view"] = partial(decoder.forward, chain(1, cached, args.view), kv)
-        took = fastest(arms, args.rounds, time.thread_time if args.cpu_time else time.perf_counter)
+        arms: dict[str, Callable[[], object]] = {str(n): partial(decoder.forward, chain(n, cached), kv) for n in more}
+        arms["view"] = partial(decoder.forward, narrowed(chain(1, cached), cached, args.view), kv)
+        spent = interleaved(arms, args.rounds, time.thread_time if args.cpu_time else time.perf_counter)
+        took = {name: min(each) for name, each in spent.items()}
         one = took["1"]
         step = (took["6"] / one - 1) / 5  # of a row more, in passes
         gains = [
             max(self_draft_speedup(a, n, took["view"] / one, 1 + step * n) for n in LENGTHS) for a in (0.8, 0.9, 0.95)
         ]
         print(
-            f"  {cached:6} cached: one row {1e3 * one:7.2f} ms, ratios {' '.join(f'{took[str(n)] / one:.2f}' for n in sizes)}; "
+            f"  {cached:6} cached: one row {one / 1e3:7.2f} ms, ratios {' '.join(f'{took[str(n)] / one:.2f}' for n in sizes)}; "
             f"view {took['view'] / one:.2f}, predicted gain {' '.join(f'{g:.2f}' for g in gains)}"
         )
 

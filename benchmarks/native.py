@@ -87,13 +87,15 @@ def products(w: DecoderWeights) -> int:
     return sum(count(t) for layer in w.layers for t in (layer.qkv, layer.o, layer.gate_up, layer.down)) + count(w.head)
 
 
-def chain(n: int) -> Rows:
-    """One sequence: an anchor behind CACHED tokens and n - 1 drafted ones."""
+def chain(n: int, cached: int = CACHED) -> Rows:
+    """One sequence: an anchor behind `cached` tokens and n - 1 drafted ones."""
     draft = Draft(torch.arange(1, n, dtype=torch.int64), tuple(range(-1, n - 2)), (n - 1,))
-    return Rows.assemble([0], [[7]], [CACHED], draft)
+    return Rows.assemble([0], [[7]], [cached], draft)
 
 
-def interleaved(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    arms: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Microseconds of every arm in every round; arms take turns in random order, so that all meet the same noise and none is
     always in another's wake."""
     out: dict[str, list[float]] = {name: [] for name in arms}
@@ -101,10 +103,10 @@ def interleaved(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     for r in range(rounds + 2):
         for name in chance.sample(list(arms), len(arms)):
             arm = arms[name]
-            start = time.perf_counter()
+            start = clock()
             arm()
             if r >= 2:
-                out[name].append(1e6 * (time.perf_counter() - start))
+                out[name].append(1e6 * (clock() - start))
     return out
 
 

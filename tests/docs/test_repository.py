@@ -31,9 +31,10 @@ def test_every_test_that_the_page_on_security_names_is_there() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
     assert len(named) > 40
     for path, name in named:
+        assert (ROOT / path).is_file(), path
         assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+    known = {o for p in serve().params for o in (*p.opts, *p.secondary_opts)}
     for option in re.findall(r"`(--[a-z-]+)", text):
-        known = {o for p in serve().params for o in p.opts}
         assert option in known, option
 
 
@@ -95,6 +96,8 @@ def test_options_of_the_service_and_of_the_image_are_options_of_serve() -> None:
 
 def test_the_image_copies_what_is_there_and_what_its_context_admits() -> None:
     admitted = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    for line in re.findall(r"^COPY (?!--from)(.*)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE):
+    copied = re.findall(r"^COPY (?!--from)(.*)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert len(copied) > 2
+    for line in copied:
         for name in line.split()[:-1]:
             assert (ROOT / name).exists() and name in admitted, name

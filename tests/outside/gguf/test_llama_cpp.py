@@ -24,7 +24,7 @@ LONG = {
     "long_factor": [2.0] * 8,
 }
 CASES = {
-    "llama": ("llama", {}), "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "llama": ("llama", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
     "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": None, "tie_word_embeddings": True}),
     "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}}),
@@ -35,13 +35,19 @@ CASES = {
     "smollm3": ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 5}),
 }  # fmt: skip
 PROMPT, COUNT = [7, 50, 33, 91, 20, 18, 90, 64, 5, 5, 77, 30], 20
-PEER = """ import json, os, sys, urllib.request, xllamacpp params = xllamacpp.CommonParams() params.model.path, params.hostnames,
-params.port = sys.argv[1], ["127.0.0.1"], 0 params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1 server = xllamacpp.Server(params) body = {"prompt":
-json.loads(sys.argv[2]), "n_predict": int(sys.argv[3]), "temperature": 0.0, "return_tokens": True, "n_probs": 1, "samplers":
-["temperature"], "cache_prompt": False} request = urllib.request.Request(server.listening_address + "/completion",
-json.dumps(body).encode(), {"Content-Type": "application/json"}) print("REPLY" + urllib.request.urlopen(request,
-timeout=60).read().decode(), flush=True) os._exit(0)
+PEER = """
+import json, os, sys, urllib.request, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.hostnames, params.port = sys.argv[1], ["127.0.0.1"], 0
+params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(params)
+body = {"prompt": json.loads(sys.argv[2]), "n_predict": int(sys.argv[3]), "temperature": 0.0, "return_tokens": True, "n_probs": 1,
+        "samplers": ["temperature"], "cache_prompt": False}
+request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode(),
+                                 {"Content-Type": "application/json"})
+print("REPLY" + urllib.request.urlopen(request, timeout=60).read().decode(), flush=True)
+os._exit(0)
 """
 
 
