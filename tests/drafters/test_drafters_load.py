@@ -80,6 +80,8 @@ def test_auto_finds_the_draft_beside_the_target(tmp_path: Path) -> None:
     ("spec", "says"),
     [
         ("ngrm", "did you mean 'ngram'"),
+        ("stop:ngram", "takes no prefix: write 'ngram'"),
+        ("greedy:suffix", "takes no prefix: write 'suffix'"),
         ("ngram:", "ngram:MIN-MAX"),
         ("ngram:a", "ngram:MIN-MAX"),
         ("ngram:3-2", "min_n <= max_n"),

@@ -95,10 +95,10 @@ def load_drafter(
       "sparse:window:16+496"  the target itself, looking at the first 16 and the newest 496 tokens of its own cache; chains only.
                     "sparse:snap:512", "sparse:pillar:512": at 512 tokens, chosen by the attention of the prompt's last rows, or
                     of the last verification
-                    All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...). They and draft models also
-                    take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes likeliest to be accepted, at most 4
-                    below each; and "stop:PATH" or "stop:0.3:PATH": a chain that ends where a further token is expected to
-                    bring fewer than 0.3 tokens
+                    All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...), "sparse" those of chains.
+                    They and draft models also take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes
+                    likeliest to be accepted, at most 4 below each; and "stop:PATH" or "stop:0.3:PATH": a chain that ends where
+                    a further token is expected to bring fewer than 0.3 tokens
       "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else "ngram"
       "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
@@ -132,6 +132,10 @@ def load_drafter(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
             )
         kind, _, path = how.path.partition(":")
+        if kind in HOSTS and not Path(how.path).exists():
+            raise ConfigError(
+                f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
+            )
         if kind == "early":
             found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
         elif kind == "sparse":
