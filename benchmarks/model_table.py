@@ -1,12 +1,11 @@
 """Every family of the installed transformers that can continue text: does it run here, how, how fast, and is its text the same?
 
     python benchmarks/model_table.py [llama mamba ...] --out rows.jsonl [--tokens 48] [--rounds 3] [--seconds 240]
-    python benchmarks/model_table.py --out rows.jsonl --page docs/models.md
 
 Each family is built small and random (seeded, a few layers of 64), saved as a checkpoint, loaded as any checkpoint is, and
 decoded greedily: by transformers' own `generate`, plainly, with n-gram drafts, and with drafts of its own text in which every
 fifth token is wrong. A family takes a process of its own, and its row is written when it is done: a run that was stopped goes
-on where it was.
+on where it was. `benchmarks/model_page.py` makes the page of the rows.
 """
 
 from __future__ import annotations
@@ -288,102 +287,15 @@ def alone(family: str, tokens: int, rounds: int, seconds: float) -> dict[str, An
         process.join()
 
 
-PAGE = """# Will my model run?
-
-Families of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text
-part is the target; one that is not listed has not been recorded yet. Each was built small and random (a few layers of 64,
-float32), saved, loaded like any checkpoint and decoded greedily, by `python benchmarks/model_table.py --out rows.jsonl`; this
-page is what `--page` makes of the rows. A checkpoint of a family runs in the same way, however large it is; `outrider doctor
-PATH` says which runtime it is, and loading says what its path costs.
-
-- **path**: *native* is Outrider's own runtime, all others are transformers: *seam* scores the rows of all sequences in one
-  call, *cache* calls the model once per sequence, *snapshots* is for states that cannot be cut ([families](families.md)),
-  *recompute* reads the whole text at every step.
-- **drafts**: what may be proposed. *chains, no gain*: exact, but the model reads one token a call, so drafts save no time.
-- **text**: whether greedy text is that of transformers' own `generate`, plainly, and with drafts that are accepted and rejected
-  (n-grams, and its own text with every fifth token wrong), and sampled text (rule `match`) that of plain decoding.
-- **speed**: as a share of transformers' `generate`, plain decoding of one sequence; the median of two interleaved runs of a few
-  dozen tokens on a machine that other programs used too, so that single values are rough: measure a family that matters with
-  `benchmarks/families.py`.
-
-{counts}
-
-| family | path | drafts | text | speed |
-|---|---|---|---|---|
-{table}
-
-## Refused
-
-| family | sentence |
-|---|---|
-{refused}
-
-## Not tried
-
-transformers itself did not make or run these from small sizes, or needs another package for them.
-
-| family | what it said |
-|---|---|
-{untried}
-"""
-
-
-def page(rows: Sequence[dict[str, Any]]) -> str:
-    """The page of the rows: what runs, what is refused, what could not be tried."""
-    ran = [r for r in rows if "path" in r]
-    untried = [r for r in rows if "made" in r or "crash" in r or ("refused" in r and "theirs_fails" in r)]
-    refused = [r for r in rows if "refused" in r and "theirs_fails" not in r]
-    chains = sum(r["drafts"] != "none" for r in ran)
-    cell = lambda text: str(text).replace("|", "\\|")  # noqa: E731
-    return PAGE.format(
-        release=rows[0]["transformers"],
-        counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused, {len(untried)} could not be "
-        "tried.",
-        table="\n".join(
-            f"| {r['family']} | {r['path']} | {r['drafts']}{', no gain' if r['by_token'] else ''} | {verdict(r)} "
-            f"| {r.get('speed', 'none')} |"
-            for r in ran
-        ),
-        refused="\n".join(f"| {r['family']} | {cell(r['refused'])} |" for r in refused),
-        untried="\n".join(
-            f"| {r['family']} | {cell(r.get('made') or r.get('crash') or r['theirs_fails'])} |" for r in untried
-        ),
-    )
-
-
-CHECKS = ("equal", "ngram", "ngram_match", "told", "told_match")
-
-
-def verdict(row: dict[str, Any]) -> str:
-    """What was compared, and what of it differs."""
-    wrong = [name for name in CHECKS if row.get(name) is False]
-    if wrong:
-        return f"differs: {', '.join(wrong)}"
-    return (
-        "equal"
-        if "equal" in row
-        else f"equal to plain decoding; transformers' own generate fails ({row['theirs_fails']})"
-    )
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, by family."""
-    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda r: r["family"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=FAMILIES)
     parser.add_argument(
         "--out", type=Path, required=True, help="rows, one JSON object a line; families in it are not run again"
     )
-    parser.add_argument("--page", type=Path, help="write the page of the rows there, and run nothing")
     for name, default in (("tokens", 48), ("rounds", 3), ("seconds", 240)):
         parser.add_argument(f"--{name}", type=int, default=default)
     wanted = parser.parse_args()
-    if wanted.page is not None:
-        wanted.page.write_text(page(read_rows(wanted.out)))
-        return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

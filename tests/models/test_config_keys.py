@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from outrider.config_keys import BOOKKEEPING
 from outrider.errors import ConfigError
 from outrider.models.checkpoint import load_checkpoint
-from outrider.models.config import FAMILIES, Unsupported
+from outrider.models.config import FAMILIES, Unsupported, layout_of, read_raw_config
 from outrider.models.lean import LeanTarget
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
@@ -259,6 +259,21 @@ def test_options_of_experts_are_honoured(models, tmp_path) -> None:
 def test_a_key_nobody_knows_is_refused_by_name(models, tmp_path) -> None:
     assert "my_scale" in str(agree_or_refuse(models["llama"], tmp_path, my_scale=2.0))
     assert agree_or_refuse(models["llama"], tmp_path, my_scale=None) is None
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("gemma3_text", {"rope_scaling": "linear"}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": [1]}}),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": 3}}),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 6}, "original_max_position_embeddings": 1}),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": ["1"] * 6}}),
+    ("llama", {"rope_parameters": YARN | {"rope_theta": 1.0}}),
+])  # fmt: skip
+@pytest.mark.parametrize("max_length", [None, 1])
+def test_wrong_rotary_parameters_end_in_a_sentence(models, family: str, changes: dict, max_length: int | None) -> None:
+    raw = read_raw_config(models[family][0])
+    with pytest.raises((ConfigError, Unsupported)):
+        layout_of(raw | changes, max_length)
 
 
 @pytest.mark.slow

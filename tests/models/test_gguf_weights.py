@@ -20,6 +20,7 @@ from outrider.models.rotary import halves
 from outrider.nn import memory
 from outrider.nn.blocks import BLOCKS, dequantise, named, quantise
 from outrider.types import Draft, Rows
+from tests.checkpoints import edit_config
 from tests.gguf_files import make_pair
 
 pytest.importorskip("gguf")
@@ -52,6 +53,10 @@ CASES = {
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": None}),
+    "gemma3 of 62 layers": (
+        "gemma3_text",
+        {"num_hidden_layers": 62, "query_pre_attn_scalar": 12, "layer_types": None, "intermediate_size": 8},
+    ),
     "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}}),
     "phi3 longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "olmo2": ("olmo2", {}),
@@ -197,6 +202,30 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model_type 'gpt2'.*llama.cpp's converter"):
         convert(source, tmp_path / "other.gguf", "q8_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
+
+
+def test_scaled_positions_of_an_older_gemma3_are_written(tmp_path: Path) -> None:
+    """transformers 4 has its rotary parameters beside each other."""
+    source, _ = make_pair(tmp_path, "gemma3_text", **CASES["gemma3"][1])
+    old = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 5e5, "rope_local_base_freq": 2e3}
+    edit_config(source, ("rope_parameters",), **old)
+    convert(source, tmp_path / "old.gguf", "f32")
+    ours, theirs = GgufCheckpoint(tmp_path / "old.gguf").config, Checkpoint(source).config
+    assert torch.allclose(theirs.inv_freq[:1], torch.tensor([1 / 8]))
+    for a, b in ((ours.inv_freq, theirs.inv_freq), (ours.local_freq, theirs.local_freq)):
+        assert a is not None and b is not None and torch.allclose(a, b, rtol=3e-7, atol=0)
+
+
+def test_scalings_that_have_no_key_are_refused(tmp_path: Path) -> None:
+    source, _ = make_pair(tmp_path, "gemma3_text", **CASES["gemma3"][1])
+    local = {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    edit_config(source, (), rope_parameters=local)
+    with pytest.raises(ConfigError, match="no key here"):
+        convert(source, tmp_path / "other.gguf", "f32")
+    source, _ = make_pair(tmp_path / "phi", "phi3", **CASES["phi3 longrope"][1])
+    edit_config(source, (), rope_parameters=LONG | {"long_factor": None})
+    with pytest.raises(ConfigError, match="long_factor must list 6 numbers"):
+        convert(source, tmp_path / "other.gguf", "f32")
 
 
 def test_splits(tmp_path: Path) -> None:

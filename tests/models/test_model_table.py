@@ -9,7 +9,8 @@ import pytest
 import transformers
 
 from benchmarks import model_table
-from benchmarks.model_table import CHECKS, page, read_rows, row_of
+from benchmarks.model_page import CHECKS, page, read_rows
+from benchmarks.model_table import row_of
 
 RECORDED = Path(model_table.__file__).with_name("model_table.jsonl")
 ROWS = read_rows(RECORDED)

@@ -13,12 +13,18 @@ from torch import Tensor
 from outrider.errors import ConfigError
 from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
-from outrider.models.config import Unsupported, read_raw_config
+from outrider.models.config import CONFIG, Unsupported, read_raw_config
 from outrider.models.gguf.checkpoint import GgufCheckpoint
-from outrider.models.gguf.config import ARCHITECTURES, FACTORS
+from outrider.models.gguf.config import ARCHITECTURES, FACTORS, query_scalar
 from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
-from outrider.models.rotary import original_context, plain_frequencies, rope_keys
+from outrider.models.rotary import (
+    longrope_divisors,
+    original_context,
+    plain_frequencies,
+    rope_keys,
+    rope_keys_by_kind,
+)
 from outrider.nn.blocks import BlockType, named, quantise
 
 ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama"}
@@ -55,7 +61,7 @@ def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None
     if kind not in _FILE_TYPES:
         raise ConfigError(f"cannot write type {kind!r}: choose one of {', '.join(_FILE_TYPES)}")
     try:
-        checkpoint = Checkpoint(folder, max_length=original_context(read_raw_config(home_of(folder, "config.json"))))
+        checkpoint = Checkpoint(folder, max_length=original_context(read_raw_config(home_of(folder, CONFIG))))
     except Unsupported as reason:
         raise ConfigError(f"{folder} cannot be written: {reason}; convert it with llama.cpp's converter") from None
     keys = _keys(folder, checkpoint, kind)
@@ -129,26 +135,22 @@ def _divisors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What the rotary frequencies are divided by, where they are scaled one by one (Llama 3.1, LongRoPE), by names of tensors."""
     if checkpoint.config.local_freq is not None:
         return {}
-    rope, c = rope_keys(checkpoint.raw), checkpoint.config
-    if checkpoint.layout.family.longrope and rope["rope_type"] != "default":
-        return {tensor: torch.tensor(rope[key], dtype=torch.float32) for key, tensor in FACTORS.items()}
+    family, c = checkpoint.layout.family, checkpoint.config
+    rope, size = rope_keys(checkpoint.raw, family.theta), 2 * len(c.inv_freq)
+    if family.longrope and rope["rope_type"] != "default":
+        return {tensor: longrope_divisors(rope, key, size, CONFIG) for key, tensor in FACTORS.items()}
     if rope["rope_type"] != "llama3":
         return {}
-    return {"rope_freqs.weight": (plain_frequencies(rope["rope_theta"], c.head_dim) / c.inv_freq).float()}
+    return {"rope_freqs.weight": (plain_frequencies(rope["rope_theta"], size) / c.inv_freq).float()}
 
 
 def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
-    c, family = checkpoint.config, checkpoint.layout.family
+    c = checkpoint.config
     if c.family not in ARCHITECTURE:
         raise ConfigError(
             f"{folder} is a {c.family}, which cannot be written yet: convert it with llama.cpp's converter"
         )
-    if c.local_freq is None:
-        rope = rope_keys(checkpoint.raw, family.theta)
-    else:
-        rope = rope_keys(
-            {"rope_parameters": (checkpoint.raw.get("rope_parameters") or {}).get("full_attention")}, family.theta
-        )
+    rope, local = _rope(folder, checkpoint)
     _check_layers(folder, checkpoint)
     window = max(c.window)
     sizes: dict[str, Any] = {
@@ -157,7 +159,8 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         "attention.head_count": c.heads, "attention.head_count_kv": c.kv_heads, "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": c.eps,
         "rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": 2 * len(c.inv_freq), "vocab_size": c.vocab_size,
-        **_scaling(folder, rope, checkpoint), **_constants(checkpoint), **({"attention.sliding_window": window} if window else {}),
+        **_scaling(folder, rope, checkpoint), **_constants(checkpoint, local),
+        **({"attention.sliding_window": window} if window else {}),
     }  # fmt: skip
     arch = ARCHITECTURE[c.family]
     general = {
@@ -172,6 +175,19 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
     return general | {f"{arch}.{key}": value for key, value in sizes.items()} | words
 
 
+def _rope(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rotary parameters, and those of layers with a window if they differ."""
+    raw, family = checkpoint.raw, checkpoint.layout.family
+    if checkpoint.config.local_freq is None:
+        return rope_keys(raw, family.theta), {}
+    rope, local = rope_keys_by_kind(raw, family)
+    if local["rope_type"] != "default" or rope["rope_type"] == "llama3":
+        raise ConfigError(
+            f"{folder} scales its positions in a way for which GGUF has no key here: convert it with llama.cpp"
+        )
+    return rope, local
+
+
 def _check_layers(folder: Path, checkpoint: Checkpoint) -> None:
     """Refuse kinds of layers in another order than the one that readers of this architecture take for given."""
     c, family = checkpoint.config, checkpoint.layout.family
@@ -182,21 +198,20 @@ def _check_layers(folder: Path, checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"{folder} has windows or unturned layers in another order than GGUF has a key for here: convert it with llama.cpp"
         )
-    scale = checkpoint.raw.get("query_pre_attn_scalar", 256)
-    if "query_pre_attn_scalar" in family.options and scale != c.head_dim:
+    scale, share = checkpoint.raw.get("query_pre_attn_scalar", 256), c.hidden // c.heads
+    if "query_pre_attn_scalar" in family.options and scale != query_scalar(c.family, c.layers, share, c.head_dim):
         raise ConfigError(
             f"{folder} scales its scores by {scale}, for which GGUF has no key: convert it with llama.cpp"
         )
 
 
-def _constants(checkpoint: Checkpoint) -> dict[str, float]:
-    """The constants of a family by their keys, see `gguf.config`."""
+def _constants(checkpoint: Checkpoint, local: dict[str, Any]) -> dict[str, float]:
+    """The constants of a family by their keys, see `gguf.config`. local: of `_rope`."""
     c, known = checkpoint.config, ARCHITECTURES[ARCHITECTURE[checkpoint.config.family]].keys
-    local = checkpoint.raw.get("rope_parameters") or {}
     values = {
         "final_logit_softcapping": c.logit_cap, "attn_logit_softcapping": c.attention_cap, "attention.scale": c.attention_scale,
         "embedding_scale": c.embed_scale, "residual_scale": c.residual_scale, "logit_scale": 1 / c.logit_scale,
-        "rope.freq_base_swa": (local.get("sliding_attention") or {}).get("rope_theta", 1e4),
+        "rope.freq_base_swa": local.get("rope_theta"),
     }  # fmt: skip
     return {key: float(value) for key, value in values.items() if key in known and value}
 

@@ -47,7 +47,8 @@ def _sparse(raw: dict, layers: int, where: object) -> tuple[bool, ...]:
         raise ConfigError(
             f"{where}: mlp_only_layers must be a list of layers, got {reprlib.repr(dense)}: correct the file"
         )
-    return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    without = frozenset(dense)
+    return tuple(i not in without and (i + 1) % step == 0 for i in range(layers))
 
 
 FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")

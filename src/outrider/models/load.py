@@ -136,8 +136,8 @@ def _runtime(folder: Path, implementation: str, max_length: int | None = None) -
         if implementation == "lean":
             raise ConfigError(f"the lean runtime cannot run {folder}: {reason}; use implementation 'hf'") from None
         return (
-            f"{folder.name} runs on transformers, not on the lean runtime (slower): {reason}; a model of the Llama, Qwen2, "
-            "Qwen3 or Mistral families would run on it"
+            f"{folder.name} runs on transformers, not on the lean runtime (slower): {reason}; a model of one of its families "
+            "without such options would run on it"
         )
     if implementation == "hf":
         return f"{folder.name} runs on transformers though the lean runtime is faster: leave implementation 'hf' out"

@@ -29,20 +29,23 @@ def turns_of(
     """How heads are turned, and in layers with a window if that differs. length: most positions that are used."""
     if "rope_local_base_freq" not in family.options:
         return _turns(rope_keys(raw, family.theta), raw, family, head_dim, positions, length, where), None
+    full, local = (
+        _turns(rope, {}, family, head_dim, positions, length, where) for rope in rope_keys_by_kind(raw, family)
+    )
+    return full, local
+
+
+def rope_keys_by_kind(raw: dict, family: Family) -> tuple[dict, dict]:
+    """`rope_keys` of a family with `rope_local_base_freq`: of layers that see everything, and of those with a window."""
     given = raw.get("rope_parameters") or {}
     if not isinstance(given, dict) or given.keys() - {"full_attention", "sliding_attention"}:
         raise Unsupported("its rotary parameters are not those of full_attention and sliding_attention")
-    default = {
-        "full_attention": raw.get("rope_theta", family.theta),
-        "sliding_attention": raw.get("rope_local_base_freq", 1e4),
-    }
-    extra = {"full_attention": raw.get("rope_scaling") or {}, "sliding_attention": {}}
-    turned = []
-    for kind, theta in default.items():
-        own = {"rope_theta": theta} | (given.get(kind) or {}) | extra[kind]
-        rope = rope_keys({"rope_parameters": own}, family.theta)
-        turned.append(_turns(rope, {}, family, head_dim, positions, length, where))
-    return turned[0], turned[1]
+    own = [given.get("full_attention") or {}, given.get("sliding_attention") or {}, raw.get("rope_scaling") or {}]
+    if not all(isinstance(part, dict) for part in own):
+        raise Unsupported("its rotary parameters are not keys with values")
+    full = {"rope_theta": raw.get("rope_theta", family.theta)} | own[0] | own[2]
+    local = {"rope_theta": raw.get("rope_local_base_freq", 1e4)} | own[1]
+    return rope_keys({"rope_parameters": full}, family.theta), rope_keys({"rope_parameters": local}, family.theta)
 
 
 def _turns(rope: dict, raw: dict, family: Family, head_dim: int, positions: int, length: int, where: object) -> Turns:
@@ -85,7 +88,8 @@ def halves(rows: Shaped[Tensor, "N width"], heads: int, head_dim: int, turned: i
 
 def original_context(raw: dict) -> int | None:
     """The context up to which a LongRoPE model is turned by its short factors; None for every other model."""
-    rope = rope_keys(raw) if raw.get("model_type") in FAMILIES and FAMILIES[raw["model_type"]].longrope else {}
+    kind = raw.get("model_type")
+    rope = rope_keys(raw) if isinstance(kind, str) and kind in FAMILIES and FAMILIES[kind].longrope else {}
     old = rope.get("original_max_position_embeddings", 4096)
     return old if rope.get("rope_type") == "longrope" and isinstance(old, int) else None
 
@@ -110,22 +114,25 @@ def _longrope(rope: dict, theta: float, size: int, positions: int, length: int, 
     frequencies from their first token on, which a cache does not allow."""
     if rope["rope_type"] not in ("longrope", "su", "yarn"):
         raise Unsupported(f"rotary scaling {reprlib.repr(rope['rope_type'])}")
-    old = whole(rope, "original_max_position_embeddings", where, default=4096, most=1 << 26)
+    old = whole(rope, "original_max_position_embeddings", where, default=4096, least=2, most=1 << 26)
     if length > old:
         raise Unsupported(
             f"its positions are scaled anew beyond {old} tokens (longrope); a max_length of {old} avoids that"
         )
-    short = rope.get("short_factor")
-    if not isinstance(short, list) or len(short) != size // 2:
-        raise ConfigError(
-            f"{where}: short_factor must list {size // 2} numbers: the file is damaged, download it again"
-        )
-    divisors = torch.tensor([real({"short_factor": f}, "short_factor", where, least=1e-6, most=1e6) for f in short])
+    divisors = longrope_divisors(rope, "short_factor", size, where)
     powers = theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
     factor = positions / old
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old))
     scale = real(rope, "attention_factor", where, default, null=default, least=1e-6, most=1e6)
     return Turns(1.0 / (divisors * powers), scale)
+
+
+def longrope_divisors(rope: dict, key: str, size: int, where: object) -> Float[Tensor, "half"]:
+    """What LongRoPE divides the frequencies of `size` turned numbers by; key: "short_factor" or "long_factor"."""
+    given = rope.get(key)
+    if not isinstance(given, list) or len(given) != size // 2:
+        raise ConfigError(f"{where}: {key} must list {size // 2} numbers: the file is damaged, download it again")
+    return torch.tensor([real({key: f}, key, where, least=1e-6, most=1e6) for f in given])
 
 
 def plain_frequencies(theta: float, head_dim: int) -> Float[Tensor, "half"]:
@@ -158,6 +165,8 @@ def _yarn(
         raise Unsupported("yarn with mscale")
     if "factor" not in rope:
         raise Unsupported("yarn without a factor")
+    if theta == 1:
+        raise ConfigError(f"{where}: rope_theta is 1, which yarn cannot scale: the file is damaged, download it again")
     old = whole(rope, "original_max_position_embeddings", where, default=positions, most=1 << 26)
     factor = real(rope, "factor", where, positions / old, null=positions / old, least=1e-6, most=1e6)
 

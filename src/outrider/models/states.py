@@ -225,12 +225,12 @@ class Snapshot:
 def containers(root: list[Any], opaque: tuple[type, ...] = ()) -> Iterator[tuple[Path, list[Any] | dict[Any, Any]]]:
     """Every list, dictionary and object's attributes that `root` leads to, each once, and the way to it."""
     seen: set[int] = set()
-    todo: list[tuple[Path, Any]] = [((), root)]
+    left: list[tuple[Path, Any]] = [((), root)]
     whole = (*_WHOLE, *opaque)
-    while todo:
-        path, value = todo.pop()
+    while left:
+        path, value = left.pop()
         if isinstance(value, tuple):
-            todo += [((*path, i), x) for i, x in enumerate(value)]
+            left += [((*path, i), x) for i, x in enumerate(value)]
             continue
         if isinstance(value, whole):
             continue
@@ -239,7 +239,7 @@ def containers(root: list[Any], opaque: tuple[type, ...] = ()) -> Iterator[tuple
             continue
         seen.add(id(holder))
         yield path, holder
-        todo += [((*path, key), x) for key, x in _items(holder)]
+        left += [((*path, key), x) for key, x in _items(holder)]
 
 
 def tensors_of(state: Any, opaque: tuple[type, ...] = ()) -> dict[Path, Tensor]:

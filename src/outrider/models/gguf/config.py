@@ -141,11 +141,10 @@ def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
 
 
 def _factors(keys: _Keys, kind: Architecture, share: int, head_dim: int, layers: int) -> dict[str, Any]:
-    """The constants of some families. share: hidden size by heads, which the largest Gemmas scale scores by, as llama.cpp knows by
-    their number of layers."""
+    """The constants of some families. share: see `query_scalar`."""
     out: dict[str, Any] = {}
     if "query_pre_attn_scalar" in FAMILIES[kind.family].options:
-        out["query_pre_attn_scalar"] = share if layers == _LARGEST[kind.family] else head_dim
+        out["query_pre_attn_scalar"] = query_scalar(kind.family, layers, share, head_dim)
         out |= {"final_logit_softcapping": None, "attn_logit_softcapping": None}
     names = {
         "final_logit_softcapping": "final_logit_softcapping", "attn_logit_softcapping": "attn_logit_softcapping",
@@ -160,6 +159,12 @@ def _factors(keys: _Keys, kind: Architecture, share: int, head_dim: int, layers:
 
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}
 """Layers of the models of 27 billion parameters."""
+
+
+def query_scalar(family: str, layers: int, share: int, head_dim: int) -> int:
+    """`query_pre_attn_scalar`, for which GGUF has no key: a head's size, but for the largest Gemmas, which llama.cpp knows by their
+    number of layers, share: hidden size by heads."""
+    return share if layers == _LARGEST[family] else head_dim
 
 
 def _longrope(weights: Weights, keys: _Keys) -> dict[str, Any] | None:

@@ -1,0 +1,106 @@
+"""The page of the rows that `benchmarks/model_table.py` wrote: which models run, how, how fast, and what is refused.
+
+python benchmarks/model_page.py benchmarks/model_table.jsonl --out docs/models.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = """# Will my model run?
+
+Families of transformers {release} that `AutoModelForCausalLM` knows, and some that read pictures besides, of which the text
+part is the target; one that is not listed has not been recorded yet. Each was built small and random (a few layers of 64,
+float32), saved, loaded like any checkpoint and decoded greedily, by `python benchmarks/model_table.py --out rows.jsonl`; this
+page is what `benchmarks/model_page.py` makes of the rows. A checkpoint of a family runs in the same way, however large it is;
+`outrider doctor PATH` says which runtime it is, and loading says what its path costs.
+
+- **path**: *native* is Outrider's own runtime, all others are transformers: *seam* scores the rows of all sequences in one
+  call, *cache* calls the model once per sequence, *snapshots* is for states that cannot be cut ([families](families.md)),
+  *recompute* reads the whole text at every step.
+- **drafts**: what may be proposed. *chains, no gain*: exact, but the model reads one token a call, so drafts save no time.
+- **text**: whether greedy text is that of transformers' own `generate`, plainly, and with drafts that are accepted and rejected
+  (n-grams, and its own text with every fifth token wrong), and sampled text (rule `match`) that of plain decoding.
+- **speed**: as a share of transformers' `generate`, plain decoding of one sequence; the median of two interleaved runs of a few
+  dozen tokens on a machine that other programs used too, so that single values are rough: measure a family that matters with
+  `benchmarks/families.py`.
+
+{counts}
+
+| family | path | drafts | text | speed |
+|---|---|---|---|---|
+{table}
+
+## Refused
+
+| family | sentence |
+|---|---|
+{refused}
+
+## Not tried
+
+transformers itself did not make or run these from small sizes, or needs another package for them.
+
+| family | what it said |
+|---|---|
+{untried}
+"""
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """The page of the rows: what runs, what is refused, what could not be tried."""
+    ran = [r for r in rows if "path" in r]
+    untried = [r for r in rows if "made" in r or "crash" in r or ("refused" in r and "theirs_fails" in r)]
+    refused = [r for r in rows if "refused" in r and "theirs_fails" not in r]
+    chains = sum(r["drafts"] != "none" for r in ran)
+    cell = lambda text: str(text).replace("|", "\\|")  # noqa: E731
+    return PAGE.format(
+        release=rows[0]["transformers"],
+        counts=f"{len(ran)} families run, {chains} of them with drafts; {len(refused)} are refused, {len(untried)} could not be "
+        "tried.",
+        table="\n".join(
+            f"| {r['family']} | {r['path']} | {r['drafts']}{', no gain' if r['by_token'] else ''} | {verdict(r)} "
+            f"| {r.get('speed', 'none')} |"
+            for r in ran
+        ),
+        refused="\n".join(f"| {r['family']} | {cell(r['refused'])} |" for r in refused),
+        untried="\n".join(
+            f"| {r['family']} | {cell(r.get('made') or r.get('crash') or r['theirs_fails'])} |" for r in untried
+        ),
+    )
+
+
+CHECKS = ("equal", "ngram", "ngram_match", "told", "told_match")
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What was compared, and what of it differs."""
+    wrong = [name for name in CHECKS if row.get(name) is False]
+    if wrong:
+        return f"differs: {', '.join(wrong)}"
+    return (
+        "equal"
+        if "equal" in row
+        else f"equal to plain decoding; transformers' own generate fails ({row['theirs_fails']})"
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, by family."""
+    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda r: r["family"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="rows, one JSON object a line")
+    parser.add_argument("--out", type=Path, required=True, help="the page")
+    wanted = parser.parse_args()
+    wanted.out.write_text(page(read_rows(wanted.rows)))
+
+
+if __name__ == "__main__":
+    main()
