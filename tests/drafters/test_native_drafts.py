@@ -238,6 +238,7 @@ def test_hidden_states_that_do_not_fit_are_refused() -> None:
         (taps[:1], [0], None),
         (taps, [], None),
         ((), (), torch.ones(2, 48)),
+        ((), (), None),
     ):
         with pytest.raises(ValueError, match="hidden states"):
             run.forward(rows, cache, taps=hidden, tap_rows=at, feature=feature)

@@ -232,6 +232,16 @@ def test_the_youngest_goes_back_when_pages_run_out() -> None:
     check_nothing_is_held(tight)
 
 
+def test_a_prompt_counts_once_however_often_it_is_computed() -> None:
+    """Sent back after its first token, it is read again in chunks."""
+    one = engine(model(), prefix_cache=False)
+    one.submit([(5 * i) % VOCAB for i in range(30)], SamplingParams(max_tokens=4, ignore_eos=True), request="a")
+    while not one.step():
+        pass
+    assert one.preempt("a") and one.state.room.sums.asked == 30
+    assert sum(len(e.tokens) for e in one.run()) == 3 and one.state.room.sums.asked == 30
+
+
 def test_who_does_not_fit_beside_the_others_waits() -> None:
     one = engine(model(24))
     for name in ("first", "second"):

@@ -71,8 +71,9 @@ class Room:
     def publish(self, works: list[StepWork]) -> None:
         """Make what a step has computed known to others; count prompts that are complete."""
         kv = self._sharing
-        for s in (w.sequence for w in works):
-            if s.counts.steps == 1:
+        for w in works:
+            s = w.sequence
+            if w.scored and s.counts.steps == 1:  # not the chunks of one that was sent back after its first step
                 self.sums.asked += s.prompt
                 self.sums.reused += s.reused
             if kv is not None and s.error is None:

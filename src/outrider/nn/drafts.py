@@ -248,7 +248,10 @@ class NativeLayers:
         """Nothing outside of the hidden states may be read, or written outside of the output."""
         f = self._features
         own = [t for t in (feature, out) if t is not None]
-        fit = all(t.shape == (rows, self.shape.hidden) and t.dtype is torch.float32 and t.is_contiguous() for t in own)
+        fit = bool(taps) or feature is not None or f.join is Join.ALONE  # other layers' inputs are wider than tokens
+        fit = fit and all(
+            t.shape == (rows, self.shape.hidden) and t.dtype is torch.float32 and t.is_contiguous() for t in own
+        )
         if taps:
             shape = (len(taps[0]), f.width)
             fit = (

@@ -12,7 +12,7 @@ from outrider.errors import CapacityError, RequestError
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.products import NativeLinear
 
-OK, BAD_TOKEN, _, NO_ROOM, NO_MEMORY, _ = range(6)
+OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
 """`Status` of layout.h."""
 
 

@@ -32,6 +32,22 @@ class Crew {
     Crew& operator=(const Crew&) = delete;
     ~Crew() { delete[] member_; }
 
+    // Runs body(thread, threads) of a forward of `rows` rows on `most` threads at most, which go through `phases`. False, and nothing
+    // has run, when there is no memory.
+    template <class Body>
+    bool run(int most, int64_t rows, Phases& phases, const Body& body) {
+        const int threads = begin(most, rows);
+        if (threads == 0 || !phases.start(threads)) return false;
+        in_parallel(threads, [&](int thread, int count) {
+            enter(thread);
+            body(thread, count);
+            leave(thread);
+        });
+        end();
+        return true;
+    }
+
+   private:
     // Threads for a forward of `rows` rows, `most` at most; 0 when there is no memory. To be followed by `end`.
     int begin(int most, int64_t rows) {
         if (most > room_ && !grow(most)) return 0;
@@ -67,7 +83,6 @@ class Crew {
         for (int i = 0; i < room_; ++i) member_[i].away = Mean();
     }
 
-   private:
     static constexpr int SKIPS = 8;         // of so many short forwards one is watched: looking costs half a microsecond
     static constexpr double SHORT = 1e-4;   // seconds
     static constexpr double BRIEF = 3e-4;   // being away no longer than this is waking up

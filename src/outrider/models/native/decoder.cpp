@@ -78,7 +78,7 @@ EXPORT int outrider_linear_run(const void* linear, const float* x, int64_t rows,
     if (!input.reserve(rows, weight.inputs(), weight.stores())) return NO_MEMORY;
     for (int64_t i = 0; i < rows; ++i) {
         input.put(i, 0, x + i * weight.inputs(), weight.inputs());
-        for (int64_t part = 0; input.rounds() && part < input.parts(); ++part) input.round(i, part);
+        input.round_row(i);
     }
     const int64_t n = weight.outputs();
     std::atomic<int64_t> next{0};

@@ -46,15 +46,7 @@ class Decoder {
         const Status status = plan_.build(c_, m_.vocab, rows_per_task, group_, rows.skipped, rows.mutual);
         if (status != OK) return status;
         if (!features_.begin(rows, c_.rows) || !make_room()) return NO_MEMORY;
-        const int threads = crew_.begin((int)c_.threads, c_.rows);
-        if (threads == 0 || !phases_.start(threads)) return NO_MEMORY;
-        in_parallel(threads, [this](int thread, int count) {
-            crew_.enter(thread);
-            run(thread, count);
-            crew_.leave(thread);
-        });
-        crew_.end();
-        return OK;
+        return crew_.run((int)c_.threads, c_.rows, phases_, [this](int thread, int count) { run(thread, count); }) ? OK : NO_MEMORY;
     }
 
    private:

@@ -100,7 +100,7 @@ class Mixture {
 
     void gather(int64_t p, const Input& in) {
         gathered_.copy(p, in, row_[p]);
-        for (int64_t part = 0; gathered_.rounds() && part < gathered_.parts(); ++part) gathered_.round(p, part);
+        gathered_.round_row(p);
     }
 
     // inner = silu(gate) * up of the rows that chose the t-th touched expert, block u of its outputs.

@@ -42,15 +42,7 @@ class Heads {
         const bool room = x_.reserve(all * h_.hidden) && normed_.reserve(c_.rows, h_.hidden, stores_) &&
                           inner_.reserve(all, h_.hidden, stores_) && scratch_.reserve(c_.threads * scratch_size_);
         if (!room) return NO_MEMORY;
-        const int threads = crew_.begin((int)c_.threads, all);
-        if (threads == 0 || !phases_.start(threads)) return NO_MEMORY;
-        in_parallel(threads, [this](int thread, int count) {
-            crew_.enter(thread);
-            run(thread, count);
-            crew_.leave(thread);
-        });
-        crew_.end();
-        return OK;
+        return crew_.run((int)c_.threads, all, phases_, [this](int thread, int count) { run(thread, count); }) ? OK : NO_MEMORY;
     }
 
    private:

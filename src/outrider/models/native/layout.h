@@ -1,6 +1,7 @@
 // What crosses from Python (runtime.py mirrors these structs field by field) and how it is looked at here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace outrider {
@@ -96,9 +97,10 @@ struct Segment {
     int64_t slot, first, cached, prefix, nodes, ranges;
     const int64_t* parent;
     const int64_t* range;  // [ranges] of the cached tokens it sees, in order; without ranges it sees all
-    const Run* run;      // of the cached tokens and the rows
+    const Run* run;      // [runs] of the cached tokens and the rows
     const int64_t* own;  // [end] where each row is in the cache, skipped ones too
     int64_t skipped;
+    int64_t runs = 0;
     int64_t end() const { return prefix + nodes; }
     int64_t rows() const { return end() - skipped; }
 };
@@ -106,10 +108,9 @@ struct Segment {
 // Calls body(place, count, at) for the tokens from : to of a sequence in order: `count` from `place` on lie at `at` and behind it.
 template <class Body>
 inline void each_run(const Segment& s, int64_t from, int64_t to, const Body& body) {
-    const Run* run = s.run;
+    const Run* run = std::partition_point(s.run, s.run + s.runs, [=](const Run& r) { return r.end <= from; });
     for (int64_t place = from; place < to; ++run) {
         const int64_t end = run->end < to ? run->end : to;
-        if (end <= place) continue;
         body(place, end - place, place + run->shift);
         place = end;
     }

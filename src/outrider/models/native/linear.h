@@ -51,13 +51,6 @@ constexpr int64_t packed_stride(int64_t k) {
     return (k + Packing<W>::STEP - 1) / Packing<W>::STEP * Packing<W>::STEP + 64 / (int64_t)sizeof(typename Packing<W>::Item);
 }
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
-#endif
-constexpr int MAX_TILE = REGISTERS == 32 ? 8 : 6;
-
 // Weight rows per tile: as many accumulators as the registers hold beside the weights, an x and a mask.
 template <class W>
 constexpr int tile_rows(int m) {
@@ -167,30 +160,12 @@ inline void product(
     const W* w, int64_t ldw, int n, const typename Packing<W>::Item* x, int64_t ldx, int rows, int k, float* out, int64_t ldo
 ) {
     constexpr int GROUP = 12;
-    const int tiles = (rows + MAX_TILE - 1) / MAX_TILE;
-    const int group = tiles == 1 ? n : GROUP;
+    const int group = rows <= MAX_TILE ? n : GROUP;
     for (int r = 0; r < n; r += group) {
         const int count = n - r < group ? n - r : group;
-        int m = 0;
-        for (int t = 0; t < tiles; ++t) {
-            const int size = (rows - m + tiles - t - 1) / (tiles - t);
-            const W* a = w + r * ldw;
-            const auto* b = x + m * ldx;
-            float* c = out + m * ldo + r;
-            switch (size) {
-                case 1: rows_times<W, 1>(a, ldw, count, b, ldx, k, c, ldo); break;
-                case 2: rows_times<W, 2>(a, ldw, count, b, ldx, k, c, ldo); break;
-                case 3: rows_times<W, 3>(a, ldw, count, b, ldx, k, c, ldo); break;
-                case 4: rows_times<W, 4>(a, ldw, count, b, ldx, k, c, ldo); break;
-                case 5: rows_times<W, 5>(a, ldw, count, b, ldx, k, c, ldo); break;
-                case 6: rows_times<W, 6>(a, ldw, count, b, ldx, k, c, ldo); break;
-#if defined(__AVX512F__) || defined(__aarch64__)
-                case 7: rows_times<W, 7>(a, ldw, count, b, ldx, k, c, ldo); break;
-                case 8: rows_times<W, 8>(a, ldw, count, b, ldx, k, c, ldo); break;
-#endif
-            }
-            m += size;
-        }
+        each_tile(rows, [&](auto size, int m) {
+            rows_times<W, size>(w + r * ldw, ldw, count, x + m * ldx, ldx, k, out + m * ldo + r, ldo);
+        });
     }
 }
 

@@ -145,6 +145,7 @@ class Plan {
         for (int64_t r = 0; r < s.ranges; ++r) sound = sound && add(s.range + 2 * r);
         s.cached = number;
         if (!sound || !add(own)) return nullptr;
+        s.runs = run - s.run;
         each_run(s, s.cached, number, [&](int64_t place, int64_t count, int64_t at) {
             for (int64_t i = 0; i < count; ++i) at_own[place - s.cached + i] = at + i;
         });

@@ -19,6 +19,7 @@ from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.compiled import DECODER, load
+from outrider.nn.held import BAD_SEGMENT, BAD_TOKEN, NO_MEMORY, NO_ROOM, OK
 from outrider.nn.kv import PagedKV
 from outrider.types import Rows, Scores
 
@@ -69,8 +70,6 @@ _PART = 512
 """Keys of a part in attention.h."""
 
 ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
-
-OK, BAD_TOKEN, BAD_SEGMENT, NO_ROOM, NO_MEMORY, BAD_ROW = range(6)
 
 
 def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:

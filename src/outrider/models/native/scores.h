@@ -132,14 +132,8 @@ inline void turn_keys(const W* keys, int64_t width, int count, float* lines) {
 constexpr int KEY_GROUPS = 4;  // vectors of keys in a block
 constexpr int KEY_BLOCK = KEY_GROUPS * LANES;
 
-// Queries that meet G vectors of keys at once: what the registers hold.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int QUERY_TILE = 8;
-#else
-constexpr int QUERY_TILE = 6;
-#endif
-
-constexpr int key_vectors(int m) { return m <= 2 || (QUERY_TILE == 8 && m <= 6) ? 4 : 2; }
+// Vectors of keys that m queries meet at once.
+constexpr int key_vectors(int m) { return m <= 2 || (MAX_TILE == 8 && m <= 6) ? 4 : 2; }
 
 template <class W>
 inline vf multiply_add(vf acc, vf key, const typename Query<W>::Item* query, int t) {
@@ -199,7 +193,6 @@ inline void score_keys(
 ) {
     constexpr bool PAIRS = sizeof(W) == 2 && OUTRIDER_BF16_DOT;
     const int64_t line_count = PAIRS ? width / 2 : width;
-    const int tiles = (queries + QUERY_TILE - 1) / QUERY_TILE;
     for (int64_t i = 0; i < count; i += KEY_BLOCK) {
         const int n = (int)(count - i < KEY_BLOCK ? count - i : KEY_BLOCK), groups = (n + LANES - 1) / LANES;
         ahead(i, n);
@@ -207,25 +200,9 @@ inline void score_keys(
             const int left = n - g * LANES;
             turn_keys(keys + (i + g * LANES) * width, width, left < LANES ? left : LANES, lines + g * line_count * LANES);
         }
-        int m = 0;
-        for (int t = 0; t < tiles; ++t) {
-            const int size = (queries - m + tiles - t - 1) / (tiles - t);
-            const auto* q = query + m * stride;
-            float* out = scores + m * lds + i;
-            switch (size) {
-                case 1: score_block<W, 1>(lines, line_count, groups, q, stride, out, lds); break;
-                case 2: score_block<W, 2>(lines, line_count, groups, q, stride, out, lds); break;
-                case 3: score_block<W, 3>(lines, line_count, groups, q, stride, out, lds); break;
-                case 4: score_block<W, 4>(lines, line_count, groups, q, stride, out, lds); break;
-                case 5: score_block<W, 5>(lines, line_count, groups, q, stride, out, lds); break;
-                case 6: score_block<W, 6>(lines, line_count, groups, q, stride, out, lds); break;
-#if defined(__AVX512F__) || defined(__aarch64__)
-                case 7: score_block<W, 7>(lines, line_count, groups, q, stride, out, lds); break;
-                case 8: score_block<W, 8>(lines, line_count, groups, q, stride, out, lds); break;
-#endif
-            }
-            m += size;
-        }
+        each_tile(queries, [&](auto size, int m) {
+            score_block<W, size>(lines, line_count, groups, query + m * stride, stride, scores + m * lds + i, lds);
+        });
     }
 }
 

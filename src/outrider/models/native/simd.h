@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
@@ -178,6 +179,36 @@ inline vf exp_near(vf x) {
     p = fma(p, r, vf{} + 5.0000001201e-1f);
     p = fma(p * r, r, r + 1.0f);
     return p * (vf)(((vu)shifted - 0x4b400000u + 127u) << 23);
+}
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+constexpr int MAX_TILE = REGISTERS == 32 ? 8 : 6;  // rows that meet the same vectors at once
+
+// body(size, first) for `count` rows in as few tiles as possible, of nearly equal sizes; a size is a constant.
+template <class Body>
+inline void each_tile(int count, const Body& body) {
+    const int tiles = (count + MAX_TILE - 1) / MAX_TILE;
+    int m = 0;
+    for (int t = 0; t < tiles; ++t) {
+        const int size = (count - m + tiles - t - 1) / (tiles - t);
+        switch (size) {
+            case 1: body(std::integral_constant<int, 1>{}, m); break;
+            case 2: body(std::integral_constant<int, 2>{}, m); break;
+            case 3: body(std::integral_constant<int, 3>{}, m); break;
+            case 4: body(std::integral_constant<int, 4>{}, m); break;
+            case 5: body(std::integral_constant<int, 5>{}, m); break;
+            case 6: body(std::integral_constant<int, 6>{}, m); break;
+#if defined(__AVX512F__) || defined(__aarch64__)
+            case 7: body(std::integral_constant<int, 7>{}, m); break;
+            case 8: body(std::integral_constant<int, 8>{}, m); break;
+#endif
+        }
+        m += size;
+    }
 }
 
 }  // namespace outrider

@@ -8,10 +8,8 @@
 namespace outrider {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int WEIGH_TILE = 8;
 constexpr int weigh_vectors(int m) { return m <= 2 ? 8 : m <= 6 ? 4 : 3; }
 #else
-constexpr int WEIGH_TILE = 6;
 constexpr int weigh_vectors(int m) { return m == 1 ? 6 : m <= 3 ? 3 : 2; }
 #endif
 constexpr int VALUE_BLOCK = 64;  // values that all queries meet while they are in the first cache
@@ -68,30 +66,13 @@ inline void weigh_values(
     const float* p, int64_t ldp, int queries, const W* values, int64_t width, int64_t count, float* out, int64_t ldo,
     const Ahead& ahead
 ) {
-    const int tiles = (queries + WEIGH_TILE - 1) / WEIGH_TILE;
     for (int64_t i = 0; i < count; i += VALUE_BLOCK) {
         const int n = (int)(count - i < VALUE_BLOCK ? count - i : VALUE_BLOCK);
         ahead(i, n);
         const W* v = values + i * width;
-        int m = 0;
-        for (int t = 0; t < tiles; ++t) {
-            const int size = (queries - m + tiles - t - 1) / (tiles - t);
-            const float* weight = p + m * ldp + i;
-            float* sum = out + m * ldo;
-            switch (size) {
-                case 1: weigh_block<W, 1>(weight, ldp, v, width, n, sum, ldo); break;
-                case 2: weigh_block<W, 2>(weight, ldp, v, width, n, sum, ldo); break;
-                case 3: weigh_block<W, 3>(weight, ldp, v, width, n, sum, ldo); break;
-                case 4: weigh_block<W, 4>(weight, ldp, v, width, n, sum, ldo); break;
-                case 5: weigh_block<W, 5>(weight, ldp, v, width, n, sum, ldo); break;
-                case 6: weigh_block<W, 6>(weight, ldp, v, width, n, sum, ldo); break;
-#if defined(__AVX512F__) || defined(__aarch64__)
-                case 7: weigh_block<W, 7>(weight, ldp, v, width, n, sum, ldo); break;
-                case 8: weigh_block<W, 8>(weight, ldp, v, width, n, sum, ldo); break;
-#endif
-            }
-            m += size;
-        }
+        each_tile(queries, [&](auto size, int m) {
+            weigh_block<W, size>(p + m * ldp + i, ldp, v, width, n, out + m * ldo, ldo);
+        });
     }
 }
 
