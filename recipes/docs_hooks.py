@@ -1,4 +1,4 @@
-"""mkdocs reads this (mkdocs.yml): pages that lie beside docs/ become pages of the site, and links between the two still lead there."""
+"""mkdocs reads this (mkdocs.yml): pages that lie beside docs/ become pages of the site, and links between the two lead there."""
 
 from __future__ import annotations
 

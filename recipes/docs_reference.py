@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+SIDES = {">=": "At least", "<=": "At most", ">": "Above", "<": "Below"}
 WRITTEN = "<!-- Written by recipes/docs_reference.py (`make reference`): edit the code, not this page. -->\n\n"
 
 
@@ -44,8 +45,10 @@ def commands() -> str:
 
     every = list(leaves(typer.main.get_command(app)))
     out = [
-        "# Commands\n\nWhat `outrider COMMAND --help` says, for every command. Each has an example, which the tests run. `--json` prints "
-        "one JSON document on stdout, everything else goes to stderr. Exit codes: 0 done or passed, 1 a gate failed, 2 wrong usage, "
+        "# Commands\n\nWhat `outrider COMMAND --help` says, for every command. Each has an example, which the tests "
+        "run. `--json` prints "
+        "one JSON document on stdout, everything else goes to stderr. Exit codes: 0 done or passed, 1 a gate failed, "
+        "2 wrong usage, "
         "3 inconclusive, 130 ended by Ctrl-C. `python -m outrider` is the same program.\n",
         "| command | what it does |\n|---|---|",
         *(f"| [`{name}`](#outrider-{name.replace(' ', '-')}) | {cell(first(command))} |" for name, command in every),
@@ -88,7 +91,7 @@ def defaults(text: str) -> str:
         elif span is not None and span[1]:
             said.append(f"From {span[1]} to {span[3]}.")
         elif span is not None:
-            said.append(f"{dict([('>=', 'At least'), ('<=', 'At most'), ('>', 'Above'), ('<', 'Below')])[span[2]]} {span[3]}.")
+            said.append(f"{SIDES[span[2]]} {span[3]}.")
         else:
             said.append("*Required.*" if part == "required" else f"Variable: `{part}`.")
     return " ".join([text[: found.start()], *said])
@@ -102,7 +105,8 @@ def fields() -> str:
     described = document()
     schemas = described["components"]["schemas"]
     out = [
-        "# Request fields\n\nEvery field of every request body, with its bounds, as the server's own `/openapi.json` describes them. An "
+        "# Request fields\n\nEvery field of every request body, with its bounds, as the server's own `/openapi.json` "
+        "describes them. An "
         "unknown field is refused by its name, and `null` stands for any optional field that is left out. "
         "[Serve](../serve.md#fields) and [agents](../agents.md) say how they act together.\n"
     ]
@@ -115,12 +119,12 @@ def fields() -> str:
         name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]
         out.append(f"\n## POST {path}\n\n{verbs['post']['summary']}.\n")
         if name in seen:
-            out.append(f"The body is a [`{name}`](#{name.lower()}), as above.\n")
+            out.append(f"The body is a {link(name)}, as above.\n")
             continue
         seen.append(name)
-        out.append(f"### {name}\n\n" + table(schemas[name]))
+        out.append(f"### {shown(name)}\n\n" + table(schemas[name]))
     below = [name for name in reached(schemas, seen) if "properties" in schemas[name]]
-    out += ["\n## Objects inside\n", *(f"### {name}\n\n" + table(schemas[name]) for name in below)]
+    out += ["\n## Objects inside\n", *(f"### {shown(name)}\n\n" + table(schemas[name]) for name in below)]
     return WRITTEN + "\n".join(out)
 
 
@@ -134,15 +138,30 @@ def reached(schemas: dict[str, Any], roots: list[str]) -> list[str]:
     return found[len(roots) :]
 
 
+def shown(name: str) -> str:
+    """An object's name; where two routes have one of the same name, with its route."""
+    *package, last = name.removeprefix("outrider__serve__").split("__")
+    return f"{last} ({package[0]})" if package else last
+
+
+def link(name: str) -> str:
+    return f"[{shown(name)}](#{re.sub('[^a-z0-9]+', '-', shown(name).lower()).strip('-')})"
+
+
 def table(schema: dict[str, Any]) -> str:
-    """The fields of one object."""
+    """The fields of one object: those that are needed, those that act, and those without an effect."""
     needed = schema.get("required", ())
     rows = [
         f"| {code(name)} | {cell(kind(one))}{', **required**' if name in needed else ''} | {cell(one.get('description', ''))} |"
-        for name, one in schema["properties"].items()
+        for name, one in sorted(schema["properties"].items(), key=lambda item: weight(*item, needed))
     ]
     said = " ".join(schema.get("description", "").split())
     return "\n".join([*([said, ""] if said else []), "| field | value | what |", "|---|---|---|", *rows, ""])
+
+
+def weight(name: str, field: dict[str, Any], needed: Sequence[str]) -> int:
+    """Where a field stands in its table; fields of the same weight keep the order of the code."""
+    return 0 if name in needed else 2 if field.get("description", "").startswith("No effect") else 1
 
 
 def kind(schema: dict[str, Any]) -> str:
@@ -152,8 +171,7 @@ def kind(schema: dict[str, Any]) -> str:
             kinds = dict.fromkeys(kind(one) for one in schema[several] if one.get("type") != "null")
             return " or ".join(kinds) or "null"
     if "$ref" in schema:
-        name = schema["$ref"].rsplit("/", 1)[-1]
-        return f"[{name}](#{name.lower()})"
+        return link(schema["$ref"].rsplit("/", 1)[-1])
     if "const" in schema:
         return code(repr(schema["const"]).replace("'", '"').replace("True", "true").replace("False", "false"))
     if "enum" in schema:
@@ -218,7 +236,8 @@ def metrics() -> str:
     conditions = [f"| {code(c.name)} | {c.severity} | {cell(c.summary)} |" for c in CONDITIONS]
     return WRITTEN + "\n".join(
         [
-            "# Metrics\n\nWhat `GET /metrics` says, in Prometheus's text format. All are sums of raw counts: readers form ratios, as "
+            "# Metrics\n\nWhat `GET /metrics` says, in Prometheus's text format. All are sums of raw counts: readers "
+            "form ratios, as "
             "ratios of sums. Labels come from closed sets; no text and no name of a client's is ever one. `outrider dashboards "
             "export` writes a Grafana dashboard and alert rules that read them.\n",
             "## vLLM's names\n\nThese have the meaning that vLLM gives them, so that its dashboards and benchmark clients work.\n",
@@ -226,7 +245,8 @@ def metrics() -> str:
             "\n## Ours\n",
             listed([family_row(family) for family in ours] + [(*row, ["model_name"]) for row in later]),
             "\nThose of dollars are there with `--price-per-hour` only.\n",
-            "\n## Built-in alerts\n\n`outrider_alert_firing` has one series for each; the page shows them, and `--alert-webhook` sends "
+            "\n## Built-in alerts\n\n`outrider_alert_firing` has one series for each; the page shows them, and "
+            "`--alert-webhook` sends "
             "them.\n",
             "| alert | severity | what it says |\n|---|---|---|",
             *conditions,
