@@ -59,7 +59,7 @@ def commands() -> str:
 
 def first(command: Any) -> str:
     """The first sentence of a command's help."""
-    return re.split(r"(?<=[.?])\s", " ".join((command.help or "").split()))[0]
+    return re.split(r"(?<=[.?])\s(?=[A-Z-])", " ".join((command.help or "").split()))[0]
 
 
 def described(name: str, command: Any) -> str:

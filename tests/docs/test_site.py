@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes import docs_hooks, docs_offline, docs_reference
+from recipes import docs_hooks, docs_names, docs_offline, docs_reference
 from tests.docs.test_statements import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,14 @@ def test_names_of_the_python_reference_are_there() -> None:
     assert len(names) > 10
     for name in names:
         resolve(name)
+
+
+def test_parameters_within_prose_become_a_list() -> None:
+    said = "Decodes text.\n\nslots: how many (a: b). low, high: bounds.\neos: ids. Raises Error: when none."
+    assert docs_names.listed(said, {"slots", "low", "high", "eos", "a"}) == (
+        "Decodes text.\n\n- `slots`: how many (a: b).\n- `low`, `high`: bounds.\n- `eos`: ids. Raises Error: when none."
+    )
+    assert docs_names.listed("No name: here.\n\n>>> slots: x", {"slots"}) == "No name: here.\n\n>>> slots: x"
 
 
 def test_every_picture_is_made_by_a_command() -> None:
