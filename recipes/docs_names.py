@@ -1,4 +1,4 @@
-"""Docstrings of ours name parameters and fields within prose ("slots: sequences decoded together. eos: ..."): here they become lists.
+"""Docstrings of ours name parameters and fields in prose ("slots: sequences decoded together. eos: ..."): here they become lists.
 
 `listed` is the change of a text; the class at the end is what mkdocstrings applies it by (mkdocs.yml).
 """

@@ -40,7 +40,8 @@ def draw_demo() -> Path:
     from rich.console import Console
     from rich.text import Text
 
-    shown = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
+    given = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    shown = {**given, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     done = subprocess.run([*OUTRIDER, *DEMO], env=shown, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     screen = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True, color_system="truecolor")
     screen.print(Text(f"$ outrider {' '.join(DEMO)}", style="bold"))
@@ -86,7 +87,8 @@ def browser() -> Iterator[Any]:
 @contextmanager
 def started(*command: str) -> Iterator[str]:
     """The address of a command that serves a page."""
-    with subprocess.Popen([*OUTRIDER, *command], stderr=subprocess.PIPE, text=True) as server:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}  # as users have it
+    with subprocess.Popen([*OUTRIDER, *command], stderr=subprocess.PIPE, text=True, env=env) as server:
         try:
             assert server.stderr is not None
             yield address(server.stderr)
@@ -97,7 +99,7 @@ def started(*command: str) -> Iterator[str]:
 def shot(page: Any, name: str) -> Path:
     """The page as a PNG of few colours, where Pillow (which matplotlib brings) is there: a third of the size."""
     path = FIGURES / name
-    page.screenshot(path=str(path))
+    page.screenshot(path=str(path), full_page=name != "serve_phone.png")
     with suppress(ImportError):
         from PIL import Image
 

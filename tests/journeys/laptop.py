@@ -31,14 +31,14 @@ def first_minutes() -> None:
 
 
 def texts() -> None:
-    greedy = documented("first_hour.md", "outrider generate 'def main('")
+    greedy = documented("first_hour.md", 'outrider generate "def main("')
     drafted, plain = run(greedy), run(greedy, "--draft none")
     need(drafted.out == plain.out, f"greedy text depends on the drafter: {drafted.out!r} and {plain.out!r}")
     last = drafted.err.strip().splitlines()[-1]
     need(
         "tokens/s" in last and "acceptance length" in last and "first token after" in last, f"the last line is {last!r}"
     )
-    document = run(documented("first_hour.md", "outrider generate 'import os'")).json()
+    document = run(documented("first_hour.md", 'outrider generate "import os"')).json()
     need("outputs" in document or "text" in json.dumps(document), "no text in the document")
     run("outrider generate - --max-tokens 8", given="def f(x):\n")
     run("outrider chat --max-tokens 8", given="x = 1\n").says("tokens/s")
