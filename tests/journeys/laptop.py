@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
-from steps import Friction, documented, need, refused, run, terminal
+from steps import documented, journey, need, refused, run, terminal
 
 FEW = "--count 3 --max-tokens 16"
 
@@ -44,8 +43,8 @@ def texts() -> None:
     run("outrider chat --max-tokens 8", given="x = 1\n").says("tokens/s")
 
 
-def own_model(pair: Path) -> None:
-    target = Path("model")
+def own_model() -> None:
+    pair, target = shipped(), Path("model")
     shutil.copytree(pair / "target", target)
     run("outrider doctor model", f"{pair / 'draft'}")
     terminal("outrider doctor model")
@@ -89,11 +88,4 @@ def wrong() -> None:
 
 
 if __name__ == "__main__":
-    if Path.cwd().is_relative_to(Path(__file__).resolve().parents[2]):
-        raise Friction("a journey starts outside the checkout")
-    first_minutes()
-    texts()
-    own_model(shipped())
-    measured()
-    wrong()
-    print(f"laptop: walked with Python {sys.version.split()[0]}")
+    journey("laptop", first_minutes, texts, own_model, measured, wrong)

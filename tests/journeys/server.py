@@ -6,11 +6,10 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from steps import documented, get, need, refused, run, served, words
+from steps import documented, get, journey, need, refused, run, served, words
 
 ASKED = {"model": "pycode", "prompt": "def read_config(path):\n", "max_tokens": 16, "seed": 1}
 
@@ -114,9 +113,4 @@ def kept() -> None:
 
 
 if __name__ == "__main__":
-    starts_and_answers()
-    ends_at_once()
-    interrupted_while_loading()
-    does_not_start()
-    kept()
-    print(f"server: walked with Python {sys.version.split()[0]}")
+    journey("server", starts_and_answers, ends_at_once, interrupted_while_loading, does_not_start, kept)

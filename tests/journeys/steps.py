@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,3 +188,13 @@ def served(line: str, more: str = "", **variables: str) -> Iterator[tuple[str, s
         except subprocess.TimeoutExpired:
             child.kill()
         child.stderr.close()  # type: ignore[union-attr]
+
+
+def journey(name: str, *stages: Callable[[], None]) -> None:
+    """Walk the stages, or those that the command line names."""
+    need(not Path.cwd().is_relative_to(CHECKOUT), "a journey starts outside the checkout")
+    known = {stage.__name__: stage for stage in stages}
+    for wanted in sys.argv[1:] or known:
+        print(f"-- {name}: {wanted}", flush=True)
+        known[wanted]()
+    print(f"{name}: walked with Python {sys.version.split()[0]}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from steps import documented, need, refused, run, terminal, words
+from steps import documented, journey, need, refused, run, terminal, words
 
 SMALL = "--rows 24 --held-out 4 --length 48 --prompt 16 --steps 6 --batch 4 --save-every 2"
 DATA = "--data texts"
@@ -16,13 +15,14 @@ DATA = "--data texts"
 
 def written() -> None:
     """Some text of one's own."""
-    Path("texts").mkdir()
+    Path("texts").mkdir(exist_ok=True)
     for i in range(60):
         lines = (f"def function_{i}_{j}(x, y):\n    return x + y * {i + j}\n\n" for j in range(40))
         Path(f"texts/{i}.py").write_text("".join(lines), encoding="utf-8")
 
 
 def costs() -> None:
+    written()
     line = documented("train.md", "outrider train eagle --target my/model --data texts/ --dry-run").replace(
         "--target my/model", ""
     )
@@ -31,6 +31,7 @@ def costs() -> None:
 
 
 def trained() -> None:
+    written()
     run(documented("train.md", "outrider train medusa --out my/medusa"), f"{DATA} {SMALL}")
     line = documented("train.md", "outrider train eagle --target my/model --data texts/ --pattern")
     line = line.replace("--target my/model", "").replace("--data chats.jsonl", "").replace("'*.md'", "'*.py'")
@@ -48,7 +49,8 @@ def trained() -> None:
 
 
 def continued() -> None:
-    """Interrupted, and continued by the same command."""
+    """Interrupted by Ctrl-C in the middle."""
+    written()
     line = f"outrider train draft {DATA} {SMALL} --steps 4000 --blocks 1 --width 64 --work kept"
     child = subprocess.Popen(words(line), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 600
@@ -67,9 +69,4 @@ def wrong() -> None:
 
 
 if __name__ == "__main__":
-    written()
-    costs()
-    trained()
-    continued()
-    wrong()
-    print(f"training: walked with Python {sys.version.split()[0]}")
+    journey("training", costs, trained, continued, wrong)
