@@ -46,6 +46,9 @@ def environment(python: str, wheel: Path) -> Path:
     install = [str(place / "bin" / "python"), *PIP, "install", "--constraint", str(CHECKOUT / "constraints.txt")]
     subprocess.run([*install, f"{wheel}[{EXTRAS}]"], check=True)
     subprocess.run([*install, "--force-reinstall", "--no-deps", str(wheel)], check=True)  # of the same version
+    whole = subprocess.run([str(place / "bin" / "python"), str(CHECKOUT / ".ci" / "wheel.py")])  # as CI checks a wheel
+    if whole.returncode and not wheel.name.endswith("-any.whl"):
+        raise SystemExit("the wheel lacks native libraries: see what its build says without --quiet")
     return place / "bin"
 
 
