@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from outrider import isa
+from outrider.cli import terminal
 from outrider.nn import compiled
 
 
@@ -44,3 +45,10 @@ def test_a_compiler_that_takes_too_long_is_said_with_a_remedy(monkeypatch: pytes
     with pytest.raises(compiled.BuildError, match=r"^c\+\+ did not end within 300 s$") as error:
         compiled.compile_unit(compiled.DECODER, ["c++"], (), tmp_path / "own.so")
     assert "less busy" in error.value.remedy
+
+
+def test_the_command_line_says_that_something_is_compiled(asked: list[float], tmp_path: Path, capsys: Any) -> None:
+    terminal.show_waiting()
+    terminal.show_waiting()  # twice is as once
+    compiled.compile_unit(compiled.DECODER, ["c++"], (), tmp_path / "own.so")
+    assert capsys.readouterr().err.count("compiling the native library 'decoder', once on this machine") == 1

@@ -26,6 +26,8 @@ from pathlib import Path
 from outrider import isa
 
 logger = logging.getLogger(__name__)
+waiting = logging.getLogger("outrider.waiting")
+"""Says what takes long and is done once; the command line shows it."""
 
 FLAGS = (
     "-std=c++17",
@@ -245,7 +247,7 @@ def compile_unit(
 
     link: further flags of the linker. patience: seconds for each of both.
     """
-    logger.info("compiling %s (once per machine, some seconds)", unit.name)
+    waiting.info("compiling the native library '%s', once on this machine: the next start does not wait for it", unit.name)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         part, made = Path(name) / "unit.o", Path(name) / "unit.so"
