@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +49,17 @@ def test_a_second_signal_within_the_first_ones_line_ends_at_once(monkeypatch: py
     assert end.value.args == (ending.INTERRUPTED,)
     assert b"".join(written).endswith(b"\noutrider: interrupted\n") and b"no request is open" in stream.seen
     monkeypatch.undo()
+
+
+def test_ctrl_c_while_the_program_is_imported_is_no_traceback(tmp_path: Path) -> None:
+    """By a module of the command line that is interrupted while it is imported."""
+    code = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'outrider.cli.doctor':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from outrider.__main__ import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\noutrider: interrupted\n")
