@@ -8,6 +8,7 @@ import struct
 import sys
 import weakref
 from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from outrider import isa
 from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
+from outrider.nn.ahead import Ahead, Step
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.held import BAD_SEGMENT, BAD_TOKEN, NO_MEMORY, NO_ROOM, OK
 from outrider.nn.kv import PagedKV
@@ -208,17 +210,12 @@ class NativeDecoder:
             raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
         logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
         hidden = tuple(torch.empty(n, self._config.hidden, dtype=self.weights.dtype) for _ in layers)
-        taps, outs = array("q", layers), array("Q", [h.data_ptr() for h in hidden])
+        outs = array("Q", [h.data_ptr() for h in hidden])
         segments = array("q", _flat(rows))
         mass = self._mass(rows, kv)
-        call = _CALL.pack(
-            n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
-            kv.page, kv.pages.count,
-            token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
-            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(),
-            logits.data_ptr(),
-            self._touched.buffer_info()[0],
-            0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
+        call, _keep = self._pack(
+            kv, (n, m, len(rows.segments)), (token.data_ptr(), position.data_ptr(), scored.data_ptr()), segments,
+            logits.data_ptr(), array("q", layers), outs, mass,
         )  # fmt: skip
         status = self._forward(self._handle, call)
         if status != OK:
@@ -228,6 +225,58 @@ class NativeDecoder:
                 if not s.view:
                     kv.attended[s.slot] = seen[: -(-(s.cached + s.count) // kv.chunk)]
         return Scores(logits, hidden)
+
+    def _pack(
+        self,
+        kv: PagedKV,
+        sizes: tuple[int, int, int],
+        rows: tuple[int, int, int],
+        segments: array,
+        logits: int,
+        taps: array | None = None,
+        outs: array | None = None,
+        mass: Tensor | None = None,
+    ) -> tuple[bytes, tuple[object, ...]]:
+        """A call, and what it points to. sizes: rows, scored ones, segments. rows: addresses of tokens, positions, scored rows."""
+        taps, outs = array("q") if taps is None else taps, array("Q") if outs is None else outs
+        at = lambda a: a.buffer_info()[0]  # noqa: E731
+        call = _CALL.pack(
+            *sizes, len(taps), torch.get_num_threads(), kv.slots, kv.capacity, kv.page, kv.pages.count,
+            *rows, at(segments), at(kv.pages.table), at(taps), at(outs), kv.k.data_ptr(), kv.v.data_ptr(), logits,
+            at(self._touched), 0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
+        )  # fmt: skip
+        return call, (segments, taps, outs, mass)
+
+    def ahead(
+        self,
+        kv: PagedKV,
+        levels: Sequence[Sequence[int]],
+        token: Sequence[int],
+        logits: Tensor,
+        done: Callable[[list[list[int]]], None],
+    ) -> Ahead | None:
+        """Forwards that append a token to each of some slots, level by level. levels: their slots; token: addresses that the tokens will
+        be read at; logits [r, V]: of all of them, one behind the other. None where the cache lacks room, or tells who is looked at."""
+        if self._checked is None or self._checked() is not kv:
+            self._check(kv)
+        further = {slot: kv.length[slot] + n for n, slots in enumerate(levels, 1) for slot in slots}
+        if kv.attended is not None or any(end > kv.capacity for end in further.values()):
+            return None
+        for slot, end in further.items():
+            kv.make_room(slot, end)
+        steps: list[Step] = []
+        keep: list[object] = [logits]
+        first = 0
+        for n, (slots, place) in enumerate(zip(levels, token, strict=True)):
+            position, scored = array("q", [kv.length[s] + n for s in slots]), array("q", range(len(slots)))
+            segments = array("q", [x for j, s in enumerate(slots) for x in (s, j, position[j], 1, 0, 0)])
+            rows = place, position.buffer_info()[0], scored.buffer_info()[0]
+            goal = logits.data_ptr() + 4 * self._config.vocab_size * first
+            call, kept = self._pack(kv, (len(slots),) * 3, rows, segments, goal)
+            keep += (position, scored, kept)
+            steps.append(Step(call))
+            first += len(slots)
+        return Ahead(self._forward, self._handle, steps, keep, self._fail, done)
 
     @property
     def touched(self) -> tuple[int, ...]:
