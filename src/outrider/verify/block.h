@@ -18,7 +18,10 @@ struct Step {
     int64_t* next;    // out: the token behind them
     double *risk, *spread;  // out
     int64_t sequences, size;
+    const double* coin;  // null, or given ones: for each sequence `accept` of depths 1 .. n, then `final` of 1 .. n + 1
 };
+
+constexpr double BELOW_ONE = 1.0 - 0x1p-53;
 
 inline double clamp01(double x) { return x == x ? (x > 0.0 ? (x < 1.0 ? x : 1.0) : 0.0) : 1.0; }
 inline bool is_positive(double x) { return x > 0.0 && x < INFINITY; }
@@ -52,14 +55,19 @@ bool verify(const Step& s, int64_t* broken, const Overlap& overlap, const Draw& 
         }
         const double whole = n ? keep[n - 1] : 1.0;
         s.risk[b] = risk, s.spread[b] = spread + whole * (1.0 - whole);
+        const double* given = s.coin ? s.coin + 2 * first + b : nullptr;
+        const auto coin = [&](noise::Lane lane, int64_t depth) {
+            if (given) return given[lane == noise::ACCEPT ? depth - 1 : n + depth - 1];
+            return noise::uniform(s.seed[b], lane, s.position[b], depth);
+        };
         int64_t taken = n;
         for (; taken > 0; --taken) {
             const double here = keep[taken - 1], rest = taken < n ? lost[taken] : 0.0;
             const double top = taken == n ? here : rest, bottom = taken == n ? 1.0 : rest + 1.0 - here;
-            if (noise::uniform(s.seed[b], noise::ACCEPT, s.position[b], taken) * bottom < top || bottom <= 0.0) break;
+            if (coin(noise::ACCEPT, taken) * bottom < top || bottom <= 0.0) break;
         }
         s.taken[b] = taken;
-        const double u = noise::uniform(s.seed[b], noise::FINAL, s.position[b], taken + 1);
+        const double u = coin(noise::FINAL, taken + 1) < BELOW_ONE ? coin(noise::FINAL, taken + 1) : BELOW_ONE;
         double total = 0.0;
         const bool refused = taken < n, drawn = refused && is_positive(chance(taken));
         s.next[b] = draw(row(taken), drawn ? other(taken) : nullptr, drawn && taken ? keep[taken - 1] : 1.0,

@@ -101,8 +101,8 @@ def transport(
     return TransportResult(taken.tolist(), rest, left)
 
 
-_STEP = struct.Struct("11Q2q")
-"""`Step` of block.h: p, q; counts, token, row; seed, position; taken, next, risk, spread; sequences, size."""
+_STEP = struct.Struct("11Q2qQ")
+"""`Step` of block.h: p, q; counts, token, row; seed, position; taken, next, risk, spread; sequences, size; coin."""
 
 
 class BlockResult(NamedTuple):
@@ -127,14 +127,25 @@ def block(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> BlockResult | 
     count, nodes = len(draft.counts), len(draft.parent)
     whole = array("q", [*draft.counts, *draft.tokens, *(q.row if q is not None else (POINT_MASS,) * nodes), *noise.position])
     seed, out, ledger = array("Q", noise.keys), array("q", bytes(16 * count + 8)), array("d", bytes(16 * count))
+    coins = array("d") if type(noise) is Noise else array("d", _coins(draft, noise))
     at, found, sums = whole.buffer_info()[0], out.buffer_info()[0], ledger.buffer_info()[0]
     step = _STEP.pack(
         p.data_ptr(), 0 if q is None else q.probs.data_ptr(), at, at + 8 * count, at + 8 * (count + nodes),
         seed.buffer_info()[0], at + 8 * (count + 2 * nodes), found, found + 8 * count, sums, sums + 8 * count, count, p.shape[1],
+        coins.buffer_info()[0] if coins else 0,
     )  # fmt: skip
     fine = compiled.outrider_block(step, p.dtype == torch.float64, found + 16 * count)
     taken, final, broken = out[:count].tolist(), out[count : 2 * count].tolist(), out[-1]
     return BlockResult(taken, final, ledger[:count].tolist(), ledger[count:].tolist(), -1 if fine else broken)
+
+
+def _coins(draft: Draft, noise: Noise) -> list[float]:
+    """What a noise of another kind says, in the order of block.h."""
+    out: list[float] = []
+    for b, n in enumerate(draft.counts):
+        out += [noise.uniform(b, depth, "accept") for depth in range(1, n + 1)]
+        out += [noise.uniform(b, depth, "final") for depth in range(1, n + 2)]
+    return out
 
 
 def _library(p: Tensor, q: Tensor) -> ctypes.CDLL | None:
