@@ -27,6 +27,7 @@ from outrider.drafters.tree import draws, forest, growth
 from outrider.engine import core, emit, rows, sanitize, step
 from outrider.engine.state import StepState
 from outrider.models.load import load_target
+from outrider.nn import picks
 from outrider.params import SamplingParams
 from outrider.types import Draft, Rows
 
@@ -107,6 +108,11 @@ def places(engine: Engine) -> Iterator[tuple[str, Any, str]]:
     yield from (("draw", draws, name) for name in ("fetch",) if hasattr(draws, name))
     yield "draw", growth, "fetch"
     yield "forest", forest.Forest, "draft"
+    library = picks.chain_library(torch.ones(1, 1)) if hasattr(picks, "chain_library") else None
+    if library is not None:
+        yield "chain: forwards and draws", library, "outrider_chain"
+    yield from (("verify", step, "verify"), ("propose", step, "propose"), ("noise and allowances", step, "noise_of"))
+    yield "noise and allowances", step, "allowances"
 
 
 @contextmanager
@@ -163,7 +169,7 @@ def profile(name: str, temperature: float, tokens: int, count: int) -> None:
     made = engine.counts.emitted / engine.counts.steps
     print(f"T={temperature:.0f} {name}: {1e6 * whole:.0f} us a step, {1e6 * without:.0f} without clocks; {made:.2f} tokens a step")
     for part, took in sorted(spent.items(), key=lambda pair: -pair[1]):
-        print(f"    {part:24}{1e6 * took:8.0f} us {100 * took / whole:5.1f}%{calls[part]:7.1f} calls")
+        print(f"    {part:26}{1e6 * took:8.0f} us {100 * took / whole:5.1f}%{calls[part]:7.1f} calls")
 
 
 def widths(rounds: int) -> None:

@@ -24,11 +24,11 @@ class Step:
 class Ahead:
     """The forwards of all levels but the first.
 
-    forward: the compiled function. handle: its first argument. keep: what must live until it has run. fail: raises what a status
+    forward: address of the compiled function. handle: its first argument. keep: what must live until it has run. fail: raises what a status
     other than 0 means. done: is told, for each sequence of the first step, the tokens that were fed. hidden: numbers of a feature.
     """
 
-    forward: Any
+    forward: int
     handle: int
     steps: Sequence[Step]
     keep: object
@@ -36,7 +36,7 @@ class Ahead:
     done: Callable[[list[list[int]]], None]
     hidden: int = 0
 
-    @property
-    def address(self) -> int:
-        """Of the function."""
-        return ctypes.cast(self.forward, ctypes.c_void_p).value or 0
+
+def address_of(function: Any) -> int:
+    """Where a function of a library is."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

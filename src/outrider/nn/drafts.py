@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.errors import CapacityError
-from outrider.nn.ahead import Ahead, Step
+from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.held import OK, Held, fail
 from outrider.nn.kv import RowCache
 
@@ -170,6 +170,7 @@ class NativeLayers:
         self._held = held = Held(library, self.dtype)
         self._sparse, self._features = support is not None, features
         self._forward = library.outrider_draft_forward
+        self._address = address_of(self._forward)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_draft_new.argtypes, library.outrider_draft_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_draft_free.argtypes, library.outrider_draft_free.restype = (ctypes.c_void_p,), None
@@ -277,7 +278,7 @@ class NativeLayers:
             keep += kept
             steps.append(Step(call, above, feature))
             above, first = out, first + len(rows.token)
-        return Ahead(self._forward, self._handle, steps, keep, lambda status: fail(status, vocab), done, width)
+        return Ahead(self._address, self._handle, steps, keep, lambda status: fail(status, vocab), done, width)
 
     def _check_cache(self, cache: RowCache) -> None:
         """A cache is checked once: its shape and type do not change."""

@@ -25,9 +25,10 @@ inline V entries(const float* x, int64_t i, int64_t n) {
 
 inline void put(float* out, V v, int64_t i, int64_t n) { std::memcpy(out + i, &v, (i + N <= n ? N : n - i) * sizeof(float)); }
 
-// exp(x) for x <= 0 to about 2 units in the last place (Cephes' expf polynomial); 0 below -87, NaN stays NaN.
+// exp(x) for x <= 0 to about 2 units in the last place (Cephes' expf polynomial); 0 where that is below half the smallest float, NaN
+// stays NaN.
 inline V exp_of(V x) {
-    const V least = V{} - 87.0f, y = x < least ? least : x;
+    const V least = V{} - 103.97f, y = x < least ? least : x;
     const V shifted = y * 1.44269504088896341f + 12582912.0f;  // adds 1.5 * 2^23: the low bits become the nearest integer
     const V n = shifted - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
     V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -36,7 +37,8 @@ inline V exp_of(V x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    p *= (V)(((I)shifted - 0x4b400000 + 127) << 23);
+    const I power = (I)shifted - 0x4b400000, half = power >> 1;  // in two steps: the smallest results have no power of their own
+    p = p * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
     return x < least ? V{} : p;
 }
 

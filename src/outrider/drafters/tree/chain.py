@@ -125,7 +125,7 @@ def _run(
     at = lambda a: a.buffer_info()[0]  # noqa: E731
     status = library.outrider_chain(_CHAINS.pack(
         len(sources), vocab, 0 if ahead is None else ahead.hidden,
-        0 if ahead is None else ahead.address, 0 if ahead is None else ahead.handle,
+        0 if ahead is None else ahead.forward, 0 if ahead is None else ahead.handle,
         at(seed), at(position), at(each), probs.data_ptr(), at(levels),
     ))  # fmt: skip
     if status and ahead is not None:

@@ -19,7 +19,7 @@ from outrider import isa
 from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
-from outrider.nn.ahead import Ahead, Step
+from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.held import BAD_SEGMENT, BAD_TOKEN, NO_MEMORY, NO_ROOM, OK
 from outrider.nn.kv import PagedKV
@@ -182,6 +182,7 @@ class NativeDecoder:
         self._library, self._config, self.weights = library, config, weights
         self._touched = array("q", [0] * config.layers)
         self._forward = library.outrider_forward
+        self._address = address_of(self._forward)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
@@ -276,7 +277,7 @@ class NativeDecoder:
             keep += (position, scored, kept)
             steps.append(Step(call))
             first += len(slots)
-        return Ahead(self._forward, self._handle, steps, keep, self._fail, done)
+        return Ahead(self._address, self._handle, steps, keep, self._fail, done)
 
     @property
     def touched(self) -> tuple[int, ...]:
