@@ -69,8 +69,8 @@ struct Residual {
     double w;
     int64_t banned = -1;
     double operator[](int64_t i) const {
-        const double x = static_cast<double>(p[i]) * w - (q ? static_cast<double>(q[i]) : 0.0);
-        return x > 0 && i != banned ? x : 0.0;
+        const double x = i == banned ? 0.0 : static_cast<double>(p[i]) * w - (q ? static_cast<double>(q[i]) : 0.0);
+        return x > 0 ? x : 0.0;
     }
     double sum(int64_t from, int64_t to) const {
         double lane[8] = {};
