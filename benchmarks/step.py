@@ -32,7 +32,7 @@ from outrider.params import SamplingParams
 from outrider.types import Draft, Rows
 
 NOW = time.perf_counter
-ROWS = (1, 2, 3, 4, 5, 6, 8)
+ROWS: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
 CONTEXT = 128
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import LevelLogits, Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.models.load import load_target
-from outrider.noise import Noise
 from outrider.nn import picks
+from outrider.noise import Noise
 from outrider.sampling.pipeline import LogitsPipeline
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 from tests.drafters.drafting import evidence, view
@@ -25,7 +26,7 @@ from tests.drafters.test_native_drafts import LIBRARY, V, eagle
 pytestmark = pytest.mark.skipif(
     LIBRARY is None or picks.best(torch.ones(1, 1), 1) is None, reason="compiled code needs a C++ compiler"
 )
-REQUESTS = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.3}]
+REQUESTS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.3}]
 DEPTHS = [(4, 4, 4), (1, 4, 2), (0, 3, 0), (1, 0, 1)]
 
 
@@ -49,7 +50,9 @@ def after_a_prompt(these: list[SequenceView], width: int, taps: int, vocab: int)
     each = tuple(range(len(these)))
     places = Noise(tuple(v.seed for v in these), tuple(len(v.tokens) - 1 for v in these))
     scores = Scores(torch.zeros(len(these), vocab), hidden)
-    return Evidence(rows, scores, Draft.empty(len(these)), verdict, tuple(these), each, each, places, LogitsPipeline(vocab))
+    return Evidence(
+        rows, scores, Draft.empty(len(these)), verdict, tuple(these), each, each, places, LogitsPipeline(vocab)
+    )
 
 
 def eagles(kind: str) -> Callable[[Sequence[int]], Draft]:
@@ -139,7 +142,8 @@ def test_a_row_without_a_distribution_ends_its_own_chain_only() -> None:
 
 def test_filters_and_edits_are_drawn_level_by_level() -> None:
     logits = torch.randn(2, 1, V)
-    for params in ({"top_k": 3}, {"repetition_penalty": 1.2}, {"temperature": 0.0, "logit_bias": {1: 2.0}}):
+    filtered: list[dict[str, Any]] = [{"top_k": 3}, {"repetition_penalty": 1.2}, {"temperature": 0.0, "logit_bias": {1: 2.0}}]
+    for params in filtered:
         step, forest = evidence([view([1, 2, 3], **params)], V), Forest(1)
         assert not chain.grow(step, (2,), forest, logits[0], LevelLogits(logits, (2,), forest), True)
         assert not forest.tokens[0]

@@ -6,10 +6,11 @@ what runs where this does not apply (`grow` says where).
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,6 @@ _CHAINS = struct.Struct("3q7Q")
 """`Chains` of chain.h: levels, vocab, hidden; forward, handle; seed, position, temperature; probs, level."""
 
 
-@runtime_checkable
 class Foreseeing(Protocol):
     """A `NextLogits` whose forwards for chains are known ahead, or that needs none."""
 
@@ -72,18 +72,20 @@ def grow(
     live = [i for i, d in enumerate(depths) if d]
     params = [evidence.sequences[i].params for i in live]
     plain = not any(p.edits or (drawn and p.filters) for p in params)
-    library = picks.chain_library(logits) if plain and isinstance(follow, Foreseeing) else None
+    foresees = hasattr(follow, "ahead")  # an isinstance of a protocol takes as long as a level
+    library = picks.chain_library(logits) if live and plain and foresees else None
     if library is None or not transfer.on_host(logits):
         return False
     vocab, temperature = logits.shape[1], [p.temperature if drawn else 0.0 for p in params]
     rows = [[i for i in live if depths[i] > level] for level in range(max(depths))]
-    known = follow.levels()  # type: ignore[attr-defined]
+    foreseeing = cast(Foreseeing, follow)
+    known = foreseeing.levels()
     made = _Buffers(rows, live)
     made_logits = logits if known is not None else logits.new_empty(made.first[-1] - len(live), vocab)
     ahead = None
     if known is None:
         goals = [made_logits.data_ptr() + 4 * vocab * (n - len(live)) for n in made.first[1:-1]]
-        ahead = follow.ahead(rows[1:], [made.at(made.fed, n) for n in range(1, len(rows))], made_logits)  # type: ignore[attr-defined]
+        ahead = foreseeing.ahead(rows[1:], [made.at(made.fed, n) for n in range(1, len(rows))], made_logits)
         if ahead is None:
             return False
         sources = [logits.data_ptr(), *goals]
@@ -99,7 +101,7 @@ def grow(
 
 
 def _run(
-    library: picks.ctypes.CDLL,
+    library: ctypes.CDLL,
     evidence: Evidence,
     live: list[int],
     temperature: list[float],

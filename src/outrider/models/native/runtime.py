@@ -10,14 +10,14 @@ import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from outrider import isa
 from outrider.errors import CapacityError, RequestError
-from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
+from outrider.models.decoder import DecoderConfig, DecoderWeights
+from outrider.models.native.shapes import sizes_of, unlike
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
 from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.compiled import DECODER, load
@@ -71,7 +71,6 @@ _CALL = struct.Struct("9q12Qq")
 _PART = 512
 """Keys of a part in attention.h."""
 
-ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
 
 def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:
@@ -83,9 +82,9 @@ def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeD
     if not weights.packed and weights.norm.device.type != "cpu":
         return None, []
     library, notice = library_for(config, weights.dtype)
-    unlike = _unlike(config, weights) if library is not None else None
-    if library is None or unlike is not None:
-        return None, [notice or "" if unlike is None else f"{DECODER.instead}: {unlike}"]
+    other = unlike(config, weights) if library is not None else None
+    if library is None or other is not None:
+        return None, [notice or "" if other is None else f"{DECODER.instead}: {other}"]
     return NativeDecoder(library, config, NativeWeights.of(library, weights)), [] if notice is None else [notice]
 
 
@@ -118,53 +117,6 @@ def _unfit(config: DecoderConfig, dtype: torch.dtype) -> str | None:
             "choose a model whose heads do, if speed matters"
         )
     return None
-
-
-def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
-    """Why the decoder cannot read these plain weights, in a clause; None if it can. Readers check packed ones."""
-    if weights.packed:
-        return None
-    for name, tensor, shape in _expected(config, weights):
-        if tensor.shape != shape:
-            return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
-        wide = weights.wide_norms and name.split()[0] in (*NORMS, "norm")
-        dtype = torch.float32 if wide else weights.dtype
-        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
-    return None
-
-
-def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-    """Every existing tensor, with the shape it must have."""
-    c, wide = config, config.heads * config.head_dim
-    fused = wide + 2 * config.kv_heads * config.head_dim
-    rows = any(layer.q_norm is not None and len(layer.q_norm) != c.head_dim for layer in weights.layers)
-    shapes: dict[str, tuple[int, ...]] = {
-        "norm1": (c.hidden,),
-        "qkv": (fused, c.hidden),
-        "qkv_bias": (fused,),
-        "q_norm": (wide,) if rows else (c.head_dim,),
-        "k_norm": (c.kv_heads * c.head_dim,) if rows else (c.head_dim,),
-        "post1": (c.hidden,),
-        "post2": (c.hidden,),
-        "o": (c.hidden, wide),
-        "o_bias": (c.hidden,),
-        "norm2": (c.hidden,),
-        "gate_up": (2 * c.inner, c.hidden),
-        "down": (c.hidden, c.inner),
-    }
-    count, _, inner, _ = _sizes(c.experts)
-    sparse = {"router": (count, c.hidden), "gate_up": (2 * count * inner, c.hidden), "down": (count * c.hidden, inner)}
-    out: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
-        ("norm", weights.norm, (c.hidden,)),
-        ("head", weights.head, (c.vocab_size, c.hidden)),
-    ]
-    for i, layer in enumerate(weights.layers):
-        of = shapes if layer.router is None else shapes | sparse
-        tensors = {name: getattr(layer, name) for name in of}
-        out += [(f"{name} of layer {i}", t, of[name]) for name, t in tensors.items() if t is not None]
-    return out
 
 
 class NativeDecoder:
@@ -230,7 +182,7 @@ class NativeDecoder:
     def _pack(
         self,
         kv: PagedKV,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, ...],
         rows: tuple[int, int, int],
         segments: array,
         logits: int,
@@ -319,7 +271,7 @@ class NativeDecoder:
             len(c.inv_freq), len(tables), int(c.activation != "silu"), c.eps, c.rope_scale, scale, c.attention_cap,
             c.scale_of_embeddings(w.dtype), c.residual_scale, c.logit_scale, c.logit_cap,
             self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
-            c.clip, *_sizes(c.experts),
+            c.clip, *sizes_of(c.experts),
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
@@ -346,11 +298,6 @@ class NativeDecoder:
         raise ValueError(
             "the segments do not describe the rows" if status == BAD_SEGMENT else "a scored row is not a row"
         )
-
-
-def _sizes(experts: Experts | None) -> tuple[int, int, int, int]:
-    """Experts, those that a row uses, units of one, whether weights are normalised."""
-    return (0, 0, 0, 0) if experts is None else (experts.count, experts.used, experts.inner, int(experts.normalised))
 
 
 def _flat(rows: Rows) -> list[int]:
