@@ -149,6 +149,8 @@ CXX_MUTANTS = [
     ("block: chances are not multiplied", "clamp01(above * px / qx)", "clamp01(px / qx)", blocks),
     ("block: the residual forgets what was kept", "drawn && taken ? keep[taken - 1] : 1.0", "1.0", blocks),
     ("block: a refused point mass stays in", "refused && !drawn ? s.token[first + taken] : -1", "-1", blocks),
+]
+FURTHER_CXX_MUTANTS = [
     ("block: the row above", "s.sequences + first + i - 1", "s.sequences + first + i - (i > 1 ? 2 : 1)", blocks),
     ("block: the first coin that refuses ends the chain", "bottom < top || bottom <= 0.0", "bottom < here || bottom <= 0.0", blocks),
     ("block: the whole draft has no variance", "spread + whole * (1.0 - whole)", "spread", blocks),
@@ -200,7 +202,11 @@ def test_mutant_beside_native_passes_is_killed(mutant, monkeypatch):
 
 
 @pytest.mark.skipif(not native.serve(torch.zeros(1)), reason="needs a C++ compiler")
-@pytest.mark.parametrize("mutant", CXX_MUTANTS, ids=lambda mutant: mutant[0])
+@pytest.mark.parametrize(
+    "mutant",
+    [*CXX_MUTANTS, *(pytest.param(m, marks=pytest.mark.slow) for m in FURTHER_CXX_MUTANTS)],  # each is compiled
+    ids=lambda mutant: mutant[0],
+)
 def test_mutant_of_the_native_passes_is_killed(mutant, tmp_path, monkeypatch):
     _, old, new, check = mutant
     sources = {path.name: path.read_text() for path in native.PASSES.sources}
