@@ -149,7 +149,7 @@ CXX_MUTANTS = [
     ("block: chances are not multiplied", "clamp01(above * px / qx)", "clamp01(px / qx)", blocks),
     ("block: the residual forgets what was kept", "drawn && taken ? keep[taken - 1] : 1.0", "1.0", blocks),
     ("block: a refused point mass stays in", "refused && !drawn ? s.token[first + taken] : -1", "-1", blocks),
-]
+]  # fmt: skip
 FURTHER_CXX_MUTANTS = [
     ("block: the row above", "s.sequences + first + i - 1", "s.sequences + first + i - (i > 1 ? 2 : 1)", blocks),
     ("block: the first coin that refuses ends the chain", "bottom < top || bottom <= 0.0", "bottom < here || bottom <= 0.0", blocks),
