@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -26,6 +26,7 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights,
 from outrider.models.expert_use import ExpertUse
 from outrider.models.native import load_native
 from outrider.nn import rope
+from outrider.nn.ahead import Ahead
 from outrider.nn.attention import AttentionPlan, capped
 from outrider.nn.experts import SparseLayer, expert_mlp
 from outrider.nn.kv import PagedKV, page_limit
@@ -140,6 +141,19 @@ class LeanTarget:
         if short:
             groups.append((short, lambda part: native.forward(part, cache, layers)))
         return run_parts(rows, groups)
+
+    def ahead(
+        self,
+        kv: KVCache,
+        levels: Sequence[Sequence[int]],
+        token: Sequence[int],
+        logits: Float[Tensor, "r V"],
+        done: Callable[[list[list[int]]], None],
+    ) -> Ahead | None:
+        """Forwards that append one token to each of some slots, level by level, see `NativeDecoder.ahead`; None without it."""
+        if self.native is None or self.row_work is not None or not isinstance(kv, PagedKV):
+            return None
+        return self.native.ahead(kv, levels, token, logits, done)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self._embedding(token).to(self.dtype)
