@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,8 @@ from outrider.nn.kv import RowCache
 from outrider.protocols import Drafter, Target
 from outrider.types import Draft, Evidence, SequenceView
 
+ForwardOf = Callable[[Any, int], Forward]
+"""From a network and the rows of a slot to its forward."""
 CHUNK = 256
 """Most rows of one sequence in one pass."""
 
@@ -50,15 +53,18 @@ class SlotState:
 class EagleDrafter:
     """Drafts with a feature model that has its own KV cache of one layer.
 
-    growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2).
+    growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2). forward: makes the
+    forward of the model for slots of so many rows.
 
     After a step every accepted row of the target is a new context row, even if nothing is drafted, because hidden states are
     available only once. A sequence with missed rows starts over with the rows it has: its drafts are then less accurate, but still
     exact.
     """
 
-    def __init__(self, model: EagleNetwork, growth: Growth, *, name: str = "eagle") -> None:
-        self.name, self.model, self.growth = name, model, growth
+    def __init__(
+        self, model: EagleNetwork, growth: Growth, *, name: str = "eagle", forward: ForwardOf = forward_of
+    ) -> None:
+        self.name, self.model, self.growth, self._forward_of = name, model, growth, forward
         self.layers: tuple[int, ...] = tuple(sorted(set(model.config.taps)))
         self._order = [self.layers.index(t) for t in model.config.taps]
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
@@ -69,7 +75,7 @@ class EagleDrafter:
     def bind(self, slots: int, length: int) -> None:
         """Allocate the drafter's KV cache."""
         c, capacity = self.model.config, length + self.growth.max_expanded_nodes
-        self._run = forward_of(self.model, capacity)
+        self._run = self._forward_of(self.model, capacity)
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
         self.context = Context(slots)
         self._states = [SlotState() for _ in range(slots)]
@@ -170,7 +176,7 @@ class EagleDrafter:
                 features += [state for state, _ in above]
                 position = [self.context.next[slot] + depth - 1] * len(nodes)
                 rows.add(slot, self.cache.length[slot], [forest.tokens[i][k] for k in nodes], position, place.parents)
-            state, logits = run.forward(rows, self.cache, feature=torch.stack(features))
+            state, logits = run.forward(rows, self.cache, feature=self.model.feed(torch.stack(features)))
             for (i, k), own_state in zip(frontier, state, strict=True):
                 nodes = self._states[views[i].slot].nodes
                 nodes[k] = (own_state, nodes[k][1])

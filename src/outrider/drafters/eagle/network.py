@@ -42,13 +42,13 @@ class EagleConfig:
 
 
 class Attention(nn.Module):
-    """The projections; the attention itself differs between training and serving."""
+    """The projections; the attention itself differs between training and serving. bias: of queries, keys and values."""
 
-    def __init__(self, c: EagleConfig, inputs: int) -> None:
+    def __init__(self, c: EagleConfig, inputs: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(inputs, c.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=False)
+        self.q_proj = nn.Linear(inputs, c.heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
 
 
@@ -79,6 +79,10 @@ class EagleNetwork(nn.Module, ABC):
     @abstractmethod
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
         """Logits over the target's vocabulary after a row's state."""
+
+    def feed(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """The feature of a draft row from the state of the row above it: the state itself, unless a subclass says otherwise."""
+        return state
 
     @property
     @abstractmethod
@@ -148,8 +152,8 @@ class EagleNetwork(nn.Module, ABC):
             seen = torch.einsum("rhij,rjhd->rihd", weight[..., :length], values[0])
             for n, value in enumerate(values[1:]):
                 seen = seen + weight[..., length + n].transpose(1, 2)[..., None] * value
-            g = self.leave(residual, seen.flatten(2))
-            out.append(g)
+            out.append(self.leave(residual, seen.flatten(2)))
+            g = self.feed(out[-1])
         return out
 
     def unroll(
