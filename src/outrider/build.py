@@ -12,6 +12,7 @@ import torch
 
 from outrider.control.registry import load_controller
 from outrider.drafters.combine import gated, lend
+from outrider.drafters.registry import carries
 from outrider.drafters.registry import load_drafter as _load_drafter
 from outrider.drafters.registry import parse_speculative_config
 from outrider.engine import contracts
@@ -193,7 +194,7 @@ def assemble(
         allow_lossy=options.allow_lossy,
         turns=loaded.turns,
         loaded=mine,
-        notices=_notices(loaded, options, bool(drafter.max_depth)),
+        notices=_notices(loaded, options, drafter),
         prefix_cache=options.prefix_cache,
         kv_memory=options.kv_memory,
     )
@@ -245,11 +246,14 @@ def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
     )
 
 
-def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
-    """What keeps this engine from being faster. drafts: whether it drafts at all."""
+def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[str]:
+    """What keeps this engine from being faster."""
+    drafts = bool(drafter.max_depth)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
-    return [*found, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
+    unused = carries("mtp", loaded.path) and "mtp" not in drafter.name.split("+")
+    left_out = [f"{Path(str(loaded.path)).name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
+    return [*found, *left_out, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 
 
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:

@@ -42,14 +42,17 @@ class EagleConfig:
 
 
 class Attention(nn.Module):
-    """The projections; the attention itself differs between training and serving. bias: of queries, keys and values."""
+    """The projections; the attention itself differs between training and serving. bias, norms: of
+    queries, keys and values; of the heads of queries and of keys."""
 
-    def __init__(self, c: EagleConfig, inputs: int, *, bias: bool = False) -> None:
+    def __init__(self, c: EagleConfig, inputs: int, *, bias: bool = False, norms: bool = False) -> None:
         super().__init__()
         self.q_proj = nn.Linear(inputs, c.heads * c.head_dim, bias=bias)
         self.k_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=bias)
         self.v_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        if norms:
+            self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.eps) for _ in range(2))
 
 
 class EagleNetwork(nn.Module, ABC):
@@ -111,6 +114,8 @@ class EagleNetwork(nn.Module, ABC):
         q = attn.q_proj(x).unflatten(-1, (c.heads, c.head_dim))
         k = attn.k_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
         v = attn.v_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
+        if hasattr(attn, "q_norm"):
+            q, k = attn.q_norm(q), attn.k_norm(k)
         cos, sin = self.rotation(position)
         return residual, turn(q, cos, sin), turn(k, cos, sin), v
 
