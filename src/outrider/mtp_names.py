@@ -54,7 +54,7 @@ LAYOUTS: Mapping[str, Layout] = {
         depth=("mtp_num_hidden_layers", "num_nextn_predict_layers"),
     ),
 }
-"""DeepSeek-V3 and R1, GLM-4.5; MiMo, and what is trained here; Qwen3-Next and Qwen3.5."""
+"""DeepSeek-V3 and R1, GLM-4.5; MiMo; Qwen3-Next and Qwen3.5."""
 
 
 def layout_in(names: Collection[str], layers: int) -> Layout | None:

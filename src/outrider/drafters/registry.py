@@ -171,7 +171,8 @@ def _premises(spec: str) -> tuple[int, str]:
 
 def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
     """Engine options for vLLM's `speculative_config`, see `vllm_config.engine_options`."""
-    return vllm_config.engine_options(config, {m: name for name, row in LEARNED.items() for m in row.vllm_methods})
+    methods = {m: name for name, row in LEARNED.items() for m in row.vllm_methods}
+    return vllm_config.engine_options(config, methods, {m for m, name in methods.items() if LEARNED[name].carried})
 
 
 def companion_folder(target_path: str | None, part: str) -> str | None:
@@ -196,7 +197,8 @@ def _learned_folder(
     """The folder of a learned drafter: the named one (a path or a Hub name), or the target's companion folder, or its own."""
     folder = path or companion_folder(target_path, kind) or (target_path if carries(kind, target_path, learned) else None)
     if folder is None:
-        raise ConfigError(f"this target has no companion folder {kind!r}: write '{kind}:PATH', or train one")
+        own = ", and its own carries none" if kind in learned and learned[kind].carried else ""
+        raise ConfigError(f"this target has no companion folder {kind!r}{own}: write '{kind}:PATH', or train one")
     return Path(folder).expanduser() if find_folder is None else find_folder(folder)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outrider.config_keys import real
 from outrider.drafters.eagle.drafter import EagleDrafter
-from outrider.drafters.mtp.format import KIND, LAYER, Carried, carried
+from outrider.drafters.mtp.format import LAYER, Carried, carried
 from outrider.drafters.mtp.forward import BlockForward
 from outrider.drafters.mtp.network import MtpConfig, MtpHead, MtpNetwork
 from outrider.drafters.spec import DraftSpec
@@ -20,7 +20,7 @@ def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None)
     head, or with one that cannot be run, CapabilityError for one of another target.
     """
     growth, head = spec.growth(target.vocab_size), carried(folder)
-    if head is None or head.config.get("model_type") == KIND or not isinstance(target, BlockTarget):
+    if head is None or not isinstance(target, BlockTarget):
         return EagleDrafter(MtpNetwork.load(folder, target).to(target.device), growth, name="mtp")
     model, block = _of_target(head, target)
     return EagleDrafter(model, growth, name="mtp", forward=lambda network, _: BlockForward(block, network))

@@ -1,4 +1,4 @@
-"""Folders with MTP heads: checkpoints of models, in the layout of each family, and folders that were trained here.
+"""MTP heads in the checkpoints of models, in the layout of each family.
 
 What is read has `MtpHead`'s names, with the token first in the product, and norms that multiply by their weights.
 """
@@ -17,10 +17,8 @@ from torch import Tensor
 from outrider.drafters.checkpoint import CONFIG_BYTES, weight_files
 from outrider.errors import ConfigError
 from outrider.files import read_json, read_weight_map
-from outrider.mtp_names import LAYOUTS, Layout, layout_in
+from outrider.mtp_names import Layout, layout_in
 
-KIND = "mtp"
-"""`model_type` of a folder that holds a trained head alone."""
 INDEX_BYTES = 64 << 20
 LAYER = "layers.0."
 """Before the names of the decoder layer's tensors."""
@@ -69,7 +67,7 @@ class Carried:
 
 
 def carried(folder: Path) -> Carried | None:
-    """The MTP head of a model's folder, or of a trained one; None where there is none. Only headers are read."""
+    """The MTP head of a model's folder; None where there is none. Only headers are read."""
     if not (folder / "config.json").is_file():
         return None
     raw = read_json(folder / "config.json", CONFIG_BYTES)
@@ -110,12 +108,3 @@ def _opened(weights: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{weights} cannot be read ({error}): download it again") from None
 
-
-def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A head's own tensors by the names of MiMo's layout, in which trained ones are written."""
-    layout = LAYOUTS["mimo"]
-    back = dict(zip(_PARTS, layout.required(0), strict=True))
-    out = {back[own]: value for own, value in tensors.items() if own in back}
-    out |= {layout.root + own.removeprefix(LAYER): value for own, value in tensors.items() if own.startswith(LAYER)}
-    product = back["fc.weight"]
-    return out | {product: torch.cat(out[product].chunk(2, 1)[::-1], 1)}

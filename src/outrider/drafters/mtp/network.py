@@ -19,16 +19,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.drafters.checkpoint import check_fits, fill, write_folder
+from outrider.drafters.checkpoint import check_fits, fill, read_folder, write_folder
 from outrider.drafters.config_keys import LAYER as LAYER_KEYS
 from outrider.drafters.config_keys import check_keys, check_layers, layer_keys, layer_shape
 from outrider.drafters.eagle.network import Attention, EagleConfig, EagleNetwork
-from outrider.drafters.mtp.format import KIND, LAYER, carried, stored
+from outrider.drafters.mtp.format import LAYER, carried
 from outrider.drafters.target_tables import target_tables
 from outrider.errors import ConfigError
 from outrider.nn.drafts import Features, Join
 from outrider.nn.layers import Mlp
 from outrider.protocols import Target
+
+KIND = "mtp"
+"""`model_type` of a folder that holds a trained head."""
+TABLES = ("embed_tokens.weight", "lm_head.weight", "target_norm.weight")
+"""The target's own: taken from the target, and never written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,24 +148,23 @@ class MtpNetwork(MtpHead):
                 "rope_theta": c.rope_theta,
                 "dtype": "bfloat16",
             },
-            {name: value.bfloat16() for name, value in stored(self.state_dict()).items()},
+            {name: value.bfloat16() for name, value in self.state_dict().items() if name not in TABLES},
         )
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> MtpNetwork:
-        """The head of a checkpoint, or a trained one, for `target`; raises ConfigError where there is none, or another layer."""
+        """The head in a folder, for `target`: one that was trained here, or that of a checkpoint with a dense layer.
+
+        Raises ConfigError for another kind of folder, unsupported settings or another kind of layer.
+        """
         head = carried(folder)
         if head is None:
-            raise ConfigError(
-                f"{folder} carries no MTP head that is known here: use a checkpoint with one (docs/drafters.md), train one with "
-                "'outrider train mtp', or choose another drafter"
-            )
-        config, tensors = head.config, head.tensors()
-        if config.get("model_type") == KIND:
+            config, tensors = read_folder(folder, KIND)
             check_keys(config, LAYER_KEYS | {"base_model"}, folder)
             check_layers({**config, "model_type": "llama"}, folder, "llama")
-        else:  # whether there are biases, the tensors say
-            apart = ("attention_bias", "qkv_bias", "model_type")
+        else:
+            config, tensors = head.config, head.tensors()
+            apart = ("attention_bias", "qkv_bias", "model_type")  # whether there are biases, the tensors say
             check_layers({key: value for key, value in config.items() if key not in apart}, folder, "llama")
         shape = layer_shape(config, folder)
         made = MtpConfig(
