@@ -92,14 +92,19 @@ def make_with_head(folder: Path, family: str, seed: int = 0) -> PlainHead:
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     config = AutoConfig.for_model(family, **(sizes | FAMILIES[family]))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        .eval()
+        .requires_grad_(False)
+    )
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             weight += 0.3 * torch.randn(weight.shape)
         else:
             weight.copy_(torch.randn(weight.shape) * (2.0 if "head" in name else 1.0) * weight.shape[-1] ** -0.5)
     model.save_pretrained(folder)
-    drawn = [1 + 0.3 * torch.randn(WIDE), 1 + 0.3 * torch.randn(WIDE), torch.randn(WIDE, 2 * WIDE) / 8, 1 + 0.3 * torch.randn(WIDE)]
+    norms = [1 + 0.3 * torch.randn(WIDE) for _ in range(3)]
+    drawn = [*norms[:2], torch.randn(WIDE, 2 * WIDE) / 8, norms[2]]
     write_head(folder, family, drawn)
     return PlainHead(model.double(), *(part.double() for part in drawn))
 

@@ -12,9 +12,8 @@ import torch
 
 from outrider.control.registry import load_controller
 from outrider.drafters.combine import gated, lend
-from outrider.drafters.registry import carries
+from outrider.drafters.registry import carries, parse_speculative_config
 from outrider.drafters.registry import load_drafter as _load_drafter
-from outrider.drafters.registry import parse_speculative_config
 from outrider.engine import contracts
 from outrider.engine.core import EngineCore
 from outrider.engine.fit import check_fit
@@ -183,7 +182,9 @@ def assemble(
         loaded.target,
         gated(drafter) if selectable else drafter,
         rule,
-        _controller(options, drafter, rule, loaded.target) if controller is None else controller(drafter, rule, loaded.target),
+        _controller(options, drafter, rule, loaded.target)
+        if controller is None
+        else controller(drafter, rule, loaded.target),
         tokenizer=loaded.tokenizer,
         slots=options.slots,
         max_length=options.max_length,
@@ -252,8 +253,9 @@ def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[s
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
     unused = carries("mtp", loaded.path) and "mtp" not in drafter.name.split("+")
-    left_out = [f"{Path(str(loaded.path)).name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
-    return [*found, *left_out, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
+    name = Path(str(loaded.path)).name
+    told = [f"{name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
+    return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 
 
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:

@@ -13,9 +13,9 @@ class Layout:
     """One family's way of naming heads. root: before all tensors of the first, with "{N}" for the model's number of layers.
 
     every: a pattern of the beginnings of all heads' tensors; a group is the number of a layer that the model itself may have.
-    parts: norm of the token, norm of the hidden state, product of both, last norm. layer: before the decoder layer's tensors, behind
-    the root. hidden_first: the product reads [hidden state, token]. shifted: norms multiply by 1 + weight. depth: the keys of
-    config.json that say how many heads there are.
+    parts: norm of the token, norm of the hidden state, product of both, last norm. layer: before the decoder layer's tensors,
+    behind the root. hidden_first: the product reads [hidden state, token]. shifted: norms multiply by 1 + weight. depth: the keys
+    of config.json that say how many heads there are.
     """
 
     root: str

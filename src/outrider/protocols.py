@@ -147,23 +147,20 @@ class OpenTarget(Target, Protocol):
         ...
 
 
-Attend = Callable[
-    [Float[Tensor, "n h d"], Float[Tensor, "n g d"], Float[Tensor, "n g d"], float], Float[Tensor, "n A"]
-]
-"""What rows see, for a layer that does not know: rotated queries and keys, values, scale of the scores -> all heads, side by side."""
+Attend = Callable[[Float[Tensor, "n h d"], Float[Tensor, "n g d"], Float[Tensor, "n g d"], float], Float[Tensor, "n A"]]
+"""What rows see, for a layer that does not know it: rotated queries and keys, values, scale -> all heads, side by side."""
 
 
 @runtime_checkable
 class DecoderBlock(Protocol):
-    """A decoder layer. kv_heads, head_dim: of the keys and values that it hands to its attention. dtype: of all it takes and gives."""
+    """A decoder layer. kv_heads, head_dim: of the keys and values that it hands to its attention. dtype: of what it takes and
+    gives."""
 
     kv_heads: int
     head_dim: int
     dtype: dtype
 
-    def __call__(
-        self, x: Float[Tensor, "n H"], position: Int[Tensor, "n"], attend: Attend
-    ) -> Float[Tensor, "n H"]: ...
+    def __call__(self, x: Float[Tensor, "n H"], position: Int[Tensor, "n"], attend: Attend) -> Float[Tensor, "n H"]: ...
 
 
 @runtime_checkable

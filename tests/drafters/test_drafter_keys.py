@@ -45,7 +45,13 @@ def make(kind: str, folder: Path) -> Path:
 
 
 def load(kind: str, folder: Path) -> Any:
-    loaders = {"eagle3": Eagle3Network, "eagle1": Eagle1Network, "mtp": MtpNetwork, "dflash": DFlashNetwork, "medusa": MedusaNetwork}
+    loaders = {
+        "eagle3": Eagle3Network,
+        "eagle1": Eagle1Network,
+        "mtp": MtpNetwork,
+        "dflash": DFlashNetwork,
+        "medusa": MedusaNetwork,
+    }
     return loaders[kind].load(folder, TARGET)
 
 
@@ -81,7 +87,10 @@ def test_what_the_trainers_write_is_read(kind: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_parts_of_a_layer_that_are_not_computed_are_refused_by_name(kind, key, value, tmp_path) -> None:
     folder = make(kind, tmp_path)
-    if kind not in ("eagle1", "mtp") and key in ("sliding_window", "rope_theta"):  # where another key says that they mean nothing
+    if kind not in ("eagle1", "mtp") and key in (
+        "sliding_window",
+        "rope_theta",
+    ):  # where another key says that they mean nothing
         edit(folder, place(kind), {"layer_types": None, "use_sliding_window": None, "rope_parameters": None})
     edit(folder, place(kind), {key: value})
     with pytest.raises(ConfigError) as refusal:

@@ -167,7 +167,10 @@ def test_methods_of_the_targets_own_head_need_no_model(method: str) -> None:
         ({"modle": "m"}, "did you mean 'model'"),
         ({}, "needs 'model'"),
         ({"model": 3}, "path or a Hub name"),
-        ({"method": "ernie_mtp", "model": "m"}, "supported: draft_model, ngram, medusa, eagle, eagle3, dflash, mtp, deepseek_mtp"),
+        (
+            {"method": "ernie_mtp", "model": "m"},
+            "supported: draft_model, ngram, medusa, eagle, eagle3, dflash, mtp, deepseek_mtp",
+        ),
         ({"method": "dflash"}, "needs 'model'"),
         ({"method": "dflash", "model": "m", "quantization": "int8"}, "has no effect for method 'dflash'"),
         ({"model": "m", "num_speculative_tokens": 0}, "whole number >= 1"),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from outrider.build import Engine, build_engine
+from outrider.cli.doctor import examine
 from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
@@ -19,7 +21,7 @@ from outrider.drafters.tree.growth import Levels
 from outrider.drafters.tree.shapes import levels
 from outrider.errors import CapabilityError, ConfigError
 from outrider.evaluate.planning.vllm_draft import drafter_config
-from outrider.models.load import load_target
+from outrider.models.load import inspect_checkpoint, load_target
 from outrider.mtp_names import head_tensors
 from outrider.nn.held import library_for
 from outrider.params import SamplingParams
@@ -47,7 +49,7 @@ def by_hand(model: MtpNetwork, text: list[int], g: torch.Tensor) -> torch.Tensor
     """Logits after `text` by the equations, row by row: g holds the target's states behind its norm at the first positions, and the
     head's own stand for the others."""
     c, layer, rows = model.config, model.layers[0], list(g)
-    w = {name: value for name, value in layer.state_dict().items()}
+    w = dict(layer.state_dict())
     heads = range(c.heads)
 
     def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -115,13 +117,13 @@ def test_cached_logits_are_those_of_training(how: str) -> None:
 # ---------------------------------------------------------------------------------------------- the heads of checkpoints
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoints_head_is_the_equations_and_its_text_the_targets(family: str, tmp_path: Path) -> None:
-    """Every logit that is served, over histories of partial acceptance and chained beyond the trained depth. The equations are in float64."""
+    """Logits that are served, over histories of partial acceptance and chained beyond the trained depth, against float64."""
     plain = make_with_head(tmp_path, family)
     target = load_target(tmp_path, dtype="float32")
     drafter = load_drafter("mtp", target=target, length=3, target_path=str(tmp_path))
     assert isinstance(drafter, EagleDrafter) and drafter.name == "mtp"
     if isinstance(drafter.model, MtpNetwork):
-        drafter.model.double()  # not compiled, nor rounded to bfloat16: tests/drafters/test_native_drafts.py holds these together
+        drafter.model.double()  # not compiled, nor rounded to bfloat16: test_native_drafts.py holds these together
     drafter.growth = seen = Seen(Levels(levels((1,) * 3), VOCAB))  # type: ignore[assignment]
     engine = Engine(target, drafter, load_rule("speculative_sampling"), Fixed(3), slots=2, max_length=40, chunk=5)
     p = [SamplingParams(temperature=1.0, max_tokens=9, seed=i, ignore_eos=True) for i in range(len(PROMPTS))]
@@ -134,10 +136,8 @@ def test_a_checkpoints_head_is_the_equations_and_its_text_the_targets(family: st
         assert float((row.double() - wanted).abs().max()) < 2e-4 < float(wanted.std())
 
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    texts = [
-        [r.outputs[0].token_ids for r in build_engine(tmp_path, draft, length=3, dtype="float32", slots=2).generate(PROMPTS, greedy)]
-        for draft in ("none", "mtp", "auto")
-    ]
+    engines = [build_engine(tmp_path, draft, length=3, dtype="float32", slots=2) for draft in ("none", "mtp", "auto")]
+    texts = [[r.outputs[0].token_ids for r in engine.generate(PROMPTS, greedy)] for engine in engines]
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -148,7 +148,8 @@ def test_the_heads_tensors_are_known_and_others_are_not(tmp_path: Path) -> None:
     assert found == {n for n in tensors if "mtp_layers" in n} and found
     assert head_tensors({n: t for n, t in tensors.items() if "input_proj" not in n}, LAYERS) == set()
     deep = [f"model.layers.{n}.{part}.weight" for n in (1, 2, 3) for part in NAMES[f"model.layers.{LAYERS}."]]
-    assert head_tensors(deep, LAYERS) == {n for n in deep if ".1." not in n}  # a second head, and none of the model's own
+    own = {n for n in deep if ".1." in n}
+    assert head_tensors(deep, LAYERS) == set(deep) - own  # a second head, and none of the model's own
     for stray in ("model.layers.0.self_attn.q_proj.lora_A.weight", f"model.layers.{LAYERS}.self_attn.q_proj.weight"):
         save_file(tensors | {stray: torch.ones(2, 2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ConfigError, match="has no place|no place for"):
@@ -207,3 +208,35 @@ def test_a_dense_head_is_compiled(tmp_path: Path) -> None:
     make_with_head(tmp_path, "qwen2")
     engine = build_engine(tmp_path, "mtp", dtype="float32")
     assert type(engine.parts.drafter._run).__name__ == "NativeForward"  # type: ignore[attr-defined]
+
+
+def test_mimo_is_read_without_its_code(tmp_path: Path) -> None:
+    """Its checkpoints name code of their own; the network is Qwen2's with a head, and nothing of theirs is run."""
+    make_with_head(tmp_path, "qwen2")
+    greedy = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    before = build_engine(tmp_path, "none", dtype="float32").generate(PROMPTS, greedy)
+    file = tmp_path / "config.json"
+    own = {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    own["auto_map"] = {"AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    (tmp_path / "modeling_mimo.py").write_text("raise SystemExit('it was run')")
+    engine = build_engine(tmp_path, "mtp", dtype="float32")
+    found = engine.generate(PROMPTS, greedy)
+    assert [r.outputs[0].token_ids for r in found] == [r.outputs[0].token_ids for r in before]
+    assert examine(str(tmp_path), "float32", 1, None)["mtp_heads"] == 1
+
+
+def test_what_loading_refuses_as_no_decoder_the_doctor_refuses(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "dim_head": 8,
+        "dim_ff": 24,
+        "num_hidden_layers": 1,
+        "vocab_size": 40,
+    }
+    config = AutoConfig.for_model("cpmant", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for check in (inspect_checkpoint, load_target):
+        with pytest.raises(ConfigError, match="CpmAntForCausalLM is no decoder"):
+            check(tmp_path, dtype="float32")

@@ -52,8 +52,10 @@ LEARNED: Mapping[str, LearnedDrafter] = {
     "eagle": LearnedDrafter(eagle.load, ("eagle", "eagle3", "eagle-3"), ("eagle", "eagle3")),
     "dflash": LearnedDrafter(dflash.load, ("dflash",), ("dflash",)),
     "mtp": LearnedDrafter(
-        mtp.load, ("mtp",),
-        ("mtp", "deepseek_mtp", "glm4_moe_mtp", "glm4_moe_lite_mtp", "mimo_mtp", "qwen3_next_mtp", "qwen3_5_mtp"), mtp.carried,
+        mtp.load,
+        ("mtp",),
+        ("mtp", "deepseek_mtp", "glm4_moe_mtp", "glm4_moe_lite_mtp", "mimo_mtp", "qwen3_next_mtp", "qwen3_5_mtp"),
+        mtp.carried,
     ),
     "counts": LearnedDrafter(counts.load, ("counts",)),
 }
@@ -195,7 +197,9 @@ def _learned_folder(
     learned: Mapping[str, LearnedDrafter],
 ) -> Path:
     """The folder of a learned drafter: the named one (a path or a Hub name), or the target's companion folder, or its own."""
-    folder = path or companion_folder(target_path, kind) or (target_path if carries(kind, target_path, learned) else None)
+    folder = (
+        path or companion_folder(target_path, kind) or (target_path if carries(kind, target_path, learned) else None)
+    )
     if folder is None:
         own = ", and its own carries none" if kind in learned and learned[kind].carried else ""
         raise ConfigError(f"this target has no companion folder {kind!r}{own}: write '{kind}:PATH', or train one")

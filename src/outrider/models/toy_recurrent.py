@@ -104,7 +104,9 @@ class RecurrentTarget:
 
     def first_layers(self, layers: int) -> RecurrentTarget:
         """See `protocols.OpenTarget`: its state belongs to all layers together."""
-        raise CapabilityError("a target whose state cannot be cut cannot be run in part: use a separate draft model, or 'ngram'")
+        raise CapabilityError(
+            "a target whose state cannot be cut cannot be run in part: use a separate draft model, or 'ngram'"
+        )
 
     def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
         return hidden

@@ -107,4 +107,3 @@ def _opened(weights: Path) -> Any:
         return safe_open(weights, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{weights} cannot be read ({error}): download it again") from None
-

@@ -58,8 +58,13 @@ def one_layer(config: Any) -> Any:
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == layers:
             setattr(made, key, [value[place]])
-    own = {"num_hidden_layers": 1, "vocab_size": _VOCAB, "first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    own |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    own: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "vocab_size": _VOCAB,
+        "first_k_dense_replace": 0,
+        "decoder_sparse_step": 1,
+    }
+    own |= {"mlp_only_layers": [], "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     for key, value in own.items():
         if hasattr(made, key):
             setattr(made, key, value)
@@ -84,9 +89,7 @@ class HFBlock:
         self.kv_heads, self.head_dim = calls[0].groups, calls[0].head_dim
 
     @torch.no_grad()
-    def __call__(
-        self, x: Float[Tensor, "n H"], position: Int[Tensor, "n"], attend: Attend
-    ) -> Float[Tensor, "n H"]:
+    def __call__(self, x: Float[Tensor, "n H"], position: Int[Tensor, "n"], attend: Attend) -> Float[Tensor, "n H"]:
         taps = HiddenStateHooks(self._blocks, (1,))
         with taps.listen() as heard, taps.stop(), suppress(StopForward), attention_in(self._configs, _ATTEND):
             self.model(
@@ -118,7 +121,11 @@ def _loaded(config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> P
         raise ConfigError(
             f"the MTP head's layer is not one of {config.model_type} as transformers has it ({brief(error)}): use another drafter"
         ) from error
-    wrong = [*sorted(info["missing_keys"]), *sorted(str(k) for k in info["mismatched_keys"]), *sorted(info["unexpected_keys"])]
+    wrong = [
+        *sorted(info["missing_keys"]),
+        *sorted(str(k) for k in info["mismatched_keys"]),
+        *sorted(info["unexpected_keys"]),
+    ]
     if wrong:
         raise ConfigError(
             f"the MTP head's layer is not one of {config.model_type} as transformers has it, {wrong[0][:120]} first: use another "
