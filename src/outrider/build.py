@@ -252,7 +252,8 @@ def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[s
     drafts = bool(drafter.max_depth)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
-    unused = carries("mtp", loaded.path) and "mtp" not in drafter.name.split("+")
+    folder = None if loaded.path is None else str(resolve_folder(loaded.path))
+    unused = carries("mtp", folder) and "mtp" not in drafter.name.split("+")
     name = Path(str(loaded.path)).name
     told = [f"{name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
     return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
