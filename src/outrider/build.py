@@ -23,8 +23,9 @@ from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
-from outrider.loading import Loaded, Progress, load, load_model
+from outrider.loading import Loaded, Progress, give, load, load_model, name_of
 from outrider.models.folder import resolve_folder
+from outrider.models.given import Model, is_model
 from outrider.notices import notices_of, wasted_option
 from outrider.options import EngineKeywords, EngineOptions, check_names, with_keywords
 from outrider.params import SamplingParams
@@ -40,11 +41,12 @@ ControllerFor = Callable[[Drafter, Rule, Target], Controller]
 
 @with_keywords
 def build_engine(
-    target: str | Path | Target | None = None,
-    draft: str | Path | Drafter = "auto",
+    target: str | Path | Target | Model | None = None,
+    draft: str | Path | Drafter | Model = "auto",
     *,
     rule: str | Rule = "auto",
     tokenizer: object | None = None,
+    draft_tokenizer: object | None = None,
     sinks: Seq[Sink] = (),
     speculative_config: str | dict | None = None,
     capacity: int | None = None,
@@ -54,9 +56,12 @@ def build_engine(
     selectable: bool = False,
     **options: Unpack[EngineKeywords],
 ) -> Engine:
-    """An engine for `target` (a folder, a Hub name, a Target, or None: the shipped pair) with `draft` (see `load_drafter`).
+    """An engine for `target` (a folder, a Hub name, a Target, a model of transformers, or None: the shipped pair) with `draft` (see
+    `load_drafter`).
 
-    draft, rule: a name, or a drafter or rule object. options: the other fields of `EngineOptions` (`capacity` is another name of
+    draft, rule: a name, or a drafter or rule object; as draft also a model of transformers. tokenizer: of the target, where it is an
+    object; None: the engine works on token ids. draft_tokenizer: of a draft model object, to check that its vocabulary is the
+    target's. Models that are objects stay as they were found (`models.hf.target.HFTarget`). options: the other fields of `EngineOptions` (`capacity` is another name of
     `slots`). speculative_config: vLLM's JSON; it replaces draft, length and rule.
     controller: makes the controller of draft lengths (None: the one that `lengths` names). on_defect: called with every contained
     failure.
@@ -76,6 +81,8 @@ def build_engine(
     if custom_rule is None:
         load_rule(wanted.rule)  # report a wrong name before anything is loaded
     loaded = load(target, tokenizer, wanted, tuple(sinks), progress)
+    if is_model(draft):
+        give(loaded, draft, draft_tokenizer, name_of(draft))
     return assemble(
         loaded, wanted, drafter, custom_rule, controller=controller, on_defect=on_defect, selectable=selectable
     )
@@ -152,6 +159,8 @@ def names_of(options: dict[str, object]) -> tuple[dict[str, object], Drafter | N
     named, drafter, rule = dict(options), None, None
     if isinstance(named.get("draft"), Path):
         named["draft"] = str(named["draft"])
+    if is_model(named.get("draft")):  # it becomes a drafter for a target, by its name
+        named["draft"] = name_of(named["draft"])
     if not isinstance(named.get("draft", ""), str):
         contracts.check("drafter", named["draft"], contracts.DRAFTER)
         drafter = cast(Drafter, named["draft"])
@@ -266,7 +275,7 @@ def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
 @with_keywords
 def companion(
     engine: Engine,
-    draft: str | Drafter | None = None,
+    draft: str | Drafter | Model | None = None,
     *,
     rule: str | Rule | None = None,
     **changes: Unpack[EngineKeywords],
@@ -280,6 +289,8 @@ def companion(
         raise ConfigError("this engine was built from part objects: build the companion from the same parts")
     parts = {name: part for name, part in (("draft", draft), ("rule", rule)) if part is not None}
     named, drafter, given = names_of({**parts, **changes})
+    if is_model(draft) and named["draft"] not in loaded.given:
+        give(loaded, draft, None, str(named["draft"]))
     for name in ("target", "dtype", "device", "target_quantize"):
         if named.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
             raise ConfigError(f"{name} was fixed when the target was loaded: build a new engine for {named[name]!r}")
@@ -296,8 +307,8 @@ def generate(
     prompts: Prompts,
     params: SamplingParams | Iterable[SamplingParams] | None = None,
     *,
-    target: str | Path | Target | None = None,
-    draft: str | Path | Drafter = "auto",
+    target: str | Path | Target | Model | None = None,
+    draft: str | Path | Drafter | Model = "auto",
     rule: str | Rule = "auto",
     tokenizer: object | None = None,
     progress: Progress | None = None,
