@@ -83,7 +83,7 @@ def load_drafter(
       "forced"      the text a request's grammar forces next; "forced:4" only where it forces at least 4 tokens
       "jacobi:8"    the next 8 guesses, drawn from what the last pass computed behind its first rejection; "jacobi:8:up" starts
                     from the row above in an image; ":fresh" draws with fresh noise in every pass
-      PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
+      PATH          a draft model: a folder or a Hub name (or a folder of a trained drafter, which says itself what it is); "greedy:PATH" proposes its most likely tokens, not draws,
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are compared at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
@@ -132,6 +132,8 @@ def load_drafter(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
             )
         kind, _, path = how.path.partition(":")
+        if kind not in learned and (own := learned_kind(how.path, learned)) is not None:  # a folder says itself what it holds
+            kind, path = own, how.path
         if kind in HOSTS and not Path(how.path).exists():
             raise ConfigError(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
@@ -260,19 +262,16 @@ def _model(
         raise ConfigError(
             f"the draft model {path!r} cannot be loaded here: pass load_model, or a drafter without a model"
         )
-    refuse_learned(path, learned)
     model, draft_tokenizer = load_model(path)
     if tokenizer is not None and draft_tokenizer is not None:
         check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
     return ModelDrafter(model, length, growth=how.growth(target.vocab_size), vocab_size=target.vocab_size)
 
 
-def refuse_learned(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> None:
-    """Raise ConfigError for a folder that holds a trained drafter instead of a model: it needs its name before the path."""
+def learned_kind(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> str | None:
+    """Which trained drafter a folder holds, by its `config.json`; None for a folder of a model, and for what is no folder."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        return
+        return None
     found = read_config(folder)[1]
-    name = next((name for name, row in learned.items() if found in row.folder_types), None)
-    if name is not None:
-        raise ConfigError(f"{path} holds a trained drafter of type {found!r}, not a model: write {name}:{path}")
+    return next((name for name, row in learned.items() if found in row.folder_types), None)
