@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.assets import shipped
 from outrider.errors import ConfigError
-from outrider.integrations.transformers import FOLDER
+from outrider.integrations.transformers import FOLDER, params_of
 
 TRUST: dict[str, Any] = {"custom_generate": FOLDER, "trust_remote_code": True}
 
@@ -51,6 +51,15 @@ def test_sampling_follows_torchs_seed_and_returns_several(pair: Any) -> None:
         found.append(target.generate(**padded(), assistant_model=draft, pad_token_id=0, **ask, **TRUST).sequences)
     assert found[0].shape[0] == 6 and torch.equal(found[0], found[1]) and found[0].tolist() != found[2].tolist()
     assert torch.equal(found[0][:, :5], padded()["input_ids"].repeat_interleave(3, 0))
+
+
+def test_the_settings_are_those_that_transformers_would_use(pair: Any) -> None:
+    """The call's, then the model's, then the defaults: among them the 50 likeliest tokens."""
+    config, _ = pair[0]._prepare_generation_config(None, do_sample=True, temperature=0.7, max_new_tokens=5)
+    made = params_of(config, 3)
+    assert (made.temperature, made.top_k, made.max_tokens, made.n) == (0.7, 50, 5, 1)
+    config, _ = pair[0]._prepare_generation_config(None, max_length=9)
+    assert (params_of(config, 3).temperature, params_of(config, 3).max_tokens) == (0.0, 6)
 
 
 def test_a_streamer_gets_every_token(pair: Any) -> None:

@@ -8,7 +8,7 @@ Every call builds an engine; who generates often builds one (`Engine.build(model
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,13 @@ def generate(
     ids, mask = inputs if inputs is not None else more.pop("input_ids", None), more.pop("attention_mask", None)
     if ids is None:
         raise ConfigError("generate needs the token ids of prompts: pass a tokenizer's output, as in model.generate(**inputs)")
-    config = copy.deepcopy(generation_config or model.generation_config)
-    rest = {k: v for k, v in config.update(**more).items() if k not in IGNORED and v is not None}
+    # the call's own settings, then the model's, then transformers' defaults, which truncate to 50 tokens when sampling
+    config, rest = model._prepare_generation_config(generation_config, **more)
+    rest = {name: value for name, value in rest.items() if name not in IGNORED and value not in (None, False)}
     if rest:
         raise ConfigError(f"{min(rest)} is not applied by Outrider's generate: leave it out")
-    params = _params(config, ids.shape[1])
-    prompts = [row.tolist() if mask is None else row[m.bool()].tolist() for row, m in zip(ids, mask if mask is not None else ids)]
+    params = params_of(config, ids.shape[1])
+    prompts = ids.tolist() if mask is None else [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
     lookup = config.prompt_lookup_num_tokens
     engine = build_engine(
         model,
@@ -83,13 +84,12 @@ def generate(
     return GenerateDecoderOnlyOutput(sequences=found)  # type: ignore[arg-type]
 
 
-def _params(config: Any, prompt: int) -> SamplingParams:
+def params_of(config: Any, prompt: int) -> SamplingParams:
     """The sampling parameters that a generation configuration means. ConfigError for one that is not read here."""
-    for name, value in config.to_diff_dict().items():
-        if name not in READ | UNUSED and value not in (None, False, 0, 1, 1.0, [], {}):
+    usual = config._get_default_generation_params()
+    for name, value in config.to_dict().items():
+        if name not in READ | UNUSED and value is not None and value is not False and value != usual.get(name):
             raise ConfigError(f"{name}={value!r} is not applied by Outrider's generate: leave it out")
-    if (config.num_beams or 1) > 1:
-        raise ConfigError("num_beams is not applied by Outrider's generate: beams are no samples; leave it out")
     sampled = {n: v for n in SAMPLING if (v := getattr(config, n)) is not None} if config.do_sample else {"temperature": 0.0}
     if not config.do_sample and config.repetition_penalty:
         sampled["repetition_penalty"] = config.repetition_penalty
@@ -107,8 +107,6 @@ def _params(config: Any, prompt: int) -> SamplingParams:
 
 def _seeded(params: SamplingParams) -> SamplingParams:
     """With a seed from torch's generator, so that torch.manual_seed decides; greedy text leaves the generator alone."""
-    from dataclasses import replace
-
     return params if params.temperature == 0 else replace(params, seed=int(torch.randint(1 << 62, ()).item()))
 
 
