@@ -3,17 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.outrider
-# Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
-TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
+# Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one). Bytecode is
+# kept, even where the environment forbids it: every process that a test starts would compile all of our modules anew.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 WORKERS ?= 2
 # Shapes and types of every call are checked at run time in these tests, but not in those that make the same calls thousands of times
 # (three to ten times slower then): `make test-slow` checks them there too.
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
-REPEATING := $(STATISTICAL) tests/cli/test_interrupt.py tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
-  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_recycled.py tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
-  tests/engine/test_sharing.py tests/models/test_config_keys.py tests/models/test_gguf_damaged.py tests/models/test_guided.py \
-  tests/models/test_quantised_target.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
+REPEATING := $(STATISTICAL) \
+  tests/cli/test_commands.py tests/cli/test_first_hour.py tests/cli/test_gguf_commands.py tests/cli/test_interrupt.py \
+  tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
+  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_recycled.py \
+  tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
+  tests/engine/test_prefix_cache.py tests/engine/test_sharing.py tests/engine/test_text.py \
+  tests/models/test_config_keys.py tests/models/test_expert_targets.py tests/models/test_families.py tests/models/test_gguf_damaged.py \
+  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_lean.py tests/models/test_quantised_target.py \
+  tests/sampling/test_grammar.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
@@ -53,13 +59,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 	@$(BIN)/outrider demo
 
-# The second half is run whatever comes of the first.
+# All of it is run whatever comes of the first. Style, types and layers are checked beside the first tests, so that no core waits.
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
-	@$(MAKE) --no-print-directory check
-	@status=0; \
+	@status=0; checked=$$(mktemp); \
+	$(MAKE) --no-print-directory check >$$checked 2>&1 & check=$$!; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
 	  || status=1; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) || status=1; \
+	wait $$check || status=1; cat $$checked; rm $$checked; \
 	exit $$status
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test

@@ -102,8 +102,8 @@ def test_joint_distribution_of_four_tokens(case: str) -> None:
     engine = build(*CASES[case], RULES.get(case.partition(", ")[2], "speculative_sampling"))
     value, bound = statistic(collect(engine, N, seed=5, disturb=True), exact_joint() * N)
     assert value < bound
-    assert engine.counts.accepted > 300
-    assert engine.counts.rejected > 300
+    assert engine.counts.accepted > 200
+    assert engine.counts.rejected > 200
 
 
 def test_control_a_drafter_that_declares_another_distribution_is_seen() -> None:

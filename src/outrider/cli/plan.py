@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,9 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
             raise ConfigError(
                 "--gpus plans on paper: the options of an engine (--rule, --dtype, ...) say nothing there"
             )
-        document = plan_paper.paper_document(asked.target, sampling.max_tokens, asked)
-        if asked.out is not None:
-            write(asked.out, document)
-        terminal.print_json(document) if json else plan_paper.print_paper(document)
+        show(
+            plan_paper.paper_document(asked.target, sampling.max_tokens, asked), asked.out, json, plan_paper.print_paper
+        )
         return
     options = options.changed(target=paths.model(asked.target))
     named = paths.drafter(asked.draft) or ["auto"]  # what leads nowhere is said before anything heavy is imported
@@ -74,9 +74,7 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     engine = load_engine(options.changed(draft=drafts[0], length=max(wanted)))
     if asked.traffic is not None:
         document = plan_fleet.fleet_document(engine, drafts[0], wanted, items, sampling, asked)
-        if asked.out is not None:
-            write(asked.out, document)
-        terminal.print_json(document) if json else plan_fleet.print_fleet(document)
+        show(document, asked.out, json, plan_fleet.print_fleet)
         return
     calls, models = predicted_calls(engine, drafts, wanted, items, sampling, asked.seed)
     timings = timed(engine, drafts, wanted, sizes, items, sampling, asked)
@@ -90,10 +88,15 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
         document["check"], code = checked(choices, timings, asked.within)
     if asked.vllm is not None or asked.ray:
         document["launch"] = plan_launch.launch_document(choices, models, path, engine, options.rule, asked)
-    if asked.out is not None:
-        write(asked.out, document)
-    terminal.print_json(document) if json else print_document(document)
+    show(document, asked.out, json, print_document)
     raise typer.Exit(code)
+
+
+def show(document: dict[str, Any], out: Path | None, json: bool, printer: Callable[[dict[str, Any]], None]) -> None:
+    """The answer into the file that was asked for, and on the terminal: as JSON, or by its printer."""
+    if out is not None:
+        write(out, document)
+    terminal.print_json(document) if json else printer(document)
 
 
 def timed(
