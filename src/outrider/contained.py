@@ -97,7 +97,8 @@ class Contained:
         reason = " ".join(problem.split())[:160]
         self._notices.append(
             f"drafter {self.drafter.name!r} failed {self._faults} times and is switched off ({reason}): texts stay correct without "
-            f"it and are slower; fix {type(self.drafter).__name__} (outrider.testing.check_drafter tries its contracts) or build the engine "
+            f"it and are slower; fix {type(self.drafter).__name__} (outrider.testing.check_drafter tries its contracts) or "
+            "build the engine "
             "with another draft"
         )
         logger.error("%s", self._notices[-1])
@@ -124,7 +125,8 @@ def strange_verdict(verdict: object, draft: Draft, vocab_size: int) -> str:
         for k in verdict.path[b]:
             if not draft.offsets[b] <= k < draft.offsets[b + 1] or draft.parent[k] != up:
                 return (
-                    f"accepted node {k} of sequence {b} and not the node above it: a path begins at a child of the anchor and goes down, "
+                    f"accepted node {k} of sequence {b} and not the node above it: a path begins at a child of the anchor and "
+                    "goes down, "
                     "in the numbers of the draft"
                 )
             up = k

@@ -37,7 +37,7 @@ def html_of(engine: EngineCore, path: str | None) -> str:
     if counts.steps:
         rate, at = draft_acceptance_rate(counts), acceptance_at(counts)
         rows += [
-            ("so far", f"{counts.emitted} tokens in {counts.steps} sequence-steps: {acceptance_length(counts):.2f} tokens per step"),
+            ("so far", f"{counts.emitted} tokens in {counts.steps} sequence-steps, {acceptance_length(counts):.2f} a step"),
             ("accepted", "nothing was proposed" if rate is None else f"{rate:.1%} of {counts.proposed} proposed"),
             ("by position", ", ".join(f"{a:.2f}" for a in at[:16]) or "none judged"),
             (

@@ -70,7 +70,8 @@ def test_objects_decode_as_their_folders_do_and_stay_as_they_were(pair: Any, tok
 
 
 def test_weights_that_are_written_are_used_from_then_on_and_what_was_cached_is_not(tokenizer: Any) -> None:
-    """A step of an optimizer between two calls: the second is what a new engine on the new weights says, shared beginning or not."""
+    """A step of an optimizer between two calls: the second is what a new engine on the new weights says, shared beginning or "
+    "not."""
     model = small_llama(300, 64, 2, 512, seed=3)
     engine = Engine.build(model, "none", length=0, slots=1)
     prompt, params = list(range(3, 280)), SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)

@@ -83,10 +83,11 @@ def load_drafter(
       "forced"      the text a request's grammar forces next; "forced:4" only where it forces at least 4 tokens
       "jacobi:8"    the next 8 guesses, drawn from what the last pass computed behind its first rejection; "jacobi:8:up" starts
                     from the row above in an image; ":fresh" draws with fresh noise in every pass
-      PATH          a draft model: a folder or a Hub name (or a folder of a trained drafter, which says itself what it is); "greedy:PATH" proposes its most likely tokens, not draws,
+      PATH          a draft model: a folder or a Hub name; "greedy:PATH" proposes its most likely tokens, not draws,
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are compared at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
+                    A folder of a trained drafter says itself which of the following it is.
       "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise

@@ -50,7 +50,8 @@ class Sequence:
     tokens: prompt and output; the last one is the anchor while decoding. prompt: length of the prompt.
     slot:   -1 while waiting. cached: tokens in the target's KV cache. limit: most tokens it may hold (context).
     entered: tokens that it had when it got its slot. reused: tokens of its prompt that others had computed.
-    shares: see `SequenceView`. root: with whom it shares beginnings: its salt, and the target's weights when it began. pieces: for each emitted token the text that was final with it.
+    shares: see `SequenceView`. root: with whom it shares beginnings: its salt, and the target's weights when it began.
+    pieces: for each emitted token the text that was final with it.
     """
 
     request: str

@@ -110,7 +110,8 @@ class StepState:
             self.watchers.defect("draft", "a draft had tokens outside the vocabulary, or an invalid distribution")
         if defects:
             self.watchers.notice(
-                f"drafts of {type(self.parts.drafter).__name__} had tokens outside the vocabulary, or distributions that do not sum to "
+                f"drafts of {type(self.parts.drafter).__name__} had tokens outside the vocabulary, or distributions that do not "
+                "sum to "
                 "one: they were used without those; outrider.testing.check_drafter says what is wrong"
             )
         for event in emission.events:

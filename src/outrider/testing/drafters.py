@@ -26,7 +26,8 @@ TOKENS = 24
 def check_drafter(make: Callable[[], Drafter], target: Target | None = None, *, length: int = 4) -> Report:
     """Try a drafter against its contracts (docs/step.md).
 
-    make: makes a new drafter, as its class does or a lambda: some contracts compare a new one with a used one. target: for a drafter
+    make: makes a new drafter, as its class does or a lambda: some contracts compare a new one with a used one. target: for a
+    drafter
     that needs a certain model (it reads hidden states, or has a vocabulary); None: a table of random distributions, on which the
     distribution of the text is tested too. length: draft length asked for.
     Returns what held; raises BrokenContract, one sentence, for the first contract that does not: which class, which contract, what
@@ -58,7 +59,8 @@ def check_drafter(make: Callable[[], Drafter], target: Target | None = None, *, 
     if seen[0] != seen[1]:
         _raise(
             name,
-            "drafted differently when its slots were used a second time with the same texts and seeds: what release(slots) does not "
+            "drafted differently when its slots were used a second time with the same texts and seeds: what release(slots) does "
+            "not "
             "clear, or a draw that is not from the noise of the evidence, is still there",
         )
     run(3)
@@ -116,6 +118,7 @@ def _joint(make: Callable[[], Drafter], length: int) -> str:
     if value is None:
         return watched.not_drawn()
     return (
-        f"changed the distribution of the text (chi-square {value:.0f} over {SMALL**3} cells of three tokens): each node must be drawn "
+        f"changed the distribution of the text (chi-square {value:.0f} over {SMALL**3} cells of three tokens): each node must "
+        "be drawn "
         "from its own q, and none dropped or added after a token was seen; q=None is always lossless"
     )

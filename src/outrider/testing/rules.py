@@ -100,7 +100,7 @@ def _try(name: str, rule: Rule, world: World, counts: Counts) -> None:
         _raise(
             name,
             f"changes the distribution of the text {world.name} (chi-square {value:.0f} over {V**TOKENS} cells of three tokens)"
-            + (", and declares lossless=True: correct it, or declare a tv_limit" if rule.lossless else ", though it may spend nothing"),
+            + (", and declares lossless=True: correct it, or declare a tv_limit" if rule.lossless else ", and may spend nothing"),
         )
 
 

@@ -67,7 +67,8 @@ class Watched:
                 where = where.tb_next
             line = f" at line {where.tb_lineno} of {where.tb_frame.f_code.co_filename}" if where else ""
             self.found = (
-                f"raised {type(error).__name__} ({error}) in {name}{line}: {name} must return for every step, also for a budget of 0, "
+                f"raised {type(error).__name__} ({error}) in {name}{line}: {name} must return for every step, also for a budget "
+                "of 0, "
                 "a prompt in several chunks and a sequence without a verdict"
             )
             return None
@@ -77,7 +78,8 @@ class Watched:
             return f"returned {type(draft).__name__}, not a Draft: see outrider.types.Draft, and Draft.join, which makes one"
         if problem := defect_of(draft, len(evidence.sequences), budget):
             return (
-                f"drafted {problem}: a draft has one tree for each sequence of the evidence, in its order, parents before children, at "
+                f"drafted {problem}: a draft has one tree for each sequence of the evidence, in its order, parents before "
+                "children, at "
                 "most budget[i] levels deep, its tokens int64; Draft.join makes one of a tree for each sequence"
             )
         most = max(draft.counts, default=0)
@@ -110,7 +112,8 @@ class Watched:
         for k, value in enumerate(_values(draft)):
             if value <= 0 and q.siblings != "hub":
                 return (
-                    f"drafted token {draft.tokens[k]}, which has probability 0 under the q that it gave for it: q is the distribution "
+                    f"drafted token {draft.tokens[k]}, which has probability 0 under the q that it gave for it: q is the "
+                    "distribution "
                     "that this token was drawn from; without one give q=None, which is always lossless"
                 )
         if q.siblings == "without_replacement":
@@ -144,8 +147,10 @@ class Watched:
         for name, (excess, spread) in self._sums.items():
             if abs(excess) > margin(spread):
                 return (
-                    f"drafted {name} {abs(excess):.0f} times {'more' if excess > 0 else 'less'} often in {self._nodes} nodes than its q "
-                    f"says (chance explains {margin(spread):.0f}): draw each token from its row of q with the noise of the evidence, or "
+                    f"drafted {name} {abs(excess):.0f} times {'more' if excess > 0 else 'less'} often in {self._nodes} nodes "
+                    "than its q "
+                    f"says (chance explains {margin(spread):.0f}): draw each token from its row of q with the noise of the "
+                    "evidence, or "
                     "give q=None, which is always lossless"
                 )
         return ""

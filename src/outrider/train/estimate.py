@@ -51,7 +51,8 @@ def estimate(job: Job) -> dict[str, Any]:
 def pays(drafter: int, target: int, passes: int, levels: int) -> str:
     """What a drafter of so many parameters can gain at most, as a sentence: every forward costs what its weights cost to read.
 
-    All its drafts accepted, a step makes levels + 1 tokens in the time of one pass of the target and `passes` of the drafter; at 70% of
+    All its drafts accepted, a step makes levels + 1 tokens in the time of one pass of the target and `passes` of the drafter;
+    at 70% of
     the tokens accepted (each if those before it were), (1 - 0.7^(levels + 1)) / 0.3.
 
     >>> pays(10**8, 8 * 10**9, 4, 4)
@@ -63,7 +64,8 @@ def pays(drafter: int, target: int, passes: int, levels: int) -> str:
     best, usual = (n / (1 + cost) for n in (levels + 1, (1 - 0.7 ** (levels + 1)) / 0.3))
     if best <= 1:
         return (
-            f"cannot pay: its {passes} passes for a draft of {levels} cost {cost:.1f} passes of this target, so at best {best:.2f} times "
+            f"cannot pay: its {passes} passes for a draft of {levels} cost {cost:.1f} passes of this target, so at best "
+            f"{best:.2f} times "
             "as fast; make it smaller"
         )
     doubt = "" if usual > 1 else ", which does not pay: make it smaller"

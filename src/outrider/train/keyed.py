@@ -67,7 +67,8 @@ def run_folder(work: Path, kind: str, parts: Sequence[Path], choices: dict[str, 
 
 
 def shorter_run(folder: Path) -> Path | None:
-    """The newest checkpoint of a training beside this one that differs from it in a smaller number of steps (and the warm-up) alone.
+    """The newest checkpoint of a training beside this one that differs from it in a smaller number of steps (and the warm-up)
+    alone.
 
     folder: as `run_folder` gives it.
     """

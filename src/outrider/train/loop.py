@@ -157,7 +157,8 @@ def train(
     ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at checkpoints, within
     a tenth of the time, and at the end. ``logs`` get the figures of every printed line, and every measurement.
 
-    A checkpoint of a run with fewer ``steps`` and the same other settings is continued to the new number: with the learning rate of the
+    A checkpoint of a run with fewer ``steps`` and the same other settings is continued to the new number: with the learning
+    rate of the
     longer run from there on, so that its weights are not those of a long run from the start.
     """
     torch.manual_seed(config.seed)

@@ -1,4 +1,5 @@
-"""Metrics of a training as it goes: JSON lines in its work folder, and TensorBoard or Weights & Biases where somebody asks for them."""
+"""Metrics of a training as it goes: JSON lines in its work folder, and TensorBoard or Weights & Biases where somebody asks for "
+"them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def loggers(folder: Path, wanted: tuple[str, ...] = (), settings: Mapping[str, Any] | None = None) -> list[Log]:
-    """Where metrics go: always FILE in `folder`, and what is asked for by name. settings: of the training, for those that show them.
+    """Where metrics go: always FILE in `folder`, and what is asked for by name. settings: of the training, for those that
+    show them.
 
     Raises ConfigError for an unknown name, and for one whose package is missing.
     """

@@ -1,6 +1,7 @@
 """A model of lm-eval's harness: `python -m outrider.integrations.lm_eval --model outrider --model_args target=PATH,draft=PATH ...`.
 
-Log-likelihoods are those of the target, from one forward over each text; text is generated speculatively, in batches. lm-eval has no
+Log-likelihoods are those of the target, from one forward over each text; text is generated speculatively, in batches. lm-eval
+has no
 plug-ins, so the command registers the model and then is lm-eval's own; in Python, import `OutriderLM` from here.
 """
 
@@ -80,10 +81,13 @@ class OutriderLM(TemplateLM):
         return out
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest. Too long: the newest tokens."""
+        """Sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest. Too long: the newest "
+        "tokens."""
         kept = [*context, *continuation][-self.max_length :]
         if not continuation or len(kept) <= len(continuation):
-            raise RequestError(f"a continuation of {len(continuation)} tokens needs at least one before it, within {self.max_length}")
+            raise RequestError(
+                f"a continuation of {len(continuation)} tokens needs at least one before it, within {self.max_length}"
+            )
         found = next(f for f in prompt_scores(self.engine.parts.target, kept, 0) if isinstance(f, PromptScores))
         own = slice(len(kept) - 1 - len(continuation), None)
         return sum(e.logprob for e in found.entries[own]), all(rank == 1 for rank in found.ranks[own])
@@ -100,7 +104,8 @@ class OutriderLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         params = [self._params(dict(request.args[1])) for request in requests]
         prompts = [
-            self.tok_encode(request.args[0])[-(self.max_length - p.max_tokens) :] for request, p in zip(requests, params, strict=True)
+            self.tok_encode(request.args[0])[-(self.max_length - p.max_tokens) :]
+            for request, p in zip(requests, params, strict=True)
         ]
         out = [result.text for result in self.engine.generate(prompts, params)]
         for request, text in zip(requests, out, strict=True):

@@ -40,7 +40,9 @@ def rollout(draft: Any = "ngram", *, slots: int = 16, **options: Any) -> Rollout
     def rollout_func(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         args = trainer.args
         if args.temperature != 1.0:
-            raise ConfigError(f"the rollout needs temperature=1.0 in GRPOConfig, got {args.temperature}: see outrider.integrations.trl")
+            raise ConfigError(
+                f"the rollout needs temperature=1.0 in GRPOConfig, got {args.temperature}: its log-probabilities are the model's own"
+            )
         for name, fine in NEUTRAL.items():
             if getattr(args, name, None) not in fine:
                 raise ConfigError(f"the rollout cannot apply {name}={getattr(args, name)!r} of GRPOConfig: leave it out")

@@ -60,8 +60,8 @@ def _context(config: Any) -> int | None:
 class HFTarget:
     """Implements `protocols.Target` over a transformers model, which stays as it was found: mode, gradients, configuration, hooks.
 
-    It is read through a `view.View`: weights that are written later (an optimizer, `load_state_dict`) are used from the next forward
-    on; a model that was moved or converted is refused then; modules that are added later (adapters) are not seen.
+    It is read through a `view.View`: weights that are written later (an optimizer, `load_state_dict`) are used from the next
+    forward on; a model that was moved or converted is refused then; modules that are added later (adapters) are not seen.
 
     path:    how the model is driven (see the module). why: the reason against each path before it, by name.
     trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
