@@ -62,7 +62,8 @@ def build_engine(
     draft, rule: a name, or a drafter or rule object; as draft also a model of transformers. tokenizer: of the target, where it is
     an object; None: the engine works on token ids. draft_tokenizer: of a draft model object, to check that its vocabulary is the
     target's. Models that are objects stay as they were found (`models.hf.target.HFTarget`).
-    options: the other fields of `EngineOptions` (`capacity` is another name of `slots`). speculative_config: vLLM's JSON; it replaces draft, length and rule.
+    options: the other fields of `EngineOptions` (`capacity` is another name of `slots`). speculative_config: vLLM's JSON; it
+    replaces draft, length and rule.
     controller: makes the controller of draft lengths (None: the one that `lengths` names). on_defect: called with every contained
     failure.
     selectable: a request's `drafters` may choose among the members of a combined drafter.

@@ -26,9 +26,8 @@ TOKENS = 24
 def check_drafter(make: Callable[[], Drafter], target: Target | None = None, *, length: int = 4) -> Report:
     """Try a drafter against its contracts (docs/step.md).
 
-    make: makes a new drafter, as its class does or a lambda: some contracts compare a new one with a used one. target: for a
-    drafter
-    that needs a certain model (it reads hidden states, or has a vocabulary); None: a table of random distributions, on which the
+    make: makes a new drafter, as its class does or a lambda: some contracts compare a new one with a used one.
+    target: for a drafter that needs a certain model (it reads hidden states, or has a vocabulary); None: a table of random distributions, on which the
     distribution of the text is tested too. length: draft length asked for.
     Returns what held; raises BrokenContract, one sentence, for the first contract that does not: which class, which contract, what
     was seen, what to do. Statistical checks complain of a good drafter with a probability of one in a billion each.

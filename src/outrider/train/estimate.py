@@ -52,8 +52,7 @@ def pays(drafter: int, target: int, passes: int, levels: int) -> str:
     """What a drafter of so many parameters can gain at most, as a sentence: every forward costs what its weights cost to read.
 
     All its drafts accepted, a step makes levels + 1 tokens in the time of one pass of the target and `passes` of the drafter;
-    at 70% of
-    the tokens accepted (each if those before it were), (1 - 0.7^(levels + 1)) / 0.3.
+    at 70% of the tokens accepted (each if those before it were), (1 - 0.7^(levels + 1)) / 0.3.
 
     >>> pays(10**8, 8 * 10**9, 4, 4)
     'at best 4.76 times as fast, 2.64 times where 70% of the drafted tokens are accepted'

@@ -158,8 +158,7 @@ def train(
     a tenth of the time, and at the end. ``logs`` get the figures of every printed line, and every measurement.
 
     A checkpoint of a run with fewer ``steps`` and the same other settings is continued to the new number: with the learning
-    rate of the
-    longer run from there on, so that its weights are not those of a long run from the start.
+    rate of the longer run from there on, so that its weights are not those of a long run from the start.
     """
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(model, config)

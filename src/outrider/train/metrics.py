@@ -1,5 +1,4 @@
-"""Metrics of a training as it goes: JSON lines in its work folder, and TensorBoard or Weights & Biases where somebody asks for "
-"them."""
+"""Metrics of a training as it goes: JSON lines in its work folder, and TensorBoard or Weights & Biases where asked for."""
 
 from __future__ import annotations
 

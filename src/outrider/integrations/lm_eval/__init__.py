@@ -1,8 +1,7 @@
 """A model of lm-eval's harness: `python -m outrider.integrations.lm_eval --model outrider --model_args target=PATH,draft=PATH ...`.
 
-Log-likelihoods are those of the target, from one forward over each text; text is generated speculatively, in batches. lm-eval
-has no
-plug-ins, so the command registers the model and then is lm-eval's own; in Python, import `OutriderLM` from here.
+Log-likelihoods are those of the target, from one forward over each text; text is generated speculatively, in batches.
+lm-eval has no plug-ins, so the command registers the model and then is lm-eval's own; in Python, import `OutriderLM` from here.
 """
 
 from __future__ import annotations
@@ -81,8 +80,8 @@ class OutriderLM(TemplateLM):
         return out
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest. Too long: the newest "
-        "tokens."""
+        """Sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest. Too long: the newest
+        tokens."""
         kept = [*context, *continuation][-self.max_length :]
         if not continuation or len(kept) <= len(continuation):
             raise RequestError(

@@ -41,7 +41,7 @@ def rollout(draft: Any = "ngram", *, slots: int = 16, **options: Any) -> Rollout
         args = trainer.args
         if args.temperature != 1.0:
             raise ConfigError(
-                f"the rollout needs temperature=1.0 in GRPOConfig, got {args.temperature}: its log-probabilities are the model's own"
+                f"the rollout needs temperature=1.0 in GRPOConfig, got {args.temperature}: log-probabilities are the model's own"
             )
         for name, fine in NEUTRAL.items():
             if getattr(args, name, None) not in fine:
