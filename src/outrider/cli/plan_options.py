@@ -148,7 +148,7 @@ class PlanOptions:
         ),
     ] = None
     hardware: Annotated[
-        str, typer.Option("--hardware", help="With --gpus: zen5-2, a100, h100, h200, m3-max, m4-max.")
+        str, typer.Option("--hardware", help="With --gpus: a100, h100, h200, rtx-4090, m4-max, ... (see theory speedup).")
     ] = "h100"
     link: Annotated[
         str | None,

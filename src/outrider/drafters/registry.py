@@ -94,6 +94,7 @@ def load_drafter(
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are compared at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
+                    A folder of a trained drafter says itself which of the following it is.
       "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
       "mtp"         the head for multi-token prediction that the target's own folder carries, or a trained one, likewise
@@ -144,6 +145,8 @@ def load_drafter(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
             )
         kind, _, path = how.path.partition(":")
+        if kind not in learned and (own := learned_kind(how.path, learned)) is not None:  # a folder says itself what it holds
+            kind, path = own, how.path
         if kind in HOSTS and not Path(how.path).exists():
             raise ConfigError(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
@@ -301,19 +304,16 @@ def _model(
         raise ConfigError(
             f"the draft model {path!r} cannot be loaded here: pass load_model, or a drafter without a model"
         )
-    refuse_learned(path, learned)
     model, draft_tokenizer = load_model(path)
     if tokenizer is not None and draft_tokenizer is not None:
         check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
     return ModelDrafter(model, length, growth=how.growth(target.vocab_size), vocab_size=target.vocab_size)
 
 
-def refuse_learned(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> None:
-    """Raise ConfigError for a folder that holds a trained drafter instead of a model: it needs its name before the path."""
+def learned_kind(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> str | None:
+    """Which trained drafter a folder holds, by its `config.json`; None for a folder of a model, and for what is no folder."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        return
+        return None
     found = read_config(folder)[1]
-    name = next((name for name, row in learned.items() if found in row.folder_types), None)
-    if name is not None:
-        raise ConfigError(f"{path} holds a trained drafter of type {found!r}, not a model: write {name}:{path}")
+    return next((name for name, row in learned.items() if found in row.folder_types), None)
