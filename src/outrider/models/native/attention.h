@@ -160,7 +160,8 @@ class Attention {
             const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
             if (in_.cap > 0.0f) bound_softly(line + (a - low), (int)(b - a), in_.scale, in_.cap);
             mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.factor(), mine);
-            for (int j = 0; mass && j < n; ++j) mass[q * CHUNKS + j / CHUNK] += line[j];
+            for (int j = 0; mass && j < n; j += CHUNK)
+                for (int i = 0; i < CHUNK; i += LANES) mass[q * CHUNKS + j / CHUNK] += sum(load<vf>(line + j + i));
             weigh_alone(row, line, low, a, joint && from < b ? from : b, mine + Sums::HEAD);
         }
         if (!joint) return;
