@@ -17,6 +17,7 @@ from collections.abc import Callable
 from outrider.control.prefill_cost import PrefillCost
 from outrider.control.row_times import EXTRAPOLATION_FACTOR, RowTimes
 from outrider.records import StepRecord
+from outrider.theory.context_times import FURTHER_ROW
 
 USUAL = 1.0 / 32.0
 """Weight of the newest step in the average number of prompt rows per step."""
@@ -24,11 +25,6 @@ USUAL = 1.0 / 32.0
 
 NEAR = 0.9 * EXTRAPOLATION_FACTOR
 """The lower end of a slope is this many times fewer rows, if half of them were never measured."""
-
-
-FURTHER_ROW = 0.08
-"""What a further row of a sequence adds to the time of a cached token, as a share: measured for 2 to 8 rows at 4,096 to 16,384
-tokens (docs/long_contexts.md). Only predictions for lengths that were last measured at another context use it."""
 
 
 class _Drafting:

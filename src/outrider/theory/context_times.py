@@ -17,10 +17,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import nnls
 
 from outrider.theory.checks import fraction, number, positive_int
 from outrider.theory.speedup import tokens_per_call
+
+
+FURTHER_ROW = 0.08
+"""What a further row of a sequence adds to the time of a cached token, as a share of reading it once: measured for 2 to 8 rows at
+4,096 to 16,384 tokens (docs/long_contexts.md). For predictions where nothing was timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class ContextTimes:
         >>> abs(ContextTimes.fit(passes).seconds(2, 3, 4096) / times.seconds(2, 3, 4096) - 1) < 1e-6
         True
         """
+        from scipy.optimize import nnls  # 40 MB that whoever only predicts does not need
+
         points = list(passes)
         if len(points) < 4:
             raise ValueError(f"four constants need four timed passes, got {len(points)}")
@@ -74,11 +80,8 @@ class ContextTimes:
 
     def seconds(self, sequences: int, rows: int, cached: float) -> float:
         """Of a pass, without the host."""
-        return (
-            self.whole
-            + self.row * sequences * rows
-            + sequences * cached * (self.token + self.pair * (rows - 1))
-        )
+        attention = sequences * cached * (self.token + self.pair * (rows - 1))
+        return self.whole + self.row * sequences * rows + attention
 
     def plain(self, sequences: int, context: float) -> float:
         """Of a step of plain decoding."""
