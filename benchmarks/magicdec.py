@@ -35,19 +35,17 @@ from native import random_weights, shipped_config
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.registry import load_drafter
+from outrider.evaluate.planning.contexts import SHAPES, time_passes
 from outrider.evaluate.statistics.ratios import Ratio, paired_ratio
 from outrider.models.lean import LeanTarget
 from outrider.nn.kv import PagedKV
 from outrider.params import SamplingParams
 from outrider.theory.context_times import ContextTimes, TimedPass
 from outrider.theory.speedup import tokens_per_call
-from outrider.types import Draft, Rows
 from outrider.verify import best_exact
 
 VIEW = 512
 KINDS = {"window": f"sparse:window:16+{VIEW - 16}", "snap": f"sparse:snap:{VIEW}", "pillar": f"sparse:pillar:{VIEW}"}
-PASSES = ((1, 1), (3, 1), (6, 1), (1, 4), (6, 4))
-"""Rows of a sequence and sequences of the passes that are timed for the model."""
 VALUES = 0.3
 """Standard deviation of the cached values: attention then says about as much as tokens do."""
 Cell = tuple[int, int, str, int]
@@ -119,17 +117,10 @@ class Bench:
         for slot, tokens in enumerate(self.tokens):
             self.kv.share(slot, tokens[: context + 1])
             self.kv.make_room(slot, self.kv.length[slot] + 16)
-        spent: dict[tuple[int, int], list[float]] = {(n, b): [] for n, b in PASSES if b <= self.slots}
-        for _ in range(rounds):
-            for n, b in random.sample(list(spent), len(spent)):
-                draft = Draft.join([(range(1, n), range(-1, n - 2))] * b)
-                rows = Rows.assemble(range(b), [[7]] * b, self.kv.length[:b], draft)
-                began = self.clock()
-                self.native.forward(rows, self.kv)
-                spent[n, b].append(self.clock() - began)
-        cached = self.kv.length[0]
+        shapes = [(n, b) for n, b in SHAPES if b <= self.slots]
+        found = time_passes(self.target, self.kv, shapes, rounds, self.clock)
         self.kv.release(range(self.slots))
-        return [TimedPass(b, n, cached, median(each)) for (n, b), each in spent.items()]
+        return found
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
