@@ -14,7 +14,7 @@ from outrider.theory.context_times import FURTHER_ROW, ContextTimes
 from outrider.types import SequenceView
 from tests.control.verdicts import judged, recorded
 
-VIEW, ACCEPT, FASTER = 512, 0.85, 6
+VIEW, ACCEPT = 512, 0.85
 TIMES = ContextTimes(whole=1e-3, row=2e-5, token=1e-3 / 1800, pair=FURTHER_ROW * 1e-3 / 1800, step=2e-4, level=5e-5)
 """The shipped target's shape: keys and values weigh as much as weights at 1,800 tokens."""
 
@@ -24,13 +24,13 @@ def tokens_of(length: int) -> float:
 
 
 class Growing:
-    """One sequence that gets longer by `FASTER` times what it emits, on a clock by TIMES."""
+    """One sequence that gets longer, on a clock by TIMES."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random, self.clock, self.tokens, self.best = random.Random(seed), 0.0, 0, 0.0
 
-    def run(self, controller: Adaptive, start: int, end: int) -> None:
-        """best: the seconds that the best length of every moment would have taken for as many tokens."""
+    def run(self, controller: Adaptive, start: int, end: int, faster: int = 1) -> None:
+        """From one context to another, by `faster` tokens for each that is emitted. best: the seconds that the best length of every moment would have taken for as many tokens."""
         context, pending = float(start), [0]
         while context < end:
             counts = judged(pending, ACCEPT, self.random)
@@ -43,26 +43,27 @@ class Growing:
             self.clock += verify + draft
             self.tokens += counts.emitted
             self.best += counts.emitted * min(TIMES.drafted(1, cached, VIEW, n) / tokens_of(n) for n in range(7))
-            context += FASTER * counts.emitted
+            context += faster * counts.emitted
             pending = now
 
 
 def test_lengths_follow_the_context() -> None:
-    """From 300 to 30,000 tokens, learning included: within 8% of the best length of every moment, and plain decoding kept at first."""
+    """From 300 to 30,000 tokens, learning included: within 8% of the best length of every moment; hardly slower than plain decoding
+    where a view loses."""
     world, controller = Growing(), Adaptive(3, 6)
     world.run(controller, 300, 1000)
-    plain, spent = sum(TIMES.plain(1, 650) for _ in range(world.tokens)), world.clock
-    assert controller.outlook().length == 0 and spent < 1.1 * plain
-    world.run(controller, 1000, 30_000)
+    assert world.clock < 1.1 * world.tokens * TIMES.plain(1, 650)
+    world.run(controller, 1000, 30_000, faster=2)
     assert controller.outlook().length >= 4
     assert world.clock < 1.08 * world.best
 
 
 def test_the_control_one_length_for_all_contexts_is_slower() -> None:
-    for length in (0, 6):
-        world = Growing()
-        world.run(Adaptive(length, length) if length == 0 else Pinned(length), 300, 30_000)
-        assert world.clock > 1.12 * world.best
+    plain, drafted = Growing(), Growing()
+    plain.run(Adaptive(0, 0), 1000, 30_000, faster=2)
+    assert plain.clock > 1.5 * plain.best
+    drafted.run(Pinned(6), 300, 2000)
+    assert drafted.clock > 1.15 * drafted.best
 
 
 class Pinned(Adaptive):
