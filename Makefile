@@ -28,7 +28,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -166,6 +166,16 @@ test-client-%: $(STAMP) .venvs/client-%/.made
 
 test-client-npm: $(STAMP) .venvs/client-npm/.made
 	@export OUTRIDER_NPM=$(CURDIR)/.venvs/client-npm/node_modules; $(CLIENT) $(BIN)/python $(IN_CLIENTS)/test_npm.py
+
+# Outrider inside lm-eval, TRL and Jupyter.
+.venvs/partners/.made: pyproject.toml
+	@$(PYTHON) -m venv .venvs/partners
+	@.venvs/partners/bin/$(INSTALL) --editable . "torch>=2.11,<2.14" transformers==5.24.0 lm_eval==0.4.13 trl==1.16.0 \
+	  nbclient==0.11.0 nbformat ipykernel matplotlib pytest pytest-timeout
+	@touch $@
+
+test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, and the notebooks in a Jupyter kernel
+	$(TEST_ENV) .venvs/partners/bin/python -m pytest -q tests/outside/partners
 
 test-templates: $(STAMP) .venvs/trl/.made  ## chat templates of real models, as trl's wheel has them
 	@OUTRIDER_TRL=$$(.venvs/trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/trl \

@@ -89,7 +89,7 @@ def test_the_commands_of_a_page_run(
 
     monkeypatch.chdir(tmp_path)
     os.mkdir("examples")
-    small = re.sub(r"(count|max_tokens): \d+", r"\1: 4", (ROOT / "examples" / "ab.yaml").read_text())
+    small = re.sub(r"(count|max_tokens): \d+", r"\1: 5", (ROOT / "examples" / "ab.yaml").read_text())
     Path("examples/ab.yaml").write_text(small)
     lines = commands(page)
     assert len(lines) >= 2

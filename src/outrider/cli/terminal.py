@@ -11,10 +11,10 @@ from typing import Any
 
 import typer
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from outrider.errors import printable
+from outrider.progress import bar
 
 PIPE = 4096
 """Columns of a line that nobody looks at in a window: it is never broken."""
@@ -105,10 +105,8 @@ def loading(text: str) -> Iterator[Any]:
     if plain(err):
         yield lambda fraction: None
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(text, total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)
+    with bar(text, err) as tell:
+        yield tell
 
 
 def counter(progress: Callable[[float], None], total: int) -> Callable[..., None]:
