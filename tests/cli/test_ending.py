@@ -40,7 +40,10 @@ def test_a_second_signal_within_the_first_ones_line_ends_at_once(monkeypatch: py
         raise Ended(code)
 
     monkeypatch.setattr(ending.os, "_exit", leave)
-    monkeypatch.setattr(ending.os, "write", lambda _, data: written.append(data))
+    write = ending.os.write
+    monkeypatch.setattr(
+        ending.os, "write", lambda to, data: written.append(data) if to == ending.STDERR else write(to, data)
+    )
     told = ending.Told("here", 30.0)
     stream = Raw(told)
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(stream), line_buffering=True))
