@@ -42,7 +42,7 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 
 
 # ----------------------------------------------------------------- worked examples of the pages, at small sizes
-PAGES = ["evaluate.md", "audit.md", "capacity.md"]
+PAGES = ["first_hour.md", "evaluate.md", "audit.md", "capacity.md"]
 SMALL = {
     "--count": "4",
     "--max-tokens": "4",
@@ -57,6 +57,7 @@ SMALL = {
 """What replaces the sizes that a page's command has."""
 ADDED = {
     "bench": ("--max-tokens", "4", "--warmup", "0", "--repeats", "1"),
+    "demo": ("--max-tokens", "4", "--prompts", "2", "--repeats", "1"),
     "plan": ("--count", "4", "--max-tokens", "4", "--rounds", "2", "--requests", "100"),
 }
 """What is said besides, because a page's command leaves it at a larger default."""
