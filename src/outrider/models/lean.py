@@ -100,6 +100,18 @@ class LeanTarget:
         """Forwards of up to so many rows per segment give every row the same bits, whatever is fed with it."""
         return self._native_rows if self.native else 0
 
+    @property
+    def step_bytes(self) -> tuple[float, float] | None:
+        """Bytes of weights that a step of one row reads, and of keys and values for each cached token. None where the compiled
+        decoder does not run, for experts, and for weights in blocks: there no time follows from them that was measured."""
+        if self.native is None or self.config.experts is not None or not self._blocks:
+            return None
+        c = self.config
+        wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        block = c.hidden * (2 * wide + 2 * narrow + 3 * c.inner)
+        size = self.dtype.itemsize
+        return float(size * (self.layers * block + c.vocab_size * c.hidden)), float(2 * size * self.layers * narrow)
+
     def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> PagedKV:
         """A cache for `slots` sequences of `length` tokens each, drafts included. CapacityError if not even one of them fits.
 

@@ -25,7 +25,7 @@ from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.held import OK, Held, fail
 from outrider.nn.kv import RowCache
 
-_LAYER = ("norm1", "q_norm", "k_norm", "norm2", "qkv", "o", "gate_up", "down")
+_LAYER = ("norm1", "qkv_bias", "q_norm", "k_norm", "norm2", "qkv", "o", "gate_up", "down")
 
 
 class Join(IntEnum):
@@ -79,7 +79,8 @@ class Features:
     """How rows are made of tokens and features, see `FeaturePointers` in layout.h. taps, width: of the hidden states that are read.
 
     fuse: [D, taps * width], None if the one tap is the feature. fused_norm: of a feature that was read from taps.
-    token_norm, feature_norm, normed_residual: for BESIDE. joint, joint_bias: for THROUGH.
+    token_norm, feature_norm: for BESIDE, and for THROUGH if both are normed. normed_residual: for BESIDE. joint, joint_bias: for
+    THROUGH.
     """
 
     taps: int
@@ -320,8 +321,10 @@ class NativeLayers:
         attn, mlp = layer.self_attn, layer.mlp
         weight = lambda part: None if part is None else part.weight  # noqa: E731
         q, k, v = (getattr(attn, f"{name}_proj").weight for name in "qkv")
+        biases = [getattr(attn, f"{name}_proj").bias for name in "qkv"]
         return _Layer(
             self._held.vector(weight(getattr(layer, "input_layernorm", None)) if has_norm else None),
+            self._held.vector(None if biases[0] is None else torch.cat(biases)),
             self._held.vector(weight(getattr(attn, "q_norm", None))),
             self._held.vector(weight(getattr(attn, "k_norm", None))),
             self._held.vector(layer.post_attention_layernorm.weight),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,8 @@ from outrider.nn.kv import RowCache
 from outrider.protocols import Drafter, Target
 from outrider.types import Draft, Evidence, SequenceView
 
+ForwardOf = Callable[[Any, int], Forward]
+"""From a network and the rows of a slot to its forward."""
 CHUNK = 256
 """Most rows of one sequence in one pass."""
 
@@ -51,15 +54,18 @@ class SlotState:
 class EagleDrafter:
     """Drafts with a feature model that has its own KV cache of one layer.
 
-    growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2).
+    growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2). forward: makes the
+    forward of the model for slots of so many rows.
 
     After a step every accepted row of the target is a new context row, even if nothing is drafted, because hidden states are
     available only once. A sequence with missed rows starts over with the rows it has: its drafts are then less accurate, but still
     exact.
     """
 
-    def __init__(self, model: EagleNetwork, growth: Growth, *, name: str = "eagle") -> None:
-        self.name, self.model, self.growth = name, model, growth
+    def __init__(
+        self, model: EagleNetwork, growth: Growth, *, name: str = "eagle", forward: ForwardOf = forward_of
+    ) -> None:
+        self.name, self.model, self.growth, self._forward_of = name, model, growth, forward
         self.layers: tuple[int, ...] = tuple(sorted(set(model.config.taps)))
         self._order = [self.layers.index(t) for t in model.config.taps]
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
@@ -70,7 +76,7 @@ class EagleDrafter:
     def bind(self, slots: int, length: int) -> None:
         """Allocate the drafter's KV cache."""
         c, capacity = self.model.config, length + self.growth.max_expanded_nodes
-        self._run = forward_of(self.model, capacity)
+        self._run = self._forward_of(self.model, capacity)
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
         self.context = Context(slots)
         self._states = [SlotState() for _ in range(slots)]
@@ -102,7 +108,7 @@ class EagleDrafter:
         if live:
             slots = [view.slot for view in evidence.sequences]
             places, starts = [self._states[s] for s in slots], [self.context.next[s] for s in slots]
-            follow = _Follower(self._run, self.cache, slots, places, starts, forest)
+            follow = _Follower(self._run, self.model, self.cache, slots, places, starts, forest)
             self.growth.grow(evidence, depths, forest, self._first_logits(self._run, live, read), follow)
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
@@ -162,9 +168,16 @@ class _Follower:
     """
 
     def __init__(
-        self, run: Forward, cache: RowCache, slots: list[int], places: list[SlotState], starts: list[int], forest: Forest
+        self,
+        run: Forward,
+        model: EagleNetwork,
+        cache: RowCache,
+        slots: list[int],
+        places: list[SlotState],
+        starts: list[int],
+        forest: Forest,
     ) -> None:
-        self._run, self._cache, self._forest = run, cache, forest
+        self._run, self._model, self._cache, self._forest = run, model, cache, forest
         self._slots, self._places, self._starts = slots, places, starts
 
     def __call__(self, frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
@@ -182,7 +195,7 @@ class _Follower:
             features += [state for state, _ in above]
             position = [self._starts[i] + depth - 1] * len(nodes)
             rows.add(slot, self._cache.length[slot], [forest.tokens[i][k] for k in nodes], position, place.parents)
-        state, logits = self._run.forward(rows, self._cache, feature=torch.stack(features))
+        state, logits = self._run.forward(rows, self._cache, feature=self._model.feed(torch.stack(features)))
         for (i, k), own_state in zip(frontier, state, strict=True):
             nodes = self._places[i].nodes
             nodes[k] = (own_state, nodes[k][1])
@@ -193,7 +206,8 @@ class _Follower:
 
     def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
         """See `tree.chain.Foreseeing`."""
-        if not isinstance(self._run, NativeForward):
+        as_it_is = type(self._model).feed is EagleNetwork.feed  # compiled code hands a state down unchanged
+        if not isinstance(self._run, NativeForward) or not as_it_is:
             return None
         levels = []
         for depth, own in enumerate(rows, 1):
