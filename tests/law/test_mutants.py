@@ -15,7 +15,7 @@ import torch
 
 from outrider.nn import compiled
 from outrider.verify import native
-from tests.law.lab import Shape, chain, examine, random_world
+from tests.law.lab import examine
 from tests.law.rule_checks import (
     CHECKS,
     chains,
@@ -32,6 +32,7 @@ from tests.law.rule_checks import (
 )
 from tests.law.test_block_rule import NEAR, BlockEnumerator
 from tests.law.test_block_rule import RULE as BLOCK
+from tests.law.worlds import Shape, chain, random_world
 from tests.mutants import Around, Edit, Place
 
 # ----------------------------------------------------------------- where the mistakes are planted

@@ -72,7 +72,6 @@ _PART = 512
 """Keys of a part in attention.h."""
 
 
-
 def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:
     """The native decoder for these weights, or None if PyTorch is used instead; and a notice for the user.
 
@@ -208,8 +207,10 @@ class NativeDecoder:
         logits: Tensor,
         done: Callable[[list[list[int]]], None],
     ) -> Ahead | None:
-        """Forwards that append a token to each of some slots, level by level. levels: their slots; token: addresses that the tokens will
-        be read at; logits [r, V]: of all of them, one behind the other. None where the cache lacks room, or tells who is looked at."""
+        """Forwards that append a token to each of some slots, level by level; None where the cache lacks room or is watched.
+
+        levels: their slots. token: addresses that the tokens will be read at. logits: [r, V] of all of them, one behind the other.
+        """
         if self._checked is None or self._checked() is not kv:
             self._check(kv)
         further = {slot: kv.length[slot] + n for n, slots in enumerate(levels, 1) for slot in slots}
