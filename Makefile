@@ -28,7 +28,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -167,6 +167,16 @@ test-client-%: $(STAMP) .venvs/client-%/.made
 test-client-npm: $(STAMP) .venvs/client-npm/.made
 	@export OUTRIDER_NPM=$(CURDIR)/.venvs/client-npm/node_modules; $(CLIENT) $(BIN)/python $(IN_CLIENTS)/test_npm.py
 
+# Outrider inside lm-eval, TRL and Jupyter.
+.venvs/partners/.made: pyproject.toml
+	@$(PYTHON) -m venv .venvs/partners
+	@.venvs/partners/bin/$(INSTALL) --editable . "torch>=2.11,<2.14" transformers==5.24.0 lm_eval==0.4.13 trl==1.16.0 \
+	  nbclient==0.11.0 nbformat ipykernel matplotlib pytest pytest-timeout
+	@touch $@
+
+test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, and the notebooks in a Jupyter kernel
+	$(TEST_ENV) .venvs/partners/bin/python -m pytest -q tests/outside/partners
+
 test-templates: $(STAMP) .venvs/trl/.made  ## chat templates of real models, as trl's wheel has them
 	@OUTRIDER_TRL=$$(.venvs/trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/trl \
 	  $(TEST_ENV) $(BIN)/python -m pytest -q $(IN_CLIENTS)/test_templates.py
@@ -185,9 +195,28 @@ check: $(STAMP)  ## style, types and import layers
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# mkdocs-material is kept until May 2027; its makers' successor, Zensical, reads the same mkdocs.yml, but not its hooks yet.
+.venvs/docs/.made: .ci/docs.txt
+	@$(PYTHON) -m venv .venvs/docs
+	@.venvs/docs/bin/$(INSTALL) --requirement $<
+	@touch $@
+
+docs: .venvs/docs/.made  ## the documentation site, in site/; nothing in it is loaded from elsewhere
+	@NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict --quiet
+	@.venvs/docs/bin/python recipes/docs_offline.py site
+	@echo "the site is in site/: open site/index.html, or for its search too: python3 -m http.server --bind 127.0.0.1 --directory site"
+
+reference: $(STAMP)  ## write the generated pages of docs/reference anew
+	@$(BIN)/python recipes/docs_reference.py
+
+# Each journey is walked in an empty folder from an installed wheel: tests/journeys/walk.py. JOURNEYS=laptop walks one.
+JOURNEYS ?= laptop server research training
+test-journeys:  ## what users do, from an installed wheel, on Python 3.11 and 3.13, with and without a compiler
+	@$(PYTHON) tests/journeys/walk.py --pythons "$(PYTHONS)" $(JOURNEYS)
+
 bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venvs .wheels .pytest_cache .ruff_cache \
-	  .hypothesis .import_linter_cache .cpu-seconds
+	  .hypothesis .import_linter_cache .cpu-seconds site

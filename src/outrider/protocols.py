@@ -97,7 +97,8 @@ class Target(Protocol):
     rewinds: rows may be dropped again (False for states that can neither be cut nor copied: plain decoding only).
     notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
     A target may say that forwards of up to `uniform_rows` rows per segment give every row the same bits whatever is fed with it;
-    then sequences share their beginnings to the token, else by whole prompt chunks.
+    then sequences share their beginnings to the token, else by whole prompt chunks. One whose weights may be written to while it is
+    used has `weights`, a number that differs afterwards: beginnings are shared between texts of one number only.
     """
 
     vocab_size: int

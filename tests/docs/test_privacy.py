@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PLACES = ("src", "tests", "recipes", "benchmarks", "examples")
 
 FOREIGN = {  # private names of others that have no public one
+    *("_repr_html_", "_repr_png_"),
     *("_attn_implementation", "_backbone_forward", "_exit", "_expand_kernel_impl", "_fields", "_getframe"),
     *("_register_builtin", "_replace"),
 }

@@ -21,7 +21,7 @@ from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
-from outrider.drafters.sparse import load_sparse
+from outrider.drafters.sparse import load_sparse, parse_sparse, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
 from outrider.drafters.tree.shapes import levels
@@ -60,6 +60,8 @@ LEARNED: Mapping[str, LearnedDrafter] = {
     "counts": LearnedDrafter(counts.load, ("counts",)),
 }
 """A row for each learned drafter, by the name that `--draft`, a request and an experiment give it."""
+AUTO_VIEW = "window:16+496"
+"""The view of the target's own cache that "auto" drafts over at long contexts."""
 LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
 FindFolder = Callable[[str], Path]
@@ -94,6 +96,7 @@ def load_drafter(
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are compared at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
+                    A folder of a trained drafter says itself which of the following it is.
       "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
       "mtp"         the head for multi-token prediction that the target's own folder carries, or a trained one, likewise
@@ -109,7 +112,8 @@ def load_drafter(
                     a further token is expected to bring fewer than 0.3 tokens
       "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else the
-                    target's own MTP head, or else "ngram"
+                    target's own MTP head, or else "ngram" and after that, at contexts where a view is expected to be faster
+                    than plain decoding, "sparse:window:16+496"
       "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
 
     rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
@@ -122,6 +126,7 @@ def load_drafter(
         raise ConfigError(f"the draft length must be >= 0, got {length}; 0 is plain decoding")
     if length == 0 or spec == "none":
         return NoDraft()
+    least = 0
     if spec == "auto":
         sibling = companion_folder(target_path, "draft")
         has_model = sibling is not None and load_model is not None
@@ -130,6 +135,9 @@ def load_drafter(
         own = None if has_model else _own_head(target, length, target_path, learned)
         if own is not None:
             return first_of(*_without_model(f"prediction+forced:{length}", length)[0], own)
+        long = None if has_model else worthwhile_from(target, parse_sparse(AUTO_VIEW))
+        if long is not None:
+            spec, least = f"{spec}+sparse:{AUTO_VIEW}", long
     parts, rest = _without_model(spec, length)
     if rest.partition(":")[0] == "jacobi":
         raster = find_raster(target_path)
@@ -144,6 +152,8 @@ def load_drafter(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
             )
         kind, _, path = how.path.partition(":")
+        if kind not in learned and (own := learned_kind(how.path, learned)) is not None:  # a folder says itself what it holds
+            kind, path = own, how.path
         if kind in HOSTS and not Path(how.path).exists():
             raise ConfigError(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
@@ -151,7 +161,7 @@ def load_drafter(
         if kind == "early":
             found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
         elif kind == "sparse":
-            found = load_sparse(path, target, how.growth(target.vocab_size))
+            found = load_sparse(path, target, how.growth(target.vocab_size), least)
         elif kind in learned and (path or not Path(kind).exists()):
             folder = _learned_folder(kind, path, target_path, find_folder, learned)
             found = learned[kind].load(folder, target, how, target_path)
@@ -301,19 +311,16 @@ def _model(
         raise ConfigError(
             f"the draft model {path!r} cannot be loaded here: pass load_model, or a drafter without a model"
         )
-    refuse_learned(path, learned)
     model, draft_tokenizer = load_model(path)
     if tokenizer is not None and draft_tokenizer is not None:
         check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
     return ModelDrafter(model, length, growth=how.growth(target.vocab_size), vocab_size=target.vocab_size)
 
 
-def refuse_learned(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> None:
-    """Raise ConfigError for a folder that holds a trained drafter instead of a model: it needs its name before the path."""
+def learned_kind(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> str | None:
+    """Which trained drafter a folder holds, by its `config.json`; None for a folder of a model, and for what is no folder."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        return
+        return None
     found = read_config(folder)[1]
-    name = next((name for name, row in learned.items() if found in row.folder_types), None)
-    if name is not None:
-        raise ConfigError(f"{path} holds a trained drafter of type {found!r}, not a model: write {name}:{path}")
+    return next((name for name, row in learned.items() if found in row.folder_types), None)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from outrider.drafters.eagle.network import EagleNetwork
 from outrider.nn import rope
+from outrider.nn.ahead import Ahead
 from outrider.nn.attention import attend
 from outrider.nn.draft_heads import NativeHeads
 from outrider.nn.drafts import NativeLayers, Rows
@@ -78,6 +79,17 @@ class NativeForward:
 
     def logits(self, state: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         return self._head(state)[0]
+
+    def ahead(
+        self,
+        levels: Sequence[Rows],
+        cache: RowCache,
+        token: Sequence[int],
+        logits: Float[Tensor, "r V"],
+        state: Float[Tensor, "n D"],
+    ) -> Ahead:
+        """Forwards of a chain's levels, see `nn.drafts.NativeLayers.ahead`. Their rows are the draft's: nothing is kept."""
+        return self._layers.ahead(levels, cache, token, logits, state, lambda fed: None)
 
 
 class TorchForward:
