@@ -60,7 +60,9 @@ class TrainOptions:
         bool, typer.Option("--as-written", help="Train on the text itself; the target writes nothing.")
     ] = False
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature at which the target writes.")] = 1.0
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of training; a finished run goes on when they grow.")] = 600
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Steps of training; a finished run goes on when they grow.")
+    ] = 600
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows per step.")] = 8
     lr: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 2e-3
     levels: Annotated[
