@@ -17,7 +17,7 @@ from outrider.testing.report import BrokenContract, Report, unlikely
 from outrider.testing.watched import Watched
 from outrider.verify import best_exact
 
-SMALL, SAMPLES, TOGETHER = 5, 1500, 50
+SMALL, SAMPLES, TOGETHER = 5, 1000, 50
 """Vocabulary, texts and slots of the test of the joint distribution of the first three tokens."""
 PROMPTS: tuple[tuple[int, ...], ...] = ((1, 2, 3, 1, 2), (4,), (0, 1) * 9, (2, 2, 2))
 TOKENS = 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -124,16 +125,17 @@ def _asked(name: str, rule: Rule, p: Tensor, draft: Draft, noise: Noise, twice: 
 
 
 def _drafted(world: World, last: list[int], q: Tensor, noise: Noise, lane: str) -> Draft:
-    """Nodes drawn from q[token before], with the noise that drafters for this rule draw with. lane: `Rule.lane`."""
-    cdf, token, parent, row = q.cumsum(-1), list[int](), list[int](), list[int]()
+    """Nodes drawn from q[token before], with the noise that drafters for this rule draw with. lane: `Rule.lane`; point masses are
+    chosen apart from it."""
+    cdf, token, parent, row = q.cumsum(-1).tolist(), list[int](), list[int](), list[int]()
     for i, above in enumerate(last):
         for j in range(world.nodes):
             depth, sibling = (j + 1, 0) if world.chain else (1, j)
             row.append(above)
-            if lane == "gumbel":
+            if lane == "gumbel" and world.drawn:
                 token.append(int((q[above] / noise.exponential(i, depth, V)).argmax()))
             else:
-                token.append(min(int((cdf[above] <= noise.uniform(i, depth, "draft", sibling)).sum()), V - 1))
+                token.append(min(bisect(cdf[above], noise.uniform(i, depth, "draft", sibling)), V - 1))
             parent.append(len(token) - 2 if world.chain and j else -1)
             above = token[-1] if world.chain else above
     given = Proposal(q.float(), tuple(row)) if world.drawn and world.nodes else None
