@@ -52,9 +52,15 @@ def check_rule(make: Callable[[], Rule]) -> Report:
     """
     rule = make()
     contracts.check("rule", rule, contracts.RULE)
-    name, checked, counts = type(rule).__name__, ["its attributes and its call are those of outrider.protocols.Rule"], Counts()
+    name, checked, counts = (
+        type(rule).__name__,
+        ["its attributes and its call are those of outrider.protocols.Rule"],
+        Counts(),
+    )
     for world in WORLDS:
-        if world.chain or (rule.trees and not (world.drawn and rule.lane == "gumbel")):  # coupled siblings are not drawn apart
+        if world.chain or (
+            rule.trees and not (world.drawn and rule.lane == "gumbel")
+        ):  # coupled siblings are not drawn apart
             _try(name, rule, world, counts)
     checked += [
         "its verdicts have one path for each sequence, from the anchor down, and a next token of the vocabulary",
@@ -89,7 +95,9 @@ def _try(name: str, rule: Rule, world: World, counts: Counts) -> None:
         verdict = _asked(name, rule, rows, draft, noise, twice=len(texts[0]) == 1)
         for i, b in enumerate(live):
             kept = len(verdict.path[i]) + 1
-            counts.add(draft.counts[i], kept - 1, verdict.judged[i], verdict.risk[i], verdict.spread[i], verdict.bias[i])
+            counts.add(
+                draft.counts[i], kept - 1, verdict.judged[i], verdict.risk[i], verdict.spread[i], verdict.bias[i]
+            )
             texts[b] += [draft.tokens[k] for k in verdict.path[i]] + [verdict.next_token[i]]
     seen, due, own = np.zeros((V,) * TOKENS), np.zeros((V,) * TOKENS), p.numpy()
     for text in texts:
@@ -101,7 +109,11 @@ def _try(name: str, rule: Rule, world: World, counts: Counts) -> None:
         _raise(
             name,
             f"changes the distribution of the text {world.name} (chi-square {value:.0f} over {V**TOKENS} cells of three tokens)"
-            + (", and declares lossless=True: correct it, or declare a tv_limit" if rule.lossless else ", and may spend nothing"),
+            + (
+                ", and declares lossless=True: correct it, or declare a tv_limit"
+                if rule.lossless
+                else ", and may spend nothing"
+            ),
         )
 
 
@@ -113,14 +125,19 @@ def _asked(name: str, rule: Rule, p: Tensor, draft: Draft, noise: Noise, twice: 
         try:
             found.append(rule(p, draft, noise, allowance))
         except Exception as error:
-            _raise(name, f"raised {type(error).__name__} ({error}): it must decide on every draft, also on an empty one")
+            _raise(
+                name, f"raised {type(error).__name__} ({error}): it must decide on every draft, also on an empty one"
+            )
         if problem := strange_verdict(found[-1], draft, V):
             _raise(name, problem)
         after = (p, draft.token, None if draft.q is None else draft.q.probs)
         if not all(x is None or torch.equal(x, y) for x, y in zip(before, after, strict=True) if y is not None):
             _raise(name, "changed its arguments: a rule is a pure function, so copy p or q before you write to them")
     if found[0] != found[-1]:
-        _raise(name, "gave two verdicts on the same arguments: it must toss its coins with `noise`, and keep nothing between calls")
+        _raise(
+            name,
+            "gave two verdicts on the same arguments: it must toss its coins with `noise`, and keep nothing between calls",
+        )
     return found[0]
 
 
