@@ -28,7 +28,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-partners
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -195,9 +195,28 @@ check: $(STAMP)  ## style, types and import layers
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# mkdocs-material is kept until May 2027; its makers' successor, Zensical, reads the same mkdocs.yml, but not its hooks yet.
+.venvs/docs/.made: .ci/docs.txt
+	@$(PYTHON) -m venv .venvs/docs
+	@.venvs/docs/bin/$(INSTALL) --requirement $<
+	@touch $@
+
+docs: .venvs/docs/.made  ## the documentation site, in site/; nothing in it is loaded from elsewhere
+	@NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict --quiet
+	@.venvs/docs/bin/python recipes/docs_offline.py site
+	@echo "the site is in site/: open site/index.html, or for its search too: python3 -m http.server --bind 127.0.0.1 --directory site"
+
+reference: $(STAMP)  ## write the generated pages of docs/reference anew
+	@$(BIN)/python recipes/docs_reference.py
+
+# Each journey is walked in an empty folder from an installed wheel: tests/journeys/walk.py. JOURNEYS=laptop walks one.
+JOURNEYS ?= laptop server research training
+test-journeys:  ## what users do, from an installed wheel, on Python 3.11 and 3.13, with and without a compiler
+	@$(PYTHON) tests/journeys/walk.py --pythons "$(PYTHONS)" $(JOURNEYS)
+
 bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venvs .wheels .pytest_cache .ruff_cache \
-	  .hypothesis .import_linter_cache .cpu-seconds
+	  .hypothesis .import_linter_cache .cpu-seconds site

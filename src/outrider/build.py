@@ -13,8 +13,8 @@ import torch
 from outrider.control.registry import load_controller
 from outrider.display import html_of, line_of, plot_of
 from outrider.drafters.combine import gated, lend
+from outrider.drafters.registry import carries, parse_speculative_config
 from outrider.drafters.registry import load_drafter as _load_drafter
-from outrider.drafters.registry import parse_speculative_config
 from outrider.engine import contracts
 from outrider.engine.core import EngineCore
 from outrider.engine.fit import check_fit
@@ -214,7 +214,7 @@ def assemble(
         allow_lossy=options.allow_lossy,
         turns=loaded.turns,
         loaded=mine,
-        notices=_notices(loaded, options, bool(drafter.max_depth)),
+        notices=_notices(loaded, options, drafter),
         prefix_cache=options.prefix_cache,
         kv_memory=options.kv_memory,
     )
@@ -266,11 +266,16 @@ def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
     )
 
 
-def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
-    """What keeps this engine from being faster. drafts: whether it drafts at all."""
+def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[str]:
+    """What keeps this engine from being faster."""
+    drafts = bool(drafter.max_depth)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
-    return [*found, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
+    folder = None if loaded.path is None else str(resolve_folder(loaded.path))
+    unused = carries("mtp", folder) and "mtp" not in drafter.name.split("+")
+    name = Path(str(loaded.path)).name
+    told = [f"{name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
+    return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 
 
 @with_keywords

@@ -141,7 +141,7 @@ def test_the_batch_is_invisible(drafter: str, rule: str, sampling: str) -> None:
 def test_the_table_tests_what_it_says() -> None:
     """Guard of the suite: some drafts are accepted and some rejected, some sequences end early, prompts come in chunks."""
     seen = engine(MODEL, DRAFTERS["model"](MODEL, 3), load_rule("speculative_sampling"), 3)
-    results = seen.generate(PROMPTS, params("temperature 1"))
+    results = [r for seed in (100, 200) for r in seen.generate(PROMPTS, params("temperature 1", seed))]
     assert seen.counts.accepted > 10
     assert seen.counts.rejected > 5
     assert {o.finish_reason for r in results for o in r.outputs} == {"stop", "length"}

@@ -47,8 +47,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that examples name."""
     monkeypatch.chdir(tmp_path)
     text = re.sub(r"(?m)^name:.*$", "", (ROOT / "examples" / "ab.yaml").read_text())
-    Path("ab.yaml").write_text(re.sub(r"(count|max_tokens): \d+", r"\1: 4", text))
-    Path("live.yaml").write_text("arms: {short: {length: 1}, long: {length: 3}}\ncount: 4\n")
+    Path("ab.yaml").write_text(re.sub(r"(count|max_tokens): \d+", r"\1: 5", text))
+    Path("live.yaml").write_text("arms: {short: {length: 1}, long: {length: 3}}\ncount: 5\n")
     Path("plan.yaml").write_text("cells: [{kind: bench, count: 2, max_tokens: 4}]\n")
     Path("vllm.json").write_text(json.dumps(RESULT))
     folder, file = make_pair(tmp_path / "made", kind="q8_0", tokenizer=True)

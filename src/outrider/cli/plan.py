@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from outrider.cli import paths, plan_fleet, plan_launch, plan_paper, terminal
+from outrider.cli import paths, plan_contexts, plan_fleet, plan_launch, plan_paper, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.options import Json, parse_batches, parse_lengths
 from outrider.cli.plan_options import PlanOptions, check_together
@@ -46,6 +46,8 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
 
     A fleet: outrider plan --traffic poisson:4 --ttft 0.5 --itl 0.02 --price 0.20
 
+    Long contexts: outrider plan --contexts 256,512,960 --batches 1,4 --acceptance 0.9
+
     On paper: outrider plan --gpus 8 --target 70b --draft 1b --batches 1,8,64
     """
     check_together(asked)
@@ -59,6 +61,15 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
         )
         return
     options = options.changed(target=paths.model(asked.target))
+    if asked.contexts is not None:
+        plan_contexts.parse_contexts(asked.contexts), plan_contexts.view_of(list(asked.draft or []))
+        lengths, batches = parse_lengths(asked.lengths), parse_batches(asked.batches)
+        engine = load_engine(options.changed(draft="none"))
+        document = plan_contexts.contexts_document(engine, lengths, batches, asked)
+        if asked.out is not None:
+            write(asked.out, document)
+        terminal.print_json(document) if json else plan_contexts.print_contexts(document)
+        return
     named = paths.drafter(asked.draft) or ["auto"]  # what leads nowhere is said before anything heavy is imported
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning import plan as pl

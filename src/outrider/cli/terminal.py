@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,20 @@ err = console(stderr=True)
 def say(text: str) -> None:
     """One dim line on stderr."""
     err.print(f"outrider: {text}", style="dim", markup=False)
+
+
+class _Saying(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def show_waiting() -> None:
+    """Say from now on what takes long and is done once, such as compiling."""
+    waiting = logging.getLogger("outrider.waiting")
+    if not any(isinstance(one, _Saying) for one in waiting.handlers):
+        waiting.addHandler(_Saying())
+    waiting.setLevel(logging.INFO)
+    waiting.propagate = False  # `serve --log-level info` would say it twice
 
 
 _UNSEEN = re.compile(r"[\x7f-\x9f\ud800-\udfff]")

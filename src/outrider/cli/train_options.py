@@ -66,7 +66,7 @@ class TrainOptions:
     levels: Annotated[
         int,
         typer.Option(
-            "--levels", min=1, max=16, help="Heads (medusa), levels trained (eagle) or drafted slots (dflash)."
+            "--levels", min=1, max=16, help="Heads (medusa), levels trained (eagle, mtp) or drafted slots (dflash)."
         ),
     ] = 4
     blocks: Annotated[

@@ -141,5 +141,7 @@ class StepState:
                 emission.engine_seeded,
                 verified.scores.replayed,
                 tuple(emission.each),
+                sum(s.cached for s in verified.rows.segments),
+                sum(s.cached * s.count for s in verified.rows.segments),
             )
         )

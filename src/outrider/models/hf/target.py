@@ -21,6 +21,7 @@ token in between (`models.hf.choice`). With transformers 5.16 to 5.24 the result
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.models.admit import model_class
 from outrider.models.folder import resolve_folder
 from outrider.models.hf.attention_interface import AttentionInterfacePath
+from outrider.models.hf.block import HFBlock
 from outrider.models.hf.choice import choose, costs, disagreement, tolerance
 from outrider.models.hf.hooks import HiddenStateHooks, find_blocks, head_only_model, steps_after
 from outrider.models.hf.prefix import HFPrefix
@@ -42,6 +44,7 @@ from outrider.models.hf.state import brief
 from outrider.models.hf.view import View
 from outrider.models.places import refuse_extra
 from outrider.models.states import SlotCaches
+from outrider.mtp_names import head_tensors
 from outrider.nn.row_parts import check_prefix
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
@@ -140,7 +143,8 @@ class HFTarget:
             raise ConfigError(
                 f"checkpoint {name!r} lacks {len(absent)} of the model's weights, {absent[0]} first: fetch it again"
             )
-        refuse_extra(info["unexpected_keys"], name)
+        extra, text = set(info["unexpected_keys"]), config.get_text_config(decoder=True)
+        refuse_extra(extra - head_tensors(extra, int(getattr(text, "num_hidden_layers", 0))), name)
         return HFTarget(model.to(device), max_length=max_length, ours=True)  # type: ignore[arg-type]
 
     @property
@@ -205,6 +209,10 @@ class HFTarget:
                 f"{type(self.model).__name__} cannot be run in part: use a separate draft model, or 'ngram'"
             )
         return HFPrefix(self, self.serving_path, self._blocks, layers)
+
+    def block_of(self, tensors: Mapping[str, Tensor]) -> HFBlock:
+        """See `protocols.BlockTarget`."""
+        return HFBlock(self.model, tensors)
 
     # ----------------------------------------------------------------------------------- determining how to drive it
     @torch.no_grad()
