@@ -30,7 +30,8 @@ class Growing:
         self.random, self.clock, self.tokens, self.best = random.Random(seed), 0.0, 0, 0.0
 
     def run(self, controller: Adaptive, start: int, end: int, faster: int = 1) -> None:
-        """From one context to another, by `faster` tokens for each that is emitted. best: the seconds that the best length of every moment would have taken for as many tokens."""
+        """From one context to another, by `faster` tokens for each that is emitted. best: the seconds
+        that the best length of every moment would have taken for as many tokens."""
         context, pending = float(start), [0]
         while context < end:
             counts = judged(pending, ACCEPT, self.random)
