@@ -78,7 +78,7 @@ def fit_contexts(
     shapes = [(n, min(b, kv.slots)) for n, b in SHAPES]
     passes: list[TimedPass] = []
     with torch.inference_mode():
-        for context in sorted({min(NEAR, longest), longest}):
+        for context in (min(NEAR, longest // 2), longest):
             for slot in range(kv.slots):
                 kv.make_room(slot, context + 16)
                 kv.length[slot] = context
