@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from outrider.deprecated import current
+from outrider.train import metrics
 from outrider.train.features import DataSpec
 from outrider.train.loop import BOOKKEEPING
 from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.registry import check, method_named
 
-ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots"})
+ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "log"})
 """Fields of a job that do not affect the training of a drafter, or affect it through the data alone."""
 
 
@@ -22,6 +23,7 @@ class Job(MethodOptions):
 
     kind: a name of `methods.registry.METHODS`, or a method object. data: files and folders of text. work: the folder for resuming.
     out: the finished drafter. rows, held_out: rows of training and held-out data. slots: rows that the target writes at once.
+    log: where metrics go besides the work folder, see `metrics.loggers`.
     """
 
     kind: str | Method
@@ -34,12 +36,14 @@ class Job(MethodOptions):
     held_out: int = 64
     temperature: float = 1.0
     slots: int = 16
+    log: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", current(self.labels, {"laws": "distributions"}, "labels"))
         if isinstance(self.data, str | Path):  # one place, not its letters
             object.__setattr__(self, "data", (Path(self.data),))
         check(self.method, self)
+        metrics.check(self.log)
 
     @property
     def method(self) -> Method:

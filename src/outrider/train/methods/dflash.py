@@ -44,6 +44,7 @@ class DFlash(Method):
 
     name = "dflash"
     reads = frozenset({"blocks", "width", "taps", "anchors", "objective", "labels", "loss"})
+    names_target = True
 
     def check(self, options: MethodOptions, given: frozenset[str]) -> None:
         """Labels and losses go together."""
@@ -60,6 +61,10 @@ class DFlash(Method):
         """Blocks of one slot more than there are levels."""
         config = block_config(options, target, self.taps(options, target))
         return new_blocks(config, target, seen, *head_of(options.target, target), options.loop.seed)
+
+    def passes(self, options: MethodOptions) -> int:
+        """All levels at once."""
+        return 1
 
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int

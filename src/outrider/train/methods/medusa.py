@@ -27,6 +27,10 @@ class Medusa(Method):
         config = MedusaConfig(target.hidden_size, target.vocab_size, options.levels, target.layers, options.blocks)
         return new_heads(config, target, final_norm(options.target), options.loop.seed)
 
+    def passes(self, options: MethodOptions) -> int:
+        """All levels at once."""
+        return 1
+
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> list[Logits]:
