@@ -22,9 +22,9 @@ from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
-from outrider.loading import Loaded, Progress, load, load_model
+from outrider.loading import VOCABULARY, Loaded, Progress, load, load_model
 from outrider.models.folder import resolve_folder
-from outrider.notices import notices_of, wasted_option
+from outrider.notices import notices_of, vocabulary_without_model, wasted_option
 from outrider.options import EngineOptions, check_names
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
@@ -249,7 +249,9 @@ def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
     """What keeps this engine from being faster. drafts: whether it drafts at all."""
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
-    return [*found, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
+    restricted = any(key.name.startswith(VOCABULARY) for key in loaded.models)
+    vocabulary = vocabulary_without_model(options.draft_vocabulary if drafts else None, options.draft, restricted)
+    return [*found, *vocabulary, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 
 
 def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
