@@ -180,7 +180,9 @@ def token_use(loaded: Loaded) -> TokenUse:
     """Which tokens the target uses, from the cache if it was counted before."""
     target, tokenizer = loaded.target, loaded.tokenizer
     if loaded.path is None:
-        raise ConfigError("draft_vocabulary needs a target from a folder or the Hub: it counts its tokens once and keeps the result")
+        raise ConfigError(
+            "draft_vocabulary needs a target from a folder or the Hub, whose tokens are counted once: leave it out, or give one"
+        )
     lines = PROMPTS.read_text(encoding="utf-8").splitlines() if tokenizer is not None else []
     texts = [list(cast(Tokenizer, tokenizer).encode(json.loads(line)["prompt"])) for line in lines]
     key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize}"

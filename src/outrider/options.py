@@ -53,8 +53,8 @@ class EngineOptions:
     dtype, device, implementation: see `load_target`.
     target_quantize, draft_quantize: None, or a type to round the weights of target and draft model to, as "q8_0": see
                     `models.quantised.QUANTIZE`. The declared distribution is then that of the rounded target.
-    draft_vocabulary: None: all tokens; or how many of them a draft model keeps in its head, those that the target uses most; or "auto":
-                    as many as promise the most tokens per second, all where no fewer do. See `models.vocabulary_choice`.
+    draft_vocabulary: None: all tokens; or how many of them a draft model keeps in its head, those that the target uses most; or
+                    "auto": as many as promise the most tokens per second, all where no fewer do. See `models.vocabulary_choice`.
     max_length:     tokens of context to reserve for prompt and output, >= 1; None: the model's.
     slots:          sequences decoded together, >= 1.
     chunk:          most tokens of a prompt in one forward pass, >= 1.

@@ -40,8 +40,15 @@ class Restricted:
                 f"the head of {name} cannot be cut, since a {type(model).__name__} does not show it: leave draft_vocabulary out"
             )
         tokens = kept.to(model.device, torch.int64)
-        if not len(tokens) or len(tokens.unique()) != len(tokens) or tokens.min() < 0 or tokens.max() >= model.vocab_size:
-            raise ConfigError(f"the kept tokens must be different ones of the {model.vocab_size:,} of {name}, at least one")
+        if (
+            not len(tokens)
+            or len(tokens.unique()) != len(tokens)
+            or tokens.min() < 0
+            or tokens.max() >= model.vocab_size
+        ):
+            raise ConfigError(
+                f"the kept tokens must be different ones of the {model.vocab_size:,} of {name}, at least one"
+            )
         self.model, self.kept, self.vocab_size = model, tokens, model.vocab_size
         self.hidden_size, self.layers, self.max_length = model.hidden_size, model.layers, model.max_length
         self.trees, self.rewinds, self.dtype, self.device = model.trees, model.rewinds, model.dtype, model.device

@@ -45,7 +45,9 @@ def use_of(target: Target, key: str, prompts: Sequence[Sequence[int]], report: C
     file = folder() / f"{given.hexdigest()[:32]}.safetensors"
     found = _read(file, target.vocab_size)
     if found is None:
-        report(f"counting the tokens that the target uses, on {len(prompts) * TOKENS:,} of its own (once for this target)")
+        report(
+            f"counting the tokens that the target uses, on {len(prompts) * TOKENS:,} of its own (once for this target)"
+        )
         found = count(target, prompts)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,11 +67,13 @@ def _read(file: Path, vocab_size: int) -> TokenUse | None:
     try:
         held = load(file.read_bytes())
         order, unseen = held["order"].long(), held["unseen"].long()
-    except Exception:  # noqa: BLE001  # whatever is wrong with a file that others may have touched, it is made anew
+    except Exception:  # whatever is wrong with a file that others may have touched, it is made anew
         return None
     whole = order.ndim == 1 and torch.equal(order.sort().values, torch.arange(vocab_size))
     fits = unseen.ndim == 2 and unseen.shape[1] == PROMPT + TOKENS and len(unseen) > 0
-    return TokenUse(order, unseen, PROMPT) if whole and fits and 0 <= unseen.min() <= unseen.max() < vocab_size else None
+    return (
+        TokenUse(order, unseen, PROMPT) if whole and fits and 0 <= unseen.min() <= unseen.max() < vocab_size else None
+    )
 
 
 def prompts_from(texts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:

@@ -35,7 +35,7 @@ NGRAM, MOST_REPEATED = 8, 0.5
 class DataSpec:
     """The contents of a data folder: rows of `prompt` tokens of text and `length - prompt` tokens written by the target.
 
-    prompt = length: the original text, nothing generated. temperature: of the target's text; of several, the rows have them in turn.
+    prompt = length: the original text, nothing generated. temperature: of the target's text; several: the rows have them in turn.
     """
 
     rows: int
@@ -219,7 +219,7 @@ def read_features(
     states = np.load(beside / "hidden.npy", mmap_mode="r", allow_pickle=False)
     fine = [i for i, row in enumerate(tokens) if repeated(row) <= repeats]
     if not fine:
-        raise ConfigError(f"every row of {folder} goes in circles: allow more repetition, or let the target write at a higher temperature")
+        raise ConfigError(f"every row of {folder} goes in circles: allow more repeats, or write at a higher temperature")
     if len(fine) < len(tokens):
         report(f"{len(tokens) - len(fine)} of {len(tokens)} rows go in circles and are left out")
         tokens, states = _Rows(tokens, fine), _Rows(states, fine)

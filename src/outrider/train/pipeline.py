@@ -140,7 +140,7 @@ def new_model(job: Job, target: Target, training: Features) -> nn.Module:
         started: Any = job.method.load(resolve_folder(job.start), target)
         if started.config != model.config:
             raise ConfigError(
-                f"{job.start} has other sizes than this training ({_differs(started.config, model.config)}): give the same ones"
+                f"{job.start} has other sizes than this training ({_differs(started.config, model.config)}): give the same"
             )
         model.load_state_dict(started.state_dict())
     return model
