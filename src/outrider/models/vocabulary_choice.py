@@ -66,8 +66,9 @@ class Prediction:
         sampled, greedy = self.gains
         return (
             f"{name} drafts with {r.kept:,} of {f.kept:,} tokens: predicted acceptance {r.acceptance:.3f} instead of "
-            f"{f.acceptance:.3f} ({r.agreement:.3f} instead of {f.agreement:.3f} at temperature 0), {1e3 * r.seconds:.2f} ms a "
-            f"drafted token instead of {1e3 * f.seconds:.2f}, {sampled:.2f} times the speed at length {self.length} ({greedy:.2f} at 0)"
+            f"{f.acceptance:.3f} ({r.agreement:.3f} instead of {f.agreement:.3f} at temperature 0), {1e3 * r.seconds:.2f} "
+            f"ms a drafted token instead of {1e3 * f.seconds:.2f}, {sampled:.2f} times the speed at length {self.length} "
+            f"({greedy:.2f} at temperature 0)"
         )
 
 
