@@ -123,7 +123,8 @@ def _drafter(values: dict[str, Any], learned: Mapping[str, str]) -> str:
             )
         low, high = _ngram_sizes(values)
         return f"ngram:{low}-{high}"
-    _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *(("quantization", "draft_vocabulary") if method in learned else ())))
+    of_models = ("quantization", "draft_vocabulary") if method in learned else ()
+    _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *of_models))
     if model is None:
         raise ConfigError(f"speculative_config needs 'model' (a path or a Hub name) for method {method!r}")
     how = values.get("draft_sample_method") or "probabilistic"
