@@ -3,17 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.outrider
-# Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one).
-TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1
+# Tests: one thread a worker, unbound, so that the workers share the cores (binding would stack them on the first one). Bytecode is
+# kept, even where the environment forbids it: every process that a test starts would compile all of our modules anew.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 WORKERS ?= 2
 # Shapes and types of every call are checked at run time in these tests, but not in those that make the same calls thousands of times
 # (three to ten times slower then): `make test-slow` checks them there too.
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
-REPEATING := $(STATISTICAL) tests/cli/test_interrupt.py tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
-  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_recycled.py tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
-  tests/engine/test_sharing.py tests/models/test_config_keys.py tests/models/test_gguf_damaged.py tests/models/test_guided.py \
-  tests/models/test_quantised_target.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
+REPEATING := $(STATISTICAL) \
+  tests/cli/test_commands.py tests/cli/test_first_hour.py tests/cli/test_gguf_commands.py tests/cli/test_interrupt.py \
+  tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
+  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_recycled.py \
+  tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
+  tests/engine/test_prefix_cache.py tests/engine/test_sharing.py tests/engine/test_text.py \
+  tests/models/test_config_keys.py tests/models/test_expert_targets.py tests/models/test_families.py tests/models/test_gguf_damaged.py \
+  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_lean.py tests/models/test_quantised_target.py \
+  tests/sampling/test_grammar.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
@@ -22,7 +28,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -53,13 +59,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 	@$(BIN)/outrider demo
 
-# The second half is run whatever comes of the first.
+# All of it is run whatever comes of the first. Style, types and layers are checked beside the first tests, so that no core waits.
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
-	@$(MAKE) --no-print-directory check
-	@status=0; \
+	@status=0; checked=$$(mktemp); \
+	$(MAKE) --no-print-directory check >$$checked 2>&1 & check=$$!; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
 	  || status=1; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) || status=1; \
+	wait $$check || status=1; cat $$checked; rm $$checked; \
 	exit $$status
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
@@ -160,6 +167,16 @@ test-client-%: $(STAMP) .venvs/client-%/.made
 test-client-npm: $(STAMP) .venvs/client-npm/.made
 	@export OUTRIDER_NPM=$(CURDIR)/.venvs/client-npm/node_modules; $(CLIENT) $(BIN)/python $(IN_CLIENTS)/test_npm.py
 
+# Outrider inside lm-eval, TRL and Jupyter.
+.venvs/partners/.made: pyproject.toml
+	@$(PYTHON) -m venv .venvs/partners
+	@.venvs/partners/bin/$(INSTALL) --editable . "torch>=2.11,<2.14" transformers==5.24.0 lm_eval==0.4.13 trl==1.16.0 \
+	  nbclient==0.11.0 nbformat ipykernel matplotlib pytest pytest-timeout
+	@touch $@
+
+test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, and the notebooks in a Jupyter kernel
+	$(TEST_ENV) .venvs/partners/bin/python -m pytest -q tests/outside/partners
+
 test-templates: $(STAMP) .venvs/trl/.made  ## chat templates of real models, as trl's wheel has them
 	@OUTRIDER_TRL=$$(.venvs/trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/trl \
 	  $(TEST_ENV) $(BIN)/python -m pytest -q $(IN_CLIENTS)/test_templates.py
@@ -178,9 +195,28 @@ check: $(STAMP)  ## style, types and import layers
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# mkdocs-material is kept until May 2027; its makers' successor, Zensical, reads the same mkdocs.yml, but not its hooks yet.
+.venvs/docs/.made: .ci/docs.txt
+	@$(PYTHON) -m venv .venvs/docs
+	@.venvs/docs/bin/$(INSTALL) --requirement $<
+	@touch $@
+
+docs: .venvs/docs/.made  ## the documentation site, in site/; nothing in it is loaded from elsewhere
+	@NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict --quiet
+	@.venvs/docs/bin/python recipes/docs_offline.py site
+	@echo "the site is in site/: open site/index.html, or for its search too: python3 -m http.server --bind 127.0.0.1 --directory site"
+
+reference: $(STAMP)  ## write the generated pages of docs/reference anew
+	@$(BIN)/python recipes/docs_reference.py
+
+# Each journey is walked in an empty folder from an installed wheel: tests/journeys/walk.py. JOURNEYS=laptop walks one.
+JOURNEYS ?= laptop server research training
+test-journeys:  ## what users do, from an installed wheel, on Python 3.11 and 3.13, with and without a compiler
+	@$(PYTHON) tests/journeys/walk.py --pythons "$(PYTHONS)" $(JOURNEYS)
+
 bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
 	@$(BIN)/outrider bench
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-oldest .venv-gguf .venv-vllm .venv-ray .venvs .wheels .pytest_cache .ruff_cache \
-	  .hypothesis .import_linter_cache .cpu-seconds
+	  .hypothesis .import_linter_cache .cpu-seconds site

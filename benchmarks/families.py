@@ -38,17 +38,13 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
         "head_dim": 16,
         "max_position_embeddings": positions,
     }
+    table = attending(hidden, layers, heads, positions, new) | with_states(hidden, layers, heads, positions, new)
+    return {"vocab_size": 512, "initializer_range": 0.1, "init_std": 0.1, "use_cache": True, **_IDS, **table[family]}
+
+
+def attending(hidden: int, layers: int, heads: int, positions: int, new: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Families of attention alone. new: the sizes under the names that newer families share."""
     old = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
-    inner = {"hidden_size": hidden, "num_hidden_layers": layers, "state_size": 16}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
-    half = layers // 2
-    linear = {
-        "linear_num_key_heads": heads // 2,
-        "linear_num_value_heads": heads,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"] * half,
-    }
     long = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -56,8 +52,7 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
         "short_factor": [1.0 + i / 8 for i in range(8)],
         "long_factor": [3.0 + i for i in range(8)],
     }
-    mamba2 = {"mamba_n_heads": 2 * heads, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
-    table: dict[str, dict[str, Any]] = {
+    return {
         "bloom": {"hidden_size": hidden, "n_layer": layers, "n_head": heads},
         "mpt": {"d_model": hidden, "n_layers": layers, "n_heads": heads, "max_seq_len": positions},
         "falcon": {k: v for k, v in new.items() if k != "head_dim"} | {"alibi": False},
@@ -68,7 +63,7 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
             "hidden_size": hidden,
             "num_layers": layers,
             "num_heads": heads,
-            "attention_types": [[["global", "local"], half]],
+            "attention_types": [[["global", "local"], layers // 2]],
             "window_size": 16,
             "max_position_embeddings": positions,
         },
@@ -79,6 +74,23 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
             "attention_chunk_size": 4 * positions,
         },
         "phi3": {**new, "rope_parameters": long, "original_max_position_embeddings": positions // 2},
+    }
+
+
+def with_states(hidden: int, layers: int, heads: int, positions: int, new: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Families with a recurrent or convolutional state, in all of their layers or in some."""
+    inner = {"hidden_size": hidden, "num_hidden_layers": layers, "state_size": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
+    half = layers // 2
+    linear = {
+        "linear_num_key_heads": heads // 2,
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * half,
+    }
+    mamba2 = {"mamba_n_heads": 2 * heads, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+    return {
         "mamba": inner,
         "mamba2": {**inner, "num_heads": 2 * heads, "head_dim": 16, "n_groups": 1},
         "falcon_mamba": inner,
@@ -97,7 +109,6 @@ def sizes(family: str, hidden: int, layers: int, positions: int) -> dict[str, An
         "qwen3_next": {**new, **experts, **linear, "shared_expert_intermediate_size": hidden},
         "olmo_hybrid": {**new, **linear},
     }
-    return {"vocab_size": 512, "initializer_range": 0.1, "init_std": 0.1, "use_cache": True, **_IDS, **table[family]}
 
 
 FAMILIES = tuple(

@@ -6,7 +6,7 @@ For each type of weights and 1 to 8 rows: v = time of the rows / time of one, an
 peak). Bandwidth (the best of reads in 1, 2, 4 and 8 streams) and peaks (products of bytes, of bfloat16, of float32, from the first
 cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are the least of the rounds: what
 neighbours do only adds to them. Attention and norms of a forward count as overhead. `--torch`: beside plain types, the same
-forwards through torch's operators.
+forwards through torch's operators. `--cpu-time`: one thread's processor time instead of the clock, for a machine that others use too.
 """
 
 from __future__ import annotations
@@ -142,7 +142,14 @@ PEAKS = {"bytes": 100_000, "bf16": 20_000, "float": 10_000}
 """Kind of products -> repetitions that take some milliseconds."""
 
 
-def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, with_torch: bool) -> None:
+def measure(
+    title: str,
+    config: DecoderConfig,
+    types: list[str],
+    rounds: int,
+    with_torch: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     probe, arms, facts = Probe(torch.get_num_threads()), {}, {}
     for name in types:
         dtype = PLAIN.get(name, torch.bfloat16)
@@ -164,7 +171,7 @@ def measure(title: str, config: DecoderConfig, types: list[str], rounds: int, wi
     size = min(max(size for size, _ in facts.values()), probe.memory.nbytes)
     arms |= {f"read {n}": partial(probe.read, size, n) for n in STREAMS}
     arms |= {f"peak {kind}": partial(probe.peak, kind, count) for kind, count in PEAKS.items()}
-    times = {arm: min(spent) for arm, spent in interleaved(arms, rounds).items()}
+    times = {arm: min(spent) for arm, spent in interleaved(arms, rounds, clock).items()}
     bandwidth = max(size / times[f"read {n}"] for n in STREAMS)  # bytes per microsecond
     peaks = {kind: probe.peak(kind, count) / times[f"peak {kind}"] for kind, count in PEAKS.items()}
     print(f"{title}: {CACHED} cached, {decoder.kind}, {probe.threads} threads; read {bandwidth / 1e3:.1f} GB/s (in "
@@ -186,6 +193,7 @@ SIZES = {
     "163m": ("12 layers of 1024", lambda: decoder_config(8192, 1024, 12, 16, 2816)),
     "478m": ("16 layers of 1536", lambda: decoder_config(8192, 1536, 16, 24, 4096)),
     "layer": ("1 layer of 1024", lambda: decoder_config(2048, 1024, 1, 16, 2816)),
+    "narrow": ("160 layers of 288", lambda: decoder_config(8192, 288, 160, 6, 768)),
     "shipped": ("shipped target", lambda: shipped_config("target")),
     "draft": ("shipped draft", lambda: shipped_config("draft")),
 }
@@ -199,11 +207,15 @@ def main() -> None:
     parser.add_argument("--types", default="bf16,float32,q8_0,q6_k,q5_k,q4_k,q4_0,int8", help=f"of {known}")
     parser.add_argument("--sizes", default="163m,shipped,draft", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--torch", action="store_true", help="torch's operators beside plain types")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time; with --threads 1")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("processor time is that of one thread: add --threads 1")
     torch.set_num_threads(args.threads)
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     for size in args.sizes.split(","):
         title, config = SIZES[size]
-        measure(title, config(), args.types.split(","), args.rounds, args.torch)
+        measure(title, config(), args.types.split(","), args.rounds, args.torch, clock)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ static int64_t plain(int64_t threads, int64_t tiles) {
         alignas(64) static thread_local typename Packing<W>::Item x[4 * 576];
         float out[16];
         for (int64_t t = 0; t < tiles; ++t) {
-            tile<W, 4, 4>(w, 512, x, 576, 512, out, 4);
+            tile<W, 4, 4>(w, 512, 1, 4, x, 576, 512, out, 4);
             asm volatile("" ::"r"(out) : "memory");
         }
     });

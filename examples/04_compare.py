@@ -15,8 +15,8 @@ def main() -> None:
         Arm("length 2", companion(spec, length=2)),
         Arm("length 4", spec),
     ]
-    prompts = [spec.encode(p) for p in shipped_prompts()[:4]]
-    records = run_arms(arms, prompts, SamplingParams(max_tokens=32, ignore_eos=True), repeats=2)
+    prompts = [spec.encode(p) for p in shipped_prompts()[:3]]
+    records = run_arms(arms, prompts, SamplingParams(max_tokens=24, ignore_eos=True), repeats=2)
     for arm in summarise(records, "plain"):
         book = ledger(arm.counts)
         ratio = f"{arm.speedup.value:.2f} ({arm.speedup.low:.2f} to {arm.speedup.high:.2f})" if arm.speedup else "base"

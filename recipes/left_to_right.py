@@ -20,103 +20,48 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sysconfig
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import left_to_right_longer as longer
 import left_to_right_report as report
 import numpy as np
-import torch
-from torch import Tensor
+from left_to_right_measure import check, ends, measure, measured_rows, tau
+from left_to_right_setting import (
+    ARMS,
+    PARTS,
+    QUICK,
+    TUNED,
+    Config,
+    add_seconds,
+    best_rate,
+    features,
+    folder_of,
+    planned,
+    planned_longer,
+    stored,
+    unfinished,
+    wanted,
+)
 
-from outrider.assets import shipped
-from outrider.build import Engine, build_engine
-from outrider.control.fixed import Fixed
-from outrider.drafters.dflash.drafter import DFlashDrafter
+from outrider.build import build_engine
 from outrider.drafters.dflash.network import DFlashNetwork
-from outrider.drafters.tree.growth import Levels
-from outrider.drafters.tree.shapes import levels
 from outrider.files import write_whole
 from outrider.models.load import load_target
-from outrider.params import SamplingParams
 from outrider.protocols import Target
 from outrider.train import data
 from outrider.train.distill import Teacher
-from outrider.train.features import NGRAM, DataSpec, Features, read_features, write_hidden, write_tokens
+from outrider.train.features import write_hidden, write_tokens
 from outrider.train.job import Job
-from outrider.train.loop import LoopConfig, train
-from outrider.train.pipeline import layers_of, new_model
-from outrider.train.walk import most_likely, sampled, walk
+from outrider.train.loop import train
+from outrider.train.pipeline import new_model
 
-HERE = Path(__file__).resolve().parent
 STAGES = ("data", "tune", "runs", "check", "report")
 """Of `all`; `longer` is a stage beside them, whose results the next report shows."""
-ARMS = ("uniform", "decay", "focal", "chain", "dpace")
-TUNED = {"uniform": "uniform", "decay": "uniform", "focal": "chain", "chain": "chain", "dpace": "chain"}
-"""Both ends of the comparison are tuned; an arm between them takes the learning rate of the end it is nearer to."""
-AS_WRITTEN = ("uniform", "chain")
-LONGER = ("uniform", "chain")
-"""Arms that are trained once more, with `Config.longer` times the steps, to see whether the gain grows or shrinks."""
-PARTS = ("training", "as_written", "validation", "greedy", "sampled")
-
-
-@dataclass(frozen=True)
-class Config:
-    """The whole experiment. Rows have `length` tokens, of which `prompt` were given; `prompts` rows are measured on."""
-
-    work: Path = HERE.parent / "runs" / "left_to_right"
-    docs: Path | None = HERE.parent / "docs"
-    target: Path | None = None  # None: the shipped one
-    source: Path = Path(sysconfig.get_paths()["stdlib"])
-    pattern: str = "*.py"
-    rows: int = 512
-    prompts: int = 128
-    prompt: int = 48
-    length: int = 192
-    temperature: float = 0.8  # at which the target writes what is trained on
-    steps: int = 480
-    longer: int = 4  # times as many, in the stage `longer`
-    batch: int = 2
-    anchors: int = 32
-    blocks: tuple[int, ...] = (4, 8)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    tuned_block: int = 8
-    command: str = "python recipes/left_to_right.py all"  # that makes the page from nothing
-
-    @property
-    def path(self) -> Path:
-        return self.target or shipped("target")
-
-    def job(self, arm: str, block: int, rate: float, seed: int, folder: Path) -> Job:
-        """The training of one run."""
-        loop = LoopConfig(
-            steps=self.steps, lr=rate, warmup=max(1, self.steps // 25), final_lr_ratio=0.1, weight_decay=0.01, seed=seed,
-            save_every_s=60.0, log_every=max(1, self.steps // 4),
-        )  # fmt: skip
-        return Job(
-            kind="dflash", target=self.path, data=(self.source,), work=folder, out=folder / "drafter", loop=loop,
-            rows=self.rows, prompt=self.prompt, length=self.length, batch=self.batch, levels=block - 1,
-            anchors=self.anchors, objective=arm, labels="tokens",
-        )  # fmt: skip
-
 
 # --- 1. data ---------------------------------------------------------------------------------------------------------
-
-
-def wanted(config: Config, part: str) -> DataSpec:
-    """What the rows of a part are: the target's own text but for `as_written`, training rows or prompts."""
-    few = max(4, config.prompts // 2)
-    return {
-        "training": DataSpec(config.rows, config.prompt, config.length, config.temperature, 0),
-        "as_written": DataSpec(config.rows, config.length, config.length, config.temperature, 0),
-        "validation": DataSpec(few, config.prompt, config.length, 0.0, 1),
-        "greedy": DataSpec(config.prompts, config.prompt, config.length, 0.0, 2),
-        "sampled": DataSpec(config.prompts, config.prompt, config.length, 1.0, 2),
-    }[part]
 
 
 def stage_data(config: Config) -> None:
@@ -136,24 +81,6 @@ def stage_data(config: Config) -> None:
     add_seconds(config, "data", time.process_time() - began)
 
 
-def stored(config: Config, target: Target) -> tuple[int, ...]:
-    """Layers whose hidden states are kept: those that are read, and the last."""
-    return layers_of(config.job("uniform", 4, 1e-3, 0, config.work), target)
-
-
-def features(config: Config, target: Target, part: str, seed: int = 0) -> Features:
-    """Rows of a part without those that go in circles."""
-    return read_features(config.work / "data" / part, stored(config, target), rows=config.batch, seed=seed)
-
-
-def add_seconds(config: Config, stage: str, seconds: float) -> None:
-    """Keep what a stage has cost in all: seconds of processor time, which other programs do not lengthen."""
-    path = config.work / "seconds.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
-    held[stage] = held.get(stage, 0.0) + seconds
-    write_whole(path, (json.dumps(held) + "\n").encode())
-
-
 # --- 2. a run --------------------------------------------------------------------------------------------------------
 
 
@@ -166,78 +93,6 @@ def fit(config: Config, target: Target, job: Job, part: str) -> tuple[DFlashNetw
     batches, loss = job.method.fit_inputs(job, judge, model, training)
     state = train(model, batches, loss, job.loop, job.work)
     return model.eval(), judge, state["seconds"]
-
-
-@torch.no_grad()
-def measure(config: Config, model: DFlashNetwork, judge: Teacher, part: str, how: str) -> dict[str, Any]:
-    """Rounds over the rows of a part: emitted tokens and rounds of every prompt, judged and accepted slots by depth."""
-    tokens, hidden = measured_rows(config, part)
-    accepts = most_likely if how == "most likely" else sampled(log_p_of(judge, tokens, hidden), uniforms(tokens))
-    runs = walk(model, tokens, hidden[:, :, list(judge.taps)], config.prompt, accepts)
-    runs = [before(e, r, config.prompt, model.config.block) for e, r in zip(ends(tokens), runs, strict=True)]
-    depth = model.config.block - 1
-    return {
-        "emitted": [sum(r) + len(r) for r in runs],
-        "rounds": [len(r) for r in runs],
-        "judged_at": [sum(a >= d for r in runs for a in r) for d in range(depth)],
-        "accepted_at": [sum(a > d for r in runs for a in r) for d in range(depth)],
-    }
-
-
-def measured_rows(config: Config, part: str) -> tuple[Tensor, Tensor]:
-    """All rows of a part, and their hidden states."""
-    folder = config.work / "data" / part
-    tokens, hidden = (np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("tokens", "hidden"))
-    return Features(tokens, hidden, (), rows=config.batch).take(list(range(len(tokens))))
-
-
-def ends(tokens: Tensor) -> list[int]:
-    """Where every row begins to go in circles: the end of its first 8-gram that occurred in it before, or the row's own end.
-
-    Greedy text of a small model does so soon, and a drafter that has seen the circle once would be measured on little else.
-    """
-    out = []
-    for row in tokens.tolist():
-        seen: set[tuple[int, ...]] = set()
-        end = len(row)
-        for i in range(len(row) - NGRAM + 1):
-            gram = tuple(row[i : i + NGRAM])
-            if gram in seen:
-                end = i + NGRAM
-                break
-            seen.add(gram)
-        out.append(end)
-    return out
-
-
-def before(end: int, runs: list[int], first: int, size: int) -> list[int]:
-    """The rounds of a row whose blocks lie before `end`. first: position of the first anchor. size: slots of a block."""
-    at, kept = first, []
-    for run in runs:
-        if at + size > end:
-            break
-        kept.append(run)
-        at += run + 1
-    return kept
-
-
-def log_p_of(judge: Teacher, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """log p of every token of the rows under the target at temperature 1 (0 for the first ones)."""
-    out = torch.zeros(tokens.shape)
-    for r in range(len(tokens)):
-        distributions = torch.log_softmax(judge.distributions(hidden[r : r + 1]).float(), -1)[0, :-1]
-        out[r, 1:] = distributions.gather(-1, tokens[r, 1:, None])[:, 0]
-    return out
-
-
-def uniforms(tokens: Tensor) -> Tensor:
-    """One number in (0, 1) for each token, the same in every run."""
-    return torch.rand(tokens.shape, generator=torch.Generator().manual_seed(11)).clamp(min=1e-12)
-
-
-def tau(found: dict[str, Any]) -> float:
-    """Tokens per round, a ratio of sums."""
-    return sum(found["emitted"]) / max(1, sum(found["rounds"]))
 
 
 # --- 3. tuning and the runs ------------------------------------------------------------------------------------------
@@ -257,29 +112,6 @@ def stage_tune(config: Config) -> None:
             found = measure(config, model, judge, "validation", "most likely")
             finish(folder, {"arm": end, "rate": rate, "tau": tau(found)})
     add_seconds(config, "tune", time.process_time() - began)
-
-
-def best_rate(config: Config, arm: str) -> float:
-    """The tuned learning rate of an arm's end."""
-    tried = [json.loads(p.read_text()) for p in sorted((config.work / "tune").glob(f"{TUNED[arm]}-*/result.json"))]
-    if not tried:
-        raise SystemExit("nothing is tuned yet: run the stage 'tune' first")
-    return max(tried, key=lambda r: r["tau"])["rate"]
-
-
-def planned(config: Config) -> list[tuple[str, int, int, str]]:
-    """(arm, block, seed, part of the data) of every run: whole seeds first, so that an early stop leaves complete pairs."""
-    out = [(arm, block, seed, "training") for seed in config.seeds for block in config.blocks for arm in ARMS]
-    return out + [(arm, max(config.blocks), seed, "as_written") for seed in config.seeds for arm in AS_WRITTEN]
-
-
-def planned_longer(config: Config) -> list[tuple[str, int, int, str]]:
-    """The same for the stage `longer`: the largest blocks."""
-    return [(arm, max(config.blocks), seed, "training") for seed in config.seeds for arm in LONGER]
-
-
-def folder_of(config: Config, arm: str, block: int, seed: int, part: str, stage: str = "runs") -> Path:
-    return config.work / stage / f"{part}-{block}-{arm}-{seed}"
 
 
 def stage_runs(config: Config) -> None:
@@ -328,49 +160,6 @@ def finish(folder: Path, result: dict[str, Any]) -> None:
 # --- 4. check and report ---------------------------------------------------------------------------------------------
 
 
-def stage_check(config: Config) -> None:
-    """The engine with the drafters of the first seed, on measured prompts at temperature 0: its rounds against the walk's."""
-    began, found = time.process_time(), []
-    engine = build_engine(config.path, "none", slots=8, max_length=config.length + 32)
-    layers = stored(config, engine.parts.target)
-    tokens, hidden = (x[:24] for x in measured_rows(config, "greedy"))
-    for arm in ("uniform", "chain"):
-        for block in config.blocks:
-            folder = folder_of(config, arm, block, config.seeds[0], "training") / "drafter"
-            if not folder.exists():
-                continue
-            model = DFlashNetwork.load(folder, engine.parts.target, str(config.path))
-            columns = [layers.index(t) for t in model.config.taps]
-            runs = walk(model, tokens, hidden[:, :, columns], config.prompt, most_likely)
-            rounds, emitted = engine_rounds(engine, model, tokens, config)
-            walked = (sum(map(len, runs)), sum(map(sum, runs)) + sum(map(len, runs)))
-            found.append({"arm": arm, "block": block, "engine": [rounds, emitted], "walk": list(walked)})
-            print(f"{arm}, blocks of {block}: engine {emitted}/{rounds}, walk {walked[1]}/{walked[0]} tokens/rounds")
-    write_whole(config.work / "check.json", (json.dumps(found) + "\n").encode())
-    add_seconds(config, "check", time.process_time() - began)
-
-
-def engine_rounds(engine: Engine, model: DFlashNetwork, tokens: Tensor, config: Config) -> tuple[int, int]:
-    """Rounds and emitted tokens of the engine after the prompts of `tokens`, as far as a round ends within the rows."""
-    size = model.config.block
-    drafter = DFlashDrafter(model, Levels(levels((1,) * (size - 1)), engine.parts.target.vocab_size))
-    one = Engine(
-        engine.parts.target, drafter, engine.parts.rule, Fixed(size - 1), slots=8, max_length=config.length + 32
-    )
-    more = config.length - config.prompt + size
-    params = SamplingParams(temperature=0.0, max_tokens=more, ignore_eos=True)
-    names = [one.submit(row[: config.prompt], params) for row in tokens.tolist()]
-    at = dict.fromkeys(names, -1)
-    rounds = emitted = 0
-    while one.scheduler.running or one.scheduler.waiting:
-        for event in one.step():
-            place = at[event.request]
-            if place >= 0 and place + size <= config.length:
-                rounds, emitted = rounds + 1, emitted + len(event.tokens)
-            at[event.request] = config.prompt if place < 0 else place + len(event.tokens)
-    return rounds, emitted
-
-
 def stage_report(config: Config) -> None:
     """The table, the figure and the page from the results that are there."""
     report.write(config.work, config.docs or config.work, describe(config))
@@ -398,19 +187,6 @@ def describe(config: Config) -> dict[str, Any]:
         "longer": longer.section(short, long, block, config.longer), "longer_verdict": longer.verdict(short, long, block),
         "command": config.command, "unfinished": unfinished(config),
     }  # fmt: skip
-
-
-def unfinished(config: Config) -> str:
-    """A sentence for the page about runs that are planned and not there; nothing if there are none."""
-    gone = [folder_of(config, *run, "runs") for run in planned(config)]
-    names = [f"{f.parent.name}/{f.name}" for f in gone if not (f / "result.json").exists()]
-    return f"\nThe command was not run to its end; missing: {', '.join(names)}.\n" if names else ""
-
-
-QUICK = {
-    "rows": 24, "prompts": 8, "prompt": 16, "length": 48, "steps": 8, "batch": 4, "anchors": 6, "seeds": (0, 1),
-    "rates": (2e-3, 4e-3), "docs": None,
-}  # fmt: skip
 
 
 def main() -> None:
@@ -446,7 +222,7 @@ def run(config: Config, stages: tuple[str, ...]) -> None:
     for stage in stages:
         print(f"=== {stage}", flush=True)
         {
-            "data": stage_data, "tune": stage_tune, "runs": stage_runs, "longer": stage_longer, "check": stage_check,
+            "data": stage_data, "tune": stage_tune, "runs": stage_runs, "longer": stage_longer, "check": check,
             "report": stage_report,
         }[stage](config)  # fmt: skip
 

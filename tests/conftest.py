@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_PROC_BIND", "false")
@@ -25,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports torch's compiler: two seconds
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests are never garbage, and there are millions of objects in them: none is looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -21,14 +21,17 @@ def pairs(combination: Combination) -> set[Hashable]:
 
 
 def covering(
-    product: Iterable[Combination], meets: Callable[[Combination], set[Hashable]] = pairs
+    product: Iterable[Combination],
+    meets: Callable[[Combination], set[Hashable]] = pairs,
+    cost: Callable[[Combination], float] = lambda combination: 0.0,
 ) -> list[Combination]:
     """A small part of `product` that meets everything the whole of it meets; always the same one.
 
-    meets: what a combination shows (`pairs` of values unless told).
+    meets: what a combination shows (`pairs` of values unless told). cost: of several that show as much, the cheapest is taken.
     """
     left = [(c, meets(c)) for c in product]
     Random(0).shuffle(left)  # spreads what need not be met over all values; in order it would always be the first
+    left.sort(key=lambda one: cost(one[0]))
     missing: set[Hashable] = set().union(*(what for _, what in left))
     most = max((len(what) for _, what in left), default=0)
     chosen: list[Combination] = []

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 
 from outrider.control.registry import load_controller
+from outrider.display import html_of, line_of, plot_of
 from outrider.drafters.combine import gated, lend
+from outrider.drafters.registry import carries, parse_speculative_config
 from outrider.drafters.registry import load_drafter as _load_drafter
-from outrider.drafters.registry import parse_speculative_config
 from outrider.engine import contracts
 from outrider.engine.core import EngineCore
 from outrider.engine.fit import check_fit
@@ -22,10 +23,11 @@ from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
-from outrider.loading import VOCABULARY, Loaded, Progress, load, load_model
+from outrider.loading import VOCABULARY, Loaded, Progress, give, load, load_model, name_of
 from outrider.models.folder import resolve_folder
+from outrider.models.given import Model, is_model
 from outrider.notices import notices_of, vocabulary_without_model, wasted_option
-from outrider.options import EngineOptions, check_names
+from outrider.options import EngineKeywords, EngineOptions, check_names, with_keywords
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
 from outrider.raster import find_raster
@@ -35,6 +37,56 @@ from outrider.verify import best_exact, load_rule, reads_codes
 
 ControllerFor = Callable[[Drafter, Rule, Target], Controller]
 """Makes the controller of an engine from its drafter, rule and target."""
+
+
+@with_keywords
+def build_engine(
+    target: str | Path | Target | Model | None = None,
+    draft: str | Path | Drafter | Model = "auto",
+    *,
+    rule: str | Rule = "auto",
+    tokenizer: object | None = None,
+    draft_tokenizer: object | None = None,
+    sinks: Seq[Sink] = (),
+    speculative_config: str | dict | None = None,
+    capacity: int | None = None,
+    progress: Progress | None = None,
+    controller: ControllerFor | None = None,
+    on_defect: Callable[[Defect], None] | None = None,
+    selectable: bool = False,
+    **options: Unpack[EngineKeywords],
+) -> Engine:
+    """An engine for `target` (a folder, a Hub name, a Target, a model of transformers, or None: the shipped pair) with `draft` (see
+    `load_drafter`).
+
+    draft, rule: a name, or a drafter or rule object; as draft also a model of transformers. tokenizer: of the target, where it is
+    an object; None: the engine works on token ids. draft_tokenizer: of a draft model object, to check that its vocabulary is the
+    target's. Models that are objects stay as they were found (`models.hf.target.HFTarget`).
+    options: the other fields of `EngineOptions` (`capacity` is another name of `slots`). speculative_config: vLLM's JSON; it
+    replaces draft, length and rule.
+    controller: makes the controller of draft lengths (None: the one that `lengths` names). on_defect: called with every contained
+    failure.
+    selectable: a request's `drafters` may choose among the members of a combined drafter.
+    Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
+    """
+    if capacity is not None:
+        options["slots"] = capacity
+    named, drafter, custom_rule = names_of({**options, "draft": draft, "rule": rule})
+    check_names(named)
+    if isinstance(target, str | Path):
+        named["target"] = str(target)
+    wanted = EngineOptions(**named)  # type: ignore[arg-type]
+    if speculative_config is not None:
+        changes, drafter = parse_speculative_config(speculative_config), None
+        wanted, custom_rule = wanted.changed(**changes), None if "rule" in changes else custom_rule
+    if custom_rule is None:
+        load_rule(wanted.rule)  # report a wrong name before anything is loaded
+    loaded = load(target, tokenizer, wanted, tuple(sinks), progress)
+    if is_model(draft):
+        give(loaded, draft, draft_tokenizer, name_of(draft))
+    return assemble(
+        loaded, wanted, drafter, custom_rule, controller=controller, on_defect=on_defect, selectable=selectable
+    )
 
 
 class Engine(EngineCore):
@@ -85,10 +137,17 @@ class Engine(EngineCore):
         self.loaded = loaded
         self._notices = tuple(notices)
 
-    @classmethod
-    def build(cls, **options: Any) -> Engine:
-        """An engine from paths and names; see `build_engine` for the options."""
-        return build_engine(**options)
+    build = staticmethod(build_engine)
+
+    def __repr__(self) -> str:
+        return line_of(self, self.loaded.path if self.loaded else None)
+
+    def _repr_html_(self) -> str:
+        return html_of(self, self.loaded.path if self.loaded else None)
+
+    def plot(self) -> Any:
+        """A matplotlib figure: acceptance by position, and the ledger. Raises ConfigError where matplotlib is missing."""
+        return plot_of(self)
 
     @property
     def notices(self) -> list[str]:
@@ -96,53 +155,13 @@ class Engine(EngineCore):
         return [*self._notices, *super().notices]
 
 
-def build_engine(
-    target: str | Path | Target | None = None,
-    draft: str | Path | Drafter = "auto",
-    *,
-    rule: str | Rule = "auto",
-    tokenizer: object | None = None,
-    sinks: Seq[Sink] = (),
-    speculative_config: str | dict | None = None,
-    capacity: int | None = None,
-    progress: Progress | None = None,
-    controller: ControllerFor | None = None,
-    on_defect: Callable[[Defect], None] | None = None,
-    selectable: bool = False,
-    **options: object,
-) -> Engine:
-    """An engine for `target` (a folder, a Hub name, a Target, or None: the shipped pair) with `draft` (see `load_drafter`).
-
-    draft, rule: a name, or a drafter or rule object. options: the other fields of `EngineOptions` (`capacity` is another name of
-    `slots`). speculative_config: vLLM's JSON; it replaces draft, length and rule.
-    controller: makes the controller of draft lengths (None: the one that `lengths` names). on_defect: called with every contained
-    failure.
-    selectable: a request's `drafters` may choose among the members of a combined drafter.
-    Raises ConfigError for a bad option or checkpoint, CapabilityError for parts that do not fit, CapacityError for memory.
-    """
-    if capacity is not None:
-        options["slots"] = capacity
-    named, drafter, custom_rule = names_of({**options, "draft": draft, "rule": rule})
-    check_names(named)
-    if isinstance(target, str | Path):
-        named["target"] = str(target)
-    wanted = EngineOptions(**named)  # type: ignore[arg-type]
-    if speculative_config is not None:
-        changes, drafter = parse_speculative_config(speculative_config), None
-        wanted, custom_rule = wanted.changed(**changes), None if "rule" in changes else custom_rule
-    if custom_rule is None:
-        load_rule(wanted.rule)  # report a wrong name before anything is loaded
-    loaded = load(target, tokenizer, wanted, tuple(sinks), progress)
-    return assemble(
-        loaded, wanted, drafter, custom_rule, controller=controller, on_defect=on_defect, selectable=selectable
-    )
-
-
 def names_of(options: dict[str, object]) -> tuple[dict[str, object], Drafter | None, Rule | None]:
     """`options` as plain values, and the drafter and rule objects among them; in the options their names replace them."""
     named, drafter, rule = dict(options), None, None
     if isinstance(named.get("draft"), Path):
         named["draft"] = str(named["draft"])
+    if is_model(named.get("draft")):  # it becomes a drafter for a target, by its name
+        named["draft"] = name_of(named["draft"])
     if not isinstance(named.get("draft", ""), str):
         contracts.check("drafter", named["draft"], contracts.DRAFTER)
         drafter = cast(Drafter, named["draft"])
@@ -182,7 +201,9 @@ def assemble(
         loaded.target,
         gated(drafter) if selectable else drafter,
         rule,
-        _controller(options, drafter, rule, loaded.target) if controller is None else controller(drafter, rule, loaded.target),
+        _controller(options, drafter, rule, loaded.target)
+        if controller is None
+        else controller(drafter, rule, loaded.target),
         tokenizer=loaded.tokenizer,
         slots=options.slots,
         max_length=options.max_length,
@@ -193,7 +214,7 @@ def assemble(
         allow_lossy=options.allow_lossy,
         turns=loaded.turns,
         loaded=mine,
-        notices=_notices(loaded, options, bool(drafter.max_depth)),
+        notices=_notices(loaded, options, drafter),
         prefix_cache=options.prefix_cache,
         kv_memory=options.kv_memory,
     )
@@ -245,16 +266,28 @@ def _drafter(loaded: Loaded, options: EngineOptions, rule: Rule) -> Drafter:
     )
 
 
-def _notices(loaded: Loaded, options: EngineOptions, drafts: bool) -> list[str]:
-    """What keeps this engine from being faster. drafts: whether it drafts at all."""
+def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[str]:
+    """What keeps this engine from being faster."""
+    drafts = bool(drafter.max_depth)
     targets = [loaded.target, *(model for model, _ in loaded.models.values())]
     found = notices_of(targets, loaded.target.device, drafts, options.device)
+    folder = None if loaded.path is None else str(resolve_folder(loaded.path))
+    unused = carries("mtp", folder) and "mtp" not in drafter.name.split("+")
+    name = Path(str(loaded.path)).name
+    told = [f"{name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
     restricted = any(key.name.startswith(VOCABULARY) for key in loaded.models)
-    vocabulary = vocabulary_without_model(options.draft_vocabulary if drafts else None, options.draft, restricted)
-    return [*found, *vocabulary, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
+    told += vocabulary_without_model(options.draft_vocabulary if drafts else None, options.draft, restricted)
+    return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 
 
-def companion(engine: Engine, draft: str | Drafter | None = None, **changes: object) -> Engine:
+@with_keywords
+def companion(
+    engine: Engine,
+    draft: str | Drafter | Model | None = None,
+    *,
+    rule: str | Rule | None = None,
+    **changes: Unpack[EngineKeywords],
+) -> Engine:
     """Another engine on the same target, with the same options except `draft` and `changes`; it shares weights, not caches.
 
     Raises ConfigError for changes of what was fixed when the target was loaded: the target itself, its dtype, device and rounding.
@@ -262,29 +295,39 @@ def companion(engine: Engine, draft: str | Drafter | None = None, **changes: obj
     loaded = engine.loaded
     if loaded is None:
         raise ConfigError("this engine was built from part objects: build the companion from the same parts")
+    parts = {name: part for name, part in (("draft", draft), ("rule", rule)) if part is not None}
+    named, drafter, given = names_of({**parts, **changes})
+    if is_model(draft) and named["draft"] not in loaded.given:
+        give(loaded, draft, None, str(named["draft"]))
     for name in ("target", "dtype", "device", "target_quantize"):
-        if changes.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
-            raise ConfigError(f"{name} was fixed when the target was loaded: build a new engine for {changes[name]!r}")
-    named, drafter, rule = names_of({**({} if draft is None else {"draft": draft}), **changes})
+        if named.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
+            raise ConfigError(f"{name} was fixed when the target was loaded: build a new engine for {named[name]!r}")
     return assemble(
         loaded,
         loaded.options.changed(**named),
         drafter if "draft" in named else loaded.drafter,
-        rule if "rule" in named else loaded.rule,
+        given if "rule" in named else loaded.rule,
     )
 
 
+@with_keywords
 def generate(
     prompts: Prompts,
     params: SamplingParams | Iterable[SamplingParams] | None = None,
     *,
-    target: str | Path | None = None,
-    **options: object,
+    target: str | Path | Target | Model | None = None,
+    draft: str | Path | Drafter | Model = "auto",
+    rule: str | Rule = "auto",
+    tokenizer: object | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[EngineKeywords],
 ) -> list[Result]:
     """Decode one or several prompts in one call: builds an engine (see `build_engine`), runs it, returns results in order."""
     many = as_prompts(prompts)
     options.setdefault("slots", min(8, max(1, len(many))))
-    return build_engine(target, **options).generate(many, params)  # type: ignore[arg-type]
+    return build_engine(target, draft, rule=rule, tokenizer=tokenizer, **options).generate(
+        many, params, progress=progress
+    )
 
 
 def load_drafter(spec: str, engine: Engine) -> Drafter:

@@ -38,6 +38,8 @@ BOOKKEEPING = GENERATION | frozenset({
     "use_cache", "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "pretraining_tp",
     "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "tie_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "is_decoder", "pruned_heads",
+    # heads for drafting, which a target leaves out
+    "num_nextn_predict_layers",
 })  # fmt: skip
 
 WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from outrider.protocols import Drafter
-from outrider.types import POINT_MASS, Draft, Evidence
+from outrider.types import POINT_MASS, Draft, Evidence, Verdict
 
 logger = logging.getLogger(__name__)
 STRIKES = 3.0
@@ -90,14 +90,16 @@ class Contained:
         self._faults += 1
         self._strikes += 1.0
         if self._on_fault is not None:
-            self._on_fault(f"drafter {self.drafter.name!r}: {problem}")
+            self._on_fault(f"drafter {self.drafter.name!r} ({type(self.drafter).__name__}): {problem}")
         if self._strikes < STRIKES or self.off:
             return
         self.off = True
         reason = " ".join(problem.split())[:160]
         self._notices.append(
             f"drafter {self.drafter.name!r} failed {self._faults} times and is switched off ({reason}): texts stay correct without "
-            "it and are slower; fix it or build the engine with another draft"
+            f"it and are slower; fix {type(self.drafter).__name__} (outrider.testing.check_drafter tries its contracts) or "
+            "build the engine "
+            "with another draft"
         )
         logger.error("%s", self._notices[-1])
 
@@ -108,6 +110,31 @@ def _told(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:  # reading its message fails
         return type(error).__name__
+
+
+def strange_verdict(verdict: object, draft: Draft, vocab_size: int) -> str:
+    """What a rule did that makes this no verdict on the draft, and what it should do, or an empty string. Host data only."""
+    if not isinstance(verdict, Verdict):
+        return f"returned {type(verdict).__name__}, not a Verdict: see outrider.types.Verdict"
+    many = len(draft.counts)
+    for name in ("path", "next_token", "judged", "risk", "spread", "bias"):
+        if len(getattr(verdict, name)) != many:
+            return f"gave {len(getattr(verdict, name))} values of {name!r} for {many} sequences: give one for each"
+    for b in range(many):
+        up = -1
+        for k in verdict.path[b]:
+            if not draft.offsets[b] <= k < draft.offsets[b + 1] or draft.parent[k] != up:
+                return (
+                    f"accepted node {k} of sequence {b} and not the node above it: a path begins at a child of the anchor and "
+                    "goes down, "
+                    "in the numbers of the draft"
+                )
+            up = k
+        if not 0 <= verdict.next_token[b] < vocab_size:
+            return f"gave the next token {verdict.next_token[b]}, outside the vocabulary of {vocab_size}"
+        if verdict.judged[b] < len(verdict.path[b]):
+            return f"judged {verdict.judged[b]} positions and accepted {len(verdict.path[b])}: accepted positions are judged"
+    return ""
 
 
 def misshapen(draft: Draft) -> str:

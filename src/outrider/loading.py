@@ -7,13 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from outrider.assets import HERE, shipped
 from outrider.engine import contracts
 from outrider.engine.turns import Turns
 from outrider.errors import CapacityError, ConfigError
 from outrider.models.folder import files_of, identity_of, resolve_folder
+from outrider.models.given import check_loading, ends_of, is_model, target_of
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
 from outrider.models.quantised import distance
 from outrider.models.token_use import TokenUse, prompts_from, use_of
@@ -50,6 +51,7 @@ class Loaded:
     """What engines on one target share: the weights of target and draft models, the tokenizer, and the lock of turns.
 
     drafter, rule: this engine's, if they were given as objects; None: they are made from the names in `options`.
+    given: draft models that were given as objects, by the name that `options` have for each.
     """
 
     path: str | None
@@ -58,6 +60,7 @@ class Loaded:
     eos: tuple[int, ...]
     options: EngineOptions
     sinks: tuple[Sink, ...] = ()
+    given: dict[str, tuple[Target, object]] = field(default_factory=dict)
     drafter: Drafter | None = None
     rule: Rule | None = None
     models: dict[ModelKey, tuple[Target, object]] = field(default_factory=dict)
@@ -65,14 +68,20 @@ class Loaded:
 
 
 def load(
-    target: str | Path | Target | None,
+    target: str | Path | Target | Any,
     tokenizer: object | None,
     options: EngineOptions,
     sinks: tuple[Sink, ...],
     progress: Progress | None,
 ) -> Loaded:
-    """The target that the options name, or `target` itself, with its tokenizer and its ends of text. Raises ConfigError."""
+    """The target that the options name, or `target` itself (also a model of transformers), with its tokenizer and its ends of text.
+
+    Raises ConfigError."""
     if target is not None and not isinstance(target, str | Path):
+        given = {name: getattr(options, name) for name in ("dtype", "device", "implementation", "target_quantize")}
+        check_loading(given, "the target")
+        if is_model(target):
+            return Loaded(None, target_of(target), tokenizer, ends_of(target, tokenizer), options, sinks)
         contracts.check("target", target, contracts.TARGET)  # before a drafter is built for it
         return Loaded(None, target, tokenizer, (), options, sinks)
     path = str(shipped("target") if target is None else target)
@@ -124,6 +133,9 @@ def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targe
 
     "translate:NAME" is the model NAME with another tokenizer: it drafts with the tokens that both vocabularies spell the same.
     """
+    if name in loaded.given:
+        check_loading({"draft_quantize": options.draft_quantize}, "the draft")
+        return loaded.given[name]
     if name.startswith(TRANSLATE):
         if options.draft_vocabulary is not None:
             raise ConfigError(
@@ -144,6 +156,16 @@ def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targe
         )
         loaded.models[key] = (model, find_tokenizer(name))
     return loaded.models[key]
+
+
+def give(loaded: Loaded, model: Any, tokenizer: object | None, name: str) -> None:
+    """Remember a draft model that was given as an object of transformers."""
+    loaded.given[name] = (target_of(model), tokenizer)
+
+
+def name_of(model: Any) -> str:
+    """What the options call a model that was given as an object: no path and no Hub name looks like it."""
+    return f"<{type(getattr(model, '_orig_mod', model)).__name__} {id(model):#x}>"
 
 
 def _key(loaded: Loaded, options: EngineOptions, name: str, mark: str = "") -> ModelKey:

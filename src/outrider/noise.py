@@ -80,6 +80,11 @@ class Noise:
     seed: tuple[int, ...]
     position: tuple[int, ...]
 
+    @property
+    def keys(self) -> list[int]:
+        """The seeds as compiled code reads them: their lowest 64 bits."""
+        return [seed & _MASK for seed in self.seed]
+
     def uniform(self, b: int, depth: int, lane: str, index: int = 0) -> float:
         """One number of (0, 1) for sequence b, `depth` >= 1 below its anchor; `index` separates siblings."""
         return uniform(self.seed[b], LANES[lane], self.position[b], depth, index)

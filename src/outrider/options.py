@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from inspect import get_annotations
-from typing import get_args, no_type_check
+from inspect import Parameter, get_annotations, signature
+from typing import Any, TypedDict, TypeVar, get_args, no_type_check
 
 from outrider.errors import ConfigError, unknown_name
 
@@ -116,6 +116,41 @@ class EngineOptions:
         """The same options except `changes`. Raises ConfigError for an unknown name, with the nearest known one."""
         check_names(changes)
         return replace(self, **changes)
+
+
+class EngineKeywords(TypedDict, total=False):
+    """The options of an engine as keyword arguments, for editors: `EngineOptions` says what they mean and what they are without."""
+
+    length: int
+    lengths: str
+    allow_lossy: bool
+    dtype: str
+    device: str
+    implementation: str
+    target_quantize: str | None
+    draft_quantize: str | None
+    draft_vocabulary: int | str | None
+    max_length: int | None
+    slots: int
+    chunk: int
+    prefix_cache: bool
+    kv_memory: float | None
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def with_keywords(function: _Function) -> _Function:
+    """`function` with the engine's options in its signature, in the place of `**options`: notebooks complete them from there."""
+    own = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    taken = {p.name for p in own}
+    added = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(EngineOptions)
+        if f.name in EngineKeywords.__annotations__ and f.name not in taken
+    ]
+    function.__signature__ = signature(function).replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return function
 
 
 def _check_lengths(lengths: object, length: int) -> None:

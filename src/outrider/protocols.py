@@ -5,7 +5,7 @@ They are runtime-checkable only for the type checks in the tests; the engine nev
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -97,7 +97,8 @@ class Target(Protocol):
     rewinds: rows may be dropped again (False for states that can neither be cut nor copied: plain decoding only).
     notices: sentences for users about how it was loaded (why it is not faster, and the remedy).
     A target may say that forwards of up to `uniform_rows` rows per segment give every row the same bits whatever is fed with it;
-    then sequences share their beginnings to the token, else by whole prompt chunks.
+    then sequences share their beginnings to the token, else by whole prompt chunks. One whose weights may be written to while it is
+    used has `weights`, a number that differs afterwards: beginnings are shared between texts of one number only.
     """
 
     vocab_size: int
@@ -144,6 +145,32 @@ class OpenTarget(Target, Protocol):
 
     def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """The output head alone: unembed(x) = head(norm(x))."""
+        ...
+
+
+Attend = Callable[[Float[Tensor, "n h d"], Float[Tensor, "n g d"], Float[Tensor, "n g d"], float], Float[Tensor, "n A"]]
+"""What rows see, for a layer that does not know it: rotated queries and keys, values, scale -> all heads, side by side."""
+
+
+@runtime_checkable
+class DecoderBlock(Protocol):
+    """A decoder layer. kv_heads, head_dim: of the keys and values that it hands to its attention. dtype: of what it takes and
+    gives."""
+
+    kv_heads: int
+    head_dim: int
+    dtype: dtype
+
+    def __call__(self, x: Float[Tensor, "n H"], position: Int[Tensor, "n"], attend: Attend) -> Float[Tensor, "n H"]: ...
+
+
+@runtime_checkable
+class BlockTarget(Target, Protocol):
+    """A target that can run a further decoder layer of its own kind, such as that of an MTP head."""
+
+    def block_of(self, tensors: Mapping[str, Tensor]) -> DecoderBlock:
+        """The layer with these tensors, named as behind `model.layers.0.` in checkpoints of its family. Raises ConfigError for
+        tensors that are not those of such a layer, CapabilityError if it cannot be run alone."""
         ...
 
 

@@ -101,6 +101,7 @@ class StepRecord:
     engine chose: a client's own seed may repeat its noise, and then the statistics of the ledger do not hold over several requests.
     replayed: tokens that the forward read besides its rows, once more, because a rejection had undone them (`Scores.replayed`).
     each: the scored sequences one by one, those that ended among them.
+    cached: tokens that the forward's sequences had in the cache, in all. attended: pairs of a row and such a token of its sequence.
     """
 
     rows: int
@@ -112,3 +113,5 @@ class StepRecord:
     engine_seeded: Counts = field(default_factory=Counts)
     replayed: int = 0
     each: tuple[SequenceStep, ...] = ()
+    cached: int = 0
+    attended: int = 0

@@ -59,8 +59,7 @@ class Proposal:
         probs = self.probs[rows]
         if self.support is None:
             return probs
-        out = probs.new_zeros(len(rows), vocab_size)
-        return out.index_copy_(1, self.support, probs)
+        return probs.new_zeros(len(rows), vocab_size).index_copy_(1, self.support, probs)
 
 
 @dataclass(frozen=True)
@@ -164,9 +163,7 @@ class Draft:
     @staticmethod
     def empty(sequences: int, device: torch.device | str = "cpu") -> Draft:
         """A draft without proposals for `sequences` sequences: plain decoding."""
-        draft = Draft(torch.empty(0, dtype=torch.int64, device=device), (), (0,) * sequences)
-        draft.__dict__["tokens"] = ()  # as in `join`
-        return draft
+        return Draft.join([((), ())] * sequences, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +222,6 @@ class Rows:
             out.append((anchors, *range(nodes, nodes + len(s.parent))) if s.scored else ())
             anchors, nodes = anchors + s.scored, nodes + len(s.parent)
         return tuple(out)
-
-    def node_rows(self, segment: int, path: Sequence[int]) -> list[int]:
-        """Rows of the forward for some nodes of a segment, 0 being its first node."""
-        s = self.segments[segment]
-        return [s.first + s.fed + node for node in path]
 
     @staticmethod
     def assemble(
@@ -352,5 +344,6 @@ class Evidence:
         if self.segment_index[i] < 0:
             return []
         s, b = self.rows.segments[self.segment_index[i]], self.verdict_index[i]
-        path = [] if b < 0 else [self.draft.local(b, k) for k in self.verdict.path[b]]
-        return [*range(s.first, s.first + s.fed), *self.rows.node_rows(self.segment_index[i], path)]
+        first_node = s.first + s.fed
+        path = () if b < 0 else self.verdict.path[b]
+        return [*range(s.first, first_node), *(first_node + self.draft.local(b, k) for k in path)]

@@ -71,7 +71,7 @@ def test_generate_stops_before_a_stop_string(document) -> None:
 
 
 def test_demo(document) -> None:
-    d = document("demo", "--prompts", "2", "--repeats", "1", "--max-tokens", "24", "--dtype", "float32")
+    d = document("demo", "--prompts", "2", "--repeats", "1", "--max-tokens", "16", "--dtype", "float32")
     assert d["plain"]["tokens_per_second"] > 0
     assert d["speedup"] == pytest.approx(d["speculative"]["tokens_per_second"] / d["plain"]["tokens_per_second"])
     assert d["acceptance_length"] >= 1

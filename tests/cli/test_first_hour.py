@@ -129,6 +129,9 @@ def test_wrong_paths_are_said_before_torch_is_imported(tmp_path: Path) -> None:
         ["tree", "--prompts", "nosuch"],
         ["chat", "--target", "/nosuch"],
         ["runs", "import", "nosuch"],
+        ["gate", "nosuch.json", "other.json"],
+        ["ab", "status", "x", "--store", "nosuch.db"],
+        ["ab", "report", "x", "--store", "nosuch.db", "--out", "x.html"],
         ["theory", "figures", "--out", "file/x"],
     ]
     code = (

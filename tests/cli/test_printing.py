@@ -10,6 +10,7 @@ import pytest
 from rich.table import Table
 from typer.testing import CliRunner
 
+from outrider.cli import tables
 from outrider.cli.main import app
 from outrider.cli.terminal import Console
 from outrider.errors import ConfigError, printable
@@ -98,3 +99,17 @@ def test_a_place_is_named_without_user_and_password() -> None:
     both = place_of("postgresql://u:one@h/x?password=t%2Fwo&sslpassword=three")
     assert both == ("postgresql://h/x", ("one", "t%2Fwo", "three"))
     assert place_of("postgres:///x") == ("postgres:///x", ())
+
+
+def test_a_row_that_is_too_wide_goes_on_below_itself() -> None:
+    table = Table()
+    for name in ("arm", "rejections_predicted_observed", "time_of_a_step"):
+        table.add_column(name)
+    table.add_row("plain_decoding_of_it", "1", "target 89% rule 7% draft 1% host 3% and more of the same")
+    out = Console(record=True, width=50, force_terminal=True, color_system=None, file=io.StringIO())
+    tables.show(table, out)
+    shown = out.export_text().splitlines()
+    assert shown[0] == "plain_decoding_of_it" and all(len(line) <= 50 for line in shown)
+    at = shown[2].index("target")
+    assert len(shown) > 3 and shown[3][:at].isspace() and not shown[3][at].isspace()
+    assert " ".join(line[at:].strip() for line in shown[2:]) == "target 89% rule 7% draft 1% host 3% and more of the same"

@@ -51,6 +51,7 @@ def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> Non
     assert needs["documents"] == 8
     assert needs["disk_bytes"] > 0
     assert set(needs["seconds"]) == {"text", "hidden states", "training"}
+    assert needs["hours"] == pytest.approx(sum(needs["seconds"].values()) / 3600) and "at best" in needs["pays"]
     assert not (place / "work").exists(), "a dry run leaves nothing behind"
 
     assert run(monkeypatch, *options(place, kind)) == 0
@@ -70,11 +71,26 @@ def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> Non
     p = SamplingParams(temperature=0.0, max_tokens=12)
     texts = []
     name = {"draft": str(place / "draft"), "eagle1": f"eagle:{place / 'eagle1'}"}.get(kind, kind)
-    for draft in ("none", name, f"dynamic:6:{name}"):
+    for draft in ("none", name if kind == "eagle1" else str(place / kind), f"dynamic:6:{name}"):
         one = build_engine(place / "target", draft, length=2, dtype="float32", slots=1)
         texts.append(one.generate(["the line"], p)[0].outputs[0].token_ids)
         assert draft == "none" or one.counts.proposed > 0
     assert texts[0] == texts[1] == texts[2]
+    config = json.loads((place / kind / "config.json").read_text())
+    if "speculators_config" in config:
+        assert config["speculators_config"]["verifier"]["name_or_path"] == str(place / "target")
+    lines = [json.loads(line) for line in next((place / "work").rglob("metrics.jsonl")).read_text().splitlines()]
+    assert lines[-1]["accept_1"] == found["accept_1"]
+
+
+def test_a_training_goes_on_when_its_steps_grow(place: Path, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, *options(place, "medusa")) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 4
+    assert run(monkeypatch, *options(place, "medusa"), "--steps", "7") == 0
+    seen = capsys.readouterr()
+    assert json.loads(seen.out)["steps"] == 7 and "continuing from step-00000004" in seen.err and "grows to 7" in seen.err
+    assert run(monkeypatch, *options(place, "medusa")) == 0  # the short one is still there as it was
+    assert json.loads(capsys.readouterr().out)["steps"] == 4
 
 
 @pytest.mark.parametrize(

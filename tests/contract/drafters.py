@@ -24,6 +24,7 @@ from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
+from outrider.drafters.mtp.network import MtpConfig
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
@@ -43,6 +44,7 @@ from outrider.train.features import hidden_of
 from outrider.train.methods.dflash import new_blocks
 from outrider.train.methods.eagle import new_features, new_last_features
 from outrider.train.methods.medusa import new_heads
+from outrider.train.methods.mtp import new_head
 from outrider.train.methods.registry import METHODS
 
 Toy = TinyLM | TableTarget
@@ -85,6 +87,9 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 60) -> nn.Modu
     elif kind == "eagle1":
         read = (target.layers,)
         model = new_last_features(EagleConfig(wide, wide, read, v, 2, 1, 8, 32), target)  # type: ignore[arg-type]
+    elif kind == "mtp":
+        read = (target.layers,)
+        model = new_head(MtpConfig(wide, wide, read, v, 2, 1, 8, 32), target)  # type: ignore[arg-type]
     else:
         read = (target.layers // 2, target.layers)
         config = EagleConfig(16, wide, read, v, 2, 1, 8, 32)
@@ -191,6 +196,10 @@ DRAFTERS: dict[str, Factory] = {
     "eagle-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3)),
     "eagle1": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "eagle1"),
     "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
+    "mtp": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "mtp"),
+    "mtp-tree": lambda target, slots: eagle(
+        target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement"), "mtp"
+    ),
     "counts": lambda target, slots: counted(target, Levels(levels((1,) * 4), target.vocab_size)),
     "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),
     "early-dynamic": lambda target, slots: early_exit(target, 1, Dynamic(6, 3, target.vocab_size, width=2)),
@@ -228,6 +237,7 @@ if library_for(torch.ones(1)) is not None:
         "eagle1-compiled": lambda target, slots: compiled(
             "eagle1", target, BestFirst(7, 4, target.vocab_size, width=3)
         ),
+        "mtp-compiled": lambda target, slots: compiled("mtp", target, BestFirst(7, 4, target.vocab_size, width=3)),
         "medusa-compiled": lambda target, slots: compiled(
             "medusa", target, Levels(levels((1,) * 4), target.vocab_size)
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ class Failing:
         self.inner.release(slots)
 
 
+@cache
 def plain(sampling: str) -> list[tuple[int, ...]]:
     return tokens(engine(MODEL, NoDraft(), load_rule("match"), 3).generate(PROMPTS, params(sampling)))
 

@@ -1,7 +1,7 @@
 """EX-3: the joint distribution of four tokens, through the engine, with arrivals, aborts, preemption and mixed draft lengths.
 
 The target is a table whose distribution differs at every position; 625 cells of four tokens, and the distribution of how many
-drafts a first step accepts. False-alarm probability 1e-9 per assertion (chi-square, no reruns); 4,000 sequences see a gross error
+drafts a first step accepts. False-alarm probability 1e-9 per assertion (chi-square, no reruns); 2,500 sequences see a gross error
 of the joint distribution, as the control shows; in `make test-slow` a million (chain) see a total-variation error of about 1%,
 200,000 (others) of 2%.
 """
@@ -29,7 +29,7 @@ from outrider.verify import load_rule
 from tests.contract.scripted import Budgets
 
 ALPHA = 1e-9
-N = 4_000
+N = 2_500
 V, T = 5, 4
 TARGET = TableTarget.random(V, seed=3, positions=8, sharp=1.2)
 DRAFT = TARGET.perturbed(1.0, seed=4)
@@ -156,8 +156,8 @@ def test_joint_distribution_of_four_tokens(case: str) -> None:
     engine = build(rule, **how)
     value, bound = statistic(collect(engine, n, seed=5, disturb=True), exact_joint() * n)
     assert value < bound
-    assert engine.counts.accepted > 300
-    assert engine.counts.rejected > 300
+    assert engine.counts.accepted > 200
+    assert engine.counts.rejected > 200
 
 
 @pytest.mark.slow

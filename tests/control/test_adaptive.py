@@ -10,6 +10,7 @@ import pytest
 
 from outrider.control.acceptance import break_even
 from outrider.control.adaptive import Adaptive
+from outrider.control.fixed import Fixed
 from outrider.control.length_search import LAST_PAUSE
 from outrider.control.row_times import load_class
 from outrider.errors import ConfigError
@@ -38,7 +39,7 @@ class World:
         self.random, self.clock, self.tokens, self.steps = random.Random(seed), 0.0, 0, 0
         self.pending: list[int] = []
 
-    def run(self, controller: Adaptive, sequences: int, steps: int, params: SamplingParams = FREE) -> dict[int, int]:
+    def run(self, controller: Adaptive | Fixed, sequences: int, steps: int, params: SamplingParams = FREE) -> dict[int, int]:
         """Steps of a steady load; how often each length was asked for."""
         asked: dict[int, int] = {}
         views = [SequenceView(i, i, [0], 1, 0, params) for i in range(sequences)]
@@ -96,7 +97,7 @@ def test_it_is_never_slower_than_plain_decoding(accept, clock, sequences) -> Non
     """Over 6,000 steps, learning included, at several loads: at least 98% of the plain rate."""
     world, plain = World(clock, accept), World(clock, accept)
     world.run(Adaptive(3, 4), sequences, 6000)
-    plain.run(Adaptive(0, 0), sequences, 6000)
+    plain.run(Fixed(0), sequences, 6000)
     assert world.tokens / world.clock >= 0.98 * plain.tokens / plain.clock
 
 
@@ -104,7 +105,7 @@ def test_the_control_a_fixed_length_is_slower_there() -> None:
     """Without the controller the same world is slower by far, so the test above can fail."""
     world, plain = World(compute_bound, 0.2), World(compute_bound, 0.2)
     world.run(Adaptive(3, 4), 8, 6000, SEEDED)  # a seed pins the length
-    plain.run(Adaptive(0, 0), 8, 6000)
+    plain.run(Fixed(0), 8, 6000)
     assert world.tokens / world.clock < 0.6 * plain.tokens / plain.clock
 
 

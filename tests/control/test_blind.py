@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 
 from outrider.control.adaptive import Adaptive
+from outrider.control.fixed import Fixed
 from outrider.control.length_search import BLIND, LAST_PAUSE
 from outrider.params import SamplingParams
 from outrider.types import SequenceView
 from tests.control.verdicts import judged, recorded
+from tests.covering import slow_beyond
 
 FREE, SEEDED = SamplingParams(), SamplingParams(seed=1)
 CLIENTS, LONGEST, PROMPT = 4, 5, 64
@@ -36,7 +39,7 @@ class Traffic:
         self.pending, self.clock, self.tokens = [0] * len(params), 0.0, 0
         self.last: list[int] = []
 
-    def run(self, controller: Adaptive, prompts: Callable[[int], bool], steps: int) -> float:
+    def run(self, controller: Adaptive | Fixed, prompts: Callable[[int], bool], steps: int) -> float:
         """Seconds a token over so many steps."""
         clock, tokens = self.clock, self.tokens
         for step in range(steps):
@@ -55,12 +58,14 @@ def free(seconds: Callable[[float], float], accept: float) -> Traffic:
     return Traffic(seconds, accept, (FREE,) * CLIENTS)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.97, 0.8])
-@pytest.mark.parametrize("quiet", range(0, 40, 5))
+ENDS = list(product(range(0, 40, 5), [1.0, 0.97, 0.8]))
+
+
+@pytest.mark.parametrize(("quiet", "share"), slow_beyond(ENDS, ENDS[::2]))
 def test_a_losing_length_is_left_though_prompts_come_in_nearly_every_step(quiet: int, share: float) -> None:
     """Wherever in its trials quiet traffic ends, drafts that lose are given up: within 3% of plain decoding, learning included."""
     took = {}
-    for name, controller in (("ours", Adaptive(LONGEST, LONGEST)), ("plain", Adaptive(0, 0))):
+    for name, controller in (("ours", Adaptive(LONGEST, LONGEST)), ("plain", Fixed(0))):
         draws, world = random.Random(quiet), free(costly, 0.1)
         world.run(controller, lambda _: False, quiet)
         took[name] = world.run(controller, lambda _, r=draws: r.random() < share, 3000)
@@ -70,12 +75,12 @@ def test_a_losing_length_is_left_though_prompts_come_in_nearly_every_step(quiet:
 def test_the_control_a_length_that_is_kept_loses_there() -> None:
     kept, plain = Traffic(costly, 0.1, (SEEDED,) * CLIENTS), free(costly, 0.1)  # seeds pin the first length
     lost = kept.run(Adaptive(LONGEST, LONGEST), lambda _: True, 500)
-    assert lost > 1.2 * plain.run(Adaptive(0, 0), lambda _: True, 500)
+    assert lost > 1.2 * plain.run(Fixed(0), lambda _: True, 500)
 
 
 def test_a_length_that_gains_is_kept_though_prompts_come_in_every_step() -> None:
     took = {}
-    for name, controller in (("ours", Adaptive(LONGEST, LONGEST)), ("plain", Adaptive(0, 0))):
+    for name, controller in (("ours", Adaptive(LONGEST, LONGEST)), ("plain", Fixed(0))):
         world = free(cheap, 0.8)
         world.run(controller, lambda _: False, 600)
         took[name] = world.run(controller, lambda _: True, 2000)

@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 
 from outrider.control.adaptive import Adaptive
+from outrider.control.fixed import Fixed
 from outrider.control.prefill_cost import DEFERRED_PREFILL_ROWS, ENOUGH, ESTIMATE_DECAY_STEPS, PrefillCost
 from outrider.params import SamplingParams
 from outrider.records import Counts
@@ -64,7 +65,7 @@ class Closed:
         self.asked += 1
         return Request(self.asked, self.prompt)
 
-    def step(self, controller: Adaptive) -> None:
+    def step(self, controller: Adaptive | Fixed) -> None:
         rows, scored, counts = 0, [], Counts()
         room = CHUNK
         for request in self.live:
@@ -99,7 +100,7 @@ class Closed:
         self.read += unread
         return self.level * deepest + self.row * max(0, unread - len(self.live) * (1 + deepest))
 
-    def speed(self, controller: Adaptive, steps: int) -> float:
+    def speed(self, controller: Adaptive | Fixed, steps: int) -> float:
         """Tokens a second over so many steps."""
         tokens, clock = self.tokens, self.clock
         for _ in range(steps):
@@ -115,8 +116,8 @@ def test_never_slower_in_a_closed_loop(clock, accept, row) -> None:
     """Learning included at most 3% are lost over 1,500 steps; afterwards at most 1%."""
     ours, plain = (Closed(clock, accept=accept, row=row) for _ in range(2))
     controller = Adaptive(3, 4)
-    assert ours.speed(controller, 1500) >= 0.97 * plain.speed(Adaptive(0, 0), 1500)
-    assert ours.speed(controller, 3000) >= 0.99 * plain.speed(Adaptive(0, 0), 3000)
+    assert ours.speed(controller, 1500) >= 0.97 * plain.speed(Fixed(0), 1500)
+    assert ours.speed(controller, 3000) >= 0.99 * plain.speed(Fixed(0), 3000)
 
 
 def gentle(rows: int) -> float:
@@ -134,7 +135,7 @@ def test_reading_is_counted_against_speculation() -> None:
             Adaptive(3, 3),
         )
         world.speed(controller, 2000)
-        late[row] = world.speed(controller, 2000) / plain.speed(Adaptive(0, 0), 2000)
+        late[row] = world.speed(controller, 2000) / plain.speed(Fixed(0), 2000)
     assert late[0.003] >= 0.98
     assert late[0.0] > 1.2, "the control: without reading it speculates, and gains"
 
@@ -143,7 +144,7 @@ def test_the_control_a_fixed_length_loses_there() -> None:
     worlds = [Closed(gentle, clients=4, output=16, row=0.003) for _ in range(2)]
     pinned = Adaptive(3, 3)
     pinned.choice = lambda sequences: 3  # type: ignore[method-assign]
-    assert worlds[0].speed(pinned, 1000) < 0.9 * worlds[1].speed(Adaptive(0, 0), 1000)
+    assert worlds[0].speed(pinned, 1000) < 0.9 * worlds[1].speed(Fixed(0), 1000)
 
 
 class Stalled(Closed):

@@ -42,10 +42,10 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 
 
 # ----------------------------------------------------------------- worked examples of the pages, at small sizes
-PAGES = ["evaluate.md", "audit.md", "capacity.md"]
+PAGES = ["first_hour.md", "evaluate.md", "audit.md", "capacity.md"]
 SMALL = {
     "--count": "4",
-    "--max-tokens": "8",
+    "--max-tokens": "4",
     "--repeats": "1",
     "--rounds": "2",
     "--lengths": "0,2",
@@ -56,8 +56,9 @@ SMALL = {
 }
 """What replaces the sizes that a page's command has."""
 ADDED = {
-    "bench": ("--max-tokens", "8", "--warmup", "0", "--repeats", "1"),
-    "plan": ("--count", "4", "--max-tokens", "8", "--rounds", "2", "--requests", "100"),
+    "bench": ("--max-tokens", "4", "--warmup", "0", "--repeats", "1"),
+    "demo": ("--max-tokens", "4", "--prompts", "2", "--repeats", "1"),
+    "plan": ("--count", "4", "--max-tokens", "4", "--rounds", "2", "--requests", "100"),
 }
 """What is said besides, because a page's command leaves it at a larger default."""
 ALLOWED = {"gate": (0, 1, 3), "ab": (0, 1, 3), "plan": (0, 1, 3), "audit": (0, 3)}
@@ -88,7 +89,7 @@ def test_the_commands_of_a_page_run(
 
     monkeypatch.chdir(tmp_path)
     os.mkdir("examples")
-    small = re.sub(r"(count|max_tokens): \d+", r"\1: 8", (ROOT / "examples" / "ab.yaml").read_text())
+    small = re.sub(r"(count|max_tokens): \d+", r"\1: 5", (ROOT / "examples" / "ab.yaml").read_text())
     Path("examples/ab.yaml").write_text(small)
     lines = commands(page)
     assert len(lines) >= 2

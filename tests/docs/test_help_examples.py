@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[2]
 PARSED = ("serve", "train", "theory figures", "watch")
 """Examples that are only parsed: they run until they are stopped, write to a fixed folder, take minutes, or need a server."""
 SMALL = {
-    "demo": ("--max-tokens", "8"),
-    "generate": ("--max-tokens", "8"),
-    "bench": ("--count", "2", "--repeats", "1", "--warmup", "0", "--max-tokens", "8"),
-    "predict": ("--max-tokens", "8", "--count", "2"),
-    "plan": ("--max-tokens", "8", "--count", "4", "--rounds", "2", "--lengths", "0,2"),
-    "tree": ("--max-tokens", "8", "--count", "2", "--nodes", "3", "--depth", "2", "--width", "2"),
+    "demo": ("--max-tokens", "4"),
+    "generate": ("--max-tokens", "4"),
+    "bench": ("--count", "2", "--repeats", "1", "--warmup", "0", "--max-tokens", "4"),
+    "predict": ("--max-tokens", "4", "--count", "2"),
+    "plan": ("--max-tokens", "4", "--count", "4", "--rounds", "2", "--lengths", "0,2"),
+    "tree": ("--max-tokens", "4", "--count", "2", "--nodes", "3", "--depth", "2", "--width", "2"),
     "audit": ("--max-tokens", "4", "--count", "2"),
     "image": ("--count", "1"),
 }
@@ -47,9 +47,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that examples name."""
     monkeypatch.chdir(tmp_path)
     text = re.sub(r"(?m)^name:.*$", "", (ROOT / "examples" / "ab.yaml").read_text())
-    Path("ab.yaml").write_text(re.sub(r"(count|max_tokens): \d+", r"\1: 8", text))
-    Path("live.yaml").write_text("arms: {short: {length: 1}, long: {length: 3}}\ncount: 8\n")
-    Path("plan.yaml").write_text("cells: [{kind: bench, count: 2, max_tokens: 8}]\n")
+    Path("ab.yaml").write_text(re.sub(r"(count|max_tokens): \d+", r"\1: 5", text))
+    Path("live.yaml").write_text("arms: {short: {length: 1}, long: {length: 3}}\ncount: 5\n")
+    Path("plan.yaml").write_text("cells: [{kind: bench, count: 2, max_tokens: 4}]\n")
     Path("vllm.json").write_text(json.dumps(RESULT))
     folder, file = make_pair(tmp_path / "made", kind="q8_0", tokenizer=True)
     folder.rename("my-model")

@@ -15,14 +15,16 @@ ROOT = Path(__file__).parents[2]
 PLACES = ("src", "tests", "recipes", "benchmarks", "examples")
 
 FOREIGN = {  # private names of others that have no public one
+    *("_repr_html_", "_repr_png_"),
     *("_attn_implementation", "_backbone_forward", "_exit", "_expand_kernel_impl", "_fields", "_getframe"),
     *("_register_builtin", "_replace"),
 }
 OWN = ("self", "cls")
 
 
-def sources() -> list[Path]:
-    return [path for place in PLACES for path in sorted((ROOT / place).rglob("*.py"))]
+@pytest.fixture(scope="module")
+def sources() -> dict[Path, ast.AST]:
+    return {path: ast.parse(path.read_text()) for place in PLACES for path in sorted((ROOT / place).rglob("*.py"))}
 
 
 def is_private(name: str) -> bool:
@@ -68,20 +70,20 @@ def _owned(node: ast.Attribute) -> bool:
     return parent or (isinstance(of, ast.Name) and of.id in OWN)
 
 
-def test_no_private_module_is_imported_from_another_package() -> None:
+def test_no_private_module_is_imported_from_another_package(sources: dict[Path, ast.AST]) -> None:
     found: dict[str, set[str]] = {}
-    for path in sources():
-        for name in private_imports(ast.parse(path.read_text()), package_of(path)):
+    for path, tree in sources.items():
+        for name in private_imports(tree, package_of(path)):
             found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     assert found == {}
 
 
-def test_no_private_attribute_of_ours_is_read_outside_the_package() -> None:
+def test_no_private_attribute_of_ours_is_read_outside_the_package(sources: dict[Path, ast.AST]) -> None:
     found: set[tuple[str, str]] = set()
-    for path in sources():
+    for path, tree in sources.items():
         if not path.is_relative_to(ROOT / "src"):
             name = str(path.relative_to(ROOT))
-            found |= {(name, attr) for attr in private_reads(ast.parse(path.read_text())) if attr not in FOREIGN}
+            found |= {(name, attr) for attr in private_reads(tree) if attr not in FOREIGN}
     assert found == set()
 
 

@@ -66,9 +66,12 @@ def lines(page: Path) -> Iterator[list[str]]:
                 yield shlex.split(line, comments=True)[1:]
 
 
+COMMAND = typer.main.get_command(app)
+
+
 def command_of(words: list[str]) -> tuple[Any, list[str]]:
     """The command that a line names, and its other words."""
-    found: Any = typer.main.get_command(app)
+    found: Any = COMMAND
     while hasattr(found, "commands") and words and not words[0].startswith("-"):
         assert words[0] in found.commands, words
         found, words = found.commands[words[0]], words[1:]

@@ -17,6 +17,7 @@ from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.medusa.network import MedusaNetwork
+from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.errors import ConfigError
 from outrider.models.toy import TinyLM
@@ -25,7 +26,7 @@ WIDTH, VOCAB, LAYERS = 16, 32, 6
 TARGET = TinyLM(VOCAB, WIDTH, LAYERS)
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "heads": 2, "kv_heads": 2, "head_dim": 8, "inner": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-KINDS = ("eagle3", "eagle1", "dflash", "medusa")
+KINDS = ("eagle3", "eagle1", "mtp", "dflash", "medusa")
 
 
 def make(kind: str, folder: Path) -> Path:
@@ -34,6 +35,8 @@ def make(kind: str, folder: Path) -> Path:
         Eagle3Network(EagleConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(1, 2, 3), **SIZES)).save(folder)
     elif kind == "eagle1":
         Eagle1Network(EagleConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(LAYERS,), **SIZES)).save(folder)
+    elif kind == "mtp":
+        MtpNetwork(MtpConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(LAYERS,), **SIZES)).save(folder)
     elif kind == "dflash":
         DFlashNetwork(DFlashConfig(hidden=WIDTH, taps=(1, 2), block=4, mask=0, **SIZES)).save(folder, tables=True)
     else:
@@ -42,7 +45,13 @@ def make(kind: str, folder: Path) -> Path:
 
 
 def load(kind: str, folder: Path) -> Any:
-    loaders = {"eagle3": Eagle3Network, "eagle1": Eagle1Network, "dflash": DFlashNetwork, "medusa": MedusaNetwork}
+    loaders = {
+        "eagle3": Eagle3Network,
+        "eagle1": Eagle1Network,
+        "mtp": MtpNetwork,
+        "dflash": DFlashNetwork,
+        "medusa": MedusaNetwork,
+    }
     return loaders[kind].load(folder, TARGET)
 
 
@@ -63,7 +72,7 @@ def test_what_the_trainers_write_is_read(kind: str, tmp_path: Path) -> None:
     load(kind, make(kind, tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "dflash"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "mtp", "dflash"])
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -78,7 +87,10 @@ def test_what_the_trainers_write_is_read(kind: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_parts_of_a_layer_that_are_not_computed_are_refused_by_name(kind, key, value, tmp_path) -> None:
     folder = make(kind, tmp_path)
-    if kind != "eagle1" and key in ("sliding_window", "rope_theta"):  # where another key says that they mean nothing
+    if kind not in ("eagle1", "mtp") and key in (
+        "sliding_window",
+        "rope_theta",
+    ):  # where another key says that they mean nothing
         edit(folder, place(kind), {"layer_types": None, "use_sliding_window": None, "rope_parameters": None})
     edit(folder, place(kind), {key: value})
     with pytest.raises(ConfigError) as refusal:

@@ -150,6 +150,16 @@ def test_learned_methods_of_speculative_config(method: str, ours: str) -> None:
         load(greedy["draft"])
 
 
+@pytest.mark.parametrize("method", ["mtp", "deepseek_mtp", "glm4_moe_mtp", "mimo_mtp", "qwen3_next_mtp"])
+def test_methods_of_the_targets_own_head_need_no_model(method: str) -> None:
+    config = {"method": method, "num_speculative_tokens": 3}
+    assert parse_speculative_config(config) == {"draft": "mtp", "length": 3}
+    assert parse_speculative_config(config | {"draft_sample_method": "greedy"})["draft"] == "greedy:mtp"
+    assert parse_speculative_config(config | {"model": "a/folder"})["draft"] == "mtp:a/folder"
+    with pytest.raises(ConfigError, match="no companion folder 'mtp', and its own carries none"):
+        load("mtp")
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -158,7 +168,10 @@ def test_learned_methods_of_speculative_config(method: str, ours: str) -> None:
         ({"modle": "m"}, "did you mean 'model'"),
         ({}, "needs 'model'"),
         ({"model": 3}, "path or a Hub name"),
-        ({"method": "mtp", "model": "m"}, "supported: draft_model, ngram, medusa, eagle, eagle3, dflash"),
+        (
+            {"method": "ernie_mtp", "model": "m"},
+            "supported: draft_model, ngram, medusa, eagle, eagle3, dflash, mtp, deepseek_mtp",
+        ),
         ({"method": "dflash"}, "needs 'model'"),
         ({"method": "dflash", "model": "m", "quantization": "int8"}, "has no effect for method 'dflash'"),
         ({"model": "m", "num_speculative_tokens": 0}, "whole number >= 1"),

@@ -32,7 +32,7 @@ def engine(growth: Levels | ByGain | Dynamic, rule: str = "auto", length: int = 
     return Engine(TARGET, drafter, chosen, Fixed(length), slots=slots, max_length=80)
 
 
-def texts(made: Engine, temperature: float, count: int = 8, tokens: int = 40) -> list[list[int]]:
+def texts(made: Engine, temperature: float, count: int = 8, tokens: int = 24) -> list[list[int]]:
     params = [SamplingParams(temperature=temperature, max_tokens=tokens, seed=i) for i in range(count)]
     return [list(r.outputs[0].token_ids) for r in made.generate([[1 + i % 5, 2, 3] for i in range(count)], params)]
 
@@ -112,7 +112,7 @@ def test_a_tree_of_draws_earns_at_least_what_the_chain_of_its_rows_does() -> Non
     tree = engine(ByGain(8, 4, V, width=4), length=4)
     chain = engine(Levels(levels((1,) * 4), V), length=4)
     for made in (tree, chain):
-        texts(made, 1.0, count=24, tokens=48)
+        texts(made, 1.0, count=12)
     assert tree.parts.rule.name == "traversal"
     assert tree.counts.tokens / tree.counts.steps > chain.counts.tokens / chain.counts.steps
 

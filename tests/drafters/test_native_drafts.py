@@ -21,6 +21,7 @@ from outrider.drafters.eagle.network import EagleConfig, EagleNetwork
 from outrider.drafters.medusa.drafter import native, predictor
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.medusa.network import MedusaNetwork
+from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.errors import CapacityError, RequestError
 from outrider.nn.drafts import Rows
 from outrider.nn.held import library_for
@@ -57,6 +58,9 @@ def filled(model: Any, seed: int = 3) -> Any:
 def eagle(kind: str) -> EagleNetwork:
     if kind == "eagle1":
         return filled(Eagle1Network(EagleConfig(WIDE, WIDE, (3,), V, 4, 2, 10, 56)))
+    if kind.startswith("mtp"):
+        biased = kind == "mtp with biases"
+        return filled(MtpNetwork(MtpConfig(WIDE, WIDE, (3,), V, 4, 2, 10, 56, bias=biased, qk_norm=biased)))
     config = EagleConfig(48, WIDE, (1, 2), V, 4, 2, 12, 72, norm_before_residual=kind == "normed residual")
     if kind == "few tokens":
         some = torch.randperm(V, generator=torch.Generator().manual_seed(1))[:37]
@@ -64,7 +68,7 @@ def eagle(kind: str) -> EagleNetwork:
     return filled(Eagle3Network(config))
 
 
-KINDS = ("eagle3", "normed residual", "few tokens", "eagle1")
+KINDS = ("eagle3", "normed residual", "few tokens", "eagle1", "mtp", "mtp with biases")
 
 
 def double(model: Any) -> Any:
@@ -94,10 +98,10 @@ def some_levels(run: Any, model: Any, taps: list[Tensor]) -> list[Tensor]:
     level = Rows(scored=[0, 1, 2])
     level.add(2, 4, [9, 10], [4, 4], [-1, -1])
     level.add(0, 2, [4], [8], [-1])
-    above, second = run.forward(level, cache, feature=torch.stack([state[3], state[3], state[5]]))
+    above, second = run.forward(level, cache, feature=model.feed(torch.stack([state[3], state[3], state[5]])))
     level = Rows(scored=[0, 1, 2])
     level.add(2, 4, [11, 12, 13], [5] * 3, [-1, -1, 0, 1, 1])
-    _, third = run.forward(level, cache, feature=torch.stack([above[0], above[1], above[1]]))
+    _, third = run.forward(level, cache, feature=model.feed(torch.stack([above[0], above[1], above[1]])))
     return [first, second, third, run.logits(state[3][None])]
 
 
@@ -137,11 +141,11 @@ def test_a_row_has_its_bits_in_any_company(kind: str, narrow: bool, threads: Non
     for token, child, level, leaf in ((9, 11, second[0], third[0]), (10, 13, second[1], third[2])):
         chain = Rows(scored=[0])
         chain.add(1, 4, [token], [4], [-1])
-        above, logits = run.forward(chain, cache, feature=state)
+        above, logits = run.forward(chain, cache, feature=model.feed(state))
         assert torch.equal(logits[0], level)
         chain = Rows(scored=[0])
         chain.add(1, 4, [child], [5], [-1, 0])
-        assert torch.equal(run.forward(chain, cache, feature=above)[1][0], leaf)
+        assert torch.equal(run.forward(chain, cache, feature=model.feed(above))[1][0], leaf)
 
 
 def block_model(layers: int = 2) -> DFlashNetwork:

@@ -80,3 +80,35 @@ def test_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) ->
     assert picks.best(q[:, ::2], 2) is None  # rows that are not contiguous are the twin's
     monkeypatch.setenv("OUTRIDER_NATIVE", "0")
     assert picks.draws(q, uniform, replace=True) is None
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1024, 1030, 5000])
+def test_distributions_are_softmax_to_rounding_and_know_no_neighbours(size: int) -> None:
+    x = torch.randn(6, size, generator=torch.Generator().manual_seed(size)) * 8
+    x[1, ::3], x[2], x[3, size // 2] = -torch.inf, x[2] - 300.0, 500.0
+    temperature = [1.0, 0.7, 1.0, 1.0, 3.0, 0.2]
+    x[1, 0] = 0.0
+    found = picks.distributions(x, temperature)
+    assert found is not None
+    exact = (x.double() / torch.tensor(temperature, dtype=torch.float64)[:, None]).softmax(-1)
+    assert (found - exact).abs().max() < 2e-6
+    some = exact > 1e-30
+    assert ((found - exact).abs() / exact)[some].max() < 5e-5  # the exponent of a small one is a rounded number below 70
+    assert not found[1, 3::3].any() and (found.double().sum(-1) - 1).abs().max() < 1e-6
+    for i, t in enumerate(temperature):
+        assert torch.equal(picks.distributions(x[i : i + 1], [t])[0], found[i])  # type: ignore[index]
+
+
+def test_a_point_mass_is_on_the_first_largest_entry_and_what_is_not_finite_shows() -> None:
+    x = torch.zeros(4, 300)
+    x[0, [250, 20]] = 1.0
+    x[1, 7], x[2], x[3, 299] = torch.nan, -torch.inf, torch.inf
+    greedy = picks.distributions(x, [0.0] * 4)
+    warm = picks.distributions(x, [1.0] * 4)
+    assert greedy is not None and warm is not None
+    assert greedy[0].nonzero().tolist() == [[20]] and (greedy.sum(-1) == 1).all()
+    assert greedy[3].nonzero().tolist() == [[299]]
+    assert warm[1].isnan().all() and warm[2].isnan().all() and warm[3].isnan().any() and not warm[0].isnan().any()
+    peaks = picks.peaks(x)
+    assert peaks is not None
+    assert (peaks[0], peaks[2], peaks[3]) == (1.0, -torch.inf, torch.inf) and peaks[1] != peaks[1]

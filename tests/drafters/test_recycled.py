@@ -22,7 +22,8 @@ from outrider.models.toy import TinyLM
 from outrider.params import SamplingParams
 from outrider.protocols import Drafter
 from outrider.verify import SpeculativeSampling
-from tests.drafters.drafting import chain, evidence, lines_run, view
+from tests.drafters.drafting import chain, evidence, view
+from tests.work import lines_run
 
 V = 50
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.drafters.registry import load_drafter
-from outrider.drafters.sparse import Sparse, SparseDrafter, merged, parse_sparse
+from outrider.drafters.sparse import Sparse, SparseDrafter, merged, parse_sparse, worthwhile_from
 from outrider.drafters.tree.chances import Belief
 from outrider.drafters.tree.gain import ByGain
 from outrider.drafters.tree.growth import Levels
@@ -67,6 +67,31 @@ def test_the_first_distribution_is_that_of_the_view() -> None:
 def test_nothing_is_drafted_while_everything_would_be_seen() -> None:
     assert drafted(Sparse("window", 4, 20), 24)[2].counts == (0,)
     assert drafted(Sparse("window", 4, 20), 25)[2].counts == (4,)
+
+
+class Weighed(TinyLM):
+    """A target that says what a step reads."""
+
+    step_bytes = 44e6, 24_000.0
+
+
+def test_auto_drafts_over_a_view_where_that_is_expected_to_be_faster() -> None:
+    """From a context on that is a good part of what a step reads; not where contexts end before, or nothing is known."""
+    found = worthwhile_from(Weighed(V, max_length=16_384), parse_sparse("window:16+496"))
+    assert found is not None and 512 < found < 44e6 / 24_000 * 1.5
+    assert worthwhile_from(Weighed(V, max_length=found), parse_sparse("window:16+496")) is None
+    assert worthwhile_from(TinyLM(V, max_length=16_384), parse_sparse("window:16+496")) is None
+    auto = load_drafter("auto", target=Weighed(V, max_length=16_384), length=3)
+    assert auto.name == "prediction+forced+ngram+sparse:window"
+    assert auto.parts[-1].least == found  # type: ignore[attr-defined]
+    assert load_drafter("sparse:window:16+496", target=Weighed(V), length=3).least == 0  # type: ignore[attr-defined]
+
+
+def test_nothing_is_drafted_below_the_least_context() -> None:
+    for least, count in ((31, 0), (30, 4)):
+        drafter, _, _, _, text = drafted(Sparse("window", 2, 6), 30)
+        drafter.least = least
+        assert drafter.draft(evidence([view(text, slot=1)], V), [4]).counts == (count,)
 
 
 def test_pillar_sees_what_got_weight() -> None:

@@ -25,6 +25,8 @@ from outrider.verify import LOSSLESS, load_rule
 from tests.evaluate import liars as lie
 
 BUDGET = 2000
+CAUGHT = 1600
+"""Tokens after which every liar is caught."""
 FALSE_ALARM = 1e-9
 
 
@@ -35,11 +37,11 @@ def judge(source: src.Source, params=lie.PLAIN, eos=(), budget=BUDGET, prompts=l
 
 @pytest.mark.parametrize("liar", lie.LIARS, ids=lambda liar: liar.name)
 def test_liar_is_caught_and_named(liar: lie.Liar) -> None:
-    v = judge(liar.source(liar.params), liar.params, liar.eos)
+    v = judge(liar.source(liar.params), liar.params, liar.eos, CAUGHT)
     assert v.outcome == NOT_THE_TARGET
-    assert v.tokens <= BUDGET
+    assert v.tokens <= CAUGHT
     if liar.family:
-        assert v.alarm_at is not None and v.alarm_at < BUDGET
+        assert v.alarm_at is not None and v.alarm_at < CAUGHT
         assert v.cause == liar.family
     else:
         assert v.violations
@@ -59,7 +61,7 @@ def test_the_honest_twin_of_the_liars_passes(params: SamplingParams) -> None:
     assert v.resolution is not None and v.resolution <= 0.15
 
 
-@pytest.mark.parametrize("runs", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_false_alarm_in_honest_runs(runs: int) -> None:
     """At most 1% of honest runs may ever alarm; the bound on their number is exceeded with probability below 1e-9."""
     honest = src.of_engine(lie.engine(load_rule("speculative_sampling")), params := SamplingParams(max_tokens=60))

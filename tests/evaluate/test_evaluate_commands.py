@@ -38,16 +38,16 @@ def test_bench_store_runs_gate_and_report(run, tmp_path: Path) -> None:
 def test_audit_names_a_lossy_rule_and_passes_the_exact_one(run) -> None:
     few = (
         "--count",
-        8,
+        6,
         "--samples",
         2,
         "--max-tokens",
-        48,
+        32,
         "--dtype",
         "float32",
         "--ignore-eos",
         "--detect",
-        0.2,
+        0.3,
         "--json",
     )
     code, out = run("audit", *few)

@@ -18,7 +18,8 @@ from outrider.verify.block import overlap_sums
 from outrider.verify.match import Match, match_probability
 from outrider.verify.numerics import as_weights, draw
 from outrider.verify.tree import SpeculativeSampling
-from tests.law.lab import Shape, Siblings, chain, examine, random_world
+from tests.law.lab import examine
+from tests.law.worlds import Shape, Siblings, chain, random_world
 
 ALPHA = 1e-9
 V, LENGTH = 3, 4

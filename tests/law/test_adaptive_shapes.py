@@ -17,7 +17,8 @@ import torch
 from outrider.drafters.tree.chances import Belief, by_rank, plan
 from outrider.types import Draft, Proposal
 from outrider.verify.traversal import stops
-from tests.law.lab import after, index, prefixes
+from tests.law.lab import after
+from tests.law.worlds import index, prefixes
 
 V, DEPTH = 3, 2
 Counts = Callable[[list[tuple[int, ...]], np.ndarray], list[int]]

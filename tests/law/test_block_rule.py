@@ -19,20 +19,8 @@ from outrider.noise import Noise
 from outrider.types import Draft
 from outrider.verify.block import BlockVerification
 from outrider.verify.tree import SpeculativeSampling
-from tests.law.lab import (
-    COARSE,
-    EXACT,
-    Enumerator,
-    Probe,
-    Shape,
-    World,
-    chain,
-    check_rule,
-    examine,
-    index,
-    random_world,
-    rounded,
-)
+from tests.law.lab import COARSE, EXACT, Enumerator, Probe, check_rule, examine
+from tests.law.worlds import Shape, World, chain, index, random_world, rounded
 
 RULE = BlockVerification()
 NEAR = 1e-9

@@ -15,8 +15,8 @@ from outrider.theory import lossy as theory
 from outrider.verify import load_rule
 from outrider.verify.codes import NONE, nearest
 from outrider.verify.lossy import Lossy, Position, bias_of
-from tests.law.lab import chain, random_world
 from tests.law.test_lossy_rules import accept_of, run
+from tests.law.worlds import chain, random_world
 
 EXACT = 1e-12
 

@@ -15,22 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.verify.tree import SpeculativeSampling, verify_forest
-from tests.law.lab import (
-    COARSE,
-    EXACT,
-    SHARES,
-    Enumerator,
-    Shape,
-    World,
-    chain,
-    check_rule,
-    examine,
-    prefixes,
-    random_world,
-    rounded,
-    shapes,
-    some,
-)  # fmt: skip
+from tests.law.lab import COARSE, EXACT, SHARES, Enumerator, check_rule, examine, some
+from tests.law.worlds import Shape, World, chain, prefixes, random_world, rounded, shapes
 
 RULE = SpeculativeSampling()
 

@@ -13,8 +13,8 @@ from outrider.theory import lossy as theory
 from outrider.types import Draft, Proposal
 from outrider.verify import LOSSLESS, RULES, load_rule
 from outrider.verify.lossy import AcceptancePlan, Lossy, Position
-from tests.law.lab import chain, random_world
 from tests.law.test_lossy_rules import EXACT, THEORY, accept_of, run
+from tests.law.worlds import chain, random_world
 
 LOSSY = [name for name in RULES if name not in LOSSLESS]
 BENT = [

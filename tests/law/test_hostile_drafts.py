@@ -19,7 +19,8 @@ from outrider.verify import LOSSLESS, RULES, Match, SpeculativeSampling, load_ru
 from outrider.verify.chain import verify_chains
 from outrider.verify.numerics import as_weights, draw
 from outrider.verify.tree import verify_forest
-from tests.law.lab import Enumerator, Shape, chain, examine, random_world
+from tests.law.lab import Enumerator, examine
+from tests.law.worlds import Shape, chain, random_world
 
 RULE = SpeculativeSampling()
 BOTH = pytest.mark.parametrize("judge", [verify_chains, verify_forest], ids=["closed form", "plain"])

@@ -11,20 +11,8 @@ import torch
 
 from outrider.verify.multidraft import KSeq, solve_rho
 from outrider.verify.tree import SpeculativeSampling
-from tests.law.lab import (
-    COARSE,
-    EDGE,
-    EXACT,
-    SHARES,
-    Enumerator,
-    Shape,
-    check_rule,
-    examine,
-    index,
-    random_world,
-    rounded,
-    some,
-)
+from tests.law.lab import COARSE, EDGE, EXACT, SHARES, Enumerator, check_rule, examine, some
+from tests.law.worlds import Shape, index, random_world, rounded
 
 RULE = KSeq()
 

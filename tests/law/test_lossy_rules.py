@@ -20,8 +20,9 @@ from outrider.types import Draft, Proposal
 from outrider.verify import LOSSLESS, RULES, load_rule
 from outrider.verify.lossy import Lossy, Position, bias_of, exact
 from outrider.verify.tree import SpeculativeSampling
-from tests.law.lab import SHARES, Enumerator, Probe, Shape, World, assemble, chain, index, prefixes, random_world, some
+from tests.law.lab import SHARES, Enumerator, Probe, assemble, some
 from tests.law.lab import ScriptedNoise as Scripted
+from tests.law.worlds import Shape, World, chain, index, prefixes, random_world
 
 EXACT = 1e-12
 LOSSY = [name for name in RULES if name not in LOSSLESS]

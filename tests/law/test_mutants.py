@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from outrider.verify import native
+from tests.law.lab import Shape, chain, examine, random_world
 from tests.law.rule_checks import (
     CHECKS,
     chains,
@@ -27,6 +29,8 @@ from tests.law.rule_checks import (
     support,
     trees,
 )
+from tests.law.test_block_rule import NEAR, BlockEnumerator
+from tests.law.test_block_rule import RULE as BLOCK
 from tests.mutants import Around, Edit, Place
 
 # ----------------------------------------------------------------- where the mistakes are planted
@@ -124,6 +128,17 @@ NATIVE_MUTANTS = [
     ("native chain: risk from the next row", Edit(JUDGED, "draft.parent_rows[k]", "min(draft.parent_rows[k] + 1, len(p) - 1)"), ledger),
     ("native chain: risk with another distribution", Edit(JUDGED, "Q.row[k]", "0"), ledger),
 ]  # fmt: skip
+
+
+def blocks() -> None:
+    """Output distribution and ledger of block verification, which is compiled as a whole, by enumeration."""
+    rng = np.random.default_rng(31)
+    shapes = [chain(1), chain(2), Shape((-1, 0), (True, False)), chain(2, has_q=False)]
+    worlds = [random_world(rng, 3, shape) for shape in shapes for _ in range(4)]
+    found = examine(BLOCK, worlds, rng, edge=NEAR, enumerator=BlockEnumerator)
+    assert max(found.distribution.max(), found.ledger.max()) < 1e-9
+
+
 CXX_MUTANTS = [
     ("residual |p - q|", "return x > 0 ? x : 0.0;", "return x > 0 ? x : -x;", chains),
     ("residual not normalised", "double left = u * *total;", "double left = u;", chains),
@@ -131,6 +146,14 @@ CXX_MUTANTS = [
     ("blocks before the last are forgotten", "at = static_cast<int64_t>(b) * BLOCK", "at = 0", long_draws),
     ("overlap is a maximum", "both = here < q[i] ? here : q[i];", "both = here < q[i] ? q[i] : here;", ledger),
     ("vector overlap is a maximum", "return a < b ? a : b;", "return a < b ? b : a;", long_overlaps),
+    ("block: chances are not multiplied", "clamp01(above * px / qx)", "clamp01(px / qx)", blocks),
+    ("block: the residual forgets what was kept", "drawn && taken ? keep[taken - 1] : 1.0", "1.0", blocks),
+    ("block: a refused point mass stays in", "refused && !drawn ? s.token[first + taken] : -1", "-1", blocks),
+]  # fmt: skip
+FURTHER_CXX_MUTANTS = [
+    ("block: the row above", "s.sequences + first + i - 1", "s.sequences + first + i - (i > 1 ? 2 : 1)", blocks),
+    ("block: the first coin that refuses ends the chain", "bottom < top || bottom <= 0.0", "bottom < here || bottom <= 0.0", blocks),
+    ("block: the whole draft has no variance", "spread + whole * (1.0 - whole)", "spread", blocks),
 ]  # fmt: skip
 
 
@@ -150,7 +173,7 @@ def test_rules_without_a_mistake_pass_on_torch_alone(check, torch_only):
     check()
 
 
-@pytest.mark.parametrize("check", [long_draws, long_overlaps])
+@pytest.mark.parametrize("check", [long_draws, long_overlaps, blocks])
 def test_the_native_passes_without_a_mistake_pass(check):
     check()
 
@@ -179,7 +202,11 @@ def test_mutant_beside_native_passes_is_killed(mutant, monkeypatch):
 
 
 @pytest.mark.skipif(not native.serve(torch.zeros(1)), reason="needs a C++ compiler")
-@pytest.mark.parametrize("mutant", CXX_MUTANTS, ids=lambda mutant: mutant[0])
+@pytest.mark.parametrize(
+    "mutant",
+    [*CXX_MUTANTS, *(pytest.param(m, marks=pytest.mark.slow) for m in FURTHER_CXX_MUTANTS)],  # each is compiled
+    ids=lambda mutant: mutant[0],
+)
 def test_mutant_of_the_native_passes_is_killed(mutant, tmp_path, monkeypatch):
     _, old, new, check = mutant
     sources = {path.name: path.read_text() for path in native.PASSES.sources}

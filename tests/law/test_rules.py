@@ -13,7 +13,8 @@ import pytest
 
 from outrider.verify import LOSSLESS, SpeculativeSampling
 from tests.law import test_block_rule, test_kseq_rule, test_spechub_rule, test_transport_rule, test_traversal_rule
-from tests.law.lab import SHARES, Enumerator, RuleFn, Shape, chain, check_rule, random_world, shapes, some
+from tests.law.lab import SHARES, Enumerator, RuleFn, check_rule, some
+from tests.law.worlds import Shape, chain, random_world, shapes
 
 PAIR = (True, True)
 AT_ONCE = 200

@@ -15,20 +15,8 @@ from outrider.transfer import fetch
 from outrider.verify.spechub import SpecHub
 from outrider.verify.transport import OptimalTransport
 from outrider.verify.tree import SpeculativeSampling
-from tests.law.lab import (
-    COARSE,
-    EDGE,
-    EXACT,
-    Enumerator,
-    Shape,
-    World,
-    chances_in_turn,
-    check_rule,
-    examine,
-    index,
-    random_world,
-    rounded,
-)
+from tests.law.lab import COARSE, EDGE, EXACT, Enumerator, chances_in_turn, check_rule, examine
+from tests.law.worlds import Shape, World, index, random_world, rounded
 
 RULE = SpecHub()
 

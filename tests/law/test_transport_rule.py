@@ -15,21 +15,8 @@ from outrider.theory.transport import optimal_iid
 from outrider.verify import transport
 from outrider.verify.multidraft import KSeq
 from outrider.verify.transport import OptimalTransport, best_choice, choose
-from tests.law.lab import (
-    COARSE,
-    EDGE,
-    EXACT,
-    SHARES,
-    Enumerator,
-    Shape,
-    chances_in_turn,
-    check_rule,
-    examine,
-    index,
-    random_world,
-    rounded,
-    some,
-)
+from tests.law.lab import COARSE, EDGE, EXACT, SHARES, Enumerator, chances_in_turn, check_rule, examine, some
+from tests.law.worlds import Shape, index, random_world, rounded
 
 RULE = OptimalTransport()
 

@@ -13,22 +13,8 @@ from outrider.verify import traversal
 from outrider.verify.block import BlockVerification
 from outrider.verify.traversal import Traversal
 from outrider.verify.tree import SpeculativeSampling
-from tests.law.lab import (
-    COARSE,
-    EDGE,
-    EXACT,
-    Enumerator,
-    Probe,
-    Shape,
-    after,
-    assemble,
-    chain,
-    check_rule,
-    examine,
-    index,
-    random_world,
-    rounded,
-)
+from tests.law.lab import COARSE, EDGE, EXACT, Enumerator, Probe, after, assemble, check_rule, examine
+from tests.law.worlds import Shape, chain, index, random_world, rounded
 
 RULE = Traversal()
 

@@ -18,8 +18,9 @@ from outrider.verify.chain import verify_chains
 from outrider.verify.multidraft import KSeq
 from outrider.verify.transport import OptimalTransport
 from outrider.verify.tree import sequential_tests, verify_forest
-from tests.law.lab import EDGE, Enumerator, Shape, chain, examine, random_world
+from tests.law.lab import EDGE, Enumerator, examine
 from tests.law.test_block_rule import NEAR, BlockEnumerator
+from tests.law.worlds import Shape, chain, random_world
 
 
 def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtype, tree: bool = False):

@@ -295,6 +295,20 @@ def test_bfloat16_stays_near_float32(make, native, tmp_path):
     assert (p - torch.softmax(_last(wide, tokens[:-1]), -1)).abs().sum().item() / 2 > 0.5
 
 
+def test_what_a_step_reads(tmp_path):
+    """The bytes of the tensors that a row is multiplied with, and of a cached token in the cache itself."""
+    folder = make_checkpoint(tmp_path, "qwen3")
+    target = LeanTarget(*load_checkpoint(folder, torch.bfloat16), native=True)
+    if target.native is None:
+        pytest.skip("no compiled decoder here")
+    _, weights = load_checkpoint(folder, torch.bfloat16)
+    weights = weights() if callable(weights) else weights
+    read = [m for layer in weights.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
+    kv = target.new_kv(1, 64)
+    assert target.step_bytes == (sum(m.nbytes for m in read), 2 * kv.k[:, :, 0].nbytes)
+    assert LeanTarget(*load_checkpoint(folder, torch.bfloat16), native=False).step_bytes is None
+
+
 def _last(target: LeanTarget, tokens: list[int]) -> torch.Tensor:
     return target.forward(Rows.assemble([0], [tokens], [0], Draft.empty(1)), target.new_kv(1, 64)).logits[0]
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.routing import Route
 from typer.testing import CliRunner
 
 from outrider.cli.main import app as command
@@ -130,6 +131,30 @@ def test_later_turns_of_a_conversation_are_the_same_conversation() -> None:
     assert key != conversation_key({"messages": [opening[0], {"role": "user", "content": "bye"}]})
     assert conversation_key({"prompt": "a" * 5000}) == conversation_key({"prompt": "a" * 5000 + "b"})
     assert conversation_key([1]) == ""
+    said = {"input": opening, "instructions": "be brief"}
+    assert conversation_key(said) == conversation_key({**said, "input": later})
+    assert conversation_key(said) != conversation_key({**said, "instructions": "be long"})
+    assert conversation_key({"input": "hello"}) != conversation_key({"input": "bye"})
+    mine = {"system": "be brief", "messages": opening[1:]}
+    assert conversation_key(mine) == conversation_key({**mine, "messages": later[1:]}) != key
+
+
+def test_the_front_has_every_address_of_one_server() -> None:
+    """And what its options promise to browsers."""
+    one = create_app(maker(), Settings("toy"))
+    all_of_them = create_front(InProcess(2), Settings("toy", cors=("https://page.example",)))
+    routes = [
+        {(r.path, tuple(sorted(r.methods or ()))) for r in app.routes if isinstance(r, Route)} for app in (one, all_of_them)
+    ]
+    assert routes[0] == routes[1]
+    from_a_page = (b"origin", b"https://page.example"), (b"access-control-request-method", b"POST")
+    asked = Call("OPTIONS", "/v1/messages", b"", from_a_page)
+
+    async def run() -> list[Part]:
+        return [part async for part in answer(all_of_them, asked)]
+
+    head = asyncio.run(run())[0]
+    assert head.status == 200 and dict(head.headers)[b"access-control-allow-origin"] == b"https://page.example"
 
 
 def test_options_of_the_front_are_not_passed_on() -> None:

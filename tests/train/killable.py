@@ -23,6 +23,7 @@ import torch
 from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.mtp.network import MtpConfig
 from outrider.drafters.target_tables import output_of
 from outrider.files import sha256_of
 from outrider.models.hf.fresh import small_llama
@@ -35,6 +36,7 @@ from outrider.train.methods.dflash import Blocks, block_distillation_loss, new_b
 from outrider.train.methods.draft import new_draft
 from outrider.train.methods.eagle import feature_loss, new_features, new_last_features
 from outrider.train.methods.medusa import new_heads
+from outrider.train.methods.mtp import new_head
 from outrider.train.methods.registry import METHODS
 from outrider.train.slot_losses import objective_named
 
@@ -59,6 +61,8 @@ def setup(kind: str) -> tuple[Any, Teacher, Features]:
     if kind == "eagle1":
         shape = EagleConfig(H, H, (3,), V, 2, 1, 8, 32)
         return new_last_features(shape, target), Teacher.of(target, LAYERS, (3,)), data
+    if kind == "mtp":
+        return new_head(MtpConfig(H, H, (3,), V, 2, 1, 8, 32), target), Teacher.of(target, LAYERS, (3,)), data
     config = EagleConfig(16, H, (1, 3), V, 2, 1, 8, 32)
     model = new_features(config, target, hidden[:, :, [0, 2]].flatten(0, 1))
     return model, Teacher.of(target, LAYERS, (1, 3)), data

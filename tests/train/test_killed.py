@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-KINDS = ("medusa", "eagle", "eagle1", "dflash", "draft")
+KINDS = ("medusa", "eagle", "eagle1", "mtp", "dflash", "draft")
 ROOT = Path(__file__).resolve().parents[2]
 
 

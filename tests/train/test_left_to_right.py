@@ -13,7 +13,7 @@ import pytest
 from tests.checkpoints import make_checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-NAMES = ("left_to_right", "left_to_right_longer", "left_to_right_report")
+NAMES = ("left_to_right", *(f"left_to_right_{part}" for part in ("longer", "measure", "report", "setting")))
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def config(recipe, place: Path):
 def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
     one = config(recipe, tmp_path)
     recipe.run(one, (*recipe.STAGES[:-1], "longer", "report"))
-    report = sys.modules["left_to_right_report"]
+    report, arms = sys.modules["left_to_right_report"], sys.modules["left_to_right_setting"].LONGER
     results = report.read(one.work)
     assert len(results) == len(recipe.planned(one)) == 5 * 2 * 2 + 2 * 2
     longer = report.read(one.work, "longer")
     assert (
-        set(longer) == set(recipe.planned_longer(one)) == {(a, 4, s, "training") for a in recipe.LONGER for s in (0, 1)}
+        set(longer) == set(recipe.planned_longer(one)) == {(a, 4, s, "training") for a in arms for s in (0, 1)}
     )
     assert {r["steps"] for r in longer.values()} == {one.longer * one.steps}
     for (arm, block, seed, part), r in (*results.items(), *longer.items()):
@@ -96,15 +96,17 @@ def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
 def test_rows_end_where_they_go_in_circles(recipe) -> None:
     import torch
 
+    measuring = sys.modules["left_to_right_measure"]
+
     line = list(range(20))
     turning = [*line[:12], *line[4:12]]  # the 8-gram 4 .. 11 ends a second time at place 20
-    assert recipe.ends(torch.tensor([line, turning])) == [20, 20]
-    assert recipe.ends(torch.tensor([turning + line[12:20]])) == [20]
-    assert recipe.ends(torch.tensor([[1] * 30])) == [9]
-    assert recipe.before(18, [1, 0, 3, 2], 8, 4) == [1, 0, 3]  # anchors 8, 10, 11, 15; the last block is 15 .. 18
-    assert recipe.before(19, [1, 0, 3, 2], 8, 4) == [1, 0, 3, 2]
-    assert recipe.before(14, [1, 0, 3, 2], 8, 4) == [1, 0]
-    assert recipe.before(9, [1, 0, 3, 2], 8, 4) == []
+    assert measuring.ends(torch.tensor([line, turning])) == [20, 20]
+    assert measuring.ends(torch.tensor([turning + line[12:20]])) == [20]
+    assert measuring.ends(torch.tensor([[1] * 30])) == [9]
+    assert measuring.before(18, [1, 0, 3, 2], 8, 4) == [1, 0, 3]  # anchors 8, 10, 11, 15; the last block is 15 .. 18
+    assert measuring.before(19, [1, 0, 3, 2], 8, 4) == [1, 0, 3, 2]
+    assert measuring.before(14, [1, 0, 3, 2], 8, 4) == [1, 0]
+    assert measuring.before(9, [1, 0, 3, 2], 8, 4) == []
 
 
 def test_gains_are_paired(recipe) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from outrider.errors import ConfigError
-from outrider.train import losses
+from outrider.train import losses, metrics
 from outrider.train.checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint, verify
 from outrider.train.data import Batches
 from outrider.train.loop import DivergedError, LoopConfig, learning_rate, train
@@ -145,6 +146,39 @@ def test_other_settings_do_not_continue_a_run(tmp_path):
         run(tmp_path, killed_at(3))
     with pytest.raises(ConfigError, match="lr"):
         run(tmp_path, config=dataclasses.replace(CONFIG, lr=2e-2))
+
+
+def test_a_run_may_grow_and_not_shrink(tmp_path):
+    """What is there is kept; the longer run goes on from it under its own learning rate."""
+    run(tmp_path)
+    said, longer = [], dataclasses.replace(CONFIG, steps=18)
+    state = train(tiny(), BATCHES, loss_of, longer, tmp_path, report=said.append)
+    assert state["step"] == 18 and state["tokens"] == 18 * 2 * 8
+    assert "continuing from step-00000012" in said and any("12 steps grows to 18" in line for line in said)
+    with pytest.raises(ConfigError, match="other settings of steps"):
+        run(tmp_path)
+
+
+def test_metrics_are_passed_on_as_they_are_printed(tmp_path):
+    seen, said = [], []
+    logs = [lambda step, values: seen.append((step, dict(values)))]
+    train(tiny(), BATCHES, loss_of, CONFIG, tmp_path, lambda model: {"accept_1": 0.5, "accept_2": 0.25}, said.append, logs)
+    lines = [values for step, values in seen if "loss" in values]
+    assert [step for step, values in seen if "loss" in values] == [5, 10]
+    assert all(set(v) == {"loss", "lr", "tokens_per_second", "minutes_left"} for v in lines)
+    assert (12, {"accept_1": 0.5, "accept_2": 0.25}) in seen
+    assert any("accept 0.50 0.25" in line and "min left" in line for line in said)
+
+
+def test_a_place_for_metrics_is_checked_before_any_work(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="did you mean 'wandb'"):
+        metrics.check(("wanbd",))
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        metrics.loggers(tmp_path, ("tensorboard",))
+    (log,) = metrics.loggers(tmp_path)
+    log(3, {"loss": 1.5})
+    assert json.loads((tmp_path / metrics.FILE).read_text()) == {"step": 3, "loss": 1.5}
 
 
 def test_unknown_option_names_the_nearest():

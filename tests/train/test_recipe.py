@@ -19,7 +19,7 @@ def pycode(monkeypatch):
     import pycode
 
     yield pycode
-    for name in ("pycode", "pycode_card"):
+    for name in ("pycode", "pycode_card", "pycode_models"):
         sys.modules.pop(name, None)
 
 

@@ -153,12 +153,12 @@ def status(
 
     Example: outrider ab status ab
     """
+    if live.is_live(name, store):
+        raise typer.Exit(show_live(live.document(name, store), json))
     from outrider.evaluate.experiments.experiment import Experiment, analyse
     from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
-    if live.is_live(name, store):
-        raise typer.Exit(show_live(live.document(name, store), json))
     with Store(store, read_only=True) as db:
         run_id, config, state = db.experiment(name)
         records = [Record.from_dict(d) for d in db.records(run_id).values()]
@@ -208,13 +208,13 @@ def report(
 
     Example: outrider ab report ab --out ab.html
     """
+    if live.is_live(name, store):
+        raise ConfigError(f"{name!r} is on live traffic: `outrider ab status {name}` says how it stands")
     from outrider.evaluate.experiments.experiment import Experiment, analyse
     from outrider.evaluate.experiments.report import write_experiment
     from outrider.evaluate.records import Record
     from outrider.evaluate.store.store import Store
 
-    if live.is_live(name, store):
-        raise ConfigError(f"{name!r} is on live traffic: `outrider ab status {name}` says how it stands")
     with Store(store, read_only=True) as db:
         run_id, config, state = db.experiment(name)
         records = [Record.from_dict(d) for d in db.records(run_id).values()]

@@ -14,7 +14,7 @@ def print_table(d: dict[str, Any]) -> None:
     """The document for people."""
     rule = d["rule"] if d.get("lossless", True) else f"{d['rule']} (LOSSY)"
     how = f"{d['drafter']} / {rule}, {d['dtype']}, temperature {d['temperature']:g}"
-    title = f"{how}, batch {d['batch']}, {d['repeats']} repeats"
+    title = f"{how}, batch {d['batch']}, {d['repeats']} repeat{'s' * (d['repeats'] != 1)}"
     table, console = Table(title=title, title_justify="left"), terminal.console()
     for column in (
         "arm",

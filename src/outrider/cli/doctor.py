@@ -91,9 +91,13 @@ def live_parts(url: str, json: bool) -> int:
 
 def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[str, Any]:
     """What one checkpoint is: read from its files alone, no weights loaded."""
+    from outrider.drafters.mtp import carried
+    from outrider.models.folder import resolve_folder
     from outrider.models.load import inspect_checkpoint
 
     facts = inspect_checkpoint(name, dtype=dtype)
+    folder = resolve_folder(name)
+    head = carried(folder) if folder.is_dir() else None
     length = min(max_length or facts.max_length, facts.max_length)
     return {
         "name": Path(name).name if Path(name).exists() else name,
@@ -107,6 +111,7 @@ def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[s
         "context": facts.max_length,
         "weights_bytes": facts.weights_bytes,
         "kv_bytes": facts.kv_bytes_per_token * length * slots,
+        "mtp_heads": 0 if head is None else head.depth,
         "notices": list(facts.notices),
     }
 
@@ -196,8 +201,10 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
         "weights_bytes": size,
         "kv_bytes": size,
     }
+    if any(m["mtp_heads"] for m in models.values()):
+        rows["mtp_heads"] = lambda n: f"{n} (--draft mtp)" if n else "none"
     for key, show in rows.items():
-        table.add_row(key.replace("_bytes", ""), *(show(m[key]) for m in models.values()))
+        table.add_row(key.replace("_bytes", "").replace("_", " "), *(show(m[key]) for m in models.values()))
     tables.show(table, console)
     for check in checks:
         mark = "[green]ok[/green]  " if check["ok"] else "[bold red]FAIL[/bold red]"

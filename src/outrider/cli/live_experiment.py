@@ -71,11 +71,13 @@ def run_rehearsal(file: Path, store: str, requests: int, users: int, options: En
 # ----------------------------------------------------------------- how it stands
 def is_live(name: str, store: str) -> bool:
     """Whether an experiment of a store is one on live traffic."""
-    from outrider.evaluate.experiments.live import KIND
     from outrider.evaluate.store.store import Store
 
     with Store(store, read_only=True) as db:
-        return db.run(db.experiment(name)[0]).kind == KIND
+        kind = db.run(db.experiment(name)[0]).kind
+    from outrider.evaluate.experiments.live import KIND  # after the store has been found: it imports PyTorch
+
+    return kind == KIND
 
 
 def end(name: str, store: str) -> None:

@@ -121,6 +121,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def main() -> None:
     """Run the command line."""
+    terminal.show_waiting()
     try:
         try:
             app(prog_name="outrider")

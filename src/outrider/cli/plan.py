@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from outrider.cli import paths, plan_fleet, plan_launch, plan_paper, terminal
+from outrider.cli import paths, plan_contexts, plan_fleet, plan_launch, plan_paper, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.options import Json, parse_batches, parse_lengths
 from outrider.cli.plan_options import PlanOptions, check_together
@@ -45,6 +46,8 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
 
     A fleet: outrider plan --traffic poisson:4 --ttft 0.5 --itl 0.02 --price 0.20
 
+    Long contexts: outrider plan --contexts 256,512,960 --batches 1,4 --acceptance 0.9
+
     On paper: outrider plan --gpus 8 --target 70b --draft 1b --batches 1,8,64
     """
     check_together(asked)
@@ -53,12 +56,20 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
             raise ConfigError(
                 "--gpus plans on paper: the options of an engine (--rule, --dtype, ...) say nothing there"
             )
-        document = plan_paper.paper_document(asked.target, sampling.max_tokens, asked)
-        if asked.out is not None:
-            write(asked.out, document)
-        terminal.print_json(document) if json else plan_paper.print_paper(document)
+        show(
+            plan_paper.paper_document(asked.target, sampling.max_tokens, asked), asked.out, json, plan_paper.print_paper
+        )
         return
     options = options.changed(target=paths.model(asked.target))
+    if asked.contexts is not None:
+        plan_contexts.parse_contexts(asked.contexts), plan_contexts.view_of(list(asked.draft or []))
+        lengths, batches = parse_lengths(asked.lengths), parse_batches(asked.batches)
+        engine = load_engine(options.changed(draft="none"))
+        document = plan_contexts.contexts_document(engine, lengths, batches, asked)
+        if asked.out is not None:
+            write(asked.out, document)
+        terminal.print_json(document) if json else plan_contexts.print_contexts(document)
+        return
     named = paths.drafter(asked.draft) or ["auto"]  # what leads nowhere is said before anything heavy is imported
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning import plan as pl
@@ -74,9 +85,7 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     engine = load_engine(options.changed(draft=drafts[0], length=max(wanted)))
     if asked.traffic is not None:
         document = plan_fleet.fleet_document(engine, drafts[0], wanted, items, sampling, asked)
-        if asked.out is not None:
-            write(asked.out, document)
-        terminal.print_json(document) if json else plan_fleet.print_fleet(document)
+        show(document, asked.out, json, plan_fleet.print_fleet)
         return
     calls, models = predicted_calls(engine, drafts, wanted, items, sampling, asked.seed)
     timings = timed(engine, drafts, wanted, sizes, items, sampling, asked)
@@ -90,10 +99,15 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
         document["check"], code = checked(choices, timings, asked.within)
     if asked.vllm is not None or asked.ray:
         document["launch"] = plan_launch.launch_document(choices, models, path, engine, options.rule, asked)
-    if asked.out is not None:
-        write(asked.out, document)
-    terminal.print_json(document) if json else print_document(document)
+    show(document, asked.out, json, print_document)
     raise typer.Exit(code)
+
+
+def show(document: dict[str, Any], out: Path | None, json: bool, printer: Callable[[dict[str, Any]], None]) -> None:
+    """The answer into the file that was asked for, and on the terminal: as JSON, or by its printer."""
+    if out is not None:
+        write(out, document)
+    terminal.print_json(document) if json else printer(document)
 
 
 def timed(

@@ -148,7 +148,7 @@ class PlanOptions:
         ),
     ] = None
     hardware: Annotated[
-        str, typer.Option("--hardware", help="With --gpus: zen5-2, a100, h100, h200, m3-max, m4-max.")
+        str, typer.Option("--hardware", help="With --gpus: a100, h100, h200, rtx-4090, m4-max, ... (see theory speedup).")
     ] = "h100"
     link: Annotated[
         str | None,
@@ -161,11 +161,22 @@ class PlanOptions:
     )
     acceptance: Annotated[
         float,
-        typer.Option("--acceptance", min=0, max=1, help="With --gpus: probability that a draft token is accepted."),
+        typer.Option(
+            "--acceptance", min=0, max=1, help="With --gpus or --contexts: probability that a draft token is accepted."
+        ),
     ] = 0.8
     context: Annotated[
         int, typer.Option("--context", min=0, help="With --gpus: tokens in the cache of a sequence.")
     ] = 2048
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            "--contexts",
+            help="Cached tokens, as 2048,8192: time passes over so many, and say where drafting over a view of the target's own "
+            "cache (--draft sparse:window:16+496) is faster than plain decoding.",
+            show_default=False,
+        ),
+    ] = None
     efficiency: Annotated[
         float,
         typer.Option("--efficiency", min=0.01, max=1, help="With --gpus: share of peak rates that software reaches."),
@@ -180,13 +191,14 @@ class PlanOptions:
 
 _WITHOUT: dict[str, tuple[str, ...]] = {
     "traffic": ("slots", "ttft", "itl", "percentile", "overhead", "mtbf", "repair", "retries"),
-    "gpus": ("hardware", "link", "between", "acceptance", "context", "efficiency", "disaggregated"),
+    "gpus": ("hardware", "link", "between", "context", "efficiency", "disaggregated"),
     "mtbf": ("repair", "retries"),
     "check": ("within",),
 }
 """An option, and those that say nothing without it. Numbers that only say how much is measured or drawn are taken everywhere."""
 _BESIDE: dict[str, tuple[str, ...]] = {
-    "gpus": ("traffic", "prompts", "check", "replicas", "vllm", "ray"),
+    "gpus": ("traffic", "prompts", "check", "replicas", "vllm", "ray", "contexts"),
+    "contexts": ("traffic", "prompts", "count", "check", "replicas", "vllm", "ray", "price", "seed"),
     "traffic": ("batches", "check", "vllm", "ray"),
 }
 """An option, and those that say nothing beside it."""
@@ -203,6 +215,8 @@ def check_together(asked: PlanOptions) -> None:
         for name in options:
             if name in given and mode in given:
                 raise ConfigError(f"{_spelled(name)} says nothing beside --{mode}: leave out one of them")
+    if "acceptance" in given and not given & {"gpus", "contexts"}:
+        raise ConfigError("--acceptance says nothing without --gpus or --contexts: acceptance is measured here")
     if asked.replicas is not None and asked.traffic is None and not asked.ray:
         raise ConfigError("--replicas is about a fleet: add --traffic poisson:RATE or a trace, or --ray")
     if asked.traffic is not None and len(asked.draft or ()) > 1:
@@ -210,7 +224,7 @@ def check_together(asked: PlanOptions) -> None:
     suffix = "" if asked.out is None else asked.out.suffix
     if suffix in (".yaml", ".yml") and not asked.ray:
         raise ConfigError(f"{asked.out}: a YAML file is what --ray writes; add --ray, or name a .json or .md file")
-    if suffix == ".md" and given & {"gpus", "traffic"}:
+    if suffix == ".md" and given & {"gpus", "traffic", "contexts"}:
         raise ConfigError(f"{asked.out}: only a ranking is written as Markdown; name a .json file")
 
 

@@ -29,7 +29,7 @@ def show(table: Table, to: RichConsole | None = None) -> None:
     widths = fitted([(longest_word(c), longest_line(c)) for c in columns], out.width - CELL * len(columns) - 1)
     if widths is None:
         for row in rows[1:]:
-            for line in block(rows[0], row):
+            for line in block(rows[0], row, out):
                 out.print(line)
         return
     table.title = None
@@ -72,11 +72,16 @@ def aligned(columns: Sequence[Sequence[Text]], rows: Sequence[Sequence[Text]]) -
     return lines
 
 
-def block(header: Sequence[Text], row: Sequence[Text]) -> list[Text]:
-    """A row as lines of name and value, for a terminal too narrow for the table; the first cell is its headline."""
+def block(header: Sequence[Text], row: Sequence[Text], out: RichConsole) -> list[Text]:
+    """A row as lines of name and value, for a terminal too narrow for the table; the first cell is its headline.
+
+    A value that is too long goes on below itself.
+    """
     width = max(h.cell_len for h in header)
     lines = [Text.assemble((row[0].plain, "bold"))]
     for name, cell in zip(header[1:], row[1:], strict=True):
-        if cell.plain.strip():
-            lines.append(Text.assemble("  ", (name.plain.ljust(width), "dim"), "  ", cell))
+        for i, part in enumerate(cell.wrap(out, max(out.width - width - 4, CELL)) if cell.plain.strip() else ()):
+            part.rstrip()
+            lines.append(Text.assemble("  ", ("" if i else name.plain).ljust(width), "  ", part))
+            lines[-1].stylize("dim", 2, 2 + width)
     return lines

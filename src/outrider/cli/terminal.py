@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from typing import Any
 
 import typer
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from outrider.errors import printable
+from outrider.progress import bar
 
 PIPE = 4096
 """Columns of a line that nobody looks at in a window: it is never broken."""
@@ -64,6 +65,20 @@ def say(text: str) -> None:
     err.print(f"outrider: {text}", style="dim", markup=False)
 
 
+class _Saying(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def show_waiting() -> None:
+    """Say from now on what takes long and is done once, such as compiling."""
+    waiting = logging.getLogger("outrider.waiting")
+    if not any(isinstance(one, _Saying) for one in waiting.handlers):
+        waiting.addHandler(_Saying())
+    waiting.setLevel(logging.INFO)
+    waiting.propagate = False  # `serve --log-level info` would say it twice
+
+
 _UNSEEN = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
 """What JSON may hold as it is and a terminal or an encoding may not: written as JSON's escapes."""
 
@@ -90,10 +105,8 @@ def loading(text: str) -> Iterator[Any]:
     if plain(err):
         yield lambda fraction: None
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(text, total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)
+    with bar(text, err) as tell:
+        yield tell
 
 
 def counter(progress: Callable[[float], None], total: int) -> Callable[..., None]:

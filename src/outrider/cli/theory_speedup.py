@@ -20,7 +20,25 @@ def speedup(
         str, typer.Option("--target", "-t", help="Size of the target: 8b, 70b, ... or parameters.")
     ] = "8b",
     draft: Annotated[str, typer.Option("--draft", "-d", help="Size of the draft model.")] = "1b",
-    hardware: Annotated[str, typer.Option("--hardware", help="zen5-2, a100, h100, h200, m3-max, m4-max.")] = "h100",
+    hardware: Annotated[
+        str,
+        typer.Option(
+            "--hardware",
+            help="a100, h100, h200, l4, l40s, rtx-3060, rtx-3090, rtx-4060, rtx-4070, rtx-4090, rtx-5090, rx-7900-xtx, m1, m2, m4, "
+            "m4-pro, m3-max, m4-max, m2-ultra, ryzen-ai-max, laptop-ddr4, laptop-ddr5 or zen5-2.",
+        ),
+    ] = "h100",
+    bandwidth: Annotated[
+        float | None,
+        typer.Option("--bandwidth", help="Your own machine: GB/s that its memory is read with.", show_default=False),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option("--flops", help="Your own machine: TFLOP/s of its products.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option("--memory", help="Your own machine: GB of memory.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded at the same time.")] = 1,
     context: Annotated[int, typer.Option("--context", min=0, help="Tokens in the cache of each sequence.")] = 1024,
     acceptance: Annotated[
@@ -66,13 +84,30 @@ def speedup(
 
     Example: outrider theory speedup --target 70b --draft 1b --devices 4
 
+    A laptop whose memory you measured: outrider theory speedup --hardware laptop-ddr5 --bandwidth 70 --bytes 0.6
+
     Two machines: outrider theory speedup --target 405b --draft 8b --devices 16 --pipeline 2 --between ib-ndr --batch 8
     """
     split = Split(devices, pipeline, link, between, draft_devices, efficiency)
+    figures = Figures(hardware, bandwidth, flops, memory)
     document = speedup_document(
-        target, draft, hardware, acceptance, length, batch, context, split, draft_context, weight_bytes, overhead / 1000
+        target, draft, figures, acceptance, length, batch, context, split, draft_context, weight_bytes, overhead / 1000
     )
     terminal.print_json(document) if json else print_speedup(document)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A machine of the table, and figures of one's own in GB/s, TFLOP/s and GB, which replace those of the table."""
+
+    name: str
+    bandwidth: float | None = None
+    flops: float | None = None
+    memory: float | None = None
+
+    @property
+    def own(self) -> tuple[float | None, float | None, float | None]:
+        return self.bandwidth, self.flops, self.memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +125,7 @@ class Split:
 def speedup_document(
     target: str,
     draft: str,
-    machine: str,
+    machine: Figures,
     acceptance: float,
     length: str,
     batch: int,
@@ -106,9 +141,10 @@ def speedup_document(
     if length != "auto" and not (length.isdigit() and int(length) <= 64):
         raise ConfigError(f"--length is auto or a whole number from 0 to 64, got {length!r}")
     try:
-        where = hardware.hardware(machine)
+        scaled = (None if x is None else x * unit for x, unit in zip(machine.own, (1e9, 1e12, 1e9), strict=True))
+        where = hardware.own(hardware.hardware(machine.name), *scaled)
         big, small = hardware.model(target), hardware.model(draft)
-        over = links.usual(machine) if split.link is None else links.link(split.link) if split.link != "free" else None
+        over = links.usual(machine.name) if split.link is None else links.link(split.link) if split.link != "free" else None
         across = links.link(split.between) if split.between else None
         setting = roofline.Setting(
             where, batch, context, split.devices, draft_context, element, overhead, split.pipeline, over, across,

@@ -86,13 +86,13 @@ class TrainOptions:
     autocast: Annotated[
         bool, typer.Option("--autocast", help="Multiply in bfloat16: twice as fast on CPUs with AVX512_BF16 or AMX.")
     ] = False
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of training.")] = 600
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of training; a finished run goes on when they grow.")] = 600
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows per step.")] = 8
     lr: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 2e-3
     levels: Annotated[
         int,
         typer.Option(
-            "--levels", min=1, max=16, help="Heads (medusa), levels trained (eagle) or drafted slots (dflash)."
+            "--levels", min=1, max=16, help="Heads (medusa), levels trained (eagle, mtp) or drafted slots (dflash)."
         ),
     ] = 4
     blocks: Annotated[
@@ -129,6 +129,12 @@ class TrainOptions:
             "hybrid (both, weighted by acceptance) or ce (cross-entropy with the next tokens of the text).",
         ),
     ] = "staged"
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log", help="Also write metrics to tensorboard or wandb, where installed; repeatable.", show_default=False
+        ),
+    ] = None
     save_every: Annotated[float, typer.Option("--save-every", help="Seconds between checkpoints.")] = 120.0
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip rows that cannot be read, and count them.")] = False
     seed: Annotated[int, typer.Option("--seed", help="Seed of the data and of the first weights.")] = 0
@@ -169,6 +175,7 @@ class TrainOptions:
             objective=self.objective,
             labels=self.labels,
             loss=self.loss,
+            log=tuple(self.log or ()),
             loop=LoopConfig(
                 steps=self.steps,
                 lr=self.lr,

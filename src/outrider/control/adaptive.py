@@ -19,7 +19,7 @@ from statistics import median
 
 from outrider.control.acceptance import AcceptanceByDepth, break_even
 from outrider.control.length_search import LAST_PAUSE, MAX_TRIAL_STEPS, PAIRS, SETTLE, LengthSearch
-from outrider.control.row_times import load_class
+from outrider.control.row_times import context_class, load_class
 from outrider.control.seeds import pinned
 from outrider.control.step_times import StepTimes
 from outrider.errors import ConfigError
@@ -62,7 +62,7 @@ class Speed:
 
 
 class Adaptive:
-    """One draft length for each load, 0 to `longest`, the fastest one, changed with hysteresis.
+    """One draft length for each load (sequences, and a class of their mean context), 0 to `longest`, the fastest one, changed with hysteresis.
 
     first:     length before anything is measured. longest: the largest length (both >= 0, first <= longest).
     margin:    gain over the present choice below which nothing changes, and that speculation must show over plain
@@ -87,7 +87,8 @@ class Adaptive:
         if not 0 <= margin < 1:
             raise ConfigError(f"the margin must be at least 0 and below 1, got {margin}")
         self.first, self.longest, self.margin, self.invariant = first, longest, margin, invariant
-        self._loads: dict[int, LengthSearch] = {}
+        self._loads: dict[tuple[int, int], LengthSearch] = {}  # by classes of sequences and of their cached tokens
+        self._context = 0
         self._accepted = AcceptanceByDepth(longest)
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
         self._now: tuple[int, int] | None = None  # and of the draft that it made; None where lengths differ
@@ -100,6 +101,8 @@ class Adaptive:
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
         """The choice for this load; `first` for a sampled request with its own seed unless lengths are `invariant`."""
+        self._forecast.cached = sum(v.cached for v in sequences)
+        self._context = context_class(self._forecast.cached / max(1, len(sequences)))
         length = self.choice(sequences)
         shared = self._shared(sequences, length)
         out = [self.first if pinned(v, self.invariant) else x for v, x in zip(sequences, shared, strict=True)]
@@ -148,7 +151,7 @@ class Adaptive:
 
     def outlook(self) -> Outlook:
         """The estimates for the load of the latest step."""
-        load = self._loads.get(load_class(self._last)) if self._last else None
+        load = self._loads.get((load_class(self._last), self._context)) if self._last else None
         if load is None:
             return Outlook(self._last, self.first, None, None, None)
         cost, usual = load.cost.get(load.length), load.usual()
@@ -161,7 +164,7 @@ class Adaptive:
 
     def speeds(self) -> list[Speed]:
         """The lengths whose cost was measured at the load of the latest step, shortest first, including plain decoding."""
-        load = self._loads.get(load_class(self._last)) if self._last else None
+        load = self._loads.get((load_class(self._last), self._context)) if self._last else None
         if load is None:
             return []
         known = [(x, self.tokens_per_step(x), cost) for x, cost in sorted(load.cost.items())]
@@ -177,7 +180,14 @@ class Adaptive:
         return length
 
     def _load(self, sequences: int) -> LengthSearch:
-        return self._loads.setdefault(load_class(sequences), LengthSearch(self.first, self.longest, self.first))
+        """The state of the present load. A new one begins with the choice at the nearest context, which no trial has confirmed yet."""
+        key = load_class(sequences), self._context
+        found = self._loads.get(key)
+        if found is None:
+            near = min((c for n, c in self._loads if n == key[0]), key=lambda c: abs(c - key[1]), default=None)
+            length = self.first if near is None else self._loads[key[0], near].length
+            found = self._loads[key] = LengthSearch(self.first, self.longest, length)
+        return found
 
     def _charged(self, seconds: float, sequences: int, length: int) -> float:
         """Seconds of a step of this load with drafts of this length, plus its share of the drafter's prefill."""

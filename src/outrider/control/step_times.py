@@ -4,6 +4,10 @@ A step of b sequences with drafts of length L is a pass of b (1 + L) rows and th
 separately, from steps of any kind, so a load and length that never ran can be predicted. A target whose state cannot be cut
 reads tokens again after rejections; they are rows of the next step's pass, and a cost of the length that was rejected. The
 drafter's prefill is kept separately (`outrider.control.prefill_cost`).
+
+Both grow with what is cached: W + B k S bytes instead of W (Chen et al., "MagicDec", ICLR 2025). A verification reads a cached token
+once for all rows of its sequence, and every further row of them adds the arithmetic of a few per cent of that; a draft model's own
+cache is read in every level, a view of the target's is not, which the slopes of the two, learnt apart, show.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Callable
 from outrider.control.prefill_cost import PrefillCost
 from outrider.control.row_times import EXTRAPOLATION_FACTOR, RowTimes
 from outrider.records import StepRecord
+from outrider.theory.context_times import FURTHER_ROW
 
 USUAL = 1.0 / 32.0
 """Weight of the newest step in the average number of prompt rows per step."""
@@ -28,9 +33,9 @@ class _Drafting:
     def __init__(self) -> None:
         self.alone, self.loaded = RowTimes(), RowTimes()  # in steps without prefill, and in all steps
 
-    def seconds(self, sequences: int) -> float | None:
-        alone = self.alone.seconds(sequences)
-        return self.loaded.seconds(sequences) if alone is None else alone
+    def seconds(self, sequences: int, cached: float | None) -> float | None:
+        alone = self.alone.seconds(sequences, cached)
+        return self.loaded.seconds(sequences, cached) if alone is None else alone
 
 
 class StepTimes:
@@ -51,6 +56,8 @@ class StepTimes:
         self.reading = PrefillCost()
         self.prompts = 0.0
         """Recent average of prompt rows per step."""
+        self.cached: float | None = None
+        """Tokens that the present sequences have cached, in all: what predictions are made for; None: what was measured last."""
 
     def learn(self, record: StepRecord, before: tuple[int, int] | None, now: tuple[int, int] | None) -> None:
         """Learn from a step. before, now: sequences and deepest length of the draft it verified and of the one it made; None if
@@ -59,22 +66,29 @@ class StepTimes:
         prompts = max(0, record.rows - record.scored - record.counts.proposed)
         self.prompts += USUAL * (prompts - self.prompts)
         if record.rows > 0:
-            self._passes.learn(record.rows + record.replayed, sum(record.seconds.values()) - drafting)
+            seen = record.cached + FURTHER_ROW * (record.attended - record.cached)
+            self._passes.learn(record.rows + record.replayed, sum(record.seconds.values()) - drafting, seen)
         self._reads_again |= record.replayed > 0
         if now is None or now[1] == 0 or (before is not None and before[1] == 0):
             return  # after a plain step the drafter also reads the tokens of that step
         sequences, length = now
         mine = self._drafts.setdefault(length, _Drafting())
-        mine.loaded.learn(sequences, drafting)
-        alone = mine.alone.seconds(sequences)
+        mine.loaded.learn(sequences, drafting, record.cached)
+        alone = mine.alone.seconds(sequences, record.cached)
         if not prompts:
-            mine.alone.learn(sequences, drafting)
+            mine.alone.learn(sequences, drafting, record.cached)
         elif alone is not None:
             self.reading.learn(prompts, drafting - alone)
 
     def rows(self, sequences: int, length: int) -> float:
         """Rows of a pass, with those read again that such steps cause."""
         return sequences * (1 + length + (self._read_again(length) if self._reads_again else 0.0))
+
+    def _pass(self, rows: float, sequences: int) -> float | None:
+        """Seconds of a pass of `rows` rows for these sequences at the present context."""
+        if self.cached is None:
+            return self._passes.seconds(rows)
+        return self._passes.seconds(rows, self.cached * (1.0 + FURTHER_ROW * max(0.0, rows / max(1, sequences) - 1.0)))
 
     def own_share(self, record: StepRecord, length: int) -> float:
         """Seconds to add to those of a step that verified drafts of this length, so that it bears the tokens that its own
@@ -89,16 +103,16 @@ class StepTimes:
         """Predicted seconds of a step with drafts of this mean length, without the drafter's prefill; None if nothing near is
         known. depth: of the deepest draft, None: all have one length."""
         return self._step(
-            sequences, length if depth is None else depth, self._passes.seconds(self.rows(sequences, length))
+            sequences, length if depth is None else depth, self._pass(self.rows(sequences, length), sequences)
         )
 
     def beside(self, sequences: int, length: int, longest: int, depth: int | None = None) -> float | None:
         """The same for steps with the recent amount of prefill, minus the time of those rows alone, which is due at any length.
         longest: of all compared lengths."""
         rows, most = self.rows(sequences, length), self.prompts + self.rows(sequences, longest)
-        verifying, above = self._passes.seconds(self.prompts + rows), self._passes.seconds(most)
+        verifying, above = self._passes.seconds(self.prompts + rows, self.cached), self._passes.seconds(most, self.cached)
         less = next((x for x in (0.5 * most, most / NEAR) if self._passes.seconds(x) is not None), most)
-        below = self._passes.seconds(less)
+        below = self._passes.seconds(less, self.cached)
         if verifying is None or above is None or below is None or less == most:
             return None
         row = (above - below) / (most - less)
@@ -111,13 +125,13 @@ class StepTimes:
         if length == 0 or verifying is None:
             return verifying
         for other in sorted(self._drafts, key=lambda x: abs(x - length)):
-            drafting = self._drafts[other].seconds(sequences)
+            drafting = self._drafts[other].seconds(sequences, self.cached)
             if drafting is not None:
                 return verifying + drafting * length / other
         return None
 
     def least(self, sequences: int, length: int, depth: int | None = None) -> float | None:
         """A lower bound of the same: drafting to a depth that was never measured counts as no time."""
-        verifying, deepest = self._passes.seconds(self.rows(sequences, length)), length if depth is None else depth
-        own = self._drafts[deepest].seconds(sequences) if deepest in self._drafts else None
+        verifying, deepest = self._pass(self.rows(sequences, length), sequences), length if depth is None else depth
+        own = self._drafts[deepest].seconds(sequences, self.cached) if deepest in self._drafts else None
         return None if verifying is None else verifying + (own or 0.0)

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from outrider.drafters import counts, dflash, eagle, medusa, vllm_config
+from outrider.drafters import counts, dflash, eagle, medusa, mtp, vllm_config
 from outrider.drafters.ahead import Ahead
 from outrider.drafters.checkpoint import read_config
 from outrider.drafters.combine import first_of
@@ -21,12 +21,12 @@ from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
-from outrider.drafters.sparse import load_sparse
+from outrider.drafters.sparse import load_sparse, parse_sparse, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import check_vocabulary
-from outrider.errors import ConfigError, unknown_name
+from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.options import PART, WITHOUT_MODEL
 from outrider.protocols import Drafter, Rule, Target
 from outrider.raster import find_raster
@@ -38,21 +38,30 @@ class LearnedDrafter:
 
     load: (folder, target, how drafts grow, the target's folder if it has one) -> the drafter. folder_types: model types in the
     `config.json` of its folders that no language model uses. vllm_methods: the methods of vLLM's `speculative_config` that mean
-    it, the preferred one first.
+    it, the preferred one first. carried: whether a model's own folder has one.
     """
 
     load: Callable[[Path, Target, DraftSpec, str | None], Drafter]
     folder_types: tuple[str, ...]
     vllm_methods: tuple[str, ...] = ()
+    carried: Callable[[Path], object] | None = None
 
 
 LEARNED: Mapping[str, LearnedDrafter] = {
     "medusa": LearnedDrafter(medusa.load, ("medusa",), ("medusa",)),
     "eagle": LearnedDrafter(eagle.load, ("eagle", "eagle3", "eagle-3"), ("eagle", "eagle3")),
     "dflash": LearnedDrafter(dflash.load, ("dflash",), ("dflash",)),
+    "mtp": LearnedDrafter(
+        mtp.load,
+        ("mtp",),
+        ("mtp", "deepseek_mtp", "glm4_moe_mtp", "glm4_moe_lite_mtp", "mimo_mtp", "qwen3_next_mtp", "qwen3_5_mtp"),
+        mtp.carried,
+    ),
     "counts": LearnedDrafter(counts.load, ("counts",)),
 }
 """A row for each learned drafter, by the name that `--draft`, a request and an experiment give it."""
+AUTO_VIEW = "window:16+496"
+"""The view of the target's own cache that "auto" drafts over at long contexts."""
 LoadModel = Callable[[str], tuple[Target, object]]
 """Path or Hub name -> the model and its tokenizer."""
 FindFolder = Callable[[str], Path]
@@ -87,8 +96,10 @@ def load_drafter(
                     "tree:3x2x1:PATH" a tree with 3 children of the anchor, 2 of each of those, and so on, drawn without
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are compared at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
+                    A folder of a trained drafter says itself which of the following it is.
       "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
+      "mtp"         the head for multi-token prediction that the target's own folder carries, or a trained one, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
       "counts"      tables of an image model's tokens by place, left and upper neighbour, likewise
       "early:K"     the target's own first K layers with its norm and head
@@ -100,7 +111,9 @@ def load_drafter(
                     likeliest to be accepted, at most 4 below each; and "stop:PATH" or "stop:0.3:PATH": a chain that ends where
                     a further token is expected to bring fewer than 0.3 tokens
       "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
-      "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else "ngram"
+      "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else the
+                    target's own MTP head, or else "ngram" and after that, at contexts where a view is expected to be faster
+                    than plain decoding, "sparse:window:16+496"
       "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
 
     rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
@@ -113,11 +126,18 @@ def load_drafter(
         raise ConfigError(f"the draft length must be >= 0, got {length}; 0 is plain decoding")
     if length == 0 or spec == "none":
         return NoDraft()
+    least = 0
     if spec == "auto":
         sibling = companion_folder(target_path, "draft")
         has_model = sibling is not None and load_model is not None
         # forced tokens replace the draft model only if they fill a whole draft; for fewer the model drafts further ahead
         spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
+        own = None if has_model else _own_head(target, length, target_path, learned)
+        if own is not None:
+            return first_of(*_without_model(f"prediction+forced:{length}", length)[0], own)
+        long = None if has_model else worthwhile_from(target, parse_sparse(AUTO_VIEW))
+        if long is not None:
+            spec, least = f"{spec}+sparse:{AUTO_VIEW}", long
     parts, rest = _without_model(spec, length)
     if rest.partition(":")[0] == "jacobi":
         raster = find_raster(target_path)
@@ -132,6 +152,8 @@ def load_drafter(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
             )
         kind, _, path = how.path.partition(":")
+        if kind not in learned and (own := learned_kind(how.path, learned)) is not None:  # a folder says itself what it holds
+            kind, path = own, how.path
         if kind in HOSTS and not Path(how.path).exists():
             raise ConfigError(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
@@ -139,9 +161,9 @@ def load_drafter(
         if kind == "early":
             found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
         elif kind == "sparse":
-            found = load_sparse(path, target, how.growth(target.vocab_size))
+            found = load_sparse(path, target, how.growth(target.vocab_size), least)
         elif kind in learned and (path or not Path(kind).exists()):
-            folder = _learned_folder(kind, path, target_path, find_folder)
+            folder = _learned_folder(kind, path, target_path, find_folder, learned)
             found = learned[kind].load(folder, target, how, target_path)
         else:
             found = _model(how, target, length + (premises > 0), tokenizer, load_model, learned)
@@ -161,7 +183,8 @@ def _premises(spec: str) -> tuple[int, str]:
 
 def parse_speculative_config(config: str | Mapping[str, Any]) -> dict[str, Any]:
     """Engine options for vLLM's `speculative_config`, see `vllm_config.engine_options`."""
-    return vllm_config.engine_options(config, {m: name for name, row in LEARNED.items() for m in row.vllm_methods})
+    methods = {m: name for name, row in LEARNED.items() for m in row.vllm_methods}
+    return vllm_config.engine_options(config, methods, {m for m, name in methods.items() if LEARNED[name].carried})
 
 
 def companion_folder(target_path: str | None, part: str) -> str | None:
@@ -176,12 +199,40 @@ def companion_folder(target_path: str | None, part: str) -> str | None:
     return next((str(path) for path in found if path.is_dir()), None)
 
 
-def _learned_folder(kind: str, path: str, target_path: str | None, find_folder: FindFolder | None) -> Path:
-    """The folder of a learned drafter: the named one (a path or a Hub name), or the target's companion folder."""
-    folder = path or companion_folder(target_path, kind)
+def _learned_folder(
+    kind: str,
+    path: str,
+    target_path: str | None,
+    find_folder: FindFolder | None,
+    learned: Mapping[str, LearnedDrafter],
+) -> Path:
+    """The folder of a learned drafter: the named one (a path or a Hub name), or the target's companion folder, or its own."""
+    folder = (
+        path or companion_folder(target_path, kind) or (target_path if carries(kind, target_path, learned) else None)
+    )
     if folder is None:
-        raise ConfigError(f"this target has no companion folder {kind!r}: write '{kind}:PATH', or train one")
+        own = ", and its own carries none" if kind in learned and learned[kind].carried else ""
+        raise ConfigError(f"this target has no companion folder {kind!r}{own}: write '{kind}:PATH', or train one")
     return Path(folder).expanduser() if find_folder is None else find_folder(folder)
+
+
+def carries(kind: str, target_path: str | None, learned: Mapping[str, LearnedDrafter] = LEARNED) -> bool:
+    """Whether the target's own folder has a drafter of this kind, in which case `--draft KIND` needs no path."""
+    find = learned[kind].carried if kind in learned else None
+    folder = None if target_path is None else Path(target_path).expanduser()
+    return find is not None and folder is not None and folder.is_dir() and bool(find(folder))
+
+
+def _own_head(
+    target: Target, length: int, target_path: str | None, learned: Mapping[str, LearnedDrafter]
+) -> Drafter | None:
+    """The drafter of the target's own MTP head; None where there is none, or it cannot be run: `--draft mtp` says why."""
+    if target_path is None or not carries("mtp", target_path, learned):
+        return None
+    try:
+        return learned["mtp"].load(Path(target_path), target, parse_draft("mtp", length, "sampled"), target_path)
+    except (ConfigError, CapabilityError):
+        return None
 
 
 def _layers(spec: str) -> int:
@@ -260,19 +311,16 @@ def _model(
         raise ConfigError(
             f"the draft model {path!r} cannot be loaded here: pass load_model, or a drafter without a model"
         )
-    refuse_learned(path, learned)
     model, draft_tokenizer = load_model(path)
     if tokenizer is not None and draft_tokenizer is not None:
         check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
     return ModelDrafter(model, length, growth=how.growth(target.vocab_size), vocab_size=target.vocab_size)
 
 
-def refuse_learned(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> None:
-    """Raise ConfigError for a folder that holds a trained drafter instead of a model: it needs its name before the path."""
+def learned_kind(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> str | None:
+    """Which trained drafter a folder holds, by its `config.json`; None for a folder of a model, and for what is no folder."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        return
+        return None
     found = read_config(folder)[1]
-    name = next((name for name, row in learned.items() if found in row.folder_types), None)
-    if name is not None:
-        raise ConfigError(f"{path} holds a trained drafter of type {found!r}, not a model: write {name}:{path}")
+    return next((name for name, row in learned.items() if found in row.folder_types), None)

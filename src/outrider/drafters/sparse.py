@@ -30,6 +30,7 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import CapabilityError, ConfigError
 from outrider.protocols import KVCache, Target
+from outrider.theory.context_times import FURTHER_ROW, ContextTimes
 from outrider.types import Draft, Evidence, Rows, Segment, SequenceView
 
 Ranges = tuple[tuple[int, int], ...]
@@ -38,6 +39,8 @@ REFRESH = 256
 """Tokens after which `snap` chooses again."""
 SINKS = 16
 """First tokens that `snap` and `pillar` always see."""
+EXPECTED, ROW = 0.8, 0.02
+"""What `worthwhile_from` assumes: acceptance, and the cost of a row as a share of reading the weights."""
 
 
 @runtime_checkable
@@ -97,7 +100,8 @@ class _Choice:
 
 
 class SparseDrafter:
-    """Drafts chains with the target itself over a view of its cache. Nothing is drafted until a context is longer than the view.
+    """Drafts chains with the target itself over a view of its cache. Nothing is drafted until a context is longer than the view, and
+    has `least` tokens.
 
     Raises CapabilityError for a target that cannot look at a part of its cache, and for trees.
     """
@@ -105,7 +109,7 @@ class SparseDrafter:
     layers: tuple[int, ...] = ()
     trees = False
 
-    def __init__(self, target: Target, view: Sparse, growth: Growth) -> None:
+    def __init__(self, target: Target, view: Sparse, growth: Growth, least: int = 0) -> None:
         if not getattr(target, "views", False):
             raise CapabilityError(
                 f"this {type(target).__name__} cannot look at a part of its cache (it has sliding windows, or runs through "
@@ -113,7 +117,7 @@ class SparseDrafter:
             )
         if growth.trees:
             raise CapabilityError("a sparse view drafts chains only: drop the tree before 'sparse:'")
-        self.target, self.view, self.growth = target, view, growth
+        self.target, self.view, self.growth, self.least = target, view, growth, least
         self.name = f"sparse:{view.kind}"
         self.max_depth = self.max_nodes = growth.depth
         self._kv: KVCache | None = None
@@ -169,7 +173,7 @@ class SparseDrafter:
         return self._kv
 
     def _can(self, view: SequenceView) -> bool:
-        return view.cached == len(view.tokens) - 1 and view.cached > self.view.size
+        return view.cached == len(view.tokens) - 1 and view.cached > self.view.size and view.cached >= self.least
 
     def _feed(
         self, views: Sequence[SequenceView], tokens: dict[int, int], seen: dict[int, Ranges]
@@ -227,6 +231,23 @@ def merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
     return tuple(out)
 
 
-def load_sparse(spec: str, target: Target, growth: Growth) -> SparseDrafter:
-    """The drafter `sparse:SPEC` for a target; ConfigError for bad grammar, CapabilityError if the target cannot do it."""
-    return SparseDrafter(target, parse_sparse(spec), growth)
+def load_sparse(spec: str, target: Target, growth: Growth, least: int = 0) -> SparseDrafter:
+    """The drafter `sparse:SPEC` for a target; ConfigError for bad grammar, CapabilityError if the target cannot do it.
+
+    least: cached tokens below which nothing is drafted.
+    """
+    return SparseDrafter(target, parse_sparse(spec), growth, least)
+
+
+def worthwhile_from(target: Target, view: Sparse) -> int | None:
+    """Cached tokens from which one sequence is expected to gain from this view; None where that is not known, or at no context
+    that the target can well reach (half of its longest at most).
+
+    By the bytes that a step reads (`step_bytes` of the target), an acceptance of EXPECTED, and rows as they were measured.
+    """
+    weights, token = getattr(target, "step_bytes", None) or (0.0, 0.0)
+    if not weights or not getattr(target, "views", False):
+        return None
+    times = ContextTimes(weights, ROW * weights, token, FURTHER_ROW * token)
+    found = times.crossing(1, view.size, EXPECTED)
+    return found if found is not None and 2 * found <= target.max_length else None

@@ -8,7 +8,7 @@ accepted and ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from outrider.drafters import vllm_versions
@@ -57,10 +57,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def engine_options(config: str | Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:
+def engine_options(
+    config: str | Mapping[str, Any], learned: Mapping[str, str], carried: Set[str] = frozenset()
+) -> dict[str, Any]:
     """Engine options for vLLM's `speculative_config` (a JSON text or an object).
 
-    learned: vLLM's methods that are drafters trained for one target, with their names here.
+    learned: vLLM's methods that are drafters trained for one target, with their names here. carried: those of
+    them that the target's own checkpoint may hold, so that no model need be named.
 
     Returns `draft` (a spec of `load_drafter`) and, if given, `length`, `rule`, `draft_quantize` and `draft_vocabulary` (a key that
     vLLM does not have: see `EngineOptions`). Without
@@ -69,7 +72,7 @@ def engine_options(config: str | Mapping[str, Any], learned: Mapping[str, str]) 
     """
     values = _object(config)
     _refuse_unsupported(values)
-    options: dict[str, Any] = {"draft": _drafter(values, learned)}
+    options: dict[str, Any] = {"draft": _drafter(values, learned, carried)}
     length = values.get("num_speculative_tokens")
     if length is not None:
         options["length"] = _whole("num_speculative_tokens", length)
@@ -108,7 +111,7 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
             raise ConfigError(f"speculative_config key {key!r} has the value {value!r}: {remedy}")
 
 
-def _drafter(values: dict[str, Any], learned: Mapping[str, str]) -> str:
+def _drafter(values: dict[str, Any], learned: Mapping[str, str], carried: Set[str]) -> str:
     """The `load_drafter` spec."""
     model = values.get("model")
     if model is not None and not (isinstance(model, str) and model):
@@ -125,11 +128,11 @@ def _drafter(values: dict[str, Any], learned: Mapping[str, str]) -> str:
         return f"ngram:{low}-{high}"
     of_models = ("quantization", "draft_vocabulary") if method in learned else ()
     _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *of_models))
-    if model is None:
+    if model is None and method not in carried:
         raise ConfigError(f"speculative_config needs 'model' (a path or a Hub name) for method {method!r}")
     how = values.get("draft_sample_method") or "probabilistic"
-    kind = f"{learned[method]}:" if method in learned else ""
-    return _choice("draft_sample_method", how, {"greedy": "greedy:", "probabilistic": ""}) + kind + model
+    prefix = _choice("draft_sample_method", how, {"greedy": "greedy:", "probabilistic": ""})
+    return prefix + ":".join(part for part in (learned.get(method), model) if part)
 
 
 def _ngram_sizes(values: dict[str, Any]) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from outrider.engine.turns import Turns
 from outrider.errors import RequestError
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
+from outrider.progress import Tell, notebook_bar
 from outrider.protocols import Controller
 from outrider.records import PHASES, Counts, StepRecord
 from outrider.types import SequenceView
@@ -224,12 +225,17 @@ class EngineCore:
             self.abort(name)
 
     def generate(
-        self, prompts: Prompts, params: SamplingParams | Iterable[SamplingParams] | None = None
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: Tell | None = None,
     ) -> list[Result]:
         """Decode one prompt or several together and return a result for each, in their order.
 
         prompts: text, or token ids (a list, an array or a tensor), or any iterable of those. params: for all, or one for each. If
-        one prompt is refused, the requests already queued for the others are aborted.
+        one prompt is refused, the requests already queued for the others are aborted. progress: told the share of the requested
+        tokens that is there, after each step; None: a bar in a notebook, once it has taken a second.
         """
         texts = self.encode_all(prompts)
         many = [params] * len(texts) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -241,14 +247,26 @@ class EngineCore:
                 with self._turns:
                     name = self.submit(prompt, p)
                     mine[name] = self.sequences(name)
-            while any(map(self._alive, mine.values())):
-                self.step()
+            with notebook_bar(f"generating {len(texts)}", progress) as tell:
+                while any(map(self._alive, mine.values())):
+                    self.step()
+                    if tell is not None:
+                        tell(self._share(mine.values()))
         finally:
             for name in mine:
                 self.abort(name)
         return [result_of(name, group) for name, group in mine.items()]
 
     # ------------------------------------------------------------------ small helpers
+    def _share(self, groups: Iterable[list[Sequence]]) -> float:
+        """Share of the tokens asked for that is there; a sequence that has ended counts as whole."""
+        every = [s for group in groups for s in group]
+        there = sum(
+            s.params.max_tokens if s.finish_reason else min(len(s.tokens) - s.prompt, s.params.max_tokens)
+            for s in every
+        )
+        return there / max(1, sum(s.params.max_tokens for s in every))
+
     def _alive(self, sequences: list[Sequence]) -> bool:
         """Whether any of them has neither ended nor been aborted."""
         return any(self.state.live.get(s.request, {}).get(s.index) is s for s in sequences)

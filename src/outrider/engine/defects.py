@@ -60,5 +60,9 @@ class Watchers:
         logger.warning("%s failed", who, exc_info=error)
         message = f"{who} failed ({type(error).__name__}: {error})"[:200] + ": mend it; texts go on without it"
         self.defect(kind, message)
+        self.notice(message)
+
+    def notice(self, message: str) -> None:
+        """Tell users a sentence, once."""
         if message not in self.notices and len(self.notices) < MAX_NOTICES:
             self.notices.append(message)

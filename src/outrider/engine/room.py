@@ -34,7 +34,7 @@ class Room:
         kv, most = parts.kv, parts.drafter.max_nodes
         self._paged: PagedCache | None = kv if hasattr(kv, "lacking") else None  # type: ignore[assignment]
         self._sharing: SharingCache | None = kv if share and hasattr(kv, "share") else None  # type: ignore[assignment]
-        self._nodes, self._chunk = most, chunk
+        self._nodes, self._chunk, self._target = most, chunk, parts.target
         self._any = getattr(parts.target, "uniform_rows", 0) >= max(chunk, 1 + most)
         self.sums = Reuse()
 
@@ -45,7 +45,7 @@ class Room:
         if kv is None or not running:
             return True
         promised = sum(kv.lacking(s.slot, len(s.tokens) + 1 + self._nodes) for s in running)
-        root = sequence.params.cache_salt
+        root = (sequence.params.cache_salt, getattr(self._target, "weights", 0))
         return promised + kv.needed(sequence.tokens, 1 + self._nodes, root) <= kv.spare
 
     def short(self, works: list[StepWork]) -> bool:
@@ -59,13 +59,15 @@ class Room:
     # ------------------------------------------------------------------ sharing
     def share(self, scheduler: Scheduler) -> None:
         """Let every sequence that has prompt tokens to feed use what the cache knows of them."""
-        kv = self._sharing
+        kv, weights = self._sharing, getattr(self._target, "weights", 0)
         if kv is None:
             return
         for s in scheduler.running:
+            if not s.cached:
+                s.root = (s.params.cache_salt, weights)
             if len(s.tokens) - s.cached > 1:
                 had, step = s.cached, 1 if self._any else self._chunk
-                s.cached = kv.share(s.slot, s.tokens, s.params.cache_salt, step)
+                s.cached = kv.share(s.slot, s.tokens, s.root, step)
                 s.reused += 0 if s.output else s.cached - had
 
     def publish(self, works: list[StepWork]) -> None:
@@ -78,4 +80,4 @@ class Room:
                 self.sums.reused += s.reused
             if kv is not None and s.error is None:
                 end = len(s.tokens) if self._any else s.entered // self._chunk * self._chunk
-                kv.publish(s.slot, s.tokens[:end] if end < len(s.tokens) else s.tokens, s.params.cache_salt)
+                kv.publish(s.slot, s.tokens[:end] if end < len(s.tokens) else s.tokens, s.root)

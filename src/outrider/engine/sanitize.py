@@ -13,6 +13,7 @@ from torch import Tensor
 from outrider import transfer
 from outrider.noise import Noise
 from outrider.protocols import Rule
+from outrider.sampling.cpu import peaks
 from outrider.types import POINT_MASS, TOLERANCE, Draft, Proposal, Tree, Verdict
 
 
@@ -73,13 +74,12 @@ def blank_nonfinite_rows(logits: Float[Tensor, "M V"]) -> list[int] | Bool[Tenso
 
     Blanking keeps the rule from failing for the whole batch; the tokens of blanked sequences are discarded.
     """
-    peak = logits.amax(-1)  # NaN wins a maximum, so one reduction sees both
     if transfer.on_host(logits):
-        rows = [i for i, x in enumerate(peak.tolist()) if not math.isfinite(x)]
+        rows = [i for i, x in enumerate(peaks(logits)) if not math.isfinite(x)]
         if rows:
             logits[rows] = 0.0
         return rows
-    bad = ~torch.isfinite(peak)
+    bad = ~torch.isfinite(logits.amax(-1))
     logits.masked_fill_(bad.unsqueeze(1), 0.0)  # reading whether there are any would wait for the device
     return bad
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from outrider.engine.text import TextStream
@@ -49,7 +50,8 @@ class Sequence:
     tokens: prompt and output; the last one is the anchor while decoding. prompt: length of the prompt.
     slot:   -1 while waiting. cached: tokens in the target's KV cache. limit: most tokens it may hold (context).
     entered: tokens that it had when it got its slot. reused: tokens of its prompt that others had computed.
-    shares: see `SequenceView`.
+    shares: see `SequenceView`. root: with whom it shares beginnings: its salt, and the target's weights when it began.
+    pieces: for each emitted token the text that was final with it.
     """
 
     request: str
@@ -66,6 +68,7 @@ class Sequence:
     entered: int = 0
     reused: int = 0
     shares: bool = True
+    root: Hashable = None
     finish_reason: str | None = None
     error: str | None = None
     counts: Counts = field(default_factory=Counts)
@@ -91,24 +94,23 @@ class Sequence:
 
     def emit(self, tokens: list[int], origins: list[str], logprobs: list[TokenLogprob]) -> Event:
         """Append tokens one by one and stop at the first that ends the sequence: the only place where output is cut."""
-        kept, text = 0, ""
+        kept, pieces = 0, list[str]()
         for token in tokens:
             self.tokens.append(token)
             kept += 1
-            text += self._advance(token)
+            pieces.append(self._advance(token))
             if self.finish_reason is not None:
                 break
         self.origins += origins[:kept]
         self.logprobs += logprobs[:kept]
         self.counts.emitted += kept
-        if text:
-            self.pieces.append(text)
+        self.pieces += pieces
         return Event(
             self.request,
             self.index,
             tuple(tokens[:kept]),
             tuple(origins[:kept]),
-            text,
+            "".join(pieces),
             tuple(logprobs[:kept]),
             self.finish_reason,
         )

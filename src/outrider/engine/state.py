@@ -108,6 +108,12 @@ class StepState:
         """Drop the sequences that ended, and pass events to waiting streams. defects: sequences whose draft had a defect."""
         for _ in range(defects):
             self.watchers.defect("draft", "a draft had tokens outside the vocabulary, or an invalid distribution")
+        if defects:
+            self.watchers.notice(
+                f"drafts of {type(self.parts.drafter).__name__} had tokens outside the vocabulary, or distributions that do not "
+                "sum to "
+                "one: they were used without those; outrider.testing.check_drafter says what is wrong"
+            )
         for event in emission.events:
             if event.blame == "request":
                 self.watchers.defect("request", event.error or "")
@@ -135,5 +141,7 @@ class StepState:
                 emission.engine_seeded,
                 verified.scores.replayed,
                 tuple(emission.each),
+                sum(s.cached for s in verified.rows.segments),
+                sum(s.cached * s.count for s in verified.rows.segments),
             )
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from outrider.contained import strange_verdict
 from outrider.engine.budget import draft_budget
 from outrider.engine.clock import PhaseClock
 from outrider.engine.emit import emit
@@ -15,6 +16,7 @@ from outrider.engine.sanitize import blank_nonfinite_rows, judge, sanitize_draft
 from outrider.engine.scheduler import StepWork
 from outrider.engine.sequence import Event
 from outrider.engine.state import PendingDraft, StepState
+from outrider.errors import CapabilityError
 from outrider.threads import serially
 from outrider.types import Draft, Rows, Scores
 
@@ -52,6 +54,8 @@ def verify(parts: Parts, works: list[StepWork], rows: Rows, scores: Scores, draf
         bad = blank_nonfinite_rows(scores.logits)
         p = parts.pipeline(scores.logits, *row_contexts(draft, views))
         verdict, unusable = judge(parts.rule, p, draft, noise_of(views), allowances(parts.rule, works), bad)
+    if problem := strange_verdict(verdict, draft, parts.target.vocab_size):
+        raise CapabilityError(f"the rule {type(parts.rule).__name__} {problem} (outrider.testing.check_rule tries its contracts)")
     return VerifiedStep(rows, scores, draft, verdict, unusable)
 
 

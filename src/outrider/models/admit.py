@@ -5,6 +5,7 @@ Of the weights only the headers are read, and no code of the checkpoint is run.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,52 @@ def admit(folder: Path, raw: dict) -> Any:
             f"{folder} is an encoder ({named}), in which a token sees what follows it: it cannot continue text, "
             "use a causal language model"
         )
+    if not causal_flags:
+        _check_follows(config)
     return config
+
+
+SHALLOW = 64 << 20
+"""Most parameters of a model that is made to see how its family behaves: it takes a second."""
+
+
+def not_a_decoder(kind: str) -> ConfigError:
+    """What is said of a model whose rows change with what follows them."""
+    return ConfigError(
+        f"{kind} is no decoder: what follows a token changes what the model says of it, so that it cannot continue text; use a "
+        "causal language model"
+    )
+
+
+@torch.no_grad()
+def _check_follows(config: Any) -> None:
+    """Raise ConfigError if the rows of a model of this family change with what follows them, as far as a shallow random one shows.
+
+    For families that do not state it. A larger or unusual model is left to loading, which runs the model itself.
+    """
+    try:
+        shallow = copy.deepcopy(config)
+        shallow.num_hidden_layers = min(2, int(config.num_hidden_layers))
+        with torch.device("meta"):
+            if sum(p.numel() for p in model_class(shallow).from_config(shallow).parameters()) > SHALLOW:
+                return
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            model = model_class(shallow).from_config(shallow).float().eval()
+        token = torch.tensor([[3, 5, 7, 9, 11, 13, 15, 17], [3, 5, 7, 9, 11, 13, 15, 4]]) % int(config.vocab_size)
+        asked = (token[:1], token[1:], token[:1, :4])
+        one, *others = (model(input_ids=rows).logits[0] for rows in asked)
+    except Exception:  # a family may want other inputs, or have lists by layer: then loading finds out
+        return
+    limit = FOLLOWED * float(one.std().clamp(min=1e-12))
+    for other in others:
+        rows = min(len(other), len(one) - 1)  # the last one of the same length is another token
+        if float((one[:rows] - other[:rows]).abs().amax(-1).median()) > limit:
+            raise not_a_decoder(type(model).__name__)
+
+
+FOLLOWED = 1e-3
+"""Share of the logits' spread by which the typical row may differ: rounding."""
 
 
 def _config(folder: Path) -> Any:

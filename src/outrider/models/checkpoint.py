@@ -27,6 +27,7 @@ from outrider.models.experts import FUSED, expert_names
 from outrider.models.packed import packing_of
 from outrider.models.places import without_place
 from outrider.models.rotary import halves
+from outrider.mtp_names import head_tensors
 from outrider.nn.memory import require_weights
 
 Progress = Callable[[float], None]
@@ -148,7 +149,8 @@ class Checkpoint:
         if self.packing is not None and not self.packed:
             raise Unsupported(f"config.json says that its weights are packed ({self.packing.name}), and none is")
         parts = {part for names in self.packed.values() for part in names.values()}
-        extra = without_place(self.entries.keys() - expected.keys() - parts)
+        heads = head_tensors(self.entries, self.config.layers)
+        extra = without_place(self.entries.keys() - expected.keys() - parts - heads)
         if extra:
             raise Unsupported(f"tensor {extra[0]} has no place in a {self.config.family} model of this configuration")
 

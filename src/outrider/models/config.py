@@ -22,6 +22,8 @@ from outrider.models.rotary import turns_of
 CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
 """Largest config.json that is read; real ones have a few kilobytes."""
+OWN_CODE = {"mimo": "qwen2"}
+"""Model types whose checkpoints name code of their own, which is not run: the family whose network theirs is."""
 
 
 __all__ = ["FAMILIES", "Layout", "Unsupported", "layout_of", "read_layout", "read_raw_config", "shapes_of"]
@@ -42,6 +44,8 @@ class Layout:
 def read_raw_config(folder: Path) -> dict:
     """Read config.json; refused if it requires its own code to be run."""
     raw = read_json(folder / CONFIG, CONFIG_BYTES)
+    if raw.get("model_type") in OWN_CODE:
+        return {k: v for k, v in raw.items() if k != "auto_map"} | {"model_type": OWN_CODE[str(raw["model_type"])]}
     if raw.get("auto_map"):
         raise ConfigError(
             f"{folder / CONFIG} names code of its own (auto_map), which Outrider never runs: "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -26,6 +26,7 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights,
 from outrider.models.expert_use import ExpertUse
 from outrider.models.native import load_native
 from outrider.nn import rope
+from outrider.nn.ahead import Ahead
 from outrider.nn.attention import AttentionPlan, capped
 from outrider.nn.experts import SparseLayer, expert_mlp
 from outrider.nn.kv import PagedKV, page_limit
@@ -99,6 +100,18 @@ class LeanTarget:
         """Forwards of up to so many rows per segment give every row the same bits, whatever is fed with it."""
         return self._native_rows if self.native else 0
 
+    @property
+    def step_bytes(self) -> tuple[float, float] | None:
+        """Bytes of weights that a step of one row reads, and of keys and values for each cached token. None where the compiled
+        decoder does not run, for experts, and for weights in blocks: there no time follows from them that was measured."""
+        if self.native is None or self.config.experts is not None or not self._blocks:
+            return None
+        c = self.config
+        wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        block = c.hidden * (2 * wide + 2 * narrow + 3 * c.inner)
+        size = self.dtype.itemsize
+        return float(size * (self.layers * block + c.vocab_size * c.hidden)), float(2 * size * self.layers * narrow)
+
     def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> PagedKV:
         """A cache for `slots` sequences of `length` tokens each, drafts included. CapacityError if not even one of them fits.
 
@@ -140,6 +153,19 @@ class LeanTarget:
         if short:
             groups.append((short, lambda part: native.forward(part, cache, layers)))
         return run_parts(rows, groups)
+
+    def ahead(
+        self,
+        kv: KVCache,
+        levels: Sequence[Sequence[int]],
+        token: Sequence[int],
+        logits: Float[Tensor, "r V"],
+        done: Callable[[list[list[int]]], None],
+    ) -> Ahead | None:
+        """Forwards that append one token to each of some slots, level by level, see `NativeDecoder.ahead`; None without it."""
+        if self.native is None or self.row_work is not None or not isinstance(kv, PagedKV):
+            return None
+        return self.native.ahead(kv, levels, token, logits, done)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
         return self._embedding(token).to(self.dtype)

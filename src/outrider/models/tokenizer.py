@@ -181,7 +181,7 @@ def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]
     folder = home_of(folder)
     generation = folder / "generation_config.json"
     if generation.is_file():
-        _refuse_constraints(read_json(generation, CONFIG_BYTES), generation)
+        refuse_constraints(read_json(generation, CONFIG_BYTES), generation)
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file() and not found:
@@ -211,7 +211,8 @@ Its other keys are defaults of sampling, which each request sets here.
 """
 
 
-def _refuse_constraints(raw: Mapping[str, Any], file: Path) -> None:
+def refuse_constraints(raw: Mapping[str, Any], file: Path | str) -> None:
+    """Raise ConfigError for a generation configuration that constrains every text. file: where it is from, for the message."""
     for key, free in CONSTRAINTS.items():
         if raw.get(key) is not None and raw[key] not in free:
             raise ConfigError(

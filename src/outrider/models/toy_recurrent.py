@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from outrider.errors import CapabilityError
 from outrider.models.states import StateCaches
 from outrider.models.toy import TableTarget
 from outrider.protocols import KVCache
@@ -100,6 +101,12 @@ class RecurrentTarget:
 
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         return hidden
+
+    def first_layers(self, layers: int) -> RecurrentTarget:
+        """See `protocols.OpenTarget`: its state belongs to all layers together."""
+        raise CapabilityError(
+            "a target whose state cannot be cut cannot be run in part: use a separate draft model, or 'ngram'"
+        )
 
     def norm(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
         return hidden

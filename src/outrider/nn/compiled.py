@@ -26,6 +26,8 @@ from pathlib import Path
 from outrider import isa
 
 logger = logging.getLogger(__name__)
+waiting = logging.getLogger("outrider.waiting")
+"""Says what takes long and is done once; the command line shows it."""
 
 FLAGS = (
     "-std=c++17",
@@ -43,7 +45,9 @@ NATIVE = (("-march=native",), ("-mcpu=native",), ())
 """Flags for all instructions of this CPU: x86 and newer ARM compilers, older ARM compilers, compilers without such a flag."""
 STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s")
 """For libraries used on other machines, where the C++ runtime may be older: the needed parts of it are linked in."""
-TIMEOUT = 300.0
+TIMEOUT, WHEEL_TIMEOUT = 300.0, 7200.0
+"""Seconds that a compiler has: somebody waits for a first start, and nobody for a wheel, which must not lack what a busy machine
+took longer for."""
 PACKAGE = Path(__file__).parent.parent
 WHEEL = PACKAGE / "prebuilt"
 """The folder of a wheel's libraries; a source tree has none."""
@@ -213,7 +217,9 @@ def build(unit: Unit, compiler: list[str], folder: Path, *, openmp: bool, level:
 def build_for_wheel(unit: Unit, compiler: list[str], level: isa.Level, folder: Path) -> Path:
     """Compile the library for any machine with these instructions, under its name in a wheel. Raises BuildError."""
     library = folder / wheel_name(unit, level)
-    compile_unit(unit, compiler, [*FLAGS, *level.flags, *(["-fopenmp"] if unit.threads else [])], library, STATIC)
+    compile_unit(
+        unit, compiler, [*FLAGS, *level.flags, *(["-fopenmp"] if unit.threads else [])], library, STATIC, WHEEL_TIMEOUT
+    )
     library.chmod(0o755)
     return library
 
@@ -230,31 +236,43 @@ def _probe(compiler: list[str], options: Sequence[tuple[str, ...]]) -> tuple[tup
 
 
 def compile_unit(
-    unit: Unit, compiler: list[str], flags: Sequence[str], library: Path, link: Sequence[str] = ()
+    unit: Unit,
+    compiler: list[str],
+    flags: Sequence[str],
+    library: Path,
+    link: Sequence[str] = (),
+    patience: float = TIMEOUT,
 ) -> None:
-    """Compile to a temporary file and rename it: two processes may do this at once. link: further flags of the linker."""
-    logger.info("compiling %s (once per machine, some seconds)", unit.name)
+    """Compile to a temporary file and rename it: two processes may do this at once.
+
+    link: further flags of the linker. patience: seconds for each of both.
+    """
+    waiting.info("compiling the native library '%s', once on this machine: the next start does not wait for it", unit.name)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         part, made = Path(name) / "unit.o", Path(name) / "unit.so"
-        _call([*compiler, *flags, "-c", str(unit.folder / f"{unit.name}.cpp"), "-o", str(part)])
+        _call([*compiler, *flags, "-c", str(unit.folder / f"{unit.name}.cpp"), "-o", str(part)], patience)
         # Linked without -fopenmp: the OpenMP symbols stay open and resolve to the runtime torch has loaded.
         loose = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        _call([*compiler, "-shared", *loose, *link, str(part), "-o", str(made), "-lm", "-pthread"])
+        _call([*compiler, "-shared", *loose, *link, str(part), "-o", str(made), "-lm", "-pthread"], patience)
         os.chmod(made, 0o700)
         os.replace(made, library)
     logger.info("compiled in %.1f s: %s", time.perf_counter() - start, library)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], patience: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        return subprocess.run(command, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        raise BuildError(
+            f"{command[0]} did not end within {patience:.0f} s", "try again when the machine is less busy"
+        ) from None
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{command[0]} does not run ({error})", COMPILER) from None
 
 
-def _call(command: list[str]) -> None:
-    done = _run(command)
+def _call(command: list[str], patience: float) -> None:
+    done = _run(command, patience)
     if done.returncode != 0:
         raise BuildError(f"{command[0]} failed ({_last_line(done.stderr)})", COMPILER)
 

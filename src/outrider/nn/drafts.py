@@ -11,7 +11,7 @@ import ctypes
 import struct
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -21,10 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.errors import CapacityError
+from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.held import OK, Held, fail
 from outrider.nn.kv import RowCache
 
-_LAYER = ("norm1", "q_norm", "k_norm", "norm2", "qkv", "o", "gate_up", "down")
+_LAYER = ("norm1", "qkv_bias", "q_norm", "k_norm", "norm2", "qkv", "o", "gate_up", "down")
 
 
 class Join(IntEnum):
@@ -78,7 +79,8 @@ class Features:
     """How rows are made of tokens and features, see `FeaturePointers` in layout.h. taps, width: of the hidden states that are read.
 
     fuse: [D, taps * width], None if the one tap is the feature. fused_norm: of a feature that was read from taps.
-    token_norm, feature_norm, normed_residual: for BESIDE. joint, joint_bias: for THROUGH.
+    token_norm, feature_norm: for BESIDE, and for THROUGH if both are normed. normed_residual: for BESIDE. joint, joint_bias: for
+    THROUGH.
     """
 
     taps: int
@@ -142,6 +144,10 @@ class Rows:
         self.position += position
 
 
+def _at(a: array) -> int:
+    return a.buffer_info()[0]
+
+
 class NativeLayers:
     """The layers of a drafter. layers: named as in Llama and Qwen3. norm: before the head, None for none. narrow: bfloat16.
 
@@ -165,6 +171,7 @@ class NativeLayers:
         self._held = held = Held(library, self.dtype)
         self._sparse, self._features = support is not None, features
         self._forward = library.outrider_draft_forward
+        self._address = address_of(self._forward)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_draft_new.argtypes, library.outrider_draft_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_draft_free.argtypes, library.outrider_draft_free.restype = (ctypes.c_void_p,), None
@@ -207,7 +214,25 @@ class NativeLayers:
             self._check_cache(cache)
         n, m, s = len(rows.token), len(rows.scored), self.shape
         logits = torch.empty(m, s.vocab) if not self._sparse else torch.full((m, s.vocab), -torch.inf)
-        token, position = array("q", rows.token), array("q", rows.position)
+        token, tap_row = array("q", rows.token), array("q", tap_rows)
+        held = [(t if t.dtype in (torch.float32, torch.bfloat16) else t.float()).contiguous() for t in taps]
+        self._check(n, held, tap_rows, feature, out)
+        places = array("Q", [t.data_ptr() for t in held])
+        read = (_at(places), _at(tap_row), held[0].dtype is torch.bfloat16) if held else (0, _at(tap_row), False)
+        call, _keep = self._pack(
+            rows, cache, _at(token), logits.data_ptr(), read,
+            0 if feature is None else feature.data_ptr(), 0 if out is None else out.data_ptr(),
+        )  # fmt: skip
+        status = self._forward(self._handle, call)
+        if status != OK:
+            fail(status, s.vocab)
+        return logits
+
+    def _pack(
+        self, rows: Rows, cache: RowCache, token: int, logits: int, taps: tuple[int, int, bool], feature: int, out: int
+    ) -> tuple[bytes, tuple[array, ...]]:
+        """A call on buffers at these addresses, and what it points to besides. taps: hidden states, rows of them, whether bfloat16."""
+        position, scored = array("q", rows.position), array("q", rows.scored)
         flat: list[int] = []
         first = 0
         for slot, cached, fed, parents, skipped in rows.segments:
@@ -215,22 +240,46 @@ class NativeLayers:
             flat += parents
             first += fed + len(parents) - skipped
         segments, skips = array("q", flat), array("q", [r[4] for r in rows.segments])
-        scored, tap_row = array("q", rows.scored), array("q", tap_rows)
-        held = [(t if t.dtype in (torch.float32, torch.bfloat16) else t.float()).contiguous() for t in taps]
-        self._check(n, held, tap_rows, feature, out)
-        places = array("Q", [t.data_ptr() for t in held])
-        at = lambda a: a.buffer_info()[0]  # noqa: E731
         call = _CALL.pack(
-            n, m, len(rows.segments), torch.get_num_threads(), cache.slots, cache.capacity,
-            at(token), at(position), at(scored), at(segments), at(self._table), cache.k.data_ptr(), cache.v.data_ptr(),
-            logits.data_ptr(),
-            at(skips), rows.mutual, at(places) if held else 0, at(tap_row), bool(held) and held[0].dtype is torch.bfloat16,
-            0 if feature is None else feature.data_ptr(), 0 if out is None else out.data_ptr(),
+            len(rows.token), len(rows.scored), len(rows.segments), torch.get_num_threads(), cache.slots, cache.capacity,
+            token, _at(position), _at(scored), _at(segments), _at(self._table), cache.k.data_ptr(), cache.v.data_ptr(),
+            logits, _at(skips), rows.mutual, *taps, feature, out,
         )  # fmt: skip
-        status = self._forward(self._handle, call)
-        if status != OK:
-            fail(status, s.vocab)
-        return logits
+        return call, (position, scored, segments, skips)
+
+    def ahead(
+        self,
+        levels: Sequence[Rows],
+        cache: RowCache,
+        token: Sequence[int],
+        logits: Float[Tensor, "r V"],
+        state: Float[Tensor, "n D"],
+        done: Callable[[list[list[int]]], None],
+    ) -> Ahead:
+        """Forwards of levels that read features, each behind the one before. token: addresses that the rows' tokens will be read at;
+        logits: of all of them, one behind the other. state: the features that the first of them takes its rows' from.
+
+        A row's number among those of the level before is told to the call that runs them.
+        """
+        if self._checked is None or self._checked() is not cache:
+            self._check_cache(cache)
+        if self._sparse:
+            logits.fill_(-torch.inf)
+        width, vocab = self.shape.hidden, self.shape.vocab
+        count = sum(len(rows.token) for rows in levels)
+        features, states = torch.empty(count, width), torch.empty(count, width)
+        steps: list[Step] = []
+        keep: list[object] = [state, features, states]
+        above, first = state.data_ptr(), 0
+        for rows, place in zip(levels, token, strict=True):
+            feature, out = features.data_ptr() + 4 * width * first, states.data_ptr() + 4 * width * first
+            call, kept = self._pack(
+                rows, cache, place, logits.data_ptr() + 4 * vocab * first, (0, 0, False), feature, out
+            )
+            keep += kept
+            steps.append(Step(call, above, feature))
+            above, first = out, first + len(rows.token)
+        return Ahead(self._address, self._handle, steps, keep, lambda status: fail(status, vocab), done, width)
 
     def _check_cache(self, cache: RowCache) -> None:
         """A cache is checked once: its shape and type do not change."""
@@ -272,8 +321,10 @@ class NativeLayers:
         attn, mlp = layer.self_attn, layer.mlp
         weight = lambda part: None if part is None else part.weight  # noqa: E731
         q, k, v = (getattr(attn, f"{name}_proj").weight for name in "qkv")
+        biases = [getattr(attn, f"{name}_proj").bias for name in "qkv"]
         return _Layer(
             self._held.vector(weight(getattr(layer, "input_layernorm", None)) if has_norm else None),
+            self._held.vector(None if biases[0] is None else torch.cat(biases)),
             self._held.vector(weight(getattr(attn, "q_norm", None))),
             self._held.vector(weight(getattr(attn, "k_norm", None))),
             self._held.vector(layer.post_attention_layernorm.weight),

@@ -59,7 +59,7 @@ class FusedLayer:
         attn, mlp = layer.self_attn, layer.mlp
         return FusedLayer(
             norm1=getattr(layer, "input_layernorm", nn.Identity()),
-            qkv=draft_linear(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])),
+            qkv=draft_linear(*_joined(attn.q_proj, attn.k_proj, attn.v_proj)),
             qk_norm=_of_both(attn.q_norm, attn.k_norm, attn.q_proj.weight.shape[0])
             if hasattr(attn, "q_norm")
             else None,
@@ -80,6 +80,13 @@ class FusedLayer:
             return linear.add(part, x)
         out = linear(part) if post is None else post(linear(part))
         return x + out * self.scale
+
+
+def _joined(*linears: Any) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of linears side by side; None where they have no biases."""
+    biases = [linear.bias for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    return weight, None if biases[0] is None else torch.cat(biases)
 
 
 def of_rows(q_norm: Norm, k_norm: Norm, heads: int) -> Norm:

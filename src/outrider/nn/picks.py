@@ -53,6 +53,32 @@ def best(x: Float[Tensor, "n V"], count: int) -> tuple[Int[Tensor, "n w"], Float
     return token, value
 
 
+def peaks(x: Float[Tensor, "n V"]) -> list[float] | None:
+    """The largest entry of each row of float32; NaN if there is one in it."""
+    library = _library(x) if x.dtype is torch.float32 else None
+    if library is None:
+        return None
+    out = array("d", bytes(8 * len(x)))
+    library.outrider_peaks(x.data_ptr(), len(x), x.shape[1], out.buffer_info()[0])
+    return out.tolist()
+
+
+def distributions(x: Float[Tensor, "n V"], temperature: Sequence[float]) -> Float[Tensor, "n V"] | None:
+    """softmax(x / temperature) of each row of float32; at temperature 0 all mass on its first largest entry. Row by row: the same bits
+    in any batch. A row without a finite maximum becomes NaN, or at temperature 0 a point mass."""
+    library = _library(x) if x.dtype is torch.float32 else None
+    if library is None:
+        return None
+    out, each = torch.empty_like(x), array("f", temperature)
+    library.outrider_distributions(x.data_ptr(), len(x), x.shape[1], each.buffer_info()[0], out.data_ptr())
+    return out
+
+
+def chain_library(x: Tensor) -> ctypes.CDLL | None:
+    """The library with `outrider_chain` (drafters/tree/chain.py), if it can read these logits."""
+    return _library(x) if x.dtype is torch.float32 else None
+
+
 def _library(x: Tensor) -> ctypes.CDLL | None:
     fit = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel() > 0
     return _loaded() if fit and os.environ.get("OUTRIDER_NATIVE") != "0" else None
@@ -66,5 +92,9 @@ def _loaded() -> ctypes.CDLL | None:
         pointer, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         found.outrider_draws.argtypes = (pointer, flag, whole, whole, pointer, whole, flag, pointer, pointer)
         found.outrider_best.argtypes = (pointer, flag, whole, whole, whole, pointer, pointer)
-        found.outrider_draws.restype = found.outrider_best.restype = None
+        found.outrider_peaks.argtypes = (pointer, whole, whole, pointer)
+        found.outrider_distributions.argtypes = (pointer, whole, whole, pointer, pointer)
+        found.outrider_chain.argtypes, found.outrider_chain.restype = (ctypes.c_char_p,), flag
+        for function in (found.outrider_draws, found.outrider_best, found.outrider_peaks, found.outrider_distributions):
+            function.restype = None
     return found

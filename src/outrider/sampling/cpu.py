@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from outrider.nn import picks
 from outrider.params import SamplingParams
 from outrider.sampling.processors import NEVER, log_min_p, temper
 
@@ -24,6 +25,26 @@ Array = NDArray[np.floating]
 _BLOCK = 64  # entries of a block, of which only the maximum is used first
 _FLOORS = (1e-4, 1e-5, 1e-6, 0.0)  # a nucleus usually ends far above the last: then the tail need not be sorted
 _CACHED = 1 << 18  # entries of a block of rows that is processed at once: 1 MiB of float32 stays in the cache
+
+
+def peaks(x: Float[Tensor, "n V"]) -> list[float]:
+    """The largest entry of each row; NaN, which wins every maximum, if there is one in it."""
+    known = picks.peaks(x)
+    return x.amax(-1).tolist() if known is None else known
+
+
+def without_filters(x: Float[Tensor, "n V"], temperature: Sequence[float]) -> Float[Tensor, "n V"]:
+    """Distributions of rows from which no token is cut, by temperature alone; at 0 the point mass at the most likely token."""
+    known = picks.distributions(x, temperature)
+    if known is not None:
+        return known
+    warm = [i for i, t in enumerate(temperature) if t > 0.0]
+    if len(warm) < len(temperature):
+        out = torch.zeros_like(x).scatter_(1, argmax(x), 1.0)
+        if warm:
+            out[warm] = without_filters(x[warm], [temperature[i] for i in warm])
+        return out
+    return (temper(x, temperature) if any(t != 1.0 for t in temperature) else x).softmax(-1)
 
 
 def argmax(x: Float[Tensor, "n V"]) -> Int[Tensor, "n 1"]:
@@ -43,8 +64,20 @@ def distribution_of(x: Float[Tensor, "n V"], params: Sequence[SamplingParams]) -
 
 
 def _block(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    if any(p.temperature != 1.0 or p.filters for p in params):
-        x = temper(x, [p.temperature for p in params])
+    plain = [i for i, p in enumerate(params) if not p.filters]
+    if not plain:
+        return _filtered(x, params)
+    probs = without_filters(x if len(plain) == len(params) else x[plain], [params[i].temperature for i in plain])
+    if len(plain) == len(params):
+        return probs
+    cut, out = [i for i, p in enumerate(params) if p.filters], torch.empty_like(x)
+    out[plain], out[cut] = probs, _filtered(x[cut], [params[i] for i in cut])
+    return out
+
+
+def _filtered(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Distributions of rows that are all cut."""
+    x = temper(x, [p.temperature for p in params])
     few = [i for i, p in enumerate(params) if p.top_k > 0 or p.min_p > 0.0]
     if len(few) == len(params):
         return _few(x, params)

@@ -67,6 +67,8 @@ class LogitsPipeline:
         if any(p.edits for p in params):
             x = self._edit(x.clone(), params, sequences, paths)
         on_cpu = transfer.on_host(x)
+        if on_cpu and not any(p.filters for p in params):
+            return cpu.without_filters(x, [p.temperature for p in params]) if params else x
         distribution_of = cpu.distribution_of if on_cpu else processors.distribution_of
         warm = [i for i, p in enumerate(params) if not p.greedy]
         if len(warm) == len(params):

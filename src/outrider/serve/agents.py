@@ -29,8 +29,8 @@ class Agents:
         """POST /v1/responses"""
         asked = parse(ResponseRequest, await self.v1.raw(request))
         chat, tools = chat_of_response(asked)
-        begun = self.v1.begin(chat, request.scope.get(OWNER, 0), self.v1.who(request, chat), ResponseReply)
-        reply = await while_connected(request, begun)
+        begin = self.v1.begin(chat, request.scope.get(OWNER, 0), self.v1.who(request, chat), ResponseReply)
+        reply = await self.v1.begun(request, begin)
         assert isinstance(reply, ResponseReply)
         reply.asked, reply.tools = asked, tools
         return await self.v1.sent(request, reply)
@@ -38,8 +38,8 @@ class Agents:
     async def messages(self, request: Request) -> Any:
         """POST /v1/messages"""
         chat = chat_of_message(parse(MessageRequest, await self.v1.raw(request)))
-        begun = self.v1.begin(chat, request.scope.get(OWNER, 0), self.v1.who(request, chat), MessageReply)
-        return await self.v1.sent(request, await while_connected(request, begun))
+        begin = self.v1.begin(chat, request.scope.get(OWNER, 0), self.v1.who(request, chat), MessageReply)
+        return await self.v1.sent(request, await self.v1.begun(request, begin))
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens"""

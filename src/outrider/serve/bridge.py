@@ -275,7 +275,8 @@ class Bridge:
     async def in_thread(self, work: Callable[[], T], seconds: float = 10.0) -> T:
         """Run a pure function (tokenising, a chat template) beside the loop. Raises Unavailable after `seconds`."""
         try:
-            return await asyncio.wait_for(asyncio.to_thread(work), seconds)
+            async with asyncio.timeout(seconds):  # `wait_for` of Python 3.11 may swallow a cancellation
+                return await asyncio.to_thread(work)
         except TimeoutError:
             raise Unavailable("the prompt took too long to prepare: make it shorter") from None
 

@@ -22,7 +22,7 @@ from outrider.serve.parsing import BadField
 from outrider.serve.requests import CompletionRequest
 from outrider.serve.routes import OpenAI
 from outrider.serve.settings import Settings
-from outrider.serve.sse import DONE, EventStream, frame, while_connected
+from outrider.serve.sse import DONE, EventStream, frame
 from outrider.serve.tickets import Unavailable
 from outrider.serve.watch import Monitor, Watching
 from outrider.telemetry.ledger import ledger
@@ -102,7 +102,7 @@ class Live:
         if body.echo or body.prompt_logprobs is not None:
             name = "echo" if body.echo else "prompt_logprobs"
             raise BadField(f"the playground shows new text alone: leave {name} out", name)
-        ticket = (await while_connected(request, self.v1.begin(body, request.scope.get(OWNER, 0)))).ticket
+        ticket = (await self.v1.begun(request, self.v1.begin(body, request.scope.get(OWNER, 0)))).ticket
         return EventStream(self._pieces(ticket), lambda: self.bridge.release(ticket))
 
     async def _pieces(self, ticket: Any) -> AsyncIterator[bytes]:

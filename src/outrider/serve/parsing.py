@@ -12,9 +12,9 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """No unknown keys, no implicit conversions, no NaN."""
+    """No unknown keys, no implicit conversions, no NaN. The text below a field is its description in /openapi.json."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class BadField(RequestError):

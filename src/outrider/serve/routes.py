@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Coroutine
 from dataclasses import replace
 from time import time
 from typing import Any, TypeVar
@@ -65,8 +66,12 @@ class OpenAI:
     # ------------------------------------------------------------------ inside
     async def _answer(self, request: Request, kind: type[Body]) -> Any:
         body = await self.body(request, kind)
-        reply = await while_connected(request, self.begin(body, request.scope.get(OWNER, 0), self.who(request, body)))
+        reply = await self.begun(request, self.begin(body, request.scope.get(OWNER, 0), self.who(request, body)))
         return await self.sent(request, reply)
+
+    async def begun(self, request: Request, begin: Coroutine[Any, Any, Reply]) -> Reply:
+        """The reply that `begin` makes, for a client that is still there; otherwise its place is given back."""
+        return await while_connected(request, begin, lambda reply: self.bridge.release(reply.ticket))
 
     def who(self, request: Request, body: Body) -> str:
         """The user of a request, for an experiment."""

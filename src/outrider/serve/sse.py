@@ -132,17 +132,25 @@ class EventStream:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; it is cancelled with ClientDisconnect as soon as the client disconnects."""
+async def while_connected(request: Request, work: Coroutine[Any, Any, T], undo: Callable[[T], None] | None = None) -> T:
+    """The result of `work`; it is cancelled with ClientDisconnect as soon as the client disconnects.
+
+    undo: called with a result that nobody gets, since work may end in spite of its cancellation (what it waited for had come in
+    the same moment). What the work has taken is given back there.
+    """
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request.receive))
+    handed = False
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
+        handed = True
         return task.result()
     finally:
         await _end(task, gone)
+        if undo is not None and not handed and not task.cancelled() and task.exception() is None:
+            undo(task.result())
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:

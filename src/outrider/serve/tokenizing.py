@@ -24,14 +24,23 @@ class TokenizeRequest(Strict):
     """Body of POST /tokenize: a prompt, or messages as a chat has them."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The served name."""
     prompt: Text | None = None
+    """The text; or `messages`."""
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    """A conversation, written by the chat template."""
     add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its own tokens."""
     return_token_strs: bool | None = None
+    """Send the text of every token too."""
     add_generation_prompt: bool | None = None
+    """Whether the template opens the assistant's turn. Default true."""
     continue_final_message: bool | None = None
+    """Leave the last message open."""
     tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Tools that the template shows."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    """Variables of the chat template."""
 
     @model_validator(mode="after")
     def _is_one(self) -> TokenizeRequest:
@@ -44,7 +53,9 @@ class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The served name."""
     tokens: Tokens | Annotated[list[Token], Field(max_length=0)]
+    """Token ids."""
 
 
 class Tokenizing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outrider.theory.checks import named, number
 from outrider.theory.experts import Routing
@@ -33,6 +33,12 @@ class Hardware:
         for field in ("bandwidth", "compute", "memory"):
             if number(field, getattr(self, field)) <= 0:
                 raise ValueError(f"{field} must be positive, got {getattr(self, field):g}")
+
+
+def _geforce(name: str, bandwidth: float, shader: float, memory: float, generation: str) -> Hardware:
+    """A GeForce card. shader: float32 operations/s; bf16 products that are summed in float32 run at twice that rate there."""
+    source = f"NVIDIA GeForce {name} specifications; {generation} whitepaper: bf16 with float32 sums at twice the shader rate"
+    return Hardware(f"NVIDIA GeForce {name}", bandwidth, 2 * shader, memory, False, source)
 
 
 HARDWARE: dict[str, Hardware] = {
@@ -62,6 +68,60 @@ HARDWARE: dict[str, Hardware] = {
         128e9,
         False,
         "Apple, MacBook Pro (2024) technical specifications; arithmetic is not published: 40 cores x 128 lanes x 2 x 1.6 GHz",
+    ),
+    "l4": Hardware("NVIDIA L4", 300e9, 121e12, 24e9, False, "NVIDIA L4 Tensor Core GPU data sheet, half of the sparse rate"),
+    "l40s": Hardware("NVIDIA L40S", 864e9, 362e12, 48e9, False, "NVIDIA L40S data sheet"),
+    "rtx-3060": _geforce("RTX 3060 12GB", 360e9, 12.7e12, 12e9, "Ampere"),
+    "rtx-3090": _geforce("RTX 3090", 936e9, 35.6e12, 24e9, "Ampere"),
+    "rtx-4060": _geforce("RTX 4060", 272e9, 15.1e12, 8e9, "Ada"),
+    "rtx-4070": _geforce("RTX 4070", 504e9, 29.1e12, 12e9, "Ada"),
+    "rtx-4090": _geforce("RTX 4090", 1.008e12, 82.6e12, 24e9, "Ada"),
+    "rtx-5090": _geforce("RTX 5090", 1.792e12, 104.8e12, 32e9, "Blackwell"),
+    "rx-7900-xtx": Hardware("AMD Radeon RX 7900 XTX", 960e9, 122.8e12, 24e9, False, "AMD Radeon RX 7900 XTX specifications"),
+    "m1": Hardware("Apple M1, 8 GPU cores, 16 GB", 68e9, 2.6e12, 16e9, False, "Apple, M1 press release (2020): 2.6 teraflops"),
+    "m2": Hardware("Apple M2, 10 GPU cores, 24 GB", 100e9, 3.6e12, 24e9, False, "Apple, M2 press release (2022): 3.6 teraflops"),
+    "m2-ultra": Hardware(
+        "Apple M2 Ultra, 76 GPU cores, 192 GB", 800e9, 27.2e12, 192e9, False, "Apple, M2 Ultra press release (2023): 27.2 teraflops"
+    ),
+    "m4": Hardware(
+        "Apple M4, 10 GPU cores, 32 GB",
+        120e9,
+        4.1e12,
+        32e9,
+        False,
+        "Apple, M4 technical specifications (2024); arithmetic is not published: 10 cores x 128 lanes x 2 x 1.6 GHz",
+    ),
+    "m4-pro": Hardware(
+        "Apple M4 Pro, 20 GPU cores, 64 GB",
+        273e9,
+        8.2e12,
+        64e9,
+        False,
+        "Apple, M4 Pro technical specifications (2024); arithmetic is not published: 20 cores x 128 lanes x 2 x 1.6 GHz",
+    ),
+    "ryzen-ai-max": Hardware(
+        "AMD Ryzen AI Max+ 395, 40 GPU cores, 128 GB",
+        256e9,
+        59e12,
+        128e9,
+        False,
+        "AMD specifications: LPDDR5X-8000 x 256 bit; arithmetic: 40 cores x 512 x 2.9 GHz",
+    ),
+    "laptop-ddr4": Hardware(
+        "a laptop's processor, 4 cores, two channels of DDR4-3200, 16 GB",
+        51.2e9,
+        0.38e12,
+        16e9,
+        False,
+        "JEDEC DDR4-3200, 2 x 64 bit; arithmetic assumed: float32, 4 cores x 32 operations (AVX2) x 3 GHz",
+    ),
+    "laptop-ddr5": Hardware(
+        "a laptop's processor, 8 cores, two channels of DDR5-5600, 32 GB",
+        89.6e9,
+        0.77e12,
+        32e9,
+        False,
+        "JEDEC DDR5-5600, 2 x 64 bit; arithmetic assumed: float32, 8 cores x 32 operations (AVX2) x 3 GHz",
     ),
 }
 
@@ -157,6 +217,21 @@ def hardware(name: str) -> Hardware:
     3350000000000.0
     """
     return named("hardware", name, HARDWARE)
+
+
+def own(base: Hardware, bandwidth: float | None, compute: float | None, memory: float | None) -> Hardware:
+    """`base` with your own figures where they are given: bytes/s, operations/s, bytes. ValueError for one that is not positive.
+
+    >>> own(HARDWARE["m4"], 60e9, None, None).bandwidth
+    60000000000.0
+    """
+    given = {"bandwidth": bandwidth, "compute": compute, "memory": memory}
+    mine = {name: value for name, value in given.items() if value is not None}
+    if not mine:
+        return base
+    told = f"own figures of {', '.join(mine)}" + ("" if len(mine) == len(given) else f"; the rest of {base.name}: {base.source}")
+    name = "your machine" if len(mine) == len(given) else f"a machine like {base.name}"
+    return replace(base, **mine, name=name, measured=base.measured and not mine, source=told)
 
 
 def model(name: str) -> Model:

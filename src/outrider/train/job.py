@@ -10,12 +10,13 @@ from typing import Any
 from outrider.deprecated import current
 from outrider.errors import ConfigError
 from outrider.models.folder import identity_of, resolve_folder
+from outrider.train import metrics
 from outrider.train.features import MOST_REPEATED, DataSpec
 from outrider.train.loop import BOOKKEEPING
 from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.registry import check, method_named
 
-ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots"})
+ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "log"})
 """Fields of a job that do not affect the training of a drafter, or affect it through the data alone."""
 LATER: Mapping[str, Any] = {"start": None, "repeats": MOST_REPEATED}
 """Fields that older releases did not have, with the values that mean what those did: these leave a training's name unchanged."""
@@ -29,6 +30,7 @@ class Job(MethodOptions):
     out: the finished drafter. rows, held_out: rows of training and held-out data. temperature: at which the target writes; of
     several, its rows have them in turn. slots: rows that the target writes at once.
     repeats: the largest share of repeated 8-grams that a row may have, 0 to 1.
+    log: where metrics go besides the work folder, see `metrics.loggers`.
     """
 
     kind: str | Method
@@ -42,6 +44,7 @@ class Job(MethodOptions):
     temperature: float | tuple[float, ...] = 1.0
     slots: int = 16
     repeats: float = MOST_REPEATED
+    log: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", current(self.labels, {"laws": "distributions"}, "labels"))
@@ -50,6 +53,7 @@ class Job(MethodOptions):
         if not 0 <= self.repeats <= 1:
             raise ConfigError(f"repeats is a share of a row, 0 to 1, got {self.repeats}")
         check(self.method, self)
+        metrics.check(self.log)
 
     @property
     def method(self) -> Method:

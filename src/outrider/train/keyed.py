@@ -64,3 +64,20 @@ def run_folder(work: Path, kind: str, parts: Sequence[Path], choices: dict[str, 
     if not (folder / ABOUT).exists():
         write_whole(folder / ABOUT, (json.dumps(known, indent=1) + "\n").encode())
     return folder
+
+
+def shorter_run(folder: Path) -> Path | None:
+    """The newest checkpoint of a training beside this one that differs from it in a smaller number of steps (and the warm-up)
+    alone.
+
+    folder: as `run_folder` gives it.
+    """
+    mine, found = json.loads((folder / ABOUT).read_text()), list[tuple[int, Path]]()
+    for note in folder.parent.glob(f"*/{ABOUT}"):
+        other = json.loads(note.read_text())
+        loop, own = other.get("loop"), mine["loop"]
+        if not isinstance(loop, dict) or not loop.get("steps", own["steps"]) < own["steps"] or loop["warmup"] > own["warmup"]:
+            continue
+        if other | {"loop": loop | {"steps": own["steps"], "warmup": own["warmup"]}} == mine:
+            found += [(loop["steps"], path) for path in sorted(note.parent.glob("step-*"))[-1:]]
+    return max(found, default=(0, None))[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from outrider.errors import ConfigError, unknown_name
 from outrider.train.checkpoint import TrainState, load_latest, save_checkpoint
+from outrider.train.metrics import Log
 
 Batch = torch.Tensor | tuple[torch.Tensor, ...]  # token ids [rows, length + 1], or a tuple that begins with them
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
@@ -114,9 +115,14 @@ def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoin
 def _check_same_run(saved: dict, config: LoopConfig) -> None:
     """Refuse to continue a run under settings that change its trajectory."""
     now = asdict(config) | {"betas": list(config.betas)}
-    changed = [k for k, v in saved.items() if k not in BOOKKEEPING and now.get(k) != v]
+    changed = [k for k, v in saved.items() if k not in BOOKKEEPING and now.get(k) != v and not _grows(k, v, config)]
     if changed:
         raise ConfigError(f"the checkpoint was made with other settings of {', '.join(changed)}; use a new folder")
+
+
+def _grows(name: str, before: Any, config: LoopConfig) -> bool:
+    """Whether this is a number of steps that has grown, or the warm-up, which lies behind a run that was longer than it."""
+    return (name == "steps" and before < config.steps) or (name == "warmup" and before <= config.warmup)
 
 
 def _update(
@@ -144,11 +150,15 @@ def train(
     folder: Path,
     evaluate: Evaluate | None = None,
     report: Report = print,
+    logs: Sequence[Log] = (),
 ) -> dict:
     """Train ``model`` in place, from the newest valid checkpoint in ``folder`` if there is one; return the state.
 
     ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at checkpoints, within
-    a tenth of the time, and at the end.
+    a tenth of the time, and at the end. ``logs`` get the figures of every printed line, and every measurement.
+
+    A checkpoint of a run with fewer ``steps`` and the same other settings is continued to the new number: with the learning
+    rate of the longer run from there on, so that its weights are not those of a long run from the start.
     """
     torch.manual_seed(config.seed)
     optimizer = build_optimizer(model, config)
@@ -158,8 +168,12 @@ def train(
         _check_same_run(checkpoint.state["config"], config)
         state |= _restore(model, optimizer, checkpoint)
         report(f"continuing from {checkpoint.path.name}")
+        before = checkpoint.state["config"]["steps"]
+        if before != config.steps:
+            report(f"the run of {before} steps grows to {config.steps}: the learning rate is that of the longer run from here on")
     compute = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
-    progress, measure = _Progress(config, report), _Measure(evaluate)
+    progress, measure = _Progress(config, report, logs), _Measure(evaluate)
+    progress.seen = state["history"][-1] if state["history"] else {}
     saved_at = time.monotonic()
     model.train()
     while state["step"] < config.steps:
@@ -176,7 +190,7 @@ def train(
         state["computing"] += now - ready
         progress.add(state["step"], value, tokens_in(batch))
         if now - saved_at >= config.save_every_s or state["step"] == config.steps:
-            _save(model, optimizer, state, config, folder, measure, report)
+            _save(model, optimizer, state, config, folder, measure, progress)
             saved_at = time.monotonic()
             if state["step"] < config.steps:  # the last one is not in what it wrote
                 state["saving"] += saved_at - now
@@ -223,8 +237,9 @@ class _Measure:
 class _Progress:
     """Logs one line every ``log_every`` steps: mean loss since the last line, speed, and the remaining time."""
 
-    def __init__(self, config: LoopConfig, report: Report) -> None:
-        self.config, self.report = config, report
+    def __init__(self, config: LoopConfig, report: Report, logs: Sequence[Log] = ()) -> None:
+        self.config, self.report, self.logs = config, report, logs
+        self.seen: dict[str, float] = {}  # the latest measurement
         self.losses: list[float] = []
         self.tokens, self.since = 0, time.monotonic()
 
@@ -237,11 +252,25 @@ class _Progress:
         now = time.monotonic()
         rate = self.tokens / (now - self.since)
         left = (self.config.steps - step) * tokens / rate / 60
+        loss, lr = sum(self.losses) / len(self.losses), learning_rate(step, self.config)
+        at = " ".join(f"{v:.2f}" for k, v in self.seen.items() if k.startswith("accept_"))
+        accepted = f"accept {at}  " if at else ""
         self.report(
-            f"step {step}/{self.config.steps}  loss {sum(self.losses) / len(self.losses):.4f}  "
-            f"lr {learning_rate(step, self.config):.2e}  {rate:,.0f} tokens/s  {left:.1f} min left"
+            f"step {step}/{self.config.steps}  loss {loss:.4f}  {accepted}lr {lr:.2e}  {rate:,.0f} tokens/s  {left:.1f} min left"
         )
+        self.log(step, {"loss": loss, "lr": lr, "tokens_per_second": rate, "minutes_left": left})
         self.losses, self.tokens, self.since = [], 0, now
+
+    def measured(self, step: int, found: dict[str, float]) -> None:
+        """Show a measurement, and keep it for the next lines."""
+        self.seen = found
+        self.report(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        self.log(step, found)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Pass figures to all `logs`."""
+        for log in self.logs:
+            log(step, values)
 
 
 def _save(
@@ -251,13 +280,13 @@ def _save(
     config: LoopConfig,
     folder: Path,
     measure: _Measure,
-    report: Report,
+    progress: _Progress,
 ) -> None:
     """Measure, then write a checkpoint."""
     measured = measure(model, in_any_case=state["step"] == config.steps)
     if measured is not None:
         state["history"].append({"step": state["step"], **measured})
-        report(f"step {state['step']}  " + "  ".join(f"{k} {v:.4f}" for k, v in measured.items()))
+        progress.measured(state["step"], measured)
     tensors = {
         "model": model.state_dict(),
         "optimizer": pack_optimizer(optimizer),

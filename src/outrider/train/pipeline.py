@@ -17,13 +17,14 @@ from outrider.models.folder import identity_of, resolve_folder
 from outrider.models.load import load_target
 from outrider.protocols import Target
 from outrider.train import data
-from outrider.train.checkpoint import replace_folder
+from outrider.train.checkpoint import checkpoints, replace_folder
 from outrider.train.corpus import read_corpus
 from outrider.train.distill import Teacher, measure_of
 from outrider.train.features import DataSpec, Features, cut_prompts, read_features, write_hidden, write_tokens
 from outrider.train.job import Job
-from outrider.train.keyed import hidden_folder, part_folder, run_folder
+from outrider.train.keyed import hidden_folder, part_folder, run_folder, shorter_run
 from outrider.train.loop import share_computing, train
+from outrider.train.metrics import loggers
 
 Report = Callable[[str], None]
 
@@ -116,15 +117,11 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     judge = Teacher.of(target, training.layers, taps)
     evaluate = measure_of(Teacher.of(target, held_out.layers, taps), method.predictor(job.levels), held_out)
     batches, loss = method.fit_inputs(job, judge, model, training)
-    state = train(
-        model,
-        batches,
-        loss,
-        job.loop,
-        run_folder(job.work, method.name, ready.parts, job.choices(taps)),
-        evaluate,
-        report,
-    )
+    folder = run_folder(job.work, method.name, ready.parts, job.choices(taps))
+    if not checkpoints(folder) and (shorter := shorter_run(folder)) is not None:
+        shutil.copytree(shorter, folder / shorter.name)
+    logs = loggers(folder, job.log, job.choices(taps))
+    state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
     export(model, job, report)
     spent = {"seconds": state["seconds"], "computing": share_computing(state)}
     return {"drafter": method.name, "steps": state["step"], **spent, **state["history"][-1]}

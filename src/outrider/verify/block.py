@@ -64,7 +64,8 @@ class BlockVerification:
         """
         _check_chain(draft)
         if transfer.on_host(p):
-            return _verify_sequence(p, draft, noise)
+            found = native.block(p, draft, noise)
+            return verify_plain(p, draft, noise) if found is None else _verdict(draft, found)
         return transfer.fetch(self.launch(p, draft, noise))[0]
 
 
@@ -75,8 +76,22 @@ def _check_chain(draft: Draft) -> None:
         )
 
 
-def _verify_sequence(p: Tensor, draft: Draft, noise: Noise) -> Verdict:
-    """Verify sequence by sequence, in the order the native passes read them."""
+def _verdict(draft: Draft, found: native.BlockResult) -> Verdict:
+    if found.broken >= 0:
+        raise c.no_distribution(found.broken)
+    taken, counts, offsets = found.taken, draft.counts, draft.offsets
+    return Verdict(
+        tuple(tuple(range(at, at + n)) for at, n in zip(offsets, taken, strict=False)),
+        tuple(found.next),
+        tuple(min(n + 1, count) for n, count in zip(taken, counts, strict=True)),
+        tuple(found.risk),
+        tuple(found.spread),
+        (0.0,) * len(taken),
+    )
+
+
+def verify_plain(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> Verdict:
+    """Sequence by sequence, a few passes over the vocabulary each: the plain twin of `native.block`."""
     px, qx = probs_of_tokens(p, draft)
     keep = _keep(px, qx, draft)
     lost, variance = _lost(p, draft, qx, keep)

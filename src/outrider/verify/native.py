@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from array import array
 from functools import cache
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from outrider.nn.compiled import PASSES, load
+from outrider.noise import Noise
+from outrider.types import POINT_MASS, Draft
 
 BELOW_ONE = 1.0 - 2.0**-53
 
@@ -97,6 +101,53 @@ def transport(
     return TransportResult(taken.tolist(), rest, left)
 
 
+_STEP = struct.Struct("11Q2qQ")
+"""`Step` of block.h: p, q; counts, token, row; seed, position; taken, next, risk, spread; sequences, size; coin."""
+
+
+class BlockResult(NamedTuple):
+    """Block verification of chains. Per sequence: accepted nodes, the token behind them, and the ledger's risk and spread; or the
+    number of a sequence without a distribution to draw from, -1 if there is none."""
+
+    taken: list[int]
+    next: list[int]
+    risk: list[float]
+    spread: list[float]
+    broken: int
+
+
+def block(p: Float[Tensor, "M V"], draft: Draft, noise: Noise) -> BlockResult | None:
+    """Twin: `outrider.verify.block.verify_plain`."""
+    q = draft.q
+    if q is not None and (q.support is not None or q.probs.shape[1] != p.shape[1] or q.probs.dtype != p.dtype):
+        return None
+    compiled = _library(p, p) if q is None or (q.probs.is_contiguous() and q.probs.device == p.device) else None
+    if compiled is None:
+        return None
+    count, nodes = len(draft.counts), len(draft.parent)
+    whole = array("q", [*draft.counts, *draft.tokens, *(q.row if q is not None else (POINT_MASS,) * nodes), *noise.position])
+    seed, out, ledger = array("Q", noise.keys), array("q", bytes(16 * count + 8)), array("d", bytes(16 * count))
+    coins = array("d") if type(noise) is Noise else array("d", _coins(draft, noise))
+    at, found, sums = whole.buffer_info()[0], out.buffer_info()[0], ledger.buffer_info()[0]
+    step = _STEP.pack(
+        p.data_ptr(), 0 if q is None else q.probs.data_ptr(), at, at + 8 * count, at + 8 * (count + nodes),
+        seed.buffer_info()[0], at + 8 * (count + 2 * nodes), found, found + 8 * count, sums, sums + 8 * count, count, p.shape[1],
+        coins.buffer_info()[0] if coins else 0,
+    )  # fmt: skip
+    fine = compiled.outrider_block(step, p.dtype == torch.float64, found + 16 * count)
+    taken, final, broken = out[:count].tolist(), out[count : 2 * count].tolist(), out[-1]
+    return BlockResult(taken, final, ledger[:count].tolist(), ledger[count:].tolist(), -1 if fine else broken)
+
+
+def _coins(draft: Draft, noise: Noise) -> list[float]:
+    """What a noise of another kind says, in the order of block.h."""
+    out: list[float] = []
+    for b, n in enumerate(draft.counts):
+        out += [noise.uniform(b, depth, "accept") for depth in range(1, n + 1)]
+        out += [noise.uniform(b, depth, "final") for depth in range(1, n + 2)]
+    return out
+
+
 def _library(p: Tensor, q: Tensor) -> ctypes.CDLL | None:
     """The compiled passes, if they support these rows."""
     fit = p.dtype == q.dtype and p.dtype in (torch.float32, torch.float64) and p.shape == q.shape
@@ -126,5 +177,6 @@ def library() -> ctypes.CDLL | None:
         found.outrider_draw.argtypes = (pointer, pointer, real, whole, real, flag, pointer)
         found.outrider_draw.restype = whole
         found.outrider_transport.argtypes = (pointer, flag)
+        found.outrider_block.argtypes, found.outrider_block.restype = (ctypes.c_char_p, flag, pointer), flag
         found.outrider_transport.restype = real
     return found

@@ -62,13 +62,14 @@ Sums overlap(const T* p, const T* q, T w, int64_t n) {
     return out;
 }
 
-// Weights max(wp - q, 0) in double, or wp without q.
+// Weights max(wp - q, 0) in double, or wp without q; zero for the token `banned`, if there is one.
 template <class T>
 struct Residual {
     const T *p, *q;
     double w;
+    int64_t banned = -1;
     double operator[](int64_t i) const {
-        const double x = static_cast<double>(p[i]) * w - (q ? static_cast<double>(q[i]) : 0.0);
+        const double x = i == banned ? 0.0 : static_cast<double>(p[i]) * w - (q ? static_cast<double>(q[i]) : 0.0);
         return x > 0 ? x : 0.0;
     }
     double sum(int64_t from, int64_t to) const {
@@ -312,5 +313,34 @@ EXPORT int64_t outrider_draw(const void* p, const void* q, double w, int64_t siz
 
 // The residual if no candidate is accepted: returns its total, and its weights in node->rest.
 EXPORT double outrider_transport(const Node* node, int wide) { return wide ? judge<double>(*node) : judge<float>(*node); }
+
+#include "block.h"
+#include "chain.h"
+
+// Twin: `verify_plain` in block.py. False: the sequence whose number is in *broken has no distribution to draw from.
+template <class T>
+bool verify_block(const block::Step& step, int64_t* broken) {
+    return block::verify<T>(
+        step, broken, [&](const T* p, const T* q, double w) { return overlap(p, q, (T)w, step.size); },
+        [&](const T* p, const T* q, double w, int64_t banned, double u, double* total) { return draw<T>({p, q, w, banned}, step.size, u, total); }
+    );
+}
+
+EXPORT int outrider_block(const block::Step* step, int wide, int64_t* broken) {
+    return wide ? verify_block<double>(*step, broken) : verify_block<float>(*step, broken);
+}
+
+// The largest entry of each row, NaN if there is one in it.
+EXPORT void outrider_peaks(const float* x, int64_t count, int64_t size, double* peak) {
+    for (int64_t r = 0; r < count; ++r) peak[r] = rows::peak(x + r * size, size);
+}
+
+// Distributions of rows of logits at a temperature each.
+EXPORT void outrider_distributions(const float* x, int64_t count, int64_t size, const float* temperature, float* out) {
+    for (int64_t r = 0; r < count; ++r) rows::distribution(x + r * size, size, temperature[r], out + r * size);
+}
+
+// A status of `forward`; 0: all levels are there.
+EXPORT int outrider_chain(const chain::Chains* chains) { return chain::grow(*chains); }
 
 #include "picks.h"

@@ -6,9 +6,10 @@ together; attention runs per sequence, over its own context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,17 +19,20 @@ from outrider.drafters.checkpoint import read_config
 from outrider.drafters.context import Context, new_rows
 from outrider.drafters.eagle.eagle1 import Eagle1Network
 from outrider.drafters.eagle.eagle3 import Eagle3Network
-from outrider.drafters.eagle.forward import Forward, forward_of
+from outrider.drafters.eagle.forward import Forward, NativeForward, forward_of
 from outrider.drafters.eagle.network import EagleNetwork
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import ConfigError
+from outrider.nn.ahead import Ahead
 from outrider.nn.drafts import Rows
 from outrider.nn.kv import RowCache
 from outrider.protocols import Drafter, Target
 from outrider.types import Draft, Evidence, SequenceView
 
+ForwardOf = Callable[[Any, int], Forward]
+"""From a network and the rows of a slot to its forward."""
 CHUNK = 256
 """Most rows of one sequence in one pass."""
 
@@ -50,15 +54,18 @@ class SlotState:
 class EagleDrafter:
     """Drafts with a feature model that has its own KV cache of one layer.
 
-    growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2).
+    growth: how drafts grow: chains and trees of a fixed shape, sampled or greedy, or best-first trees (EAGLE-2). forward: makes the
+    forward of the model for slots of so many rows.
 
     After a step every accepted row of the target is a new context row, even if nothing is drafted, because hidden states are
     available only once. A sequence with missed rows starts over with the rows it has: its drafts are then less accurate, but still
     exact.
     """
 
-    def __init__(self, model: EagleNetwork, growth: Growth, *, name: str = "eagle") -> None:
-        self.name, self.model, self.growth = name, model, growth
+    def __init__(
+        self, model: EagleNetwork, growth: Growth, *, name: str = "eagle", forward: ForwardOf = forward_of
+    ) -> None:
+        self.name, self.model, self.growth, self._forward_of = name, model, growth, forward
         self.layers: tuple[int, ...] = tuple(sorted(set(model.config.taps)))
         self._order = [self.layers.index(t) for t in model.config.taps]
         self.max_depth, self.max_nodes, self.trees = growth.depth, growth.nodes, growth.trees
@@ -69,7 +76,7 @@ class EagleDrafter:
     def bind(self, slots: int, length: int) -> None:
         """Allocate the drafter's KV cache."""
         c, capacity = self.model.config, length + self.growth.max_expanded_nodes
-        self._run = forward_of(self.model, capacity)
+        self._run = self._forward_of(self.model, capacity)
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
         self.context = Context(slots)
         self._states = [SlotState() for _ in range(slots)]
@@ -93,12 +100,15 @@ class EagleDrafter:
         live = []
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):
             place = self._states[view.slot]
+            place.nodes = {}
             if depth > 0 and place.state is not None and self.context.reaches(view):
                 depths[i] = min(depth, self.max_depth)
                 place.nodes, place.parents = {-1: (place.state, -1)}, []
                 live.append(view.slot)
         if live:
-            follow = self._follower(self._run, evidence.sequences, forest)
+            slots = [view.slot for view in evidence.sequences]
+            places, starts = [self._states[s] for s in slots], [self.context.next[s] for s in slots]
+            follow = _Follower(self._run, self.model, self.cache, slots, places, starts, forest)
             self.growth.grow(evidence, depths, forest, self._first_logits(self._run, live, read), follow)
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
@@ -150,33 +160,64 @@ class EagleDrafter:
         states = {slot: self._states[slot].state for slot in live}
         return torch.stack([known[s] if s in known else run.logits(states[s][None])[0] for s in live])  # type: ignore[index]
 
-    def _follower(
-        self, run: Forward, views: Sequence[SequenceView], forest: Forest
-    ) -> Callable[[list[tuple[int, int]]], Float[Tensor, "n V"]]:
-        """Returns a function that feeds draft nodes: each sees the context, its ancestors and itself; its feature is its parent's
-        output."""
 
-        def follow(frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
-            depth = len(forest.path(*frontier[0]))
-            rows, features = Rows(scored=range(len(frontier))), []
-            for i, own in groupby(frontier, key=lambda pair: pair[0]):
-                place, slot, nodes = self._states[views[i].slot], views[i].slot, [k for _, k in own]
-                above = [place.nodes[forest.parent[i][k]] for k in nodes]
-                first = len(place.parents)
-                place.parents += [row for _, row in above]
-                place.nodes |= {
-                    k: (state, row) for row, (k, (state, _)) in enumerate(zip(nodes, above, strict=True), first)
-                }
-                features += [state for state, _ in above]
-                position = [self.context.next[slot] + depth - 1] * len(nodes)
-                rows.add(slot, self.cache.length[slot], [forest.tokens[i][k] for k in nodes], position, place.parents)
-            state, logits = run.forward(rows, self.cache, feature=torch.stack(features))
-            for (i, k), own_state in zip(frontier, state, strict=True):
-                nodes = self._states[views[i].slot].nodes
-                nodes[k] = (own_state, nodes[k][1])
-            return logits
+class _Follower:
+    """Feeds draft nodes: each sees the context, its ancestors and itself; its feature is its parent's output.
 
-        return follow
+    places: of each sequence, for those that are drafted for. starts: positions of their first nodes.
+    """
+
+    def __init__(
+        self,
+        run: Forward,
+        model: EagleNetwork,
+        cache: RowCache,
+        slots: list[int],
+        places: list[SlotState],
+        starts: list[int],
+        forest: Forest,
+    ) -> None:
+        self._run, self._model, self._cache, self._forest = run, model, cache, forest
+        self._slots, self._places, self._starts = slots, places, starts
+
+    def __call__(self, frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
+        forest = self._forest
+        depth = len(forest.path(*frontier[0]))
+        rows, features = Rows(scored=range(len(frontier))), []
+        for i, own in groupby(frontier, key=lambda pair: pair[0]):
+            place, slot, nodes = self._places[i], self._slots[i], [k for _, k in own]
+            above = [place.nodes[forest.parent[i][k]] for k in nodes]
+            first = len(place.parents)
+            place.parents += [row for _, row in above]
+            place.nodes |= {
+                k: (state, row) for row, (k, (state, _)) in enumerate(zip(nodes, above, strict=True), first)
+            }
+            features += [state for state, _ in above]
+            position = [self._starts[i] + depth - 1] * len(nodes)
+            rows.add(slot, self._cache.length[slot], [forest.tokens[i][k] for k in nodes], position, place.parents)
+        state, logits = self._run.forward(rows, self._cache, feature=self._model.feed(torch.stack(features)))
+        for (i, k), own_state in zip(frontier, state, strict=True):
+            nodes = self._places[i].nodes
+            nodes[k] = (own_state, nodes[k][1])
+        return logits
+
+    def levels(self) -> Float[Tensor, "levels n V"] | None:
+        """Every level takes a forward."""
+
+    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+        """See `tree.chain.Foreseeing`."""
+        as_it_is = type(self._model).feed is EagleNetwork.feed  # compiled code hands a state down unchanged
+        if not isinstance(self._run, NativeForward) or not as_it_is:
+            return None
+        levels = []
+        for depth, own in enumerate(rows, 1):
+            level = Rows(scored=range(len(own)))
+            for i in own:
+                slot = self._slots[i]
+                level.add(slot, self._cache.length[slot], [0], [self._starts[i] + depth - 1], range(-1, depth - 1))
+            levels.append(level)
+        live = [place.nodes[-1][0] for place in self._places if -1 in place.nodes]
+        return self._run.ahead(levels, self._cache, token, logits, torch.stack(live))
 
 
 def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from outrider.drafters.eagle.network import EagleNetwork
 from outrider.nn import rope
+from outrider.nn.ahead import Ahead
 from outrider.nn.attention import attend
 from outrider.nn.draft_heads import NativeHeads
 from outrider.nn.drafts import NativeLayers, Rows
@@ -79,6 +80,17 @@ class NativeForward:
     def logits(self, state: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         return self._head(state)[0]
 
+    def ahead(
+        self,
+        levels: Sequence[Rows],
+        cache: RowCache,
+        token: Sequence[int],
+        logits: Float[Tensor, "r V"],
+        state: Float[Tensor, "n D"],
+    ) -> Ahead:
+        """Forwards of a chain's levels, see `nn.drafts.NativeLayers.ahead`. Their rows are the draft's: nothing is kept."""
+        return self._layers.ahead(levels, cache, token, logits, state, lambda fed: None)
+
 
 class TorchForward:
     """The twin: weights fused for serving, positions in a table, attention per sequence."""
@@ -100,18 +112,9 @@ class TorchForward:
         feature: Float[Tensor, "n D"] | None = None,
     ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "m V"]]:
         if feature is None:
-            hidden = torch.stack(list(taps), 1)
-            every = list(tap_rows) == list(range(len(hidden)))
-            feature = self.model.read((hidden if every else hidden[list(tap_rows)]).to(self.dtype))
+            feature = self.model.read(tapped(taps, tap_rows).to(self.dtype))
         residual, q, k, v = self._enter(rows, feature)
-        seen, first = [], 0
-        for slot, cached, fed, parents, skipped in rows.segments:
-            n = fed + len(parents) - skipped
-            mine, start = slice(first, first + n), cached + skipped
-            keys, values = cache.write(0, slot, start, k[mine], v[mine])
-            seen.append(_attend(q[mine], keys, values, _mask(n, cached, list(parents), q.device)))
-            first += n
-        state = self.layer.leave(seen[0] if len(seen) == 1 else torch.cat(seen), residual)
+        state = self.layer.leave(attend_rows(rows, cache, q, k, v), residual)
         scored = list(rows.scored)
         return state, self.logits(state if scored == list(range(len(state))) else state[scored])
 
@@ -122,8 +125,36 @@ class TorchForward:
         residual, x = self.model.join(self._tokens[token], g)
         x = self.layer.qkv(x).view(len(token), c.heads + 2 * c.kv_heads, c.head_dim)
         qk, v = x.split((c.heads + c.kv_heads, c.kv_heads), 1)
+        if self.layer.qk_norm is not None:
+            qk = self.layer.qk_norm(qk)
         q, k = rope.rotate(qk, *rope.angles(self._turns, position)).split((c.heads, c.kv_heads), 1)
         return residual, q, k, v
+
+
+def tapped(taps: Sequence[Tensor], tap_rows: Sequence[int]) -> Float[Tensor, "n K H"]:
+    """The rows of the target's hidden states that are read, K side by side."""
+    hidden = torch.stack(list(taps), 1)
+    every = list(tap_rows) == list(range(len(hidden)))
+    return hidden if every else hidden[list(tap_rows)]
+
+
+def attend_rows(
+    rows: Rows,
+    cache: RowCache,
+    q: Float[Tensor, "n h d"],
+    k: Float[Tensor, "n g d"],
+    v: Float[Tensor, "n g d"],
+    scale: float | None = None,
+) -> Float[Tensor, "n A"]:
+    """Write the rows' keys and values and let every row see its sequence's cached ones and its own ancestors."""
+    seen, first = [], 0
+    for slot, cached, fed, parents, skipped in rows.segments:
+        n = fed + len(parents) - skipped
+        mine, start = slice(first, first + n), cached + skipped
+        keys, values = cache.write(0, slot, start, k[mine], v[mine])
+        seen.append(_attend(q[mine], keys, values, _mask(n, cached, list(parents), q.device), scale))
+        first += n
+    return seen[0] if len(seen) == 1 else torch.cat(seen)
 
 
 def _mask(n: int, cached: int, parents: list[int], device: torch.device) -> Tensor | None:
@@ -136,6 +167,10 @@ def _mask(n: int, cached: int, parents: list[int], device: torch.device) -> Tens
 
 
 def _attend(
-    q: Float[Tensor, "n h d"], keys: Float[Tensor, "g m d"], values: Float[Tensor, "g m d"], see: Tensor | None
+    q: Float[Tensor, "n h d"],
+    keys: Float[Tensor, "g m d"],
+    values: Float[Tensor, "g m d"],
+    see: Tensor | None,
+    scale: float | None,
 ) -> Float[Tensor, "n A"]:
-    return attend(q.transpose(0, 1), keys, values, see).transpose(0, 1).reshape(len(q), -1)
+    return attend(q.transpose(0, 1), keys, values, see, scale=scale).transpose(0, 1).reshape(len(q), -1)

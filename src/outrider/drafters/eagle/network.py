@@ -42,14 +42,17 @@ class EagleConfig:
 
 
 class Attention(nn.Module):
-    """The projections; the attention itself differs between training and serving."""
+    """The projections; the attention itself differs between training and serving. bias, norms: of
+    queries, keys and values; of the heads of queries and of keys."""
 
-    def __init__(self, c: EagleConfig, inputs: int) -> None:
+    def __init__(self, c: EagleConfig, inputs: int, *, bias: bool = False, norms: bool = False) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(inputs, c.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=False)
+        self.q_proj = nn.Linear(inputs, c.heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(inputs, c.kv_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        if norms:
+            self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.eps) for _ in range(2))
 
 
 class EagleNetwork(nn.Module, ABC):
@@ -80,6 +83,10 @@ class EagleNetwork(nn.Module, ABC):
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n V"]:
         """Logits over the target's vocabulary after a row's state."""
 
+    def feed(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """The feature of a draft row from the state of the row above it: the state itself, unless a subclass says otherwise."""
+        return state
+
     @property
     @abstractmethod
     def features(self) -> Features:
@@ -107,6 +114,8 @@ class EagleNetwork(nn.Module, ABC):
         q = attn.q_proj(x).unflatten(-1, (c.heads, c.head_dim))
         k = attn.k_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
         v = attn.v_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
+        if hasattr(attn, "q_norm"):
+            q, k = attn.q_norm(q), attn.k_norm(k)
         cos, sin = self.rotation(position)
         return residual, turn(q, cos, sin), turn(k, cos, sin), v
 
@@ -148,8 +157,8 @@ class EagleNetwork(nn.Module, ABC):
             seen = torch.einsum("rhij,rjhd->rihd", weight[..., :length], values[0])
             for n, value in enumerate(values[1:]):
                 seen = seen + weight[..., length + n].transpose(1, 2)[..., None] * value
-            g = self.leave(residual, seen.flatten(2))
-            out.append(g)
+            out.append(self.leave(residual, seen.flatten(2)))
+            g = self.feed(out[-1])
         return out
 
     def unroll(

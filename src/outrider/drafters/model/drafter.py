@@ -14,6 +14,7 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, Levels, Sample, Siblings
 from outrider.drafters.tree.shapes import Shape, levels
 from outrider.errors import CapabilityError, CapacityError, ConfigError
+from outrider.nn.ahead import Ahead
 from outrider.protocols import Target
 from outrider.types import Draft, Evidence, Rows, SequenceView
 
@@ -59,7 +60,7 @@ class ModelDrafter:
         self.growth, self.trees = growth, growth.trees
         _check_trees(target, self.trees)
         self.max_depth, self.max_nodes = growth.depth, growth.nodes
-        self._follow = self._regrow if self.trees else self._append
+        self._follower = _Regrowing if self.trees else _Appending
         self._made: TokenCache | None = None
 
     def bind(self, slots: int, length: int) -> None:
@@ -111,25 +112,37 @@ class ModelDrafter:
         slots = [views[i].slot for i in live]
         # one forward over the tokens missing in the cache and the anchor: its last rows give the first level
         logits = cache.append(slots, [views[i].tokens[len(cache.held[s]) :] for i, s in zip(live, slots, strict=True)])
-        self.growth.grow(
-            evidence, depths, forest, logits, lambda frontier: self._follow(cache, evidence, forest, frontier)
-        )
+        self.growth.grow(evidence, depths, forest, logits, self._follower(cache, views, forest))
 
-    def _append(
-        self, cache: TokenCache, evidence: Evidence, forest: Forest, frontier: list[tuple[int, int]]
-    ) -> Float[Tensor, "n V"]:
-        """The next level of chains: each node's keys and values are kept, and later truncated to the accepted ones."""
-        return cache.append(
-            [evidence.sequences[i].slot for i, _ in frontier], [[forest.tokens[i][k]] for i, k in frontier]
-        )
 
-    def _regrow(
-        self, cache: TokenCache, evidence: Evidence, forest: Forest, frontier: list[tuple[int, int]]
-    ) -> Float[Tensor, "n V"]:
-        """The next level of trees: the anchor and all nodes so far are scored again as one forest."""
-        live = list(dict.fromkeys(i for i, _ in frontier))
-        views = [evidence.sequences[i] for i in live]
-        nodes = forest.nodes(live, self.model.device)
+class _Appending:
+    """The next level of chains: each node's keys and values are kept, and later truncated to the accepted ones."""
+
+    def __init__(self, cache: TokenCache, views: Sequence[SequenceView], forest: Forest) -> None:
+        self._cache, self._slots, self._forest = cache, [v.slot for v in views], forest
+
+    def __call__(self, frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
+        tokens = self._forest.tokens
+        return self._cache.append([self._slots[i] for i, _ in frontier], [[tokens[i][k]] for i, k in frontier])
+
+    def levels(self) -> Float[Tensor, "levels n V"] | None:
+        """Every level takes a forward."""
+
+    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+        """See `tree.chain.Foreseeing`."""
+        return self._cache.ahead([[self._slots[i] for i in own] for own in rows], token, logits)
+
+
+class _Regrowing:
+    """The next level of trees: the anchor and all nodes so far are scored again as one forest."""
+
+    def __init__(self, cache: TokenCache, views: Sequence[SequenceView], forest: Forest) -> None:
+        self._cache, self._views, self._forest = cache, views, forest
+
+    def __call__(self, frontier: list[tuple[int, int]]) -> Float[Tensor, "n V"]:
+        cache, live = self._cache, list(dict.fromkeys(i for i, _ in frontier))
+        views = [self._views[i] for i in live]
+        nodes = self._forest.nodes(live, cache.model.device)
         rows = Rows.assemble(
             [v.slot for v in views],
             [cache.known(v.tokens[-1:]) for v in views],

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from outrider.nn.ahead import Ahead
 from outrider.protocols import Target
 from outrider.types import Rows, Segment, SequenceView
 
@@ -82,6 +83,21 @@ class TokenCache:
         for slot, piece in zip(slots, pieces, strict=True):
             self.held[slot] += piece
         return logits
+
+    def ahead(
+        self, levels: Sequence[Sequence[int]], token: Sequence[int], logits: Float[Tensor, "r V"]
+    ) -> Ahead | None:
+        """Forwards that append one token to each of some slots, level by level; None where the model has none that run by themselves.
+        `done` of the result keeps what was fed."""
+        make = getattr(self.model, "ahead", None)
+        slots = list(levels[0]) if levels else []
+
+        def done(fed: list[list[int]]) -> None:
+            for slot, piece in zip(slots, fed, strict=False):
+                self.held[slot] += piece
+                self.kv.length[slot] += len(piece)
+
+        return None if make is None else make(self.kv, levels, token, logits, done)
 
     def _rows(self, slots: Sequence[int], pieces: Sequence[Sequence[int]], scored: bool) -> Rows:
         """`Rows.assemble` for sequences without nodes. With one sequence, slices of `_ruler` save small tensors."""

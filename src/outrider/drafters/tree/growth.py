@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.deprecated import current
-from outrider.drafters.tree import draws
+from outrider.drafters.tree import chain, draws
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.shapes import MAX_NODES, Shape
 from outrider.errors import ConfigError, unknown_name
+from outrider.nn.ahead import Ahead
 from outrider.params import SamplingParams
 from outrider.transfer import Pending, fetch, read
 from outrider.types import POINT_MASS, Evidence, Siblings
@@ -139,6 +140,7 @@ class Levels:
         self.depth, self.nodes, self.trees = shape.depth, shape.nodes, shape.width > 1
         self.max_expanded_nodes = self.nodes
         self.siblings: Siblings = "without_replacement" if sample == "coupled" and self.trees else siblings
+        self._chains = shape.width == 1 and sample != "coupled"
         self._draw = self._race if sample == "coupled" else self._inverse_cdf
 
     def grow(
@@ -149,7 +151,11 @@ class Levels:
         logits: Float[Tensor, "n W"],
         follow: NextLogits,
     ) -> None:
-        """See `Growth.grow`."""
+        """See `Growth.grow`. Chains grow in one call of compiled code where that applies."""
+        if self._chains and logits.shape[-1] == self.vocab_size:
+            drawn = self.sample == "sampled"
+            if chain.grow(evidence, [min(d, self.depth) for d in depths], forest, logits, follow, drawn):
+                return
         frontier = [(i, -1, self.shape.start) for i, d in enumerate(depths) if d]
         kinds = [self.kind(v.params) for v in evidence.sequences]
         for depth in range(1, self.depth + 1):
@@ -310,6 +316,14 @@ class LevelLogits:
         level = self._logits[len(self._forest.path(*frontier[0]))]
         alone = len(frontier) == len(self._number) == 1
         return level if alone else level[[self._number[i] for i, _ in frontier]]
+
+    def levels(self) -> Float[Tensor, "levels n V"] | None:
+        """See `chain.Foreseeing`."""
+        fit = self._logits.dtype is torch.float32 and self._logits.is_contiguous()
+        return self._logits if fit and self._logits.device.type == "cpu" else None
+
+    def ahead(self, rows: list[list[int]], token: list[int], logits: Float[Tensor, "r V"]) -> Ahead | None:
+        """There is no forward."""
 
 
 def to_vocabulary(logits: Float[Tensor, "n W"], vocab_size: int) -> Float[Tensor, "n V"]:

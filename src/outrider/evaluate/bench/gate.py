@@ -66,6 +66,15 @@ def load_run(reference: str, store: str | Path) -> tuple[dict[str, Any], list[Re
             return document, [Record.from_dict(r) for r in document["records"]]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{path}: not a run that bench --out wrote") from None
+    try:
+        return _stored(reference, store)
+    except ConfigError:
+        if path.suffix == ".json":
+            raise ConfigError(f"{path}: no such file, and no run of that name in {store}; check the path") from None
+        raise
+
+
+def _stored(reference: str, store: str | Path) -> tuple[dict[str, Any], list[Record]]:
     with Store(store, read_only=True) as db:
         run = db.run(reference)
         if run.kind != "bench":

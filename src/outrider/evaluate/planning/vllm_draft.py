@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.drafters.checkpoint import read_config
-from outrider.drafters.registry import LEARNED, companion_folder
+from outrider.drafters.registry import LEARNED, carries, companion_folder
 from outrider.drafters.vllm_versions import NEWEST, version
 from outrider.errors import OutriderError
 
@@ -29,6 +29,10 @@ def drafter_config(
     greedy = draft.startswith("greedy:")
     kind, _, folder = draft.removeprefix("greedy:").partition(":")
     how = {"draft_sample_method": "greedy" if greedy else "probabilistic"}
+    if kind in LEARNED and carries(kind, folder or target):  # vLLM reads it from the target, under one name
+        return {"method": LEARNED[kind].vllm_methods[0], **how}
+    if kind in LEARNED and LEARNED[kind].carried:
+        return None  # a trained head alone is nothing that vLLM loads
     if kind in LEARNED:
         found = folder or companion_folder(target, kind)
         method = None if found is None else method_of(kind, found)

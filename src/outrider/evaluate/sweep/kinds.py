@@ -84,7 +84,8 @@ def perform_bench(f: Bench) -> Answer:
     configurations = f.configurations
     lossy = any(o.get("allow_lossy") for o in configurations.values())
     engine = base_engine(f.target, f.dtype, f.batch, lossy)
-    arms = [Arm(name, companion(engine, **{"draft": "auto", **o})) for name, o in configurations.items()]
+    wanted: dict[str, dict[str, Any]] = {name: {"draft": "auto", **o} for name, o in configurations.items()}
+    arms = [Arm(name, companion(engine, **options)) for name, options in wanted.items()]
     texts = engine.encode_all(prompts_of(f.prompts, f.count))
     warmup = f.warmup if f.metric == "speed" else 0
     records = run_arms(arms, texts, sampling_of(f), batch=f.batch, repeats=f.repeats, warmup=warmup, seed=f.seed)

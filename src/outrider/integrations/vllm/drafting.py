@@ -26,7 +26,7 @@ from outrider.sampling.pipeline import LogitsPipeline
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 logger = logging.getLogger("vllm.outrider")
-UNSERVED = ("medusa", "eagle", "dflash", "early", "recycle", "ahead")
+UNSERVED = ("medusa", "eagle", "mtp", "dflash", "early", "recycle", "ahead")
 """Drafters that read hidden states or scores of the target, or prepare drafts beside its step."""
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from outrider.errors import CapabilityError, ConfigError
+from outrider.errors import CapabilityError
+from outrider.models.admit import not_a_decoder
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.cache import BentPath, CachePath, RecomputePath, RecurrentPath, SnapshotPath, find_growing
 from outrider.models.hf.hooks import HiddenStateHooks
@@ -99,12 +100,10 @@ def choose(
 
 def _recompute(model: PreTrainedModel, token: Sequence[int], reference: Float[Tensor, "P V"], limit: float) -> Drive:
     """The path that is correct for every model whose rows do not see what follows them."""
-    trial = rehearse(lambda: RecomputePath(model), token, reference, FOLLOWED, limit)
-    if trial.path is None:
-        raise ConfigError(
-            f"{type(model).__name__} is no decoder: what follows a token changes what the model says of it, so that it cannot "
-            "continue text; use a causal language model"
-        )
+    for plan in (PLAIN, FOLLOWED):  # nor what follows them, nor how much
+        trial = rehearse(lambda: RecomputePath(model), token, reference, plan, limit)
+        if trial.path is None:
+            raise not_a_decoder(type(model).__name__)
     return trial.path
 
 

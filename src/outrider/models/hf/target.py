@@ -21,6 +21,7 @@ token in between (`models.hf.choice`). With transformers 5.16 to 5.24 the result
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,16 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.models.admit import model_class
 from outrider.models.folder import resolve_folder
 from outrider.models.hf.attention_interface import AttentionInterfacePath
+from outrider.models.hf.block import HFBlock
 from outrider.models.hf.choice import choose, costs, disagreement, tolerance
 from outrider.models.hf.hooks import HiddenStateHooks, find_blocks, head_only_model, steps_after
 from outrider.models.hf.prefix import HFPrefix
 from outrider.models.hf.probe import attention_of
 from outrider.models.hf.state import brief
+from outrider.models.hf.view import View
 from outrider.models.places import refuse_extra
 from outrider.models.states import SlotCaches
+from outrider.mtp_names import head_tensors
 from outrider.nn.row_parts import check_prefix
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
@@ -57,19 +61,27 @@ def _context(config: Any) -> int | None:
 
 
 class HFTarget:
-    """Implements `protocols.Target` over a transformers model, which is frozen and set to eval mode but not changed.
+    """Implements `protocols.Target` over a transformers model, which stays as it was found: mode, gradients, configuration, hooks.
+
+    It is read through a `view.View`: weights that are written later (an optimizer, `load_state_dict`) are used from the next
+    forward on; a model that was moved or converted is refused then; modules that are added later (adapters) are not seen.
 
     path:    how the model is driven (see the module). why: the reason against each path before it, by name.
     trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
     notices: sentences for the user: why it is not faster (the cost of the chosen path), and the remedy.
     layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
 
+    weights: a number that changes when the model's weights are written to; caches of others' beginnings hold for one number.
+
     Raises ConfigError if the model is not a decoder, cannot hold `max_length` tokens, or fails when it is run.
     """
 
     notices: tuple[str, ...] = ()
 
-    def __init__(self, model: PreTrainedModel, *, max_length: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, max_length: int | None = None, ours: bool = False) -> None:
+        """ours: nobody else has the model, so that it need not be left as it is."""
+        self._view = None if ours else View(model)
+        model = model.eval().requires_grad_(False) if self._view is None else self._view.model
         config = model.config.get_text_config(decoder=True)
         if not hasattr(config, "num_hidden_layers"):
             raise ConfigError(
@@ -82,7 +94,7 @@ class HFTarget:
         context = _UNBOUNDED if named is None else named
         if max_length is not None and not 0 < max_length <= context:
             raise ConfigError(f"max_length {max_length} is outside the model's 1 to {context} positions")
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.max_length = context if max_length is None else max_length
         self.dtype, self.device = model.dtype, model.device
         self.layers, self.hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
@@ -131,8 +143,14 @@ class HFTarget:
             raise ConfigError(
                 f"checkpoint {name!r} lacks {len(absent)} of the model's weights, {absent[0]} first: fetch it again"
             )
-        refuse_extra(info["unexpected_keys"], name)
-        return HFTarget(model.to(device), max_length=max_length)  # type: ignore[arg-type]
+        extra, text = set(info["unexpected_keys"]), config.get_text_config(decoder=True)
+        refuse_extra(extra - head_tensors(extra, int(getattr(text, "num_hidden_layers", 0))), name)
+        return HFTarget(model.to(device), max_length=max_length, ours=True)  # type: ignore[arg-type]
+
+    @property
+    def weights(self) -> int:
+        """Raises CapabilityError for a model that was moved or converted since."""
+        return 0 if self._view is None else self._view.weights()
 
     def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
         """A cache of `length` tokens a slot; it may exceed `max_length`, which bounds positions: siblings share one.
@@ -191,6 +209,10 @@ class HFTarget:
                 f"{type(self.model).__name__} cannot be run in part: use a separate draft model, or 'ngram'"
             )
         return HFPrefix(self, self.serving_path, self._blocks, layers)
+
+    def block_of(self, tensors: Mapping[str, Tensor]) -> HFBlock:
+        """See `protocols.BlockTarget`."""
+        return HFBlock(self.model, tensors)
 
     # ----------------------------------------------------------------------------------- determining how to drive it
     @torch.no_grad()

@@ -160,7 +160,8 @@ class Attention {
             const int n = (int)((b - low + SUM_LANES - 1) / SUM_LANES * SUM_LANES);
             if (in_.cap > 0.0f) bound_softly(line + (a - low), (int)(b - a), in_.scale, in_.cap);
             mine[1] = softmax_terms(line, (int)(a - low), (int)(b - low), n, in_.factor(), mine);
-            for (int j = 0; mass && j < n; ++j) mass[q * CHUNKS + j / CHUNK] += line[j];
+            for (int j = 0; mass && j < n; j += CHUNK)
+                for (int i = 0; i < CHUNK; i += LANES) mass[q * CHUNKS + j / CHUNK] += sum(load<vf>(line + j + i));
             weigh_alone(row, line, low, a, joint && from < b ? from : b, mine + Sums::HEAD);
         }
         if (!joint) return;
@@ -183,12 +184,33 @@ class Attention {
     void score(int64_t low, int64_t high) {
         const int64_t from = least_ > low ? least_ : low, to = scored_ < high ? scored_ : high;
         const int64_t stride = query_stride<W>(in_.width);
+        const W* few[KEY_BLOCK];  // keys of short runs, which are multiplied together
+        int held = 0;
+        const auto flush = [&](int64_t end) {
+            if (held > 0)
+                score_few<W>([&](int i) { return few[i]; }, in_.width, held, in_.query, stride, queries_, score_ + (end - held - low),
+                    line_size(PART), lines_);
+            held = 0;
+        };
         if (from < to)
             each_run(s_, from, to, [&](int64_t place, int64_t count, int64_t at) {
-                const W* values = in_.values + at * in_.width;
-                score_keys<W>(in_.keys + at * in_.width, in_.width, count, in_.query, stride, queries_, score_ + (place - low),
-                    line_size(PART), lines_, [&](int64_t i, int n) { ask(values + i * in_.width, n); });
+                const W *keys = in_.keys + at * in_.width, *values = in_.values + at * in_.width;
+                for (int64_t i = 0; i < count;) {
+                    if (held == 0 && count - i >= KEY_BLOCK) {
+                        const int64_t whole = (count - i) / KEY_BLOCK * KEY_BLOCK;
+                        score_keys<W>(keys + i * in_.width, in_.width, whole, in_.query, stride, queries_, score_ + (place + i - low),
+                            line_size(PART), lines_, [&](int64_t j, int n) { ask(values + (i + j) * in_.width, n); });
+                        i += whole;
+                        continue;
+                    }
+                    const int64_t room = KEY_BLOCK - held, more = count - i < room ? count - i : room;
+                    ask(values + i * in_.width, more);
+                    for (int64_t j = 0; j < more; ++j) few[held++] = keys + (i + j) * in_.width;
+                    i += more;
+                    if (held == KEY_BLOCK) flush(place + i);
+                }
             });
+        flush(to);
         if (chain_ || own_known_ || high <= cached_) return;
         own_known_ = true;
         const Row& tail = in_.row[in_.count - 1];

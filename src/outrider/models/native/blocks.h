@@ -66,6 +66,18 @@ inline vf block_scales(const uint8_t* p) {
     return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16);
 }
 
+// Groups are read side by side, each a stream, and lines are asked for ahead of their use: few lines of one stream are under way
+// from memory at a time. Behind a group's codes come those of the group that follows the C: most likely they are the next to be read.
+constexpr int64_t reach(int64_t at, int64_t ahead, int64_t size, int64_t next) {
+    return at + ahead < size ? at + ahead : next + (at + ahead - size);
+}
+
+template <int BYTES>
+inline void ask_lines(const uint8_t* p) {
+#pragma GCC unroll 8
+    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i, 0, 3);
+}
+
 // out[(c * R + r) * LANES] for C groups side by side and R rows of a type with blocks of 32.
 template <Format F, int R, int C>
 void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, float* out) {
@@ -76,10 +88,14 @@ void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, flo
     const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
     const int32_t* start = x.start[SIZE.offset == 8 ? 0 : SIZE.offset == 16 ? 1 : 2];
     for (int64_t b = 0; b < blocks; ++b) {
-#pragma GCC unroll 2
+        const int64_t there = reach(b * step, C > 1 ? 1024 : 2048, codes, C * apart);
+        const int64_t there_aside = codes + reach(b * aside, 256, blocks * aside, C * apart);
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
             const uint8_t* at = group + c * apart;
             const uint8_t* side = at + codes + b * aside;
+            ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(at + there);
+            ask_lines<1>(at + there_aside);
             vb w[8];
             unpack<SIZE.bits>(at + b * step, w);
             if (F == MXFP4) look_up(w);
@@ -108,15 +124,18 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
     constexpr BlockSizes SIZE = sizes_of(F);
     const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
     for (int64_t b = 0; b < blocks; ++b) {
-#pragma GCC unroll 2
+        const int64_t there = reach(b * 8 * step, (VECTOR == 64 ? 1 : 2) * 8 * step, codes, C * apart) - b * 8 * step;
+        const int64_t there_aside = reach(b * aside, aside, blocks * aside, C * apart) - b * aside;
         for (int c = 0; c < C; ++c) {
             const uint8_t* at = group + c * apart + b * 8 * step;
             const uint8_t* side = group + c * apart + codes + b * aside;
+            ask_lines<(F == Q6_K ? 22 : 20) * LANES>(side + there_aside);
             vi sum[R];
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sum[r] = F == Q6_K ? load<vi>(side + 18 * LANES) : vi{};
             for (int u = 0; u < 8; ++u) {
                 vb w[8];
+                ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(at + there + u * step);
                 unpack<SIZE.bits>(at + u * step, w);
                 const vi scale = F == Q6_K ? widen_bytes<int8_t>(side + (2 + 2 * u) * LANES) : widen_bytes<uint8_t>(side + (4 + u) * LANES);
                 const vi second = F == Q6_K ? widen_bytes<int8_t>(side + (3 + 2 * u) * LANES) : vi{};
@@ -154,25 +173,26 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
         for (int r = 0; r < R; ++r) store(out + (c * R + r) * LANES, total[c][r]);
 }
 
-// The kernels of a type. two: for two groups side by side, which read memory in more streams; more rows leave no registers for it.
-// Where there are no sums of byte products nothing is gained by either.
-constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 1, MOST_TWO = OUTRIDER_DOTS ? 2 : 0;
+// Groups side by side for so many rows: more rows leave no registers for it. Where there are no sums of byte products nothing is
+// gained by it, nor by rows together.
+constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 1, MOST_BESIDE = OUTRIDER_DOTS ? REGISTERS == 32 ? 4 : 2 : 0;
+constexpr int beside(int rows) { return rows > MOST_BESIDE ? 1 : rows == 1 ? 4 : 2; }
+
+// The kernels of a type, for 1, 2, ... rows: one group, and as many as go side by side.
 template <class X>
 struct Kernels {
     using Run = void (*)(const Layout&, const uint8_t*, const X&, float*);
-    Run one[MOST_ROWS], two[2];
+    Run one[MOST_ROWS], many[MOST_ROWS];
 };
 
 template <Format F, int... R>
 constexpr Kernels<Rounded32> small_kernels(std::integer_sequence<int, R...>) {
-    if constexpr (MOST_TWO == 0) return {{small_blocks<F, R + 1, 1>...}, {}};
-    else return {{small_blocks<F, R + 1, 1>...}, {small_blocks<F, 1, 2>, small_blocks<F, 2, 2>}};
+    return {{small_blocks<F, R + 1, 1>...}, {small_blocks<F, R + 1, beside(R + 1)>...}};
 }
 
 template <Format F, int... R>
 constexpr Kernels<Rounded256> super_kernels(std::integer_sequence<int, R...>) {
-    if constexpr (MOST_TWO == 0) return {{super_blocks<F, R + 1, 1>...}, {}};
-    else return {{super_blocks<F, R + 1, 1>...}, {super_blocks<F, 1, 2>, super_blocks<F, 2, 2>}};
+    return {{super_blocks<F, R + 1, 1>...}, {super_blocks<F, R + 1, beside(R + 1)>...}};
 }
 
 using Each = std::make_integer_sequence<int, MOST_ROWS>;

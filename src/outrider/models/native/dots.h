@@ -126,11 +126,42 @@ inline vi dots(vi start, const vb* w, const int8_t* x) {
     return start;
 }
 
+// LANES bytes, widened. Compilers take such a conversion apart lane by lane where they are not told how.
+template <class T>
+inline vi widen_lanes(const uint8_t* p) {
+    constexpr bool SIGNED = std::is_signed<T>::value;
+#if defined(__AVX512F__)
+    const __m128i v = load<__m128i>(p);
+    return (vi)(SIGNED ? _mm512_cvtepi8_epi32(v) : _mm512_cvtepu8_epi32(v));
+#elif defined(__AVX2__) && defined(__FMA__)
+    const __m128i v = _mm_cvtsi64_si128(load<int64_t>(p));
+    return (vi)(SIGNED ? _mm256_cvtepi8_epi32(v) : _mm256_cvtepu8_epi32(v));
+#elif defined(__aarch64__)
+    const uint8x8_t v = vcreate_u8(load<uint32_t>(p));
+    return SIGNED ? (vi)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(v)))) : (vi)vmovl_u16(vget_low_u16(vmovl_u8(v)));
+#else
+    typedef T vt __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(load<vt>(p), vi);
+#endif
+}
+
+// The lowest bytes of the lanes, to p.
+inline void store_bytes(int8_t* p, vi v) {
+#if defined(__AVX512F__)
+    store(p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__) && defined(__FMA__)
+    const __m256i each = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+    const int32_t half[2] = {_mm_cvtsi128_si32(_mm256_castsi256_si128(each)), _mm_cvtsi128_si32(_mm256_extracti128_si256(each, 1))};
+    store(p, load<int64_t>(half));
+#else
+    store(p, __builtin_convertvector(v, vq));
+#endif
+}
+
 // What multiplies the sum of one part of a super-block, for every lane, from LANES bytes.
 template <class T>
 inline vi widen_bytes(const uint8_t* p) {
-    typedef T vt __attribute__((vector_size(LANES)));
-    vi v = __builtin_convertvector(load<vt>(p), vi);
+    vi v = widen_lanes<T>(p);
 #if OUTRIDER_DOTS == 1
     v = (v & 0xffff) | (v << 16);  // for pairs of 16 bits
 #endif
@@ -167,7 +198,7 @@ inline vi scaled_dots(vi acc, vi scale, const vb* w, const int8_t* x) {
 
 // LANES bytes and the LANES behind them, as pairs of 16 bits.
 inline vi two_least(const uint8_t* p) {
-    return __builtin_convertvector(load<vq>(p), vi) | (__builtin_convertvector(load<vq>(p + LANES), vi) << 16);
+    return widen_lanes<uint8_t>(p) | (widen_lanes<uint8_t>(p + LANES) << 16);
 }
 
 // acc + the sum of two products of 16 bits in every lane; pair: for every lane the same two numbers.

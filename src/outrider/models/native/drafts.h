@@ -11,7 +11,7 @@
 namespace outrider {
 
 struct DraftLayer {
-    const float *norm1, *q_norm, *k_norm, *norm2;  // null where there is none
+    const float *norm1, *qkv_bias, *q_norm, *k_norm, *norm2;  // null where there is none
     const Linear *qkv, *o, *gate_up, *down;
 };
 
@@ -48,7 +48,7 @@ class DraftLayersOf final : public DraftLayers {
             LayerPointers& to = layers_[i];
             const DraftLayer& from = m.layer[i];
             to = LayerPointers{};
-            to.norm1 = from.norm1, to.q_norm = from.q_norm, to.k_norm = from.k_norm, to.norm2 = from.norm2;
+            to.norm1 = from.norm1, to.qkv_bias = from.qkv_bias, to.q_norm = from.q_norm, to.k_norm = from.k_norm, to.norm2 = from.norm2;
             to.qkv = from.qkv, to.o = from.o, to.gate_up = from.gate_up, to.down = from.down;
         }
         ModelPointers to{};

@@ -43,7 +43,7 @@ class Features {
         if (r_.feature != nullptr) std::memcpy(feature, r_.feature + i * hidden_, hidden_ * sizeof(float));
         else if (!fuses()) read(0, i, feature);
         if (r_.tap != nullptr && f_.fused_norm) rms_norm(feature, f_.fused_norm, hidden_, eps_, feature);
-        if (f_.join == BESIDE) {
+        if (f_.token_norm) {
             rms_norm(x, f_.token_norm, hidden_, eps_, line);
             rms_norm(feature, f_.feature_norm, hidden_, eps_, line + hidden_);
         } else {

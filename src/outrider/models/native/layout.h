@@ -59,7 +59,7 @@ struct FeaturePointers {
     const Linear* fuse;         // [hidden, taps * width]; null: the one tap is the feature
     const float* fused_norm;    // of the feature; null: none
     int64_t join;               // a Join
-    const float *token_norm, *feature_norm;  // BESIDE: of token and feature
+    const float *token_norm, *feature_norm;  // of token and feature: BESIDE, and THROUGH of MTP heads; null: none
     int64_t normed_residual;    // BESIDE: 1: the residual is the normed feature
     const Linear* joint;        // THROUGH: [hidden, 2 * hidden]
     const float* joint_bias;    // [hidden]
@@ -70,7 +70,7 @@ struct FeaturePointers {
 enum Join : int64_t {
     ALONE = 0,    // the feature is what all blocks' keys and values are made of, and nothing else is
     BESIDE = 1,   // the first block reads [token, feature], both normed; the residual is the feature (EAGLE-3)
-    THROUGH = 2,  // `joint` of [token, feature] is the residual (EAGLE-1)
+    THROUGH = 2,  // `joint` of [token, feature] is the residual (EAGLE-1; MTP heads, where both are normed)
 };
 
 // What a forward of a learned drafter has beside rows; all zero for others.

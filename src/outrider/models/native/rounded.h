@@ -26,7 +26,7 @@ inline float round_block_fast(const float* x, int n, int8_t* q) {
     const float times = 127.0f / a;
     for (int k = 0; k < n; k += LANES) {  // adding 1.5 * 2^23 rounds to the nearest integer, to even between two
         const vi whole = (vi)((vu)(load<vf>(x + k) * times + 12582912.0f) - 0x4b400000u);
-        store(q + k, __builtin_convertvector(whole, vq));
+        store_bytes(q + k, whole);
     }
     return a / 127.0f;
 }

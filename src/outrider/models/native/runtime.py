@@ -8,8 +8,8 @@ import struct
 import sys
 import weakref
 from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from outrider import isa
 from outrider.errors import CapacityError, RequestError
-from outrider.models.decoder import NORMS, DecoderConfig, DecoderWeights, Experts
+from outrider.models.decoder import DecoderConfig, DecoderWeights
+from outrider.models.native.shapes import sizes_of, unlike
 from outrider.models.native.weights import LINEARS, VECTORS, NativeWeights
+from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.held import BAD_SEGMENT, BAD_TOKEN, NO_MEMORY, NO_ROOM, OK
 from outrider.nn.kv import PagedKV
@@ -71,7 +73,6 @@ _CALL = struct.Struct("9q12Qq")
 _PART = 512
 """Keys of a part in attention.h."""
 
-ODD = "save the checkpoint again with tensors of its configuration's shapes and of one type"
 
 
 def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:
@@ -83,9 +84,9 @@ def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeD
     if not weights.packed and weights.norm.device.type != "cpu":
         return None, []
     library, notice = library_for(config, weights.dtype)
-    unlike = _unlike(config, weights) if library is not None else None
-    if library is None or unlike is not None:
-        return None, [notice or "" if unlike is None else f"{DECODER.instead}: {unlike}"]
+    other = unlike(config, weights) if library is not None else None
+    if library is None or other is not None:
+        return None, [notice or "" if other is None else f"{DECODER.instead}: {other}"]
     return NativeDecoder(library, config, NativeWeights.of(library, weights)), [] if notice is None else [notice]
 
 
@@ -120,53 +121,6 @@ def _unfit(config: DecoderConfig, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
-    """Why the decoder cannot read these plain weights, in a clause; None if it can. Readers check packed ones."""
-    if weights.packed:
-        return None
-    for name, tensor, shape in _expected(config, weights):
-        if tensor.shape != shape:
-            return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
-        wide = weights.wide_norms and name.split()[0] in (*NORMS, "norm")
-        dtype = torch.float32 if wide else weights.dtype
-        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
-    return None
-
-
-def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-    """Every existing tensor, with the shape it must have."""
-    c, wide = config, config.heads * config.head_dim
-    fused = wide + 2 * config.kv_heads * config.head_dim
-    rows = any(layer.q_norm is not None and len(layer.q_norm) != c.head_dim for layer in weights.layers)
-    shapes: dict[str, tuple[int, ...]] = {
-        "norm1": (c.hidden,),
-        "qkv": (fused, c.hidden),
-        "qkv_bias": (fused,),
-        "q_norm": (wide,) if rows else (c.head_dim,),
-        "k_norm": (c.kv_heads * c.head_dim,) if rows else (c.head_dim,),
-        "post1": (c.hidden,),
-        "post2": (c.hidden,),
-        "o": (c.hidden, wide),
-        "o_bias": (c.hidden,),
-        "norm2": (c.hidden,),
-        "gate_up": (2 * c.inner, c.hidden),
-        "down": (c.hidden, c.inner),
-    }
-    count, _, inner, _ = _sizes(c.experts)
-    sparse = {"router": (count, c.hidden), "gate_up": (2 * count * inner, c.hidden), "down": (count * c.hidden, inner)}
-    out: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
-        ("norm", weights.norm, (c.hidden,)),
-        ("head", weights.head, (c.vocab_size, c.hidden)),
-    ]
-    for i, layer in enumerate(weights.layers):
-        of = shapes if layer.router is None else shapes | sparse
-        tensors = {name: getattr(layer, name) for name in of}
-        out += [(f"{name} of layer {i}", t, of[name]) for name, t in tensors.items() if t is not None]
-    return out
-
-
 class NativeDecoder:
     """Runs forwards of few rows per sequence at the speed of memory.
 
@@ -182,6 +136,7 @@ class NativeDecoder:
         self._library, self._config, self.weights = library, config, weights
         self._touched = array("q", [0] * config.layers)
         self._forward = library.outrider_forward
+        self._address = address_of(self._forward)
         self._forward.argtypes, self._forward.restype = (ctypes.c_void_p, ctypes.c_char_p), ctypes.c_int
         library.outrider_new.argtypes, library.outrider_new.restype = (ctypes.c_void_p,), ctypes.c_void_p
         library.outrider_free.argtypes, library.outrider_free.restype = (ctypes.c_void_p,), None
@@ -210,17 +165,12 @@ class NativeDecoder:
             raise ValueError(f"rows need one position each and layers in 0..{self._config.layers}")
         logits = torch.empty(m, self._config.vocab_size, dtype=torch.float32)
         hidden = tuple(torch.empty(n, self._config.hidden, dtype=self.weights.dtype) for _ in layers)
-        taps, outs = array("q", layers), array("Q", [h.data_ptr() for h in hidden])
+        outs = array("Q", [h.data_ptr() for h in hidden])
         segments = array("q", _flat(rows))
         mass = self._mass(rows, kv)
-        call = _CALL.pack(
-            n, m, len(rows.segments), len(layers), torch.get_num_threads(), kv.slots, kv.capacity,
-            kv.page, kv.pages.count,
-            token.data_ptr(), position.data_ptr(), scored.data_ptr(), segments.buffer_info()[0],
-            kv.pages.table.buffer_info()[0], taps.buffer_info()[0], outs.buffer_info()[0], kv.k.data_ptr(), kv.v.data_ptr(),
-            logits.data_ptr(),
-            self._touched.buffer_info()[0],
-            0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
+        call, _keep = self._pack(
+            kv, (n, m, len(rows.segments)), (token.data_ptr(), position.data_ptr(), scored.data_ptr()), segments,
+            logits.data_ptr(), array("q", layers), outs, mass,
         )  # fmt: skip
         status = self._forward(self._handle, call)
         if status != OK:
@@ -230,6 +180,58 @@ class NativeDecoder:
                 if not s.view:
                     kv.attended[s.slot] = seen[: -(-(s.cached + s.count) // kv.chunk)]
         return Scores(logits, hidden)
+
+    def _pack(
+        self,
+        kv: PagedKV,
+        sizes: tuple[int, ...],
+        rows: tuple[int, int, int],
+        segments: array,
+        logits: int,
+        taps: array | None = None,
+        outs: array | None = None,
+        mass: Tensor | None = None,
+    ) -> tuple[bytes, tuple[object, ...]]:
+        """A call, and what it points to. sizes: rows, scored ones, segments. rows: addresses of tokens, positions, scored rows."""
+        taps, outs = array("q") if taps is None else taps, array("Q") if outs is None else outs
+        at = lambda a: a.buffer_info()[0]  # noqa: E731
+        call = _CALL.pack(
+            *sizes, len(taps), torch.get_num_threads(), kv.slots, kv.capacity, kv.page, kv.pages.count,
+            *rows, at(segments), at(kv.pages.table), at(taps), at(outs), kv.k.data_ptr(), kv.v.data_ptr(), logits,
+            at(self._touched), 0 if mass is None else mass.data_ptr(), 0 if mass is None else mass.shape[-1],
+        )  # fmt: skip
+        return call, (segments, taps, outs, mass)
+
+    def ahead(
+        self,
+        kv: PagedKV,
+        levels: Sequence[Sequence[int]],
+        token: Sequence[int],
+        logits: Tensor,
+        done: Callable[[list[list[int]]], None],
+    ) -> Ahead | None:
+        """Forwards that append a token to each of some slots, level by level. levels: their slots; token: addresses that the tokens will
+        be read at; logits [r, V]: of all of them, one behind the other. None where the cache lacks room, or tells who is looked at."""
+        if self._checked is None or self._checked() is not kv:
+            self._check(kv)
+        further = {slot: kv.length[slot] + n for n, slots in enumerate(levels, 1) for slot in slots}
+        if kv.attended is not None or any(end > kv.capacity for end in further.values()):
+            return None
+        for slot, end in further.items():
+            kv.make_room(slot, end)
+        steps: list[Step] = []
+        keep: list[object] = [logits]
+        first = 0
+        for n, (slots, place) in enumerate(zip(levels, token, strict=True)):
+            position, scored = array("q", [kv.length[s] + n for s in slots]), array("q", range(len(slots)))
+            segments = array("q", [x for j, s in enumerate(slots) for x in (s, j, position[j], 1, 0, 0)])
+            rows = place, position.buffer_info()[0], scored.buffer_info()[0]
+            goal = logits.data_ptr() + 4 * self._config.vocab_size * first
+            call, kept = self._pack(kv, (len(slots),) * 3, rows, segments, goal)
+            keep += (position, scored, kept)
+            steps.append(Step(call))
+            first += len(slots)
+        return Ahead(self._address, self._handle, steps, keep, self._fail, done)
 
     @property
     def touched(self) -> tuple[int, ...]:
@@ -275,7 +277,7 @@ class NativeDecoder:
             len(c.inv_freq), len(tables), int(c.activation != "silu"), c.eps, c.rope_scale, scale, c.attention_cap,
             c.scale_of_embeddings(w.dtype), c.residual_scale, c.logit_scale, c.logit_cap,
             self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
-            c.clip, *_sizes(c.experts),
+            c.clip, *sizes_of(c.experts),
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
@@ -302,11 +304,6 @@ class NativeDecoder:
         raise ValueError(
             "the segments do not describe the rows" if status == BAD_SEGMENT else "a scored row is not a row"
         )
-
-
-def _sizes(experts: Experts | None) -> tuple[int, int, int, int]:
-    """Experts, those that a row uses, units of one, whether weights are normalised."""
-    return (0, 0, 0, 0) if experts is None else (experts.count, experts.used, experts.inner, int(experts.normalised))
 
 
 def _flat(rows: Rows) -> list[int]:

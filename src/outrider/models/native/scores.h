@@ -107,16 +107,17 @@ inline vu load_words(const void* p, int n) {
 #endif
 }
 
-// Turned lines of LANES keys: for each pair of numbers (bf16 where the CPU has its products) or each number (else) a vector.
-template <class W>
-inline void turn_keys(const W* keys, int64_t width, int count, float* lines) {
+// Turned lines of LANES keys: for each pair of numbers (bf16 where the CPU has its products) or each number (else) a vector. key(i):
+// where key i < count lies.
+template <class W, class Key>
+inline void turn_keys(const Key& key, int64_t width, int count, float* lines) {
     constexpr int PER_WORD = 4 / (int)sizeof(W);
     const int words = (int)(width / PER_WORD);
     for (int w = 0; w < words; w += LANES) {
         vu x[LANES];
         const int n = words - w < LANES ? words - w : LANES;
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) x[i] = i < count ? load_words(keys + i * width + w * PER_WORD, n) : vu{};
+        for (int i = 0; i < LANES; ++i) x[i] = i < count ? load_words(key(i) + w * PER_WORD, n) : vu{};
         turn(x);
         for (int t = 0; t < n; ++t) {
             if constexpr (sizeof(W) == 4 || OUTRIDER_BF16_DOT)
@@ -184,25 +185,35 @@ inline void score_block(
 // Floats of scratch for a turned block.
 inline int64_t turned_floats(int64_t width) { return KEY_BLOCK * width; }
 
-// scores[m * lds + i] = key i . query m for `count` keys of `width` numbers side by side, and any number of queries. Up to LANES - 1
-// scores behind each row's last are overwritten. ahead(i, n): called before keys i : i + n are read.
+// scores[m * lds + i] = key i . query m for `count` <= KEY_BLOCK keys of `width` numbers, each at key(i), and any number of queries.
+// Up to LANES - 1 scores behind each row's last are overwritten.
+template <class W, class Key>
+inline void score_few(
+    const Key& key, int64_t width, int count, const typename Query<W>::Item* query, int64_t stride, int queries, float* scores,
+    int64_t lds, float* lines
+) {
+    constexpr bool PAIRS = sizeof(W) == 2 && OUTRIDER_BF16_DOT;
+    const int64_t line_count = PAIRS ? width / 2 : width;
+    const int groups = (count + LANES - 1) / LANES;
+    for (int g = 0; g < groups; ++g) {
+        const int left = count - g * LANES;
+        turn_keys<W>([&](int i) { return key(g * LANES + i); }, width, left < LANES ? left : LANES, lines + g * line_count * LANES);
+    }
+    each_tile(queries, [&](auto size, int m) {
+        score_block<W, size>(lines, line_count, groups, query + m * stride, stride, scores + m * lds, lds);
+    });
+}
+
+// The same for any number of keys side by side. ahead(i, n): called before keys i : i + n are read.
 template <class W, class Ahead>
 inline void score_keys(
     const W* keys, int64_t width, int64_t count, const typename Query<W>::Item* query, int64_t stride, int queries,
     float* scores, int64_t lds, float* lines, const Ahead& ahead
 ) {
-    constexpr bool PAIRS = sizeof(W) == 2 && OUTRIDER_BF16_DOT;
-    const int64_t line_count = PAIRS ? width / 2 : width;
     for (int64_t i = 0; i < count; i += KEY_BLOCK) {
-        const int n = (int)(count - i < KEY_BLOCK ? count - i : KEY_BLOCK), groups = (n + LANES - 1) / LANES;
+        const int n = (int)(count - i < KEY_BLOCK ? count - i : KEY_BLOCK);
         ahead(i, n);
-        for (int g = 0; g < groups; ++g) {
-            const int left = n - g * LANES;
-            turn_keys(keys + (i + g * LANES) * width, width, left < LANES ? left : LANES, lines + g * line_count * LANES);
-        }
-        each_tile(queries, [&](auto size, int m) {
-            score_block<W, size>(lines, line_count, groups, query + m * stride, stride, scores + m * lds + i, lds);
-        });
+        score_few<W>([=](int j) { return keys + (i + j) * width; }, width, n, query, stride, queries, scores + i, lds, lines);
     }
 }
 

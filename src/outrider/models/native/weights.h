@@ -184,22 +184,23 @@ class Linear {
         template <class X, class From>
         void quantised(const Kernels<X>& run, int64_t begin, int64_t end, const From& from, int64_t rows, float* out, int64_t ldo) const {
             const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, last = (end + LANES - 1) / LANES;
+            const int64_t step = tiles > 1 ? 2 : 4;  // many rows: as few groups as read well, so that they stay in the cache
             alignas(64) float total[MOST_ROWS * LANES * 2];
-            for (int64_t g = begin / LANES; g < last; g += 2) {
-                const int64_t groups = g + 1 < last ? 2 : 1;
+            for (int64_t g = begin / LANES; g < last; g += step) {
+                const int64_t groups = last - g < step ? last - g : step;
                 const uint8_t* weights = packed.get() + g * layout.group_bytes();
                 int64_t at = 0;
                 for (int64_t t = 0; t < tiles; ++t) {
                     const int64_t size = (rows - at + tiles - t - 1) / (tiles - t);
                     const X x = from(at);
-                    if (MOST_TWO > 0 && groups == 2 && size <= MOST_TWO)
-                        run.two[size - 1](layout, weights, x, total);
-                    else
-                        for (int64_t i = 0; i < groups; ++i)
-                            run.one[size - 1](layout, weights + i * layout.group_bytes(), x, total + i * size * LANES);
-                    for (int64_t i = 0; i < groups; ++i)
-                        for (int64_t r = 0; r < size; ++r)
-                            hand_out(total + (i * size + r) * LANES, (g + i) * LANES, begin, end, out + (at + r) * ldo);
+                    for (int64_t i = 0, count; i < groups; i += count) {
+                        count = groups - i < beside((int)size) ? 1 : beside((int)size);
+                        const auto kernel = count > 1 ? run.many[size - 1] : run.one[size - 1];
+                        kernel(layout, weights + i * layout.group_bytes(), x, total);
+                        for (int64_t j = 0; j < count; ++j)
+                            for (int64_t r = 0; r < size; ++r)
+                                hand_out(total + (j * size + r) * LANES, (g + i + j) * LANES, begin, end, out + (at + r) * ldo);
+                    }
                     at += size;
                 }
             }

@@ -18,7 +18,9 @@ Id = Annotated[str, Field(max_length=256)]
 
 class RefusalPart(Strict):
     type: Literal["refusal"]
+    """`refusal`."""
     refusal: Text
+    """The text of an earlier refusal."""
 
 
 Parts = Annotated[list[TextPart | RefusalPart], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -28,17 +30,24 @@ class Called(Strict):
     """What a call names. parsed_arguments: added by the official client."""
 
     name: Name
+    """The function."""
     arguments: Text | None = None
+    """Its arguments as JSON text."""
     parsed_arguments: Any = None
+    """No effect: added by the official client."""
 
 
 class ToolCall(Strict):
     """A call of an earlier turn. index: of its stream, which some clients keep."""
 
     id: Id | None = None
+    """The call's id."""
     type: Literal["function"] = "function"
+    """`function`."""
     function: Called
+    """What is called."""
     index: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    """No effect."""
 
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
@@ -49,19 +58,33 @@ class Message(Strict):
     """One message. Fields of this server's replies may be sent back unchanged, and so may fields that client libraries add."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who speaks."""
     content: Text | Parts | None = None
+    """The text, or parts of it."""
     name: Annotated[str, Field(max_length=64)] | None = None
+    """Who speaks, for templates that show it."""
     tool_call_id: Id | None = None
+    """The call that a message of a tool answers."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    """Calls of an earlier turn."""
     reasoning_content: Text | None = None
+    """Thinking of an earlier turn."""
     reasoning: Text | None = None
+    """The same by its other name."""
     refusal: Text | None = None
+    """A refusal of an earlier turn."""
     annotations: Nothing = None
+    """Empty or null."""
     function_call: None = None
+    """Null."""
     audio: None = None
-    parsed: Any = None  # added by the official client: the parsed `content`
+    """Null."""
+    parsed: Any = None
+    """No effect: added by the official client."""
     cache_control: Any = None
+    """No effect."""
     id: Id | None = None
+    """No effect."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -93,34 +116,48 @@ class Function(Strict):
     """A function that may be called. strict: calls are always held to the schema when they are required."""
 
     name: Name
+    """Its name."""
     description: Text | None = None
+    """What it does, for the model."""
     parameters: Annotated[dict[str, Any], Field(max_length=256)] | None = None
+    """A JSON schema of its arguments."""
     strict: bool | None = None
+    """No effect: required calls are always held to the schema."""
 
 
 class ToolField(Strict):
     type: Literal["function"]
+    """`function`."""
     function: Function
+    """The function."""
     cache_control: Any = None
+    """No effect."""
 
 
 class Named(Strict):
     name: Name
+    """Its name."""
 
 
 class NamedChoice(Strict):
     type: Literal["function"]
+    """`function`."""
     function: Named
+    """The function that must be called."""
 
 
 class Allowed(Strict):
     mode: Literal["auto", "required"]
+    """Whether one must be called."""
     tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    """Those that may be."""
 
 
 class AllowedChoice(Strict):
     type: Literal["allowed_tools"]
+    """`allowed_tools`."""
     allowed_tools: Allowed
+    """The tools that may be called."""
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -130,23 +167,40 @@ class ChatRequest(RequestFields):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    """The conversation."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    """The same as `max_tokens`, by its newer name."""
     logprobs: bool | None = None
+    """Whether log-probabilities are sent."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Likely tokens beside each. Default 0."""
     tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Functions that the model may call; the client runs them."""
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | AllowedChoice | None = None
+    """`auto` lets the model choose, `required` and a named function force a valid call."""
     parallel_tool_calls: bool | None = None
+    """Whether a reply may hold several calls. Default true."""
     functions: Nothing = None
+    """Empty or null: use `tools`."""
     function_call: Literal["none", "auto"] | None = None
+    """No effect without `functions`."""
     reasoning_effort: Effort | None = None
+    """How much to think, for templates that read it; `none` switches thinking off."""
     include_reasoning: bool | None = None
+    """Whether thinking is sent. Default true."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    """Variables of the chat template."""
     add_generation_prompt: bool | None = None
+    """Whether the template opens the assistant's turn. Default true."""
     continue_final_message: bool | None = None
+    """Continue the last message instead of answering it."""
     # what changes nothing here
     verbosity: Literal["low", "medium", "high"] | None = None
+    """No effect."""
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    """Only `text`."""
     web_search_options: Any = None
+    """No effect."""
 
     @property
     def top(self) -> int | None:

@@ -69,14 +69,15 @@ def conversation_key(body: Any) -> str:
     """
     if not isinstance(body, dict):
         return ""
-    messages = body.get("messages")
+    messages = body.get("messages", body.get("input"))  # of /v1/responses
     if isinstance(messages, list):
         first = next(
             (i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"), len(messages)
         )
-        opening: Any = messages[: first + 1]
+        told = body.get("system", body.get("instructions"))  # what two of the formats have beside the messages
+        opening: Any = [told, *messages[: first + 1]] if told else messages[: first + 1]
     else:
-        prompt = body.get("prompt")
+        prompt = body.get("prompt", messages)
         opening = prompt[:OPENING] if isinstance(prompt, str | list) else prompt
     text = json.dumps(opening, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -21,7 +21,8 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from outrider.errors import OutriderError
-from outrider.serve.app import openapi, page, version
+from outrider.serve.access import Log
+from outrider.serve.app import openapi, page, shared_with, version
 from outrider.serve.body import Bodies
 from outrider.serve.middleware import HEADERS, RequestGate, on_error, reply
 from outrider.serve.replicas.calls import PASSED, Call, Lost, Replicas, conversation_key
@@ -44,6 +45,17 @@ VALUES = 5_000_000
 """Most values of a body; a replica knows its model's context, and has a limit of its own."""
 KEPT = 600
 """Readings that the page can look back on."""
+ANSWERED = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/outrider/play",
+)
+"""What replicas answer to clients' bodies: all that `serve.app` does."""
 
 
 @runtime_checkable
@@ -287,15 +299,14 @@ def create_front(replicas: Replicas, settings: Settings, keeper: RecordKeeper | 
         Route("/outrider/runs", front.passed),
         Route("/v1/models", front.passed),
         Route("/v1/models/{id:path}", front.passed),
-        *(
-            Route(p, front.passed, methods=["POST"])
-            for p in ("/v1/completions", "/v1/chat/completions", "/outrider/play")
-        ),
+        Route("/tokenizer_info", front.passed),
+        *(Route(path, front.passed, methods=["POST"]) for path in ANSWERED),
     ]
     known = frozenset(route.path for route in routes)
     guard = Middleware(RequestGate, settings=settings, metrics=front.metrics, routes=known)
     handlers: dict[Any, Any] = {OutriderError: on_error, HTTPException: on_error}
-    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    layers = [*shared_with(settings.cors), Middleware(Log), guard]
+    app = Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     app.state.bridge = front
     return app

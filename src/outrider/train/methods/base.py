@@ -51,11 +51,12 @@ class Method(ABC):
     """A way to train a drafter for one target. It has no state: everything about a training is in the options.
 
     name: its name in `outrider train` and work folders. reads: the method-specific options that it reads; the others are refused,
-    not ignored.
+    not ignored. names_target: whether `save` of its network takes the target's name, as programs that load both need it.
     """
 
     name: ClassVar[str]
     reads: ClassVar[frozenset[str]]
+    names_target: ClassVar[bool] = False
 
     def check(self, options: MethodOptions, given: frozenset[str]) -> None:  # noqa: B027
         """Raise ConfigError for options that do not go together. given: those that differ from their defaults."""
@@ -93,8 +94,17 @@ class Method(ABC):
         return options.length * options.levels
 
     def save(self, model: Any, options: MethodOptions, folder: Path) -> None:
-        """Write the drafter as its `load` reads it."""
-        model.save(folder)
+        """Write the drafter as its `load` reads it, with the name of its target where its format has a place for that."""
+        model.save(folder, **({"verifier": named_target(options.target)} if self.names_target else {}))
+
+    def passes(self, options: MethodOptions) -> int:
+        """Passes of the drafter for one draft: one for each level, unless it makes all levels at once."""
+        return options.levels
+
+
+def named_target(target: Path | str) -> str:
+    """What a drafter's folder calls its target: the absolute path of a folder, or the Hub name."""
+    return str(Path(target).expanduser().resolve()) if Path(target).expanduser().exists() else str(target)
 
 
 def chosen_taps(options: MethodOptions, target: Target) -> tuple[int, ...]:

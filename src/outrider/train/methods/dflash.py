@@ -45,6 +45,7 @@ class DFlash(Method):
 
     name = "dflash"
     reads = frozenset({"blocks", "width", "taps", "anchors", "objective", "labels", "loss"})
+    names_target = True
 
     def check(self, options: MethodOptions, given: frozenset[str]) -> None:
         """Labels and losses go together."""
@@ -65,6 +66,10 @@ class DFlash(Method):
     def load(self, folder: Path, target: Target) -> DFlashNetwork:
         """A block drafter's folder."""
         return DFlashNetwork.load(folder, target)
+
+    def passes(self, options: MethodOptions) -> int:
+        """All levels at once."""
+        return 1
 
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int

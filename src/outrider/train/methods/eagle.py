@@ -30,6 +30,7 @@ class Eagle3(Method):
     """EAGLE-3: several hidden states, fused; trained through its own outputs (Li et al. 2025, section 3.2)."""
 
     name, reads = "eagle", frozenset({"width", "taps", "loss"})
+    names_target = True
 
     def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:
         """The requested blocks, or EAGLE-3's."""
@@ -55,6 +56,7 @@ class Eagle1(Eagle3):
     """EAGLE-1: predicts the target's last hidden state, and applies the target's head to it."""
 
     name, reads = "eagle1", frozenset({"width"})
+    names_target = True
 
     def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:
         """The target's last block."""

@@ -32,6 +32,10 @@ class Medusa(Method):
         """A folder of heads."""
         return MedusaNetwork.load(folder, target)
 
+    def passes(self, options: MethodOptions) -> int:
+        """All levels at once."""
+        return 1
+
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> list[Logits]:

@@ -1,0 +1,242 @@
+"""MTP heads: what they compute is DeepSeek-V3's equations, in every layout and from the cache; how they are found and refused."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from outrider.build import Engine, build_engine
+from outrider.cli.doctor import examine
+from outrider.control.fixed import Fixed
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
+from outrider.drafters.registry import load_drafter
+from outrider.drafters.tree.growth import Levels
+from outrider.drafters.tree.shapes import levels
+from outrider.errors import CapabilityError, ConfigError
+from outrider.evaluate.planning.vllm_draft import drafter_config
+from outrider.models.load import inspect_checkpoint, load_target
+from outrider.mtp_names import head_tensors
+from outrider.nn.held import library_for
+from outrider.params import SamplingParams
+from outrider.train.methods.mtp import new_head
+from outrider.verify import load_rule
+from tests.checkpoints import make_checkpoint
+from tests.checkpoints_mtp import FAMILIES, LAYERS, NAMES, VOCAB, make_with_head
+from tests.drafters.drafting import Seen
+from tests.drafters.test_drafters_learned import GROWTHS, TARGET, H, V, decode, states
+
+PROMPTS = [[7, 3, 11, 5, 2, 9, 4], [12, 8], [5] * 6]
+
+
+@cache
+def head(bias: bool = False) -> MtpNetwork:
+    model = new_head(MtpConfig(H, H, (3,), V, 2, 1, 8, 20, bias=bias, qk_norm=bias), TARGET, seed=2).double()
+    noise = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.3 * torch.randn(p.shape, generator=noise, dtype=p.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def by_hand(model: MtpNetwork, text: list[int], g: torch.Tensor) -> torch.Tensor:
+    """Logits after `text` by the equations, row by row: g holds the target's states behind its norm at the first positions, and the
+    head's own stand for the others."""
+    c, layer, rows = model.config, model.layers[0], list(g)
+    w = dict(layer.state_dict())
+    heads = range(c.heads)
+
+    def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean() + c.eps).sqrt() * weight
+
+    def turned(x: torch.Tensor, at: int) -> torch.Tensor:
+        half = c.head_dim // 2
+        angle = at * c.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+        a, b = x[:half], x[half:]
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+
+    def project(x: torch.Tensor, name: str, count: int) -> list[torch.Tensor]:
+        out = w[f"self_attn.{name}_proj.weight"] @ x + w.get(f"self_attn.{name}_proj.bias", 0.0)
+        each = list(out.view(count, c.head_dim))
+        norm = w.get(f"self_attn.{name}_norm.weight")
+        return each if norm is None else [rms(e, norm) for e in each]
+
+    keys: list[list[torch.Tensor]] = []
+    values: list[list[torch.Tensor]] = []
+    out = torch.empty(0)
+    for i in range(len(text) - 1):
+        token = rms(model.embed_tokens.weight[text[i + 1]], model.token_norm.weight)
+        x = model.fc.weight @ torch.cat([token, rms(rows[i], model.hidden_norm.weight)])
+        normed = rms(x, w["input_layernorm.weight"])
+        keys.append([turned(k, i) for k in project(normed, "k", c.kv_heads)])
+        values.append(project(normed, "v", c.kv_heads))
+        seen = []
+        for h, q in zip(heads, project(normed, "q", c.heads), strict=True):
+            share = h * c.kv_heads // c.heads
+            score = torch.stack([turned(q, i) @ k[share] for k in keys]) / c.head_dim**0.5
+            seen.append((score.softmax(0)[:, None] * torch.stack([v[share] for v in values])).sum(0))
+        x = x + w["self_attn.o_proj.weight"] @ torch.cat(seen)
+        normed = rms(x, w["post_attention_layernorm.weight"])
+        gate, up = (w[f"mlp.{part}_proj.weight"] @ normed for part in ("gate", "up"))
+        x = x + w["mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up)
+        out = rms(x, model.norm.weight)
+        if i + 1 >= len(rows):
+            rows.append(out)
+    return model.lm_head.weight @ out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_level_is_the_equations(bias: bool) -> None:
+    model, text = head(bias), [3, 1, 4, 1, 5, 9, 2, 6]
+    taps = states(tuple(text), (3,))
+    g = model.read(taps)
+    found = model.unroll(torch.tensor([text]), taps[None, :5], 3)
+    for level, column in ((0, 0), (0, 4), (1, 2), (2, 0), (2, 4)):
+        wanted = by_hand(model, text[: column + level + 2], g[: column + 1])
+        torch.testing.assert_close(found[level][0, column], wanted, rtol=0, atol=1e-5)  # rotary angles are float32
+
+
+@pytest.mark.parametrize("how", GROWTHS)
+def test_cached_logits_are_those_of_training(how: str) -> None:
+    """After any history of partial acceptances every logit served equals the training-time unroll of the same tokens."""
+    model, seen = head(True), Seen(GROWTHS[how]())
+    decode(EagleDrafter(model, seen, name="mtp"), 3)
+    assert len(seen.logits) > 60
+    for (history, path), row in seen.logits.items():
+        known = len(history) - 1
+        found = model.unroll(torch.tensor([[*history, *path]]), states(history, (3,))[None, :known], len(path) + 1)
+        torch.testing.assert_close(row, found[len(path)][0, known - 1], rtol=0, atol=2e-4)
+
+
+# ---------------------------------------------------------------------------------------------- the heads of checkpoints
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoints_head_is_the_equations_and_its_text_the_targets(family: str, tmp_path: Path) -> None:
+    """Logits that are served, over histories of partial acceptance and chained beyond the trained depth, against float64."""
+    plain = make_with_head(tmp_path, family)
+    target = load_target(tmp_path, dtype="float32")
+    drafter = load_drafter("mtp", target=target, length=3, target_path=str(tmp_path))
+    assert isinstance(drafter, EagleDrafter) and drafter.name == "mtp"
+    if isinstance(drafter.model, MtpNetwork):
+        drafter.model.double()  # not compiled, nor rounded to bfloat16: test_native_drafts.py holds these together
+    drafter.growth = seen = Seen(Levels(levels((1,) * 3), VOCAB))  # type: ignore[assignment]
+    engine = Engine(target, drafter, load_rule("speculative_sampling"), Fixed(3), slots=2, max_length=40, chunk=5)
+    p = [SamplingParams(temperature=1.0, max_tokens=9, seed=i, ignore_eos=True) for i in range(len(PROMPTS))]
+    engine.generate(PROMPTS, p)
+    assert engine.counts.rejected > 5
+    some = [item for n, item in enumerate(seen.logits.items()) if n % 4 == 0]
+    assert {len(path) for (_, path), _ in some} == {0, 1, 2}
+    for (history, path), row in some:
+        wanted = plain.logits(list(history), list(path))
+        assert float((row.double() - wanted).abs().max()) < 2e-4 < float(wanted.std())
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    engines = [build_engine(tmp_path, draft, length=3, dtype="float32", slots=2) for draft in ("none", "mtp", "auto")]
+    texts = [[r.outputs[0].token_ids for r in engine.generate(PROMPTS, greedy)] for engine in engines]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_the_heads_tensors_are_known_and_others_are_not(tmp_path: Path) -> None:
+    make_with_head(tmp_path, "qwen2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    found = head_tensors(tensors, LAYERS)
+    assert found == {n for n in tensors if "mtp_layers" in n} and found
+    assert head_tensors({n: t for n, t in tensors.items() if "input_proj" not in n}, LAYERS) == set()
+    deep = [f"model.layers.{n}.{part}.weight" for n in (1, 2, 3) for part in NAMES[f"model.layers.{LAYERS}."]]
+    own = {n for n in deep if ".1." in n}
+    assert head_tensors(deep, LAYERS) == set(deep) - own  # a second head, and none of the model's own
+    for stray in ("model.layers.0.self_attn.q_proj.lora_A.weight", f"model.layers.{LAYERS}.self_attn.q_proj.weight"):
+        save_file(tensors | {stray: torch.ones(2, 2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match="has no place|no place for"):
+            load_target(tmp_path, dtype="float32")
+
+
+def test_a_head_that_is_left_out_is_said_and_auto_uses_it(tmp_path: Path) -> None:
+    make_with_head(tmp_path, "qwen2")
+    left = build_engine(tmp_path, "ngram", dtype="float32")
+    assert any("carries an MTP head, which is left out: --draft mtp" in notice for notice in left.notices)
+    used = build_engine(tmp_path, "auto", dtype="float32")
+    assert used.parts.drafter.name == "prediction+forced+mtp"
+    assert not any("MTP" in notice for notice in used.notices)
+    assert drafter_config("mtp", {}, str(tmp_path)) == {"method": "mtp", "draft_sample_method": "probabilistic"}
+
+
+def test_heads_that_cannot_be_run_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "plain", "qwen2")
+    target = load_target(folder, dtype="float32")
+    with pytest.raises(ConfigError, match="no companion folder 'mtp', and its own carries none"):
+        load_drafter("mtp", target=target, length=2, target_path=str(folder))
+    with pytest.raises(ConfigError, match="holds a model of type 'qwen2', not 'mtp'"):
+        load_drafter(f"mtp:{folder}", target=target, length=2)
+    make_with_head(tmp_path / "other", "qwen2")
+    with pytest.raises(CapabilityError, match="was trained for a target of width 32"):
+        load_drafter(f"mtp:{tmp_path / 'other'}", target=target, length=2)
+    make_with_head(tmp_path / "codes", "glm4_moe")
+    file = tmp_path / "codes" / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.{LAYERS}.eh_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+    coded = build_engine(tmp_path / "codes", "auto", dtype="float32")
+    assert coded.parts.drafter.name == "prediction+forced+ngram"  # auto does without, and says so
+    assert any("--draft mtp" in notice for notice in coded.notices)
+    with pytest.raises(ConfigError, match=r"eh_proj\.weight of its MTP head is stored as float8_e4m3fn"):
+        build_engine(tmp_path / "codes", "mtp", dtype="float32")
+    dropped = {n: t for n, t in tensors.items() if not n.startswith(f"model.layers.{LAYERS}.self_attn.q_proj")}
+    save_file(dropped, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="is not one of glm4_moe as transformers has it"):
+        build_engine(tmp_path / "codes", "mtp", dtype="float32")
+
+
+def test_a_trained_head_is_read_as_it_was_written(tmp_path: Path) -> None:
+    model = new_head(MtpConfig(H, H, (3,), V, 2, 1, 8, 20), TARGET, seed=2)
+    model.save(tmp_path / "mtp", "some/target")
+    assert json.loads((tmp_path / "mtp" / "config.json").read_text())["base_model"] == "some/target"
+    read = MtpNetwork.load(tmp_path / "mtp", TARGET)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(read.state_dict()[name], value.float(), rtol=8e-3, atol=1e-6)
+    with pytest.raises(ConfigError, match="write mtp:"):
+        load_drafter(str(tmp_path / "mtp"), target=TARGET, length=2, load_model=lambda name: (TARGET, None))
+
+
+@pytest.mark.skipif(library_for(torch.ones(1)) is None, reason="compiled drafters need a C++ compiler")
+def test_a_dense_head_is_compiled(tmp_path: Path) -> None:
+    make_with_head(tmp_path, "qwen2")
+    engine = build_engine(tmp_path, "mtp", dtype="float32")
+    assert type(engine.parts.drafter._run).__name__ == "NativeForward"  # type: ignore[attr-defined]
+
+
+def test_mimo_is_read_without_its_code(tmp_path: Path) -> None:
+    """Its checkpoints name code of their own; the network is Qwen2's with a head, and nothing of theirs is run."""
+    make_with_head(tmp_path, "qwen2")
+    greedy = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    before = build_engine(tmp_path, "none", dtype="float32").generate(PROMPTS, greedy)
+    file = tmp_path / "config.json"
+    own = {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    own["auto_map"] = {"AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    (tmp_path / "modeling_mimo.py").write_text("raise SystemExit('it was run')")
+    engine = build_engine(tmp_path, "mtp", dtype="float32")
+    found = engine.generate(PROMPTS, greedy)
+    assert [r.outputs[0].token_ids for r in found] == [r.outputs[0].token_ids for r in before]
+    assert examine(str(tmp_path), "float32", 1, None)["mtp_heads"] == 1
+
+
+def test_what_loading_refuses_as_no_decoder_the_doctor_refuses(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "dim_head": 8,
+        "dim_ff": 24,
+        "num_hidden_layers": 1,
+        "vocab_size": 40,
+    }
+    config = AutoConfig.for_model("cpmant", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for check in (inspect_checkpoint, load_target):
+        with pytest.raises(ConfigError, match="CpmAntForCausalLM is no decoder"):
+            check(tmp_path, dtype="float32")
