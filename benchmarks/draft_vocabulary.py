@@ -1,6 +1,6 @@
 """A draft model with a part of its vocabulary beside the whole one, on a synthetic pair with 131,072 tokens.
 
-    python benchmarks/draft_vocabulary.py build                       # 1.2 GB in runs/synthetic/128k
+    python benchmarks/draft_vocabulary.py build                       # 0.7 GB in runs/synthetic/128k
     python benchmarks/draft_vocabulary.py measure --vocabulary auto --vocabulary 16384
 
 The pair is a random Llama and its first layer (see synthetic.py) whose tokens have frequencies as words have: one unit of the
@@ -40,7 +40,7 @@ from outrider.evaluate.records import ArmSummary, summarise
 from outrider.models.restricted import Restricted
 from outrider.params import SamplingParams
 
-SIZE = Size(layers=12, hidden=768, heads=12, inner=2048, vocab=131072)
+SIZE = Size(layers=16, hidden=512, heads=8, inner=1408, vocab=131072)
 CONSTANT = 0.06
 """The unit that is the same everywhere; the others of an embedding are about 0.02."""
 EXPONENT, NATS = 1.2, 2.5
@@ -62,7 +62,7 @@ def build(folder: Path, acceptance: float, size: Size = SIZE, effort: Effort = E
     ids = torch.randint(size.vocab, (effort.sequences, effort.prompt + effort.tokens), generator=noise)
     for _ in range(2):  # samples belong to a pair: a second turn on the target's own
         low, high = 1e-2, 1.0
-        for _ in range(6):
+        for _ in range(5):
             scale = (low * high) ** 0.5
             tail.scale(scale)
             fit_head(target, first, prior, ids, effort.prompt)
@@ -90,8 +90,8 @@ def fit_head(target: LlamaForCausalLM, first: Tensor, prior: Tensor, ids: Tensor
 
 def scale_for(logits: Float[Tensor, "n V"], prior: Float[Tensor, "V"], nats: float = NATS) -> float:
     """The c for which softmax(c * logits + prior) has a mean entropy of `nats`."""
-    low, high = 1e-3, 1e3
-    for _ in range(30):
+    low, high = 0.1, 100.0
+    for _ in range(16):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if entropy(middle * logits + prior) > nats else (low, middle)
     return (low * high) ** 0.5
