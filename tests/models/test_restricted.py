@@ -57,6 +57,15 @@ def test_the_cut_head_of_the_lean_runtime(family: str, native: str, tmp_path: Pa
     check(model, 2e-4)
 
 
+def test_a_forward_that_is_split_is_put_together(tmp_path: Path) -> None:
+    """A long prompt beside a short one: the lean runtime scores them apart."""
+    make_checkpoint(tmp_path, "llama", max_position_embeddings=512)
+    model = load_target(tmp_path, dtype="float32")
+    rows = Rows.assemble([0, 1], [[5] * 300, [7, 9]], [0, 0], Draft.empty(2))
+    whole, found = (m.forward(rows, m.new_kv(2, 320)).logits for m in (model, Restricted(model, KEPT)))
+    torch.testing.assert_close(found[:, KEPT], whole[:, KEPT], rtol=2e-4, atol=2e-4)
+
+
 def test_hidden_states_that_are_asked_for_come_as_ever() -> None:
     model = TinyLM(40, 16, 2, seed=1)
     cut, rows = Restricted(model, KEPT), Rows.assemble([0], [[1, 2, 3]], [0], Draft.empty(1))

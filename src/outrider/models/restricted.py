@@ -63,7 +63,8 @@ class Restricted:
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """As the model's, which computes no logits of its own: the last block's hidden states of the scored rows go to the head."""
-        unscored = replace(rows, scored=rows.scored[:0])
+        plain = tuple(replace(s, scored=False) if s.scored else s for s in rows.segments)
+        unscored = replace(rows, segments=plain, scored=rows.scored[:0])
         if not len(rows.scored):
             return self.model.forward(unscored, kv, layers=layers)
         scores = self.model.forward(unscored, kv, layers=(*layers, self.layers))
