@@ -171,7 +171,7 @@ test-client-npm: $(STAMP) .venvs/client-npm/.made
 .venvs/partners/.made: pyproject.toml
 	@$(PYTHON) -m venv .venvs/partners
 	@.venvs/partners/bin/$(INSTALL) --editable . "torch>=2.11,<2.14" transformers==5.24.0 lm_eval==0.4.13 trl==1.16.0 \
-	  nbclient==0.11.0 nbformat ipykernel matplotlib pytest pytest-timeout
+	  nbclient==0.11.0 nbformat ipykernel matplotlib hypothesis pytest pytest-timeout
 	@touch $@
 
 test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, and the notebooks in a Jupyter kernel

@@ -44,7 +44,13 @@ def test_greedy_text_is_that_of_transformers(pair: Any) -> None:
 
 def test_sampling_follows_torchs_seed_and_returns_several(pair: Any) -> None:
     target, draft = pair
-    ask = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.9, "num_return_sequences": 3, "return_dict_in_generate": True}
+    ask = {
+        "max_new_tokens": 8,
+        "do_sample": True,
+        "temperature": 0.9,
+        "num_return_sequences": 3,
+        "return_dict_in_generate": True,
+    }
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -82,7 +88,12 @@ def test_a_streamer_gets_every_token(pair: Any) -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [{"num_beams": 4}, {"no_repeat_ngram_size": 2}, {"output_scores": True, "return_dict_in_generate": True}, {"pixels": 1}],
+    [
+        {"num_beams": 4},
+        {"no_repeat_ngram_size": 2},
+        {"output_scores": True, "return_dict_in_generate": True},
+        {"pixels": 1},
+    ],
 )
 def test_what_is_not_applied_is_refused_by_name(pair: Any, asked: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(asked))):

@@ -263,7 +263,9 @@ def test_a_broken_rule_is_told_its_contract(broken: type, told: str) -> None:
     assert "\n" not in str(said.value)
 
 
-@pytest.mark.parametrize("name", ["speculative_sampling", "match", "block", "tv_budget"])
+@pytest.mark.parametrize(
+    "name", ["speculative_sampling", "match", "block", pytest.param("tv_budget", marks=pytest.mark.slow)]
+)
 def test_good_rules_pass(name: str) -> None:
     report = check_rule(lambda: load_rule(name))
     assert len(report.checked) == 5

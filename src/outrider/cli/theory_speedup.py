@@ -144,7 +144,13 @@ def speedup_document(
         scaled = (None if x is None else x * unit for x, unit in zip(machine.own, (1e9, 1e12, 1e9), strict=True))
         where = hardware.own(hardware.hardware(machine.name), *scaled)
         big, small = hardware.model(target), hardware.model(draft)
-        over = links.usual(machine.name) if split.link is None else links.link(split.link) if split.link != "free" else None
+        over = (
+            links.usual(machine.name)
+            if split.link is None
+            else links.link(split.link)
+            if split.link != "free"
+            else None
+        )
         across = links.link(split.between) if split.between else None
         setting = roofline.Setting(
             where, batch, context, split.devices, draft_context, element, overhead, split.pipeline, over, across,

@@ -17,7 +17,7 @@ from outrider.testing.report import BrokenContract, Report, unlikely
 from outrider.testing.watched import Watched
 from outrider.verify import best_exact
 
-SMALL, SAMPLES, TOGETHER = 5, 1500, 50
+SMALL, SAMPLES, TOGETHER = 5, 1000, 50
 """Vocabulary, texts and slots of the test of the joint distribution of the first three tokens."""
 PROMPTS: tuple[tuple[int, ...], ...] = ((1, 2, 3, 1, 2), (4,), (0, 1) * 9, (2, 2, 2))
 TOKENS = 24
@@ -27,8 +27,8 @@ def check_drafter(make: Callable[[], Drafter], target: Target | None = None, *, 
     """Try a drafter against its contracts (docs/step.md).
 
     make: makes a new drafter, as its class does or a lambda: some contracts compare a new one with a used one.
-    target: for a drafter that needs a certain model (it reads hidden states, or has a vocabulary); None: a table of random distributions, on which the
-    distribution of the text is tested too. length: draft length asked for.
+    target: for a drafter that needs a certain model (it reads hidden states, or has a vocabulary); None: a table of random
+    distributions, on which the distribution of the text is tested too. length: draft length asked for.
     Returns what held; raises BrokenContract, one sentence, for the first contract that does not: which class, which contract, what
     was seen, what to do. Statistical checks complain of a good drafter with a probability of one in a billion each.
     """
@@ -64,14 +64,19 @@ def check_drafter(make: Callable[[], Drafter], target: Target | None = None, *, 
         )
     run(3)
     if seen[2] != seen[0]:
-        _raise(name, "drafted differently than another new one of its kind on the same evidence: draw with evidence.noise alone")
+        _raise(
+            name,
+            "drafted differently than another new one of its kind on the same evidence: draw with evidence.noise alone",
+        )
     checked.append("its drafts are a function of the evidence since a slot was released, and of the noise")
     alone: list[tuple[int, ...]] = []
     for i in range(len(PROMPTS)):
         run(1, (i,))
         alone += texts[-1]
     if alone != texts[0]:
-        _raise(name, "changed a text by what ran beside it: keep its state by slot (view.slot), not by place in the batch")
+        _raise(
+            name, "changed a text by what ran beside it: keep its state by slot (view.slot), not by place in the batch"
+        )
     checked.append("texts do not depend on what runs beside them")
     _raise(name, first.not_drawn())
     checked.append("tokens are drawn from the q that is given for them")

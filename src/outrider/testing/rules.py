@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -51,9 +52,15 @@ def check_rule(make: Callable[[], Rule]) -> Report:
     """
     rule = make()
     contracts.check("rule", rule, contracts.RULE)
-    name, checked, counts = type(rule).__name__, ["its attributes and its call are those of outrider.protocols.Rule"], Counts()
+    name, checked, counts = (
+        type(rule).__name__,
+        ["its attributes and its call are those of outrider.protocols.Rule"],
+        Counts(),
+    )
     for world in WORLDS:
-        if world.chain or (rule.trees and not (world.drawn and rule.lane == "gumbel")):  # coupled siblings are not drawn apart
+        if world.chain or (
+            rule.trees and not (world.drawn and rule.lane == "gumbel")
+        ):  # coupled siblings are not drawn apart
             _try(name, rule, world, counts)
     checked += [
         "its verdicts have one path for each sequence, from the anchor down, and a next token of the vocabulary",
@@ -88,7 +95,9 @@ def _try(name: str, rule: Rule, world: World, counts: Counts) -> None:
         verdict = _asked(name, rule, rows, draft, noise, twice=len(texts[0]) == 1)
         for i, b in enumerate(live):
             kept = len(verdict.path[i]) + 1
-            counts.add(draft.counts[i], kept - 1, verdict.judged[i], verdict.risk[i], verdict.spread[i], verdict.bias[i])
+            counts.add(
+                draft.counts[i], kept - 1, verdict.judged[i], verdict.risk[i], verdict.spread[i], verdict.bias[i]
+            )
             texts[b] += [draft.tokens[k] for k in verdict.path[i]] + [verdict.next_token[i]]
     seen, due, own = np.zeros((V,) * TOKENS), np.zeros((V,) * TOKENS), p.numpy()
     for text in texts:
@@ -100,7 +109,11 @@ def _try(name: str, rule: Rule, world: World, counts: Counts) -> None:
         _raise(
             name,
             f"changes the distribution of the text {world.name} (chi-square {value:.0f} over {V**TOKENS} cells of three tokens)"
-            + (", and declares lossless=True: correct it, or declare a tv_limit" if rule.lossless else ", and may spend nothing"),
+            + (
+                ", and declares lossless=True: correct it, or declare a tv_limit"
+                if rule.lossless
+                else ", and may spend nothing"
+            ),
         )
 
 
@@ -112,28 +125,34 @@ def _asked(name: str, rule: Rule, p: Tensor, draft: Draft, noise: Noise, twice: 
         try:
             found.append(rule(p, draft, noise, allowance))
         except Exception as error:
-            _raise(name, f"raised {type(error).__name__} ({error}): it must decide on every draft, also on an empty one")
+            _raise(
+                name, f"raised {type(error).__name__} ({error}): it must decide on every draft, also on an empty one"
+            )
         if problem := strange_verdict(found[-1], draft, V):
             _raise(name, problem)
         after = (p, draft.token, None if draft.q is None else draft.q.probs)
         if not all(x is None or torch.equal(x, y) for x, y in zip(before, after, strict=True) if y is not None):
             _raise(name, "changed its arguments: a rule is a pure function, so copy p or q before you write to them")
     if found[0] != found[-1]:
-        _raise(name, "gave two verdicts on the same arguments: it must toss its coins with `noise`, and keep nothing between calls")
+        _raise(
+            name,
+            "gave two verdicts on the same arguments: it must toss its coins with `noise`, and keep nothing between calls",
+        )
     return found[0]
 
 
 def _drafted(world: World, last: list[int], q: Tensor, noise: Noise, lane: str) -> Draft:
-    """Nodes drawn from q[token before], with the noise that drafters for this rule draw with. lane: `Rule.lane`."""
-    cdf, token, parent, row = q.cumsum(-1), list[int](), list[int](), list[int]()
+    """Nodes drawn from q[token before], with the noise that drafters for this rule draw with. lane: `Rule.lane`; point masses are
+    chosen apart from it."""
+    cdf, token, parent, row = q.cumsum(-1).tolist(), list[int](), list[int](), list[int]()
     for i, above in enumerate(last):
         for j in range(world.nodes):
             depth, sibling = (j + 1, 0) if world.chain else (1, j)
             row.append(above)
-            if lane == "gumbel":
+            if lane == "gumbel" and world.drawn:
                 token.append(int((q[above] / noise.exponential(i, depth, V)).argmax()))
             else:
-                token.append(min(int((cdf[above] <= noise.uniform(i, depth, "draft", sibling)).sum()), V - 1))
+                token.append(min(bisect(cdf[above], noise.uniform(i, depth, "draft", sibling)), V - 1))
             parent.append(len(token) - 2 if world.chain and j else -1)
             above = token[-1] if world.chain else above
     given = Proposal(q.float(), tuple(row)) if world.drawn and world.nodes else None

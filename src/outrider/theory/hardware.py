@@ -69,7 +69,9 @@ HARDWARE: dict[str, Hardware] = {
         False,
         "Apple, MacBook Pro (2024) technical specifications; arithmetic is not published: 40 cores x 128 lanes x 2 x 1.6 GHz",
     ),
-    "l4": Hardware("NVIDIA L4", 300e9, 121e12, 24e9, False, "NVIDIA L4 Tensor Core GPU data sheet, half of the sparse rate"),
+    "l4": Hardware(
+        "NVIDIA L4", 300e9, 121e12, 24e9, False, "NVIDIA L4 Tensor Core GPU data sheet, half of the sparse rate"
+    ),
     "l40s": Hardware("NVIDIA L40S", 864e9, 362e12, 48e9, False, "NVIDIA L40S data sheet"),
     "rtx-3060": _geforce("RTX 3060 12GB", 360e9, 12.7e12, 12e9, "Ampere"),
     "rtx-3090": _geforce("RTX 3090", 936e9, 35.6e12, 24e9, "Ampere"),
@@ -77,11 +79,22 @@ HARDWARE: dict[str, Hardware] = {
     "rtx-4070": _geforce("RTX 4070", 504e9, 29.1e12, 12e9, "Ada"),
     "rtx-4090": _geforce("RTX 4090", 1.008e12, 82.6e12, 24e9, "Ada"),
     "rtx-5090": _geforce("RTX 5090", 1.792e12, 104.8e12, 32e9, "Blackwell"),
-    "rx-7900-xtx": Hardware("AMD Radeon RX 7900 XTX", 960e9, 122.8e12, 24e9, False, "AMD Radeon RX 7900 XTX specifications"),
-    "m1": Hardware("Apple M1, 8 GPU cores, 16 GB", 68e9, 2.6e12, 16e9, False, "Apple, M1 press release (2020): 2.6 teraflops"),
-    "m2": Hardware("Apple M2, 10 GPU cores, 24 GB", 100e9, 3.6e12, 24e9, False, "Apple, M2 press release (2022): 3.6 teraflops"),
+    "rx-7900-xtx": Hardware(
+        "AMD Radeon RX 7900 XTX", 960e9, 122.8e12, 24e9, False, "AMD Radeon RX 7900 XTX specifications"
+    ),
+    "m1": Hardware(
+        "Apple M1, 8 GPU cores, 16 GB", 68e9, 2.6e12, 16e9, False, "Apple, M1 press release (2020): 2.6 teraflops"
+    ),
+    "m2": Hardware(
+        "Apple M2, 10 GPU cores, 24 GB", 100e9, 3.6e12, 24e9, False, "Apple, M2 press release (2022): 3.6 teraflops"
+    ),
     "m2-ultra": Hardware(
-        "Apple M2 Ultra, 76 GPU cores, 192 GB", 800e9, 27.2e12, 192e9, False, "Apple, M2 Ultra press release (2023): 27.2 teraflops"
+        "Apple M2 Ultra, 76 GPU cores, 192 GB",
+        800e9,
+        27.2e12,
+        192e9,
+        False,
+        "Apple, M2 Ultra press release (2023): 27.2 teraflops",
     ),
     "m4": Hardware(
         "Apple M4, 10 GPU cores, 32 GB",
@@ -229,7 +242,9 @@ def own(base: Hardware, bandwidth: float | None, compute: float | None, memory: 
     mine = {name: value for name, value in given.items() if value is not None}
     if not mine:
         return base
-    told = f"own figures of {', '.join(mine)}" + ("" if len(mine) == len(given) else f"; the rest of {base.name}: {base.source}")
+    told = f"own figures of {', '.join(mine)}" + (
+        "" if len(mine) == len(given) else f"; the rest of {base.name}: {base.source}"
+    )
     name = "your machine" if len(mine) == len(given) else f"a machine like {base.name}"
     return replace(base, **mine, name=name, measured=base.measured and not mine, source=told)
 

@@ -76,7 +76,11 @@ def shorter_run(folder: Path) -> Path | None:
     for note in folder.parent.glob(f"*/{ABOUT}"):
         other = json.loads(note.read_text())
         loop, own = other.get("loop"), mine["loop"]
-        if not isinstance(loop, dict) or not loop.get("steps", own["steps"]) < own["steps"] or loop["warmup"] > own["warmup"]:
+        if (
+            not isinstance(loop, dict)
+            or not loop.get("steps", own["steps"]) < own["steps"]
+            or loop["warmup"] > own["warmup"]
+        ):
             continue
         if other | {"loop": loop | {"steps": own["steps"], "warmup": own["warmup"]}} == mine:
             found += [(loop["steps"], path) for path in sorted(note.parent.glob("step-*"))[-1:]]

@@ -170,7 +170,9 @@ def train(
         report(f"continuing from {checkpoint.path.name}")
         before = checkpoint.state["config"]["steps"]
         if before != config.steps:
-            report(f"the run of {before} steps grows to {config.steps}: the learning rate is that of the longer run from here on")
+            report(
+                f"the run of {before} steps grows to {config.steps}: the learning rate is that of the longer run from here on"
+            )
     compute = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
     progress, measure = _Progress(config, report, logs), _Measure(evaluate)
     progress.seen = state["history"][-1] if state["history"] else {}

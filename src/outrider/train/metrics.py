@@ -34,7 +34,9 @@ def check(wanted: tuple[str, ...]) -> None:
         if name not in PACKAGES:
             raise ConfigError(unknown_name("place for metrics", name, PACKAGES))
         if find_spec(PACKAGES[name]) is None:
-            raise ConfigError(f"--log {name} needs a package: pip install {PACKAGES[name]}; {FILE} is written without it")
+            raise ConfigError(
+                f"--log {name} needs a package: pip install {PACKAGES[name]}; {FILE} is written without it"
+            )
 
 
 def _lines(folder: Path) -> Log:
@@ -63,5 +65,7 @@ def _tensorboard(folder: Path, settings: dict[str, Any]) -> Log:
 def _wandb(folder: Path, settings: dict[str, Any]) -> Log:
     import wandb  # type: ignore[import-not-found]
 
-    run = wandb.init(project="outrider", name=folder.name, id=folder.name, dir=str(folder), resume="allow", config=settings)
+    run = wandb.init(
+        project="outrider", name=folder.name, id=folder.name, dir=str(folder), resume="allow", config=settings
+    )
     return lambda step, values: run.log(dict(values), step=step)

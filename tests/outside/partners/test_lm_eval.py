@@ -15,7 +15,12 @@ from outrider.errors import RequestError
 from outrider.integrations.lm_eval import OutriderLM
 
 TARGET = str(shipped("target"))
-PAIRS = [("def main(", "argv):\n"), ("import os\nimport ", "sys\n"), ("class A:\n    ", "def __init__(self):"), ("", "import os")]
+PAIRS = [
+    ("def main(", "argv):\n"),
+    ("import os\nimport ", "sys\n"),
+    ("class A:\n    ", "def __init__(self):"),
+    ("", "import os"),
+]
 
 
 def instances(kind: str, args: list[tuple[Any, ...]]) -> list[Instance]:

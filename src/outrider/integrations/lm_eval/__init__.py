@@ -47,7 +47,9 @@ class OutriderLM(TemplateLM):
         slots = int(batch_size) if str(batch_size).isdigit() else 8
         self.engine = build_engine(target, draft, slots=slots, **options)
         if self.engine.tokenizer is None:
-            raise ConfigError("lm-eval's tasks are text, and this target has no tokenizer: give one, or a folder with one")
+            raise ConfigError(
+                "lm-eval's tasks are text, and this target has no tokenizer: give one, or a folder with one"
+            )
         self.tokenizer = self.engine.tokenizer
         self.max_gen_toks, self.max_length = max_gen_toks, self.engine.max_length
 

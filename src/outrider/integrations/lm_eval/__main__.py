@@ -1,7 +1,8 @@
 """lm-eval's own command, with the model `outrider` among its models."""
 
-import outrider.integrations.lm_eval  # noqa: F401
 from lm_eval.__main__ import cli_evaluate
+
+import outrider.integrations.lm_eval  # noqa: F401
 
 if __name__ == "__main__":
     cli_evaluate()

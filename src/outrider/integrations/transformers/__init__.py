@@ -33,7 +33,14 @@ UNUSED = {
 }  # fmt: skip
 """Settings that say how transformers computes, not what it generates."""
 OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "negative_prompt_ids")
-IGNORED = {"synced_gpus", "negative_prompt_attention_mask", "use_model_defaults", "tokenizer", "assistant_tokenizer", "use_cache"}
+IGNORED = {
+    "synced_gpus",
+    "negative_prompt_attention_mask",
+    "use_model_defaults",
+    "tokenizer",
+    "assistant_tokenizer",
+    "use_cache",
+}
 
 
 @torch.no_grad()
@@ -54,10 +61,14 @@ def generate(
     for name in OBJECTS:
         value = more.pop(name, None)
         if value is not None and (not hasattr(value, "__len__") or len(value)):
-            raise ConfigError(f"{name} is not applied by Outrider's generate: leave it out, or leave custom_generate out")
+            raise ConfigError(
+                f"{name} is not applied by Outrider's generate: leave it out, or leave custom_generate out"
+            )
     ids, mask = inputs if inputs is not None else more.pop("input_ids", None), more.pop("attention_mask", None)
     if ids is None:
-        raise ConfigError("generate needs the token ids of prompts: pass a tokenizer's output, as in model.generate(**inputs)")
+        raise ConfigError(
+            "generate needs the token ids of prompts: pass a tokenizer's output, as in model.generate(**inputs)"
+        )
     # the call's own settings, then the model's, then transformers' defaults, which truncate to 50 tokens when sampling
     config, rest = model._prepare_generation_config(generation_config, **more)
     rest = {name: value for name, value in rest.items() if name not in IGNORED and value not in (None, False)}
@@ -90,7 +101,9 @@ def params_of(config: Any, prompt: int) -> SamplingParams:
     for name, value in config.to_dict().items():
         if name not in READ | UNUSED and value is not None and value is not False and value != usual.get(name):
             raise ConfigError(f"{name}={value!r} is not applied by Outrider's generate: leave it out")
-    sampled = {n: v for n in SAMPLING if (v := getattr(config, n)) is not None} if config.do_sample else {"temperature": 0.0}
+    sampled = (
+        {n: v for n in SAMPLING if (v := getattr(config, n)) is not None} if config.do_sample else {"temperature": 0.0}
+    )
     if not config.do_sample and config.repetition_penalty:
         sampled["repetition_penalty"] = config.repetition_penalty
     ends = config.eos_token_id

@@ -45,10 +45,14 @@ def rollout(draft: Any = "ngram", *, slots: int = 16, **options: Any) -> Rollout
             )
         for name, fine in NEUTRAL.items():
             if getattr(args, name, None) not in fine:
-                raise ConfigError(f"the rollout cannot apply {name}={getattr(args, name)!r} of GRPOConfig: leave it out")
+                raise ConfigError(
+                    f"the rollout cannot apply {name}={getattr(args, name)!r} of GRPOConfig: leave it out"
+                )
         engine = engine_of(trainer)
         ids = [_ids(_text(trainer), prompt) for prompt in prompts]
-        results = engine.generate(ids, SamplingParams(max_tokens=args.max_completion_length, logprobs=0), progress=lambda _: None)
+        results = engine.generate(
+            ids, SamplingParams(max_tokens=args.max_completion_length, logprobs=0), progress=lambda _: None
+        )
         outputs = [result.outputs[0] for result in results]
         return {
             "prompt_ids": ids,
