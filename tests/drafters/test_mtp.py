@@ -15,6 +15,7 @@ from outrider.build import Engine, build_engine
 from outrider.cli.doctor import examine
 from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.eagle.forward import NativeForward, forward_of
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import Levels
@@ -205,8 +206,8 @@ def test_a_trained_head_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(library_for(torch.ones(1)) is None, reason="compiled drafters need a C++ compiler")
 def test_a_dense_head_is_compiled(tmp_path: Path) -> None:
     make_with_head(tmp_path, "qwen2")
-    engine = build_engine(tmp_path, "mtp", dtype="float32")
-    assert type(engine.parts.drafter._run).__name__ == "NativeForward"  # type: ignore[attr-defined]
+    network = MtpNetwork.load(tmp_path, load_target(tmp_path, dtype="float32"))
+    assert isinstance(forward_of(network, 32), NativeForward)
 
 
 def test_mimo_is_read_without_its_code(tmp_path: Path) -> None:
