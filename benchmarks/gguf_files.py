@@ -30,10 +30,11 @@ KINDS = {"decoding": (8, 64), "a prompt of 512": (512, 1)}
 def measure(file: Path, kind: str, llama: Path, threads: int, rounds: int) -> list[str]:
     """One row: median seconds of both engines and the ratio of their speeds."""
     (prompt, tokens), order = KINDS[kind], random.Random(f"{file.name} {kind}")
+    env = {"PYTHONPATH": str(ROOT / "src")}
     workers = {
-        "ours": Worker("ours", "worker_ours.py", Path(sys.executable), "torch", {"lengths": [0]}, {"PYTHONPATH": str(ROOT / "src")}),
+        "ours": Worker("ours", "worker_ours.py", Path(sys.executable), "torch", {"lengths": [0]}, env),
         "llama.cpp": Worker("llama.cpp", "worker_xllama.py", llama, "xllamacpp"),
-    }  # fmt: skip
+    }
     load = {"target": str(file), "draft": "none", "dtype": "auto", "capacity": 1, "length": LENGTH}
     running = {name: pool.start(worker, load, threads, OUT / "logs") for name, worker in workers.items()}
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in running}
@@ -64,7 +65,9 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, nargs="+")
-    parser.add_argument("--llama", type=Path, default=VENVS / "xllama" / "bin" / "python", help="a Python with xllamacpp")
+    parser.add_argument(
+        "--llama", type=Path, default=VENVS / "xllama" / "bin" / "python", help="a Python with xllamacpp"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()

@@ -4,13 +4,13 @@
     python benchmarks/magicdec.py --report magicdec.jsonl --figure magicdec.svg
 
 A target of the shipped pair's shape with random weights in bfloat16. Prompts are random tokens; their keys and values are random
-numbers that were put among the known pages beforehand, so no prompt is read and every sequence has a cache of its own. Acceptance is
-that of the engine's own drafter and rule. It says nothing of real models: `--temperature` sets it, since hotter distributions
+numbers that were put among the known pages beforehand, so no prompt is read and every sequence has a cache of its own. Acceptance
+is that of the engine's own drafter and rule. It says nothing of real models: `--temperature` sets it, since hotter distributions
 differ less. Times do not depend on it.
 
 All arms decode from the same cache in turn, in random order within a round; a run is some steps behind the first token of all
 sequences. Gains are ratios of tokens per second to plain decoding in the same rounds, with a 95% interval over rounds. The model
-(`theory.context_times`): constants from passes timed alone, of 512 cached tokens and of the least and the greatest context; the host's
+(`theory.context_times`): constants from passes timed alone, of 512 cached tokens, the least and the greatest context; the host's
 share of a step and of a level from the cell of the least context with the fewest sequences; all other steps are predicted.
 `--cpu-time`: seconds of one thread, for machines that others use too.
 """
@@ -142,7 +142,14 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     if number < 0:  # warms up, and says how many steps fill a run
                         steps[arm] = max(args.steps, min(60, round(args.seconds * args.steps / found["seconds"])))
                         continue
-                    yield {"context": context, "batch": batch, "arm": arm[0], "length": arm[1], "round": number, **found}
+                    yield {
+                        "context": context,
+                        "batch": batch,
+                        "arm": arm[0],
+                        "length": arm[1],
+                        "round": number,
+                        **found,
+                    }
 
 
 class Report:
@@ -163,6 +170,8 @@ class Report:
             if cell[:3] == (context, batch, "window")
         ]
         self.times = times.with_host(step, median(levels) if levels else 0.0)
+        pooled = [r for c in self.cells if c[2] == "window" for r in self.cells[c]]
+        self.pooled = sum(r["accepted"] for r in pooled) / max(1, sum(r["judged"] for r in pooled))
 
     def step(self, cell: Cell) -> float:
         """Seconds of a step: the median of the rounds."""
@@ -176,42 +185,54 @@ class Report:
     def gain(self, cell: Cell) -> Ratio:
         """Tokens per second over plain decoding."""
         base = self.cells[cell[0], cell[1], "plain", 0]
-        columns = [np.array([r[f] for r in rows], float) for rows in (self.cells[cell], base) for f in ("tokens", "seconds")]
+        columns = [
+            np.array([r[f] for r in rows], float) for rows in (self.cells[cell], base) for f in ("tokens", "seconds")
+        ]
         return paired_ratio(*columns)
+
+    def timed_gain(self, cell: Cell) -> Ratio:
+        """The same with the tokens of steps at the pooled acceptance of windows in place of those that a few steps brought: only
+        times are left to chance."""
+        base = self.cells[cell[0], cell[1], "plain", 0]
+        steps, seconds, ones, others = (
+            np.array([r[f] for r in rows], float) for rows in (self.cells[cell], base) for f in ("steps", "seconds")
+        )
+        return paired_ratio(steps * tokens_per_call(self.pooled, cell[3]), seconds, ones, others)
 
     def predicted(self, cell: Cell) -> float:
         """Seconds of a step by the model."""
         context, batch, _, length = cell
         return self.times.drafted(batch, context, VIEW, length) if length else self.times.plain(batch, context)
 
-    def predicted_gain(self, cell: Cell, acceptance: float) -> float:
-        return self.times.gain(cell[1], cell[0], VIEW, cell[3], acceptance)
-
     def print(self) -> None:
         """A line for each cell, then how far the model is off and what its choices lose."""
         t = self.times
         print(
             f"model: {1e3 * t.whole:.2f} ms a pass, {1e6 * t.row:.1f} us a row, {1e6 * t.token:.3f} us a cached token, "
-            f"{100 * t.pair / t.token:.1f}% of that for each further row; host {1e3 * t.step:.2f} ms a step, {1e3 * t.level:.2f} a level"
+            f"{100 * t.pair / t.token:.1f}% of that for each further row; host {1e3 * t.step:.2f} ms a step, "
+            f"{1e3 * t.level:.2f} a level"
         )
         for cell in self.cells:
             took, said = self.step(cell), self.predicted(cell)
-            line = f"{cell[0]:6} x {cell[1]} {cell[2]:6} {cell[3]:2}: step {1e3 * took:7.2f} ms, model {said / took:.2f}"
+            line = (
+                f"{cell[0]:6} x {cell[1]} {cell[2]:6} {cell[3]:2}: step {1e3 * took:7.2f} ms, model {said / took:.2f}"
+            )
             if cell[3]:
-                gain, alpha = self.gain(cell), self.acceptance(cell)
-                line += f"; gain {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f}), acceptance {alpha:.2f}, "
-                line += f"model {self.predicted_gain(cell, alpha):.2f}"
+                gain, timed = self.gain(cell), self.timed_gain(cell)
+                line += f"; gain {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f}), acceptance {self.acceptance(cell):.2f}; "
+                line += f"at {self.pooled:.2f}: {timed.value:.2f} ({timed.low:.2f} to {timed.high:.2f}), "
+                line += f"model {self.times.gain(cell[1], cell[0], VIEW, cell[3], self.pooled):.2f}"
             print(line)
         off = [abs(self.predicted(c) / self.step(c) - 1) for c in self.cells if c[2] in ("plain", "window")]
-        print(f"steps of plain decoding and windows: {sum(x <= 0.15 for x in off)} of {len(off)} within 15%, worst {max(off):.0%}")
+        print(
+            f"steps of plain decoding and windows: {sum(x <= 0.15 for x in off)} of {len(off)} within 15%, worst {max(off):.0%}"
+        )
         print(f"what the model's choice of length loses, at most: {max(self.regrets().values()):.1%}")
 
     def regrets(self) -> dict[tuple[int, int], float]:
         """By context and sequences, how much slower the length that the model chooses is than the best; at the pooled acceptance of
         windows, so that only times decide."""
-        mine = [c for c in self.cells if c[2] == "window"]
-        pooled = [r for c in mine for r in self.cells[c]]
-        alpha = sum(r["accepted"] for r in pooled) / max(1, sum(r["judged"] for r in pooled))
+        mine, alpha = [c for c in self.cells if c[2] == "window"], self.pooled
         out: dict[tuple[int, int], float] = {}
         for context, batch in dict.fromkeys(c[:2] for c in mine):
             lengths = [0, *(c[3] for c in mine if c[:2] == (context, batch))]
@@ -228,24 +249,29 @@ def draw(report: Report, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
     length = max(c[3] for c in report.cells)
-    for colour, batch in zip(("tab:blue", "tab:orange", "tab:green"), sorted({c[1] for c in report.cells}), strict=False):
+    for colour, batch in zip(
+        ("tab:blue", "tab:orange", "tab:green"), sorted({c[1] for c in report.cells}), strict=False
+    ):
         for kind, mark in (("window", "o"), ("snap", "^"), ("pillar", "s")):
             cells = sorted(c for c in report.cells if c[1:] == (batch, kind, length))
             if not cells:
                 continue
-            gains = [report.gain(c) for c in cells]
+            gains = [report.timed_gain(c) for c in cells]
             bars = [[g.value - g.low for g in gains], [g.high - g.value for g in gains]]
             axes.errorbar(
                 [c[0] for c in cells], [g.value for g in gains], bars, fmt=mark, color=colour, capsize=2,
                 label=f"{kind}, {batch} at a time", alpha=1.0 if kind == "window" else 0.5,
             )  # fmt: skip
             if kind == "window":
-                alpha = float(np.mean([report.acceptance(c) for c in cells]))
                 line = np.geomspace(VIEW, 2 * cells[-1][0], 80)
-                model = [report.times.gain(batch, s, VIEW, length, alpha) for s in line]
-                axes.plot(line, model, color=colour, label=f"model, acceptance {alpha:.2f}")
+                model = [report.times.gain(batch, s, VIEW, length, report.pooled) for s in line]
+                axes.plot(line, model, color=colour, label=f"model, {batch} at a time")
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="cached tokens of a sequence", ylabel=f"speed over plain decoding, drafts of {length}")
+    axes.set(
+        xscale="log",
+        xlabel="cached tokens of a sequence",
+        ylabel=f"speed over plain, drafts of {length}, acceptance {report.pooled:.2f}",
+    )
     axes.set_xticks([512, 1024, 2048, 4096, 8192, 16384, 32768], ["512", "1k", "2k", "4k", "8k", "16k", "32k"])
     axes.minorticks_off()
     axes.legend(fontsize=8)

@@ -6,7 +6,7 @@ For each type of weights and 1 to 8 rows: v = time of the rows / time of one, an
 peak). Bandwidth (the best of reads in 1, 2, 4 and 8 streams) and peaks (products of bytes, of bfloat16, of float32, from the first
 cache) are measured in the same rounds, in random order with the forwards, by probe.cpp. All times are the least of the rounds: what
 neighbours do only adds to them. Attention and norms of a forward count as overhead. `--torch`: beside plain types, the same
-forwards through torch's operators. `--cpu-time`: one thread's processor time instead of the clock, for a machine that others use too.
+forwards through torch's operators. `--cpu-time`: processor time of one thread instead of the clock, for a machine that others use.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from drafts import DRAFTS
 from outrider.assets import shipped, shipped_prompts
 from outrider.build import Engine
 from outrider.drafters.tree import draws, forest, growth
-from outrider.engine import core, emit, rows, sanitize, step
+from outrider.engine import core, step
 from outrider.engine.state import StepState
 from outrider.models.load import load_target
 from outrider.nn import picks
@@ -48,7 +48,8 @@ class Clock:
     def close(self) -> None:
         """The parts so far are a step."""
         self.steps.append({name: (spent, self.calls[name]) for name, spent in self.spent.items()})
-        self.spent.clear(), self.calls.clear()
+        self.spent.clear()
+        self.calls.clear()
 
     def fast(self) -> tuple[dict[str, float], dict[str, float]]:
         """Mean seconds and calls of each part over the faster half of the steps."""
@@ -79,7 +80,8 @@ class Clock:
 
 def places(engine: Engine) -> Iterator[tuple[str, Any, str]]:
     """(part, object, attribute) of every part of this engine's steps."""
-    parts, drafter = engine.parts, engine.parts.drafter
+    parts: Any = engine.parts
+    drafter: Any = parts.drafter
     yield from ((name, StepState, name) for name in ("plan", "take_pending", "settle", "record"))
     yield from (("kept paths", step, "kept_paths"), ("evidence", step, "evidence_of"), ("budget", step, "draft_budget"))
     yield from (("sanitize", step, "sanitize_draft"), ("assemble", step, "assemble"), ("emit", step, "emit"))
@@ -99,7 +101,7 @@ def places(engine: Engine) -> Iterator[tuple[str, Any, str]]:
     heads = getattr(drafter, "_predict", None) or getattr(run, "_head", None)
     if hasattr(heads, "_forward"):
         yield "heads", heads, "_forward"
-    model = getattr(drafter, "model", None)
+    model: Any = getattr(drafter, "model", None)
     if getattr(model, "native", None) is not None:
         yield "draft forward, Python", model, "forward"
         yield "draft forward", model.native, "_forward"
@@ -167,7 +169,9 @@ def profile(name: str, temperature: float, tokens: int, count: int) -> None:
     spent, calls = clock.fast()
     whole, without = sum(spent.values()), statistics.mean(sorted(bare)[: len(bare) // 2])
     made = engine.counts.emitted / engine.counts.steps
-    print(f"T={temperature:.0f} {name}: {1e6 * whole:.0f} us a step, {1e6 * without:.0f} without clocks; {made:.2f} tokens a step")
+    print(
+        f"T={temperature:.0f} {name}: {1e6 * whole:.0f} us a step, {1e6 * without:.0f} without clocks; {made:.2f} tokens a step"
+    )
     for part, took in sorted(spent.items(), key=lambda pair: -pair[1]):
         print(f"    {part:26}{1e6 * took:8.0f} us {100 * took / whole:5.1f}%{calls[part]:7.1f} calls")
 

@@ -23,10 +23,10 @@ from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
-from outrider.loading import Loaded, Progress, give, load, load_model, name_of
+from outrider.loading import VOCABULARY, Loaded, Progress, give, load, load_model, name_of
 from outrider.models.folder import resolve_folder
 from outrider.models.given import Model, is_model
-from outrider.notices import notices_of, wasted_option
+from outrider.notices import notices_of, vocabulary_without_model, wasted_option
 from outrider.options import EngineKeywords, EngineOptions, check_names, with_keywords
 from outrider.params import SamplingParams
 from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
@@ -275,6 +275,8 @@ def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[s
     unused = carries("mtp", folder) and "mtp" not in drafter.name.split("+")
     name = Path(str(loaded.path)).name
     told = [f"{name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
+    restricted = any(key.name.startswith(VOCABULARY) for key in loaded.models)
+    told += vocabulary_without_model(options.draft_vocabulary if drafts else None, options.draft, restricted)
     return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 
 

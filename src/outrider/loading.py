@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,18 @@ from outrider.assets import HERE, shipped
 from outrider.engine import contracts
 from outrider.engine.turns import Turns
 from outrider.errors import CapacityError, ConfigError
-from outrider.models.folder import files_of, resolve_folder
+from outrider.models.folder import files_of, identity_of, resolve_folder
 from outrider.models.given import check_loading, ends_of, is_model, target_of
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
 from outrider.models.quantised import distance
+from outrider.models.token_use import TokenUse, prompts_from, use_of
 from outrider.models.translate import shared_token_share, translate
+from outrider.models.vocabulary_choice import choose
 from outrider.options import EngineOptions
 from outrider.protocols import Drafter, Rule, Sink, Target, Tokenizer
 
 Progress = Callable[[float], None]
-
+logger = logging.getLogger(__name__)
 
 TRANSLATE = "translate:"
 """Marks a draft model of another vocabulary."""
@@ -134,7 +137,13 @@ def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targe
         check_loading({"draft_quantize": options.draft_quantize}, "the draft")
         return loaded.given[name]
     if name.startswith(TRANSLATE):
+        if options.draft_vocabulary is not None:
+            raise ConfigError(
+                f"draft_vocabulary does not go with {name!r}: it drafts only the tokens that both vocabularies share; drop one"
+            )
         return _translated(loaded, options, name.removeprefix(TRANSLATE))
+    if options.draft_vocabulary is not None:
+        return reduced(loaded, options, name)
     key = _key(loaded, options, name)
     if key not in loaded.models:
         model = load_target(
@@ -165,6 +174,41 @@ def _key(loaded: Loaded, options: EngineOptions, name: str, mark: str = "") -> M
     free = options.dtype == "auto" and reads_emulated(name, ours, loaded.target.device, options.implementation)
     dtype = "auto" if free else str(ours).removeprefix("torch.")
     return ModelKey(mark + name, folder, files_of(folder), options.implementation, options.draft_quantize, dtype)
+
+
+VOCABULARY = "vocabulary:"
+"""Marks a draft model with a part of its vocabulary."""
+
+
+def reduced(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:
+    """The draft model `name` with the tokens that `draft_vocabulary` says, and in its notices what that was predicted to do."""
+    wanted = options.draft_vocabulary
+    key = _key(loaded, options, name, f"{VOCABULARY}{wanted}:{options.longest}:")
+    if key not in loaded.models:
+        model, tokenizer = load_model(loaded, options.changed(draft_vocabulary=None), name)
+        size = None if wanted == "auto" else int(cast(int, wanted))
+        made, told = choose(loaded.target, model, token_use(loaded), size, max(1, options.longest), name)
+        if made is None:
+            told_so = f"{name} keeps all its {model.vocab_size:,} tokens, since fewer do not pay: {told.sentence('it')}"
+            loaded.models[key] = (model, tokenizer)
+            model.notices = (*model.notices, told_so)
+        else:
+            made.notices, made.predicted = (*model.notices, told.sentence(name)), told
+            loaded.models[key] = (made, tokenizer)
+    return loaded.models[key]
+
+
+def token_use(loaded: Loaded) -> TokenUse:
+    """Which tokens the target uses, from the cache if it was counted before."""
+    target, tokenizer = loaded.target, loaded.tokenizer
+    if loaded.path is None:
+        raise ConfigError(
+            "draft_vocabulary needs a target from a folder or the Hub, whose tokens are counted once: leave it out, or give one"
+        )
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines() if tokenizer is not None else []
+    texts = [list(cast(Tokenizer, tokenizer).encode(json.loads(line)["prompt"])) for line in lines]
+    key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize}"
+    return use_of(target, key, prompts_from(texts, target.vocab_size), logger.warning)
 
 
 def _translated(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:

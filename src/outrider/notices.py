@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from outrider.errors import ConfigError
 from outrider.protocols import Target
 from outrider.threads import thread_notice
 from outrider.verify import native
@@ -33,6 +34,19 @@ def machine_notices(device: torch.device, drafts: bool, asked: str = "auto") -> 
         else None
     )
     return [n for n in (verified, thread_notice(torch.get_num_threads()), unused) if n is not None]
+
+
+def vocabulary_without_model(vocabulary: int | str | None, draft: str, restricted: bool) -> list[str]:
+    """A notice if `draft_vocabulary` is "auto" and the drafter has no draft model's head to restrict.
+
+    Raises ConfigError if a number of tokens was asked for.
+    """
+    if vocabulary is None or restricted:
+        return []
+    told = f"draft_vocabulary={vocabulary!r} restricts the head of a draft model, and the drafter {draft!r} has none"
+    if vocabulary == "auto":
+        return [f"{told}: it does nothing"]
+    raise ConfigError(f"{told}: name a draft model, or leave draft_vocabulary out")
 
 
 def wasted_option(quantize: str | None, models: int) -> list[str]:

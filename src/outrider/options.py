@@ -53,6 +53,8 @@ class EngineOptions:
     dtype, device, implementation: see `load_target`.
     target_quantize, draft_quantize: None, or a type to round the weights of target and draft model to, as "q8_0": see
                     `models.quantised.QUANTIZE`. The declared distribution is then that of the rounded target.
+    draft_vocabulary: None: all tokens; or how many of them a draft model keeps in its head, those that the target uses most; or
+                    "auto": as many as promise the most tokens per second, all where no fewer do. See `models.vocabulary_choice`.
     max_length:     tokens of context to reserve for prompt and output, >= 1; None: the model's.
     slots:          sequences decoded together, >= 1.
     chunk:          most tokens of a prompt in one forward pass, >= 1.
@@ -77,6 +79,7 @@ class EngineOptions:
     prefix_cache: bool = True
     kv_memory: float | None = None
     lengths: str = "auto"
+    draft_vocabulary: int | str | None = None
 
     def __post_init__(self) -> None:
         for name in _TEXTS:
@@ -95,6 +98,7 @@ class EngineOptions:
         ):
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
         _check_lengths(self.lengths, self.length)
+        object.__setattr__(self, "draft_vocabulary", _vocabulary(self.draft_vocabulary))
 
     @property
     def follows(self) -> str:
@@ -125,6 +129,7 @@ class EngineKeywords(TypedDict, total=False):
     implementation: str
     target_quantize: str | None
     draft_quantize: str | None
+    draft_vocabulary: int | str | None
     max_length: int | None
     slots: int
     chunk: int
@@ -163,6 +168,15 @@ def _check_lengths(lengths: object, length: int) -> None:
         raise ConfigError(
             f"lengths {lengths!r}: behind the colon stands the longest draft, {max(length, 1)} (the draft length) to {MOST}"
         )
+
+
+def _vocabulary(value: object) -> int | str | None:
+    """A `draft_vocabulary` as a number, "auto" or None. Raises ConfigError for another one."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9_]{1,12}", value) and value.strip("_"):
+        value = int(value.strip("_"))
+    if value is None or value == "auto" or (type(value) is int and value >= 1):
+        return value  # type: ignore[return-value]
+    raise ConfigError(f"draft_vocabulary must be 'auto' or the number of tokens to keep, at least 1, got {value!r}")
 
 
 def types_of(name: str) -> tuple[type, ...]:

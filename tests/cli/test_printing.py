@@ -112,4 +112,6 @@ def test_a_row_that_is_too_wide_goes_on_below_itself() -> None:
     assert shown[0] == "plain_decoding_of_it" and all(len(line) <= 50 for line in shown)
     at = shown[2].index("target")
     assert len(shown) > 3 and shown[3][:at].isspace() and not shown[3][at].isspace()
-    assert " ".join(line[at:].strip() for line in shown[2:]) == "target 89% rule 7% draft 1% host 3% and more of the same"
+    assert (
+        " ".join(line[at:].strip() for line in shown[2:]) == "target 89% rule 7% draft 1% host 3% and more of the same"
+    )

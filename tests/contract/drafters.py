@@ -35,6 +35,7 @@ from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.gain import ByGain, Dynamic
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels
 from outrider.drafters.tree.shapes import MergedDrafts, best_tree, levels
+from outrider.models.restricted import Restricted
 from outrider.models.toy import TableTarget, TinyLM
 from outrider.nn.held import library_for
 from outrider.protocols import Drafter
@@ -54,6 +55,11 @@ Factory = Callable[[Toy, int], Drafter]
 def small(target: Toy) -> Toy:
     """A draft model that agrees with the target often and not always."""
     return target.perturbed(0.3, seed=7)
+
+
+def part(model: Toy) -> Restricted:
+    """The model with every second token in its head."""
+    return Restricted(model, torch.arange(1, model.vocab_size, 2))
 
 
 def other_vocabulary(target: Toy, more: int) -> TinyLM:
@@ -146,6 +152,10 @@ DRAFTERS: dict[str, Factory] = {
         other_vocabulary(target, 3), 3, sample="greedy", vocab_size=target.vocab_size
     ),
     "model-smaller": lambda target, slots: ModelDrafter(other_vocabulary(target, -3), 3, vocab_size=target.vocab_size),
+    "model-vocabulary": lambda target, slots: ModelDrafter(part(small(target)), 4),
+    "vocabulary-tree": lambda target, slots: ModelDrafter(
+        part(small(target)), 3, branching=(3, 2, 1), siblings="without_replacement"
+    ),
     "tree-iid": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 2, 1)),
     "tree-coupled": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 1, 2), sample="coupled"),
     "batch": lambda target, slots: ModelDrafter(small(target), 3, branching=(3, 1, 1)),

@@ -21,6 +21,7 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.tree.gain import ByGain
 from outrider.drafters.tree.growth import Growth
 from outrider.drafters.tree.shapes import MergedDrafts, Shape, levels
+from outrider.models.restricted import Restricted
 from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams
 from outrider.types import Draft
@@ -99,10 +100,12 @@ def build(
     shape: Shape | None = None,
     siblings: str = "iid",
     growth: Growth | None = None,
+    kept: tuple[int, ...] = (),
     slots: int = 512,
 ) -> Engine:
     tree = shape or levels(branching)
-    drafter = ModelDrafter(DRAFT, depth=tree.depth, shape=tree, siblings=siblings, sample=sample, growth=growth)
+    draft = Restricted(DRAFT, torch.tensor(kept)) if kept else DRAFT
+    drafter = ModelDrafter(draft, depth=tree.depth, shape=tree, siblings=siblings, sample=sample, growth=growth)
     depth = Budgets(
         lambda s: (s.seed * 7 + len(s.tokens)) % 4
     )  # mixed lengths, 0 included, fixed by the sequence alone
@@ -128,6 +131,8 @@ CASES = {
     "block, greedy draft": ("block", {"sample": "greedy"}),
     "stopping": ("block", {"growth": ByGain(3, 3, V, least=0.35)}),
     "stopping, coupled": ("match", {"growth": ByGain(3, 3, V, least=0.35, sample="coupled")}),
+    "part of the vocabulary": ("block", {"kept": (3, 0, 4)}),
+    "tree over a part of it": ("traversal", {"kept": (1, 4), "branching": (3, 2), "siblings": "without_replacement"}),
     "by gain": ("traversal", {"growth": ByGain(6, 3, V, width=3)}),
     "by gain, node by node": ("optimal_transport", {"growth": ByGain(6, 3, V, width=3)}),
 }
@@ -138,6 +143,7 @@ LATER = (
     "traversal",
     "block, greedy draft",
     "stopping, coupled",
+    "tree over a part of it",
     "by gain, node by node",
 )
 """What others show in `make test`: every rule, every shape and every way to draw is in one of them. `make test-slow` has all."""
@@ -168,6 +174,21 @@ def test_control_a_slightly_cold_engine_is_seen() -> None:
     """Negative control: the same statistic rejects text drawn at temperature 0.85."""
     n = N
     value, bound = statistic(collect(build("speculative_sampling"), n, seed=5, disturb=False), exact_joint(0.85) * n)
+    assert value > bound
+
+
+def test_control_a_part_of_the_vocabulary_declared_as_the_whole_is_seen() -> None:
+    """Negative control: drawn from three tokens, declared with the whole model's probabilities of them."""
+    n = N
+    engine = build("speculative_sampling", kept=(3, 0, 4))
+    honest = engine.parts.drafter.draft
+
+    def whole(evidence, budget):
+        draft = honest(evidence, budget)
+        return draft if draft.q is None else replace(draft, q=replace(draft.q, probs=0.7 * draft.q.probs + 0.3 / V, sound=None))
+
+    engine.parts.drafter.draft = whole
+    value, bound = statistic(collect(engine, n, seed=5, disturb=False), exact_joint() * n)
     assert value > bound
 
 

@@ -67,17 +67,13 @@ QUICK = (
     "heads, sampled chain",
     "heads, most likely tokens",
     "features, tree without replacement",
-    "features, best first",
+    "features, by gain",
     "last features, sampled chain",
     "multi-token head, sampled chain",
     "early exit, iid tree",
     "blocks, sampled chain",
     "blocks, best first",
-    "heads, stopping",
-    "features, stopping",
-    "features, by gain",
     "blocks, stopping",
-    "early exit, stopping",
 )
 """Every drafter and every growth, which drafters share; the other pairs of them run in `make test-slow`."""
 

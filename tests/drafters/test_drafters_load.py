@@ -129,6 +129,7 @@ def test_vocabularies() -> None:
         ({"model": "m", "rejection_sample_method": "standard"}, {"draft": "m", "rule": "speculative_sampling"}),
         ({"model": "m", "rejection_sample_method": "block"}, {"draft": "m", "rule": "block"}),
         ({"model": "m", "quantization": "int8"}, {"draft": "m", "draft_quantize": "int8"}),
+        ({"model": "m", "draft_vocabulary": "auto"}, {"draft": "m", "draft_vocabulary": "auto"}),
         ({"model": "m", "draft_tensor_parallel_size": 1, "enforce_eager": True, "revision": None}, {"draft": "m"}),
     ],
 )

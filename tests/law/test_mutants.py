@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.nn import compiled
 from outrider.verify import native
-from tests.law.lab import Shape, chain, examine, random_world
+from tests.law.lab import examine
 from tests.law.rule_checks import (
     CHECKS,
     chains,
@@ -31,6 +32,7 @@ from tests.law.rule_checks import (
 )
 from tests.law.test_block_rule import NEAR, BlockEnumerator
 from tests.law.test_block_rule import RULE as BLOCK
+from tests.law.worlds import Shape, chain, random_world
 from tests.mutants import Around, Edit, Place
 
 # ----------------------------------------------------------------- where the mistakes are planted
@@ -216,6 +218,7 @@ def test_mutant_of_the_native_passes_is_killed(mutant, tmp_path, monkeypatch):
         (tmp_path / name).write_text(source.replace(old, new))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(native, "PASSES", replace(native.PASSES, folder=tmp_path))
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-O0"))  # the same numbers, compiled in a third of the time
     native.library.cache_clear()
     try:
         assert native.library() is not None

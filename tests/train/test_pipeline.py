@@ -297,3 +297,15 @@ def test_the_trainers_acceptance_by_position_is_the_engines(kind: str) -> None:
         assert count == one.counts.accepted_at[d]
         assert len(chance) > 50
         assert abs(count - chance.sum().item()) < 6 * float((chance * (1 - chance)).sum().sqrt())
+
+
+def test_rows_have_several_temperatures_in_turn(tmp_path: Path) -> None:
+    """Each row is the one that a folder of its temperature alone has."""
+    texts = [
+        write_tokens(engine(), DOCUMENTS, replace(WANTED, temperature=t), tmp_path / str(i), **QUIET)
+        for i, t in enumerate(((0.0, 1.0), 0.0, 1.0))
+    ]
+    assert np.array_equal(texts[0][::2], texts[1][::2]) and np.array_equal(texts[0][1::2], texts[2][1::2])
+    assert not np.array_equal(texts[1], texts[2])
+    with pytest.raises(ConfigError, match="name the temperature"):
+        replace(WANTED, temperature=())

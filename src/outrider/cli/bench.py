@@ -74,6 +74,7 @@ def configuration(
     drawn = {k: getattr(sampling, k) for k in ("temperature", "top_p", "max_tokens")} | {"quality": asked.quality}
     named = {k: getattr(options, k) for k in ("target", "draft", "rule", "dtype")}
     named["quantize_draft"] = options.draft_quantize
+    named |= {} if options.draft_vocabulary is None else {"draft_vocabulary": options.draft_vocabulary}
     named |= {} if options.target_quantize is None else {"quantize_target": options.target_quantize}
     named |= {k: getattr(options, k) for k in ("implementation", "device", "max_length")}
     return {**asked.plan, **drawn, **named, "arms": [(s.name, s.draft, s.length) for s in specs], "prompts": texts}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from outrider.cli import terminal
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
+STDERR, SHOW_CURSOR = 2, "\x1b[?25h"
 
 
 class Told:
@@ -39,7 +41,12 @@ class Told:
 
 
 def end_now() -> NoReturn:
-    """End without waiting for threads that load a model or are in the middle of a step."""
-    terminal.err.show_cursor()
-    print("\noutrider: interrupted", file=sys.stderr, flush=True)
+    """End without waiting for threads that load a model or are in the middle of a step.
+
+    Written past Python's buffers: the second signal may come while the first one's line is written, and a buffered stream refuses a
+    second writer with an error, which would leave the process running.
+    """
+    shown = "" if terminal.plain(terminal.err) else SHOW_CURSOR
+    with suppress(OSError):
+        os.write(STDERR, f"{shown}\noutrider: interrupted\n".encode())
     os._exit(INTERRUPTED)

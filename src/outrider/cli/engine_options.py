@@ -89,6 +89,16 @@ ENGINE = Table(
                 show_default=False,
             ),
         ],
+        "draft_vocabulary": Annotated[
+            str | None,
+            typer.Option(
+                "--draft-vocabulary",
+                metavar="N|auto",
+                help="Keep only the N tokens in the draft model's head that the target uses most, as in --draft-vocabulary 16384: "
+                "a shorter pass, fewer accepted tokens; both are predicted. auto: as many as pay, all where no fewer do.",
+                show_default=False,
+            ),
+        ],
         "implementation": Annotated[
             str,
             typer.Option(

@@ -62,7 +62,8 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
         return
     options = options.changed(target=paths.model(asked.target))
     if asked.contexts is not None:
-        plan_contexts.parse_contexts(asked.contexts), plan_contexts.view_of(list(asked.draft or []))
+        plan_contexts.parse_contexts(asked.contexts)  # what is wrong is said before a model is loaded
+        plan_contexts.view_of(list(asked.draft or []))
         lengths, batches = parse_lengths(asked.lengths), parse_batches(asked.batches)
         engine = load_engine(options.changed(draft="none"))
         document = plan_contexts.contexts_document(engine, lengths, batches, asked)

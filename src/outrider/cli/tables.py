@@ -75,13 +75,22 @@ def aligned(columns: Sequence[Sequence[Text]], rows: Sequence[Sequence[Text]]) -
 def block(header: Sequence[Text], row: Sequence[Text], out: RichConsole) -> list[Text]:
     """A row as lines of name and value, for a terminal too narrow for the table; the first cell is its headline.
 
-    A value that is too long goes on below itself.
+    A value that is too long goes on below itself; where not even its words fit beside the names, it begins below its name.
     """
     width = max(h.cell_len for h in header)
     lines = [Text.assemble((row[0].plain, "bold"))]
     for name, cell in zip(header[1:], row[1:], strict=True):
-        for i, part in enumerate(cell.wrap(out, max(out.width - width - 4, CELL)) if cell.plain.strip() else ()):
+        if not cell.plain.strip():
+            continue
+        beside = out.width - width - 2 * GAP >= longest_word([cell])
+        indent = width + 2 * GAP if beside else 2 * GAP
+        parts = cell.wrap(out, max(out.width - indent, 1))
+        named = Text.assemble(" " * GAP, (name.plain.ljust(width if beside else 0), "dim"))
+        if not beside:
+            lines.append(named)
+        for i, part in enumerate(parts):
             part.rstrip()
-            lines.append(Text.assemble("  ", ("" if i else name.plain).ljust(width), "  ", part))
-            lines[-1].stylize("dim", 2, 2 + width)
+            lines.append(
+                Text.assemble(named, " " * GAP, part) if beside and not i else Text.assemble(" " * indent, part)
+            )
     return lines

@@ -59,8 +59,36 @@ class TrainOptions:
     as_written: Annotated[
         bool, typer.Option("--as-written", help="Train on the text itself; the target writes nothing.")
     ] = False
-    temperature: Annotated[float, typer.Option("--temperature", help="Temperature at which the target writes.")] = 1.0
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of training; a finished run goes on when they grow.")] = 600
+    temperature: Annotated[
+        str,
+        typer.Option(
+            "--temperature", help="Temperature at which the target writes, or several, as 0,1: rows have them in turn."
+        ),
+    ] = "1"
+    repeats: Annotated[
+        float,
+        typer.Option(
+            "--repeats",
+            min=0.0,
+            max=1.0,
+            help="Leave out rows in which more than this share of the 8-grams occurred before; 1 keeps all, as greedy text needs.",
+        ),
+    ] = 0.5
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--start",
+            callback=paths.readable,
+            help="Folder of a trained drafter of the same kind and sizes whose weights are the first ones.",
+            show_default=False,
+        ),
+    ] = None
+    autocast: Annotated[
+        bool, typer.Option("--autocast", help="Multiply in bfloat16: twice as fast on CPUs with AVX512_BF16 or AMX.")
+    ] = False
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Steps of training; a finished run goes on when they grow.")
+    ] = 600
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows per step.")] = 8
     lr: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 2e-3
     levels: Annotated[
@@ -137,7 +165,9 @@ class TrainOptions:
             held_out=self.held_out,
             prompt=self.length if self.as_written else self.prompt,
             length=self.length,
-            temperature=self.temperature,
+            temperature=parse_temperatures(self.temperature),
+            repeats=self.repeats,
+            start=self.start,
             batch=self.batch,
             levels=self.levels,
             blocks=self.blocks,
@@ -155,6 +185,7 @@ class TrainOptions:
                 final_lr_ratio=0.02,
                 seed=self.seed,
                 save_every_s=self.save_every,
+                autocast=self.autocast,
             ),
         )
 
@@ -165,3 +196,14 @@ def parse_taps(text: str | None) -> tuple[int, ...]:
         return tuple(int(x) for x in (text or "").split(",") if x.strip())
     except ValueError:
         raise ConfigError(f"--taps takes block numbers separated by commas, such as 2,9,15; got {text!r}") from None
+
+
+def parse_temperatures(text: str) -> float | tuple[float, ...]:
+    """ "1" -> 1.0, "0,1" -> (0.0, 1.0)."""
+    try:
+        found = tuple(float(x) for x in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 <= t < 100 for t in found):  # a nan is neither
+        raise ConfigError(f"--temperature takes numbers of at least 0, separated by commas, such as 0,1; got {text!r}")
+    return found if len(found) > 1 else found[0]

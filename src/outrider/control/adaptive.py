@@ -62,7 +62,8 @@ class Speed:
 
 
 class Adaptive:
-    """One draft length for each load (sequences, and a class of their mean context), 0 to `longest`, the fastest one, changed with hysteresis.
+    """One draft length for each load (sequences, and a class of their mean context), 0 to `longest`, the fastest one, changed
+    with hysteresis.
 
     first:     length before anything is measured. longest: the largest length (both >= 0, first <= longest).
     margin:    gain over the present choice below which nothing changes, and that speculation must show over plain
@@ -87,7 +88,7 @@ class Adaptive:
         if not 0 <= margin < 1:
             raise ConfigError(f"the margin must be at least 0 and below 1, got {margin}")
         self.first, self.longest, self.margin, self.invariant = first, longest, margin, invariant
-        self._loads: dict[tuple[int, int], LengthSearch] = {}  # by classes of sequences and of their cached tokens
+        self._loads: dict[tuple[int, int], LengthSearch] = {}  # by classes of sequences and of their context
         self._context = 0
         self._accepted = AcceptanceByDepth(longest)
         self._before: tuple[int, int] | None = None  # sequences and length of the draft that this step verified
@@ -180,7 +181,7 @@ class Adaptive:
         return length
 
     def _load(self, sequences: int) -> LengthSearch:
-        """The state of the present load. A new one begins with the choice at the nearest context, which no trial has confirmed yet."""
+        """The state of the present load. A new one begins with the choice at the nearest context, not yet confirmed."""
         key = load_class(sequences), self._context
         found = self._loads.get(key)
         if found is None:

@@ -5,9 +5,10 @@ separately, from steps of any kind, so a load and length that never ran can be p
 reads tokens again after rejections; they are rows of the next step's pass, and a cost of the length that was rejected. The
 drafter's prefill is kept separately (`outrider.control.prefill_cost`).
 
-Both grow with what is cached: W + B k S bytes instead of W (Chen et al., "MagicDec", ICLR 2025). A verification reads a cached token
-once for all rows of its sequence, and every further row of them adds the arithmetic of a few per cent of that; a draft model's own
-cache is read in every level, a view of the target's is not, which the slopes of the two, learnt apart, show.
+Both grow with what is cached: W + B k S bytes instead of W (Chen et al., "MagicDec", ICLR 2025). A verification reads a
+cached token once for all rows of its sequence, and every further row of them adds the arithmetic of a few per cent of that;
+a draft model's own cache is read in every level, a view of the target's is not, which the slopes of the two, learnt apart,
+show.
 """
 
 from __future__ import annotations
@@ -110,7 +111,10 @@ class StepTimes:
         """The same for steps with the recent amount of prefill, minus the time of those rows alone, which is due at any length.
         longest: of all compared lengths."""
         rows, most = self.rows(sequences, length), self.prompts + self.rows(sequences, longest)
-        verifying, above = self._passes.seconds(self.prompts + rows, self.cached), self._passes.seconds(most, self.cached)
+        verifying, above = (
+            self._passes.seconds(self.prompts + rows, self.cached),
+            self._passes.seconds(most, self.cached),
+        )
         less = next((x for x in (0.5 * most, most / NEAR) if self._passes.seconds(x) is not None), most)
         below = self._passes.seconds(less, self.cached)
         if verifying is None or above is None or below is None or less == most:

@@ -152,7 +152,9 @@ def load_drafter(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
             )
         kind, _, path = how.path.partition(":")
-        if kind not in learned and (own := learned_kind(how.path, learned)) is not None:  # a folder says itself what it holds
+        if (
+            kind not in learned and (own := learned_kind(how.path, learned)) is not None
+        ):  # a folder says itself what it holds
             kind, path = own, how.path
         if kind in HOSTS and not Path(how.path).exists():
             raise ConfigError(

@@ -100,8 +100,8 @@ class _Choice:
 
 
 class SparseDrafter:
-    """Drafts chains with the target itself over a view of its cache. Nothing is drafted until a context is longer than the view, and
-    has `least` tokens.
+    """Drafts chains with the target itself over a view of its cache. Nothing is drafted until a context is longer than the view,
+    and has `least` tokens.
 
     Raises CapabilityError for a target that cannot look at a part of its cache, and for trees.
     """

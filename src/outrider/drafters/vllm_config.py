@@ -20,7 +20,7 @@ DEFAULT_NGRAM = 5
 
 _READ = (
     "method", "model", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "quantization",
-    "rejection_sample_method", "draft_sample_method",
+    "rejection_sample_method", "draft_sample_method", "draft_vocabulary",
 )  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "draft_tensor_parallel_size": (None, 1),
@@ -65,7 +65,8 @@ def engine_options(
     learned: vLLM's methods that are drafters trained for one target, with their names here. carried: those of
     them that the target's own checkpoint may hold, so that no model need be named.
 
-    Returns `draft` (a spec of `load_drafter`) and, if given, `length`, `rule` and `draft_quantize`. Without
+    Returns `draft` (a spec of `load_drafter`) and, if given, `length`, `rule`, `draft_quantize` and `draft_vocabulary` (a key that
+    vLLM does not have: see `EngineOptions`). Without
     `draft_sample_method` a draft model samples from its distribution, while vLLM proposes its most likely tokens: the text has
     the same distribution, and more draft tokens are accepted. Raises ConfigError for anything that is not supported.
     """
@@ -80,7 +81,9 @@ def engine_options(
         options["rule"] = _choice("rejection_sample_method", method, RULES)
     if values.get("quantization") is not None:
         options["draft_quantize"] = values["quantization"]
-    vllm_versions.check_some(values)
+    if values.get("draft_vocabulary") is not None:
+        options["draft_vocabulary"] = values["draft_vocabulary"]
+    vllm_versions.check_some({k: v for k, v in values.items() if k != "draft_vocabulary"})
     return options
 
 
@@ -116,14 +119,15 @@ def _drafter(values: dict[str, Any], learned: Mapping[str, str], carried: Set[st
     method = values.get("method") or ("ngram" if model == "ngram" else "draft_model")
     _choice("method", method, {m: m for m in ("draft_model", "ngram", *learned)})
     if method == "ngram":
-        _only("ngram", values, ("quantization", "draft_sample_method"))
+        _only("ngram", values, ("quantization", "draft_sample_method", "draft_vocabulary"))
         if model not in (None, "ngram"):
             raise ConfigError(
                 f"speculative_config names the model {model!r}, which method 'ngram' does not use: remove one"
             )
         low, high = _ngram_sizes(values)
         return f"ngram:{low}-{high}"
-    _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *(("quantization",) if method in learned else ())))
+    of_models = ("quantization", "draft_vocabulary") if method in learned else ()
+    _only(method, values, ("prompt_lookup_max", "prompt_lookup_min", *of_models))
     if model is None and method not in carried:
         raise ConfigError(f"speculative_config needs 'model' (a path or a Hub name) for method {method!r}")
     how = values.get("draft_sample_method") or "probabilistic"

@@ -184,7 +184,17 @@ class LeanTarget:
 
     def head(self, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """The output head, in float32 (float64 if the model is)."""
-        c, logits = self.config, self._head(normed.to(self.dtype))
+        return self._logits(self._head, normed)
+
+    def head_of(self, kept: Int[Tensor, "K"]) -> Callable[[Float[Tensor, "n H"]], Float[Tensor, "n K"]]:
+        """`head` for the tokens `kept` alone, on a copy of their rows (of packed weights: of their values): a smaller product."""
+        if self.native is not None:
+            return partial(self._logits, self.native.head_of(kept))
+        unit = torch.eye(self.hidden_size, dtype=self.dtype, device=self.device)
+        return partial(self._logits, make_linear(self._head(unit).T[kept].to(self.dtype).contiguous()))
+
+    def _logits(self, product: Linear, normed: Float[Tensor, "n H"]) -> Float[Tensor, "n K"]:
+        c, logits = self.config, product(normed.to(self.dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits if c.logit_scale == 1 else logits * c.logit_scale
         return capped(logits, c.logit_cap) if c.logit_cap else logits

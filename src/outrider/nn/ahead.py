@@ -24,8 +24,9 @@ class Step:
 class Ahead:
     """The forwards of all levels but the first.
 
-    forward: address of the compiled function. handle: its first argument. keep: what must live until it has run. fail: raises what a status
-    other than 0 means. done: is told, for each sequence of the first step, the tokens that were fed. hidden: numbers of a feature.
+    forward: address of the compiled function. handle: its first argument. keep: what must live until it has run. fail: raises what
+    a status other than 0 means. done: is told, for each sequence of the first step, the tokens that were fed. hidden: numbers of a
+    feature.
     """
 
     forward: int

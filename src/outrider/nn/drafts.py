@@ -231,7 +231,7 @@ class NativeLayers:
     def _pack(
         self, rows: Rows, cache: RowCache, token: int, logits: int, taps: tuple[int, int, bool], feature: int, out: int
     ) -> tuple[bytes, tuple[array, ...]]:
-        """A call on buffers at these addresses, and what it points to besides. taps: hidden states, rows of them, whether bfloat16."""
+        """A call on buffers at these addresses, and what else it points to. taps: hidden states, rows of them, whether bfloat16."""
         position, scored = array("q", rows.position), array("q", rows.scored)
         flat: list[int] = []
         first = 0
@@ -256,7 +256,7 @@ class NativeLayers:
         state: Float[Tensor, "n D"],
         done: Callable[[list[list[int]]], None],
     ) -> Ahead:
-        """Forwards of levels that read features, each behind the one before. token: addresses that the rows' tokens will be read at;
+        """Forwards of levels that read features, each behind the one before. token: addresses that their tokens will be read at;
         logits: of all of them, one behind the other. state: the features that the first of them takes its rows' from.
 
         A row's number among those of the level before is told to the call that runs them.

@@ -64,8 +64,8 @@ def peaks(x: Float[Tensor, "n V"]) -> list[float] | None:
 
 
 def distributions(x: Float[Tensor, "n V"], temperature: Sequence[float]) -> Float[Tensor, "n V"] | None:
-    """softmax(x / temperature) of each row of float32; at temperature 0 all mass on its first largest entry. Row by row: the same bits
-    in any batch. A row without a finite maximum becomes NaN, or at temperature 0 a point mass."""
+    """softmax(x / temperature) of each row of float32; at temperature 0 all mass on its first largest entry. The same bits in
+    any batch. A row without a finite maximum becomes NaN, or at temperature 0 a point mass."""
     library = _library(x) if x.dtype is torch.float32 else None
     if library is None:
         return None

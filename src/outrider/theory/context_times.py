@@ -21,7 +21,6 @@ import numpy as np
 from outrider.theory.checks import fraction, number, positive_int
 from outrider.theory.speedup import tokens_per_call
 
-
 FURTHER_ROW = 0.08
 """What a further row of a sequence adds to the time of a cached token, as a share of reading it once: measured for 2 to 8 rows at
 4,096 to 16,384 tokens (docs/long_contexts.md). For predictions where nothing was timed."""
@@ -100,7 +99,12 @@ class ContextTimes:
         return tokens * self.plain(sequences, context) / self.drafted(sequences, context, view, length)
 
     def best(
-        self, sequences: int, context: float, view: float, acceptance: float, lengths: Sequence[int] = tuple(range(1, 17))
+        self,
+        sequences: int,
+        context: float,
+        view: float,
+        acceptance: float,
+        lengths: Sequence[int] = tuple(range(1, 17)),
     ) -> tuple[int, float]:
         """The length of the largest gain, and the gain; (0, 1) where no length is faster than plain decoding."""
         found = {n: self.gain(sequences, context, view, n, acceptance) for n in lengths if n} if context > view else {}

@@ -78,7 +78,8 @@ def _seconds_of_text(job: Job, engine: Engine, text: str) -> float:
         return 0.0
     prompts = [engine.encode(text[:2000])[: job.prompt] or [1]] * job.slots
     started = time.perf_counter()
-    engine.generate(prompts, SamplingParams(temperature=job.temperature, max_tokens=tokens, ignore_eos=True, seed=0))
+    temperature = job.wanted("training").temperatures[0]
+    engine.generate(prompts, SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=0))
     return (time.perf_counter() - started) / (job.slots * tokens)
 
 

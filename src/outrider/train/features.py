@@ -28,23 +28,30 @@ from outrider.types import Draft, Rows
 
 Report = Callable[[str], None]
 NGRAM, MOST_REPEATED = 8, 0.5
-"""A row in which more than this share of the n-grams are repeated is a loop, and is left out."""
+"""A row in which more than this share of the n-grams are repeated is a loop, and is left out unless `repeats` allows it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
     """The contents of a data folder: rows of `prompt` tokens of text and `length - prompt` tokens written by the target.
 
-    prompt = length: the original text, nothing generated. temperature: of the target's text.
+    prompt = length: the original text, nothing generated. temperature: of the target's text; several: the rows have them in turn.
     """
 
     rows: int
     prompt: int = 64
     length: int = 256
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
     seed: int = 0
 
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Row i is written at number i of these, modulo their number."""
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+
     def __post_init__(self) -> None:
+        if not self.temperatures:
+            raise ConfigError("name the temperature at which the target writes")
         if self.rows < 1 or not 1 <= self.prompt <= self.length:
             raise ConfigError(f"rows >= 1 and 1 <= prompt <= length are needed, got {self}")
 
@@ -147,11 +154,12 @@ def _continue(engine: Engine, prompts: list[list[int]], first: int, wanted: Data
     more = wanted.length - wanted.prompt
     if not more:
         return np.asarray(prompts)
+    several = wanted.temperatures
     params = [
         SamplingParams(
-            temperature=wanted.temperature, max_tokens=more, ignore_eos=True, seed=wanted.seed * 1_000_003 + first + i
+            temperature=several[row % len(several)], max_tokens=more, ignore_eos=True, seed=wanted.seed * 1_000_003 + row
         )
-        for i in range(len(prompts))
+        for row in range(first, first + len(prompts))
     ]
     results = engine.generate(prompts, params)
     return np.asarray([[*r.prompt, *r.outputs[0].token_ids] for r in results])
@@ -195,11 +203,13 @@ def read_features(
     hidden: Path | None = None,
     rows: int,
     seed: int,
+    repeats: float = MOST_REPEATED,
     report: Report = print,
 ) -> Features:
     """Finished data of `folder`, without rows that repeat themselves. Raises ConfigError for another choice of layers.
 
-    hidden: the folder of the hidden states; None: they are beside the text.
+    hidden: the folder of the hidden states; None: they are beside the text. repeats: the largest share of repeated n-grams that a
+    row may have.
     """
     beside = folder if hidden is None else hidden
     held = json.loads((beside / "hidden.json").read_text())["layers"]
@@ -207,7 +217,9 @@ def read_features(
         raise ConfigError(f"{beside} holds hidden states of layers {held}, not of {list(layers)}: use a new folder")
     tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     states = np.load(beside / "hidden.npy", mmap_mode="r", allow_pickle=False)
-    fine = [i for i, row in enumerate(tokens) if repeated(row) <= MOST_REPEATED]
+    fine = [i for i, row in enumerate(tokens) if repeated(row) <= repeats]
+    if not fine:
+        raise ConfigError(f"every row of {folder} goes in circles: allow more repeats, or write at a higher temperature")
     if len(fine) < len(tokens):
         report(f"{len(tokens) - len(fine)} of {len(tokens)} rows go in circles and are left out")
         tokens, states = _Rows(tokens, fine), _Rows(states, fine)
@@ -235,6 +247,7 @@ def repeated(row: np.ndarray) -> float:
 
 def _same(path: Path, values: dict[str, Any]) -> None:
     """Write the purpose of a folder, or check that it is the same."""
+    values = json.loads(json.dumps(values))  # as it is read
     if not path.exists():
         write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
     elif (found := json.loads(path.read_text())) != values:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from outrider.build import Engine, build_engine
+from outrider.errors import ConfigError
 from outrider.models.folder import identity_of, resolve_folder
 from outrider.models.load import load_target
 from outrider.protocols import Target
@@ -109,9 +110,8 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     target = load_target(job.target, dtype="float32")
     taps = method.taps(job, target)
     held = {p: hidden_folder(p, ready.layers)[0] for p in ready.parts}
-    training, held_out = (
-        read_features(p, taps, hidden=held[p], rows=job.batch, seed=job.loop.seed, report=report) for p in ready.parts
-    )
+    how: dict[str, Any] = {"rows": job.batch, "seed": job.loop.seed, "repeats": job.repeats, "report": report}
+    training, held_out = (read_features(p, taps, hidden=held[p], **how) for p in ready.parts)
     model = new_model(job, target, training)
     report(f"{method.name}: {sum(p.numel() for p in model.parameters()):,} parameters, reads layers {taps}")
     judge = Teacher.of(target, training.layers, taps)
@@ -128,10 +128,25 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
 
 
 def new_model(job: Job, target: Target, training: Features) -> nn.Module:
-    """The drafter before its first step, initialised with a few rows of the training data."""
+    """The drafter before its first step: with the weights of `job.start`, or initialised with a few rows of the training data."""
     columns = [training.layers.index(layer) for layer in job.method.taps(job, target)]
     _, hidden = training.take(list(range(min(8, len(training.tokens)))))
-    return job.method.new_model(job, target, hidden[:, :, columns].flatten(0, 1))
+    model = job.method.new_model(job, target, hidden[:, :, columns].flatten(0, 1))
+    if job.start is not None:
+        started: Any = job.method.load(resolve_folder(job.start), target)
+        if started.config != model.config:
+            raise ConfigError(
+                f"{job.start} has other sizes than this training ({_differs(started.config, model.config)}): give the same"
+            )
+        model.load_state_dict(started.state_dict())
+    return model
+
+
+def _differs(theirs: Any, ours: Any) -> str:
+    """The first field in which two configurations of drafters differ."""
+    names = (f.name for f in fields(theirs) if getattr(theirs, f.name) != getattr(ours, f.name))
+    name = next(names, "its kind")
+    return f"{name}: {getattr(theirs, name, theirs)} and {getattr(ours, name, ours)}"
 
 
 def export(model: nn.Module, job: Job, report: Report = print) -> None:

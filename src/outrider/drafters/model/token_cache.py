@@ -87,7 +87,7 @@ class TokenCache:
     def ahead(
         self, levels: Sequence[Sequence[int]], token: Sequence[int], logits: Float[Tensor, "r V"]
     ) -> Ahead | None:
-        """Forwards that append one token to each of some slots, level by level; None where the model has none that run by themselves.
+        """Forwards that append one token to each of some slots, level by level; None where the model has none.
         `done` of the result keeps what was fed."""
         make = getattr(self.model, "ahead", None)
         slots = list(levels[0]) if levels else []

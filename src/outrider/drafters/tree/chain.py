@@ -1,7 +1,7 @@
 """All levels of a draft's chains in one call of compiled code: logits to tokens, tokens to the next forward, and so on.
 
-It draws what `Levels` draws level by level, from the same distributions with the same noise, bit for bit; that is its plain twin, and
-what runs where this does not apply (`grow` says where).
+It draws what `Levels` draws level by level, from the same distributions with the same noise, bit for bit; that is its plain twin,
+and what runs where this does not apply (`grow` says where).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -67,7 +66,7 @@ def grow(
     """Add to `forest` a chain of depths[i] tokens for each sequence i; False, and nothing has happened, where it does not apply.
 
     drawn: whether sequences that sample draw; otherwise all take the most likely tokens. It applies on the CPU with the compiled
-    passes, to requests whose distribution is a softmax of their logits alone (no filters, no edits), where `follow` is `Foreseeing`.
+    passes, to requests whose distribution is a softmax of their logits (no filters, no edits), where `follow` is `Foreseeing`.
     """
     live = [i for i, d in enumerate(depths) if d]
     params = [evidence.sequences[i].params for i in live]

@@ -75,7 +75,7 @@ def _overrides(arm: str, options: Mapping[str, Any], served: EngineOptions, loss
     off = draft == "none" or options.get("length") == 0
     if off and options.get("length"):
         raise ConfigError(f"{arm}: without a drafter there is no draft length: leave `length` out")
-    for name in ("rule", "allow_lossy", "draft_quantize"):
+    for name in ("rule", "allow_lossy", "draft_quantize", "draft_vocabulary"):
         if name in options and options[name] != getattr(served, name):
             raise ConfigError(
                 f"{arm}: {name} {options[name]!r} cannot vary from request to request, and this server has "

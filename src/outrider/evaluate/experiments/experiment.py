@@ -30,7 +30,7 @@ from outrider.telemetry.ledger import ledger
 from outrider.verify import load_rule
 
 MAX_BYTES = 1 << 20
-VARIED = ("draft", "length", "rule", "allow_lossy", "draft_quantize")
+VARIED = ("draft", "length", "rule", "allow_lossy", "draft_quantize", "draft_vocabulary")
 """Engine options that arms may vary: those that are not decided when the target is loaded."""
 ARM_OPTIONS: dict[str, tuple[type, ...]] = {
     **{name: types_of(name) for name in VARIED},

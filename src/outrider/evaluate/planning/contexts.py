@@ -1,7 +1,7 @@
 """Whether drafting over a view of the target's own cache pays here, by context and by sequences: passes are timed, steps computed.
 
-No text is decoded: a pass's time depends on how many tokens are cached, not on which. So a few passes over a cache of random numbers
-give the four constants of `theory.context_times`, and those give every context, number of sequences and draft length.
+No text is decoded: a pass's time depends on how many tokens are cached, not on which. So a few passes over a cache of random
+numbers give the four constants of `theory.context_times`, and those give every context, number of sequences and draft length.
 """
 
 from __future__ import annotations
@@ -65,16 +65,20 @@ def fit_contexts(
     Raises ConfigError for contexts beyond the target's, CapabilityError where its cache is not in pages, CapacityError for memory.
     """
     if longest + 16 > target.max_length:
-        raise ConfigError(f"a context of {longest} tokens was asked for, the target reads {target.max_length}: give less")
+        raise ConfigError(
+            f"a context of {longest} tokens was asked for, the target reads {target.max_length}: give less"
+        )
     kv = target.new_kv(max(1, min(batch, 4)), longest + 16)
     if not isinstance(kv, PagedKV):
-        raise CapabilityError("this target's cache is not in pages, so passes over a long context cannot be timed alone")
+        raise CapabilityError(
+            "this target's cache is not in pages, so passes over a long context cannot be timed alone"
+        )
     kv.k.normal_()
     kv.v.normal_()
     shapes = [(n, min(b, kv.slots)) for n, b in SHAPES]
     passes: list[TimedPass] = []
     with torch.inference_mode():
-        for context in sorted({min(NEAR, longest), longest}):
+        for context in (min(NEAR, longest // 2), longest):
             for slot in range(kv.slots):
                 kv.make_room(slot, context + 16)
                 kv.length[slot] = context
@@ -84,7 +88,12 @@ def fit_contexts(
 
 
 def choose(
-    times: ContextTimes, contexts: Sequence[int], batches: Sequence[int], view: int, acceptance: float, lengths: Sequence[int]
+    times: ContextTimes,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    view: int,
+    acceptance: float,
+    lengths: Sequence[int],
 ) -> list[ContextChoice]:
     """The best length for every context and number of sequences."""
     out = []

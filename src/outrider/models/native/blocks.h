@@ -67,7 +67,7 @@ inline vf block_scales(const uint8_t* p) {
 }
 
 // Groups are read side by side, each a stream, and lines are asked for ahead of their use: few lines of one stream are under way
-// from memory at a time. Behind a group's codes come those of the group that follows the C: most likely they are the next to be read.
+// from memory at a time. Behind a group's codes come those of the group that follows the C: most likely they are read next.
 constexpr int64_t reach(int64_t at, int64_t ahead, int64_t size, int64_t next) {
     return at + ahead < size ? at + ahead : next + (at + ahead - size);
 }

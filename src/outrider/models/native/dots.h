@@ -129,7 +129,7 @@ inline vi dots(vi start, const vb* w, const int8_t* x) {
 // LANES bytes, widened. Compilers take such a conversion apart lane by lane where they are not told how.
 template <class T>
 inline vi widen_lanes(const uint8_t* p) {
-    constexpr bool SIGNED = std::is_signed<T>::value;
+    [[maybe_unused]] constexpr bool SIGNED = std::is_signed<T>::value;
 #if defined(__AVX512F__)
     const __m128i v = load<__m128i>(p);
     return (vi)(SIGNED ? _mm512_cvtepi8_epi32(v) : _mm512_cvtepu8_epi32(v));

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from outrider import isa
@@ -23,6 +24,7 @@ from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.compiled import DECODER, load
 from outrider.nn.held import BAD_SEGMENT, BAD_TOKEN, NO_MEMORY, NO_ROOM, OK
 from outrider.nn.kv import PagedKV
+from outrider.nn.products import NativeLinear
 from outrider.types import Rows, Scores
 
 WITHOUT_TORCH = ("AVX2", "AVX-VNNI", "generic")
@@ -70,7 +72,6 @@ _CALL = struct.Struct("9q12Qq")
 """`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; twelve pointers; chunks."""
 _PART = 512
 """Keys of a part in attention.h."""
-
 
 
 def load_native(config: DecoderConfig, weights: DecoderWeights) -> tuple[NativeDecoder | None, list[str]]:
@@ -208,8 +209,10 @@ class NativeDecoder:
         logits: Tensor,
         done: Callable[[list[list[int]]], None],
     ) -> Ahead | None:
-        """Forwards that append a token to each of some slots, level by level. levels: their slots; token: addresses that the tokens will
-        be read at; logits [r, V]: of all of them, one behind the other. None where the cache lacks room, or tells who is looked at."""
+        """Forwards that append a token to each of some slots, level by level; None where the cache lacks room or is watched.
+
+        levels: their slots. token: addresses that the tokens will be read at. logits: [r, V] of all of them, one behind the other.
+        """
         if self._checked is None or self._checked() is not kv:
             self._check(kv)
         further = {slot: kv.length[slot] + n for n, slots in enumerate(levels, 1) for slot in slots}
@@ -246,6 +249,10 @@ class NativeDecoder:
     def first_layers(self, config: DecoderConfig) -> NativeDecoder:
         """A decoder of the first `config.layers` blocks on the same weights."""
         return NativeDecoder(self._library, config, replace(self.weights, layers=self.weights.layers[: config.layers]))
+
+    def head_of(self, kept: Int[Tensor, "K"]) -> NativeLinear:
+        """A product with these rows of the head, which are copied."""
+        return NativeLinear(self._library, self.weights.head.rows(kept).to(self.weights.dtype))
 
     def _new(self, library: ctypes.CDLL) -> int | None:
         c, w = self._config, self.weights

@@ -28,7 +28,7 @@ class MethodOptions:
     block drafter reads, () for EAGLE-3's choice. anchors: blocks of a row and step. objective: of a block drafter, a name of
     `slot_losses.ARMS`. labels: what it learns, the target's "distributions" or the "tokens". loss: a name of `losses.LOSSES`; a
     block drafter that learns distributions supports three of them. For a draft model, `blocks` are its layers and a width of 0
-    is about half of the target's.
+    is about half of the target's. start: the folder of a drafter whose weights are the first ones; None: fresh ones.
     """
 
     target: Path | str
@@ -44,6 +44,7 @@ class MethodOptions:
     objective: str = "decay"
     labels: str = "distributions"
     loss: str = "staged"
+    start: Path | None = None
 
 
 class Method(ABC):
@@ -67,6 +68,10 @@ class Method(ABC):
     @abstractmethod
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> nn.Module:
         """The drafter before its first step. seen: some hidden states of the blocks it will read, whose sizes differ by block."""
+
+    def load(self, folder: Path, target: Target) -> Any:
+        """A trained drafter of this method, with a `config` that says all its sizes. ConfigError for another folder."""
+        raise ConfigError(f"a training of {self.name} cannot start from a trained one: leave the start out")
 
     @abstractmethod
     def predict(

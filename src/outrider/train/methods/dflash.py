@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,10 @@ class DFlash(Method):
         """Blocks of one slot more than there are levels."""
         config = block_config(options, target, self.taps(options, target))
         return new_blocks(config, target, seen, *head_of(options.target, target), options.loop.seed)
+
+    def load(self, folder: Path, target: Target) -> DFlashNetwork:
+        """A block drafter's folder."""
+        return DFlashNetwork.load(folder, target)
 
     def passes(self, options: MethodOptions) -> int:
         """All levels at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class Eagle3(Method):
         config = feature_config(options, target, self.taps(options, target))
         return new_features(config, target, seen, options.loop.seed)
 
+    def load(self, folder: Path, target: Target) -> Any:
+        """An EAGLE-3 folder."""
+        return Eagle3Network.load(folder, target)
+
     def predict(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> list[Logits]:
@@ -63,6 +68,10 @@ class Eagle1(Eagle3):
             raise ConfigError(f"eagle1 is as wide as its target, here {target.hidden_size}: leave the width out")
         config = feature_config(options, target, self.taps(options, target))
         return new_last_features(config, target, options.loop.seed)
+
+    def load(self, folder: Path, target: Target) -> Any:
+        """An EAGLE-1 folder."""
+        return Eagle1Network.load(folder, target)
 
     def fit_inputs(
         self, options: MethodOptions, judge: Teacher, model: nn.Module, training: Features

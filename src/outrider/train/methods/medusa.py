@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ class Medusa(Method):
         """Heads of `options.blocks` residual blocks, one for each level."""
         config = MedusaConfig(target.hidden_size, target.vocab_size, options.levels, target.layers, options.blocks)
         return new_heads(config, target, final_norm(options.target), options.loop.seed)
+
+    def load(self, folder: Path, target: Target) -> MedusaNetwork:
+        """A folder of heads."""
+        return MedusaNetwork.load(folder, target)
 
     def passes(self, options: MethodOptions) -> int:
         """All levels at once."""
