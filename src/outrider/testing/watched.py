@@ -26,6 +26,8 @@ class Watched:
 
     def __init__(self, drafter: Drafter, vocab_size: int) -> None:
         self.drafter, self.vocab_size = drafter, vocab_size
+        self.name, self.layers, self.trees = drafter.name, drafter.layers, drafter.trees
+        self.max_nodes, self.max_depth = drafter.max_nodes, drafter.max_depth
         self.found = ""
         self.drafts: list[Drawn] = []
         self._sums = {name: [0.0, 0.0] for name in ("its most likely token", "the lower half of its support")}

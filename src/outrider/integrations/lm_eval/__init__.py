@@ -15,14 +15,14 @@ from outrider.errors import ConfigError, RequestError
 from outrider.params import SamplingParams
 
 try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found]
+    from lm_eval.api.registry import register_model  # type: ignore[import-not-found]
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-not-found]
 except ImportError:
     raise ConfigError("this needs lm-eval: pip install lm_eval") from None
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # type: ignore[import-not-found]
 
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "seed"}
 """Settings of a task's generation that are read."""

@@ -1,6 +1,6 @@
 """lm-eval's own command, with the model `outrider` among its models."""
 
-from lm_eval.__main__ import cli_evaluate
+from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found]
 
 import outrider.integrations.lm_eval  # noqa: F401
 

@@ -101,7 +101,7 @@ def params_of(config: Any, prompt: int) -> SamplingParams:
     for name, value in config.to_dict().items():
         if name not in READ | UNUSED and value is not None and value is not False and value != usual.get(name):
             raise ConfigError(f"{name}={value!r} is not applied by Outrider's generate: leave it out")
-    sampled = (
+    sampled: dict[str, Any] = (
         {n: v for n in SAMPLING if (v := getattr(config, n)) is not None} if config.do_sample else {"temperature": 0.0}
     )
     if not config.do_sample and config.repetition_penalty:
