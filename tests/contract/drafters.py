@@ -153,9 +153,6 @@ DRAFTERS: dict[str, Factory] = {
     ),
     "model-smaller": lambda target, slots: ModelDrafter(other_vocabulary(target, -3), 3, vocab_size=target.vocab_size),
     "model-vocabulary": lambda target, slots: ModelDrafter(part(small(target)), 4),
-    "vocabulary-tree": lambda target, slots: ModelDrafter(
-        part(small(target)), 3, branching=(3, 2, 1), siblings="without_replacement"
-    ),
     "tree-iid": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 2, 1)),
     "tree-coupled": lambda target, slots: ModelDrafter(small(target), 3, branching=(2, 1, 2), sample="coupled"),
     "batch": lambda target, slots: ModelDrafter(small(target), 3, branching=(3, 1, 1)),
