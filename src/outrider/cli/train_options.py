@@ -200,6 +200,7 @@ def parse_taps(text: str | None) -> tuple[int, ...]:
 
 def parse_temperatures(text: str) -> float | tuple[float, ...]:
     """ "1" -> 1.0, "0,1" -> (0.0, 1.0)."""
+    found: tuple[float, ...]
     try:
         found = tuple(float(x) for x in text.split(","))
     except ValueError:
