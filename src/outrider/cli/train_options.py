@@ -200,11 +200,10 @@ def parse_taps(text: str | None) -> tuple[int, ...]:
 
 def parse_temperatures(text: str) -> float | tuple[float, ...]:
     """ "1" -> 1.0, "0,1" -> (0.0, 1.0)."""
-    found: tuple[float, ...]
     try:
-        found = tuple(float(x) for x in text.split(","))
+        found = [float(x) for x in text.split(",")]
     except ValueError:
-        found = ()
+        found = []
     if not found or not all(0 <= t < 100 for t in found):  # a nan is neither
         raise ConfigError(f"--temperature takes numbers of at least 0, separated by commas, such as 0,1; got {text!r}")
-    return found if len(found) > 1 else found[0]
+    return tuple(found) if len(found) > 1 else found[0]
