@@ -15,7 +15,7 @@ import torch
 
 from outrider.nn import compiled
 from outrider.verify import native
-from tests.law.lab import examine
+from tests.law.lab import assert_exact, examine
 from tests.law.rule_checks import (
     CHECKS,
     chains,
@@ -133,12 +133,15 @@ NATIVE_MUTANTS = [
 
 
 def blocks() -> None:
-    """Output distribution and ledger of block verification, which is compiled as a whole, by enumeration."""
+    """Output distribution and ledger of block verification, which is compiled as a whole, by enumeration.
+
+    One probe in 150 of two drawn tokens tells a residual from that of the weight one: so there are many of them.
+    """
     rng = np.random.default_rng(31)
     shapes = [chain(1), chain(2), Shape((-1, 0), (True, False)), chain(2, has_q=False)]
-    worlds = [random_world(rng, 3, shape) for shape in shapes for _ in range(4)]
+    worlds = [random_world(rng, 3, shape) for shape in (*shapes, *[chain(2)] * 15) for _ in range(4)]
     found = examine(BLOCK, worlds, rng, edge=NEAR, enumerator=BlockEnumerator)
-    assert max(found.distribution.max(), found.ledger.max()) < 1e-9
+    assert_exact(found, 1e-9)
 
 
 CXX_MUTANTS = [
