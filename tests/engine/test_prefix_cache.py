@@ -133,14 +133,14 @@ def test_a_prompt_of_whole_pages_leaves_its_last_token_to_be_scored() -> None:
     one = engine(model())
     first, second = (one.generate([text], p)[0].outputs[0].token_ids for _ in range(2))
     assert first == second and one.state.room.sums.reused == 15
-    kept = pages_of(one).prefixes.find(None, text)
+    kept = pages_of(one).prefixes.find((None, 0), text)
     assert len(kept) == 4  # the copy that the second wrote its last place into was given back
 
 
 def test_where_rows_are_not_alike_only_whole_chunks_of_prompts_are_shared() -> None:
     one = engine(model(uniform_rows=0), chunk=8)
     one.generate([[*SYSTEM, 2, 3]], SamplingParams(max_tokens=9, seed=1, ignore_eos=True))
-    assert len(pages_of(one).prefixes.find(None, [*SYSTEM, 2, 3])) == 16 // PAGE
+    assert len(pages_of(one).prefixes.find((None, 0), [*SYSTEM, 2, 3])) == 16 // PAGE
     talk(one, 1.0)
     assert one.state.room.sums.reused > 0 and one.state.room.sums.reused % 8 == 0
 

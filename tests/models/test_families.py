@@ -54,7 +54,7 @@ def test_a_step_costs_what_it_costs_in_transformers(family: str, caplog: pytest.
     ) as expected:  # first: what a model says of itself, often once a process, it says to `generate` too
         reference = theirs(model, NEW)
     caplog.clear()
-    with counted(model) as fed, caplog.at_level(logging.WARNING), propagating():
+    with counted(engine.parts.target.model) as fed, caplog.at_level(logging.WARNING), propagating():
         text = ours(engine, NEW)
     assert not deprecations(caplog)
     if text != reference:  # 5.16 loses all but one token where Phi-3 changes its frequencies
@@ -76,7 +76,7 @@ def test_drafts_on_a_state_that_cannot_be_cut_give_the_text_of_transformers(fami
     target = engine.parts.target
     assert target.path == "snapshots"
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
-    with counted(model) as fed:
+    with counted(target.model) as fed:
         found = [list(r.outputs[0].token_ids) for r in engine.generate([PROMPT, PROMPT], params)]
     assert found == [reference, reference]
     assert engine.counts.accepted > 10
@@ -94,7 +94,7 @@ def test_a_model_that_counts_from_zero_in_every_call_is_told_its_positions() -> 
     """In half precision too, where the logits of a short text do not show that it was not."""
     model = build("bamba").bfloat16()
     engine, told = engine_of(model, 64), []
-    hook = model.register_forward_pre_hook(
+    hook = engine.parts.target.model.register_forward_pre_hook(
         lambda _m, _a, kw: told.extend(kw["position_ids"][0].tolist()), with_kwargs=True
     )
     ours(engine, NEW)

@@ -73,7 +73,7 @@ def test_a_stream_of_a_large_vocabulary_keeps_its_ids() -> None:
 
 OTHER = {
     "kind": "eagle1", "prompt": 32, "length": 128, "temperature": 0.5, "batch": 4, "levels": 3, "blocks": 2, "width": 64,
-    "anchors": 8, "objective": "uniform", "labels": "tokens", "loss": "tv",
+    "anchors": 8, "objective": "uniform", "labels": "tokens", "loss": "tv", "start": "first", "repeats": 0.25,
 }  # fmt: skip
 
 
@@ -84,7 +84,8 @@ def test_every_choice_of_a_training_has_a_checkpoint_of_its_own(tmp_path: Path) 
     assert place(base) == place(replace(base, work=tmp_path / "w", slots=3))
     changed = {f.name for f in fields(Job)} - ELSEWHERE - {"loop", "taps"}
     assert changed == set(OTHER), "a new field of Job needs a value here"
-    for name, value in OTHER.items():
+    (tmp_path / "first").mkdir()
+    for name, value in {**OTHER, "start": str(tmp_path / "first")}.items():
         other = job(tmp_path)
         object.__setattr__(other, name, value)  # whatever else a kind would refuse
         assert place(other) != place(base), name

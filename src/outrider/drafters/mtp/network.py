@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,7 @@ KIND = "mtp"
 """`model_type` of a folder that holds a trained head."""
 TABLES = ("embed_tokens.weight", "lm_head.weight", "target_norm.weight")
 """The target's own: taken from the target, and never written."""
+Head = TypeVar("Head", bound="MtpHead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class MtpHead(EagleNetwork):
         return self.norm.weight, self.lm_head.weight, None
 
     @classmethod
-    def filled(cls, config: MtpConfig, tensors: Mapping[str, Tensor], folder: Path, target: Target) -> Self:
+    def filled(cls: type[Head], config: MtpConfig, tensors: Mapping[str, Tensor], folder: Path, target: Target) -> Head:
         """With these tensors of a folder, and the tables of `target` that they leave out. Raises ConfigError, CapabilityError."""
         check_fits(folder, target, hidden=config.hidden, vocab_size=config.vocab_size, layers=config.taps)
         tables = target_tables(target, folder)
