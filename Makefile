@@ -9,11 +9,9 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1 PYTHONDONTWRI
 WORKERS ?= 2
 # Shapes and types of every call are checked at run time in these tests, but not in those that make the same calls thousands of times
 # (three to ten times slower then): `make test-slow` checks them there too.
-TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/package tests/sampling tests/telemetry tests/cli
+TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/sampling tests/telemetry
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
 REPEATING := $(STATISTICAL) \
-  tests/cli/test_commands.py tests/cli/test_first_hour.py tests/cli/test_gguf_commands.py tests/cli/test_interrupt.py \
-  tests/cli/test_predict_command.py tests/cli/test_theory.py tests/cli/test_train_command.py \
   tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_recycled.py \
   tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
   tests/engine/test_prefix_cache.py tests/engine/test_sharing.py tests/engine/test_text.py \
@@ -90,7 +88,7 @@ constraints:  ## resolve the newest of everything anew, for every Python that we
 
 test-slow: $(STAMP)  ## nightly sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(SHAPES) $(filter-out $(STATISTICAL),$(REPEATING)) tests/contract/test_scripted.py
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(SHAPES) $(filter-out $(STATISTICAL),$(REPEATING)) tests/cli tests/package tests/contract/test_scripted.py
 
 # The wheels are read and not installed; with OUTRIDER_VLLM_PYTHON an environment that has vLLM also constructs the configurations.
 test-plan: $(STAMP)  ## the tables of vLLM's and Ray's field names against their released wheels (550 MB)

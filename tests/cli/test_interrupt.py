@@ -58,7 +58,7 @@ def run_until(argv: list[str], ready: bytes, patience: float = 90.0) -> tuple[in
     [
         (["generate", "import os", "--max-tokens", "900", "--seed", "3", "--json"], b"loading"),
         (["chat"], b"\n> "),
-        (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], b"loading"),
+        pytest.param(["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], b"loading", marks=pytest.mark.slow),
         (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], b"measuring"),
     ],
     ids=["before the text", "at the prompt", "while loading", "while measuring"],

@@ -80,7 +80,7 @@ def shrunk(line: str) -> list[str]:
     return [*words, *ADDED.get(words[1], ())] if "--max-tokens" not in words else words
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow if p == "evaluate.md" else ()) for p in PAGES])
 def test_the_commands_of_a_page_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +37,16 @@ def judge(source: src.Source, params=lie.PLAIN, eos=(), budget=BUDGET, prompts=l
     return audit(source, prompts, auditor, samples=2, budget=budget)
 
 
-@pytest.mark.parametrize("liar", lie.LIARS, ids=lambda liar: liar.name)
+def one_of_each_family() -> Iterator[Any]:
+    """The first liar of each family, and those of none; the others are nightly."""
+    seen: set[str] = set()
+    for liar in lie.LIARS:
+        again = bool(liar.family) and liar.family in seen
+        seen.add(liar.family or "")
+        yield pytest.param(liar, id=liar.name, marks=pytest.mark.slow if again else ())
+
+
+@pytest.mark.parametrize("liar", one_of_each_family())
 def test_liar_is_caught_and_named(liar: lie.Liar) -> None:
     v = judge(liar.source(liar.params), liar.params, liar.eos, CAUGHT)
     assert v.outcome == NOT_THE_TARGET

@@ -35,6 +35,7 @@ def test_bench_store_runs_gate_and_report(run, tmp_path: Path) -> None:
     assert run("gate", "now", "then", "--store", db)[0] == 2
 
 
+@pytest.mark.slow
 def test_audit_names_a_lossy_rule_and_passes_the_exact_one(run) -> None:
     few = (
         "--count",

@@ -287,7 +287,7 @@ def test_the_trainers_rounds_are_the_engines() -> None:
     assert one.counts.rejected > 20
 
 
-@pytest.mark.parametrize("sample", ["sampled", "greedy"])
+@pytest.mark.parametrize("sample", [pytest.param("sampled", marks=pytest.mark.slow), "greedy"])
 def test_the_trainers_acceptance_is_the_engines(sample: str) -> None:
     """Train-serve parity at temperature 1, in distribution: mean accepted tokens of a round, sampled proposals and most likely
     ones.

@@ -46,6 +46,7 @@ def config(recipe, place: Path):
     )
 
 
+@pytest.mark.slow
 def test_the_whole_experiment(recipe, tmp_path: Path, capsys) -> None:
     one = config(recipe, tmp_path)
     recipe.run(one, (*recipe.STAGES[:-1], "longer", "report"))
