@@ -46,7 +46,7 @@ def one_of_each_family() -> Iterator[Any]:
         yield pytest.param(liar, id=liar.name, marks=pytest.mark.slow if again else ())
 
 
-@pytest.mark.parametrize("liar", one_of_each_family())
+@pytest.mark.parametrize("liar", list(one_of_each_family()))
 def test_liar_is_caught_and_named(liar: lie.Liar) -> None:
     v = judge(liar.source(liar.params), liar.params, liar.eos, CAUGHT)
     assert v.outcome == NOT_THE_TARGET
