@@ -101,3 +101,9 @@ def test_the_image_copies_what_is_there_and_what_its_context_admits() -> None:
     for line in copied:
         for name in line.split()[:-1]:
             assert (ROOT / name).exists() and name in admitted, name
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """They are modules without packages: one run over all of them, as `make test-latest` is, could not import the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py") if "outside" not in path.parts]
+    assert sorted(names) == sorted(set(names))
