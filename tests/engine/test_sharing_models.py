@@ -11,6 +11,7 @@ import pytest
 from outrider.assets import shipped
 from outrider.build import Engine, build_engine, companion
 from outrider.errors import ConfigError
+from outrider.models import token_use
 from outrider.options import EngineOptions
 
 OTHER = {"implementation": "hf", "draft_quantize": "int8"}
@@ -44,6 +45,7 @@ def draft(tmp_path: Path) -> Path:
 def test_what_decides_the_model_and_what_does_not(engine: Engine, draft: Path) -> None:
     """Option by option: a new one must be put into one of the tables."""
     fixed = {"draft", "target", "dtype", "device", "target_quantize"}
+    fixed |= {"draft_vocabulary"}  # counted, so in a test of its own
     assert set(OTHER) | set(SHARED) | fixed == set(EngineOptions.__dataclass_fields__)
     first = model_of(engine, draft)
     for name, value in SHARED.items():
@@ -83,3 +85,15 @@ def test_what_the_loaded_target_has_decided_cannot_change(engine: Engine, change
     with pytest.raises(ConfigError, match="fixed when the target was loaded"):
         companion(engine, "none", **changes)
     assert companion(engine, "none", dtype="auto").parts.target is engine.parts.target
+
+
+def test_each_number_of_tokens_of_a_head_is_a_model_of_its_own(
+    engine: Engine, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(token_use, "TOKENS", 2)
+    monkeypatch.setattr(token_use, "count", lambda target, prompts, made=token_use.count: made(target, prompts[:2], 2))
+    first = model_of(engine, draft, draft_vocabulary=1024)
+    assert model_of(engine, draft, draft_vocabulary="1024") is first
+    assert model_of(engine, draft) is not first
+    assert model_of(engine, draft, draft_vocabulary=512) is not first
