@@ -233,7 +233,7 @@ def test_quantised_weights_that_are_slower(
     times = iter([rounded, 1e-3])
     monkeypatch.setattr(quantised, "seconds", lambda forward, new_kv: next(times))
     notices = load_target(model, dtype="float32", quantize="int8", role=role).notices
-    assert [("int8" in n, f"--quantize-{role} out" in n) for n in notices] == [(True, True)] * told
+    assert [f"--quantize-{role} out" in n for n in notices if "int8" in n] == [True] * told
 
 
 @COMPILER
