@@ -211,7 +211,7 @@ reference: $(STAMP)  ## write the generated pages of docs/reference anew
 
 # Each journey is walked in an empty folder from an installed wheel: tests/journeys/walk.py. JOURNEYS=laptop walks one.
 JOURNEYS ?= laptop server research training
-test-journeys:  ## what users do, from an installed wheel, on Python 3.11 and 3.13, with and without a compiler
+test-journeys:  ## what users do, from an installed wheel, on every Python of PYTHONS that is here, with and without a compiler
 	@$(PYTHON) tests/journeys/walk.py --pythons "$(PYTHONS)" $(JOURNEYS)
 
 bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved
