@@ -58,9 +58,11 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 	@$(BIN)/outrider demo
 
 # All of it is run whatever comes of the first. Style, types and layers are checked beside the first tests, so that no core waits.
+# What runs in the background does not hear Ctrl-C, so the trap ends it, and the second tests do not begin.
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@status=0; checked=$$(mktemp); \
 	$(MAKE) --no-print-directory check >$$checked 2>&1 & check=$$!; \
+	trap 'kill $$check; wait $$check; cat $$checked; rm $$checked; exit 130' INT TERM; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
 	  || status=1; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) || status=1; \
@@ -209,7 +211,7 @@ reference: $(STAMP)  ## write the generated pages of docs/reference anew
 
 # Each journey is walked in an empty folder from an installed wheel: tests/journeys/walk.py. JOURNEYS=laptop walks one.
 JOURNEYS ?= laptop server research training
-test-journeys:  ## what users do, from an installed wheel, on Python 3.11 and 3.13, with and without a compiler
+test-journeys:  ## what users do, from an installed wheel, on every Python of PYTHONS that is here, with and without a compiler
 	@$(PYTHON) tests/journeys/walk.py --pythons "$(PYTHONS)" $(JOURNEYS)
 
 bench: $(STAMP)  ## the shipped pair: lengths 0 to 5, paired and interleaved

@@ -220,12 +220,12 @@ class Bare:
 
 def metrics() -> str:
     """docs/reference/metrics.md"""
-    from outrider.serve.watch import Watching
+    from outrider.serve.watch import Monitor
     from outrider.telemetry.alerts import CONDITIONS
 
     bare = Bare()
     metrics = bare.metrics
-    Watching(bare, price=1.0)  # type: ignore[arg-type]  # the price: so that costs are there too
+    Monitor(bare, price=1.0)  # type: ignore[arg-type]  # the price: so that costs are there too
     later = [(f"outrider_{name}", "gauge", text) for name, (text, _) in metrics.gauges.items()]
     later += [(f"outrider_{name}", "counter", text) for name, (text, _) in metrics.counters.items()]
     metrics.gauges.clear()

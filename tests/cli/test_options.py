@@ -7,7 +7,6 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from outrider.cli.takes import Table, takes
 from outrider.errors import ConfigError
 from outrider.options import EngineOptions
 from outrider.params import SamplingParams
+from recipes.docs_reference import leaves
 
 ROOT = Path(__file__).parents[2]
 UNASKED = {"chunk"}
@@ -85,15 +85,6 @@ DEFAULTS = {
     ("ab rehearse", "max_tokens"): 32,
 }
 """(command, field) -> its default there, where it is another one than the field's."""
-
-
-def leaves(command: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Every command that does something, by the words that call it."""
-    below = getattr(command, "commands", None)
-    if below is None:
-        yield " ".join(before), command
-    for name, one in (below or {}).items():
-        yield from leaves(one, (*before, name))
 
 
 COMMANDS = dict(leaves(typer.main.get_command(app)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from outrider.cli.plan_contexts import parse_contexts, view_of
+from outrider.cli.plan_contexts import parse_contexts, print_contexts, view_of
 from outrider.errors import ConfigError
 from outrider.evaluate.planning.contexts import choose, fit_contexts
 from outrider.models.toy import TinyLM
@@ -55,3 +55,11 @@ def test_what_cannot_be_planned_is_said() -> None:
     for drafts in (["ngram"], ["sparse:window:16+496", "sparse:snap:512"]):
         with pytest.raises(ConfigError, match="one view"):
             view_of(drafts)
+
+
+def test_the_plan_is_plain_text_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"context": 960, "batch": 4, "plain_seconds": 0.02768, "length": 3, "gain": 1.25}
+    print_contexts({"draft": "sparse:window:16+496", "acceptance": 0.9, "choices": [row], "crossing": {"1": None, "4": 948}})
+    said = capsys.readouterr().out
+    assert said.isascii() and said.splitlines()[2].split() == ["960", "4", "27.68", "ms", "3", "1.25"]
+    assert "1 at a time: faster than plain decoding at no context" in said and "from 948 tokens of context on" in said

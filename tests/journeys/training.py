@@ -45,7 +45,7 @@ def trained() -> None:
         documented("train.md", "outrider bench --draft medusa:my/medusa"),
         "--count 2 --max-tokens 8 --repeats 1 --warmup 0",
     )
-    run("outrider bench --draft my/medusa --lengths 0,2 --count 2 --max-tokens 8 --repeats 1 --warmup 0", code=(0, 2))
+    run("outrider bench --draft my/medusa --lengths 0,2 --count 2 --max-tokens 8 --repeats 1 --warmup 0")
 
 
 def continued() -> None:

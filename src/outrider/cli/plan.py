@@ -67,9 +67,7 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
         lengths, batches = parse_lengths(asked.lengths), parse_batches(asked.batches)
         engine = load_engine(options.changed(draft="none"))
         document = plan_contexts.contexts_document(engine, lengths, batches, asked)
-        if asked.out is not None:
-            write(asked.out, document)
-        terminal.print_json(document) if json else plan_contexts.print_contexts(document)
+        show(document, asked.out, json, plan_contexts.print_contexts)
         return
     named = paths.drafter(asked.draft) or ["auto"]  # what leads nowhere is said before anything heavy is imported
     from outrider.evaluate.measure import machine

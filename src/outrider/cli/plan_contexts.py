@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from outrider.cli import terminal
+from outrider.cli import tables, terminal
 from outrider.cli.plan_options import PlanOptions
 from outrider.errors import ConfigError
 
@@ -61,13 +61,13 @@ def contexts_document(engine: Any, lengths: list[int], batches: list[int], asked
 
 def print_contexts(d: dict[str, Any]) -> None:
     """The document for people."""
-    table = Table(title=f"{d['draft']} at an acceptance of {d['acceptance']:g}")
+    out, table = terminal.console(), Table(title=f"{d['draft']} at an acceptance of {d['acceptance']:g}")
     for column in ("context", "sequences", "plain step", "draft length", "predicted gain"):
         table.add_column(column, justify="right")
     for c in d["choices"]:
         gain = f"{c['gain']:.2f}" if c["length"] else "plain decoding"
         table.add_row(str(c["context"]), str(c["batch"]), f"{1e3 * c['plain_seconds']:.2f} ms", str(c["length"]), gain)
-    terminal.console().print(table)
+    tables.show(table, out)
     for batch, at in d["crossing"].items():
         where = f"from {at} tokens of context on" if at is not None else "at no context"
-        terminal.console().print(f"{batch} at a time: faster than plain decoding {where}")
+        out.print(f"{batch} at a time: faster than plain decoding {where}")

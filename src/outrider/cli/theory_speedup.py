@@ -10,16 +10,16 @@ from rich.table import Table
 
 from outrider.cli import tables, terminal
 from outrider.cli.options import Json
+from outrider.cli.takes import takes
 from outrider.errors import ConfigError
 
 LONGEST = 16
 
 
-def speedup(
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="Size of the target: 8b, 70b, ... or parameters.")
-    ] = "8b",
-    draft: Annotated[str, typer.Option("--draft", "-d", help="Size of the draft model.")] = "1b",
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A machine of the table, and figures of one's own in GB/s, TFLOP/s and GB, which replace those of the table."""
+
     hardware: Annotated[
         str,
         typer.Option(
@@ -27,83 +27,18 @@ def speedup(
             help="a100, h100, h200, l4, l40s, rtx-3060, rtx-3090, rtx-4060, rtx-4070, rtx-4090, rtx-5090, rx-7900-xtx, m1, m2, m4, "
             "m4-pro, m3-max, m4-max, m2-ultra, ryzen-ai-max, laptop-ddr4, laptop-ddr5 or zen5-2.",
         ),
-    ] = "h100",
+    ] = "h100"
     bandwidth: Annotated[
         float | None,
         typer.Option("--bandwidth", help="Your own machine: GB/s that its memory is read with.", show_default=False),
-    ] = None,
+    ] = None
     flops: Annotated[
         float | None,
         typer.Option("--flops", help="Your own machine: TFLOP/s of its products.", show_default=False),
-    ] = None,
+    ] = None
     memory: Annotated[
         float | None, typer.Option("--memory", help="Your own machine: GB of memory.", show_default=False)
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded at the same time.")] = 1,
-    context: Annotated[int, typer.Option("--context", min=0, help="Tokens in the cache of each sequence.")] = 1024,
-    acceptance: Annotated[
-        float,
-        typer.Option(
-            "--acceptance", min=0, max=1, help="Probability that a draft token is accepted when those before it were."
-        ),
-    ] = 0.8,
-    length: Annotated[str, typer.Option("--length", "-l", help="Draft length, or auto: the best of 0 to 16.")] = "auto",
-    devices: Annotated[int, typer.Option("--devices", min=1, help="Devices that the models are split over.")] = 1,
-    draft_context: Annotated[
-        int | None,
-        typer.Option("--draft-context", min=0, help="Tokens the draft attends to. Default: all.", show_default=False),
-    ] = None,
-    weight_bytes: Annotated[float, typer.Option("--bytes", help="Bytes of a weight and of a key or value.")] = 2.0,
-    overhead: Annotated[float, typer.Option("--overhead-ms", min=0, help="Milliseconds added to every forward.")] = 0.0,
-    pipeline: Annotated[
-        int,
-        typer.Option("--pipeline", min=1, help="Stages that the devices are divided into; each is tensor-parallel."),
-    ] = 1,
-    link: Annotated[
-        str | None,
-        typer.Option(
-            "--link",
-            help="Between devices: nvlink3, nvlink4, pcie4, pcie5, ib-hdr, ib-ndr, or free. Default: the hardware's NVLink, free "
-            "where it has none.",
-            show_default=False,
-        ),
-    ] = None,
-    between: Annotated[
-        str | None, typer.Option("--between", help="From stage to stage. Default: as --link.", show_default=False)
-    ] = None,
-    draft_devices: Annotated[
-        int | None,
-        typer.Option("--draft-devices", min=1, help="Devices of the draft. Default: a stage's.", show_default=False),
-    ] = None,
-    efficiency: Annotated[
-        float, typer.Option("--efficiency", min=0.01, max=1, help="Share of the rates that software reaches.")
-    ] = 1.0,
-    json: Json = False,
-) -> None:
-    """Predict tokens per second, plain and speculative, from the bandwidth, arithmetic and memory of a machine.
-
-    Example: outrider theory speedup --target 70b --draft 1b --devices 4
-
-    A laptop whose memory you measured: outrider theory speedup --hardware laptop-ddr5 --bandwidth 70 --bytes 0.6
-
-    Two machines: outrider theory speedup --target 405b --draft 8b --devices 16 --pipeline 2 --between ib-ndr --batch 8
-    """
-    split = Split(devices, pipeline, link, between, draft_devices, efficiency)
-    figures = Figures(hardware, bandwidth, flops, memory)
-    document = speedup_document(
-        target, draft, figures, acceptance, length, batch, context, split, draft_context, weight_bytes, overhead / 1000
-    )
-    terminal.print_json(document) if json else print_speedup(document)
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """A machine of the table, and figures of one's own in GB/s, TFLOP/s and GB, which replace those of the table."""
-
-    name: str
-    bandwidth: float | None = None
-    flops: float | None = None
-    memory: float | None = None
+    ] = None
 
     @property
     def own(self) -> tuple[float | None, float | None, float | None]:
@@ -114,12 +49,71 @@ class Figures:
 class Split:
     """How the models are divided; see `theory.roofline.Setting`. link: a name, "free", or None: the usual one of the machine."""
 
-    devices: int = 1
-    pipeline: int = 1
-    link: str | None = None
-    between: str | None = None
-    draft_devices: int | None = None
-    efficiency: float = 1.0
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Devices that the models are split over.")] = 1
+    pipeline: Annotated[
+        int,
+        typer.Option("--pipeline", min=1, help="Stages that the devices are divided into; each is tensor-parallel."),
+    ] = 1
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            help="Between devices: nvlink3, nvlink4, pcie4, pcie5, ib-hdr, ib-ndr, or free. Default: the hardware's NVLink, free "
+            "where it has none.",
+            show_default=False,
+        ),
+    ] = None
+    between: Annotated[
+        str | None, typer.Option("--between", help="From stage to stage. Default: as --link.", show_default=False)
+    ] = None
+    draft_devices: Annotated[
+        int | None,
+        typer.Option("--draft-devices", min=1, help="Devices of the draft. Default: a stage's.", show_default=False),
+    ] = None
+    efficiency: Annotated[
+        float, typer.Option("--efficiency", min=0.01, max=1, help="Share of the rates that software reaches.")
+    ] = 1.0
+
+
+@takes(Figures, "figures")
+@takes(Split, "split")
+def speedup(
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="Size of the target: 8b, 70b, ... or parameters.")
+    ] = "8b",
+    draft: Annotated[str, typer.Option("--draft", "-d", help="Size of the draft model.")] = "1b",
+    *,
+    figures: Figures,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded at the same time.")] = 1,
+    context: Annotated[int, typer.Option("--context", min=0, help="Tokens in the cache of each sequence.")] = 1024,
+    acceptance: Annotated[
+        float,
+        typer.Option(
+            "--acceptance", min=0, max=1, help="Probability that a draft token is accepted when those before it were."
+        ),
+    ] = 0.8,
+    length: Annotated[str, typer.Option("--length", "-l", help="Draft length, or auto: the best of 0 to 16.")] = "auto",
+    split: Split,
+    draft_context: Annotated[
+        int | None,
+        typer.Option("--draft-context", min=0, help="Tokens the draft attends to. Default: all.", show_default=False),
+    ] = None,
+    weight_bytes: Annotated[float, typer.Option("--bytes", help="Bytes of a weight and of a key or value.")] = 2.0,
+    overhead: Annotated[float, typer.Option("--overhead-ms", min=0, help="Milliseconds added to every forward.")] = 0.0,
+    json: Json = False,
+) -> None:
+    """Predict tokens per second, plain and speculative, from the bandwidth, arithmetic and memory of a machine.
+
+    Example: outrider theory speedup --target 70b --draft 1b --devices 4
+
+    A laptop whose memory you measured: outrider theory speedup --hardware laptop-ddr5 --bandwidth 70 --bytes 0.6
+
+    Two machines: outrider theory speedup --target 405b --draft 8b --devices 16 --pipeline 2 --between ib-ndr --batch 8
+    """
+    document = speedup_document(
+        target, draft, figures, acceptance, length, batch, context, split, draft_context, weight_bytes, overhead / 1000
+    )
+    terminal.print_json(document) if json else print_speedup(document)
 
 
 def speedup_document(
@@ -142,10 +136,10 @@ def speedup_document(
         raise ConfigError(f"--length is auto or a whole number from 0 to 64, got {length!r}")
     try:
         scaled = (None if x is None else x * unit for x, unit in zip(machine.own, (1e9, 1e12, 1e9), strict=True))
-        where = hardware.own(hardware.hardware(machine.name), *scaled)
+        where = hardware.own(hardware.hardware(machine.hardware), *scaled)
         big, small = hardware.model(target), hardware.model(draft)
         over = (
-            links.usual(machine.name)
+            links.usual(machine.hardware)
             if split.link is None
             else links.link(split.link)
             if split.link != "free"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -38,7 +39,7 @@ class Source(Protocol):
 
 
 @dataclass
-class Watching:
+class Watching(ABC):
     """The history of one server, whatever engine it has. price: dollars per hour of the machine, None if unknown. period: seconds
     between two samples. webhook: gets every alert that begins or ends. clock: seconds since the epoch.
 
@@ -127,21 +128,21 @@ class Watching:
         }
 
     @property
+    @abstractmethod
     def deep(self) -> bool:
         """Whether the drafter can draft at all."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outlook(self) -> Outlook | None:
         """The estimates of the controller, if it is adaptive."""
-        raise NotImplementedError
 
+    @abstractmethod
     def speeds(self) -> list[dict[str, Any]]:
         """Measured draft lengths at the present load: tokens per step, cost of a step over a plain one, speed over plain."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kv_usage(self) -> float:
         """Tokens in the cache over its capacity, 0 .. 1."""
-        raise NotImplementedError
 
     def reading(self) -> WindowSample:
         """Sums over the window, and the present estimates."""
