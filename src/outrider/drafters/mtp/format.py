@@ -20,6 +20,7 @@ from outrider.files import read_json, read_weight_map
 from outrider.mtp_names import Layout, layout_in
 
 INDEX_BYTES = 64 << 20
+"""Of a whole model: with many experts it names a hundred thousand tensors."""
 LAYER = "layers.0."
 """Before the names of the decoder layer's tensors."""
 _PARTS = ("token_norm.weight", "hidden_norm.weight", "fc.weight", "norm.weight")
@@ -95,7 +96,7 @@ def _names(folder: Path) -> set[str]:
 
 def _read(folder: Path, root: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors whose names begin with `root`."""
-    for weights in weight_files(folder):
+    for weights in weight_files(folder, INDEX_BYTES):
         with _opened(weights) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name.startswith(root):
