@@ -255,3 +255,7 @@ def test_a_head_in_one_of_many_files_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     target = load_target(tmp_path, dtype="float32")
     assert load_drafter("mtp", target=target, length=2, target_path=str(tmp_path)).name == "mtp"
+    file = next(tmp_path.glob("*True*"))
+    save_file({k: t for k, t in load_file(file).items() if "input_proj" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="fc.weight is not there"):
+        load_drafter("mtp", target=target, length=2, target_path=str(tmp_path))

@@ -59,11 +59,15 @@ class Carried:
         return self._plain(found)
 
     def _plain(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The norms and the product as `MtpHead` computes them; the layer's own norms are its family's business."""
-        if self.layout.hidden_first and found["fc.weight"].ndim == 2:
-            found["fc.weight"] = torch.cat(found["fc.weight"].chunk(2, 1)[::-1], 1)
+        """The norms and the product as `MtpHead` computes them; the layer's own norms are its family's business.
+
+        What an index names and no file has is left to `checkpoint.fill` to refuse.
+        """
+        product = found.get("fc.weight")
+        if self.layout.hidden_first and product is not None and product.ndim == 2:
+            found["fc.weight"] = torch.cat(product.chunk(2, 1)[::-1], 1)
         if self.layout.shifted:
-            found |= {name: found[name].float() + 1 for name in _PARTS if "norm" in name}
+            found |= {name: found[name].float() + 1 for name in _PARTS if "norm" in name and name in found}
         return found
 
 
