@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from outrider.build import Engine, build_engine
 from outrider.cli.doctor import examine
 from outrider.control.fixed import Fixed
+from outrider.drafters.combine import FirstOf
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.forward import NativeForward, forward_of
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
@@ -164,6 +165,8 @@ def test_a_head_that_is_left_out_is_said_and_auto_uses_it(tmp_path: Path) -> Non
     used = build_engine(tmp_path, "auto", dtype="float32")
     assert used.parts.drafter.name == "prediction+forced+mtp"
     assert not any("MTP" in notice for notice in used.notices)
+    coupled = build_engine(tmp_path, "auto", rule="match", dtype="float32").parts.drafter
+    assert isinstance(coupled, FirstOf) and coupled.parts[-1].growth.sample == "coupled"  # type: ignore[attr-defined]
     assert drafter_config("mtp", {}, str(tmp_path)) == {"method": "mtp", "draft_sample_method": "probabilistic"}
 
 

@@ -24,6 +24,7 @@ from outrider.drafters.recycle import Recycle
 from outrider.drafters.sparse import load_sparse, parse_sparse, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
+from outrider.drafters.tree.growth import Sample
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import CapabilityError, ConfigError, unknown_name
@@ -126,13 +127,14 @@ def load_drafter(
         raise ConfigError(f"the draft length must be >= 0, got {length}; 0 is plain decoding")
     if length == 0 or spec == "none":
         return NoDraft()
+    sample: Sample = "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
     least = 0
     if spec == "auto":
         sibling = companion_folder(target_path, "draft")
         has_model = sibling is not None and load_model is not None
         # forced tokens replace the draft model only if they fill a whole draft; for fewer the model drafts further ahead
         spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
-        own = None if has_model else _own_head(target, length, target_path, learned)
+        own = None if has_model else _own_head(target, parse_draft("mtp", length, sample), target_path, learned)
         if own is not None:
             return first_of(*_without_model(f"prediction+forced:{length}", length)[0], own)
         long = None if has_model else worthwhile_from(target, parse_sparse(AUTO_VIEW))
@@ -144,9 +146,7 @@ def load_drafter(
         parts.append(parse_jacobi(rest, length, target.vocab_size, raster.width if raster else 0))
     elif rest or not parts:
         premises, rest = _premises(rest)
-        how = parse_draft(
-            rest, length + (premises > 0), "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
-        )
+        how = parse_draft(rest, length + (premises > 0), sample)
         if premises and how.stop is not None:
             raise ConfigError(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
@@ -226,13 +226,13 @@ def carries(kind: str, target_path: str | None, learned: Mapping[str, LearnedDra
 
 
 def _own_head(
-    target: Target, length: int, target_path: str | None, learned: Mapping[str, LearnedDrafter]
+    target: Target, how: DraftSpec, target_path: str | None, learned: Mapping[str, LearnedDrafter]
 ) -> Drafter | None:
     """The drafter of the target's own MTP head; None where there is none, or it cannot be run: `--draft mtp` says why."""
     if target_path is None or not carries("mtp", target_path, learned):
         return None
     try:
-        return learned["mtp"].load(Path(target_path), target, parse_draft("mtp", length, "sampled"), target_path)
+        return learned["mtp"].load(Path(target_path).expanduser(), target, how, target_path)
     except (ConfigError, CapabilityError):
         return None
 
