@@ -254,7 +254,10 @@ def test_a_head_in_one_of_many_files_is_read(tmp_path: Path) -> None:
     parts = {f"model-{n}.safetensors": {k: t for k, t in tensors.items() if ("mtp" in k) == n} for n in (False, True)}
     for name, part in parts.items():
         save_file(part, tmp_path / name, metadata={"format": "pt"})
-    index = {"metadata": {"note": "x" * (2 << 20)}, "weight_map": {k: name for name, part in parts.items() for k in part}}
+    index = {
+        "metadata": {"note": "x" * (2 << 20)},
+        "weight_map": {k: name for name, part in parts.items() for k in part},
+    }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     target = load_target(tmp_path, dtype="float32")
     assert load_drafter("mtp", target=target, length=2, target_path=str(tmp_path)).name == "mtp"
