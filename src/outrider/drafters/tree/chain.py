@@ -44,13 +44,12 @@ class _Buffers:
     """Numbers of all levels, one after the other: the rows of level l are at `first[l]` and behind it."""
 
     def __init__(self, rows: list[list[int]], live: list[int]) -> None:
-        number = {i: n for n, i in enumerate(live)}
+        numbers = [{i: n for n, i in enumerate(own)} for own in (live, *rows)]
         self.first = [0]
         for own in rows:
             self.first.append(self.first[-1] + len(own))
-        before = [live, *rows]
-        self.sequence = array("q", [number[i] for own in rows for i in own])
-        self.origin = array("q", [above.index(i) for above, own in zip(before, rows, strict=False) for i in own])
+        self.sequence = array("q", [numbers[0][i] for own in rows for i in own])
+        self.origin = array("q", [above[i] for above, own in zip(numbers, rows, strict=False) for i in own])
         self.place = array("q", [n for own in rows for n in range(len(own))])
         self.token, self.fed = array("q", bytes(8 * self.first[-1])), array("q", bytes(8 * self.first[-1]))
         self.total = array("d", bytes(8 * self.first[-1]))
