@@ -19,6 +19,7 @@ from outrider import transfer
 from outrider.drafters.tree.forest import Forest
 from outrider.nn import picks
 from outrider.nn.ahead import Ahead
+from outrider.noise import Noise
 from outrider.types import POINT_MASS, TOLERANCE, Evidence
 
 _LEVEL = struct.Struct("q10Q")
@@ -65,11 +66,12 @@ def grow(
     """Add to `forest` a chain of depths[i] tokens for each sequence i; False, and nothing has happened, where it does not apply.
 
     drawn: whether sequences that sample draw; otherwise all take the most likely tokens. It applies on the CPU with the compiled
-    passes, to requests whose distribution is a softmax of their logits (no filters, no edits), where `follow` is `Foreseeing`.
+    passes, to requests whose distribution is a softmax of their logits (no filters, no edits), where `follow` is `Foreseeing`, and
+    to the noise of `Noise` itself.
     """
     live = [i for i, d in enumerate(depths) if d]
     params = [evidence.sequences[i].params for i in live]
-    plain = not any(p.edits or (drawn and p.filters) for p in params)
+    plain = type(evidence.noise) is Noise and not any(p.edits or (drawn and p.filters) for p in params)
     foresees = hasattr(follow, "ahead")  # an isinstance of a protocol takes as long as a level
     library = picks.chain_library(logits) if live and plain and foresees else None
     if library is None or not transfer.on_host(logits):
