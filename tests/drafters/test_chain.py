@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,3 +148,14 @@ def test_filters_and_edits_are_drawn_level_by_level() -> None:
         step, forest = evidence([view([1, 2, 3], **params)], V), Forest(1)
         assert not chain.grow(step, (2,), forest, logits[0], LevelLogits(logits, (2,), forest), True)
         assert not forest.tokens[0]
+
+
+def test_noise_of_another_kind_is_asked_for_its_numbers() -> None:
+    class Low(Noise):
+        def uniform(self, b: int, depth: int, lane: str, index: int = 0) -> float:
+            return 1e-9
+
+    step, forest = evidence([view([1, 2, 3], temperature=1.0)], V), Forest(1)
+    step, logits = replace(step, noise=Low(step.noise.seed, step.noise.position)), torch.zeros(3, 1, V)
+    Levels(levels((1,) * 3), V).grow(step, (3,), forest, logits[0], LevelLogits(logits, (3,), forest))
+    assert forest.tokens[0] == [0, 0, 0]

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from outrider.build import Engine, build_engine
 from outrider.cli.doctor import examine
 from outrider.control.fixed import Fixed
+from outrider.drafters.combine import FirstOf
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.forward import NativeForward, forward_of
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
@@ -164,6 +165,8 @@ def test_a_head_that_is_left_out_is_said_and_auto_uses_it(tmp_path: Path) -> Non
     used = build_engine(tmp_path, "auto", dtype="float32")
     assert used.parts.drafter.name == "prediction+forced+mtp"
     assert not any("MTP" in notice for notice in used.notices)
+    coupled = build_engine(tmp_path, "auto", rule="match", dtype="float32").parts.drafter
+    assert isinstance(coupled, FirstOf) and coupled.parts[-1].growth.sample == "coupled"  # type: ignore[attr-defined]
     assert drafter_config("mtp", {}, str(tmp_path)) == {"method": "mtp", "draft_sample_method": "probabilistic"}
 
 
@@ -240,3 +243,25 @@ def test_what_loading_refuses_as_no_decoder_the_doctor_refuses(tmp_path: Path) -
     for check in (inspect_checkpoint, load_target):
         with pytest.raises(ConfigError, match="CpmAntForCausalLM is no decoder"):
             check(tmp_path, dtype="float32")
+
+
+def test_a_head_in_one_of_many_files_is_read(tmp_path: Path) -> None:
+    """The index of a model with many experts is longer than a drafter's own may be."""
+    make_with_head(tmp_path, "qwen2")
+    single = tmp_path / "model.safetensors"
+    tensors = load_file(single)
+    single.unlink()
+    parts = {f"model-{n}.safetensors": {k: t for k, t in tensors.items() if ("mtp" in k) == n} for n in (False, True)}
+    for name, part in parts.items():
+        save_file(part, tmp_path / name, metadata={"format": "pt"})
+    index = {
+        "metadata": {"note": "x" * (2 << 20)},
+        "weight_map": {k: name for name, part in parts.items() for k in part},
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    target = load_target(tmp_path, dtype="float32")
+    assert load_drafter("mtp", target=target, length=2, target_path=str(tmp_path)).name == "mtp"
+    file = next(tmp_path.glob("*True*"))
+    save_file({k: t for k, t in load_file(file).items() if "input_proj" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="fc.weight is not there"):
+        load_drafter("mtp", target=target, length=2, target_path=str(tmp_path))

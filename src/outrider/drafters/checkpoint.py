@@ -49,8 +49,9 @@ def read_folder(folder: Path, kind: str | tuple[str, ...]) -> tuple[dict[str, An
     return config, tensors
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a drafter's folder: one, or those its index names. Raises ConfigError if they are missing or pickled."""
+def weight_files(folder: Path, index_bytes: int = CONFIG_BYTES) -> list[Path]:
+    """The weight files of a drafter's folder: one, or those its index names. Raises ConfigError if they are missing or pickled, or
+    the index is longer than `index_bytes`."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -61,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
                 "(safetensors.torch.save_file) where you trust them"
             )
         raise ConfigError(f"{folder} holds no trained drafter: it needs config.json and model.safetensors")
-    names = sorted(set(read_weight_map(index, CONFIG_BYTES).values()))
+    names = sorted(set(read_weight_map(index, index_bytes).values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ConfigError(f"{index} names {name[:80]!r}, which is not a safetensors file of this folder")

@@ -24,6 +24,7 @@ from outrider.drafters.recycle import Recycle
 from outrider.drafters.sparse import load_sparse, parse_sparse, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
+from outrider.drafters.tree.growth import Sample
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import CapabilityError, ConfigError, unknown_name
@@ -126,27 +127,20 @@ def load_drafter(
         raise ConfigError(f"the draft length must be >= 0, got {length}; 0 is plain decoding")
     if length == 0 or spec == "none":
         return NoDraft()
-    least = 0
+    sample: Sample = "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
+    own, least = None, 0
     if spec == "auto":
-        sibling = companion_folder(target_path, "draft")
-        has_model = sibling is not None and load_model is not None
-        # forced tokens replace the draft model only if they fill a whole draft; for fewer the model drafts further ahead
-        spec = f"prediction+forced:{length}+{sibling}" if has_model else "prediction+forced+ngram"
-        own = None if has_model else _own_head(target, length, target_path, learned)
-        if own is not None:
-            return first_of(*_without_model(f"prediction+forced:{length}", length)[0], own)
-        long = None if has_model else worthwhile_from(target, parse_sparse(AUTO_VIEW))
-        if long is not None:
-            spec, least = f"{spec}+sparse:{AUTO_VIEW}", long
+        sibling = None if load_model is None else companion_folder(target_path, "draft")
+        spec, own, least = _auto(target, parse_draft("mtp", length, sample), target_path, sibling, learned)
     parts, rest = _without_model(spec, length)
-    if rest.partition(":")[0] == "jacobi":
+    if own is not None:
+        parts.append(own)
+    elif rest.partition(":")[0] == "jacobi":
         raster = find_raster(target_path)
         parts.append(parse_jacobi(rest, length, target.vocab_size, raster.width if raster else 0))
     elif rest or not parts:
         premises, rest = _premises(rest)
-        how = parse_draft(
-            rest, length + (premises > 0), "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
-        )
+        how = parse_draft(rest, length + (premises > 0), sample)
         if premises and how.stop is not None:
             raise ConfigError(
                 "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
@@ -225,14 +219,37 @@ def carries(kind: str, target_path: str | None, learned: Mapping[str, LearnedDra
     return find is not None and folder is not None and folder.is_dir() and bool(find(folder))
 
 
+def _auto(
+    target: Target,
+    how: DraftSpec,
+    target_path: str | None,
+    sibling: str | None,
+    learned: Mapping[str, LearnedDrafter],
+) -> tuple[str, Drafter | None, int]:
+    """What "auto" is: a spec, the target's own head to follow its drafters, and the context below which its view drafts nothing.
+
+    how: the head's drafts. sibling: the folder of a draft model that can be loaded.
+    """
+    # forced tokens replace a model or a head only if they fill a whole draft; for fewer it drafts further ahead
+    before = f"prediction+forced:{how.shape.depth}"
+    if sibling is not None:
+        return f"{before}+{sibling}", None, 0
+    own = _own_head(target, how, target_path, learned)
+    if own is not None:
+        return before, own, 0
+    least = worthwhile_from(target, parse_sparse(AUTO_VIEW))
+    view = "" if least is None else f"+sparse:{AUTO_VIEW}"
+    return f"prediction+forced+ngram{view}", None, least or 0
+
+
 def _own_head(
-    target: Target, length: int, target_path: str | None, learned: Mapping[str, LearnedDrafter]
+    target: Target, how: DraftSpec, target_path: str | None, learned: Mapping[str, LearnedDrafter]
 ) -> Drafter | None:
     """The drafter of the target's own MTP head; None where there is none, or it cannot be run: `--draft mtp` says why."""
     if target_path is None or not carries("mtp", target_path, learned):
         return None
     try:
-        return learned["mtp"].load(Path(target_path), target, parse_draft("mtp", length, "sampled"), target_path)
+        return learned["mtp"].load(Path(target_path).expanduser(), target, how, target_path)
     except (ConfigError, CapabilityError):
         return None
 

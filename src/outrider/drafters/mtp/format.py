@@ -20,6 +20,7 @@ from outrider.files import read_json, read_weight_map
 from outrider.mtp_names import Layout, layout_in
 
 INDEX_BYTES = 64 << 20
+"""Of a whole model: with many experts it names a hundred thousand tensors."""
 LAYER = "layers.0."
 """Before the names of the decoder layer's tensors."""
 _PARTS = ("token_norm.weight", "hidden_norm.weight", "fc.weight", "norm.weight")
@@ -58,11 +59,15 @@ class Carried:
         return self._plain(found)
 
     def _plain(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The norms and the product as `MtpHead` computes them; the layer's own norms are its family's business."""
-        if self.layout.hidden_first and found["fc.weight"].ndim == 2:
-            found["fc.weight"] = torch.cat(found["fc.weight"].chunk(2, 1)[::-1], 1)
+        """The norms and the product as `MtpHead` computes them; the layer's own norms are its family's business.
+
+        What an index names and no file has is left to `checkpoint.fill` to refuse.
+        """
+        product = found.get("fc.weight")
+        if self.layout.hidden_first and product is not None and product.ndim == 2:
+            found["fc.weight"] = torch.cat(product.chunk(2, 1)[::-1], 1)
         if self.layout.shifted:
-            found |= {name: found[name].float() + 1 for name in _PARTS if "norm" in name}
+            found |= {name: found[name].float() + 1 for name in _PARTS if "norm" in name and name in found}
         return found
 
 
@@ -95,7 +100,7 @@ def _names(folder: Path) -> set[str]:
 
 def _read(folder: Path, root: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors whose names begin with `root`."""
-    for weights in weight_files(folder):
+    for weights in weight_files(folder, INDEX_BYTES):
         with _opened(weights) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name.startswith(root):

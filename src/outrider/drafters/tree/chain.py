@@ -19,6 +19,7 @@ from outrider import transfer
 from outrider.drafters.tree.forest import Forest
 from outrider.nn import picks
 from outrider.nn.ahead import Ahead
+from outrider.noise import Noise
 from outrider.types import POINT_MASS, TOLERANCE, Evidence
 
 _LEVEL = struct.Struct("q10Q")
@@ -44,13 +45,12 @@ class _Buffers:
     """Numbers of all levels, one after the other: the rows of level l are at `first[l]` and behind it."""
 
     def __init__(self, rows: list[list[int]], live: list[int]) -> None:
-        number = {i: n for n, i in enumerate(live)}
+        numbers = [{i: n for n, i in enumerate(own)} for own in (live, *rows)]
         self.first = [0]
         for own in rows:
             self.first.append(self.first[-1] + len(own))
-        before = [live, *rows]
-        self.sequence = array("q", [number[i] for own in rows for i in own])
-        self.origin = array("q", [above.index(i) for above, own in zip(before, rows, strict=False) for i in own])
+        self.sequence = array("q", [numbers[0][i] for own in rows for i in own])
+        self.origin = array("q", [above[i] for above, own in zip(numbers, rows, strict=False) for i in own])
         self.place = array("q", [n for own in rows for n in range(len(own))])
         self.token, self.fed = array("q", bytes(8 * self.first[-1])), array("q", bytes(8 * self.first[-1]))
         self.total = array("d", bytes(8 * self.first[-1]))
@@ -66,11 +66,12 @@ def grow(
     """Add to `forest` a chain of depths[i] tokens for each sequence i; False, and nothing has happened, where it does not apply.
 
     drawn: whether sequences that sample draw; otherwise all take the most likely tokens. It applies on the CPU with the compiled
-    passes, to requests whose distribution is a softmax of their logits (no filters, no edits), where `follow` is `Foreseeing`.
+    passes, to requests whose distribution is a softmax of their logits (no filters, no edits), where `follow` is `Foreseeing`, and
+    to the noise of `Noise` itself.
     """
     live = [i for i, d in enumerate(depths) if d]
     params = [evidence.sequences[i].params for i in live]
-    plain = not any(p.edits or (drawn and p.filters) for p in params)
+    plain = type(evidence.noise) is Noise and not any(p.edits or (drawn and p.filters) for p in params)
     foresees = hasattr(follow, "ahead")  # an isinstance of a protocol takes as long as a level
     library = picks.chain_library(logits) if live and plain and foresees else None
     if library is None or not transfer.on_host(logits):
