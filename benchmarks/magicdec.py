@@ -35,6 +35,7 @@ from native import random_weights, shipped_config
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.registry import load_drafter
+from outrider.engine.room import root_of
 from outrider.evaluate.planning.contexts import SHAPES, time_passes
 from outrider.evaluate.statistics.ratios import Ratio, paired_ratio
 from outrider.models.lean import LeanTarget
@@ -81,7 +82,7 @@ class Bench:
             self.kv.length[slot] = size
         self.kv.k.normal_(), self.kv.v.normal_(std=VALUES)
         for slot, tokens in enumerate(self.tokens):
-            self.kv.publish(slot, tokens)
+            self.kv.publish(slot, tokens, root_of(self.target))
         self.kv.release(range(self.slots))
 
     def engine(self, kind: str, length: int, slots: int) -> Engine:
@@ -99,6 +100,8 @@ class Bench:
         names = [engine.submit(t[:context], p) for t, p in zip(self.tokens, params, strict=False)]
         while engine.counts.steps < 2 * batch:  # each prompt's last token, and the first draft
             engine.step()
+        if any(s.reused < context - self.kv.page for name in names for s in engine.sequences(name)):
+            raise SystemExit("a prompt was read though its keys and values are in the cache: the times would be of reading it")
         engine.reset()
         began = self.clock()
         for _ in range(steps):
@@ -115,7 +118,7 @@ class Bench:
         """Passes of the target alone over about `context` cached tokens; the median of the rounds."""
         self.kv.attended = None
         for slot, tokens in enumerate(self.tokens):
-            self.kv.share(slot, tokens[: context + 1])
+            self.kv.share(slot, tokens[: context + 1], root_of(self.target))
             self.kv.make_room(slot, self.kv.length[slot] + 16)
         shapes = [(n, b) for n, b in SHAPES if b <= self.slots]
         found = time_passes(self.target, self.kv, shapes, rounds, self.clock)
