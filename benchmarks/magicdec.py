@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from native import random_weights, shipped_config
+from peers.run import say
 
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
@@ -131,6 +132,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     bench = Bench(args)
     yield {"machine": bench.native.kind, "threads": torch.get_num_threads(), "cpu_time": args.cpu_time}
     for context in sorted({VIEW, min(args.contexts), max(args.contexts)}):
+        say(f"passes over {context} tokens")
         for p in bench.passes(context, 2 * args.rounds):
             yield {"pass": [p.sequences, p.rows, p.cached, p.seconds]}
     for context in args.contexts:
@@ -138,8 +140,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             arms = [("plain", 0)]
             arms += [(k, n) for k in args.kinds for n in (args.lengths if k == "window" else args.lengths[-1:])]
             engines = {arm: bench.engine(*arm, batch) for arm in arms}
-            steps = dict.fromkeys(arms, args.steps)
+            steps: dict[tuple[str, int], int] = dict.fromkeys(arms, int(args.steps))
             for number in range(-1, args.rounds):
+                doing = "warms up" if number < 0 else f"round {number + 1} of {args.rounds}"
+                say(f"{context} tokens, {batch} at a time: {doing}")
                 for arm in random.sample(arms, len(arms)):
                     found = bench.run(engines[arm], arm[0], context, steps[arm], 1000 * number + 7)
                     if number < 0:  # warms up, and says how many steps fill a run
