@@ -174,7 +174,7 @@ def test_sizes_are_below_the_vocabulary() -> None:
 def test_the_option_takes_numbers_and_auto() -> None:
     assert EngineOptions(draft_vocabulary="16_384").draft_vocabulary == 16384
     assert EngineOptions(draft_vocabulary="auto").draft_vocabulary == "auto"
-    for bad in (0, -1, "many", "_", True, 1.5):
+    for bad in (0, -1, "many", "_", "1__2", "1_", True, 1.5):
         with pytest.raises(ConfigError, match="draft_vocabulary must be 'auto' or the number"):
             EngineOptions(draft_vocabulary=bad)
 
