@@ -165,7 +165,8 @@ def give(loaded: Loaded, model: Any, tokenizer: object | None, name: str) -> Non
 
 def name_of(model: Any) -> str:
     """What the options call a model that was given as an object: no path and no Hub name looks like it."""
-    return f"<{type(getattr(model, '_orig_mod', model)).__name__} {id(model):#x}>"
+    plain = getattr(model, "_orig_mod", model)
+    return f"<{type(plain).__name__} {id(plain):#x}>"
 
 
 def _key(loaded: Loaded, options: EngineOptions, name: str, mark: str = "") -> ModelKey:
