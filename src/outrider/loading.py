@@ -134,7 +134,8 @@ def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targe
     "translate:NAME" is the model NAME with another tokenizer: it drafts with the tokens that both vocabularies spell the same.
     """
     if name in loaded.given:
-        check_loading({"draft_quantize": options.draft_quantize}, "the draft")
+        own = {"draft_quantize": options.draft_quantize, "draft_vocabulary": options.draft_vocabulary}
+        check_loading(own, "the draft")
         return loaded.given[name]
     if name.startswith(TRANSLATE):
         if options.draft_vocabulary is not None:

@@ -103,6 +103,7 @@ def test_a_model_that_was_converted_is_refused_by_name() -> None:
         ({"dtype": "float32"}, "dtype='float32' is for models that are loaded here, and the target"),
         ({"target_quantize": "q8_0"}, "target_quantize='q8_0' is for models"),
         ({"draft_quantize": "q8_0"}, "draft_quantize='q8_0' is for models that are loaded here, and the draft"),
+        ({"draft_vocabulary": 100}, "draft_vocabulary=100 is for models that are loaded here, and the draft"),
     ],
 )
 def test_options_of_loading_are_refused(options: dict[str, Any], message: str) -> None:
