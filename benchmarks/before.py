@@ -13,7 +13,6 @@ import argparse
 import os
 import random
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from peers import pool
@@ -57,23 +56,14 @@ def measure(before: Path, kind: str, batch: int, rounds: int, tokens: int) -> li
     checkouts = {"now": ROOT, "before": before}
     running = {name: start(f"{name}-{kind}-{batch}", root, DRAFTS[kind], batch) for name, root in checkouts.items()}
     prompts, order = tokens_of(shipped_prompts()), random.Random(f"{kind} {batch}")
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in running}
-    try:
-        for turn in range(-1, rounds):
-            command = {
-                "prompts": [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)],
-                "temperature": 1.0,
-                "seed": order.randrange(2**31),
-                "setting": {"length": 0 if kind == "plain" else 3},
-            }
-            for name in order.sample(list(running), len(running)):
-                found = pool.ask(running[name], command | {"tokens": tokens}, command | {"tokens": WARM})
-                if turn >= 0:
-                    samples[name].append(found)
-    finally:
-        for process in running.values():
-            with suppress(pool.WorkerError):
-                pool.end(process)
+    command_of = lambda turn: {  # noqa: E731
+        "prompts": [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)],
+        "temperature": 1.0,
+        "seed": order.randrange(2**31),
+        "setting": {"length": 0 if kind == "plain" else 3},
+        "tokens": tokens,
+    }
+    samples = pool.in_turn(running, rounds, order, command_of, {"tokens": WARM})
     speed = {name: speeds(found) for name, found in samples.items()}
     got = ratio({"now": speed["now"]}, {"before": speed["before"]})
     assert got is not None

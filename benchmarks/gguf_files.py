@@ -13,7 +13,6 @@ import argparse
 import os
 import random
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from peers import pool
@@ -37,23 +36,14 @@ def measure(file: Path, kind: str, llama: Path, threads: int, rounds: int) -> li
     }
     load = {"target": str(file), "draft": "none", "dtype": "auto", "capacity": 1, "length": LENGTH}
     running = {name: pool.start(worker, load, threads, OUT / "logs") for name, worker in workers.items()}
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in running}
-    try:
-        for turn in range(-1, rounds):
-            command = {
-                "prompts": [[order.randrange(10, 2000) for _ in range(prompt)]],
-                "temperature": 0.0,
-                "seed": 0,
-                "setting": {"length": 0},
-            }
-            for name in order.sample(list(running), len(running)):
-                found = pool.ask(running[name], command | {"tokens": tokens}, command | {"tokens": 1})
-                if turn >= 0:
-                    samples[name].append(found)
-    finally:
-        for process in running.values():
-            with suppress(pool.WorkerError):
-                pool.end(process)
+    command_of = lambda _: {  # noqa: E731
+        "prompts": [[order.randrange(10, 2000) for _ in range(prompt)]],
+        "temperature": 0.0,
+        "seed": 0,
+        "setting": {"length": 0},
+        "tokens": tokens,
+    }
+    samples = pool.in_turn(running, rounds, order, command_of, {"tokens": 1})
     speed = {name: speeds(found) for name, found in samples.items()}
     got = ratio({"ours": speed["ours"]}, {"llama.cpp": speed["llama.cpp"]})
     assert got is not None

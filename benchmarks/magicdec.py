@@ -31,10 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 from native import random_weights, shipped_config
+from peers.run import say
 
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.registry import load_drafter
+from outrider.engine.room import root_of
 from outrider.evaluate.planning.contexts import SHAPES, time_passes
 from outrider.evaluate.statistics.ratios import Ratio, paired_ratio
 from outrider.models.lean import LeanTarget
@@ -81,7 +83,7 @@ class Bench:
             self.kv.length[slot] = size
         self.kv.k.normal_(), self.kv.v.normal_(std=VALUES)
         for slot, tokens in enumerate(self.tokens):
-            self.kv.publish(slot, tokens)
+            self.kv.publish(slot, tokens, root_of(self.target))
         self.kv.release(range(self.slots))
 
     def engine(self, kind: str, length: int, slots: int) -> Engine:
@@ -99,6 +101,8 @@ class Bench:
         names = [engine.submit(t[:context], p) for t, p in zip(self.tokens, params, strict=False)]
         while engine.counts.steps < 2 * batch:  # each prompt's last token, and the first draft
             engine.step()
+        if any(s.reused < context - self.kv.page for name in names for s in engine.sequences(name)):
+            raise SystemExit("a prompt was read though its keys and values are in the cache: the times would be of reading it")
         engine.reset()
         began = self.clock()
         for _ in range(steps):
@@ -115,7 +119,7 @@ class Bench:
         """Passes of the target alone over about `context` cached tokens; the median of the rounds."""
         self.kv.attended = None
         for slot, tokens in enumerate(self.tokens):
-            self.kv.share(slot, tokens[: context + 1])
+            self.kv.share(slot, tokens[: context + 1], root_of(self.target))
             self.kv.make_room(slot, self.kv.length[slot] + 16)
         shapes = [(n, b) for n, b in SHAPES if b <= self.slots]
         found = time_passes(self.target, self.kv, shapes, rounds, self.clock)
@@ -128,6 +132,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     bench = Bench(args)
     yield {"machine": bench.native.kind, "threads": torch.get_num_threads(), "cpu_time": args.cpu_time}
     for context in sorted({VIEW, min(args.contexts), max(args.contexts)}):
+        say(f"passes over {context} tokens")
         for p in bench.passes(context, 2 * args.rounds):
             yield {"pass": [p.sequences, p.rows, p.cached, p.seconds]}
     for context in args.contexts:
@@ -135,8 +140,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             arms = [("plain", 0)]
             arms += [(k, n) for k in args.kinds for n in (args.lengths if k == "window" else args.lengths[-1:])]
             engines = {arm: bench.engine(*arm, batch) for arm in arms}
-            steps = dict.fromkeys(arms, args.steps)
+            steps: dict[tuple[str, int], int] = dict.fromkeys(arms, int(args.steps))
             for number in range(-1, args.rounds):
+                doing = "warms up" if number < 0 else f"round {number + 1} of {args.rounds}"
+                say(f"{context} tokens, {batch} at a time: {doing}")
                 for arm in random.sample(arms, len(arms)):
                     found = bench.run(engines[arm], arm[0], context, steps[arm], 1000 * number + 7)
                     if number < 0:  # warms up, and says how many steps fill a run

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,32 @@ def _exchange(running: Running, message: Mapping[str, Any], timeout: float) -> d
     if "error" in answer:
         raise WorkerError(f"{name}: {answer['error']}: see {running.log}")
     return answer
+
+
+def in_turn(
+    running: Mapping[str, Running],
+    rounds: int,
+    order: random.Random,
+    command_of: Callable[[int], Mapping[str, Any]],
+    warm: Mapping[str, Any],
+) -> dict[str, list[dict[str, Any]]]:
+    """What the workers answered, by name: a round gives all the same command, in random order. They are ended afterwards.
+
+    command_of: by round; round -1 only warms up. warm: what differs in the untimed run before each.
+    """
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+    try:
+        for turn in range(-1, rounds):
+            command = command_of(turn)
+            for name in order.sample(list(running), len(running)):
+                found = ask(running[name], command, {**command, **warm})
+                if turn >= 0:
+                    samples[name].append(found)
+    finally:
+        for process in running.values():
+            with suppress(WorkerError):
+                end(process)
+    return samples
 
 
 def descendants(pid: int) -> list[int]:

@@ -134,7 +134,8 @@ def load_model(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Targe
     "translate:NAME" is the model NAME with another tokenizer: it drafts with the tokens that both vocabularies spell the same.
     """
     if name in loaded.given:
-        check_loading({"draft_quantize": options.draft_quantize}, "the draft")
+        own = {"draft_quantize": options.draft_quantize, "draft_vocabulary": options.draft_vocabulary}
+        check_loading(own, "the draft")
         return loaded.given[name]
     if name.startswith(TRANSLATE):
         if options.draft_vocabulary is not None:
@@ -165,7 +166,8 @@ def give(loaded: Loaded, model: Any, tokenizer: object | None, name: str) -> Non
 
 def name_of(model: Any) -> str:
     """What the options call a model that was given as an object: no path and no Hub name looks like it."""
-    return f"<{type(getattr(model, '_orig_mod', model)).__name__} {id(model):#x}>"
+    plain = getattr(model, "_orig_mod", model)
+    return f"<{type(plain).__name__} {id(plain):#x}>"
 
 
 def _key(loaded: Loaded, options: EngineOptions, name: str, mark: str = "") -> ModelKey:

@@ -172,8 +172,8 @@ def _check_lengths(lengths: object, length: int) -> None:
 
 def _vocabulary(value: object) -> int | str | None:
     """A `draft_vocabulary` as a number, "auto" or None. Raises ConfigError for another one."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9_]{1,12}", value) and value.strip("_"):
-        value = int(value.strip("_"))
+    if isinstance(value, str) and len(value) <= 12 and re.fullmatch(r"[0-9]+(_[0-9]+)*", value):
+        value = int(value)
     if value is None or value == "auto" or (type(value) is int and value >= 1):
         return value  # type: ignore[return-value]
     raise ConfigError(f"draft_vocabulary must be 'auto' or the number of tokens to keep, at least 1, got {value!r}")

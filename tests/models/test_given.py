@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from outrider import Engine, SamplingParams
 from outrider.assets import shipped
 from outrider.build import companion
 from outrider.errors import CapabilityError, ConfigError
+from outrider.loading import name_of
 from outrider.models.hf.fresh import small_llama
 from outrider.models.hf.target import HFTarget
 
@@ -100,6 +103,7 @@ def test_a_model_that_was_converted_is_refused_by_name() -> None:
         ({"dtype": "float32"}, "dtype='float32' is for models that are loaded here, and the target"),
         ({"target_quantize": "q8_0"}, "target_quantize='q8_0' is for models"),
         ({"draft_quantize": "q8_0"}, "draft_quantize='q8_0' is for models that are loaded here, and the draft"),
+        ({"draft_vocabulary": 100}, "draft_vocabulary=100 is for models that are loaded here, and the draft"),
     ],
 )
 def test_options_of_loading_are_refused(options: dict[str, Any], message: str) -> None:
@@ -125,6 +129,19 @@ def test_a_compiled_model_and_tied_weights_are_read_too() -> None:
     seen = HFTarget(model).model
     assert seen.lm_head.weight is seen.model.embed_tokens.weight
     assert seen.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_a_model_lives_as_long_as_its_target() -> None:
+    """Engines know a model by its address, which another one of its class might have else: then it would draft in its place."""
+    model = small_llama(300, 64, 2, 128)
+    target, alive, name = HFTarget(model), weakref.ref(model), name_of(torch.compile(model))
+    assert name == name_of(model)
+    del model
+    gc.collect()
+    assert alive() is not None
+    del target
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_cannot_be_copied_is_refused() -> None:

@@ -108,6 +108,25 @@ def test_it_is_counted_once_and_again_where_the_cache_is_damaged(tmp_path: Path,
     assert len(said) == 3
 
 
+def test_a_cache_that_cannot_be_written_or_is_too_long_costs_time_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target, said, prompts = TableTarget.random(40, seed=1), list[str](), token_use.prompts_from([], 40)[:2]
+    monkeypatch.setattr(token_use, "count", lambda t, p, made=token_use.count: made(t, p, 2))
+    use = lambda: token_use.use_of(target, "a", prompts, said.append)  # noqa: E731
+    first = use()
+    (file,) = token_use.folder().iterdir()
+    with file.open("r+b") as stream:
+        stream.truncate(1 << 20)
+    with monkeypatch.context() as without:
+        without.setattr(Path, "read_bytes", lambda p: pytest.fail(f"{p} was read"))
+        assert torch.equal(use().order, first.order)
+    assert len(said) == 2 and file.stat().st_size < 1 << 20
+    file.unlink()
+    file.mkdir()  # in a folder that can be written to: nothing can be renamed to its name
+    assert torch.equal(use().order, first.order)
+    assert "cannot be written" in said[-1]
+
+
 def test_predicted_acceptance_is_that_of_the_kept_tokens() -> None:
     """On a table of one token of memory it is computed beside it, from distributions at every position of the unseen text."""
     target = TableTarget.random(30, seed=1, sharp=2.0)
@@ -155,7 +174,7 @@ def test_sizes_are_below_the_vocabulary() -> None:
 def test_the_option_takes_numbers_and_auto() -> None:
     assert EngineOptions(draft_vocabulary="16_384").draft_vocabulary == 16384
     assert EngineOptions(draft_vocabulary="auto").draft_vocabulary == "auto"
-    for bad in (0, -1, "many", "_", True, 1.5):
+    for bad in (0, -1, "many", "_", "1__2", "1_", True, 1.5):
         with pytest.raises(ConfigError, match="draft_vocabulary must be 'auto' or the number"):
             EngineOptions(draft_vocabulary=bad)
 

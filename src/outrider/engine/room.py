@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from outrider.engine.parts import Parts
 from outrider.engine.scheduler import Scheduler, StepWork
 from outrider.engine.sequence import Sequence
-from outrider.protocols import PagedCache, SharingCache
+from outrider.protocols import PagedCache, SharingCache, Target
 
 
 @dataclass(slots=True)
@@ -21,6 +21,11 @@ class Reuse:
     asked: int = 0
     reused: int = 0
     preempted: int = 0
+
+
+def root_of(target: Target, salt: str | None = None) -> tuple[str | None, int]:
+    """With whom a text shares beginnings: those of its salt that the target computes with the weights that it has now."""
+    return salt, getattr(target, "weights", 0)
 
 
 class Room:
@@ -45,7 +50,7 @@ class Room:
         if kv is None or not running:
             return True
         promised = sum(kv.lacking(s.slot, len(s.tokens) + 1 + self._nodes) for s in running)
-        root = (sequence.params.cache_salt, getattr(self._target, "weights", 0))
+        root = root_of(self._target, sequence.params.cache_salt)
         return promised + kv.needed(sequence.tokens, 1 + self._nodes, root) <= kv.spare
 
     def short(self, works: list[StepWork]) -> bool:
@@ -59,7 +64,7 @@ class Room:
     # ------------------------------------------------------------------ sharing
     def share(self, scheduler: Scheduler) -> None:
         """Let every sequence that has prompt tokens to feed use what the cache knows of them."""
-        kv, weights = self._sharing, getattr(self._target, "weights", 0)
+        kv, (_, weights) = self._sharing, root_of(self._target)  # in every step: a target that was moved is refused there
         if kv is None:
             return
         for s in scheduler.running:

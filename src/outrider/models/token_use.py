@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load, save
 from torch import Tensor
 
+from outrider.errors import ConfigError
 from outrider.files import write_whole
 from outrider.protocols import Target
 from outrider.types import Draft, Rows
@@ -24,6 +25,8 @@ from outrider.types import Draft, Rows
 SEQUENCES, PROMPT, TOKENS = 32, 32, 64
 """Texts that the target writes, the tokens that they begin with, and those that it adds at temperature 1."""
 VERSION = 1
+BYTES, HEADER = 4, 4096
+"""Of a number in the cache, and most of what a file has besides: longer ones are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,8 @@ def use_of(target: Target, key: str, prompts: Sequence[Sequence[int]], report: C
         )
         found = count(target, prompts)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, save({"order": found.order.int(), "unseen": found.unseen.int()}))
-        except OSError:
+        except (ConfigError, OSError):
             report(f"{file.parent} cannot be written: the tokens will be counted again")
     return found
 
@@ -65,6 +67,8 @@ def folder() -> Path:
 def _read(file: Path, vocab_size: int) -> TokenUse | None:
     """What a file of the cache holds; None where there is none, or not a ranking of so many tokens."""
     try:
+        if file.stat().st_size > BYTES * (vocab_size + SEQUENCES * (PROMPT + TOKENS)) + HEADER:
+            return None
         held = load(file.read_bytes())
         order, unseen = held["order"].long(), held["unseen"].long()
     except Exception:  # whatever is wrong with a file that others may have touched, it is made anew

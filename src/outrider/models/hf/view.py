@@ -36,7 +36,7 @@ class View:
                 "the folder"
             ) from error
         self._pairs = [(own, ours) for own, ours in pairs if own.device.type != "meta"]
-        self._name = type(given).__name__
+        self._given = given  # held, so that its address is nobody else's: engines know it by that
 
     def weights(self) -> int:
         """A number that changes when weights are written to. Raises CapabilityError when they are elsewhere now."""
@@ -44,7 +44,7 @@ class View:
         for own, ours in self._pairs:
             if own.data_ptr() != ours.data_ptr():
                 raise CapabilityError(
-                    f"{self._name} was moved or converted after the engine was built on it: build the engine again"
+                    f"{type(self._given).__name__} was moved or converted after the engine was built on it: build the engine again"
                 )
             total += 0 if own.is_inference() else own._version
         return total
