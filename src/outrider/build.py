@@ -23,7 +23,7 @@ from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
-from outrider.loading import VOCABULARY, Loaded, Progress, give, load, load_model, name_of
+from outrider.loading import Loaded, Progress, give, load, load_model, name_of, restricts
 from outrider.models.folder import resolve_folder
 from outrider.models.given import Model, is_model
 from outrider.notices import notices_of, vocabulary_without_model, wasted_option
@@ -275,7 +275,7 @@ def _notices(loaded: Loaded, options: EngineOptions, drafter: Drafter) -> list[s
     unused = carries("mtp", folder) and "mtp" not in drafter.name.split("+")
     name = Path(str(loaded.path)).name
     told = [f"{name} carries an MTP head, which is left out: --draft mtp drafts with it"] if unused else []
-    restricted = any(key.name.startswith(VOCABULARY) for key in loaded.models)
+    restricted = any(restricts(key, options) for key in loaded.models)
     told += vocabulary_without_model(options.draft_vocabulary if drafts else None, options.draft, restricted)
     return [*found, *told, *wasted_option(options.draft_quantize if drafts else None, len(loaded.models))]
 

@@ -182,6 +182,13 @@ VOCABULARY = "vocabulary:"
 """Marks a draft model with a part of its vocabulary."""
 
 
+def restricts(key: ModelKey, options: EngineOptions) -> bool:
+    """Whether a loaded model is what `draft_vocabulary` made of the draft that these options name, and not of another engine's."""
+    mark = f"{VOCABULARY}{options.draft_vocabulary}:{options.longest}:"
+    name = key.name.removeprefix(mark)
+    return name != key.name and (options.draft == "auto" or name in str(options.draft))
+
+
 def reduced(loaded: Loaded, options: EngineOptions, name: str) -> tuple[Target, object]:
     """The draft model `name` with the tokens that `draft_vocabulary` says, and in its notices what that was predicted to do."""
     wanted = options.draft_vocabulary

@@ -97,3 +97,5 @@ def test_each_number_of_tokens_of_a_head_is_a_model_of_its_own(
     assert model_of(engine, draft, draft_vocabulary="1024") is first
     assert model_of(engine, draft) is not first
     assert model_of(engine, draft, draft_vocabulary=512) is not first
+    with pytest.raises(ConfigError, match="draft_vocabulary"):  # no part of this drafter, whatever others have loaded
+        companion(engine, "ngram", draft_vocabulary=1024)
