@@ -20,6 +20,8 @@ from outrider.train.checkpoint import replace_folder
 
 def average(first: Path, second: Path, share: float, out: Path) -> None:
     """Write (1 - share) of the first and `share` of the second, in the first one's types."""
+    if not 0 <= share <= 1:
+        raise SystemExit(f"--share is that of the second drafter, 0 to 1, got {share}")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
     if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in theirs.items()}:
         raise SystemExit(f"{first} and {second} hold other tensors or shapes: train the second with --start {first}")

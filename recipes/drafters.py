@@ -33,6 +33,8 @@ from outrider.train.checkpoint import load_latest, replace_folder
 from outrider.train.distill import MEASURED
 from outrider.train.job import Job
 from outrider.train.loop import LoopConfig, share_computing
+from outrider.train.methods.base import Method
+from outrider.train.methods.registry import method_named
 from outrider.train.pipeline import prepare, run
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +80,7 @@ class Config:
     def job(self, kind: str) -> Job:
         """The training of one drafter."""
         return Job(
-            kind=kind,
+            kind=unnamed(kind),
             target=self.assets / "target",
             data=(self.source,),
             pattern="*.py",
@@ -105,6 +107,11 @@ class Config:
     def depth(self, kind: str) -> int:
         """Tokens that a drafter can draft."""
         return self.slots if kind == "dflash" else self.levels
+
+
+def unnamed(kind: str) -> Method:
+    """The method of this name, but what it writes names no path of this machine: a shipped target lies beside its drafters."""
+    return type(kind, (type(method_named(kind)),), {"names_target": False})()
 
 
 def stage_data(config: Config) -> None:

@@ -23,6 +23,7 @@ import image_data
 import image_report
 import numpy as np
 import torch
+from drafters import unnamed
 from safetensors.torch import load_file, save_file
 
 from outrider.drafters import counts
@@ -34,7 +35,6 @@ from outrider.train.distill import Teacher, measure_of
 from outrider.train.features import read_features, write_hidden
 from outrider.train.loop import LoopConfig, train
 from outrider.train.methods.base import MethodOptions
-from outrider.train.methods.registry import method_named
 
 HERE = Path(__file__).resolve().parent
 KINDS: tuple[image_data.Kind, ...] = ("digits", "textures")
@@ -197,7 +197,7 @@ def stage_counts(config: Config, images: image_data.Images) -> None:
 
 def stage_eagle(config: Config, images: image_data.Images) -> None:
     """An EAGLE-3 layer on the target's hidden states of training images with their classes."""
-    place, method = config.work / images.kind, method_named("eagle")
+    place, method = config.work / images.kind, unnamed("eagle")
     target = load_target(model_folder(config, images) / "target", dtype="float32")
     options = MethodOptions(
         target=model_folder(config, images) / "target", loop=config.eagle, prompt=1, length=65, batch=16, levels=4

@@ -93,6 +93,7 @@ def test_a_streamer_gets_every_token(pair: Any) -> None:
         {"no_repeat_ngram_size": 2},
         {"output_scores": True, "return_dict_in_generate": True},
         {"pixels": 1},
+        {"token_type_ids": torch.zeros(1, 2, dtype=torch.long)},
     ],
 )
 def test_what_is_not_applied_is_refused_by_name(pair: Any, asked: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def test_all_stages_in_order_and_again(recipe, tmp_path: Path, monkeypatch) -> N
         verify(tmp_path / "pair" / kind)
         card = (tmp_path / "pair" / kind / "README.md").read_text()
         assert "3 steps" in card
+        assert str(tmp_path) not in (tmp_path / "pair" / kind / "config.json").read_text(), "a path of this machine"
         assert "| acceptance, sum min(p, q), temperature 1 | 0." in card
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from outrider import markup
 from outrider.errors import ConfigError
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -29,8 +29,8 @@ def page(title: str, body: Sequence[str]) -> str:
 
 
 def escaped(x: object) -> str:
-    """Any text as HTML."""
-    return html.escape(str(x))
+    """Any text as HTML, whole."""
+    return markup.escaped(x, None)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -119,7 +119,9 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     batches, loss = method.fit_inputs(job, judge, model, training)
     folder = run_folder(job.work, method.name, ready.parts, job.choices(taps))
     if not checkpoints(folder) and (shorter := shorter_run(folder)) is not None:
-        shutil.copytree(shorter, folder / shorter.name)
+        copied = folder / f".tmp-{shorter.name}-{os.getpid()}"
+        shutil.copytree(shorter, copied)
+        copied.rename(folder / shorter.name)  # whole or not there, as every checkpoint
     logs = loggers(folder, job.log, job.choices(taps))
     state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
     export(model, job, report)

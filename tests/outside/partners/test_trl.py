@@ -52,7 +52,18 @@ def test_log_probabilities_are_those_of_the_model_at_its_step(tmp_path: Path) ->
 
 
 def test_settings_that_would_change_the_distribution_are_refused() -> None:
-    for changes, told in (({"temperature": 0.7}, "temperature=1.0"), ({"top_k": 5}, "top_k=5")):
+    for changes, told in (
+        ({"temperature": 0.7}, "temperature=1.0"),
+        ({"top_k": 5}, "top_k=5"),
+        ({"generation_kwargs": {"typical_p": 0.9}}, "generation_kwargs="),
+    ):
         args = SimpleNamespace(**{"temperature": 1.0, "max_completion_length": 4, **changes})
         with pytest.raises(ConfigError, match=told):
             rollout()(["x"], SimpleNamespace(args=args))
+
+
+def test_messages_become_text_as_the_trainer_is_told(tmp_path: Path) -> None:
+    run = trainer(tmp_path, None, chat_template_kwargs={"marked": True})
+    run.processing_class.chat_template = "{% if marked %}class {% endif %}{{ messages[0]['content'] }}"
+    found = rollout()([[{"role": "user", "content": "Parser:"}]], run)
+    assert run.processing_class.decode(found["prompt_ids"][0]) == "class Parser:"

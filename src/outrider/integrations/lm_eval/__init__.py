@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outrider.build import build_engine
 from outrider.engine.prompt_scores import PromptScores, prompt_scores
 from outrider.errors import ConfigError, RequestError
+from outrider.models.tokenizer import PlainTokenizer, whole_tokenizer
 from outrider.params import SamplingParams
 
 try:
@@ -30,8 +31,9 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", 
 
 @register_model("outrider")
 class OutriderLM(TemplateLM):
-    """target, draft and the other options: as for `Engine.build`; batch_size: sequences decoded together, max_gen_toks: the most
-    tokens of a generated text where its task does not say. Ignored, since lm-eval passes them always: device, max_batch_size."""
+    """target, draft, device and the other options: as for `Engine.build`. batch_size: sequences decoded together, "auto" for 8.
+    max_gen_toks: the most tokens of a generated text where its task does not say. max_batch_size, of lm-eval's search for a batch
+    size, means nothing here."""
 
     def __init__(
         self,
@@ -44,13 +46,16 @@ class OutriderLM(TemplateLM):
         **options: Any,
     ) -> None:
         super().__init__()
-        slots = int(batch_size) if str(batch_size).isdigit() else 8
-        self.engine = build_engine(target, draft, slots=slots, **options)
+        if device not in (None, "cuda:0"):  # which lm-eval's command says unasked: "auto" finds it where it is there
+            options["device"] = device
+        self.engine = build_engine(target, draft, slots=_slots(batch_size), **options)
         if self.engine.tokenizer is None:
             raise ConfigError(
                 "lm-eval's tasks are text, and this target has no tokenizer: give one, or a folder with one"
             )
-        self.tokenizer = self.engine.tokenizer
+        self.tokenizer, loaded = self.engine.tokenizer, self.engine.loaded
+        if isinstance(self.tokenizer, PlainTokenizer) and loaded and loaded.path and "tokenizer" not in options:
+            self.tokenizer = whole_tokenizer(loaded.path)  # which knows the token that begins a text
         self.max_gen_toks, self.max_length = max_gen_toks, self.engine.max_length
 
     @property
@@ -59,11 +64,22 @@ class OutriderLM(TemplateLM):
         return own if isinstance(own, int) else min(self.engine.eos, default=0)
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text of which every token counts: the begin of a text, or the end of one where there is none."""
+        own = getattr(self.tokenizer, "bos_token_id", None)
+        return own if isinstance(own, int) else self.eot_token_id
+
+    @property
     def tokenizer_name(self) -> str:
         return str(getattr(self.tokenizer, "name_or_path", "outrider"))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        """Token ids. add_special_tokens: None for what the tokenizer adds, but no second begin before a text that has one."""
+        if add_special_tokens is not None:
+            return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        bare = list(self.tokenizer.encode(string, add_special_tokens=False))
+        begun = bare[:1] == [getattr(self.tokenizer, "bos_token_id", None)]
+        return bare if begun else list(self.tokenizer.encode(string))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -108,7 +124,9 @@ class OutriderLM(TemplateLM):
             self.tok_encode(request.args[0])[-(self.max_length - p.max_tokens) :]
             for request, p in zip(requests, params, strict=True)
         ]
-        out = [result.text for result in self.engine.generate(prompts, params)]
+        with _bar(None, "texts", disable_tqdm, total=1.0, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as shown:
+            results = self.engine.generate(prompts, params, progress=lambda share: shown.update(share - shown.n))
+        out = [result.text for result in results]
         for request, text in zip(requests, out, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return out
@@ -129,7 +147,16 @@ class OutriderLM(TemplateLM):
         )
 
 
-def _bar(items: Iterable[Any], text: str, off: bool) -> Any:
+def _slots(asked: int | str) -> int:
+    """Sequences decoded together. ConfigError for another text than lm-eval's own."""
+    if str(asked).isdigit():
+        return int(asked)
+    if str(asked).split(":")[0] != "auto":
+        raise ConfigError(f"batch_size is a number of sequences or auto, got {asked!r}")
+    return 8
+
+
+def _bar(items: Iterable[Any] | None, text: str, off: bool, **how: Any) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=text, disable=off)
+    return tqdm(items, desc=text, disable=off, **how)

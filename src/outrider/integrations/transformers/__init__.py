@@ -71,7 +71,9 @@ def generate(
         )
     # the call's own settings, then the model's, then transformers' defaults, which truncate to 50 tokens when sampling
     config, rest = model._prepare_generation_config(generation_config, **more)
-    rest = {name: value for name, value in rest.items() if name not in IGNORED and value not in (None, False)}
+    rest = {
+        name: value for name, value in rest.items() if name not in IGNORED and value is not None and value is not False
+    }
     if rest:
         raise ConfigError(f"{min(rest)} is not applied by Outrider's generate: leave it out")
     params = params_of(config, ids.shape[1])

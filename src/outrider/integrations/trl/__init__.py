@@ -14,7 +14,10 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.params import SamplingParams
 
 Rollout = Callable[[list[Any], Any], dict[str, list[Any]]]
-NEUTRAL = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0, 0.0), "repetition_penalty": (None, 1.0)}
+NEUTRAL = {
+    "top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0, 0.0), "repetition_penalty": (None, 1.0),
+    "generation_kwargs": (None, {}),
+}  # fmt: skip
 """Settings of the trainer under which a token's log-probability is that of the model."""
 
 
@@ -49,7 +52,8 @@ def rollout(draft: Any = "ngram", *, slots: int = 16, **options: Any) -> Rollout
                     f"the rollout cannot apply {name}={getattr(args, name)!r} of GRPOConfig: leave it out"
                 )
         engine = engine_of(trainer)
-        ids = [_ids(_text(trainer), prompt) for prompt in prompts]
+        template = getattr(args, "chat_template_kwargs", None) or {}
+        ids = [_ids(_text(trainer), prompt, template) for prompt in prompts]
         results = engine.generate(
             ids, SamplingParams(max_tokens=args.max_completion_length, logprobs=0), progress=lambda _: None
         )
@@ -68,8 +72,9 @@ def _text(trainer: Any) -> Any:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
-def _ids(tokenizer: Any, prompt: Any) -> list[int]:
-    """Token ids of a prompt: text, or messages under the tokenizer's chat template."""
+def _ids(tokenizer: Any, prompt: Any, template: dict[str, Any]) -> list[int]:
+    """Token ids of a prompt: text, or messages under the tokenizer's chat template, which gets the trainer's settings of it."""
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt))
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return list(tokenizer.apply_chat_template(prompt, **asked, **template))

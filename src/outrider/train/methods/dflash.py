@@ -44,7 +44,7 @@ class DFlash(Method):
     """A block drafter (DFlash, arXiv 2602.06036)."""
 
     name = "dflash"
-    reads = frozenset({"blocks", "width", "taps", "anchors", "objective", "labels", "loss"})
+    reads = frozenset({"blocks", "width", "taps", "anchors", "objective", "labels", "loss", "start"})
     names_target = True
 
     def check(self, options: MethodOptions, given: frozenset[str]) -> None:

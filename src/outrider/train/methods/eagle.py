@@ -29,7 +29,7 @@ NOISE = 0.2 * 512
 class Eagle3(Method):
     """EAGLE-3: several hidden states, fused; trained through its own outputs (Li et al. 2025, section 3.2)."""
 
-    name, reads = "eagle", frozenset({"width", "taps", "loss"})
+    name, reads = "eagle", frozenset({"width", "taps", "loss", "start"})
     names_target = True
 
     def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class Eagle3(Method):
 class Eagle1(Eagle3):
     """EAGLE-1: predicts the target's last hidden state, and applies the target's head to it."""
 
-    name, reads = "eagle1", frozenset({"width"})
+    name, reads = "eagle1", frozenset({"width", "start"})
     names_target = True
 
     def taps(self, options: MethodOptions, target: Target) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from outrider.train.methods.tables import final_norm
 class Medusa(Method):
     """Heads on the target's last hidden state."""
 
-    name, reads = "medusa", frozenset({"blocks", "loss"})
+    name, reads = "medusa", frozenset({"blocks", "loss", "start"})
 
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> MedusaNetwork:
         """Heads of `options.blocks` residual blocks, one for each level."""
