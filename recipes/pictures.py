@@ -58,7 +58,7 @@ def draw_page() -> list[Path]:
         pages = {name: chromium.new_page(viewport=size) for name, size in (("dark", DESKTOP), ("phone", PHONE))}
         for page in pages.values():
             page.goto(f"{url}/?theme=dark")
-        traffic = [clients.submit(complete, url, PROMPTS[i % len(PROMPTS)], i) for i in range(160)]
+        traffic = [clients.submit(complete, url, PROMPTS[i % len(PROMPTS)]) for i in range(160)]
         while not all(t.done() for t in traffic):
             pages["dark"].wait_for_timeout(200)
         return [shot(play(page), f"serve_{name}.png") for name, page in pages.items()]
@@ -115,8 +115,8 @@ def address(said: IO[str]) -> str:
     raise SystemExit("the server did not start")
 
 
-def complete(url: str, prompt: str, seed: int) -> None:
-    body = json.dumps({"model": "pycode", "prompt": prompt, "max_tokens": 96, "seed": seed}).encode()
+def complete(url: str, prompt: str) -> None:
+    body = json.dumps({"model": "pycode", "prompt": prompt, "max_tokens": 96}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as reply:
         reply.read()

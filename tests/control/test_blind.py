@@ -105,6 +105,13 @@ def test_one_request_with_a_seed_does_not_blind_the_controller_to_the_others() -
     assert world.last == [*(0,) * CLIENTS, LONGEST]
 
 
+def test_where_all_have_seeds_their_length_is_told_and_not_a_choice_that_nobody_follows() -> None:
+    controller, world = Adaptive(LONGEST, LONGEST), Traffic(costly, 0.1, (SEEDED,) * CLIENTS)
+    world.run(controller, lambda _: False, 1500)
+    assert world.last == [LONGEST] * CLIENTS and controller.outlook().length == LONGEST
+    assert controller.outlook().speedup is None
+
+
 def test_trials_return_when_traffic_is_quiet_again() -> None:
     controller, world = Adaptive(LONGEST, LONGEST), free(costly, 0.1)
     world.run(controller, lambda _: True, 500)

@@ -40,8 +40,9 @@ REQUIRED_PREFILL_RETURN = 2.0
 class Outlook:
     """The controller's estimates for the present load.
 
-    sequences: the load. length: the chosen draft length. speedup: of that choice over plain decoding. plain_seconds: of a plain
-    step. break_even: rejection probability per judged token at which the choice would break even. None: not measured yet.
+    sequences: the load. length: the chosen draft length; where no sequence follows it, as all have seeds, theirs. speedup: of that
+    choice over plain decoding. plain_seconds: of a plain step. break_even: rejection probability per judged token at which the choice
+    would break even. None: not measured yet.
     """
 
     sequences: int
@@ -95,6 +96,7 @@ class Adaptive:
         self._now: tuple[int, int] | None = None  # and of the draft that it made; None where lengths differ
         self._last = self._steps = self._deepest = 0
         self._judged: list[int] = []  # lengths of the drafts that this step verified
+        self._all_pinned = False  # whether no sequence of the latest step follows the choice
         self._ready: list[int] = []  # and of those that it made, for sequences whose prompt was through
         self._prompts = False  # whether the latest step read prompts
         self._forecast = StepTimes(self._accepted.read_again, work)
@@ -106,7 +108,9 @@ class Adaptive:
         self._context = context_class(self._forecast.cached / max(1, len(sequences)))
         length = self.choice(sequences)
         shared = self._shared(sequences, length)
-        out = [self.first if pinned(v, self.invariant) else x for v, x in zip(sequences, shared, strict=True)]
+        kept = [pinned(v, self.invariant) for v in sequences]
+        self._all_pinned = all(kept)
+        out = [self.first if keep else x for keep, x in zip(kept, shared, strict=True)]
         own = any(v.params.draft_length is not None for v in sequences)
         self._now = None if own or out != shared else (len(sequences), length)
         self._deepest = max(out, default=0)
@@ -153,7 +157,7 @@ class Adaptive:
     def outlook(self) -> Outlook:
         """The estimates for the load of the latest step."""
         load = self._loads.get((load_class(self._last), self._context)) if self._last else None
-        if load is None:
+        if load is None or self._all_pinned:
             return Outlook(self._last, self.first, None, None, None)
         cost, usual = load.cost.get(load.length), load.usual()
         if cost is None or usual is None or not load.known:
