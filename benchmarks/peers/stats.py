@@ -85,8 +85,8 @@ def arm_row(name: str, samples: Sequence[Mapping[str, float] | None], clock: str
     counted = [s for s in samples if s and "calls" in s]
     calls = sum(s["calls"] for s in counted)
     length = f"{sum(s['tokens'] for s in counted) / calls:.2f}" if calls else ""
-    low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
-    return [name, f"{middle:.0f}", f"{low:.0f} to {high:.0f}", length, str(len(values))]
+    low, middle, high = (f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in np.quantile(values, [0.1, 0.5, 0.9]))
+    return [name, middle, f"{low} to {high}", length, str(len(values))]
 
 
 def claim_row(text: str, scenario: str, goal: float | None, found: Ratio | None) -> list[str]:
