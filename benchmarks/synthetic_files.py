@@ -21,7 +21,7 @@ def byte_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     tokens = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     never = "\xff"  # the alphabet writes this byte as its Latin-1 letter
     merges = [(never, never)] if vocab > 256 else []
-    tokens |= {never + never: 256 for _ in merges} | {f"<{i}>": i for i in range(257, vocab)}
+    tokens |= {a + b: 256 for a, b in merges} | {f"<{i}>": i for i in range(257, vocab)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

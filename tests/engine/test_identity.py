@@ -1,14 +1,13 @@
 """Greedy text with drafts is that of plain decoding, on quantised pairs: many prompts, batches of any company, several lengths.
 
-The target is a GGUF file of q8_0, the draft the same model rounded to q4_k: close enough for drafts to be accepted often, far enough
-for them to be refused often. Both are asserted, so that the equality says something.
+The target is a GGUF file of q8_0, the draft the same model rounded to q4_k: close enough for drafts to be accepted often, far
+enough for them to be refused often. Both are asserted, so that the equality says something.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +57,9 @@ def compare(engine: Engine, count: int, lengths: tuple[int, ...], part: int = 50
             found = texts(other, [asked[i] for i in order])
             for place, i in enumerate(order):
                 assert found[place] == expected[i], (n, at, asked[i])
-        print(f"{at + len(asked)} of {count} prompts, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{at + len(asked)} of {count} prompts, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
+        )
     for n, other in drafted.items():
         share = other.counts.accepted / other.counts.proposed
         assert 0.2 < share < 0.98, f"length {n}: {share:.2f} of the drafts were accepted, which tries one side only"

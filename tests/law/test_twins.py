@@ -179,7 +179,7 @@ def test_native_and_plain_passes_give_one_verdict(rule, vocab, rounds, monkeypat
 @pytest.mark.parametrize("vocab", [5, 40, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_damaged_distribution_leaves_the_ledger_of_block_verification_finite(vocab, dtype, monkeypatch):
-    """NaN in q, which the engine takes out before it is judged: all twins count its mass as lost and no variance, the same numbers."""
+    """NaN in q, which the engine takes out before it is judged: all twins count its mass as lost, and no variance."""
     rng, rule, damaged = np.random.default_rng([29, vocab]), BlockVerification(), 0
     for _ in range(40):
         p, draft, noise = step(rng, 4, vocab, dtype)

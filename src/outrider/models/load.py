@@ -111,6 +111,29 @@ def load_target(
     return target
 
 
+def first_blocks(path_or_name: str | Path, size: int, *, dtype: str = "auto") -> tuple[LeanTarget, float] | str:
+    """A target on the CPU of as many first blocks as take `size` bytes, one at least, and its share of the bytes that a forward
+    reads; or a sentence on why there is none. For measuring: what it scores means nothing."""
+    folder = resolve_folder(path_or_name)
+    found = _runtime(folder, "auto")
+    if isinstance(found, str):
+        return found or "it runs on transformers"
+    if found.config.experts is not None:
+        return "what experts cost depends on the tokens: measure it with `outrider plan`"
+    where = torch.device("cpu")
+    chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
+    if _native(found, chosen, where)[0] is None:
+        return "the compiled decoder does not run here"
+    c, gguf = found.config, isinstance(found, GgufCheckpoint)
+    block = max((found.layer_bytes if gguf else c.block_numbers * chosen.itemsize * c.layers) // c.layers, 1)
+    whole = found.packed_bytes if gguf else found.parameters * chosen.itemsize
+    head = max(whole - block * c.layers, 0) / (1 if found.layout.tied else 2)  # of a separate embedding one row is read
+    count = min(max(size // block, 1), c.layers)
+    read = (lambda: found.packed(chosen, first=count)) if gguf else (lambda: found.read(chosen, where, first=count))
+    target = LeanTarget(c.first_layers(count), read)
+    return target, (block * count + head) / (block * c.layers + head)
+
+
 def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | GgufCheckpoint | str:
     """A checkpoint that the lean runtime reads, or a sentence on why transformers is used, empty if that is no loss."""
     if is_gguf(folder):
