@@ -41,7 +41,7 @@ HELD_OUT = 256
 MEASURED = 128
 """Rows of each temperature that drafters are measured on, before and after."""
 TEMPERATURES = (0.0, 1.0)
-CAPTURED = 64
+CAPTURED = 128
 """Rows of one pass for hidden states."""
 
 
@@ -87,7 +87,7 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command")
-    parser.add_argument("--rows", type=int, default=32768, help="rows of training text")
+    parser.add_argument("--rows", type=int, default=24576, help="rows of training text")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=64, help="rows of a step")
     parser.add_argument("--device", default="cuda")
