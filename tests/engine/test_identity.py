@@ -15,10 +15,12 @@ import torch
 from outrider.build import Engine, build_engine, companion
 from outrider.models.native.build import load_library
 from outrider.params import SamplingParams
+from outrider.verify import LOSSLESS
 from tests.gguf_files import make_pair
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="products in blocks need a C++ compiler")
 SLOTS, TOKENS, LONGEST, VOCAB = 32, 16, 24, 320
+SAMPLED = SamplingParams(temperature=1.0, max_tokens=TOKENS, seed=5)
 SHAPE = {
     "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "dtype": torch.bfloat16,
@@ -67,6 +69,17 @@ def compare(engine: Engine, count: int, lengths: tuple[int, ...], part: int = 50
 
 def test_some_prompts(engine: Engine) -> None:
     compare(engine, 96, (3,))
+
+
+@pytest.mark.parametrize("rule", sorted(LOSSLESS))
+def test_every_lossless_rule(engine: Engine, rule: str) -> None:
+    """Greedy, in one batch; and for `match`, whose noise belongs to positions, at temperature 1 too."""
+    asked = prompts(16, seed=77)
+    assert texts(companion(engine, rule=rule, length=3), asked) == texts(companion(engine, "none"), asked)
+    if rule == "match":
+        sampled = [companion(engine, draft, rule=rule, length=3) for draft in ("none", None)]
+        plain, drafted = ([r.outputs[0].token_ids for r in e.generate(asked, SAMPLED)] for e in sampled)
+        assert plain == drafted
 
 
 @pytest.mark.slow

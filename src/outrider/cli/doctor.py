@@ -33,10 +33,10 @@ def doctor(
     slots: Annotated[
         int, typer.Option("--slots", min=1, help="Sequences decoded at the same time, for the memory estimate.")
     ] = 1,
-    speed: Annotated[
+    measure: Annotated[
         bool,
         typer.Option(
-            "--speed/--no-speed", help="Tell expected tokens a second: loads a part of the weights, takes some seconds."
+            "--measure/--no-measure", help="Tell expected tokens a second: loads a part of the weights, takes some seconds."
         ),
     ] = True,
     vllm: Annotated[
@@ -48,7 +48,7 @@ def doctor(
     """Check a pair of checkpoints as loading does, without reading weights: architecture, tensors, tokenizer, memory.
 
     For one path it says whether it runs, through which runtime, how large it is, and how fast it will decode here by a measurement
-    with a part of it (about two seconds for a model, --no-speed leaves that out). With --vllm http://127.0.0.1:8000 it asks that
+    with a part of it (about two seconds for a model, --no-measure leaves that out). With --vllm http://127.0.0.1:8000 it asks that
     running vLLM server instead (docs/vllm.md). Exit code 0 if everything fits (every part is live), 1 if a check fails (a part is
     off), 2 if a checkpoint cannot be run (nobody answers).
 
@@ -69,7 +69,7 @@ def doctor(
     checks = compare(models, folders)
     ok = all(c["ok"] for c in checks)
     notices = slow_parts(models)
-    told = expected(folders, options.dtype) if speed and ok else {}
+    told = expected(folders, options.dtype) if measure and ok else {}
     if json:
         terminal.print_json({"ok": ok, "models": models, "checks": checks, "speed": told, "notices": notices})
     else:
