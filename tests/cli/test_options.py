@@ -46,6 +46,7 @@ OWN = {
     ("doctor", "slots"),
     ("doctor", "target"),
     ("doctor", "draft"),
+    ("doctor", "measure"),
     ("plan", "target"),
     ("plan", "draft"),
     ("plan", "slots"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,16 @@ def first_blocks(path_or_name: str | Path, size: int, *, dtype: str = "auto") ->
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
     if _native(found, chosen, where)[0] is None:
         return "the compiled decoder does not run here"
-    c, gguf = found.config, isinstance(found, GgufCheckpoint)
-    block = max((found.layer_bytes if gguf else c.block_numbers * chosen.itemsize * c.layers) // c.layers, 1)
-    whole = found.packed_bytes if gguf else found.parameters * chosen.itemsize
+    c = found.config
+    if isinstance(found, GgufCheckpoint):
+        blocks, whole, read = found.layer_bytes, found.packed_bytes, partial(found.packed, chosen)
+    else:
+        blocks, whole = c.layers * c.block_numbers * chosen.itemsize, found.parameters * chosen.itemsize
+        read = partial(found.read, chosen, where)
+    block = max(blocks // c.layers, 1)
     head = max(whole - block * c.layers, 0) / (1 if found.layout.tied else 2)  # of a separate embedding one row is read
     count = min(max(size // block, 1), c.layers)
-    read = (lambda: found.packed(chosen, first=count)) if gguf else (lambda: found.read(chosen, where, first=count))
-    target = LeanTarget(c.first_layers(count), read)
+    target = LeanTarget(c.first_layers(count), lambda: read(first=count))
     return target, (block * count + head) / (block * c.layers + head)
 
 

@@ -31,12 +31,12 @@ from outrider.verify import load_rule
 
 PART = 192 << 20
 """Bytes of blocks that are loaded: more than most caches hold, and read in a tenth of a second or so."""
-ROWS = (1, 2, 3, 4, 6, 8)
+ROWS: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
 CACHED = 128
 """Tokens before the rows."""
 SECONDS = 0.5
 """For each of the measurements: forwards of a model, steps of an engine."""
-LENGTHS = (1, 3, 5)
+LENGTHS: tuple[int, ...] = (1, 3, 5)
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
 
 
