@@ -32,8 +32,8 @@ from outrider.verify import load_rule
 PART = 192 << 20
 """Bytes of blocks that are loaded: more than most caches hold, and read in a tenth of a second or so."""
 ROWS: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
-CACHED = 128
-"""Tokens before the rows."""
+CACHED, LEAST_CONTEXT = 128, 48
+"""Tokens before the rows, in a longer context than that; contexts that are long enough for anything."""
 SECONDS = 0.5
 """For each of the measurements: forwards of a model, steps of an engine."""
 LENGTHS: tuple[int, ...] = (1, 3, 5)
@@ -69,11 +69,15 @@ def pace(
 ) -> Pace | str:
     """The speeds, or a sentence on why they are not told. Takes some seconds. Raises ConfigError as loading does."""
     told = progress or (lambda _: None)
+    if torch.cuda.is_available():
+        return "it would run on the GPU, and what is measured here is the processor: measure with `outrider bench`"
     try:
         found = first_blocks(target, PART, dtype=dtype)
         if isinstance(found, str):
             return found
         model, share = found
+        if model.max_length < LEAST_CONTEXT:
+            return f"its context of {model.max_length} tokens is too short to measure"
         with torch.inference_mode():
             told(0.1)
             times = timed(model, share)
@@ -83,7 +87,7 @@ def pace(
                 return Pace(1.0 / plain, times, {})
             told(0.5)
             small = first_blocks(draft, PART, dtype=dtype)
-            if isinstance(small, str):
+            if isinstance(small, str) or small[0].max_length < LEAST_CONTEXT:
                 return Pace(1.0 / plain, times, {})
             cheap, part = small
             own = timed(cheap, part)
@@ -96,11 +100,12 @@ def pace(
 
 def timed(model: LeanTarget, share: float) -> Times:
     """Forwards in random order, the least of each: what neighbours do only adds to them. share: of the whole's bytes in `model`."""
-    kv = model.new_kv(1, CACHED + ROWS[-1])
-    text = Rows.assemble([0], [[1] * CACHED], [0], Draft.empty(1))
+    cached = min(CACHED, model.max_length - ROWS[-1])
+    kv = model.new_kv(1, cached + ROWS[-1])
+    text = Rows.assemble([0], [[1] * cached], [0], Draft.empty(1))
     model.forward(text, kv)
     kv.commit(text, [()])
-    asked = {n: Rows.assemble([0], [[1] * n], [CACHED], Draft.empty(1)) for n in ROWS}
+    asked = {n: Rows.assemble([0], [[1] * n], [cached], Draft.empty(1)) for n in ROWS}
     least = dict.fromkeys(ROWS, float("inf"))
     for n in _until(list(ROWS), SECONDS):
         least[n] = min(least[n], _seconds(lambda n=n: model.forward(asked[n], kv)))
