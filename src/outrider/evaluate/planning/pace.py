@@ -105,11 +105,16 @@ def timed(model: LeanTarget, share: float) -> Times:
     text = Rows.assemble([0], [[1] * cached], [0], Draft.empty(1))
     model.forward(text, kv)
     kv.commit(text, [()])
-    asked = {n: Rows.assemble([0], [[1] * n], [cached], Draft.empty(1)) for n in ROWS}
+    asked = {n: Rows.assemble([0], [[1]], [cached], _chain(n - 1)) for n in ROWS}
     least = dict.fromkeys(ROWS, float("inf"))
     for n in _until(list(ROWS), SECONDS):
         least[n] = min(least[n], _seconds(lambda n=n: model.forward(asked[n], kv)))
     return Times({n: spent / share for n, spent in least.items()}, least)
+
+
+def _chain(length: int) -> Draft:
+    """A draft of so many tokens, which are all scored."""
+    return Draft(torch.ones(length, dtype=torch.int64), tuple(range(-1, length - 1)), (length,))
 
 
 def step_seconds(model: LeanTarget, draft: LeanTarget | None, length: int) -> float:
