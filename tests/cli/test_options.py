@@ -37,7 +37,7 @@ ENGINES = {
     "tree": set(ENGINE.options) - {"length", "lengths", "rule", "allow_lossy", "slots"},
     "demo": {"target", "draft", "length", "dtype"},
     "doctor": {"dtype", "max_length"},
-    "train": {"target"},
+    "train": {"target", "device"},
     "image": {"draft", "length", "rule", "allow_lossy"},
     "ab rehearse": {"length"},
 }
