@@ -8,7 +8,7 @@ particular to the pixels lies beside them, and is found by place.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -53,6 +53,8 @@ class ImageRows:
     length: tokens of its segment. where: offsets in it of the rows that `embeds` [G, H] holds; its other tokens are text.
     turns:  [A, length] positions for the rotary tables, from 0 at its beginning; None: 0, 1, 2 ... span: where what follows begins.
     open:   ranges of the segment (from, to) whose rows see each other, also those that follow.
+    deep:   by argument of the text part, what deeper layers add to the same rows: for each of these layers as many rows as `embeds`.
+    marks:  arguments of the text part that say which rows these are.
     """
 
     key: int
@@ -62,6 +64,8 @@ class ImageRows:
     turns: Int[Tensor, "A length"] | None
     span: int
     open: tuple[Range, ...] = ()
+    deep: Mapping[str, tuple[Float[Tensor, "G H"], ...]] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,22 +122,19 @@ class Pictured:
                 out[:, a - first : b - first] = own[:, a - start : b - start] + start + self._shifts[number]
         return out
 
-    def placed(self, first: int, end: int) -> tuple[list[int], list[Tensor]]:
-        """The places from `first` to before `end` whose rows are images', and their rows."""
-        places, parts = list[int](), list[Tensor]()
+    def placed(self, first: int, end: int) -> Iterator[tuple[list[int], slice, ImageRows]]:
+        """For each image with rows at places first .. end: those places, and which of its rows they are."""
         for start, image in zip(self.starts, self.images, strict=True):
             wanted = [i for i, offset in enumerate(image.where) if first <= start + offset < end]
             if wanted:
-                places += [start + image.where[i] for i in wanted]
-                parts.append(image.embeds[wanted[0] : wanted[-1] + 1])
-        return places, parts
+                yield [start + image.where[i] for i in wanted], slice(wanted[0], wanted[-1] + 1), image
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Given:
     """What the rows of a forward have besides their tokens.
 
-    index, embeds: rows whose embeddings are given, and these. turns: [A, N] rotary positions of all rows; None: `Rows.position`.
+    index, embeds: rows whose embeddings are given, and these. deep, marks: see `ImageRows`. turns: [A, N] rotary positions of all rows; None: `Rows.position`.
     open: for each segment the ranges of its places whose rows see each other.
     """
 
@@ -141,3 +142,5 @@ class Given:
     embeds: Float[Tensor, "G H"]
     turns: Int[Tensor, "A N"] | None
     open: tuple[tuple[Range, ...], ...]
+    deep: Mapping[str, tuple[Float[Tensor, "G H"], ...]]
+    marks: tuple[str, ...]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from outrider.pictured import Given, Pictured, Range
+from outrider.pictured import Given, ImageRows, Pictured, Range
 from outrider.types import Rows
 
 
@@ -16,7 +16,7 @@ def with_images(rows: Rows, pictured: Sequence[Pictured | None]) -> Rows:
     if not any(pictured):
         return rows
     device = rows.token.device
-    index, parts, open_ranges = list[int](), list[torch.Tensor](), list[tuple[Range, ...]]()
+    index, parts, open_ranges = list[int](), list[tuple[slice, ImageRows]](), list[tuple[Range, ...]]()
     axes = max(p.axes for p in pictured if p is not None)
     turns = rows.position.expand(axes, -1).clone() if axes else None
     for segment, own in zip(rows.segments, pictured, strict=True):
@@ -25,12 +25,29 @@ def with_images(rows: Rows, pictured: Sequence[Pictured | None]) -> Rows:
         open_ranges.append(tuple((a, b) for a, b in ranges if a < end and b > first))
         if own is None:
             continue
-        places, found = own.placed(first, end)
-        index += [segment.first + place - first for place in places]
-        parts += found
+        for places, which, image in own.placed(first, end):
+            index += [segment.first + place - first for place in places]
+            parts.append((which, image))
         if turns is not None and own.axes:
             nodes = slice(segment.first + segment.fed, segment.first + segment.count)
             turns[:, segment.first : nodes.start] = own.turns(first, end).to(device)
             turns[:, nodes] += own.shift(end)
-    embeds = torch.cat(parts) if parts else torch.zeros(0, 0)
-    return replace(rows, given=Given(torch.tensor(index, dtype=torch.int64, device=device), embeds, turns, tuple(open_ranges)))
+    return replace(rows, given=_given(torch.tensor(index, dtype=torch.int64, device=device), parts, turns, tuple(open_ranges)))
+
+
+def _given(
+    index: torch.Tensor,
+    parts: Sequence[tuple[slice, ImageRows]],
+    turns: torch.Tensor | None,
+    open_ranges: tuple[tuple[Range, ...], ...],
+) -> Given:
+    """What the images' rows of a forward have. parts: which rows of which image, in the order of `index`."""
+    if not parts:
+        return Given(index, torch.zeros(0, 0), turns, open_ranges, {}, ())
+    one = parts[0][1]  # all are the same model's
+    deep = {
+        name: tuple(torch.cat([image.deep[name][i][which] for which, image in parts]) for i in range(len(layers)))
+        for name, layers in one.deep.items()
+    }
+    embeds = torch.cat([image.embeds[which] for which, image in parts])
+    return Given(index, embeds, turns, open_ranges, deep, one.marks)

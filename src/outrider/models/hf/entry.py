@@ -30,17 +30,25 @@ class _Entered(Exception):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Entry:
-    """What a text part was called with. embeds: [n, H]. turns: [A, n] positions with several axes, None: plain ones. masks: [n, n]
-    by kind, where it was given any: what each row sees."""
+    """What a text part was called with, for a prompt of n tokens with G rows of images.
+
+    embeds: input embeddings. turns: positions with several axes, None: plain ones. masks: by kind, where it was given any: what each
+    row sees. deep, marks: see `pictured.ImageRows`.
+    """
 
     embeds: Float[Tensor, "n H"]
     turns: Int[Tensor, "A n"] | None
     masks: Mapping[str, Bool[Tensor, "n n"]]
+    deep: Mapping[str, tuple[Float[Tensor, "G H"], ...]]
+    marks: tuple[str, ...]
 
 
 @torch.no_grad()
-def entry_of(model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any]) -> Entry:
-    """What enters `text`, the text part of `model`, when the model reads one prompt, given as its processor gives it.
+def entry_of(
+    model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any], pictured: Bool[Tensor, "n"]
+) -> Entry:
+    """What enters `text`, the text part of `model`, when the model reads one prompt, given as its processor gives it. pictured: which
+    tokens are rows of images.
 
     Raises CapabilityError if something else of the images reaches the text part, which rows could not be given.
     """
@@ -64,14 +72,23 @@ def entry_of(model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any]
     embeds = seen.get(_EMBEDS)
     if not isinstance(embeds, Tensor):
         raise CapabilityError(f"{kind} does not put images among its embeddings: choose another model for images")
+    deep, marks, rows = dict[str, tuple[Tensor, ...]](), list[str](), int(pictured.sum())
     for name, value in seen.items():
-        if name not in _KNOWN and _holds(value):
-            raise CapabilityError(
-                f"images of {kind} also reach its deeper layers ({name}), which is not supported: choose another model for images"
-            )
+        if name in _KNOWN or not _holds(value):
+            continue
+        if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == (1, len(pictured)):
+            if bool((value[0].cpu() == pictured).all()):
+                marks.append(name)
+                continue
+        if isinstance(value, list | tuple) and all(isinstance(v, Tensor) and v.shape == (rows, embeds.shape[2]) for v in value):
+            deep[name] = tuple(value)
+            continue
+        raise CapabilityError(
+            f"images of {kind} reach its text part by another way ({name}) than is supported: choose another model for images"
+        )
     position = seen.get(_POSITION)
     turns = position[:, 0] if isinstance(position, Tensor) and position.ndim == 3 else None
-    return Entry(embeds[0], turns, _masks(seen.get(_MASK), embeds.shape[1]))
+    return Entry(embeds[0], turns, _masks(seen.get(_MASK), embeds.shape[1]), deep, tuple(marks))
 
 
 def _holds(value: Any) -> bool:
@@ -104,6 +121,10 @@ def given_to(text: nn.Module | None, given: Given | None) -> Iterator[None]:
         if len(given.index):
             changed[_EMBEDS] = kwargs[_EMBEDS].clone()
             changed[_EMBEDS][0, given.index] = given.embeds.to(kwargs[_EMBEDS].dtype)
+            changed |= {name: list(layers) for name, layers in given.deep.items()}
+            for name in given.marks:
+                changed[name] = torch.zeros(changed[_EMBEDS].shape[:2], dtype=torch.bool, device=given.index.device)
+                changed[name][0, given.index] = True
         if given.turns is not None:
             changed[_POSITION] = given.turns[:, None]
         return args, changed

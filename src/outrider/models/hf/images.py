@@ -180,16 +180,18 @@ class HFImages:
     def _seen(self, image: ImageInput) -> ImageRows:
         """Run the vision part on an image."""
         target, length = self.target, image.end - image.first
+        assert target.text_part is not None
         tensors = {name: _moved(value, target) for name, value in image.tensors.items()}
-        entry = entry_of(target.model, target.text_part, tensors)
+        pictured = image.tensors["input_ids"][0] == self._token
+        entry = entry_of(target.model, target.text_part, tensors, pictured)
         cut = slice(image.at, image.at + length)
-        where = tuple(i for i, t in enumerate(image.tensors["input_ids"][0, cut].tolist()) if t == self._token)
+        where = tuple(pictured[cut].nonzero()[:, 0].tolist())
         turns, span = None, length
         if entry.turns is not None:
             turns, span = _turns(entry.turns, image.at, length)
-        runs = _runs(where)
-        kinds = _open(entry, image.at, runs)
-        return ImageRows(self._key_of(image), length, where, entry.embeds[cut][list(where)].clone(), turns, span, kinds)
+        embeds = entry.embeds[cut][list(where)].clone()
+        seen = _open(entry, image.at, _runs(where))
+        return ImageRows(self._key_of(image), length, where, embeds, turns, span, seen, entry.deep, entry.marks)
 
     def _key_of(self, image: ImageInput) -> int:
         """The first of the keys of an image: the same for the same image, and never another's."""
