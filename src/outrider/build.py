@@ -60,8 +60,9 @@ def build_engine(
     `load_drafter`).
 
     draft, rule: a name, or a drafter or rule object; as draft also a model of transformers. tokenizer: of the target, where it is
-    an object; None: the engine works on token ids; a processor of transformers also reads images (`engine.images`). draft_tokenizer: of a draft model object, to check that its vocabulary is the
-    target's. Models that are objects stay as they were found (`models.hf.target.HFTarget`).
+    an object; None: the engine works on token ids; a processor of transformers also reads images (`Engine.images`).
+    draft_tokenizer: of a draft model object, to check that its vocabulary is the target's. Models that are objects stay as they
+    were found (`models.hf.target.HFTarget`).
     options: the other fields of `EngineOptions` (`capacity` is another name of `slots`). speculative_config: vLLM's JSON; it
     replaces draft, length and rule.
     controller: makes the controller of draft lengths (None: the one that `lengths` names). on_defect: called with every contained

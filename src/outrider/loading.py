@@ -51,7 +51,8 @@ class ModelKey(NamedTuple):
 class Loaded:
     """What engines on one target share: the weights of target and draft models, the tokenizer, and the lock of turns.
 
-    images: reads images for the target, if it can. drafter, rule: this engine's, if they were given as objects; None: they are made from the names in `options`.
+    images: reads images for the target, if it can.
+    drafter, rule: this engine's, if they were given as objects; None: they are made from the names in `options`.
     given: draft models that were given as objects, by the name that `options` have for each.
     """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ Range = tuple[int, int]
 class ImageInput:
     """One image as the model's processor gives it, before the model has seen it.
 
-    first, end: its segment of the prompt's tokens. at, size: the same segment in `tensors`, what the model takes. digest: of the
-    pixels and the segment: images of one digest have the same rows.
+    first, end: its segment of the prompt's tokens. tensors: what the model takes, for a prompt without other images; at: where the
+    segment begins in it. digest: of the pixels and the segment: images of one digest have the same rows.
     """
 
     first: int
@@ -53,7 +53,7 @@ class ImageRows:
     length: tokens of its segment. where: offsets in it of the rows that `embeds` [G, H] holds; its other tokens are text.
     turns:  [A, length] positions for the rotary tables, from 0 at its beginning; None: 0, 1, 2 ... span: where what follows begins.
     open:   ranges of the segment (from, to) whose rows see each other, also those that follow.
-    deep:   by argument of the text part, what deeper layers add to the same rows: for each of these layers as many rows as `embeds`.
+    deep:   by argument of the text part, what deeper layers add to the same rows: for each of these layers as many as `embeds`.
     marks:  arguments of the text part that say which rows these are.
     """
 
@@ -66,6 +66,11 @@ class ImageRows:
     open: tuple[Range, ...] = ()
     deep: Mapping[str, tuple[Float[Tensor, "G H"], ...]] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its rows."""
+        return self.embeds.nbytes + sum(layer.nbytes for layers in self.deep.values() for layer in layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +118,7 @@ class Pictured:
         place = torch.arange(first, end)
         out = torch.empty(self.axes, end - first, dtype=torch.int64)
         edges = [first, *(s for s in self.starts if first < s < end), end]
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             out[:, a - first : b - first] = place[a - first : b - first] + self.shift(a)
         for number, (start, image) in enumerate(zip(self.starts, self.images, strict=True)):
             a, b = max(first, start), min(end, start + image.length)
@@ -134,7 +139,8 @@ class Pictured:
 class Given:
     """What the rows of a forward have besides their tokens.
 
-    index, embeds: rows whose embeddings are given, and these. deep, marks: see `ImageRows`. turns: [A, N] rotary positions of all rows; None: `Rows.position`.
+    index, embeds: rows whose embeddings are given, and these. deep, marks: see `ImageRows`.
+    turns: rotary positions of all rows, None: `Rows.position`.
     open: for each segment the ranges of its places whose rows see each other.
     """
 

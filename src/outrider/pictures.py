@@ -10,6 +10,7 @@ import binascii
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ MAX_BYTES = 20 << 20
 """Largest file of a picture."""
 MAX_PIXELS = 40_000_000
 """Most pixels of a picture: those of a telephone's camera are 12 to 50 million."""
+TOTAL_PIXELS = 80_000_000
+"""Most pixels of all pictures of one prompt."""
+MOST = 32
+"""Most pictures of a prompt."""
 MAX_RATIO = 100
 """Longest side, in multiples of the shortest."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -63,6 +68,19 @@ def as_picture(thing: Any, name: str = "the image") -> Any:
         raise RequestError(f"{name} is {type(thing).__name__}: give a picture of Pillow, a path, or the bytes of a file")
     _check_size(*thing.size, name)
     return _in_rgb(thing, name)
+
+
+def as_pictures(things: Sequence[Any]) -> list[Any]:
+    """The pictures of a prompt, as by `as_picture`, and not too many together."""
+    if len(things) > MOST:
+        raise RequestError(f"there are {len(things)} images, and a prompt has at most {MOST}: send fewer")
+    out, pixels = list[Any](), 0
+    for number, thing in enumerate(things, 1):
+        out.append(as_picture(thing, f"image {number}"))
+        pixels += out[-1].width * out[-1].height
+        if pixels > TOTAL_PIXELS:
+            raise RequestError(f"the images have more than {TOTAL_PIXELS} pixels together: make them smaller, or send fewer")
+    return out
 
 
 def trial_picture() -> Any:

@@ -139,9 +139,10 @@ class ImageReader(Protocol):
         """What stands in a text for an image."""
         ...
 
-    def read(self, text: str, images: Sequence[Any]) -> ImagePrompt:
+    def read(self, text: str, images: Sequence[Any], special: bool | None = None) -> ImagePrompt:
         """A prompt, by the model's own processor: `text` has one mark for each of `images` (pictures of Pillow, paths, or bytes of
-        files). Any thread may call it. Raises RequestError for what is no image, or does not fit the text."""
+        files). special: let the tokenizer add its special tokens; None: unless the text begins with one. Any thread may call it.
+        Raises RequestError for what is no image, or does not fit the text."""
         ...
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ImagePrompt:

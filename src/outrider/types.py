@@ -200,10 +200,8 @@ class Segment:
 class Rows:
     """The rows of one target forward: all sequences flat, no padding.
 
-    token:    [N] int64. position: [N] int64 absolute positions (siblings share one).
-    segments: one per sequence, in order of rows.
-    scored:   [M] rows that get logits: the last prefix rows of the B scored segments, then their K nodes.
-    given:    what rows of images have instead of tokens; only targets with `images` read it.
+    token:    [N] int64. position: [N] int64 absolute positions (siblings share one). segments: one per sequence, in order of rows.
+    scored:   [M] rows that get logits: the last prefix rows of the B scored segments, then their K nodes. given: of images.
     """
 
     token: Int[Tensor, "N"]

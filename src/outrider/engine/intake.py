@@ -37,8 +37,8 @@ class Intake:
         """Of prompts with images. Raises CapabilityError if the target reads none."""
         if self._images is None:
             raise CapabilityError(
-                "this engine's target reads no images: choose a checkpoint of an image-text-to-text model, given as a folder or with "
-                "its processor (tokenizer=processor)"
+                "this engine's target reads no images: choose an image-text-to-text model, given as a folder or with its processor "
+                "(tokenizer=processor)"
             )
         return self._images
 

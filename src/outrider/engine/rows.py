@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.engine.parts import Parts
-from outrider.pictured_rows import with_images
 from outrider.engine.scheduler import StepWork
 from outrider.engine.sequence import Sequence
 from outrider.noise import Noise
+from outrider.pictured_rows import with_images
 from outrider.protocols import Rule
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 

@@ -45,7 +45,7 @@ def _processor(folder: Path) -> Any:
         raise CapabilityError(f"{folder} has no {_FILES[0]}, which says how it reads images: fetch the whole checkpoint")
     for file in found:
         if read_json(file, CONFIG_BYTES).get("auto_map"):
-            raise CapabilityError(f"{file} names code of its own (auto_map), which Outrider never runs: choose another model for images")
+            raise CapabilityError(f"{file} names code of its own (auto_map), which Outrider never runs: choose another model")
     if find_spec("PIL") is None:
         raise ConfigError(f"images need Pillow: {INSTALL}")
     from transformers import AutoProcessor

@@ -1,7 +1,7 @@
 """What enters the text part of a model that reads images: seen when the model reads an image, and given when it reads rows.
 
-Such a model embeds its tokens, puts what its vision part has made of the pixels into the places of some, and calls its text part with
-the result, positions and masks. That call is the one place to look at and to write to, whatever a family calls its parts.
+Such a model embeds its tokens, puts what its vision part has made of the pixels into the places of some, and calls its text part
+with the result, positions and masks. That call is the one place to look at and to write to, whatever a family calls its parts.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class _Entered(Exception):
 class Entry:
     """What a text part was called with, for a prompt of n tokens with G rows of images.
 
-    embeds: input embeddings. turns: positions with several axes, None: plain ones. masks: by kind, where it was given any: what each
-    row sees. deep, marks: see `pictured.ImageRows`.
+    embeds: input embeddings. turns: positions with several axes, None: plain ones. masks: by kind, where it was given any: what
+    each row sees. deep, marks: see `pictured.ImageRows`.
     """
 
     embeds: Float[Tensor, "n H"]
@@ -47,8 +47,9 @@ class Entry:
 def entry_of(
     model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any], pictured: Bool[Tensor, "n"]
 ) -> Entry:
-    """What enters `text`, the text part of `model`, when the model reads one prompt, given as its processor gives it. pictured: which
-    tokens are rows of images.
+    """What enters `text`, the text part of `model`, when the model reads one prompt, given as its processor gives it.
+
+    pictured: which tokens are rows of images.
 
     Raises CapabilityError if something else of the images reaches the text part, which rows could not be given.
     """
@@ -76,16 +77,15 @@ def entry_of(
     for name, value in seen.items():
         if name in _KNOWN or not _holds(value):
             continue
-        if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == (1, len(pictured)):
-            if bool((value[0].cpu() == pictured).all()):
-                marks.append(name)
-                continue
-        if isinstance(value, list | tuple) and all(isinstance(v, Tensor) and v.shape == (rows, embeds.shape[2]) for v in value):
+        several = isinstance(value, list | tuple)
+        if several and all(isinstance(v, Tensor) and v.shape == (rows, embeds.shape[2]) for v in value):
             deep[name] = tuple(value)
-            continue
-        raise CapabilityError(
-            f"images of {kind} reach its text part by another way ({name}) than is supported: choose another model for images"
-        )
+        elif isinstance(value, Tensor) and value.dtype == torch.bool and torch.equal(value.cpu(), pictured[None]):
+            marks.append(name)
+        else:
+            raise CapabilityError(
+                f"images of {kind} reach its text part by another way ({name}) than is supported: choose another model for images"
+            )
     position = seen.get(_POSITION)
     turns = position[:, 0] if isinstance(position, Tensor) and position.ndim == 3 else None
     return Entry(embeds[0], turns, _masks(seen.get(_MASK), embeds.shape[1]), deep, tuple(marks))

@@ -23,7 +23,8 @@ DRAFTED = 3
 
 @torch.no_grad()
 def try_image(target: HFTarget, prompt: ImagePrompt, pictured: Pictured, tensors: Mapping[str, Any]) -> None:
-    """Raise CapabilityError unless rows of `prompt` have the logits that the model gives `tensors`, the same prompt as it reads it."""
+    """Raise CapabilityError unless rows of `prompt` have the logits that the model gives the same prompt as its processor makes it,
+    `tensors`."""
     kind = type(target.model).__name__
     try:
         reference = target.model(**tensors, use_cache=False).logits[0].float()
@@ -36,7 +37,7 @@ def try_image(target: HFTarget, prompt: ImagePrompt, pictured: Pictured, tensors
     kv, found, rows_of = target.new_kv(1, len(prompt) + 1), list[Tensor](), list[int]()
     for first, last in ((0, middle), (middle, end)):
         drafted = prompt[end:] if last == end else []
-        draft = Draft(torch.tensor(drafted, dtype=torch.int64, device=target.device), tuple(range(-1, len(drafted) - 1)), (len(drafted),))
+        draft = Draft.join([(drafted, tuple(range(-1, len(drafted) - 1)))], device=target.device)
         rows = with_images(Rows.assemble([0], [prompt[first:last]], [first], draft), [pictured])
         kv.reserve(rows)
         found.append(target.forward(rows, kv).logits)
@@ -45,6 +46,6 @@ def try_image(target: HFTarget, prompt: ImagePrompt, pictured: Pictured, tensors
     far = disagreement(torch.cat(found), reference[rows_of])
     if far > tolerance(target.dtype):
         raise CapabilityError(
-            f"{kind} reads an image differently in chunks than at once (its logits differ by {far:.1e} of their spread), which is not "
-            "supported: choose another model for images"
+            f"{kind} reads an image differently in chunks than at once (its logits differ by {far:.1e} of their spread), which is "
+            "not supported: choose another model for images"
         )

@@ -2,8 +2,8 @@
 
 The model's own processor turns a text and pictures into tokens and pixels. The model's own vision part turns the pixels of an image
 into rows, once: they are kept by the digest of the pixels, and to the target they are embeddings that its text part is given
-(`models.hf.entry`). Before the first prompt a small image is read both ways, by the model alone and by rows in chunks: what differs is
-refused.
+(`models.hf.entry`). Before the first prompt a small image is read both ways, by the model alone and by rows in chunks: what differs
+is refused.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from outrider.models.hf.image_trial import try_image
 from outrider.models.hf.state import brief
 from outrider.models.hf.target import HFTarget
 from outrider.pictured import FIRST_KEY, ImageInput, ImagePrompt, ImageRows, Pictured, Range
-from outrider.pictures import as_picture, trial_picture
+from outrider.pictures import as_pictures, trial_picture
 
 KEPT = 256 << 20
 """Bytes of rows that are kept for images that no sequence has at the moment."""
 KNOWN = 1 << 16
 """Images whose keys are remembered, so that the cache of beginnings knows them again."""
-MOST = 64
-"""Most images of a prompt."""
 
 
 class HFImages:
@@ -73,46 +71,47 @@ class HFImages:
             raise CapabilityError(f"{type(self.target.model).__name__} names no token of image rows: choose another model")
         return found
 
-    def read(self, text: str, images: Sequence[Any]) -> ImagePrompt:
+    def read(self, text: str, images: Sequence[Any], special: bool | None = None) -> ImagePrompt:
         """See `protocols.ImageReader`."""
-        pictures = [as_picture(image, f"image {number}") for number, image in enumerate(images, 1)]
+        pictures = as_pictures(images)
         if not pictures:
             raise RequestError("a prompt with images needs at least one: send a text alone as it is")
-        if len(pictures) > MOST:
-            raise RequestError(f"a prompt has {len(pictures)} images, and at most {MOST} are read: send fewer")
         marks = text.count(self.mark)
         if marks != len(pictures):
             raise RequestError(
                 f"the text has {marks} places for images ({self.mark}) and there are {len(pictures)} images: it needs one for each"
             )
-        whole = self._processed(text, pictures)
-        alone = [whole] if len(pictures) == 1 else [self._processed(self.mark, [picture]) for picture in pictures]
+        whole = self._processed(text, pictures, special)
+        alone = [whole] if len(pictures) == 1 else [self._processed(self.mark, [picture], special) for picture in pictures]
         return self._prompt(whole, alone)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ImagePrompt:
         """See `protocols.ImageReader`."""
-        images = [
-            part["image"]
-            for message in messages
-            if not isinstance(message.get("content"), str)
-            for part in message.get("content") or ()
-            if part.get("type") == "image"
-        ]
-        given = {"tokenize": False, "add_generation_prompt": True, **options}
+        images, shown = list[Any](), list[dict[str, Any]]()
+        for message in messages:
+            content = message.get("content")
+            parts = [] if isinstance(content, str) or content is None else content
+            images += [part["image"] for part in parts if part.get("type") == "image"]
+            bare = [{k: v for k, v in part.items() if k != "image"} for part in parts]
+            shown.append({**message, **({"content": bare} if parts else {})})
+        own = getattr(self.processor, "chat_template", None)
+        given = {"tokenize": False, "add_generation_prompt": True, **({"chat_template": own} if own else {}), **options}
         try:
-            text = self.processor.apply_chat_template([dict(message) for message in messages], **given)
+            text = self.processor.tokenizer.apply_chat_template(shown, **given)
         except Exception as error:  # templates refuse orders of roles by raising, and are outside code
             raise RequestError(f"the model's chat template refuses these messages ({brief(error)})") from None
         return self.read(text, images)
 
-    def _processed(self, text: str, pictures: list[Any]) -> dict[str, Any]:
+    def _processed(self, text: str, pictures: list[Any], special: bool | None) -> dict[str, Any]:
         """What the processor makes of a text and its pictures: tensors."""
+        given = _without_bos(self.processor, text) if special is None else {"add_special_tokens": special}
         try:
-            found = self.processor(text=[text], images=[pictures], return_tensors="pt", **_without_bos(self.processor, text))
+            found = self.processor(text=[text], images=[pictures], return_tensors="pt", **given)
         except OutriderError:
             raise
         except Exception as error:  # it may refuse sizes and texts in any way
-            raise RequestError(f"the model's processor refuses this prompt ({brief(error)}): change the image or the text") from None
+            why = brief(error)
+            raise RequestError(f"the model's processor refuses this prompt ({why}): change the image or the text") from None
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def _prompt(self, whole: dict[str, Any], alone: list[dict[str, Any]]) -> ImagePrompt:
@@ -172,9 +171,9 @@ class HFImages:
         if found is None:
             found = self._seen(image)
         self._rows[name] = found
-        held = sum(rows.embeds.nbytes for rows in self._rows.values())
+        held = sum(rows.nbytes for rows in self._rows.values())
         while held > KEPT and len(self._rows) > 1:
-            held -= self._rows.popitem(last=False)[1].embeds.nbytes
+            held -= self._rows.popitem(last=False)[1].nbytes
         return found
 
     def _seen(self, image: ImageInput) -> ImageRows:
@@ -253,7 +252,7 @@ def _open(entry: Entry, at: int, runs: Sequence[Range]) -> tuple[Range, ...]:
         wanted[at + a : at + b, at + a : at + b] = True
     if any(bool(((mask.cpu() & ahead) != (wanted & ahead)).any()) for mask in entry.masks.values()):
         raise CapabilityError(
-            "rows of this model's text see what follows them where it has images, beyond each image itself, which is not supported: "
-            "choose another model for images"
+            "where it has images, rows of this model's text see what follows them, beyond each image itself, which is not "
+            "supported: choose another model for images"
         )
     return tuple(runs)
