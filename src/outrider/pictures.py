@@ -29,6 +29,11 @@ MAX_RATIO = 100
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 """Modes with 8 bits a channel or less; deeper ones would be cut off in silence."""
+_WHY = {
+    "UnidentifiedImageError": "is no PNG, JPEG, WebP or GIF file",
+    "DecompressionBombError": f"has more than the {MAX_PIXELS} pixels that are read",
+}
+"""Error of Pillow -> what is said of the file."""
 _DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp|gif)(?:;[\w=.+-]{1,64}){0,4};base64,", re.IGNORECASE)
 
 
@@ -112,8 +117,7 @@ def _decoded(image: Any, data: bytes, name: str) -> Any:
     except RequestError:
         raise
     except Exception as error:  # damaged files end in errors of many libraries
-        unknown = type(error).__name__ == "UnidentifiedImageError"
-        why = "is no PNG, JPEG, WebP or GIF file" if unknown else "is damaged and cannot be decoded"
+        why = _WHY.get(type(error).__name__, "is damaged and cannot be decoded")
         raise RequestError(f"{name} {why}: send another file") from None
     return _in_rgb(found, name)
 
