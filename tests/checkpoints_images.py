@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3 import Gemma3Processor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3 import Idefics3Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava import LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -73,7 +73,9 @@ def processor_of(family: str) -> tuple[Any, dict[str, Any]]:
                        made.convert_tokens_to_ids(marks), strict=True))  # fmt: skip
         return PilQwenProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 12), made), ids
     if family == "gemma3":
-        made = byte_tokenizer(family, ["<img>", "<boi>", "<eoi>"], image_token="<img>", boi_token="<boi>", eoi_token="<eoi>")
+        made = byte_tokenizer(
+            family, ["<img>", "<boi>", "<eoi>"], image_token="<img>", boi_token="<boi>", eoi_token="<eoi>"
+        )
         pixels = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
         own = {"image_token_id": made.convert_tokens_to_ids("<img>"), "mm_tokens_per_image": 4}
         return Gemma3Processor(pixels, made, image_seq_length=4), own
@@ -85,7 +87,9 @@ def processor_of(family: str) -> tuple[Any, dict[str, Any]]:
     made = byte_tokenizer(family, ["<image>"], image_token="<image>")
     own = {"image_token_id": made.convert_tokens_to_ids("<image>")}
     pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return LlavaProcessor(pixels, made, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1), own
+    return LlavaProcessor(
+        pixels, made, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ), own
 
 
 def small_config(family: str, own: dict[str, Any]) -> Any:

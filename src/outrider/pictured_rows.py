@@ -32,7 +32,9 @@ def with_images(rows: Rows, pictured: Sequence[Pictured | None]) -> Rows:
             nodes = slice(segment.first + segment.fed, segment.first + segment.count)
             turns[:, segment.first : nodes.start] = own.turns(first, end).to(device)
             turns[:, nodes] += own.shift(end)
-    return replace(rows, given=_given(torch.tensor(index, dtype=torch.int64, device=device), parts, turns, tuple(open_ranges)))
+    return replace(
+        rows, given=_given(torch.tensor(index, dtype=torch.int64, device=device), parts, turns, tuple(open_ranges))
+    )
 
 
 def _given(

@@ -70,7 +70,9 @@ def as_picture(thing: Any, name: str = "the image") -> Any:
     if isinstance(thing, bytes | bytearray | memoryview):
         return _decoded(image, bytes(thing), name)
     if not isinstance(thing, image.Image):
-        raise RequestError(f"{name} is {type(thing).__name__}: give a picture of Pillow, a path, or the bytes of a file")
+        raise RequestError(
+            f"{name} is {type(thing).__name__}: give a picture of Pillow, a path, or the bytes of a file"
+        )
     _check_size(*thing.size, name)
     return _in_rgb(thing, name)
 
@@ -84,7 +86,9 @@ def as_pictures(things: Sequence[Any]) -> list[Any]:
         out.append(as_picture(thing, f"image {number}"))
         pixels += out[-1].width * out[-1].height
         if pixels > TOTAL_PIXELS:
-            raise RequestError(f"the images have more than {TOTAL_PIXELS} pixels together: make them smaller, or send fewer")
+            raise RequestError(
+                f"the images have more than {TOTAL_PIXELS} pixels together: make them smaller, or send fewer"
+            )
     return out
 
 
@@ -99,7 +103,9 @@ def _bytes_at(path: Path, name: str) -> bytes:
             raise RequestError(_too_large(f"{name} ({path})"))
         return path.read_bytes()
     except OSError as error:
-        raise RequestError(f"{name} ({path}) cannot be read ({error.strerror or type(error).__name__}): check the path") from None
+        raise RequestError(
+            f"{name} ({path}) cannot be read ({error.strerror or type(error).__name__}): check the path"
+        ) from None
 
 
 def _decoded(image: Any, data: bytes, name: str) -> Any:
@@ -136,9 +142,13 @@ def _in_rgb(found: Any, name: str) -> Any:
 
 def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS:
-        raise RequestError(f"{name} has {width} x {height} pixels, and at most {MAX_PIXELS} in all are read: make it smaller")
+        raise RequestError(
+            f"{name} has {width} x {height} pixels, and at most {MAX_PIXELS} in all are read: make it smaller"
+        )
     if min(width, height) < 1 or max(width, height) > MAX_RATIO * min(width, height):
-        raise RequestError(f"{name} has {width} x {height} pixels: no side may be more than {MAX_RATIO} times the other")
+        raise RequestError(
+            f"{name} has {width} x {height} pixels: no side may be more than {MAX_RATIO} times the other"
+        )
 
 
 def _too_large(name: str) -> str:

@@ -131,10 +131,10 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
 class ImageReader(Protocol):
     """Images in prompts, for targets that read them."""
 
-    @property
     def mark(self) -> str:
         """What stands in a text for an image."""
         ...

@@ -30,7 +30,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_generate_reads_files(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_reads_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     kit = small("idefics3")
     common = ("--target", str(folder), "--image", str(folder / "a.png"), "--draft", "ngram", "--temperature", "0",
               "--max-tokens", str(NEW), "--ignore-eos", "--dtype", "float32", "--json")  # fmt: skip

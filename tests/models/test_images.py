@@ -1,5 +1,5 @@
-"""Prompts with images: greedy text is that of transformers' own generate, token for token, with every kind of drafter, in batches and
-with shared beginnings; samples have the model's distribution; what cannot be read exactly is refused by name."""
+"""Prompts with images: greedy text is that of transformers' own generate, token for token, with every kind of drafter, in batches
+and with shared beginnings; samples have the model's distribution; what cannot be read exactly is refused by name."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_text_is_that_of_transformers(family: str) -> None:
         assert decoded(pieces, prompts) == right
         assert decoded(pieces, prompts) == right
         assert (pieces.state.room.sums.reused > 0) is sharing
-    text, images = asked(small(family).mark)[0]
+    text = asked(small(family).mark)[0][0]
     other = small(family).text(text, [picture(9)], NEW)
     assert decoded(engine, [engine.images.read(text, [picture(9)])]) == [other]
     assert other != right[0]  # the image decides: or nothing here would show that it is read
@@ -134,7 +134,10 @@ def test_samples_have_the_models_distribution() -> None:
     has a chance of one in a billion. The same pairs are not those of another image."""
     kit, engine, n, top = small("qwen2_5_vl"), engine_of("qwen2_5_vl"), 1000, 3
     text, each = f"a {kit.mark} b", 50
-    draws = [SamplingParams(max_tokens=3, n=each, top_k=top, temperature=1.0, seed=i, ignore_eos=True) for i in range(n // each)]
+    draws = [
+        SamplingParams(max_tokens=3, n=each, top_k=top, temperature=1.0, seed=i, ignore_eos=True)
+        for i in range(n // each)
+    ]
     drafted = companion(engine, "jacobi:2", length=2, slots=each)
     found = drafted.generate([engine.images.read(text, [picture(1)])] * len(draws), draws)
     got = Counter(tuple(output.token_ids[:2]) for result in found for output in result.outputs)
@@ -165,7 +168,9 @@ def test_equal_images_share_and_others_do_not() -> None:
     assert isinstance(reader, HFImages)
     calls: list[int] = []
     target.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    engine = Engine.build(target=target, tokenizer=kit.processor, draft="none", length=0, slots=2, max_length=300, chunk=64)
+    engine = Engine.build(
+        target=target, tokenizer=kit.processor, draft="none", length=0, slots=2, max_length=300, chunk=64
+    )
     tail = "the same long text behind it " * 4
     first, again, other = (engine.images.read(f"{kit.mark}{tail}", [picture(n)]) for n in (1, 1, 2))
     assert list(first) == list(again) == list(other)

@@ -1,4 +1,5 @@
-"""Pictures from outside: what is too large, damaged, of another kind or at an address is refused in one sentence before it is decoded."""
+"""Pictures from outside: what is too large, damaged, of another kind or at an address is refused in one sentence, before it is
+decoded where that can be known."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def bomb(width: int, height: int) -> bytes:
     """The beginning of a PNG file that says it has so many pixels."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))  # noqa: E731
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
 
 
 def deep() -> bytes:

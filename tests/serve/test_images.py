@@ -52,7 +52,13 @@ def expected(*numbers: int) -> str:
 def chat(*urls: str, **more: Any) -> dict[str, Any]:
     parts = [{"type": "image_url", "image_url": {"url": u, "detail": "high"}} for u in urls]
     content = [*parts, {"type": "text", "text": ASKED}]
-    return {"model": "small", "messages": [{"role": "user", "content": content}], "max_tokens": NEW, "temperature": 0, **more}
+    return {
+        "model": "small",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": NEW,
+        "temperature": 0,
+        **more,
+    }
 
 
 def message(source: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +90,9 @@ def test_every_api_reads_images(server: Running) -> None:
     assert two["choices"][0]["message"]["content"] == expected(1, 2)
     source = {"type": "base64", "media_type": "image/png", "data": data()}
     assert answered(server, "/v1/messages", message(source))["content"][0]["text"] == right
-    assert answered(server, "/v1/messages/count_tokens", {k: v for k, v in message(source).items() if k[:3] in ("mod", "mes")})
+    assert answered(
+        server, "/v1/messages/count_tokens", {k: v for k, v in message(source).items() if k[:3] in ("mod", "mes")}
+    )
     found = answered(server, "/v1/responses", response(url()))
     assert found["output"][-1]["content"][0]["text"] == right
 
@@ -107,7 +115,9 @@ def test_bad_images_are_a_400_that_says_what_to_do(server: Running) -> None:
     for address, why in wrong.items():
         assert why in refused(server, "/v1/chat/completions", chat(address))
     assert "at most 32" in refused(server, "/v1/chat/completions", chat(*[url()] * 33))
-    assert "never fetched" in refused(server, "/v1/messages", message({"type": "url", "url": "https://example.org/a.png"}))
+    assert "never fetched" in refused(
+        server, "/v1/messages", message({"type": "url", "url": "https://example.org/a.png"})
+    )
     assert "never fetched" in refused(server, "/v1/responses", response("https://example.org/a.png"))
     assert "with images" in refused(server, "/v1/chat/completions", chat(url(), prompt_logprobs=0))
     told = chat(url())

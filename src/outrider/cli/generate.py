@@ -104,7 +104,7 @@ def generate(
 def with_images(engine: Any, text: str, images: Sequence[Path]) -> Any:
     """A prompt of a text and images: as it stands where it has the model's marks for them, else as one message of a user."""
     reader = engine.images
-    if reader.mark in text:
+    if reader.mark() in text:
         return reader.read(text, list(images))
     content = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": text}]
     return reader.chat([{"role": "user", "content": content}])

@@ -34,7 +34,9 @@ def images_of(target: Target, source: str | Path | Any | None) -> ImageReader | 
     from outrider.models.hf.target import HFTarget
 
     assert isinstance(target, HFTarget)
-    make: Callable[[], Any] = (lambda: _processor(resolve_folder(source))) if isinstance(source, str | Path) else lambda: source
+    make: Callable[[], Any] = (
+        (lambda: _processor(resolve_folder(source))) if isinstance(source, str | Path) else lambda: source
+    )
     return HFImages(target, make)
 
 
@@ -42,10 +44,14 @@ def _processor(folder: Path) -> Any:
     """The processor of a checkpoint; runs no code of it. Raises CapabilityError if it cannot be had here."""
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
-        raise CapabilityError(f"{folder} has no {_FILES[0]}, which says how it reads images: fetch the whole checkpoint")
+        raise CapabilityError(
+            f"{folder} has no {_FILES[0]}, which says how it reads images: fetch the whole checkpoint"
+        )
     for file in found:
         if read_json(file, CONFIG_BYTES).get("auto_map"):
-            raise CapabilityError(f"{file} names code of its own (auto_map), which Outrider never runs: choose another model")
+            raise CapabilityError(
+                f"{file} names code of its own (auto_map), which Outrider never runs: choose another model"
+            )
     if find_spec("PIL") is None:
         raise ConfigError(f"images need Pillow: {INSTALL}")
     from transformers import AutoProcessor
@@ -53,7 +59,11 @@ def _processor(folder: Path) -> Any:
     try:
         made = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing packages and damaged files end in errors of many kinds
-        missing = "" if find_spec("torchvision") is not None else f"; torchvision is not installed, and it may need it: {INSTALL}"
+        missing = (
+            ""
+            if find_spec("torchvision") is not None
+            else f"; torchvision is not installed, and it may need it: {INSTALL}"
+        )
         raise CapabilityError(f"the processor of {folder} cannot be loaded ({brief(error)}){missing}") from None
     if not is_processor(made):
         raise CapabilityError(f"{folder} has no processor for images: choose an image-text-to-text model")

@@ -44,9 +44,7 @@ class Entry:
 
 
 @torch.no_grad()
-def entry_of(
-    model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any], pictured: Bool[Tensor, "n"]
-) -> Entry:
+def entry_of(model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any], pictured: Bool[Tensor, "n"]) -> Entry:
     """What enters `text`, the text part of `model`, when the model reads one prompt, given as its processor gives it.
 
     pictured: which tokens are rows of images.
@@ -67,7 +65,9 @@ def entry_of(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a family may want other inputs, and say so in any way
-        raise CapabilityError(f"{kind} cannot read this image ({brief(error)}): choose another model or image") from error
+        raise CapabilityError(
+            f"{kind} cannot read this image ({brief(error)}): choose another model or image"
+        ) from error
     finally:
         hook.remove()
     embeds = seen.get(_EMBEDS)

@@ -31,7 +31,9 @@ def try_image(target: HFTarget, prompt: ImagePrompt, pictured: Pictured, tensors
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a family may want other inputs, and say so in any way
-        raise CapabilityError(f"{kind} fails on a small image ({brief(error)}): choose another model for images") from error
+        raise CapabilityError(
+            f"{kind} fails on a small image ({brief(error)}): choose another model for images"
+        ) from error
     end = len(prompt) - DRAFTED
     middle = min(pictured.whole(max(1, pictured.starts[0] + 2)), end - 1)
     kv, found, rows_of = target.new_kv(1, len(prompt) + 1), list[Tensor](), list[int]()

@@ -54,7 +54,6 @@ class HFImages:
             self._processor = self._make()
         return self._processor
 
-    @property
     def mark(self) -> str:
         """What stands in a text for an image."""
         found = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
@@ -66,9 +65,13 @@ class HFImages:
     def _token(self) -> int:
         """The id that stands at every row of an image."""
         config = self.target.model.config
-        found = next((getattr(config, n, None) for n in ("image_token_id", "image_token_index") if hasattr(config, n)), None)
+        found = next(
+            (getattr(config, n, None) for n in ("image_token_id", "image_token_index") if hasattr(config, n)), None
+        )
         if not isinstance(found, int):
-            raise CapabilityError(f"{type(self.target.model).__name__} names no token of image rows: choose another model")
+            raise CapabilityError(
+                f"{type(self.target.model).__name__} names no token of image rows: choose another model"
+            )
         return found
 
     def read(self, text: str, images: Sequence[Any], special: bool | None = None) -> ImagePrompt:
@@ -76,13 +79,18 @@ class HFImages:
         pictures = as_pictures(images)
         if not pictures:
             raise RequestError("a prompt with images needs at least one: send a text alone as it is")
-        marks = text.count(self.mark)
+        marks = text.count(self.mark())
         if marks != len(pictures):
             raise RequestError(
-                f"the text has {marks} places for images ({self.mark}) and there are {len(pictures)} images: it needs one for each"
+                f"the text has {marks} places for images ({self.mark()}) and there are {len(pictures)} images: it needs one "
+                "for each"
             )
         whole = self._processed(text, pictures, special)
-        alone = [whole] if len(pictures) == 1 else [self._processed(self.mark, [picture], special) for picture in pictures]
+        alone = (
+            [whole]
+            if len(pictures) == 1
+            else [self._processed(self.mark(), [picture], special) for picture in pictures]
+        )
         return self._prompt(whole, alone)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ImagePrompt:
@@ -111,7 +119,9 @@ class HFImages:
             raise
         except Exception as error:  # it may refuse sizes and texts in any way
             why = brief(error)
-            raise RequestError(f"the model's processor refuses this prompt ({why}): change the image or the text") from None
+            raise RequestError(
+                f"the model's processor refuses this prompt ({why}): change the image or the text"
+            ) from None
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def _prompt(self, whole: dict[str, Any], alone: list[dict[str, Any]]) -> ImagePrompt:
@@ -154,7 +164,7 @@ class HFImages:
             raise CapabilityError(
                 f"{type(target.model).__name__} takes text only, because {why}: choose another model for images"
             )
-        prompt = self.read(f"one {self.mark} two three four", [trial_picture()])
+        prompt = self.read(f"one {self.mark()} two three four", [trial_picture()])
         image = prompt.images[0]
         tensors = {name: _moved(value, target) for name, value in image.tensors.items()}
         try_image(target, prompt, Pictured((self._rows_of(image),), (image.first,)), tensors)
