@@ -149,6 +149,10 @@ class ImageReader(Protocol):
         """A prompt of a conversation, by the model's own template; parts {"type": "image", "image": ...} are images."""
         ...
 
+    def prove(self) -> None:
+        """Try a small image, once, before the first prompt does. Raises CapabilityError if the target would not read it exactly."""
+        ...
+
     def rows(self, image: ImageInput) -> ImageRows:
         """What the target has for an image. It runs the model where the image is new, so only between two steps."""
         ...

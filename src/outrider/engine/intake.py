@@ -43,10 +43,15 @@ class Intake:
         return self._images
 
     def pictured(self, prompt: list[int]) -> Pictured | None:
-        """What the images of a prompt are to the target, which sees new ones now: only between two steps."""
+        """What the images of a prompt are to the target, which sees new ones now: only between two steps. Raises RequestError for
+        images that it cannot read exactly."""
         if not isinstance(prompt, ImagePrompt):
             return None
-        return Pictured(tuple(map(self.reader.rows, prompt.images)), tuple(image.first for image in prompt.images))
+        try:
+            rows = tuple(map(self.reader.rows, prompt.images))
+        except CapabilityError as error:
+            raise RequestError(str(error)) from None
+        return Pictured(rows, tuple(image.first for image in prompt.images))
 
     def check(self, tokens: list[int], params: SamplingParams) -> None:
         """Raise RequestError for a request that cannot be served."""
