@@ -99,7 +99,7 @@ class HFImages:
         for message in messages:
             content = message.get("content")
             parts = [] if isinstance(content, str) or content is None else content
-            images += [part["image"] for part in parts if part.get("type") == "image"]
+            images += [part.get("image") for part in parts if part.get("type") == "image"]
             bare = [{k: v for k, v in part.items() if k != "image"} for part in parts]
             shown.append({**message, **({"content": bare} if parts else {})})
         own = getattr(self.processor, "chat_template", None)
@@ -149,11 +149,12 @@ class HFImages:
         It takes as long as two prompts with an image, and is done once.
         """
         if self._refused is None:
-            self._refused = ""
+            refused = ""
             try:
                 self._try()
             except (CapabilityError, RequestError) as error:
-                self._refused = str(error)
+                refused = str(error)
+            self._refused = refused
         if self._refused:
             raise CapabilityError(self._refused)
 
@@ -225,7 +226,7 @@ def _digest(segment: list[int], tensors: Mapping[str, Any]) -> bytes:
     for name, value in sorted(tensors.items()):
         if value.shape != shape:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.digest()
 
 
