@@ -16,7 +16,7 @@ REPEATING := $(STATISTICAL) \
   tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
   tests/engine/test_prefix_cache.py tests/engine/test_sharing.py tests/engine/test_text.py \
   tests/models/test_config_keys.py tests/models/test_expert_targets.py tests/models/test_families.py tests/models/test_gguf_damaged.py \
-  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_lean.py tests/models/test_quantised_target.py \
+  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_image_prompts.py tests/models/test_lean.py tests/models/test_quantised_target.py \
   tests/sampling/test_grammar.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
