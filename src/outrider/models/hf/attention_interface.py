@@ -9,7 +9,7 @@ function gets no mask at all (`masking_utils._preprocess_mask_arguments`), so on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,30 +36,31 @@ class _Span:
 
     def __init__(self, kv: PagedKV, where: slice | Tensor) -> None:
         self._kv, self._where = kv, where
-        self._views = (kv.k[:, :, where].unbind(), kv.v[:, :, where].unbind()) if isinstance(where, slice) else None
+        self._views = tuple(x[:, None, :, where].unbind() for x in (kv.k, kv.v)) if isinstance(where, slice) else None
 
-    def write(self, layer: int, key: Float[Tensor, "g n D"], value: Float[Tensor, "g n E"]) -> None:
-        for part, (cache, new) in enumerate(((self._kv.k, key), (self._kv.v, value))):
-            groups, size = new.shape[0], new.shape[-1]
+    def write(self, layer: int, key: Float[Tensor, "1 g n D"], value: Float[Tensor, "1 g n E"]) -> None:
+        for part, new in enumerate((key, value)):
+            groups, size = new.shape[1], new.shape[3]
             if self._views is None:
-                cache[layer, :groups][:, self._where, :size] = new
+                (self._kv.k, self._kv.v)[part][layer, :groups][:, self._where, :size] = new[0]
             else:
                 _narrow(self._views[part][layer], groups, size).copy_(new)
 
     def read(
-        self, layer: int, groups: int, key_size: int, value_size: int
-    ) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m E"]]:
+        self, layer: int, key: Float[Tensor, "1 g n D"], value: Float[Tensor, "1 g n E"]
+    ) -> tuple[Float[Tensor, "1 g m D"], Float[Tensor, "1 g m E"]]:
+        """Keys and values of a layer whose new ones are like these."""
         if self._views is None:
-            k, v = (cache[layer, :groups][:, self._where] for cache in (self._kv.k, self._kv.v))
+            k, v = (cache[layer][None, :, self._where] for cache in (self._kv.k, self._kv.v))
         else:
             k, v = self._views[0][layer], self._views[1][layer]
-        return _narrow(k, groups, key_size), _narrow(v, groups, value_size)
+        return _narrow(k, key.shape[1], key.shape[3]), _narrow(v, value.shape[1], value.shape[3])
 
 
-def _narrow(entries: Float[Tensor, "G n S"], groups: int, size: int) -> Float[Tensor, "g n D"]:
+def _narrow(entries: Float[Tensor, "1 G n S"], groups: int, size: int) -> Float[Tensor, "1 g n D"]:
     """Those of a layer with fewer or smaller heads than the cache has room for."""
-    whole = entries.shape[0] == groups and entries.shape[2] == size
-    return entries if whole else entries[:groups, :, :size]
+    whole = entries.shape[1] == groups and entries.shape[3] == size
+    return entries if whole else entries[:, :groups, :, :size]
 
 
 @dataclass(slots=True)
@@ -107,17 +108,18 @@ def _attend(
     """The registered attention function: write rows after their slot's tokens, then attend per segment."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, window, plain = int(module.layer_idx), sliding_window or 0, not softcap and s_aux is None  # type: ignore[arg-type]
-    q, k, v, segments = query[0], key[0], value[0], outrider.rows.segments
-    out: list[Tensor] = []
+    segments, out = outrider.rows.segments, list[Tensor]()
     for i, s in enumerate(segments):
-        mine = (q, k, v) if len(segments) == 1 else [x[:, s.first : s.first + s.count] for x in (q, k, v)]
-        outrider.span(i, s.cached).write(layer, mine[1], mine[2])
+        q, k, v = query, key, value
+        if len(segments) > 1:
+            q, k, v = (x[:, :, s.first : s.first + s.count] for x in (q, k, v))
+        outrider.span(i, s.cached).write(layer, k, v)
         low = max(0, s.cached - window + 1) if window else 0
-        keys, values = outrider.span(i, low).read(layer, k.shape[0], k.shape[-1], v.shape[-1])
+        keys, values = outrider.span(i, low).read(layer, k, v)
         causal = plain and s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
         mask = None if causal else outrider.mask(i, low, window)
-        out.append(attend(mine[0], keys, values, mask, scale=scale, causal=causal, softcap=softcap, sinks=s_aux, fold=True))
-    return (out[0] if len(out) == 1 else torch.cat(out, 1)).transpose(0, 1)[None].contiguous(), None
+        out.append(attend(q, keys, values, mask, scale=scale, causal=causal, softcap=softcap, sinks=s_aux, fold=True))
+    return (out[0] if len(out) == 1 else torch.cat(out, 2)).transpose(1, 2).contiguous(), None
 
 
 # ---------------------------------------------------------------------------------- can this model be driven this way?
@@ -163,13 +165,6 @@ class AttentionInterfacePath:
         self.rows, self.configs = scores_rows(model, probe), configs_of(model)
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
-        self._held = False
-
-    def hold(self) -> None:
-        """Leave the model with this attention, for an owner who runs it in no other way: changing it for each call takes time."""
-        for config in self.configs:
-            config._attn_implementation = _ATTEND
-        self._held = True
 
     def new_kv(self, slots: int, length: int, layers: int | None = None, memory: int | None = None) -> PagedKV:
         """layers: of a prefix of the model; None: all. memory: bytes that it may take, see `page_limit`."""
@@ -194,7 +189,7 @@ class AttentionInterfacePath:
     def _call(self, rows: Rows, kv: KVCache) -> Float[Tensor, "M V"]:
         assert isinstance(kv, PagedKV)
         kv.reserve(rows)
-        with nullcontext() if self._held else attention_in(self.configs, _ATTEND):
+        with attention_in(self.configs, _ATTEND):
             out = self.model(
                 input_ids=rows.token[None],
                 position_ids=rows.position[None],

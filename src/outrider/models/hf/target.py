@@ -110,8 +110,6 @@ class HFTarget:
             ) from error
         self.vocab_size = reference.shape[-1]
         self.serving_path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
-        if isinstance(self.serving_path, AttentionInterfacePath):
-            self.serving_path.hold()
         self.path, self.trees, self.rewinds = self.serving_path.name, self.serving_path.trees, self.serving_path.rewinds
         self.notices = costs(type(model).__name__, self.serving_path, self.why)
 
