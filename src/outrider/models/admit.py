@@ -72,14 +72,14 @@ def fails_to_run(kind: str, tokens: int, error: BaseException) -> ConfigError:
 
 @torch.no_grad()
 def try_out(config: Any) -> None:
-    """Run a random model of this configuration on a short text, as far as that takes a second: all of a small model, two layers of a
-    larger one. Raises ConfigError if a small one fails, or if rows change with what follows them, which not every family states.
+    """Run a random model of this configuration on a short text, as far as that takes a second: all of a small model, a layer or
+    two of a larger one. Raises ConfigError if a small one fails, or if rows change with what follows them, which not every family states.
 
     A large or unusual model is left to loading, which runs the model itself.
     """
     token = torch.tensor([[3, 5, 7, 9, 11, 13, 15, 17], [3, 5, 7, 9, 11, 13, 15, 4]])
     asked = (token[:1], token[1:], token[:1, :4])
-    for layers in (None, 2):
+    for layers in (None, 2, 1):
         whole, kind = layers is None, type(config).__name__
         try:
             tried = config if whole else _shallow(config, layers)
