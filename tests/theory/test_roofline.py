@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from outrider.theory import hardware, roofline
 from outrider.theory.hardware import HARDWARE, MODELS, Mixture
+from outrider.theory.recurrent import reread
 from outrider.theory.roofline import Setting, forward, predict, self_draft_crossing, self_draft_speedup
 from outrider.theory.speedup import speedup, tokens_per_call
 

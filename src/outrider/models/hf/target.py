@@ -15,7 +15,7 @@ token in between (`models.hf.choice`). With transformers 5.16 to 5.24 the result
     seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT,
                GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3, and GPT-J if it attends through the interface
     cache      BLOOM, MPT, Falcon, GPT-Neo, StableLM, Nemotron, Llama 4, Phi-3 beyond its native length
-    snapshots  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV, DeepSeek-V4
+    snapshots  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV, DeepSeek-V4, RecurrentGemma
     recompute  the first GPT
 """
 
