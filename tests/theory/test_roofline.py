@@ -169,10 +169,10 @@ def test_a_target_whose_state_cannot_be_cut_reads_tokens_again() -> None:
     cut = Setting(HARDWARE["laptop-ddr5"], context=1024)
     uncut = replace(cut, recurrent=True)
     target, draft = MODELS["8b"], MODELS["1b"]
-    plain, found = predict(target, draft, cut, 0.7), predict(target, draft, uncut, 0.7)
+    plain, found = predict(target, draft, cut, 0.85), predict(target, draft, uncut, 0.85)
     assert found.plain == plain.plain and 0 < found.best.length < plain.best.length
     for row, other in zip(found.rows[1:], plain.rows[1:], strict=True):
-        again = reread([0.7] * row.length)
+        again = reread([0.85] * row.length)
         forwards = again.forwards * forward(target, cut).seconds
         assert row.read_again == again.rows and other.read_again == 0.0
         assert row.verify_seconds == pytest.approx(forward(target, cut, row.length + 1 + again.rows).seconds + forwards)
