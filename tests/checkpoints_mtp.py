@@ -165,8 +165,8 @@ def root_of(family: str, head: int = 0) -> tuple[str, str]:
 
 
 def to_float8(folder: Path, block: int) -> None:
-    """Store the matrices of the decoder layers of DeepSeek's layout in float8 with a scale for each block; the others are rounded so
-    that float8 has them exactly."""
+    """Store the matrices of the decoder layers of DeepSeek's layout in float8 with a scale for each block; so that float8 has their
+    ratios to it as near as it can."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, value in list(tensors.items()):

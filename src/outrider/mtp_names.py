@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One family's way of naming heads. root: before all tensors of one, with "{N}" for the model's number of layers plus the head's
-    own, "{D}" for the head's own, from 0; without either, heads share `parts`, and each has a decoder layer.
+    """One family's way of naming heads. root: before all tensors of one, with "{N}" for the model's number of layers plus the
+    head's own, "{D}" for the head's own, from 0; without either, heads share `parts`, and each has a decoder layer.
 
     every: a pattern of the beginnings of all heads' tensors; a group is the number of a layer that the model itself may have.
     parts: norm of the token, norm of the hidden state, product of both, last norm. layer: before the decoder layer's tensors,
-    behind the root, with "{D}" likewise. hidden_first: the product reads [hidden state, token]. shifted: norms multiply by 1 + weight.
+    behind the root, with "{D}" likewise. hidden_first: the product reads [hidden state, token]. shifted: norms multiply by
+    1 + weight.
     """
 
     root: str

@@ -103,7 +103,8 @@ def speedup(
     recurrent: Annotated[
         bool,
         typer.Option(
-            "--recurrent", help="The target's state cannot be cut (Mamba's kind): accepted tokens are read again after a rejection."
+            "--recurrent",
+            help="The target's state cannot be cut (Mamba's kind): accepted tokens are read again after a rejection.",
         ),
     ] = False,
     json: Json = False,
@@ -119,7 +120,18 @@ def speedup(
     Two machines: outrider theory speedup --target 405b --draft 8b --devices 16 --pipeline 2 --between ib-ndr --batch 8
     """
     document = speedup_document(
-        target, draft, figures, acceptance, length, batch, context, split, draft_context, weight_bytes, overhead / 1000, recurrent
+        target,
+        draft,
+        figures,
+        acceptance,
+        length,
+        batch,
+        context,
+        split,
+        draft_context,
+        weight_bytes,
+        overhead / 1000,
+        recurrent,
     )
     terminal.print_json(document) if json else print_speedup(document)
 

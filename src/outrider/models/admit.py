@@ -73,7 +73,8 @@ def fails_to_run(kind: str, tokens: int, error: BaseException) -> ConfigError:
 @torch.no_grad()
 def try_out(config: Any) -> None:
     """Run a random model of this configuration on a short text, as far as that takes a second: all of a small model, a layer or
-    two of a larger one. Raises ConfigError if a small one fails, or if rows change with what follows them, which not every family states.
+    two of a larger one. Raises ConfigError if a small one fails, or if rows change with what follows them, which not every family
+    states.
 
     A large or unusual model is left to loading, which runs the model itself.
     """

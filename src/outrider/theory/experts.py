@@ -130,8 +130,8 @@ def best_length(
 def possible_gain(
     acceptance: float, draft_cost: float, times: Sequence[float], chosen: int, longest: int | None = None
 ) -> float:
-    """How many times faster than with drafts of `chosen` tokens the best fixed length decodes: nothing that chooses one length for all
-    steps can gain more. Arguments as of `best_length`; chosen: for example the length that a dense model would take.
+    """How many times faster than with drafts of `chosen` tokens the best fixed length decodes: nothing that chooses one length for
+    all steps can gain more. Arguments as of `best_length`; chosen: for example the length that a dense model would take.
 
     >>> times = [VerificationCost(Routing.uniform(64, 8, 0.4), 0.8).relative(n) for n in range(1, 10)]
     >>> [round(possible_gain(a, 0.0, times, 4), 2) for a in (0.5, 0.8)]

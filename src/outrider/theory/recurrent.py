@@ -11,10 +11,11 @@ probability P and otherwise what it was and j more, so that E[G] = (1 - P) E[G] 
     E[G] = sum of j f_j / P = (E[tokens per call] - (n + 1) P) / P
 
 which is the replay of one call times the mean number of calls, 1 / P, until a draft is kept whole: short drafts of high acceptance
-read little again, and E[G] grows without bound where a draft is seldom kept whole. With the limit M, calls fall into rounds: a round
-begins with nothing to read again in the call's own forward, and ends with a draft that is kept whole or with more than M gathered.
+read little again, and E[G] grows without bound where a draft is seldom kept whole. With the limit M, calls fall into rounds: a
+round begins with nothing to read again in the call's own forward, and ends with a draft that is kept whole or with more than M gathered.
 u_0 = 1 and u_g = sum of f_j u_(g-j) are the mean numbers of calls of a round that find g <= M tokens, v_g = sum of f_j u_(g-j) over
-g - j <= M the probability that it ends with g > M (the renewal equation, Feller 1968, volume 1, section XIII.3). Rounds are alike, so
+g - j <= M the probability that it ends with g > M (the renewal equation, Feller 1968, volume 1, section XIII.3). Rounds are alike,
+so
 
     rows = (sum of g u_g + sum of g v_g) / sum of u_g,    forwards = sum of v_g / sum of u_g
 
@@ -24,6 +25,7 @@ per call. Both forms agree with the simulated rule (`tests/theory/test_reread.py
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +51,7 @@ def _left(acceptance: npt.ArrayLike) -> tuple[list[float], float]:
     for i, value in enumerate(a):
         fraction(f"acceptance[{i}]", value)
     reached = [1.0, *np.cumprod(a).tolist()]
-    return [up - down for up, down in zip(reached, reached[1:], strict=False)], reached[-1]
+    return [up - down for up, down in pairwise(reached)], reached[-1]
 
 
 def gathered(acceptance: npt.ArrayLike) -> float:

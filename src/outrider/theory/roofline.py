@@ -49,8 +49,8 @@ class Setting:
     overhead: seconds added to every forward (launches, host).
     devices: of one copy, tensor-parallel in each of `pipeline` stages; link: between devices of a stage, None: free. between: from
     stage to stage (default: the same). draft_devices: that the draft is split over (default: a stage's). efficiency: share of the
-    rates of memory and arithmetic that software reaches. recurrent: the target's state cannot be cut, so that accepted tokens are read
-    again after a rejection (`theory.recurrent`).
+    rates of memory and arithmetic that software reaches. recurrent: the target's state cannot be cut, so that accepted tokens are
+    read again after a rejection (`theory.recurrent`).
     """
 
     hardware: Hardware
@@ -136,8 +136,8 @@ def _forward(model: Model, setting: Setting, rows: float, context: int | None, d
 
 @dataclass(frozen=True, slots=True)
 class AtLength:
-    """Predicted speed at one draft length; length 0 is plain decoding. read_again: tokens per call that a target whose state cannot be
-    cut reads again; verify_seconds contains them."""
+    """Predicted speed at one draft length; length 0 is plain decoding. read_again: tokens per call that a target whose state cannot
+    be cut reads again; verify_seconds contains them."""
 
     length: int
     tokens_per_call: float

@@ -43,7 +43,8 @@ class Carried:
     block: tuple[int, int]
 
     def tensors(self, head: int = 0) -> dict[str, Tensor]:
-        """All tensors of a head, from 0; those of its decoder layer begin with `LAYER`. Float8 with scales by blocks becomes bfloat16.
+        """All tensors of a head, from 0; those of its decoder layer begin with `LAYER`. Float8 with scales by blocks becomes
+        bfloat16.
 
         Raises ConfigError for a tensor that is not stored as numbers.
         """
@@ -68,8 +69,8 @@ class Carried:
             return value
         kind = str(value.dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{self.folder}: tensor {name[:120]} of its MTP head is stored as {kind}, without scales of blocks that fit it: use the "
-            "unquantized checkpoint, or another drafter"
+            f"{self.folder}: tensor {name[:120]} of its MTP head is stored as {kind}, without scales of blocks that fit it: use "
+            "the unquantized checkpoint, or another drafter"
         )
 
     def _plain(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +107,9 @@ def _block(raw: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     if block is None:
         return 128, 128
     if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise ConfigError(f"{folder / 'config.json'}: weight_block_size must be two whole numbers above 0, got {str(block)[:60]}")
+        raise ConfigError(
+            f"{folder / 'config.json'}: weight_block_size must be two whole numbers above 0, got {str(block)[:60]}"
+        )
     return block[0], block[1]
 
 

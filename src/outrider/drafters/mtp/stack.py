@@ -5,8 +5,8 @@ output on it and S_(k-1) of the token before it. The logits behind the k-th toke
 from S_k, and beyond the last head from that one, which then reads its own output. So every head reads every token, and its cache
 holds the same rows as the first one's, without the k - 1 tokens at the beginning of a text that it has no input for.
 
-Within a draft a head is run only when its level is reached: it then reads all nodes of the draft so far, because the nodes above are
-its context. That is one row more per level; heads are few.
+Within a draft a head is run only when its level is reached: it then reads all nodes of the draft so far, because the nodes above
+are its context. That is one row more per level; heads are few.
 """
 
 from __future__ import annotations

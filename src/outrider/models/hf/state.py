@@ -38,8 +38,8 @@ class Handover:
     argument: of forward, takes the state. returned: field of the output with the state. fresh: makes the first state
     (None: the model does). extra: other arguments of a call. rows: forward can compute the logits of given rows alone.
     positions: forward is passed the tokens' positions, as by `generate`; some models count from 0 in every call.
-    kept: attributes of modules that hold a part of the state between calls; then a state is a dictionary of the object that is given,
-    which the model writes into and does not return, and of these.
+    kept: attributes of modules that hold a part of the state between calls; then a state is a dictionary of the object that is
+    given, which the model writes into and does not return, and of these.
     """
 
     argument: str
@@ -182,7 +182,9 @@ def _written(
     """Attributes of the model's modules that hold another tensor after a call: a state that is not handed over (RecurrentGemma)."""
 
     def held() -> dict[tuple[nn.Module, str], Tensor]:
-        return {(m, name): value for m in model.modules() for name, value in vars(m).items() if isinstance(value, Tensor)}
+        return {
+            (m, name): value for m in model.modules() for name, value in vars(m).items() if isinstance(value, Tensor)
+        }
 
     before = held()
     model(input_ids=inputs[None], **{argument: maker()}, **extra)
