@@ -23,8 +23,8 @@ def on_host(x: Tensor) -> bool:
 
 
 def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor [n] on `device`, without waiting for what the device is doing. Whole numbers for the host are read where they lie, in
-    a fifth of the time of `torch.tensor`."""
+    """A tensor [n] on `device`, without waiting for what the device is doing. Whole numbers for the host are read where they lie,
+    in a fifth of the time of `torch.tensor`."""
     if dtype is torch.int64 and device.type == "cpu" and values:
         return torch.frombuffer(array("q", values), dtype=dtype)
     made = torch.tensor(values, dtype=dtype)
