@@ -132,7 +132,8 @@ def make_with_head(folder: Path, family: str, seed: int = 0, heads: int = 1) -> 
         layer = copy.deepcopy(model.model.layers[-1])
         for weight in layer.parameters():
             weight *= scale_of(head) if weight.ndim > 1 else 1.0
-        plain.append(PlainHead(*(part.double() for part in parts), layer))
+        token, hidden, product, last = (part.double() for part in parts)
+        plain.append(PlainHead(token, hidden, product, last, layer))
     return PlainHeads(model, plain)
 
 

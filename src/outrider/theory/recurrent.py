@@ -13,9 +13,9 @@ probability P and otherwise what it was and j more, so that E[G] = (1 - P) E[G] 
 which is the replay of one call times the mean number of calls, 1 / P, until a draft is kept whole: short drafts of high acceptance
 read little again, and E[G] grows without bound where a draft is seldom kept whole. With the limit M, calls fall into rounds: a
 round begins with nothing to read again in the call's own forward, and ends with a draft that is kept whole or with more than M
-gathered. u_0 = 1 and u_g = sum of f_j u_(g-j) are the mean numbers of calls of a round that find g <= M tokens, v_g = sum of f_j u_(g-j) over
-g - j <= M the probability that it ends with g > M (the renewal equation, Feller 1968, volume 1, section XIII.3). Rounds are alike,
-so
+gathered. u_0 = 1 and u_g = sum of f_j u_(g-j) are the mean numbers of calls of a round that find g <= M tokens, v_g = the same sum
+over g - j <= M the probability that it ends with g > M (the renewal equation, Feller 1968, volume 1, section XIII.3). Rounds are
+alike, so
 
     rows = (sum of g u_g + sum of g v_g) / sum of u_g,    forwards = sum of v_g / sum of u_g
 

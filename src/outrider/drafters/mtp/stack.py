@@ -22,6 +22,7 @@ from torch import Tensor
 
 from outrider.drafters.eagle.drafter import EagleDrafter, Follower, ForwardOf
 from outrider.drafters.eagle.forward import Forward
+from outrider.drafters.eagle.network import EagleNetwork
 from outrider.drafters.mtp.network import MtpHead
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
@@ -95,7 +96,7 @@ class HeadStack(EagleDrafter):
             parts, model = self._read(head, model, parts), head.model
 
     @staticmethod
-    def _read(head: _Later, above: MtpHead, parts: list[_Part]) -> list[_Part]:
+    def _read(head: _Later, above: EagleNetwork, parts: list[_Part]) -> list[_Part]:
         """One more head reads these tokens; the parts for the next one."""
         rows, features, given = Rows(), list[Tensor](), list[int]()
         for part in parts:
@@ -156,13 +157,14 @@ class HeadFollower(Follower):
     def _feed(
         self,
         head: _Later,
-        above: MtpHead,
+        above: EagleNetwork,
         levels: list[list[tuple[int, list[int]]]],
         frontier: list[tuple[int, int]],
         known: dict[tuple[int, int], Tensor],
     ) -> Float[Tensor, "n V"]:
         """The nodes of these levels in one forward, each with what `above` gave on its parent; logits after the frontier."""
         rows, order, features, forest = Rows(), list[tuple[int, int]](), list[Tensor](), self._forest
+        nothing = self._model.fc.weight.new_zeros(self._model.config.hidden)  # the text is too short for the head above
         for i, slot in enumerate(self._slots):
             nodes = [k for level in levels for j, own in level if j == i for k in own]
             if not nodes:
@@ -173,7 +175,7 @@ class HeadFollower(Follower):
                 self._row[i, k] = len(place.parents)
                 place.parents.append(self._row.get((i, parent), -1))
                 position.append(self._starts[i] + len(forest.path(i, k)) - 1)
-                features.append(known.get((i, parent), torch.zeros_like(self._places[i].state)))
+                features.append(known.get((i, parent), nothing))
                 order.append((i, k))
             rows.add(slot, head.cache.length[slot], [forest.tokens[i][k] for k in nodes], position, list(place.parents))
         where = {pair: row for row, pair in enumerate(order)}
