@@ -196,9 +196,6 @@ DRAFTERS: dict[str, Factory] = {
     "eagle1": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "eagle1"),
     "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
     "mtp": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "mtp"),
-    "mtp-tree": lambda target, slots: eagle(
-        target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement"), "mtp"
-    ),
     "mtp-heads": lambda target, slots: HeadStack(
         [(learned("mtp", target), forward_of)] * 2,  # type: ignore[list-item]
         Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement"),
