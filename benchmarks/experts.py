@@ -26,7 +26,7 @@ from outrider.models.decoder import DecoderConfig, DecoderWeights, Experts, Laye
 from outrider.models.lean import LeanTarget
 from outrider.params import SamplingParams
 from outrider.protocols import Drafter
-from outrider.theory.experts import best_length
+from outrider.theory.experts import best_length, possible_gain
 from outrider.types import Draft, Evidence, Rows
 from outrider.verify import load_rule
 
@@ -143,6 +143,10 @@ def main() -> None:
         "v_measured": [round(t / measured[0], 2) for t in measured], "v_model": [round(x, 2) for x in model],
         "v_dense": [round(t / flat[0], 2) for t in flat], "repeat": round(work.routing.repeat, 3),
         "length_dense": lengths[0], "length_experts": lengths[1],
+        "possible": {
+            name: round(possible_gain(options.acceptance, 0.0, v, lengths[0]), 3)
+            for name, v in (("model", model), ("measured", measured))
+        },
         "tokens_per_second": {n: round(median(x), 1) for n, x in speeds.items()},
         "ratio": round(median(speeds[lengths[1]]) / median(speeds[lengths[0]]), 3),
         "ratio_range": [round(min(pairs), 3), round(max(pairs), 3)],

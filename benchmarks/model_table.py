@@ -125,10 +125,11 @@ def shrink(config: Any, own: dict[str, Any]) -> Any:
     if "qk_rope_head_dim" in held:  # latent attention: its rotary part is a head of its own
         given |= {"head_dim": SMALL["qk_rope_head_dim"], "num_key_value_heads": 4}
     parts = {k: getattr(config, k) for k in getattr(kind, "sub_configs", {}) if getattr(config, k, None) is not None}
-    if parts:
+    smaller = {k: shrink(c, own if "text" in k else {}) for k, c in parts.items()}
+    if any("vocab_size" in c.to_dict() for c in parts.values()):  # the language model is one of them
         given = {k: v for k, v in given.items() if k.endswith("token_id")}
-        return kind(**given, **{k: shrink(c, own if "text" in k else {}) for k, c in parts.items()})
-    return kind(**{**given, **own})
+        return kind(**given, **smaller)
+    return kind(**{**given, **own, **smaller})
 
 
 def build(family: str) -> Any:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One family's way of naming heads. root: before all tensors of the first, with "{N}" for the model's number of layers.
+    """One family's way of naming heads. root: before all tensors of one, with "{N}" for the model's number of layers plus the
+    head's own, "{D}" for the head's own, from 0; without either, heads share `parts`, and each has a decoder layer.
 
     every: a pattern of the beginnings of all heads' tensors; a group is the number of a layer that the model itself may have.
     parts: norm of the token, norm of the hidden state, product of both, last norm. layer: before the decoder layer's tensors,
-    behind the root. hidden_first: the product reads [hidden state, token]. shifted: norms multiply by 1 + weight. depth: the keys
-    of config.json that say how many heads there are.
+    behind the root, with "{D}" likewise. hidden_first: the product reads [hidden state, token]. shifted: norms multiply by
+    1 + weight.
     """
 
     root: str
@@ -24,15 +25,28 @@ class Layout:
     layer: str = ""
     hidden_first: bool = False
     shifted: bool = False
-    depth: tuple[str, ...] = ("num_nextn_predict_layers",)
 
-    def begins(self, layers: int) -> str:
-        """The root of a model with so many layers."""
-        return self.root.replace("{N}", str(layers))
+    def begins(self, layers: int, head: int = 0) -> str:
+        """The root of a head of a model with so many layers."""
+        return self.root.replace("{N}", str(layers + head)).replace("{D}", str(head))
 
-    def required(self, layers: int) -> tuple[str, ...]:
+    def inner(self, layers: int, head: int = 0) -> str:
+        """Before the tensors of a head's decoder layer."""
+        return self.begins(layers, head) + self.layer.replace("{D}", str(head))
+
+    def required(self, layers: int, head: int = 0) -> tuple[str, ...]:
         """The names of `parts` in the files."""
-        return tuple(f"{self.begins(layers)}{part}.weight" for part in self.parts)
+        return tuple(f"{self.begins(layers, head)}{part}.weight" for part in self.parts)
+
+    def heads(self, names: Collection[str], layers: int) -> int:
+        """How many heads there are among a checkpoint's tensors, up to the first that is not whole."""
+        have, found = set(names), 0
+        while have.issuperset(self.required(layers, found)):
+            inner = self.inner(layers, found)
+            if found and not any(name.startswith(inner) for name in have):
+                break
+            found += 1
+        return found
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -40,7 +54,7 @@ LAYOUTS: Mapping[str, Layout] = {
         "model.layers.{N}.", r"model\.layers\.(\d+)\.", ("enorm", "hnorm", "eh_proj", "shared_head.norm")
     ),
     "mimo": Layout(
-        "model.mtp_layers.0.",
+        "model.mtp_layers.{D}.",
         r"model\.mtp_layers\.\d+\.",
         ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
         hidden_first=True,
@@ -49,9 +63,8 @@ LAYOUTS: Mapping[str, Layout] = {
         "mtp.",
         r"mtp\.",
         ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
-        layer="layers.0.",
+        layer="layers.{D}.",
         shifted=True,
-        depth=("mtp_num_hidden_layers", "num_nextn_predict_layers"),
     ),
 }
 """DeepSeek-V3 and R1, GLM-4.5; MiMo; Qwen3-Next and Qwen3.5."""

@@ -22,6 +22,7 @@ from outrider.moved import names_of
 from outrider.noise import Noise
 from outrider.params import SamplingParams
 from outrider.pictured import Given
+from outrider.transfer import upload
 
 Siblings = Literal["iid", "without_replacement", "hub"]
 """How several children of a node were drawn from one distribution: independently; each from the rest after the earlier ones; or as
@@ -157,7 +158,7 @@ class Draft:
             parent += [up if up < 0 else up + len(tokens) for up in parents]
             tokens += own
         counts = tuple(len(own) for own, _ in trees)
-        draft = Draft(torch.tensor(tokens, dtype=torch.int64, device=device), tuple(parent), counts, q)
+        draft = Draft(upload(tokens, torch.int64, torch.device(device)), tuple(parent), counts, q)
         draft.__dict__["tokens"] = tuple(tokens)  # where `cached_property` keeps it
         return draft
 
@@ -250,8 +251,8 @@ class Rows:
             nodes += range(len(token), len(token) + len(own))
             token += own
             segments.append(Segment(slot, first, start, size, parent, want))
-        tensor = partial(torch.tensor, dtype=torch.int64, device=draft.token.device)
-        return Rows(tensor(token), tensor(position), tuple(segments), tensor(anchors + nodes))
+        place = partial(upload, dtype=torch.int64, device=draft.token.device)
+        return Rows(place(token), place(position), tuple(segments), place(anchors + nodes))
 
 
 class Scores(NamedTuple):

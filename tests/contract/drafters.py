@@ -18,6 +18,7 @@ from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.eagle.forward import forward_of
 from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.jacobi import Jacobi
 from outrider.drafters.medusa.drafter import MedusaDrafter
@@ -25,6 +26,7 @@ from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.mtp.network import MtpConfig
+from outrider.drafters.mtp.stack import HeadStack
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
@@ -194,8 +196,9 @@ DRAFTERS: dict[str, Factory] = {
     "eagle1": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "eagle1"),
     "eagle1-dynamic": lambda target, slots: eagle(target, BestFirst(7, 4, target.vocab_size, width=3), "eagle1"),
     "mtp": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size), "mtp"),
-    "mtp-tree": lambda target, slots: eagle(
-        target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement"), "mtp"
+    "mtp-heads": lambda target, slots: HeadStack(
+        [(learned("mtp", target), forward_of)] * 2,  # type: ignore[list-item]
+        Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement"),
     ),
     "counts": lambda target, slots: counted(target, Levels(levels((1,) * 4), target.vocab_size)),
     "early": lambda target, slots: early_exit(target, 1, Levels(levels((1,) * 4), target.vocab_size)),

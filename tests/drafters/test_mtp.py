@@ -17,6 +17,7 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.combine import FirstOf
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.forward import NativeForward, forward_of
+from outrider.drafters.mtp.format import carried
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.growth import Levels
@@ -25,12 +26,13 @@ from outrider.errors import CapabilityError, ConfigError
 from outrider.evaluate.planning.vllm_draft import drafter_config
 from outrider.models.load import inspect_checkpoint, load_target
 from outrider.mtp_names import head_tensors
+from outrider.nn.blocks.float8 import scaled_blocks
 from outrider.nn.held import library_for
 from outrider.params import SamplingParams
 from outrider.train.methods.mtp import new_head
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
-from tests.checkpoints_mtp import FAMILIES, LAYERS, NAMES, VOCAB, make_with_head
+from tests.checkpoints_mtp import FAMILIES, LAYERS, NAMES, VOCAB, make_with_head, to_float8
 from tests.drafters.drafting import Seen
 from tests.drafters.test_drafters_learned import GROWTHS, TARGET, H, V, decode, states
 
@@ -117,30 +119,67 @@ def test_cached_logits_are_those_of_training(how: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the heads of checkpoints
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoints_head_is_the_equations_and_its_text_the_targets(family: str, tmp_path: Path) -> None:
+SEVERAL = {"qwen2": (3, 4), "deepseek_v3": (2, 3), "qwen3_next": (2, 3)}
+ONE = [pytest.param(f, 1, 3, marks=pytest.mark.slow if f in ("deepseek_v3", "qwen3_next") else ()) for f in FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "heads", "length"), [*ONE, *((f, *sizes) for f, sizes in SEVERAL.items())])
+def test_checkpoints_heads_are_the_equations_and_their_text_the_targets(
+    family: str, heads: int, length: int, tmp_path: Path
+) -> None:
     """Logits that are served, over histories of partial acceptance and chained beyond the trained depth, against float64."""
-    plain = make_with_head(tmp_path, family)
+    plain = make_with_head(tmp_path, family, heads=heads)
     target = load_target(tmp_path, dtype="float32")
-    drafter = load_drafter("mtp", target=target, length=3, target_path=str(tmp_path))
+    drafter = load_drafter("mtp", target=target, length=length, target_path=str(tmp_path))
     assert isinstance(drafter, EagleDrafter) and drafter.name == "mtp"
-    if isinstance(drafter.model, MtpNetwork):
-        drafter.model.double()  # not compiled, nor rounded to bfloat16: test_native_drafts.py holds these together
-    drafter.growth = seen = Seen(Levels(levels((1,) * 3), VOCAB))  # type: ignore[assignment]
-    engine = Engine(target, drafter, load_rule("speculative_sampling"), Fixed(3), slots=2, max_length=40, chunk=5)
+    assert examine(str(tmp_path), "float32", 1, None)["mtp_heads"] == heads
+    for model in [drafter.model, *(later.model for later in getattr(drafter, "later", ()))]:
+        if isinstance(model, MtpNetwork):
+            model.double()  # not compiled, nor rounded to bfloat16: test_native_drafts.py holds these together
+    drafter.growth = seen = Seen(Levels(levels((1,) * length), VOCAB))  # type: ignore[assignment]
+    engine = Engine(target, drafter, load_rule("speculative_sampling"), Fixed(length), slots=2, max_length=40, chunk=5)
     p = [SamplingParams(temperature=1.0, max_tokens=9, seed=i, ignore_eos=True) for i in range(len(PROMPTS))]
     engine.generate(PROMPTS, p)
     assert engine.counts.rejected > 5
-    some = [item for n, item in enumerate(seen.logits.items()) if n % 4 == 0]
-    assert {len(path) for (_, path), _ in some} == {0, 1, 2}
+    some = [item for n, item in enumerate(seen.logits.items()) if n % (length + 1) == 0]
+    assert {len(path) for (_, path), _ in some} == set(range(length))
     for (history, path), row in some:
         wanted = plain.logits(list(history), list(path))
         assert float((row.double() - wanted).abs().max()) < 2e-4 < float(wanted.std())
 
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    engines = [build_engine(tmp_path, draft, length=3, dtype="float32", slots=2) for draft in ("none", "mtp", "auto")]
+    drafts = ["none", "mtp", "auto", *(["tree:2x1x2:mtp", "dynamic:6:mtp"] if target.trees and heads > 1 else [])]
+    engines = [build_engine(tmp_path, draft, length=length, dtype="float32", slots=2) for draft in drafts]
     texts = [[r.outputs[0].token_ids for r in engine.generate(PROMPTS, greedy)] for engine in engines]
-    assert texts[0] == texts[1] == texts[2]
+    assert all(text == texts[0] for text in texts)
+
+
+def test_heads_in_float8_are_read_by_the_scales_of_their_blocks(tmp_path: Path) -> None:
+    make_with_head(tmp_path, "deepseek_v3", heads=2)
+    to_float8(tmp_path, 128)  # what config.json does not say
+    stored, found = load_file(tmp_path / "model.safetensors"), carried(tmp_path)
+    assert found is not None and found.depth == 2
+    for head in range(2):
+        name = f"model.layers.{LAYERS + head}.self_attn.o_proj.weight"
+        assert stored[name].dtype == torch.float8_e4m3fn
+        expected = stored[name].double() * stored[f"{name}_scale_inv"].double()
+        assert found.tensors(head)["layers.0.self_attn.o_proj.weight"].double().equal(expected)
+    greedy = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    engines = [build_engine(tmp_path, draft, length=3, dtype="float32") for draft in ("none", "mtp")]
+    plain, drafted = ([r.outputs[0].token_ids for r in engine.generate(PROMPTS, greedy)] for engine in engines)
+    assert plain == drafted
+    stored[f"model.layers.{LAYERS}.self_attn.o_proj.weight_scale_inv"] = torch.ones(2, 2)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"o_proj\.weight of its MTP head is stored as float8_e4m3fn, without scales"):
+        build_engine(tmp_path, "mtp", dtype="float32")
+
+
+def test_blocks_of_float8_may_be_cut_at_the_edges() -> None:
+    codes = torch.randn(5, 7).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 3)
+    out = scaled_blocks(codes, scales, 2, 3)
+    expected = [[float(codes[i, j]) * float(scales[i // 2, j // 3]) for j in range(7)] for i in range(5)]
+    torch.testing.assert_close(out, torch.tensor(expected))
 
 
 def test_the_heads_tensors_are_known_and_others_are_not(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from benchmarks import model_table
 from benchmarks.families import FAMILIES, PROMPT, build, engine_of, known, ours, theirs
 from benchmarks.model_table import Told
 from outrider import SamplingParams
@@ -83,6 +84,26 @@ def test_drafts_on_a_state_that_cannot_be_cut_give_the_text_of_transformers(fami
     assert engine.counts.rejected > 3
     if not target.serving_path.by_token:
         assert len(fed) == engine.counts.steps
+
+
+def test_a_state_that_a_model_keeps_in_its_modules_is_each_sequences_own() -> None:
+    """RecurrentGemma returns no state: its modules have it between calls, and sequences take turns in them."""
+    model = model_table.build("recurrent_gemma")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    prompts = [model_table.PROMPT, model_table.PROMPT[5:12]]
+    with torch.no_grad():
+        out = [model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False)[0, len(p) :] for p in prompts]
+    reference = [tokens.tolist() for tokens in out]
+    assert reference[0] != reference[1]
+    engine = companion(engine_of(model, 64), Told(reference[0], 3), length=3, slots=2)
+    target = engine.parts.target
+    assert target.path == "snapshots" and target.serving_path.by_token
+    before = [vars(m).get("conv1d_state") for m in target.model.modules()]
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+    found = [list(r.outputs[0].token_ids) for r in engine.generate(prompts, params)]
+    assert found == reference and engine.counts.accepted and engine.counts.rejected
+    after = [vars(m).get("conv1d_state") for m in target.model.modules()]
+    assert all(a is b for a, b in zip(before, after, strict=True)) and len(before) > 5  # nothing of a text stays behind
 
 
 def deprecations(caplog: pytest.LogCaptureFixture) -> set[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from outrider.theory import experts
-from outrider.theory.experts import Routing, VerificationCost, best_length, simulate_touched
+from outrider.theory.experts import Routing, VerificationCost, best_length, possible_gain, simulate_touched
 from outrider.theory.hardware import HARDWARE, MODELS
 from outrider.theory.roofline import Setting, forward, predict
 
@@ -91,6 +91,17 @@ def test_a_mixture_shortens_drafts_where_a_dense_model_of_its_active_size_does_n
         worse = experts.tokens_per_call(acceptance, dense) / (sparse[dense] + 0.01 * dense)
         assert length <= dense and speed >= worse
         assert (length < dense and speed > 1.05 * worse) or acceptance == 0.9
+
+
+def test_no_choice_of_a_length_gains_more_than_is_possible() -> None:
+    """The gain over a length is that of the best one, so it is at least 1 over each, and 1 over the best itself."""
+    times = [VerificationCost(Routing.uniform(64, 8, 0.4), 0.8).relative(n) for n in range(1, 10)]
+    for acceptance in (0.0, 0.5, 0.8, 1.0):
+        length, speed = best_length(acceptance, 0.02, times)
+        gains = [possible_gain(acceptance, 0.02, times, n) for n in range(9)]
+        assert min(gains) == gains[length] == pytest.approx(1.0) and gains[0] == pytest.approx(speed)
+    with pytest.raises(ValueError, match="10 rows"):
+        possible_gain(0.5, 0.0, times, 9)
 
 
 def test_the_roofline_reads_the_touched_experts() -> None:

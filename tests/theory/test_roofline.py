@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from outrider.theory import hardware, roofline
 from outrider.theory.hardware import HARDWARE, MODELS, Mixture
+from outrider.theory.recurrent import reread
 from outrider.theory.roofline import Setting, forward, predict, self_draft_crossing, self_draft_speedup
 from outrider.theory.speedup import speedup, tokens_per_call
 
@@ -161,3 +162,20 @@ def test_self_drafting_never_pays_where_nothing_is_accepted() -> None:
     assert self_draft_speedup(1.0, 3, 0.0, 1.0) == 4.0
     with pytest.raises(ValueError, match="draft_context"):
         self_draft_crossing(MODELS["7b"], Setting(H100), 0.8)
+
+
+def test_a_target_whose_state_cannot_be_cut_reads_tokens_again() -> None:
+    """Its verification is that of the rows and forwards that `theory.recurrent` counts, so that its best draft is shorter."""
+    cut = Setting(HARDWARE["laptop-ddr5"], context=1024)
+    uncut = replace(cut, recurrent=True)
+    target, draft = MODELS["8b"], MODELS["1b"]
+    plain, found = predict(target, draft, cut, 0.85), predict(target, draft, uncut, 0.85)
+    assert found.plain == plain.plain and 0 < found.best.length < plain.best.length
+    for row, other in zip(found.rows[1:], plain.rows[1:], strict=True):
+        again = reread([0.85] * row.length)
+        forwards = again.forwards * forward(target, cut).seconds
+        assert row.read_again == again.rows and other.read_again == 0.0
+        assert row.verify_seconds == pytest.approx(forward(target, cut, row.length + 1 + again.rows).seconds + forwards)
+        assert row.speedup < other.speedup
+    sure = [replace(row, read_again=0.0) for row in predict(target, draft, uncut, 1.0).rows]
+    assert sure == list(predict(target, draft, cut, 1.0).rows)

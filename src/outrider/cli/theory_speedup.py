@@ -100,18 +100,38 @@ def speedup(
     ] = None,
     weight_bytes: Annotated[float, typer.Option("--bytes", help="Bytes of a weight and of a key or value.")] = 2.0,
     overhead: Annotated[float, typer.Option("--overhead-ms", min=0, help="Milliseconds added to every forward.")] = 0.0,
+    recurrent: Annotated[
+        bool,
+        typer.Option(
+            "--recurrent",
+            help="The target's state cannot be cut (Mamba's kind): accepted tokens are read again after a rejection.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Predict tokens per second, plain and speculative, from the bandwidth, arithmetic and memory of a machine.
 
     Example: outrider theory speedup --target 70b --draft 1b --devices 4
 
+    A target with a recurrent state: outrider theory speedup --target 8b --draft 1b --recurrent
+
     A laptop whose memory you measured: outrider theory speedup --hardware laptop-ddr5 --bandwidth 70 --bytes 0.6
 
     Two machines: outrider theory speedup --target 405b --draft 8b --devices 16 --pipeline 2 --between ib-ndr --batch 8
     """
     document = speedup_document(
-        target, draft, figures, acceptance, length, batch, context, split, draft_context, weight_bytes, overhead / 1000
+        target,
+        draft,
+        figures,
+        acceptance,
+        length,
+        batch,
+        context,
+        split,
+        draft_context,
+        weight_bytes,
+        overhead / 1000,
+        recurrent,
     )
     terminal.print_json(document) if json else print_speedup(document)
 
@@ -128,6 +148,7 @@ def speedup_document(
     draft_context: int | None,
     element: float,
     overhead: float,
+    recurrent: bool,
 ) -> dict[str, Any]:
     """The prediction with everything it was made from."""
     from outrider.theory import hardware, links, roofline
@@ -148,7 +169,7 @@ def speedup_document(
         across = links.link(split.between) if split.between else None
         setting = roofline.Setting(
             where, batch, context, split.devices, draft_context, element, overhead, split.pipeline, over, across,
-            split.draft_devices, split.efficiency,
+            split.draft_devices, split.efficiency, recurrent,
         )  # fmt: skip
         lengths = tuple(range(LONGEST + 1)) if length == "auto" else (0, int(length))
         found = roofline.predict(big, small, setting, acceptance, lengths)
@@ -171,6 +192,7 @@ def speedup_document(
         "efficiency": split.efficiency,
         "draft_context": draft_context,
         "bytes": element,
+        "recurrent": recurrent,
     }
 
 
@@ -226,12 +248,14 @@ def split_text(d: dict[str, Any]) -> str:
 def rows_table(d: dict[str, Any]) -> Table:
     """Speed by draft length; the best is marked."""
     table = Table()
-    for name in ("length", "tokens/call", "drafting ms", "verification ms", "tokens/s", "speed-up"):
+    again = ["read again"] if d["recurrent"] else []
+    for name in ("length", "tokens/call", *again, "drafting ms", "verification ms", "tokens/s", "speed-up"):
         table.add_column(name, justify="right")
     for row in d["rows"]:
         table.add_row(
             str(row["length"]) + (" (best)" if row["length"] == d["best"]["length"] else ""),
             f"{row['tokens_per_call']:.2f}",
+            *([f"{row['read_again']:.2f}"] if again else []),
             f"{1000 * row['draft_seconds']:.2f}",
             f"{1000 * row['verify_seconds']:.2f}",
             f"{row['tokens_per_second']:.0f}",

@@ -31,6 +31,7 @@ def admit(folder: Path, raw: dict) -> Any:
     if raw.get("quantization_config"):
         _admit_quantized(folder, config, raw["quantization_config"])
     model = _skeleton(folder, config, str(named))
+    require_layers(config, type(model).__name__)
     causal_flags = [bool(getattr(m, _CAUSAL)) for m in model.modules() if isinstance(getattr(m, _CAUSAL, None), bool)]
     switched = hasattr(config, "add_cross_attention")  # BERT's kind: an encoder unless it is told to be a decoder
     unflagged_encoder = not causal_flags and switched and getattr(config, "is_decoder", None) is False
@@ -40,8 +41,16 @@ def admit(folder: Path, raw: dict) -> Any:
             "use a causal language model"
         )
     if not causal_flags:
-        _check_follows(config)
+        try_out(config)
     return config
+
+
+def require_layers(config: Any, kind: str) -> Any:
+    """The configuration of the language model alone. Raises ConfigError for one that does not say how many layers it has."""
+    text = config.get_text_config(decoder=True)
+    if not hasattr(text, "num_hidden_layers"):
+        raise ConfigError(f"the configuration has a text_config that {kind} does not read: remove it")
+    return text
 
 
 SHALLOW = 64 << 20
@@ -56,31 +65,51 @@ def not_a_decoder(kind: str) -> ConfigError:
     )
 
 
-@torch.no_grad()
-def _check_follows(config: Any) -> None:
-    """Raise ConfigError if the rows of a model of this family change with what follows them, as far as a shallow random one shows.
+def fails_to_run(kind: str, tokens: int, error: BaseException) -> ConfigError:
+    """What is said of a model that fails on a short text: inconsistent sizes show only then, as any kind of error."""
+    return ConfigError(f"{kind} fails on a text of {tokens} tokens ({brief(error)}): check its configuration")
 
-    For families that do not state it. A larger or unusual model is left to loading, which runs the model itself.
+
+@torch.no_grad()
+def try_out(config: Any) -> None:
+    """Run a random model of this configuration on a short text, as far as that takes a second: all of a small model, a layer or
+    two of a larger one. Raises ConfigError if a small one fails, or if rows change with what follows them, which not every family
+    states.
+
+    A large or unusual model is left to loading, which runs the model itself.
     """
-    try:
-        shallow = copy.deepcopy(config)
-        shallow.num_hidden_layers = min(2, int(config.num_hidden_layers))
-        with torch.device("meta"):
-            if sum(p.numel() for p in model_class(shallow).from_config(shallow).parameters()) > SHALLOW:
-                return
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            model = model_class(shallow).from_config(shallow).float().eval()
-        token = torch.tensor([[3, 5, 7, 9, 11, 13, 15, 17], [3, 5, 7, 9, 11, 13, 15, 4]]) % int(config.vocab_size)
-        asked = (token[:1], token[1:], token[:1, :4])
-        one, *others = (model(input_ids=rows).logits[0] for rows in asked)
-    except Exception:  # a family may want other inputs, or have lists by layer: then loading finds out
+    token = torch.tensor([[3, 5, 7, 9, 11, 13, 15, 17], [3, 5, 7, 9, 11, 13, 15, 4]])
+    asked = (*token[:, None], *(token[:1, :n] for n in range(3, token.shape[1])))
+    for layers in (0, 2, 1):  # 0: all
+        whole, kind = not layers, type(config).__name__
+        try:
+            tried = config if whole else _shallow(config, layers)
+            with torch.device("meta"):
+                empty = model_class(tried).from_config(tried)
+            kind = type(empty).__name__
+            if sum(p.numel() for p in empty.parameters()) > SHALLOW:
+                continue
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                model = model_class(tried).from_config(tried).float().eval()
+            size = int(config.get_text_config(decoder=True).vocab_size)
+            one, other, *shorter = (model(input_ids=rows % size).logits[0] for rows in asked)
+            ends = torch.stack([(one[len(rows) - 1] - rows[-1]).abs().amax() for rows in shorter])
+            before = (one[:-1] - other[:-1]).abs().amax(-1)  # the last one of the same length is another token
+        except Exception as error:
+            if whole:
+                raise fails_to_run(kind, token.shape[1], error) from None
+            return  # lists by layer, or a number of layers that cannot be set
+        limit = FOLLOWED * float(one.std().clamp(min=1e-12))
+        if max(float(before.median()), float(ends.median())) > limit:
+            raise not_a_decoder(kind)
         return
-    limit = FOLLOWED * float(one.std().clamp(min=1e-12))
-    for other in others:
-        rows = min(len(other), len(one) - 1)  # the last one of the same length is another token
-        if float((one[:rows] - other[:rows]).abs().amax(-1).median()) > limit:
-            raise not_a_decoder(type(model).__name__)
+
+
+def _shallow(config: Any, layers: int) -> Any:
+    made = copy.deepcopy(config)
+    made.num_hidden_layers = min(layers, int(config.num_hidden_layers))
+    return made
 
 
 FOLLOWED = 1e-3

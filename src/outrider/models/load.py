@@ -13,7 +13,7 @@ import torch
 from outrider import isa
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.adapter import home_of, is_adapter
-from outrider.models.admit import admit
+from outrider.models.admit import admit, try_out
 from outrider.models.checkpoint import Checkpoint, Progress
 from outrider.models.config import Unsupported, read_raw_config
 from outrider.models.entries import read_entries
@@ -230,9 +230,11 @@ class Facts:
 
 
 def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
-    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError where `load_target` would."""
+    """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError where `load_target` would, or an engine
+    that is built on it."""
     folder, where = resolve_folder(path_or_name), _device(device)
     require_config(folder)
+    stop_ids(folder)
     found = _runtime(folder, "auto")
     raw = read_raw_config(folder) if isinstance(found, str) else found.raw
     lean = not isinstance(found, str)
@@ -248,7 +250,10 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     else:
         runtime, reason, library, library_notice, told = "transformers", found, None, found, ()
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
-        sizes = _sizes_by_transformers(admit(folder, raw))
+        config = admit(folder, raw)
+        if not raw.get("quantization_config"):
+            try_out(config)
+        sizes = _sizes_by_transformers(config)
         weights_bytes = parameters * chosen.itemsize
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]

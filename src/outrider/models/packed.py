@@ -18,6 +18,7 @@ from torch import Tensor
 
 from outrider.config_keys import packed_key
 from outrider.errors import ConfigError
+from outrider.nn.blocks.float8 import scaled_blocks
 
 Shapes = Callable[[int, int], dict[str, tuple[int, ...]]]
 Unpack = Callable[[Mapping[str, Tensor], int, int], Tensor]
@@ -189,8 +190,7 @@ def _fp8(how: Mapping[str, Any]) -> Packing | None:
         return {"weight": (n, k), "weight_scale_inv": (-(-n // down), -(-k // across))}
 
     def unpack(t: Mapping[str, Tensor], n: int, k: int) -> Float[Tensor, "N K"]:
-        scales = t["weight_scale_inv"].float().repeat_interleave(down, 0)[:n].repeat_interleave(across, 1)[:, :k]
-        return t["weight"].float() * scales
+        return scaled_blocks(t["weight"], t["weight_scale_inv"], down, across)
 
     return Packing("fp8", shapes, unpack, "weight", ("F8_E4M3",))
 

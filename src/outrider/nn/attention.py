@@ -31,9 +31,9 @@ _WASTE = 1.5
 
 
 def attend(
-    q: Float[Tensor, "h n D"],
-    k: Float[Tensor, "g m D"],
-    v: Float[Tensor, "g m E"],
+    q: Float[Tensor, "*b h n D"],
+    k: Float[Tensor, "*b g m D"],
+    v: Float[Tensor, "*b g m E"],
     mask: Bool[Tensor, "n m"] | None = None,
     *,
     scale: float | None = None,
@@ -41,25 +41,27 @@ def attend(
     softcap: float | None = None,
     sinks: Float[Tensor, "h"] | None = None,
     fold: bool = False,
-) -> Float[Tensor, "h n E"]:
+) -> Float[Tensor, "*b h n E"]:
     """Attention of one sequence's n rows over its m places; h query heads, a multiple of the g key heads.
 
+    *b: nothing, or one dimension of size 1, which saves views (as much time as a short product itself).
     mask: which places a row sees, None for all. causal: with as many rows as places, row i sees places 0 .. i; not together with a
     mask, a cap or sinks. scale: of the scores (None: D ** -0.5). softcap: bound of the scores (Gemma 2). sinks: a score per head
     that takes weight and adds nothing (gpt-oss). fold: under a mask the heads that share keys become rows of one head.
     """
-    heads, n, size = q.shape
-    groups = heads // k.shape[0]
+    if q.ndim == 3:
+        return attend(
+            q[None], k[None], v[None], mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks, fold=fold
+        )[0]
+    _, heads, n, size = q.shape
+    groups = heads // k.shape[1]
     if softcap or sinks is not None:
-        return _explicit(q, k, v, mask, size**-0.5 if scale is None else scale, softcap, sinks)
+        return _explicit(q[0], k[0], v[0], mask, size**-0.5 if scale is None else scale, softcap, sinks)[None]
     if fold and mask is not None:  # no repeated keys, and the fast kernels still take the mask
-        rows = q.reshape(k.shape[0], groups * n, size)
-        out = F.scaled_dot_product_attention(rows[None], k[None], v[None], mask.repeat(groups, 1), scale=scale)
-        return out[0].reshape(heads, n, -1)
-    out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
-    )
-    return out[0]
+        rows = q.reshape(1, k.shape[1], groups * n, size)
+        out = F.scaled_dot_product_attention(rows, k, v, mask.repeat(groups, 1), scale=scale)
+        return out.reshape(1, heads, n, -1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
 
 
 def capped(x: Tensor, cap: float) -> Tensor:

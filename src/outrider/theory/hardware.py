@@ -147,7 +147,7 @@ class Mixture:
     used: int
     parameters: float
 
-    def read(self, rows: int) -> float:
+    def read(self, rows: float) -> float:
         """Parameters of the experts that so many rows touch: at most these, as rows that choose alike touch fewer."""
         return self.parameters * Routing.uniform(self.count, self.used).touched(rows) / self.count
 
@@ -180,7 +180,7 @@ class Model:
         """Bytes of the weights."""
         return self.parameters * element
 
-    def read_bytes(self, element: float = 2.0, rows: int = 1) -> float:
+    def read_bytes(self, element: float = 2.0, rows: float = 1) -> float:
         """Bytes of the weights that a forward of so many rows reads: of experts only those that some row chose.
 
         >>> [round(MODELS["30b-a3b"].read_bytes(rows=n) / 1e9, 1) for n in (1, 4)]

@@ -80,12 +80,12 @@ def all_reduce(size: float, devices: int, over: Link) -> float:
     return min(ring, over.latency + (t - 1) * size / over.bandwidth)
 
 
-def tensor_seconds(model: Model, rows: int, tensor: int, over: Link, element: float = 2.0) -> float:
+def tensor_seconds(model: Model, rows: float, tensor: int, over: Link, element: float = 2.0) -> float:
     """Seconds that the all-reduces of one forward of `rows` rows take over `tensor` devices: two a layer."""
     return 2 * model.layers * all_reduce(rows * width(model) * element, tensor, over)
 
 
-def pipeline_seconds(model: Model, rows: int, stages: int, over: Link, element: float = 2.0) -> float:
+def pipeline_seconds(model: Model, rows: float, stages: int, over: Link, element: float = 2.0) -> float:
     """Seconds that `rows` rows take from stage to stage of one forward."""
     positive_int("stages", stages)
     return (stages - 1) * (over.latency + rows * width(model) * element / over.bandwidth)

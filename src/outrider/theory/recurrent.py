@@ -3,12 +3,29 @@
 Such a target goes back to a snapshot from before the draft, and reads the anchor and the accepted drafts again in the same
 forward as the next draft. If that is rejected too, all of it is read again with the one after: a draft that is kept whole
 clears what has gathered, and so does a forward of its own for it, which is made when more than `merged` tokens have gathered.
-What has gathered before a call is a Markov chain; its stationary distribution gives the cost.
+
+In closed form. A draft of n tokens is kept whole with probability P = a_1 a_2 ... a_n, and leaves j tokens (the anchor and j - 1
+accepted drafts) with probability f_j = a_1 ... a_(j-1) (1 - a_j). Without a limit what has gathered before a call, G, is 0 with
+probability P and otherwise what it was and j more, so that E[G] = (1 - P) E[G] + sum of j f_j, or
+
+    E[G] = sum of j f_j / P = (E[tokens per call] - (n + 1) P) / P
+
+which is the replay of one call times the mean number of calls, 1 / P, until a draft is kept whole: short drafts of high acceptance
+read little again, and E[G] grows without bound where a draft is seldom kept whole. With the limit M, calls fall into rounds: a
+round begins with nothing to read again in the call's own forward, and ends with a draft that is kept whole or with more than M
+gathered. u_0 = 1 and u_g = sum of f_j u_(g-j) are the mean numbers of calls of a round that find g <= M tokens, v_g = the same sum
+over g - j <= M the probability that it ends with g > M (the renewal equation, Feller 1968, volume 1, section XIII.3). Rounds are
+alike, so
+
+    rows = (sum of g u_g + sum of g v_g) / sum of u_g,    forwards = sum of v_g / sum of u_g
+
+per call. Both forms agree with the simulated rule (`tests/theory/test_reread.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +45,26 @@ class Reread:
     forwards: float
 
 
+def _left(acceptance: npt.ArrayLike) -> tuple[list[float], float]:
+    """f_1 .. f_n and P of the module."""
+    a = real("acceptance", acceptance, ndim=1)
+    for i, value in enumerate(a):
+        fraction(f"acceptance[{i}]", value)
+    reached = [1.0, *np.cumprod(a).tolist()]
+    return [up - down for up, down in pairwise(reached)], reached[-1]
+
+
+def gathered(acceptance: npt.ArrayLike) -> float:
+    """E[G]: tokens that a call reads again where nothing but a draft that is kept whole clears them; infinite if none ever is.
+
+    >>> round(gathered([0.8] * 4), 4)
+    3.207
+    """
+    left, whole = _left(acceptance)
+    again = sum(j * f for j, f in enumerate(left, 1))
+    return again / whole if whole > 0 else float("inf") if again else 0.0
+
+
 def reread(acceptance: npt.ArrayLike, merged: int = MERGED) -> Reread:
     """What rejections cost in the long run.
 
@@ -37,27 +74,16 @@ def reread(acceptance: npt.ArrayLike, merged: int = MERGED) -> Reread:
 
     >>> reread([0.0]).rows  # one token more after every call, from 1 to 17, when it gets a forward of its own
     9.0
-    >>> round(reread([0.8] * 4).rows, 4)
-    3.6189
+    >>> round(reread([0.8] * 4).rows, 4), round(reread([0.8] * 4, merged=1000).rows, 4)
+    (3.0096, 3.207)
     """
-    a = real("acceptance", acceptance, ndim=1)
-    for i, value in enumerate(a):
-        fraction(f"acceptance[{i}]", value)
-    most, length = positive_int("merged", merged), len(a)
-    reached = np.concatenate([[1.0], np.cumprod(a)])  # [length + 1] the first d drafts are accepted
-    lost = reached[:-1] - reached[1:]  # [length] exactly d of them, and then a rejection
-    if not lost.any():
-        return Reread(0.0, 0.0)
-    states = most + length + 1
-    step = np.zeros((states, states))
-    for gathered in range(states):
-        kept = gathered if gathered <= most else 0
-        step[gathered, 0] += reached[-1]
-        for d, chance in enumerate(lost):
-            step[gathered, kept + d + 1] += chance
-    system = np.vstack([step.T - np.eye(states), np.ones(states)])
-    share = np.linalg.lstsq(system, np.append(np.zeros(states), 1.0), rcond=None)[0]
-    return Reread(float(share @ np.arange(states)), float(share[most + 1 :].sum()))
+    left, _ = _left(acceptance)
+    most = positive_int("merged", merged)
+    found = [1.0]  # u_g, then v_g
+    for g in range(1, most + len(left) + 1):
+        found.append(sum(f * found[g - j] for j, f in enumerate(left, 1) if 0 <= g - j <= most))
+    calls = sum(found[: most + 1])
+    return Reread(sum(g * share for g, share in enumerate(found)) / calls, sum(found[most + 1 :]) / calls)
 
 
 def speedup(
@@ -72,7 +98,7 @@ def speedup(
     Costs in plain forwards. row_cost: of one further row in a forward.
 
     >>> round(speedup([0.8] * 4, 0.05, 1.1, 0.01), 3)
-    2.495
+    2.513
     """
     a = real("acceptance", acceptance, ndim=1)
     again = reread(a, merged)

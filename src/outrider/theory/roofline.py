@@ -33,6 +33,7 @@ from typing import Literal
 from outrider.theory.checks import fraction, number, positive_int
 from outrider.theory.hardware import Hardware, Model
 from outrider.theory.links import Link, pipeline_seconds, tensor_seconds
+from outrider.theory.recurrent import Reread, reread
 from outrider.theory.speedup import tokens_per_call
 
 Bottleneck = Literal["weights", "kv", "compute", "link"]
@@ -48,7 +49,8 @@ class Setting:
     overhead: seconds added to every forward (launches, host).
     devices: of one copy, tensor-parallel in each of `pipeline` stages; link: between devices of a stage, None: free. between: from
     stage to stage (default: the same). draft_devices: that the draft is split over (default: a stage's). efficiency: share of the
-    rates of memory and arithmetic that software reaches.
+    rates of memory and arithmetic that software reaches. recurrent: the target's state cannot be cut, so that accepted tokens are
+    read again after a rejection (`theory.recurrent`).
     """
 
     hardware: Hardware
@@ -63,6 +65,7 @@ class Setting:
     between: Link | None = None
     draft_devices: int | None = None
     efficiency: float = 1.0
+    recurrent: bool = False
 
     def __post_init__(self) -> None:
         if self.devices % positive_int("pipeline", self.pipeline):
@@ -90,8 +93,8 @@ class Forward:
     communication: float = 0.0
 
 
-def forward(model: Model, setting: Setting, rows: int = 1, context: int | None = None) -> Forward:
-    """A forward of `rows` >= 1 rows for each sequence of the batch, at `context` (default: the setting's).
+def forward(model: Model, setting: Setting, rows: float = 1, context: int | None = None) -> Forward:
+    """A forward of `rows` >= 1 rows (on average) for each sequence of the batch, at `context` (default: the setting's).
 
     >>> from outrider.theory.hardware import HARDWARE, MODELS
     >>> from outrider.theory.links import link
@@ -111,9 +114,9 @@ def draft_forward(model: Model, setting: Setting) -> Forward:
     return _forward(model, setting, 1, context, setting.draft_devices or setting.devices // setting.pipeline, 1)
 
 
-def _forward(model: Model, setting: Setting, rows: int, context: int | None, devices: int, stages: int) -> Forward:
+def _forward(model: Model, setting: Setting, rows: float, context: int | None, devices: int, stages: int) -> Forward:
     """Memory and arithmetic of all stages in turn, each on devices / stages of them, and what goes between."""
-    n, cached = positive_int("rows", rows), setting.context if context is None else context
+    n, cached = number("rows", rows, 1.0), setting.context if context is None else context
     weights = model.read_bytes(setting.element, setting.batch * n)
     kv = setting.batch * model.kv_bytes(setting.element) * cached
     moved = (weights + kv) / setting.hardware.bandwidth
@@ -133,7 +136,8 @@ def _forward(model: Model, setting: Setting, rows: int, context: int | None, dev
 
 @dataclass(frozen=True, slots=True)
 class AtLength:
-    """Predicted speed at one draft length; length 0 is plain decoding."""
+    """Predicted speed at one draft length; length 0 is plain decoding. read_again: tokens per call that a target whose state cannot
+    be cut reads again; verify_seconds contains them."""
 
     length: int
     tokens_per_call: float
@@ -141,6 +145,7 @@ class AtLength:
     speedup: float
     draft_seconds: float
     verify_seconds: float
+    read_again: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +188,8 @@ def predict(
     one, drafting = forward(target, setting), draft_forward(draft, setting)
     rows = []
     for n in wanted:
-        verify = forward(target, setting, n + 1).seconds
+        again = reread([alpha] * n) if setting.recurrent and n else Reread(0.0, 0.0)
+        verify = forward(target, setting, n + 1 + again.rows).seconds + again.forwards * one.seconds
         tokens = tokens_per_call(alpha, n)
         seconds = n * drafting.seconds + verify
         rows.append(
@@ -194,6 +200,7 @@ def predict(
                 tokens * one.seconds / seconds,
                 n * drafting.seconds,
                 verify,
+                again.rows,
             )
         )
     best = max(rows, key=lambda row: row.tokens_per_second)

@@ -107,8 +107,8 @@ class EagleDrafter:
                 live.append(view.slot)
         if live:
             slots = [view.slot for view in evidence.sequences]
-            places, starts = [self._states[s] for s in slots], [self.context.next[s] for s in slots]
-            follow = _Follower(self._run, self.model, self.cache, slots, places, starts, forest)
+            starts = [self.context.next[s] for s in slots]
+            follow = self.follower(self._run, slots, starts, forest)
             self.growth.grow(evidence, depths, forest, self._first_logits(self._run, live, read), follow)
         return forest.draft(evidence.scores.logits.device, self.growth.siblings)
 
@@ -143,11 +143,20 @@ class EagleDrafter:
         rows.scored = [end for slot, end in zip(slots, ends, strict=True) if slot in scored]
         taps = [evidence.scores.hidden[n] for n in self._order]
         state, logits = run.forward(rows, self.cache, taps=taps, tap_rows=[r for _, kept in work for r in kept])
+        self.read_further(rows, state)
         for (view, kept), end in zip(work, ends, strict=True):
             self.cache.length[view.slot] += len(kept)
             self.context.next[view.slot] += len(kept)
             self._states[view.slot].state = state[end]
         return [slot for slot in slots if slot in scored], logits
+
+    def read_further(self, rows: Rows, state: Float[Tensor, "n D"]) -> None:
+        """For drafters with more networks: context rows that this one has read, and its outputs, before they are kept."""
+
+    def follower(self, run: Forward, slots: list[int], starts: list[int], forest: Forest) -> Follower:
+        """What gives the logits after nodes."""
+        places = [self._states[slot] for slot in slots]
+        return Follower(run, self.model, self.cache, slots, places, starts, forest)
 
     def _first_logits(
         self, run: Forward, live: list[int], read: list[tuple[list[int], Tensor]]
@@ -161,7 +170,7 @@ class EagleDrafter:
         return torch.stack([known[s] if s in known else run.logits(states[s][None])[0] for s in live])  # type: ignore[index]
 
 
-class _Follower:
+class Follower:
     """Feeds draft nodes: each sees the context, its ancestors and itself; its feature is its parent's output.
 
     places: of each sequence, for those that are drafted for. starts: positions of their first nodes.

@@ -18,11 +18,14 @@ from outrider.drafters.checkpoint import CONFIG_BYTES, weight_files
 from outrider.errors import ConfigError
 from outrider.files import read_json, read_weight_map
 from outrider.mtp_names import Layout, layout_in
+from outrider.nn.blocks.float8 import scaled_blocks
 
 INDEX_BYTES = 64 << 20
 """Of a whole model: with many experts it names a hundred thousand tensors."""
 LAYER = "layers.0."
 """Before the names of the decoder layer's tensors."""
+_SCALES = "_scale_inv"
+"""Behind the name of a tensor in float8: the scales of its blocks."""
 _PARTS = ("token_norm.weight", "hidden_norm.weight", "fc.weight", "norm.weight")
 _TABLES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 """Tables of the target that DeepSeek's layout repeats, behind its root."""
@@ -30,33 +33,45 @@ _TABLES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weigh
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A head in a folder. config: the keys of the language model. depth: heads that there are; the first is read."""
+    """Heads in a folder. config: the keys of the language model. depth: heads that there are. block: rows and columns that share a
+    scale in float8."""
 
     folder: Path
     layout: Layout
     config: dict[str, Any]
     depth: int
+    block: tuple[int, int]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the first head; those of its decoder layer begin with `LAYER`.
+    def tensors(self, head: int = 0) -> dict[str, Tensor]:
+        """All tensors of a head, from 0; those of its decoder layer begin with `LAYER`. Float8 with scales by blocks becomes
+        bfloat16.
 
         Raises ConfigError for a tensor that is not stored as numbers.
         """
         layers, found = _layers(self.config), dict[str, Tensor]()
-        root, parts = self.layout.begins(layers), dict(zip(self.layout.required(layers), _PARTS, strict=True))
-        for name, value in _read(self.folder, root):
-            rest = name.removeprefix(root)
-            own = parts.get(name) or _TABLES.get(rest)
-            if own is None and not rest.startswith(self.layout.layer):
-                continue  # of a further head
-            if not value.is_floating_point() or value.dtype.itemsize < 2:
-                kind = str(value.dtype).removeprefix("torch.")
-                raise ConfigError(
-                    f"{self.folder}: tensor {name[:120]} of its MTP head is stored as {kind}: use the unquantized checkpoint, or "
-                    "another drafter"
-                )
-            found[own or LAYER + rest.removeprefix(self.layout.layer)] = value
+        root, inner = self.layout.begins(layers, head), self.layout.inner(layers, head)
+        parts = dict(zip(self.layout.required(layers, head), _PARTS, strict=True))
+        stored = dict(_read(self.folder, root))
+        for name, value in stored.items():
+            own = parts.get(name) or _TABLES.get(name.removeprefix(root))
+            if (own is None and not name.startswith(inner)) or name.endswith(_SCALES):
+                continue  # of a further head, or read with what it scales
+            found[own or LAYER + name.removeprefix(inner)] = self._numbers(name, value, stored.get(name + _SCALES))
         return self._plain(found)
+
+    def _numbers(self, name: str, value: Tensor, scales: Tensor | None) -> Tensor:
+        """A tensor as it is multiplied."""
+        if value.dtype == torch.float8_e4m3fn and scales is not None and value.ndim == 2:
+            down, across = self.block
+            if scales.shape == (-(-value.shape[0] // down), -(-value.shape[1] // across)):
+                return scaled_blocks(value, scales, down, across).bfloat16()
+        if value.is_floating_point() and value.dtype.itemsize >= 2 and scales is None:
+            return value
+        kind = str(value.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{self.folder}: tensor {name[:120]} of its MTP head is stored as {kind}, without scales of blocks that fit it: use "
+            "the unquantized checkpoint, or another drafter"
+        )
 
     def _plain(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """The norms and the product as `MtpHead` computes them; the layer's own norms are its family's business.
@@ -72,17 +87,30 @@ class Carried:
 
 
 def carried(folder: Path) -> Carried | None:
-    """The MTP head of a model's folder; None where there is none. Only headers are read."""
+    """The MTP heads of a model's folder; None where there is none. Only headers are read."""
     if not (folder / "config.json").is_file():
         return None
     raw = read_json(folder / "config.json", CONFIG_BYTES)
     text = raw.get("text_config")
     config = text if isinstance(text, dict) else raw
-    layout = layout_in(_names(folder), _layers(config))
+    names, layers = _names(folder), _layers(config)
+    layout = layout_in(names, layers)
     if layout is None:
         return None
-    depth = next((config[key] for key in layout.depth if isinstance(config.get(key), int)), 1)
-    return Carried(folder, layout, config, max(1, depth))
+    return Carried(folder, layout, config, layout.heads(names, layers), _block(raw, folder))
+
+
+def _block(raw: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    """Rows and columns of a block of float8, as config.json has them; 128 by 128 where it does not say."""
+    how = raw.get("quantization_config")
+    block = how.get("weight_block_size") if isinstance(how, dict) else None
+    if block is None:
+        return 128, 128
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise ConfigError(
+            f"{folder / 'config.json'}: weight_block_size must be two whole numbers above 0, got {str(block)[:60]}"
+        )
+    return block[0], block[1]
 
 
 def _layers(config: Mapping[str, Any]) -> int:

@@ -153,8 +153,9 @@ class MtpNetwork(MtpHead):
         )
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> MtpNetwork:
-        """The head in a folder, for `target`: one that was trained here, or that of a checkpoint with a dense layer.
+    def load(cls, folder: Path, target: Target, number: int = 0) -> MtpNetwork:
+        """The head in a folder, for `target`: one that was trained here, or that of a checkpoint with a dense layer. number: which
+        of a checkpoint's heads, from 0.
 
         Raises ConfigError for another kind of folder, unsupported settings or another kind of layer.
         """
@@ -164,7 +165,7 @@ class MtpNetwork(MtpHead):
             check_keys(config, LAYER_KEYS | {"base_model"}, folder)
             check_layers({**config, "model_type": "llama"}, folder, "llama")
         else:
-            config, tensors = head.config, head.tensors()
+            config, tensors = head.config, head.tensors(number)
             apart = ("attention_bias", "qkv_bias", "model_type")  # whether there are biases, the tensors say
             check_layers({key: value for key, value in config.items() if key not in apart}, folder, "llama")
         shape = layer_shape(config, folder)

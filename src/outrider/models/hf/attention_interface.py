@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -30,22 +31,55 @@ from outrider.types import Rows
 _ATTEND = "outrider"
 
 
+class _Span:
+    """Places of neighbouring tokens of one sequence. Where they lie side by side, the views of all layers are made at once: slicing
+    layer by layer takes a tenth of a small model's time."""
+
+    def __init__(self, kv: PagedKV, where: slice | Tensor) -> None:
+        self._kv, self._where = kv, where
+        self._views = tuple(x[:, None, :, where].unbind() for x in (kv.k, kv.v)) if isinstance(where, slice) else None
+
+    def write(self, layer: int, key: Float[Tensor, "1 g n D"], value: Float[Tensor, "1 g n E"]) -> None:
+        for part, new in enumerate((key, value)):
+            groups, size = new.shape[1], new.shape[3]
+            if self._views is None:
+                (self._kv.k, self._kv.v)[part][layer, :groups][:, self._where, :size] = new[0]
+            else:
+                _narrow(self._views[part][layer], groups, size).copy_(new)
+
+    def read(
+        self, layer: int, key: Float[Tensor, "1 g n D"], value: Float[Tensor, "1 g n E"]
+    ) -> tuple[Float[Tensor, "1 g m D"], Float[Tensor, "1 g m E"]]:
+        """Keys and values of a layer whose new ones are like these."""
+        if self._views is None:
+            k, v = (cache[layer][None, :, self._where] for cache in (self._kv.k, self._kv.v))
+        else:
+            k, v = self._views[0][layer], self._views[1][layer]
+        return _narrow(k, key.shape[1], key.shape[3]), _narrow(v, value.shape[1], value.shape[3])
+
+
+def _narrow(entries: Float[Tensor, "1 G n S"], groups: int, size: int) -> Float[Tensor, "1 g n D"]:
+    """Those of a layer with fewer or smaller heads than the cache has room for."""
+    whole = entries.shape[1] == groups and entries.shape[3] == size
+    return entries if whole else entries[:, :groups, :, :size]
+
+
 @dataclass(slots=True)
 class _Step:
-    """The data of one forward for the attention function. Masks are made once, for all layers with the same window."""
+    """The data of one forward for the attention function. Masks and views are made once, for all layers with the same window."""
 
     rows: Rows
     kv: PagedKV
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
-    found: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
+    spans: dict[tuple[int, int], _Span] = field(default_factory=dict)
 
-    def places(self, index: int, start: int) -> slice | Tensor:
-        """Places of a segment's tokens from number `start` to its last row."""
+    def span(self, index: int, start: int) -> _Span:
+        """A segment's tokens from number `start` to its last row."""
         key = (index, start)
-        if key not in self.found:
+        if key not in self.spans:
             s = self.rows.segments[index]
-            self.found[key] = self.kv.places(s.slot, start, s.cached + s.count)
-        return self.found[key]
+            self.spans[key] = _Span(self.kv, self.kv.places(s.slot, start, s.cached + s.count))
+        return self.spans[key]
 
     def mask(self, index: int, low: int, window: int) -> Tensor | None:
         key = (index, window)
@@ -86,23 +120,20 @@ def _attend(
 ) -> tuple[Float[Tensor, "1 N h E"], None]:
     """The registered attention function: write rows after their slot's tokens, then attend per segment."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kv, layer, window = outrider.kv, int(module.layer_idx), sliding_window or 0  # type: ignore[arg-type]
-    groups, key_size, value_size = key.shape[1], key.shape[-1], value.shape[-1]
-    out = query.new_empty(1, query.shape[2], query.shape[1], value_size)
-    for i, s in enumerate(outrider.rows.segments):
-        mine, own = slice(s.first, s.first + s.count), outrider.places(i, s.cached)
-        kv.k[layer, :groups][:, own, :key_size] = key[0, :, mine]
-        kv.v[layer, :groups][:, own, :value_size] = value[0, :, mine]
+    layer, window = int(module.layer_idx), sliding_window or 0  # type: ignore[arg-type]
+    segments, out = outrider.rows.segments, list[Tensor]()
+    for i, s in enumerate(segments):
+        q, k, v = query, key, value
+        if len(segments) > 1:
+            q, k, v = (x[:, :, s.first : s.first + s.count] for x in (q, k, v))
+        outrider.span(i, s.cached).write(layer, k, v)
         low = outrider.low(i, window)
-        q = query[0, :, mine]
-        seen = outrider.places(i, low)
-        k, v = kv.k[layer, :groups][:, seen, :key_size], kv.v[layer, :groups][:, seen, :value_size]
-        causal = s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
+        keys, values = outrider.span(i, low).read(layer, k, v)
         plain = not softcap and s_aux is None and not outrider.open(i)
-        mask = None if causal and plain else outrider.mask(i, low, window)
-        mixed = attend(q, k, v, mask, scale=scale, causal=causal and plain, softcap=softcap, sinks=s_aux, fold=True)
-        out[0, mine] = mixed.transpose(0, 1)
-    return out, None
+        causal = plain and s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
+        mask = None if causal else outrider.mask(i, low, window)
+        out.append(attend(q, keys, values, mask, scale=scale, causal=causal, softcap=softcap, sinks=s_aux, fold=True))
+    return (out[0] if len(out) == 1 else torch.cat(out, 2)).transpose(1, 2).contiguous(), None
 
 
 # ---------------------------------------------------------------------------------- can this model be driven this way?

@@ -44,6 +44,8 @@ class _Scored:
 
     def logits(self) -> Float[Tensor, "M V"]:
         """Segments come in the order of their rows, so the collected logits are sorted by row."""
+        if len(self.parts) == 1 and len(self.rows.segments) == 1:  # so are the scored rows of one segment
+            return self.parts[0]
         return torch.cat(self.parts)[torch.argsort(torch.argsort(self.rows.scored))]
 
 

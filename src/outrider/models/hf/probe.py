@@ -8,7 +8,7 @@ cache, with others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 _RECORD = "outrider_record"
+_IMPLEMENTATION = "_attn_implementation_internal"
+"""Where a configuration of transformers keeps the name of its attention."""
 _OBEYED = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"})
 """Arguments that our attention uses."""
 _HARMLESS = frozenset({"outrider", "position_ids", "use_cache", "return_dict", "output_router_logits"})
@@ -92,7 +94,15 @@ AttentionInterface.register(_RECORD, _record)
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configurations that set the attention of the model's parts, each once. It visits every module: not for every step."""
-    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+    found: dict[int, PreTrainedConfig] = {}
+    left = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    while left:
+        config = left.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = [getattr(config, name, None) for name in config.sub_configs]
+            left += [part for part in parts if isinstance(part, PreTrainedConfig)]
+    return list(found.values())
 
 
 def attention_of(model: PreTrainedModel, implementation: str) -> AbstractContextManager[None]:
@@ -102,15 +112,28 @@ def attention_of(model: PreTrainedModel, implementation: str) -> AbstractContext
 
 @contextmanager
 def attention_in(configs: Sequence[PreTrainedConfig], implementation: str) -> Iterator[None]:
-    """`attention_of` a model whose configurations are known."""
-    before = [(c, c._attn_implementation) for c in configs]
+    """`attention_of` a model whose configurations are known.
+
+    It is written where the property keeps it: the property's own setter visits all parts each time, which for a small model is a
+    tenth of a step.
+    """
+    held = [vars(config) for config in configs]
+    if not all(_IMPLEMENTATION in own for own in held):  # another release
+        with ExitStack() as stack:
+            for config in configs:
+                stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            for config in configs:
+                config._attn_implementation = implementation
+            yield
+        return
+    before = [own[_IMPLEMENTATION] for own in held]
     try:
-        for c in configs:
-            c._attn_implementation = implementation
+        for own in held:
+            own[_IMPLEMENTATION] = implementation
         yield
     finally:
-        for c, own in before:
-            c._attn_implementation = own
+        for own, was in zip(held, before, strict=True):
+            own[_IMPLEMENTATION] = was
 
 
 @torch.no_grad()

@@ -11,17 +11,19 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from outrider.errors import CapabilityError
 
 _NEVER_STATE = ("loss", "logits", "hidden_states", "attentions", "router_logits", "aux_loss")
+_GIVEN, _KEPT = "given", "kept"
 _ROWS, _POSITIONS = "logits_to_keep", "position_ids"
 _PLAIN = frozenset(
     """bool int float str None NoneType Optional Union typing torch Tensor LongTensor FloatTensor BoolTensor
@@ -36,6 +38,8 @@ class Handover:
     argument: of forward, takes the state. returned: field of the output with the state. fresh: makes the first state
     (None: the model does). extra: other arguments of a call. rows: forward can compute the logits of given rows alone.
     positions: forward is passed the tokens' positions, as by `generate`; some models count from 0 in every call.
+    kept: attributes of modules that hold a part of the state between calls; then a state is a dictionary of the object that is
+    given, which the model writes into and does not return, and of these.
     """
 
     argument: str
@@ -44,6 +48,7 @@ class Handover:
     extra: dict[str, Any] = field(default_factory=dict)
     rows: bool = False
     positions: bool = False
+    kept: tuple[tuple[nn.Module, str], ...] = ()
 
     def call(
         self, model: PreTrainedModel, token: Tensor, state: Any, scored: Tensor, at: int = 0
@@ -52,11 +57,27 @@ class Handover:
 
         at: tokens that `state` has seen.
         """
+        if self.kept:
+            with self._placed(state):
+                logits, _ = replace(self, kept=()).call(model, token, state[_GIVEN], scored, at)
+                return logits, {_GIVEN: state[_GIVEN], _KEPT: [getattr(module, name) for module, name in self.kept]}
         given: dict[str, Any] = {} if state is None else {self.argument: state}
         if self.positions:
             given[_POSITIONS] = torch.arange(at, at + len(token), device=token.device)[None]
         out = model(input_ids=token[None], **given, **named_rows(scored if self.rows else None), **self.extra)
-        return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.returned]
+        return (out.logits[0] if self.rows else out.logits[0, scored]), out[self.returned] if self.returned else state
+
+    @contextmanager
+    def _placed(self, state: Any) -> Iterator[None]:
+        """The modules have this state; afterwards what they had before."""
+        before = [getattr(module, name) for module, name in self.kept]
+        try:
+            for (module, name), value in zip(self.kept, state[_KEPT], strict=True):
+                setattr(module, name, value)
+            yield
+        finally:
+            for (module, name), value in zip(self.kept, before, strict=True):
+                setattr(module, name, value)
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:
@@ -148,6 +169,26 @@ def _ways(
         for name in out:
             if out[name] is given:  # our object came back: the model wrote into it
                 yield Handover(argument, name, maker, extra, rows)
+        if not any(out[name] is given for name in out) and (kept := _written(model, inputs, argument, maker, extra)):
+            empty = [None] * len(kept)
+            yield Handover(
+                argument, "", lambda kept=empty: {_GIVEN: maker(), _KEPT: list(kept)}, extra, rows, kept=kept
+            )
+
+
+def _written(
+    model: PreTrainedModel, inputs: Tensor, argument: str, maker: Callable[[], Any], extra: dict[str, Any]
+) -> tuple[tuple[nn.Module, str], ...]:
+    """Attributes of the model's modules that hold another tensor after a call: a state that is not handed over (RecurrentGemma)."""
+
+    def held() -> dict[tuple[nn.Module, str], Tensor]:
+        return {
+            (m, name): value for m in model.modules() for name, value in vars(m).items() if isinstance(value, Tensor)
+        }
+
+    before = held()
+    model(input_ids=inputs[None], **{argument: maker()}, **extra)
+    return tuple(place for place, value in held().items() if before.get(place) is not value)
 
 
 def _placed(model: PreTrainedModel, ways: Iterator[Handover]) -> Iterator[Handover]:

@@ -15,7 +15,7 @@ token in between (`models.hf.choice`). With transformers 5.16 to 5.24 the result
     seam       Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma 2 and 3, Phi, Cohere, OLMo, GPT-2, GPT-BigCode, OPT,
                GPT-NeoX, Qwen-MoE, gpt-oss, DeepSeek-V3, and GPT-J if it attends through the interface
     cache      BLOOM, MPT, Falcon, GPT-Neo, StableLM, Nemotron, Llama 4, Phi-3 beyond its native length
-    snapshots  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV, DeepSeek-V4
+    snapshots  Mamba, Mamba 2, Jamba, LFM2, Qwen3-Next, RWKV, DeepSeek-V4, RecurrentGemma
     recompute  the first GPT
 """
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from outrider.errors import CapabilityError, ConfigError
-from outrider.models.admit import model_class
+from outrider.models.admit import fails_to_run, model_class, require_layers
 from outrider.models.folder import resolve_folder
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.block import HFBlock
@@ -84,11 +84,7 @@ class HFTarget:
         """ours: nobody else has the model, so that it need not be left as it is."""
         self._view = None if ours else View(model)
         model = model.eval().requires_grad_(False) if self._view is None else self._view.model
-        config = model.config.get_text_config(decoder=True)
-        if not hasattr(config, "num_hidden_layers"):
-            raise ConfigError(
-                f"the configuration has a text_config that {type(model).__name__} does not read: remove it"
-            )
+        config = require_layers(model.config, type(model).__name__)
         model.config.return_dict = True  # if it were false, its outputs would be tuples
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoders can be targets")
@@ -106,10 +102,8 @@ class HFTarget:
             reference = self._watch(token)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # inconsistent sizes show only when it runs, as any kind of error
-            raise ConfigError(
-                f"{type(model).__name__} fails on a text of {_PROBE} tokens ({brief(error)}): check its configuration"
-            ) from error
+        except Exception as error:
+            raise fails_to_run(type(model).__name__, _PROBE, error) from error
         self.vocab_size = reference.shape[-1]
         self.serving_path, self.why = choose(self.model, token, reference, 0 if named is None else self.max_length)
         self.path, self.trees, self.rewinds = self.serving_path.name, self.serving_path.trees, self.serving_path.rewinds
@@ -251,7 +245,7 @@ class HFTarget:
             Exception
         ):  # a head that needs other inputs: there is no unembedding, which is reported when it is requested
             return reference
-        if disagreement(again, reference) <= tolerance(self.dtype):
+        if again.shape == reference.shape and disagreement(again, reference) <= tolerance(self.dtype):
             self._tail, self._owner, self._steps = tail, owner, steps
         return reference
 
