@@ -38,7 +38,7 @@ LOSSY_RULES = ("tv_budget", "over_acceptance", "lenience", "mentored", "typical"
 """The rules of `verify.registry` that keep the target's distribution, and those that do not."""
 DTYPES: Mapping[str, str] = {
     **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
-    **{"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"},
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64",
 }
 """Number formats of weights: what --dtype takes -> PyTorch's name."""
 IMPLEMENTATIONS = ("auto", "lean", "hf")

@@ -138,4 +138,5 @@ def test_two_hundred_seeded_sessions() -> None:
     found = replies(range(200))
     calls = [tuple(map(tuple, r.calls.values())) for r in found]
     assert len(found) == 200 * TURNS and len(set(calls)) > 400 and sum(map(len, calls)) > 1000
-    print(f"{len(found)} replies, {sum(map(len, calls))} calls, {sum(r.finish == 'length' for r in found)} cut, {len(set(calls))} different")
+    cut = sum(r.finish == "length" for r in found)
+    print(f"{len(found)} replies, {sum(map(len, calls))} calls, {cut} cut, {len(set(calls))} different")

@@ -41,8 +41,8 @@ class Outlook:
     """The controller's estimates for the present load.
 
     sequences: the load. length: the chosen draft length; where no sequence follows it, as all have seeds, theirs. speedup: of that
-    choice over plain decoding. plain_seconds: of a plain step. break_even: rejection probability per judged token at which the choice
-    would break even. None: not measured yet.
+    choice over plain decoding. plain_seconds: of a plain step. break_even: rejection probability per judged token at which the
+    choice would break even. None: not measured yet.
     """
 
     sequences: int
@@ -101,8 +101,8 @@ class Adaptive:
         self._prompts = False  # whether the latest step read prompts
         self._forecast = StepTimes(self._accepted.read_again, work)
         self.compared = self.plain = 0.0
-        """Sums since the start: seconds of the steps whose load and length were measured (without prompts), and the seconds that plain
-        decoding would have taken for their tokens at the same loads."""
+        """Sums since the start: seconds of the steps whose load and length were measured (without prompts), and the seconds that
+        plain decoding would have taken for their tokens at the same loads."""
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:

@@ -180,8 +180,8 @@ class Watching(ABC):
     def speedup(self) -> float | None:
         """Speed over plain decoding of the window's steps, including drafts the controller did not choose (a request with its own
         seed does not follow it): each step at its own load where that was measured (`compared`), for most of the window's time;
-        else tokens per step, divided by the measured cost of the nearest draft length at the present load. None if steps drafted and
-        no cost was measured, or nothing is known."""
+        else tokens per step, divided by the measured cost of the nearest draft length at the present load. None if steps drafted
+        and no cost was measured, or nothing is known."""
         look = self.outlook()
         if look is None or not self.history:
             return look.speedup if look else None
