@@ -38,7 +38,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
 
 @pytest.fixture
 def talk() -> Conversation:
-    SCRIPTS.update({"hi": "Hello there!", "deep": "Hm.\n</think>\n\nSo it is.", "said": "Yes."})
+    SCRIPTS.update({"greet": "A guest.\n</think>\n\nHello there!", "ponder": "Hm.\n</think>\n\nSo it is."})
     closing = Closing()
     engine = rewired(chat_engine("thinker"))(sinks=(closing,))
     return Conversation(engine, None, closing, GREEDY)
@@ -69,8 +69,8 @@ def test_a_conversation_with_thinking(talk: Conversation, capsys: Any, monkeypat
     styled = list[str]()
     monkeypatch.setattr(typer, "style", lambda text, **_: styled.append(text) or f"~{text}~")
     assert obey(talk, "/system Be brief.") == "system message: Be brief."
-    talk.turn("hi")
-    talk.turn("deep")
+    talk.turn("greet")
+    talk.turn("ponder")
     out = capsys.readouterr().out
     assert "Hello there!" in out and "So it is." in out and "think>" not in out
     assert "".join(styled).strip().endswith("Hm.") and "So it is." not in "".join(styled)
