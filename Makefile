@@ -145,7 +145,7 @@ test-ray: .venv-ray/.outrider  ## sweeps and replicas on Ray, in an environment 
 # Clients as their users have them, each in an environment of its own: tests/outside/clients/pins says which releases. Those from npm
 # are skipped where there is no npm; vLLM's bench runs in the environment of `make test-vllm`, where that is.
 .PRECIOUS: .venvs/client-%/.made
-CLIENTS := openai anthropic llm litellm langchain instructor inspect lmeval guidellm
+CLIENTS := openai anthropic llm litellm langchain instructor inspect lmeval guidellm aiperf
 .venvs/client-%/.made: tests/outside/clients/pins/%.txt
 	@$(PYTHON) -m venv .venvs/client-$*
 	@.venvs/client-$*/bin/$(INSTALL) --requirement $<
@@ -176,13 +176,13 @@ test-client-npm: $(STAMP) .venvs/client-npm/.made
 .venvs/partners/.made: pyproject.toml
 	@$(PYTHON) -m venv .venvs/partners
 	@.venvs/partners/bin/$(INSTALL) --editable . "torch>=2.11,<2.14" transformers==5.24.0 lm_eval==0.4.13 trl==1.16.0 \
-	  nbclient==0.11.0 nbformat ipykernel matplotlib hypothesis pytest pytest-timeout
+	  nbclient==0.11.0 nbformat ipykernel matplotlib tensorboard wandb hypothesis pytest pytest-timeout
 	@touch $@
 
 test-gpu: $(STAMP)  ## texts, rules, drafters and trainings on a GPU: PyTorch must be a CUDA build, GPU_PYTHON names another Python with it
 	@PYTHONPATH=src $(TEST_ENV) $(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q tests/outside/gpu
 
-test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, and the notebooks in a Jupyter kernel
+test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, notebooks in a Jupyter kernel, trainings in TensorBoard and wandb
 	$(TEST_ENV) .venvs/partners/bin/python -m pytest -q tests/outside/partners
 
 test-templates: $(STAMP) .venvs/trl/.made  ## chat templates of real models, as trl's wheel has them

@@ -23,6 +23,26 @@ WITHOUT_MODEL: Mapping[str, str] = {
 """The drafters that need no model, by the name that `--draft` gives them, and what may stand behind it."""
 PART = re.compile(f"({'|'.join(name + options for name, options in WITHOUT_MODEL.items())})(\\+|$)")
 """One of them at the start of a --draft, and the '+' behind it, which another drafter follows."""
+DRAFTERS = ("none", "auto", *WITHOUT_MODEL, "jacobi", "early", "sparse")
+"""What a --draft may name besides folders, GGUF files, Hub names and kinds of trained drafters."""
+EXACT_RULES = (
+    "speculative_sampling",
+    "match",
+    "block",
+    "k_seq",
+    "optimal_transport",
+    "spechub",
+    "traversal",
+)
+LOSSY_RULES = ("tv_budget", "over_acceptance", "lenience", "mentored", "typical", "top_k", "neighbours", "cluster")
+"""The rules of `verify.registry` that keep the target's distribution, and those that do not."""
+DTYPES: Mapping[str, str] = {
+    **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64",
+}
+"""Number formats of weights: what --dtype takes -> PyTorch's name."""
+IMPLEMENTATIONS = ("auto", "lean", "hf")
+"""What runs a model: our runtime, transformers, or the first of them that can."""
 MOST = 64
 """The longest draft that may be asked for."""
 LENGTHS: Mapping[str, str] = {
@@ -97,6 +117,9 @@ class EngineOptions:
             isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < 1e9
         ):
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
+        _check_named("rule", self.rule.partition(":")[0], ("auto", *EXACT_RULES, *LOSSY_RULES))
+        _check_named("dtype", self.dtype, ("auto", *DTYPES))
+        _check_named("implementation", self.implementation, IMPLEMENTATIONS)
         _check_lengths(self.lengths, self.length)
         object.__setattr__(self, "draft_vocabulary", _vocabulary(self.draft_vocabulary))
 
@@ -153,13 +176,18 @@ def with_keywords(function: _Function) -> _Function:
     return function
 
 
+def _check_named(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for a name that no table has: said before PyTorch is imported, which takes seconds."""
+    if name not in known:
+        raise ConfigError(unknown_name(kind, name, known))
+
+
 def _check_lengths(lengths: object, length: int) -> None:
     """Raise ConfigError for a bad `lengths` beside this draft length."""
     if not isinstance(lengths, str):
         raise ConfigError(f"lengths must be a text, got {lengths!r}")
     name, colon, number = lengths.partition(":")
-    if name not in LENGTHS:
-        raise ConfigError(unknown_name("way to set draft lengths", name, LENGTHS))
+    _check_named("way to set draft lengths", name, LENGTHS)
     if not colon:
         return
     if name in ("auto", "fixed"):

@@ -101,7 +101,7 @@ def test_help_is_plain_and_whole_everywhere(command: tuple[str, ...], monkeypatc
         assert text.startswith("Usage: outrider") and not set(text) & set("…─│")
 
 
-def test_wrong_paths_are_said_before_torch_is_imported(tmp_path: Path) -> None:
+def test_wrong_paths_and_names_are_said_before_torch_is_imported(tmp_path: Path) -> None:
     """One process for all of them: none of these may have imported it."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -119,6 +119,11 @@ def test_wrong_paths_are_said_before_torch_is_imported(tmp_path: Path) -> None:
         ["bench", "--out", "empty"],
         ["plan", "--draft", "ngram", "--draft", "./nosuch"],
         ["predict", "--from-logs", "nosuch"],
+        ["predict", "--from-logs", "file"],
+        ["generate", "x", "--rule", "blokc"],
+        ["bench", "--draft", "ngarm"],
+        ["serve", "--dtype", "float33"],
+        ["audit", "--rule", "nosuch"],
         ["serve", "--target", "./nosuch"],
         ["serve", "--experiment", "nosuch.yaml"],
         ["train", "medusa", "--data", "nosuch"],

@@ -31,7 +31,7 @@ def run_until(argv: list[str], ready: bytes, patience: float = 90.0) -> tuple[in
         stderr=follower,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner in the background may ignore it
-        env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": os.devnull},  # no history is kept
     )
     seen, press_at, end = b"", None, time.monotonic() + patience
     try:

@@ -193,3 +193,32 @@ def test_bad_bounds_are_refused() -> None:
             Adaptive(*arguments)
     with pytest.raises(ConfigError, match="margin"):
         Adaptive(1, 2, margin=1.5)
+
+
+def test_what_plain_decoding_would_have_taken_counts_each_step_at_its_own_load() -> None:
+    """Eight sequences, which decode plainly, then one, which gains: over any window the sums give the gain of its steps, while
+    the estimate for the present load is that of one sequence and says nothing of the eight."""
+    world, controller = World(compute_bound, 0.8), Adaptive(3, 4)
+    gain = {b: max(expected(0.8, x) * compute_bound(b, 0) / compute_bound(b, x) for x in range(5)) for b in (8, 1)}
+    assert gain[8] == 1.0 and gain[1] > 1.4
+    world.run(controller, 8, 600)
+    world.run(controller, 1, 200)  # the first trials at this load
+    marks = [(controller.compared, controller.plain, world.clock, world.tokens)]
+    for sequences, steps in ((8, 300), (1, 3000)):
+        world.run(controller, sequences, steps)
+        marks.append((controller.compared, controller.plain, world.clock, world.tokens))
+    for (a, b), sequences in zip(((0, 1), (1, 2)), (8, 1), strict=True):
+        compared, plain, seconds, _ = (y - x for x, y in zip(marks[a], marks[b], strict=True))
+        assert compared >= 0.95 * seconds
+        assert abs(plain / compared - gain[sequences]) < 0.04 * gain[sequences]
+    compared, plain, seconds, tokens = (y - x for x, y in zip(marks[0], marks[2], strict=True))
+    true = 300 * compute_bound(8, 0) + (tokens - 300 * 8) * compute_bound(1, 0)  # seconds of plain decoding of these tokens
+    assert abs(plain - true) < 0.04 * true
+    now = controller.outlook().speedup
+    assert now is not None and now > 1.3 * (marks[1][1] - marks[0][1]) / (marks[1][0] - marks[0][0])  # a control: of one sequence
+
+
+def test_a_load_without_a_trial_is_not_compared() -> None:
+    world, controller = World(memory_bound, 0.8), Adaptive(3, 4)
+    world.run(controller, 2, 500, SEEDED)
+    assert controller.compared == controller.plain == 0.0

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from outrider.verify import LOSSLESS, SpeculativeSampling
+from outrider.options import EXACT_RULES, LOSSY_RULES
+from outrider.verify import LOSSLESS, RULES, SpeculativeSampling
 from tests.law import test_block_rule, test_kseq_rule, test_spechub_rule, test_transport_rule, test_traversal_rule
 from tests.law.lab import SHARES, Enumerator, RuleFn, check_rule, some
 from tests.law.worlds import Shape, chain, random_world, shapes
@@ -174,3 +175,8 @@ def test_there_are_ten_thousand_cases_of_speculative_sampling() -> None:
 def test_every_lossless_rule_but_match_has_a_row() -> None:
     """Match draws no coins of its own: its races are in `test_match_rule.py`."""
     assert {subject.rule.name for subject, _ in SUBJECTS.values()} == set(LOSSLESS) - {"match"}
+
+
+def test_the_names_that_options_know_are_those_of_the_table() -> None:
+    """They are known without PyTorch, so that a mistyped one is said at once."""
+    assert set(LOSSLESS) == set(EXACT_RULES) and set(RULES) == {*EXACT_RULES, *LOSSY_RULES}

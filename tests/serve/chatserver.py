@@ -105,23 +105,39 @@ class ScriptTarget(TableTarget):
 
 def scripted(tokenizer: Any) -> Callable[[list[int]], int]:
     """The next token after a path: of the script of the last user text, as far as it was followed; else the end."""
-    end = tokenizer.convert_tokens_to_ids(END)
+    end, start = tokenizer.convert_tokens_to_ids([END, START])
+    core = tokenizer.backend_tokenizer  # transformers' own `decode` looks at each id of a prompt of thousands in Python
 
     def script(path: list[int]) -> int:
-        text = tokenizer.decode(path, skip_special_tokens=False)
-        prompt, _, said = text.rpartition(f"{START}assistant\n")
-        turns = re.findall(r"<\|im_start\|>(user|tool)\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
-        role, asked = turns[-1] if turns else ("", "")
-        reply = SCRIPTS.get(asked) or _known(asked) or (SCRIPTS.get("*tool") if role == "tool" else None)
-        reply = reply or f"You said: {asked[:80]}"
+        asked, said = _last_turn(core.decode(_tail(path, start), skip_special_tokens=False))
+        if asked is None:
+            asked, said = _last_turn(core.decode(path, skip_special_tokens=False))
+        role, words = asked or ("", "")
+        reply = SCRIPTS.get(words) or _known(words) or (SCRIPTS.get("*tool") if role == "tool" else None)
+        reply = reply or f"You said: {words[:80]}"
         if said.startswith("<think>\n") and not reply.startswith("<think>"):
             skipped = "<think>\n\n</think>\n\n"
             said = said.removeprefix(skipped if said.startswith(skipped) else "<think>\n")
         if not reply.startswith(said) or said == reply:
             return end
-        return tokenizer.encode(reply[len(said) :], add_special_tokens=False)[0]
+        return core.encode(reply[len(said) :], add_special_tokens=False).ids[0]
 
     return script
+
+
+def _tail(path: list[int], start: int) -> list[int]:
+    """The last two turns of a path: what was said before, and the reply so far."""
+    back, size = path[::-1], len(path)
+    if back.count(start) < 2:
+        return path
+    return path[size - 1 - back.index(start, back.index(start) + 1) :]
+
+
+def _last_turn(text: str) -> tuple[tuple[str, str] | None, str]:
+    """Role and text of the last turn of a user or a tool, None if there is none, and what was said after it."""
+    prompt, _, said = text.rpartition(f"{START}assistant\n")
+    turns = re.findall(r"<\|im_start\|>(user|tool)\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
+    return (turns[-1] if turns else None), said
 
 
 def _known(asked: str) -> str | None:

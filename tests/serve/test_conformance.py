@@ -26,6 +26,8 @@ from schemathesis import GenerationMode  # noqa: E402
 from outrider.serve.app import document  # noqa: E402
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/outrider/play")
+ALL = tuple(path for path, methods in document()["paths"].items() if "post" in methods)
+KINDS = ("text_completion", "chat.completion", "response")
 QUICK: dict[str, Any] = {"phases": (Phase.explicit, Phase.generate), "deadline": None, "database": None}
 QUICK |= {"suppress_health_check": list(HealthCheck), "derandomize": True}
 
@@ -54,12 +56,16 @@ def judge(server: Running, path: str, body: Any) -> int:
     assert status < 500, (status, reply[:300])
     if status != 200:
         error = json.loads(reply)["error"]
-        assert set(error) == {"message", "type", "param", "code"} and isinstance(error["message"], str)
-        assert all(error[k] is None or isinstance(error[k], str) for k in ("param", "code"))
+        assert {"message", "type"} <= set(error) <= {"message", "type", "param", "code"}
+        assert isinstance(error["message"], str) and error["message"]
+        assert all(error.get(k) is None or isinstance(error[k], str) for k in ("param", "code"))
+        assert path.startswith("/v1/messages") or len(error) == 4
     elif headers["content-type"].startswith("text/event-stream"):
-        assert reply.endswith(b"data: [DONE]\n\n")
+        assert reply.endswith((b"data: [DONE]\n\n", b"}\n\n") if path in ("/v1/responses", "/v1/messages") else b"data: [DONE]\n\n")
+    elif path in (*PATHS, "/v1/responses"):
+        assert json.loads(reply)["object"] in KINDS
     else:
-        assert json.loads(reply)["object"] in ("text_completion", "chat.completion")
+        assert isinstance(json.loads(reply), dict)
     return status
 
 
@@ -87,6 +93,20 @@ def run(server: Running, path: str, mode: Any, examples: int) -> Counter[int]:
 def test_bodies_made_from_the_document(limited: Running, path: str, mode: str) -> None:
     seen = run(limited, path, GenerationMode[mode], 10)
     assert set(seen) & ({200, 400} if mode == "POSITIVE" else {400})
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if path not in PATHS])
+def test_bodies_of_the_newer_routes(limited: Running, path: str) -> None:
+    assert 400 in run(limited, path, GenerationMode.NEGATIVE, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in ALL if path not in PATHS])
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_two_hundred_bodies_of_the_newer_routes(limited: Running, path: str, mode: str) -> None:
+    seen = run(limited, path, GenerationMode[mode], 200)
+    print(f"\nT16: 200 {mode.lower()} bodies for {path} from the document, replies {dict(seen)}")
+    assert seen[400] > 100 if mode == "NEGATIVE" else seen[200] + seen[400] > 100
 
 
 @pytest.mark.slow
@@ -199,3 +219,11 @@ def test_wounded_bodies(limited: Running, count: int) -> None:
 def test_any_path_is_answered(limited: Running, text: str) -> None:
     assert limited.call("GET", "/" + quote(text, safe=""))[0] in (200, 400, 404, 405)
     assert limited.call("GET", "/v1/models/" + quote(text, safe=""))[0] in (200, 404)
+
+
+def test_an_address_or_method_that_is_not_there_is_explained(limited: Running) -> None:
+    status, headers, reply = limited.call("POST", "/v1/embeddings", {"model": "pycode", "input": "x"})
+    said = json.loads(reply)["error"]["message"]
+    assert status == 404 and "/v1/embeddings" in said and "/openapi.json" in said
+    status, headers, reply = limited.call("GET", "/v1/chat/completions")
+    assert status == 405 and headers["allow"] == "POST" and "use POST" in json.loads(reply)["error"]["message"]

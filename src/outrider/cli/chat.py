@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from outrider.cli import paths, terminal
-from outrider.cli.closing import Closing
+from outrider.cli.chat_lines import ENDS, edited_lines, history_file, obey, read_text
+from outrider.cli.closing import Closing, sentence
 from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.generate import Images
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
+from outrider.dialects.reader import Reader
 from outrider.errors import CapabilityError, ConfigError, RequestError
 from outrider.options import EngineOptions
+from outrider.records import Counts
+
+TAIL = 32
+"""Tokens at the end of a prompt that tell whether the template has opened the thinking."""
 
 
 @takes(ENGINE, "options", leave_out=("slots",), slots=1)
@@ -37,10 +43,11 @@ def chat(
     ] = None,
     image: Images = None,
 ) -> None:
-    """Talk to a model. End with Ctrl-D or /quit; /clear starts over; /image FILE adds a picture to the next message, for a target
-    that reads images.
+    """Talk to a model. End with Ctrl-D or /quit; /help lists the commands, such as /system, /temperature, /draft, /stats and,
+    for a target that reads images, /image FILE.
 
-    A target without a chat template (the shipped pair, any base model) continues what you type instead.
+    A target without a chat template (the shipped pair, any base model) continues what you type instead. Lines typed before are kept
+    in ~/.local/state/outrider/chat_history.
 
     Example: outrider chat model.gguf --temperature 0.2 --max-tokens 64
     """
@@ -48,58 +55,62 @@ def chat(
         raise ConfigError("the model is named twice: give it alone, or as --target")
     closing = Closing()
     engine = load_engine(options if model is None else options.changed(target=model), sinks=(closing,))
-    edit_lines()
-    talk = Conversation(engine, system, closing)
+    talk = Conversation(engine, system, closing, sampling)
     talk.images += image or []
     if not talk.template:
         terminal.err.print("[dim]this target has no chat template: it continues your text[/dim]")
-    while (line := read_line()) is not None:
-        if line in ("/quit", "/exit"):
-            break
-        if line == "/clear":
-            talk.clear()
-        elif line.strip():
-            try:
-                if line.startswith("/image "):
-                    talk.images.append(Path(line.removeprefix("/image ").strip()))
-                else:
-                    talk.turn(line, sampling)
-            except (RequestError, CapabilityError) as error:  # too long a conversation is no reason to lose it
-                terminal.err.print(f"outrider: {error} (/clear starts over)")
-
-
-def edit_lines() -> None:
-    """Arrow keys and the lines typed before, where Python was built with readline."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  importing it is what gives input() its editing
-
-
-def read_line() -> str | None:
-    """One line from the user, None at the end of input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
+    with edited_lines(history_file()):
+        while (text := read_text()) is not None and text.strip() not in ENDS:
+            if (said := obey(talk, text)) is not None:
+                terminal.say(said)
+            elif text.strip():
+                try:
+                    talk.turn(text.removeprefix("/") if text.startswith("//") else text)
+                except (RequestError, CapabilityError) as error:  # too long a conversation is no reason to lose it
+                    terminal.err.print(f"outrider: {error} (/clear starts over)")
 
 
 class Conversation:
-    """Messages so far, and one turn at a time."""
+    """Messages so far, and one turn at a time. params: of the next turn; /temperature and /draft change them. images: files that
+    the next message shows."""
 
-    def __init__(self, engine: Any, system: str | None, closing: Closing) -> None:
-        self.engine, self.system, self.closing = engine, system, closing
+    def __init__(self, engine: Any, system: str | None, closing: Closing, params: Any) -> None:
+        self.engine, self.closing = engine, closing
+        source = getattr(engine.tokenizer, "chat_template", None)
+        self.template = bool(source)
+        self.system: str | None = None
+        self.dialect, self.params = None, params
         self.images: list[Path] = []
-        self.template = bool(getattr(engine.tokenizer, "chat_template", None))
-        if system and not self.template:
-            raise ConfigError("--system needs a target with a chat template")
+        self.turns, self.seconds, self.total = 0, 0.0, Counts()
+        self.context = 0
         self.clear()
         if self.template:
-            try:
-                self._prompt([*self.messages, {"role": "user", "content": "hello"}])
-            except RequestError as error:
-                raise ConfigError(f"{error}: leave --system out, or use another target") from None
+            from outrider.dialects.detect import detect
+
+            self.dialect = detect(self._render, str(source))
+            self.params = replace(params, keep_special=_marks(engine.tokenizer, self.dialect.thinking or ()))
+        try:
+            self.instruct(system)
+        except RequestError as error:
+            raise ConfigError(f"{error}: leave --system out, or use another target") from None
 
     def clear(self) -> None:
+        """Start over, with the same system message."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        self.context = 0
+
+    def instruct(self, system: str | None) -> None:
+        """Another system message from now on. Raises RequestError if the target's template takes none."""
+        if system and not self.template:
+            raise ConfigError("--system needs a target with a chat template")
+        rest = self.messages[bool(self.system) :]
+        messages = [*([{"role": "system", "content": system}] if system else []), *rest]
+        if self.template:
+            self._prompt([*messages, {"role": "user", "content": "hello"}])
+        self.system, self.messages = system, messages
+
+    def _render(self, messages: list[dict[str, Any]], **more: Any) -> str:
+        return self.engine.tokenizer.apply_chat_template(messages, tokenize=False, **more)
 
     def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation. Raises RequestError for one that the template refuses."""
@@ -112,8 +123,8 @@ class Conversation:
         except Exception as error:  # templates are programs of the model's makers and raise what they like
             raise RequestError(f"the target's chat template refuses this conversation ({str(error)[:200]})") from None
 
-    def turn(self, line: str, params: Any) -> None:
-        """Stream the answer to `line`, then one line of how it went. Ctrl-C stops the answer only."""
+    def turn(self, line: str) -> None:
+        """Stream the answer to `line`, thinking dimmed, then one line of how it went. Ctrl-C stops the answer only."""
         prompt: Any = line
         if self.images and not self.template:
             raise RequestError("images need a target with a chat template")
@@ -125,13 +136,11 @@ class Conversation:
             except (RequestError, CapabilityError):
                 self.messages.pop()
                 raise
-        closing, answer = self.closing.begin(self.engine), ""
+        closing, said = self.closing.begin(self.engine), {"reasoning": "", "content": ""}
         try:
-            for event in self.engine.stream(prompt, params):
-                if event.error:
-                    raise RequestError(event.error)
-                answer += event.text
-                typer.echo(event.text, nl=False)
+            for kind, text in self._pieces(prompt):
+                said[kind] += text
+                typer.echo(typer.style(text, dim=True) if kind == "reasoning" else text, nl=False)
         except KeyboardInterrupt:
             terminal.err.print("[dim] (stopped)[/dim]", end="")
         except RequestError:
@@ -141,5 +150,43 @@ class Conversation:
             raise
         typer.echo()
         if self.template:
-            self.messages.append({"role": "assistant", "content": answer})
-        terminal.say(closing.line())
+            thought = {"reasoning_content": said["reasoning"]} if said["reasoning"] else {}
+            self.messages.append({"role": "assistant", "content": said["content"], **thought})
+        line = closing.line()
+        self._count()
+        terminal.say(line)
+
+    def _pieces(self, prompt: Any) -> Iterator[tuple[str, str]]:
+        """Kind ("reasoning" or "content") and text of the pieces of an answer."""
+        thinking = None
+        if self.dialect is not None:
+            thinking = self.dialect.thinks(self.engine.tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False))
+            self.context = len(prompt)
+        reader = Reader(None, thinking)
+        for event in self.engine.stream(prompt, self.params):
+            if event.error:
+                raise RequestError(event.error)
+            self.context += len(event.tokens)
+            yield from ((piece.kind, piece.text) for piece in reader.feed(event.text))
+        yield from ((piece.kind, piece.text) for piece in reader.finish())
+
+    def _count(self) -> None:
+        """Add the last turn to the sums of the conversation."""
+        self.turns += 1
+        self.seconds += self.closing.seconds
+        self.total.merge(self.engine.counts)
+
+    def stats(self) -> str:
+        """The sums of the conversation so far."""
+        if not self.turns:
+            return "nothing was said yet"
+        line = sentence(self.total, self.seconds, 0.0, lossless=self.engine.parts.rule.lossless).rpartition("; ")[0]
+        room = f"; the conversation has {self.context} of {self.engine.max_length} tokens" if self.template else ""
+        return f"{self.turns} turn{'s' * (self.turns > 1)}; {line}{room}"
+
+
+def _marks(tokenizer: Any, marks: tuple[str, ...]) -> tuple[int, ...]:
+    """Special tokens that the text must show, for the reader: those that mark thinking."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    ids = (tokenizer.get_vocab().get(mark.strip()) for mark in marks)
+    return tuple(i for i in ids if i is not None and i in special and i != getattr(tokenizer, "eos_token_id", None))

@@ -14,7 +14,7 @@ class Closing:
     def __init__(self) -> None:
         self.engine: Any = None
         self.first: float | None = None
-        self.start = 0.0
+        self.start = self.seconds = 0.0
 
     def begin(self, engine: Any) -> Closing:
         """A text begins. The engine's sums are started anew, so that they are those of the text that follows."""
@@ -28,9 +28,9 @@ class Closing:
             self.first = perf_counter() - self.start
 
     def line(self) -> str:
-        """The line."""
-        seconds = perf_counter() - self.start
-        return sentence(self.engine.counts, seconds, self.first, lossless=self.engine.parts.rule.lossless)
+        """The line; `seconds` are those of the text."""
+        self.seconds = perf_counter() - self.start
+        return sentence(self.engine.counts, self.seconds, self.first, lossless=self.engine.parts.rule.lossless)
 
 
 def sentence(counts: Counts, seconds: float, first: float | None, *, lossless: bool = True) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from outrider.errors import ConfigError
-from outrider.options import PART
+from outrider.errors import ConfigError, unknown_name
+from outrider.options import DRAFTERS, PART
 
 _HOW = re.compile(r"(?:[\w,]+:)*")
 """Words before a path, each with a colon behind it: how drafts grow, and what kind of drafter the path holds."""
@@ -30,6 +30,8 @@ def model(name: str | None) -> str | None:
 
 def drafter(spec: Any) -> Any:
     """A drafter, or several, whose paths lead somewhere. What is no path is looked at when it is loaded."""
+    from difflib import get_close_matches
+
     for one in [spec] if isinstance(spec, str) else spec or ():
         rest = one
         while head := PART.match(rest):
@@ -37,6 +39,8 @@ def drafter(spec: Any) -> Any:
         path = _HOW.sub("", rest, count=1)
         if path.startswith(_LOCAL) and not Path(path).expanduser().exists():
             raise ConfigError(f"--draft: there is no {path}: give a folder, a Hub name, or none, ngram or auto")
+        if path not in DRAFTERS and get_close_matches(path, DRAFTERS, cutoff=0.7) and not Path(path).exists():
+            raise ConfigError(unknown_name("drafter", path, DRAFTERS))
     return spec
 
 

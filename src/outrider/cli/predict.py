@@ -103,18 +103,19 @@ def predict(options: EngineOptions, asked: PredictOptions, sampling: Any, json: 
 
     Example: outrider predict --count 8 --max-tokens 32 --measure
     """
-    from outrider.evaluate.planning import predict_report as pr
-
     if asked.drafting not in ("sampled", "greedy"):
         raise ConfigError(f"--drafting is sampled or greedy, got {asked.drafting!r}")
+    if asked.from_logs is not None and asked.measure:
+        raise ConfigError("--measure needs the models and --from-logs loads none: give --draft-cost instead")
+    logged = None if asked.from_logs is None else read_texts(asked.from_logs)
+    from outrider.evaluate.planning import predict_report as pr  # here: a bad log is refused before PyTorch is imported
+
     costs = parse_costs(asked.draft_cost, asked.verify_cost)
     if costs is not None and asked.measure:
         raise ConfigError("--measure and --draft-cost are two ways to give the costs: use one")
     runs = None if asked.check is None else pr.read_runs(asked.check, asked.length)
-    if asked.from_logs is not None:
-        if asked.measure:
-            raise ConfigError("--measure needs the models and --from-logs loads none: give --draft-cost instead")
-        document, at = of_logs(asked.from_logs, costs), None
+    if logged is not None:
+        document, at = of_logs(str(asked.from_logs), logged, costs), None
     else:
         document, at = of_models(options, sampling, asked, costs), sampling.temperature
     texts = document.pop("_texts")
@@ -153,22 +154,27 @@ def parse_costs(draft_cost: float | None, verify_cost: str | None) -> Any:
     return Costs(draft_cost, (1.0, *verify), "given")
 
 
-def of_logs(path: Path, costs: Any) -> dict[str, Any]:
-    """The document of a log; no torch is needed for what it computes."""
-    from outrider.evaluate.planning import predict_report as pr
+def read_texts(path: Path) -> list[Any]:
+    """The texts of a log."""
     from outrider.theory.logs import read_log
 
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a JSONL log of texts")
     try:
         with path.open(encoding="utf-8") as lines:
-            texts = read_log(lines, str(path))
+            return read_log(lines, str(path))
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def of_logs(source: str, texts: list[Any], costs: Any) -> dict[str, Any]:
+    """The document of a log."""
+    from outrider.evaluate.planning import predict_report as pr
+
     with terminal.loading(f"replaying {len(texts)} texts"):
-        return {"source": str(path), **pr.report(texts, costs), "_texts": texts}
+        return {"source": source, **pr.report(texts, costs), "_texts": texts}
 
 
 def of_models(options: EngineOptions, sampling: Any, asked: PredictOptions, costs: Any) -> dict[str, Any]:

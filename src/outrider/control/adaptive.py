@@ -100,6 +100,9 @@ class Adaptive:
         self._ready: list[int] = []  # and of those that it made, for sequences whose prompt was through
         self._prompts = False  # whether the latest step read prompts
         self._forecast = StepTimes(self._accepted.read_again, work)
+        self.compared = self.plain = 0.0
+        """Sums since the start: seconds of the steps whose load and length were measured (without prompts), and the seconds that
+        plain decoding would have taken for their tokens at the same loads."""
 
     # ------------------------------------------------------------------ the protocol
     def budget(self, sequences: Sequence[SequenceView]) -> list[int]:
@@ -127,6 +130,7 @@ class Adaptive:
         self._steps += 1
         if record.scored:
             self._accepted.learn(record, self._judged)
+            self._compare(record)
         self._judged = self._ready
         self._forecast.learn(record, before, None if now is None else (now[0], self._deepest))
         self._prompts = record.rows > record.scored + record.counts.proposed
@@ -176,6 +180,17 @@ class Adaptive:
         return [Speed(x, tokens, cost, tokens / cost) for x, tokens, cost in known]
 
     # ------------------------------------------------------------------ inside
+    def _compare(self, record: StepRecord) -> None:
+        """Add a step to the sums of both ways of decoding."""
+        load = self._loads.get((load_class(record.scored), self._context))
+        drafted = sum(length > 0 for length in self._judged)
+        cost = load.charged(record.counts.proposed / max(1, drafted)) if load else None
+        if cost is None or record.rows > record.scored + record.counts.proposed:
+            return
+        seconds, share = sum(record.seconds.values()), min(1.0, drafted / record.scored)
+        self.compared += seconds
+        self.plain += record.counts.emitted / record.scored * seconds / (1.0 + share * (cost - 1.0))
+
     def _shared(self, sequences: Sequence[SequenceView], length: int) -> list[int]:
         """The draft length of each sequence where the choice is `length`."""
         return [length] * len(sequences)

@@ -81,6 +81,13 @@ class LengthSearch:
             self.pairs.append((sums[0], sums[1]))
             self.halves.clear()
 
+    def charged(self, length: float) -> float | None:
+        """T / T(0) of drafts of this mean length, by the nearest length that was measured; None before any was."""
+        drafted = [x for x in self.cost if x]
+        if not drafted:
+            return None
+        return self.cost[min(drafted, key=lambda x: abs(x - length))] if length else 1.0
+
     def usual(self) -> float | None:
         """Median seconds of the latest steps of the choice; other threads call this too."""
         recent = list(self.recent)

@@ -28,7 +28,7 @@ from outrider.drafters.tree.growth import Sample
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import CapabilityError, ConfigError, unknown_name
-from outrider.options import PART, WITHOUT_MODEL
+from outrider.options import DRAFTERS, PART
 from outrider.protocols import Drafter, Rule, Target
 from outrider.raster import find_raster
 
@@ -321,7 +321,7 @@ def _model(
     learned: Mapping[str, LearnedDrafter],
 ) -> ModelDrafter:
     path = how.path
-    names = ("none", "auto", *WITHOUT_MODEL, "jacobi", *learned, "early", "sparse")
+    names = (*DRAFTERS, *learned)
     if not path or path in ("none", "auto"):
         raise ConfigError(f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
     if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():

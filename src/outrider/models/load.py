@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from outrider import isa
+from outrider import isa, options
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.adapter import home_of, is_adapter
 from outrider.models.admit import admit, try_out
@@ -47,17 +47,7 @@ __all__ = [
 
 FLOAT16 = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
 """Instructions with products of float16."""
-IMPLEMENTATIONS = ("auto", "lean", "hf")
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float64": torch.float64,
-    "fp64": torch.float64,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in options.DTYPES.items()}
 
 
 def load_target(
@@ -85,8 +75,8 @@ def load_target(
 
     Raises ConfigError for a wrong option or checkpoint, CapacityError if the weights do not fit into memory.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(unknown_name("implementation", implementation, IMPLEMENTATIONS))
+    if implementation not in options.IMPLEMENTATIONS:
+        raise ConfigError(unknown_name("implementation", implementation, options.IMPLEMENTATIONS))
     if quantize is not None:
         block_type(quantize)
     where = _device(device)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import logging
+from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -120,11 +121,23 @@ def reply(
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Replies to Outrider's and Starlette's exceptions in OpenAI's error format; for /v1/messages it is Anthropic's too."""
-    out = _on_error(error)
+    out = _on_error(_explained(request, error))
     if request.url.path.startswith("/v1/messages"):
         body = {"type": "error", **json.loads(bytes(out.body))}
         return JSONResponse(body, out.status_code, {k: v for k, v in out.headers.items() if k != "content-length"})
     return out
+
+
+def _explained(request: Request, error: Exception) -> Exception:
+    """What the router says of an address in a phrase of HTTP, in a sentence that helps."""
+    if not isinstance(error, HTTPException) or error.detail != HTTPStatus(error.status_code).phrase:
+        return error
+    place, more = request.url.path[:80], dict(error.headers or {})
+    if error.status_code == 404:
+        return HTTPException(404, f"there is nothing at {place}: /openapi.json lists what this server has", more)
+    if error.status_code == 405:
+        return HTTPException(405, f"{place} does not answer {request.method[:16]}: use {more.get('Allow', 'another method')}", more)
+    return error
 
 
 def _on_error(error: Exception) -> Response:

@@ -120,6 +120,7 @@ class Watching(ABC):
             "waiting": m.waiting if self.bridge.tickets else 0,
             "length": look.length if look else None,
             "speedup": look.speedup if look else None,
+            **dict(zip(("compared", "plain"), self.compared(), strict=True)),
             "overloaded": m.refused["Overloaded"],
             "failed": sum(n for (_, code), n in m.responses.items() if code == "500") + self.bridge.failures,
             "drafts": drafts(c),
@@ -139,6 +140,11 @@ class Watching(ABC):
     @abstractmethod
     def speeds(self) -> list[dict[str, Any]]:
         """Measured draft lengths at the present load: tokens per step, cost of a step over a plain one, speed over plain."""
+
+    def compared(self) -> tuple[float, float]:
+        """Seconds of the steps that could be compared with plain decoding, and seconds that it would have taken for their tokens,
+        each step at its own load; zeros where nobody compares."""
+        return 0.0, 0.0
 
     @abstractmethod
     def kv_usage(self) -> float:
@@ -173,13 +179,17 @@ class Watching(ABC):
 
     def speedup(self) -> float | None:
         """Speed over plain decoding of the window's steps, including drafts the controller did not choose (a request with its own
-        seed does not follow it): tokens per step, divided by the measured cost of the nearest draft length. None if steps drafted
+        seed does not follow it): each step at its own load where that was measured (`compared`), for most of the window's time;
+        else tokens per step, divided by the measured cost of the nearest draft length at the present load. None if steps drafted
         and no cost was measured, or nothing is known."""
         look = self.outlook()
         if look is None or not self.history:
             return look.speedup if look else None
         now, then = self.history[-1], self._then()
         of = {k: now[k] - then[k] for k in ("sequence_steps", "drafts", "proposed", "accepted")}
+        compared, plain = (now[k] - then[k] for k in ("compared", "plain"))
+        if compared > 0.5 * (sum(now["seconds"].values()) - sum(then["seconds"].values())):
+            return plain / compared
         if not of["drafts"]:
             return look.speedup
         length = of["proposed"] / of["drafts"]
@@ -253,6 +263,11 @@ class Monitor(Watching):
         """Measured draft lengths at the present load: tokens per step, cost of a step over a plain one, speed over plain."""
         controller = self.own.engine.controller
         return [asdict(s) for s in controller.speeds()] if isinstance(controller, Adaptive) else []
+
+    def compared(self) -> tuple[float, float]:
+        """The controller's sums, if it is adaptive."""
+        controller = self.own.engine.controller
+        return (controller.compared, controller.plain) if isinstance(controller, Adaptive) else (0.0, 0.0)
 
     def kv_usage(self) -> float:
         """Share of the pages (without pages, of the capacity) that sequences hold, 0 .. 1; 0 while the model is loaded."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).resolve().parents[3]
 SERVER = os.environ.get("OUTRIDER_PYTHON", sys.executable)
 """The interpreter that has Outrider; the clients' own need not have it."""
 PAIR = str(ROOT / "src" / "outrider" / "assets" / "pycode" / "target")

@@ -1,0 +1,173 @@
+"""What a user types into `outrider chat`: lines and blocks, those typed before, and commands."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outrider.errors import OutriderError
+
+if TYPE_CHECKING:
+    from outrider.cli.chat import Conversation
+
+BLOCK = '"""'
+"""Begins and ends a text of several lines."""
+KEPT = 1000
+"""Lines of the history that are kept."""
+CONTINUED = "... "
+"""Before the further lines of a text."""
+
+
+def history_file() -> Path:
+    """Where lines typed before are kept: below XDG_STATE_HOME, else ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "outrider" / "chat_history"
+
+
+@contextmanager
+def edited_lines(path: Path) -> Iterator[None]:
+    """Arrow keys, and the lines typed before, kept in a file that only its owner may read: in a terminal, where Python was built
+    with readline. A file that cannot be read or written costs the history alone."""
+    try:
+        import readline
+    except ImportError:
+        readline = None
+    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    readline.set_history_length(KEPT)
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
+
+
+def read_text() -> str | None:
+    """What the user says, None at the end of input: a line; lines that end in a backslash, and the one behind them; or a block
+    between two BLOCKs."""
+    line = _line("> ")
+    if line is None:
+        return None
+    if line.lstrip().startswith(BLOCK):
+        return _block(line.lstrip()[len(BLOCK) :])
+    while line.endswith("\\") and (more := _line(CONTINUED)) is not None:
+        line = f"{line[:-1]}\n{more}"
+    return line
+
+
+def _block(first: str) -> str:
+    lines, line = [], first
+    while not line.rstrip().endswith(BLOCK):
+        lines.append(line)
+        if (more := _line(CONTINUED)) is None:
+            return "\n".join(lines)
+        line = more
+    return "\n".join([*lines, line.rstrip()[: -len(BLOCK)]]).strip("\n")
+
+
+def _line(prompt: str) -> str | None:
+    try:
+        return input(prompt if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """run: gets what stands behind the name, and returns what to say. None: ends the conversation."""
+
+    usage: str
+    help: str
+    run: Callable[[Conversation, str], str] | None
+
+
+def _clear(talk: Conversation, _: str) -> str:
+    talk.clear()
+    return "the conversation starts over"
+
+
+def _system(talk: Conversation, text: str) -> str:
+    if text:
+        talk.instruct(None if text == "-" else text)
+    return f"system message: {talk.system or 'none'}"
+
+
+def _temperature(talk: Conversation, text: str) -> str:
+    if text:
+        talk.params = replace(talk.params, temperature=_number(text, "a temperature is a number, as in /temperature 0.7"))
+    return f"temperature {talk.params.temperature:g}"
+
+
+def _draft(talk: Conversation, text: str) -> str:
+    if text:
+        length = {"on": None, "off": 0}.get(text, -1)
+        if length == -1:
+            length = int(_number(text, "say /draft on, /draft off, or the most tokens of a draft, as in /draft 2"))
+        talk.params = replace(talk.params, draft_length=length)
+    most = talk.params.draft_length
+    return "drafts are on" if most is None else f"drafts of at most {most} tokens" if most else "drafts are off"
+
+
+def _image(talk: Conversation, text: str) -> str:
+    if not text:
+        raise OutriderError("name the file of a picture, as in /image photo.png")
+    talk.images.append(Path(text))
+    return f"the next message shows {', '.join(str(path) for path in talk.images)}"
+
+
+def _stats(talk: Conversation, _: str) -> str:
+    return talk.stats()
+
+
+def _help(talk: Conversation, _: str) -> str:
+    width = max(len(c.usage) for c in COMMANDS.values())
+    lines = [f"  {c.usage:{width}}  {c.help}" for c in COMMANDS.values()]
+    more = f"{BLOCK} begins and ends a text of several lines, \\ at the end of a line continues it"
+    return "\n".join(["commands:", *lines, f"  {more}", "  // begins a text that begins with /"])
+
+
+def _number(text: str, otherwise: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise OutriderError(otherwise) from None
+
+
+COMMANDS: Mapping[str, Command] = {
+    "/help": Command("/help", "these lines", _help),
+    "/system": Command("/system [TEXT]", "set the system message (- for none), or show it", _system),
+    "/temperature": Command("/temperature [T]", "set the temperature, or show it", _temperature),
+    "/draft": Command("/draft [on|off|N]", "drafts of at most N tokens, or show it; no text is changed by it", _draft),
+    "/image": Command("/image FILE", "show a picture with the next message, to a target that reads images", _image),
+    "/stats": Command("/stats", "speed, acceptance and context of the conversation so far", _stats),
+    "/clear": Command("/clear", "start over", _clear),
+    "/quit": Command("/quit", "end, as /exit and Ctrl-D", None),
+}
+"""By the first word of a line."""
+ENDS = ("/quit", "/exit")
+
+
+def obey(talk: Conversation, line: str) -> str | None:
+    """What a command answers; None where the line is none. A name that is not there is said, not sent to the model."""
+    name, _, rest = line.strip().partition(" ")
+    if not name.startswith("/") or name.startswith("//") or "/" in name[1:]:  # a path is a text
+        return None
+    found = COMMANDS.get(name)
+    if found is None or found.run is None:
+        near = get_close_matches(name, COMMANDS, n=1)
+        return f"there is no command {name[:40]!r}" + (f", did you mean {near[0]}?" if near else "; /help lists them")
+    try:
+        return found.run(talk, rest.strip())
+    except OutriderError as error:
+        return str(error)
