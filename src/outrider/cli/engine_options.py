@@ -131,6 +131,14 @@ ENGINE = Table(
                 show_default=False,
             ),
         ],
+        "kv_dtype": Annotated[
+            str,
+            typer.Option(
+                "--kv-dtype",
+                help="How the target's keys and values are stored: auto (as its weights), float32, bfloat16, or int8 (half the "
+                "memory of bfloat16, another model; its distance is printed).",
+            ),
+        ],
     },
     defaults_of(EngineOptions),
 )

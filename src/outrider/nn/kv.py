@@ -104,7 +104,7 @@ class PagedKV:
         stored: Stored | None = None,
     ) -> None:
         self.slots, self.capacity, self.page = slots, capacity, page
-        self.dtype, self.stored = dtype, Plain(dtype) if stored is None else stored
+        self.head_dim, self.dtype, self.stored = head_dim, dtype, Plain(dtype) if stored is None else stored
         per_slot = self.pages_for(capacity)
         count = slots * per_slot if limit is None else min(limit, slots * per_slot)
         self.prefixes = Prefixes(page)

@@ -73,8 +73,8 @@ def fit_contexts(
         raise CapabilityError(
             "this target's cache is not in pages, so passes over a long context cannot be timed alone"
         )
-    kv.k.normal_()
-    kv.v.normal_()
+    for part in (*kv.k, *kv.v):
+        part.copy_(kv.stored.pack(torch.randn(*part.shape[:-1], kv.head_dim)))
     shapes = [(n, min(b, kv.slots)) for n, b in SHAPES]
     passes: list[TimedPass] = []
     with torch.inference_mode():
