@@ -61,7 +61,7 @@ class Ahead:
     trees = False
 
     def __init__(self, inner: Drafter, premises: int, *, inline: bool = False) -> None:
-        if not isinstance(inner, ModelDrafter) or inner.trees:
+        if not isinstance(inner, ModelDrafter) or inner.trees or hasattr(inner, "borrow"):
             raise CapabilityError(
                 f"only chains of a draft model can be drafted ahead, not those of {inner.name!r}: drop 'ahead:'"
             )

@@ -16,7 +16,7 @@ from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
 from outrider.drafters.jacobi import parse_jacobi
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.drafters.model.early_exit import early_exit
+from outrider.drafters.model.early_exit import early_exit, first_layers
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
@@ -24,7 +24,7 @@ from outrider.drafters.recycle import Recycle
 from outrider.drafters.sparse import load_sparse, parse_sparse, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
-from outrider.drafters.tree.growth import Sample
+from outrider.drafters.tree.growth import Growth, Sample
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import CapabilityError, ConfigError, unknown_name
@@ -103,10 +103,11 @@ def load_drafter(
       "mtp"         the head for multi-token prediction that the target's own folder carries, or a trained one, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
       "counts"      tables of an image model's tokens by place, left and upper neighbour, likewise
-      "early:K"     the target's own first K layers with its norm and head
+      "early:K"     the target's own first K layers with its norm and head; "early:K:sparse:..." over a view of its cache
       "sparse:window:16+496"  the target itself, looking at the first 16 and the newest 496 tokens of its own cache; chains only.
                     "sparse:snap:512", "sparse:pillar:512": at 512 tokens, chosen by the attention of the prompt's last rows, or
                     of the last verification
+      "sparse:int8" the target itself, looking at all tokens in a copy of its cache with 8 bits a number; also trees
                     All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...), "sparse" those of chains.
                     They and draft models also take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes
                     likeliest to be accepted, at most 4 below each; and "stop:PATH" or "stop:0.3:PATH": a chain that ends where
@@ -155,7 +156,7 @@ def load_drafter(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
             )
         if kind == "early":
-            found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
+            found = _early(path, target, how.growth(target.vocab_size))
         elif kind == "sparse":
             found = load_sparse(path, target, how.growth(target.vocab_size), least)
         elif kind in learned and (path or not Path(kind).exists()):
@@ -254,11 +255,19 @@ def _own_head(
         return None
 
 
-def _layers(spec: str) -> int:
-    found = re.fullmatch(r"early:(\d{1,4})", spec)
+def _early(spec: str, target: Target, growth: Growth) -> Drafter:
+    """The target's first layers, over a cache of their own or over a view of the target's."""
+    found = re.fullmatch(r"(\d{1,4})(?::sparse:(.+))?", spec)
     if found is None:
-        raise ConfigError(f"an early exit is written 'early:LAYERS', as 'early:2', got {spec!r}")
-    return int(found.group(1))
+        raise ConfigError(
+            f"an early exit is written 'early:LAYERS', as 'early:2', or over a view 'early:2:sparse:window:16+496', got 'early:{spec}'"
+        )
+    layers, view = int(found.group(1)), found.group(2)
+    if view is None:
+        return early_exit(target, layers, growth)
+    made = load_sparse(view, first_layers(target, layers), growth)
+    made.name = f"early:{layers}:{made.name}"
+    return made
 
 
 def _without_model(spec: str, length: int) -> tuple[list[Drafter], str]:

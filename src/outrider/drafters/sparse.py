@@ -11,6 +11,9 @@ Which tokens are seen, beside the newest:
     snap     those that the prompt's last rows looked at, chosen again only now and then (after SnapKV, Li et al. 2024)
     pillar   those that the last verification looked at, chosen in every step (after SparseSpec, 2025)
 
+`sparse:int8` sees all of them in fewer bits, which takes a copy: coded.py. The first layers of a target may draft over a view too:
+those layers of its cache are theirs.
+
 The target's scores of earlier rows are evidence like any other, and a choice never looks at a drafted token, so the declared
 distributions are those that the tokens were drawn from.
 """
@@ -26,10 +29,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.drafters.coded import WIDTH, CodedDrafter
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import CapabilityError, ConfigError
-from outrider.protocols import KVCache, Target
+from outrider.protocols import Drafter, KVCache, Target
 from outrider.theory.context_times import FURTHER_ROW, ContextTimes
 from outrider.types import Draft, Evidence, Rows, Segment, SequenceView
 
@@ -86,8 +90,8 @@ def parse_sparse(spec: str) -> Sparse:
             f"a sparse view of {size} tokens is too small: give at least {4 * SINKS}, as 'sparse:{spec[:4]}:512'"
         )
     raise ConfigError(
-        f"a sparse view is written 'sparse:window:16+496' (first and newest tokens), 'sparse:snap:512' or 'sparse:pillar:512', "
-        f"got 'sparse:{spec}'"
+        f"a sparse view is written 'sparse:window:16+496' (first and newest tokens), 'sparse:snap:512', 'sparse:pillar:512' or "
+        f"'sparse:int8', got 'sparse:{spec}'"
     )
 
 
@@ -231,11 +235,14 @@ def merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
     return tuple(out)
 
 
-def load_sparse(spec: str, target: Target, growth: Growth, least: int = 0) -> SparseDrafter:
-    """The drafter `sparse:SPEC` for a target; ConfigError for bad grammar, CapabilityError if the target cannot do it.
+def load_sparse(spec: str, target: Target, growth: Growth, least: int = 0) -> Drafter:
+    """The drafter `sparse:SPEC` for a target or its first layers; ConfigError for bad grammar, CapabilityError if the target cannot
+    do it.
 
     least: cached tokens below which nothing is drafted.
     """
+    if spec == WIDTH:
+        return CodedDrafter(target, growth)
     return SparseDrafter(target, parse_sparse(spec), growth, least)
 
 

@@ -68,9 +68,12 @@ class ModelDrafter:
         limit = min(length, self.max_length)
         slack = self.growth.max_expanded_nodes if self.trees else 0
         try:
-            self._made = TokenCache(self.model, slots, limit + slack, limit)
+            self._made = self._new_cache(slots, limit + slack, limit)
         except CapacityError as error:
             raise CapacityError(f"the draft model {self.name!r}: {error}") from None
+
+    def _new_cache(self, slots: int, capacity: int, limit: int) -> TokenCache:
+        return TokenCache(self.model, slots, capacity, limit)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
