@@ -20,8 +20,8 @@ def line_of(engine: EngineCore, path: str | None) -> str:
     where = type(parts.target).__name__ if path is None else path
     done = f", {engine.steps} steps" + (f", {length:.2f} tokens per step" if length else "")
     return printable(
-        f"Engine(target={where!r} ({kind_of(parts.target)}, {parts.target.device}), draft={parts.drafter.name!r}, rule={parts.rule.name!r}, "
-        f"slots={engine.options.slots}, max_length={engine.max_length}{done})"
+        f"Engine(target={where!r} ({kind_of(parts.target)}, {parts.target.device}), draft={parts.drafter.name!r}, "
+        f"rule={parts.rule.name!r}, slots={engine.options.slots}, max_length={engine.max_length}{done})"
     )
 
 
@@ -35,7 +35,10 @@ def html_of(engine: EngineCore, path: str | None) -> str:
     """An engine as a table, with its sums and what users should read."""
     parts, counts, book = engine.parts, engine.counts, ledger(engine.counts)
     rows: list[tuple[str, object]] = [
-        ("target", f"{path or ''} {type(parts.target).__name__}, {kind_of(parts.target)}, {parts.target.device}".strip()),
+        (
+            "target",
+            f"{path or ''} {type(parts.target).__name__}, {kind_of(parts.target)}, {parts.target.device}".strip(),
+        ),
         ("draft", f"{parts.drafter.name}, up to {parts.drafter.max_depth} tokens"),
         ("rule", f"{parts.rule.name}, {'keeps the distribution' if parts.rule.lossless else 'LOSSY'}"),
         ("room", f"{engine.options.slots} slots, {engine.max_length} tokens each"),

@@ -79,7 +79,10 @@ def load(
 
     Raises ConfigError."""
     if target is not None and not isinstance(target, str | Path):
-        given = {name: getattr(options, name) for name in ("dtype", "device", "implementation", "target_quantize", "kv_dtype")}
+        given = {
+            name: getattr(options, name)
+            for name in ("dtype", "device", "implementation", "target_quantize", "kv_dtype")
+        }
         check_loading(given, "the target")
         if is_model(target):
             return Loaded(None, target_of(target), tokenizer, ends_of(target, tokenizer), options, sinks)

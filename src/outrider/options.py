@@ -59,8 +59,8 @@ class EngineOptions:
     slots:          sequences decoded together, >= 1.
     chunk:          most tokens of a prompt in one forward pass, >= 1.
     prefix_cache:   whether a sequence may use what others with the same beginning have computed. It never changes a text.
-    kv_memory:      GB (10^9 bytes) for the target's keys and values, > 0; None: what all slots could fill, or 90% of the memory
-                    that is free when the engine is built, if that is less.
+    kv_memory:      GB (10^9 bytes) for the keys and values of target and drafter, > 0; None: what all slots could fill, or 90% of
+                    the memory that is free when the engine is built, if that is less.
     kv_dtype:       what the target's keys and values are stored as, see `nn.stored.KV_DTYPES`. The declared distribution is then
                     that of the target with such a cache.
     """

@@ -71,9 +71,7 @@ def exact_joint(kv_dtype: str) -> np.ndarray:
 
 def sampled(drafter: Drafter, kv_dtype: str) -> Engine:
     depth = Budgets(lambda s: (s.seed * 7 + len(s.tokens)) % 4)
-    return Engine(
-        SMALL.storing(kv_dtype), drafter, load_rule("speculative_sampling"), depth, slots=512, max_length=32
-    )
+    return Engine(SMALL.storing(kv_dtype), drafter, load_rule("speculative_sampling"), depth, slots=512, max_length=32)
 
 
 CHAIN = Levels(levels((1, 1, 1)), V)

@@ -126,8 +126,8 @@ ENGINE = Table(
             float | None,
             typer.Option(
                 "--kv-memory",
-                help="GB of memory for the target's keys and values, as in --kv-memory 2. Sequences that do not fit wait. Default: "
-                "what all slots could fill, at most 90% of what is free.",
+                help="GB of memory for the keys and values of target and drafter, as in --kv-memory 2. Sequences that do not fit "
+                "wait. Default: what all slots could fill, at most 90% of what is free.",
                 show_default=False,
             ),
         ],

@@ -24,8 +24,8 @@ WIDTH = "int8"
 class Copied(TokenCache):
     """A cache whose committed tokens are copied from the target's, in place of being computed."""
 
-    def __init__(self, model: Target, slots: int, capacity: int, limit: int) -> None:
-        super().__init__(model, slots, capacity, limit)
+    def __init__(self, model: Target, slots: int, capacity: int, limit: int, memory: int | None = None) -> None:
+        super().__init__(model, slots, capacity, limit, memory)
         self.source: PagedKV | None = None
         self._copied = [0] * slots
 
@@ -72,8 +72,8 @@ class CodedDrafter(ModelDrafter):
         storing = getattr(target, "storing", None)
         if storing is None:
             raise CapabilityError(
-                f"this {type(target).__name__} keeps its cache in its own way (it runs through transformers): use a draft model, or "
-                "'ngram'"
+                f"this {type(target).__name__} keeps its cache in its own way (it runs through transformers): use a draft model, "
+                "or 'ngram'"
             )
         made = storing(WIDTH)
         if made.stored == target.stored:  # type: ignore[attr-defined]
@@ -89,5 +89,5 @@ class CodedDrafter(ModelDrafter):
             raise CapabilityError(f"a {type(kv).__name__} cannot be copied: use a draft model, or 'ngram'")
         self.cache.source = kv  # type: ignore[attr-defined]
 
-    def _new_cache(self, slots: int, capacity: int, limit: int) -> Copied:
-        return Copied(self.model, slots, capacity, limit)
+    def _new_cache(self, slots: int, capacity: int, limit: int, memory: int | None) -> Copied:
+        return Copied(self.model, slots, capacity, limit, memory)

@@ -16,15 +16,14 @@ from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
 from outrider.drafters.jacobi import parse_jacobi
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.drafters.model.early_exit import early_exit, first_layers
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
-from outrider.drafters.sparse import load_sparse, parse_sparse, worthwhile_from
+from outrider.drafters.sparse import load_early, load_sparse, parse_sparse, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
-from outrider.drafters.tree.growth import Growth, Sample
+from outrider.drafters.tree.growth import Sample
 from outrider.drafters.tree.shapes import levels
 from outrider.drafters.vocabulary import check_vocabulary
 from outrider.errors import CapabilityError, ConfigError, unknown_name
@@ -156,7 +155,7 @@ def load_drafter(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
             )
         if kind == "early":
-            found = _early(path, target, how.growth(target.vocab_size))
+            found: Drafter = load_early(path, target, how.growth(target.vocab_size))
         elif kind == "sparse":
             found = load_sparse(path, target, how.growth(target.vocab_size), least)
         elif kind in learned and (path or not Path(kind).exists()):
@@ -253,21 +252,6 @@ def _own_head(
         return learned["mtp"].load(Path(target_path).expanduser(), target, how, target_path)
     except (ConfigError, CapabilityError):
         return None
-
-
-def _early(spec: str, target: Target, growth: Growth) -> Drafter:
-    """The target's first layers, over a cache of their own or over a view of the target's."""
-    found = re.fullmatch(r"(\d{1,4})(?::sparse:(.+))?", spec)
-    if found is None:
-        raise ConfigError(
-            f"an early exit is written 'early:LAYERS', as 'early:2', or over a view 'early:2:sparse:window:16+496', got 'early:{spec}'"
-        )
-    layers, view = int(found.group(1)), found.group(2)
-    if view is None:
-        return early_exit(target, layers, growth)
-    made = load_sparse(view, first_layers(target, layers), growth)
-    made.name = f"early:{layers}:{made.name}"
-    return made
 
 
 def _without_model(spec: str, length: int) -> tuple[list[Drafter], str]:

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from outrider.drafters.coded import WIDTH, CodedDrafter
+from outrider.drafters.model.early_exit import early_exit, first_layers
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import CapabilityError, ConfigError
@@ -244,6 +245,23 @@ def load_sparse(spec: str, target: Target, growth: Growth, least: int = 0) -> Dr
     if spec == WIDTH:
         return CodedDrafter(target, growth)
     return SparseDrafter(target, parse_sparse(spec), growth, least)
+
+
+def load_early(spec: str, target: Target, growth: Growth) -> Drafter:
+    """The drafter `early:SPEC`: the target's first layers, over a cache of their own ("4") or over a view of the target's
+    ("4:sparse:window:16+496"). Raises as `load_sparse`."""
+    found = re.fullmatch(r"(\d{1,4})(?::sparse:(.+))?", spec)
+    if found is None:
+        raise ConfigError(
+            "an early exit is written 'early:LAYERS', as 'early:2', or over a view 'early:2:sparse:window:16+496', got "
+            f"'early:{spec}'"
+        )
+    layers, view = int(found.group(1)), found.group(2)
+    if view is None:
+        return early_exit(target, layers, growth)
+    made = load_sparse(view, first_layers(target, layers), growth)
+    made.name = f"early:{layers}:{made.name}"
+    return made
 
 
 def worthwhile_from(target: Target, view: Sparse) -> int | None:

@@ -119,7 +119,7 @@ class LeanTarget:
         return 2 * self.layers * self.config.kv_heads * entry_bytes(self.stored, self.config.head_dim)
 
     def storing(self, kv_dtype: str) -> LeanTarget:
-        """The same weights with keys and values stored as one of `nn.stored.KV_DTYPES`: with fewer bits than their own another model.
+        """The same weights with keys and values stored as one of `nn.stored.KV_DTYPES`: another model, where that rounds them.
         Raises ConfigError for an unknown name and for heads that it does not fit."""
         other = copy.copy(self)
         other.stored = stored_as(kv_dtype, self.dtype, self.config.head_dim)

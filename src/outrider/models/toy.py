@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 from outrider.errors import ConfigError
 from outrider.nn.attention import attend
 from outrider.nn.kv import PagedKV
-from outrider.nn.stored import Stored, stored_as
 from outrider.nn.masks import ancestor_mask, hide
 from outrider.nn.rope import rotation, turn
 from outrider.nn.row_parts import check_prefix
+from outrider.nn.stored import Stored, stored_as
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores, Segment
 

@@ -14,6 +14,7 @@ from outrider.nn.memory import available_memory, lazy_zeros, require_memory
 from outrider.nn.pages import Pages
 from outrider.nn.prefixes import Prefixes
 from outrider.nn.stored import Plain, Stored
+from outrider.records import CacheNeed
 from outrider.types import Rows
 
 PAGE = 64
@@ -47,6 +48,11 @@ class RowCache:
     @property
     def bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
+
+    @staticmethod
+    def need(layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> CacheNeed:
+        """What such a cache takes, all of it at once."""
+        return CacheNeed(fixed=2 * layers * slots * kv_heads * capacity * head_dim * dtype.itemsize)
 
     def write(
         self, layer: int, slot: int, start: int, k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
@@ -154,7 +160,9 @@ class PagedKV:
         """A part of `k` or `v` as numbers; a view where they are stored as they are."""
         return self.stored.unpack(stored, self.dtype)
 
-    def put(self, layer: int, where: slice | Int[Tensor, "n"], k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]) -> None:
+    def put(
+        self, layer: int, where: slice | Int[Tensor, "n"], k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
+    ) -> None:
         """Write one layer's rows at these places."""
         self.k[layer][:, where] = self.stored.pack(k.transpose(0, 1))
         self.v[layer][:, where] = self.stored.pack(v.transpose(0, 1))

@@ -153,8 +153,8 @@ class NativeDecoder:
     def forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...] = ()) -> Scores:
         """Score `rows` and write their keys and values after the cached tokens; see `protocols.Target.forward`.
 
-        kv must hold this model's shapes, also those of more layers; it may store them in any type of _CACHES. Hidden states have the type of the weights. Raises RequestError for a
-        token outside of the vocabulary and CapacityError for rows that do not fit into the cache.
+        kv must hold this model's shapes, or those of more layers, in any type of _CACHES. Hidden states have the type of the
+        weights. Raises RequestError for a token outside of the vocabulary, CapacityError for rows that do not fit into the cache.
         """
         if self._checked is None or self._checked() is not kv:
             self._check(kv)
