@@ -1,4 +1,4 @@
-"""The target over an 8-bit copy of its cache, and its first layers over a view: what is copied, what is declared, what is refused."""
+"""The target over an 8-bit copy of its cache, and its first layers over a view: what is copied, declared and refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,13 @@ def small(name: str = "plain") -> LeanTarget:
     return LeanTarget(config, random_weights(config, extras, torch.bfloat16))
 
 
-SPECS = ("sparse:int8", "tree:2x2x1:sparse:int8", "early:2:sparse:int8", "early:2:sparse:window:4+20", "early:2:sparse:pillar:64")
+SPECS = (
+    "sparse:int8",
+    "tree:2x2x1:sparse:int8",
+    "early:2:sparse:int8",
+    "early:2:sparse:window:4+20",
+    "early:2:sparse:pillar:64",
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -86,7 +86,7 @@ def test_a_sequence_without_pages_is_not_drafted_for() -> None:
 
 
 def test_caches_without_pages_are_taken_off_whole() -> None:
-    network = learned("eagle", TinyLM(V, 64, 3, heads=2))
+    network = learned("eagle", TinyLM(V, 64, 3, heads=2), steps=1)
     drafter = EagleDrafter(network, Levels(levels((1,) * 3), V))  # type: ignore[arg-type]
     need = drafter.cache_need(3, 250 + 3)
     memory = need.fixed + 7 * PAGE * TARGET.token_bytes

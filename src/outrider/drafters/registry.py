@@ -114,7 +114,7 @@ def load_drafter(
       "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else the
                     target's own MTP head, or else "ngram" and after that, at contexts where a view is expected to be faster
-                    than plain decoding, "sparse:window:16+496"
+                    than plain decoding, "sparse:window:16+496"; also instead of the draft model, where it is faster than that
       "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
 
     rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
@@ -128,11 +128,14 @@ def load_drafter(
     if length == 0 or spec == "none":
         return NoDraft()
     sample: Sample = "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
-    own, least = None, 0
+    own, view, least = None, None, 0
     if spec == "auto":
         sibling = None if load_model is None else companion_folder(target_path, "draft")
-        spec, own, least = _auto(target, parse_draft("mtp", length, sample), target_path, sibling, learned)
+        how = parse_draft("mtp", length, sample)
+        spec, own, least = _auto(target, how, target_path, sibling, learned)
+        view = _view_beside(target, how, sibling, load_model, learned)
     parts, rest = _without_model(spec, length)
+    parts += [] if view is None else [view]
     if own is not None:
         parts.append(own)
     elif rest.partition(":")[0] == "jacobi":
@@ -240,6 +243,21 @@ def _auto(
     least = worthwhile_from(target, parse_sparse(AUTO_VIEW))
     view = "" if least is None else f"+sparse:{AUTO_VIEW}"
     return f"prediction+forced+ngram{view}", None, least or 0
+
+
+def _view_beside(
+    target: Target,
+    how: DraftSpec,
+    sibling: str | None,
+    load_model: LoadModel | None,
+    learned: Mapping[str, LearnedDrafter],
+) -> Drafter | None:
+    """A view of the target's own cache, from the context on where it is expected to gain more than the draft model `sibling`, or
+    where that model's context ends; None where that is nowhere, or not known."""
+    if sibling is None or load_model is None or learned_kind(sibling, learned) is not None:
+        return None
+    least = worthwhile_from(target, parse_sparse(AUTO_VIEW), load_model(sibling)[0])
+    return None if least is None else load_sparse(AUTO_VIEW, target, how.growth(target.vocab_size), least)
 
 
 def _own_head(

@@ -264,15 +264,26 @@ def load_early(spec: str, target: Target, growth: Growth) -> Drafter:
     return made
 
 
-def worthwhile_from(target: Target, view: Sparse) -> int | None:
-    """Cached tokens from which one sequence is expected to gain from this view; None where that is not known, or at no context
-    that the target can well reach (half of its longest at most).
+def worthwhile_from(target: Target, view: Sparse, model: Target | None = None) -> int | None:
+    """Cached tokens from which one sequence is expected to gain from this view, and more than from a draft model if there is one;
+    None where that is not known, or at no context that the target can well reach (half of its longest at most).
 
     By the bytes that a step reads (`step_bytes` of the target), an acceptance of EXPECTED, and rows as they were measured.
     """
-    weights, token = getattr(target, "step_bytes", None) or (0.0, 0.0)
-    if not weights or not getattr(target, "views", False):
+    times = _by_bytes(target)
+    if times is None or not getattr(target, "views", False):
         return None
-    times = ContextTimes(weights, ROW * weights, token, FURTHER_ROW * token)
-    found = times.crossing(1, view.size, EXPECTED)
+    other = None if model is None else _by_bytes(model)
+    if model is None:
+        found = times.crossing(1, view.size, EXPECTED)
+    elif other is not None:
+        found = times.overtakes(1, view.size, EXPECTED, other, model.max_length)
+    else:
+        return None
     return found if found is not None and 2 * found <= target.max_length else None
+
+
+def _by_bytes(model: Target) -> ContextTimes | None:
+    """Times in bytes, if the model says what a step reads."""
+    weights, token = getattr(model, "step_bytes", None) or (0.0, 0.0)
+    return ContextTimes(weights, ROW * weights, token, FURTHER_ROW * token) if weights else None

@@ -157,7 +157,10 @@ def _continue(engine: Engine, prompts: list[list[int]], first: int, wanted: Data
     several = wanted.temperatures
     params = [
         SamplingParams(
-            temperature=several[row % len(several)], max_tokens=more, ignore_eos=True, seed=wanted.seed * 1_000_003 + row
+            temperature=several[row % len(several)],
+            max_tokens=more,
+            ignore_eos=True,
+            seed=wanted.seed * 1_000_003 + row,
         )
         for row in range(first, first + len(prompts))
     ]
@@ -219,7 +222,9 @@ def read_features(
     states = np.load(beside / "hidden.npy", mmap_mode="r", allow_pickle=False)
     fine = [i for i, row in enumerate(tokens) if repeated(row) <= repeats]
     if not fine:
-        raise ConfigError(f"every row of {folder} goes in circles: allow more repeats, or write at a higher temperature")
+        raise ConfigError(
+            f"every row of {folder} goes in circles: allow more repeats, or write at a higher temperature"
+        )
     if len(fine) < len(tokens):
         report(f"{len(tokens) - len(fine)} of {len(tokens)} rows go in circles and are left out")
         tokens, states = _Rows(tokens, fine), _Rows(states, fine)
