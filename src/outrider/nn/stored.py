@@ -7,7 +7,7 @@ whoever moves, shares or copies entries moves them along and need not know what 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -23,6 +23,7 @@ LEAST = 1e-30
 """Largest number of an entry up to which it is stored as zeros."""
 
 
+@runtime_checkable
 class Stored(Protocol):
     """How an entry of `head_dim` numbers is stored. dtype: of its items. name: of the type, as `--kv-dtype` has it."""
 

@@ -89,7 +89,7 @@ class ContextTimes:
     def drafted(
         self, sequences: int, context: float, view: float, length: int, by: ContextTimes | None = None
     ) -> float:
-        """Of a step with drafts of `length` tokens over `view` cached ones (infinite: all); by: times of another model that makes them."""
+        """Of a step with drafts of `length` tokens over `view` cached ones (infinite: all); by: times of the model that drafts."""
         seen = min(view, context)
         drafting = length * ((self if by is None else by).seconds(sequences, 1, seen) + self.level)
         return self.step + drafting + self.seconds(sequences, length + 1, context)
