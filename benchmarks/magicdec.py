@@ -106,7 +106,9 @@ class Bench:
         while engine.counts.steps < 2 * batch:  # each prompt's last token, and the first draft
             engine.step()
         if any(s.reused < context - self.kv.page for name in names for s in engine.sequences(name)):
-            raise SystemExit("a prompt was read though its keys and values are in the cache: the times would be of reading it")
+            raise SystemExit(
+                "a prompt was read though its keys and values are in the cache: the times would be of reading it"
+            )
         engine.reset()
         began = self.clock()
         for _ in range(steps):

@@ -243,7 +243,8 @@ def token_use(loaded: Loaded) -> TokenUse:
         )
     lines = PROMPTS.read_text(encoding="utf-8").splitlines() if tokenizer is not None else []
     texts = [list(cast(Tokenizer, tokenizer).encode(json.loads(line)["prompt"])) for line in lines]
-    key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize} {loaded.options.kv_dtype}"
+    cache = "" if loaded.options.kv_dtype == "auto" else f" {loaded.options.kv_dtype}"
+    key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize}{cache}"
     return use_of(target, key, prompts_from(texts, target.vocab_size), logger.warning)
 
 

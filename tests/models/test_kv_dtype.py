@@ -230,6 +230,15 @@ def test_an_engine_says_what_it_stores(caplog: pytest.LogCaptureFixture) -> None
     assert not [n for n in build_engine(draft="none").notices if "stored as" in n]
 
 
+def test_models_on_transformers_refuse_it() -> None:
+    with pytest.raises(
+        ConfigError, match="kv_dtype 'int8' needs the lean runtime, which does not run .* leave kv_dtype out"
+    ):
+        build_engine(draft="none", implementation="hf", kv_dtype="int8")
+    with pytest.raises(ConfigError, match="'int9'; did you mean 'int8'"):
+        build_engine(draft="none", kv_dtype="int9")
+
+
 def test_a_target_object_has_its_cache() -> None:
     target = lean("plain", torch.float32, "auto")
     with pytest.raises(ConfigError, match="kv_dtype='int8' is for models that are loaded here"):

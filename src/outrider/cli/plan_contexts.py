@@ -33,10 +33,8 @@ def drafts_of(drafts: list[str]) -> list[str]:
     if drafts in ([], ["auto"]):
         return [f"sparse:{AUTO_VIEW}"]
     for draft in drafts:
-        kind = draft.partition(":")[0]
-        if kind in (*LEARNED, *HOSTS, "auto", "none", "early", "ahead", "jacobi") or "+" in draft.removeprefix(
-            "sparse:window"
-        ):
+        kind = draft.partition("+")[0].partition(":")[0]
+        if kind in (*LEARNED, *HOSTS, "auto", "none", "early", "ahead", "jacobi"):
             raise ConfigError(
                 "--contexts is about views of the target's own cache and draft models: give --draft sparse:window:16+496, or the "
                 f"folder of a model, got {draft!r}"
