@@ -20,7 +20,7 @@ from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
-from outrider.drafters.sparse import load_early, load_sparse, parse_sparse, worthwhile_from
+from outrider.drafters.sparse import load_early, load_sparse, parse_sparse, view_beside, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
 from outrider.drafters.tree.growth import Sample
@@ -133,7 +133,8 @@ def load_drafter(
         sibling = None if load_model is None else companion_folder(target_path, "draft")
         how = parse_draft("mtp", length, sample)
         spec, own, least = _auto(target, how, target_path, sibling, learned)
-        view = _view_beside(target, how, sibling, load_model, learned)
+        if sibling is not None and load_model is not None and learned_kind(sibling, learned) is None:
+            view = view_beside(AUTO_VIEW, target, load_model(sibling)[0], how.growth(target.vocab_size))
     parts, rest = _without_model(spec, length)
     parts += [] if view is None else [view]
     if own is not None:
@@ -243,21 +244,6 @@ def _auto(
     least = worthwhile_from(target, parse_sparse(AUTO_VIEW))
     view = "" if least is None else f"+sparse:{AUTO_VIEW}"
     return f"prediction+forced+ngram{view}", None, least or 0
-
-
-def _view_beside(
-    target: Target,
-    how: DraftSpec,
-    sibling: str | None,
-    load_model: LoadModel | None,
-    learned: Mapping[str, LearnedDrafter],
-) -> Drafter | None:
-    """A view of the target's own cache, from the context on where it is expected to gain more than the draft model `sibling`, or
-    where that model's context ends; None where that is nowhere, or not known."""
-    if sibling is None or load_model is None or learned_kind(sibling, learned) is not None:
-        return None
-    least = worthwhile_from(target, parse_sparse(AUTO_VIEW), load_model(sibling)[0])
-    return None if least is None else load_sparse(AUTO_VIEW, target, how.growth(target.vocab_size), least)
 
 
 def _own_head(

@@ -264,6 +264,13 @@ def load_early(spec: str, target: Target, growth: Growth) -> Drafter:
     return made
 
 
+def view_beside(spec: str, target: Target, model: Target, growth: Growth) -> Drafter | None:
+    """A view of the target's own cache, from the context on where it is expected to gain more than a draft model, or where that
+    model's context ends; None where that is nowhere, or not known."""
+    least = worthwhile_from(target, parse_sparse(spec), model)
+    return None if least is None else load_sparse(spec, target, growth, least)
+
+
 def worthwhile_from(target: Target, view: Sparse, model: Target | None = None) -> int | None:
     """Cached tokens from which one sequence is expected to gain from this view, and more than from a draft model if there is one;
     None where that is not known, or at no context that the target can well reach (half of its longest at most).
