@@ -528,7 +528,7 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
     with pytest.raises(ValueError, match="layers in 0..3"):
         decoder.forward(plain, kv, (4,))
     with pytest.raises(ValueError, match="cache"):
-        decoder.forward(plain, new_kv(config, torch.bfloat16), ())
+        decoder.forward(plain, new_kv(config, torch.float64), ())
 
 
 @pytest.mark.parametrize(
