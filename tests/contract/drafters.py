@@ -215,9 +215,6 @@ DRAFTERS: dict[str, Factory] = {
         NGram(4), SparseDrafter(target, Sparse("pillar", 1, 2, chosen=2), Levels(levels((1,) * 3), target.vocab_size))
     ),
     "sparse-int8": lambda target, slots: CodedDrafter(target, Levels(levels((1,) * 4), target.vocab_size)),
-    "sparse-int8-tree": lambda target, slots: CodedDrafter(
-        target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement")
-    ),
     "early+sparse": lambda target, slots: SparseDrafter(
         target.first_layers(1), Sparse("window", 1, 3), Levels(levels((1,) * 4), target.vocab_size)
     ),

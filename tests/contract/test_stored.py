@@ -40,7 +40,7 @@ def plain(sampling: str) -> list[tuple[int, ...]]:
     return [t for e, q, p in zip(one, PROMPTS, params(sampling), strict=True) for t in tokens(e.generate([q], [p]))]
 
 
-DRAWN = ("model", "tree-iid", "sparse-window", "early", "eagle", "ngram")
+DRAWN = ("model", "tree-iid", "sparse-window")
 CASES = list(product(DRAWN, ("greedy", "temperature 1", "top-p with penalties"), (6, 3)))
 
 
