@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def load_drafter(
         how = parse_draft("mtp", length, sample)
         spec, own, least = _auto(target, how, target_path, sibling, learned)
         if sibling is not None and load_model is not None and learned_kind(sibling, learned) is None:
-            view = view_beside(AUTO_VIEW, target, load_model(sibling)[0], how.growth(target.vocab_size))
+            view = view_beside(AUTO_VIEW, target, partial(load_model, sibling), how.growth(target.vocab_size))
     parts, rest = _without_model(spec, length)
     parts += [] if view is None else [view]
     if own is not None:

@@ -21,7 +21,7 @@ distributions are those that the tokens were drawn from.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -264,10 +264,11 @@ def load_early(spec: str, target: Target, growth: Growth) -> Drafter:
     return made
 
 
-def view_beside(spec: str, target: Target, model: Target, growth: Growth) -> Drafter | None:
+def view_beside(spec: str, target: Target, load: Callable[[], tuple[Target, object]], growth: Growth) -> Drafter | None:
     """A view of the target's own cache, from the context on where it is expected to gain more than a draft model, or where that
-    model's context ends; None where that is nowhere, or not known."""
-    least = worthwhile_from(target, parse_sparse(spec), model)
+    model's context ends; None where that is nowhere, or not known. load: loads it, and is called only if a view can gain."""
+    view = parse_sparse(spec)
+    least = None if worthwhile_from(target, view) is None else worthwhile_from(target, view, load()[0])
     return None if least is None else load_sparse(spec, target, growth, least)
 
 
