@@ -14,7 +14,6 @@ from outrider.nn.memory import available_memory, lazy_zeros, require_memory
 from outrider.nn.pages import Pages
 from outrider.nn.prefixes import Prefixes
 from outrider.nn.stored import Plain, Stored
-from outrider.records import CacheNeed
 from outrider.types import Rows
 
 PAGE = 64
@@ -50,9 +49,9 @@ class RowCache:
         return 2 * self.k.numel() * self.k.element_size()
 
     @staticmethod
-    def need(layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> CacheNeed:
-        """What such a cache takes, all of it at once."""
-        return CacheNeed(fixed=2 * layers * slots * kv_heads * capacity * head_dim * dtype.itemsize)
+    def size(layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of such a cache, all of which it takes at once."""
+        return 2 * layers * slots * kv_heads * capacity * head_dim * dtype.itemsize
 
     def write(
         self, layer: int, slot: int, start: int, k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]

@@ -63,7 +63,8 @@ class DFlashDrafter:
     def cache_need(self, slots: int, length: int) -> CacheNeed:
         """What `bind` allocates."""
         c, dtype = self.model.config, self.model.fc.weight.dtype
-        return RowCache.need(c.layers, slots, c.kv_heads, length + self._size, c.head_dim, dtype)
+        size = RowCache.size(c.layers, slots, c.kv_heads, length + self._size, c.head_dim, dtype)
+        return CacheNeed(fixed=size)
 
     def keep_within(self, tokens: int) -> None:
         """Nothing: it has no pages."""

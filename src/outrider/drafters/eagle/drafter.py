@@ -85,7 +85,8 @@ class EagleDrafter:
     def cache_need(self, slots: int, length: int) -> CacheNeed:
         """What `bind` allocates."""
         c, dtype = self.model.config, self.model.fc.weight.dtype
-        return RowCache.need(1, slots, c.kv_heads, length + self.growth.max_expanded_nodes, c.head_dim, dtype)
+        size = RowCache.size(1, slots, c.kv_heads, length + self.growth.max_expanded_nodes, c.head_dim, dtype)
+        return CacheNeed(fixed=size)
 
     def keep_within(self, tokens: int) -> None:
         """Nothing: it has no pages."""
