@@ -27,6 +27,7 @@ from outrider.train.data import Document, narrowed, token_type
 from outrider.types import Draft, Rows
 
 Report = Callable[[str], None]
+CPU = torch.device("cpu")
 NGRAM, MOST_REPEATED = 8, 0.5
 """A row in which more than this share of the n-grams are repeated is a loop, and is left out unless `repeats` allows it."""
 
@@ -73,7 +74,7 @@ class Features:
     layers: tuple[int, ...]
     rows: int = 8
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def per_epoch(self) -> int:
@@ -209,7 +210,7 @@ def read_features(
     rows: int,
     seed: int,
     repeats: float = MOST_REPEATED,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     report: Report = print,
 ) -> Features:
     """Finished data of `folder`, without rows that repeat themselves. Raises ConfigError for another choice of layers.
