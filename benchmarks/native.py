@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from outrider import isa
 from outrider.assets import shipped
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.lean import LeanTarget
@@ -117,7 +118,11 @@ class Probe:
         unit = compiled.Unit("probe", Path(__file__).parent, True, "")
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "probe.so"
-            flags = [*compiled.FLAGS, "-march=native", "-fopenmp", f"-I{compiled.DECODER.folder}"]
+            choice = (
+                isa.chosen()
+            )  # the limits of the instructions that the decoder has: OUTRIDER_ISA may take some away
+            level = ("-march=native",) if choice.native or choice.level is None else choice.level.flags
+            flags = [*compiled.FLAGS, *level, "-fopenmp", f"-I{compiled.DECODER.folder}"]
             compiled.compile_unit(unit, compiled.find_compiler(), flags, made)
             self.library = ctypes.CDLL(str(made))
         for name in ("probe_read", "probe_bytes", "probe_bf16", "probe_float"):

@@ -12,13 +12,18 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def byte_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One token per byte; the ids from 256 on decode to their own number, and no text encodes to them. vocab >= 256."""
+    """One token per byte; the ids from 256 on decode to their own number, and no text encodes to them. vocab >= 256.
+
+    Id 256 is the one merge that a GGUF file must have: twice the byte 0xff, which is in no text.
+    """
     if vocab < 256:
         raise ValueError(f"a byte-level vocabulary needs 256 tokens, not {vocab}")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = {token: i for i, token in enumerate(alphabet)} | {f"<{i}>": i for i in range(256, vocab)}
-    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    never = "\xff"  # the alphabet writes this byte as its Latin-1 letter
+    merges = [(never, never)] if vocab > 256 else []
+    tokens |= {a + b: 256 for a, b in merges} | {f"<{i}>": i for i in range(257, vocab)}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 

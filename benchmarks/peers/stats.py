@@ -34,9 +34,9 @@ class Ratio:
         return "yes" if self.low >= goal else "no" if self.high < goal else "open"
 
 
-def speeds(samples: Sequence[Mapping[str, float] | None]) -> NDArray[np.float64]:
-    """Tokens per second by round; NaN where a round is missing."""
-    return np.array([s["tokens"] / s["seconds"] if s else np.nan for s in samples])
+def speeds(samples: Sequence[Mapping[str, float] | None], clock: str = "seconds") -> NDArray[np.float64]:
+    """Tokens per second by round; NaN where a round is missing. clock: `cpu` for processor time."""
+    return np.array([s["tokens"] / s[clock] if s else np.nan for s in samples])
 
 
 def chosen(arms: Speeds) -> tuple[NDArray[np.float64], str]:
@@ -76,17 +76,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def arm_row(name: str, samples: Sequence[Mapping[str, float] | None]) -> list[str]:
+def arm_row(name: str, samples: Sequence[Mapping[str, float] | None], clock: str = "seconds") -> list[str]:
     """Name, median tokens per second, 10th and 90th percentile, tokens per target call and sequence, rounds."""
-    values = speeds(samples)
+    values = speeds(samples, clock)
     values = values[~np.isnan(values)]
     if not len(values):
         return [name, "failed", "", "", "0"]
     counted = [s for s in samples if s and "calls" in s]
     calls = sum(s["calls"] for s in counted)
     length = f"{sum(s['tokens'] for s in counted) / calls:.2f}" if calls else ""
-    low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
-    return [name, f"{middle:.0f}", f"{low:.0f} to {high:.0f}", length, str(len(values))]
+    low, middle, high = (f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in np.quantile(values, [0.1, 0.5, 0.9]))
+    return [name, middle, f"{low} to {high}", length, str(len(values))]
 
 
 def claim_row(text: str, scenario: str, goal: float | None, found: Ratio | None) -> list[str]:

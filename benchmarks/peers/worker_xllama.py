@@ -1,6 +1,7 @@
-"""Worker: llama.cpp's own server, as the package xllamacpp carries it, plain greedy decoding of one GGUF file.
+"""Worker: llama.cpp's own server, as the package xllamacpp carries it: a GGUF file, plain or with a draft model.
 
-The target is the file itself. The prebuilt package is compiled for AVX2.
+options: `length`, the most tokens of a draft (0: plain); `sampled`: drafts are drawn from the draft's distribution, not its most
+likely tokens; `repack`: weights may be rearranged at load. The prebuilt package is compiled for AVX2.
 """
 
 from __future__ import annotations
@@ -16,18 +17,28 @@ import xllamacpp
 
 def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
     """Start the server within this process, on a free port of 127.0.0.1."""
-    params = xllamacpp.CommonParams()
+    params, options = xllamacpp.CommonParams(), what.options
     params.model.path, params.hostnames, params.port = what.target, ["127.0.0.1"], 0
     params.n_ctx, params.n_parallel, params.warmup = what.length, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = what.threads
+    params.no_extra_bufts = not options.get("repack", True)
+    if options.get("length"):
+        speculative, draft = params.speculative, params.speculative.draft
+        speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        draft.mparams.path, draft.n_max, draft.n_min, draft.p_min = what.draft, options["length"], 0, 0.0
+        draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = what.threads
+        draft.probabilistic = options.get("sampled", False)
     server = xllamacpp.Server(params)
+
+    told: dict[str, Any] = {}
 
     def generate(command: channel.Command) -> list[list[int]]:
         [prompt] = command.prompts
         body = {
             "prompt": prompt,
             "n_predict": command.tokens,
-            "temperature": 0.0,
+            "temperature": command.temperature,
+            "seed": command.seed,
             "samplers": ["temperature"],
             "cache_prompt": False,
             "ignore_eos": True,
@@ -36,10 +47,14 @@ def load(what: channel.Load) -> tuple[channel.Run, dict[str, str]]:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=300) as reply:
-            return [json.load(reply)["tokens"]]
+            found = json.load(reply)
+        told.update(found["timings"])
+        return [found["tokens"]]
 
     def run(command: channel.Command) -> dict[str, Any]:
-        return channel.timed(lambda: generate(command), command)
+        found = channel.timed(lambda: generate(command), command)
+        accepted = told.get("draft_n_accepted", 0)
+        return found | {"calls": found["tokens"] - accepted, "drafted": told.get("draft_n", 0)}
 
     return run, {"xllamacpp": version("xllamacpp")}
 

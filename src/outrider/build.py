@@ -30,7 +30,7 @@ from outrider.models.given import Model, is_model
 from outrider.notices import notices_of, vocabulary_without_model, wasted_option
 from outrider.options import EngineKeywords, EngineOptions, check_names, with_keywords
 from outrider.params import SamplingParams
-from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
+from outrider.protocols import Controller, Drafter, ImageReader, KVCache, Rule, Sink, Target
 from outrider.raster import find_raster
 from outrider.sampling.grammar import grammars_of
 from outrider.sampling.pipeline import LogitsPipeline
@@ -61,8 +61,9 @@ def build_engine(
     `load_drafter`).
 
     draft, rule: a name, or a drafter or rule object; as draft also a model of transformers. tokenizer: of the target, where it is
-    an object; None: the engine works on token ids. draft_tokenizer: of a draft model object, to check that its vocabulary is the
-    target's. Models that are objects stay as they were found (`models.hf.target.HFTarget`).
+    an object; None: the engine works on token ids; a processor of transformers also reads images (`Engine.images`).
+    draft_tokenizer: of a draft model object, to check that its vocabulary is the target's. Models that are objects stay as they
+    were found (`models.hf.target.HFTarget`).
     options: the other fields of `EngineOptions` (`capacity` is another name of `slots`). speculative_config: vLLM's JSON; it
     replaces draft, length and rule.
     controller: makes the controller of draft lengths (None: the one that `lengths` names). on_defect: called with every contained
@@ -97,7 +98,7 @@ class Engine(EngineCore):
     slots: sequences decoded together. max_length: most tokens (prompt and output) of a sequence; the target's context if None.
     chunk: rows of a prompt chunk. eos: ids that end a sequence. sinks: receive one StepRecord per step. on_defect: called with
     every contained failure. turns: shared by engines on one model, so that they take turns. loaded, notices: set by `build`.
-    prefix_cache, kv_memory: see `EngineOptions`.
+    prefix_cache, kv_memory: see `EngineOptions`. images: reads images for the target, if it can.
     Raises CapabilityError when parts do not fit together.
     """
 
@@ -121,6 +122,7 @@ class Engine(EngineCore):
         notices: Iterable[str] = (),
         prefix_cache: bool = True,
         kv_memory: float | None = None,
+        images: ImageReader | None = None,
     ) -> None:
         contracts.check_parts(target, drafter, rule, controller)
         turns = turns or Turns()  # first: it raises in a forked process before anything is allocated
@@ -134,7 +136,7 @@ class Engine(EngineCore):
         super().__init__(
             Parts(target, kv, pipeline, rule, drafter),
             Hooks(controller, tuple(sinks), on_defect),
-            CoreOptions(slots, most, chunk, tokenizer, turns, prefix_cache),
+            CoreOptions(slots, most, chunk, tokenizer, turns, prefix_cache, images),
         )
         self.loaded = loaded
         self._notices = tuple(notices)
@@ -216,6 +218,7 @@ def assemble(
         allow_lossy=options.allow_lossy,
         turns=loaded.turns,
         loaded=mine,
+        images=loaded.images,
         notices=_notices(loaded, options, drafter),
         prefix_cache=options.prefix_cache,
         kv_memory=options.kv_memory,

@@ -15,6 +15,7 @@ from outrider.engine.turns import Turns
 from outrider.errors import CapacityError, ConfigError
 from outrider.models.folder import files_of, identity_of, resolve_folder
 from outrider.models.given import check_loading, ends_of, is_model, target_of
+from outrider.models.images import images_of, is_processor
 from outrider.models.lean import LeanTarget
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
 from outrider.models.quantised import distance
@@ -22,7 +23,7 @@ from outrider.models.token_use import TokenUse, prompts_from, use_of
 from outrider.models.translate import shared_token_share, translate
 from outrider.models.vocabulary_choice import choose
 from outrider.options import EngineOptions
-from outrider.protocols import Drafter, Rule, Sink, Target, Tokenizer
+from outrider.protocols import Drafter, ImageReader, Rule, Sink, Target, Tokenizer
 
 Progress = Callable[[float], None]
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ModelKey(NamedTuple):
 class Loaded:
     """What engines on one target share: the weights of target and draft models, the tokenizer, and the lock of turns.
 
+    images: reads images for the target, if it can.
     drafter, rule: this engine's, if they were given as objects; None: they are made from the names in `options`.
     given: draft models that were given as objects, by the name that `options` have for each.
     """
@@ -61,6 +63,7 @@ class Loaded:
     eos: tuple[int, ...]
     options: EngineOptions
     sinks: tuple[Sink, ...] = ()
+    images: ImageReader | None = None
     given: dict[str, tuple[Target, object]] = field(default_factory=dict)
     drafter: Drafter | None = None
     rule: Rule | None = None
@@ -84,10 +87,15 @@ def load(
             for name in ("dtype", "device", "implementation", "target_quantize", "kv_dtype")
         }
         check_loading(given, "the target")
+        processor = tokenizer if is_processor(tokenizer) else None
+        tokenizer = tokenizer if processor is None else getattr(processor, "tokenizer", None)
         if is_model(target):
-            return Loaded(None, target_of(target), tokenizer, ends_of(target, tokenizer), options, sinks)
+            made = target_of(target)
+            return Loaded(
+                None, made, tokenizer, ends_of(target, tokenizer), options, sinks, images_of(made, processor)
+            )
         contracts.check("target", target, contracts.TARGET)  # before a drafter is built for it
-        return Loaded(None, target, tokenizer, (), options, sinks)
+        return Loaded(None, target, tokenizer, (), options, sinks, images_of(target, processor))
     path = str(shipped("target") if target is None else target)
     model = load_target(
         path,
@@ -111,7 +119,7 @@ def load(
         model.notices = (*model.notices, _rounding(path, model, tokenizer, options))
     if options.kv_dtype != "auto":
         model.notices = (*model.notices, *_caching(model, tokenizer))
-    return Loaded(path, model, tokenizer, ends, options, sinks)
+    return Loaded(path, model, tokenizer, ends, options, sinks, images_of(model, path))
 
 
 def _rounding(path: str, model: Target, tokenizer: object | None, options: EngineOptions) -> str:

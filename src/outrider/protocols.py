@@ -6,12 +6,13 @@ They are runtime-checkable only for the type checks in the tests; the engine nev
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, device, dtype
 
 from outrider.noise import Noise
+from outrider.pictured import ImageInput, ImagePrompt, ImageRows
 from outrider.records import CacheNeed, StepRecord
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
@@ -127,6 +128,33 @@ class Target(Protocol):
 
     def unembed(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """Final norm and output head."""
+        ...
+
+
+@runtime_checkable
+class ImageReader(Protocol):
+    """Images in prompts, for targets that read them."""
+
+    def mark(self) -> str:
+        """What stands in a text for an image."""
+        ...
+
+    def read(self, text: str, images: Sequence[Any], special: bool | None = None) -> ImagePrompt:
+        """A prompt, by the model's own processor: `text` has one mark for each of `images` (pictures of Pillow, paths, or bytes of
+        files). special: let the tokenizer add its special tokens; None: unless the text begins with one. Any thread may call it.
+        Raises RequestError for what is no image, or does not fit the text."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ImagePrompt:
+        """A prompt of a conversation, by the model's own template; parts {"type": "image", "image": ...} are images."""
+        ...
+
+    def prove(self) -> None:
+        """Try a small image, once, before the first prompt does. Raises CapabilityError if the target would not read it exactly."""
+        ...
+
+    def rows(self, image: ImageInput) -> ImageRows:
+        """What the target has for an image. It runs the model where the image is new, so only between two steps."""
         ...
 
 

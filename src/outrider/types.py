@@ -21,6 +21,7 @@ from outrider.deprecated import Renamed
 from outrider.moved import names_of
 from outrider.noise import Noise
 from outrider.params import SamplingParams
+from outrider.pictured import Given
 
 Siblings = Literal["iid", "without_replacement", "hub"]
 """How several children of a node were drawn from one distribution: independently; each from the rest after the earlier ones; or as
@@ -199,15 +200,15 @@ class Segment:
 class Rows:
     """The rows of one target forward: all sequences flat, no padding.
 
-    token:    [N] int64. position: [N] int64 absolute positions (siblings share one).
-    segments: one per sequence, in order of rows.
-    scored:   [M] rows that get logits: the last prefix rows of the B scored segments, then their K nodes.
+    token:    [N] int64. position: [N] int64 absolute positions (siblings share one). segments: one per sequence, in order of rows.
+    scored:   [M] rows that get logits: the last prefix rows of the B scored segments, then their K nodes. given: of images.
     """
 
     token: Int[Tensor, "N"]
     position: Int[Tensor, "N"]
     segments: tuple[Segment, ...]
     scored: Int[Tensor, "M"]
+    given: Given | None = None
 
     @cached_property
     def count(self) -> int:

@@ -37,7 +37,7 @@ ENGINES = {
     "tree": set(ENGINE.options) - {"length", "lengths", "rule", "allow_lossy", "slots"},
     "demo": {"target", "draft", "length", "dtype"},
     "doctor": {"dtype", "max_length"},
-    "train": {"target"},
+    "train": {"target", "device"},
     "image": {"draft", "length", "rule", "allow_lossy"},
     "ab rehearse": {"length"},
 }
@@ -46,6 +46,7 @@ OWN = {
     ("doctor", "slots"),
     ("doctor", "target"),
     ("doctor", "draft"),
+    ("doctor", "measure"),
     ("plan", "target"),
     ("plan", "draft"),
     ("plan", "slots"),

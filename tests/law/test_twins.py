@@ -176,6 +176,28 @@ def test_native_and_plain_passes_give_one_verdict(rule, vocab, rounds, monkeypat
         assert native.spread == pytest.approx(plain.spread, abs=1e-9)
 
 
+@pytest.mark.parametrize("vocab", [5, 40, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_damaged_distribution_leaves_the_ledger_of_block_verification_finite(vocab, dtype, monkeypatch):
+    """NaN in q, which the engine takes out before it is judged: all twins count its mass as lost, and no variance."""
+    rng, rule, damaged = np.random.default_rng([29, vocab]), BlockVerification(), 0
+    for _ in range(40):
+        p, draft, noise = step(rng, 4, vocab, dtype)
+        if draft.q is None:
+            continue
+        draft.q.probs[0, int(rng.integers(draft.q.probs.shape[1]))] = float("nan")
+        monkeypatch.setenv("OUTRIDER_NATIVE", "1")
+        found = [rule(p, draft, noise), fetch(rule.launch(p, draft, noise))[0]]
+        monkeypatch.setenv("OUTRIDER_NATIVE", "0")
+        plain = rule(p, draft, noise)
+        damaged += 1.0 in plain.risk or max(plain.risk) > 1.0
+        for verdict in found:
+            assert verdict.risk == pytest.approx(plain.risk, abs=1e-5)
+            assert verdict.spread == pytest.approx(plain.spread, abs=1e-5)
+        assert np.isfinite(plain.risk).all() and np.isfinite(plain.spread).all()
+    assert damaged
+
+
 def test_native_transport_is_its_twin():
     """One node of k i.i.d. siblings: chances, residual and its total, from pieces that both sort tokens into."""
     rng = np.random.default_rng(25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +12,10 @@ import typer
 from outrider.cli import paths, terminal
 from outrider.cli.closing import Closing
 from outrider.cli.engine_options import ENGINE, load_engine
+from outrider.cli.generate import Images
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
-from outrider.errors import ConfigError, RequestError
+from outrider.errors import CapabilityError, ConfigError, RequestError
 from outrider.options import EngineOptions
 
 
@@ -33,8 +35,10 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", help="System message of the conversation.", show_default=False)
     ] = None,
+    image: Images = None,
 ) -> None:
-    """Talk to a model. End with Ctrl-D or /quit; /clear starts over.
+    """Talk to a model. End with Ctrl-D or /quit; /clear starts over; /image FILE adds a picture to the next message, for a target
+    that reads images.
 
     A target without a chat template (the shipped pair, any base model) continues what you type instead.
 
@@ -46,6 +50,7 @@ def chat(
     engine = load_engine(options if model is None else options.changed(target=model), sinks=(closing,))
     edit_lines()
     talk = Conversation(engine, system, closing)
+    talk.images += image or []
     if not talk.template:
         terminal.err.print("[dim]this target has no chat template: it continues your text[/dim]")
     while (line := read_line()) is not None:
@@ -55,8 +60,11 @@ def chat(
             talk.clear()
         elif line.strip():
             try:
-                talk.turn(line, sampling)
-            except RequestError as error:  # too long a conversation is no reason to lose it
+                if line.startswith("/image "):
+                    talk.images.append(Path(line.removeprefix("/image ").strip()))
+                else:
+                    talk.turn(line, sampling)
+            except (RequestError, CapabilityError) as error:  # too long a conversation is no reason to lose it
                 terminal.err.print(f"outrider: {error} (/clear starts over)")
 
 
@@ -79,6 +87,7 @@ class Conversation:
 
     def __init__(self, engine: Any, system: str | None, closing: Closing) -> None:
         self.engine, self.system, self.closing = engine, system, closing
+        self.images: list[Path] = []
         self.template = bool(getattr(engine.tokenizer, "chat_template", None))
         if system and not self.template:
             raise ConfigError("--system needs a target with a chat template")
@@ -90,10 +99,12 @@ class Conversation:
                 raise ConfigError(f"{error}: leave --system out, or use another target") from None
 
     def clear(self) -> None:
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
 
-    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+    def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation. Raises RequestError for one that the template refuses."""
+        if any(not isinstance(message["content"], str) for message in messages):
+            return self.engine.images.chat(messages)
         try:
             return self.engine.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -104,11 +115,14 @@ class Conversation:
     def turn(self, line: str, params: Any) -> None:
         """Stream the answer to `line`, then one line of how it went. Ctrl-C stops the answer only."""
         prompt: Any = line
+        if self.images and not self.template:
+            raise RequestError("images need a target with a chat template")
         if self.template:
-            self.messages.append({"role": "user", "content": line})
+            shown, self.images = [{"type": "image", "image": path} for path in self.images], []
+            self.messages.append({"role": "user", "content": [*shown, {"type": "text", "text": line}] if shown else line})
             try:
                 prompt = self._prompt(self.messages)
-            except RequestError:
+            except (RequestError, CapabilityError):
                 self.messages.pop()
                 raise
         closing, answer = self.closing.begin(self.engine), ""

@@ -33,6 +33,12 @@ def doctor(
     slots: Annotated[
         int, typer.Option("--slots", min=1, help="Sequences decoded at the same time, for the memory estimate.")
     ] = 1,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure", help="Tell expected tokens a second: loads a part of the weights, takes some seconds."
+        ),
+    ] = True,
     vllm: Annotated[
         str | None,
         typer.Option("--vllm", metavar="URL", help="Instead: which of Outrider's parts are live in this vLLM server."),
@@ -41,7 +47,8 @@ def doctor(
 ) -> None:
     """Check a pair of checkpoints as loading does, without reading weights: architecture, tensors, tokenizer, memory.
 
-    For one path it says whether it runs, through which runtime, and how large it is. With --vllm http://127.0.0.1:8000 it asks that
+    For one path it says whether it runs, through which runtime, how large it is, and how fast it will decode here by a measurement
+    with a part of it (about two seconds for a model, --no-measure leaves that out). With --vllm http://127.0.0.1:8000 it asks that
     running vLLM server instead (docs/vllm.md). Exit code 0 if everything fits (every part is live), 1 if a check fails (a part is
     off), 2 if a checkpoint cannot be run (nobody answers).
 
@@ -62,10 +69,12 @@ def doctor(
     checks = compare(models, folders)
     ok = all(c["ok"] for c in checks)
     notices = slow_parts(models)
+    told = expected(folders, options.dtype) if measure and ok else {}
     if json:
-        terminal.print_json({"ok": ok, "models": models, "checks": checks, "notices": notices})
+        terminal.print_json({"ok": ok, "models": models, "checks": checks, "speed": told, "notices": notices})
     else:
         print_report(models, checks, notices)
+        print_speed(told)
     if not ok:
         raise typer.Exit(1)
 
@@ -114,6 +123,37 @@ def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[s
         "mtp_heads": 0 if head is None else head.depth,
         "notices": list(facts.notices),
     }
+
+
+def expected(folders: dict[str, str], dtype: str) -> dict[str, Any]:
+    """Tokens a second, plain and with the draft, measured with a part of the weights; or `unknown`, why not."""
+    from outrider.evaluate.planning.pace import ROWS, pace
+
+    with terminal.loading("measuring") as told:
+        found = pace(folders["target"], folders.get("draft"), dtype, told)
+    if isinstance(found, str):
+        return {"unknown": found}
+    whole = found.times.whole
+    return {
+        "plain": found.tokens,
+        "rows": {str(n): whole[n] / whole[1] for n in ROWS},
+        "with_draft": [{"acceptance": a, "tokens": t, "length": n} for a, (t, n) in found.drafted.items()],
+    }
+
+
+def print_speed(speed: dict[str, Any]) -> None:
+    """One line on what to expect, one on drafts."""
+    if not speed:
+        return
+    say = lambda text: terminal.console().print(f"[bold]note[/bold] {'expected':<11} {text}")  # noqa: E731
+    if "unknown" in speed:
+        say(f"no speed is told: {speed['unknown']}")
+        return
+    rows = ", ".join(f"{n}: {v:.2f}" for n, v in speed["rows"].items() if n != "1")
+    say(f"about {speed['plain']:.0f} tokens/s plain; time of more rows over that of one: {rows}")
+    if speed["with_draft"]:
+        each = ", ".join(f"{d['acceptance']:g}: {d['tokens']:.0f} ({d['length']})" for d in speed["with_draft"])
+        say(f"with this draft, tokens/s by acceptance (tokens drafted a step): {each}")
 
 
 def slow_parts(models: dict[str, dict[str, Any]]) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,16 @@ from outrider.cli.sampling_options import SAMPLING, JsonSchema, Regex, grammar
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError, RequestError
 from outrider.options import EngineOptions
+
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        callback=paths.readable,
+        help="A picture for a target that reads images (PNG, JPEG, WebP, GIF); several: --image a.png --image b.png.",
+        show_default=False,
+    ),
+]
 
 
 def read_prompt(given: str | None) -> str:
@@ -52,12 +64,16 @@ def generate(
             "--prediction", help="A predicted continuation to draft from (see --draft prediction).", show_default=False
         ),
     ] = None,
+    image: Images = None,
     regex: Regex = None,
     json_schema: JsonSchema = None,
     speculative_config: SpeculativeConfig = None,
     json: Json = False,
 ) -> None:
     """Continue PROMPT. The text has the target's own distribution, whatever drafts it.
+
+    With --image the target must read images; PROMPT is then a user's message by its chat template, unless it has the model's own
+    marks where the images belong.
 
     Example: outrider generate "def read(path):" --draft ngram --temperature 0
     """
@@ -73,15 +89,25 @@ def generate(
     engine = load_engine(configured(options, speculative_config), sinks=(closing,))
     if prediction is not None:
         sampling = replace(sampling, prediction=tuple(engine.encode(prediction)))
+    given = prompt if not image else with_images(engine, str(prompt), image)
     closing.begin(engine)
     if json:
-        terminal.print_json(document(engine, whole(engine, prompt, sampling)))
+        terminal.print_json(document(engine, whole(engine, given, sampling)))
     elif sampling.n > 1:
-        for output in whole(engine, prompt, sampling).outputs:
+        for output in whole(engine, given, sampling).outputs:
             typer.echo(f"--- sample {output.index} ({output.finish_reason})\n{output.text}")
         terminal.say(closing.line())
     else:
-        print_stream(engine, prompt, sampling, closing)
+        print_stream(engine, given, sampling, closing)
+
+
+def with_images(engine: Any, text: str, images: Sequence[Path]) -> Any:
+    """A prompt of a text and images: as it stands where it has the model's marks for them, else as one message of a user."""
+    reader = engine.images
+    if reader.mark() in text:
+        return reader.read(text, list(images))
+    content = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": text}]
+    return reader.chat([{"role": "user", "content": content}])
 
 
 def whole(engine: Any, prompt: Any, sampling: Any) -> Any:

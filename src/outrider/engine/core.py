@@ -24,7 +24,7 @@ from outrider.errors import RequestError
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.progress import Tell, notebook_bar
-from outrider.protocols import Controller
+from outrider.protocols import Controller, ImageReader
 from outrider.records import PHASES, Counts, StepRecord
 from outrider.types import SequenceView
 
@@ -49,7 +49,7 @@ class EngineCore:
         self.state = StepState(parts, hooks, options)
         """What steps read and change. Its methods take no turn: they are the engine's."""
         self._turns = options.turns or Turns()
-        self._intake = Intake(options.tokenizer, parts.pipeline, options.max_length)
+        self._intake = Intake(options.tokenizer, parts.pipeline, options.max_length, options.images)
         self._names = 0
         self._stepping = False
 
@@ -99,6 +99,11 @@ class EngineCore:
         return self.options.tokenizer
 
     @property
+    def images(self) -> ImageReader:
+        """Makes prompts with images. Raises CapabilityError if the target reads none."""
+        return self._intake.reader
+
+    @property
     def controller(self) -> Controller:
         """The controller, which sets the draft length of each sequence."""
         return self.state.hooks.controller
@@ -117,9 +122,10 @@ class EngineCore:
             name = request if request is not None else self._name()
             if self.sequences(name):
                 raise RequestError(f"request {name!r} is already running; use another name")
+            pictured = self._intake.pictured(tokens)
             for index, (own, text) in enumerate(zip(seeds, texts, strict=True)):
                 made = Sequence(name, index, list(tokens), len(tokens), params, own, self.max_length, ends, text)
-                made.shares = self.options.prefix_cache
+                made.shares, made.pictured = self.options.prefix_cache, pictured
                 self.state.live.setdefault(name, {})[index] = made
                 self.scheduler.waiting.append(made)
         return name

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from outrider.engine.text import TextStream, special_tokens
-from outrider.errors import RequestError
+from outrider.errors import CapabilityError, RequestError
 from outrider.params import SamplingParams
+from outrider.pictured import ImagePrompt, Pictured
+from outrider.protocols import ImageReader
 from outrider.sampling.pipeline import LogitsPipeline
 
 
@@ -14,10 +16,14 @@ class Intake:
     """Checks requests for one engine. May be used from any thread.
 
     tokenizer: a Hugging Face tokenizer, or None: then prompts are ids, and there is no text. most: the most tokens of a sequence.
+    images: of a target that reads images.
     """
 
-    def __init__(self, tokenizer: Any, pipeline: LogitsPipeline, most: int) -> None:
+    def __init__(
+        self, tokenizer: Any, pipeline: LogitsPipeline, most: int, images: ImageReader | None = None
+    ) -> None:
         self.tokenizer, self.pipeline, self.most = tokenizer, pipeline, most
+        self._images = images
         self._special: dict[int, str] | None = None
 
     def encode(self, prompt: str) -> list[int]:
@@ -25,6 +31,27 @@ class Intake:
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer: build the engine with one, or pass token ids")
         return list(self.tokenizer.encode(prompt))
+
+    @property
+    def reader(self) -> ImageReader:
+        """Of prompts with images. Raises CapabilityError if the target reads none."""
+        if self._images is None:
+            raise CapabilityError(
+                "this engine's target reads no images: choose an image-text-to-text model, given as a folder or with its processor "
+                "(tokenizer=processor)"
+            )
+        return self._images
+
+    def pictured(self, prompt: list[int]) -> Pictured | None:
+        """What the images of a prompt are to the target, which sees new ones now: only between two steps. Raises RequestError for
+        images that it cannot read exactly."""
+        if not isinstance(prompt, ImagePrompt):
+            return None
+        try:
+            rows = tuple(map(self.reader.rows, prompt.images))
+        except CapabilityError as error:
+            raise RequestError(str(error)) from None
+        return Pictured(rows, tuple(image.first for image in prompt.images))
 
     def check(self, tokens: list[int], params: SamplingParams) -> None:
         """Raise RequestError for a request that cannot be served."""

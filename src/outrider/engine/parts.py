@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from outrider.engine.turns import Turns
-from outrider.protocols import Controller, Drafter, KVCache, Rule, Sink, Target
+from outrider.protocols import Controller, Drafter, ImageReader, KVCache, Rule, Sink, Target
 from outrider.sampling.pipeline import LogitsPipeline
 
 
@@ -53,7 +53,8 @@ class CoreOptions:
 
     tokenizer: a Hugging Face tokenizer, or None to work on ids alone. slots: sequences decoded together. max_length: most tokens
     (prompt and output) of a sequence. chunk: rows of a prompt chunk. turns: shared by engines on one model, to take turns.
-    prefix_cache: whether a sequence may use what others with the same beginning have computed.
+    prefix_cache: whether a sequence may use what others with the same beginning have computed. images: reads images, if the target
+    can.
     """
 
     slots: int
@@ -62,3 +63,4 @@ class CoreOptions:
     tokenizer: Any = None
     turns: Turns | None = None
     prefix_cache: bool = True
+    images: ImageReader | None = None

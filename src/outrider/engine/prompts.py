@@ -8,9 +8,10 @@ from collections.abc import Set as AnySet
 from typing import Any
 
 from outrider.errors import RequestError
+from outrider.pictured import ImagePrompt
 
 Prompt = str | Iterable[Any]
-"""One prompt: text, or token ids in a list, tuple, array or tensor of one dimension."""
+"""One prompt: text, or token ids in a list, tuple, array or tensor of one dimension; one with images is of `engine.images`."""
 Prompts = Prompt
 """One prompt or several, in a list or any other sequence."""
 
@@ -20,7 +21,7 @@ def as_prompts(prompts: Any) -> list[str | list[int]]:
 
     An empty sequence holds no prompt. Raises RequestError for anything that is neither text nor token ids.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | ImagePrompt):
         return [prompts]
     items = _items(prompts)
     return [as_prompt(items)] if any(_is_number(i) for i in items) else [as_prompt(i) for i in items]
@@ -28,7 +29,7 @@ def as_prompts(prompts: Any) -> list[str | list[int]]:
 
 def as_prompt(prompt: Any) -> str | list[int]:
     """One prompt: its text, or its token ids. Raises RequestError for anything else, including several prompts."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | ImagePrompt):
         return prompt
     items = _items(prompt)
     wrong = next((i for i in items if i is not None and not _is_number(i)), None)

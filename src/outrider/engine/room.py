@@ -51,7 +51,7 @@ class Room:
             return True
         promised = sum(kv.lacking(s.slot, len(s.tokens) + 1 + self._nodes) for s in running)
         root = root_of(self._target, sequence.params.cache_salt)
-        return promised + kv.needed(sequence.tokens, 1 + self._nodes, root) <= kv.spare
+        return promised + kv.needed(sequence.keyed, 1 + self._nodes, root) <= kv.spare
 
     def short(self, works: list[StepWork]) -> bool:
         """Whether a step needs more pages than there are."""
@@ -72,7 +72,10 @@ class Room:
                 s.root = (s.params.cache_salt, weights)
             if len(s.tokens) - s.cached > 1:
                 had, step = s.cached, 1 if self._any else self._chunk
-                s.cached = kv.share(s.slot, s.tokens, s.root, step)
+                s.cached = kv.share(s.slot, s.keyed, s.root, step)
+                if s.pictured is not None and (end := s.pictured.before(s.cached)) < s.cached:
+                    s.cached = max(had, end // step * step)  # where a chunk ends, also without what was shared
+                    kv.truncate(s.slot, s.cached)
                 s.reused += 0 if s.output else s.cached - had
 
     def publish(self, works: list[StepWork]) -> None:
@@ -85,4 +88,5 @@ class Room:
                 self.sums.reused += s.reused
             if kv is not None and s.error is None:
                 end = len(s.tokens) if self._any else s.entered // self._chunk * self._chunk
-                kv.publish(s.slot, s.tokens[:end] if end < len(s.tokens) else s.tokens, s.root)
+                tokens = s.keyed
+                kv.publish(s.slot, tokens[:end] if end < len(tokens) else tokens, s.root)

@@ -8,6 +8,7 @@ from outrider.engine.parts import Parts
 from outrider.engine.scheduler import StepWork
 from outrider.engine.sequence import Sequence
 from outrider.noise import Noise
+from outrider.pictured_rows import with_images
 from outrider.protocols import Rule
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
@@ -26,13 +27,14 @@ class VerifiedStep:
 def assemble(works: list[StepWork], draft: Draft) -> Rows:
     """The rows of a step: the tokens each sequence feeds, followed by the drafts of the scored ones."""
     sequences = [work.sequence for work in works]
-    return Rows.assemble(
+    rows = Rows.assemble(
         [s.slot for s in sequences],
         [s.tokens[s.cached : s.cached + w.fed] for s, w in zip(sequences, works, strict=True)],
         [s.cached for s in sequences],
         draft,
         [work.scored for work in works],
     )
+    return with_images(rows, [s.pictured for s in sequences])
 
 
 def row_contexts(draft: Draft, views: list[SequenceView]) -> tuple[list[SequenceView], tuple[tuple[int, ...], ...]]:

@@ -22,8 +22,9 @@ class Scheduler:
     """First come, first served, over a fixed set of slots; prefill in chunks beside the decoding of the others.
 
     chunk: rows of a prompt chunk. Chunks end at multiples of `chunk` whatever else is running, so that a prompt's entries in
-    the KV cache do not depend on the batch. Each step takes every decoding sequence and at most `prefill` prompt rows
-    (always at least one chunk), so a long prompt delays the others by one chunk at a time.
+    the KV cache do not depend on the batch; only an image whose rows see each other moves an end behind it. Each step takes every
+    decoding sequence and at most `prefill` prompt rows (always at least one chunk), so a long prompt delays the others by one
+    chunk at a time.
     admits: whether there is room for a waiting sequence beside the running ones; until then it waits, and all behind it do.
     """
 
@@ -75,6 +76,8 @@ class Scheduler:
                 works.append(StepWork(sequence, 1, True))
                 continue
             part = min(missing, self.chunk - sequence.cached % self.chunk)
+            if sequence.pictured is not None:
+                part = sequence.pictured.whole(sequence.cached + part) - sequence.cached
             if part <= budget or budget == self.prefill:
                 budget -= part
                 works.append(StepWork(sequence, part, part == missing))

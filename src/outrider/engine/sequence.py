@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from outrider.engine.text import TextStream
 from outrider.params import SamplingParams
+from outrider.pictured import Pictured
 from outrider.records import Counts
 from outrider.types import SequenceView
 
@@ -51,7 +52,7 @@ class Sequence:
     slot:   -1 while waiting. cached: tokens in the target's KV cache. limit: most tokens it may hold (context).
     entered: tokens that it had when it got its slot. reused: tokens of its prompt that others had computed.
     shares: see `SequenceView`. root: with whom it shares beginnings: its salt, and the target's weights when it began.
-    pieces: for each emitted token the text that was final with it.
+    pictured: the images of its prompt. pieces: for each emitted token the text that was final with it.
     """
 
     request: str
@@ -69,6 +70,7 @@ class Sequence:
     reused: int = 0
     shares: bool = True
     root: Hashable = None
+    pictured: Pictured | None = None
     finish_reason: str | None = None
     error: str | None = None
     counts: Counts = field(default_factory=Counts)
@@ -83,6 +85,11 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.prompt :]
+
+    @property
+    def keyed(self) -> list[int]:
+        """The tokens by which the cache knows its beginning: images count by what is in them."""
+        return self.tokens if self.pictured is None else self.pictured.keyed(self.tokens)
 
     @property
     def room(self) -> int:

@@ -96,13 +96,14 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
         role: str = "model",
+        first: int | None = None,
     ) -> DecoderWeights:
         """All weights in `dtype` (bfloat16, float32 or float64) on `device`; CapacityError if they do not fit.
 
-        role: the model's role in messages: "target", "draft".
+        role: the model's role in messages: "target", "draft". first: only so many blocks.
         """
-        where = torch.device(device)
-        require_weights(self.parameters, dtype, where, role)
+        where, count = torch.device(device), first or self.config.layers
+        require_weights(self.parameters * count // self.config.layers, dtype, where, role)
         reader = _Reader(self, list(self._expected()), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
         head = embedding
@@ -112,7 +113,7 @@ class Checkpoint:
                 head, embedding
             ):  # both stored; unequal ones stay two, as in transformers
                 head = embedding
-        layers = tuple(reader.layer(i, self.layout, self.fused) for i in range(self.config.layers))
+        layers = tuple(reader.layer(i, self.layout, self.fused) for i in range(count))
         norm = reader.tensor("model.norm.weight")
         return DecoderWeights(embedding, layers, norm, head, dtype, self.config.wide_norms)
 

@@ -82,6 +82,11 @@ class DecoderConfig:
         """The frequencies that turn the heads of a layer: see `turns`."""
         return self.turns[layer] if self.turns else 0
 
+    @property
+    def block_numbers(self) -> int:
+        """Numbers in the linears of a dense block."""
+        return self.hidden * (2 * self.head_dim * (self.heads + self.kv_heads) + 3 * self.inner)
+
     def first_layers(self, layers: int) -> DecoderConfig:
         """The same with the first blocks only."""
         experts = self.experts and replace(self.experts, sparse=self.experts.sparse[:layers])

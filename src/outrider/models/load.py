@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,32 @@ def load_target(
     told = found.notice(chosen)
     target.notices += (*told, *_dtype_notices(folder, chosen, where, target.native is not None))
     return target
+
+
+def first_blocks(path_or_name: str | Path, size: int, *, dtype: str = "auto") -> tuple[LeanTarget, float] | str:
+    """A target on the CPU of as many first blocks as take `size` bytes, one at least, and its share of the bytes that a forward
+    reads; or a sentence on why there is none. For measuring: what it scores means nothing."""
+    folder = resolve_folder(path_or_name)
+    found = _runtime(folder, "auto")
+    if isinstance(found, str):
+        return found or "it runs on transformers"
+    if found.config.experts is not None:
+        return "what experts cost depends on the tokens: measure it with `outrider plan`"
+    where = torch.device("cpu")
+    chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
+    if _native(found, chosen, where)[0] is None:
+        return "the compiled decoder does not run here"
+    c = found.config
+    if isinstance(found, GgufCheckpoint):
+        blocks, whole, read = found.layer_bytes, found.packed_bytes, partial(found.packed, chosen)
+    else:
+        blocks, whole = c.layers * c.block_numbers * chosen.itemsize, found.parameters * chosen.itemsize
+        read = partial(found.read, chosen, where)
+    block = max(blocks // c.layers, 1)
+    head = max(whole - block * c.layers, 0) / (1 if found.layout.tied else 2)  # of a separate embedding one row is read
+    count = min(max(size // block, 1), c.layers)
+    target = LeanTarget(c.first_layers(count), lambda: read(first=count))
+    return target, (block * count + head) / (block * c.layers + head)
 
 
 def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | GgufCheckpoint | str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from outrider import __version__
-from outrider.errors import ConfigError
+from outrider.errors import CapabilityError, ConfigError
 
 try:
     from pydantic.json_schema import models_json_schema
@@ -45,6 +46,8 @@ from outrider.serve.tokenizing import DetokenizeRequest, TokenizeRequest, Tokeni
 from outrider.serve.watch import Monitor
 from outrider.serve.webhook import Webhook
 from outrider.telemetry.prometheus import CONTENT_TYPE, Metrics
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(
@@ -164,6 +167,11 @@ def controller_for(drafter: Drafter, rule: Rule, target: Target) -> Controller:
 def prepare(engine: Engine, metrics: Metrics) -> None:
     """Warm an engine up and describe it to the metrics. Runs in the engine's thread, before it serves."""
     engine.warm_up()
+    if engine.options.images is not None:
+        try:
+            engine.images.prove()
+        except (CapabilityError, ConfigError) as error:
+            logger.warning("images are not read: %s", error)
     disable_bpe_cache(engine.tokenizer)
     parts = engine.parts
     metrics.info.update(

@@ -31,24 +31,22 @@ class Bodies:
     def __init__(self, limit: int, seconds: float) -> None:
         self.limit, self.seconds, self.held = limit, seconds, 0
 
-    async def read(self, request: Request, values: int) -> Any:
-        """The JSON body. Raises HTTPException for another content type, for a body above `limit` bytes or slower than `seconds`,
-        and while too many others are held; BadField for bad JSON, or for more than `values` values in it.
+    async def read(self, request: Request, values: int, least: int = 0) -> Any:
+        """The JSON body. Raises HTTPException for another content type, for a body above `limit` bytes (`least`, if more) or
+        slower than `seconds`, and while too many others are held; BadField for bad JSON, or for more than `values` values in it.
         """
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send the body as application/json")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415, "send the body without content-encoding")
-        data = bytearray()
+        data, limit = bytearray(), max(self.limit, least)
         try:
             async with asyncio.timeout(self.seconds):
                 async for part in request.stream():
                     data += part
                     self.held += len(part)
-                    if len(data) > self.limit:
-                        raise HTTPException(
-                            413, f"the body is larger than {self.limit} bytes: make the request smaller"
-                        )
+                    if len(data) > limit:
+                        raise HTTPException(413, f"the body is larger than {limit} bytes: make the request smaller")
                     if self.held > TOGETHER and len(data) > SMALL:
                         raise HTTPException(503, "too many large requests at once: try again", {"retry-after": "5"})
         except TimeoutError:

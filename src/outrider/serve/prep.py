@@ -224,6 +224,10 @@ class Prep:
         answer = await self._answer(job, owner)
         return answer["ids"][0], answer["tail"]
 
+    async def render(self, messages: list[dict[str, Any]], owner: int = 0, **options: Any) -> str:
+        """The text of a conversation by the model's chat template, in a process."""
+        return (await self._answer({"do": "render", "messages": messages, "options": options}, owner))["text"]
+
     async def dialect(self) -> Dialect:
         """What the model's chat template can do, found in a process."""
         try:

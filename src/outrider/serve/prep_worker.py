@@ -107,6 +107,11 @@ class Work:
             return self._grammar(job["text"])
         if job["do"] == "dialect":
             return {"dialect": dialect_of(self._tokenizer).as_json()}
+        if job["do"] == "render":
+            try:
+                return {"text": rendered(self._tokenizer, job["messages"], **job["options"])}
+            except Refused as error:
+                return {"bad": error.name}
         if job["do"] == "chat":
             try:
                 ids, tail = conversation(self._tokenizer, job["messages"], job["special"], **job["options"])

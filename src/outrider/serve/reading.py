@@ -11,17 +11,21 @@ from outrider.dialects.detect import Dialect
 from outrider.dialects.formats import FORMATS
 from outrider.dialects.infill import infill_of, infilled
 from outrider.engine.text import special_tokens
-from outrider.errors import ConfigError, RequestError
+from outrider.errors import CapabilityError, ConfigError, RequestError
+from outrider.pictured import ImagePrompt
+from outrider.pictures import MOST, bytes_of_url
 from outrider.serve.bridge import Bridge
 from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.chat.turn import Speech, Turn, messages_of, template_kwargs, turn_of
 from outrider.serve.parsing import BadField
 from outrider.serve.prep import Refused, TooLong
-from outrider.serve.prep_worker import conversation, dialect_of, encoder, template_of
+from outrider.serve.prep_worker import TAIL, conversation, dialect_of, encoder, rendered, template_of
 from outrider.serve.requests import CompletionRequest, RequestFields, text_of
 from outrider.serve.settings import Settings
 
 logger = logging.getLogger(__name__)
+IMAGE_SECONDS = 60.0
+"""Seconds that the images of a request may take to be read."""
 PREDICTED = 4
 """Longest prediction, in multiples of the context."""
 
@@ -32,6 +36,7 @@ class Reading:
     def __init__(self, bridge: Bridge, settings: Settings) -> None:
         self.bridge, self.settings = bridge, settings
         self._speech: asyncio.Future[Speech] | None = None
+        self._decoding = asyncio.Lock()
 
     # ------------------------------------------------------------------ the model's language
     def begin(self) -> asyncio.Future[Speech]:
@@ -148,19 +153,49 @@ class Reading:
         if not speech.template:
             if not self.settings.fallback_chat:
                 raise BadField("this model has no chat template: use /v1/completions", "messages")
+            if any(m.images for m in body.messages):
+                raise BadField("this model has no chat template, which images need: leave them out", "messages")
             text = "\n".join(m.text for m in body.messages)
             ids = await self.prompts([text], body.add_special_tokens is not False, owner)
             return ids[0], turn
         messages, options = messages_of(body.messages, speech), self._options(body, speech, turn)
         prep, tokenizer = self.bridge.prep, self.bridge.engine.tokenizer
+        urls = [url for message in body.messages for url in message.images]
         try:
-            if prep.in_thread(sum(len(m["content"]) for m in messages), True):
+            if urls:
+                ids, tail = await self._pictured(messages, urls, special, owner, options)
+            elif prep.in_thread(sum(len(m["content"]) for m in messages), True):
                 ids, tail = await prep.chat(messages, special, owner, **options)
             else:
                 ids, tail = await self.bridge.in_thread(lambda: conversation(tokenizer, messages, special, **options))
         except Refused as error:
             raise BadField(str(error), "messages") from None
         return ids, turn.at(tail)
+
+    async def _pictured(
+        self, messages: list[dict[str, Any]], urls: list[str], special: bool, owner: int, options: dict[str, Any]
+    ) -> tuple[ImagePrompt, str]:
+        """The prompt of a conversation with images, and the end of its text."""
+        prep, engine = self.bridge.prep, self.bridge.engine
+        if len(urls) > MOST:
+            raise BadField(f"there are {len(urls)} images, and a prompt has at most {MOST}: send fewer", "messages")
+
+        def read(text: str) -> ImagePrompt:
+            files = [bytes_of_url(url, f"image {number}") for number, url in enumerate(urls, 1)]
+            return engine.images.read(text, files, special)
+
+        try:
+            _ = engine.images  # says that the model reads none, before anything is done
+            if prep.in_thread(0, True):
+                text = await prep.render(messages, owner, **options)
+            else:
+                text = await self.bridge.in_thread(lambda: rendered(engine.tokenizer, messages, **options))
+            async with self._decoding:  # the pictures of one request at a time: they may be large
+                return await self.bridge.in_thread(lambda: read(text), IMAGE_SECONDS), text[-TAIL:]
+        except Refused:
+            raise
+        except (CapabilityError, ConfigError, RequestError) as error:
+            raise BadField(str(error), "messages") from None
 
     def _options(self, body: ChatRequest, speech: Speech, turn: Turn) -> dict[str, Any]:
         options = template_kwargs(body, speech)

@@ -17,6 +17,8 @@ from outrider.serve.parsing import Strict
 MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_TEXT = 64, 1 << 20, 2_000_000
 MAX_MESSAGES, MAX_PARTS, MAX_TOKEN, MAX_TOKENS, MAX_LENGTH = 1024, 64, (1 << 31) - 1, (1 << 31) - 1, 64
 MAX_ALLOWED = 1024
+MAX_URL = 28_000_000
+"""Longest data URL of an image: a file of 20 MiB."""
 
 GONE = {
     **{f"guided_{kind}": f'send "structured_outputs": {{"{kind}": ...}}' for kind in ("json", "regex", "choice", "grammar")},
@@ -51,6 +53,22 @@ class TextPart(Strict):
     """The text."""
     cache_control: Any = None
     """No effect: agents mark what may be cached, and the server finds it by itself."""
+
+
+class ImageUrl(Strict):
+    url: Annotated[str, Field(max_length=MAX_URL)]
+    """A data URL of a PNG, JPEG, WebP or GIF file (`data:image/png;base64,...`); addresses are never fetched."""
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    """No effect: the model's own processor chooses the size."""
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    """`image_url`."""
+    image_url: ImageUrl
+    """The image."""
+    cache_control: Any = None
+    """No effect."""
 
 
 Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]

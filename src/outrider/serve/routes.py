@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from outrider.build import Engine
 from outrider.engine.prompt_scores import PromptScores
 from outrider.errors import RequestError, unknown_name
 from outrider.params import SamplingParams
+from outrider.pictured import ImagePrompt
 from outrider.serve.body import Bodies
 from outrider.serve.bridge import Bridge
 from outrider.serve.chat.fields import ChatRequest
@@ -35,6 +37,8 @@ Body = CompletionRequest | ChatRequest
 T = TypeVar("T", bound=CompletionRequest | ChatRequest)
 VALUES = 50_000
 """Most values of a body besides the ids of its prompts: schemas may have many."""
+IMAGE_BODY = 32_000_000
+"""Bytes of a request's body where the model reads images: files in base64 are a third larger."""
 STARTED = int(time())
 
 
@@ -93,7 +97,7 @@ class OpenAI:
     async def raw(self, request: Request) -> Any:
         """The JSON body of a request, of bounded size."""
         most = MAX_PROMPTS * self.bridge.engine.max_length + VALUES
-        return await self._bodies.read(request, most)
+        return await self._bodies.read(request, most, IMAGE_BODY if reads_images(self.bridge.engine) else 0)
 
     async def body(self, request: Request, kind: type[T]) -> T:
         """The checked body of a request."""
@@ -146,6 +150,8 @@ class OpenAI:
         if self.trial is not None and who is not None and not fixed_by_seed(params, engine.parts.rule.lane):
             params = join(self.trial, who, ticket, params)
         top = wanted(body)
+        if top is not None and any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+            raise BadField("log-probabilities of a prompt with images are not computed: leave them out", "prompt_logprobs")
         if top is not None:
             check_scores(prompts, body.samples, top)
         scores = None if top is None else await self.bridge.score(ticket, prompts, top)
@@ -201,6 +207,11 @@ class OpenAI:
             "parent": None,
             "max_model_len": self.bridge.engine.max_length,
         }
+
+
+def reads_images(engine: Engine) -> bool:
+    """Whether the served model reads images."""
+    return engine.options.images is not None
 
 
 def served(bridge: Bridge) -> ServedEngine:

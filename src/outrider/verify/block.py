@@ -147,7 +147,8 @@ def _lost(p: Tensor, draft: Draft, qx: list[float], keep: list[float]) -> tuple[
         here, q, support = p[row : row + 1], draft.q.probs[distribution : distribution + 1], draft.q.support
         found = None if support is not None else native.overlap(here, q, above[k])
         common, loss, square = found or overlap_sums(here * above[k], q, support)
-        lost[k], variance[k] = c.clamp01(loss), max(square - common * common, 0.0)
+        more = square - common * common
+        lost[k], variance[k] = c.clamp01(loss), more if more > 0.0 else 0.0  # of NaN none, as `native.block` has it
     return lost, variance
 
 

@@ -178,7 +178,7 @@ def _lost(
         return lost, variance
     here = p.index_select(0, chains.parent_row) * above.to(p.dtype).unsqueeze(1)
     common, loss, square = c.overlaps(here, draft.q.probs.index_select(0, chains.q_row), draft.q.support)
-    variance = (square - common * common).clamp_(min=0).where(chains.has_q, 0.0)
+    variance = (square - common * common).nan_to_num(nan=0.0).clamp_(min=0).where(chains.has_q, 0.0)
     return _clamp01(loss).where(chains.has_q, lost), variance
 
 

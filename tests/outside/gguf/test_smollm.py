@@ -6,6 +6,7 @@ transformers dequantises it to float32 and computes everything else itself: conf
 from __future__ import annotations
 
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,34 +78,68 @@ def test_logits_are_those_of_the_dequantised_model(file: Path, theirs: Any, monk
         assert torch.allclose(found, expected, atol=5e-3), (found - expected).abs().max()
 
 
+@pytest.fixture(scope="module")
+def expected(file: Path, theirs: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """By question the prompt and transformers' greedy tokens."""
+    tokenizer, made = load_tokenizer(file), {}
+    for question in QUESTIONS:
+        ids = tokenizer.apply_chat_template(conversation(question), add_generation_prompt=True)
+        with torch.no_grad():
+            whole = theirs.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0]
+        made[question] = ids, whole[len(ids) :].tolist()
+    return made
+
+
 @torch.no_grad()
-def test_greedy_text_is_that_of_the_dequantised_model(file: Path, theirs: Any) -> None:
-    """A difference counts as a tie where transformers' two best logits are closer than rounding; it is printed."""
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_greedy_text_is_that_of_the_dequantised_model(
+    native: str,
+    file: Path,
+    theirs: Any,
+    expected: dict[str, tuple[list[int], list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the plain twin at least 45 of 50. Products with blocks round their inputs, so logits move: where their text is another,
+    the two tokens were closer to each other, in transformers' logits, than ours are to transformers' for them."""
+    monkeypatch.setenv("OUTRIDER_NATIVE", native)
     engine = Engine.build(target=str(file), draft="none", dtype="float32", slots=1, max_length=512)
     same = 0
-    for question in QUESTIONS:
-        ids = engine.tokenizer.apply_chat_template(conversation(question), add_generation_prompt=True)
-        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
+    for question, (ids, wanted) in expected.items():
         found = list(engine.generate([ids], SamplingParams(temperature=0, max_tokens=TOKENS))[0].outputs[0].token_ids)
-        equal = found == expected[: len(found)] and (len(found) == TOKENS or len(expected) <= len(found) + 1)
+        equal = found == wanted[: len(found)] and (len(found) == TOKENS or len(wanted) <= len(found) + 1)
         same += equal
-        if not equal:
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
-            logits = theirs(torch.tensor([ids + expected[:at]])).logits[0, -1].topk(2).values
-            print(
-                f"{question!r} differs at token {at}; transformers' two best logits differ by {logits[0] - logits[1]:.4f}"
-            )
-    print(f"{same} of {len(QUESTIONS)} texts are equal")
-    assert same >= NEEDED
+        if equal:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
+        text = ids + wanted[:at]
+        far = theirs(torch.tensor([text])).logits[0, -1]
+        target = engine.parts.target
+        near = target.forward(Rows.assemble([0], [text], [0], Draft.empty(1)), target.new_kv(1, len(text))).logits[-1]
+        pair = far.topk(2).indices
+        gap, shift = float(far[pair[0]] - far[pair[1]]), float((near - far)[pair].abs().sum())
+        print(f"{question!r} differs at token {at}: two best logits {gap:.4f} apart, ours {shift:.4f} from theirs")
+        assert gap <= shift + 1e-4, question
+    print(f"native {native}: {same} of {len(QUESTIONS)} texts are equal")
+    assert native == "1" or same >= NEEDED
 
 
 def test_chat_with_its_template(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With the values themselves: the first token's two best logits are 0.08 apart, which rounded inputs may turn round."""
+    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
     monkeypatch.setattr(sys, "argv", ["outrider", "chat", str(file), "--temperature", "0", "--max-tokens", "24"])
     monkeypatch.setattr("builtins.input", iter_lines(["What is the capital of France?", "/quit"]))
     main_ends(0)
     assert "Paris" in capsys.readouterr().out
+
+
+def test_loads_soon(file: Path) -> None:
+    """Processor time of the second load, whose code is imported and compiled: at most 1.5 s for all threads."""
+    load_target(file)
+    start = time.process_time()
+    load_target(file)
+    assert time.process_time() - start < 1.5
 
 
 def iter_lines(lines: list[str]) -> Any:

@@ -66,6 +66,12 @@ class GgufCheckpoint:
             return ()
         return (f"its context is {old} tokens here: beyond, every position is turned by other frequencies (LongRoPE)",)
 
+    @property
+    def layer_bytes(self) -> int:
+        """Those of `packed_bytes` that are of blocks, not of embedding, norm and head."""
+        rest = sum(self._tensors[name].bytes for name in {EMBEDDING, HEAD, NORM} & self._tensors.keys())
+        return self.packed_bytes - rest
+
     def stored_bytes(self) -> Iterator[tuple[str, int]]:
         """Name of the type and bytes of every tensor."""
         return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
@@ -106,14 +112,17 @@ class GgufCheckpoint:
             post2=norms.get("post2"),
         )
 
-    def packed(self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model") -> DecoderWeights:
+    def packed(
+        self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model", first: int | None = None
+    ) -> DecoderWeights:
         """The weights as they are stored; blocks are read one at a time, while they are used.
 
-        dtype: of hidden states and the cache.
+        dtype: of hidden states and the cache. first: only so many blocks.
         """
         note = f"choose a smaller {role}, or free memory"
-        require_memory(self.packed_bytes, torch.device("cpu"), f"the weights of the {role}", note)
-        told, count = progress or (lambda _: None), self.config.layers
+        told, count = progress or (lambda _: None), first or self.config.layers
+        needed = self.packed_bytes * count // self.config.layers
+        require_memory(needed, torch.device("cpu"), f"the weights of the {role}", note)
 
         def layers() -> Iterator[LayerWeights]:
             for i in range(count):

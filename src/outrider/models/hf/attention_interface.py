@@ -23,6 +23,7 @@ from outrider.models.hf.state import named_rows, scores_rows
 from outrider.nn.attention import attend
 from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.masks import ancestor_mask
+from outrider.pictured import Range
 from outrider.protocols import KVCache
 from outrider.types import Rows
 
@@ -52,9 +53,21 @@ class _Step:
             s = self.rows.segments[index]
             see = None  # a single row sees all that is left of its window
             if s.count > 1:
-                see = ancestor_mask(s.fed, s.parent, s.cached, window=window, start=low).to(self.kv.k.device)
+                see = ancestor_mask(s.fed, s.parent, s.cached, window=window, start=low)
+                for a, b in self.open(index):
+                    see[max(a - s.cached, 0) : b - s.cached, a - low : b - low] = True
+                see = see.to(self.kv.k.device)
             self.masks[key] = see
         return self.masks[key]
+
+    def open(self, index: int) -> tuple[Range, ...]:
+        """Ranges of a segment's places whose rows see each other, beyond any window: those of an image."""
+        return () if self.rows.given is None else self.rows.given.open[index]
+
+    def low(self, index: int, window: int) -> int:
+        """The first place that a row of the segment sees."""
+        low = max(0, self.rows.segments[index].cached - window + 1) if window else 0
+        return min([low, *(a for a, _ in self.open(index))])
 
 
 def _attend(
@@ -80,12 +93,12 @@ def _attend(
         mine, own = slice(s.first, s.first + s.count), outrider.places(i, s.cached)
         kv.k[layer, :groups][:, own, :key_size] = key[0, :, mine]
         kv.v[layer, :groups][:, own, :value_size] = value[0, :, mine]
-        low = max(0, s.cached - window + 1) if window else 0
+        low = outrider.low(i, window)
         q = query[0, :, mine]
         seen = outrider.places(i, low)
         k, v = kv.k[layer, :groups][:, seen, :key_size], kv.v[layer, :groups][:, seen, :value_size]
         causal = s.cached == 0 and s.count > 1 and s.is_chain and not (window and s.count > window)
-        plain = not softcap and s_aux is None
+        plain = not softcap and s_aux is None and not outrider.open(i)
         mask = None if causal and plain else outrider.mask(i, low, window)
         mixed = attend(q, k, v, mask, scale=scale, causal=causal and plain, softcap=softcap, sinks=s_aux, fold=True)
         out[0, mine] = mixed.transpose(0, 1)

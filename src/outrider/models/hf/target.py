@@ -37,6 +37,7 @@ from outrider.models.folder import resolve_folder
 from outrider.models.hf.attention_interface import AttentionInterfacePath
 from outrider.models.hf.block import HFBlock
 from outrider.models.hf.choice import choose, costs, disagreement, tolerance
+from outrider.models.hf.entry import given_to
 from outrider.models.hf.hooks import HiddenStateHooks, find_blocks, head_only_model, steps_after
 from outrider.models.hf.prefix import HFPrefix
 from outrider.models.hf.probe import attention_of
@@ -69,6 +70,7 @@ class HFTarget:
     path:    how the model is driven (see the module). why: the reason against each path before it, by name.
     trees:   whether forests may be scored. rewinds: whether drafts may be rejected; False: plain decoding only.
     notices: sentences for the user: why it is not faster (the cost of the chosen path), and the remedy.
+    text_part: the module that holds the blocks, where they were found.
     layers:  blocks; hidden states are taken before the final norm (0 = what enters the first block).
 
     weights: a number that changes when the model's weights are written to; caches of others' beginnings hold for one number.
@@ -148,6 +150,11 @@ class HFTarget:
         return HFTarget(model.to(device), max_length=max_length, ours=True)  # type: ignore[arg-type]
 
     @property
+    def pictured(self) -> bool:
+        """Whether the model has a part that reads images."""
+        return getattr(self.model.config, "vision_config", None) is not None
+
+    @property
     def weights(self) -> int:
         """Raises CapabilityError for a model that was moved or converted since."""
         return 0 if self._view is None else self._view.weights()
@@ -180,7 +187,8 @@ class HFTarget:
             raise CapabilityError(
                 f"layer {wrong[0]} was asked for, this model has blocks 1 to {self.layers} (0: embeddings)"
             )
-        logits, hidden = self.serving_path.run(rows, kv, HiddenStateHooks(self._blocks, layers))
+        with given_to(self.text_part, rows.given):
+            logits, hidden = self.serving_path.run(rows, kv, HiddenStateHooks(self._blocks, layers))
         return Scores(_wide(logits), hidden, kv.replayed if isinstance(kv, SlotCaches) else 0)
 
     def embed(self, token: Int[Tensor, "n"]) -> Float[Tensor, "n H"]:
@@ -229,6 +237,7 @@ class HFTarget:
         capped = getattr(self.model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
         faithful = attention_of(self.model, "eager") if capped else nullcontext()
         self._tail: nn.Module | None = None
+        self.text_part: nn.Module | None = None
         self._owner: nn.Module | None = None
         self._steps: list[nn.Module] = []
         found = find_blocks(self.model, self.layers, inputs)
@@ -236,6 +245,7 @@ class HFTarget:
             with faithful:
                 return self.model(input_ids=inputs).logits[0]
         owner, blocks = found
+        self.text_part = owner
         steps, hooks = steps_after(owner, blocks)
         with faithful, hooks, HiddenStateHooks(blocks, (self.layers,)).listen() as heard:
             reference = self.model(input_ids=inputs).logits[0]

@@ -88,7 +88,7 @@ void small_blocks(const Layout& l, const uint8_t* group, const Rounded32& x, flo
     const int64_t step = l.unit_bytes(), aside = l.side_bytes(), codes = l.codes_bytes(), apart = l.group_bytes(), blocks = l.blocks();
     const int32_t* start = x.start[SIZE.offset == 8 ? 0 : SIZE.offset == 16 ? 1 : 2];
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t there = reach(b * step, C > 1 ? 1024 : 2048, codes, C * apart);
+        const int64_t there = reach(b * step, 1024, codes, C * apart);
         const int64_t there_aside = codes + reach(b * aside, 256, blocks * aside, C * apart);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
@@ -126,37 +126,46 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t there = reach(b * 8 * step, (VECTOR == 64 ? 1 : 2) * 8 * step, codes, C * apart) - b * 8 * step;
         const int64_t there_aside = reach(b * aside, aside, blocks * aside, C * apart) - b * aside;
+        const uint8_t* at = group + b * 8 * step;
+        const uint8_t* side = group + codes + b * aside;
+        vi sum[C][R];
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            const uint8_t* at = group + c * apart + b * 8 * step;
-            const uint8_t* side = group + c * apart + codes + b * aside;
-            ask_lines<(F == Q6_K ? 22 : 20) * LANES>(side + there_aside);
-            vi sum[R];
+            ask_lines<(F == Q6_K ? 22 : 20) * LANES>(side + c * apart + there_aside);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sum[r] = F == Q6_K ? load<vi>(side + 18 * LANES) : vi{};
-            for (int u = 0; u < 8; ++u) {
+            for (int r = 0; r < R; ++r) sum[c][r] = F == Q6_K ? load<vi>(side + c * apart + 18 * LANES) : vi{};
+        }
+        for (int u = 0; u < 8; ++u) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) {
                 vb w[8];
-                ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(at + there + u * step);
-                unpack<SIZE.bits>(at + u * step, w);
-                const vi scale = F == Q6_K ? widen_bytes<int8_t>(side + (2 + 2 * u) * LANES) : widen_bytes<uint8_t>(side + (4 + u) * LANES);
-                const vi second = F == Q6_K ? widen_bytes<int8_t>(side + (3 + 2 * u) * LANES) : vi{};
+                ask_lines<Layout::vectors(SIZE.bits) * VECTOR>(at + c * apart + there + u * step);
+                unpack<SIZE.bits>(at + c * apart + u * step, w);
+                const uint8_t* factor = side + c * apart + (F == Q6_K ? 2 + 2 * u : 4 + u) * LANES;
+                const vi scale = F == Q6_K ? widen_bytes<int8_t>(factor) : widen_bytes<uint8_t>(factor);
+                const vi second = F == Q6_K ? widen_bytes<int8_t>(factor + LANES) : vi{};
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const int8_t* q = (F == Q6_K ? x.moved : x.q) + r * x.ldq + b * 256 + u * UNIT;
                     if (F == Q6_K) {
-                        sum[r] = scaled_dots<6, 4>(sum[r], scale, w, q);
-                        sum[r] = scaled_dots<6, 4>(sum[r], second, w + 4, q + 16);
+                        sum[c][r] = scaled_dots<6, 4>(sum[c][r], scale, w, q);
+                        sum[c][r] = scaled_dots<6, 4>(sum[c][r], second, w + 4, q + 16);
                     } else {
-                        sum[r] = scaled_dots<SIZE.bits, 8>(sum[r], scale, w, q);
+                        sum[c][r] = scaled_dots<SIZE.bits, 8>(sum[c][r], scale, w, q);
                     }
                 }
             }
-            const vf d = widen_halves(side), m = SIZE.minimum ? widen_halves(side + 2 * LANES) : vf{};
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const uint8_t* near = side + c * apart;
+            const vf d = widen_halves(near), m = SIZE.minimum ? widen_halves(near + 2 * LANES) : vf{};
             vi pair[4];
-            for (int u = 0; SIZE.minimum && u < 4; ++u) pair[u] = two_least(side + (12 + 2 * u) * LANES);
+            for (int u = 0; SIZE.minimum && u < 4; ++u) pair[u] = two_least(near + (12 + 2 * u) * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const vf dx = x.d[r * x.ldd + b] - vf{};
-                total[c][r] = fused(to_float(sum[r]), d * dx, total[c][r]);
+                total[c][r] = fused(to_float(sum[c][r]), d * dx, total[c][r]);
                 if (!SIZE.minimum) continue;
                 vi least = {};
 #pragma GCC unroll 4
@@ -173,12 +182,11 @@ void super_blocks(const Layout& l, const uint8_t* group, const Rounded256& x, fl
         for (int r = 0; r < R; ++r) store(out + (c * R + r) * LANES, total[c][r]);
 }
 
-// Groups side by side for so many rows: more rows leave no registers for it. Where there are no sums of byte products nothing is
-// gained by it, nor by rows together.
-constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 1, MOST_BESIDE = OUTRIDER_DOTS ? REGISTERS == 32 ? 4 : 2 : 0;
-constexpr int beside(int rows) { return rows > MOST_BESIDE ? 1 : rows == 1 ? 4 : 2; }
+// Rows together, and groups side by side: where rows and groups have more totals than there are registers, spilling some costs less
+// than fewer streams would. Where there are no sums of byte products nothing is gained by either.
+constexpr int MOST_ROWS = OUTRIDER_DOTS ? 8 : 1, MOST_GROUPS = OUTRIDER_DOTS ? 4 : 1;
 
-// The kernels of a type, for 1, 2, ... rows: one group, and as many as go side by side.
+// The kernels of a type, for 1, 2, ... rows: one group, and MOST_GROUPS.
 template <class X>
 struct Kernels {
     using Run = void (*)(const Layout&, const uint8_t*, const X&, float*);
@@ -187,12 +195,12 @@ struct Kernels {
 
 template <Format F, int... R>
 constexpr Kernels<Rounded32> small_kernels(std::integer_sequence<int, R...>) {
-    return {{small_blocks<F, R + 1, 1>...}, {small_blocks<F, R + 1, beside(R + 1)>...}};
+    return {{small_blocks<F, R + 1, 1>...}, {small_blocks<F, R + 1, MOST_GROUPS>...}};
 }
 
 template <Format F, int... R>
 constexpr Kernels<Rounded256> super_kernels(std::integer_sequence<int, R...>) {
-    return {{super_blocks<F, R + 1, 1>...}, {super_blocks<F, R + 1, beside(R + 1)>...}};
+    return {{super_blocks<F, R + 1, 1>...}, {super_blocks<F, R + 1, MOST_GROUPS>...}};
 }
 
 using Each = std::make_integer_sequence<int, MOST_ROWS>;

@@ -184,8 +184,8 @@ class Linear {
         template <class X, class From>
         void quantised(const Kernels<X>& run, int64_t begin, int64_t end, const From& from, int64_t rows, float* out, int64_t ldo) const {
             const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, last = (end + LANES - 1) / LANES;
-            const int64_t step = tiles > 1 ? 2 : 4;  // many rows: as few groups as read well, so that they stay in the cache
-            alignas(64) float total[MOST_ROWS * LANES * 2];
+            const int64_t step = MOST_GROUPS;  // few, so that they stay in the cache for the next rows
+            alignas(64) float total[MOST_ROWS * LANES * MOST_GROUPS];
             for (int64_t g = begin / LANES; g < last; g += step) {
                 const int64_t groups = last - g < step ? last - g : step;
                 const uint8_t* weights = packed.get() + g * layout.group_bytes();
@@ -194,7 +194,7 @@ class Linear {
                     const int64_t size = (rows - at + tiles - t - 1) / (tiles - t);
                     const X x = from(at);
                     for (int64_t i = 0, count; i < groups; i += count) {
-                        count = groups - i < beside((int)size) ? 1 : beside((int)size);
+                        count = groups - i < MOST_GROUPS ? 1 : MOST_GROUPS;
                         const auto kernel = count > 1 ? run.many[size - 1] : run.one[size - 1];
                         kernel(layout, weights + i * layout.group_bytes(), x, total);
                         for (int64_t j = 0; j < count; ++j)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from outrider.serve.parsing import Strict
-from outrider.serve.requests import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, RequestFields, Text, TextPart
+from outrider.serve.requests import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, ImagePart, RequestFields, Text, TextPart
 
 MAX_TOOLS, MAX_CALLS = 128, 64
 NAME = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
@@ -23,7 +23,7 @@ class RefusalPart(Strict):
     """The text of an earlier refusal."""
 
 
-Parts = Annotated[list[TextPart | RefusalPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+Parts = Annotated[list[TextPart | RefusalPart | ImagePart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Called(Strict):
@@ -52,6 +52,11 @@ class ToolCall(Strict):
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 """A list field that clients send unused: empty or null."""
+
+
+def _said(part: TextPart | RefusalPart | ImagePart) -> str:
+    """The text of a part."""
+    return part.text if isinstance(part, TextPart) else part.refusal if isinstance(part, RefusalPart) else ""
 
 
 class Message(Strict):
@@ -94,6 +99,8 @@ class Message(Strict):
         for name in ("refusal", "parsed", "tool_calls", "reasoning", "reasoning_content"):
             if self.role != "assistant" and getattr(self, name):
                 raise ValueError(f"{name} is for messages of the assistant: leave it out")
+        if self.images and self.role not in ("user", "tool"):
+            raise ValueError("images are for messages of the user and of tools: leave them out")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a message of a tool needs tool_call_id, the id of the call that it answers")
         return self
@@ -104,7 +111,20 @@ class Message(Strict):
             return self.refusal or ""
         if isinstance(self.content, str):
             return self.content
-        return "".join(p.text if isinstance(p, TextPart) else p.refusal for p in self.content)
+        return "".join(_said(p) for p in self.content)
+
+    @property
+    def images(self) -> list[str]:
+        """The URLs of its images, in order."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [p.image_url.url for p in parts if isinstance(p, ImagePart)]
+
+    @property
+    def parts(self) -> str | list[dict[str, str]]:
+        """The text, or where it has images its parts, as templates take them."""
+        if not self.images or not isinstance(self.content, list):
+            return self.text
+        return [{"type": "image"} if isinstance(p, ImagePart) else {"type": "text", "text": _said(p)} for p in self.content]
 
     @property
     def thought(self) -> str:

@@ -206,7 +206,7 @@ def _leading(messages: list[Message]) -> Iterator[Message]:
 
 def _message(message: Message, dialect: Dialect) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
-    out: dict[str, Any] = {"role": role, "content": message.text}
+    out: dict[str, Any] = {"role": role, "content": message.parts}
     if message.name is not None:
         out["name"] = message.name
     if message.tool_call_id is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from outrider.serve.chat.fields import ChatRequest
 from outrider.serve.messages.fields import (
     CountRequest,
+    ImageBlock,
     MessageField,
     MessageRequest,
     RedactedBlock,
@@ -71,17 +72,23 @@ def _messages(message: MessageField) -> Iterator[dict[str, Any]]:
         yield {"role": message.role, "content": message.content}
         return
     text, calls, thought = list[str](), list[dict[str, Any]](), list[str]()
+    shown = [block for block in message.content if isinstance(block, TextBlock | ImageBlock)]
     for block in message.content:
         if isinstance(block, TextBlock):
             text.append(block.text)
+        elif isinstance(block, ImageBlock):
+            if message.role != "user":
+                raise BadField("images are blocks of the user", "messages")
         elif isinstance(block, ThinkingBlock):
             thought.append(block.thinking)
         elif isinstance(block, UseBlock):
             function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
             calls.append({"id": block.id, "type": "function", "function": function})
         elif isinstance(block, ResultBlock):
-            said = _text(block.content)
-            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": f"Error: {said}" if block.is_error else said}
+            said = _content(block.content)
+            if block.is_error:
+                said = f"Error: {said}" if isinstance(said, str) else [{"type": "text", "text": "Error: "}, *said]
+            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": said}
         else:
             assert isinstance(block, RedactedBlock)
     if message.role == "assistant":
@@ -89,8 +96,23 @@ def _messages(message: MessageField) -> Iterator[dict[str, Any]]:
         yield {"role": "assistant", "content": "".join(text), **more, **({"reasoning": "".join(thought)} if thought else {})}
     elif calls or thought:
         raise BadField("tool_use and thinking are blocks of the assistant", "messages")
-    elif text:
-        yield {"role": message.role, "content": "\n\n".join(text)}
+    elif shown:
+        yield {"role": message.role, "content": _content(shown)}
+
+
+def _content(content: str | Sequence[TextBlock | ImageBlock] | None) -> str | list[dict[str, Any]]:
+    """The text of a message or a result, or its parts if there are images among them."""
+    if isinstance(content, str):
+        return content
+    blocks = content or ()
+    if not any(isinstance(block, ImageBlock) for block in blocks):
+        return _text([block for block in blocks if isinstance(block, TextBlock)])
+    return [
+        {"type": "text", "text": block.text}
+        if isinstance(block, TextBlock)
+        else {"type": "image_url", "image_url": {"url": block.source.data_url}}
+        for block in blocks
+    ]
 
 
 def _text(content: str | list[TextBlock] | None) -> str:

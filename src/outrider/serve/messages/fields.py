@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from outrider.serve.chat.fields import MAX_TOOLS, Id, Name
 from outrider.serve.parsing import Strict
-from outrider.serve.requests import MAX_MESSAGES, MAX_TOKENS, Speculation, StopString, Text
+from outrider.serve.requests import MAX_MESSAGES, MAX_TOKENS, MAX_URL, Speculation, StopString, Text
 
 MAX_BLOCKS = 256
 
@@ -21,6 +21,31 @@ class TextBlock(Strict):
     cache_control: Any = None
     """No effect."""
     citations: Any = None
+    """No effect."""
+
+
+class ImageSource(Strict):
+    type: Literal["base64", "url"]
+    """`base64`; `url` only for a data URL."""
+    media_type: Literal["image/png", "image/jpeg", "image/webp", "image/gif"] | None = None
+    """Its format, for `base64`."""
+    data: Annotated[str, Field(max_length=MAX_URL)] | None = None
+    """The file, for `base64`."""
+    url: Annotated[str, Field(max_length=MAX_URL)] | None = None
+    """A data URL: addresses are never fetched."""
+
+    @property
+    def data_url(self) -> str:
+        """The image as a URL."""
+        return self.url or "" if self.type == "url" else f"data:{self.media_type or 'image/png'};base64,{self.data or ''}"
+
+
+class ImageBlock(Strict):
+    type: Literal["image"]
+    """`image`."""
+    source: ImageSource
+    """The file."""
+    cache_control: Any = None
     """No effect."""
 
 
@@ -66,7 +91,7 @@ class ResultBlock(Strict):
     """`tool_result`."""
     tool_use_id: Id
     """The call that is answered."""
-    content: Text | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)] | None = None
+    content: Text | Annotated[list[TextBlock | ImageBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)] | None = None
     """What it gave."""
     is_error: bool | None = None
     """Whether it failed."""
@@ -75,7 +100,7 @@ class ResultBlock(Strict):
 
 
 Block = Annotated[
-    TextBlock | ThinkingBlock | RedactedBlock | UseBlock | ResultBlock, Field(discriminator="type")
+    TextBlock | ImageBlock | ThinkingBlock | RedactedBlock | UseBlock | ResultBlock, Field(discriminator="type")
 ]
 Blocks = Annotated[list[Block], Field(max_length=MAX_BLOCKS, fail_fast=True)]
 

@@ -125,15 +125,30 @@ def _merge(last: dict[str, Any], more: dict[str, Any]) -> None:
 
 def _message(item: Item) -> dict[str, Any]:
     if item.type == "message":
-        return {"role": item.role, "content": _text(item.content)}
+        content = _content(item.content)
+        if item.role != "user" and not isinstance(content, str):
+            raise BadField("images are for messages of the user: leave them out", "input")
+        return {"role": item.role, "content": content}
     if item.type == "reasoning":
         thought = _text(item.content) or "".join(_texts(item.summary))
         return {"role": "assistant", "content": "", **({"reasoning": thought} if thought else {})}
     if item.type in ("function_call_output", "custom_tool_call_output"):
-        return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+        return {"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)}
     arguments = item.arguments if item.type == "function_call" else json.dumps({"input": item.input})
     function = {"name": item.name, "arguments": arguments}
     return {"role": "assistant", "content": "", "tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
+
+
+def _content(content: str | Parts | None) -> str | list[dict[str, Any]]:
+    """The text of a message or an output, or its parts if there are images among them."""
+    if isinstance(content, str) or not any(part.type == "input_image" for part in content or ()):
+        return _text(content)
+    return [
+        {"type": "image_url", "image_url": {"url": part.image_url or ""}}
+        if part.type == "input_image"
+        else {"type": "text", "text": part.text or part.refusal or ""}
+        for part in content or ()
+    ]
 
 
 def _text(content: str | Parts | None) -> str:

@@ -12,6 +12,7 @@ from outrider.serve.requests import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOKENS,
+    MAX_URL,
     Harmless,
     JsonSchema,
     Speculation,
@@ -36,14 +37,20 @@ class Returned(Strict):
 
 
 class Part(Returned):
-    """A part of a message: text in, text out, or a refusal."""
+    """A part of a message: text in, text out, a refusal, or an image."""
 
-    type: Literal["input_text", "output_text", "refusal", "summary_text", "reasoning_text", "text"]
+    type: Literal["input_text", "output_text", "refusal", "summary_text", "reasoning_text", "text", "input_image"]
     """Its kind."""
     text: Text | None = None
     """The text."""
     refusal: Text | None = None
     """A refusal."""
+    image_url: Annotated[str, Field(max_length=MAX_URL)] | None = None
+    """A data URL of an image; addresses are never fetched."""
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    """No effect: the model's own processor chooses the size."""
+    file_id: None = None
+    """Null: no files are kept here."""
     annotations: Annotated[list[Any], Field(max_length=256)] | None = None
     """No effect."""
     logprobs: Any = None

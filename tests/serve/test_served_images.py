@@ -1,0 +1,136 @@
+"""Images over HTTP, in the shapes of the three APIs: the text is the engine's own, and whatever is wrong with them is a 400."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+from outrider.build import Engine
+from outrider.params import SamplingParams
+from tests.checkpoints_images import picture, small
+from tests.models.test_pictures import bomb
+from tests.serve.harness import Running, serving
+
+NEW = 8
+ASKED = "What is in it?"
+
+
+@cache
+def engine() -> Engine:
+    kit = small("idefics3")
+    return Engine.build(target=kit.model, tokenizer=kit.processor, draft="ngram", length=2, slots=2, max_length=400)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving(engine=engine(), model="small") as running:
+        yield running
+
+
+def data(number: int = 1) -> str:
+    out = io.BytesIO()
+    picture(number).save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def url(number: int = 1) -> str:
+    return f"data:image/png;base64,{data(number)}"
+
+
+def expected(*numbers: int) -> str:
+    content = [*({"type": "image", "image": picture(n)} for n in numbers), {"type": "text", "text": ASKED}]
+    prompt = engine().images.chat([{"role": "user", "content": content}])
+    return engine().generate([prompt], SamplingParams(max_tokens=NEW, temperature=0.0))[0].text
+
+
+def chat(*urls: str, **more: Any) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": u, "detail": "high"}} for u in urls]
+    content = [*parts, {"type": "text", "text": ASKED}]
+    return {
+        "model": "small",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": NEW,
+        "temperature": 0,
+        **more,
+    }
+
+
+def message(source: dict[str, Any]) -> dict[str, Any]:
+    content = [{"type": "image", "source": source}, {"type": "text", "text": ASKED}]
+    return {"model": "small", "messages": [{"role": "user", "content": content}], "max_tokens": NEW, "temperature": 0}
+
+
+def response(address: str) -> dict[str, Any]:
+    content = [{"type": "input_image", "image_url": address, "detail": "auto"}, {"type": "input_text", "text": ASKED}]
+    item = {"role": "user", "content": content}
+    return {"model": "small", "input": [item], "max_output_tokens": NEW, "temperature": 0}
+
+
+def answered(server: Running, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    status, _, found = server.call("POST", path, body)
+    assert status == 200, found
+    return json.loads(found)
+
+
+def test_every_api_reads_images(server: Running) -> None:
+    right = expected(1)
+    assert right != expected(2)
+    first = answered(server, "/v1/chat/completions", chat(url()))
+    assert first["choices"][0]["message"]["content"] == right
+    kit = small("idefics3")
+    shown = f"[user]{kit.mark}{ASKED}[assistant]"
+    assert first["usage"]["prompt_tokens"] == kit.inputs(shown, [picture(1)])["input_ids"].shape[1]
+    two = answered(server, "/v1/chat/completions", chat(url(1), url(2)))
+    assert two["choices"][0]["message"]["content"] == expected(1, 2)
+    source = {"type": "base64", "media_type": "image/png", "data": data()}
+    assert answered(server, "/v1/messages", message(source))["content"][0]["text"] == right
+    assert answered(
+        server, "/v1/messages/count_tokens", {k: v for k, v in message(source).items() if k[:3] in ("mod", "mes")}
+    )
+    found = answered(server, "/v1/responses", response(url()))
+    assert found["output"][-1]["content"][0]["text"] == right
+
+
+def refused(server: Running, path: str, body: dict[str, Any]) -> str:
+    status, _, found = server.call("POST", path, body)
+    assert status == 400, (status, found)
+    error = json.loads(found)["error"]
+    assert error["message"] and error["type"] == "invalid_request_error"
+    return error["message"]
+
+
+def test_bad_images_are_a_400_that_says_what_to_do(server: Running) -> None:
+    wrong = {
+        "http://127.0.0.1:1/a.png": "never fetched",
+        "data:image/png;base64,AAAA": "no PNG",
+        f"data:image/png;base64,{base64.b64encode(bomb(50_000, 50_000)).decode()}": "pixels",
+        f"data:image/png;base64,{data()[:200]}": "damaged",
+    }
+    for address, why in wrong.items():
+        assert why in refused(server, "/v1/chat/completions", chat(address))
+    assert "at most 32" in refused(server, "/v1/chat/completions", chat(*[url()] * 33))
+    assert "never fetched" in refused(
+        server, "/v1/messages", message({"type": "url", "url": "https://example.org/a.png"})
+    )
+    assert "never fetched" in refused(server, "/v1/responses", response("https://example.org/a.png"))
+    assert "with images" in refused(server, "/v1/chat/completions", chat(url(), prompt_logprobs=0))
+    told = chat(url())
+    told["messages"][0]["content"][1]["text"] = f"a text with the mark {small('idefics3').mark}"
+    assert "places for images" in refused(server, "/v1/chat/completions", told)
+    said = chat(url())
+    said["messages"][0]["role"] = "system"
+    assert "messages of the user" in refused(server, "/v1/chat/completions", said)
+    long = chat(url())
+    long["messages"][0]["content"][1]["text"] = "x" * 500
+    assert "the context holds" in refused(server, "/v1/chat/completions", long)
+
+
+def test_a_model_without_images_says_so() -> None:
+    with serving() as text_only:
+        assert "images" in refused(text_only, "/v1/chat/completions", {**chat(url()), "model": "pycode"})
