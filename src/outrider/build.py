@@ -21,6 +21,7 @@ from outrider.engine.fit import check_fit
 from outrider.engine.outputs import Result
 from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
+from outrider.engine.shares import share_out
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
 from outrider.loading import Loaded, Progress, give, load, load_model, name_of, restricts
@@ -127,7 +128,8 @@ class Engine(EngineCore):
         turns = turns or Turns()  # first: it raises in a forked process before anything is allocated
         check_fit(target, drafter, rule, allow_lossy)
         most, ends = min(max_length or target.max_length, target.max_length), tuple(frozenset(eos))
-        kv = _new_kv(target, slots, most + drafter.max_nodes, kv_memory)
+        memory = None if kv_memory is None else int(kv_memory * 1e9)
+        kv = _new_kv(target, slots, most + drafter.max_nodes, memory, drafter)
         drafter.bind(slots, most)
         lend(kv, drafter)
         pipeline = LogitsPipeline(target.vocab_size, ends, grammars_of(tokenizer, target.vocab_size, ends))
@@ -223,16 +225,15 @@ def assemble(
     )
 
 
-def _new_kv(target: Target, slots: int, length: int, memory: float | None) -> KVCache:
-    """The target's cache. memory: GB that it may take."""
-    if memory is None:
-        return target.new_kv(slots, length)
-    if not contracts.takes(target.new_kv, ("slots", "length", "memory=")):
+def _new_kv(target: Target, slots: int, length: int, memory: int | None, drafter: Drafter) -> KVCache:
+    """The target's cache. memory: bytes that it and the drafter's may take together."""
+    if memory is not None and not contracts.takes(target.new_kv, ("slots", "length", "memory=")):
         raise ConfigError(
             f"kv_memory was given, and the cache of {type(target).__name__} is not in pages: leave it out, and lower max_length "
             "or slots"
         )
-    return target.new_kv(slots, length, memory=int(memory * 1e9))  # type: ignore[call-arg]
+    own = share_out(target, drafter, slots, length, memory)
+    return target.new_kv(slots, length) if own is None else target.new_kv(slots, length, memory=own)  # type: ignore[call-arg]
 
 
 def _rule(loaded: Loaded, options: EngineOptions) -> Rule:
@@ -302,7 +303,7 @@ def companion(
     named, drafter, given = names_of({**parts, **changes})
     if is_model(draft) and named["draft"] not in loaded.given:
         give(loaded, draft, None, str(named["draft"]))
-    for name in ("target", "dtype", "device", "target_quantize"):
+    for name in ("target", "dtype", "device", "target_quantize", "kv_dtype"):
         if named.get(name, getattr(loaded.options, name)) != getattr(loaded.options, name):
             raise ConfigError(f"{name} was fixed when the target was loaded: build a new engine for {named[name]!r}")
     return assemble(

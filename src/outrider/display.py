@@ -7,6 +7,7 @@ from typing import Any
 from outrider import canvas, markup
 from outrider.engine.core import EngineCore
 from outrider.errors import printable
+from outrider.protocols import Target
 from outrider.telemetry.ledger import acceptance_at, acceptance_length, draft_acceptance_rate, ledger, spent
 
 MOST_NOTICES = 10
@@ -16,20 +17,28 @@ MOST_NOTICES = 10
 def line_of(engine: EngineCore, path: str | None) -> str:
     """An engine in one line. path: where its target is from, if from a folder."""
     parts, length = engine.parts, acceptance_length(engine.counts)
-    kind = str(parts.target.dtype).removeprefix("torch.")
     where = type(parts.target).__name__ if path is None else path
     done = f", {engine.steps} steps" + (f", {length:.2f} tokens per step" if length else "")
     return printable(
-        f"Engine(target={where!r} ({kind}, {parts.target.device}), draft={parts.drafter.name!r}, rule={parts.rule.name!r}, "
-        f"slots={engine.options.slots}, max_length={engine.max_length}{done})"
+        f"Engine(target={where!r} ({kind_of(parts.target)}, {parts.target.device}), draft={parts.drafter.name!r}, "
+        f"rule={parts.rule.name!r}, slots={engine.options.slots}, max_length={engine.max_length}{done})"
     )
+
+
+def kind_of(target: Target) -> str:
+    """The type of a target's numbers, and that of its cache where it is another."""
+    kind, stored = str(target.dtype).removeprefix("torch."), getattr(target, "stored", None)
+    return kind if stored is None or stored.name == kind else f"{kind}, {stored.name} cache"
 
 
 def html_of(engine: EngineCore, path: str | None) -> str:
     """An engine as a table, with its sums and what users should read."""
     parts, counts, book = engine.parts, engine.counts, ledger(engine.counts)
     rows: list[tuple[str, object]] = [
-        ("target", f"{path or ''} {type(parts.target).__name__}, {parts.target.dtype}, {parts.target.device}".strip()),
+        (
+            "target",
+            f"{path or ''} {type(parts.target).__name__}, {kind_of(parts.target)}, {parts.target.device}".strip(),
+        ),
         ("draft", f"{parts.drafter.name}, up to {parts.drafter.max_depth} tokens"),
         ("rule", f"{parts.rule.name}, {'keeps the distribution' if parts.rule.lossless else 'LOSSY'}"),
         ("room", f"{engine.options.slots} slots, {engine.max_length} tokens each"),

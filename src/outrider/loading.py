@@ -16,6 +16,7 @@ from outrider.errors import CapacityError, ConfigError
 from outrider.models.folder import files_of, identity_of, resolve_folder
 from outrider.models.given import check_loading, ends_of, is_model, target_of
 from outrider.models.images import images_of, is_processor
+from outrider.models.lean import LeanTarget
 from outrider.models.load import find_tokenizer, load_target, reads_emulated, stop_ids
 from outrider.models.quantised import distance
 from outrider.models.token_use import TokenUse, prompts_from, use_of
@@ -81,7 +82,10 @@ def load(
 
     Raises ConfigError."""
     if target is not None and not isinstance(target, str | Path):
-        given = {name: getattr(options, name) for name in ("dtype", "device", "implementation", "target_quantize")}
+        given = {
+            name: getattr(options, name)
+            for name in ("dtype", "device", "implementation", "target_quantize", "kv_dtype")
+        }
         check_loading(given, "the target")
         processor = tokenizer if is_processor(tokenizer) else None
         tokenizer = tokenizer if processor is None else getattr(processor, "tokenizer", None)
@@ -99,6 +103,7 @@ def load(
         device=options.device,
         implementation=options.implementation,
         quantize=options.target_quantize,
+        kv_dtype=options.kv_dtype,
         progress=progress,
         role="target",
     )
@@ -112,27 +117,49 @@ def load(
         )
     if options.target_quantize is not None:
         model.notices = (*model.notices, _rounding(path, model, tokenizer, options))
+    if options.kv_dtype != "auto":
+        model.notices = (*model.notices, *_caching(model, tokenizer))
     return Loaded(path, model, tokenizer, ends, options, sinks, images_of(model, path))
 
 
 def _rounding(path: str, model: Target, tokenizer: object | None, options: EngineOptions) -> str:
     """What rounding the target's weights has changed, on text that the shipped pair was not trained on."""
     told = f"the target is {Path(path).name} with weights rounded to {options.target_quantize}, another model"
+
+    def plain() -> Target:
+        return load_target(
+            path, dtype=options.dtype, device="cpu", implementation=options.implementation, role="target"
+        )
+
+    own = f"{str(model.dtype).removeprefix('torch.')} weights"
+    return f"{told}: {_far(plain, cast(LeanTarget, model).storing('auto'), tokenizer, own)}"
+
+
+def _caching(model: Target, tokenizer: object | None) -> tuple[str, ...]:
+    """What storing keys and values in fewer bits saves, and has changed."""
+    target = cast(LeanTarget, model)
+    plain = target.storing("auto")
+    if target.stored == plain.stored:
+        return ()
+    size = f"{target.token_bytes / 1024:.1f} KiB of keys and values a token, stored as {target.stored.name}"
+    told = f"{size} ({plain.token_bytes / 1024:.1f} as {plain.stored.name}), another model"
+    widened = "" if target.native is not None else "; PyTorch widens them in every pass, which saves memory and no time"
+    return (f"{told}: {_far(lambda: plain, target, tokenizer, f'its {plain.stored.name} cache')}{widened}",)
+
+
+def _far(plain: Callable[[], Target], model: Target, tokenizer: object | None, own: str) -> str:
+    """How far a target is from what it was made of, which is called `own`, in a clause."""
     if tokenizer is None:
-        return f"{told}: how far from its own was not measured, since there is no tokenizer"
+        return "how far from its own was not measured, since there is no tokenizer"
     lines = [json.loads(row)["prompt"] for row in PROMPTS.read_text(encoding="utf-8").splitlines()]
     text = [t for line in lines for t in cast(Tokenizer, tokenizer).encode(line)]
     try:
-        plain = load_target(
-            path, dtype=options.dtype, device="cpu", implementation=options.implementation, role="target"
-        )
-        far = distance(plain, model, text[: min(MEASURED, model.max_length)])
+        far = distance(plain(), model, text[: min(MEASURED, model.max_length)])
     except CapacityError:
-        return f"{told}: how far from its own was not measured, since both do not fit into memory"
-    own = str(plain.dtype).removeprefix("torch.")
+        return "how far from its own was not measured, since both do not fit into memory"
     return (
-        f"{told}: on {far.tokens} tokens of code, mean KL {far.kl:.2g} nats and mean total variation {far.tv:.2%} from {own} "
-        f"weights, the same most likely token at {far.agree:.1%}"
+        f"on {far.tokens} tokens of code, mean KL {far.kl:.2g} nats and mean total variation {far.tv:.2%} from {own}, the same "
+        f"most likely token at {far.agree:.1%}"
     )
 
 
@@ -224,7 +251,8 @@ def token_use(loaded: Loaded) -> TokenUse:
         )
     lines = PROMPTS.read_text(encoding="utf-8").splitlines() if tokenizer is not None else []
     texts = [list(cast(Tokenizer, tokenizer).encode(json.loads(line)["prompt"])) for line in lines]
-    key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize}"
+    cache = "" if loaded.options.kv_dtype == "auto" else f" {loaded.options.kv_dtype}"
+    key = f"{identity_of(resolve_folder(loaded.path))} {target.dtype} {loaded.options.target_quantize}{cache}"
     return use_of(target, key, prompts_from(texts, target.vocab_size), logger.warning)
 
 

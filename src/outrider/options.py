@@ -55,7 +55,7 @@ LENGTHS: Mapping[str, str] = {
 """What sets draft lengths, by the name that `--lengths` gives it."""
 _LONGEST = {"per_sequence": 12, "bass": 32}
 """The longest draft where no number stands behind the name; else it is the draft length."""
-_TEXTS = ("draft", "rule", "dtype", "device", "implementation")
+_TEXTS = ("draft", "rule", "dtype", "device", "implementation", "kv_dtype")
 
 
 @no_type_check  # its own checks give the messages for users; a type checker in tests must not raise first
@@ -79,8 +79,10 @@ class EngineOptions:
     slots:          sequences decoded together, >= 1.
     chunk:          most tokens of a prompt in one forward pass, >= 1.
     prefix_cache:   whether a sequence may use what others with the same beginning have computed. It never changes a text.
-    kv_memory:      GB (10^9 bytes) for the target's keys and values, > 0; None: what all slots could fill, or 90% of the memory
-                    that is free when the engine is built, if that is less.
+    kv_memory:      GB (10^9 bytes) for the keys and values of target and drafter, > 0; None: what all slots could fill, or 90% of
+                    the memory that is free when the engine is built, if that is less.
+    kv_dtype:       what the target's keys and values are stored as, see `nn.stored.KV_DTYPES`. The declared distribution is then
+                    that of the target with such a cache.
     """
 
     target: str | None = None
@@ -98,6 +100,7 @@ class EngineOptions:
     chunk: int = 256
     prefix_cache: bool = True
     kv_memory: float | None = None
+    kv_dtype: str = "auto"
     lengths: str = "auto"
     draft_vocabulary: int | str | None = None
 
@@ -158,6 +161,7 @@ class EngineKeywords(TypedDict, total=False):
     chunk: int
     prefix_cache: bool
     kv_memory: float | None
+    kv_dtype: str
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -13,7 +13,7 @@ from torch import Tensor, device, dtype
 
 from outrider.noise import Noise
 from outrider.pictured import ImageInput, ImagePrompt, ImageRows
-from outrider.records import StepRecord
+from outrider.records import CacheNeed, StepRecord
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 
 
@@ -255,6 +255,19 @@ class Borrower(Protocol):
 
     def borrow(self, kv: KVCache) -> None:
         """Called once, when the engine is built, before the first draft."""
+        ...
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """A drafter with a cache of its own, which counts against the engine's memory for keys and values."""
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """What caches for `slots` sequences of `length` tokens take."""
+        ...
+
+    def keep_within(self, tokens: int) -> None:
+        """Called before `bind`, if memory is limited: its pages may hold so many tokens, whatever sequences they are of."""
         ...
 
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 PHASES: tuple[str, ...] = ("target", "rule", "draft", "host")
 _SUMS = ("steps", "proposed", "judged", "accepted", "dropped", "cut", "rejected", "emitted", "risk", "spread", "bias")
+
+
+class CacheNeed(NamedTuple):
+    """Bytes that caches take: `fixed` in any case, and `token` for each token in their pages."""
+
+    fixed: int = 0
+    token: int = 0
 
 
 @dataclass(slots=True)

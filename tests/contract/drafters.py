@@ -14,6 +14,7 @@ from examples.linear_drafter.drafter import LinearDrafter
 from examples.linear_drafter.network import LinearConfig, LinearNetwork
 from outrider.drafters import counts
 from outrider.drafters.ahead import Ahead
+from outrider.drafters.coded import CodedDrafter
 from outrider.drafters.combine import first_of
 from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.dflash.format import DFlashConfig
@@ -215,6 +216,10 @@ DRAFTERS: dict[str, Factory] = {
     ),
     "ngram+sparse": lambda target, slots: first_of(
         NGram(4), SparseDrafter(target, Sparse("pillar", 1, 2, chosen=2), Levels(levels((1,) * 3), target.vocab_size))
+    ),
+    "sparse-int8": lambda target, slots: CodedDrafter(target, Levels(levels((1,) * 4), target.vocab_size)),
+    "early+sparse": lambda target, slots: SparseDrafter(
+        target.first_layers(1), Sparse("window", 1, 3), Levels(levels((1,) * 4), target.vocab_size)
     ),
     "dflash": lambda target, slots: dflash(target, Levels(levels((1,) * 4), target.vocab_size)),
     "dflash-greedy": lambda target, slots: dflash(target, Levels(levels((1,) * 3), target.vocab_size, sample="greedy")),

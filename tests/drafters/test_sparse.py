@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -87,6 +89,38 @@ def test_auto_drafts_over_a_view_where_that_is_expected_to_be_faster() -> None:
     assert load_drafter("sparse:window:16+496", target=Weighed(V), length=3).least == 0  # type: ignore[attr-defined]
 
 
+class Light(Weighed):
+    """A draft model that reads little, and for 2,000 tokens."""
+
+    step_bytes = 2e6, 1_000.0
+
+
+def test_auto_drafts_over_a_view_where_the_draft_model_ends_or_is_slower() -> None:
+    """Before the draft model in the list, from the context on at which it is the better one."""
+    target, window = Weighed(V, max_length=1 << 20), parse_sparse("window:16+496")
+    assert worthwhile_from(target, window, Light(V, max_length=2_000)) == 2_000
+    longer = worthwhile_from(target, window, Light(V, max_length=1 << 20))
+    assert longer is not None and longer > 20_000, "by then its own cache costs what the target's weights do"
+    assert worthwhile_from(Weighed(V, max_length=longer), window, Light(V, max_length=1 << 20)) is None
+    assert worthwhile_from(target, window, TinyLM(V)) is None, "of it nothing is known"
+
+
+@pytest.mark.parametrize("most", [2_000, 1 << 20])
+def test_auto_joins_a_view_and_a_draft_model(most: int, tmp_path: Path) -> None:
+    for part in ("target", "draft"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text('{"model_type": "llama"}')
+    model = Light(V, max_length=most)
+    found = load_drafter(
+        "auto", target=Weighed(V, max_length=8_192), length=3, target_path=str(tmp_path / "target"),
+        load_model=lambda path: (model, None), find_folder=Path,
+    )  # fmt: skip
+    names = [part.name for part in found.parts]  # type: ignore[attr-defined]
+    assert names[:2] == ["prediction", "forced"]
+    assert names[2:-1] == (["sparse:window"] if most == 2_000 else [])
+    assert found.parts[-1].model is model  # type: ignore[attr-defined]
+
+
 def test_nothing_is_drafted_below_the_least_context() -> None:
     for least, count in ((31, 0), (30, 4)):
         drafter, _, _, _, text = drafted(Sparse("window", 2, 6), 30)
@@ -140,7 +174,7 @@ def test_specs(spec: str, found: Sparse) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "window", "window:16", "window:16+0", "snap:63", "pillar:x", "pillar:512+3", "int8"]
+    "spec", ["", "window", "window:16", "window:16+0", "snap:63", "pillar:x", "pillar:512+3", "int4"]
 )
 def test_bad_specs_are_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match="sparse"):

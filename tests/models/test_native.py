@@ -528,7 +528,7 @@ def test_refuses_what_would_read_or_write_elsewhere() -> None:
     with pytest.raises(ValueError, match="layers in 0..3"):
         decoder.forward(plain, kv, (4,))
     with pytest.raises(ValueError, match="cache"):
-        decoder.forward(plain, new_kv(config, torch.bfloat16), ())
+        decoder.forward(plain, new_kv(config, torch.float64), ())
 
 
 @pytest.mark.parametrize(
@@ -575,7 +575,11 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
 def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
     """Compiled without this CPU's own instructions and without threads: the same reference, the same invariance."""
     level = isa.LEVELS[isa.machine()][0]
-    flags = [*compiled.FLAGS, "-O0", *level.flags]  # compiled in a quarter of the time; test_wheel.py has all as they are shipped
+    flags = [
+        *compiled.FLAGS,
+        "-O0",
+        *level.flags,
+    ]  # compiled in a quarter of the time; test_wheel.py has all as they are shipped
     compiled.compile_unit(DECODER, compiled.find_compiler(), flags, library := tmp_path / "decoder.so")
     for dtype in (torch.float32, torch.bfloat16):
         config, extras = SHAPES["odd sizes"]

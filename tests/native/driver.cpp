@@ -66,9 +66,9 @@ void* open(const char* path) {
 }
 
 // Logits [ROWS - from, VOCAB] of tokens from : ROWS behind those before, which are fed first; on `threads` threads.
-std::vector<float> logits(void* library, void* handle, bool half, int64_t from, int64_t threads) {
+std::vector<float> logits(void* library, void* handle, Stored cache, int64_t from, int64_t threads) {
     auto* forward = (int (*)(void*, const CallPointers*))symbol(library, "outrider_forward");
-    const int64_t places = LAYERS * KV * CAPACITY * HEAD * (half ? 2 : 4);
+    const int64_t entry = cache == CODES ? HEAD + 4 : HEAD * (cache == BFLOAT16 ? 2 : 4), places = LAYERS * KV * CAPACITY * entry;
     std::vector<char> k(places), v(places);
     std::vector<float> out;
     const int64_t pieces[2][2] = {{0, from}, {from, ROWS}};
@@ -89,7 +89,7 @@ std::vector<float> logits(void* library, void* handle, bool half, int64_t from, 
     return out;
 }
 
-void decode(void* library, bool half) {
+void decode(void* library, bool half, Stored cache) {
     Weights w{half, {}, {}};
     const auto linear = [&](int64_t n, int64_t k, float scale) {
         const SegmentPointers segment{half ? 30 : 0, n, w.make(n * k, scale)};
@@ -108,16 +108,16 @@ void decode(void* library, bool half) {
     for (int64_t i = 0; i < HEAD / 2; ++i) frequency[i] = 1.0f / (float)(1 << (i / 2));
     ModelPointers model{};
     model.vocab = VOCAB, model.hidden = HIDDEN, model.layers = LAYERS, model.heads = HEADS, model.kv_heads = KV, model.head_dim = HEAD;
-    model.inner = INNER, model.half = half, model.turned = HEAD / 2, model.frequencies = 1, model.eps = 1e-6;
+    model.inner = INNER, model.half = half, model.cache = cache, model.turned = HEAD / 2, model.frequencies = 1, model.eps = 1e-6;
     model.rope_scale = model.embed_scale = model.residual_scale = model.logit_scale = 1.0;
     model.attention_scale = 0.15811388300841897, model.inv_freq = frequency, model.layer = layers.data();
     model.embedding = linear(VOCAB, HIDDEN, 1), model.norm = w.vector(HIDDEN, 0.3f, 1), model.head = linear(VOCAB, HIDDEN, 0.5f);
     void* handle = ((void* (*)(const ModelPointers*))symbol(library, "outrider_new"))(&model);
-    const std::vector<float> all = logits(library, handle, half, 0, 1);
+    const std::vector<float> all = logits(library, handle, cache, 0, 1);
     for (const float x : all) std::printf("%a\n", (double)x);
     for (int64_t from = 1; from < ROWS; ++from)
         for (int64_t threads = 1; threads < 3; ++threads) {
-            const std::vector<float> part = logits(library, handle, half, from, threads);
+            const std::vector<float> part = logits(library, handle, cache, from, threads);
             if (__builtin_memcmp(part.data(), all.data() + from * VOCAB, part.size() * 4) != 0) {
                 std::fprintf(stderr, "rows from %d on %d threads are not the same bits\n", (int)from, (int)threads), std::exit(1);
             }
@@ -185,9 +185,11 @@ int main(int count, char** arguments) {
     if (count != 3) return 2;
     void* decoder = open(arguments[1]);
     std::fprintf(stderr, "%s\n", ((const char* (*)())symbol(decoder, "outrider_kind"))());
-    decode(decoder, false);
-    decode(decoder, true);
+    decode(decoder, false, FLOAT32);
+    decode(decoder, true, BFLOAT16);
     multiply(decoder);
+    decode(decoder, false, CODES);
+    decode(decoder, true, CODES);
     judge(open(arguments[2]));
     return 0;
 }

@@ -15,6 +15,7 @@ def to_document(
     """
     import sys
 
+    from outrider.display import kind_of
     from outrider.evaluate.measure import energy_absent, machine, peak_memory
     from outrider.evaluate.records import as_json
     from outrider.telemetry.ledger import predicted_speedup, summary
@@ -33,7 +34,7 @@ def to_document(
         "drafter": engine.parts.drafter.name,
         "rule": engine.parts.rule.name,
         "lossless": engine.parts.rule.lossless,
-        "dtype": str(engine.parts.target.dtype).removeprefix("torch."),
+        "dtype": kind_of(engine.parts.target),
         "temperature": params.temperature,
         "max_tokens": params.max_tokens,
         "top_p": params.top_p,

@@ -126,9 +126,17 @@ ENGINE = Table(
             float | None,
             typer.Option(
                 "--kv-memory",
-                help="GB of memory for the target's keys and values, as in --kv-memory 2. Sequences that do not fit wait. Default: "
-                "what all slots could fill, at most 90% of what is free.",
+                help="GB of memory for the keys and values of target and drafter, as in --kv-memory 2. Sequences that do not fit "
+                "wait. Default: what all slots could fill, at most 90% of what is free.",
                 show_default=False,
+            ),
+        ],
+        "kv_dtype": Annotated[
+            str,
+            typer.Option(
+                "--kv-dtype",
+                help="How the target's keys and values are stored: auto (as its weights), float32, bfloat16, or int8 (half the "
+                "memory of bfloat16, another model; its distance is printed).",
             ),
         ],
     },

@@ -47,6 +47,21 @@ RayAddress = Annotated[
 ]
 
 
+def parse_acceptance(text: str, drafts: int) -> list[float]:
+    """ "0.9,0.6" as a number for each draft; one alone is that of all."""
+    try:
+        numbers = [float(x) for x in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--acceptance takes numbers such as 0.9, or 0.9,0.6 for each --draft; got {text!r}"
+        ) from None
+    if not all(0 <= n <= 1 for n in numbers):
+        raise ConfigError(f"--acceptance takes probabilities from 0 to 1, got {text!r}")
+    if len(numbers) not in (1, drafts):
+        raise ConfigError(f"--acceptance takes one number, or one for each of {drafts} drafts, got {text!r}")
+    return numbers * (drafts if len(numbers) == 1 else 1)
+
+
 def parse_lengths(text: str) -> list[int]:
     """ "0,2,4" -> [0, 2, 4]; plain decoding comes first, as the base, and is added if missing."""
     try:

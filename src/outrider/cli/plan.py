@@ -10,7 +10,7 @@ import typer
 
 from outrider.cli import paths, plan_contexts, plan_fleet, plan_launch, plan_paper, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import Json, parse_batches, parse_lengths
+from outrider.cli.options import Json, parse_acceptance, parse_batches, parse_lengths
 from outrider.cli.plan_options import PlanOptions, check_together
 from outrider.cli.plan_print import markdown, print_document
 from outrider.cli.sampling_options import SAMPLING
@@ -63,7 +63,8 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     options = options.changed(target=paths.model(asked.target))
     if asked.contexts is not None:
         plan_contexts.parse_contexts(asked.contexts)  # what is wrong is said before a model is loaded
-        plan_contexts.view_of(list(asked.draft or []))
+        named = plan_contexts.drafts_of(list(asked.draft or []))
+        parse_acceptance(asked.acceptance, len(named))
         lengths, batches = parse_lengths(asked.lengths), parse_batches(asked.batches)
         engine = load_engine(options.changed(draft="none"))
         document = plan_contexts.contexts_document(engine, lengths, batches, asked)

@@ -1,13 +1,15 @@
-"""`outrider plan --contexts`: whether drafting over a view of the target's own cache pays at long context on this machine."""
+"""`outrider plan --contexts`: whether a view of the target's own cache, or a draft model, pays at long context on this machine."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from outrider.cli import tables, terminal
+from outrider.cli.options import parse_acceptance
 from outrider.cli.plan_options import PlanOptions
 from outrider.errors import ConfigError
 
@@ -23,51 +25,82 @@ def parse_contexts(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def view_of(drafts: list[str]) -> str:
-    """The one sparse view among --draft, without "sparse:"; that of `auto` if none was given. Raises ConfigError for others."""
-    from outrider.drafters.registry import AUTO_VIEW
+def drafts_of(drafts: list[str]) -> list[str]:
+    """The drafters that are planned for: views and draft models; the view of `auto` if none was given. Raises ConfigError for
+    others."""
+    from outrider.drafters.registry import AUTO_VIEW, HOSTS, LEARNED
 
     if drafts in ([], ["auto"]):
-        return AUTO_VIEW
-    kind, _, view = drafts[0].partition(":")
-    if len(drafts) > 1 or kind != "sparse":
-        raise ConfigError(
-            f"--contexts is about one view of the target's own cache: give --draft sparse:window:16+496 or none, got {drafts}"
-        )
-    return view
+        return [f"sparse:{AUTO_VIEW}"]
+    for draft in drafts:
+        kind = draft.partition("+")[0].partition(":")[0]
+        if kind in (*LEARNED, *HOSTS, "auto", "none", "early", "ahead", "jacobi"):
+            raise ConfigError(
+                "--contexts is about views of the target's own cache and draft models: give --draft sparse:window:16+496, or the "
+                f"folder of a model, got {draft!r}"
+            )
+    return drafts
 
 
 def contexts_document(engine: Any, lengths: list[int], batches: list[int], asked: PlanOptions) -> dict[str, Any]:
-    """Constants of this machine, the best length and its gain by context and batch, and from which context on there is one."""
-    from outrider.drafters.sparse import parse_sparse
+    """Constants of this machine, the best drafter, length and gain by context and batch, and from which context on a view gains."""
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning.contexts import choose, fit_contexts
 
     contexts = parse_contexts(asked.contexts or "")
-    name = view_of(list(asked.draft or []))
-    view = parse_sparse(name)
+    names = drafts_of(list(asked.draft or []))
+    accepted = parse_acceptance(asked.acceptance, len(names))
     with terminal.loading("timing passes"):
         times = fit_contexts(engine.parts.target, max(contexts), max(batches), rounds=asked.rounds)
-    choices = choose(times, contexts, batches, view.size, asked.acceptance, lengths)
+        candidates = [
+            candidate(engine, name, a, max(contexts), max(batches), asked.rounds)
+            for name, a in zip(names, accepted, strict=True)
+        ]
+    choices = choose(times, contexts, batches, candidates, lengths)
+    views = [c for c in candidates if c.by is None]
     return {
-        "draft": f"sparse:{name}",
-        "acceptance": asked.acceptance,
+        "drafts": [
+            {"draft": c.draft, "acceptance": c.acceptance, "constants": c.by and asdict(c.by)} for c in candidates
+        ],
         "constants": asdict(times),
         "choices": [asdict(c) for c in choices],
-        "crossing": {str(b): times.crossing(b, view.size, asked.acceptance) for b in batches},
+        "crossing": [
+            {"draft": c.draft, "batch": b, "context": times.crossing(b, c.view, c.acceptance)}
+            for c in views
+            for b in batches
+        ],
         "machine": machine(),
     }
 
 
+def candidate(engine: Any, name: str, acceptance: float, longest: int, batch: int, rounds: int) -> Any:
+    """A drafter to choose from; passes of a draft model are timed."""
+    from outrider.drafters.sparse import parse_sparse
+    from outrider.evaluate.planning.contexts import Candidate, fit_contexts
+    from outrider.loading import load_model
+
+    kind, _, view = name.partition(":")
+    if kind == "sparse" and view == "int8":
+        made = engine.parts.target.storing(view)
+        return Candidate(name, acceptance, math.inf, fit_contexts(made, longest, batch, rounds=rounds))
+    if kind == "sparse":
+        return Candidate(name, acceptance, parse_sparse(view).size)
+    model, _ = load_model(engine.loaded, engine.loaded.options, name)
+    reach = min(longest, model.max_length - 16)
+    return Candidate(name, acceptance, math.inf, fit_contexts(model, reach, batch, rounds=rounds), model.max_length)
+
+
 def print_contexts(d: dict[str, Any]) -> None:
     """The document for people."""
-    out, table = terminal.console(), Table(title=f"{d['draft']} at an acceptance of {d['acceptance']:g}")
-    for column in ("context", "sequences", "plain step", "draft length", "predicted gain"):
+    named = ", ".join(f"{one['draft']} at an acceptance of {one['acceptance']:g}" for one in d["drafts"])
+    out, table = terminal.console(), Table(title=named)
+    for column in ("context", "sequences", "plain step", "drafter", "draft length", "predicted gain"):
         table.add_column(column, justify="right")
     for c in d["choices"]:
         gain = f"{c['gain']:.2f}" if c["length"] else "plain decoding"
-        table.add_row(str(c["context"]), str(c["batch"]), f"{1e3 * c['plain_seconds']:.2f} ms", str(c["length"]), gain)
+        step = f"{1e3 * c['plain_seconds']:.2f} ms"
+        table.add_row(str(c["context"]), str(c["batch"]), step, c["draft"] or "none", str(c["length"]), gain)
     tables.show(table, out)
-    for batch, at in d["crossing"].items():
-        where = f"from {at} tokens of context on" if at is not None else "at no context"
-        out.print(f"{batch} at a time: faster than plain decoding {where}")
+    for one in d["crossing"]:
+        where = f"from {one['context']} tokens of context on" if one["context"] is not None else "at no context"
+        out.print(f"{one['draft']}, {one['batch']} at a time: faster than plain decoding {where}")

@@ -148,7 +148,8 @@ class PlanOptions:
         ),
     ] = None
     hardware: Annotated[
-        str, typer.Option("--hardware", help="With --gpus: a100, h100, h200, rtx-4090, m4-max, ... (see theory speedup).")
+        str,
+        typer.Option("--hardware", help="With --gpus: a100, h100, h200, rtx-4090, m4-max, ... (see theory speedup)."),
     ] = "h100"
     link: Annotated[
         str | None,
@@ -160,11 +161,12 @@ class PlanOptions:
         "ib-ndr"
     )
     acceptance: Annotated[
-        float,
+        str,
         typer.Option(
-            "--acceptance", min=0, max=1, help="With --gpus or --contexts: probability that a draft token is accepted."
+            "--acceptance",
+            help="With --gpus or --contexts: probability that a draft token is accepted, 0 to 1; as 0.9,0.6 for each --draft.",
         ),
-    ] = 0.8
+    ] = "0.8"
     context: Annotated[
         int, typer.Option("--context", min=0, help="With --gpus: tokens in the cache of a sequence.")
     ] = 2048
@@ -173,7 +175,7 @@ class PlanOptions:
         typer.Option(
             "--contexts",
             help="Cached tokens, as 2048,8192: time passes over so many, and say where drafting over a view of the target's own "
-            "cache (--draft sparse:window:16+496) is faster than plain decoding.",
+            "cache (--draft sparse:window:16+496) or with a draft model is faster than plain decoding.",
             show_default=False,
         ),
     ] = None

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from outrider.cli import tables, terminal
-from outrider.cli.options import parse_batches, parse_lengths
+from outrider.cli.options import parse_acceptance, parse_batches, parse_lengths
 from outrider.errors import ConfigError
 
 SHOWN = 4
@@ -22,12 +22,13 @@ def paper_document(target: str | None, output: int, asked: Any) -> dict[str, Any
     if target is None:
         raise ConfigError("--gpus plans on paper: name the size of the target, as --target 70b")
     drafts = asked.draft or ["1b"]
+    (acceptance,) = parse_acceptance(asked.acceptance, 1)
     if len(drafts) > 1:
         raise ConfigError("--gpus plans on paper for one draft: give --draft once")
     try:
         found = paper.Paper(
             hardware.model(target), hardware.model(drafts[0]), hardware.hardware(asked.hardware), asked.gpus,
-            paper.usual_link(asked.hardware, asked.link), links.link(asked.between), asked.acceptance, asked.context, output,
+            paper.usual_link(asked.hardware, asked.link), links.link(asked.between), acceptance, asked.context, output,
             asked.efficiency, asked.disaggregated,
         )  # fmt: skip
         return paper.paper_document(found, parse_batches(asked.batches), parse_lengths(asked.lengths), asked.price)

@@ -206,5 +206,7 @@ def parse_temperatures(text: str) -> float | tuple[float, ...]:
     except ValueError:
         found = []
     if not found or not all(0 <= t < 100 for t in found):  # a nan is neither
-        raise ConfigError(f"--temperature takes numbers from 0 to below 100, separated by commas, such as 0,1; got {text!r}")
+        raise ConfigError(
+            f"--temperature takes numbers from 0 to below 100, separated by commas, such as 0,1; got {text!r}"
+        )
     return tuple(found) if len(found) > 1 else found[0]

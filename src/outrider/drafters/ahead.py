@@ -19,6 +19,7 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.errors import CapabilityError, ConfigError
 from outrider.noise import Noise
 from outrider.protocols import Drafter
+from outrider.records import CacheNeed
 from outrider.types import Draft, Evidence, Proposal, Rows, Scores, SequenceView, Verdict
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Ahead:
     trees = False
 
     def __init__(self, inner: Drafter, premises: int, *, inline: bool = False) -> None:
-        if not isinstance(inner, ModelDrafter) or inner.trees:
+        if not isinstance(inner, ModelDrafter) or inner.trees or hasattr(inner, "borrow"):
             raise CapabilityError(
                 f"only chains of a draft model can be drafted ahead, not those of {inner.name!r}: drop 'ahead:'"
             )
@@ -81,6 +82,14 @@ class Ahead:
     def bind(self, slots: int, length: int) -> None:
         """Bind the drafter."""
         self.inner.bind(slots, length)
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """Of the drafter."""
+        return self.inner.cache_need(slots, length)
+
+    def keep_within(self, tokens: int) -> None:
+        """Limit the drafter's pages."""
+        self.inner.keep_within(tokens)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots, and what was prepared for them."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from outrider.contained import Contained
 from outrider.errors import ConfigError
-from outrider.protocols import Borrower, Drafter, KVCache
+from outrider.protocols import Borrower, Drafter, Keeper, KVCache
+from outrider.records import CacheNeed
 from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Scores, Siblings
 
 
@@ -20,6 +21,19 @@ def lend(kv: KVCache, *drafters: Drafter) -> None:
     for drafter in drafters:
         if isinstance(drafter, Borrower):
             drafter.borrow(kv)
+
+
+def need_of(slots: int, length: int, *drafters: Drafter) -> CacheNeed:
+    """What the caches of drafters take together (`protocols.Keeper`)."""
+    needs = [d.cache_need(slots, length) for d in drafters if isinstance(d, Keeper)]
+    return CacheNeed(sum(n.fixed for n in needs), sum(n.token for n in needs))
+
+
+def keep_within(tokens: int, *drafters: Drafter) -> None:
+    """Limit the pages of those drafters that have a cache of their own."""
+    for drafter in drafters:
+        if isinstance(drafter, Keeper):
+            drafter.keep_within(tokens)
 
 
 class FirstOf:
@@ -46,6 +60,14 @@ class FirstOf:
         """Bind every part."""
         for part in self.parts:
             part.bind(slots, length)
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """Of all parts."""
+        return need_of(slots, length, *self.parts)
+
+    def keep_within(self, tokens: int) -> None:
+        """Limit every part's pages."""
+        keep_within(tokens, *self.parts)
 
     def borrow(self, kv: KVCache) -> None:
         """Lend the target's cache to the parts that look into it."""
@@ -157,6 +179,14 @@ class SelectableDrafter:
     def bind(self, slots: int, length: int) -> None:
         """Bind the drafter."""
         self.inner.bind(slots, length)
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """Of the drafter."""
+        return need_of(slots, length, self.inner)
+
+    def keep_within(self, tokens: int) -> None:
+        """Limit the drafter's pages."""
+        keep_within(tokens, self.inner)
 
     def borrow(self, kv: KVCache) -> None:
         """Lend the target's cache to the drafter, if it looks into it."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from outrider.drafters.combine import first_of
 from outrider.drafters.forced import Forced
 from outrider.drafters.jacobi import parse_jacobi
 from outrider.drafters.model.drafter import ModelDrafter
-from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.ngram import NGram
 from outrider.drafters.none import NoDraft
 from outrider.drafters.prediction import PredictedOutput
 from outrider.drafters.recycle import Recycle
-from outrider.drafters.sparse import load_sparse, parse_sparse, worthwhile_from
+from outrider.drafters.sparse import load_early, load_sparse, parse_sparse, view_beside, worthwhile_from
 from outrider.drafters.spec import DraftSpec, parse_draft
 from outrider.drafters.suffix import MEMORY, Suffix
 from outrider.drafters.tree.growth import Sample
@@ -103,10 +103,11 @@ def load_drafter(
       "mtp"         the head for multi-token prediction that the target's own folder carries, or a trained one, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise
       "counts"      tables of an image model's tokens by place, left and upper neighbour, likewise
-      "early:K"     the target's own first K layers with its norm and head
+      "early:K"     the target's own first K layers with its norm and head; "early:K:sparse:..." over a view of its cache
       "sparse:window:16+496"  the target itself, looking at the first 16 and the newest 496 tokens of its own cache; chains only.
                     "sparse:snap:512", "sparse:pillar:512": at 512 tokens, chosen by the attention of the prompt's last rows, or
                     of the last verification
+      "sparse:int8" the target itself, looking at all tokens in a copy of its cache with 8 bits a number; also trees
                     All these take the prefixes above ("greedy:", "tree:3x2x1:", "iid:...", ...), "sparse" those of chains.
                     They and draft models also take "dynamic:16:PATH" or "dynamic:16x4:PATH": in every step the 16 nodes
                     likeliest to be accepted, at most 4 below each; and "stop:PATH" or "stop:0.3:PATH": a chain that ends where
@@ -114,7 +115,7 @@ def load_drafter(
       "ahead:4:M"   the draft model M, whose next drafts are prepared for the 4 likeliest outcomes while the target verifies
       "auto"        "prediction", then "forced", then the folder `draft` beside a target folder named `target`, or else the
                     target's own MTP head, or else "ngram" and after that, at contexts where a view is expected to be faster
-                    than plain decoding, "sparse:window:16+496"
+                    than plain decoding, "sparse:window:16+496"; also instead of the draft model, where it is faster than that
       "A+B"         per sequence the first of A (one of the five without a model above) and B that proposes something
 
     rule: with a rule that couples through noise lane `gumbel`, a draft model draws with the same noise.
@@ -128,11 +129,15 @@ def load_drafter(
     if length == 0 or spec == "none":
         return NoDraft()
     sample: Sample = "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
-    own, least = None, 0
+    own, view, least = None, None, 0
     if spec == "auto":
         sibling = None if load_model is None else companion_folder(target_path, "draft")
-        spec, own, least = _auto(target, parse_draft("mtp", length, sample), target_path, sibling, learned)
+        how = parse_draft("mtp", length, sample)
+        spec, own, least = _auto(target, how, target_path, sibling, learned)
+        if sibling is not None and load_model is not None and learned_kind(sibling, learned) is None:
+            view = view_beside(AUTO_VIEW, target, partial(load_model, sibling), how.growth(target.vocab_size))
     parts, rest = _without_model(spec, length)
+    parts += [] if view is None else [view]
     if own is not None:
         parts.append(own)
     elif rest.partition(":")[0] == "jacobi":
@@ -155,7 +160,7 @@ def load_drafter(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
             )
         if kind == "early":
-            found: Drafter = early_exit(target, _layers(how.path), how.growth(target.vocab_size))
+            found: Drafter = load_early(path, target, how.growth(target.vocab_size))
         elif kind == "sparse":
             found = load_sparse(path, target, how.growth(target.vocab_size), least)
         elif kind in learned and (path or not Path(kind).exists()):
@@ -252,13 +257,6 @@ def _own_head(
         return learned["mtp"].load(Path(target_path).expanduser(), target, how, target_path)
     except (ConfigError, CapabilityError):
         return None
-
-
-def _layers(spec: str) -> int:
-    found = re.fullmatch(r"early:(\d{1,4})", spec)
-    if found is None:
-        raise ConfigError(f"an early exit is written 'early:LAYERS', as 'early:2', got {spec!r}")
-    return int(found.group(1))
 
 
 def _without_model(spec: str, length: int) -> tuple[list[Drafter], str]:

@@ -11,6 +11,9 @@ Which tokens are seen, beside the newest:
     snap     those that the prompt's last rows looked at, chosen again only now and then (after SnapKV, Li et al. 2024)
     pillar   those that the last verification looked at, chosen in every step (after SparseSpec, 2025)
 
+`sparse:int8` sees all of them in fewer bits, which takes a copy: coded.py. The first layers of a target may draft over a view too:
+those layers of its cache are theirs.
+
 The target's scores of earlier rows are evidence like any other, and a choice never looks at a drafted token, so the declared
 distributions are those that the tokens were drawn from.
 """
@@ -18,7 +21,7 @@ distributions are those that the tokens were drawn from.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -26,10 +29,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.drafters.coded import WIDTH, CodedDrafter
+from outrider.drafters.model.early_exit import early_exit, first_layers
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.errors import CapabilityError, ConfigError
-from outrider.protocols import KVCache, Target
+from outrider.protocols import Drafter, KVCache, Target
 from outrider.theory.context_times import FURTHER_ROW, ContextTimes
 from outrider.types import Draft, Evidence, Rows, Segment, SequenceView
 
@@ -86,8 +91,8 @@ def parse_sparse(spec: str) -> Sparse:
             f"a sparse view of {size} tokens is too small: give at least {4 * SINKS}, as 'sparse:{spec[:4]}:512'"
         )
     raise ConfigError(
-        f"a sparse view is written 'sparse:window:16+496' (first and newest tokens), 'sparse:snap:512' or 'sparse:pillar:512', "
-        f"got 'sparse:{spec}'"
+        f"a sparse view is written 'sparse:window:16+496' (first and newest tokens), 'sparse:snap:512', 'sparse:pillar:512' or "
+        f"'sparse:int8', got 'sparse:{spec}'"
     )
 
 
@@ -231,23 +236,62 @@ def merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
     return tuple(out)
 
 
-def load_sparse(spec: str, target: Target, growth: Growth, least: int = 0) -> SparseDrafter:
-    """The drafter `sparse:SPEC` for a target; ConfigError for bad grammar, CapabilityError if the target cannot do it.
+def load_sparse(spec: str, target: Target, growth: Growth, least: int = 0) -> Drafter:
+    """The drafter `sparse:SPEC` for a target or its first layers; ConfigError for bad grammar, CapabilityError if the target cannot
+    do it.
 
     least: cached tokens below which nothing is drafted.
     """
+    if spec == WIDTH:
+        return CodedDrafter(target, growth)
     return SparseDrafter(target, parse_sparse(spec), growth, least)
 
 
-def worthwhile_from(target: Target, view: Sparse) -> int | None:
-    """Cached tokens from which one sequence is expected to gain from this view; None where that is not known, or at no context
-    that the target can well reach (half of its longest at most).
+def load_early(spec: str, target: Target, growth: Growth) -> Drafter:
+    """The drafter `early:SPEC`: the target's first layers, over a cache of their own ("4") or over a view of the target's
+    ("4:sparse:window:16+496"). Raises as `load_sparse`."""
+    found = re.fullmatch(r"(\d{1,4})(?::sparse:(.+))?", spec)
+    if found is None:
+        raise ConfigError(
+            "an early exit is written 'early:LAYERS', as 'early:2', or over a view 'early:2:sparse:window:16+496', got "
+            f"'early:{spec}'"
+        )
+    layers, view = int(found.group(1)), found.group(2)
+    if view is None:
+        return early_exit(target, layers, growth)
+    made = load_sparse(view, first_layers(target, layers), growth)
+    made.name = f"early:{layers}:{made.name}"
+    return made
+
+
+def view_beside(spec: str, target: Target, load: Callable[[], tuple[Target, object]], growth: Growth) -> Drafter | None:
+    """A view of the target's own cache, from the context on where it is expected to gain more than a draft model, or where that
+    model's context ends; None where that is nowhere, or not known. load: loads it, and is called only if a view can gain."""
+    view = parse_sparse(spec)
+    least = None if worthwhile_from(target, view) is None else worthwhile_from(target, view, load()[0])
+    return None if least is None else load_sparse(spec, target, growth, least)
+
+
+def worthwhile_from(target: Target, view: Sparse, model: Target | None = None) -> int | None:
+    """Cached tokens from which one sequence is expected to gain from this view, and more than from a draft model if there is one;
+    None where that is not known, or at no context that the target can well reach (half of its longest at most).
 
     By the bytes that a step reads (`step_bytes` of the target), an acceptance of EXPECTED, and rows as they were measured.
     """
-    weights, token = getattr(target, "step_bytes", None) or (0.0, 0.0)
-    if not weights or not getattr(target, "views", False):
+    times = _by_bytes(target)
+    if times is None or not getattr(target, "views", False):
         return None
-    times = ContextTimes(weights, ROW * weights, token, FURTHER_ROW * token)
-    found = times.crossing(1, view.size, EXPECTED)
+    other = None if model is None else _by_bytes(model)
+    if model is None:
+        found = times.crossing(1, view.size, EXPECTED)
+    elif other is not None:
+        found = times.overtakes(1, view.size, EXPECTED, other, model.max_length)
+    else:
+        return None
     return found if found is not None and 2 * found <= target.max_length else None
+
+
+def _by_bytes(model: Target) -> ContextTimes | None:
+    """Times in bytes, if the model says what a step reads."""
+    weights, token = getattr(model, "step_bytes", None) or (0.0, 0.0)
+    return ContextTimes(weights, ROW * weights, token, FURTHER_ROW * token) if weights else None

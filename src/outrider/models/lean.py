@@ -33,6 +33,7 @@ from outrider.nn.kv import PagedKV, page_limit
 from outrider.nn.layers import FusedLayer, Norm, of_rows, rms_norm
 from outrider.nn.linear import Linear, has_fast_matmul, make_linear
 from outrider.nn.row_parts import check_prefix, run_parts
+from outrider.nn.stored import Stored, entry_bytes, stored_as
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores
 
@@ -66,6 +67,7 @@ class LeanTarget:
         self.config = config
         self.vocab_size, self.hidden_size, self.layers = config.vocab_size, config.hidden, config.layers
         self.max_length, self.dtype, self.device = config.max_length, w.dtype, w.norm.device
+        self.stored: Stored = stored_as("auto", self.dtype, config.head_dim)
         self.views = not any(config.window)  # a window is counted in positions, which a view leaves out
         self.native, found = load_native(config, w) if native else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
@@ -109,8 +111,19 @@ class LeanTarget:
         c = self.config
         wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
         block = c.hidden * (2 * wide + 2 * narrow + 3 * c.inner)
-        size = self.dtype.itemsize
-        return float(size * (self.layers * block + c.vocab_size * c.hidden)), float(2 * size * self.layers * narrow)
+        return float(self.dtype.itemsize * (self.layers * block + c.vocab_size * c.hidden)), float(self.token_bytes)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a cached token's keys and values."""
+        return 2 * self.layers * self.config.kv_heads * entry_bytes(self.stored, self.config.head_dim)
+
+    def storing(self, kv_dtype: str) -> LeanTarget:
+        """The same weights with keys and values stored as one of `nn.stored.KV_DTYPES`: another model, where that rounds them.
+        Raises ConfigError for an unknown name and for heads that it does not fit."""
+        other = copy.copy(self)
+        other.stored = stored_as(kv_dtype, self.dtype, self.config.head_dim)
+        return other
 
     def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> PagedKV:
         """A cache for `slots` sequences of `length` tokens each, drafts included. CapacityError if not even one of them fits.
@@ -118,10 +131,10 @@ class LeanTarget:
         memory: bytes that it may take; None: what it could fill, or 90% of what is free, if that is less.
         """
         c = self.config
-        token = 2 * c.layers * c.kv_heads * c.head_dim * self.dtype.itemsize
-        limit = page_limit(slots, length, token, self.device, memory)
+        limit = page_limit(slots, length, self.token_bytes, self.device, memory)
         self._grow_rope(length)
-        return PagedKV(c.layers, slots, c.kv_heads, length, c.head_dim, self.dtype, self.device, limit=limit)
+        sizes = c.layers, slots, c.kv_heads, length, c.head_dim
+        return PagedKV(*sizes, self.dtype, self.device, limit=limit, stored=self.stored)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """See `protocols.Target`. Raises CapabilityError for a layer that does not exist, CapacityError and RequestError for

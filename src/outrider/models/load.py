@@ -32,6 +32,7 @@ from outrider.models.tokenizer import (
     vocab_fingerprint,
 )
 from outrider.nn.memory import available_memory, require_weights
+from outrider.nn.stored import KV_DTYPES
 from outrider.protocols import Target
 
 __all__ = [
@@ -57,6 +58,7 @@ def load_target(
     device: str = "auto",
     implementation: str = "auto",
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     max_length: int | None = None,
     progress: Progress | None = None,
     role: str = "model",
@@ -69,6 +71,7 @@ def load_target(
     device:         "auto" (a GPU if there is one), or a PyTorch device.
     implementation: "lean" (our runtime), "hf" (transformers), or "auto": lean if possible; else `notices` give the reason.
     quantize:       None, or a type of `models.quantised.QUANTIZE` to round the weights to; needs the lean runtime.
+    kv_dtype:       how keys and values are stored: one of `nn.stored.KV_DTYPES`; others than "auto" need the lean runtime.
     max_length:     tokens of context, at most the model's; None for all of them.
     progress:       called with the share of the weights read so far.
     role:           the model's role in messages: "target", "draft".
@@ -79,11 +82,18 @@ def load_target(
         raise ConfigError(unknown_name("implementation", implementation, options.IMPLEMENTATIONS))
     if quantize is not None:
         block_type(quantize)
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(unknown_name("type of keys and values", kv_dtype, KV_DTYPES))
     where = _device(device)
     _named_dtype(dtype)
     folder = resolve_folder(path_or_name)
     require_config(folder)
     found = _runtime(folder, implementation, max_length)
+    if isinstance(found, str) and kv_dtype != "auto":
+        raise ConfigError(
+            f"kv_dtype {kv_dtype!r} needs the lean runtime, which does not run {folder}{f' ({found})' if found else ''}: leave "
+            "kv_dtype out"
+        )
     if isinstance(found, str):
         return _load_hf(folder, dtype, where, quantize, max_length, found, role)
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
@@ -97,6 +107,7 @@ def load_target(
         target = LeanTarget(found.config, lambda: found.packed(chosen, progress, role))
     else:
         target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
+    target = target.storing(kv_dtype)
     told = found.notice(chosen)
     target.notices += (*told, *_dtype_notices(folder, chosen, where, target.native is not None))
     return target

@@ -52,14 +52,14 @@ class Restricted:
         self.model, self.kept, self.vocab_size = model, tokens, model.vocab_size
         self.hidden_size, self.layers, self.max_length = model.hidden_size, model.layers, model.max_length
         self.trees, self.rewinds, self.dtype, self.device = model.trees, model.rewinds, model.dtype, model.device
-        self.uniform_rows = getattr(model, "uniform_rows", 0)
+        self.uniform_rows, self.token_bytes = getattr(model, "uniform_rows", 0), getattr(model, "token_bytes", 0)
         self.notices: tuple[str, ...] = ()
         self.predicted: object | None = None
         make = getattr(model, "head_of", None)
         self._head: Head = (lambda normed: model.head(normed)[:, tokens]) if make is None else make(tokens)
 
-    def new_kv(self, slots: int, length: int) -> KVCache:
-        return self.model.new_kv(slots, length)
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
+        return self.model.new_kv(slots, length, **({} if memory is None else {"memory": memory}))
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         """As the model's, which computes no logits of its own: the last block's hidden states of the scored rows go to the head."""

@@ -21,6 +21,7 @@ from outrider.nn.kv import PagedKV
 from outrider.nn.masks import ancestor_mask, hide
 from outrider.nn.rope import rotation, turn
 from outrider.nn.row_parts import check_prefix
+from outrider.nn.stored import Stored, stored_as
 from outrider.protocols import KVCache
 from outrider.types import Rows, Scores, Segment
 
@@ -204,6 +205,7 @@ class TinyLM:
             for _ in range(layers)
         )
         self.output = weight(hidden, vocab_size, sharp)
+        self.stored: Stored = stored_as("auto", dtype, hidden // heads)
         half = hidden // heads // 2
         self.inv_freq = (100.0 ** (-torch.arange(half, dtype=torch.float64) / half)).to(dtype)
 
@@ -229,8 +231,15 @@ class TinyLM:
         other.blocks = tuple(_Block(move(b.qkv), move(b.out), move(b.up), move(b.down)) for b in self.blocks)
         return other
 
+    def storing(self, kv_dtype: str) -> TinyLM:
+        """The same weights with another cache, see `lean.LeanTarget.storing`."""
+        other = copy.copy(self)
+        other.stored = stored_as(kv_dtype, self.dtype, self.hidden_size // self.heads)
+        return other
+
     def new_kv(self, slots: int, length: int) -> PagedKV:
-        return PagedKV(self.layers, slots, self.heads, length, self.hidden_size // self.heads, self.dtype, self.device)
+        sizes = self.layers, slots, self.heads, length, self.hidden_size // self.heads
+        return PagedKV(*sizes, self.dtype, self.device, stored=self.stored)
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         cache = _own(kv, "TinyLM")

@@ -73,13 +73,13 @@ class Translated:
         self.fed = torch.tensor(list(fed), device=model.device)
         self.hidden_size, self.layers, self.max_length = model.hidden_size, model.layers, model.max_length
         self.trees, self.rewinds, self.dtype, self.device = model.trees, model.rewinds, model.dtype, model.device
-        self.uniform_rows = getattr(model, "uniform_rows", 0)
+        self.uniform_rows, self.token_bytes = getattr(model, "uniform_rows", 0), getattr(model, "token_bytes", 0)
         self.notices: tuple[str, ...] = (
             f"{name}: {len(shared):,} of the target's {vocab_size:,} tokens are also the draft's; only those can be drafted",
         )
 
-    def new_kv(self, slots: int, length: int) -> KVCache:
-        return self.model.new_kv(slots, length)
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
+        return self.model.new_kv(slots, length, **({} if memory is None else {"memory": memory}))
 
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:
         scores = self.model.forward(replace(rows, token=self.fed[rows.token]), kv, layers=layers)

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from outrider.nn.kv import PagedKV
@@ -115,13 +115,14 @@ class AttentionPlan:
         self._heads, self._kv_heads = heads, kv.k.shape[1]
         runs = _runs(rows.segments)
         self._pieces = [_Piece(run, kv, heads // self._kv_heads, set(window), _product(scale, cap)) for run in runs]
-        self._write = _writer(rows, kv)
+        self._write, self._query = _writer(rows, kv), kv.stored.query
 
     def __call__(
         self, layer: int, q: Float[Tensor, "N heads D"], k: Float[Tensor, "N kv D"], v: Float[Tensor, "N kv D"]
     ) -> Float[Tensor, "N A"]:
         """Store k and v, attend, and return the heads side by side, [N, heads * head_dim]."""
         self._write(layer, k, v)
+        q = self._query(q)
         width = self._window[layer]
         if len(self._pieces) == 1:
             return self._pieces[0].attend(layer, width, q)
@@ -156,11 +157,12 @@ class _Piece:
             hide(mask, s.view, s.cached, start)
         see = torch.stack(masks)[:, None]
         see = see.repeat_interleave(self._group, 2) if self._folded else see
-        mask = torch.zeros(see.shape, dtype=kv.k.dtype).masked_fill_(~see, float("-inf"))
+        mask = torch.zeros(see.shape, dtype=kv.dtype).masked_fill_(~see, float("-inf"))
         return _View(places, mask.to(kv.k.device), False)
 
-    def _read(self, cache: Float[Tensor, "kv P D"], places: slice | Tensor) -> Float[Tensor, "b kv m D"]:
-        return cache[:, places].view(cache.shape[0], self._batch, -1, cache.shape[-1]).transpose(0, 1)
+    def _read(self, cache: Shaped[Tensor, "kv P items"], places: slice | Tensor) -> Float[Tensor, "b kv m D"]:
+        found = self._kv.unpack(cache[:, places])
+        return found.view(found.shape[0], self._batch, -1, found.shape[-1]).transpose(0, 1)
 
     def attend(self, layer: int, width: int, q: Float[Tensor, "M heads D"]) -> Float[Tensor, "M A"]:
         view = self._views[width]
@@ -238,7 +240,6 @@ def _writer(rows: Rows, kv: PagedKV):
         where = kv.at(slot, torch.tensor([s.cached + i for s in rows.segments for i in range(s.count)])).to(kv.k.device)
 
     def write(layer: int, k: Tensor, v: Tensor) -> None:
-        kv.k[layer][:, where] = k.transpose(0, 1)
-        kv.v[layer][:, where] = v.transpose(0, 1)
+        kv.put(layer, where, k, v)
 
     return write

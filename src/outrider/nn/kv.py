@@ -6,13 +6,14 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from outrider.errors import CapacityError
 from outrider.nn.memory import available_memory, lazy_zeros, require_memory
 from outrider.nn.pages import Pages
 from outrider.nn.prefixes import Prefixes
+from outrider.nn.stored import Plain, Stored
 from outrider.types import Rows
 
 PAGE = 64
@@ -47,6 +48,11 @@ class RowCache:
     def bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
 
+    @staticmethod
+    def size(layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of such a cache, all of which it takes at once."""
+        return 2 * layers * slots * kv_heads * capacity * head_dim * dtype.itemsize
+
     def write(
         self, layer: int, slot: int, start: int, k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
     ) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
@@ -72,11 +78,12 @@ class RowCache:
 
 
 class PagedKV:
-    """A target's KV cache: keys and values [layers, kv_heads, places, head_dim], whose places belong to sequences page by page.
+    """A target's KV cache: keys and values [layers, kv_heads, places, items], whose places belong to sequences page by page.
 
     Rows of a forward follow the committed ones, in flat order: row i of a segment at number `cached + i` of its sequence. Rotary
     positions are already applied to the keys and depend on the position, not on the place, so moved keys stay valid.
 
+    dtype: of the numbers that are written and read. stored: how they lie in memory; None: as they are (items are head_dim numbers).
     slots, capacity: sequences, and most tokens of each. page: places of a page. limit: pages in all; None: enough for every slot.
     attended: if it is not None, targets that can (the compiled decoder) store in it, for each slot, how much weight the last rows
     of its last forward gave to every `chunk` tokens, over all rows, heads and layers. Rows with a view tell nothing.
@@ -99,16 +106,18 @@ class PagedKV:
         *,
         page: int = PAGE,
         limit: int | None = None,
+        stored: Stored | None = None,
     ) -> None:
         self.slots, self.capacity, self.page = slots, capacity, page
+        self.head_dim, self.dtype, self.stored = head_dim, dtype, Plain(dtype) if stored is None else stored
         per_slot = self.pages_for(capacity)
         count = slots * per_slot if limit is None else min(limit, slots * per_slot)
         self.prefixes = Prefixes(page)
         self.pages = Pages(slots, per_slot, count, self.prefixes.spare)
         self._known = [0] * slots  # how many of a slot's first pages are indexed
-        shape = (layers, kv_heads, count * page, head_dim)
-        self.k: Tensor = lazy_zeros(shape, dtype, device)
-        self.v: Tensor = lazy_zeros(shape, dtype, device)
+        shape = (layers, kv_heads, count * page, self.stored.items(head_dim))
+        self.k: Tensor = lazy_zeros(shape, self.stored.dtype, device)
+        self.v: Tensor = lazy_zeros(shape, self.stored.dtype, device)
         self.length: list[int] = [0] * slots
         self.attended: dict[int, Tensor] | None = None
         self.chunk = CHUNK
@@ -139,19 +148,29 @@ class PagedKV:
     def read(self, layer: int, slot: int, end: int) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
         """One layer's keys and values of the first `end` tokens."""
         where = self.places(slot, 0, end)
-        return self.k[layer][:, where], self.v[layer][:, where]
+        return self.unpack(self.k[layer][:, where]), self.unpack(self.v[layer][:, where])
 
     def entries(self, slot: int, end: int) -> tuple[Float[Tensor, "L g m D"], Float[Tensor, "L g m D"]]:
         """Keys and values of the first `end` tokens in all layers."""
         where = self.places(slot, 0, end)
-        return self.k[:, :, where], self.v[:, :, where]
+        return self.unpack(self.k[:, :, where]), self.unpack(self.v[:, :, where])
+
+    def unpack(self, stored: Shaped[Tensor, "*n items"]) -> Float[Tensor, "*n D"]:
+        """A part of `k` or `v` as numbers; a view where they are stored as they are."""
+        return self.stored.unpack(stored, self.dtype)
+
+    def put(
+        self, layer: int, where: slice | Int[Tensor, "n"], k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
+    ) -> None:
+        """Write one layer's rows at these places."""
+        self.k[layer][:, where] = self.stored.pack(k.transpose(0, 1))
+        self.v[layer][:, where] = self.stored.pack(v.transpose(0, 1))
 
     def write(
         self, layer: int, slot: int, start: int, k: Float[Tensor, "n g D"], v: Float[Tensor, "n g D"]
     ) -> tuple[Float[Tensor, "g m D"], Float[Tensor, "g m D"]]:
         """Write one layer's rows behind the first `start` tokens and return its keys and values from the first to the last."""
-        where = self.places(slot, start, start + len(k))
-        self.k[layer][:, where], self.v[layer][:, where] = k.transpose(0, 1), v.transpose(0, 1)
+        self.put(layer, self.places(slot, start, start + len(k)), k, v)
         return self.read(layer, slot, start + len(k))
 
     # ------------------------------------------------------------------ a forward

@@ -13,7 +13,7 @@ least squares of relative errors from a few timed passes. A step that drafts L t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,17 +86,27 @@ class ContextTimes:
         """Of a step of plain decoding."""
         return self.step + self.seconds(sequences, 1, context)
 
-    def drafted(self, sequences: int, context: float, view: float, length: int) -> float:
-        """Of a step with drafts of `length` tokens over `view` cached ones."""
+    def drafted(
+        self, sequences: int, context: float, view: float, length: int, by: ContextTimes | None = None
+    ) -> float:
+        """Of a step with drafts of `length` tokens over `view` cached ones (infinite: all); by: times of the model that drafts."""
         seen = min(view, context)
-        drafting = length * (self.seconds(sequences, 1, seen) + self.level)
+        drafting = length * ((self if by is None else by).seconds(sequences, 1, seen) + self.level)
         return self.step + drafting + self.seconds(sequences, length + 1, context)
 
-    def gain(self, sequences: int, context: float, view: float, length: int, acceptance: float) -> float:
+    def gain(
+        self,
+        sequences: int,
+        context: float,
+        view: float,
+        length: int,
+        acceptance: float,
+        by: ContextTimes | None = None,
+    ) -> float:
         """Tokens per second over those of plain decoding, with independent acceptances."""
         positive_int("length", length)
         tokens = tokens_per_call(fraction("acceptance", acceptance), length)
-        return tokens * self.plain(sequences, context) / self.drafted(sequences, context, view, length)
+        return tokens * self.plain(sequences, context) / self.drafted(sequences, context, view, length, by)
 
     def best(
         self,
@@ -105,18 +115,41 @@ class ContextTimes:
         view: float,
         acceptance: float,
         lengths: Sequence[int] = tuple(range(1, 17)),
+        by: ContextTimes | None = None,
     ) -> tuple[int, float]:
-        """The length of the largest gain, and the gain; (0, 1) where no length is faster than plain decoding."""
-        found = {n: self.gain(sequences, context, view, n, acceptance) for n in lengths if n} if context > view else {}
+        """The length of the largest gain, and the gain; (0, 1) where no length is faster than plain decoding.
+
+        by: times of the model that drafts; None: the target itself, over a view, and not where that would be everything.
+        """
+        drafts = by is not None or context > view
+        found = {n: self.gain(sequences, context, view, n, acceptance, by) for n in lengths if n and drafts}
         length = max(found, key=lambda n: found[n], default=0)
         return (length, found[length]) if length and found[length] > 1 else (0, 1.0)
 
+    def overtakes(self, sequences: int, view: float, acceptance: float, by: ContextTimes, end: int) -> int | None:
+        """The least context from which the target over a view gains, and more than a draft model that sees all tokens and drafts
+        nothing from `end` tokens on, at the same acceptance; None if it is not below 2^24.
+
+        The gain over a view rises with the context, and so does its ratio to that of a model whose cache grows.
+        """
+
+        def better(context: int) -> bool:
+            other = self.best(sequences, context, math.inf, acceptance, by=by)[1] if context < end else 1.0
+            return self.best(sequences, context, view, acceptance)[1] > other
+
+        return _least(better, math.floor(view))
+
     def crossing(self, sequences: int, view: float, acceptance: float) -> int | None:
         """The least context from which drafting over a view is faster than plain decoding; None if it is not below 2^24."""
-        low, high = math.floor(view), 1 << 24
-        if not self.best(sequences, high, view, acceptance)[0]:
-            return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.best(sequences, middle, view, acceptance)[0] else (middle, high)
-        return high
+        return _least(lambda context: self.best(sequences, context, view, acceptance)[0] > 0, math.floor(view))
+
+
+def _least(holds: Callable[[int], bool], low: int) -> int | None:
+    """The least number above `low` from which on something holds; None if it is not below 2^24."""
+    high = 1 << 24
+    if not holds(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

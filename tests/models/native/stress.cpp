@@ -54,7 +54,7 @@ std::vector<W> random_numbers(int64_t n, float size, std::minstd_rand& draw) {
 
 // One random model of weights W and a call with a chain of 7 rows, a tree of 4 and taps; as a drafter it reads hidden states too, and
 // has heads.
-template <class W>
+template <class W, class K>
 class Case {
    public:
     Case() {
@@ -86,16 +86,16 @@ class Case {
         features_.join = THROUGH, features_.joint = linear(HIDDEN, 2 * HIDDEN, .1f), features_.joint_bias = vector(HIDDEN, 1);
         for (int i = 0; i < 2; ++i) blocks_.push_back(linear(HIDDEN, HIDDEN, .2f)), biases_.push_back(vector(HIDDEN, 1));
         heads_ = {HIDDEN, 2, 1, VOCAB, VOCAB, 1, 1e-6, norm, blocks_.data(), biases_.data(), &model_.head, nullptr};
-        model_.experts = EXPERTS, model_.experts_used = 2, model_.expert_inner = INNER, model_.normalised = 1;
+        model_.half = sizeof(W) == 2, model_.experts = EXPERTS, model_.experts_used = 2, model_.expert_inner = INNER, model_.normalised = 1;
     }
 
     // Everything a new decoder writes in some forwards on `threads` threads.
     std::vector<char> results(int threads, int forwards, bool drafter) {
-        Decoder<W> decoder;
+        Decoder<K> decoder;
         Heads heads;
         std::vector<char> out;
         decoder.build(model_, drafter ? features_ : FeaturePointers{}), heads.build(heads_);
-        std::vector<W> k(LAYERS * KV * PAGES * PAGE * WIDTH), v(k.size());
+        std::vector<K> k(LAYERS * KV * PAGES * PAGE * entry_size<K>(WIDTH)), v(k.size());
         for (int i = 0; i < forwards; ++i) {
             std::vector<float> logits(ROWS * VOCAB);
             std::vector<W> first(ROWS * HIDDEN), last(ROWS * HIDDEN);
@@ -155,9 +155,9 @@ class Case {
     std::vector<const float*> biases_;
 };
 
-template <class W>
+template <class W, class K = W>
 bool same(const char* name, int rounds) {
-    Case<W> model;
+    Case<W, K> model;
     for (const bool drafter : {false, true}) {
         const auto expected = model.results(1, 6, drafter);
         if (expected.empty()) return std::puts("a forward failed"), false;
@@ -172,5 +172,8 @@ bool same(const char* name, int rounds) {
 
 int main(int count, char** arguments) {
     const int rounds = count > 1 ? std::atoi(arguments[1]) : 10;
-    return same<float>("float32", rounds) && same<bf16>("bfloat16", rounds) ? 0 : 1;
+    return same<float>("float32", rounds) && same<bf16>("bfloat16", rounds) &&
+                   same<bf16, coded>("codes", rounds)
+               ? 0
+               : 1;
 }

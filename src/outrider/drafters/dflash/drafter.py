@@ -23,6 +23,7 @@ from outrider.errors import ConfigError
 from outrider.nn.drafts import Rows
 from outrider.nn.kv import RowCache
 from outrider.protocols import Drafter, Target
+from outrider.records import CacheNeed
 from outrider.types import Draft, Evidence, SequenceView
 
 
@@ -58,6 +59,15 @@ class DFlashDrafter:
         self._run, device = forward_of(self.model, room), self.model.fc.weight.device
         self.cache = RowCache(c.layers, slots, c.kv_heads, room, c.head_dim, self._run.dtype, device)
         self.context = Context(slots)
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """What `bind` allocates."""
+        c, dtype = self.model.config, self.model.fc.weight.dtype
+        size = RowCache.size(c.layers, slots, c.kv_heads, length + self._size, c.head_dim, dtype)
+        return CacheNeed(fixed=size)
+
+    def keep_within(self, tokens: int) -> None:
+        """Nothing: it has no pages."""
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""

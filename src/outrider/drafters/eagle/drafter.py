@@ -29,6 +29,7 @@ from outrider.nn.ahead import Ahead
 from outrider.nn.drafts import Rows
 from outrider.nn.kv import RowCache
 from outrider.protocols import Drafter, Target
+from outrider.records import CacheNeed
 from outrider.types import Draft, Evidence, SequenceView
 
 ForwardOf = Callable[[Any, int], Forward]
@@ -80,6 +81,15 @@ class EagleDrafter:
         self.cache = RowCache(1, slots, c.kv_heads, capacity, c.head_dim, self._run.dtype, self.model.fc.weight.device)
         self.context = Context(slots)
         self._states = [SlotState() for _ in range(slots)]
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """What `bind` allocates."""
+        c, dtype = self.model.config, self.model.fc.weight.dtype
+        size = RowCache.size(1, slots, c.kv_heads, length + self.growth.max_expanded_nodes, c.head_dim, dtype)
+        return CacheNeed(fixed=size)
+
+    def keep_within(self, tokens: int) -> None:
+        """Nothing: it has no pages."""
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""

@@ -15,7 +15,9 @@ from outrider.drafters.tree.growth import Growth, Levels, Sample, Siblings
 from outrider.drafters.tree.shapes import Shape, levels
 from outrider.errors import CapabilityError, CapacityError, ConfigError
 from outrider.nn.ahead import Ahead
+from outrider.nn.kv import PAGE
 from outrider.protocols import Target
+from outrider.records import CacheNeed
 from outrider.types import Draft, Evidence, Rows, SequenceView
 
 
@@ -62,15 +64,34 @@ class ModelDrafter:
         self.max_depth, self.max_nodes = growth.depth, growth.nodes
         self._follower = _Regrowing if self.trees else _Appending
         self._made: TokenCache | None = None
+        self._within: int | None = None
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """By token; nothing is known of a draft model whose cache is not in our pages."""
+        return CacheNeed(token=getattr(self.model, "token_bytes", 0))
+
+    def keep_within(self, tokens: int) -> None:
+        """Limit the pages. A sequence for which there are none is not drafted for."""
+        self._within = tokens
 
     def bind(self, slots: int, length: int) -> None:
         """Allocate the draft model's KV cache."""
         limit = min(length, self.max_length)
-        slack = self.growth.max_expanded_nodes if self.trees else 0
+        capacity, token = limit + self._slack, self.cache_need(slots, length).token
+        # one whole sequence has to fit, with the nodes of a tree that the target does not score
+        memory = None if self._within is None or not token else token * max(self._within, capacity + PAGE)
         try:
-            self._made = TokenCache(self.model, slots, limit + slack, limit)
+            self._made = self._new_cache(slots, capacity, limit, memory)
         except CapacityError as error:
             raise CapacityError(f"the draft model {self.name!r}: {error}") from None
+
+    @property
+    def _slack(self) -> int:
+        """Rows of a draft that are in the cache at once."""
+        return self.growth.max_expanded_nodes if self.trees else 0
+
+    def _new_cache(self, slots: int, capacity: int, limit: int, memory: int | None) -> TokenCache:
+        return TokenCache(self.model, slots, capacity, limit, memory)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""
@@ -94,8 +115,10 @@ class ModelDrafter:
         depths = [self._room(v, b) for v, b in zip(views, budget, strict=True)]
         for view in views:
             cache.rewind(view)
-        cache.ingest(views, [len(v.tokens) if d else v.cached for v, d in zip(views, depths, strict=True)], CHUNK)
-        forest = Forest(len(views))
+        room = cache.affordable(views, depths, self._slack or self.max_depth)
+        fed = [(v, d) for v, d in zip(views, room, strict=True) if d is not None]
+        cache.ingest([v for v, _ in fed], [len(v.tokens) if d else v.cached for v, d in fed], CHUNK)
+        forest, depths = Forest(len(views)), [d or 0 for d in room]
         live = [i for i, d in enumerate(depths) if d]
         if live:
             self._propose(cache, evidence, depths, live, forest)

@@ -18,10 +18,15 @@ def early_exit(target: Target, layers: int, growth: Growth) -> ModelDrafter:
 
     Raises CapabilityError for a target that cannot run in part.
     """
+    return ModelDrafter(
+        first_layers(target, layers), growth.depth, growth=growth, vocab_size=target.vocab_size, name=f"early:{layers}"
+    )
+
+
+def first_layers(target: Target, layers: int) -> Target:
+    """Those layers of a target. Raises CapabilityError for one that cannot run in part."""
     if not isinstance(target, OpenTarget):
         raise CapabilityError(
             f"a {type(target).__name__} cannot run its first layers alone: use a separate draft model, or 'ngram'"
         )
-    return ModelDrafter(
-        target.first_layers(layers), growth.depth, growth=growth, vocab_size=target.vocab_size, name=f"early:{layers}"
-    )
+    return target.first_layers(layers)

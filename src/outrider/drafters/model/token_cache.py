@@ -21,15 +21,16 @@ STAND_IN = 0
 class TokenCache:
     """A model's KV cache together with the tokens it holds, slot by slot: history first, then drafts not yet verified.
 
-    model: scores rows. slots, capacity: sequences and tokens of each. limit: most history tokens the model may be fed.
+    model: scores rows. slots, capacity: sequences and tokens of each. limit: most history tokens the model may be fed. memory:
+    bytes that its pages may take; None: as many as there are.
 
     A token that the model has no embedding for (the target's vocabulary may be larger) is stored unchanged and fed as STAND_IN: the
     model reads a slightly different text, but the distributions it declares are still those its drafts were drawn from.
     """
 
-    def __init__(self, model: Target, slots: int, capacity: int, limit: int) -> None:
+    def __init__(self, model: Target, slots: int, capacity: int, limit: int, memory: int | None = None) -> None:
         self.model, self.limit = model, limit
-        self.kv = model.new_kv(slots, capacity)
+        self.kv = model.new_kv(slots, capacity, **({} if memory is None else {"memory": memory}))
         self._shares = hasattr(self.kv, "share") and getattr(model, "uniform_rows", 0) >= CHUNK
         self._ruler = torch.arange(max(capacity, slots), dtype=torch.int64, device=model.device)
         self.held: list[list[int]] = [[] for _ in range(slots)]
@@ -60,6 +61,25 @@ class TokenCache:
             del held[n:]
             self.kv.truncate(view.slot, n)
         self._checked[view.slot] = n
+
+    def affordable(self, views: Sequence[SequenceView], depths: Sequence[int], more: int) -> list[int | None]:
+        """The same depths; None for sequences for which pages are lacking, whose own are given up: others can use them.
+
+        more: rows behind a sequence's last token that a draft needs.
+        """
+        if not hasattr(self.kv, "lacking"):
+            return list(depths)
+        out: list[int | None] = []
+        promised = 0
+        for view, depth in zip(views, depths, strict=True):
+            end = min(len(view.tokens) + more if depth else view.cached, self.kv.capacity)
+            lacking = self.kv.lacking(view.slot, end)  # type: ignore[attr-defined]
+            fits = promised + lacking <= self.kv.spare  # type: ignore[attr-defined]
+            promised += lacking if fits else 0
+            if not fits:
+                self.release([view.slot])
+            out.append(depth if fits else None)
+        return out
 
     def ingest(self, views: Sequence[SequenceView], goal: Sequence[int], chunk: int) -> None:
         """Feed history in full chunks while a sequence lacks more than a chunk of its first `goal[i]` tokens."""

@@ -6,10 +6,11 @@ numbers give the four constants of `theory.context_times`, and those give every 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -28,13 +29,26 @@ NEAR = 256
 
 @dataclass(frozen=True, slots=True)
 class ContextChoice:
-    """The best draft length over a view, 0 for plain decoding, its predicted gain, and the predicted seconds of a plain step."""
+    """The best drafter and length, "" and 0 for plain decoding, the predicted gain, and the predicted seconds of a plain step."""
 
     context: int
     batch: int
     length: int
     gain: float
     plain_seconds: float
+    draft: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A drafter that is planned for, and the acceptance that is assumed. view: tokens that it sees, infinite: all. by: times of a
+    draft model; None: the target drafts itself. end: tokens of context from which on it drafts nothing."""
+
+    draft: str
+    acceptance: float
+    view: float
+    by: ContextTimes | None = None
+    end: float = math.inf
 
 
 def time_passes(
@@ -73,8 +87,8 @@ def fit_contexts(
         raise CapabilityError(
             "this target's cache is not in pages, so passes over a long context cannot be timed alone"
         )
-    kv.k.normal_()
-    kv.v.normal_()
+    for part in (*kv.k, *kv.v):
+        part.copy_(kv.stored.pack(torch.randn(*part.shape[:-1], kv.head_dim)))
     shapes = [(n, min(b, kv.slots)) for n, b in SHAPES]
     passes: list[TimedPass] = []
     with torch.inference_mode():
@@ -91,14 +105,19 @@ def choose(
     times: ContextTimes,
     contexts: Sequence[int],
     batches: Sequence[int],
-    view: int,
-    acceptance: float,
+    candidates: Sequence[Candidate],
     lengths: Sequence[int],
 ) -> list[ContextChoice]:
-    """The best length for every context and number of sequences."""
+    """The best drafter and length for every context and number of sequences."""
     out = []
     for batch in batches:
         for context in contexts:
-            length, gain = times.best(batch, context, view, acceptance, lengths)
-            out.append(ContextChoice(context, batch, length, gain, times.plain(batch, context)))
+            best = ContextChoice(context, batch, 0, 1.0, times.plain(batch, context))
+            for c in candidates:
+                length, gain = (
+                    times.best(batch, context, c.view, c.acceptance, lengths, c.by) if context < c.end else (0, 1.0)
+                )
+                if gain > best.gain:
+                    best = replace(best, length=length, gain=gain, draft=c.draft)
+            out.append(best)
     return out

@@ -180,11 +180,14 @@ class AttentionInterfacePath:
         self.layers, self.groups = layers, max(c.groups for c in calls)
         self.head_dim, self.kv_dtype = max(c.head_dim for c in calls), calls[0].dtype
 
+    def token_bytes(self, layers: int) -> int:
+        """Bytes of a cached token's keys and values in so many layers."""
+        return 2 * layers * self.groups * self.head_dim * self.kv_dtype.itemsize
+
     def new_kv(self, slots: int, length: int, layers: int | None = None, memory: int | None = None) -> PagedKV:
         """layers: of a prefix of the model; None: all. memory: bytes that it may take, see `page_limit`."""
         depth, device = self.layers if layers is None else layers, self.model.device
-        token = 2 * depth * self.groups * self.head_dim * self.kv_dtype.itemsize
-        limit = page_limit(slots, length, token, device, memory)
+        limit = page_limit(slots, length, self.token_bytes(depth), device, memory)
         return PagedKV(depth, slots, self.groups, length, self.head_dim, self.kv_dtype, device, limit=limit)
 
     def run(

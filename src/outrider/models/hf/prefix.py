@@ -24,9 +24,14 @@ class HFPrefix:
         self.vocab_size, self.hidden_size, self.max_length = whole.vocab_size, whole.hidden_size, whole.max_length
         self.dtype, self.device = whole.dtype, whole.device
 
-    def new_kv(self, slots: int, length: int) -> KVCache:
+    @property
+    def token_bytes(self) -> int:
+        """See `HFTarget.token_bytes`."""
+        return self._path.token_bytes(self.layers)
+
+    def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
         """See `HFTarget.new_kv`."""
-        return self._path.new_kv(slots, length, self.layers)
+        return self._path.new_kv(slots, length, self.layers, memory)
 
     @torch.no_grad()
     def forward(self, rows: Rows, kv: KVCache, *, layers: tuple[int, ...] = ()) -> Scores:

@@ -153,6 +153,12 @@ class HFTarget:
         """Raises CapabilityError for a model that was moved or converted since."""
         return 0 if self._view is None else self._view.weights()
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a cached token's keys and values; 0 where transformers keeps the cache."""
+        path = self.serving_path
+        return path.token_bytes(path.layers) if isinstance(path, AttentionInterfacePath) else 0
+
     def new_kv(self, slots: int, length: int, *, memory: int | None = None) -> KVCache:
         """A cache of `length` tokens a slot; it may exceed `max_length`, which bounds positions: siblings share one.
 

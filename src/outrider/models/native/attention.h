@@ -123,8 +123,8 @@ class Attention {
     }
 
     Attention(const Inputs& in, float* scratch)
-        : in_(in), s_(in.segment), queries_(in.count * in.group), cached_(s_.cached), lines_(scratch),
-          score_(scratch + turned_floats(in.width)), own_score_(score_ + queries_ * line_size(PART)) {
+        : in_(in), s_(in.segment), queries_(in.count * in.group), cached_(s_.cached), entry_(entry_size<W>(in.width)),
+          lines_(scratch), score_(scratch + turned_floats(in.width)), own_score_(score_ + queries_ * line_size(PART)) {
         const Row &head = in.row[0], &tail = in.row[in.count - 1];
         chain_ = true;
         for (int i = 0; i < in.count; ++i) chain_ = chain_ && in.row[i].depth == in.row[i].offset + 1;
@@ -166,9 +166,9 @@ class Attention {
         }
         if (!joint) return;
         each_run(s_, from, to, [&](int64_t place, int64_t count, int64_t at) {
-            const W *values = in_.values + at * in_.width, *next = in_.keys + (at + PART) * in_.width;
+            const W *values = in_.values + at * entry_, *next = in_.keys + (at + PART) * entry_;
             weigh_values<W>(score_ + (place - low), ld, queries_, values, in_.width, count, sums + Sums::HEAD, size,
-                [&](int64_t i, int n) { if (place + i + PART < cached_) ask(next + i * in_.width, n); });
+                [&](int64_t i, int n) { if (place + i + PART < cached_) ask(next + i * entry_, n); });
         });
         for (int q = 0; q < queries_; ++q) {
             const Row& row = in_.row[q / in_.group];
@@ -194,18 +194,18 @@ class Attention {
         };
         if (from < to)
             each_run(s_, from, to, [&](int64_t place, int64_t count, int64_t at) {
-                const W *keys = in_.keys + at * in_.width, *values = in_.values + at * in_.width;
+                const W *keys = in_.keys + at * entry_, *values = in_.values + at * entry_;
                 for (int64_t i = 0; i < count;) {
                     if (held == 0 && count - i >= KEY_BLOCK) {
                         const int64_t whole = (count - i) / KEY_BLOCK * KEY_BLOCK;
-                        score_keys<W>(keys + i * in_.width, in_.width, whole, in_.query, stride, queries_, score_ + (place + i - low),
-                            line_size(PART), lines_, [&](int64_t j, int n) { ask(values + (i + j) * in_.width, n); });
+                        score_keys<W>(keys + i * entry_, in_.width, whole, in_.query, stride, queries_, score_ + (place + i - low),
+                            line_size(PART), lines_, [&](int64_t j, int n) { ask(values + (i + j) * entry_, n); });
                         i += whole;
                         continue;
                     }
                     const int64_t room = KEY_BLOCK - held, more = count - i < room ? count - i : room;
-                    ask(values + i * in_.width, more);
-                    for (int64_t j = 0; j < more; ++j) few[held++] = keys + (i + j) * in_.width;
+                    ask(values + i * entry_, more);
+                    for (int64_t j = 0; j < more; ++j) few[held++] = keys + (i + j) * entry_;
                     i += more;
                     if (held == KEY_BLOCK) flush(place + i);
                 }
@@ -215,7 +215,7 @@ class Attention {
         own_known_ = true;
         const Row& tail = in_.row[in_.count - 1];
         each_run(s_, cached_, cached_ + tail.path[tail.depth - 1] + 1, [&](int64_t place, int64_t count, int64_t at) {
-            score_keys<W>(in_.keys + at * in_.width, in_.width, count, in_.query, stride, queries_,
+            score_keys<W>(in_.keys + at * entry_, in_.width, count, in_.query, stride, queries_,
                 own_score_ + (place - cached_), line_size(s_.end()), lines_, [](int64_t, int) {});
         });
     }
@@ -226,24 +226,24 @@ class Attention {
         const int64_t end = to < cached_ ? to : cached_;
         if (from < end)
             each_run(s_, from, end, [&](int64_t place, int64_t count, int64_t at) {
-                weigh_values<W>(line + (place - low), 0, 1, in_.values + at * in_.width, in_.width, count, sums, 0, still);
+                weigh_values<W>(line + (place - low), 0, 1, in_.values + at * entry_, in_.width, count, sums, 0, still);
             });
         for (int64_t j = from > cached_ ? from : cached_; j < to; ++j)
             weigh_values<W>(
-                line + (j - low), 0, 1, in_.values + s_.own[row.path[j - cached_]] * in_.width, in_.width, 1, sums, 0, still
+                line + (j - low), 0, 1, in_.values + s_.own[row.path[j - cached_]] * entry_, in_.width, 1, sums, 0, still
             );
     }
 
     // Asks for `n` keys or values that are read soon: computing and reading then overlap.
     void ask(const W* from, int64_t n) const {
         const char* p = reinterpret_cast<const char*>(from);
-        for (const char* end = p + n * in_.width * (int64_t)sizeof(W); p < end; p += 64) __builtin_prefetch(p, 0, 2);
+        for (const char* end = p + n * entry_ * (int64_t)sizeof(W); p < end; p += 64) __builtin_prefetch(p, 0, 2);
     }
 
     const Inputs in_;
     const Segment& s_;
     const int queries_;
-    const int64_t cached_;
+    const int64_t cached_, entry_;
     float *const lines_, *const score_, *const own_score_;
     bool chain_, own_known_ = false;
     int64_t scored_, shared_, least_, most_;  // ends of what lies in order and of what all see; first keys of the rows

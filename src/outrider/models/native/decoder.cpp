@@ -34,7 +34,8 @@ class HandleOf final : public Handle {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void* outrider_new(const ModelPointers* model) {
-    if (model->half) return static_cast<Handle*>(new (std::nothrow) HandleOf<bf16>(*model));
+    if (model->cache == CODES) return static_cast<Handle*>(new (std::nothrow) HandleOf<coded>(*model));
+    if (model->cache == BFLOAT16) return static_cast<Handle*>(new (std::nothrow) HandleOf<bf16>(*model));
     return static_cast<Handle*>(new (std::nothrow) HandleOf<float>(*model));
 }
 

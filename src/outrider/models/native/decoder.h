@@ -1,4 +1,4 @@
-// The forward of a decoder over flat rows, with keys, values and taps of type W.
+// The forward of a decoder over flat rows, with a cache of type W (see cached.h).
 //
 // Residual stream and element-wise maths are float32; inputs of linears are rounded as their weights' types ask. Threads split
 // outputs, never sums.
@@ -152,12 +152,20 @@ class Decoder {
     // What follows block `done` (0: the embeddings) for row i: taps, and the next norm; for the last block the norm of scored row i.
     void finish_block(int64_t done, int64_t i, float* line) {
         for (int64_t t = 0; i < c_.rows && t < c_.taps; ++t)
-            if (c_.tap[t] == done) narrow(x_ + i * x_size_, m_.hidden, static_cast<W*>(c_.tap_out[t]) + i * m_.hidden);
+            if (c_.tap[t] == done) tap(t, i);
         if (out_ != nullptr && done == m_.layers && i < c_.rows) std::memcpy(out_ + i * m_.hidden, x_ + i * x_size_, m_.hidden * sizeof(float));
         if (done < m_.layers)
             normalise(i, i, m_.layer[done].norm1, line);
         else if (i < c_.scored)
             normalise(c_.scored_row[i], i, m_.norm, line);
+    }
+
+    void tap(int64_t t, int64_t i) const {
+        const float* x = x_ + i * x_size_;
+        if (m_.half)
+            narrow(x, m_.hidden, static_cast<bf16*>(c_.tap_out[t]) + i * m_.hidden);
+        else
+            narrow(x, m_.hidden, static_cast<float*>(c_.tap_out[t]) + i * m_.hidden);
     }
 
     // Query, key or value head u of all rows: product, bias, norm, rotation; queries are packed, keys and values cached.
@@ -206,11 +214,11 @@ class Decoder {
         const Row& row = plan_.row(i);
         const Segment& s = plan_.segment(row.segment);
         W* places = cache(is_value ? c_.v : c_.k, l, (u - m_.heads) % m_.kv_heads);
-        narrow(head, d, places + s.own[row.offset] * d);
+        narrow(head, d, places + s.own[row.offset] * entry_size<W>(d));
     }
 
     W* cache(void* base, int64_t l, int64_t head) const {
-        return static_cast<W*>(base) + (l * m_.kv_heads + head) * c_.pages * c_.page * m_.head_dim;
+        return static_cast<W*>(base) + (l * m_.kv_heads + head) * c_.pages * c_.page * entry_size<W>(m_.head_dim);
     }
 
     // Attention: one unit of one KV head.

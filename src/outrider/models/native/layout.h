@@ -18,7 +18,7 @@ struct LayerPointers {
 
 struct ModelPointers {
     int64_t vocab, hidden, layers, heads, kv_heads, head_dim, inner;
-    int64_t half;  // 1: the cache and the taps are bf16, 0: float32
+    int64_t half;  // 1: the taps are bf16, 0: float32
     int64_t turned, frequencies;  // pairs of a head that are turned; tables of their frequencies
     int64_t gelu;  // 1: the activation is GELU by tanh, 0: SiLU
     double eps, rope_scale, attention_scale, attention_cap, embed_scale, residual_scale, logit_scale, logit_cap;  // caps: 0 for none
@@ -28,7 +28,10 @@ struct ModelPointers {
     const LayerPointers* layer;
     double clip;  // bound of queries, keys and values, 0: none
     int64_t experts, experts_used, expert_inner, normalised;  // 0: no layer has experts
+    int64_t cache;  // a Stored: of keys and values
 };
+
+enum Stored : int64_t { FLOAT32 = 0, BFLOAT16 = 1, CODES = 2 };
 
 // What crosses for a linear: `n` outputs of one type (a Format). Plain weights are row-major and read in place; others are whole
 // blocks, row by row, and are copied.
@@ -45,8 +48,8 @@ struct CallPointers {
     const int64_t* segment;  // per segment: slot, first, cached, prefix, nodes, ranges; parents of its nodes; from and to of ranges
     const int64_t* table;    // [slots, capacity / page rounded up] the pages of a slot's tokens, in order
     const int64_t* tap;      // [taps] 0: the embeddings, i: after block i
-    void* const* tap_out;    // [taps] each [rows, hidden] of the cache's type
-    void *k, *v;             // [layers, kv_heads, pages * page, head_dim]
+    void* const* tap_out;    // [taps] each [rows, hidden]
+    void *k, *v;             // [layers, kv_heads, pages * page, entry_size]
     float* logits;           // [scored, vocab]
     int64_t* touched;        // [layers] out: experts that some row chose; null: not asked for
     float* mass;             // [kv_heads, segments, chunks] see Attention::part, added up over layers; null: not wanted

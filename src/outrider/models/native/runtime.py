@@ -64,12 +64,14 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
         ("clip", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("experts", "experts_used", "expert_inner", "normalised")),
+        *((name, ctypes.c_int64) for name in ("experts", "experts_used", "expert_inner", "normalised", "cache")),
     ]
 
 
 _CALL = struct.Struct("9q12Qq")
 """`CallPointers` of layout.h: rows, scored, segments, taps, threads, slots, capacity, page, pages; twelve pointers; chunks."""
+_CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""`Stored` of layout.h, by the type of a cache's items."""
 _PART = 512
 """Keys of a part in attention.h."""
 
@@ -143,18 +145,16 @@ class NativeDecoder:
         packed = any(linear.packed for linear in weights.linears)
         alone = packed or (weights.dtype is torch.bfloat16 and self.kind in WITHOUT_TORCH)
         self.max_rows = sys.maxsize if alone else ROWS if self.kind.startswith("AVX-512") else FEW_ROWS
-        handle = self._new(library)
-        if not handle:
-            raise CapacityError("no memory for the native decoder: set OUTRIDER_NATIVE=0 or use a smaller model")
-        self._handle: int = handle
-        weakref.finalize(self, library.outrider_free, handle)
+        self._keep: list[object] = []
+        self._handles: dict[torch.dtype, int] = {}  # by the type of a cache's items
+        self._handle = self._made(weights.dtype)
         self._checked: weakref.ref[PagedKV] | None = None
 
     def forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...] = ()) -> Scores:
         """Score `rows` and write their keys and values after the cached tokens; see `protocols.Target.forward`.
 
-        kv must hold this model's shapes and type. Hidden states have the type of the weights. Raises RequestError for a
-        token outside of the vocabulary and CapacityError for rows that do not fit into the cache.
+        kv must hold this model's shapes, or those of more layers, in any type of _CACHES. Hidden states have the type of the
+        weights. Raises RequestError for a token outside of the vocabulary, CapacityError for rows that do not fit into the cache.
         """
         if self._checked is None or self._checked() is not kv:
             self._check(kv)
@@ -254,10 +254,20 @@ class NativeDecoder:
         """A product with these rows of the head, which are copied."""
         return NativeLinear(self._library, self.weights.head.rows(kept).to(self.weights.dtype))
 
-    def _new(self, library: ctypes.CDLL) -> int | None:
+    def _made(self, items: torch.dtype) -> int:
+        """The compiled decoder for caches of such items."""
+        if items not in self._handles:
+            handle = self._new(self._library, _CACHES[items])
+            if not handle:
+                raise CapacityError("no memory for the native decoder: set OUTRIDER_NATIVE=0 or use a smaller model")
+            self._handles[items] = handle
+            weakref.finalize(self, self._library.outrider_free, handle)
+        return self._handles[items]
+
+    def _new(self, library: ctypes.CDLL, cache: int) -> int | None:
         c, w = self._config, self.weights
         pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
-        self._layers = (_Layer * c.layers)(
+        layers = (_Layer * c.layers)(
             *(
                 _Layer(
                     *(pointer(layer.vectors[name]) for name in VECTORS),
@@ -268,27 +278,32 @@ class NativeDecoder:
                 )
                 for i, (layer, window) in enumerate(zip(w.layers, c.window, strict=True))
             )
-        )  # kept, as all that the decoder has pointers to
+        )
         tables = [c.inv_freq] if c.local_freq is None else [c.inv_freq, c.local_freq]
-        self._inv_freq = torch.stack(tables).to("cpu", torch.float32).contiguous()
+        inv_freq = torch.stack(tables).to("cpu", torch.float32).contiguous()
+        self._keep += (layers, inv_freq)  # as all that the decoders have pointers to
         half = int(w.dtype is torch.bfloat16)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         model = _Model(
             c.vocab_size, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.inner, half,
             len(c.inv_freq), len(tables), int(c.activation != "silu"), c.eps, c.rope_scale, scale, c.attention_cap,
             c.scale_of_embeddings(w.dtype), c.residual_scale, c.logit_scale, c.logit_cap,
-            self._inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, self._layers,
-            c.clip, *sizes_of(c.experts),
+            inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, layers,
+            c.clip, *sizes_of(c.experts), cache,
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 
     def _check(self, kv: PagedKV) -> None:
         """A cache is checked once: its shape and type do not change."""
         c = self._config
-        shape = (c.layers, c.kv_heads, kv.pages.count * kv.page, c.head_dim)
+        shape = (c.kv_heads, kv.pages.count * kv.page, kv.stored.items(c.head_dim))
         for t in (kv.k, kv.v):
-            if t.shape != shape or t.dtype != self.weights.dtype or t.device.type != "cpu" or not t.is_contiguous():
-                raise ValueError(f"the cache must be contiguous {self.weights.dtype} on the CPU of shape {shape}")
+            fits = t.shape[1:] == shape and t.shape[0] >= c.layers and t.dtype is kv.stored.dtype
+            if not fits or t.dtype not in _CACHES or t.device.type != "cpu" or not t.is_contiguous():
+                raise ValueError(
+                    f"the cache must be contiguous on the CPU, of shape {(c.layers, *shape)} and one of {list(_CACHES)}"
+                )
+        self._handle = self._made(kv.stored.dtype)
         self._checked = weakref.ref(kv)
 
     def _fail(self, status: int) -> None:

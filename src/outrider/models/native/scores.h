@@ -4,7 +4,7 @@
 // chain of multiply-adds along the head, in order: its bits depend on its own query and key only.
 #pragma once
 
-#include "simd.h"
+#include "cached.h"
 
 namespace outrider {
 
@@ -27,6 +27,14 @@ struct Query<bf16> {
     }
 #endif
 };
+
+// Beside codes too a query is rounded to bf16, which holds a code exactly.
+template <>
+struct Query<coded> : Query<bf16> {};
+
+// Whether two numbers of a key are multiplied at once.
+template <class W>
+constexpr bool PAIRS = OUTRIDER_BF16_DOT && !std::is_same<W, float>::value;
 
 // Items from one packed query to the next, with a cache line more so that queries do not share sets of the first cache.
 template <class W>
@@ -107,6 +115,18 @@ inline vu load_words(const void* p, int n) {
 #endif
 }
 
+// Words of four codes -> the turned lines of these four numbers.
+inline void spread_codes(vu word, float* lines) {
+    const vi codes = (vi)word;
+    const vf a = to_float(codes << 24 >> 24), b = to_float(codes << 16 >> 24), c = to_float(codes << 8 >> 24), d = to_float(codes >> 24);
+    if constexpr (PAIRS<coded>) {
+        store(lines, ((vu)a >> 16) | (vu)b);  // the low halves of whole numbers this small are empty
+        store(lines + LANES, ((vu)c >> 16) | (vu)d);
+    } else {
+        store(lines, a), store(lines + LANES, b), store(lines + 2 * LANES, c), store(lines + 3 * LANES, d);
+    }
+}
+
 // Turned lines of LANES keys: for each pair of numbers (bf16 where the CPU has its products) or each number (else) a vector. key(i):
 // where key i < count lies.
 template <class W, class Key>
@@ -120,7 +140,9 @@ inline void turn_keys(const Key& key, int64_t width, int count, float* lines) {
         for (int i = 0; i < LANES; ++i) x[i] = i < count ? load_words(key(i) + w * PER_WORD, n) : vu{};
         turn(x);
         for (int t = 0; t < n; ++t) {
-            if constexpr (sizeof(W) == 4 || OUTRIDER_BF16_DOT)
+            if constexpr (CODED<W>)
+                spread_codes(x[t], lines + (PAIRS<W> ? 2 : 4) * (w + t) * LANES);
+            else if constexpr (sizeof(W) == 4 || PAIRS<W>)
                 store(lines + (w + t) * LANES, x[t]);
             else {
                 store(lines + 2 * (w + t) * LANES, x[t] << 16);
@@ -139,7 +161,7 @@ constexpr int key_vectors(int m) { return m <= 2 || (MAX_TILE == 8 && m <= 6) ? 
 template <class W>
 inline vf multiply_add(vf acc, vf key, const typename Query<W>::Item* query, int t) {
 #if OUTRIDER_BF16_DOT
-    if constexpr (sizeof(W) == 2) {
+    if constexpr (PAIRS<W>) {
         uint32_t pair;
         std::memcpy(&pair, query + 2 * t, 4);
         return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)key, (__m512bh)_mm512_set1_epi32((int)pair));
@@ -182,8 +204,8 @@ inline void score_block(
         score_tile<W, M, 1>(lines + g * line_count * LANES, line_count, query, stride, scores + g * LANES, lds);
 }
 
-// Floats of scratch for a turned block.
-inline int64_t turned_floats(int64_t width) { return KEY_BLOCK * width; }
+// Floats of scratch for a turned block, and the scales of its keys.
+inline int64_t turned_floats(int64_t width) { return KEY_BLOCK * (width + 1); }
 
 // scores[m * lds + i] = key i . query m for `count` <= KEY_BLOCK keys of `width` numbers, each at key(i), and any number of queries.
 // Up to LANES - 1 scores behind each row's last are overwritten.
@@ -192,8 +214,7 @@ inline void score_few(
     const Key& key, int64_t width, int count, const typename Query<W>::Item* query, int64_t stride, int queries, float* scores,
     int64_t lds, float* lines
 ) {
-    constexpr bool PAIRS = sizeof(W) == 2 && OUTRIDER_BF16_DOT;
-    const int64_t line_count = PAIRS ? width / 2 : width;
+    const int64_t line_count = PAIRS<W> ? width / 2 : width;
     const int groups = (count + LANES - 1) / LANES;
     for (int g = 0; g < groups; ++g) {
         const int left = count - g * LANES;
@@ -202,6 +223,13 @@ inline void score_few(
     each_tile(queries, [&](auto size, int m) {
         score_block<W, size>(lines, line_count, groups, query + m * stride, stride, scores + m * lds, lds);
     });
+    if constexpr (CODED<W>) {
+        float* scale = lines + KEY_BLOCK * width;
+        for (int i = 0; i < groups * LANES; ++i) scale[i] = i < count ? scale_of(key(i), width) : 0.0f;
+        for (int m = 0; m < queries; ++m)
+            for (int i = 0; i < groups * LANES; i += LANES)
+                store(scores + m * lds + i, load<vf>(scores + m * lds + i) * load<vf>(scale + i));
+    }
 }
 
 // The same for any number of keys side by side. ahead(i, n): called before keys i : i + n are read.
@@ -213,7 +241,7 @@ inline void score_keys(
     for (int64_t i = 0; i < count; i += KEY_BLOCK) {
         const int n = (int)(count - i < KEY_BLOCK ? count - i : KEY_BLOCK);
         ahead(i, n);
-        score_few<W>([=](int j) { return keys + (i + j) * width; }, width, n, query, stride, queries, scores + i, lds, lines);
+        score_few<W>([=](int j) { return keys + (i + j) * entry_size<W>(width); }, width, n, query, stride, queries, scores + i, lds, lines);
     }
 }
 

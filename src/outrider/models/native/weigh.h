@@ -3,7 +3,7 @@
 // A sum adds value after value in order, whatever it is computed beside, and may be taken up again where it was left.
 #pragma once
 
-#include "simd.h"
+#include "cached.h"
 
 namespace outrider {
 
@@ -14,9 +14,9 @@ constexpr int weigh_vectors(int m) { return m == 1 ? 6 : m <= 3 ? 3 : 2; }
 #endif
 constexpr int VALUE_BLOCK = 64;  // values that all queries meet while they are in the first cache
 
-// out[m * ldo + 0 : C * LANES] += sum over values i < count of p[m * ldp + i] * value i.
+// out[m * ldo + 0 : C * LANES] += sum over values i < count of p[m * ldp + i] * value i, from its number `d` on.
 template <class W, int M, int C>
-inline void weigh_tile(const float* p, int64_t ldp, const W* values, int64_t width, int count, float* out, int64_t ldo) {
+inline void weigh_tile(const float* p, int64_t ldp, const W* values, int64_t width, int64_t d, int count, float* out, int64_t ldo) {
     vf acc[M][C];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -25,7 +25,12 @@ inline void weigh_tile(const float* p, int64_t ldp, const W* values, int64_t wid
     for (int i = 0; i < count; ++i) {
         vf value[C];
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) value[c] = load_wide(values + i * width + c * LANES);
+        for (int c = 0; c < C; ++c) value[c] = load_wide(values + i * entry_size<W>(width) + d + c * LANES);
+        if constexpr (CODED<W>) {
+            const vf scale = scale_of(values + i * entry_size<W>(width), width) - vf{};
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) value[c] *= scale;
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const vf weight = p[m * ldp + i] - vf{};
@@ -43,18 +48,23 @@ template <class W, int M>
 inline void weigh_block(const float* p, int64_t ldp, const W* values, int64_t width, int count, float* out, int64_t ldo) {
     constexpr int C = weigh_vectors(M);
     int64_t d = 0;
-    for (; d + C * LANES <= width; d += C * LANES) weigh_tile<W, M, C>(p, ldp, values + d, width, count, out + d, ldo);
+    for (; d + C * LANES <= width; d += C * LANES) weigh_tile<W, M, C>(p, ldp, values, width, d, count, out + d, ldo);
     if constexpr (C > 4)
-        for (; d + 4 * LANES <= width; d += 4 * LANES) weigh_tile<W, M, 4>(p, ldp, values + d, width, count, out + d, ldo);
+        for (; d + 4 * LANES <= width; d += 4 * LANES) weigh_tile<W, M, 4>(p, ldp, values, width, d, count, out + d, ldo);
     if constexpr (C > 3)
-        for (; d + 3 * LANES <= width; d += 3 * LANES) weigh_tile<W, M, 3>(p, ldp, values + d, width, count, out + d, ldo);
+        for (; d + 3 * LANES <= width; d += 3 * LANES) weigh_tile<W, M, 3>(p, ldp, values, width, d, count, out + d, ldo);
     if constexpr (C > 2)
-        for (; d + 2 * LANES <= width; d += 2 * LANES) weigh_tile<W, M, 2>(p, ldp, values + d, width, count, out + d, ldo);
-    for (; d + LANES <= width; d += LANES) weigh_tile<W, M, 1>(p, ldp, values + d, width, count, out + d, ldo);
+        for (; d + 2 * LANES <= width; d += 2 * LANES) weigh_tile<W, M, 2>(p, ldp, values, width, d, count, out + d, ldo);
+    for (; d + LANES <= width; d += LANES) weigh_tile<W, M, 1>(p, ldp, values, width, d, count, out + d, ldo);
     for (int m = 0; m < M; ++m)
         for (int64_t e = d; e < width; ++e) {
             float total = out[m * ldo + e];
-            for (int i = 0; i < count; ++i) total += p[m * ldp + i] * widen(values[i * width + e]);
+            for (int i = 0; i < count; ++i) {
+                const W* value = values + i * entry_size<W>(width);
+                float x = widen(value[e]);
+                if constexpr (CODED<W>) x *= scale_of(value, width);
+                total += p[m * ldp + i] * x;
+            }
             out[m * ldo + e] = total;
         }
 }
@@ -69,7 +79,7 @@ inline void weigh_values(
     for (int64_t i = 0; i < count; i += VALUE_BLOCK) {
         const int n = (int)(count - i < VALUE_BLOCK ? count - i : VALUE_BLOCK);
         ahead(i, n);
-        const W* v = values + i * width;
+        const W* v = values + i * entry_size<W>(width);
         each_tile(queries, [&](auto size, int m) {
             weigh_block<W, size>(p + m * ldp + i, ldp, v, width, n, out + m * ldo, ldo);
         });
