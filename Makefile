@@ -22,6 +22,8 @@ REPEATING := $(STATISTICAL) \
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
 SHAPES := "--jaxtyping-packages=outrider,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
+# A recipe that names MAKE itself is run by `make -n` too; these two would test everything.
+AGAIN := $(MAKE) --no-print-directory
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
@@ -61,7 +63,7 @@ demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 # What runs in the background does not hear Ctrl-C, so the trap ends it, and the second tests do not begin.
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
 	@status=0; checked=$$(mktemp); \
-	$(MAKE) --no-print-directory check >$$checked 2>&1 & check=$$!; \
+	$(AGAIN) check >$$checked 2>&1 & check=$$!; \
 	trap 'kill $$check; wait $$check; cat $$checked; rm $$checked; exit 130' INT TERM; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
 	  || status=1; \
@@ -71,7 +73,7 @@ test: $(STAMP)  ## what CI runs: style, types, layers, tests
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test
 	@rm -f .cpu-seconds
-	@$(MAKE) --no-print-directory test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"; status=$$?; \
+	@$(AGAIN) test MORE="-p tests.durations --cpu-seconds=.cpu-seconds"; status=$$?; \
 	$(BIN)/python -m tests.durations .cpu-seconds; exit $$status
 
 # Both are run whatever comes of the first. What third parties say they will take away is an error here, and a warning in `make test`.

@@ -159,6 +159,8 @@ def by_transformers(folder: Path, weights: dict[str, torch.Tensor]) -> torch.Ten
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             model.load_state_dict(weights)
+        if getattr(config, "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # the fused one has no cap, and does not say so in every release
         with torch.no_grad():
             return model(torch.tensor([TOKENS])).logits[0]
     except Exception:  # a wrong configuration ends in whatever the class stumbles over
