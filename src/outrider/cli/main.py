@@ -122,7 +122,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @cache
-def _command() -> Callable[..., object]:
+def command() -> Callable[..., object]:
     """What `app` builds of all commands and their options; calling `app` itself builds it anew for every line."""
     return typer.main.get_command(app)
 
@@ -132,7 +132,7 @@ def main() -> None:
     terminal.show_waiting()
     try:
         try:
-            _command()(prog_name="outrider")
+            command()(prog_name="outrider")
         except SystemExit as end:
             _end(end)
     except OutriderError as error:
