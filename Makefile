@@ -12,7 +12,8 @@ WORKERS ?= 2
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/sampling tests/telemetry
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
 REPEATING := $(STATISTICAL) \
-  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_recycled.py \
+  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_mtp.py \
+  tests/drafters/test_recycled.py \
   tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
   tests/engine/test_prefix_cache.py tests/engine/test_sharing.py tests/engine/test_text.py \
   tests/models/test_config_keys.py tests/models/test_expert_targets.py tests/models/test_families.py tests/models/test_gguf_damaged.py \
