@@ -29,7 +29,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The interpreters that constraints.txt is resolved for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners
+.PHONY: demo test test-latest durations test-slow test-browser test-watch check constraints docs bench clean test-plan test-gguf test-vllm test-ray test-clients test-templates test-bfcl test-journeys reference test-partners test-gpu
 
 # What was tested: constraints.txt. Given on the command line, so that a machine's own constraints hold beside it.
 $(STAMP): pyproject.toml constraints.txt
@@ -176,6 +176,9 @@ test-client-npm: $(STAMP) .venvs/client-npm/.made
 	@.venvs/partners/bin/$(INSTALL) --editable . "torch>=2.11,<2.14" transformers==5.24.0 lm_eval==0.4.13 trl==1.16.0 \
 	  nbclient==0.11.0 nbformat ipykernel matplotlib hypothesis pytest pytest-timeout
 	@touch $@
+
+test-gpu: $(STAMP)  ## texts, rules, drafters and trainings on a GPU: PyTorch must be a CUDA build, GPU_PYTHON names another Python with it
+	@PYTHONPATH=src $(TEST_ENV) $(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q tests/outside/gpu
 
 test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, and the notebooks in a Jupyter kernel
 	$(TEST_ENV) .venvs/partners/bin/python -m pytest -q tests/outside/partners

@@ -223,7 +223,7 @@ def test_training_raises_acceptance_and_leaves_the_tables_alone() -> None:
     before, after = fresh(), trained()
     measured = [measure_of(JUDGE, DFlash().predictor(BLOCK - 1), data())(m) for m in (before, after)]
     assert measured[1]["tokens"] > measured[0]["tokens"] + 0.1
-    assert set(measured[1]) == {f"{n}_{d}" for n in ("accept", "same") for d in (1, 2, 3)} | {"tokens"}
+    assert set(measured[1]) == {f"{n}_{d}" for n in ("accept", "same") for d in (1, 2, 3)} | {"tokens", "greedy"}
     assert torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
     assert torch.equal(before.lm_head.weight, after.lm_head.weight)
 

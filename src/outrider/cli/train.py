@@ -14,7 +14,7 @@ from outrider.cli.train_options import TrainOptions
 from outrider.options import EngineOptions
 
 
-@takes(ENGINE, "options", only=("target",))
+@takes(ENGINE, "options", only=("target", "device"))
 @takes(TrainOptions, "asked")
 def train(
     kind: Annotated[
@@ -38,7 +38,7 @@ def train(
     from outrider.train.loop import DivergedError
     from outrider.train.pipeline import run
 
-    job = asked.job(kind, options.target)
+    job = asked.job(kind, options.target, options.device)
     if asked.dry_run:
         show(estimate(job), json)
         return

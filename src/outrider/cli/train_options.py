@@ -144,8 +144,8 @@ class TrainOptions:
         bool, typer.Option("--dry-run", help="Print the disk, memory and time that training needs, and stop.")
     ] = False
 
-    def job(self, kind: str, target: str | None) -> Job:
-        """What is trained for which target. Raises ConfigError for options that do not fit together."""
+    def job(self, kind: str, target: str | None, device: str = "auto") -> Job:
+        """What is trained for which target, and where. Raises ConfigError for options that do not fit together."""
         import sysconfig
 
         from outrider.assets import shipped
@@ -159,6 +159,7 @@ class TrainOptions:
             data=tuple(self.data) if self.data else (Path(sysconfig.get_paths()["stdlib"]),),
             pattern=self.pattern or ("*" if self.data else "*.py"),
             skip_bad=self.skip_bad,
+            device=device,
             work=self.work,
             out=self.out or self.work / "out" / kind,
             rows=self.rows,

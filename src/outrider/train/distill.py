@@ -87,6 +87,7 @@ def measure_of(
 
     accept_d: mean of sum min(p, q) at level d, given that the levels above were accepted. same_d: how often the two agree on
     the most likely token. tokens: 1 + mean over positions of the products of the acceptances along the row (temperature 1).
+    greedy: the same of the agreements (temperature 0).
     """
 
     def evaluate(model: Any) -> dict[str, float]:
@@ -102,6 +103,7 @@ def measure_of(
         accept, same = (torch.cat([k[n] for k in kept], 1) for n in range(2))
         out = {f"accept_{d + 1}": x for d, x in enumerate(accept.mean(1).tolist())}
         out |= {f"same_{d + 1}": x for d, x in enumerate(same.mean(1).tolist())}
-        return out | {"tokens": 1.0 + accept.cumprod(0).sum(0).mean().item()}
+        per_step = {"tokens": accept, "greedy": same}
+        return out | {name: 1.0 + each.cumprod(0).sum(0).mean().item() for name, each in per_step.items()}
 
     return evaluate

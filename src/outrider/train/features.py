@@ -64,14 +64,16 @@ class DataSpec:
 class Features:
     """Rows of text with the target's hidden states, as batches addressed by step number.
 
-    tokens: [M, L] ids. hidden: [M, L, T, H] float16, memory-mapped: hidden[:, t, k] after block `layers[k]` at position t.
+    tokens: [M, L] ids. hidden: [M, L, T, H] float16: hidden[:, t, k] after block `layers[k]` at position t; memory-mapped, or a
+    tensor that is held whole. device: of the batches.
     """
 
     tokens: np.ndarray
-    hidden: np.ndarray
+    hidden: np.ndarray | Tensor
     layers: tuple[int, ...]
     rows: int = 8
     seed: int = 0
+    device: torch.device = torch.device("cpu")
 
     @property
     def per_epoch(self) -> int:
@@ -86,8 +88,8 @@ class Features:
 
     def take(self, chosen: np.ndarray | list[int]) -> tuple[Int[Tensor, "r L"], Float[Tensor, "r L T H"]]:
         """The rows `chosen`."""
-        hidden = torch.from_numpy(np.asarray(self.hidden[chosen])).float()
-        return torch.from_numpy(self.tokens[chosen].astype(np.int64)), hidden
+        hidden = torch.as_tensor(self.hidden[chosen], device=self.device).float()
+        return torch.from_numpy(self.tokens[chosen].astype(np.int64)).to(self.device), hidden
 
 
 def cut_prompts(
@@ -204,12 +206,13 @@ def read_features(
     rows: int,
     seed: int,
     repeats: float = MOST_REPEATED,
+    device: torch.device = torch.device("cpu"),
     report: Report = print,
 ) -> Features:
     """Finished data of `folder`, without rows that repeat themselves. Raises ConfigError for another choice of layers.
 
     hidden: the folder of the hidden states; None: they are beside the text. repeats: the largest share of repeated n-grams that a
-    row may have.
+    row may have. device: of the batches.
     """
     beside = folder if hidden is None else hidden
     held = json.loads((beside / "hidden.json").read_text())["layers"]
@@ -223,7 +226,7 @@ def read_features(
     if len(fine) < len(tokens):
         report(f"{len(tokens) - len(fine)} of {len(tokens)} rows go in circles and are left out")
         tokens, states = _Rows(tokens, fine), _Rows(states, fine)
-    return Features(tokens, states, tuple(held), rows, seed)  # type: ignore[arg-type]
+    return Features(tokens, states, tuple(held), rows, seed, device)  # type: ignore[arg-type]
 
 
 class _Rows:

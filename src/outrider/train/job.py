@@ -16,7 +16,7 @@ from outrider.train.loop import BOOKKEEPING
 from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.registry import check, method_named
 
-ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "log"})
+ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "device", "log"})
 """Fields of a job that do not affect the training of a drafter, or affect it through the data alone."""
 LATER: Mapping[str, Any] = {"start": None, "repeats": MOST_REPEATED}
 """Fields that older releases did not have, with the values that mean what those did: these leave a training's name unchanged."""
@@ -29,6 +29,8 @@ class Job(MethodOptions):
     kind: a name of `methods.registry.METHODS`, or a method object. data: files and folders of text. work: the folder for resuming.
     out: the finished drafter. rows, held_out: rows of training and held-out data. temperature: at which the target writes; of
     several, its rows have them in turn. slots: rows that the target writes at once.
+    device: where target and drafter compute: "auto" (a GPU where there is one), "cpu" or "cuda"; trainings on different devices are
+    the same up to rounding, and share data and checkpoints.
     repeats: the largest share of repeated 8-grams that a row may have, 0 to 1.
     log: where metrics go besides the work folder, see `metrics.loggers`.
     """
@@ -43,6 +45,7 @@ class Job(MethodOptions):
     held_out: int = 64
     temperature: float | tuple[float, ...] = 1.0
     slots: int = 16
+    device: str = "auto"
     repeats: float = MOST_REPEATED
     log: tuple[str, ...] = ()
 

@@ -53,7 +53,7 @@ class LoopConfig:
     seed: int = 0
     save_every_s: float = 300.0
     log_every: int = 20
-    autocast: bool = False  # bfloat16; only for processors with AVX512_BF16 or AMX: AVX2 emulates it 9x slower
+    autocast: bool = False  # bfloat16; only for GPUs and processors with AVX512_BF16 or AMX: AVX2 emulates it 9x slower
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ def train(
     report: Report = print,
     logs: Sequence[Log] = (),
 ) -> dict:
-    """Train ``model`` in place, from the newest valid checkpoint in ``folder`` if there is one; return the state.
+    """Train ``model`` in place, on its device, from the newest valid checkpoint in ``folder`` if there is one; return the state.
 
     ``batch_of(step)`` gives token ids ``[rows, length + 1]``, alone or first in a tuple. ``evaluate`` runs at checkpoints, within
     a tenth of the time, and at the end. ``logs`` get the figures of every printed line, and every measurement.
@@ -161,6 +161,7 @@ def train(
     rate of the longer run from there on, so that its weights are not those of a long run from the start.
     """
     torch.manual_seed(config.seed)
+    device = next(model.parameters()).device
     optimizer = build_optimizer(model, config)
     state: dict = {"step": 0, "tokens": 0, "seconds": 0.0, "history": []} | dict.fromkeys(SPENT, 0.0)
     checkpoint = load_latest(folder)
@@ -182,7 +183,7 @@ def train(
         began, step = time.monotonic(), state["step"]
         batch = batch_of(step)
         ready = time.monotonic()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.autocast):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.autocast):
             loss = compute(model, batch, step / config.steps)
         value = _update(model, optimizer, loss, step, config)
         now = time.monotonic()

@@ -101,16 +101,16 @@ def layers_of(job: Job, target: Target) -> tuple[int, ...]:
 
 def engine_of(job: Job) -> Engine:
     """The engine that writes the target's text, with the target's companion draft if there is one."""
-    return build_engine(job.target, slots=job.slots, length=4, max_length=job.length + 8)
+    return build_engine(job.target, slots=job.slots, length=4, max_length=job.length + 8, device=job.device)
 
 
 def run(job: Job, report: Report = print) -> dict[str, Any]:
     """Run all stages; returns the last measurements on held-out rows. Finished stages are not repeated."""
     ready, method = prepare(job, report), job.method
-    target = load_target(job.target, dtype="float32")
+    target = load_target(job.target, dtype="float32", device=job.device)
     taps = method.taps(job, target)
     held = {p: hidden_folder(p, ready.layers)[0] for p in ready.parts}
-    how: dict[str, Any] = {"rows": job.batch, "seed": job.loop.seed, "repeats": job.repeats, "report": report}
+    how: dict[str, Any] = {"rows": job.batch, "seed": job.loop.seed, "repeats": job.repeats, "device": target.device, "report": report}
     training, held_out = (read_features(p, taps, hidden=held[p], **how) for p in ready.parts)
     model = new_model(job, target, training)
     report(f"{method.name}: {sum(p.numel() for p in model.parameters()):,} parameters, reads layers {taps}")
@@ -141,7 +141,7 @@ def new_model(job: Job, target: Target, training: Features) -> nn.Module:
                 f"{job.start} has other sizes than this training ({_differs(started.config, model.config)}): give the same"
             )
         model.load_state_dict(started.state_dict())
-    return model
+    return model.to(target.device)
 
 
 def _differs(theirs: Any, ours: Any) -> str:

@@ -113,7 +113,7 @@ class Blocks:
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Batch of step `step`: tokens [r, L], hidden states [r, L, T, H] and anchors [r, N], ascending."""
         tokens, hidden = self.features(step)
-        return tokens, hidden, torch.from_numpy(self.anchors(step, *tokens.shape))
+        return tokens, hidden, torch.from_numpy(self.anchors(step, *tokens.shape)).to(tokens.device)
 
     def anchors(self, step: int, rows: int, length: int) -> np.ndarray:
         """Positions [rows, N], drawn uniformly without replacement from those whose block lies within the row."""
@@ -162,13 +162,13 @@ def block_distillation_loss(
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         blocks, logits = packed(model, batch, columns)
         hidden, anchors, slots = batch[1], batch[2], blocks.config.block - 1
-        row = torch.arange(len(hidden))[:, None, None]
+        row = torch.arange(len(hidden), device=hidden.device)[:, None, None]
         # the distribution of slot k, k positions after the anchor, is at the position before it
-        before = hidden[row, anchors[..., None] + torch.arange(slots), last]
+        before = hidden[row, anchors[..., None] + torch.arange(slots, device=hidden.device), last]
         with torch.no_grad():
             wanted = target.unembed(before.flatten(0, 2).to(target.dtype)).view(*logits.shape)
         entropy, overlap = SHARES[loss_name][progress >= ONLY_KL]
-        every = torch.ones(logits.shape[:2], dtype=torch.bool)
+        every = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         return distillation_loss(logits, wanted, every, how, entropy=entropy, overlap=overlap)
 
     return loss

@@ -50,9 +50,10 @@ def new_heads(config: MedusaConfig, target: Target, final_norm: Tensor | None = 
     """Heads that start as the target's own output. final_norm: weights of its final norm; None: all ones."""
     torch.manual_seed(seed)
     model = MedusaNetwork(config)
-    norm = torch.ones(config.hidden) if final_norm is None else final_norm.float()
+    output = output_of(target).cpu()  # the model is made on the processor, wherever the target is
+    norm = torch.ones(config.hidden) if final_norm is None else final_norm.float().cpu()
     model.norm.weight.copy_(norm)
     model.norm.weight.requires_grad_(False)
     for head in model.lm_heads:
-        head.weight.copy_(output_of(target) / norm)  # type: ignore[operator, union-attr]
+        head.weight.copy_(output / norm)  # type: ignore[operator, union-attr]
     return model

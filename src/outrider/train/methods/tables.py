@@ -30,7 +30,7 @@ def init_decoder(model: nn.Module) -> None:
 def scale_taps(fc: nn.Linear, taps: Float[Tensor, "n T H"]) -> None:
     """Divide the part of `fc` that reads each of T taps by the size of that tap, which differs by layer."""
     scale = taps.float().square().mean((0, 2)).sqrt()
-    fc.weight.view(fc.out_features, taps.shape[1], -1).div_(scale[None, :, None])
+    fc.weight.view(fc.out_features, taps.shape[1], -1).div_(scale.to(fc.weight)[None, :, None])
 
 
 def heads_of(width: int, sizes: tuple[int, ...]) -> int:
