@@ -109,7 +109,9 @@ def greedy(combination: tuple[str, str, str, int]) -> set[Hashable]:
 JUDGED = list(product(DRAFTERS, LOSSLESS, GREEDY, CAPACITIES))
 
 
-@pytest.mark.parametrize(("drafter", "rule", "sampling", "capacity"), slow_beyond(JUDGED, covering(JUDGED, greedy, alone)))
+@pytest.mark.parametrize(
+    ("drafter", "rule", "sampling", "capacity"), slow_beyond(JUDGED, covering(JUDGED, greedy, alone))
+)
 def test_greedy_equals_plain_decoding(drafter: str, rule: str, sampling: str, capacity: int) -> None:
     if refused(drafter, rule):
         return

@@ -29,7 +29,8 @@ class DraftModel(Method):
 
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> CausalLM:
         """A fresh language model over the target's tokens; its context is the target's."""
-        from outrider.models.hf.fresh import small_llama  # seconds of transformers' classes, which the other methods do not need
+        # transformers' classes take seconds to import, and the other methods do not need them
+        from outrider.models.hf.fresh import small_llama
 
         tokenizer = whole_tokenizer(options.target)
         ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id", None) for n in ("pad", "bos", "eos")}
