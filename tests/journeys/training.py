@@ -51,7 +51,7 @@ def trained() -> None:
 def continued() -> None:
     """Interrupted by Ctrl-C in the middle; the same command goes on from there, to the end."""
     written()
-    line = f"outrider train draft {DATA} {SMALL} --steps 4000 --blocks 1 --width 64 --work kept --out my/continued"
+    line = f"outrider train draft {DATA} {SMALL} --steps 1200 --blocks 1 --width 64 --work kept --out my/continued"
     child = subprocess.Popen(words(line), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 600
     while not list(Path("kept").rglob("*.pt")) + list(Path("kept").rglob("*step*")) and time.monotonic() < end:

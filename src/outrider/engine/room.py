@@ -77,10 +77,8 @@ class Room:
     # ------------------------------------------------------------------ sharing
     def share(self, scheduler: Scheduler) -> None:
         """Let every sequence that has prompt tokens to feed use what the cache knows of them."""
-        kv, (_, weights) = (
-            self._sharing,
-            root_of(self._target),
-        )  # in every step: a target that was moved is refused there
+        # in every step: a target that was moved is refused there
+        kv, (_, weights) = self._sharing, root_of(self._target)
         if kv is None:
             return
         for s in scheduler.running:
