@@ -1,14 +1,13 @@
 """vLLM's rejection samplers with their Triton kernels, alone, on distributions that are known: is what they emit the target's?
 
-    python benchmarks/audit_vllm_gpu.py PACKAGE                          # the folder `vllm` of an installed or unpacked wheel; a GPU
-    TRITON_INTERPRET=1 python benchmarks/audit_vllm_gpu.py PACKAGE --device cpu --requests 256 --rounds 1          # a rehearsal
+    python benchmarks/audit_vllm_gpu.py PACKAGE      # the folder `vllm` of an installed or unpacked wheel; needs a GPU
 
 Only the modules of PACKAGE that hold the samplers are loaded; what else they import stands for nothing, so that no more of vLLM
-needs to be installed. Every request has LENGTH drafts, drawn as vLLM draws them (with its own noise, of the same seed and places), and
-the target's distributions depend on the place alone. So the emitted tokens, completed with draws from the target behind them,
-must be LENGTH + 1 independent draws from known distributions: Pearson's statistic over all VOCAB^(LENGTH + 1) texts says whether they
-are, to one in a billion. `control` is the same with a target of a temperature 2% off, which must fail. The wide rows count the first token
-of vocabularies that take several blocks of the kernels.
+needs to be installed. Every request has LENGTH drafts, drawn as vLLM draws them (with its own noise, of the same seed and
+places), and the target's distributions depend on the place alone. So the emitted tokens, completed with draws from the target
+behind them, must be LENGTH + 1 independent draws from known distributions: Pearson's statistic over all VOCAB^(LENGTH + 1) texts
+says whether they are, to one in a billion. `control` is the same with a target of a temperature 2% off, which must fail. The wide
+rows count the first token of a vocabulary that takes several blocks of the kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from scipy import stats
@@ -44,7 +43,7 @@ REAL = {
 class Nothing(types.ModuleType):
     """A module in which every name stands for nothing."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -110,8 +109,10 @@ def target_logits(vocab: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return target.to(device), (target + torch.randn(LENGTH + 1, vocab, generator=noise)).to(device)
 
 
-def newer(requests: int, vocab: int, seed: int, device: str, temperature: float, off: float = 1.0, **how: Any) -> torch.Tensor:
-    """Tokens [requests, LENGTH + 1] of the newer runner's sampler, -1 behind the end. how: `block`, `given` (whether it knows q)."""
+def newer(
+    requests: int, vocab: int, seed: int, device: str, temperature: float, off: float = 1.0, **how: Any
+) -> torch.Tensor:
+    """Tokens [requests, LENGTH + 1] of the newer runner's sampler, -1 behind the end. how: `block`; `given`, if it knows q."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
@@ -148,17 +149,17 @@ def newer(requests: int, vocab: int, seed: int, device: str, temperature: float,
     return sampled.masked_fill(behind, -1)
 
 
-def older(requests: int, vocab: int, seed: int, device: str, temperature: float, off: float = 1.0, **how: Any) -> torch.Tensor:
+def older(
+    requests: int, vocab: int, seed: int, device: str, temperature: float, off: float = 1.0, **how: Any
+) -> torch.Tensor:
     """The same of the first runner's sampler, its bonus token included."""
     from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens, rejection_sample
 
     torch.manual_seed(seed)
     target, draft = target_logits(vocab, device)
     q = (draft / temperature).softmax(-1)[:LENGTH].contiguous()
-    if how["given"]:
-        tokens = torch.multinomial(q, requests, replacement=True).T.reshape(-1)
-    else:
-        tokens = q.argmax(-1).repeat(requests)
+    sampled = torch.multinomial(q, requests, replacement=True).T.reshape(-1)
+    tokens = sampled if how["given"] else q.argmax(-1).repeat(requests)
     ends = torch.arange(1, requests + 1, dtype=torch.int32, device=device) * LENGTH
     heat = torch.full((requests,), temperature * off, device=device)
     each = expand_batch_to_tokens(heat, ends, requests * LENGTH)
@@ -175,7 +176,9 @@ def older(requests: int, vocab: int, seed: int, device: str, temperature: float,
     ).long()
 
 
-def evidence(sampler: Callable[..., torch.Tensor], vocab: int, options: argparse.Namespace, temperature: float, **how: Any) -> str:
+def evidence(
+    sampler: Callable[..., torch.Tensor], vocab: int, options: argparse.Namespace, temperature: float, **how: Any
+) -> str:
     """Tokens a step, Pearson's statistic of all texts (of the first tokens, for a wide vocabulary), and the verdict."""
     target, _ = target_logits(vocab, options.device)
     p = (target / temperature).softmax(-1)
@@ -232,8 +235,14 @@ def main() -> None:
             for temperature in (1.0, 0.6):
                 said = evidence(sampler, VOCAB, options, temperature, **how)
                 print(f"{runner}, {kind}, temperature {temperature:g}: {said}", flush=True)
-            print(f"{runner}, {kind}, vocabulary {WIDE}: {evidence(sampler, WIDE, narrow(options), 0.6, **how)}", flush=True)
-        print(f"{runner}, control: {evidence(sampler, VOCAB, options, 1.0, off=1.02, **kinds['drafts sampled'])}", flush=True)
+            print(
+                f"{runner}, {kind}, vocabulary {WIDE}: {evidence(sampler, WIDE, narrow(options), 0.6, **how)}",
+                flush=True,
+            )
+        print(
+            f"{runner}, control: {evidence(sampler, VOCAB, options, 1.0, off=1.02, **kinds['drafts sampled'])}",
+            flush=True,
+        )
 
 
 def narrow(options: argparse.Namespace) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Train the shipped pair's learned drafters longer, on a GPU: one command that fits into the minutes it is given.
 
     python recipes/gpu_drafters.py --minutes 9 --out runs/gpu-drafters
-    python recipes/gpu_drafters.py --minutes 3 --rows 16 --length 96 --batch 4 --device cpu --out runs/try   # a rehearsal without one
+    python recipes/gpu_drafters.py --minutes 3 --rows 16 --length 96 --batch 4 --device cpu --out runs/try      # a rehearsal
 
 The target writes text (prompts from Python's own library, files of the held-out part apart; every other row at temperature 0, the
 others at 1), thousands of rows at a time and in several processes, since a model of this size leaves a GPU idle between its
@@ -196,7 +196,12 @@ def train_one(options: argparse.Namespace, drafter: Drafter, until: float) -> No
     loop = replace(job.loop, steps=steps)
     state = train(model, batches, loss, loop, options.out / "checkpoints" / drafter.name, measure, say)
     job.method.save(model, job, options.out / drafter.name)
-    about = {"steps": state["step"], "tokens": state["tokens"], "seconds": state["seconds"], "rows": len(features.tokens)}
+    about = {
+        "steps": state["step"],
+        "tokens": state["tokens"],
+        "seconds": state["seconds"],
+        "rows": len(features.tokens),
+    }
     document = {"before": before, "after": state["history"][-1], **about}
     (options.out / drafter.name / "measured.json").write_text(json.dumps(document, indent=1) + "\n")
 
@@ -205,9 +210,22 @@ def job_of(options: argparse.Namespace, drafter: Drafter) -> Job:
     """The shipped drafter's training with other data, more of it, and from its weights."""
     config = Config()
     loop = LoopConfig(
-        steps=1, lr=drafter.lr, warmup=100, final_lr_ratio=0.02, save_every_s=150.0, log_every=200, autocast=options.autocast
+        steps=1,
+        lr=drafter.lr,
+        warmup=100,
+        final_lr_ratio=0.02,
+        save_every_s=150.0,
+        log_every=200,
+        autocast=options.autocast,
     )
-    shipped = replace(config.job(drafter.kind), loop=loop, batch=options.batch, device=options.device, repeats=1.0, length=options.length)
+    shipped = replace(
+        config.job(drafter.kind),
+        loop=loop,
+        batch=options.batch,
+        device=options.device,
+        repeats=1.0,
+        length=options.length,
+    )
     start = None if drafter.fresh else config.assets / drafter.kind
     return replace(shipped, kind=unnamed(drafter.kind), start=start, **drafter.options)
 

@@ -40,9 +40,9 @@ REQUIRED_PREFILL_RETURN = 2.0
 class Outlook:
     """The controller's estimates for the present load.
 
-    sequences: the load. length: the chosen draft length; where no sequence follows it, as all have seeds, theirs. speedup: of that
-    choice over plain decoding. plain_seconds: of a plain step. break_even: rejection probability per judged token at which the choice
-    would break even. None: not measured yet.
+    sequences: the load. length: the chosen draft length; where no sequence follows it, as all have seeds, theirs. speedup: of
+    that choice over plain decoding. plain_seconds: of a plain step. break_even: rejection probability per judged token at which
+    the choice would break even. None: not measured yet.
     """
 
     sequences: int

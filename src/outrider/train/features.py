@@ -27,6 +27,7 @@ from outrider.train.data import Document, narrowed, token_type
 from outrider.types import Draft, Rows
 
 Report = Callable[[str], None]
+CPU = torch.device("cpu")
 NGRAM, MOST_REPEATED = 8, 0.5
 """A row in which more than this share of the n-grams are repeated is a loop, and is left out unless `repeats` allows it."""
 
@@ -73,7 +74,7 @@ class Features:
     layers: tuple[int, ...]
     rows: int = 8
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def per_epoch(self) -> int:
@@ -159,7 +160,10 @@ def _continue(engine: Engine, prompts: list[list[int]], first: int, wanted: Data
     several = wanted.temperatures
     params = [
         SamplingParams(
-            temperature=several[row % len(several)], max_tokens=more, ignore_eos=True, seed=wanted.seed * 1_000_003 + row
+            temperature=several[row % len(several)],
+            max_tokens=more,
+            ignore_eos=True,
+            seed=wanted.seed * 1_000_003 + row,
         )
         for row in range(first, first + len(prompts))
     ]
@@ -206,7 +210,7 @@ def read_features(
     rows: int,
     seed: int,
     repeats: float = MOST_REPEATED,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     report: Report = print,
 ) -> Features:
     """Finished data of `folder`, without rows that repeat themselves. Raises ConfigError for another choice of layers.
@@ -222,7 +226,9 @@ def read_features(
     states = np.load(beside / "hidden.npy", mmap_mode="r", allow_pickle=False)
     fine = [i for i, row in enumerate(tokens) if repeated(row) <= repeats]
     if not fine:
-        raise ConfigError(f"every row of {folder} goes in circles: allow more repeats, or write at a higher temperature")
+        raise ConfigError(
+            f"every row of {folder} goes in circles: allow more repeats, or write at a higher temperature"
+        )
     if len(fine) < len(tokens):
         report(f"{len(tokens) - len(fine)} of {len(tokens)} rows go in circles and are left out")
         tokens, states = _Rows(tokens, fine), _Rows(states, fine)

@@ -91,7 +91,11 @@ def sample(model: CausalLM, prompts: torch.Tensor, new_tokens: int, temperature:
     """Text ``[M, P + new_tokens]`` that the model writes after ``prompts [M, P]``, for acceptance in actual use. A temperature of 0
     is the most likely token."""
     torch.manual_seed(seed)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    how = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     return model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),

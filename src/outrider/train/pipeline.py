@@ -110,8 +110,8 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
     target = load_target(job.target, dtype="float32", device=job.device)
     taps = method.taps(job, target)
     held = {p: hidden_folder(p, ready.layers)[0] for p in ready.parts}
-    how: dict[str, Any] = {"rows": job.batch, "seed": job.loop.seed, "repeats": job.repeats, "device": target.device, "report": report}
-    training, held_out = (read_features(p, taps, hidden=held[p], **how) for p in ready.parts)
+    how: dict[str, Any] = {"rows": job.batch, "seed": job.loop.seed, "repeats": job.repeats, "report": report}
+    training, held_out = (read_features(p, taps, hidden=held[p], device=target.device, **how) for p in ready.parts)
     model = new_model(job, target, training)
     report(f"{method.name}: {sum(p.numel() for p in model.parameters()):,} parameters, reads layers {taps}")
     judge = Teacher.of(target, training.layers, taps)

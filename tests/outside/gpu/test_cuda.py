@@ -23,10 +23,12 @@ from outrider.train.methods.registry import METHODS
 from outrider.train.pipeline import run
 from outrider.verify import LOSSLESS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: make test-gpu is for machines that have one")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: make test-gpu is for machines that have one"
+)
 DRAFTS = (
-    "model", "eagle", "medusa", "dflash", "tree:3x2:model", "tree:3x2:eagle", "dynamic:12:eagle", "tree:3x2:medusa", "ngram", "suffix",
-    "recycle", "jacobi:4", "early:6", "sparse:window:4+32", "ngram+model", "ahead:2:model",
+    "model", "eagle", "medusa", "dflash", "tree:3x2:model", "tree:3x2:eagle", "dynamic:12:eagle", "tree:3x2:medusa", "ngram",
+    "suffix", "recycle", "jacobi:4", "early:6", "sparse:window:4+32", "ngram+model", "ahead:2:model",
 )  # fmt: skip
 LEVEL = 1e-6
 TOKENS = 32
@@ -38,7 +40,9 @@ def draft_of(name: str) -> str:
 
 
 def built(name: str, *, device: str = "cuda", dtype: str = "float64", **options) -> Engine:
-    return build_engine(shipped("target"), draft_of(name), device=device, dtype=dtype, slots=4, max_length=256, **options)
+    return build_engine(
+        shipped("target"), draft_of(name), device=device, dtype=dtype, slots=4, max_length=256, **options
+    )
 
 
 def texts(engine: Engine, temperature: float = 0.0, count: int = 6, tokens: int = TOKENS) -> list[tuple[int, ...]]:
@@ -100,15 +104,21 @@ def test_trainings_run_here_and_their_drafters_serve(kind: str, tmp_path: Path, 
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(shipped_prompts()))
     job = Job(
-        kind=kind, target=shipped("target"), data=(text,), work=tmp_path / "work", out=tmp_path / "out", rows=8, held_out=4, prompt=16,
-        length=48, batch=4, levels=3, device="cuda", loop=LoopConfig(steps=6, lr=1e-3, warmup=2),
+        kind=kind, target=shipped("target"), data=(text,), work=tmp_path / "work", out=tmp_path / "out", rows=8, held_out=4,
+        prompt=16, length=48, batch=4, levels=3, device="cuda", loop=LoopConfig(steps=6, lr=1e-3, warmup=2),
     )  # fmt: skip
     report = run(job, lambda _: None)
     assert report["steps"] == 6 and all(v == v for v in report.values() if isinstance(v, float))
     assert report == run(job, lambda _: None) | {"seconds": report["seconds"], "computing": report["computing"]}
     name = {"dflash": "dflash:", "medusa": "medusa:", "mtp": "mtp:", "draft": ""}.get(kind, "eagle:")
     served = build_engine(
-        shipped("target"), f"{name}{tmp_path / 'out'}", device="cuda", dtype="float64", slots=4, max_length=256, length=3
+        shipped("target"),
+        f"{name}{tmp_path / 'out'}",
+        device="cuda",
+        dtype="float64",
+        slots=4,
+        max_length=256,
+        length=3,
     )
     assert texts(served) == plain
 
