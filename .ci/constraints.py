@@ -79,12 +79,12 @@ def lines(pins: Mapping[Version, Mapping[str, str]]) -> list[str]:
 
 
 def oldest() -> list[str]:
-    """`name==version` of every dependency at its lower bound."""
+    """`name==version` of every dependency at its lower bound; what is pinned is its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
     found = {}
     for text in named:
-        match = re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*>=\s*([0-9][0-9a-z.]*)", text)
+        match = re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*[>=]=\s*([0-9][0-9a-z.]*)", text)
         if match is None:
             raise SystemExit(f"{text!r} in pyproject.toml has no lower bound: give it one")
         found[normal(match[1])] = match[2]

@@ -153,7 +153,7 @@ def table(schema: dict[str, Any]) -> str:
     needed = schema.get("required", ())
     rows = [
         f"| {code(name)} | {cell(kind(one))}{', **required**' if name in needed else ''} | {cell(one.get('description', ''))} |"
-        for name, one in sorted(schema["properties"].items(), key=lambda item: weight(*item, needed))
+        for name, one in sorted(schema["properties"].items(), key=lambda item: weight(item[0], item[1], needed))
     ]
     said = " ".join(schema.get("description", "").split())
     return "\n".join([*([said, ""] if said else []), "| field | value | what |", "|---|---|---|", *rows, ""])

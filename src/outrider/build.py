@@ -21,12 +21,12 @@ from outrider.engine.fit import check_fit
 from outrider.engine.outputs import Result
 from outrider.engine.parts import CoreOptions, Defect, Hooks, Parts
 from outrider.engine.prompts import Prompts, as_prompts
-from outrider.engine.shares import share_out
 from outrider.engine.turns import Turns
 from outrider.errors import ConfigError
 from outrider.loading import Loaded, Progress, give, load, load_model, name_of, restricts
 from outrider.models.folder import resolve_folder
 from outrider.models.given import Model, is_model
+from outrider.nn.shares import share_out
 from outrider.notices import notices_of, vocabulary_without_model, wasted_option
 from outrider.options import EngineKeywords, EngineOptions, check_names, with_keywords
 from outrider.params import SamplingParams

@@ -184,7 +184,7 @@ def test_what_the_machine_refuses_is_one_sentence(raised, said: str, monkeypatch
     def fail(**_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("outrider.cli.main.app", fail)
+    monkeypatch.setattr("outrider.cli.main.command", lambda: fail)
     assert run(monkeypatch) == 2
     seen = capsys.readouterr().err.splitlines()
     assert len(seen) == 1 and seen[0].startswith("outrider: ") and said in seen[0]
@@ -195,7 +195,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch) -> None:
     def fail(**_: object) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr("outrider.cli.main.app", fail)
+    monkeypatch.setattr("outrider.cli.main.command", lambda: fail)
     monkeypatch.setattr(sys, "argv", ["outrider"])
     with pytest.raises(RuntimeError, match="shapes differ"):
         main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.engine.outputs import Result
@@ -38,8 +40,10 @@ def params(name: str, seed: int = 100) -> list[SamplingParams]:
     return [SamplingParams(**SAMPLING[name], max_tokens=n, seed=seed + i) for i, n in enumerate(LENGTHS)]
 
 
+@cache
 def target() -> TinyLM:
-    """Real attention with peaked distributions, float64: batch shapes differ by rounding and nothing else."""
+    """Real attention with peaked distributions, float64: batch shapes differ by rounding and nothing else. One for all tests, so
+    that learned drafters are trained on it once."""
     return TinyLM(VOCAB, 16, 2, seed=0, sharp=4.0)
 
 

@@ -58,6 +58,15 @@ class Seen:
             inner.trees,
         )
 
+    def along(self) -> list[tuple[tuple[int, ...], tuple[int, ...], list[torch.Tensor]]]:
+        """(history, path, the rows from the anchor's to the path's end) of every path that none goes on: each row is in one."""
+        begun = {(history, path[:n]) for history, path in self.logits for n in range(len(path))}
+        return [
+            (history, path, [self.logits[history, path[:n]] for n in range(len(path) + 1)])
+            for history, path in self.logits
+            if (history, path) not in begun
+        ]
+
     def forget(self, slots: Sequence[int]) -> None:
         self.inner.forget(slots)
 

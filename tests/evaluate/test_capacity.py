@@ -76,7 +76,7 @@ def test_too_few_steps_are_refused() -> None:
 
 
 def test_the_fewest_replicas_are_the_fewest() -> None:
-    traffic = poisson(60.0, 1500, [100, 300], [30, 60], seed=1)
+    traffic = poisson(60.0, 600, [100, 300], [30, 60], seed=1)
     replica = made().replica(8, True)
     target = Target(ttft=0.15, itl=0.01, percentile=90)
 

@@ -49,9 +49,9 @@ def trained() -> None:
 
 
 def continued() -> None:
-    """Interrupted by Ctrl-C in the middle."""
+    """Interrupted by Ctrl-C in the middle; the same command goes on from there, to the end."""
     written()
-    line = f"outrider train draft {DATA} {SMALL} --steps 4000 --blocks 1 --width 64 --work kept"
+    line = f"outrider train draft {DATA} {SMALL} --steps 1200 --blocks 1 --width 64 --work kept --out my/continued"
     child = subprocess.Popen(words(line), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 600
     while not list(Path("kept").rglob("*.pt")) + list(Path("kept").rglob("*step*")) and time.monotonic() < end:
@@ -60,6 +60,9 @@ def continued() -> None:
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=120)
     need(child.returncode == 130 and "Traceback" not in err, f"Ctrl-C: {child.returncode} {err}")
+    need("the same command goes on" in err, f"Ctrl-C does not say how it goes on: {err}")
+    run(line).says(r"continuing from step-\d+")
+    need(Path("my/continued/model.safetensors").exists(), "no drafter was written")
 
 
 def wrong() -> None:

@@ -28,8 +28,8 @@ EXACT = 1e-12
 COARSE = 1e-5
 """The same for distributions whose sums are only nearly one: there rule and reference may differ by the error of the sum."""
 
-SHARES = pytest.mark.parametrize("share", [0.25, pytest.param(1.0, marks=pytest.mark.slow)], ids=["some", "all"])
-"""Of the cases of a table: a quarter in `make test`, all in `make test-slow`."""
+SHARES = pytest.mark.parametrize("share", [0.125, pytest.param(1.0, marks=pytest.mark.slow)], ids=["some", "all"])
+"""Of the cases of a table: an eighth in `make test`, all in `make test-slow`."""
 
 RuleFn = Callable[[torch.Tensor, Draft, Noise], Verdict]
 

@@ -1,6 +1,6 @@
 """EX-1 for every lossless rule: by enumeration, its output has the target's distribution and its ledger holds.
 
-One table: rule, enumerator of its coins, cases. Nothing is sampled, so nothing but rounding is tolerated (1e-12). A quarter of
+One table: rule, enumerator of its coins, cases. Nothing is sampled, so nothing but rounding is tolerated (1e-12). An eighth of
 the cases in `make test`, all in `make test-slow`. What is particular to one rule stands in its own file.
 """
 

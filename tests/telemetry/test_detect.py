@@ -22,27 +22,27 @@ def step(g: np.random.Generator, bias: float = 0.0, tokens: int = 6) -> Counts:
 
 
 def test_evidence_ever_reaches_its_level_no_more_often_than_stated() -> None:
-    """400 honest servers of 150 steps, looked at after every one; false-alarm rate of each assertion below 1e-9."""
+    """200 honest servers of 150 steps, looked at after every one; false-alarm rate of each assertion below 1e-9."""
     g, highest = np.random.default_rng(1), list[float]()
-    for _ in range(400):
+    for _ in range(200):
         one = Residuals()
         for _ in range(150):
             one.add(step(g))
         highest.append(one.highest)
     for level in (0.02, 0.2):
-        assert sum(h >= math.log(1 / level) for h in highest) <= binom.isf(1e-9, 400, level)
+        assert sum(h >= math.log(1 / level) for h in highest) <= binom.isf(1e-9, 200, level)
 
 
 def test_the_detector_raises_false_alarms_no_more_often_than_stated() -> None:
     """Honest servers reach 1/a in n steps with probability at most n a (Ville, over the starts of the detector), here 0.1."""
     g, alarms, a, steps = np.random.default_rng(2), 0, 1e-3, 100
-    for _ in range(400):
+    for _ in range(200):
         one, highest = Residuals(), -math.inf
         for _ in range(steps):
             one.add(step(g))
             highest = max(highest, one.log_detector)
         alarms += highest >= math.log(1 / a)
-    assert alarms <= binom.isf(1e-9, 400, a * steps)
+    assert alarms <= binom.isf(1e-9, 200, a * steps)
 
 
 @pytest.mark.parametrize("bias", [0.1, -0.1, 0.4])

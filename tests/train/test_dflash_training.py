@@ -296,7 +296,7 @@ def test_the_trainers_acceptance_is_the_engines(sample: str) -> None:
     difference of two means over rows (rows are independent; false alarms below 1e-8). Control: a drafter that was not
     trained is told apart.
     """
-    model, count = trained(), 250
+    model, count = trained(), 150
     _, runs, _ = engine_runs(model, count, 1.0, sample)
     rows = plain(count, 1.0, first=count)  # other seeds, so that the two are independent
     hidden = hidden_of(TARGET, rows, STORED)

@@ -1,6 +1,7 @@
 """A training killed by SIGKILL at random moments loses nothing: the same bits in the end as one that was left alone (CPU, float32).
 
-Three kills of every kind of trainer; the nightly form kills each of them thirty times, three times over.
+Three kills of a kind of trainer for each way in which they differ (on rows, on blocks at random anchors, a language model); the
+nightly form kills every kind thirty times, three times over.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 KINDS = ("medusa", "eagle", "eagle1", "mtp", "dflash", "draft")
+DIFFERENT = ("medusa", "dflash", "draft")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,7 +35,7 @@ def killed(kinds: Sequence[str], folder: Path, kills: int, seed: int) -> dict[st
 
 
 def test_three_kills_change_no_bit(tmp_path: Path) -> None:
-    for kind, found in killed(KINDS, tmp_path, 3, seed=7).items():
+    for kind, found in killed(DIFFERENT, tmp_path, 3, seed=7).items():
         assert found["same"], (kind, found)
         assert found["steps"] == ["step-00000030"], kind
         assert found["killed"] == 3, kind  # whether they hit different moments is asked of thirty: make test-slow

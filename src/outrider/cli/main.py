@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import NoReturn
 
 from outrider.threads import set_threads
@@ -119,12 +121,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in said for words in short)
 
 
+@cache
+def command() -> Callable[..., object]:
+    """What `app` builds of all commands and their options; calling `app` itself builds it anew for every line."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line."""
     terminal.show_waiting()
     try:
         try:
-            app(prog_name="outrider")
+            command()(prog_name="outrider")
         except SystemExit as end:
             _end(end)
     except OutriderError as error:

@@ -5,6 +5,7 @@ Works with any cache. One without pages has room for every slot's whole context,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from outrider.engine.parts import Parts
@@ -44,14 +45,26 @@ class Room:
         self.sums = Reuse()
 
     # ------------------------------------------------------------------ pages
-    def admits(self, sequence: Sequence, running: list[Sequence]) -> bool:
-        """Whether there are pages for a waiting sequence's tokens beside those that the running ones still need for theirs."""
+    def admission(self, running: list[Sequence]) -> Callable[[Sequence], bool]:
+        """Whether there are pages for a waiting sequence's tokens beside those that the running ones still need for theirs.
+
+        For one round, in which `running` grows by those who enter and pages stay where they are: each is counted once.
+        """
         kv = self._paged
-        if kv is None or not running:
-            return True
-        promised = sum(kv.lacking(s.slot, len(s.tokens) + 1 + self._nodes) for s in running)
-        root = root_of(self._target, sequence.params.cache_salt)
-        return promised + kv.needed(sequence.keyed, 1 + self._nodes, root) <= kv.spare
+        if kv is None:
+            return lambda sequence: True
+        counted, promised = 0, 0
+
+        def admits(sequence: Sequence) -> bool:
+            nonlocal counted, promised
+            if not running:
+                return True
+            promised += sum(kv.lacking(s.slot, len(s.tokens) + 1 + self._nodes) for s in running[counted:])
+            counted = len(running)
+            root = root_of(self._target, sequence.params.cache_salt)
+            return promised + kv.needed(sequence.keyed, 1 + self._nodes, root) <= kv.spare
+
+        return admits
 
     def short(self, works: list[StepWork]) -> bool:
         """Whether a step needs more pages than there are."""
@@ -64,7 +77,8 @@ class Room:
     # ------------------------------------------------------------------ sharing
     def share(self, scheduler: Scheduler) -> None:
         """Let every sequence that has prompt tokens to feed use what the cache knows of them."""
-        kv, (_, weights) = self._sharing, root_of(self._target)  # in every step: a target that was moved is refused there
+        # in every step: a target that was moved is refused there
+        kv, (_, weights) = self._sharing, root_of(self._target)
         if kv is None:
             return
         for s in scheduler.running:

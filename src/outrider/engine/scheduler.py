@@ -25,7 +25,8 @@ class Scheduler:
     the KV cache do not depend on the batch; only an image whose rows see each other moves an end behind it. Each step takes every
     decoding sequence and at most `prefill` prompt rows (always at least one chunk), so a long prompt delays the others by one
     chunk at a time.
-    admits: whether there is room for a waiting sequence beside the running ones; until then it waits, and all behind it do.
+    admission: asked once a round with the running ones: whether there is room for a waiting sequence beside them; until then it
+    waits, and all behind it do.
     """
 
     def __init__(
@@ -34,9 +35,9 @@ class Scheduler:
         *,
         chunk: int = 256,
         prefill: int | None = None,
-        admits: Callable[[Sequence, list[Sequence]], bool] = lambda sequence, running: True,
+        admission: Callable[[list[Sequence]], Callable[[Sequence], bool]] = lambda running: lambda sequence: True,
     ) -> None:
-        self._admits = admits
+        self._admission = admission
         self.chunk, self.prefill = chunk, max(chunk, prefill or chunk)
         self.slots = slots
         self.waiting: deque[Sequence] = deque()
@@ -50,7 +51,8 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Give free slots to waiting sequences, oldest first."""
         admitted: list[Sequence] = []
-        while self.waiting and self._free and self._admits(self.waiting[0], self.running):
+        admits = self._admission(self.running)
+        while self.waiting and self._free and admits(self.waiting[0]):
             sequence = self.waiting.popleft()
             sequence.slot, sequence.cached, sequence.entered = self._free.pop(), 0, len(sequence.tokens)
             sequence.reused = sequence.reused if sequence.output else 0

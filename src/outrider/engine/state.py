@@ -36,7 +36,7 @@ class StepState:
     def __init__(self, parts: Parts, hooks: Hooks, options: CoreOptions) -> None:
         self.parts, self.hooks, self.options = parts, hooks, options
         self.room = Room(parts, options.chunk, options.prefix_cache)
-        self.scheduler = Scheduler(options.slots, chunk=options.chunk, admits=self.room.admits)
+        self.scheduler = Scheduler(options.slots, chunk=options.chunk, admission=self.room.admission)
         self.watchers = Watchers(hooks)
         self.drafter = Contained(parts.drafter, lambda message: self.watchers.defect("drafter", message))
         self.pending = self._nothing = PendingDraft(Draft.empty(0, parts.target.device), [])

@@ -38,6 +38,8 @@ def turns_of(
 def rope_keys_by_kind(raw: dict, family: Family) -> tuple[dict, dict]:
     """`rope_keys` of a family with `rope_local_base_freq`: of layers that see everything, and of those with a window."""
     given = raw.get("rope_parameters") or {}
+    if isinstance(given, dict):  # some releases of transformers write two keys of other families beside these
+        given = {k: v for k, v in given.items() if (k, v) not in (("rope_theta", None), ("rope_type", "default"))}
     if not isinstance(given, dict) or given.keys() - {"full_attention", "sliding_attention"}:
         raise Unsupported("its rotary parameters are not those of full_attention and sliding_attention")
     own = [given.get("full_attention") or {}, given.get("sliding_attention") or {}, raw.get("rope_scaling") or {}]

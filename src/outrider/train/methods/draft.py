@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.drafters.target_tables import embeddings
-from outrider.models.hf.fresh import small_llama
 from outrider.models.tokenizer import whole_tokenizer
 from outrider.protocols import Target
 from outrider.train.causal_lm import CausalLM
@@ -30,6 +29,9 @@ class DraftModel(Method):
 
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> CausalLM:
         """A fresh language model over the target's tokens; its context is the target's."""
+        # transformers' classes take seconds to import, and the other methods do not need them
+        from outrider.models.hf.fresh import small_llama
+
         tokenizer = whole_tokenizer(options.target)
         ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id", None) for n in ("pad", "bos", "eos")}
         width = options.width or max(32, target.hidden_size // 64 * 32)

@@ -114,7 +114,7 @@ def test_memory_that_is_short_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) ->
     """Nothing was asked for, and target and drafter could together fill more than there is."""
     drafter = DRAFTERS["model"]()
     each = TARGET.token_bytes + drafter.cache_need(3, 250).token
-    for module in ("outrider.engine.shares", "outrider.nn.kv"):
+    for module in ("outrider.nn.shares", "outrider.nn.kv"):
         monkeypatch.setattr(f"{module}.available_memory", lambda device: int(8.5 * PAGE * each / 0.9))
     one = build(drafter, None)
     assert bytes_of(one.parts.kv) + bytes_of(drafter.cache.kv) <= 8.5 * PAGE * each
