@@ -73,7 +73,8 @@ def as_picture(thing: Any, name: str = "the image") -> Any:
         raise RequestError(
             f"{name} is {type(thing).__name__}: give a picture of Pillow, a path, or the bytes of a file"
         )
-    _check_size(*thing.size, name)
+    width, height = thing.size
+    _check_size(width, height, name)
     return _in_rgb(thing, name)
 
 
@@ -116,7 +117,8 @@ def _decoded(image: Any, data: bytes, name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit on pixels is below
             found = image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(*found.size, name)
+            width, height = found.size
+            _check_size(width, height, name)
             if getattr(found, "n_frames", 1) > 1:
                 raise RequestError(f"{name} is animated: send one frame")
             found.load()
