@@ -346,6 +346,5 @@ class Evidence:
         if self.segment_index[i] < 0:
             return []
         s, b = self.rows.segments[self.segment_index[i]], self.verdict_index[i]
-        first_node = s.first + s.fed
         path = () if b < 0 else self.verdict.path[b]
-        return [*range(s.first, first_node), *(first_node + self.draft.local(b, k) for k in path)]
+        return [*range(s.first, s.first + s.fed), *(s.first + s.fed + self.draft.local(b, k) for k in path)]

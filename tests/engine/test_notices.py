@@ -207,7 +207,7 @@ def test_a_draft_on_transformers_is_not_emulated_for_its_target_s_sake(
     monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset({"fpu", "avx2"}))
     monkeypatch.delenv(isa.VARIABLE, raising=False)
     monkeypatch.setattr("outrider.loading.find_tokenizer", lambda name: None)
-    monkeypatch.setattr("outrider.models.load.load_library", lambda: object())
+    monkeypatch.setattr("outrider.models.dtypes.load_library", lambda: object())
     monkeypatch.setattr(lean, "load_native", lambda config, weights: (None, []))
     target = make_checkpoint(tmp_path, "llama", hidden_size=64, vocab_size=96, dtype=torch.bfloat16)
     from outrider.loading import Loaded, load_model

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from outrider import isa
 from outrider.errors import CapacityError, ConfigError
-from outrider.models import load
+from outrider.models import dtypes
 from outrider.models.hf.target import HFTarget
 from outrider.models.lean import LeanTarget
 from outrider.models.load import (
@@ -130,12 +130,12 @@ def test_dtype_auto_follows_processor_and_checkpoint(monkeypatch):
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(isa, "multiplies_bfloat16", lambda able=able: able)
         for lean in (True, False):
-            assert load.choose_dtype("auto", "float16", torch.device("cpu"), lean=lean) is dtype
-    monkeypatch.setattr(load, "load_library", lambda: object())  # the native decoder multiplies any CPU's bfloat16
-    assert load.choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=True) is torch.bfloat16
-    assert load.choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=False) is torch.float32
-    assert load.choose_dtype("auto", "float16", torch.device("cuda"), lean=True) is torch.float16
-    assert load.choose_dtype("auto", None, torch.device("cuda"), lean=True) is torch.bfloat16
+            assert dtypes.choose_dtype("auto", "float16", torch.device("cpu"), lean=lean) is dtype
+    monkeypatch.setattr(dtypes, "load_library", lambda: object())  # the native decoder multiplies any CPU's bfloat16
+    assert dtypes.choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=True) is torch.bfloat16
+    assert dtypes.choose_dtype("auto", "bfloat16", torch.device("cpu"), lean=False) is torch.float32
+    assert dtypes.choose_dtype("auto", "float16", torch.device("cuda"), lean=True) is torch.float16
+    assert dtypes.choose_dtype("auto", None, torch.device("cuda"), lean=True) is torch.bfloat16
 
 
 def test_too_little_memory(model, monkeypatch):

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from outrider import isa, options
+from outrider import options
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.adapter import home_of, is_adapter
 from outrider.models.admit import admit, try_out
 from outrider.models.checkpoint import Checkpoint, Progress
 from outrider.models.config import Unsupported, read_raw_config
+from outrider.models.dtypes import choose_dtype, dtype_notices, is_emulated, named_dtype
 from outrider.models.entries import read_entries
 from outrider.models.folder import require_config, resolve_folder
 from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.parts import is_gguf
 from outrider.models.lean import LeanTarget
-from outrider.models.native.build import load_library
 from outrider.models.native.runtime import library_for
 from outrider.models.places import check_numbers
 from outrider.models.quantised import block_type, quantised_target
@@ -45,10 +45,6 @@ __all__ = [
     "stop_ids",
     "vocab_fingerprint",
 ]
-
-FLOAT16 = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
-"""Instructions with products of float16."""
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in options.DTYPES.items()}
 
 
 def load_target(
@@ -85,7 +81,7 @@ def load_target(
     if kv_dtype not in KV_DTYPES:
         raise ConfigError(unknown_name("type of keys and values", kv_dtype, KV_DTYPES))
     where = _device(device)
-    _named_dtype(dtype)
+    named_dtype(dtype)
     folder = resolve_folder(path_or_name)
     require_config(folder)
     found = _runtime(folder, implementation, max_length)
@@ -109,7 +105,7 @@ def load_target(
         target = LeanTarget(found.config, lambda: found.read(chosen, where, progress, role))
     target = target.storing(kv_dtype)
     told = found.notice(chosen)
-    target.notices += (*told, *_dtype_notices(folder, chosen, where, target.native is not None))
+    target.notices += (*told, *dtype_notices(folder, chosen, where, target.native is not None))
     return target
 
 
@@ -179,7 +175,7 @@ def _native(found: Checkpoint | GgufCheckpoint, dtype: torch.dtype, device: torc
 
 def reads_emulated(path_or_name: str | Path, dtype: torch.dtype, device: torch.device, implementation: str) -> bool:
     """Whether this checkpoint would run on transformers in a type that this machine multiplies only by emulating it."""
-    return _emulated(dtype, device) and isinstance(_runtime(resolve_folder(path_or_name), implementation), str)
+    return is_emulated(dtype, device) and isinstance(_runtime(resolve_folder(path_or_name), implementation), str)
 
 
 def _load_hf(
@@ -204,7 +200,7 @@ def _load_hf(
     check_numbers({name: entry.stored for name, entry in entries.items()}, bool(raw.get("quantization_config")))
     require_weights(sum(math.prod(entry.shape) for entry in entries.values()), chosen, device, role)
     target = HFTarget.load(folder, dtype=chosen, device=device, max_length=max_length)
-    target.notices = (*([notice] if notice else []), *target.notices, *_dtype_notices(folder, chosen, device, False))
+    target.notices = (*([notice] if notice else []), *target.notices, *dtype_notices(folder, chosen, device, False))
     return target
 
 
@@ -272,7 +268,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
         notices=(
             *told,
             *([library_notice] if library_notice else []),
-            *_dtype_notices(folder, chosen, where, library is not None),
+            *dtype_notices(folder, chosen, where, library is not None),
         ),
     )
 
@@ -319,38 +315,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} is not there (PyTorch sees no GPU); use 'auto' or 'cpu'")
     return device
-
-
-def _named_dtype(name: str) -> torch.dtype | None:
-    """The dtype of that name, None for "auto"."""
-    if name != "auto" and name not in DTYPES:
-        raise ConfigError(unknown_name("dtype", name, ["auto", *DTYPES]))
-    return DTYPES.get(name)
-
-
-def choose_dtype(name: str, stored: object, device: torch.device, *, lean: bool) -> torch.dtype:
-    """lean: our runtime may have the native decoder, which always computes with bfloat16 weights in float32."""
-    named = _named_dtype(name)
-    if named is not None:
-        return named
-    if device.type != "cpu":
-        return DTYPES.get(str(stored), torch.bfloat16)
-    halves = lean and DTYPES.get(str(stored)) is torch.bfloat16 and load_library() is not None
-    return torch.bfloat16 if isa.multiplies_bfloat16() or halves else torch.float32
-
-
-def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this machine has no products of this type, so that PyTorch converts every number first."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if dtype is torch.bfloat16:
-        return not isa.multiplies_bfloat16()
-    return not isa.chosen().native or FLOAT16.isdisjoint(isa.cpu_flags())
-
-
-def _dtype_notices(folder: Path, dtype: torch.dtype, device: torch.device, native: bool) -> tuple[str, ...]:
-    """Whether the type is slow in PyTorch on this machine. native: the native decoder is used, where it is not."""
-    if native or not _emulated(dtype, device):
-        return ()
-    name = str(dtype).removeprefix("torch.")
-    return (f"{folder.name} runs in {name}, which this CPU only emulates (slower): choose --dtype float32",)
