@@ -44,7 +44,7 @@ def draft(tmp_path: Path) -> Path:
 
 def test_what_decides_the_model_and_what_does_not(engine: Engine, draft: Path) -> None:
     """Option by option: a new one must be put into one of the tables."""
-    fixed = {"draft", "target", "dtype", "device", "target_quantize"}
+    fixed = {"draft", "target", "dtype", "device", "target_quantize", "kv_dtype"}
     fixed |= {"draft_vocabulary"}  # counted, so in a test of its own
     assert set(OTHER) | set(SHARED) | fixed == set(EngineOptions.__dataclass_fields__)
     first = model_of(engine, draft)

@@ -188,12 +188,12 @@ def test_a_template_that_refuses_a_conversation_says_so(copy) -> None:
     (copy / "chat_template.jinja").unlink(missing_ok=True)
     engine = build_engine(copy, "none", length=0, slots=1, max_length=64)
     with pytest.raises(ConfigError, match=r"not that.*--system"):
-        Conversation(engine, "be brief", Closing())
-    talk = Conversation(engine, None, Closing())
+        Conversation(engine, "be brief", Closing(), SamplingParams(max_tokens=2))
+    talk = Conversation(engine, None, Closing(), SamplingParams(max_tokens=2))
     with pytest.raises(RequestError, match="not that"):
-        talk.turn("bad word", SamplingParams(max_tokens=2))
+        talk.turn("bad word")
     assert talk.messages == []
-    talk.turn("fine", SamplingParams(max_tokens=2))
+    talk.turn("fine")
     assert [m["role"] for m in talk.messages] == ["user", "assistant"]
 
 
