@@ -120,7 +120,6 @@ class EngineOptions:
             isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < 1e9
         ):
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
-        _check_named("rule", self.rule.partition(":")[0], ("auto", *EXACT_RULES, *LOSSY_RULES))
         _check_named("dtype", self.dtype, ("auto", *DTYPES))
         _check_named("implementation", self.implementation, IMPLEMENTATIONS)
         _check_lengths(self.lengths, self.length)

@@ -21,6 +21,7 @@ from outrider.params import SamplingParams
 from outrider.protocols import Target
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
+from tests.covering import slow_beyond
 from tests.drafters.drafting import evidence, view
 from tests.models.test_native import SHAPES, random_weights, tokens
 
@@ -96,7 +97,7 @@ SPECS = (
 )
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", slow_beyond([(spec,) for spec in SPECS], [SPECS[:1], SPECS[-1:]]))
 def test_the_lean_runtime_s_texts_are_those_of_plain_decoding(spec: str) -> None:
     """Several sequences, shared beginnings, more requests than slots, greedy and sampled, in the two runs of the same engine."""
     target = small()

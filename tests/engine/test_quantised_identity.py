@@ -16,6 +16,7 @@ from outrider.build import Engine, build_engine, companion
 from outrider.models.native.build import load_library
 from outrider.params import SamplingParams
 from outrider.verify import LOSSLESS
+from tests.covering import slow_beyond
 from tests.gguf_files import make_pair
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="products in blocks need a C++ compiler")
@@ -71,7 +72,7 @@ def test_some_prompts(engine: Engine) -> None:
     compare(engine, 96, (3,))
 
 
-@pytest.mark.parametrize("rule", sorted(LOSSLESS))
+@pytest.mark.parametrize("rule", slow_beyond([(rule,) for rule in sorted(LOSSLESS)], [("block",), ("match",)]))
 def test_every_lossless_rule(engine: Engine, rule: str) -> None:
     """Greedy, in one batch; and for `match`, whose noise belongs to positions, at temperature 1 too."""
     asked = prompts(16, seed=77)

@@ -24,6 +24,7 @@ from outrider.params import SamplingParams
 from outrider.protocols import Drafter
 from outrider.verify import load_rule
 from tests.contract.drafters import learned
+from tests.covering import slow_beyond
 from tests.models.test_native import SHAPES, random_weights, tokens
 
 PAGE = 64
@@ -59,7 +60,7 @@ DRAFTERS = {
 }
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", slow_beyond([(name,) for name in DRAFTERS], [("model",), ("copy",)]))
 def test_all_caches_together_take_no_more_and_texts_stay(name: str) -> None:
     """Pages for little more than one sequence: sequences wait, are sent away, or go without drafts; nobody's text changes."""
     drafter = DRAFTERS[name]()

@@ -56,6 +56,7 @@ ENGINE = Table(
             str,
             typer.Option(
                 "--rule",
+                callback=paths.rule,
                 help="Verification rule. Exact: auto, speculative_sampling, block, k_seq, optimal_transport, spechub, "
                 "traversal, match. Lossy, with --allow-lossy: tv_budget:per_token=0.05,per_sequence=2, over_acceptance, "
                 "lenience, mentored, typical, top_k; of images also neighbours, cluster.",

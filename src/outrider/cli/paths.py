@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.errors import ConfigError, unknown_name
-from outrider.options import DRAFTERS, PART
+from outrider.options import DRAFTERS, EXACT_RULES, LOSSY_RULES, PART
 
 _HOW = re.compile(r"(?:[\w,]+:)*")
 """Words before a path, each with a colon behind it: how drafts grow, and what kind of drafter the path holds."""
@@ -41,6 +41,14 @@ def drafter(spec: Any) -> Any:
             raise ConfigError(f"--draft: there is no {path}: give a folder, a Hub name, or none, ngram or auto")
         if path not in DRAFTERS and get_close_matches(path, DRAFTERS, cutoff=0.7) and not Path(path).exists():
             raise ConfigError(unknown_name("drafter", path, DRAFTERS))
+    return spec
+
+
+def rule(spec: Any) -> Any:
+    """A verification rule that there is. What stands behind its name is looked at when it is loaded."""
+    known, name = ("auto", *EXACT_RULES, *LOSSY_RULES), str(spec).partition(":")[0]
+    if name not in known:
+        raise ConfigError(unknown_name("rule", name, known))
     return spec
 
 
