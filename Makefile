@@ -182,7 +182,7 @@ test-client-npm: $(STAMP) .venvs/client-npm/.made
 	  nbclient==0.11.0 nbformat ipykernel matplotlib tensorboard wandb hypothesis pytest pytest-timeout
 	@touch $@
 
-test-gpu: $(STAMP)  ## texts, rules, drafters and trainings on a GPU: PyTorch must be a CUDA build, GPU_PYTHON names another Python with it
+test-gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## texts, rules, drafters and trainings on a GPU: PyTorch must be a CUDA build, GPU_PYTHON names another Python with it
 	@PYTHONPATH=src $(TEST_ENV) $(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q tests/outside/gpu
 
 test-partners: .venvs/partners/.made  ## Outrider inside lm-eval and TRL, notebooks in a Jupyter kernel, trainings in TensorBoard and wandb

@@ -16,6 +16,8 @@ import argparse
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -88,8 +90,6 @@ def launcher(kernel: Any, **_: Any) -> Callable[[Callable[..., Any]], Callable[.
     """vLLM's decorator without its warming up: the function gives the grid and the constants, its arguments go to the kernel."""
 
     def decorate(of: Callable[..., Any]) -> Callable[..., None]:
-        import inspect
-
         def call(*args: Any, **named: Any) -> None:
             grid, constants = of(*args, **named)
             given = inspect.signature(of).bind(*args, **named).arguments
@@ -205,7 +205,7 @@ def evidence(
     found, wanted = pool(seen), pool(draws * expected)
     statistic = float(((found - wanted) ** 2 / wanted).sum())
     log10 = stats.chi2.logsf(statistic, len(wanted) - 1) / 2.302585
-    verdict = "NOT the target's distribution" if log10 < -9 else "exact so far"
+    verdict = "NOT the target's distribution" if log10 < math.log10(ALARM) else "exact so far"
     return (
         f"{emitted / draws:.2f} tokens a step, chi2 {statistic:,.0f} of {len(wanted) - 1:,} degrees, "
         f"p = 10^{log10:.1f}, {verdict}"

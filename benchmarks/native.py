@@ -118,9 +118,7 @@ class Probe:
         unit = compiled.Unit("probe", Path(__file__).parent, True, "")
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "probe.so"
-            choice = (
-                isa.chosen()
-            )  # the limits of the instructions that the decoder has: OUTRIDER_ISA may take some away
+            choice = isa.chosen()  # the limits of the decoder's instructions, of which OUTRIDER_ISA may take some away
             level = ("-march=native",) if choice.native or choice.level is None else choice.level.flags
             flags = [*compiled.FLAGS, *level, "-fopenmp", f"-I{compiled.DECODER.folder}"]
             compiled.compile_unit(unit, compiled.find_compiler(), flags, made)

@@ -41,13 +41,16 @@ HELD_OUT = 256
 MEASURED = 128
 """Rows of each temperature that drafters are measured on, before and after."""
 TEMPERATURES = (0.0, 1.0)
+ENDING = 25.0
+"""Seconds that the last measurement and the files are given."""
 CAPTURED = 128
 """Rows of one pass for hidden states."""
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """One training: the name of its folder, its kind, what differs from the shipped one, and its share of the steps' time."""
+    """One training: the name of its folder, its kind, its highest learning rate, and what differs from the
+    shipped one's training. fresh: whether it begins with new weights, as other sizes must."""
 
     name: str
     kind: str
@@ -191,7 +194,7 @@ def train_one(options: argparse.Namespace, drafter: Drafter, until: float) -> No
     }
     with torch.no_grad():
         before = {} if drafter.fresh else measure(model)
-    steps = steps_until(model, batches, loss, until - 25.0)
+    steps = steps_until(model, batches, loss, until - ENDING)
     say = lambda line: print(f"{drafter.name}: {line}", flush=True)  # noqa: E731
     loop = replace(job.loop, steps=steps)
     state = train(model, batches, loss, loop, options.out / "checkpoints" / drafter.name, measure, say)
