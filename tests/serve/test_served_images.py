@@ -135,6 +135,16 @@ def test_bad_images_are_a_400_that_says_what_to_do(server: Running) -> None:
     assert "the context holds" in refused(server, "/v1/chat/completions", long)
 
 
+def test_only_images_may_make_a_body_large(server: Running) -> None:
+    """A body of quotes and escapes takes far longer to read than one of an image, and everybody waits meanwhile."""
+    large = chat(url())
+    large["messages"][0]["content"][1]["text"] = '"' * 1_500_000
+    status, _, found = server.call("POST", "/v1/chat/completions", large)
+    assert status == 413 and "besides its images" in json.loads(found)["error"]["message"]
+    noise = f"data:image/png;base64,{'A' * 4_000_000}"
+    assert "no PNG" in refused(server, "/v1/chat/completions", chat(noise))
+
+
 def test_a_model_without_images_says_so() -> None:
     with serving() as text_only:
         assert "images" in refused(text_only, "/v1/chat/completions", {**chat(url()), "model": "pycode"})
