@@ -54,7 +54,7 @@ def bytes_of_url(url: str, name: str = "the image") -> bytes:
             "addresses are never fetched, send the file itself"
         )
     body = url[head.end() :]
-    if len(body) * 3 // 4 > MAX_BYTES:
+    if len(body) * 3 // 4 - body.count("=", -2) > MAX_BYTES:
         raise RequestError(_too_large(name))
     try:
         return base64.b64decode(body, validate=True)

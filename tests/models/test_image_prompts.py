@@ -235,6 +235,17 @@ def test_texts_that_images_open_are_refused() -> None:
         reader.rows(image)
 
 
+def test_images_larger_than_a_window_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of two cuts an image of four rows, as it cuts a text; the trial, whose image may be smaller, has passed."""
+    reader, kit = images_of(HFTarget(small("gemma3").model), small("gemma3").processor), small("gemma3")
+    assert isinstance(reader, HFImages)
+    reader.prove()
+    image = reader.read(f"a text {kit.mark} and more", [picture(12)]).images[0]
+    monkeypatch.setattr(reader.target.model.config.get_text_config(decoder=True), "sliding_window", 2)
+    with pytest.raises(CapabilityError, match="image of 4 rows is larger than a window"):
+        reader.rows(image)
+
+
 @pytest.mark.slow
 def test_a_model_that_needs_more_than_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen3-VL without what its deeper layers add to the rows of images: the trial finds it."""

@@ -118,6 +118,14 @@ def test_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             call()
 
 
+def test_the_largest_file_is_read_whatever_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (30, 31, 32):
+        monkeypatch.setattr(pictures, "MAX_BYTES", size)
+        assert bytes_of_url(url_of(b"a" * size)) == b"a" * size
+        with pytest.raises(RequestError, match="larger than"):
+            bytes_of_url(url_of(b"a" * (size + 1)))
+
+
 def test_without_pillow_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -54,7 +54,7 @@ def test_expressions_that_may_loop_are_wild(pattern: str) -> None:
 def test_json_is_judged_before_it_is_read() -> None:
     check(b'"' + b'\\"' * 500_000, 0)  # a text that does not end is looked at once
     check(b'{"a": "[[[[,,,,\\"{{{{", "b": [1, 2]}', 2)  # what stands in texts is no structure
-    for data in (b"[" + b"1," * 100 + b"1]", b"[" + b"[]," * CONTAINERS + b"1]", b"[" * 40 + b"]" * 40):
+    for data in (b"[" + b"1," * 100 + b"1]", b"[" + b"[]," * CONTAINERS + b"1]", b"[" * 40 + b"]" * 40, b"]" * (CONTAINERS + 1)):
         with pytest.raises(BadField):
             check(data, 99)
     with pytest.raises(BadField, match="keys"):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from threading import Event
+from typing import Any, cast
 
 import pytest
 
 from outrider.build import Engine
 from outrider.params import SamplingParams
+from outrider.pictured import ImagePrompt
+from outrider.serve.reading import Reading
 from tests.checkpoints_images import picture, small
 from tests.models.test_pictures import bomb
 from tests.serve.harness import Running, serving
@@ -131,6 +135,47 @@ def test_bad_images_are_a_400_that_says_what_to_do(server: Running) -> None:
     assert "the context holds" in refused(server, "/v1/chat/completions", long)
 
 
+def test_only_images_may_make_a_body_large(server: Running) -> None:
+    """A body of quotes and escapes takes far longer to read than one of an image, and everybody waits meanwhile."""
+    large = chat(url())
+    large["messages"][0]["content"][1]["text"] = '"' * 1_500_000
+    status, _, found = server.call("POST", "/v1/chat/completions", large)
+    assert status == 413 and "besides its images" in json.loads(found)["error"]["message"]
+    noise = f"data:image/png;base64,{'A' * 4_000_000}"
+    assert "no PNG" in refused(server, "/v1/chat/completions", chat(noise))
+
+
 def test_a_model_without_images_says_so() -> None:
     with serving() as text_only:
         assert "images" in refused(text_only, "/v1/chat/completions", {**chat(url()), "model": "pycode"})
+
+
+def test_pictures_of_a_client_that_has_left_are_read_to_their_end_before_the_next() -> None:
+    """Or clients that come and go would have as many pictures decoded at once as there are threads."""
+    begun, end, order = Event(), Event(), list[str]()
+
+    def slow() -> ImagePrompt:
+        begun.set()
+        end.wait()
+        order.append("the first")
+        return ImagePrompt([1], [])
+
+    def quick() -> ImagePrompt:
+        order.append("the second")
+        return ImagePrompt([2], [])
+
+    async def clients() -> None:
+        reading = Reading(cast(Any, None), cast(Any, None))
+        first = asyncio.ensure_future(reading.alone(slow))
+        await asyncio.to_thread(begun.wait)
+        first.cancel()
+        await asyncio.wait([first])
+        second = asyncio.ensure_future(reading.alone(quick))
+        try:
+            await asyncio.wait([second], timeout=0.2)  # in which it would be read, if it did not wait
+        finally:
+            end.set()
+        assert first.cancelled() and await second == [2]
+
+    asyncio.run(clients())
+    assert order == ["the first", "the second"]

@@ -21,7 +21,7 @@ KEYS = 4096
 TOGETHER = 64 << 20
 """Bytes of bodies held at once, before their requests have a place; beyond this, bodies above SMALL are refused."""
 SMALL = 1 << 16
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # an unclosed string extends to the end: linear time
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # an unclosed string extends to the end: linear time
 _BRACKETS = re.compile(rb"[\[\]{}]")
 
 
@@ -53,6 +53,8 @@ class Bodies:
             raise HTTPException(408, f"the body took longer than {self.seconds:g} seconds") from None
         finally:
             self.held -= len(data)
+        if len(data) > self.limit and data.count(b'"') + data.count(b"\\") > self.limit:  # what strings take time for
+            raise HTTPException(413, f"besides its images the body is larger than {self.limit} bytes: make it smaller")
         return parsed(bytes(data), values)
 
 
@@ -74,7 +76,7 @@ def check(data: bytes, values: int) -> None:
     bare = _STRINGS.sub(b"", data)
     if bare.count(b",") > values:
         raise BadField(f"the body has more than {values} values: no prompt of this model is that long")
-    if bare.count(b"[") + bare.count(b"{") > CONTAINERS:
+    if max(bare.count(b"[") + bare.count(b"{"), bare.count(b"]") + bare.count(b"}")) > CONTAINERS:
         raise BadField(f"the body has more than {CONTAINERS} lists and objects: make it simpler")
     depth = 0
     for bracket in _BRACKETS.findall(bare):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from outrider.serve.prep import Refused, TooLong
 from outrider.serve.prep_worker import TAIL, conversation, dialect_of, encoder, rendered, template_of
 from outrider.serve.requests import CompletionRequest, RequestFields, text_of
 from outrider.serve.settings import Settings
+from outrider.serve.tickets import Unavailable
 
 logger = logging.getLogger(__name__)
 IMAGE_SECONDS = 60.0
@@ -190,12 +192,24 @@ class Reading:
                 text = await prep.render(messages, owner, **options)
             else:
                 text = await self.bridge.in_thread(lambda: rendered(engine.tokenizer, messages, **options))
-            async with self._decoding:  # the pictures of one request at a time: they may be large
-                return await self.bridge.in_thread(lambda: read(text), IMAGE_SECONDS), text[-TAIL:]
+            return await self.alone(lambda: read(text)), text[-TAIL:]
         except Refused:
             raise
         except (CapabilityError, ConfigError, RequestError) as error:
             raise BadField(str(error), "messages") from None
+
+    async def alone(self, read: Callable[[], ImagePrompt]) -> ImagePrompt:
+        """Read the pictures of one request in a thread, which may take much memory: after those of others, also of those who no
+        longer wait for them. Raises Unavailable after IMAGE_SECONDS of its own."""
+        await self._decoding.acquire()
+        reading = asyncio.ensure_future(asyncio.to_thread(read))
+        reading.add_done_callback(lambda _: self._decoding.release())
+        reading.add_done_callback(_failed)  # nobody may be waiting for it
+        try:
+            async with asyncio.timeout(IMAGE_SECONDS):
+                return await asyncio.shield(reading)
+        except TimeoutError:
+            raise Unavailable("the images took too long to read: make them smaller, or send fewer") from None
 
     def _options(self, body: ChatRequest, speech: Speech, turn: Turn) -> dict[str, Any]:
         options = template_kwargs(body, speech)

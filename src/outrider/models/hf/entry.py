@@ -7,7 +7,7 @@ with the result, positions and masks. That call is the one place to look at and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,17 @@ class Entry:
     marks: tuple[str, ...]
 
 
+@contextmanager
+def failing_as(what: str, remedy: str) -> Iterator[None]:
+    """Context in which a model's failure becomes a CapabilityError: a family may want other inputs, and say so in any way."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CapabilityError(f"{what} ({brief(error)}): {remedy}") from error
+
+
 @torch.no_grad()
 def entry_of(model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any], pictured: Bool[Tensor, "n"]) -> Entry:
     """What enters `text`, the text part of `model`, when the model reads one prompt, given as its processor gives it.
@@ -59,15 +70,8 @@ def entry_of(model: PreTrainedModel, text: nn.Module, tensors: Mapping[str, Any]
 
     kind, hook = type(model).__name__, text.register_forward_pre_hook(entering, with_kwargs=True)
     try:
-        model(**tensors, use_cache=False)
-    except _Entered:
-        pass
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a family may want other inputs, and say so in any way
-        raise CapabilityError(
-            f"{kind} cannot read this image ({brief(error)}): choose another model or image"
-        ) from error
+        with failing_as(f"{kind} cannot read this image", "choose another model or image"), suppress(_Entered):
+            model(**tensors, use_cache=False)
     finally:
         hook.remove()
     embeds = seen.get(_EMBEDS)

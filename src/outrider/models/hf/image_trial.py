@@ -11,7 +11,7 @@ from torch import Tensor
 
 from outrider.errors import CapabilityError
 from outrider.models.hf.choice import disagreement, tolerance
-from outrider.models.hf.state import brief
+from outrider.models.hf.entry import failing_as
 from outrider.models.hf.target import HFTarget
 from outrider.pictured import ImagePrompt, Pictured
 from outrider.pictured_rows import with_images
@@ -26,14 +26,8 @@ def try_image(target: HFTarget, prompt: ImagePrompt, pictured: Pictured, tensors
     """Raise CapabilityError unless rows of `prompt` have the logits that the model gives the same prompt as its processor makes it,
     `tensors`."""
     kind = type(target.model).__name__
-    try:
+    with failing_as(f"{kind} fails on a small image", "choose another model for images"):
         reference = target.model(**tensors, use_cache=False).logits[0].float()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a family may want other inputs, and say so in any way
-        raise CapabilityError(
-            f"{kind} fails on a small image ({brief(error)}): choose another model for images"
-        ) from error
     end = len(prompt) - DRAFTED
     middle = min(pictured.whole(max(1, pictured.starts[0] + 2)), end - 1)
     kv, found, rows_of = target.new_kv(1, len(prompt) + 1), list[Tensor](), list[int]()

@@ -250,7 +250,7 @@ def _runs(where: Sequence[int]) -> list[Range]:
 
 
 def _open(entry: Entry, at: int, runs: Sequence[Range]) -> tuple[Range, ...]:
-    """The runs of image rows that see each other, also those that follow. Raises CapabilityError for another view than that."""
+    """The runs of image rows that all see each other, also those that follow. Raises CapabilityError for another view than that."""
     if not entry.masks:
         return ()
     n = len(entry.embeds)
@@ -260,7 +260,13 @@ def _open(entry: Entry, at: int, runs: Sequence[Range]) -> tuple[Range, ...]:
         return ()
     wanted = torch.zeros(n, n, dtype=torch.bool)
     for a, b in runs:
-        wanted[at + a : at + b, at + a : at + b] = True
+        inside = slice(at + a, at + b)
+        wanted[inside, inside] = True
+        if not all(bool(mask[inside, inside].all()) for mask in entry.masks.values()):
+            raise CapabilityError(
+                f"an image of {b - a} rows is larger than a window of this model's attention, which is not supported: make the "
+                "image smaller"
+            )
     if any(bool(((mask.cpu() & ahead) != (wanted & ahead)).any()) for mask in entry.masks.values()):
         raise CapabilityError(
             "where it has images, rows of this model's text see what follows them, beyond each image itself, which is not "
