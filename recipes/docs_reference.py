@@ -212,7 +212,7 @@ class Bare:
         from outrider.records import Counts
         from outrider.telemetry.prometheus import Metrics
 
-        self.metrics, self.alive = Metrics(model="model"), True
+        self.metrics, self.alive, self.tickets, self.failures = Metrics(model="model"), True, (), 0
         self.metrics.counts = Counts(judged_at=[1], accepted_at=[1])
         self.metrics.responses["/v1/completions", "200"] = 1
         self.metrics.info = {"drafter": "", "rule": ""}
@@ -225,7 +225,7 @@ def metrics() -> str:
 
     bare = Bare()
     metrics = bare.metrics
-    Monitor(bare, price=1.0)  # type: ignore[arg-type]  # the price: so that costs are there too
+    Monitor(bare, price=1.0)  # the price: so that costs are there too
     later = [(f"outrider_{name}", "gauge", text) for name, (text, _) in metrics.gauges.items()]
     later += [(f"outrider_{name}", "counter", text) for name, (text, _) in metrics.counters.items()]
     metrics.gauges.clear()

@@ -53,7 +53,7 @@ def test_commands(talk: Conversation) -> None:
     assert obey(talk, "hello") is None and obey(talk, "/usr/bin/env") is None and obey(talk, "//x") is None
     assert obey(talk, "/temprature 1") == "there is no command '/temprature', did you mean /temperature?"
     assert obey(talk, "/temperature 0.5") == "temperature 0.5" and talk.params.temperature == 0.5
-    for bad in ("/temperature hot", "/temperature -1", "/draft many", "/draft -3"):
+    for bad in ("/temperature hot", "/temperature -1", "/draft many", "/draft -3", "/draft 2.5", "/draft inf", "/draft nan"):
         before = talk.params
         assert obey(talk, bad) and talk.params == before
     assert obey(talk, "/draft off") == "drafts are off" and talk.params.draft_length == 0
@@ -62,7 +62,15 @@ def test_commands(talk: Conversation) -> None:
     assert obey(talk, "/stats") == "nothing was said yet"
     told = obey(talk, "/help")
     assert told is not None and all(name in told for name in COMMANDS)
+    assert max(map(len, told.splitlines())) <= 80
     assert set(ENDS) >= {name for name, c in COMMANDS.items() if c.run is None}
+
+
+def test_images_wait_for_the_next_message_of_a_target_with_a_template(talk: Conversation) -> None:
+    assert obey(talk, "/image a.png") and obey(talk, "/image b.png") == "the next message shows a.png, b.png"
+    assert obey(talk, "/clear") and talk.images == []
+    talk.template = False
+    assert obey(talk, "/image a.png") == "images need a target with a chat template" and talk.images == []
 
 
 def test_a_conversation_with_thinking(talk: Conversation, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +86,9 @@ def test_a_conversation_with_thinking(talk: Conversation, capsys: Any, monkeypat
     assert talk.messages[-1]["content"].strip() == "So it is." and talk.messages[-1]["reasoning_content"].strip() == "Hm."
     told = obey(talk, "/stats")
     assert told is not None and told.startswith("2 turns; ") and f"has {talk.context} of {talk.engine.max_length} tokens" in told
+    with pytest.raises(RequestError, match="the context holds"):
+        talk.turn("x" * (talk.engine.max_length + 1))
+    assert obey(talk, "/stats") == told, "what was refused is no part of the conversation"
     assert obey(talk, "/system -") == "system message: none" and talk.messages[0]["role"] == "user"
     assert obey(talk, "/clear") and talk.messages == []
 

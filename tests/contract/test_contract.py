@@ -42,6 +42,7 @@ def refused(drafter: str, rule: str) -> bool:
     branches = proposes.trees and not judge.trees
     if not branches and not (getattr(proposes, "keyed", False) and getattr(judge, "reads_below", False)):
         return False
+    assert not surely(drafter, rule), "what is refused shows nothing: the table must not count on it"
     with pytest.raises(CapabilityError, match="verifies chains only" if branches else "noise keyed by absolute place"):
         engine(MODEL, proposes, judge, 1)
     return True
@@ -95,10 +96,23 @@ def way(drafter: str) -> str:
     return next((w for w in WAYS if w in drafter), "known tokens" if simple else "drawn chain")
 
 
+CHAINS = (
+    *(CHAIN, "model-coupled", "model-stop", "suffix", "suffix-shared"),
+    *("ngram", "jacobi-fresh", "sparse-snap", "medusa-compiled"),
+)
+"""Drafters that no rule refuses: for each way to draft that has chains, one."""
+BELOW = {name for name in RULES if getattr(load_rule(name), "reads_below", False)}
+
+
+def surely(drafter: str, rule: str) -> bool:
+    """Whether a combination is surely not `refused`, which making the drafter would tell, after its training."""
+    return drafter in CHAINS or (rule in TREES and not (way(drafter) == "jacobi" and rule in BELOW))
+
+
 def greedy(combination: tuple[str, str, str, int]) -> set[Hashable]:
-    """What a combination shows; `match` was met above, in the same way. One that may be refused shows no more than that."""
+    """What a combination shows; `match` was met above, in the same way. One that may be refused shows nothing."""
     drafter, rule, *how = combination
-    if rule == "match":
+    if rule == "match" or not surely(drafter, rule):
         return set()
     shows: set[Hashable] = {(way(drafter), rule)}
     if rule in TREES or drafter == CHAIN:
@@ -133,7 +147,7 @@ def company(combination: tuple[str, str, str]) -> set[Hashable]:
     parameters. `match` is met above: no company matters to it."""
     drafter, rule, sampling = combination
     kind = "lossless" if rule in LOSSLESS else "lossy"
-    shows: set[Hashable] = {drafter, (way(drafter), kind)} if rule != "match" else set()
+    shows: set[Hashable] = {drafter, (way(drafter), kind)} if rule != "match" and surely(drafter, rule) else set()
     return shows | {(rule, sampling)} if rule in TREES or drafter == CHAIN else shows
 
 
@@ -152,6 +166,11 @@ def test_the_batch_is_invisible(drafter: str, rule: str, sampling: str) -> None:
     for i in COMPARED:
         alone = engine(MODEL, DRAFTERS[drafter](MODEL, 1), load_rule(rule), 1).generate([PROMPTS[i]], [asked[i]])
         assert tokens(alone) == [together[i]]
+
+
+@pytest.mark.parametrize(("drafter", "rule"), [("tree-iid", "block"), ("jacobi-up", "block"), ("jacobi", "traversal")])
+def test_what_does_not_fit_is_refused(drafter: str, rule: str) -> None:
+    assert refused(drafter, rule)
 
 
 def test_the_table_tests_what_it_says() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +56,7 @@ def chat(
     closing = Closing()
     engine = load_engine(options if model is None else options.changed(target=model), sinks=(closing,))
     talk = Conversation(engine, system, closing, sampling)
-    talk.images += image or []
+    talk.show(image or [])
     if not talk.template:
         terminal.err.print("[dim]this target has no chat template: it continues your text[/dim]")
     with edited_lines(history_file()):
@@ -80,7 +80,6 @@ class Conversation:
         self.template = bool(source)
         self.system: str | None = None
         self.dialect, self.params = None, params
-        self.images: list[Path] = []
         self.turns, self.seconds, self.total = 0, 0.0, Counts()
         self.context = 0
         self.clear()
@@ -97,6 +96,7 @@ class Conversation:
     def clear(self) -> None:
         """Start over, with the same system message."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        self.images: list[Path] = []
         self.context = 0
 
     def instruct(self, system: str | None) -> None:
@@ -108,6 +108,12 @@ class Conversation:
         if self.template:
             self._prompt([*messages, {"role": "user", "content": "hello"}])
         self.system, self.messages = system, messages
+
+    def show(self, images: Sequence[Path]) -> None:
+        """Show these with the next message too. Raises ConfigError if the target has no chat template, which puts them in place."""
+        if images and not self.template:
+            raise ConfigError("images need a target with a chat template")
+        self.images += images
 
     def _render(self, messages: list[dict[str, Any]], **more: Any) -> str:
         return self.engine.tokenizer.apply_chat_template(messages, tokenize=False, **more)
@@ -126,8 +132,6 @@ class Conversation:
     def turn(self, line: str) -> None:
         """Stream the answer to `line`, thinking dimmed, then one line of how it went. Ctrl-C stops the answer only."""
         prompt: Any = line
-        if self.images and not self.template:
-            raise RequestError("images need a target with a chat template")
         if self.template:
             shown, self.images = [{"type": "image", "image": path} for path in self.images], []
             self.messages.append({"role": "user", "content": [*shown, {"type": "text", "text": line}] if shown else line})
@@ -158,15 +162,15 @@ class Conversation:
 
     def _pieces(self, prompt: Any) -> Iterator[tuple[str, str]]:
         """Kind ("reasoning" or "content") and text of the pieces of an answer."""
-        thinking = None
+        thinking, context = None, len(prompt)
         if self.dialect is not None:
             thinking = self.dialect.thinks(self.engine.tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False))
-            self.context = len(prompt)
         reader = Reader(None, thinking)
         for event in self.engine.stream(prompt, self.params):
             if event.error:
                 raise RequestError(event.error)
-            self.context += len(event.tokens)
+            context += len(event.tokens)
+            self.context = context
             yield from ((piece.kind, piece.text) for piece in reader.feed(event.text))
         yield from ((piece.kind, piece.text) for piece in reader.finish())
 

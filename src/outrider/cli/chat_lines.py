@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from outrider.errors import OutriderError
 
@@ -23,6 +23,7 @@ KEPT = 1000
 """Lines of the history that are kept."""
 CONTINUED = "... "
 """Before the further lines of a text."""
+T = TypeVar("T", int, float)
 
 
 def history_file() -> Path:
@@ -105,15 +106,15 @@ def _system(talk: Conversation, text: str) -> str:
 
 def _temperature(talk: Conversation, text: str) -> str:
     if text:
-        talk.params = replace(talk.params, temperature=_number(text, "a temperature is a number, as in /temperature 0.7"))
+        value = _number(float, text, "a temperature is a number, as in /temperature 0.7")
+        talk.params = replace(talk.params, temperature=value)
     return f"temperature {talk.params.temperature:g}"
 
 
 def _draft(talk: Conversation, text: str) -> str:
     if text:
-        length = {"on": None, "off": 0}.get(text, -1)
-        if length == -1:
-            length = int(_number(text, "say /draft on, /draft off, or the most tokens of a draft, as in /draft 2"))
+        words, otherwise = {"on": None, "off": 0}, "say /draft on, /draft off, or the most tokens of a draft, as in /draft 2"
+        length = words[text] if text in words else _number(int, text, otherwise)
         talk.params = replace(talk.params, draft_length=length)
     most = talk.params.draft_length
     return "drafts are on" if most is None else f"drafts of at most {most} tokens" if most else "drafts are off"
@@ -122,7 +123,7 @@ def _draft(talk: Conversation, text: str) -> str:
 def _image(talk: Conversation, text: str) -> str:
     if not text:
         raise OutriderError("name the file of a picture, as in /image photo.png")
-    talk.images.append(Path(text))
+    talk.show([Path(text)])
     return f"the next message shows {', '.join(str(path) for path in talk.images)}"
 
 
@@ -133,13 +134,13 @@ def _stats(talk: Conversation, _: str) -> str:
 def _help(talk: Conversation, _: str) -> str:
     width = max(len(c.usage) for c in COMMANDS.values())
     lines = [f"  {c.usage:{width}}  {c.help}" for c in COMMANDS.values()]
-    more = f"{BLOCK} begins and ends a text of several lines, \\ at the end of a line continues it"
+    more = f"{BLOCK} begins and ends a text of several lines; a line that ends in \\ goes on"
     return "\n".join(["commands:", *lines, f"  {more}", "  // begins a text that begins with /"])
 
 
-def _number(text: str, otherwise: str) -> float:
+def _number(kind: Callable[[str], T], text: str, otherwise: str) -> T:
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
         raise OutriderError(otherwise) from None
 
@@ -148,8 +149,8 @@ COMMANDS: Mapping[str, Command] = {
     "/help": Command("/help", "these lines", _help),
     "/system": Command("/system [TEXT]", "set the system message (- for none), or show it", _system),
     "/temperature": Command("/temperature [T]", "set the temperature, or show it", _temperature),
-    "/draft": Command("/draft [on|off|N]", "drafts of at most N tokens, or show it; no text is changed by it", _draft),
-    "/image": Command("/image FILE", "show a picture with the next message, to a target that reads images", _image),
+    "/draft": Command("/draft [on|off|N]", "drafts of at most N tokens, or show it", _draft),
+    "/image": Command("/image FILE", "a picture for the next message, if the target reads them", _image),
     "/stats": Command("/stats", "speed, acceptance and context of the conversation so far", _stats),
     "/clear": Command("/clear", "start over", _clear),
     "/quit": Command("/quit", "end, as /exit and Ctrl-D", None),
