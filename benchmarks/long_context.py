@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from native import chain, interleaved, random_weights, shipped_config
 
+from outrider.evaluate.planning.contexts import randomise
 from outrider.models.decoder import DecoderConfig
 from outrider.models.native import load_native
 from outrider.nn.kv import PagedKV
@@ -47,8 +48,7 @@ def filled(config: DecoderConfig, kv_dtype: str, cached: int) -> PagedKV:
     sizes = config.layers, 1, config.kv_heads, cached + 64, config.head_dim
     kv = PagedKV(*sizes, torch.bfloat16, torch.device("cpu"), stored=stored)
     kv.make_room(0, cached + 64)
-    for part in (*kv.k, *kv.v):
-        part.copy_(stored.pack(torch.randn(*part.shape[:-1], config.head_dim)))
+    randomise(kv)
     kv.length[0] = cached
     return kv
 

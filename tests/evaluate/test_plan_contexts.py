@@ -86,7 +86,8 @@ def test_what_cannot_be_planned_is_said() -> None:
     for text in ("", "2k", "0", "1,,2", "99999999", "-3"):
         with pytest.raises(ConfigError, match="contexts are numbers"):
             parse_contexts(text)
-    for drafts in (["ngram"], ["sparse:window:16+496", "medusa"], ["ngram+sparse:window:16+496"]):
+    views, trees = ["greedy:sparse:window:16+496"], ["tree:2x2:some/model"]
+    for drafts in (["ngram"], ["sparse:window:16+496", "medusa"], ["ngram+sparse:window:16+496"], views, trees):
         with pytest.raises(ConfigError, match="views of the target's own cache and draft models"):
             drafts_of(drafts)
 

@@ -29,15 +29,17 @@ def drafts_of(drafts: list[str]) -> list[str]:
     """The drafters that are planned for: views and draft models; the view of `auto` if none was given. Raises ConfigError for
     others."""
     from outrider.drafters.registry import AUTO_VIEW, HOSTS, LEARNED
+    from outrider.drafters.spec import SHAPES
 
     if drafts in ([], ["auto"]):
         return [f"sparse:{AUTO_VIEW}"]
     for draft in drafts:
         kind = draft.partition("+")[0].partition(":")[0]
-        if kind in (*LEARNED, *HOSTS, "auto", "none", "early", "ahead", "jacobi"):
+        prefixes = (*SHAPES, "greedy", "dynamic", "stop", "ahead")
+        if kind in (*LEARNED, *HOSTS, *prefixes, "auto", "none", "early", "jacobi"):
             raise ConfigError(
                 "--contexts is about views of the target's own cache and draft models: give --draft sparse:window:16+496, or the "
-                f"folder of a model, got {draft!r}"
+                f"folder of a model, without a prefix, got {draft!r}"
             )
     return drafts
 

@@ -254,8 +254,6 @@ def _own_head(
         return None
 
 
-
-
 def _model(
     how: DraftSpec,
     target: Target,

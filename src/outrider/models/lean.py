@@ -109,9 +109,8 @@ class LeanTarget:
         if self.native is None or self.config.experts is not None or not self._blocks:
             return None
         c = self.config
-        wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        block = c.hidden * (2 * wide + 2 * narrow + 3 * c.inner)
-        return float(self.dtype.itemsize * (self.layers * block + c.vocab_size * c.hidden)), float(self.token_bytes)
+        numbers = self.layers * c.block_numbers + c.vocab_size * c.hidden
+        return float(self.dtype.itemsize * numbers), float(self.token_bytes)
 
     @property
     def token_bytes(self) -> int:

@@ -137,15 +137,19 @@ class ContextTimes:
             other = self.best(sequences, context, math.inf, acceptance, by=by)[1] if context < end else 1.0
             return self.best(sequences, context, view, acceptance)[1] > other
 
-        return _least(better, math.floor(view))
+        return least_number(better, math.floor(view))
 
     def crossing(self, sequences: int, view: float, acceptance: float) -> int | None:
         """The least context from which drafting over a view is faster than plain decoding; None if it is not below 2^24."""
-        return _least(lambda context: self.best(sequences, context, view, acceptance)[0] > 0, math.floor(view))
+        return least_number(lambda context: self.best(sequences, context, view, acceptance)[0] > 0, math.floor(view))
 
 
-def _least(holds: Callable[[int], bool], low: int) -> int | None:
-    """The least number above `low` from which on something holds; None if it is not below 2^24."""
+def least_number(holds: Callable[[int], bool], low: int) -> int | None:
+    """The least number above `low` from which on something holds; None if it is not below 2^24.
+
+    >>> least_number(lambda tokens: tokens >= 700, 512), least_number(lambda tokens: False, 512)
+    (700, None)
+    """
     high = 1 << 24
     if not holds(high):
         return None

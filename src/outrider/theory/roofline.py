@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from outrider.theory.checks import fraction, number, positive_int
+from outrider.theory.context_times import least_number
 from outrider.theory.hardware import Hardware, Model
 from outrider.theory.links import Link, pipeline_seconds, tensor_seconds
 from outrider.theory.recurrent import Reread, reread
@@ -276,10 +277,4 @@ def self_draft_crossing(model: Model, setting: Setting, acceptance: float, row: 
         verify = [(weights[n] + cached) / step + row * n for n in range(1, 17)]
         return any(self_draft_speedup(acceptance, n, draft, v) > 1 for n, v in enumerate(verify, 1))
 
-    low, high = 0, 1 << 24
-    if not gains(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if gains(middle) else (middle, high)
-    return high
+    return least_number(gains, 0)

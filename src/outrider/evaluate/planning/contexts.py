@@ -71,6 +71,12 @@ def time_passes(
     return [TimedPass(b, n, kv.length[0], median(each)) for (n, b), each in spent.items()]
 
 
+def randomise(kv: PagedKV) -> None:
+    """Fill a cache with random numbers, however it stores them."""
+    for part in (*kv.k, *kv.v):
+        part.copy_(kv.stored.pack(torch.randn(*part.shape[:-1], kv.head_dim)))
+
+
 def fit_contexts(
     target: Target, longest: int, batch: int, *, rounds: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> ContextTimes:
@@ -87,8 +93,7 @@ def fit_contexts(
         raise CapabilityError(
             "this target's cache is not in pages, so passes over a long context cannot be timed alone"
         )
-    for part in (*kv.k, *kv.v):
-        part.copy_(kv.stored.pack(torch.randn(*part.shape[:-1], kv.head_dim)))
+    randomise(kv)
     shapes = [(n, min(b, kv.slots)) for n, b in SHAPES]
     passes: list[TimedPass] = []
     with torch.inference_mode():
