@@ -27,9 +27,9 @@ page is what `benchmarks/model_page.py` makes of the rows. A checkpoint of a fam
   (n-grams, and its own text with every fifth token wrong), and sampled text (rule `match`) that of plain decoding.
 - **speed**: as a share of transformers' `generate`, plain decoding of one sequence; the median of two interleaved runs of a few
   dozen tokens on a machine that other programs used too, so that single values are rough: measure a family that matters with
-  `benchmarks/families.py`. Values marked *c* came out below 0.9 and were measured again in processor time, seven interleaved runs
-  (`--again 0.9 --rounds 7`): one thread. On the seam a step takes a median of 0.1 ms more than one of `generate`, of
-  2 to 4 ms of four layers of 64; what is left below is that fixed cost, which a real model does not show, and chance.
+  `benchmarks/families.py`. Values marked *c* came out below 0.9 and were measured again in processor time, five or (lately) seven
+  interleaved runs (`--again 0.9 --rounds 7`): one thread. On the seam a step takes a median of 0.1 ms more than one of `generate`,
+  of 2 to 4 ms of four layers of 64; what is left below is that fixed cost, which a real model does not show, and chance.
 
 {counts}
 

@@ -40,11 +40,9 @@ class Layout:
 
     def heads(self, names: Collection[str], layers: int) -> int:
         """How many heads there are among a checkpoint's tensors, up to the first that is not whole."""
-        have, found = set(names), 0
-        while have.issuperset(self.required(layers, found)):
-            inner = self.inner(layers, found)
-            if found and not any(name.startswith(inner) for name in have):
-                break
+        have, found, dots = set(names), 0, self.inner(layers).count(".")
+        inner = {".".join(name.split(".", dots)[:dots]) + "." for name in have}
+        while have.issuperset(self.required(layers, found)) and (not found or self.inner(layers, found) in inner):
             found += 1
         return found
 

@@ -138,6 +138,9 @@ def test_checkpoints_heads_are_the_equations_and_their_text_the_targets(
         if isinstance(model, MtpNetwork):
             model.double()  # not compiled, nor rounded to bfloat16: test_native_drafts.py holds these together
     drafter.growth = seen = Seen(Levels(levels((1,) * length), VOCAB))  # type: ignore[assignment]
+    drafter.bind(2, 40)
+    caches = [drafter.cache, *(later.cache for later in getattr(drafter, "later", ()))]
+    assert len(caches) == heads and sum(cache.bytes for cache in caches) == drafter.cache_need(2, 40).fixed
     engine = Engine(target, drafter, load_rule("speculative_sampling"), Fixed(length), slots=2, max_length=40, chunk=5)
     p = [SamplingParams(temperature=1.0, max_tokens=9, seed=i, ignore_eos=True) for i in range(len(PROMPTS))]
     engine.generate(PROMPTS, p)
@@ -181,6 +184,7 @@ def test_blocks_of_float8_may_be_cut_at_the_edges() -> None:
     out = scaled_blocks(codes, scales, 2, 3)
     expected = [[float(codes[i, j]) * float(scales[i // 2, j // 3]) for j in range(7)] for i in range(5)]
     torch.testing.assert_close(out, torch.tensor(expected))
+    torch.testing.assert_close(scaled_blocks(codes, scales[:1, :1], 1 << 40, 1 << 40), codes.float() * scales[0, 0])
 
 
 def test_the_heads_tensors_are_known_and_others_are_not(tmp_path: Path) -> None:
@@ -282,6 +286,21 @@ def test_what_loading_refuses_as_no_decoder_the_doctor_refuses(tmp_path: Path) -
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     for check in (inspect_checkpoint, load_target):
         with pytest.raises(ConfigError, match="CpmAntForCausalLM is no decoder"):
+            check(tmp_path, dtype="float32")
+
+
+def test_what_a_configuration_claims_is_bounded_before_it_is_made(tmp_path: Path) -> None:
+    """Layers are counted before a model is made of them; masks, as GPT-Neo's of all positions, are counted with parameters."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64}
+    config = AutoConfig.for_model("gpt_neo", attention_types=[[["global", "local"], 1]], **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"max_position_embeddings": 10**6}))
+    assert inspect_checkpoint(tmp_path, dtype="float32").max_length == 10**6
+    file.write_text(json.dumps(plain | {"text_config": {"num_layers": 10**9}}))
+    for check in (inspect_checkpoint, load_target):
+        with pytest.raises(ConfigError, match=r"layers 1000000000 is more than 1024: check its configuration"):
             check(tmp_path, dtype="float32")
 
 

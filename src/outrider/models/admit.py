@@ -13,17 +13,24 @@ import torch
 from torch import nn
 
 from outrider.errors import ConfigError
+from outrider.models.config import MOST_LAYERS
 
 _CAUSAL = "is_causal"
 """The attribute by which attention modules of transformers state whether a row is blind to later rows."""
+_DEPTHS = frozenset(
+    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "decoder_layers", "encoder_layers"}
+)
+"""The keys by which families name a number of layers."""
 
 
-def admit(folder: Path, raw: dict) -> Any:
+def admit(folder: Path, raw: dict, *, tried: bool = False) -> Any:
     """transformers' configuration of a checkpoint that it can run as a causal language model.
 
-    raw: config.json. Raises ConfigError for the others: an unknown architecture, one that is not a decoder, weights quantised in a
-    way that needs another package or machine.
+    raw: config.json. tried: a random model is run (`try_out`) also where the family says what its rows see; not for quantised
+    weights. Raises ConfigError for the others: an unknown architecture, one that is not a decoder or too deep, weights quantised in
+    a way that needs another package or machine.
     """
+    _check_depth(folder, raw)
     config = _config(folder)
     named = raw.get("model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
@@ -40,7 +47,7 @@ def admit(folder: Path, raw: dict) -> Any:
             f"{folder} is an encoder ({named}), in which a token sees what follows it: it cannot continue text, "
             "use a causal language model"
         )
-    if not causal_flags:
+    if not causal_flags or (tried and not raw.get("quantization_config")):
         try_out(config)
     return config
 
@@ -54,7 +61,7 @@ def require_layers(config: Any, kind: str) -> Any:
 
 
 SHALLOW = 64 << 20
-"""Most parameters of a model that is made to see how its family behaves: it takes a second."""
+"""Most numbers (parameters, masks, tables) of a model that is made to see how its family behaves: it takes a second."""
 
 
 def not_a_decoder(kind: str) -> ConfigError:
@@ -87,7 +94,7 @@ def try_out(config: Any) -> None:
             with torch.device("meta"):
                 empty = model_class(tried).from_config(tried)
             kind = type(empty).__name__
-            if sum(p.numel() for p in empty.parameters()) > SHALLOW:
+            if sum(held.numel() for held in (*empty.parameters(), *empty.buffers())) > SHALLOW:
                 continue
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
@@ -135,6 +142,17 @@ def model_class(config: Any) -> Any:
     causal, pictured = AutoModelForCausalLM, AutoModelForImageTextToText
     kind = type(config)
     return pictured if kind not in causal._model_mapping and kind in pictured._model_mapping else causal
+
+
+def _check_depth(folder: Path, raw: dict) -> None:
+    """Raise ConfigError if a part has too many layers: even without weights each of them takes time and memory."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _check_depth(folder, value)
+        elif key in _DEPTHS and isinstance(value, int) and value > MOST_LAYERS:
+            raise ConfigError(
+                f"{folder / 'config.json'}: {key} {str(value)[:20]} is more than {MOST_LAYERS}: check its configuration"
+            )
 
 
 def _skeleton(folder: Path, config: Any, named: str) -> nn.Module:

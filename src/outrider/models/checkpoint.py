@@ -103,7 +103,8 @@ class Checkpoint:
         role: the model's role in messages: "target", "draft". first: only so many blocks.
         """
         where, count = torch.device(device), first or self.config.layers
-        require_weights(self.parameters * count // self.config.layers, dtype, where, role)
+        left_out = (self.config.layers - count) * self.config.block_numbers
+        require_weights(self.parameters - left_out, dtype, where, role)
         reader = _Reader(self, list(self._expected()), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
         head = embedding

@@ -22,6 +22,7 @@ from outrider.models.rotary import turns_of
 CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
 """Largest config.json that is read; real ones have a few kilobytes."""
+MOST_LAYERS = 1024
 OWN_CODE = {"mimo": "qwen2"}
 """Model types whose checkpoints name code of their own, which is not run: the family whose network theirs is."""
 
@@ -66,7 +67,7 @@ def layout_of(raw: dict, max_length: int | None = None, where: object = CONFIG) 
     """`read_layout` of what a config.json says, or of a file that says the same in other words. where: the file, for messages."""
     family = _family(raw, where)
     hidden = whole(raw, "hidden_size", where, most=1 << 17)
-    layers = whole(raw, "num_hidden_layers", where, most=1024)
+    layers = whole(raw, "num_hidden_layers", where, most=MOST_LAYERS)
     heads = whole(raw, "num_attention_heads", where, most=4096)
     kv_heads = whole(raw, "num_key_value_heads", where, default=family.kv_heads or heads, null=heads, most=4096)
     null_dim = None if family.head_dim else hidden // heads

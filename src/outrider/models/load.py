@@ -13,7 +13,7 @@ import torch
 from outrider import options
 from outrider.errors import ConfigError, unknown_name
 from outrider.models.adapter import home_of, is_adapter
-from outrider.models.admit import admit, try_out
+from outrider.models.admit import admit
 from outrider.models.checkpoint import Checkpoint, Progress
 from outrider.models.config import Unsupported, read_raw_config
 from outrider.models.dtypes import choose_dtype, dtype_notices, is_emulated, named_dtype
@@ -247,10 +247,7 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
     else:
         runtime, reason, library, library_notice, told = "transformers", found, None, found, ()
         parameters = sum(math.prod(entry.shape) for entry in read_entries(folder).values())
-        config = admit(folder, raw)
-        if not raw.get("quantization_config"):
-            try_out(config)
-        sizes = _sizes_by_transformers(config)
+        sizes = _sizes_by_transformers(admit(folder, raw, tried=True))
         weights_bytes = parameters * chosen.itemsize
     vocab_size, max_length, layers, kv_heads, head_dim = sizes
     named = raw.get("architectures") or [raw.get("model_type", "unknown")]

@@ -28,6 +28,7 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.nn.drafts import Rows
 from outrider.nn.kv import RowCache
+from outrider.records import CacheNeed
 
 
 class _Later:
@@ -73,6 +74,10 @@ class HeadStack(EagleDrafter):
         super().bind(slots, length)
         for head in self.later:
             head.bind(slots, self.cache.capacity)
+
+    def cache_need(self, slots: int, length: int) -> CacheNeed:
+        """What `bind` allocates: heads of a checkpoint are of one shape."""
+        return CacheNeed(fixed=(1 + len(self.later)) * super().cache_need(slots, length).fixed)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots."""

@@ -121,7 +121,7 @@ class GgufCheckpoint:
         """
         note = f"choose a smaller {role}, or free memory"
         told, count = progress or (lambda _: None), first or self.config.layers
-        needed = self.packed_bytes * count // self.config.layers
+        needed = self.packed_bytes - self.layer_bytes * (self.config.layers - count) // self.config.layers
         require_memory(needed, torch.device("cpu"), f"the weights of the {role}", note)
 
         def layers() -> Iterator[LayerWeights]:
