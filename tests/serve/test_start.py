@@ -65,6 +65,7 @@ def test_what_loading_refuses_is_one_sentence(
     weights.write_bytes(weights.read_bytes()[:-50])
     monkeypatch.setattr(sys, "argv", ["outrider", "serve", "--target", str(folder), "--port", "0"])
     heard = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}
+    capfd.readouterr()  # what making the model has shown
     try:
         with pytest.raises(SystemExit) as end:
             main()
