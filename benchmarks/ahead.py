@@ -4,8 +4,9 @@
     python benchmarks/ahead.py --cost 0.1 --length 5
 
 Both are small tables whose passes sleep for a known time, so the figures are those of two devices. After every token the target's
-distribution p is another one (as wide as that of e^{entropy} equal tokens, which is printed), and the draft model's is p with a part
-moved to other tokens, so that sum min(p, q) is the same everywhere. One process, the arms in turn. The rate predicted for the parallel arm takes the measured acceptance and how many prepared drafts came true.
+distribution p is another one (its mean entropy is printed), and the draft model's is p with a part moved to other tokens, so that
+sum min(p, q) is the same everywhere. One process, the arms in turn. The rate predicted for the parallel arm takes the
+measured share of prepared drafts that came true.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Sleeping:
 
 
 def pair(acceptance: float, sharp: float) -> tuple[TableTarget, TableTarget, float]:
-    """A target, a draft model whose tokens are accepted with that probability in every context, and the mean entropy of p in nats."""
+    """A target, a draft model whose tokens are accepted with that probability after any text, and the mean entropy of p in nats."""
     target = TableTarget.random(VOCABULARY, seed=1, sharp=sharp)
     p = torch.softmax(target.table, -1)
     other = p.roll(1, -1)  # what a part of p is moved to
@@ -94,13 +95,17 @@ def main() -> None:
     alpha, ahead = given.acceptance, drafters["ahead"][0]
     assert isinstance(ahead, Ahead)
     hit = ahead.hits / max(ahead.hits + ahead.misses, 1)
-    one = given.cost * (given.length + 1)  # a prepared draft, and one made after a miss: a token more predicts what follows
+    one = given.cost * (
+        given.length + 1
+    )  # a prepared draft, and one made after a miss: a token more predicts what follows
     predicted = {
         "plain": 1.0,
         "in turn": speedup(alpha, given.length, given.cost),
         "ahead": speculated_rate(alpha, given.length, one / given.length, hit),
     }
-    print(f"acceptance {alpha}, entropy {entropy:.2f}, prepared drafts that came true {hit:.2f} of {ahead.hits + ahead.misses}")
+    print(
+        f"acceptance {alpha}, entropy {entropy:.2f}, prepared drafts that came true {hit:.2f} of {ahead.hits + ahead.misses}"
+    )
     for name, found in rates.items():
         per_pass = np.array(found) * given.seconds
         print(

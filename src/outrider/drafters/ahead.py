@@ -10,15 +10,14 @@ own in the draft model's cache, which begins with the pages of its sequence (`Pa
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from outrider.drafters.combine import merge
 from outrider.drafters.model.drafter import ModelDrafter
+from outrider.drafters.worker import Worker
 from outrider.errors import CapabilityError, ConfigError
 from outrider.nn.kv import PAGE
 from outrider.noise import Noise
@@ -26,7 +25,6 @@ from outrider.protocols import Drafter
 from outrider.records import CacheNeed
 from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Rows, Scores, SequenceView, Verdict
 
-logger = logging.getLogger(__name__)
 ACCEPTED = 0.8
 """The acceptance that premises are ordered by, until drafts have been verified."""
 MEMORY = 64.0
@@ -96,9 +94,10 @@ class Ahead:
         self.hits = self.misses = 0
         self.notices: list[str] = []
         self._expected: dict[int, _Expected] = {}  # by slot
-        self._slots, self._within = 0, None  # type: int, int | None
+        self._slots = 0
+        self._within: int | None = None
         self._judged, self._accepted = 0.0, 0.0
-        self._worker = _Worker(self._prepare)
+        self._worker = Worker[_Task](self._prepare)
 
     def bind(self, slots: int, length: int) -> None:
         """Bind the drafter, with a slot for every premise."""
@@ -287,47 +286,3 @@ def _shortened(draft: Draft, most: Sequence[int]) -> Draft:
     trees = [([draft.tokens[k] for k in nodes], list(range(-1, len(nodes) - 1))) for nodes in kept]
     q: Proposal | None = draft.q and replace(draft.q, row=tuple(draft.q.row[k] for nodes in kept for k in nodes))
     return Draft.join(trees, q, draft.token.device)
-
-
-class _Worker:
-    """A thread that does one task at a time, and can be waited for."""
-
-    def __init__(self, work: Callable[[_Task], None]) -> None:
-        self._work = work
-        self._lock = threading.Condition()
-        self._pending: _Task | None = None
-        self._busy = False
-        self._thread: threading.Thread | None = None
-        self.error: str | None = None
-        self.off = False
-
-    def start(self, task: _Task) -> None:
-        """Begin a task. The thread begins with the first one; it ends with the process."""
-        with self._lock:
-            self._pending = task
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="outrider-ahead", daemon=True)
-                self._thread.start()
-            self._lock.notify_all()
-
-    def pause(self) -> None:
-        """Drop a task that has not been begun, and wait for one that has."""
-        with self._lock:
-            self._pending = None
-            self._lock.wait_for(lambda: not self._busy)
-
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._lock.wait_for(lambda: self._pending is not None)
-                task, self._pending, self._busy = self._pending, None, True
-            try:
-                assert task is not None
-                self._work(task)
-            except BaseException as error:
-                logger.warning("drafting ahead failed", exc_info=True)
-                self.error = f"{type(error).__name__}: {error}"[:200]
-            finally:
-                with self._lock:
-                    self._busy = False
-                    self._lock.notify_all()

@@ -266,7 +266,7 @@ class PagedKV:
         self._known[slot] = full
 
     def fork(self, source: int, goal: int, length: int) -> None:
-        """Let a slot begin with the first `length` tokens of another one, in the same pages: whoever writes on gets a copy of the last.
+        """Let a slot begin with the first `length` tokens of another one, in the same pages; who writes into the last gets a copy.
 
         What the goal held is dropped. Raises CapacityError if the source holds fewer tokens.
         """
