@@ -63,6 +63,9 @@ CASES = {
     "granite": ("granite", {}),
     "smollm3": ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 5}),
     "glm4": ("glm4", {}),
+    "mixtral": ("mixtral", {"sliding_window": 6}),
+    "qwen3 experts": ("qwen3_moe", {"norm_topk_prob": True}),
+    "olmoe": ("olmoe", {}),
 }
 
 
@@ -97,6 +100,7 @@ def test_float32_files_are_the_checkpoint(case: str, tmp_path: Path) -> None:
         "turns",
         "activation",
         "embed_scale",
+        "experts",
     )
     assert a.max_length == (64 if "longrope" in case else b.max_length)
     assert [getattr(a, name) for name in same] == [getattr(b, name) for name in same]

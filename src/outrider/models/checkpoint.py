@@ -120,7 +120,8 @@ class Checkpoint:
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""
-        return shapes_of(self.layout, not self.layout.tied or "lm_head.weight" in self.entries, self.fused)
+        head = not self.layout.tied or "lm_head.weight" in self.entries
+        return shapes_of(self.layout, head, "fused" if self.fused else "each")
 
     def _check_count(self) -> None:
         """Experts times layers may be a large number: nothing is made for each of them before the files are known to have them."""

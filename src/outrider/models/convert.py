@@ -13,10 +13,11 @@ from torch import Tensor
 from outrider.errors import ConfigError
 from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
-from outrider.models.config import CONFIG, Unsupported, read_raw_config
+from outrider.models.config import CONFIG, Unsupported, read_raw_config, shapes_of
 from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.config import ARCHITECTURES, FACTORS, query_scalar
-from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
+from outrider.models.gguf.mixtures import mixture_keys
+from outrider.models.gguf.names import EMBEDDING, HEAD, ROUTER, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
 from outrider.models.rotary import (
     longrope_divisors,
@@ -25,9 +26,10 @@ from outrider.models.rotary import (
     rope_keys,
     rope_keys_by_kind,
 )
+from outrider.models.stacked import parts_of
 from outrider.nn.blocks import BlockType, named, quantise
 
-ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama"}
+ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama", "mixtral": "llama"}
 """The families that are written -> their names in GGUF."""
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32,
@@ -39,9 +41,9 @@ TYPES = tuple(_FILE_TYPES)
 
 
 def type_for(name: str, shape: tuple[int, ...], wanted: BlockType) -> BlockType:
-    """The type of a tensor in a file that is mostly `wanted`, by llama.cpp's rules: norms and biases in float32, the output matrix
-    in at least 6 bits, what fits no block in a wider type."""
-    if len(shape) == 1:
+    """The type of a tensor in a file that is mostly `wanted`, by llama.cpp's rules: norms, biases and routers in float32, the output
+    matrix in at least 6 bits, what fits no block in a wider type."""
+    if len(shape) == 1 or name.endswith(ROUTER):
         return named("f32")
     if wanted.plain:
         return wanted
@@ -99,8 +101,9 @@ def _write(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for i, (block, tensor) in enumerate(_tensors(checkpoint, plan)):
-        writer.write_tensor_data(quantise(tensor.reshape(-1, tensor.shape[-1]), block).numpy())
+    for i, (name, _, block) in enumerate(plan):
+        rows = [quantise(part.reshape(-1, part.shape[-1]), block) for part in _parts(checkpoint, name)]
+        writer.write_tensor_data((rows[0] if len(rows) == 1 else torch.cat(rows)).numpy())
         progress((i + 1) / len(plan))
     for numbers in divisors.values():
         writer.write_tensor_data(numbers.numpy())
@@ -110,25 +113,25 @@ def _write(
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that is written: a head that equals the embedding is not."""
-    shapes = dict(checkpoint.shapes)
+    shapes = shapes_of(checkpoint.layout, HEAD in checkpoint.shapes, "stacked")
     if HEAD in shapes and checkpoint.layout.tied and torch.equal(checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)):
         del shapes[HEAD]
     return shapes
 
 
-def _tensors(checkpoint: Checkpoint, plan: list[Any]) -> Iterator[tuple[BlockType, Tensor]]:
-    """Each tensor in float32, one at a time; rows of queries and keys as interleaved pairs where the architecture has them so."""
+def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """A tensor in float32, one part of it at a time; rows of queries and keys as interleaved pairs where the architecture has them
+    so."""
     c, family = checkpoint.config, checkpoint.layout.family
     pairs = (
         ARCHITECTURES[ARCHITECTURE[c.family]].interleaved and not family.interleaved
     )  # their order is the file's already
     heads = {"q_proj": c.heads, "k_proj": c.kv_heads} if pairs else {}
-    for name, _, block in plan:
-        tensor = checkpoint.tensor(name)
-        count = next((n for part, n in heads.items() if f".{part}." in name), 0)
+    count = next((n for part, n in heads.items() if f".{part}." in name), 0)
+    for tensor in parts_of(checkpoint, name):
         if count:
             tensor = tensor.reshape(count, 2, tensor.shape[0] // count // 2, -1).transpose(1, 2).reshape(tensor.shape)
-        yield block, tensor
+        yield tensor
 
 
 def _divisors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -159,7 +162,7 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         "attention.head_count": c.heads, "attention.head_count_kv": c.kv_heads, "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": c.eps,
         "rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": 2 * len(c.inv_freq), "vocab_size": c.vocab_size,
-        **_scaling(folder, rope, checkpoint), **_constants(checkpoint, local),
+        **_scaling(folder, rope, checkpoint), **_constants(checkpoint, local), **mixture_keys(c, folder),
         **({"attention.sliding_window": window} if window else {}),
     }  # fmt: skip
     arch = ARCHITECTURE[c.family]

@@ -100,7 +100,7 @@ class LayerWeights:
     norm1, norm2: of the inputs of attention and feed-forward part; post1, post2: of their outputs, before they are added. q_norm
     and k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are
     segments, and norms and biases are float32. In a layer with E experts gate_up is [2 E I, H], the gates of all of them and then
-    their ups, down is [E H, I], and router is [E, H].
+    their ups, down is [E H, I], and router is [E, H], of packed weights float32.
     """
 
     norm1: Float[Tensor, "H"] | None
@@ -115,7 +115,7 @@ class LayerWeights:
     down: Float[Tensor, "O I"] | Segments
     post1: Float[Tensor, "H"] | None = None
     post2: Float[Tensor, "H"] | None = None
-    router: Float[Tensor, "E H"] | Segments | None = None
+    router: Float[Tensor, "E H"] | None = None
 
 
 NORMS = frozenset({"norm1", "q_norm", "k_norm", "norm2", "post1", "post2"})
@@ -159,8 +159,10 @@ def unpacked(w: DecoderWeights, device: torch.device | str = "cpu") -> DecoderWe
         return weight if weight is None else weight.to(device, weight.dtype if w.wide_norms else w.dtype)
 
     def layer(packed: LayerWeights) -> LayerWeights:
-        parts = {f.name: getattr(packed, f.name) for f in fields(packed)}
-        return LayerWeights(**{name: norm(part) if name in NORMS else plain(part) for name, part in parts.items()})  # type: ignore[arg-type]
+        parts = {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "router"}
+        router = None if packed.router is None else packed.router.to(device)  # in its own type: rounded it may choose others
+        values = {name: norm(part) if name in NORMS else plain(part) for name, part in parts.items()}
+        return LayerWeights(**values, router=router)  # type: ignore[arg-type]
 
     embedding = plain(w.embedding)
     head = embedding if w.head is w.embedding else plain(w.head)

@@ -48,14 +48,15 @@ def expert_mlp(
     normalised: bool,
     pack: bool,
 ) -> Callable[[Tensor], Tensor]:
-    """The mixture [n, H] -> [n, H] with weights as in `models.decoder.LayerWeights`; pack: as in `nn.linear.make_linear`."""
+    """The mixture [n, H] -> [n, H] with weights as in `models.decoder.LayerWeights`; pack: as in `nn.linear.make_linear`. The router is
+    multiplied in its own type."""
     count = router.shape[0]
     gates, downs = gate_up.unflatten(0, (2, count, -1)), down.unflatten(0, (count, -1))
     experts = [Expert(*(make_linear(w[i], pack=pack) for w in (*gates, downs))) for i in range(count)]
     route = make_linear(router, pack=False)
 
     def mixture(x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
-        return _mixed(x, experts, *choose(route(x), used, normalised))
+        return _mixed(x, experts, *choose(route(x.to(router.dtype)), used, normalised))
 
     return mixture
 

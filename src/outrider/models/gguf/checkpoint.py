@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -103,14 +104,19 @@ class GgufCheckpoint:
             o=(w.segment(at + "attn_output.weight"),),
             o_bias=numbers("attn_output.bias"),
             norm2=norms.get("norm2"),
-            gate_up=tuple(
-                w.segment(f"{at}ffn_{part}.weight")
-                for part in (["up"] if "gate_up" in family.fused else ["gate", "up"])
-            ),
-            down=(w.segment(at + "ffn_down.weight"),),
             post1=norms.get("post1"),
             post2=norms.get("post2"),
+            **self._forward_part(at, c.experts is not None and c.experts.sparse[i]),
         )
+
+    def _forward_part(self, at: str, sparse: bool) -> dict[str, Any]:
+        """The weights of a block's feed-forward part, or of its experts. The router's are plain: it is never multiplied in blocks."""
+        parts, end = ["up"] if "gate_up" in self.layout.family.fused else ["gate", "up"], "_exps" if sparse else ""
+        return {
+            "gate_up": tuple(self.weights.segment(f"{at}ffn_{part}{end}.weight") for part in parts),
+            "down": (self.weights.segment(f"{at}ffn_down{end}.weight"),),
+            "router": self.weights.numbers(f"{at}ffn_gate_inp.weight") if sparse else None,
+        }
 
     def packed(
         self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model", first: int | None = None
@@ -189,7 +195,8 @@ class GgufCheckpoint:
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the decoder."""
         family = self.layout.family
-        return {gguf_name(name, family): shape for name, shape in shapes_of(self.layout, HEAD in self._tensors).items()}
+        shapes = shapes_of(self.layout, HEAD in self._tensors, "stacked")
+        return {gguf_name(name, family): shape for name, shape in shapes.items()}
 
     def _check(self) -> None:
         path, expected = self.weights.path, self._expected_or_fewer()

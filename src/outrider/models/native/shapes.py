@@ -20,7 +20,7 @@ def unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
         wide = weights.wide_norms and name.split()[0] in (*NORMS, "norm")
-        dtype = torch.float32 if wide else weights.dtype
+        dtype = torch.float32 if wide or (name.startswith("router") and tensor.dtype is torch.float32) else weights.dtype
         if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
     return None

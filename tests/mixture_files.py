@@ -1,0 +1,138 @@
+"""GGUF files of mixtures of experts, written by the `gguf` package from transformers' models as llama.cpp's converter lays them out:
+nothing of ours is between the model and the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.checkpoints import make_model
+
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "olmoe": "olmoe", "mixtral": "llama", "gpt_oss": "gpt-oss"}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "vocab_size": 101, "num_hidden_layers": 2}
+Part = tuple[str, Tensor, str]
+"""Name in GGUF, values, type."""
+
+
+def permuted(weight: Tensor, heads: int) -> Tensor:
+    """Rows of queries and keys as interleaved pairs, which files of `llama` have."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def parts(model: PreTrainedModel, kind: str, experts: str) -> Iterator[Part]:
+    """The tensors of a file. kind, experts: types of plain matrices and of those of experts."""
+    c, tensors = model.config, dict(model.named_parameters())
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    for name, out in fixed.items():
+        yield out, tensors[name], "F32" if "norm" in name else kind
+    for i in range(c.num_hidden_layers):
+        at, to = f"model.layers.{i}.", f"blk.{i}."
+        yield to + "attn_norm.weight", tensors[at + "input_layernorm.weight"], "F32"
+        norm = "post_attention_norm" if c.model_type == "gpt_oss" else "ffn_norm"
+        yield f"{to}{norm}.weight", tensors[at + "post_attention_layernorm.weight"], "F32"
+        for part, out in (("q_proj", "attn_q"), ("k_proj", "attn_k"), ("v_proj", "attn_v"), ("o_proj", "attn_output")):
+            weight = tensors[f"{at}self_attn.{part}.weight"]
+            heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(part, 0)
+            yield f"{to}{out}.weight", permuted(weight, heads) if heads and c.model_type == "mixtral" else weight, kind
+            if f"{at}self_attn.{part}.bias" in tensors:
+                yield f"{to}{out}.bias", tensors[f"{at}self_attn.{part}.bias"], "F32"
+        for part in ("q_norm", "k_norm"):
+            if f"{at}self_attn.{part}.weight" in tensors:
+                yield f"{to}attn_{part}.weight", tensors[f"{at}self_attn.{part}.weight"], "F32"
+        yield from (gpt_oss if c.model_type == "gpt_oss" else stacked)(tensors, at, to, experts)
+
+
+def stacked(tensors: dict[str, Tensor], at: str, to: str, experts: str) -> Iterator[Part]:
+    """Router and experts of most families, whose gates lie above their ups."""
+    yield to + "ffn_gate_inp.weight", tensors[at + "mlp.gate.weight"], "F32"
+    both, down = tensors[at + "mlp.experts.gate_up_proj"], tensors[at + "mlp.experts.down_proj"]
+    for name, weight in zip(("gate", "up", "down"), (*both.chunk(2, 1), down), strict=True):
+        yield f"{to}ffn_{name}_exps.weight", weight, experts
+
+
+def gpt_oss(tensors: dict[str, Tensor], at: str, to: str, experts: str) -> Iterator[Part]:
+    """Those of gpt-oss, whose gates and ups take turns, in tensors [E, inputs, outputs]."""
+    yield to + "attn_sinks.weight", tensors[at + "self_attn.sinks"], "F32"
+    yield to + "ffn_gate_inp.weight", tensors[at + "mlp.router.weight"], "F32"
+    yield to + "ffn_gate_inp.bias", tensors[at + "mlp.router.bias"], "F32"
+    both, down = (tensors[f"{at}mlp.experts.{n}_proj"].mT for n in ("gate_up", "down"))
+    biases = tensors[at + "mlp.experts.gate_up_proj_bias"], tensors[at + "mlp.experts.down_proj_bias"]
+    for name, weight, bias in (
+        ("gate", both[:, ::2], biases[0][:, ::2]),
+        ("up", both[:, 1::2], biases[0][:, 1::2]),
+        ("down", down, biases[1]),
+    ):
+        yield f"{to}ffn_{name}_exps.weight", weight, experts
+        yield f"{to}ffn_{name}_exps.bias", bias, "F32"
+
+
+def write(model: PreTrainedModel, path: Path, kind: str = "Q8_0", experts: str | None = None, **keys: Any) -> Path:
+    """A file of the model. keys: others than those of its configuration, or None for those that are left out."""
+    import gguf
+
+    c, arch = model.config, ARCHITECTURES[model.config.model_type]
+    writer = gguf.GGUFWriter(path, arch)
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    values: dict[str, Any] = {
+        "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size, "block_count": c.num_hidden_layers,
+        "feed_forward_length": c.intermediate_size, "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads, "attention.key_length": head_dim, "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim, "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "rope.freq_base": float(c.rope_parameters["rope_theta"]), "expert_count": c.num_experts,
+        "expert_used_count": c.num_experts_per_tok,
+    }  # fmt: skip
+    if c.model_type == "qwen3_moe":
+        values["expert_feed_forward_length"] = c.moe_intermediate_size
+    if c.model_type == "gpt_oss":
+        rope = c.rope_parameters
+        values |= {
+            "expert_feed_forward_length": c.intermediate_size, "attention.sliding_window": c.sliding_window,
+            "rope.scaling.type": "yarn", "rope.scaling.factor": rope["factor"],
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        }  # fmt: skip
+    for key, value in (values | keys).items():
+        if value is not None:
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](f"{arch}.{key}", value)
+    writer.add_tokenizer_model("none")
+    for name, weight, block in parts(model, kind, experts or kind):
+        number = gguf.GGMLQuantizationType[block]
+        writer.add_tensor(name, gguf.quants.quantize(weight.contiguous().numpy(), number), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def rounded(model: PreTrainedModel, kind: str = "Q8_0", experts: str | None = None) -> PreTrainedModel:
+    """The model with the values of its file, by the `gguf` package: what the file means, in transformers' own forward."""
+    import gguf
+
+    def values(weight: Tensor, block: str) -> Tensor:
+        number = gguf.GGMLQuantizationType[block]
+        found = gguf.quants.dequantize(gguf.quants.quantize(weight.contiguous().numpy(), number), number)
+        return torch.from_numpy(found.copy()).view(weight.shape)
+
+    for _, weight, block in list(parts(model, kind, experts or kind)):
+        if block != "F32":  # a part may be a view of a parameter, or rows of it in another order: whole rows are rounded alike
+            weight.copy_(values(weight, block))
+    for name, weight in model.named_parameters():
+        if model.config.model_type == "mixtral" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight.copy_(values(weight, kind))
+    return model
+
+
+def small(family: str, **overrides: Any) -> PreTrainedModel:
+    """A random model whose rows are whole blocks of 32."""
+    sizes = {k: v for k, v in SIZES.items() if family == "qwen3_moe" or k != "moe_intermediate_size"}
+    return make_model(family, **(sizes | {"norm_topk_prob": True} if family == "qwen3_moe" else sizes) | overrides)
