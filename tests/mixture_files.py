@@ -1,9 +1,9 @@
-"""GGUF files of mixtures of experts, written by the `gguf` package from transformers' models as llama.cpp's converter lays them out:
-nothing of ours is between the model and the file."""
+"""GGUF files of mixtures of experts, written by the `gguf` package from transformers' models as llama.cpp's converter lays them
+out: nothing of ours is between the model and the file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from outrider.nn.blocks import named, quantise
 from tests.checkpoints import make_model
 
 ARCHITECTURES = {"qwen3_moe": "qwen3moe", "olmoe": "olmoe", "mixtral": "llama", "gpt_oss": "gpt-oss"}
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "vocab_size": 101, "num_hidden_layers": 2}
-Part = tuple[str, Tensor, str]
-"""Name in GGUF, values, type."""
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "vocab_size": 101,
+    "num_hidden_layers": 2,
+}
+Kinds = Mapping[str, str]
+"""A part of a tensor's name in GGUF -> its type, the first that occurs; norms, biases, sinks and routers are float32."""
+PLAIN = ("norm", "bias", "sinks", "ffn_gate_inp")
+
+
+def kind_of(name: str, kinds: Kinds) -> str:
+    return "F32" if any(word in name for word in PLAIN) else next(kind for part, kind in kinds.items() if part in name)
 
 
 def permuted(weight: Tensor, heads: int) -> Tensor:
@@ -24,58 +36,50 @@ def permuted(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def parts(model: PreTrainedModel, kind: str, experts: str) -> Iterator[Part]:
-    """The tensors of a file. kind, experts: types of plain matrices and of those of experts."""
+def parts(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names in GGUF and values of the tensors of a file."""
     c, tensors = model.config, dict(model.named_parameters())
-    fixed = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    for name, out in fixed.items():
-        yield out, tensors[name], "F32" if "norm" in name else kind
+    yield "token_embd.weight", tensors["model.embed_tokens.weight"]
+    yield "output_norm.weight", tensors["model.norm.weight"]
+    yield "output.weight", tensors["lm_head.weight"]
     for i in range(c.num_hidden_layers):
         at, to = f"model.layers.{i}.", f"blk.{i}."
-        yield to + "attn_norm.weight", tensors[at + "input_layernorm.weight"], "F32"
+        yield to + "attn_norm.weight", tensors[at + "input_layernorm.weight"]
         norm = "post_attention_norm" if c.model_type == "gpt_oss" else "ffn_norm"
-        yield f"{to}{norm}.weight", tensors[at + "post_attention_layernorm.weight"], "F32"
+        yield f"{to}{norm}.weight", tensors[at + "post_attention_layernorm.weight"]
         for part, out in (("q_proj", "attn_q"), ("k_proj", "attn_k"), ("v_proj", "attn_v"), ("o_proj", "attn_output")):
             weight = tensors[f"{at}self_attn.{part}.weight"]
             heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(part, 0)
-            yield f"{to}{out}.weight", permuted(weight, heads) if heads and c.model_type == "mixtral" else weight, kind
+            yield f"{to}{out}.weight", permuted(weight, heads) if heads and c.model_type == "mixtral" else weight
             if f"{at}self_attn.{part}.bias" in tensors:
-                yield f"{to}{out}.bias", tensors[f"{at}self_attn.{part}.bias"], "F32"
+                yield f"{to}{out}.bias", tensors[f"{at}self_attn.{part}.bias"]
         for part in ("q_norm", "k_norm"):
             if f"{at}self_attn.{part}.weight" in tensors:
-                yield f"{to}attn_{part}.weight", tensors[f"{at}self_attn.{part}.weight"], "F32"
-        yield from (gpt_oss if c.model_type == "gpt_oss" else stacked)(tensors, at, to, experts)
+                yield f"{to}attn_{part}.weight", tensors[f"{at}self_attn.{part}.weight"]
+        yield from (gpt_oss if c.model_type == "gpt_oss" else stacked)(tensors, at, to)
 
 
-def stacked(tensors: dict[str, Tensor], at: str, to: str, experts: str) -> Iterator[Part]:
+def stacked(tensors: dict[str, Tensor], at: str, to: str) -> Iterator[tuple[str, Tensor]]:
     """Router and experts of most families, whose gates lie above their ups."""
-    yield to + "ffn_gate_inp.weight", tensors[at + "mlp.gate.weight"], "F32"
+    yield to + "ffn_gate_inp.weight", tensors[at + "mlp.gate.weight"]
     both, down = tensors[at + "mlp.experts.gate_up_proj"], tensors[at + "mlp.experts.down_proj"]
     for name, weight in zip(("gate", "up", "down"), (*both.chunk(2, 1), down), strict=True):
-        yield f"{to}ffn_{name}_exps.weight", weight, experts
+        yield f"{to}ffn_{name}_exps.weight", weight
 
 
-def gpt_oss(tensors: dict[str, Tensor], at: str, to: str, experts: str) -> Iterator[Part]:
+def gpt_oss(tensors: dict[str, Tensor], at: str, to: str) -> Iterator[tuple[str, Tensor]]:
     """Those of gpt-oss, whose gates and ups take turns, in tensors [E, inputs, outputs]."""
-    yield to + "attn_sinks.weight", tensors[at + "self_attn.sinks"], "F32"
-    yield to + "ffn_gate_inp.weight", tensors[at + "mlp.router.weight"], "F32"
-    yield to + "ffn_gate_inp.bias", tensors[at + "mlp.router.bias"], "F32"
+    yield to + "attn_sinks.weight", tensors[at + "self_attn.sinks"]
+    yield to + "ffn_gate_inp.weight", tensors[at + "mlp.router.weight"]
+    yield to + "ffn_gate_inp.bias", tensors[at + "mlp.router.bias"]
     both, down = (tensors[f"{at}mlp.experts.{n}_proj"].mT for n in ("gate_up", "down"))
     biases = tensors[at + "mlp.experts.gate_up_proj_bias"], tensors[at + "mlp.experts.down_proj_bias"]
-    for name, weight, bias in (
-        ("gate", both[:, ::2], biases[0][:, ::2]),
-        ("up", both[:, 1::2], biases[0][:, 1::2]),
-        ("down", down, biases[1]),
-    ):
-        yield f"{to}ffn_{name}_exps.weight", weight, experts
-        yield f"{to}ffn_{name}_exps.bias", bias, "F32"
+    yield from ((f"{to}ffn_gate_exps.weight", both[:, ::2]), (f"{to}ffn_gate_exps.bias", biases[0][:, ::2]))
+    yield from ((f"{to}ffn_up_exps.weight", both[:, 1::2]), (f"{to}ffn_up_exps.bias", biases[0][:, 1::2]))
+    yield from ((f"{to}ffn_down_exps.weight", down), (f"{to}ffn_down_exps.bias", biases[1]))
 
 
-def write(model: PreTrainedModel, path: Path, kind: str = "Q8_0", experts: str | None = None, **keys: Any) -> Path:
+def write(model: PreTrainedModel, path: Path, kinds: Kinds, **keys: Any) -> Path:
     """A file of the model. keys: others than those of its configuration, or None for those that are left out."""
     import gguf
 
@@ -104,9 +108,9 @@ def write(model: PreTrainedModel, path: Path, kind: str = "Q8_0", experts: str |
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             add[type(value)](f"{arch}.{key}", value)
     writer.add_tokenizer_model("none")
-    for name, weight, block in parts(model, kind, experts or kind):
-        number = gguf.GGMLQuantizationType[block]
-        writer.add_tensor(name, gguf.quants.quantize(weight.contiguous().numpy(), number), raw_dtype=number)
+    for name, weight in parts(model):
+        number = gguf.GGMLQuantizationType[kind_of(name, kinds)]
+        writer.add_tensor(name, stored(weight, kind_of(name, kinds)), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -114,21 +118,32 @@ def write(model: PreTrainedModel, path: Path, kind: str = "Q8_0", experts: str |
     return path
 
 
-def rounded(model: PreTrainedModel, kind: str = "Q8_0", experts: str | None = None) -> PreTrainedModel:
-    """The model with the values of its file, by the `gguf` package: what the file means, in transformers' own forward."""
+def stored(weight: Tensor, kind: str) -> Any:
+    """A tensor's bytes. The package rounds to all types but the ones of 256 values, which are rounded by our own code."""
     import gguf
 
-    def values(weight: Tensor, block: str) -> Tensor:
-        number = gguf.GGMLQuantizationType[block]
-        found = gguf.quants.dequantize(gguf.quants.quantize(weight.contiguous().numpy(), number), number)
+    if not kind.endswith("_K"):
+        return gguf.quants.quantize(weight.contiguous().numpy(), gguf.GGMLQuantizationType[kind])
+    rows = quantise(weight.reshape(-1, weight.shape[-1]).contiguous(), named(kind))
+    return rows.view(*weight.shape[:-1], -1).numpy()
+
+
+def rounded(model: PreTrainedModel, kinds: Kinds) -> PreTrainedModel:
+    """The model with the values of its file by the `gguf` package: what the file means, in transformers' own forward."""
+    import gguf
+
+    def values(weight: Tensor, kind: str) -> Tensor:
+        found = gguf.quants.dequantize(stored(weight, kind), gguf.GGMLQuantizationType[kind])
         return torch.from_numpy(found.copy()).view(weight.shape)
 
-    for _, weight, block in list(parts(model, kind, experts or kind)):
-        if block != "F32":  # a part may be a view of a parameter, or rows of it in another order: whole rows are rounded alike
-            weight.copy_(values(weight, block))
-    for name, weight in model.named_parameters():
-        if model.config.model_type == "mixtral" and name.endswith(("q_proj.weight", "k_proj.weight")):
+    for name, weight in list(parts(model)):  # most are views of parameters
+        kind = kind_of(name, kinds)
+        if kind != "F32":
             weight.copy_(values(weight, kind))
+    if model.config.model_type == "mixtral":  # these are not: rows in another order, each of which is rounded alone
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.copy_(values(weight, kind_of("attn_q", kinds)))
     return model
 
 

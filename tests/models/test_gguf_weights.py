@@ -66,6 +66,7 @@ CASES = {
     "mixtral": ("mixtral", {"sliding_window": 6}),
     "qwen3 experts": ("qwen3_moe", {"norm_topk_prob": True}),
     "olmoe": ("olmoe", {}),
+    "gpt-oss": ("gpt_oss", {"swiglu_limit": 7.0}),
 }
 
 

@@ -25,7 +25,7 @@ LONG = {
     "tests/evaluate/test_live_experiment.py": 379,
     "tests/evaluate/test_store.py": 379,
     "tests/models/test_hf.py": 552,
-    "tests/models/test_native.py": 627,
+    "tests/models/test_native.py": 569,
     "tests/sampling/test_sampling_law.py": 369,
     "tests/serve/test_replicas.py": 451,
     "tests/serve/test_robustness.py": 371,

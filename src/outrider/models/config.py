@@ -23,6 +23,7 @@ CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
 """Largest config.json that is read; real ones have a few kilobytes."""
 MOST_LAYERS = 1024
+SINKS = "self_attn.sinks"
 OWN_CODE = {"mimo": "qwen2"}
 """Model types whose checkpoints name code of their own, which is not run: the family whose network theirs is."""
 
@@ -153,7 +154,7 @@ _MULTIPLIERS = {
 
 
 def shapes_of(layout: Layout, head: bool, held: Held = "each") -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own. held: how experts lie in files."""
+    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own. held: see `Held`."""
     c = layout.decoder
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden)}
     if head:
@@ -183,7 +184,7 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     if family.qk_norm:
         wide = (queries, keys) if family.qk_norm == "row" else (c.head_dim, c.head_dim)
         out |= {"self_attn.q_norm.weight": wide[:1], "self_attn.k_norm.weight": wide[1:]}
-    return out
+    return out | ({SINKS: (c.heads,)} if family.sinks else {})
 
 
 def _dense_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -41,9 +41,9 @@ TYPES = tuple(_FILE_TYPES)
 
 
 def type_for(name: str, shape: tuple[int, ...], wanted: BlockType) -> BlockType:
-    """The type of a tensor in a file that is mostly `wanted`, by llama.cpp's rules: norms, biases and routers in float32, the output
-    matrix in at least 6 bits, what fits no block in a wider type."""
-    if len(shape) == 1 or name.endswith(ROUTER):
+    """The type of a tensor in a file that is mostly `wanted`, by llama.cpp's rules: norms, biases and routers in float32, the
+    output matrix in at least 6 bits, what fits no block in a wider type."""
+    if len(shape) == 1 or name.endswith((ROUTER, ".bias")):
         return named("f32")
     if wanted.plain:
         return wanted
@@ -120,8 +120,7 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    """A tensor in float32, one part of it at a time; rows of queries and keys as interleaved pairs where the architecture has them
-    so."""
+    """A tensor in float32, a part at a time; rows of queries and keys as interleaved pairs where the architecture has them so."""
     c, family = checkpoint.config, checkpoint.layout.family
     pairs = (
         ARCHITECTURES[ARCHITECTURE[c.family]].interleaved and not family.interleaved
@@ -229,7 +228,8 @@ def _scaling(folder: Path, rope: dict[str, Any], checkpoint: Checkpoint) -> dict
         return {}
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and rope.get("attention_factor") is None and rope.get("truncate", True):
+    cut = not checkpoint.layout.family.scaled  # whether readers take the ends of the ramp for whole numbers
+    if kind == "yarn" and rope.get("attention_factor") is None and rope.get("truncate", True) is cut:
         old = int(rope.get("original_max_position_embeddings", positions))
         factor = positions / old if rope["factor"] is None else float(rope["factor"])
         out = {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}

@@ -25,7 +25,8 @@ class Experts:
     """The mixture of experts of a decoder: a router sends every row to `used` of `count` SwiGLUs with `inner` units each.
 
     The weights of a row's experts are their softmax over all experts, divided by the sum over the used ones if `normalised`.
-    sparse[i]: whether layer i has experts, or one feed-forward part of the decoder's `inner` units.
+    sparse[i]: whether layer i has experts, or one feed-forward part of the decoder's `inner` units. limit: 0, or the bound of gates
+    (from above) and ups (on both sides) in gpt-oss's experts, whose units are gate sigmoid(gain gate) (up + 1).
     """
 
     count: int
@@ -33,6 +34,8 @@ class Experts:
     inner: int
     normalised: bool
     sparse: tuple[bool, ...]
+    limit: float = 0.0
+    gain: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,8 @@ class LayerWeights:
     norm1, norm2: of the inputs of attention and feed-forward part; post1, post2: of their outputs, before they are added. q_norm
     and k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are
     segments, and norms and biases are float32. In a layer with E experts gate_up is [2 E I, H], the gates of all of them and then
-    their ups, down is [E H, I], and router is [E, H], of packed weights float32.
+    their ups, down is [E H, I], and router is [E, H], of packed weights float32; biases likewise. sinks: a score for each head,
+    which takes weight and adds nothing (gpt-oss).
     """
 
     norm1: Float[Tensor, "H"] | None
@@ -116,6 +120,10 @@ class LayerWeights:
     post1: Float[Tensor, "H"] | None = None
     post2: Float[Tensor, "H"] | None = None
     router: Float[Tensor, "E H"] | None = None
+    router_bias: Float[Tensor, "E"] | None = None
+    gate_up_bias: Float[Tensor, "G"] | None = None
+    down_bias: Float[Tensor, "O"] | None = None
+    sinks: Float[Tensor, "heads"] | None = None
 
 
 NORMS = frozenset({"norm1", "q_norm", "k_norm", "norm2", "post1", "post2"})

@@ -73,6 +73,12 @@ class GgufCheckpoint:
         rest = sum(self._tensors[name].bytes for name in {EMBEDDING, HEAD, NORM} & self._tensors.keys())
         return self.packed_bytes - rest
 
+    def bytes_of(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """`packed_bytes`, `layer_bytes`, and those of the latter that are of experts."""
+        found = (self._tensors[name] for name in self._expected() if name.endswith("_exps.weight"))
+        experts = sum(4 * tensor.numbers if tensor.block.widened else tensor.bytes for tensor in found)
+        return self.packed_bytes, self.layer_bytes, experts
+
     def stored_bytes(self) -> Iterator[tuple[str, int]]:
         """Name of the type and bytes of every tensor."""
         return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
@@ -94,7 +100,7 @@ class GgufCheckpoint:
         numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
         qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())
         biases = [numbers(f"attn_{part}.bias") for part in heads]
-        norms = {place: w.numbers(f"{at}{names.NORMS[place]}.weight") for place, _ in family.norms}
+        norms = {place: w.numbers(f"{at}{names.norm_name(place, family)}.weight") for place, _ in family.norms}
         return LayerWeights(
             norm1=norms.get("norm1"),
             qkv=qkv,
@@ -106,17 +112,24 @@ class GgufCheckpoint:
             norm2=norms.get("norm2"),
             post1=norms.get("post1"),
             post2=norms.get("post2"),
+            sinks=numbers(names.SINKS),
             **self._forward_part(at, c.experts is not None and c.experts.sparse[i]),
         )
 
     def _forward_part(self, at: str, sparse: bool) -> dict[str, Any]:
-        """The weights of a block's feed-forward part, or of its experts. The router's are plain: it is never multiplied in blocks."""
+        """The weights of a block's feed-forward part, or of its experts. A router is plain: never multiplied in blocks."""
         parts, end = ["up"] if "gate_up" in self.layout.family.fused else ["gate", "up"], "_exps" if sparse else ""
-        return {
+        out: dict[str, Any] = {
             "gate_up": tuple(self.weights.segment(f"{at}ffn_{part}{end}.weight") for part in parts),
             "down": (self.weights.segment(f"{at}ffn_down{end}.weight"),),
             "router": self.weights.numbers(f"{at}ffn_gate_inp.weight") if sparse else None,
         }
+        keys = self.layout.family.experts
+        if sparse and keys is not None and keys.bounded:
+            bias = lambda part: self.weights.numbers(f"{at}ffn_{part}.bias").flatten()  # noqa: E731
+            out |= {"router_bias": bias("gate_inp"), "down_bias": bias("down_exps")}
+            out |= {"gate_up_bias": torch.cat([bias("gate_exps"), bias("up_exps")])}
+        return out
 
     def packed(
         self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model", first: int | None = None

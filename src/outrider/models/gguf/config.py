@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from outrider.errors import ConfigError
-from outrider.models.families import FAMILIES
+from outrider.models.families import FAMILIES, Family
 from outrider.models.gguf.keys import Keys
 from outrider.models.gguf.mixtures import MIXTURES, is_mixture, mixture_of
 from outrider.models.gguf.weights import Weights
@@ -21,8 +21,8 @@ from outrider.models.gguf.weights import Weights
 class Architecture:
     """How files of an architecture are read. family: model type in Hugging Face's spelling. named: its class there.
 
-    interleaved: rows of queries and keys are stored as interleaved pairs. keys: what its files say beside `_PLAIN`. mixed: family and
-    class of its files that have experts.
+    interleaved: rows of queries and keys are stored as interleaved pairs. keys: what its files say beside `_PLAIN`. mixed: family
+    and class of its files that have experts.
     """
 
     family: str
@@ -32,6 +32,7 @@ class Architecture:
     mixed: tuple[str, str] | None = None
 
 
+PATTERN = "attention.sliding_window_pattern"
 _CAPS = frozenset({"final_logit_softcapping"})
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True, mixed=("mixtral", "MixtralForCausalLM")),
@@ -39,6 +40,7 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", keys=frozenset({PATTERN})),
     "gemma": Architecture("gemma", "GemmaForCausalLM"),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", keys=_CAPS | {"attn_logit_softcapping"}),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", keys=_CAPS | {"rope.freq_base_swa"}),
@@ -122,7 +124,7 @@ def config_of(weights: Weights) -> dict[str, Any]:
         "max_position_embeddings": keys.whole("context_length"),
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.real("rope.freq_base", 10000.0),
-        "rope_scaling": _longrope(weights, keys) if family.longrope else _rope_scaling(keys),
+        "rope_scaling": _longrope(weights, keys) if family.longrope else _rope_scaling(keys, family),
         **({"partial_rotary_factor": turned / head_dim} if family.partial else {}),
         "tie_word_embeddings": "output.weight" not in weights.tensors,
         "dtype": _stored(weights),
@@ -145,7 +147,10 @@ def _stored(weights: Weights) -> str:
 
 def _window(keys: Keys, kind: Architecture) -> dict[str, Any]:
     width = keys.whole("attention.sliding_window", least=0)
-    if not width and not FAMILIES[kind.family].pattern:
+    every = FAMILIES[kind.family].pattern
+    if keys.values.get(keys.name(PATTERN), every) != every:
+        raise ConfigError(f"{keys.path} has windows in another order of layers than its architecture's: use another model")
+    if not width and not every:
         return {}
     if "sliding_window" in FAMILIES[kind.family].options:
         return {"sliding_window": width}
@@ -185,7 +190,7 @@ def _longrope(weights: Weights, keys: Keys) -> dict[str, Any] | None:
     """LongRoPE's divisors, which lie in tensors; the longer ones too, though only the short are used."""
     found = [weights.tensors.get(name) for name in FACTORS.values()]
     if not all(found):
-        return _rope_scaling(keys)
+        return _rope_scaling(keys, FAMILIES["phi3"])
     if any(tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] > 2048) for tensor in found):
         raise ConfigError(f"{keys.path} has LongRoPE's divisors in another shape than a list: download it again")
     out: dict[str, Any] = {name: weights.numbers(tensor).tolist() for name, tensor in FACTORS.items()}
@@ -198,7 +203,7 @@ def _longrope(weights: Weights, keys: Keys) -> dict[str, Any] | None:
     return out
 
 
-def _rope_scaling(keys: Keys) -> dict[str, Any] | None:
+def _rope_scaling(keys: Keys, family: Family) -> dict[str, Any] | None:
     kind = keys.values.get(keys.name("rope.scaling.type"), "none")
     if kind == "none":
         old = keys.real("rope.scale_linear", 1.0)
@@ -217,6 +222,7 @@ def _rope_scaling(keys: Keys) -> dict[str, Any] | None:
         )
     out: dict[str, Any] = {"rope_type": "yarn", "factor": keys.real("rope.scaling.factor", most=1e6)}
     out["original_max_position_embeddings"] = keys.whole("rope.scaling.original_context_length")
+    out |= {"truncate": False} if family.scaled else {}  # gpt-oss's own configuration, for which GGUF has no key
     for ours, theirs in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         if keys.given(f"rope.scaling.{ours}"):
             out[theirs] = keys.real(f"rope.scaling.{ours}", most=1e6)

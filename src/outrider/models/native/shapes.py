@@ -44,9 +44,11 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
         "norm2": (c.hidden,),
         "gate_up": (2 * c.inner, c.hidden),
         "down": (c.hidden, c.inner),
+        "sinks": (c.heads,),
     }
     count, _, inner, _ = sizes_of(c.experts)
     sparse = {"router": (count, c.hidden), "gate_up": (2 * count * inner, c.hidden), "down": (count * c.hidden, inner)}
+    sparse |= {"router_bias": (count,), "gate_up_bias": (2 * count * inner,), "down_bias": (count * c.hidden,)}
     out: list[tuple[str, Any, tuple[int, ...]]] = [
         ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
         ("norm", weights.norm, (c.hidden,)),

@@ -15,7 +15,10 @@ from outrider.nn.products import NativeLinear
 
 LINEARS = ("qkv", "o", "gate_up", "down", "router")
 """A router is None in a dense layer."""
-VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2")
+VECTORS = (
+    "norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2", "sinks", "router_bias",
+    "gate_up_bias", "down_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,16 @@ class NativeWeights:
     def linears(self) -> list[NativeLinear]:
         every = (linear for layer in self.layers for linear in layer.linears.values())
         return [self.embedding, self.head, *(linear for linear in every if linear is not None)]
+
+    def expert_share(self, used: int, count: int) -> float:
+        """Share of the bytes of a forward of one row that are of the `used` of `count` experts in each sparse layer."""
+        read = lambda names, layer: sum(found.bytes for n in names if (found := layer.linears[n]) is not None)  # noqa: E731
+        parts = ("gate_up", "down")
+        sparse = [layer for layer in self.layers if layer.linears["router"] is not None]
+        experts = sum(read(parts, layer) for layer in sparse) * used / count
+        rest = sum(read(set(LINEARS) - set(parts), layer) for layer in self.layers) + self.head.bytes
+        rest += sum(read(parts, layer) for layer in self.layers if layer.linears["router"] is None)
+        return experts / (experts + rest)
 
     @classmethod
     def of(cls, library: ctypes.CDLL, w: DecoderWeights) -> NativeWeights:
