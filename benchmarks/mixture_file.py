@@ -71,7 +71,8 @@ def shapes(layers: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         own = {
             "attn_norm": ("f32", (HIDDEN,)), "ffn_norm": ("f32", (HIDDEN,)), "attn_q_norm": ("f32", (HEAD,)),
             "attn_k_norm": ("f32", (HEAD,)), "attn_q": ("q4_k", (HEADS * HEAD, HIDDEN)),
-            "attn_k": ("q4_k", (KV_HEADS * HEAD, HIDDEN)), "attn_v": (more, (KV_HEADS * HEAD, HIDDEN)), "attn_output": ("q4_k", (HIDDEN, HEADS * HEAD)),
+            "attn_k": ("q4_k", (KV_HEADS * HEAD, HIDDEN)), "attn_v": (more, (KV_HEADS * HEAD, HIDDEN)),
+            "attn_output": ("q4_k", (HIDDEN, HEADS * HEAD)),
             "ffn_gate_inp": ("f32", (COUNT, HIDDEN)), "ffn_gate_exps": ("q4_k", (COUNT, INNER, HIDDEN)),
             "ffn_up_exps": ("q4_k", (COUNT, INNER, HIDDEN)), "ffn_down_exps": (more, (COUNT, HIDDEN, INNER)),
         }  # fmt: skip

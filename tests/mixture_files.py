@@ -79,8 +79,13 @@ def gpt_oss(tensors: dict[str, Tensor], at: str, to: str) -> Iterator[tuple[str,
     yield from ((f"{to}ffn_down_exps.weight", down), (f"{to}ffn_down_exps.bias", biases[1]))
 
 
-def write(model: PreTrainedModel, path: Path, kinds: Kinds, **keys: Any) -> Path:
-    """A file of the model. keys: others than those of its configuration, or None for those that are left out."""
+def write(
+    model: PreTrainedModel, path: Path, kinds: Kinds, *, renamed: Mapping[str, str] | None = None, **keys: Any
+) -> Path:
+    """A file of the model. renamed: tensors that get other names.
+
+    keys: others than those of its configuration, or None for those that are left out.
+    """
     import gguf
 
     c, arch = model.config, ARCHITECTURES[model.config.model_type]
@@ -94,6 +99,8 @@ def write(model: PreTrainedModel, path: Path, kinds: Kinds, **keys: Any) -> Path
         "rope.freq_base": float(c.rope_parameters["rope_theta"]), "expert_count": c.num_experts,
         "expert_used_count": c.num_experts_per_tok,
     }  # fmt: skip
+    if c.model_type == "mixtral" and c.sliding_window:
+        values["attention.sliding_window"] = c.sliding_window
     if c.model_type == "qwen3_moe":
         values["expert_feed_forward_length"] = c.moe_intermediate_size
     if c.model_type == "gpt_oss":
@@ -107,10 +114,14 @@ def write(model: PreTrainedModel, path: Path, kinds: Kinds, **keys: Any) -> Path
         if value is not None:
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             add[type(value)](f"{arch}.{key}", value)
-    writer.add_tokenizer_model("none")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, c.vocab_size))])
+    writer.add_token_scores([0.0] * 3 + [-float(i) for i in range(3, c.vocab_size)])
+    writer.add_token_types([2, 3, 3] + [1] * (c.vocab_size - 3))
+    writer.add_eos_token_id(2)
     for name, weight in parts(model):
         number = gguf.GGMLQuantizationType[kind_of(name, kinds)]
-        writer.add_tensor(name, stored(weight, kind_of(name, kinds)), raw_dtype=number)
+        writer.add_tensor((renamed or {}).get(name, name), stored(weight, kind_of(name, kinds)), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -143,7 +154,7 @@ def rounded(model: PreTrainedModel, kinds: Kinds) -> PreTrainedModel:
     if model.config.model_type == "mixtral":  # these are not: rows in another order, each of which is rounded alone
         for name, weight in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weight.copy_(values(weight, kind_of("attn_q", kinds)))
+                weight.copy_(values(weight, kind_of(f"blk.{name.split('.')[2]}.attn_{name[-13]}.weight", kinds)))
     return model
 
 

@@ -17,7 +17,7 @@ from outrider.build import build_engine, companion
 from outrider.errors import ConfigError
 from outrider.evaluate.planning import pace as measured
 from outrider.models.convert import convert
-from outrider.models.gguf.checkpoint import GgufCheckpoint
+from outrider.models.gguf.checkpoint import OLDER, GgufCheckpoint
 from outrider.models.gguf.weights import Weights
 from outrider.models.lean import LeanTarget
 from outrider.models.load import inspect_checkpoint, load_target
@@ -36,7 +36,8 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "qwen3moe as Q4_K_M": (
         "qwen3_moe",
         {"down_exps": "Q6_K", "attn_v": "Q6_K", "token_embd": "Q4_K", "output": "Q6_K", "up_exps": "Q5_K", "": "Q4_K"},
-        {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 1},
+        {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 1,
+         "head_dim": 64},
     ),
     "mixtral": ("mixtral", {"blk.1": "Q4_1", "down_exps": "Q5_0", "": "Q8_0"}, {"sliding_window": 9}),
     "olmoe": ("olmoe", {"exps": "Q5_1", "": "Q8_0"}, {}),
@@ -98,7 +99,7 @@ def test_a_row_has_the_same_bits_in_any_company(made: tuple[Path, Tensor], threa
     whole = logits(target, TEXT)
     kv, alone = target.new_kv(2, 48), target.new_kv(1, 48)
     for at in range(0, 40, 8):
-        rows = Rows.assemble([0, 1], [TEXT[at : at + 8], TEXT[30 - at : 38 - at]], [at, at], Draft.empty(2))
+        rows = Rows.assemble([0, 1], [TEXT[at : at + 8], TEXT[at % 7 : at % 7 + 8]], [at, at], Draft.empty(2))
         rows = replace(rows, scored=torch.arange(8))
         assert torch.equal(target.forward(rows, kv).logits, whole[at : at + 8])
         kv.commit(rows, [(), ()])
@@ -209,6 +210,16 @@ def test_a_dense_architecture_with_experts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(data.replace(b"qwen3moe", b"smollm3\0").replace(b"smollm3\0", b"qwen2moe"))
     with pytest.raises(ConfigError, match="architecture 'qwen2moe', which is not read"):
         GgufCheckpoint(tmp_path / "x.gguf")
+
+
+def test_experts_that_lie_otherwise_are_named(tmp_path: Path) -> None:
+    """Every expert by itself, and gates and ups in one tensor: the file is whole, and says so by a name."""
+    for name in OLDER:
+        file = write(
+            small("qwen3_moe"), tmp_path / "x.gguf", {"": "Q8_0"}, renamed={"blk.0.ffn_gate_exps.weight": name}
+        )
+        with pytest.raises(ConfigError, match=f"another way than is read here \\({name}\\)"):
+            GgufCheckpoint(file)
 
 
 @pytest.mark.parametrize("step", [pytest.param(29, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])

@@ -31,6 +31,8 @@ Progress = Callable[[float], None]
 
 EMBEDDING, HEAD, NORM = (gguf_name(name) for name in (names.EMBEDDING, names.HEAD, names.NORM))
 DIVISORS = "rope_freqs.weight"
+OLDER = ("blk.0.ffn_gate.0.weight", "blk.0.ffn_gate_up_exps.weight")
+"""Names that tell of experts that lie each by itself (files of 2023), or with gates and ups in one tensor."""
 
 
 class GgufCheckpoint:
@@ -213,6 +215,12 @@ class GgufCheckpoint:
 
     def _check(self) -> None:
         path, expected = self.weights.path, self._expected_or_fewer()
+        other = next((name for name in OLDER if name in self._tensors), None)
+        if other is not None and self.config.experts is not None:
+            raise ConfigError(
+                f"{path} holds its experts in another way than is read here ({other}): take a file with ffn_gate_exps, ffn_up_exps "
+                "and ffn_down_exps, or convert the model again"
+            )
         for name, shape in expected.items():
             tensor = self._tensors.get(name)
             if tensor is None:
