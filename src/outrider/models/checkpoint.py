@@ -172,7 +172,7 @@ class Checkpoint:
         """Whether a weight is packed; then the names of its tensors are noted. Raises ConfigError for tensors of other shapes."""
         packing, base = self.packing, name.removesuffix("weight")
         codes = self.entries.get(base + packing.codes) if packing is not None else None
-        if packing is None or codes is None or len(shape) != 2 or codes.stored not in packing.kinds:
+        if packing is None or codes is None or len(shape) != packing.dimensions or codes.stored not in packing.kinds:
             return False
         found: dict[str, str] = {}
         for end, expected in packing.shapes(*shape).items():

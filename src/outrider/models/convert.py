@@ -33,6 +33,7 @@ ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mis
 """The families that are written -> their names in GGUF."""
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32,
+    "mxfp4": 38,
 }  # fmt: skip
 """How llama.cpp numbers files that are mostly of a type; the types that can be written."""
 _NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
@@ -42,12 +43,12 @@ TYPES = tuple(_FILE_TYPES)
 
 def type_for(name: str, shape: tuple[int, ...], wanted: BlockType) -> BlockType:
     """The type of a tensor in a file that is mostly `wanted`, by llama.cpp's rules: norms, biases and routers in float32, the
-    output matrix in at least 6 bits, what fits no block in a wider type."""
+    output matrix in at least 6 bits, what fits no block in a wider type; mxfp4 for experts alone, q8_0 beside them."""
     if len(shape) == 1 or name.endswith((ROUTER, ".bias")):
         return named("f32")
     if wanted.plain:
         return wanted
-    chosen = wanted.name
+    chosen = wanted.name if wanted.name != "mxfp4" or len(shape) == 3 else "q8_0"
     if name in (EMBEDDING, HEAD) and chosen != "q8_0":
         chosen = "q6_k"
     if shape[-1] % named(chosen).values:
@@ -66,6 +67,8 @@ def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None
         checkpoint = Checkpoint(folder, max_length=original_context(read_raw_config(home_of(folder, CONFIG))))
     except Unsupported as reason:
         raise ConfigError(f"{folder} cannot be written: {reason}; convert it with llama.cpp's converter") from None
+    if kind == "mxfp4" and checkpoint.config.experts is None:
+        raise ConfigError(f"{folder} has no experts, and mxfp4 is a type of theirs alone: choose q4_0 or q4_k")
     keys = _keys(folder, checkpoint, kind)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -7,8 +7,9 @@ with optional biases, query/key norms, bounds and sliding windows, a gated feed-
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from outrider.nn.blocks import Segment, dequantise
 
 Segments = tuple[Segment, ...]
 """A packed linear weight [out, in]: outputs of one type, then those of the next, as they are stored."""
+Later = Callable[[], Segments]
+"""One that is read when it is asked for, so that only it is in memory twice while it is repacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +111,15 @@ class LayerWeights:
     """
 
     norm1: Float[Tensor, "H"] | None
-    qkv: Float[Tensor, "QKV H"] | Segments
+    qkv: Float[Tensor, "QKV H"] | Segments | Later
     qkv_bias: Float[Tensor, "QKV"] | None
     q_norm: Float[Tensor, "Q"] | None
     k_norm: Float[Tensor, "K"] | None
-    o: Float[Tensor, "H A"] | Segments
+    o: Float[Tensor, "H A"] | Segments | Later
     o_bias: Float[Tensor, "H"] | None
     norm2: Float[Tensor, "H"] | None
-    gate_up: Float[Tensor, "G H"] | Segments
-    down: Float[Tensor, "O I"] | Segments
+    gate_up: Float[Tensor, "G H"] | Segments | Later
+    down: Float[Tensor, "O I"] | Segments | Later
     post1: Float[Tensor, "H"] | None = None
     post2: Float[Tensor, "H"] | None = None
     router: Float[Tensor, "E H"] | None = None
@@ -124,6 +127,11 @@ class LayerWeights:
     gate_up_bias: Float[Tensor, "G"] | None = None
     down_bias: Float[Tensor, "O"] | None = None
     sinks: Float[Tensor, "heads"] | None = None
+
+
+def taken(weight: Any) -> Any:
+    """A linear's weight itself, read now if it is one for later."""
+    return weight() if callable(weight) else weight
 
 
 NORMS = frozenset({"norm1", "q_norm", "k_norm", "norm2", "post1", "post2"})
@@ -155,6 +163,7 @@ def unpacked(w: DecoderWeights, device: torch.device | str = "cpu") -> DecoderWe
     """The values of packed weights as plain ones of their dtype: for machines without products in blocks."""
 
     def plain(weight: object) -> object:
+        weight = taken(weight)
         if isinstance(weight, tuple):
             rows = [s.outputs for s in weight]
             out = torch.empty(sum(rows), weight[0].inputs, dtype=w.dtype)

@@ -96,11 +96,11 @@ class GgufCheckpoint:
         return self.weights.numbers(NORM)
 
     def layer(self, i: int) -> LayerWeights:
-        """Block i. Rows of queries and keys are in the order of halves, as everywhere in the lean runtime."""
+        """Block i, its linears for later. Rows of queries and keys are in the order of halves, as in all of the lean runtime."""
         at, c, w, family = f"blk.{i}.", self.config, self.weights, self.layout.family
         heads = {"qkv": 0} if "qkv" in family.fused else {"q": c.heads, "k": c.kv_heads, "v": 0}
         numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
-        qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())
+        qkv = lambda: tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())  # noqa: E731
         biases = [numbers(f"attn_{part}.bias") for part in heads]
         norms = {place: w.numbers(f"{at}{names.norm_name(place, family)}.weight") for place, _ in family.norms}
         return LayerWeights(
@@ -109,7 +109,7 @@ class GgufCheckpoint:
             qkv_bias=self._bias(biases, tuple(heads.values())) if self.layout.qkv_bias else None,
             q_norm=numbers("attn_q_norm.weight"),
             k_norm=numbers("attn_k_norm.weight"),
-            o=(w.segment(at + "attn_output.weight"),),
+            o=lambda: (w.segment(at + "attn_output.weight"),),
             o_bias=numbers("attn_output.bias"),
             norm2=norms.get("norm2"),
             post1=norms.get("post1"),
@@ -122,8 +122,8 @@ class GgufCheckpoint:
         """The weights of a block's feed-forward part, or of its experts. A router is plain: never multiplied in blocks."""
         parts, end = ["up"] if "gate_up" in self.layout.family.fused else ["gate", "up"], "_exps" if sparse else ""
         out: dict[str, Any] = {
-            "gate_up": tuple(self.weights.segment(f"{at}ffn_{part}{end}.weight") for part in parts),
-            "down": (self.weights.segment(f"{at}ffn_down{end}.weight"),),
+            "gate_up": lambda: tuple(self.weights.segment(f"{at}ffn_{part}{end}.weight") for part in parts),
+            "down": lambda: (self.weights.segment(f"{at}ffn_down{end}.weight"),),
             "router": self.weights.numbers(f"{at}ffn_gate_inp.weight") if sparse else None,
         }
         keys = self.layout.family.experts
@@ -136,7 +136,7 @@ class GgufCheckpoint:
     def packed(
         self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model", first: int | None = None
     ) -> DecoderWeights:
-        """The weights as they are stored; blocks are read one at a time, while they are used.
+        """The weights as they are stored; linears are read one at a time, while they are used.
 
         dtype: of hidden states and the cache. first: only so many blocks.
         """

@@ -46,10 +46,11 @@ class Place {
     Place(const Layout& layout, uint8_t* group, int lane) : l_(layout), group_(group), lane_(lane) {}
 
     void put(int64_t block, const Block& b) {
-        const int units = l_.size.values / UNIT;
-        for (int u = 0; u < units; ++u) {
-            uint8_t* at = group_ + (block * units + u) * l_.unit_bytes() + 4 * lane_;
-            for (int v = 0; v < UNIT; ++v) put_code(at, v, b, u * UNIT + v);
+        switch (l_.size.bits) {
+            case 4: put_codes<4>(block, b); break;
+            case 5: put_codes<5>(block, b); break;
+            case 6: put_codes<6>(block, b); break;
+            default: put_codes<8>(block, b);
         }
         uint8_t* side = group_ + l_.codes_bytes() + block * l_.side_bytes();
         if (l_.format != INT8) std::memcpy(side + 2 * lane_, &b.d, 2);
@@ -79,16 +80,25 @@ class Place {
     }
 
    private:
-    void put_code(uint8_t* at, int v, const Block& b, int k) const {
+    template <int BITS>
+    void put_codes(int64_t block, const Block& b) const {
+        const int units = l_.size.values / UNIT;
+        for (int u = 0; u < units; ++u) {
+            uint8_t* at = group_ + (block * units + u) * l_.unit_bytes() + 4 * lane_;
+            for (int v = 0; v < UNIT; ++v) put_code<BITS>(at, v, b.raw[u * UNIT + v]);
+        }
+    }
+
+    template <int BITS>
+    static void put_code(uint8_t* at, int v, unsigned c) {
         const int j = v / 4, i = v % 4;
-        const unsigned c = b.raw[k];
-        if (l_.size.bits == 8) {
+        if (BITS == 8) {
             at[j * VECTOR + i] = (uint8_t)(c ^ (UNSIGNED_BYTES ? 0 : 0x80));
             return;
         }
         at[j % 4 * VECTOR + i] |= (uint8_t)((c & 15) << (j < 4 ? 0 : 4));
-        if (l_.size.bits == 5) at[4 * VECTOR + i] |= (uint8_t)(c >> 4 << j);
-        if (l_.size.bits == 6) at[(4 + j / 4) * VECTOR + i] |= (uint8_t)(c >> 4 << 2 * (j % 4));
+        if (BITS == 5) at[4 * VECTOR + i] |= (uint8_t)(c >> 4 << j);
+        if (BITS == 6) at[(4 + j / 4) * VECTOR + i] |= (uint8_t)(c >> 4 << 2 * (j % 4));
     }
 
     const Layout& l_;

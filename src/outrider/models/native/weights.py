@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.models.decoder import DecoderWeights, LayerWeights
+from outrider.models.decoder import DecoderWeights, LayerWeights, taken
 from outrider.nn.products import NativeLinear
 
 LINEARS = ("qkv", "o", "gate_up", "down", "router")
@@ -56,7 +56,7 @@ class NativeWeights:
 
     @classmethod
     def of(cls, library: ctypes.CDLL, w: DecoderWeights) -> NativeWeights:
-        """Blocks are taken one after the other: packed ones are let go of as soon as they are repacked."""
+        """Linears are taken one after the other: packed ones are let go of as soon as they are repacked."""
         embedding = NativeLinear(library, w.embedding)
         head = embedding if w.head is w.embedding else NativeLinear(library, w.head)
         return cls(embedding, _layers(library, w.layers), w.norm.float().contiguous(), head, w.dtype)
@@ -66,7 +66,7 @@ def _layers(library: ctypes.CDLL, layers: Iterable[LayerWeights]) -> tuple[Nativ
     out = []
     for layer in layers:
         given = {name: getattr(layer, name) for name in LINEARS}
-        linears = {name: None if w is None else NativeLinear(library, w) for name, w in given.items()}
+        linears = {name: None if w is None else NativeLinear(library, taken(w)) for name, w in given.items()}
         vectors = {name: getattr(layer, name) for name in VECTORS}
         out.append(NativeLayer(linears, {k: None if v is None else v.float().contiguous() for k, v in vectors.items()}))
     return tuple(out)
