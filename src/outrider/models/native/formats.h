@@ -90,16 +90,16 @@ inline void read_codes(const uint8_t* p, Block& b) {
     if (F == Q5_0 || F == Q5_1) bytes += 4;
     if (F == Q5_K) bytes += 32;
     constexpr int span = F == Q6_K ? 64 : super ? 32 : 16;  // bytes whose low halves come before their high ones
-    for (int k = 0; k < size.values; ++k) {
-        if (size.bits == 8) {
-            b.raw[k] = bytes[k] ^ 0x80u;
-        } else {
-            const int at = k / (2 * span) * span + k % span;
-            int code = k / span % 2 ? bytes[at] >> 4 : bytes[at] & 15;
-            if (F == Q5_0 || F == Q5_1) code |= (high[k / 8] >> k % 8 & 1) << 4;
-            if (F == Q5_K) code |= (high[k % 32] >> k / 32 & 1) << 4;
-            if (F == Q6_K) code |= (high[k / 128 * 32 + k % 32] >> k % 128 / 32 * 2 & 3) << 4;
-            b.raw[k] = (uint8_t)code;
+    constexpr int run = span < 32 ? span : 32;  // neighbours that lie alike
+    for (int from = 0; from < size.values; from += run) {
+        const uint8_t* low = bytes + (size.bits == 8 ? from : from / (2 * span) * span + from % span);
+        const uint8_t* more = high + (F == Q6_K ? from / 128 * 32 : 0);
+        for (int i = 0; i < run; ++i) {
+            int code = size.bits == 8 ? low[i] ^ 0x80 : low[i] >> from / span % 2 * 4 & 15;
+            if (F == Q5_0 || F == Q5_1) code |= (high[(from + i) / 8] >> (from + i) % 8 & 1) << 4;
+            if (F == Q5_K) code |= (more[i] >> from / 32 & 1) << 4;
+            if (F == Q6_K) code |= (more[i] >> from % 128 / 32 * 2 & 3) << 4;
+            b.raw[from + i] = (uint8_t)code;
         }
     }
     for (int k = 0; k < size.values; ++k) b.code[k] = (int8_t)(F == MXFP4 ? FP4[b.raw[k]] : b.raw[k] - size.offset);

@@ -80,26 +80,22 @@ class Place {
     }
 
    private:
+    // Codes four at a time, a byte each of a word: no shift below crosses a byte.
     template <int BITS>
     void put_codes(int64_t block, const Block& b) const {
-        const int units = l_.size.values / UNIT;
-        for (int u = 0; u < units; ++u) {
-            uint8_t* at = group_ + (block * units + u) * l_.unit_bytes() + 4 * lane_;
-            for (int v = 0; v < UNIT; ++v) put_code<BITS>(at, v, b.raw[u * UNIT + v]);
+        for (int u = 0; u < l_.size.values / UNIT; ++u) {
+            uint8_t* at = group_ + (block * (l_.size.values / UNIT) + u) * l_.unit_bytes() + 4 * lane_;
+            uint32_t four[8], upper[2] = {0, 0};
+            std::memcpy(four, b.raw + u * UNIT, sizeof four);
+            for (int j = 0; BITS == 8 && j < 8; ++j) put_word(at + j * VECTOR, four[j] ^ (UNSIGNED_BYTES ? 0u : 0x80808080u));
+            for (int j = 0; BITS < 8 && j < 4; ++j) put_word(at + j * VECTOR, (four[j] & 0x0f0f0f0fu) | (four[j + 4] & 0x0f0f0f0fu) << 4);
+            for (int j = 0; BITS == 5 && j < 8; ++j) upper[0] |= (four[j] >> 4 & 0x01010101u) << j;
+            for (int j = 0; BITS == 6 && j < 8; ++j) upper[j / 4] |= (four[j] >> 4 & 0x03030303u) << 2 * (j % 4);
+            for (int i = 0; BITS < 8 && i < BITS - 4; ++i) put_word(at + (4 + i) * VECTOR, upper[i]);
         }
     }
 
-    template <int BITS>
-    static void put_code(uint8_t* at, int v, unsigned c) {
-        const int j = v / 4, i = v % 4;
-        if (BITS == 8) {
-            at[j * VECTOR + i] = (uint8_t)(c ^ (UNSIGNED_BYTES ? 0 : 0x80));
-            return;
-        }
-        at[j % 4 * VECTOR + i] |= (uint8_t)((c & 15) << (j < 4 ? 0 : 4));
-        if (BITS == 5) at[4 * VECTOR + i] |= (uint8_t)(c >> 4 << j);
-        if (BITS == 6) at[(4 + j / 4) * VECTOR + i] |= (uint8_t)(c >> 4 << 2 * (j % 4));
-    }
+    static void put_word(uint8_t* to, uint32_t word) { std::memcpy(to, &word, 4); }
 
     const Layout& l_;
     uint8_t* group_;
