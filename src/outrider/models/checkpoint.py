@@ -68,13 +68,10 @@ class Checkpoint:
 
     def bytes_of(self, dtype: torch.dtype) -> tuple[int, int, int]:
         """Of all weights in a type, of those of blocks, and of those of experts."""
-        c, each = self.config, dtype.itemsize
-        e = c.experts
+        c, each, e = self.config, dtype.itemsize, self.config.experts
         numbers = 0 if e is None else 3 * sum(e.sparse) * e.count * e.inner * c.hidden
-        blocks = c.layers * c.block_numbers
-        if e is not None:
-            blocks += numbers - sum(e.sparse) * 3 * c.inner * c.hidden
-        return self.parameters * each, blocks * each, numbers * each
+        dense = 0 if e is None else 3 * sum(e.sparse) * c.inner * c.hidden  # which experts take the place of
+        return self.parameters * each, (c.layers * c.block_numbers - dense + numbers) * each, numbers * each
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,7 +111,7 @@ class Checkpoint:
         role: the model's role in messages: "target", "draft". first: only so many blocks.
         """
         where, count = torch.device(device), first or self.config.layers
-        left_out = (self.config.layers - count) * self.config.block_numbers
+        left_out = self.bytes_of(torch.uint8)[1] * (self.config.layers - count) // self.config.layers
         require_weights(self.parameters - left_out, dtype, where, role)
         reader = _Reader(self, list(self._expected()), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")

@@ -101,16 +101,18 @@ def _write(
         )
     for name, numbers in divisors.items():
         writer.add_tensor_info(name, numbers.shape, numbers.numpy().dtype, numbers.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for i, (name, _, block) in enumerate(plan):
-        rows = [quantise(part.reshape(-1, part.shape[-1]), block) for part in _parts(checkpoint, name)]
-        writer.write_tensor_data((rows[0] if len(rows) == 1 else torch.cat(rows)).numpy())
-        progress((i + 1) / len(plan))
-    for numbers in divisors.values():
-        writer.write_tensor_data(numbers.numpy())
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for i, (name, _, block) in enumerate(plan):
+            rows = [quantise(part.reshape(-1, part.shape[-1]), block) for part in _parts(checkpoint, name)]
+            writer.write_tensor_data((rows[0] if len(rows) == 1 else torch.cat(rows)).numpy())
+            progress((i + 1) / len(plan))
+        for numbers in divisors.values():
+            writer.write_tensor_data(numbers.numpy())
+    finally:
+        writer.close()
     return total
 
 

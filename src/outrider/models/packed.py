@@ -19,7 +19,7 @@ from torch import Tensor
 from outrider.config_keys import packed_key
 from outrider.errors import ConfigError
 from outrider.nn.blocks.float8 import scaled_blocks
-from outrider.nn.blocks.values import FP4_VALUES
+from outrider.nn.blocks.values import FP4_VALUES, power
 
 Shapes = Callable[..., dict[str, tuple[int, ...]]]
 Unpack = Callable[..., Tensor]
@@ -209,9 +209,8 @@ def _mxfp4() -> Packing:
     def unpack(t: Mapping[str, Tensor], e: int, k: int, n: int) -> Float[Tensor, "E K N"]:
         codes = torch.stack([t["_blocks"] & 15, t["_blocks"] >> 4], -1).flatten(-2)
         halves = torch.tensor(FP4_VALUES, dtype=torch.float32)[codes.int()]
-        scale = torch.ldexp(torch.ones(()), t["_scales"].int() - 128)
-        scale = torch.where(t["_scales"] == 255, torch.nan, scale)  # its only code that is no number
-        return (halves * scale[..., None]).view(e, n, k).mT
+        scale = power(t["_scales"].reshape(-1, 1)).masked_fill_(t["_scales"].reshape(-1, 1) == 255, torch.nan)  # no number
+        return (halves * scale.view(e, n, -1, 1)).view(e, n, k).mT
 
     return Packing("MXFP4", shapes, unpack, "_blocks", ("U8",), dimensions=3)
 

@@ -59,7 +59,11 @@ class Place {
         if (l_.format == Q6_K) {
             for (int j = 0; j < 16; ++j) side[(2 + j) * LANES + lane_] = (uint8_t)b.scale[j];
             int32_t start = 0;  // see X_OFFSET
-            for (int k = 0; k < 256; ++k) start -= X_OFFSET * b.scale[k / 16] * b.code[k];
+            for (int j = 0; j < 16; ++j) {
+                int32_t sum = 0;
+                for (int i = 0; i < 16; ++i) sum += b.code[16 * j + i];
+                start -= X_OFFSET * b.scale[j] * sum;
+            }
             std::memcpy(side + 18 * LANES + 4 * lane_, &start, 4);
             return;
         }
