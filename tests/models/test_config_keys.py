@@ -77,6 +77,7 @@ VALUES |= {
     "mlp_only_layers": [[], [1], [0, 1, 2], 3, None],
     "decoder_sparse_step": [2, 0, 4, None], "clip_qkv": [0.5, None, -1.0], "router_jitter_noise": [0.3],
     "output_router_logits": [True], "shared_expert_intermediate_size": [8],
+    "swiglu_limit": [0.5, 0.0, None], "swiglu_alpha": [1.0, None],
 }  # fmt: skip
 FIRST = ("llama", "qwen2", "qwen3", "mistral")
 """Of these llama meets every key in every run; the others meet those of `THEIRS`, and of the rest one meets each key."""
@@ -126,9 +127,10 @@ MATTER = {
         "attention_bias",
         "num_key_value_heads",
     ),
+    "gpt_oss": ("swiglu_limit", "swiglu_alpha", "sliding_window", "layer_types", "num_local_experts", "attention_bias"),
 }
 """Keys that are tried in every run for the families that came later; all others are in the slow tests."""
-SPARSE = ("mixtral", "qwen3_moe", "olmoe")
+SPARSE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 OTHERS = {
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "logit_scale": 0.1, "logits_scaling": 4.0,
     "embedding_multiplier": 3.0, "residual_multiplier": 0.2, "attention_multiplier": 0.3, "query_pre_attn_scalar": 7,
@@ -233,6 +235,9 @@ LEFTOVERS = {
     "mixtral": {"attention_bias": True, "use_sliding_window": False, "max_window_layers": 1},
     "qwen3_moe": {"mlp_bias": True, "max_window_layers": 1, "router_aux_loss_coef": 0.3},
     "olmoe": {"sliding_window": 4, "mlp_bias": True, "router_aux_loss_coef": 0.3},
+    "gpt_oss": {
+        "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1, "experts_per_token": 2, "initial_context_length": 16,
+    },
     "gemma": {"sliding_window": 4, "query_pre_attn_scalar": 7, "hidden_activation": "relu", "mlp_bias": True},
     "gemma2": {"sliding_window_pattern": 3, "rope_local_base_freq": 7.0, "hidden_act": "relu", "max_window_layers": 1},
     "gemma3_text": {"attn_logit_softcapping": 0.5, "use_sliding_window": False, "hidden_act": "relu"},
