@@ -43,6 +43,7 @@ DTYPES: Mapping[str, str] = {
 """Number formats of weights: what --dtype takes -> PyTorch's name."""
 IMPLEMENTATIONS = ("auto", "lean", "hf")
 """What runs a model: our runtime, transformers, or the first of them that can."""
+_DEVICE = re.compile(r"auto|cpu(:0)?|cuda(:\d{1,3})?")
 MOST = 64
 """The longest draft that may be asked for."""
 LENGTHS: Mapping[str, str] = {
@@ -121,6 +122,7 @@ class EngineOptions:
         ):
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
         _check_named("dtype", self.dtype, ("auto", *DTYPES))
+        check_device(self.device)
         _check_named("implementation", self.implementation, IMPLEMENTATIONS)
         _check_lengths(self.lengths, self.length)
         object.__setattr__(self, "draft_vocabulary", _vocabulary(self.draft_vocabulary))
@@ -183,6 +185,12 @@ def _check_named(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise ConfigError for a name that no table has: said before PyTorch is imported, which takes seconds."""
     if name not in known:
         raise ConfigError(unknown_name(kind, name, known))
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for a device that models do not run on here; whether the machine has it, PyTorch says later."""
+    if not _DEVICE.fullmatch(name):
+        raise ConfigError(f"unknown device {name!r}; use 'auto', 'cpu' or 'cuda' (or one of several, as 'cuda:1')")
 
 
 def _check_lengths(lengths: object, length: int) -> None:

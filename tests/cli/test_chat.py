@@ -49,6 +49,31 @@ def test_lines_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         "one", "two\nthree", "a\n\nb", "c", "open\nend"]  # fmt: skip
 
 
+def test_ctrl_c_drops_what_was_typed_and_ends_when_nothing_was_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    readline = pytest.importorskip("readline")
+    monkeypatch.setattr(chat_lines.sys.stdin, "isatty", lambda: True, raising=False)
+    buffer, pressed = "", KeyboardInterrupt()
+    monkeypatch.setattr(readline, "get_line_buffer", lambda: buffer)
+    script: list[Any] = ['"""a', pressed, pressed, "one", pressed, pressed]
+
+    def give(_: str = "") -> str:
+        found = script.pop(0)
+        if found is pressed:
+            raise pressed
+        return found
+
+    monkeypatch.setattr("builtins.input", give)
+    assert read_text() == "one", "a block was dropped, and the first press with nothing typed ends nothing"
+    with pytest.raises(KeyboardInterrupt):
+        read_text()
+    buffer, script = "half a line", [pressed] * 5 + ["two"]
+    assert read_text() == "two"
+    monkeypatch.setattr(chat_lines.sys.stdin, "isatty", lambda: False, raising=False)
+    script = [pressed]
+    with pytest.raises(KeyboardInterrupt):
+        read_text()
+
+
 def test_commands(talk: Conversation) -> None:
     assert obey(talk, "hello") is None and obey(talk, "/usr/bin/env") is None and obey(talk, "//x") is None
     assert obey(talk, "/temprature 1") == "there is no command '/temprature', did you mean /temperature?"
