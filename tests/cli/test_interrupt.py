@@ -21,7 +21,8 @@ arrives in the microseconds between its last look and a blocking read only with 
 
 
 def run_until(argv: list[str], *ready: bytes, patience: float = 90.0) -> tuple[int, bytes, list, list]:
-    """Start `outrider` on a terminal of its own, press Ctrl-C once each of `ready` was printed, in turn; exit code, output, terminal settings."""
+    """Start `outrider` on a terminal of its own, press Ctrl-C once each of `ready` was printed, in turn; exit code, output,
+    terminal settings."""
     leader, follower = pty.openpty()
     before = termios.tcgetattr(follower)
     child = subprocess.Popen(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from outrider.cli import paths, tables, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import Json
+from outrider.cli.options import ChatTemplate, Json
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
@@ -53,6 +53,7 @@ class AuditedBy:
         Path | None,
         typer.Option("--prompts", callback=paths.file, help="JSONL or text file of prompts.", show_default=False),
     ] = None
+    chat_template: ChatTemplate = True
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts used, from the start of the set.")] = 32
     samples: Annotated[int, typer.Option("--samples", min=1, help="Continuations of each prompt.")] = 2
     level: Annotated[
@@ -113,11 +114,12 @@ def source_of(
 ) -> tuple[Any, list[list[int]], int]:
     """What generates the texts, the tokens of the prompts, and how many continuations each has."""
     from outrider.evaluate.audit import sources as src
+    from outrider.evaluate.workloads import ready
 
     if asked.texts:
         recorded = src.read_texts(asked.texts)
         return recorded.source(), recorded.prompts, recorded.samples
-    prompts = engine.encode_all(written)
+    prompts = ready(engine, asked.prompts, written, asked.chat_template).ids
     if asked.url:
         name = asked.model or target
         if name is None:

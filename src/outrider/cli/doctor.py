@@ -134,7 +134,8 @@ def expected(folders: dict[str, str], dtype: str) -> dict[str, Any]:
     if isinstance(found, str):
         return {"unknown": found}
     whole = found.times.whole
-    return {
+    unmeasured = {"draft_unknown": found.unmeasured} if found.unmeasured else {}
+    return unmeasured | {
         "plain": found.tokens,
         "rows": {str(n): whole[n] / whole[1] for n in ROWS},
         "with_draft": [{"acceptance": a, "tokens": t, "length": n} for a, (t, n) in found.drafted.items()],
@@ -151,6 +152,8 @@ def print_speed(speed: dict[str, Any]) -> None:
         return
     rows = ", ".join(f"{n}: {v:.2f}" for n, v in speed["rows"].items() if n != "1")
     say(f"about {speed['plain']:.0f} tokens/s plain; time of more rows over that of one: {rows}")
+    if "draft_unknown" in speed:
+        say(f"with this draft none is told: {speed['draft_unknown']}")
     if speed["with_draft"]:
         each = ", ".join(f"{d['acceptance']:g}: {d['tokens']:.0f} ({d['length']})" for d in speed["with_draft"])
         say(f"with this draft, tokens/s by acceptance (tokens drafted a step): {each}")

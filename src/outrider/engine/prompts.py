@@ -8,6 +8,7 @@ from collections.abc import Set as AnySet
 from typing import Any
 
 from outrider.errors import RequestError
+from outrider.params import SamplingParams
 from outrider.pictured import ImagePrompt
 
 Prompt = str | Iterable[Any]
@@ -39,6 +40,14 @@ def as_prompt(prompt: Any) -> str | list[int]:
         )  # raises a more specific error if the element is not a prompt itself
         raise RequestError("expected one prompt, text or a flat list of token ids, and got a list of several")
     return [_id(i) for i in items]
+
+
+def as_params(params: Any) -> SamplingParams:
+    """Sampling parameters as they are given. Raises RequestError for anything else, such as a mapping of them."""
+    if isinstance(params, SamplingParams):
+        return params
+    how = "write SamplingParams(**params)" if isinstance(params, Mapping) else "write SamplingParams(temperature=0.7), for example"
+    raise RequestError(f"sampling parameters are SamplingParams, not {type(params).__name__}: {how}")
 
 
 def as_ids(prompts: Any) -> list[list[int]]:

@@ -56,6 +56,7 @@ class Experiment:
     base: str
     target: str | None = None
     prompts: str | None = None
+    chat_template: bool = True
     count: int = 64
     batch: int = 1
     temperature: float = 1.0

@@ -57,11 +57,12 @@ class Times:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """tokens: a second, plain. times: of the target. drafted: by acceptance the tokens a second and the draft length of the best of
-    `LENGTHS`; empty without a draft."""
+    `LENGTHS`; empty without a draft. unmeasured: why a draft was not measured, empty if it was or there is none."""
 
     tokens: float
     times: Times
     drafted: dict[float, tuple[float, int]]
+    unmeasured: str = ""
 
 
 def pace(
@@ -87,8 +88,10 @@ def pace(
                 return Pace(1.0 / plain, times, {})
             told(0.5)
             small = first_blocks(draft, PART, dtype=dtype)
-            if isinstance(small, str) or small[0].max_length < LEAST_CONTEXT:
-                return Pace(1.0 / plain, times, {})
+            if isinstance(small, str):
+                return Pace(1.0 / plain, times, {}, small)
+            if small[0].max_length < LEAST_CONTEXT:
+                return Pace(1.0 / plain, times, {}, f"its context of {small[0].max_length} tokens is too short to measure")
             cheap, part = small
             own = timed(cheap, part)
             steps = {n: step_seconds(model, cheap, n) + times.more(n + 1) + n * own.more(1) for n in LENGTHS}
