@@ -73,6 +73,25 @@ def json_rows(text: str, where: object) -> Iterator[tuple[str, Any]]:
             yield f"{where}:{number}", parse_json(line, f"{where}:{number}")
 
 
+def read_yaml(path: Path, limit: int) -> Any:
+    """The plain data of a user's YAML file of at most `limit` bytes, in which aliases are copies and dates texts. Raises ConfigError,
+    also for aliases that stand for more than 16 times as much, and for one that holds itself."""
+    import yaml
+
+    text, parts, size = read_text(path, limit), list[str](), 0
+    try:
+        for part in json.JSONEncoder(default=str).iterencode(yaml.safe_load(text)):
+            parts.append(part)
+            size += len(part)
+            if size > 16 * limit:
+                raise ConfigError(f"{path}: its aliases stand for more than {limit >> 16} MiB: write less, or several files")
+        return json.loads("".join(parts))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    except (TypeError, ValueError, RecursionError):
+        raise ConfigError(f"{path}: it may hold texts, numbers, lists and mappings only, and no loop") from None
+
+
 def read_weight_map(index: Path, limit: int) -> dict[str, str]:
     """Name of a tensor -> name of its file, of a model.safetensors.index.json of at most `limit` bytes. Raises ConfigError."""
     placed = read_json(index, limit).get("weight_map")
