@@ -74,7 +74,7 @@ def json_rows(text: str, where: object) -> Iterator[tuple[str, Any]]:
 
 
 def read_yaml(path: Path, limit: int) -> Any:
-    """The plain data of a user's YAML file of at most `limit` bytes, in which aliases are copies and dates texts. Raises ConfigError,
+    """The plain data of a YAML file of at most `limit` bytes, in which aliases are copies and dates texts. Raises ConfigError,
     also for aliases that stand for more than 16 times as much, and for one that holds itself."""
     import yaml
 
