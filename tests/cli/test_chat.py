@@ -12,6 +12,7 @@ from outrider.cli import chat_lines
 from outrider.cli.chat import Conversation
 from outrider.cli.chat_lines import COMMANDS, ENDS, edited_lines, history_file, obey, read_text
 from outrider.cli.closing import Closing
+from outrider.dialects.detect import detect
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
 from tests.serve.chatserver import SCRIPTS, chat_engine
@@ -116,6 +117,21 @@ def test_a_conversation_with_thinking(talk: Conversation, capsys: Any, monkeypat
     assert obey(talk, "/stats") == told, "what was refused is no part of the conversation"
     assert obey(talk, "/system -") == "system message: none" and talk.messages[0]["role"] == "user"
     assert obey(talk, "/clear") and talk.messages == []
+
+
+def test_the_channels_of_gpt_oss_are_read(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    SCRIPTS["greet"] = (
+        "<|channel|>analysis<|message|>A guest.<|end|><|start|>assistant<|channel|>final<|message|>Hello there!"
+    )
+    styled = list[str]()
+    monkeypatch.setattr(typer, "style", lambda text, **_: styled.append(text) or text)
+    closing = Closing()
+    talk = Conversation(rewired(chat_engine("plain"))(sinks=(closing,)), None, closing, GREEDY)
+    talk.dialect = detect(lambda *_, **__: "", "{{ '<|channel|>analysis<|message|>' }}")
+    assert talk.read_marks() == ("<|channel|>", "<|start|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
+    talk.turn("greet")
+    assert "<|" not in capsys.readouterr().out and "".join(styled) == "A guest."
+    assert talk.messages[-1] == {"role": "assistant", "content": "Hello there!", "reasoning_content": "A guest."}
 
 
 def test_a_system_message_that_the_template_refuses_changes_nothing(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
