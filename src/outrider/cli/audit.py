@@ -15,6 +15,7 @@ from outrider.cli.options import ChatTemplate, Json
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
+from outrider.evaluate.workloads import told
 from outrider.options import EngineOptions
 
 
@@ -97,29 +98,29 @@ def audit(options: EngineOptions, asked: AuditedBy, sampling: Any, json: Json = 
 
     Example: outrider audit --count 4 --max-tokens 16
     """
-    from outrider.evaluate.workloads import load_prompts
+    from outrider.evaluate.workloads import Ready, load_prompts, ready
 
     asked.check()
     written = [] if asked.texts else load_prompts(asked.prompts, asked.count)
     engine = load_engine(replace(options, slots=1 if asked.other else 8))
-    source, prompts, samples = source_of(asked, engine, sampling, options.target, written)
+    found = Ready([], {}) if asked.texts else ready(engine, asked.prompts, written, asked.chat_template)
+    source, prompts, samples = source_of(asked, engine, sampling, options.target, found.ids)
     document, code = answered(engine, source, prompts, sampling, asked, samples)
+    document |= {"data": found.data} if found.data else {}
     document["generator"] = asked.other or f"{engine.parts.drafter.name} / {engine.parts.rule.name}"
     terminal.print_json(document) if json else print_document(document)
     raise typer.Exit(code)
 
 
 def source_of(
-    asked: AuditedBy, engine: Any, sampling: Any, target: str | None, written: list[Any]
+    asked: AuditedBy, engine: Any, sampling: Any, target: str | None, prompts: list[list[int]]
 ) -> tuple[Any, list[list[int]], int]:
     """What generates the texts, the tokens of the prompts, and how many continuations each has."""
     from outrider.evaluate.audit import sources as src
-    from outrider.evaluate.workloads import ready
 
     if asked.texts:
         recorded = src.read_texts(asked.texts)
         return recorded.source(), recorded.prompts, recorded.samples
-    prompts = ready(engine, asked.prompts, written, asked.chat_template).ids
     if asked.url:
         name = asked.model or target
         if name is None:
@@ -147,6 +148,8 @@ def print_document(d: dict[str, Any]) -> None:
     """The document for people."""
     console = terminal.console()
     console.print(f"[bold]{d['generator']}: {d['sentence']}[/bold]")
+    if "data" in d:
+        console.print(f"prompts              {told(d['data'])}")
     console.print(f"tested               {d['tokens']} tokens of {d['texts']} texts, {d['failed']} failed")
     if "departures" in d:
         for x in d["departures"]:
