@@ -78,7 +78,9 @@ class AuditedBy:
         return self.url or self.python or (str(self.texts) if self.texts else None)
 
     def check(self) -> None:
-        """ConfigError where more than one generator is named."""
+        """ConfigError where more than one generator is named, or no audit has such a level: before a model is loaded."""
+        if not (0 < self.level < 1 and 0 < self.detect < 1):
+            raise ConfigError(f"--level and --detect lie between 0 and 1, got {self.level:g} and {self.detect:g}")
         if sum(x is not None for x in (self.url, self.python, self.texts)) > 1:
             raise ConfigError("--url, --python and --texts each name a generator: use one")
 

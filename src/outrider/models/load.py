@@ -308,6 +308,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device, there = torch.device(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= there:
-        seen = f"{there} GPU{'s' * (there > 1)}" if there else "no GPU"
-        raise ConfigError(f"device {name!r} is not there (PyTorch sees {seen}); use 'auto' or 'cpu'")
+        if not there:
+            raise ConfigError(f"device {name!r} is not there (PyTorch sees no GPU); use 'auto' or 'cpu'")
+        raise ConfigError(f"device {name!r} is not there: the last GPU that PyTorch sees is 'cuda:{there - 1}'")
     return device
