@@ -85,9 +85,12 @@ def _text(content: Any, number: int, may_be_empty: bool) -> str:
         return ""
     if not isinstance(content, list) or not content:
         raise ValueError(f"message {number} has no text")
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"message {number} has a part that is no text, such as an image, which is not read here")
+    texts = list[str]()
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            raise ValueError(f"message {number} has a part that is no text, such as an image, which is not read here")
+        texts.append(text)
     return "".join(texts)
 
 

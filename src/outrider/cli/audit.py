@@ -17,6 +17,7 @@ from outrider.cli.takes import takes
 from outrider.errors import ConfigError
 from outrider.evaluate.workloads import told
 from outrider.options import EngineOptions
+from outrider.web import base_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class AuditedBy:
     @property
     def other(self) -> str | None:
         """The generator that is audited in place of our engine: an address, a function or a file."""
-        return self.url or self.python or (str(self.texts) if self.texts else None)
+        return next((str(given) for given in (self.url, self.python, self.texts) if given is not None), None)
 
     def check(self) -> None:
         """ConfigError where more than one generator is named, or no audit has such a level: before a model is loaded."""
@@ -83,6 +84,8 @@ class AuditedBy:
             raise ConfigError(f"--level and --detect lie between 0 and 1, got {self.level:g} and {self.detect:g}")
         if sum(x is not None for x in (self.url, self.python, self.texts)) > 1:
             raise ConfigError("--url, --python and --texts each name a generator: use one")
+        if self.url is not None:
+            base_of(self.url)
 
 
 @takes(ENGINE, "options", leave_out=("slots",))
@@ -123,13 +126,13 @@ def source_of(
     if asked.texts:
         recorded = src.read_texts(asked.texts)
         return recorded.source(), recorded.prompts, recorded.samples
-    if asked.url:
+    if asked.url is not None:
         name = asked.model or target
         if name is None:
             raise ConfigError("--url needs the model's name there: add --model")
         endpoint = src.Endpoint(asked.url, name, asked.api_key)
         return src.of_endpoint(endpoint, sampling, engine.parts.target.vocab_size), prompts, asked.samples
-    if asked.python:
+    if asked.python is not None:
         return src.of_callable(src.load_callable(asked.python)), prompts, asked.samples
     return src.of_engine(engine, sampling), prompts, asked.samples
 

@@ -34,7 +34,7 @@ class BenchOptions:
         Path | None,
         typer.Option(
             "--figures",
-            callback=paths.writable,
+            callback=paths.out_folder,
             help="With --preset: folder for the charts (SVG and PNG). Default: runs/chart.",
             show_default=False,
         ),
@@ -106,7 +106,7 @@ class BenchOptions:
         Path | None,
         typer.Option(
             "--answers",
-            callback=paths.writable,
+            callback=paths.out_folder,
             help="With --compat: folder for its answer files, one per arm.",
             show_default=False,
         ),

@@ -98,8 +98,10 @@ class Conversation:
 
     def read_marks(self) -> tuple[str, ...]:
         """The marks that the reader of answers needs to see: of channels (gpt-oss), or of thinking."""
-        form = FORMATS["gpt_oss"]
-        return (form.open, *form.marks) if self.dialect.form == form.name else self.dialect.thinking or ()
+        form, dialect = FORMATS["gpt_oss"], self.dialect
+        if dialect is None:
+            return ()
+        return (form.open, *form.marks) if dialect.form == form.name else dialect.thinking or ()
 
     def clear(self) -> None:
         """Start over, with the same system message."""

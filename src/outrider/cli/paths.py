@@ -81,6 +81,13 @@ def writable(given: Path | None) -> Path | None:
     return given
 
 
+def out_folder(given: Path | None) -> Path | None:
+    """A folder that can be written; it need not be there."""
+    if given is not None and given.exists() and not given.is_dir():
+        raise ConfigError(f"{given} is a file: name a folder")
+    return writable(given)
+
+
 def out_file(given: Path | None) -> Path | None:
     """A file that can be written."""
     if given is not None and given.is_dir():

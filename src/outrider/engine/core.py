@@ -247,8 +247,13 @@ class EngineCore:
         tokens that is there, after each step; None: a bar in a notebook, once it has taken a second.
         """
         texts = self.encode_all(prompts)
-        alone = params is None or isinstance(params, SamplingParams | Mapping | str) or not isinstance(params, Iterable)
-        many = [params if params is None else as_params(params)] * len(texts) if alone else list(params)
+        many: list[SamplingParams | None]
+        if params is None or isinstance(params, SamplingParams):
+            many = [params] * len(texts)
+        elif isinstance(params, Mapping | str) or not isinstance(params, Iterable):
+            many = [as_params(params)]
+        else:
+            many = list(params)
         if len(many) != len(texts):
             raise RequestError(f"{len(texts)} prompts but {len(many)} sampling parameters: give one, or one for each")
         mine: dict[str, list[Sequence]] = {}
