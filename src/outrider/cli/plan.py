@@ -186,7 +186,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
     from outrider.files import write_whole
 
-    text = markdown(document) if path.suffix == ".md" else json.dumps(document, indent=1)
+    text = markdown(document) if path.suffix == ".md" else json.dumps(terminal.clean(document), indent=1)
     text = document["launch"]["ray"] if path.suffix in (".yaml", ".yml") else text
     write_whole(path, text.encode())
 
