@@ -20,8 +20,6 @@ _LOCAL = (".", "/", "~")
 def model(name: str | None) -> str | None:
     """A folder that is there, or what may be a Hub name. Raises ConfigError for a path that leads nowhere."""
     if name is not None:
-        if not name.strip():
-            raise ConfigError("the name of a model is empty: give a folder or a Hub name")
         from outrider.models.folder import require_config, resolve_folder
 
         require_config(resolve_folder(name))
