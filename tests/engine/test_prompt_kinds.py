@@ -64,6 +64,12 @@ def test_an_engine_is_neither_copied_nor_sent_away(one: Engine) -> None:
             way(one)
 
 
+def test_messages_are_told_what_makes_a_prompt_of_them(one: Engine) -> None:
+    for given in ([{"role": "user", "content": "hi"}], {"role": "user", "content": "hi"}):
+        with pytest.raises(RequestError, match="apply_chat_template"):
+            one.generate(given, GREEDY)  # type: ignore[arg-type]
+
+
 def test_half_a_character_is_no_prompt(one: Engine) -> None:
     with pytest.raises(RequestError, match="half a surrogate pair, which is no character, at place 1"):
         one.generate("a\ud800b", GREEDY)

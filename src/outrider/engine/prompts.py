@@ -62,6 +62,11 @@ def _items(value: Any) -> list[Any]:
     """The elements of a sequence, tensor, array or generator. RequestError for anything that is not iterable or has no order."""
     if isinstance(value, bytes | bytearray | memoryview):
         raise RequestError("a prompt is text or token ids, and this is bytes: decode it first, as in prompt.decode()")
+    if isinstance(value, Mapping) and "role" in value:
+        raise RequestError(
+            "a prompt is text or token ids, and these are messages: make ids of them by the model's template, as in "
+            "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
+        )
     if isinstance(value, Mapping):
         raise RequestError("a prompt is text or token ids, and this is a mapping: pass what is in it, as its input_ids")
     if callable(getattr(value, "tolist", None)):  # an array or a tensor of any library
