@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_the_channels_of_gpt_oss_are_read(capsys: Any, monkeypatch: pytest.Monke
     styled = list[str]()
     monkeypatch.setattr(typer, "style", lambda text, **_: styled.append(text) or text)
     closing = Closing()
-    talk = Conversation(rewired(chat_engine("plain"))(sinks=(closing,)), None, closing, GREEDY)
+    talk = Conversation(rewired(chat_engine("plain"))(sinks=(closing,)), None, closing, replace(GREEDY, max_tokens=200))
     talk.dialect = detect(lambda *_, **__: "", "{{ '<|channel|>analysis<|message|>' }}")
     assert talk.read_marks() == ("<|channel|>", "<|start|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
     talk.turn("greet")

@@ -104,22 +104,18 @@ def test_every_api_reads_images(server: Running) -> None:
 
 
 def test_the_images_of_a_prompt_are_seen_one_between_two_steps(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, worker, seen = engine().images, server.bridge.worker, list[int]()
-    answered(server, "/v1/chat/completions", chat(url()))  # what is done once is done
-    rounds, once, see = [0], worker._round, type(reader)._seen
+    """Each is a command of its own, which the next one follows only when it is done; then the prompt is queued."""
+    reader, worker, done = engine().images, server.bridge.worker, list[str]()
 
-    def counted(given: Any) -> None:
-        rounds[0] += 1
-        once(given)
+    def noted(thing: Any, name: str) -> None:
+        own = getattr(thing, name)
+        monkeypatch.setattr(thing, name, lambda *given: (done.append(name), own(*given))[1])
 
-    def noted(self: Any, image: Any) -> Any:
-        seen.append(rounds[0])
-        return see(self, image)
-
-    monkeypatch.setattr(worker, "_round", counted)
-    monkeypatch.setattr(type(reader), "_seen", noted)
+    noted(worker, "see")
+    noted(worker, "admit")
+    noted(reader, "rows")
     answered(server, "/v1/chat/completions", chat(url(7), url(8)))
-    assert len(seen) == 2 and len(set(seen)) == 2, "each image in a round of its own"
+    assert done == ["see", "rows", "see", "rows", "admit", "rows", "rows"]
 
 
 def refused(server: Running, path: str, body: dict[str, Any]) -> str:
