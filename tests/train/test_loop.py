@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import time
 
 import numpy as np
@@ -51,6 +52,14 @@ def killed_at(step):
 
 
 @pytest.mark.parametrize("step", [1, 7, 11])
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("save_every_s", math.nan), ("save_every_s", -1.0)]
+)
+def test_settings_that_would_spoil_or_lose_a_training_are_refused(name: str, wrong: float) -> None:
+    with pytest.raises(ConfigError):
+        dataclasses.replace(CONFIG, **{name: wrong})  # type: ignore[arg-type]
+
+
 def test_killed_and_continued_is_bit_identical(tmp_path, step):
     whole, _ = run(tmp_path / "whole")
     with pytest.raises(Killed):

@@ -135,7 +135,8 @@ def expected(folders: dict[str, str], dtype: str) -> dict[str, Any]:
     if isinstance(found, str):
         return {"unknown": found}
     whole = found.times.whole
-    return {
+    unmeasured = {"draft_unknown": found.unmeasured} if found.unmeasured else {}
+    return unmeasured | {
         "plain": found.tokens,
         "rows": {str(n): whole[n] / whole[1] for n in ROWS},
         "experts": {str(n): t for n, t in found.touched.items()},
@@ -156,6 +157,8 @@ def print_speed(speed: dict[str, Any]) -> None:
     if speed["experts"]:
         touched = ", ".join(f"{n}: {t:.1f}" for n, t in speed["experts"].items())
         say(f"experts of a layer that rows of random tokens touch, by rows: {touched}; those of a text touch fewer")
+    if "draft_unknown" in speed:
+        say(f"with this draft none is told: {speed['draft_unknown']}")
     if speed["with_draft"]:
         each = ", ".join(f"{d['acceptance']:g}: {d['tokens']:.0f} ({d['length']})" for d in speed["with_draft"])
         say(f"with this draft, tokens/s by acceptance (tokens drafted a step): {each}")
