@@ -58,8 +58,8 @@ class Times:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """tokens: a second, plain. times: of the target. drafted: by acceptance the tokens a second and the draft length of the best of
-    `LENGTHS`; empty without a draft. touched: by rows the experts of a layer that they touch; empty for a dense target. unmeasured: why a
-    draft was not measured, empty if it was or there is none."""
+    `LENGTHS`; empty without a draft. touched: by rows the experts of a layer that they touch; empty for a dense target. unmeasured:
+    why a draft was not measured, empty if it was or there is none."""
 
     tokens: float
     times: Times
