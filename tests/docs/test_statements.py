@@ -98,6 +98,8 @@ def test_the_python_of_the_page_on_serving_runs(capsys: pytest.CaptureFixture[st
     pytest.importorskip("openai")
     block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert block is not None
+    space: dict[str, Any] = {}
     with serving() as server:
-        exec(compile(block.group(1).replace("http://127.0.0.1:8000", server.url), "docs/serve.md", "exec"), {})
+        exec(compile(block.group(1).replace("http://127.0.0.1:8000", server.url), "docs/serve.md", "exec"), space)
+        space["client"].close()  # as the end of a program does
     assert len(capsys.readouterr().out.splitlines()) >= 2
