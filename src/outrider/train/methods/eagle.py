@@ -16,7 +16,7 @@ from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.target_tables import embeddings, output_of, target_tables
 from outrider.errors import ConfigError
 from outrider.protocols import Target
-from outrider.train.distill import Logits, Teacher
+from outrider.train.distill import HeadRows, Logits, Teacher
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
 from outrider.train.methods.base import Method, MethodOptions, chosen_taps
@@ -50,6 +50,15 @@ class Eagle3(Method):
     ) -> list[Logits]:
         """Training-time test: every level reads the outputs of the previous one."""
         return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
+
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """Normed states and the head, unless that has a part of the vocabulary."""
+        if model.support is not None:
+            return None
+        states = model.states(tokens, model.read(taps[:, : tokens.shape[1] - levels]), levels)
+        return HeadRows([model.norm(s) for s in states], model.lm_head.weight)
 
 
 class Eagle1(Eagle3):
