@@ -7,6 +7,7 @@ the weights of the whole batch a dozen times in each direction. `plain` is the t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -36,13 +37,24 @@ def plain(q: Heads, keys: Sequence[Heads], values: Sequence[Heads], scale: float
     return seen
 
 
+def rounding(device: torch.device) -> torch.dtype | None:
+    """The type of autocast's products on a device where it is on."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def unrounded(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast, where it is on."""
+    return nullcontext() if rounding(device) is None else torch.autocast(device.type, enabled=False)
+
+
 class _Attend(torch.autograd.Function):
     """Value and gradient by hand: with weights W, outputs O and their gradient G, dS = W (G V^T - rowsum(G O))."""
 
     @staticmethod
     def forward(ctx, scale: float, levels: int, q: Tensor, *pairs: Tensor) -> Tensor:  # type: ignore[override]
         length, kind = q.shape[1], torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
+        with unrounded(q.device):
             x, *inner = (t.detach().to(kind).transpose(1, 2).contiguous() for t in (q, *pairs))  # [r, h, t, d]
             keys, values = inner[:levels], inner[levels:]
             ceiling = torch.full((length, length), float("-inf"), dtype=kind, device=q.device).triu(1)

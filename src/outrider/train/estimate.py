@@ -89,6 +89,8 @@ def _seconds_of_step(job: Job, held: Features) -> tuple[float, int, int]:
     model, judge = new_model(job, exact, held), Teacher.of(exact, held.layers, job.method.taps(job, exact))
     batches, loss = job.method.fit_inputs(job, judge, model, replace(held, rows=1))
     started = time.perf_counter()
-    loss(model, batches(0), 0.0).backward()
+    with torch.autocast(exact.device.type, dtype=torch.bfloat16, enabled=job.loop.autocast):
+        value = loss(model, batches(0), 0.0)
+    value.backward()
     seconds = (time.perf_counter() - started) * job.batch
     return seconds, sum(p.numel() for p in model.parameters()), exact.vocab_size

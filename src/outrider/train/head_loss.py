@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.nn.level_attention import rounding, unrounded
 from outrider.train.losses import MANY, slope_of
 
 Labels = Callable[[slice], Float[Tensor, "c L V"]]
@@ -50,15 +51,14 @@ class _HeadDistillation(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, labels: Labels, shares: tuple[float, ...], tv_weight: float, kl_weight: float, matrix: Tensor, *states: Tensor
     ) -> Tensor:
-        where = matrix.device.type
-        kind = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else matrix.dtype
+        kind = rounding(matrix.device) or matrix.dtype
         learn_matrix, learn_states = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
         rows, total = states[0].shape[0], torch.zeros((), device=matrix.device)
         of_matrix = torch.zeros_like(matrix, dtype=torch.float32) if learn_matrix else None
         of_states = [torch.empty_like(s) for s in states] if learn_states else []
-        with torch.autocast(where, enabled=False):
+        with unrounded(matrix.device):
             w = matrix.detach().to(kind)
-            each = max(1, (TOGETHER if where == "cpu" else MANY) // (states[0].shape[1] + len(states)))
+            each = max(1, (TOGETHER if matrix.device.type == "cpu" else MANY) // (states[0].shape[1] + len(states)))
             for first in range(0, rows, each):
                 part = slice(first, first + each)
                 wanted = labels(part).float()

@@ -22,7 +22,7 @@ from outrider.train.corpus import read_corpus
 from outrider.train.distill import Teacher, measure_of
 from outrider.train.features import DataSpec, Features, cut_prompts, read_features, write_hidden, write_tokens
 from outrider.train.job import Job
-from outrider.train.keyed import hidden_folder, part_folder, run_folder, shorter_run
+from outrider.train.keyed import hidden_folder, other_products, part_folder, run_folder, shorter_run
 from outrider.train.loop import share_computing, train
 from outrider.train.metrics import loggers
 
@@ -122,6 +122,9 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
         copied = folder / f".tmp-{shorter.name}-{os.getpid()}"
         shutil.copytree(shorter, copied)
         copied.rename(folder / shorter.name)  # whole or not there, as every checkpoint
+    elif not checkpoints(folder) and (other := other_products(folder)) is not None:
+        flag = "--no-autocast" if job.loop.autocast else "--autocast"
+        report(f"this starts afresh; {flag} goes on with a training that multiplies otherwise, from {other.name}")
     logs = loggers(folder, job.log, job.choices(taps))
     state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
     export(model, job, report)

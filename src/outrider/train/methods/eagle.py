@@ -20,7 +20,7 @@ from outrider.train.distill import HeadRows, Logits, Teacher
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
 from outrider.train.methods.base import Method, MethodOptions, chosen_taps
-from outrider.train.methods.tables import heads_of, init_decoder, inner_of, narrow, scale_taps
+from outrider.train.methods.tables import heads_of, init_decoder, inner_of, narrow, rows_of, scale_taps
 
 NOISE = 0.2 * 512
 """Width of the uniform noise on features, times the length of a row (EAGLE's code: its rows have up to 2048 tokens)."""
@@ -54,11 +54,8 @@ class Eagle3(Method):
     def scored(
         self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
     ) -> HeadRows | None:
-        """Normed states and the head, unless that has a part of the vocabulary."""
-        if model.support is not None:
-            return None
-        states = model.states(tokens, model.read(taps[:, : tokens.shape[1] - levels]), levels)
-        return HeadRows([model.norm(s) for s in states], model.lm_head.weight)
+        """The normed states of every level."""
+        return rows_of(model, tokens, taps, levels)
 
 
 class Eagle1(Eagle3):
