@@ -125,7 +125,8 @@ def test_attention_of_levels_is_that_of_the_operators(levels: int) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
-        torch.testing.assert_close(attend(q, [k.flip(1) for k in keys], values, 0.3), plain(q, [k.flip(1) for k in keys], values, 0.3))
+        other = [k.flip(1) for k in keys]
+        torch.testing.assert_close(attend(q, other, values, 0.3), plain(q, other, values, 0.3))
 
 
 def test_attention_of_rounded_inputs_keeps_their_type() -> None:

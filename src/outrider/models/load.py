@@ -303,7 +303,7 @@ def _size(config: Any, name: str) -> int:
 
 
 def device_named(name: str) -> torch.device:
-    """ "auto" (a GPU if there is one) or a PyTorch device. Raises ConfigError for an unknown one, and for a GPU that is not there."""
+    """ "auto" (a GPU if there is one) or a PyTorch device. Raises ConfigError for one that is unknown or not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

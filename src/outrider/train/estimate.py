@@ -31,7 +31,9 @@ def estimate(job: Job) -> dict[str, Any]:
     hidden = hidden_of(target, torch.from_numpy(probe), layers)
     capture = (time.perf_counter() - started) / len(hidden) * rows
     write = _seconds_of_text(job, engine, documents[0].text) * (job.length - job.prompt) * rows
-    step, parameters, vocab_size = _seconds_of_step(job, Features(probe, hidden.half().cpu().numpy(), layers, device=target.device))
+    step, parameters, vocab_size = _seconds_of_step(
+        job, Features(probe, hidden.half().cpu().numpy(), layers, device=target.device)
+    )
     activations = job.batch * job.method.predictions(job) * vocab_size * 4 * 8
     parts = [job.wanted(p).bytes(len(layers), target.hidden_size, target.vocab_size) for p in ("training", "held_out")]
     seconds = {"text": write, "hidden states": capture, "training": step * job.loop.steps}

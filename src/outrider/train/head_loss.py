@@ -1,4 +1,4 @@
-"""The loss of a draft's levels straight from the rows before its output matrix: logits are made and used up a row of text at a time.
+"""The loss of a draft's levels from the rows before its output matrix: logits are made and used up a row of text at a time.
 
 Logits of all levels are most of a training's memory traffic: at a vocabulary of 4,096 and five levels 80 KB a token, each read and
 written a dozen times. Here the logits of one row of text live in the processor's cache for as long as they are needed: product,
@@ -36,7 +36,7 @@ def head_distillation(
     tv_weight: float,
     kl_weight: float,
 ) -> Tensor:
-    """sum_d shares[d] of the mean of ``kl_weight KL(p || q) + tv_weight TV(p, q)`` at level d, with q of the logits states[d] matrix^T.
+    """sum_d shares[d] of the mean of ``kl_weight KL(p || q) + tv_weight TV(p, q)`` at level d, q of logits states[d] matrix^T.
 
     labels: of rows of L positions. Column i of level d is compared with the target's distribution at position i + d + 1. Only
     states and matrix get a gradient, which is not differentiable.
@@ -49,7 +49,13 @@ class _HeadDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, labels: Labels, shares: tuple[float, ...], tv_weight: float, kl_weight: float, matrix: Tensor, *states: Tensor
+        ctx,
+        labels: Labels,
+        shares: tuple[float, ...],
+        tv_weight: float,
+        kl_weight: float,
+        matrix: Tensor,
+        *states: Tensor,
     ) -> Tensor:
         kind = rounding(matrix.device) or matrix.dtype
         learn_matrix, learn_states = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])

@@ -18,7 +18,9 @@ from outrider.train.loop import BOOKKEEPING
 from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.registry import check, method_named
 
-ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "device", "log"})
+ELSEWHERE = frozenset(
+    {"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "device", "log"}
+)
 """Fields of a job that do not affect the training of a drafter, or affect it through the data alone."""
 LATER: Mapping[str, Any] = {"start": None, "repeats": MOST_REPEATED}
 """Fields that older releases did not have, with the values that mean what those did: these leave a training's name unchanged."""

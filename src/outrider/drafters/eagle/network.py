@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from outrider.nn.level_attention import attend
 from outrider.nn.drafts import DraftShape, Features
+from outrider.nn.level_attention import attend
 from outrider.nn.rope import frequencies, rotation, turn
 
 
