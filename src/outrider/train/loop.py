@@ -53,9 +53,7 @@ class LoopConfig:
     seed: int = 0
     save_every_s: float = 300.0
     log_every: int = 20
-    autocast: bool = (
-        False  # bfloat16 products; AVX2 emulates them 9 times slower (`job.products_of` knows where they pay)
-    )
+    autocast: bool = False  # bfloat16 products; AVX2 emulates them 9 times slower, see `job.products_of`
     compile: bool = False
 
     def __post_init__(self) -> None:
