@@ -88,7 +88,7 @@ class TrainOptions:
         typer.Option(
             "--autocast/--no-autocast",
             help="Multiply in bfloat16. Default: on processors that have such products (AVX512_BF16, AMX, ARM's bf16), where it "
-            "is about twice as fast.",
+            "is faster.",
             show_default=False,
         ),
     ] = None
