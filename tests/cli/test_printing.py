@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from outrider.cli import tables
 from outrider.cli.main import app
-from outrider.cli.terminal import Console
+from outrider.cli.terminal import Console, print_json
 from outrider.errors import ConfigError, printable
 from outrider.evaluate.store.database import connect, place_of
 
@@ -63,6 +64,12 @@ def test_a_store_with_any_name_can_be_listed(tmp_path: Path) -> None:
         "\x1b[2Jx",
         "plain",
     }
+
+
+def test_numbers_that_json_lacks_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": (math.inf,)}})
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": None, "b": [None, None, 1.5], "c": {"d": [None]}}
 
 
 def test_half_a_character_is_printed_as_json_has_it(tmp_path: Path) -> None:

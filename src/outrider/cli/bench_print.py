@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outrider.cli import tables, terminal
+from outrider.evaluate.workloads import told
 
 
 def print_table(d: dict[str, Any]) -> None:
@@ -40,6 +41,8 @@ def print_table(d: dict[str, Any]) -> None:
             phase_bar(arm["phases"], 0 if terminal.plain(console) else 10),
         )
     tables.show(table, console)
+    if "data" in d:
+        console.print(f"prompts: {told(d['data'])}")
     print_costs(console, d)
     for arm, rows in d.get("spec_bench", {}).items():
         print_spec_bench(console, arm, rows)
