@@ -117,5 +117,5 @@ def whole_text(tokenizer: Any, conversation: Conversation) -> str:
         text = str(tokenizer.apply_chat_template(list(conversation.messages), tokenize=False))
     except Exception as error:  # as above
         raise ValueError(f"the target's chat template refuses it ({str(error)[:200]})") from None
-    begin = getattr(tokenizer, "bos_token", None)
+    begin = getattr(tokenizer, "bos_token", None) or getattr(tokenizer, "special", {}).get("bos_token")  # of GGUF files
     return text.removeprefix(begin) if isinstance(begin, str) and begin else text

@@ -56,10 +56,13 @@ def run_until(argv: list[str], *ready: bytes, patience: float = 90.0) -> tuple[i
         os.close(follower)
 
 
+GENERATE = ["generate", "import os", "--max-tokens", "900", "--seed", "3", "--json"]
+
+
 @pytest.mark.parametrize(
     ("argv", "ready"),
     [
-        (["generate", "import os", "--max-tokens", "900", "--seed", "3", "--json"], [b"loading"]),
+        pytest.param(GENERATE, [b"loading"], marks=pytest.mark.slow),
         (["chat"], [b"\n> ", b"Ctrl-C again ends"]),
         pytest.param(["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], [b"loading"], marks=pytest.mark.slow),
         (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], [b"measuring"]),

@@ -154,11 +154,11 @@ def print_speed(speed: dict[str, Any]) -> None:
         return
     rows = ", ".join(f"{n}: {v:.2f}" for n, v in speed["rows"].items() if n != "1")
     say(f"about {speed['plain']:.0f} tokens/s plain; time of more rows over that of one: {rows}")
+    if "draft_unknown" in speed:
+        say(f"with this draft none is told: {speed['draft_unknown']}")
     if speed["experts"]:
         touched = ", ".join(f"{n}: {t:.1f}" for n, t in speed["experts"].items())
         say(f"experts of a layer that rows of random tokens touch, by rows: {touched}; those of a text touch fewer")
-    if "draft_unknown" in speed:
-        say(f"with this draft none is told: {speed['draft_unknown']}")
     if speed["with_draft"]:
         each = ", ".join(f"{d['acceptance']:g}: {d['tokens']:.0f} ({d['length']})" for d in speed["with_draft"])
         say(f"with this draft, tokens/s by acceptance (tokens drafted a step): {each}")

@@ -59,7 +59,7 @@ class Times:
 class Pace:
     """tokens: a second, plain. times: of the target. drafted: by acceptance the tokens a second and the draft length of the best of
     `LENGTHS`; empty without a draft. touched: by rows the experts of a layer that they touch; empty for a dense target. unmeasured:
-    why a draft was not measured, empty if it was or there is none."""
+    why a draft was not measured; empty if it was, or if there is none."""
 
     tokens: float
     times: Times
