@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -130,7 +131,9 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
         flag = "--no-autocast" if job.loop.autocast else "--autocast"
         report(f"this starts afresh; {flag} goes on with a training that multiplies otherwise, from {other.name}")
     logs = loggers(folder, job.log, job.choices(taps))
-    state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
+    with warnings.catch_warnings():  # autocast makes rows for which PyTorch has a slower norm: nobody can act on it
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
     export(model, job, report)
     spent = {"seconds": state["seconds"], "computing": share_computing(state)}
     return {"drafter": method.name, "steps": state["step"], **spent, **state["history"][-1]}
