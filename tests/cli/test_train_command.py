@@ -93,6 +93,22 @@ def test_a_training_goes_on_when_its_steps_grow(place: Path, monkeypatch, capsys
     assert json.loads(capsys.readouterr().out)["steps"] == 4
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_the_processor_chooses_the_products_and_the_other_choice_is_named(has: bool, place: Path, monkeypatch, capsys) -> None:
+    """bfloat16 where there are instructions for it. A training with other products is another one, and what lies there is said."""
+    monkeypatch.setattr("outrider.train.job.multiplies_bfloat16", lambda: has)
+    assert run(monkeypatch, *options(place, "medusa")) == 0
+    assert "starts afresh" not in capsys.readouterr().err
+    (about,) = (place / "work" / "medusa").glob("*/about.json")
+    assert json.loads(about.read_text())["loop"]["autocast"] is has
+    mine, other = ("--autocast", "--no-autocast") if has else ("--no-autocast", "--autocast")
+    assert run(monkeypatch, *options(place, "medusa"), other) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"this starts afresh; {mine} goes on with a training that multiplies otherwise, from step-00000004" in said
+    assert run(monkeypatch, *options(place, "medusa"), mine) == 0
+    assert "starts afresh" not in capsys.readouterr().err and len(list(about.parent.parent.glob("*/about.json"))) == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "said"),
     [

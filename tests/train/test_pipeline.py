@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -163,10 +164,10 @@ def setup(kind: str) -> tuple[torch.nn.Module, Teacher, Features]:
     return model, Teacher.of(TARGET, (1, 2, 3), (1, 3)), data
 
 
-def fit(kind: str, folder: Path, steps: int = 12, stop_at: tuple[int, ...] = ()) -> dict[str, Tensor]:
+def fit(kind: str, folder: Path, stop_at: tuple[int, ...] = (), *, autocast: bool = False) -> dict[str, Tensor]:
     """Train in `folder`; raise StopsAfter right after the checkpoint of a step in `stop_at`."""
     model, judge, data = setup(kind)
-    config = LoopConfig(steps=steps, lr=1e-2, warmup=2, save_every_s=0.0, log_every=1)
+    config = LoopConfig(steps=12, lr=1e-2, warmup=2, save_every_s=0.0, log_every=1, autocast=autocast)
     predict = METHODS[kind].predictor(3)
 
     def evaluate(m: torch.nn.Module) -> dict[str, float]:
@@ -176,17 +177,19 @@ def fit(kind: str, folder: Path, steps: int = 12, stop_at: tuple[int, ...] = ())
         if any(line.startswith(f"step {n}/") for n in stop_at):
             raise StopsAfter
 
-    train(model, data, loss_of(judge, predict), config, folder, evaluate, report)
+    loss = loss_of(judge, predict, scored=partial(METHODS[kind].scored, levels=3))
+    train(model, data, loss, config, folder, evaluate, report)
     return model.state_dict()
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
-def test_a_killed_run_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
-    want = fit(kind, tmp_path / "whole")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_killed_run_ends_with_the_same_bits(kind: str, autocast: bool, tmp_path: Path) -> None:
+    want = fit(kind, tmp_path / "whole", autocast=autocast)
     for n in (3, 4, 9):
         with pytest.raises(StopsAfter):
-            fit(kind, tmp_path / "parts", stop_at=(n,))
-    found = fit(kind, tmp_path / "parts")
+            fit(kind, tmp_path / "parts", stop_at=(n,), autocast=autocast)
+    found = fit(kind, tmp_path / "parts", autocast=autocast)
     assert all(torch.equal(want[name], found[name]) for name in want)
 
 

@@ -84,8 +84,14 @@ class TrainOptions:
         ),
     ] = None
     autocast: Annotated[
-        bool, typer.Option("--autocast", help="Multiply in bfloat16: twice as fast on CPUs with AVX512_BF16 or AMX.")
-    ] = False
+        bool | None,
+        typer.Option(
+            "--autocast/--no-autocast",
+            help="Multiply in bfloat16. Default: on processors that have such products (AVX512_BF16, AMX, ARM's bf16), where it "
+            "is faster.",
+            show_default=False,
+        ),
+    ] = None
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Steps of training; a finished run goes on when they grow.")
     ] = 600
@@ -149,7 +155,7 @@ class TrainOptions:
         import sysconfig
 
         from outrider.assets import shipped
-        from outrider.train.job import Job
+        from outrider.train.job import Job, products_of
         from outrider.train.loop import LoopConfig
 
         warmup = min(50, self.steps)
@@ -186,7 +192,7 @@ class TrainOptions:
                 final_lr_ratio=0.02,
                 seed=self.seed,
                 save_every_s=self.save_every,
-                autocast=self.autocast,
+                autocast=products_of(device) if self.autocast is None else self.autocast,
             ),
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from outrider.protocols import Target
 from outrider.train import losses
 from outrider.train.features import Features
+from outrider.train.head_loss import head_distillation
 from outrider.train.loop import Batch, LossOf
 
 DECAY = 0.8
@@ -29,6 +30,18 @@ Predict = Callable[[Any, Int[Tensor, "r L"], Float[Tensor, "r L T H"]], list[Log
 
 Level d + 1 at column i stands for token i + d + 2, whose distribution the target gives at position i + d + 1.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRows:
+    """What the logits of all levels are made of: entry d of `Predict` is states[d] times the matrix."""
+
+    states: list[Float[Tensor, "r n D"]]
+    matrix: Float[Tensor, "V D"]
+
+
+Scored = Callable[[Any, Int[Tensor, "r L"], Float[Tensor, "r L T H"]], HeadRows | None]
+"""(model, tokens, taps) -> the rows before the output matrix; None where logits come about otherwise."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +74,36 @@ class Teacher:
         return [(wanted[:, d + 1 : d + 1 + q.shape[1]], q) for d, q in enumerate(found)]
 
 
-def loss_of(judge: Teacher, predict: Predict, how: str = "staged") -> LossOf:
-    """A loss for `loop.train`: the distribution loss `how` (`losses.LOSSES`) at every level, with lower weight at deeper levels."""
+def loss_of(judge: Teacher, predict: Predict, how: str = "staged", scored: Scored | None = None) -> LossOf:
+    """A loss for `loop.train`: the distribution loss `how` (`losses.LOSSES`) at every level, with lower weight at deeper levels.
+
+    scored: what the model's logits are made of. With it, a loss that is a sum of KL and TV never holds them (`head_loss`).
+    """
 
     def loss(model: nn.Module, batch: Batch, progress: float) -> Tensor:
         assert isinstance(batch, tuple)
-        tokens = batch[0]
+        tokens, hidden = batch[0], batch[1]
+        weights = losses.weights_of(how, progress)
+        rows = scored(model, tokens, hidden[:, :, list(judge.taps)]) if scored is not None and weights else None
+        if rows is not None and weights is not None:
+            shares = _shares(len(rows.states))
+            return head_distillation(
+                lambda part: judge.distributions(hidden[part]), rows.states, rows.matrix, shares, *weights
+            )
+        pairs = judge.pairs(model, (tokens, hidden), predict)
         terms = [
-            DECAY**d * losses.distillation_loss(how, p, q, tokens[:, d + 2 : d + 1 + q.shape[1]], progress)
-            for d, (p, q) in enumerate(judge.pairs(model, (tokens, batch[1]), predict))
+            share * losses.distillation_loss(how, p, q, tokens[:, d + 2 : d + 1 + q.shape[1]], progress)
+            for d, (share, (p, q)) in enumerate(zip(_shares(len(pairs)), pairs, strict=True))
         ]
-        return torch.stack(terms).sum() / sum(DECAY**d for d in range(len(terms)))
+        return torch.stack(terms).sum()
 
     return loss
+
+
+def _shares(levels: int) -> list[float]:
+    """The weights of the levels, which add up to 1."""
+    whole = sum(DECAY**d for d in range(levels))
+    return [DECAY**d / whole for d in range(levels)]
 
 
 MEASURED = 32

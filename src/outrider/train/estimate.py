@@ -31,7 +31,9 @@ def estimate(job: Job) -> dict[str, Any]:
     hidden = hidden_of(target, torch.from_numpy(probe), layers)
     capture = (time.perf_counter() - started) / len(hidden) * rows
     write = _seconds_of_text(job, engine, documents[0].text) * (job.length - job.prompt) * rows
-    step, parameters, vocab_size = _seconds_of_step(job, Features(probe, hidden.half().cpu().numpy(), layers, device=target.device))
+    step, parameters, vocab_size = _seconds_of_step(
+        job, Features(probe, hidden.half().cpu().numpy(), layers, device=target.device)
+    )
     activations = job.batch * job.method.predictions(job) * vocab_size * 4 * 8
     parts = [job.wanted(p).bytes(len(layers), target.hidden_size, target.vocab_size) for p in ("training", "held_out")]
     seconds = {"text": write, "hidden states": capture, "training": step * job.loop.steps}
@@ -89,6 +91,8 @@ def _seconds_of_step(job: Job, held: Features) -> tuple[float, int, int]:
     model, judge = new_model(job, exact, held), Teacher.of(exact, held.layers, job.method.taps(job, exact))
     batches, loss = job.method.fit_inputs(job, judge, model, replace(held, rows=1))
     started = time.perf_counter()
-    loss(model, batches(0), 0.0).backward()
+    with torch.autocast(exact.device.type, dtype=torch.bfloat16, enabled=job.loop.autocast):
+        value = loss(model, batches(0), 0.0)
+    value.backward()
     seconds = (time.perf_counter() - started) * job.batch
     return seconds, sum(p.numel() for p in model.parameters()), exact.vocab_size

@@ -9,17 +9,27 @@ from typing import Any
 
 from outrider.deprecated import current
 from outrider.errors import ConfigError
+from outrider.isa import multiplies_bfloat16
 from outrider.models.folder import identity_of, resolve_folder
+from outrider.models.load import device_named
 from outrider.train import metrics
 from outrider.train.features import MOST_REPEATED, DataSpec
 from outrider.train.loop import BOOKKEEPING
 from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.registry import check, method_named
 
-ELSEWHERE = frozenset({"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "device", "log"})
+ELSEWHERE = frozenset(
+    {"target", "data", "work", "out", "pattern", "skip_bad", "rows", "held_out", "slots", "device", "log"}
+)
 """Fields of a job that do not affect the training of a drafter, or affect it through the data alone."""
 LATER: Mapping[str, Any] = {"start": None, "repeats": MOST_REPEATED}
 """Fields that older releases did not have, with the values that mean what those did: these leave a training's name unchanged."""
+
+
+def products_of(device: str) -> bool:
+    """Whether a training on this device multiplies in bfloat16 unless it is told otherwise: where the processor has the
+    instructions. On a GPU it must be asked for."""
+    return device_named(device).type == "cpu" and multiplies_bfloat16()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

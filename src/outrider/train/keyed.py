@@ -66,6 +66,18 @@ def run_folder(work: Path, kind: str, parts: Sequence[Path], choices: dict[str, 
     return folder
 
 
+def other_products(folder: Path) -> Path | None:
+    """The newest checkpoint of a training beside this one that differs from it in `autocast` alone.
+
+    folder: as `run_folder` gives it.
+    """
+    mine = json.loads((folder / ABOUT).read_text())
+    loop = mine["loop"]
+    twin = mine | {"loop": loop | {"autocast": not loop["autocast"]}}
+    found = [note.parent for note in folder.parent.glob(f"*/{ABOUT}") if json.loads(note.read_text()) == twin]
+    return next((path for place in found for path in sorted(place.glob("step-*"))[-1:]), None)
+
+
 def shorter_run(folder: Path) -> Path | None:
     """The newest checkpoint of a training beside this one that differs from it in a smaller number of steps (and the warm-up)
     alone.

@@ -53,7 +53,7 @@ class LoopConfig:
     seed: int = 0
     save_every_s: float = 300.0
     log_every: int = 20
-    autocast: bool = False  # bfloat16; only for GPUs and processors with AVX512_BF16 or AMX: AVX2 emulates it 9x slower
+    autocast: bool = False  # bfloat16 products; AVX2 emulates them 9 times slower, see `job.products_of`
     compile: bool = False
 
     def __post_init__(self) -> None:

@@ -76,7 +76,7 @@ class _Distillation(torch.autograd.Function):
             if tv_weight:
                 total += tv_weight * 0.5 * gap.abs().sum()
             if slope is not None:
-                slope[part] = _slope(q, gap, tv_weight, kl_weight) / len(draft)
+                slope[part] = slope_of(q, gap, tv_weight, kl_weight) / len(draft)
         if slope is not None:
             ctx.save_for_backward(slope.view(draft_logits.shape))
         return total / len(draft)
@@ -88,7 +88,7 @@ class _Distillation(torch.autograd.Function):
         return None, slope * grad, None, None
 
 
-def _slope(q: torch.Tensor, gap: torch.Tensor, tv_weight: float, kl_weight: float) -> torch.Tensor:
+def slope_of(q: torch.Tensor, gap: torch.Tensor, tv_weight: float, kl_weight: float) -> torch.Tensor:
     """Gradient of the loss of rows ``[n, V]``; gap: q - p, which is overwritten."""
     if not tv_weight:
         return gap.mul_(kl_weight)
@@ -123,6 +123,13 @@ ONLY_KL = 2 / 3
 """Share of a ``staged`` training that minimises KL(p || q) alone; then total variation dominates, one minus acceptance."""
 
 
+def weights_of(name: str, progress: float) -> tuple[float, float] | None:
+    """Weights of TV and KL in the loss ``name`` of LOSSES at ``progress``; None for a loss that is not a sum of the two."""
+    if name == "staged":
+        return (0.0, 1.0) if progress < ONLY_KL else (1.0, 0.1)
+    return {"kl": (0.0, 1.0), "tv": (1.0, 0.0)}.get(name)
+
+
 def distillation_loss(
     name: str, target_logits: torch.Tensor, draft_logits: torch.Tensor, tokens: torch.Tensor, progress: float
 ) -> torch.Tensor:
@@ -134,8 +141,6 @@ def distillation_loss(
         return hybrid(target_logits, draft_logits)
     if name == "log_acceptance":
         return log_acceptance(target_logits, draft_logits)
-    if name == "staged":
-        tv, kl = (0.0, 1.0) if progress < ONLY_KL else (1.0, 0.1)
-    else:
-        tv, kl = (0.0, 1.0) if name == "kl" else (1.0, 0.0)
-    return distillation(target_logits, draft_logits, tv, kl)
+    weights = weights_of(name, progress)
+    assert weights is not None, f"a loss without its formula: {name}"
+    return distillation(target_logits, draft_logits, *weights)

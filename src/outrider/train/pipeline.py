@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,7 +25,7 @@ from outrider.train.corpus import read_corpus
 from outrider.train.distill import Teacher, measure_of
 from outrider.train.features import DataSpec, Features, cut_prompts, read_features, write_hidden, write_tokens
 from outrider.train.job import Job
-from outrider.train.keyed import hidden_folder, part_folder, run_folder, shorter_run
+from outrider.train.keyed import hidden_folder, other_products, part_folder, run_folder, shorter_run
 from outrider.train.loop import share_computing, train
 from outrider.train.metrics import loggers
 
@@ -126,8 +127,13 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
         copied = folder / f".tmp-{shorter.name}-{os.getpid()}"
         shutil.copytree(shorter, copied)
         copied.rename(folder / shorter.name)  # whole or not there, as every checkpoint
+    elif not checkpoints(folder) and (other := other_products(folder)) is not None:
+        flag = "--no-autocast" if job.loop.autocast else "--autocast"
+        report(f"this starts afresh; {flag} goes on with a training that multiplies otherwise, from {other.name}")
     logs = loggers(folder, job.log, job.choices(taps))
-    state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
+    with warnings.catch_warnings():  # autocast makes rows for which PyTorch has a slower norm: nobody can act on it
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
     export(model, job, report)
     spent = {"seconds": state["seconds"], "computing": share_computing(state)}
     return {"drafter": method.name, "steps": state["step"], **spent, **state["history"][-1]}

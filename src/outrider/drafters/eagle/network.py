@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from outrider.nn.drafts import DraftShape, Features
+from outrider.nn.level_attention import attend
 from outrider.nn.rope import frequencies, rotation, turn
 
 
@@ -143,20 +144,15 @@ class EagleNetwork(nn.Module, ABC):
         i has position i + s and sees the context up to i and its own rows of levels 1 .. s (EAGLE-3, section 3.2).
         """
         c, length = self.config, g.shape[1]
+        g = g.to(self.fc.weight.dtype)  # under autocast the residual stream stays as wide as the weights
         ruler = torch.arange(length, device=tokens.device)
-        closed = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         keys, values, out = [], [], []
         for s in range(steps):
             residual, q, k, v = self.enter(tokens[:, 1 + s : 1 + s + length], g, ruler + s)
             repeat = c.heads // c.kv_heads
-            keys.append(k.repeat_interleave(repeat, -2))
-            values.append(v.repeat_interleave(repeat, -2))
-            past = torch.einsum("rihd,rjhd->rhij", q, keys[0]).masked_fill(closed, float("-inf"))
-            own = [(q * key).sum(-1).transpose(1, 2)[..., None] for key in keys[1:]]
-            weight = torch.softmax(torch.cat([past, *own], -1) * c.head_dim**-0.5, -1)
-            seen = torch.einsum("rhij,rjhd->rihd", weight[..., :length], values[0])
-            for n, value in enumerate(values[1:]):
-                seen = seen + weight[..., length + n].transpose(1, 2)[..., None] * value
+            keys.append(k.repeat_interleave(repeat, -2) if repeat > 1 else k)
+            values.append(v.repeat_interleave(repeat, -2) if repeat > 1 else v)
+            seen = attend(q, keys, values, c.head_dim**-0.5)
             out.append(self.leave(residual, seen.flatten(2)))
             g = self.feed(out[-1])
         return out

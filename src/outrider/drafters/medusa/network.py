@@ -55,10 +55,14 @@ class MedusaNetwork(nn.Module):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
+    def rows(self, hidden: Float[Tensor, "*n H"]) -> Float[Tensor, "*n heads H"]:
+        """What every head multiplies with its output matrix."""
+        f = self.norm(hidden)
+        return torch.stack([block(f) for block in self.blocks], -2)
+
     def forward(self, hidden: Float[Tensor, "*n H"]) -> Float[Tensor, "*n heads V"]:
         """Logits of every head for hidden states before the final norm."""
-        f = self.norm(hidden)
-        x = torch.stack([block(f) for block in self.blocks], -2)
+        x = self.rows(hidden)
         if self.config.shared:
             logits = self.lm_heads[0](x)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from outrider.errors import ConfigError
 from outrider.protocols import Target
-from outrider.train.distill import Logits, Predict, Teacher, loss_of
+from outrider.train.distill import HeadRows, Logits, Predict, Teacher, loss_of
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LoopConfig, LossOf
 
@@ -79,6 +79,13 @@ class Method(ABC):
     ) -> list[Logits]:
         """A `distill.Predict` for drafts of `levels` levels; some models fix that number themselves."""
 
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """What `predict`'s logits are made of, where all levels are rows times one matrix: a `distill.Scored`, which saves a
+        training most of its time. None: they are not."""
+        return None
+
     def predictor(self, levels: int) -> Predict:
         """`predict` for drafts of so many levels."""
         return partial(self.predict, levels=levels)
@@ -87,7 +94,8 @@ class Method(ABC):
         self, options: MethodOptions, judge: Teacher, model: nn.Module, training: Features
     ) -> tuple[Callable[[int], Batch], LossOf]:
         """The batches of a training and its loss: by default rows of text, and a loss at every level."""
-        return training, loss_of(judge, self.predictor(options.levels), options.loss)
+        levels = options.levels
+        return training, loss_of(judge, self.predictor(levels), options.loss, partial(self.scored, levels=levels))
 
     def predictions(self, options: MethodOptions) -> int:
         """Distributions per row of text in a step, all of which a training holds in memory at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from outrider.models.tokenizer import whole_tokenizer
 from outrider.protocols import Target
 from outrider.train.causal_lm import CausalLM
 from outrider.train.checkpoint import write_model
-from outrider.train.distill import Logits, Teacher, loss_of
+from outrider.train.distill import HeadRows, Logits, Teacher, loss_of
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
 from outrider.train.methods.base import Method, MethodOptions
@@ -46,11 +47,18 @@ class DraftModel(Method):
         logits = model(input_ids=tokens, use_cache=False).logits
         return [logits[:, d + 1 :] for d in range(levels)]
 
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """The last hidden states."""
+        states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        return HeadRows([states[:, d + 1 :] for d in range(levels)], model.get_output_embeddings().weight)
+
     def fit_inputs(
         self, options: MethodOptions, judge: Teacher, model: nn.Module, training: Features
     ) -> tuple[Callable[[int], Batch], LossOf]:
         """One level: all levels of a language model are its next-token distribution."""
-        return training, loss_of(judge, self.predictor(1), options.loss)
+        return training, loss_of(judge, self.predictor(1), options.loss, partial(self.scored, levels=1))
 
     def save(self, model: Any, options: MethodOptions, folder: Path) -> None:
         """A transformers folder with the target's tokenizer."""

@@ -16,11 +16,11 @@ from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.target_tables import embeddings, output_of, target_tables
 from outrider.errors import ConfigError
 from outrider.protocols import Target
-from outrider.train.distill import Logits, Teacher
+from outrider.train.distill import HeadRows, Logits, Teacher
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
 from outrider.train.methods.base import Method, MethodOptions, chosen_taps
-from outrider.train.methods.tables import heads_of, init_decoder, inner_of, narrow, scale_taps
+from outrider.train.methods.tables import heads_of, init_decoder, inner_of, narrow, rows_of, scale_taps
 
 NOISE = 0.2 * 512
 """Width of the uniform noise on features, times the length of a row (EAGLE's code: its rows have up to 2048 tokens)."""
@@ -50,6 +50,12 @@ class Eagle3(Method):
     ) -> list[Logits]:
         """Training-time test: every level reads the outputs of the previous one."""
         return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
+
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """The normed states of every level."""
+        return rows_of(model, tokens, taps, levels)
 
 
 class Eagle1(Eagle3):

@@ -13,7 +13,7 @@ from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.target_tables import output_of
 from outrider.protocols import Target
-from outrider.train.distill import Logits
+from outrider.train.distill import HeadRows, Logits
 from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.tables import final_norm
 
@@ -43,6 +43,15 @@ class Medusa(Method):
         length = tokens.shape[1]
         logits = model(taps[:, :, -1])
         return [logits[:, : length - 1 - h, h] for h in range(model.config.heads)]
+
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """The heads' rows, where they share a matrix for the whole vocabulary."""
+        if not model.config.shared or model.support is not None:
+            return None
+        length, rows = tokens.shape[1], model.rows(taps[:, :, -1])
+        return HeadRows([rows[:, : length - 1 - h, h] for h in range(model.config.heads)], model.lm_heads[0].weight)
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.drafters.target_tables import target_tables
 from outrider.errors import ConfigError
 from outrider.protocols import Target
-from outrider.train.distill import Logits
+from outrider.train.distill import HeadRows, Logits
 from outrider.train.methods.base import Method, MethodOptions
-from outrider.train.methods.tables import heads_of, init_decoder, inner_of
+from outrider.train.methods.tables import heads_of, init_decoder, inner_of, rows_of
 
 
 class Mtp(Method):
@@ -31,6 +31,12 @@ class Mtp(Method):
     ) -> list[Logits]:
         """Every level reads the outputs of the previous one."""
         return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
+
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """The normed states of every level."""
+        return rows_of(model, tokens, taps, levels)
 
 
 def head_config(options: MethodOptions, target: Target) -> MtpConfig:
