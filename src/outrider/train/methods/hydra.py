@@ -34,7 +34,7 @@ class Hydra(Method):
         config = SequentialConfig(
             target.hidden_size, target.vocab_size, taps, width, inner_of(width), options.blocks
         )
-        return new_heads(config, target, seen, options.loop.seed)
+        return new_sequence(config, target, seen, options.loop.seed)
 
     def load(self, folder: Path, target: Target) -> SequentialNetwork:
         """A folder of sequential heads."""
@@ -48,7 +48,7 @@ class Hydra(Method):
 
 
 @torch.no_grad()
-def new_heads(
+def new_sequence(
     config: SequentialConfig, target: Target, taps: Float[Tensor, "n T H"], seed: int = 0
 ) -> SequentialNetwork:
     """Heads whose output matrix is the target's, projected to their width, and whose `fc` scales taps to about one.
