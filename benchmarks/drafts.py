@@ -2,7 +2,8 @@
 
     python benchmarks/drafts.py [--threads 2] [--rounds 30] [--steps 48]
 
-One EAGLE level, the rows it catches up with, Medusa's heads, and a block with its injected rows: each alone, behind 128 rows of
+One EAGLE level, the rows it catches up with, heads (side by side: four fresh ones as wide as the target; one after the other: the
+shipped ones' first level, and a further one), and a block with its injected rows: each alone, behind 128 rows of
 context, in random order with the torch twins and with reads of memory, whose speed (the best of 1 to 8 streams, probe.cpp) says
 how long a forward's weights take to read. All times are the least of the rounds. Then whole drafts in an engine: milliseconds per
 step of `draft`, with sampling, the forest and the catch-up, and the speed beside plain decoding; prompts are interleaved over the
@@ -27,8 +28,9 @@ from outrider.drafters.dflash import forward as block_forward
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.eagle import Eagle3Network
 from outrider.drafters.eagle import forward as eagle_forward
-from outrider.drafters.medusa import MedusaNetwork
+from outrider.drafters.medusa import MedusaNetwork, SequentialNetwork, sequential_forward
 from outrider.drafters.medusa import drafter as medusa_heads
+from outrider.drafters.medusa.format import MedusaConfig
 from outrider.models.load import load_target
 from outrider.nn.drafts import Rows
 from outrider.nn.held import library_for
@@ -45,7 +47,8 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     """Name -> bytes of weights that are read, the native forward, its torch twin."""
     target = load_target(str(shipped("target")))
     eagle = Eagle3Network.load(shipped("eagle"), target)
-    medusa = MedusaNetwork.load(shipped("medusa"), target)
+    medusa = MedusaNetwork(MedusaConfig(target.hidden_size, target.vocab_size, LEVELS, target.layers)).requires_grad_(False)
+    sequence = SequentialNetwork.load(shipped("medusa"), target)
     block = DFlashNetwork.load(shipped("dflash"), target, str(shipped("target")))
     library = library_for(eagle.fc.weight)
     if library is None:
@@ -79,6 +82,13 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     state = torch.randn(1, target.hidden_size)
     heads = medusa_heads.native(library, medusa, LEVELS), medusa_heads.stacked(medusa, LEVELS)
     out[f"Medusa, {LEVELS} heads"] = bytes_of(medusa), *(partial(h, state) for h in heads)
+
+    runs = sequential_forward.NativeForward(library, sequence), sequential_forward.TorchForward(sequence)
+    s = sequence.config
+    above, below = torch.randn(1, s.width), torch.randn(len(s.taps), 1, target.hidden_size).to(target.dtype)
+    own = bytes_of(sequence.layers, sequence.norm, sequence.lm_head)
+    out["sequential, a level"] = own, *(partial(r.forward, [7], state=above) for r in runs)
+    out["sequential, first level"] = own + bytes_of(sequence.fc), *(partial(r.forward, [7], taps=below) for r in runs)
 
     d = block.config
     blocks = block_forward.NativeForward(library, block), block_forward.TorchForward(block, CONTEXT + 32)

@@ -70,7 +70,8 @@ def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> Non
 
     p = SamplingParams(temperature=0.0, max_tokens=12)
     texts = []
-    name = {"draft": str(place / "draft"), "eagle1": f"eagle:{place / 'eagle1'}", "hydra": f"medusa:{place / 'hydra'}"}.get(kind, kind)
+    named = {"draft": str(place / "draft"), "eagle1": f"eagle:{place / 'eagle1'}", "hydra": f"medusa:{place / 'hydra'}"}
+    name = named.get(kind, kind)
     for draft in ("none", name if kind == "eagle1" else str(place / kind), f"dynamic:6:{name}"):
         one = build_engine(place / "target", draft, length=2, dtype="float32", slots=1)
         texts.append(one.generate(["the line"], p)[0].outputs[0].token_ids)

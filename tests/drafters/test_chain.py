@@ -23,7 +23,8 @@ from outrider.noise import Noise
 from outrider.sampling.pipeline import LogitsPipeline
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 from tests.drafters.drafting import evidence, view
-from tests.drafters.test_native_drafts import LIBRARY, WIDE, V, eagle, sequence
+from tests.drafters.test_native_drafts import LIBRARY, WIDE, V, eagle
+from tests.drafters.test_sequential import wide
 
 pytestmark = pytest.mark.skipif(
     LIBRARY is None or picks.best(torch.ones(1, 1), 1) is None, reason="compiled code needs a C++ compiler"
@@ -70,7 +71,7 @@ def eagles(kind: str) -> Callable[[Sequence[int]], Draft]:
 
 
 def sequences() -> Callable[[Sequence[int]], Draft]:
-    network = sequence()
+    network = wide()
 
     def draft(depths: Sequence[int]) -> Draft:
         drafter = SequentialDrafter(network, Levels(levels((1,) * 4), V))

@@ -16,11 +16,10 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig
+from outrider.drafters.last_state import LastRowDrafter
 from outrider.drafters.medusa.drafter import MedusaDrafter
-from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
+from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.medusa.network import MedusaNetwork
-from outrider.drafters.medusa.sequential import SequentialNetwork
-from outrider.drafters.medusa.sequential_drafter import SequentialDrafter
 from outrider.drafters.registry import load_drafter
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import BestFirst, Levels
@@ -60,15 +59,6 @@ def heads(shared: bool = True, blocks: int = 2) -> MedusaNetwork:
     return model
 
 
-@cache
-def sequence(layers: int = 2) -> SequentialNetwork:
-    torch.manual_seed(5)
-    model = SequentialNetwork(SequentialConfig(H, V, TAPS, 12, 20, layers)).double().eval().requires_grad_(False)
-    for p in model.parameters():
-        p.normal_(std=0.5)
-    return model
-
-
 GROWTHS = {
     "chain": lambda: Levels(levels((1,) * 3), V),
     "tree": lambda: Levels(levels((2, 2, 1)), V),
@@ -76,7 +66,7 @@ GROWTHS = {
 }
 
 
-def decode(drafter: MedusaDrafter | SequentialDrafter | EagleDrafter, slots: int, temperature: float = 1.0) -> None:
+def decode(drafter: LastRowDrafter | EagleDrafter, slots: int, temperature: float = 1.0) -> None:
     """Sequences that join and leave, prompts in chunks of 5, several depths, rejections of every kind."""
     one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=slots, max_length=60, chunk=5)
     p = [SamplingParams(temperature=temperature, max_tokens=m, seed=i) for i, m in enumerate((14, 9, 21, 6))]
@@ -118,35 +108,6 @@ def test_heads_serve_what_they_were_trained_as(shared: bool) -> None:
     for (history, path), row in seen.logits.items():
         last = states(history[:-1], (3,))[-1, 0]
         torch.testing.assert_close(row, model(last)[len(path)], rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize("how", GROWTHS)
-def test_sequential_heads_serve_what_they_were_trained_as(how: str) -> None:
-    """After any history every logit served is that of the training-time unroll of the same tokens."""
-    model, seen = sequence(), Seen(GROWTHS[how]())
-    decode(SequentialDrafter(model, seen), 3)
-    assert len(seen.logits) > 60
-    for history, path, rows in seen.along():
-        found = model.unroll(torch.tensor([[*history, *path]])[:, -len(path) - 2 :], states(history[:-1])[None, -1:], len(rows))
-        for row, level in zip(rows, found, strict=True):
-            torch.testing.assert_close(row, level[0, 0], rtol=0, atol=2e-4)
-
-
-def test_sequential_heads_read_what_stands_above_and_nothing_else() -> None:
-    """Level s at column i changes with tokens i + 1 .. i + s + 1 and hidden states at i alone; every one of them is read."""
-    model, g = sequence(), torch.Generator().manual_seed(0)
-    tokens, taps = torch.randint(V, (1, 12), generator=g), torch.randn(1, 8, 2, H, generator=g, dtype=torch.float64)
-    base = model.unroll(tokens, taps, 3)
-    for t in range(12):
-        other = tokens.clone()
-        other[0, t] = (other[0, t] + 1) % V
-        for s, (a, b) in enumerate(zip(base, model.unroll(other, taps, 3), strict=True)):
-            assert (a != b).any(-1)[0].tolist() == [i + 1 <= t <= i + s + 1 for i in range(8)]
-    for t in range(8):
-        other = taps.clone()
-        other[0, t] += 1.0
-        for a, b in zip(base, model.unroll(tokens, other, 3), strict=True):
-            assert (a != b).any(-1)[0].tolist() == [i == t for i in range(8)]
 
 
 def by_hand(model: Eagle3Network, tokens: list[int], g: torch.Tensor, column: int, level: int) -> torch.Tensor:
@@ -277,14 +238,13 @@ def test_budgets_are_kept() -> None:
 # ---------------------------------------------------------------------------------------------------------- folders
 def test_round_trips(tmp_path: Path) -> None:
     """What is written is read again, rounded to bfloat16 and not otherwise; one more trip changes nothing."""
-    for number, model in enumerate((feature_model(2, True), heads(True), heads(False), sequence(1), sequence(2))):
+    for number, model in enumerate((feature_model(2, True), heads(True), heads(False))):
         folder, again = tmp_path / f"{number}", tmp_path / f"{number}-again"
         model.save(folder)
         read = type(model).load(folder, TARGET)
         assert read.config == model.config
-        written = load_file(folder / "model.safetensors")
         for name, value in model.state_dict().items():
-            assert name not in written or torch.equal(read.state_dict()[name], value.bfloat16().float())
+            assert torch.equal(read.state_dict()[name], value.bfloat16().float())
         read.save(again)
         assert (folder / "config.json").read_text() == (again / "config.json").read_text()
         for name, value in load_file(folder / "model.safetensors").items():
@@ -308,11 +268,6 @@ def test_names_and_fields_of_the_layouts(tmp_path: Path) -> None:
     assert config["eagle_aux_hidden_state_layer_ids"] == list(TAPS)
     assert config["norm_before_residual"] is False
     assert config["transformer_layer_config"]["model_type"] == "llama"
-    sequence().save(tmp_path / "sequence")
-    names = {f"layers.{n}.{part}.weight" for n in range(2) for part in ("norm", *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))}
-    assert set(load_file(tmp_path / "sequence" / "model.safetensors")) == names | {
-        "fc.weight", "token.weight", "norm.weight", "lm_head.weight",
-    }  # fmt: skip
     heads(True).save(tmp_path / "medusa")
     names = set(load_file(tmp_path / "medusa" / "model.safetensors"))
     blocks = {f"blocks.{h}.layers.{j}.{n}" for h in range(4) for j in range(2) for n in ("weight", "bias")}
@@ -342,12 +297,10 @@ def test_greedy_text_is_the_targets_on_both_targets(implementation: str, tmp_pat
     torch.manual_seed(0)
     vocab = load_target(place, dtype="float32").vocab_size
     MedusaNetwork(MedusaConfig(48, vocab, 3, 3)).save(tmp_path / "medusa")
-    SequentialNetwork(SequentialConfig(48, vocab, (1, 3), 32, 64)).save(tmp_path / "sequence")
     Eagle3Network(EagleConfig(32, 48, (1, 3), vocab, 2, 1, 16, 64)).save(tmp_path / "eagle")
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     texts = []
-    sequence = f"medusa:{tmp_path / 'sequence'}"
-    for draft in ("none", "medusa", "tree:2x2:medusa", "eagle", "dynamic:8:eagle", sequence, f"tree:2x2:{sequence}"):
+    for draft in ("none", "medusa", "tree:2x2:medusa", "eagle", "dynamic:8:eagle"):
         one = build_engine(place, draft, length=3, dtype="float32", implementation=implementation, slots=3)
         texts.append([r.outputs[0].token_ids for r in one.generate(["the line", "a", "of many"], params)])
         assert draft == "none" or one.counts.proposed > 20
@@ -364,11 +317,6 @@ def test_specs(tmp_path: Path) -> None:
 
     assert (load("medusa").name, load("medusa", 9).max_depth) == ("medusa", 4)
     assert load(f"medusa:{tmp_path / 'medusa'}", path=None).layers == (3,)
-    sequence().save(tmp_path / "sequence")
-    for spec in (f"medusa:{tmp_path / 'sequence'}", f"{tmp_path / 'sequence'}"):  # the folder says what it holds
-        found = load(spec, 9, path=None)
-        assert (type(found), found.name, found.layers, found.max_depth) == (SequentialDrafter, "medusa", TAPS, 9)
-    assert load(f"stop:medusa:{tmp_path / 'sequence'}", path=None).growth.least > 0
     eagle = load("eagle")
     assert (eagle.layers, eagle.max_depth, eagle.trees) == (TAPS, 3, False)
     assert load("greedy:eagle").growth.sample == "greedy"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -19,12 +18,8 @@ from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.forward import NativeForward, TorchForward, forward_of
 from outrider.drafters.eagle.network import EagleConfig, EagleNetwork
 from outrider.drafters.medusa.drafter import native, predictor
-from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
+from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.medusa.network import MedusaNetwork
-from outrider.drafters.medusa.sequential import SequentialNetwork
-from outrider.drafters.medusa.sequential_forward import NativeForward as NativeSequence
-from outrider.drafters.medusa.sequential_forward import TorchForward as TorchSequence
-from outrider.drafters.medusa.sequential_forward import forward_of as sequence_of
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.errors import CapacityError, RequestError
 from outrider.nn.drafts import Rows
@@ -39,14 +34,6 @@ V, WIDE, ROOM = 101, 40, 48
 TOLERANCE = {True: 0.1, False: 2e-4}
 """Of logits of a few nats. bfloat16 keeps 8 bits: a product of rounded numbers errs by some 2^-9 of its size, and the paths here
 have about ten, of terms that partly cancel. In float32 they err by 2^-24 each, summed over some hundred terms."""
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def filled(model: Any, seed: int = 3) -> Any:
@@ -209,60 +196,6 @@ def test_heads_are_the_networks(shared: bool, layers: int, few: bool, narrow: bo
     assert (found - wanted)[known].abs().max() < TOLERANCE[narrow] < wanted[known].std()
     for i in range(5):
         assert torch.equal(native(LIBRARY, model, 3, narrow=narrow)(state[i : i + 1])[:, 0], found[:3, i])
-
-
-def sequence(layers: int = 2) -> SequentialNetwork:
-    return filled(SequentialNetwork(SequentialConfig(WIDE, V, (1, 3), 56, 100, layers)))
-
-
-def sequence_levels(run: Any, taps: Tensor) -> list[Tensor]:
-    """States and logits of two levels of three and four rows."""
-    state, logits = run.forward([5, 0, V - 1], taps=taps[:, 2:5])
-    below, further = run.forward([9, 9, 1, 2], state=state[[0, 1, 1, 2]])
-    return [state, logits, below, further]
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("narrow", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sequential_heads_are_the_networks(layers: int, narrow: bool, dtype: torch.dtype, threads: None) -> None:
-    model = sequence(layers)
-    taps = torch.randn(2, 8, WIDE, generator=torch.Generator().manual_seed(9)).to(dtype)
-    found = sequence_levels(NativeSequence(LIBRARY, model, narrow=narrow), taps)
-    wanted = sequence_levels(TorchSequence(double(model)), taps)
-    for own, twin in zip(found, wanted, strict=True):
-        assert (own - twin).abs().max() < TOLERANCE[narrow] < twin.std()
-
-
-@pytest.mark.parametrize("narrow", [True, False])
-def test_a_row_of_sequential_heads_has_its_bits_in_any_company(narrow: bool, threads: None) -> None:
-    run = NativeSequence(LIBRARY, sequence(), narrow=narrow)
-    taps = torch.randn(2, 8, WIDE, generator=torch.Generator().manual_seed(9))
-    state, logits, below, further = sequence_levels(run, taps)
-    for n, (token, above) in enumerate(((9, 0), (9, 1), (1, 1), (2, 2))):
-        alone, row = run.forward([(5, 0, V - 1)[above]], taps=taps[:, 2 + above : 3 + above])
-        assert torch.equal(alone[0], state[above]) and torch.equal(row[0], logits[above])
-        alone, row = run.forward([token], state=alone)
-        assert torch.equal(alone[0], below[n]) and torch.equal(row[0], further[n])
-
-
-def test_sequential_heads_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sequence(1)
-    run: Any = sequence_of(model)
-    assert isinstance(run, NativeSequence) and isinstance(sequence_of(double(model)), TorchSequence)
-    for token in (V, -1):
-        with pytest.raises(RequestError, match="vocabulary"):
-            run.forward([token], state=torch.ones(1, 56))
-    for wrong in ({}, {"state": torch.ones(2, 56)}, {"state": torch.ones(1, 55)}, {"taps": torch.ones(1, 1, WIDE)}):
-        with pytest.raises(ValueError, match="sequential heads need"):
-            run.forward([1], **wrong)
-    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
-    twin = sequence_of(model)
-    assert isinstance(twin, TorchSequence)
-    state = torch.randn(3, 56)
-    torch.testing.assert_close(
-        twin.forward([1, 2, 3], state=state)[1], run.forward([1, 2, 3], state=state)[1], rtol=0, atol=TOLERANCE[True]
-    )
 
 
 def test_refuses_what_would_read_or_write_elsewhere() -> None:

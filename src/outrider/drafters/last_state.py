@@ -1,4 +1,4 @@
-"""Drafts that are made from hidden states of one row, the last kept one of a sequence: no further row is looked at, nothing cached."""
+"""Drafts that are made from hidden states of one row, the last kept one of a sequence: nothing of others is cached."""
 
 from __future__ import annotations
 

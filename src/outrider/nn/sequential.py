@@ -41,10 +41,11 @@ _CALL = struct.Struct("2q2Q" + "Qq2Qq2Q")
 
 
 class NativeSequence:
-    """A level of heads: residual blocks x + down(silu(gate n) * up n), n = norm x, on a token's row plus a state; then an output matrix.
+    """A level of heads: residual blocks x + down(silu(gate n) * up n), n = norm x, on a token's row plus a state; then outputs.
 
-    fuse: [D, K * H], makes the first level's state of hidden states. table: [V, D] rows of tokens. blocks: norm, [gate; up], down of
-    each. taps: K. narrow: multiply in bfloat16. A row's numbers have the same bits for any other rows and any number of threads.
+    fuse: [D, K * H], makes the first level's state of hidden states. table: [V, D] rows of tokens. blocks: of each its norm,
+    [gate; up] and down. taps: K. narrow: multiply in bfloat16. A row's numbers have the same bits for any other rows and any number
+    of threads.
     """
 
     def __init__(

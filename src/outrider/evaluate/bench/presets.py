@@ -11,7 +11,7 @@ from outrider.drafters.registry import companion_folder
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.evaluate.measure import Arm
 
-Cost = Literal["nothing", "model", "layer", "heads", "block"]
+Cost = Literal["nothing", "model", "layer", "heads", "sequence", "block"]
 """What drafting one step costs, for predictions at other sizes: see `scale.drafting_seconds`."""
 DRAFT = "DRAFT"
 """Stands for the draft model in a spec: the target's companion, or the one that is named."""
