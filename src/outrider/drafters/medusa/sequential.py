@@ -73,17 +73,23 @@ class SequentialNetwork(nn.Module):
         """Logits behind a level's token."""
         return self.lm_head(self.norm(state))
 
-    def unroll(
+    def states(
         self, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r t K H"], steps: int
-    ) -> list[Float[Tensor, "r t V"]]:
-        """Logits of `steps` levels, t <= L - steps: entry s, column i is the draft distribution of token i + s + 2 after tokens
-        0 .. i + s + 1, with hidden states at i alone."""
+    ) -> list[Float[Tensor, "r t D"]]:
+        """States of `steps` levels at every position, t <= L - steps; each level reads the text's own token."""
         rows, state, length = self.rows(tokens), self.read(taps), taps.shape[1]
         out = []
         for s in range(1, steps + 1):
             state = self.level(rows[:, s : s + length], state)
-            out.append(self.logits(state))
+            out.append(state)
         return out
+
+    def unroll(
+        self, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r t K H"], steps: int
+    ) -> list[Float[Tensor, "r t V"]]:
+        """Logits of `states`: entry s, column i is the draft distribution of token i + s + 2 after tokens 0 .. i + s + 1, with
+        hidden states at i alone."""
+        return [self.logits(state) for state in self.states(tokens, taps, steps)]
 
     # ------------------------------------------------------------------ folders
     def save(self, folder: Path) -> None:
