@@ -48,7 +48,6 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     target = load_target(str(shipped("target")))
     eagle = Eagle3Network.load(shipped("eagle"), target)
     medusa = MedusaNetwork(MedusaConfig(target.hidden_size, target.vocab_size, LEVELS, target.layers)).requires_grad_(False)
-    sequence = SequentialNetwork.load(shipped("medusa"), target)
     block = DFlashNetwork.load(shipped("dflash"), target, str(shipped("target")))
     library = library_for(eagle.fc.weight)
     if library is None:
@@ -60,7 +59,7 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
         made.k.normal_(), made.v.normal_()
         return made
 
-    c, bytes_of = eagle.config, lambda *parts: 2 * sum(p.numel() for part in parts for p in part.parameters())
+    c = eagle.config
     runs = eagle_forward.NativeForward(library, eagle), eagle_forward.TorchForward(eagle, CONTEXT + 32)
     taps = [torch.randn(8, target.hidden_size).to(target.dtype) for _ in c.taps]
     feature = torch.randn(1, c.hidden)
@@ -83,13 +82,7 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     heads = medusa_heads.native(library, medusa, LEVELS), medusa_heads.stacked(medusa, LEVELS)
     out[f"Medusa, {LEVELS} heads"] = bytes_of(medusa), *(partial(h, state) for h in heads)
 
-    runs = sequential_forward.NativeForward(library, sequence), sequential_forward.TorchForward(sequence)
-    s = sequence.config
-    above, below = torch.randn(1, s.width), torch.randn(len(s.taps), 1, target.hidden_size).to(target.dtype)
-    own = bytes_of(sequence.layers, sequence.norm, sequence.lm_head)
-    out["sequential, a level"] = own, *(partial(r.forward, [7], state=above) for r in runs)
-    out["sequential, first level"] = own + bytes_of(sequence.fc), *(partial(r.forward, [7], taps=below) for r in runs)
-
+    out |= sequence_arms(library, target)
     d = block.config
     blocks = block_forward.NativeForward(library, block), block_forward.TorchForward(block, CONTEXT + 32)
     hidden = [torch.randn(8, target.hidden_size).to(target.dtype) for _ in d.taps]
@@ -111,6 +104,24 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     keys = [p for layer in block.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]  # type: ignore[union-attr]
     out["block, 3 kept rows"] = bytes_of(block.fc, *keys), *(partial(inject, r, cache(r, d, d.layers)) for r in blocks)
     return out
+
+
+def sequence_arms(library: Any, target: Any) -> dict[str, Any]:
+    """The first level of sequential heads, and a further one."""
+    heads = SequentialNetwork.load(shipped("medusa"), target)
+    runs = sequential_forward.NativeForward(library, heads), sequential_forward.TorchForward(heads)
+    state, taps = torch.randn(1, heads.config.width), torch.randn(len(heads.config.taps), 1, target.hidden_size)
+    own = bytes_of(heads.layers, heads.norm, heads.lm_head)
+    first = (partial(r.forward, [7], taps=taps.to(target.dtype)) for r in runs)
+    return {
+        "sequential, a level": (own, *(partial(r.forward, [7], state=state) for r in runs)),
+        "sequential, the first": (own + bytes_of(heads.fc), *first),
+    }
+
+
+def bytes_of(*parts: torch.nn.Module) -> int:
+    """Of weights in bfloat16."""
+    return 2 * sum(p.numel() for part in parts for p in part.parameters())
 
 
 def forwards(rounds: int) -> None:

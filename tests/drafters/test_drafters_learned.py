@@ -16,7 +16,6 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig
-from outrider.drafters.last_state import LastRowDrafter
 from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.medusa.format import MedusaConfig
 from outrider.drafters.medusa.network import MedusaNetwork
@@ -66,7 +65,7 @@ GROWTHS = {
 }
 
 
-def decode(drafter: LastRowDrafter | EagleDrafter, slots: int, temperature: float = 1.0) -> None:
+def decode(drafter: MedusaDrafter | EagleDrafter, slots: int, temperature: float = 1.0) -> None:
     """Sequences that join and leave, prompts in chunks of 5, several depths, rejections of every kind."""
     one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(3), slots=slots, max_length=60, chunk=5)
     p = [SamplingParams(temperature=temperature, max_tokens=m, seed=i) for i, m in enumerate((14, 9, 21, 6))]

@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
         Spec("plain", "none", 0, "nothing"),
         Spec("draft model, 3", DRAFT, 3),
         Spec("draft model, 5", DRAFT, 5),
-        Spec("Medusa", "medusa", 4, "heads"),
+        Spec("Medusa", "medusa", 4, "sequence"),
         Spec("EAGLE, chain", "eagle", 4, "layer"),
         Spec("EAGLE, dynamic tree", "dynamic:16:eagle", 4, "layer"),
         Spec("block diffusion", "dflash", 7, "block"),
