@@ -7,17 +7,22 @@ STAMP := $(VENV)/.outrider
 # kept, even where the environment forbids it: every process that a test starts would compile all of our modules anew.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_PROC_BIND=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 WORKERS ?= 2
+# Of the tests with types checked, which run beside the others: half as many, so that they end first, and no core waits in between.
+HALF = $(shell echo $$((($(WORKERS) + 1) / 2)))
 # Shapes and types of every call are checked at run time in these tests, but not in those that make the same calls thousands of times
 # (three to ten times slower then): `make test-slow` checks them there too.
 TYPED := tests/benchmarks tests/drafters tests/engine tests/models tests/nn tests/sampling tests/telemetry
 STATISTICAL := tests/drafters/test_drafters_law.py tests/drafters/test_drafters_jacobi.py tests/sampling/test_noise.py tests/telemetry/test_detect.py
 REPEATING := $(STATISTICAL) \
-  tests/drafters/test_ahead.py tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_mtp.py \
-  tests/drafters/test_recycled.py \
+  tests/drafters/test_ahead.py tests/drafters/test_coded.py tests/drafters/test_drafters_block.py \
+  tests/drafters/test_drafters_learned.py tests/drafters/test_drafters_model.py tests/drafters/test_early_exit.py \
+  tests/drafters/test_feature1.py tests/drafters/test_gain.py tests/drafters/test_mtp.py tests/drafters/test_recycled.py \
   tests/drafters/test_translate.py tests/drafters/test_tree_advice.py \
-  tests/engine/test_prefix_cache.py tests/engine/test_sharing.py tests/engine/test_text.py \
+  tests/engine/test_prefix_cache.py tests/engine/test_quantised_identity.py tests/engine/test_sharing.py tests/engine/test_text.py \
   tests/models/test_config_keys.py tests/models/test_expert_targets.py tests/models/test_families.py tests/models/test_gguf_damaged.py \
-  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_image_prompts.py tests/models/test_lean.py tests/models/test_quantised_target.py \
+  tests/models/test_gguf_weights.py tests/models/test_kv_dtype.py tests/nn/test_shares.py \
+  tests/models/test_guided.py tests/models/test_hf.py tests/models/test_image_prompts.py tests/models/test_lean.py \
+  tests/models/test_native.py tests/models/test_quantised_target.py \
   tests/sampling/test_grammar.py tests/sampling/test_grammar_ends.py tests/sampling/test_sampling_law.py
 # tests/outside needs others' software in environments of its own: `make test-vllm` and its kin.
 UNTYPED := $(filter-out $(TYPED) tests/__pycache__ tests/outside,$(patsubst %/,%,$(wildcard tests/*/))) $(REPEATING)
@@ -60,16 +65,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the shipped pair, plain and speculative side by side
 	@$(BIN)/outrider demo
 
-# All of it is run whatever comes of the first. Style, types and layers are checked beside the first tests, so that no core waits.
-# What runs in the background does not hear Ctrl-C, so the trap ends it, and the second tests do not begin.
+# All of it is run whatever comes of any part. Style, types and layers and the tests with types checked run beside the other tests,
+# which last longer; what they say is shown at the end. What runs in the background does not hear Ctrl-C, so the trap ends it.
 test: $(STAMP)  ## what CI runs: style, types, layers, tests
-	@status=0; checked=$$(mktemp); \
+	@status=0; checked=$$(mktemp); typed=$$(mktemp); \
 	$(AGAIN) check >$$checked 2>&1 & check=$$!; \
-	trap 'kill $$check; wait $$check; cat $$checked; rm $$checked; exit 130' INT TERM; \
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
-	  || status=1; \
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(HALF) --dist worksteal -m "not slow" $(MORE) $(SHAPES) $(TYPED) $(addprefix --ignore=,$(REPEATING)) \
+	  >$$typed 2>&1 & types=$$!; \
+	trap 'kill $$check $$types; wait; cat $$checked $$typed; rm $$checked $$typed; exit 130' INT TERM; \
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(MORE) $(UNTYPED) || status=1; \
-	wait $$check || status=1; cat $$checked; rm $$checked; \
+	wait $$types || status=1; echo "--- with shapes and types checked"; cat $$typed; rm $$typed; \
+	wait $$check || status=1; echo "--- style, types and layers"; cat $$checked; rm $$checked; \
 	exit $$status
 
 durations: $(STAMP)  ## `make test`, and what its tests cost: CPU seconds by folder, file, function and test

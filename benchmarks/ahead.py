@@ -3,18 +3,19 @@
     python benchmarks/ahead.py                     # a target pass of 50 ms, a drafted token of 0.2 of it
     python benchmarks/ahead.py --cost 0.1 --length 5
 
-Both are small tables whose passes sleep for a known time, so the figures are those of two devices. One process, the arms in
-turn. The rate predicted for the parallel arm takes the measured acceptance, how many prepared drafts came true, and that outcomes
-are prepared one after the other.
+Both are small tables whose passes sleep for a known time, so the figures are those of two devices. After every token the target's
+distribution p is another one (its mean entropy is printed), and the draft model's is p with a part moved to other tokens, so that
+sum min(p, q) is the same everywhere. One process, the arms in turn. The rate predicted for the parallel arm takes the
+measured share of prepared drafts that came true.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 
 import numpy as np
+import torch
 
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
@@ -28,7 +29,7 @@ from outrider.theory.parallel import speculated_rate
 from outrider.theory.speedup import speedup
 from outrider.verify import SpeculativeSampling
 
-VOCABULARY, TOKENS, SEEDS = 16, 60, 4
+VOCABULARY, TOKENS, SEEDS = 32, 120, 4
 
 
 class Sleeping:
@@ -46,17 +47,22 @@ class Sleeping:
         return self._model.forward(rows, kv, layers=layers)
 
 
-def alpha_of(target: TableTarget, draft: TableTarget) -> float:
-    """Mean acceptance of a token at temperature 1, by the counts of a fast run."""
-    engine = Engine(target, ModelDrafter(draft, 1), SpeculativeSampling(), Fixed(1), slots=1)
-    engine.generate([[1]] * 8, SamplingParams(max_tokens=120, seed=3))
-    return engine.counts.accepted / engine.counts.judged
+def pair(acceptance: float, sharp: float) -> tuple[TableTarget, TableTarget, float]:
+    """A target, a draft model whose tokens are accepted with that probability after any text, and the mean entropy of p in nats."""
+    target = TableTarget.random(VOCABULARY, seed=1, sharp=sharp)
+    p = torch.softmax(target.table, -1)
+    other = p.roll(1, -1)  # what a part of p is moved to
+    part = (1.0 - acceptance) / (p - other).clamp(min=0).sum(-1, keepdim=True)
+    if (part > 1).any():
+        raise SystemExit("such a low acceptance cannot be had with distributions as wide as these: raise --sharp")
+    entropy = float(-(p * p.log()).sum(-1).mean())
+    return target, TableTarget(((1 - part) * p + part * other).log()[0]), entropy
 
 
-def rate(engine: Engine, seed: int) -> float:
+def rate(engine: Engine, seed: int, tokens: int) -> float:
     """Tokens per second of one text."""
     start = time.perf_counter()
-    text = engine.generate([[1]], SamplingParams(max_tokens=TOKENS, seed=seed))[0].outputs[0].token_ids
+    text = engine.generate([[1]], SamplingParams(max_tokens=tokens, seed=seed))[0].outputs[0].token_ids
     return len(text) / (time.perf_counter() - start)
 
 
@@ -64,12 +70,14 @@ def main() -> None:
     """Print the rates of every arm and their predictions."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--seconds", type=float, default=0.05, help="a target pass")
+    ask.add_argument("--tokens", type=int, default=TOKENS, help="of a text")
     ask.add_argument("--cost", type=float, default=0.2, help="a drafted token, in target passes")
     ask.add_argument("--length", type=int, default=3, help="tokens of a draft")
-    ask.add_argument("--premises", type=int, default=4, help="outcomes that are prepared for")
+    ask.add_argument("--acceptance", type=float, default=0.8, help="of a drafted token")
+    ask.add_argument("--sharp", type=float, default=3.0, help="standard deviation of the target's logits")
+    ask.add_argument("--premises", type=int, default=16, help="outcomes that are prepared for")
     given = ask.parse_args()
-    table = TableTarget.random(VOCABULARY, seed=1)
-    small = table.perturbed(0.35, seed=7)
+    table, small, entropy = pair(given.acceptance, given.sharp)
     target, draft = Sleeping(table, given.seconds), Sleeping(small, given.seconds * given.cost)
     drafters: dict[str, tuple[Drafter, int]] = {
         "plain": (NoDraft(), 0),
@@ -83,18 +91,21 @@ def main() -> None:
     rates = {name: [] for name in engines}
     for seed in range(SEEDS):
         for name, engine in engines.items():
-            rates[name].append(rate(engine, seed))
-    alpha, ahead = alpha_of(table, small), drafters["ahead"][0]
+            rates[name].append(rate(engine, seed, given.tokens))
+    alpha, ahead = given.acceptance, drafters["ahead"][0]
     assert isinstance(ahead, Ahead)
     hit = ahead.hits / max(ahead.hits + ahead.misses, 1)
-    one = given.cost * (given.length + 1)  # a prepared draft, and one made after a miss: a token more predicts what follows
-    step = one * math.ceil(1 / one)  # outcomes are prepared one after the other, and the one at hand is waited for
+    one = given.cost * (
+        given.length + 1
+    )  # a prepared draft, and one made after a miss: a token more predicts what follows
     predicted = {
         "plain": 1.0,
         "in turn": speedup(alpha, given.length, given.cost),
-        "ahead": speculated_rate(alpha, given.length, one / given.length, hit, branch_cost=step / given.length),
+        "ahead": speculated_rate(alpha, given.length, one / given.length, hit),
     }
-    print(f"acceptance {alpha:.3f}, prepared drafts that came true {hit:.2f} of {ahead.hits + ahead.misses}")
+    print(
+        f"acceptance {alpha}, entropy {entropy:.2f}, prepared drafts that came true {hit:.2f} of {ahead.hits + ahead.misses}"
+    )
     for name, found in rates.items():
         per_pass = np.array(found) * given.seconds
         print(

@@ -21,6 +21,13 @@ FAMILIES: dict[str, dict] = {
     "mixtral": {"num_local_experts": 5, "tie_word_embeddings": False},
     "qwen3_moe": HEAD | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "pad_token_id": None, "eos_token_id": None},
+    "gpt_oss": HEAD | {
+        "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5, "swiglu_limit": 1.5,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False,
+            "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
 }  # fmt: skip
 """Families of the lean runtime -> what their small models have beside `SIZES`."""
 SIZES = {

@@ -83,7 +83,7 @@ def test_check_says_agree_or_disagree(run, log: Path, tmp_path: Path) -> None:
 
 def test_the_shipped_pair_against_a_run_of_bench(run, tmp_path: Path) -> None:
     file, logs = tmp_path / "run.json", tmp_path / "logs.jsonl"
-    small = ("--count", "4", "--max-tokens", "32", "--dtype", "float32", "--max-length", "256")
+    small = ("--count", "4", "--max-tokens", "16", "--dtype", "float32", "--max-length", "256")
     assert (
         run("bench", "--lengths", "0,2", "--repeats", "1", "--warmup", "0", *small, "--out", str(file), "--json")[0]
         == 0
@@ -93,7 +93,7 @@ def test_the_shipped_pair_against_a_run_of_bench(run, tmp_path: Path) -> None:
     )
     d = json.loads(out)
     assert code == 0
-    assert (d["texts"], d["tokens"]) == (8, 256)
+    assert (d["texts"], d["tokens"]) == (8, 128)
     assert [c["run"] for c in d["check"]] == ["length 2"]
     assert 0 < d["time"]["share_in_models"] <= 1
     assert d["moved_by_rounding"] == 0

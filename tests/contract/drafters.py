@@ -73,7 +73,7 @@ def other_vocabulary(target: Toy, more: int) -> TinyLM:
 
 
 @cache
-def learned(kind: str, target: Toy, levels: int = 4, steps: int = 60) -> nn.Module:
+def learned(kind: str, target: Toy, levels: int = 4, steps: int = 30) -> nn.Module:
     """A drafter trained for a moment on random text: right often enough for drafts to be accepted, and wrong often enough."""
     noise = torch.Generator().manual_seed(5)
     tokens = torch.randint(target.vocab_size, (24, 20), generator=noise)

@@ -6,6 +6,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from outrider.types import Draft, Evidence, Proposal
 from outrider.verify import load_rule
 from tests.contract.asked import PROMPTS, VOCAB, engine, params, target, tokens
 from tests.contract.drafters import DRAFTERS, small
+from tests.covering import slow_beyond
 
 MODEL = target()
 
@@ -62,8 +64,14 @@ def plain(sampling: str) -> list[tuple[int, ...]]:
     return tokens(engine(MODEL, NoDraft(), load_rule("match"), 3).generate(PROMPTS, params(sampling)))
 
 
-@pytest.mark.parametrize("where", ["before", "after", "release"])
-@pytest.mark.parametrize("name", ["ngram", "model-coupled", "tree-coupled", "medusa-coupled", "early", "dflash"])
+FAILURES = list(
+    product(
+        ("ngram", "model-coupled", "tree-coupled", "medusa-coupled", "early", "dflash"), ("before", "after", "release")
+    )
+)
+
+
+@pytest.mark.parametrize(("name", "where"), slow_beyond(FAILURES, [FAILURES[3 * i + i % 3] for i in range(6)]))
 def test_the_text_is_that_of_plain_decoding(name: str, where: str) -> None:
     for seed, share in ((1, 0.1), (2, 1.0)):
         failing = Failing(DRAFTERS[name](MODEL, 3), where, share, seed)

@@ -15,7 +15,9 @@ from itertools import product
 
 import pytest
 
+from outrider.control.fixed import Fixed
 from outrider.drafters.none import NoDraft
+from outrider.engine.contracts import check_parts
 from outrider.errors import CapabilityError
 from outrider.verify import LOSSLESS, RULES, load_rule
 from tests.contract.asked import PROMPTS, SAMPLING, engine, params, target, tokens
@@ -60,32 +62,6 @@ TREES = {name for name in RULES if load_rule(name).trees}
 """Rules that judge trees, and so every drafter; chains alone are judged by the others, and so `CHAIN`, but not every drafter."""
 CHAIN = "model"
 
-MATCHED = list(product(DRAFTERS, SAMPLING, CAPACITIES))
-KINDS = {
-    "greedy": "most likely",
-    "greedy with penalties": "most likely",
-    "temperature 1": "sampled",
-    "cold, top-k": "sampled",
-    "top-p with penalties": "by its history",
-    "min-p, bias, repetition": "by its history",
-    "bans and minimum": "by its length",
-}
-"""What a distribution depends on: every drafter meets every kind, every set of parameters every capacity and many drafters."""
-
-
-def matched(combination: tuple[str, str, int]) -> set[Hashable]:
-    """What a combination shows; that drafters draft for the most likely token is shown by the lossless rules below."""
-    drafter, sampling, capacity = combination
-    shows: set[Hashable] = {(drafter, capacity), (sampling, capacity)}
-    return shows | ({(drafter, KINDS[sampling])} if sampling not in GREEDY else set())
-
-
-@pytest.mark.parametrize(("drafter", "sampling", "capacity"), slow_beyond(MATCHED, covering(MATCHED, matched, alone)))
-def test_match_equals_plain_decoding(drafter: str, sampling: str, capacity: int) -> None:
-    one = engine(MODEL, DRAFTERS[drafter](MODEL, capacity), load_rule("match"), capacity)
-    assert tokens(one.generate(PROMPTS, params(sampling))) == plain(sampling, "match")
-
-
 WAYS = ("coupled", "stop", "by-gain", "dynamic", "snap", "compiled", "tree", "batch", "shared", "jacobi", "ngram")
 """Ways to draft that tell drafts apart for the rule that judges them, each by a part of the names of drafters."""
 
@@ -94,6 +70,38 @@ def way(drafter: str) -> str:
     """What of a drafter a rule can tell: the first of `WAYS` in its name, or that of a learned or a simple one."""
     simple = drafter in ("none", "suffix", "recycle", "model-padded", "dflash-greedy")
     return next((w for w in WAYS if w in drafter), "known tokens" if simple else "drawn chain")
+
+
+MATCHED = list(product(DRAFTERS, SAMPLING, CAPACITIES))
+KINDS = {
+    "greedy": "most likely",
+    "greedy with penalties": "most likely",
+    "temperature 1": "by its tokens",
+    "cold, top-k": "by its tokens",
+    "top-p with penalties": "by what was emitted",
+    "min-p, bias, repetition": "by what was emitted",
+    "bans and minimum": "by what was emitted",
+}
+"""What a distribution depends on: every drafter meets both kinds alone or in company, every way to draft every set of parameters at
+every capacity."""
+
+
+def matched(combination: tuple[str, str, int]) -> set[Hashable]:
+    """What a combination shows; that drafters draft for the most likely token is shown by the lossless rules below."""
+    drafter, sampling, capacity = combination
+    shows: set[Hashable] = {
+        (drafter, capacity > 1),
+        (way(drafter), capacity),
+        (way(drafter), sampling),
+        (sampling, capacity),
+    }
+    return shows | ({(drafter, KINDS[sampling])} if sampling not in GREEDY else set())
+
+
+@pytest.mark.parametrize(("drafter", "sampling", "capacity"), slow_beyond(MATCHED, covering(MATCHED, matched, alone)))
+def test_match_equals_plain_decoding(drafter: str, sampling: str, capacity: int) -> None:
+    one = engine(MODEL, DRAFTERS[drafter](MODEL, capacity), load_rule("match"), capacity)
+    assert tokens(one.generate(PROMPTS, params(sampling))) == plain(sampling, "match")
 
 
 CHAINS = (
@@ -166,6 +174,11 @@ def test_the_batch_is_invisible(drafter: str, rule: str, sampling: str) -> None:
     for i in COMPARED:
         alone = engine(MODEL, DRAFTERS[drafter](MODEL, 1), load_rule(rule), 1).generate([PROMPTS[i]], [asked[i]])
         assert tokens(alone) == [together[i]]
+
+
+def test_the_parts_that_an_engine_is_built_of_have_the_right_shape() -> None:
+    for drafter in DRAFTERS.values():
+        check_parts(MODEL, drafter(MODEL, 1), load_rule("match"), Fixed(2))
 
 
 @pytest.mark.parametrize(("drafter", "rule"), [("tree-iid", "block"), ("jacobi-up", "block"), ("jacobi", "traversal")])

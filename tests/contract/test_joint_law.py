@@ -137,6 +137,7 @@ CASES = {
     "by gain, node by node": ("optimal_transport", {"growth": ByGain(6, 3, V, width=3)}),
 }
 LATER = (
+    "greedy draft",
     "batch of drafts",
     "shared prefixes, k-seq",
     "shared prefixes, optimal transport",

@@ -82,7 +82,7 @@ def shrunk(line: str) -> list[str]:
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow if p == "evaluate.md" else ()) for p in PAGES])
 def test_the_commands_of_a_page_run(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, short_audits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In order, in one folder, as a reader would: no wrong usage, no traceback, and the files that are named are there."""
     from outrider.cli.main import main

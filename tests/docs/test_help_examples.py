@@ -57,7 +57,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_example_runs(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_runs(
+    work: Path, short_audits: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In one folder; those that would run for long are parsed by the real parser, callbacks included."""
     at = lambda c: next((i for i, first in enumerate(ORDER) if c.startswith(first)), len(ORDER))  # noqa: E731
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # a conversation that ends at once

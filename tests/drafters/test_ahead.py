@@ -14,6 +14,7 @@ from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.ngram import NGram
 from outrider.errors import CapabilityError, ConfigError
 from outrider.models.toy import TableTarget, TinyLM
+from outrider.nn.kv import PagedKV
 from outrider.params import SamplingParams
 from outrider.protocols import Drafter
 from outrider.verify import SpeculativeSampling
@@ -42,6 +43,37 @@ def test_the_text_is_that_of_the_drafter_alone(inline: bool) -> None:
     assert engine.counts.accepted == plain.counts.accepted
     if inline:  # everything is ready in time
         assert drafter.hits > 10
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_premises_give_their_pages_back(inline: bool) -> None:
+    """They begin with the pages of their sequences; when all requests have ended no slot holds a page."""
+    drafter = Ahead(ModelDrafter(draft_model(), LENGTH + 1), 4, inline=inline)
+    run(drafter)
+    drafter.release(range(2))
+    kv = drafter.inner.cache.kv
+    assert isinstance(kv, PagedKV)
+    assert kv.spare == kv.pages.count
+    assert not any(drafter.inner.cache.held)
+
+
+def test_premises_read_their_last_token_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All else is in the pages that they share: a row for each premise and level, whatever the length of the text."""
+    drafter = Ahead(ModelDrafter(draft_model(), LENGTH + 1), 4, inline=True)
+    rows: list[int] = []
+    prepare = drafter.inner.draft
+
+    def counted(evidence, budget):
+        before = [len(h) for h in drafter.inner.cache.held]
+        draft = prepare(evidence, budget)
+        if evidence.sequences and evidence.sequences[0].slot >= 2:  # of premises
+            rows.extend(len(drafter.inner.cache.held[v.slot]) - before[v.slot] for v in evidence.sequences)
+        return draft
+
+    monkeypatch.setattr(drafter.inner, "draft", counted)
+    run(drafter)
+    assert rows
+    assert max(rows) <= LENGTH + 2  # the outcome's last tokens, and a row for each level but the last
 
 
 def test_more_premises_come_true_more_often() -> None:

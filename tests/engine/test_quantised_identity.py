@@ -69,7 +69,7 @@ def compare(engine: Engine, count: int, lengths: tuple[int, ...], part: int = 50
 
 
 def test_some_prompts(engine: Engine) -> None:
-    compare(engine, 96, (3,))
+    compare(engine, 48, (3,))
 
 
 @pytest.mark.parametrize("rule", slow_beyond([(rule,) for rule in sorted(LOSSLESS)], [("block",), ("match",)]))

@@ -24,11 +24,12 @@ from outrider.evaluate.statistics.eprocess import Cells, Component, EProcess, be
 from outrider.models.toy import TableTarget
 from outrider.params import SamplingParams
 from outrider.verify import LOSSLESS, load_rule
+from tests.covering import slow_beyond
 from tests.evaluate import liars as lie
 
 BUDGET = 2000
-CAUGHT = 1600
-"""Tokens after which every liar is caught."""
+SOON, CAUGHT = 800, 1600
+"""Tokens after which the first liar of each family is caught, and every liar."""
 FALSE_ALARM = 1e-9
 
 
@@ -43,16 +44,17 @@ def one_of_each_family() -> Iterator[Any]:
     for liar in lie.LIARS:
         again = bool(liar.family) and liar.family in seen
         seen.add(liar.family or "")
-        yield pytest.param(liar, id=liar.name, marks=pytest.mark.slow if again else ())
+        within = CAUGHT if again else SOON
+        yield pytest.param(liar, within, id=liar.name, marks=pytest.mark.slow if again else ())
 
 
-@pytest.mark.parametrize("liar", list(one_of_each_family()))
-def test_liar_is_caught_and_named(liar: lie.Liar) -> None:
-    v = judge(liar.source(liar.params), liar.params, liar.eos, CAUGHT)
+@pytest.mark.parametrize(("liar", "within"), list(one_of_each_family()))
+def test_liar_is_caught_and_named(liar: lie.Liar, within: int) -> None:
+    v = judge(liar.source(liar.params), liar.params, liar.eos, within)
     assert v.outcome == NOT_THE_TARGET
-    assert v.tokens <= CAUGHT
+    assert v.tokens <= within
     if liar.family:
-        assert v.alarm_at is not None and v.alarm_at < CAUGHT
+        assert v.alarm_at is not None and v.alarm_at < within
         assert v.cause == liar.family
     else:
         assert v.violations
@@ -72,7 +74,7 @@ def test_the_honest_twin_of_the_liars_passes(params: SamplingParams) -> None:
     assert v.resolution is not None and v.resolution <= 0.15
 
 
-@pytest.mark.parametrize("runs", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_false_alarm_in_honest_runs(runs: int) -> None:
     """At most 1% of honest runs may ever alarm; the bound on their number is exceeded with probability below 1e-9."""
     honest = src.of_engine(lie.engine(load_rule("speculative_sampling")), params := SamplingParams(max_tokens=60))
@@ -164,8 +166,9 @@ def test_a_tie_is_not_a_mistake() -> None:
     assert v.departures and not v.wrong
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("name", slow_beyond([(name,) for name in LOSSLESS], [("match",), ("speculative_sampling",)]))
 def test_joint_distribution_of_the_shipped_rules(name: str) -> None:
+    """Both ways to draft that it has; every rule, and on more texts: tests/contract/test_joint_law.py."""
     assert joint_distribution(load_rule(name), sequences=1500).p_value > FALSE_ALARM
 
 

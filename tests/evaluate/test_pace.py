@@ -38,7 +38,8 @@ def test_the_first_blocks_are_those_of_the_model(kind: int, made: tuple[Path, Pa
         assert part.layers == count
         found = part.forward(rows, part.new_kv(1, 8), layers=(count,)).hidden[0]
         assert torch.equal(found, hidden[count - 1])
-        shares.append(share)
+        shares.append(share(1))
+        assert share(8) == share(1)
     assert 0 < shares[0] < shares[1] < shares[2] == 1
 
 

@@ -146,16 +146,16 @@ def blocks() -> None:
 
 CXX_MUTANTS = [
     ("residual |p - q|", "return x > 0 ? x : 0.0;", "return x > 0 ? x : -x;", chains),
-    ("residual not normalised", "double left = u * *total;", "double left = u;", chains),
-    ("the residual's q is left out", "(q ? static_cast<double>(q[i]) : 0.0)", "0.0", chains),
     ("blocks before the last are forgotten", "at = static_cast<int64_t>(b) * BLOCK", "at = 0", long_draws),
     ("overlap is a maximum", "both = here < q[i] ? here : q[i];", "both = here < q[i] ? q[i] : here;", ledger),
     ("vector overlap is a maximum", "return a < b ? a : b;", "return a < b ? b : a;", long_overlaps),
     ("block: chances are not multiplied", "clamp01(above * px / qx)", "clamp01(px / qx)", blocks),
-    ("block: the residual forgets what was kept", "drawn && taken ? keep[taken - 1] : 1.0", "1.0", blocks),
     ("block: a refused point mass stays in", "refused && !drawn ? s.token[first + taken] : -1", "-1", blocks),
 ]  # fmt: skip
 FURTHER_CXX_MUTANTS = [
+    ("residual not normalised", "double left = u * *total;", "double left = u;", chains),
+    ("the residual's q is left out", "(q ? static_cast<double>(q[i]) : 0.0)", "0.0", chains),
+    ("block: the residual forgets what was kept", "drawn && taken ? keep[taken - 1] : 1.0", "1.0", blocks),
     ("block: the row above", "s.sequences + first + i - 1", "s.sequences + first + i - (i > 1 ? 2 : 1)", blocks),
     ("block: the first coin that refuses ends the chain", "bottom < top || bottom <= 0.0", "bottom < here || bottom <= 0.0", blocks),
     ("block: the whole draft has no variance", "spread + whole * (1.0 - whole)", "spread", blocks),

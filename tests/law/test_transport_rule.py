@@ -69,7 +69,7 @@ def test_few_pieces_cost_acceptance_and_never_the_distribution(monkeypatch, piec
 def pairs_of_distributions(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Smooth and sharp distributions, with tokens that one of the two never draws, and equal ones."""
     for sharp in (0.1, 0.5, 3.0):
-        for _ in range(12):
+        for _ in range(6):
             p, q = rng.dirichlet(np.full(vocab, sharp), size=2)
             yield p, q
             for distribution in (p, q):
@@ -112,7 +112,7 @@ def test_a_real_vocabulary_comes_close_to_the_optimum(k, loss):
 
 def test_it_accepts_no_less_than_k_seq():
     rng = np.random.default_rng(47)
-    worlds = [random_world(rng, 3, Shape((-1, -1, -1), (True,) * 3)) for _ in range(20)]
+    worlds = [random_world(rng, 3, Shape((-1, -1, -1), (True,) * 3)) for _ in range(10)]
     ours = examine(RULE, worlds, rng, edge=1e-11, enumerator=TransportEnumerator).accepted
     from tests.law.test_kseq_rule import KSeqEnumerator
 
@@ -144,7 +144,7 @@ def sequential_chances(p: torch.Tensor, draft, noise):
 @pytest.mark.parametrize("liar", [wrong_multiplier, sequential_chances])
 def test_control_a_wrong_choice_is_seen(liar):
     rng = np.random.default_rng(48)
-    worlds = [random_world(rng, 3, Shape((-1, -1, -1), (True,) * 3)) for _ in range(20)]
+    worlds = [random_world(rng, 3, Shape((-1, -1, -1), (True,) * 3)) for _ in range(6)]
     assert examine(liar, worlds, rng, edge=EDGE, enumerator=TransportEnumerator).distribution.max() > 1e-3
 
 

@@ -57,7 +57,7 @@ def step(rng: np.random.Generator, sequences: int, vocab: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    ("vocab", "sequences", "rounds"), [(2, 8, 150), (7, 8, 150), (300, 4, 40), (5000, 3, 8), (1024 * 5, 2, 4)]
+    ("vocab", "sequences", "rounds"), [(2, 8, 50), (7, 8, 80), (300, 4, 20), (5000, 3, 6), (1024 * 5, 2, 4)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("native", ["1", "0"])
@@ -72,7 +72,7 @@ def test_twins_agree_bit_for_bit(vocab, sequences, rounds, dtype, native, monkey
 
 @pytest.mark.parametrize("rule", [SpeculativeSampling(), BlockVerification()], ids=lambda rule: rule.name)
 @pytest.mark.parametrize(
-    ("vocab", "sequences", "rounds"), [(2, 8, 100), (7, 8, 100), (300, 4, 30), (5000, 3, 6), (1024 * 5, 2, 4)]
+    ("vocab", "sequences", "rounds"), [(2, 8, 40), (7, 8, 60), (300, 4, 15), (5000, 3, 5), (1024 * 5, 2, 4)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_accelerator_decides_as_the_host_does(rule, vocab, sequences, rounds, dtype, monkeypatch):

@@ -19,6 +19,7 @@ from outrider.models.config import FAMILIES, Unsupported, layout_of, read_raw_co
 from outrider.models.lean import LeanTarget
 from outrider.types import Draft, Rows
 from tests.checkpoints import edit_config, make_checkpoint
+from tests.covering import slow_beyond
 
 TOKENS = [5, 17, 3, 40, 88, 9, 61, 2, 33, 71, 12, 50]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -76,6 +77,7 @@ VALUES |= {
     "mlp_only_layers": [[], [1], [0, 1, 2], 3, None],
     "decoder_sparse_step": [2, 0, 4, None], "clip_qkv": [0.5, None, -1.0], "router_jitter_noise": [0.3],
     "output_router_logits": [True], "shared_expert_intermediate_size": [8],
+    "swiglu_limit": [0.5, 0.0, None], "swiglu_alpha": [1.0, None],
 }  # fmt: skip
 FIRST = ("llama", "qwen2", "qwen3", "mistral")
 """Of these llama meets every key in every run; the others meet those of `THEIRS`, and of the rest one meets each key."""
@@ -125,9 +127,10 @@ MATTER = {
         "attention_bias",
         "num_key_value_heads",
     ),
+    "gpt_oss": ("swiglu_limit", "swiglu_alpha", "sliding_window", "layer_types", "num_local_experts", "attention_bias"),
 }
 """Keys that are tried in every run for the families that came later; all others are in the slow tests."""
-SPARSE = ("mixtral", "qwen3_moe", "olmoe")
+SPARSE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 OTHERS = {
     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "logit_scale": 0.1, "logits_scaling": 4.0,
     "embedding_multiplier": 3.0, "residual_multiplier": 0.2, "attention_multiplier": 0.3, "query_pre_attn_scalar": 7,
@@ -209,9 +212,15 @@ def test_every_value_of_a_key_agrees_with_transformers_or_is_refused(models, tmp
         agree_or_refuse(models[family], tmp_path, **{key: value})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_keys_of_other_families_agree_or_are_refused(models, tmp_path, family: str) -> None:
-    for key, value in OTHERS.items():
+THIRDS = [(family, part) for family in FAMILIES for part in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "part"), slow_beyond(THIRDS, [(family, i % 3) for i, family in enumerate(FAMILIES)])
+)
+def test_keys_of_other_families_agree_or_are_refused(models, tmp_path, family: str, part: int) -> None:
+    """A third of the keys with each family in `make test`, every key with some."""
+    for key, value in list(OTHERS.items())[part::3]:
         if family in SPARSE and "expert" in key:  # its own key
             continue
         refusal = agree_or_refuse(models[family], tmp_path, **{key: value})
@@ -226,6 +235,9 @@ LEFTOVERS = {
     "mixtral": {"attention_bias": True, "use_sliding_window": False, "max_window_layers": 1},
     "qwen3_moe": {"mlp_bias": True, "max_window_layers": 1, "router_aux_loss_coef": 0.3},
     "olmoe": {"sliding_window": 4, "mlp_bias": True, "router_aux_loss_coef": 0.3},
+    "gpt_oss": {
+        "mlp_bias": True, "use_sliding_window": False, "max_window_layers": 1, "experts_per_token": 2, "initial_context_length": 16,
+    },
     "gemma": {"sliding_window": 4, "query_pre_attn_scalar": 7, "hidden_activation": "relu", "mlp_bias": True},
     "gemma2": {"sliding_window_pattern": 3, "rope_local_base_freq": 7.0, "hidden_act": "relu", "max_window_layers": 1},
     "gemma3_text": {"attn_logit_softcapping": 0.5, "use_sliding_window": False, "hidden_act": "relu"},

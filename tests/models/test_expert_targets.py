@@ -17,7 +17,6 @@ from outrider.drafters.tree.shapes import levels
 from outrider.errors import ConfigError
 from outrider.models.checkpoint import load_checkpoint
 from outrider.models.config import Unsupported
-from outrider.models.convert import convert
 from outrider.models.lean import LeanTarget
 from outrider.models.load import load_target
 from outrider.params import SamplingParams
@@ -27,7 +26,7 @@ from outrider.verify import LOSSLESS, load_rule
 from tests.checkpoints import edit_config, make_checkpoint
 from tests.contract.asked import engine, tokens
 
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 PROMPTS = [[5, 17, 3, 40], [9], [61, 2, 33, 71, 12, 50, 8]]
 
 
@@ -155,8 +154,3 @@ def test_what_is_wrong_is_refused_by_name(folders, tmp_path, changes, words: str
     edit_config(tmp_path, (), **changes)
     with pytest.raises((ConfigError, Unsupported), match=words):
         load_checkpoint(tmp_path, torch.float32)
-
-
-def test_a_mixture_is_not_written_to_gguf(folders, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="mixtral, which cannot be written"):
-        convert(folders["mixtral"], tmp_path / "out.gguf", "q8_0")

@@ -19,7 +19,7 @@ from outrider.loading import name_of
 from outrider.models.hf.fresh import small_llama
 from outrider.models.hf.target import HFTarget
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 PROMPTS = ["def main(", "class Parser:\n"]
 
 
@@ -64,7 +64,7 @@ def test_objects_decode_as_their_folders_do_and_stay_as_they_were(pair: Any, tok
     assert (state(target), state(draft)) == before
     folder = Engine.build(shipped("target"), shipped("draft"), dtype="float32", implementation="hf", length=3, slots=2)
     assert texts == [r.text for r in folder.generate(PROMPTS, GREEDY)] == [r.text for r in again]
-    assert engine.eos == folder.eos and engine.counts.accepted > 5
+    assert engine.eos == folder.eos and engine.counts.accepted > 3
     assert heard  # its hooks are part of the model
     target.config.return_dict = True
     loss = target(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss

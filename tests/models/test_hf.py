@@ -11,8 +11,6 @@ recompute  openai-gpt
 from __future__ import annotations
 
 import copy
-import warnings
-from functools import cache
 from typing import Any
 
 import pytest
@@ -22,196 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Rwkv
 from outrider.errors import CapabilityError, CapacityError, ConfigError
 from outrider.models.hf.target import HFTarget
 from outrider.types import Draft, Rows
-
-V = 61
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_OLD = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
-_NEW = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    **_SPECIAL,
-}
-_WINDOW = {"sliding_window": 6, "head_dim": 8}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-}
-_LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}
-_MLA = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("seam", _NEW),
-    "qwen2": ("seam", _NEW),
-    "qwen3": ("seam", {**_NEW, "head_dim": 8}),
-    "mistral": ("seam", {**_NEW, **_WINDOW}),
-    "gemma2": ("seam", {**_NEW, **_WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
-    "gemma3_text": (
-        "seam",
-        {**_NEW, **_WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    ),
-    "phi": ("seam", _NEW),
-    "phi3": ("seam", _NEW),
-    "cohere2": ("seam", {**_NEW, "sliding_window": 6}),
-    "olmo2": ("seam", _NEW),
-    "gpt2": ("seam", _OLD),
-    "gpt_bigcode": ("seam", _OLD),
-    "opt": (
-        "seam",
-        {
-            "vocab_size": V,
-            "hidden_size": 32,
-            "word_embed_proj_dim": 32,
-            "ffn_dim": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "init_std": 0.3,
-        },
-    ),
-    "gpt_neox": ("seam", _NEW),
-    "mixtral": ("seam", {**_NEW, "num_local_experts": 4}),
-    "qwen2_moe": ("seam", {**_NEW, **_EXPERTS}),
-    "gpt_oss": ("seam", {**_NEW, **_WINDOW, "num_local_experts": 4}),
-    "deepseek_v3": ("seam", {**_NEW, **_MLA}),
-    "gemma4_text": (  # layers that share keys, heads of two sizes, embeddings per layer
-        "seam",
-        {
-            **_NEW,
-            **_WINDOW,
-            "global_head_dim": 16,
-            "vocab_size_per_layer_input": V,
-            "hidden_size_per_layer_input": 8,
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-        },
-    ),
-    "stablelm": ("cache", _NEW),
-    "falcon": ("cache", {**_NEW, "alibi": False}),
-    "bloom": ("cache", {"vocab_size": V, "hidden_size": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3}),
-    "mpt": (
-        "cache",
-        {"vocab_size": V, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "initializer_range": 0.3},
-    ),
-    "gptj": ("cache", {**_OLD, "rotary_dim": 4}),
-    "gpt_neo": (
-        "cache",
-        {
-            "vocab_size": V,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "attention_types": [[["global", "local"], 1]],
-            "window_size": 6,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.3,
-        },
-    ),
-    "llama4_text": (
-        "cache",
-        {**_NEW, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8, "attention_chunk_size": 16},
-    ),
-    "mamba": (
-        "snapshots",
-        {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4, "initializer_range": 0.3},
-    ),
-    "mamba2": (
-        "snapshots",
-        {
-            "vocab_size": V,
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "state_size": 4,
-            "num_heads": 8,
-            "head_dim": 8,
-            "n_groups": 1,
-            "initializer_range": 0.3,
-        },
-    ),
-    "jamba": (
-        "snapshots",
-        {
-            **_NEW,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "num_experts": 4,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "qwen3_next": ("snapshots", {**_NEW, **_EXPERTS, **_LINEAR, "head_dim": 8}),
-    "lfm2": ("snapshots", {**_NEW, "layer_types": ["conv", "full_attention", "conv"]}),
-    "rwkv": ("snapshots", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 64}),
-    "openai-gpt": ("recompute", _OLD),
-}
-DAILY = frozenset(
-    (
-        "llama",
-        "mistral",
-        "gemma2",
-        "gpt2",
-        "opt",
-        "mixtral",
-        "gpt_oss",
-        "deepseek_v3",
-        "falcon",
-        "bloom",
-        "mamba",
-        "rwkv",
-    )
-)
-"""One family for every way of attending, embedding, caching or failing; the others run nightly."""
-SPREAD = [f if f in DAILY else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-EXACT = ("gpt2", "opt", "gpt_neox", "phi", "gpt_bigcode")
-"""Families without float32 islands (RMSNorm, and some softmaxes, compute in float32 whatever the model's type)."""
-
-
-@cache
-def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A tiny random model. Shared by all tests: nothing a target does may change it."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family][1]))
-    if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # the fused one has no cap, and does not say so in every release
-    for parameter in model.parameters():  # some families start at one or zero what should differ
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    return model.to(dtype).eval()
-
-
-@torch.no_grad()
-def plain(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """Logits after `tokens` by the model as transformers runs it, without any cache."""
-    return model(input_ids=torch.tensor([tokens])).logits[0, -1]
+from tests.models.hf_families import EXACT, FAMILIES, NEW, SPREAD, V, build, plain
 
 
 def chain(*counts: int) -> Draft:
@@ -369,7 +178,7 @@ LONGROPE = {
 def longrope() -> PreTrainedModel:
     """Rotary frequencies of one kind for texts of up to 12 tokens, of another beyond."""
     torch.manual_seed(0)
-    sizes = {**_NEW, "rope_parameters": LONGROPE, "original_max_position_embeddings": 12}
+    sizes = {**NEW, "rope_parameters": LONGROPE, "original_max_position_embeddings": 12}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **sizes)).eval()
 
 
@@ -381,7 +190,7 @@ def test_long_rotary_scaling_leaves_the_seam() -> None:
     assert "max_length to at most 12" in target.notices[0]
     assert HFTarget(longrope(), max_length=12).path == "seam"
     growing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    config = AutoConfig.for_model("llama", **{**_NEW, "rope_parameters": growing})
+    config = AutoConfig.for_model("llama", **{**NEW, "rope_parameters": growing})
     assert HFTarget(AutoModelForCausalLM.from_config(config)).path == "seam"  # within the native length nothing changes
 
 
@@ -486,55 +295,6 @@ def test_limits_are_named() -> None:
     assert target.max_length == 32
     with pytest.raises(CapabilityError, match="layer 9"):
         target.forward(Rows.assemble([0], [[1]], [0], Draft.empty(1)), target.new_kv(1, 8), layers=(9,))
-
-
-# -------------------------------------------------------------------------------------------------------------- loading
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("llama")
-    build("llama").save_pretrained(folder)
-    return folder
-
-
-def test_load(checkpoint: Any) -> None:
-    target = HFTarget.load(checkpoint, dtype=torch.float64, max_length=48)
-    assert (target.vocab_size, target.hidden_size, target.layers, target.max_length) == (V, 32, 3, 48)
-    assert target.dtype == torch.float64
-    assert target.path == "seam"
-    assert target.trees
-    assert target.rewinds
-    reference = plain(build("llama", torch.float64), PROMPTS[0])
-    rows = Rows.assemble([0], [PROMPTS[0]], [0], Draft.empty(1))
-    torch.testing.assert_close(target.forward(rows, target.new_kv(1, 16)).logits[0], reference, atol=1e-6, rtol=1e-6)
-
-
-def test_absent_checkpoints_are_named(tmp_path: Any) -> None:
-    with pytest.raises(ConfigError, match="no folder"):
-        HFTarget.load(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        HFTarget.load(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "pickle", "missing", "kind"])
-def test_damaged_checkpoints_are_refused_in_one_line(checkpoint: Any, tmp_path: Any, damage: str) -> None:
-    weights = tmp_path / "model.safetensors"
-    config = (checkpoint / "config.json").read_text()
-    if damage == "cut":
-        weights.write_bytes((checkpoint / "model.safetensors").read_bytes()[:5000])
-    elif damage == "garbage":
-        weights.write_bytes(b"not safetensors at all")
-    elif damage == "pickle":
-        torch.save(build("llama").state_dict(), tmp_path / "pytorch_model.bin")
-    elif damage == "missing":
-        build("llama").save_pretrained(tmp_path)
-        config = config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
-    else:
-        config = config.replace('"model_type": "llama"', '"model_type": "no_such_model"')
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ConfigError) as refused:
-        HFTarget.load(tmp_path)
-    assert len(str(refused.value)) < 400
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "mamba", "gemma2"])

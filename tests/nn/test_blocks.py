@@ -11,7 +11,7 @@ from outrider.nn.blocks import BLOCKS, REMOVED, UNREAD, dequantise, named, quant
 
 quants = pytest.importorskip("gguf.quants")
 constants = pytest.importorskip("gguf.constants")
-ROUNDS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "bf16", "f16", "f32")
+ROUNDS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "bf16", "f16", "f32", "mxfp4")
 
 
 def random_blocks(number: int, rows: int, blocks: int, seed: int = 0) -> torch.Tensor:

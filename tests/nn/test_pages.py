@@ -29,7 +29,7 @@ def write(kv: PagedKV, slot: int, start: int, tokens: list[int], owner: int) -> 
 
 
 class Schedules(RuleBasedStateMachine):
-    """Sequences come, grow by prompt pieces and drafted paths, share, are cut, break, are aborted or sent away."""
+    """Sequences come, grow by prompt pieces and drafted paths, share, fork, are cut, break, are aborted or sent away."""
 
     @initialize(pages=st.integers(6, 24))
     def build(self, pages: int) -> None:
@@ -103,6 +103,15 @@ class Schedules(RuleBasedStateMachine):
         kept = data.draw(st.integers(0, len(self.text[slot])))
         self.kv.truncate(slot, kept)
         del self.text[slot][kept:]
+
+    @precondition(lambda self: 0 < len(self.text) < SLOTS)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        """Another sequence begins with what one holds, up to any token."""
+        slot, goal = data.draw(st.sampled_from(sorted(self.text))), min(set(range(SLOTS)) - set(self.text))
+        kept = data.draw(st.integers(0, len(self.text[slot])))
+        self.kv.fork(slot, goal, kept)
+        self.text[goal], self.wants[goal], self.owner[goal] = self.text[slot][:kept], self.wants[slot], self.owner[slot]
 
     @precondition(lambda self: self.text)
     @rule(data=st.data(), broken=st.booleans())

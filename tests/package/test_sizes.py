@@ -19,17 +19,8 @@ PLACES = ("src", "tests", "recipes", "benchmarks", "examples", ".ci")
 CODE = (".py", ".h", ".cpp")
 LONG = {
     "src/outrider/models/native/decoder.h": 367,
-    "tests/drafters/test_drafters_block.py": 360,
     "tests/drafters/test_drafters_learned.py": 355,
-    "tests/engine/test_notices.py": 356,
-    "tests/evaluate/test_live_experiment.py": 379,
-    "tests/evaluate/test_store.py": 379,
-    "tests/models/test_hf.py": 552,
-    "tests/models/test_native.py": 627,
-    "tests/sampling/test_sampling_law.py": 369,
-    "tests/serve/test_replicas.py": 451,
-    "tests/serve/test_robustness.py": 371,
-    "tests/theory/test_replay.py": 449,
+    "tests/models/test_native.py": 569,
     "tests/train/test_dflash_training.py": 352,
 }
 BEGINNING = re.compile(r"^([ \t]*)(async def|def|class)\b", re.MULTILINE)

@@ -15,14 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from starlette.routing import Route
-from typer.testing import CliRunner
 
-from outrider.cli.main import app as command
-from outrider.cli.serve_replicas import FRONTS, without
-from outrider.errors import ConfigError
 from outrider.evaluate.experiments.experiment import experiment_from
 from outrider.evaluate.experiments.live import LiveExperiment, read
 from outrider.evaluate.experiments.placer import ArmPlacer
@@ -32,7 +25,6 @@ from outrider.serve.replicas.calls import Call, Lost, Part, Replicas, conversati
 from outrider.serve.replicas.front import create_front
 from outrider.serve.replicas.inside import answer
 from outrider.serve.replicas.local import STARTS, LocalReplicas
-from outrider.serve.replicas.sums import Sums
 from outrider.serve.server import server_for
 from outrider.serve.settings import Settings
 from tests.serve.harness import Running, a_port, rewired, until
@@ -108,132 +100,7 @@ def sample(text: bytes, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
-# ----------------------------------------------------------------- who answers
-@settings(max_examples=40)
-@given(st.lists(st.text(min_size=1, max_size=4), min_size=2, max_size=8, unique=True), st.text(max_size=8))
-def test_a_replica_that_goes_moves_only_its_own_conversations(names: list[str], key: str) -> None:
-    first, *rest = ranked(key, names)
-    for gone in names:
-        assert ranked(key, [n for n in names if n != gone])[0] == (rest[0] if gone == first else first)
-
-
-def test_conversations_spread_evenly() -> None:
-    """3,000 keys over 3 replicas: 1,000 each, +- 6.1 standard deviations of 25.8 (one in a billion)."""
-    first = [ranked(str(i), ["a", "b", "c"])[0] for i in range(3000)]
-    assert all(abs(first.count(n) - 1000) < 158 for n in "abc")
-
-
-def test_later_turns_of_a_conversation_are_the_same_conversation() -> None:
-    opening = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    later = [*opening, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "more"}]
-    key = conversation_key({"messages": opening, "max_tokens": 3})
-    assert key == conversation_key({"messages": later, "temperature": 0.5})
-    assert key != conversation_key({"messages": [opening[0], {"role": "user", "content": "bye"}]})
-    assert conversation_key({"prompt": "a" * 5000}) == conversation_key({"prompt": "a" * 5000 + "b"})
-    assert conversation_key([1]) == ""
-    said = {"input": opening, "instructions": "be brief"}
-    assert conversation_key(said) == conversation_key({**said, "input": later})
-    assert conversation_key(said) != conversation_key({**said, "instructions": "be long"})
-    assert conversation_key({"input": "hello"}) != conversation_key({"input": "bye"})
-    mine = {"system": "be brief", "messages": opening[1:]}
-    assert conversation_key(mine) == conversation_key({**mine, "messages": later[1:]}) != key
-
-
-def test_the_front_has_every_address_of_one_server() -> None:
-    """And what its options promise to browsers."""
-    one = create_app(maker(), Settings("toy"))
-    all_of_them = create_front(InProcess(2), Settings("toy", cors=("https://page.example",)))
-    routes = [
-        {(r.path, tuple(sorted(r.methods or ()))) for r in app.routes if isinstance(r, Route)} for app in (one, all_of_them)
-    ]
-    assert routes[0] == routes[1]
-    from_a_page = (b"origin", b"https://page.example"), (b"access-control-request-method", b"POST")
-    asked = Call("OPTIONS", "/v1/messages", b"", from_a_page)
-
-    async def run() -> list[Part]:
-        return [part async for part in answer(all_of_them, asked)]
-
-    head = asyncio.run(run())[0]
-    assert head.status == 200 and dict(head.headers)[b"access-control-allow-origin"] == b"https://page.example"
-
-
-def test_options_of_the_front_are_not_passed_on() -> None:
-    words = [
-        "serve",
-        "--replicas",
-        "2",
-        "--port=80",
-        "--slots",
-        "4",
-        "--allow-open",
-        "--api-key",
-        "secret",
-        "--draft=none",
-    ]
-    assert without(words, FRONTS) == ["serve", "--slots", "4", "--draft=none"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--replica-threads 2", "add --replicas"),
-        ("--max-replicas 2", "add --replicas"),
-        ("--replicas 2 --restarts 1", "leave --restarts out"),
-        ("--replicas 2 --log-level loud", "no log level 'loud'"),
-        ("--replicas 2 --on ray --max-replicas 1", "below --replicas 2"),
-        ("--replicas 2 --on ray --store runs.db", "leave --store out"),
-        ("--replicas 2 --on ray --port 0", "name the --port"),
-        ("--replicas 2 --on moon", "local or ray"),
-    ],
-)
-def test_options_that_would_do_nothing_are_refused(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
-    found = CliRunner().invoke(command, ["serve", *words.split()])
-    assert isinstance(found.exception, ConfigError) and said in str(found.exception)
-
-
 # ----------------------------------------------------------------- what is added up
-def reading(uptime: float, emitted: int, pid: int) -> tuple[dict[str, Any], str]:
-    """What a replica says; only what the sums read."""
-    now = {
-        "t": 1.0,
-        "emitted": emitted,
-        "sequence_steps": emitted,
-        "running": 1,
-        "waiting": 0,
-        "length": 2,
-        "speedup": 1.0,
-    }
-    now |= {"judged": 0, "accepted": 0, "rejected": 0, "risk": 0.0, "spread": 0.0, "bias": 0.0, "failed": 0}
-    server = {"uptime": uptime, "pid": pid, "ready": True, "slots": 2, "queue": 3}
-    state = {"server": server, "now": now, "positions": {"judged": [emitted], "accepted": []}, "outcomes": {"stop": 1}}
-    state |= {"refused": {}, "ledger": {"agrees": True, "log_evidence": 0.0}, "alerts": [], "requests": []}
-    state |= {"resources": {"memory": 5, "kv": 0.5}}
-    text = f'# TYPE tokens_total counter\ntokens_total{{model="a\\"b"}} {emitted}\n# TYPE load gauge\nload 1.0\n'
-    return state, text
-
-
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 50), st.booleans()), max_size=20))
-def test_a_sum_never_falls_and_is_what_was_counted(steps: list[tuple[str, int, bool]]) -> None:
-    """Replicas count on, start again from 0, and are not heard of for a while, in either case."""
-    sums, uptime, counted, total, last = Sums(), {"a": 1.0, "b": 1.0}, {"a": 0, "b": 0}, 0, 0.0
-    pids = {"a": 0, "b": 0}
-    for name, more, again in steps:
-        if again:
-            uptime[name], counted[name], pids[name] = 0.0, 0, pids[name] + 1
-        uptime[name] += 1.0
-        counted[name] += more
-        total += more
-        if more % 2:
-            sums.forget([name])
-        sums.update({name: reading(uptime[name], counted[name], pids[name])})
-        seen = sample(sums.exposition(), "tokens_total")
-        state = sums.state(0.0)
-        assert state is not None
-        assert seen == total == state["now"]["emitted"] == state["positions"]["judged"][0] >= last
-        assert sample(sums.exposition(), "load") == len(sums.live) == state["now"]["running"]
-        last = seen
 
 
 def test_counters_of_two_replicas_add_up_and_the_page_has_each() -> None:

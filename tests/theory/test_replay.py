@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from outrider.theory import forecast as forecasts
 from outrider.theory import logs, speedup
 from outrider.theory import replay as r
+from tests.theory.markov import Chain
 
 Z = 6.2
 
@@ -155,82 +156,6 @@ def test_block_verification_never_keeps_less(ratios, length) -> None:
 
 
 # ---------------------------------------------------------------------------- literal decoding of a Markov chain
-class Chain:
-    """Target p and draft q, two random Markov kernels over V states."""
-
-    def __init__(self, states: int = 5, seed: int = 3, blur: float = 0.9) -> None:
-        rng = np.random.default_rng(seed)
-        self.p = rng.dirichlet(np.full(states, 0.6), states)
-        self.q = 0.5 * self.p + 0.5 * rng.dirichlet(np.full(states, blur), states)
-        self.rng, self.states = rng, states
-
-    def draw(self, law: np.ndarray) -> int:
-        total = law.cumsum()
-        return int(min(np.searchsorted(total, self.rng.random() * total[-1], side="right"), self.states - 1))
-
-    def decode(self, size: int, length: int, drafting: str, verification: str) -> tuple[list[int], int, int]:
-        """Literal speculative decoding of `size` tokens; the tokens, the calls and the rejections."""
-        x, calls, rejected = [0], 0, 0
-        while len(x) - 1 < size:
-            calls += 1
-            budget = min(length, size - (len(x) - 1) - 1) if calls > 1 else 0
-            greedy = drafting == "greedy"
-            state, draft = x[-1], []
-            for _ in range(budget):
-                state = int(self.q[state].argmax()) if greedy else self.draw(self.q[state])
-                draft.append(state)
-            kept, last = (self.block if verification == "block" else self.token)(x[-1], draft, greedy)
-            rejected += kept < budget
-            x += [*draft[:kept], last]
-        return x[1:], calls, rejected
-
-    def law_of_draft(self, state: int, greedy: bool) -> np.ndarray:
-        return np.eye(self.states)[self.q[state].argmax()] if greedy else self.q[state]
-
-    def token(self, state: int, draft: list[int], greedy: bool) -> tuple[int, int]:
-        for i, y in enumerate(draft):
-            p, q = self.p[state], self.law_of_draft(state, greedy)
-            if self.rng.random() * q[y] > p[y]:
-                return i, self.draw(np.maximum(p - q, 0))
-            state = y
-        return len(draft), self.draw(self.p[state])
-
-    def block(self, state: int, draft: list[int], greedy: bool) -> tuple[int, int]:
-        """Sun et al., ICLR 2025, Algorithm 2."""
-        assert not greedy
-        path = [state, *draft]
-        ratio = [1.0]
-        for a, b in itertools.pairwise(path):
-            ratio.append(min(ratio[-1] * self.p[a, b] / self.q[a, b], 1.0))
-        kept = 0
-        for i in range(1, len(draft) + 1):
-            if i == len(draft):
-                h = ratio[i]
-            else:
-                mass = np.maximum(ratio[i] * self.p[path[i]] - self.q[path[i]], 0).sum()
-                h = mass / (mass + 1 - ratio[i]) if mass + 1 - ratio[i] > 0 else 1.0
-            if self.rng.random() <= h:
-                kept = i
-        if kept == len(draft):
-            return kept, self.draw(self.p[path[kept]])
-        return kept, self.draw(np.maximum(ratio[kept] * self.p[path[kept]] - self.q[path[kept]], 0))
-
-    def log(self, x: list[int], name: str) -> r.Text:
-        before = [0, *x[:-1]]
-        p, q = self.p[before], self.q[before]
-        rows = np.arange(len(x))
-        best = q.argmax(1)
-        return r.Text(
-            np.log(p[rows, x]),
-            np.log(q[rows, x]),
-            hit=best == np.array(x),
-            tv=0.5 * np.abs(p - q).sum(1),
-            risk=1 - p[rows, best],
-            name=name,
-            prompt=name,
-        )
-
-
 def z(observed: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> float:
     """Standard score of a sum of independent counts whose conditional means and variances are known."""
     return float((observed.sum() - mean.sum()) / math.sqrt(variance.sum()))
@@ -364,66 +289,6 @@ def test_domains() -> None:
     ]
     out = forecasts.by_domain(texts)
     assert {k: round(v.value, 12) for k, v in out.items()} == {"x": 0.5, "y": 0.1}
-
-
-# ---------------------------------------------------------------------------- logs
-def test_logs_round_trip() -> None:
-    rng = np.random.default_rng(4)
-    for text in (
-        r.Text(np.log([0.5, 0.25]), np.array([-0.1, -np.inf])),
-        r.Text(
-            -rng.random(5), -rng.random(5), rng.random(5) < 0.5, rng.random(5), rng.random(5), True, 9, "a", "b", "c"
-        ),
-    ):
-        import json
-
-        back = logs.read_log([json.dumps(logs.to_json(text)), "", "  "])[0]
-        np.testing.assert_allclose(back.target, text.target, rtol=1e-8)
-        np.testing.assert_allclose(back.draft, text.draft, rtol=1e-8)
-        assert (back.stopped, back.limit) == (text.stopped, text.limit)
-        assert (back.tv is None) == (text.tv is None)
-        if text.name:
-            assert (back.name, back.prompt, back.domain) == ("a", "b", "c")
-
-
-GOOD = '{"target_logprobs": [-1, -2], "draft_logprobs": [-1, -2]}'
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "log:2: not JSON"),
-        ("[1]", "log:2: expected an object, got list"),
-        (
-            '{"target_logprobs": [0.5], "draft_logprobs": [-1]}',
-            r"log:2: target_logprobs\[0\] must be at most 0, got 0.5",
-        ),
-        (
-            '{"target_logprobs": [-1, NaN], "draft_logprobs": [-1, -1]}',
-            r"log:2: target_logprobs\[1\] must be finite, got nan",
-        ),
-        ('{"target_logprobs": [-Infinity], "draft_logprobs": [-1]}', r"target_logprobs\[0\] must be finite"),
-        ('{"target_logprobs": [null], "draft_logprobs": [-1]}', r"target_logprobs\[0\] must be a number, got None"),
-        ('{"target_logprobs": ["a"], "draft_logprobs": [-1]}', "must be a number, got 'a'"),
-        ('{"target_logprobs": [-1], "draft_logprobs": [-1, -2]}', "draft_logprobs has 2 entries, target_logprobs 1"),
-        ('{"target_logprobs": [-1], "draft_logprobs": [-1], "tv": [1.5]}', r"tv\[0\] must be in \[0, 1\], got 1.5"),
-        ('{"target_logprobs": [-1], "draft_logprobs": [-1], "tv": [0.5, 0.5]}', "tv has 2 entries"),
-        ('{"target_logprobs": [-1], "draft_logprobs": [-1], "draft_argmax_hit": ["x"]}', "draft_argmax_hit"),
-        ('{"target_logprobs": [], "draft_logprobs": []}', "empty"),
-        ('{"target_logprobs": [-1]}', "are needed"),
-        ('{"target_logprobs": [-1], "draft_logprobs": [-1], "topp": 1}', "unknown field 'topp'"),
-        ('{"target_logprobs": [-1], "draft_logprobs": [-1], "limit": 0}', "limit"),
-        ('{"target_logprobs": [-1], "draft_logprobs": [-1], "stopped": 1}', "stopped must be true or false"),
-    ],
-)
-def test_bad_lines_are_named(line: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        logs.read_log([GOOD, line])
-
-
-def test_empty_log() -> None:
-    with pytest.raises(ValueError, match="run.jsonl: no texts found"):
-        logs.read_log(["", " "], "run.jsonl")
 
 
 @pytest.mark.parametrize(

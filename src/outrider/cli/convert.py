@@ -23,7 +23,8 @@ def convert(
     kind: Annotated[
         str,
         typer.Option(
-            "--type", help="Type of the weights: q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, bf16, f16 or f32."
+            "--type",
+            help="Type of the weights: q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, bf16, f16, f32, or mxfp4 for experts.",
         ),
     ] = "q8_0",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,

@@ -119,6 +119,7 @@ def examine(name: str, dtype: str, slots: int, max_length: int | None) -> dict[s
         "vocabulary": facts.vocab_size,
         "context": facts.max_length,
         "weights_bytes": facts.weights_bytes,
+        "experts": facts.experts,
         "kv_bytes": facts.kv_bytes_per_token * length * slots,
         "mtp_heads": 0 if head is None else head.depth,
         "notices": list(facts.notices),
@@ -137,6 +138,7 @@ def expected(folders: dict[str, str], dtype: str) -> dict[str, Any]:
     return {
         "plain": found.tokens,
         "rows": {str(n): whole[n] / whole[1] for n in ROWS},
+        "experts": {str(n): t for n, t in found.touched.items()},
         "with_draft": [{"acceptance": a, "tokens": t, "length": n} for a, (t, n) in found.drafted.items()],
     }
 
@@ -151,6 +153,9 @@ def print_speed(speed: dict[str, Any]) -> None:
         return
     rows = ", ".join(f"{n}: {v:.2f}" for n, v in speed["rows"].items() if n != "1")
     say(f"about {speed['plain']:.0f} tokens/s plain; time of more rows over that of one: {rows}")
+    if speed["experts"]:
+        touched = ", ".join(f"{n}: {t:.1f}" for n, t in speed["experts"].items())
+        say(f"experts of a layer that rows of random tokens touch, by rows: {touched}; those of a text touch fewer")
     if speed["with_draft"]:
         each = ", ".join(f"{d['acceptance']:g}: {d['tokens']:.0f} ({d['length']})" for d in speed["with_draft"])
         say(f"with this draft, tokens/s by acceptance (tokens drafted a step): {each}")
@@ -241,6 +246,8 @@ def print_report(models: dict[str, dict[str, Any]], checks: list[dict[str, Any]]
         "weights_bytes": size,
         "kv_bytes": size,
     }
+    if any(m["experts"] for m in models.values()):
+        rows["experts"] = lambda told: told or "none"
     if any(m["mtp_heads"] for m in models.values()):
         rows["mtp_heads"] = lambda n: f"{n} (--draft mtp)" if n else "none"
     for key, show in rows.items():

@@ -3,50 +3,68 @@
 A prepared draft is used only if all of its premise came true: how many tokens were accepted, and the token behind them. Noise is
 keyed by seed and place, so it is the very draft that the drafter would make now: with or without preparation, in time or too late,
 the text is the same (speculative speculation, arXiv 2603.03251, but exact at every miss: the drafter then drafts as always).
+
+The drafts for all outcomes of all sequences grow together, a pass of the draft model for each level. Each outcome has a slot of its
+own in the draft model's cache, which begins with the pages of its sequence (`PagedKV.fork`) and gives them back a step later.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from outrider.drafters.combine import merge
 from outrider.drafters.model.drafter import ModelDrafter
+from outrider.drafters.worker import Worker
 from outrider.errors import CapabilityError, ConfigError
+from outrider.nn.kv import PAGE
 from outrider.noise import Noise
 from outrider.protocols import Drafter
 from outrider.records import CacheNeed
-from outrider.types import Draft, Evidence, Proposal, Rows, Scores, SequenceView, Verdict
+from outrider.types import POINT_MASS, Draft, Evidence, Proposal, Rows, Scores, SequenceView, Verdict
 
-logger = logging.getLogger(__name__)
 ACCEPTED = 0.8
 """The acceptance that premises are ordered by, until drafts have been verified."""
 MEMORY = 64.0
 """Judged tokens after which what was learnt about acceptance has lost 63% of its weight."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A prepared draft: that of sequence `index` of `drafts`, and the slot that holds its keys and values."""
+
+    drafts: Draft
+    index: int
+    slot: int
+
+
 @dataclass(slots=True)
 class _Expected:
-    """What is expected of a sequence. length: tokens of its text then. made: the drafts so far, by the tokens behind that text."""
+    """What is expected of a sequence. length: tokens of its text then. made: the drafts, by the tokens behind that text."""
 
     view: SequenceView
     length: int
-    made: dict[tuple[int, ...], Draft] = field(default_factory=dict)
+    made: dict[tuple[int, ...], _Made] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class _Premise:
-    """An outcome of the verification, and the evidence there would be. tail: the tokens behind the text so far."""
+    """An outcome of the verification. tail: the tokens behind the text so far. view: the sequence then, with a slot of its own."""
 
     expected: _Expected
     tail: tuple[int, ...]
-    chance: float
-    evidence: Evidence
+    view: SequenceView
     budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Premises whose drafts are made together, and the step that they follow."""
+
+    premises: list[_Premise]
+    evidence: Evidence
 
 
 class Ahead:
@@ -76,30 +94,45 @@ class Ahead:
         self.hits = self.misses = 0
         self.notices: list[str] = []
         self._expected: dict[int, _Expected] = {}  # by slot
+        self._slots = 0
+        self._within: int | None = None
         self._judged, self._accepted = 0.0, 0.0
-        self._worker = _Worker(self._prepare)
+        self._worker = Worker[_Task](self._prepare)
 
     def bind(self, slots: int, length: int) -> None:
-        """Bind the drafter."""
-        self.inner.bind(slots, length)
+        """Bind the drafter, with a slot for every premise."""
+        self._slots = slots
+        if self._within is not None:
+            self.inner.keep_within(self._within + self._extra(slots))
+        self.inner.bind(slots * (1 + self.premises), length)
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
-        """Of the drafter."""
-        return self.inner.cache_need(slots, length)
+        """Of the drafter, and what premises add to their sequences' pages."""
+        need = self.inner.cache_need(slots, length)
+        return CacheNeed(need.fixed + self._extra(slots) * need.token, need.token)
+
+    def _extra(self, slots: int) -> int:
+        """Tokens of the pages that premises do not share with their sequences: a copy of a begun one, and those behind it."""
+        return slots * self.premises * PAGE * (2 + 2 * self.inner.max_depth // PAGE)
 
     def keep_within(self, tokens: int) -> None:
-        """Limit the drafter's pages."""
-        self.inner.keep_within(tokens)
+        """Limit the drafter's pages, those of premises apart."""
+        self._within = tokens
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget these slots, and what was prepared for them."""
         self._worker.pause()
         self._forget(slots)
-        self.inner.release(slots)
+        self.inner.release([*slots, *(place for slot in slots for place in self._places(slot))])
 
     def _forget(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self._expected.pop(slot, None)
+
+    def _places(self, slot: int) -> range:
+        """The slots of a sequence's premises."""
+        first = self._slots + slot * self.premises
+        return range(first, first + self.premises)
 
     def draft(self, evidence: Evidence, budget: Sequence[int]) -> Draft:
         """The prepared drafts whose premise came true, and the drafter's own for the other sequences."""
@@ -111,36 +144,37 @@ class Ahead:
         self._learn(evidence.verdict)
         views = evidence.sequences
         found = [self._prepared(v, min(b, self.max_depth)) for v, b in zip(views, budget, strict=True)]
-        asked = [0 if f is not None else b + 1 if b else 0 for f, b in zip(found, budget, strict=True)]
-        own = self.inner.draft(evidence, asked)
-        drafts = [
-            own,
-            *(f.take([0 if i == j else -1 for j in range(len(views))]) for i, f in enumerate(found) if f is not None),
-        ]
-        places = iter(range(1, len(drafts)))
-        chosen = [next(places) if f is not None else 0 for f in found]
-        whole = own if len(drafts) == 1 else merge(drafts, chosen, evidence.scores.logits.shape[-1])
-        self._forget([v.slot for v in views])
+        own = self.inner.draft(
+            evidence, [0 if f is not None else b + 1 if b else 0 for f, b in zip(found, budget, strict=True)]
+        )
+        self._take_over(views, found)
+        whole = _with_prepared(own, found, [b + 1 for b in budget], evidence.scores.logits.shape[-1])
         if not self._worker.off:
-            premises = [
-                p
-                for i, (v, b) in enumerate(zip(views, budget, strict=True))
-                for p in self._outcomes(evidence, v, whole, i, b)
-            ]
-            self._start(sorted(premises, key=lambda p: -p.chance))
+            outcomes = [self._outcomes(v, whole, i, b) for i, (v, b) in enumerate(zip(views, budget, strict=True))]
+            self._start(_Task([p for own in outcomes for p in own], evidence))
         return _shortened(whole, [min(b, self.max_depth) for b in budget])
 
-    def _prepared(self, view: SequenceView, depth: int) -> Draft | None:
+    def _prepared(self, view: SequenceView, depth: int) -> _Made | None:
         """The draft that was made for what has now happened to a sequence; None if there is none."""
         found = self._expected.get(view.slot)
         if depth < 1 or found is None or found.view.seed != view.seed or found.view.params is not view.params:
             return None
-        draft = found.made.get(tuple(view.tokens[found.length :]))
-        self.hits, self.misses = self.hits + (draft is not None), self.misses + (draft is None)
-        return draft if draft is None else _shortened(draft, [depth + 1])
+        made = found.made.get(tuple(view.tokens[found.length :]))
+        self.hits, self.misses = self.hits + (made is not None), self.misses + (made is None)
+        return made
 
-    def _outcomes(self, evidence: Evidence, view: SequenceView, draft: Draft, i: int, budget: int) -> list[_Premise]:
-        """The likeliest outcomes of the verification of sequence i's draft, likeliest first."""
+    def _take_over(self, views: Sequence[SequenceView], found: Sequence[_Made | None]) -> None:
+        """Give sequences the keys and values of the drafts that they use, and premises' pages back."""
+        self._forget([v.slot for v in views])
+        cache = self.inner.cache
+        if cache.forks:
+            for view, made in zip(views, found, strict=True):
+                if made is not None:
+                    cache.fork(made.slot, view.slot, len(cache.held[made.slot]))
+                cache.release([place for place in self._places(view.slot) if cache.held[place]])
+
+    def _outcomes(self, view: SequenceView, draft: Draft, i: int, budget: int) -> list[_Premise]:
+        """The likeliest outcomes of the verification of sequence i's draft."""
         nodes = draft.nodes(i)
         if (
             budget < 1 or len(nodes) < 2 or view.params.edits
@@ -155,19 +189,33 @@ class Ahead:
             for chance, token in _next(draft, nodes[n], tokens[n], self.premises, whole=n == kept):
                 found.append((reached * chance, (*tokens[:n], token)))
         expected = self._expected[view.slot] = _Expected(view, len(view.tokens))
-        best = sorted(found, reverse=True)[: self.premises]
-        return [_Premise(expected, tail, chance, _after(evidence, view, tail), budget + 1) for chance, tail in best]
+        tails = [tail for _, tail in sorted(found, reverse=True)[: self.premises]]
+        return [
+            self._premise(expected, tail, place, budget)
+            for tail, place in zip(tails, self._places(view.slot), strict=False)
+        ]
 
-    def _start(self, premises: list[_Premise]) -> None:
+    def _premise(self, expected: _Expected, tail: tuple[int, ...], place: int, budget: int) -> _Premise:
+        view, cache = expected.view, self.inner.cache
+        tokens = [*view.tokens, *tail]
+        if cache.forks:
+            cache.fork(view.slot, place, len(tokens) - 1)
+        then = replace(view, slot=place, tokens=tokens, cached=len(tokens) - 1, shares=False)
+        return _Premise(expected, tail, then, budget + 1)
+
+    def _start(self, task: _Task) -> None:
         """Have the drafts made for these premises."""
         if self.inline:
-            for premise in premises:
-                self._prepare(premise)
-        elif premises:
-            self._worker.start(premises)
+            self._prepare(task)
+        elif task.premises:
+            self._worker.start(task)
 
-    def _prepare(self, premise: _Premise) -> None:
-        premise.expected.made[premise.tail] = self.inner.draft(premise.evidence, [premise.budget])
+    def _prepare(self, task: _Task) -> None:
+        if not task.premises:
+            return
+        drafts = self.inner.draft(_after(task), [p.budget for p in task.premises])
+        for i, premise in enumerate(task.premises):
+            premise.expected.made[premise.tail] = _Made(drafts, i, premise.view.slot)
 
     def _learn(self, verdict: Verdict) -> None:
         for judged, path in zip(verdict.judged, verdict.path, strict=True):
@@ -188,22 +236,46 @@ def _next(draft: Draft, node: int, token: int, most: int, *, whole: bool) -> lis
     return [(p / share, t) for p, t in pairs]
 
 
-def _after(evidence: Evidence, view: SequenceView, tail: tuple[int, ...]) -> Evidence:
-    """What a drafter that reads nothing but the text will see if `tail` follows."""
-    tokens = [*view.tokens, *tail]
-    scores = evidence.scores.logits
+def _after(task: _Task) -> Evidence:
+    """What a drafter that reads nothing but the text would see of these premises."""
+    views = tuple(p.view for p in task.premises)
+    scores = task.evidence.scores.logits
     nothing = torch.empty(0, dtype=torch.int64, device=scores.device)
+    none = (-1,) * len(views)
     return Evidence(
         rows=Rows(nothing, nothing, (), nothing),
         scores=Scores(scores[:0]),
         draft=Draft.empty(0, scores.device),
         verdict=Verdict((), (), (), (), (), ()),
-        sequences=(replace(view, tokens=tokens, cached=len(tokens) - 1),),
-        segment_index=(-1,),
-        verdict_index=(-1,),
-        noise=Noise((view.seed,), (len(tokens) - 1,)),
-        pipeline=evidence.pipeline,
+        sequences=views,
+        segment_index=none,
+        verdict_index=none,
+        noise=Noise(tuple(v.seed for v in views), tuple(v.cached for v in views)),
+        pipeline=task.evidence.pipeline,
     )
+
+
+def _with_prepared(own: Draft, found: Sequence[_Made | None], most: Sequence[int], vocab_size: int) -> Draft:
+    """One draft: the prepared ones where there are, of at most `most[i]` tokens, and the drafter's own elsewhere."""
+    drafts, chosen = [own], [0] * len(found)
+    for i, made in enumerate(found):
+        if made is not None:
+            chosen[i] = len(drafts)
+            one = _shortened(_alone(made), [most[i]])
+            drafts.append(one.take([0 if i == j else -1 for j in range(len(found))]))
+    return own if len(drafts) == 1 else merge(drafts, chosen, vocab_size)
+
+
+def _alone(made: _Made) -> Draft:
+    """A prepared draft without the others that were made with it."""
+    one = made.drafts.take([made.index])
+    if one.q is None:
+        return one
+    rows = sorted({r for r in one.q.row if r >= 0})
+    number = {r: n for n, r in enumerate(rows)} | {POINT_MASS: POINT_MASS}
+    probs = one.q.probs[rows]
+    sound = None if one.q.sound is None else probs
+    return replace(one, q=replace(one.q, probs=probs, row=tuple(number[r] for r in one.q.row), sound=sound))
 
 
 def _shortened(draft: Draft, most: Sequence[int]) -> Draft:
@@ -214,48 +286,3 @@ def _shortened(draft: Draft, most: Sequence[int]) -> Draft:
     trees = [([draft.tokens[k] for k in nodes], list(range(-1, len(nodes) - 1))) for nodes in kept]
     q: Proposal | None = draft.q and replace(draft.q, row=tuple(draft.q.row[k] for nodes in kept for k in nodes))
     return Draft.join(trees, q, draft.token.device)
-
-
-class _Worker:
-    """A thread that works through one list at a time, and can be told to stop after the piece that it is at."""
-
-    def __init__(self, work: Callable[[_Premise], None]) -> None:
-        self._work = work
-        self._lock = threading.Condition()
-        self._pending: list[_Premise] = []
-        self._busy = False
-        self._thread: threading.Thread | None = None
-        self.error: str | None = None
-        self.off = False
-
-    def start(self, premises: list[_Premise]) -> None:
-        """Begin a list. The thread begins with the first one; it ends with the process."""
-        with self._lock:
-            self._pending = premises
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="outrider-ahead", daemon=True)
-                self._thread.start()
-            self._lock.notify_all()
-
-    def pause(self) -> None:
-        """Drop what has not been begun, and wait for what has."""
-        with self._lock:
-            self._pending = []
-            self._lock.wait_for(lambda: not self._busy)
-
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._lock.wait_for(lambda: bool(self._pending))
-                premise, self._busy = self._pending.pop(0), True
-            try:
-                self._work(premise)
-            except BaseException as error:
-                logger.warning("drafting ahead failed", exc_info=True)
-                self.error = f"{type(error).__name__}: {error}"[:200]
-            finally:
-                with self._lock:
-                    self._busy = False
-                    if self.error is not None:
-                        self._pending = []
-                    self._lock.notify_all()

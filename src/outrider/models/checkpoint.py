@@ -20,7 +20,7 @@ from torch import Tensor
 from outrider.config_keys import PACKED
 from outrider.errors import ConfigError
 from outrider.models.adapter import read_adapter
-from outrider.models.config import Layout, Unsupported, layout_of, read_raw_config, shapes_of
+from outrider.models.config import SINKS, Layout, Unsupported, layout_of, read_raw_config, shapes_of
 from outrider.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 from outrider.models.entries import read_entries
 from outrider.models.experts import FUSED, expert_names
@@ -49,7 +49,8 @@ class Checkpoint:
         plain = self.raw if self.packing is None else {k: v for k, v in self.raw.items() if k not in PACKED}
         self.layout = layout_of(plain, max_length)
         self.entries = read_entries(folder)
-        self.fused = any(name.endswith(FUSED) for name in self.entries)
+        experts = self.layout.family.experts
+        self.fused = any(name.endswith(FUSED) for name in self.entries) or (experts is not None and experts.bounded)
         self._check_count()
         self.packed: dict[str, dict[str, str]] = {}
         self._check()
@@ -64,6 +65,13 @@ class Checkpoint:
     def parameters(self) -> int:
         """Numbers in the weights in memory (a tied head counts once)."""
         return sum(math.prod(shape) for shape in self._expected().values())
+
+    def bytes_of(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Of all weights in a type, of those of blocks, and of those of experts."""
+        c, each, e = self.config, dtype.itemsize, self.config.experts
+        numbers = 0 if e is None else 3 * sum(e.sparse) * e.count * e.inner * c.hidden
+        dense = 0 if e is None else 3 * sum(e.sparse) * c.inner * c.hidden  # which experts take the place of
+        return self.parameters * each, (c.layers * c.block_numbers - dense + numbers) * each, numbers * each
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -103,7 +111,7 @@ class Checkpoint:
         role: the model's role in messages: "target", "draft". first: only so many blocks.
         """
         where, count = torch.device(device), first or self.config.layers
-        left_out = (self.config.layers - count) * self.config.block_numbers
+        left_out = self.bytes_of(torch.uint8)[1] * (self.config.layers - count) // self.config.layers
         require_weights(self.parameters - left_out, dtype, where, role)
         reader = _Reader(self, list(self._expected()), dtype, where, progress)
         embedding = reader.tensor("model.embed_tokens.weight")
@@ -120,7 +128,8 @@ class Checkpoint:
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the decoder needs."""
-        return shapes_of(self.layout, not self.layout.tied or "lm_head.weight" in self.entries, self.fused)
+        head = not self.layout.tied or "lm_head.weight" in self.entries
+        return shapes_of(self.layout, head, "fused" if self.fused else "each")
 
     def _check_count(self) -> None:
         """Experts times layers may be a large number: nothing is made for each of them before the files are known to have them."""
@@ -160,7 +169,7 @@ class Checkpoint:
         """Whether a weight is packed; then the names of its tensors are noted. Raises ConfigError for tensors of other shapes."""
         packing, base = self.packing, name.removesuffix("weight")
         codes = self.entries.get(base + packing.codes) if packing is not None else None
-        if packing is None or codes is None or len(shape) != 2 or codes.stored not in packing.kinds:
+        if packing is None or codes is None or len(shape) != packing.dimensions or codes.stored not in packing.kinds:
             return False
         found: dict[str, str] = {}
         for end, expected in packing.shapes(*shape).items():
@@ -189,6 +198,22 @@ def load_checkpoint(
     """Shape and weights of the checkpoint in `folder`: see `Checkpoint`."""
     checkpoint = Checkpoint(folder, max_length=max_length)
     return checkpoint.config, checkpoint.read(dtype, device, progress)
+
+
+def _by_expert(t: dict[str, Tensor], turns: bool) -> dict[str, Tensor]:
+    """Joined tensors of experts, [E, gate and up, H] and [E, H, I], in the order of `LayerWeights`. turns: gates and ups take
+    turns, and inputs come before outputs."""
+    if not turns:
+        return {
+            "gate_up": t["gate_up"].unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2),
+            "down": t["down"].flatten(0, 1),
+        }
+    return {
+        "gate_up": t["gate_up"].mT.unflatten(1, (-1, 2)).permute(2, 0, 1, 3).flatten(0, 2).contiguous(),
+        "gate_up_bias": t["gate_up_bias"].unflatten(1, (-1, 2)).permute(2, 0, 1).flatten(),
+        "down": t["down"].mT.flatten(0, 1).contiguous(),
+        "down_bias": t["down_bias"].flatten(),
+    }
 
 
 class _Reader:
@@ -232,14 +257,14 @@ class _Reader:
             names["o_bias"] = (f"{attention}o_proj.bias",)
         if family.qk_norm:
             names |= {"q_norm": (f"{attention}q_norm.weight",), "k_norm": (f"{attention}k_norm.weight",)}
-        experts = c.experts
-        sparse = experts is not None and experts.sparse[i]
+        if family.sinks:
+            names["sinks"] = (block + SINKS,)
+        sparse = c.experts is not None and c.experts.sparse[i]
         if sparse:
             names |= {field: tuple(f"{block}{n}" for n in parts) for field, parts in expert_names(c, fused).items()}
         t = dict(zip(names, self._group(list(names.values())), strict=True))
-        if sparse and fused:  # [E, gate and up, H], [E, H, I]
-            t["gate_up"] = t["gate_up"].unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
-            t["down"] = t["down"].flatten(0, 1)
+        if sparse and fused:
+            t |= _by_expert(t, family.experts is not None and family.experts.bounded)
         turned, count = (c.heads + c.kv_heads) * c.head_dim, 2 * len(c.inv_freq)
         for rows in (t[name][:turned] for name in ("qkv", "qkv_bias") if name in t and family.interleaved):
             rows.copy_(halves(rows.view(turned, -1), c.heads + c.kv_heads, c.head_dim, count).view(rows.shape))

@@ -15,7 +15,7 @@ from outrider.config_keys import COMMON, OPTIONS, flag, packed_key, real, unknow
 from outrider.errors import ConfigError
 from outrider.files import read_json
 from outrider.models.decoder import DecoderConfig
-from outrider.models.experts import block_shapes, read_experts
+from outrider.models.experts import Held, block_shapes, read_experts
 from outrider.models.families import FAMILIES, Family, Unsupported
 from outrider.models.rotary import turns_of
 
@@ -23,6 +23,7 @@ CONFIG = "config.json"
 CONFIG_BYTES = 4 << 20
 """Largest config.json that is read; real ones have a few kilobytes."""
 MOST_LAYERS = 1024
+SINKS = "self_attn.sinks"
 OWN_CODE = {"mimo": "qwen2"}
 """Model types whose checkpoints name code of their own, which is not run: the family whose network theirs is."""
 
@@ -152,16 +153,15 @@ _MULTIPLIERS = {
 }
 
 
-def shapes_of(layout: Layout, head: bool, fused: bool = False) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own. fused: whether all experts of a
-    layer are in one tensor."""
+def shapes_of(layout: Layout, head: bool, held: Held = "each") -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a decoder. head: whether the output head is one of its own. held: see `Held`."""
     c = layout.decoder
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden)}
     if head:
         out["lm_head.weight"] = (c.vocab_size, c.hidden)
     out["model.norm.weight"] = (c.hidden,)
     block, dense = _block_shapes(layout), _dense_shapes(layout)
-    sparse = {} if c.experts is None else block_shapes(c, fused)
+    sparse = {} if c.experts is None else block_shapes(c, held)
     for i in range(c.layers):
         rest = sparse if c.experts is not None and c.experts.sparse[i] else dense
         out |= {f"model.layers.{i}.{name}": shape for name, shape in (*block.items(), *rest.items())}
@@ -184,7 +184,7 @@ def _block_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     if family.qk_norm:
         wide = (queries, keys) if family.qk_norm == "row" else (c.head_dim, c.head_dim)
         out |= {"self_attn.q_norm.weight": wide[:1], "self_attn.k_norm.weight": wide[1:]}
-    return out
+    return out | ({SINKS: (c.heads,)} if family.sinks else {})
 
 
 def _dense_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from outrider.errors import ConfigError
 from outrider.models.adapter import home_of
 from outrider.models.checkpoint import Checkpoint
-from outrider.models.config import CONFIG, Unsupported, read_raw_config
+from outrider.models.config import CONFIG, Unsupported, read_raw_config, shapes_of
 from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.config import ARCHITECTURES, FACTORS, query_scalar
-from outrider.models.gguf.names import EMBEDDING, HEAD, gguf_name
+from outrider.models.gguf.mixtures import mixture_keys
+from outrider.models.gguf.names import EMBEDDING, HEAD, ROUTER, gguf_name
 from outrider.models.gguf.vocabulary_out import vocabulary_keys
 from outrider.models.rotary import (
     longrope_divisors,
@@ -25,12 +26,14 @@ from outrider.models.rotary import (
     rope_keys,
     rope_keys_by_kind,
 )
+from outrider.models.stacked import parts_of
 from outrider.nn.blocks import BlockType, named, quantise
 
-ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama"}
+ARCHITECTURE = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama", "mixtral": "llama"}
 """The families that are written -> their names in GGUF."""
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32,
+    "mxfp4": 38,
 }  # fmt: skip
 """How llama.cpp numbers files that are mostly of a type; the types that can be written."""
 _NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
@@ -39,13 +42,13 @@ TYPES = tuple(_FILE_TYPES)
 
 
 def type_for(name: str, shape: tuple[int, ...], wanted: BlockType) -> BlockType:
-    """The type of a tensor in a file that is mostly `wanted`, by llama.cpp's rules: norms and biases in float32, the output matrix
-    in at least 6 bits, what fits no block in a wider type."""
-    if len(shape) == 1:
+    """The type of a tensor in a file that is mostly `wanted`, by llama.cpp's rules: norms, biases and routers in float32, the
+    output matrix in at least 6 bits, what fits no block in a wider type; mxfp4 for experts alone, q8_0 beside them."""
+    if len(shape) == 1 or name.endswith((ROUTER, ".bias")):
         return named("f32")
     if wanted.plain:
         return wanted
-    chosen = wanted.name
+    chosen = wanted.name if wanted.name != "mxfp4" or len(shape) == 3 else "q8_0"
     if name in (EMBEDDING, HEAD) and chosen != "q8_0":
         chosen = "q6_k"
     if shape[-1] % named(chosen).values:
@@ -64,6 +67,8 @@ def convert(folder: Path, out: Path, kind: str, progress: Callable[[float], None
         checkpoint = Checkpoint(folder, max_length=original_context(read_raw_config(home_of(folder, CONFIG))))
     except Unsupported as reason:
         raise ConfigError(f"{folder} cannot be written: {reason}; convert it with llama.cpp's converter") from None
+    if kind == "mxfp4" and checkpoint.config.experts is None:
+        raise ConfigError(f"{folder} has no experts, and mxfp4 is a type of theirs alone: choose q4_0 or q4_k")
     keys = _keys(folder, checkpoint, kind)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -96,39 +101,41 @@ def _write(
         )
     for name, numbers in divisors.items():
         writer.add_tensor_info(name, numbers.shape, numbers.numpy().dtype, numbers.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for i, (block, tensor) in enumerate(_tensors(checkpoint, plan)):
-        writer.write_tensor_data(quantise(tensor.reshape(-1, tensor.shape[-1]), block).numpy())
-        progress((i + 1) / len(plan))
-    for numbers in divisors.values():
-        writer.write_tensor_data(numbers.numpy())
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for i, (name, _, block) in enumerate(plan):
+            rows = [quantise(part.reshape(-1, part.shape[-1]), block) for part in _parts(checkpoint, name)]
+            writer.write_tensor_data((rows[0] if len(rows) == 1 else torch.cat(rows)).numpy())
+            progress((i + 1) / len(plan))
+        for numbers in divisors.values():
+            writer.write_tensor_data(numbers.numpy())
+    finally:
+        writer.close()
     return total
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that is written: a head that equals the embedding is not."""
-    shapes = dict(checkpoint.shapes)
+    shapes = shapes_of(checkpoint.layout, HEAD in checkpoint.shapes, "stacked")
     if HEAD in shapes and checkpoint.layout.tied and torch.equal(checkpoint.tensor(HEAD), checkpoint.tensor(EMBEDDING)):
         del shapes[HEAD]
     return shapes
 
 
-def _tensors(checkpoint: Checkpoint, plan: list[Any]) -> Iterator[tuple[BlockType, Tensor]]:
-    """Each tensor in float32, one at a time; rows of queries and keys as interleaved pairs where the architecture has them so."""
+def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """A tensor in float32, a part at a time; rows of queries and keys as interleaved pairs where the architecture has them so."""
     c, family = checkpoint.config, checkpoint.layout.family
     pairs = (
         ARCHITECTURES[ARCHITECTURE[c.family]].interleaved and not family.interleaved
     )  # their order is the file's already
     heads = {"q_proj": c.heads, "k_proj": c.kv_heads} if pairs else {}
-    for name, _, block in plan:
-        tensor = checkpoint.tensor(name)
-        count = next((n for part, n in heads.items() if f".{part}." in name), 0)
+    count = next((n for part, n in heads.items() if f".{part}." in name), 0)
+    for tensor in parts_of(checkpoint, name):
         if count:
             tensor = tensor.reshape(count, 2, tensor.shape[0] // count // 2, -1).transpose(1, 2).reshape(tensor.shape)
-        yield block, tensor
+        yield tensor
 
 
 def _divisors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -159,7 +166,7 @@ def _keys(folder: Path, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         "attention.head_count": c.heads, "attention.head_count_kv": c.kv_heads, "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": c.eps,
         "rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": 2 * len(c.inv_freq), "vocab_size": c.vocab_size,
-        **_scaling(folder, rope, checkpoint), **_constants(checkpoint, local),
+        **_scaling(folder, rope, checkpoint), **_constants(checkpoint, local), **mixture_keys(c, folder),
         **({"attention.sliding_window": window} if window else {}),
     }  # fmt: skip
     arch = ARCHITECTURE[c.family]
@@ -226,7 +233,8 @@ def _scaling(folder: Path, rope: dict[str, Any], checkpoint: Checkpoint) -> dict
         return {}
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and rope.get("attention_factor") is None and rope.get("truncate", True):
+    cut = not checkpoint.layout.family.scaled  # whether readers take the ends of the ramp for whole numbers
+    if kind == "yarn" and rope.get("attention_factor") is None and rope.get("truncate", True) is cut:
         old = int(rope.get("original_max_position_embeddings", positions))
         factor = positions / old if rope["factor"] is None else float(rope["factor"])
         out = {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}

@@ -7,8 +7,9 @@ with optional biases, query/key norms, bounds and sliding windows, a gated feed-
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from outrider.nn.blocks import Segment, dequantise
 
 Segments = tuple[Segment, ...]
 """A packed linear weight [out, in]: outputs of one type, then those of the next, as they are stored."""
+Later = Callable[[], Segments]
+"""One that is read when it is asked for, so that only it is in memory twice while it is repacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class Experts:
     """The mixture of experts of a decoder: a router sends every row to `used` of `count` SwiGLUs with `inner` units each.
 
     The weights of a row's experts are their softmax over all experts, divided by the sum over the used ones if `normalised`.
-    sparse[i]: whether layer i has experts, or one feed-forward part of the decoder's `inner` units.
+    sparse[i]: whether layer i has experts, or one feed-forward part of the decoder's `inner` units. limit: 0, or the bound of gates
+    (from above) and ups (on both sides) in gpt-oss's experts, whose units are gate sigmoid(gain gate) (up + 1).
     """
 
     count: int
@@ -33,6 +37,8 @@ class Experts:
     inner: int
     normalised: bool
     sparse: tuple[bool, ...]
+    limit: float = 0.0
+    gain: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +106,32 @@ class LayerWeights:
     norm1, norm2: of the inputs of attention and feed-forward part; post1, post2: of their outputs, before they are added. q_norm
     and k_norm have a head's size, or that of all heads of a row, which are then normed together. Of packed weights linears are
     segments, and norms and biases are float32. In a layer with E experts gate_up is [2 E I, H], the gates of all of them and then
-    their ups, down is [E H, I], and router is [E, H].
+    their ups, down is [E H, I], and router is [E, H], of packed weights float32; biases likewise. sinks: a score for each head,
+    which takes weight and adds nothing (gpt-oss).
     """
 
     norm1: Float[Tensor, "H"] | None
-    qkv: Float[Tensor, "QKV H"] | Segments
+    qkv: Float[Tensor, "QKV H"] | Segments | Later
     qkv_bias: Float[Tensor, "QKV"] | None
     q_norm: Float[Tensor, "Q"] | None
     k_norm: Float[Tensor, "K"] | None
-    o: Float[Tensor, "H A"] | Segments
+    o: Float[Tensor, "H A"] | Segments | Later
     o_bias: Float[Tensor, "H"] | None
     norm2: Float[Tensor, "H"] | None
-    gate_up: Float[Tensor, "G H"] | Segments
-    down: Float[Tensor, "O I"] | Segments
+    gate_up: Float[Tensor, "G H"] | Segments | Later
+    down: Float[Tensor, "O I"] | Segments | Later
     post1: Float[Tensor, "H"] | None = None
     post2: Float[Tensor, "H"] | None = None
-    router: Float[Tensor, "E H"] | Segments | None = None
+    router: Float[Tensor, "E H"] | None = None
+    router_bias: Float[Tensor, "E"] | None = None
+    gate_up_bias: Float[Tensor, "G"] | None = None
+    down_bias: Float[Tensor, "O"] | None = None
+    sinks: Float[Tensor, "heads"] | None = None
+
+
+def taken(weight: Any) -> Any:
+    """A linear's weight itself, read now if it is one for later."""
+    return weight() if callable(weight) else weight
 
 
 NORMS = frozenset({"norm1", "q_norm", "k_norm", "norm2", "post1", "post2"})
@@ -147,6 +163,7 @@ def unpacked(w: DecoderWeights, device: torch.device | str = "cpu") -> DecoderWe
     """The values of packed weights as plain ones of their dtype: for machines without products in blocks."""
 
     def plain(weight: object) -> object:
+        weight = taken(weight)
         if isinstance(weight, tuple):
             rows = [s.outputs for s in weight]
             out = torch.empty(sum(rows), weight[0].inputs, dtype=w.dtype)
@@ -159,8 +176,10 @@ def unpacked(w: DecoderWeights, device: torch.device | str = "cpu") -> DecoderWe
         return weight if weight is None else weight.to(device, weight.dtype if w.wide_norms else w.dtype)
 
     def layer(packed: LayerWeights) -> LayerWeights:
-        parts = {f.name: getattr(packed, f.name) for f in fields(packed)}
-        return LayerWeights(**{name: norm(part) if name in NORMS else plain(part) for name, part in parts.items()})  # type: ignore[arg-type]
+        parts = {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "router"}
+        router = None if packed.router is None else packed.router.to(device)  # in its own type: rounded it may choose others
+        values = {name: norm(part) if name in NORMS else plain(part) for name, part in parts.items()}
+        return LayerWeights(**values, router=router)  # type: ignore[arg-type]
 
     embedding = plain(w.embedding)
     head = embedding if w.head is w.embedding else plain(w.head)

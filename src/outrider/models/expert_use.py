@@ -23,18 +23,19 @@ KEEP = 4096.0
 class ExpertUse:
     """Learns from forwards; called with a number of rows it tells what they read relative to one row, v(R)."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, share: float | None = None) -> None:
         e = config.experts
         assert e is not None
         self._experts, self._sparse = e, sum(e.sparse)
         self._seen: dict[int, tuple[float, float]] = {}  # rows -> forwards, mean of touched experts in a sparse layer
         self._due = EVERY
-        self._cost = VerificationCost(Routing.uniform(e.count, e.used), _sparse_share(config))
+        self._cost = VerificationCost(Routing.uniform(e.count, e.used), _sparse_share(config) if share is None else share)
 
     @classmethod
-    def of(cls, config: DecoderConfig) -> ExpertUse | None:
-        """None for a decoder without layers of experts."""
-        return cls(config) if config.experts is not None and any(config.experts.sparse) else None
+    def of(cls, config: DecoderConfig, share: float | None = None) -> ExpertUse | None:
+        """None for a decoder without layers of experts. share: of the bytes of a one-row forward that are experts'; None: that of
+        the numbers."""
+        return cls(config, share) if config.experts is not None and any(config.experts.sparse) else None
 
     @property
     def routing(self) -> Routing:

@@ -1,16 +1,18 @@
 """Mixtures of experts in checkpoints: their keys in `config.json` and the names of their tensors.
 
-Checkpoints hold every expert by itself; transformers 5 may also write all experts of a layer as one tensor. Both are read.
+Checkpoints hold every expert by itself; transformers 5 may also write all experts of a layer as one tensor, and GGUF files have a
+tensor each of all gates, ups and downs of a layer. All are read.
 """
 
 from __future__ import annotations
 
 import reprlib
+from typing import Literal
 
-from outrider.config_keys import flag, whole
+from outrider.config_keys import flag, real, whole
 from outrider.errors import ConfigError
 from outrider.models.decoder import DecoderConfig, Experts
-from outrider.models.expert_keys import PLACES, ExpertKeys
+from outrider.models.expert_keys import GAIN, LIMIT, PLACES, ExpertKeys
 from outrider.models.families import Unsupported
 
 MOST = 1024
@@ -37,6 +39,8 @@ def read_experts(raw: dict, keys: ExpertKeys, layers: int, inner: int, where: ob
         inner=inner if keys.inner is None else whole(raw, keys.inner[0], where, default=keys.inner[1], most=1 << 20),
         normalised=flag(raw, "norm_topk_prob", where) if keys.normalised is None else keys.normalised,
         sparse=sparse,
+        limit=real(raw, "swiglu_limit", where, LIMIT, most=1e6) if keys.bounded else 0.0,
+        gain=real(raw, "swiglu_alpha", where, GAIN, most=1e6) if keys.bounded else 1.0,
     )
 
 
@@ -51,25 +55,45 @@ def _sparse(raw: dict, layers: int, where: object) -> tuple[bool, ...]:
     return tuple(i not in without and (i + 1) % step == 0 for i in range(layers))
 
 
+Held = Literal["each", "fused", "stacked"]
+"""How a layer's experts lie in files: every expert by itself; gates and ups of all in one tensor, downs in another; or a tensor
+each of all gates, ups and downs, as in GGUF."""
 FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""All experts of a layer in two tensors."""
+STACKED = ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight", "mlp.experts.down_proj.weight")
 
 
-def block_shapes(config: DecoderConfig, fused: bool) -> dict[str, tuple[int, ...]]:
+def block_shapes(config: DecoderConfig, held: Held) -> dict[str, tuple[int, ...]]:
     """Name within its block, and shape, of every tensor of a layer's experts and router."""
     e, keys = config.experts, PLACES[config.family]
     assert e is not None
-    if fused:
-        shapes = (e.count, 2 * e.inner, config.hidden), (e.count, config.hidden, e.inner)
-        return {router_name(config, True): (e.count, config.hidden), **dict(zip(FUSED, shapes, strict=True))}
-    gate, up, down = keys.parts
-    each = {gate: (e.inner, config.hidden), up: (e.inner, config.hidden), down: (config.hidden, e.inner)}
+    router, up, down = (e.count, config.hidden), (e.count, e.inner, config.hidden), (e.count, config.hidden, e.inner)
+    if held == "stacked":
+        out = {router_name(config, held): router, **dict(zip(STACKED, (up, up, down), strict=True))}
+        return out | ({bias_of(name): shape[:-1] for name, shape in out.items()} if keys.bounded else {})
+    if held == "fused":
+        both = (e.count, 2 * e.inner, config.hidden)
+        out = {router_name(config, held): router, **dict(zip(FUSED, (both, down), strict=True))}
+        if not keys.bounded:
+            return out
+        biases = (e.count,), both[:2], down[:2]
+        turned = {name: shape if len(shape) == 2 else (shape[0], shape[2], shape[1]) for name, shape in out.items()}
+        return turned | dict(zip(map(bias_of, out), biases, strict=True))
+    gates, ups, downs = keys.parts
+    each = {gates: up[1:], ups: up[1:], downs: down[1:]}
     out = {expert_name(config, i, part): shape for i in range(e.count) for part, shape in each.items()}
-    return {router_name(config, False): (e.count, config.hidden)} | out
+    return {router_name(config, held): router} | out
 
 
-def router_name(config: DecoderConfig, fused: bool) -> str:
-    return f"{'mlp' if fused else PLACES[config.family].place}.gate.weight"
+def bias_of(name: str) -> str:
+    """The name of the bias that belongs to a weight."""
+    return f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
+
+
+def router_name(config: DecoderConfig, held: Held) -> str:
+    keys = PLACES[config.family]
+    if keys.bounded and held != "stacked":
+        return "mlp.router.weight"
+    return f"{keys.place if held == 'each' else 'mlp'}.gate.weight"
 
 
 def expert_name(config: DecoderConfig, i: int, part: str) -> str:
@@ -79,9 +103,11 @@ def expert_name(config: DecoderConfig, i: int, part: str) -> str:
 def expert_names(config: DecoderConfig, fused: bool) -> dict[str, tuple[str, ...]]:
     """The fields of `LayerWeights` that are made of a sparse layer's tensors -> their names within the block, in order."""
     assert config.experts is not None
-    router = {"router": (router_name(config, fused),)}
+    router = {"router": (router_name(config, "fused" if fused else "each"),)}
     if fused:
-        return router | {"gate_up": FUSED[:1], "down": FUSED[1:]}
+        out = router | {"gate_up": FUSED[:1], "down": FUSED[1:]}
+        biases = {f"{field}_bias": (bias_of(names[0]),) for field, names in out.items()}
+        return out | (biases if PLACES[config.family].bounded else {})
     gate, up, down = PLACES[config.family].parts
     of = lambda part: tuple(expert_name(config, i, part) for i in range(config.experts.count))  # type: ignore[union-attr]  # noqa: E731
     return router | {"gate_up": of(gate) + of(up), "down": of(down)}

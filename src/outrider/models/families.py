@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outrider.config_keys import WINDOWS
-from outrider.models.expert_keys import MIXTRAL, OLMOE, QWEN3_MOE, ExpertKeys
+from outrider.models.expert_keys import GPT_OSS, MIXTRAL, OLMOE, QWEN3_MOE, ExpertKeys
 
 LLAMA_NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 GEMMA_NORMS = {
@@ -31,7 +31,8 @@ class Family:
     `partial_rotary_factor` is read; rotary: its default. longrope: its only scaling. interleaved: pairs are neighbours, not
     halves. pattern: of every so many layers the last sees everything and the others a window (0: no such default). roots:
     embeddings are multiplied by the root of their size. o_bias: `attention_bias` is of the output too.
-    experts: its layers may be mixtures of experts. clip: `clip_qkv` is read.
+    experts: its layers may be mixtures of experts. clip: `clip_qkv` is read. sinks: heads have a score that takes weight and adds
+    nothing; scaled: there is no default of how positions are scaled.
     """
 
     options: frozenset[str]
@@ -61,6 +62,8 @@ class Family:
     roots: bool = False
     experts: ExpertKeys | None = None
     clip: bool = False
+    sinks: bool = False
+    scaled: bool = False
 
 
 _GEMMA = {
@@ -121,6 +124,10 @@ FAMILIES = {
     ),
     "olmoe": Family(
         frozenset({"attention_bias"}), max_length=4096, eps=1e-5, qk_norm="row", experts=OLMOE, clip=True,
+    ),
+    "gpt_oss": Family(
+        frozenset({"attention_bias", "sliding_window", "layer_types"}), kv_heads=8, head_dim=64, max_length=131072, window=128,
+        theta=150000.0, eps=1e-5, attention_bias=True, wide_norms=True, pattern=2, experts=GPT_OSS, sinks=True, scaled=True,
     ),
 }  # fmt: skip
 """By `model_type`."""

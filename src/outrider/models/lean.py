@@ -14,7 +14,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class LeanTarget:
         self.views = not any(config.window)  # a window is counted in positions, which a view leaves out
         self.native, found = load_native(config, w) if native else (None, [])
         self.notices: tuple[str, ...] = tuple(found)
-        self.row_work = ExpertUse.of(config)
+        self.row_work = self._use_of_experts()
         # if PyTorch only emulates products of this dtype (bfloat16 on AVX2), the native decoder takes long prompts too
         self._native_rows = (
             self.native.max_rows if self.native and has_fast_matmul(self.dtype, self.device) else sys.maxsize
@@ -218,8 +218,13 @@ class LeanTarget:
         other.config = self.config.first_layers(layers)
         other.layers, other._blocks = layers, self._blocks[:layers]
         other.native = self.native and self.native.first_layers(other.config)
-        other.row_work = ExpertUse.of(other.config)
+        other.row_work = other._use_of_experts()
         return other
+
+    def _use_of_experts(self) -> ExpertUse | None:
+        e = self.config.experts
+        share = None if e is None or self.native is None else self.native.weights.expert_share(e.used, e.count)
+        return ExpertUse.of(self.config, share)
 
     @torch.no_grad()
     def _torch_forward(self, rows: Rows, kv: PagedKV, layers: tuple[int, ...]) -> Scores:
@@ -250,7 +255,7 @@ class LeanTarget:
                 qk, v = qk.clamp(-c.clip, c.clip), v.clamp(-c.clip, c.clip)
             turn = c.turn_of(i)
             q, k = (qk if turn < 0 else rope.rotate(qk, *angles[turn])).split((c.heads, c.kv_heads), 1)
-            x = block.leave(attend(i, q, k, v), x)
+            x = block.leave(attend(i, q, k, v, block.sinks), x)
             if layers:
                 taps[i + 1] = x
         return x, taps
@@ -296,14 +301,18 @@ def _block(config: DecoderConfig, i: int, w: LayerWeights, dtype: torch.dtype, p
         else:
             qk_norm = of_rows(_norm(c, w.q_norm, dtype), _norm(c, w.k_norm, dtype), c.heads)
     if c.experts is not None and c.experts.sparse[i]:
-        weights = (cast(Tensor, m) for m in (w.router, w.gate_up, w.down))
+        e, weights = c.experts, (cast(Tensor, m) for m in (w.router, w.gate_up, w.down))
+        biases = None if w.router_bias is None else cast(Any, (w.router_bias, w.gate_up_bias, w.down_bias))
         return SparseLayer(
             norm1=norm(w.norm1) or nn.Identity(),
             qkv=linear(w.qkv, w.qkv_bias),
             qk_norm=qk_norm,
             o=linear(w.o, w.o_bias),
             norm2=norm(w.norm2) or nn.Identity(),
-            experts=expert_mlp(*weights, used=c.experts.used, normalised=c.experts.normalised, pack=pack),
+            experts=expert_mlp(
+                *weights, biases, used=e.used, normalised=e.normalised, pack=pack, limit=e.limit, gain=e.gain
+            ),
+            sinks=w.sinks,
         )
     return FusedLayer(
         norm1=norm(w.norm1) or nn.Identity(),
@@ -317,4 +326,5 @@ def _block(config: DecoderConfig, i: int, w: LayerWeights, dtype: torch.dtype, p
         post2=norm(w.post2),
         act=F.silu if c.activation == "silu" else partial(F.gelu, approximate="tanh"),
         scale=c.residual_scale,
+        sinks=w.sinks,
     )

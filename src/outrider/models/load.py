@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from outrider.models.tokenizer import (
 from outrider.nn.memory import available_memory, require_weights
 from outrider.nn.stored import KV_DTYPES
 from outrider.protocols import Target
+from outrider.theory.experts import Routing
 
 __all__ = [
     "Facts",
@@ -109,30 +111,34 @@ def load_target(
     return target
 
 
-def first_blocks(path_or_name: str | Path, size: int, *, dtype: str = "auto") -> tuple[LeanTarget, float] | str:
-    """A target on the CPU of as many first blocks as take `size` bytes, one at least, and its share of the bytes that a forward
-    reads; or a sentence on why there is none. For measuring: what it scores means nothing."""
+def first_blocks(
+    path_or_name: str | Path, size: int, *, dtype: str = "auto"
+) -> tuple[LeanTarget, Callable[[int], float]] | str:
+    """A target on the CPU of as many first blocks as take `size` bytes, one at least, and by number of rows its share of the bytes
+    that a forward reads, where rows choose experts independently; or a sentence on why there is none. For measuring: what it scores
+    means nothing."""
     folder = resolve_folder(path_or_name)
     found = _runtime(folder, "auto")
     if isinstance(found, str):
         return found or "it runs on transformers"
-    if found.config.experts is not None:
-        return "what experts cost depends on the tokens: measure it with `outrider plan`"
     where = torch.device("cpu")
     chosen = choose_dtype(dtype, found.layout.stored, where, lean=True)
     if _native(found, chosen, where)[0] is None:
         return "the compiled decoder does not run here"
     c = found.config
-    if isinstance(found, GgufCheckpoint):
-        blocks, whole, read = found.layer_bytes, found.packed_bytes, partial(found.packed, chosen)
-    else:
-        blocks, whole = c.layers * c.block_numbers * chosen.itemsize, found.parameters * chosen.itemsize
-        read = partial(found.read, chosen, where)
+    whole, blocks, experts = found.bytes_of(chosen)
+    read = partial(found.packed, chosen) if isinstance(found, GgufCheckpoint) else partial(found.read, chosen, where)
     block = max(blocks // c.layers, 1)
     head = max(whole - block * c.layers, 0) / (1 if found.layout.tied else 2)  # of a separate embedding one row is read
     count = min(max(size // block, 1), c.layers)
     target = LeanTarget(c.first_layers(count), lambda: read(first=count))
-    return target, (block * count + head) / (block * c.layers + head)
+
+    def share(rows: int) -> float:
+        e = c.experts
+        idle = 0.0 if e is None else experts / c.layers * (1 - Routing.uniform(e.count, e.used).touched(rows) / e.count)
+        return ((block - idle) * count + head) / ((block - idle) * c.layers + head)
+
+    return target, share
 
 
 def _runtime(folder: Path, implementation: str, max_length: int | None = None) -> Checkpoint | GgufCheckpoint | str:
@@ -210,7 +216,8 @@ class Facts:
 
     runtime: "lean" or "transformers". reason: why not lean, or "". stored: the format of its files, with bytes by type. dtype,
     weights_bytes: as it is loaded. kv_bytes_per_token: of one sequence, in `dtype`. notices: why it
-    will not run as fast as possible here, as far as files and machine show.
+    will not run as fast as possible here, as far as files and machine show. experts: how many of a mixture a row uses, and how much
+    it reads; "" for others.
     """
 
     architecture: str
@@ -224,6 +231,7 @@ class Facts:
     weights_bytes: int
     kv_bytes_per_token: int
     notices: tuple[str, ...]
+    experts: str
 
 
 def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
@@ -267,7 +275,18 @@ def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device:
             *([library_notice] if library_notice else []),
             *dtype_notices(folder, chosen, where, library is not None),
         ),
+        experts="" if isinstance(found, str) else _experts(found, chosen),
     )
+
+
+def _experts(found: Checkpoint | GgufCheckpoint, dtype: torch.dtype) -> str:
+    c, e = found.config, found.config.experts
+    if e is None:
+        return ""
+    whole, _, experts = found.bytes_of(dtype)
+    embedding = 0 if found.layout.tied else c.vocab_size * c.hidden * whole // found.parameters
+    read = whole - embedding - experts * (e.count - e.used) // e.count
+    return f"{e.used} of {e.count} a row, which reads about {read / 2**20:.1f} of {whole / 2**20:.1f} MiB"
 
 
 def _stored(folder: Path, found: Checkpoint | GgufCheckpoint | str) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor
 from outrider.config_keys import packed_key
 from outrider.errors import ConfigError
 from outrider.nn.blocks.float8 import scaled_blocks
+from outrider.nn.blocks.values import FP4_VALUES, power
 
-Shapes = Callable[[int, int], dict[str, tuple[int, ...]]]
-Unpack = Callable[[Mapping[str, Tensor], int, int], Tensor]
+Shapes = Callable[..., dict[str, tuple[int, ...]]]
+Unpack = Callable[..., Tensor]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column of every nibble, lowest first."""
 
@@ -31,6 +32,7 @@ class Packing:
     """name: for messages. shapes: (N, K) -> the tensors of a packed weight by their ends. optional: those that may be absent.
 
     unpack: (its tensors by end, N, K) -> the weight in float32. kinds: safetensors' types of the tensor that holds the codes.
+    dimensions: of packed weights, 3 where those of experts alone are, in one tensor.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Packing:
     codes: str
     kinds: tuple[str, ...]
     optional: frozenset[str] = frozenset()
+    dimensions: int = 2
 
 
 def packing_of(raw: Mapping[str, Any]) -> Packing | None:
@@ -55,6 +58,8 @@ def packing_of(raw: Mapping[str, Any]) -> Packing | None:
         return _compressed(how)
     if method == "fp8":
         return _fp8(how)
+    if method == "mxfp4":
+        return _mxfp4() if raw.get("model_type") == "gpt_oss" else None
     if method is None and set(how) >= {"group_size", "bits"} and "quantization" in raw:
         return _mlx(how)
     return None
@@ -193,6 +198,21 @@ def _fp8(how: Mapping[str, Any]) -> Packing | None:
         return scaled_blocks(t["weight"], t["weight_scale_inv"], down, across)
 
     return Packing("fp8", shapes, unpack, "weight", ("F8_E4M3",))
+
+
+def _mxfp4() -> Packing:
+    """gpt-oss's experts: neighbours in a byte, the first one low; a power of two for every 32 inputs, 127 stands for 1."""
+
+    def shapes(e: int, k: int, n: int) -> dict[str, tuple[int, ...]]:
+        return {"_blocks": (e, n, k // 32, 16), "_scales": (e, n, k // 32)}
+
+    def unpack(t: Mapping[str, Tensor], e: int, k: int, n: int) -> Float[Tensor, "E K N"]:
+        codes = torch.stack([t["_blocks"] & 15, t["_blocks"] >> 4], -1).flatten(-2)
+        halves = torch.tensor(FP4_VALUES, dtype=torch.float32)[codes.int()]
+        scale = power(t["_scales"].reshape(-1, 1)).masked_fill_(t["_scales"].reshape(-1, 1) == 255, torch.nan)  # no number
+        return (halves * scale.view(e, n, -1, 1)).view(e, n, k).mT
+
+    return Packing("MXFP4", shapes, unpack, "_blocks", ("U8",), dimensions=3)
 
 
 def _mlx(how: Mapping[str, Any]) -> Packing | None:

@@ -49,9 +49,8 @@ def quantised(w: DecoderWeights, name: str) -> DecoderWeights:
 
     def layers() -> Iterator[LayerWeights]:
         for layer in w.layers:
-            yield replace(
-                layer, qkv=linear(layer.qkv), o=linear(layer.o), gate_up=linear(layer.gate_up), down=linear(layer.down)
-            )
+            blocks = {name: linear(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
+            yield replace(layer, **blocks, router=None if layer.router is None else layer.router.float())
 
     embedding = linear(w.embedding, EMBEDDING)
     head = embedding if w.head is w.embedding else linear(w.head, HEAD)

@@ -27,6 +27,8 @@ def turns_of(
     raw: dict, family: Family, head_dim: int, positions: int, length: int, where: object
 ) -> tuple[Turns, Turns | None]:
     """How heads are turned, and in layers with a window if that differs. length: most positions that are used."""
+    if family.scaled and not (raw.get("rope_scaling") or raw.get("rope_parameters")):
+        raise Unsupported("its configuration does not say how positions are scaled")
     if "rope_local_base_freq" not in family.options:
         return _turns(rope_keys(raw, family.theta), raw, family, head_dim, positions, length, where), None
     full, local = (

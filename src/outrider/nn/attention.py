@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -118,15 +117,20 @@ class AttentionPlan:
         self._write, self._query = _writer(rows, kv), kv.stored.query
 
     def __call__(
-        self, layer: int, q: Float[Tensor, "N heads D"], k: Float[Tensor, "N kv D"], v: Float[Tensor, "N kv D"]
+        self,
+        layer: int,
+        q: Float[Tensor, "N heads D"],
+        k: Float[Tensor, "N kv D"],
+        v: Float[Tensor, "N kv D"],
+        sinks: Float[Tensor, "heads"] | None = None,
     ) -> Float[Tensor, "N A"]:
-        """Store k and v, attend, and return the heads side by side, [N, heads * head_dim]."""
+        """Store k and v, attend, and return the heads side by side, [N, heads * head_dim]. sinks: see `attend`."""
         self._write(layer, k, v)
         q = self._query(q)
         width = self._window[layer]
         if len(self._pieces) == 1:
-            return self._pieces[0].attend(layer, width, q)
-        return torch.cat([piece.attend(layer, width, q[piece.rows]) for piece in self._pieces])
+            return self._pieces[0].attend(layer, width, q, sinks)
+        return torch.cat([piece.attend(layer, width, q[piece.rows], sinks) for piece in self._pieces])
 
 
 class _Piece:
@@ -164,44 +168,62 @@ class _Piece:
         found = self._kv.unpack(cache[:, places])
         return found.view(found.shape[0], self._batch, -1, found.shape[-1]).transpose(0, 1)
 
-    def attend(self, layer: int, width: int, q: Float[Tensor, "M heads D"]) -> Float[Tensor, "M A"]:
+    def attend(
+        self, layer: int, width: int, q: Float[Tensor, "M heads D"], sinks: Float[Tensor, "heads"] | None = None
+    ) -> Float[Tensor, "M A"]:
         view = self._views[width]
         key, value = self._read(self._kv.k[layer], view.places), self._read(self._kv.v[layer], view.places)
         if not self._folded:
             rows = q.view(self._batch, self._count, -1, q.shape[-1]).transpose(1, 2)
             out = self._product(
-                rows, key, value, attn_mask=view.mask, is_causal=view.causal, enable_gqa=self._group > 1
-            )
+                rows, key, value, attn_mask=view.mask, is_causal=view.causal, enable_gqa=self._group > 1,
+                sinks=None if sinks is None else sinks[:, None],
+            )  # fmt: skip
             return out.transpose(1, 2).reshape(q.shape[0], -1)
         b, n, heads, g, d = self._batch, self._count, self._kv_heads, self._group, q.shape[-1]
         rows = (
             q.view(b, heads, g, d) if n == 1 else q.view(b, n, heads, g, d).transpose(1, 2).reshape(b, heads, n * g, d)
         )
-        out = self._product(rows, key, value, attn_mask=view.mask)
+        each = None if sinks is None else sinks.view(heads, 1, g).expand(heads, n, g).reshape(heads, n * g)
+        out = self._product(rows, key, value, attn_mask=view.mask, sinks=each)
         return out.view(b, heads, n, g, d).transpose(1, 2).reshape(b * n, heads * g * d)
 
 
 def _product(scale: float | None, cap: float) -> Callable[..., Tensor]:
-    """`scaled_dot_product_attention` with a scale, or written out with a bound of its scores, which it does not have."""
-    if not cap:
-        return partial(F.scaled_dot_product_attention, scale=scale)
+    """`scaled_dot_product_attention` with a scale, or written out with a bound of its scores or sinks, which it does not have.
 
-    def written_out(
-        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool = False, enable_gqa: bool = False
+    sinks: [heads, rows] of q, or [heads, 1].
+    """
+
+    def product(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        if not cap and sinks is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         groups = q.shape[1] // k.shape[1]
         score = q @ k.repeat_interleave(groups, 1).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        score = capped(score, cap)
+        score = capped(score, cap) if cap else score
         if is_causal:
             attn_mask = ancestor_mask(q.shape[2], (), 0).to(q.device)
             attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(
                 ~attn_mask, -torch.inf
             )
         score = score if attn_mask is None else score + attn_mask
+        if sinks is not None:
+            own = sinks.to(score.dtype)[None, :, :, None].expand(score.shape[0], -1, score.shape[2], 1)
+            score = torch.cat([score, own], -1)
         weight = torch.softmax(score, -1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
-        return weight @ v.repeat_interleave(groups, 1)
+        return weight[..., : k.shape[2]] @ v.repeat_interleave(groups, 1)
 
-    return written_out
+    return product
 
 
 def _places(run: list[Segment], kv: PagedKV, start: int, end: int) -> slice | Int[Tensor, "places"]:

@@ -20,14 +20,20 @@ from outrider.nn.linear import Linear, make_linear
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One SwiGLU. Its weights are views of those of all experts, unless they are packed."""
+    """One SwiGLU, or its bounded kind. Its weights are views of those of all experts, unless they are packed."""
 
     gate: Linear
     up: Linear
     down: Linear
+    limit: float = 0.0
+    gain: float = 1.0
 
     def __call__(self, x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
-        return self.down(F.silu(self.gate(x)).mul_(self.up(x)))
+        gate, up = self.gate(x), self.up(x)
+        if not self.limit:
+            return self.down(F.silu(gate).mul_(up))
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down(gate * torch.sigmoid(gate * self.gain) * (up + 1))
 
 
 def choose(
@@ -43,19 +49,27 @@ def expert_mlp(
     router: Float[Tensor, "E H"],
     gate_up: Float[Tensor, "G H"],
     down: Float[Tensor, "D I"],
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
     used: int,
     normalised: bool,
     pack: bool,
+    limit: float = 0.0,
+    gain: float = 1.0,
 ) -> Callable[[Tensor], Tensor]:
-    """The mixture [n, H] -> [n, H] with weights as in `models.decoder.LayerWeights`; pack: as in `nn.linear.make_linear`."""
+    """The mixture [n, H] -> [n, H] with weights as in `models.decoder.LayerWeights`; pack: as in `nn.linear.make_linear`. The
+    router is multiplied in its own type. biases: of router, gates and ups, downs. limit, gain: see `models.decoder.Experts`."""
     count = router.shape[0]
     gates, downs = gate_up.unflatten(0, (2, count, -1)), down.unflatten(0, (count, -1))
-    experts = [Expert(*(make_linear(w[i], pack=pack) for w in (*gates, downs))) for i in range(count)]
-    route = make_linear(router, pack=False)
+    parts: list[tuple[Tensor, Tensor | None]] = [(w, None) for w in (*gates, downs)]
+    if biases is not None:
+        parts = list(zip((*gates, downs), (*biases[1].unflatten(0, (2, count, -1)), biases[2].view(count, -1)), strict=True))
+    linear = lambda i: (make_linear(w[i], None if b is None else b[i], pack=pack) for w, b in parts)  # noqa: E731
+    experts = [Expert(*linear(i), limit, gain) for i in range(count)]
+    route = make_linear(router, None if biases is None else biases[0].to(router.dtype), pack=False)
 
     def mixture(x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
-        return _mixed(x, experts, *choose(route(x), used, normalised))
+        return _mixed(x, experts, *choose(route(x.to(router.dtype)), used, normalised))
 
     return mixture
 
@@ -72,7 +86,7 @@ def _mixed(
 
 @dataclass(frozen=True, slots=True)
 class SparseLayer:
-    """`nn.layers.FusedLayer` with a mixture of experts in the place of its SwiGLU."""
+    """`nn.layers.FusedLayer` with a mixture of experts in the place of its SwiGLU. sinks: see `nn.attention.attend`."""
 
     norm1: Norm
     qkv: Linear
@@ -80,6 +94,7 @@ class SparseLayer:
     o: Linear
     norm2: Norm
     experts: Callable[[Tensor], Tensor]
+    sinks: Tensor | None = None
 
     def leave(self, seen: Float[Tensor, "n A"], residual: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
         """The layer's output from the attention's output and the layer's input."""

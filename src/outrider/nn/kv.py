@@ -265,6 +265,17 @@ class PagedKV:
                 self._put_aside(self.pages.exchange(slot, i, page))
         self._known[slot] = full
 
+    def fork(self, source: int, goal: int, length: int) -> None:
+        """Let a slot begin with the first `length` tokens of another one, in the same pages; who writes into the last gets a copy.
+
+        What the goal held is dropped. Raises CapacityError if the source holds fewer tokens.
+        """
+        check_kept(source, length, self.length)
+        self.release([goal])
+        for page in self.pages.of(source)[: self.pages_for(length)]:
+            self.pages.hold(goal, page)
+        self.length[goal], self._known[goal] = length, min(self._known[source], length // self.page)
+
     def commit(self, rows: Rows, paths: Sequence[Sequence[int]]) -> None:
         """Keep prefixes and accepted paths, in order; all other rows of the forward are dropped."""
         for s, path in zip(rows.segments, paths, strict=True):

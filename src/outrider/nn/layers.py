@@ -38,7 +38,7 @@ class FusedLayer:
 
     norm1, norm2: of the inputs of attention and feed-forward part, or the identity. post1, post2: of their outputs. qk_norm: of
     queries and keys [n, heads + kv_heads, head_dim], or None. act: in place or not; scale: of what is added to the residual
-    stream.
+    stream. sinks: see `nn.attention.attend`.
     """
 
     norm1: Norm
@@ -52,6 +52,7 @@ class FusedLayer:
     post2: Norm | None = None
     act: Norm = F.silu
     scale: float = 1.0
+    sinks: Tensor | None = None
 
     @staticmethod
     def of(layer: Any) -> FusedLayer:

@@ -26,8 +26,8 @@ class NativeLinear:
     """y = x W^T with the decoder's products; implements `nn.linear.Linear`. Rows of x get the same bits in any company.
 
     weight: plain float32 or bfloat16 [out, in], read in place; or segments, which are repacked once and can be let go of. packed:
-    whether any part is multiplied in blocks. widened: types that have no products here, so that their values are kept in float32.
-    Raises CapacityError if there is no memory.
+    whether any part is multiplied in blocks. bytes: that a product with all outputs reads. widened: types that have no products
+    here, so that their values are kept in float32. Raises CapacityError if there is no memory.
     """
 
     def __init__(self, library: ctypes.CDLL, weight: Float[Tensor, "O I"] | tuple[Segment, ...]) -> None:
@@ -36,6 +36,7 @@ class NativeLinear:
         self.outputs = sum(p.outputs if isinstance(p, Segment) else p.shape[0] for p in parts)
         self._plain = [p for p in parts if isinstance(p, Tensor)]  # kept: read in place
         self.packed = len(self._plain) < len(parts)
+        self.bytes = sum(p.rows.numel() if isinstance(p, Segment) else p.nbytes for p in parts)
         kinds = {s.block for s in weight} if isinstance(weight, tuple) else set()
         self.widened = {k.name for k in kinds if k.widened}
         segments = (_Segment * len(parts))(*(_pointers(p) for p in parts))

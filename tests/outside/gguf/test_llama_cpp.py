@@ -23,6 +23,10 @@ LONG = {
     "short_factor": [1 + i / 3 for i in range(8)],
     "long_factor": [2.0] * 8,
 }
+UNSCALED = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 1.0, "original_max_position_embeddings": 256, "truncate": False,
+}  # fmt: skip
+"""llama.cpp rounds the ends of the ramp of gpt-oss's YaRN, its own configuration does not: without scaling there is no ramp."""
 CASES = {
     "llama": ("llama", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
@@ -33,6 +37,8 @@ CASES = {
     ),
     "olmo2": ("olmo2", {}), "granite": ("granite", {}), "glm4": ("glm4", {}),
     "smollm3": ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 5}),
+    "mixtral": ("mixtral", {}), "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True}), "olmoe": ("olmoe", {"num_key_value_heads": 4}),
+    "gpt-oss": ("gpt_oss", {"swiglu_limit": 7.0, "rope_parameters": UNSCALED}),
 }  # fmt: skip
 PROMPT, COUNT = [7, 50, 33, 91, 20, 18, 90, 64, 5, 5, 77, 30], 20
 PEER = """

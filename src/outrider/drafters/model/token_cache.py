@@ -62,6 +62,17 @@ class TokenCache:
             self.kv.truncate(view.slot, n)
         self._checked[view.slot] = n
 
+    @property
+    def forks(self) -> bool:
+        """Whether a slot can begin with what another one holds."""
+        return hasattr(self.kv, "fork")
+
+    def fork(self, source: int, goal: int, length: int) -> None:
+        """Let a slot begin with up to `length` tokens of what another one holds; what it held is dropped."""
+        held = self.held[source][:length]
+        self.kv.fork(source, goal, len(held))  # type: ignore[attr-defined]
+        self.held[goal], self._checked[goal] = held, min(self._checked[source], len(held))
+
     def affordable(self, views: Sequence[SequenceView], depths: Sequence[int], more: int) -> list[int | None]:
         """The same depths; None for sequences for which pages are lacking, whose own are given up: others can use them.
 

@@ -2,7 +2,8 @@
 
 As many of its first blocks as take `PART` bytes are loaded as they would run, and forwards of one to `ROWS[-1]` rows are timed:
 what memory and products allow for the types that the file has, by the kernels that will be used. The rest of the blocks costs as
-much a byte. What a step costs beside forwards is that of an engine on the same part. Acceptance belongs to a draft and a text, so
+much a byte. Rows are of random tokens, which choose experts more independently than those of a text do, so a mixture's rows cost
+that at most. What a step costs beside forwards is that of an engine on the same part. Acceptance belongs to a draft and a text, so
 speeds with drafts are told for several.
 """
 
@@ -57,11 +58,12 @@ class Times:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """tokens: a second, plain. times: of the target. drafted: by acceptance the tokens a second and the draft length of the best of
-    `LENGTHS`; empty without a draft."""
+    `LENGTHS`; empty without a draft. touched: by rows the experts of a layer that they touch; empty for a dense target."""
 
     tokens: float
     times: Times
     drafted: dict[float, tuple[float, int]]
+    touched: dict[int, float]
 
 
 def pace(
@@ -80,41 +82,45 @@ def pace(
             return f"its context of {model.max_length} tokens is too short to measure"
         with torch.inference_mode():
             told(0.1)
-            times = timed(model, share)
+            times, touched = timed(model, share)
             told(0.3)
             plain = step_seconds(model, None, 0) + times.more(1)
             if draft is None:
-                return Pace(1.0 / plain, times, {})
+                return Pace(1.0 / plain, times, {}, touched)
             told(0.5)
             small = first_blocks(draft, PART, dtype=dtype)
             if isinstance(small, str) or small[0].max_length < LEAST_CONTEXT:
-                return Pace(1.0 / plain, times, {})
+                return Pace(1.0 / plain, times, {}, touched)
             cheap, part = small
-            own = timed(cheap, part)
+            own, _ = timed(cheap, part)
             steps = {n: step_seconds(model, cheap, n) + times.more(n + 1) + n * own.more(1) for n in LENGTHS}
     except CapacityError as error:
         return str(error)
     best = {a: max((tokens_per_call(a, n) / spent, n) for n, spent in steps.items()) for a in ACCEPTANCES}
-    return Pace(1.0 / plain, times, best)
+    return Pace(1.0 / plain, times, best, touched)
 
 
-def timed(model: LeanTarget, share: float) -> Times:
-    """Forwards in random order, the least of each: what neighbours do only adds to them. share: of the whole's bytes in `model`."""
+def timed(model: LeanTarget, share: Callable[[int], float]) -> tuple[Times, dict[int, float]]:
+    """Forwards in random order, the least of each, since what neighbours do only adds to them; and the experts of a layer that they
+    touch. share: of the whole's bytes in `model`, by rows."""
     cached = min(CACHED, model.max_length - ROWS[-1])
-    kv = model.new_kv(1, cached + ROWS[-1])
-    text = Rows.assemble([0], [[1] * cached], [0], Draft.empty(1))
+    kv, draw = model.new_kv(1, cached + ROWS[-1]), random.Random(0)
+    some = lambda n: [draw.randrange(model.vocab_size) for _ in range(n)]  # noqa: E731
+    text = Rows.assemble([0], [some(cached)], [0], Draft.empty(1))
     model.forward(text, kv)
     kv.commit(text, [()])
-    asked = {n: Rows.assemble([0], [[1]], [cached], _chain(n - 1)) for n in ROWS}
-    least = dict.fromkeys(ROWS, float("inf"))
+    asked = {n: Rows.assemble([0], [some(1)], [cached], _chain(some(n - 1))) for n in ROWS}
+    least, touched, e = dict.fromkeys(ROWS, float("inf")), {}, model.config.experts
     for n in _until(list(ROWS), SECONDS):
         least[n] = min(least[n], _seconds(lambda n=n: model.forward(asked[n], kv)))
-    return Times({n: spent / share for n, spent in least.items()}, least)
+        if e is not None and model.native is not None and any(e.sparse):
+            touched[n] = sum(model.native.touched) / sum(e.sparse)
+    return Times({n: spent / share(n) for n, spent in least.items()}, least), dict(sorted(touched.items()))
 
 
-def _chain(length: int) -> Draft:
-    """A draft of so many tokens, which are all scored."""
-    return Draft(torch.ones(length, dtype=torch.int64), tuple(range(-1, length - 1)), (length,))
+def _chain(tokens: list[int]) -> Draft:
+    """A draft of these tokens, which are all scored."""
+    return Draft(torch.tensor(tokens, dtype=torch.int64), tuple(range(-1, len(tokens) - 1)), (len(tokens),))
 
 
 def step_seconds(model: LeanTarget, draft: LeanTarget | None, length: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,8 @@ Progress = Callable[[float], None]
 
 EMBEDDING, HEAD, NORM = (gguf_name(name) for name in (names.EMBEDDING, names.HEAD, names.NORM))
 DIVISORS = "rope_freqs.weight"
+OLDER = ("blk.0.ffn_gate.0.weight", "blk.0.ffn_gate_up_exps.weight")
+"""Names that tell of experts that lie each by itself (files of 2023), or with gates and ups in one tensor."""
 
 
 class GgufCheckpoint:
@@ -72,6 +75,12 @@ class GgufCheckpoint:
         rest = sum(self._tensors[name].bytes for name in {EMBEDDING, HEAD, NORM} & self._tensors.keys())
         return self.packed_bytes - rest
 
+    def bytes_of(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """`packed_bytes`, `layer_bytes`, and those of the latter that are of experts."""
+        found = (self._tensors[name] for name in self._expected() if name.endswith("_exps.weight"))
+        experts = sum(4 * tensor.numbers if tensor.block.widened else tensor.bytes for tensor in found)
+        return self.packed_bytes, self.layer_bytes, experts
+
     def stored_bytes(self) -> Iterator[tuple[str, int]]:
         """Name of the type and bytes of every tensor."""
         return ((tensor.block.name, tensor.bytes) for tensor in self._tensors.values())
@@ -87,35 +96,47 @@ class GgufCheckpoint:
         return self.weights.numbers(NORM)
 
     def layer(self, i: int) -> LayerWeights:
-        """Block i. Rows of queries and keys are in the order of halves, as everywhere in the lean runtime."""
+        """Block i, its linears for later. Rows of queries and keys are in the order of halves, as in all of the lean runtime."""
         at, c, w, family = f"blk.{i}.", self.config, self.weights, self.layout.family
         heads = {"qkv": 0} if "qkv" in family.fused else {"q": c.heads, "k": c.kv_heads, "v": 0}
         numbers = lambda name: w.numbers(at + name) if at + name in self._tensors else None  # noqa: E731
-        qkv = tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())
+        qkv = lambda: tuple(self._turned(w.segment(f"{at}attn_{part}.weight"), n) for part, n in heads.items())  # noqa: E731
         biases = [numbers(f"attn_{part}.bias") for part in heads]
-        norms = {place: w.numbers(f"{at}{names.NORMS[place]}.weight") for place, _ in family.norms}
+        norms = {place: w.numbers(f"{at}{names.norm_name(place, family)}.weight") for place, _ in family.norms}
         return LayerWeights(
             norm1=norms.get("norm1"),
             qkv=qkv,
             qkv_bias=self._bias(biases, tuple(heads.values())) if self.layout.qkv_bias else None,
             q_norm=numbers("attn_q_norm.weight"),
             k_norm=numbers("attn_k_norm.weight"),
-            o=(w.segment(at + "attn_output.weight"),),
+            o=lambda: (w.segment(at + "attn_output.weight"),),
             o_bias=numbers("attn_output.bias"),
             norm2=norms.get("norm2"),
-            gate_up=tuple(
-                w.segment(f"{at}ffn_{part}.weight")
-                for part in (["up"] if "gate_up" in family.fused else ["gate", "up"])
-            ),
-            down=(w.segment(at + "ffn_down.weight"),),
             post1=norms.get("post1"),
             post2=norms.get("post2"),
+            sinks=numbers(names.SINKS),
+            **self._forward_part(at, c.experts is not None and c.experts.sparse[i]),
         )
+
+    def _forward_part(self, at: str, sparse: bool) -> dict[str, Any]:
+        """The weights of a block's feed-forward part, or of its experts. A router is plain: never multiplied in blocks."""
+        parts, end = ["up"] if "gate_up" in self.layout.family.fused else ["gate", "up"], "_exps" if sparse else ""
+        out: dict[str, Any] = {
+            "gate_up": lambda: tuple(self.weights.segment(f"{at}ffn_{part}{end}.weight") for part in parts),
+            "down": lambda: (self.weights.segment(f"{at}ffn_down{end}.weight"),),
+            "router": self.weights.numbers(f"{at}ffn_gate_inp.weight") if sparse else None,
+        }
+        keys = self.layout.family.experts
+        if sparse and keys is not None and keys.bounded:
+            bias = lambda part: self.weights.numbers(f"{at}ffn_{part}.bias").flatten()  # noqa: E731
+            out |= {"router_bias": bias("gate_inp"), "down_bias": bias("down_exps")}
+            out |= {"gate_up_bias": torch.cat([bias("gate_exps"), bias("up_exps")])}
+        return out
 
     def packed(
         self, dtype: torch.dtype, progress: Progress | None = None, role: str = "model", first: int | None = None
     ) -> DecoderWeights:
-        """The weights as they are stored; blocks are read one at a time, while they are used.
+        """The weights as they are stored; linears are read one at a time, while they are used.
 
         dtype: of hidden states and the cache. first: only so many blocks.
         """
@@ -189,10 +210,17 @@ class GgufCheckpoint:
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the decoder."""
         family = self.layout.family
-        return {gguf_name(name, family): shape for name, shape in shapes_of(self.layout, HEAD in self._tensors).items()}
+        shapes = shapes_of(self.layout, HEAD in self._tensors, "stacked")
+        return {gguf_name(name, family): shape for name, shape in shapes.items()}
 
     def _check(self) -> None:
         path, expected = self.weights.path, self._expected_or_fewer()
+        other = next((name for name in OLDER if name in self._tensors), None)
+        if other is not None and self.config.experts is not None:
+            raise ConfigError(
+                f"{path} holds its experts in another way than is read here ({other}): take a file with ffn_gate_exps, ffn_up_exps "
+                "and ffn_down_exps, or convert the model again"
+            )
         for name, shape in expected.items():
             tensor = self._tensors.get(name)
             if tensor is None:

@@ -7,12 +7,13 @@ by name, because ignoring it could change the text.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from outrider.config_keys import flag, real, whole
 from outrider.errors import ConfigError
-from outrider.models.families import FAMILIES
+from outrider.models.families import FAMILIES, Family
+from outrider.models.gguf.keys import Keys
+from outrider.models.gguf.mixtures import MIXTURES, is_mixture, mixture_of
 from outrider.models.gguf.weights import Weights
 
 
@@ -20,20 +21,26 @@ from outrider.models.gguf.weights import Weights
 class Architecture:
     """How files of an architecture are read. family: model type in Hugging Face's spelling. named: its class there.
 
-    interleaved: rows of queries and keys are stored as interleaved pairs. keys: what its files say beside `_PLAIN`.
+    interleaved: rows of queries and keys are stored as interleaved pairs. keys: what its files say beside `_PLAIN`. mixed: family
+    and class of its files that have experts.
     """
 
     family: str
     named: str
     interleaved: bool = False
     keys: frozenset[str] = frozenset()
+    mixed: tuple[str, str] | None = None
 
 
+PATTERN = "attention.sliding_window_pattern"
 _CAPS = frozenset({"final_logit_softcapping"})
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True),
+    "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True, mixed=("mixtral", "MixtralForCausalLM")),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", keys=frozenset({PATTERN})),
     "gemma": Architecture("gemma", "GemmaForCausalLM"),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", keys=_CAPS | {"attn_logit_softcapping"}),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", keys=_CAPS | {"rope.freq_base_swa"}),
@@ -56,8 +63,8 @@ _PLAIN = frozenset({
     "attention.causal", "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_log_multiplier", "vocab_size", "tensor_data_layout", "use_parallel_residual", "expert_count",
-    "expert_used_count", "attention.sliding_window",
+    "rope.scaling.yarn_log_multiplier", "vocab_size", "tensor_data_layout", "use_parallel_residual",
+    "attention.sliding_window",
 })  # fmt: skip
 """Keys of every architecture, behind its name."""
 
@@ -75,14 +82,21 @@ def architecture_of(weights: Weights) -> Architecture:
             f"{weights.path} has the architecture {reprlib.repr(name)}, which is not read from GGUF yet (read are "
             f"{', '.join(ARCHITECTURES)}): give the folder in Hugging Face format that it was made from"
         )
-    return ARCHITECTURES[name]
+    row, mixed = ARCHITECTURES[name], is_mixture(Keys(weights))
+    if mixed and row.mixed is not None:
+        return replace(row, family=row.mixed[0], named=row.mixed[1])
+    if mixed and FAMILIES[row.family].experts is None:
+        raise ConfigError(
+            f"{weights.path} is a mixture of experts of the architecture {name}, which is not read from GGUF: use a dense model"
+        )
+    return row
 
 
 def config_of(weights: Weights) -> dict[str, Any]:
     """A `config.json` for these files, as transformers would write it. Raises ConfigError for what is not known here."""
     kind = architecture_of(weights)
-    keys = _Keys(weights)
-    keys.check(_PLAIN | kind.keys)
+    keys = Keys(weights)
+    keys.check(_PLAIN | kind.keys | MIXTURES)
     hidden, heads = keys.whole("embedding_length"), keys.same("attention.head_count")
     embedding = weights.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -110,11 +124,13 @@ def config_of(weights: Weights) -> dict[str, Any]:
         "max_position_embeddings": keys.whole("context_length"),
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.real("rope.freq_base", 10000.0),
-        "rope_scaling": _longrope(weights, keys) if family.longrope else _rope_scaling(keys),
+        "rope_scaling": _longrope(weights, keys) if family.longrope else _rope_scaling(keys, family),
         **({"partial_rotary_factor": turned / head_dim} if family.partial else {}),
         "tie_word_embeddings": "output.weight" not in weights.tensors,
         "dtype": _stored(weights),
     }
+    if family.experts is not None:
+        out |= mixture_of(keys, family.experts, out["intermediate_size"])
     if keys.given("attention.sliding_window"):
         out |= _window(keys, kind)
     out |= _factors(keys, kind, hidden // heads, head_dim, out["num_hidden_layers"])
@@ -129,9 +145,12 @@ def _stored(weights: Weights) -> str:
     return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
-def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
+def _window(keys: Keys, kind: Architecture) -> dict[str, Any]:
     width = keys.whole("attention.sliding_window", least=0)
-    if not width and not FAMILIES[kind.family].pattern:
+    every = FAMILIES[kind.family].pattern
+    if keys.values.get(keys.name(PATTERN), every) != every:
+        raise ConfigError(f"{keys.path} has windows in another order of layers than its architecture's: use another model")
+    if not width and not every:
         return {}
     if "sliding_window" in FAMILIES[kind.family].options:
         return {"sliding_window": width}
@@ -140,7 +159,7 @@ def _window(keys: _Keys, kind: Architecture) -> dict[str, Any]:
     raise ConfigError(f"{keys.path} has a sliding window of {width}, whose layers it does not name: use another model")
 
 
-def _factors(keys: _Keys, kind: Architecture, share: int, head_dim: int, layers: int) -> dict[str, Any]:
+def _factors(keys: Keys, kind: Architecture, share: int, head_dim: int, layers: int) -> dict[str, Any]:
     """The constants of some families. share: see `query_scalar`."""
     out: dict[str, Any] = {}
     if "query_pre_attn_scalar" in FAMILIES[kind.family].options:
@@ -167,11 +186,11 @@ def query_scalar(family: str, layers: int, share: int, head_dim: int) -> int:
     return share if layers == _LARGEST[family] else head_dim
 
 
-def _longrope(weights: Weights, keys: _Keys) -> dict[str, Any] | None:
+def _longrope(weights: Weights, keys: Keys) -> dict[str, Any] | None:
     """LongRoPE's divisors, which lie in tensors; the longer ones too, though only the short are used."""
     found = [weights.tensors.get(name) for name in FACTORS.values()]
     if not all(found):
-        return _rope_scaling(keys)
+        return _rope_scaling(keys, FAMILIES["phi3"])
     if any(tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] > 2048) for tensor in found):
         raise ConfigError(f"{keys.path} has LongRoPE's divisors in another shape than a list: download it again")
     out: dict[str, Any] = {name: weights.numbers(tensor).tolist() for name, tensor in FACTORS.items()}
@@ -184,7 +203,7 @@ def _longrope(weights: Weights, keys: _Keys) -> dict[str, Any] | None:
     return out
 
 
-def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
+def _rope_scaling(keys: Keys, family: Family) -> dict[str, Any] | None:
     kind = keys.values.get(keys.name("rope.scaling.type"), "none")
     if kind == "none":
         old = keys.real("rope.scale_linear", 1.0)
@@ -203,6 +222,7 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
         )
     out: dict[str, Any] = {"rope_type": "yarn", "factor": keys.real("rope.scaling.factor", most=1e6)}
     out["original_max_position_embeddings"] = keys.whole("rope.scaling.original_context_length")
+    out |= {"truncate": False} if family.scaled else {}  # gpt-oss's own configuration, for which GGUF has no key
     for ours, theirs in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         if keys.given(f"rope.scaling.{ours}"):
             out[theirs] = keys.real(f"rope.scaling.{ours}", most=1e6)
@@ -210,50 +230,3 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
         if keys.given(name) and keys.real(name, most=1e6) != 1.0:
             raise ConfigError(f"{keys.path} has {keys.name(name)} other than 1, which is not read: use another model")
     return out
-
-
-class _Keys:
-    """The keys of a model's architecture, each bounded when it is read."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.path, self.values = weights.path, weights.values
-        self._prefix = f"{weights.value('general.architecture')}."
-
-    def name(self, key: str) -> str:
-        return self._prefix + key
-
-    def given(self, key: str) -> bool:
-        return self.name(key) in self.values
-
-    def check(self, known: frozenset[str]) -> None:
-        """Refuse keys that are not known, and values of known ones that mean another network."""
-        for key in self.values:
-            if key.startswith(self._prefix) and key.removeprefix(self._prefix) not in known:
-                raise ConfigError(
-                    f"{self.path} has the key {key[:120]}, which is not known to be without effect: use another model"
-                )
-        if self.whole("expert_count", 0, least=0) or self.whole("expert_used_count", 0, least=0):
-            raise ConfigError(
-                f"{self.path} is a mixture of experts, which is not read from GGUF yet: use a dense model"
-            )
-        if flag(self.values, self.name("use_parallel_residual"), self.path):
-            raise ConfigError(f"{self.path} has parallel residuals, which are not read: use another model")
-        if not flag(self.values, self.name("attention.causal"), self.path, True):
-            raise ConfigError(f"{self.path} is an encoder, in which a token sees what follows it: use a causal model")
-
-    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        return whole(self.values, self.name(key), self.path, default=default, least=least, most=1 << 26)
-
-    def real(self, key: str, default: float | None = None, *, most: float = 1e12) -> float:
-        return real(self.values, self.name(key), self.path, default, most=most)
-
-    def same(self, key: str, default: int | None = None) -> int:
-        """A number that a file may give for every layer, if it is the same for all."""
-        value = self.values.get(self.name(key))
-        if isinstance(value, tuple) and value:
-            if len(set(value)) > 1:
-                raise ConfigError(
-                    f"{self.path}: {self.name(key)} differs between layers, which is not read: use another model"
-                )
-            return whole({key: value[0]}, key, self.path, most=1 << 26)
-        return self.whole(key, default)

@@ -69,8 +69,15 @@ struct Sums {
         }
     }
 
-    static void finish(float* sums, int64_t width) {
-        for (int64_t d = HEAD; d < HEAD + width; ++d) sums[d] /= sums[1];
+    // sink: a score that takes weight and adds nothing; null: none.
+    static void finish(float* sums, int64_t width, const float* sink, float scale) {
+        float a = 1.0f;
+        if (sink) {
+            const float top = sums[0] * scale, high = *sink > top ? *sink : top;
+            a = exp_near(vf{} + (top - high))[0];
+            sums[1] = sums[1] * a + exp_near(vf{} + (*sink - high))[0];
+        }
+        for (int64_t d = HEAD; d < HEAD + width; ++d) sums[d] = sums[d] * a / sums[1];
     }
 };
 

@@ -89,7 +89,7 @@ class Decoder {
             phase(m_.heads + 2 * m_.kv_heads, [&](int64_t u) { project_head(layer, l, u, scratch); });
             if (layer.row_norm) phase(c_.rows, [&](int64_t i) { norm_row(layer, l, i); });
             phase(m_.kv_heads * plan_.units, [&](int64_t u) { mix(layer, l, u, scratch); });
-            if (plan_.kept > 0) phase(m_.kv_heads * plan_.tasks, [&](int64_t u) { fold(u, scratch); });
+            if (plan_.kept > 0) phase(m_.kv_heads * plan_.tasks, [&](int64_t u) { fold(layer, u, scratch); });
             round(mixed_);
             phase(blocks(m_.hidden), [&](int64_t u) { add_product(*layer.o, mixed_, layer.o_bias, layer.post1, u, scratch); });
             phase(c_.rows, [&](int64_t i) { add_part(layer.post1, i), normalise(i, i, layer.norm2, scratch); });
@@ -241,11 +241,11 @@ class Decoder {
             for (int64_t q = 0; part > unit.from && q < queries; ++q)
                 Sums::fold(sums + q * sums_size_, more + q * sums_size_, m_.head_dim, score_scale());
         }
-        finish(head, task, sums);
+        finish(layer, head, task, sums);
     }
 
     // Folds the kept results of a task of one KV head.
-    void fold(int64_t u, float* scratch) {
+    void fold(const LayerPointers& layer, int64_t u, float* scratch) {
         const int64_t head = u / plan_.tasks;
         const Task& task = plan_.task(u % plan_.tasks);
         if (task.kept < 0) return;
@@ -256,7 +256,7 @@ class Decoder {
             for (int64_t at = 0; at < size; at += sums_size_)
                 Sums::fold(sums + at, kept(head, task, part) + at, m_.head_dim, score_scale());
         if (task.mass) tell(head, task, sums);
-        finish(head, task, sums);
+        finish(layer, head, task, sums);
     }
 
     // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does.
@@ -267,10 +267,10 @@ class Decoder {
                 out + part * CHUNKS);
     }
 
-    void finish(int64_t head, const Task& task, float* sums) {
+    void finish(const LayerPointers& layer, int64_t head, const Task& task, float* sums) {
         const int64_t d = m_.head_dim, row = plan_.segment(task.segment).first + task.offset;
         for (int64_t q = 0; q < task.count * group_; ++q) {
-            Sums::finish(sums + q * sums_size_, d);
+            Sums::finish(sums + q * sums_size_, d, layer.sinks ? layer.sinks + head * group_ + q % group_ : nullptr, score_scale());
             mixed_.put(row + q / group_, (head * group_ + q % group_) * d, sums + q * sums_size_ + Sums::HEAD, d);
         }
     }

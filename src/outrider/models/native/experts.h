@@ -18,6 +18,22 @@ inline void swish(float* gate, const float* up, int64_t n) {
     }
 }
 
+// gate[0 : n] = gate * sigmoid(gain * gate) * (up + 1) of bounded gates and ups, in whole vectors.
+inline void bounded_swish(float* gate, float* up, int64_t n, float limit, float gain) {
+    for (int64_t j = 0; j < n; ++j) {
+        gate[j] = gate[j] > limit ? limit : gate[j];
+        up[j] = up[j] > limit ? limit : up[j] < -limit ? -limit : up[j];
+    }
+    for (int64_t j = 0; j < n; j += LANES) {
+        const vf x = load<vf>(gate + j);
+        store(gate + j, x / (1.0f + exp_near(-gain * x)) * (load<vf>(up + j) + 1.0f));
+    }
+}
+
+inline void add_bias(float* x, const float* bias, int64_t n) {
+    for (int64_t j = 0; bias && j < n; ++j) x[j] += bias[j];
+}
+
 class Mixture {
    public:
     // Keeps the pointers of the layers. block: outputs of a linear that a thread takes at a time.
@@ -43,7 +59,7 @@ class Mixture {
             const int64_t from = u * block_;
             layer.router->product(from, size(from, m_.experts), in, 0, rows_, logits_ + from, m_.experts);
         });
-        phase(rows_, [&](int64_t i) { choose(i); });
+        phase(rows_, [&](int64_t i) { add_bias(logits_ + i * m_.experts, layer.router_bias, m_.experts), choose(i); });
         phase(1, [&](int64_t) { group(l); });
         if (rows_ > 1) phase(pairs_, [&](int64_t p) { gather(p, in); });
         const Input& rows = rows_ > 1 ? gathered_ : in;
@@ -103,26 +119,31 @@ class Mixture {
         gathered_.round_row(p);
     }
 
-    // inner = silu(gate) * up of the rows that chose the t-th touched expert, block u of its outputs.
+    // inner = silu(gate) * up (or the bounded one) of the rows that chose the t-th touched expert, block u of its outputs.
     void activate(const LayerPointers& layer, int64_t t, int64_t u, const Input& in, float* gate) {
         const int64_t first = first_[t], rows = first_[t + 1] - first, at = rows_ > 1 ? first : 0;
         const int64_t from = u * block_, n = size(from, m_.expert_inner), mine = expert_[t] * m_.expert_inner + from;
         float* up = gate + rows * block_;
         layer.gate_up->product(mine, n, in, at, rows, gate, block_);
         layer.gate_up->product(m_.experts * m_.expert_inner + mine, n, in, at, rows, up, block_);
+        const float* bias = layer.gate_up_bias ? layer.gate_up_bias + mine : nullptr;
         for (int64_t i = 0; i < rows; ++i) {
-            swish(gate + i * block_, up + i * block_, n);
+            add_bias(gate + i * block_, bias, n);
+            add_bias(up + i * block_, bias ? bias + m_.experts * m_.expert_inner : nullptr, n);
+            if (m_.limit > 0.0) bounded_swish(gate + i * block_, up + i * block_, n, (float)m_.limit, (float)m_.gain);
+            else swish(gate + i * block_, up + i * block_, n);
             inner_.put(first + i, from, gate + i * block_, n);
         }
     }
 
-    // x += weight * (down @ inner) of every touched expert in turn, block u of outputs.
+    // x += weight * (down @ inner + bias) of every touched expert in turn, block u of outputs.
     void add(const LayerPointers& layer, int64_t u, int64_t touched, float* x, int64_t stride, float* tile) {
         const int64_t from = u * block_, n = size(from, m_.hidden);
         for (int64_t t = 0; t < touched; ++t) {
             const int64_t first = first_[t], rows = first_[t + 1] - first;
             layer.down->product(expert_[t] * m_.hidden + from, n, inner_, first, rows, tile, block_);
             for (int64_t i = 0; i < rows; ++i) {
+                add_bias(tile + i * block_, layer.down_bias ? layer.down_bias + expert_[t] * m_.hidden + from : nullptr, n);
                 float* to = x + row_[first + i] * stride + from;
                 for (int64_t j = 0; j < n; ++j) to[j] += weight_[first + i] * tile[i * block_ + j];
             }

@@ -80,32 +80,50 @@ inline void read_scales(const uint8_t* s, Block& b) {
     }
 }
 
+// The codes of a block of type F, which is known when this is compiled: a file of gigabytes goes through it when it is loaded.
+template <Format F>
+inline void read_codes(const uint8_t* p, Block& b) {
+    constexpr BlockSizes size = sizes_of(F);
+    constexpr bool super = size.values == 256;
+    const uint8_t* bytes = p + (F == Q6_K ? 0 : F == MXFP4 ? 1 : super ? 16 : size.minimum || F == INT8 ? 4 : 2);
+    const uint8_t* high = F == Q6_K ? p + 128 : bytes;
+    if (F == Q5_0 || F == Q5_1) bytes += 4;
+    if (F == Q5_K) bytes += 32;
+    constexpr int span = F == Q6_K ? 64 : super ? 32 : 16;  // bytes whose low halves come before their high ones
+    constexpr int run = span < 32 ? span : 32;  // neighbours that lie alike
+    for (int from = 0; from < size.values; from += run) {
+        const uint8_t* low = bytes + (size.bits == 8 ? from : from / (2 * span) * span + from % span);
+        const uint8_t* more = high + (F == Q6_K ? from / 128 * 32 : 0);
+        for (int i = 0; i < run; ++i) {
+            int code = size.bits == 8 ? low[i] ^ 0x80 : low[i] >> from / span % 2 * 4 & 15;
+            if (F == Q5_0 || F == Q5_1) code |= (high[(from + i) / 8] >> (from + i) % 8 & 1) << 4;
+            if (F == Q5_K) code |= (more[i] >> from / 32 & 1) << 4;
+            if (F == Q6_K) code |= (more[i] >> from % 128 / 32 * 2 & 3) << 4;
+            b.raw[from + i] = (uint8_t)code;
+        }
+    }
+    for (int k = 0; k < size.values; ++k) b.code[k] = (int8_t)(F == MXFP4 ? FP4[b.raw[k]] : b.raw[k] - size.offset);
+}
+
 inline void read_block(Format f, const uint8_t* p, Block& b) {
     const BlockSizes size = sizes_of(f);
-    const bool super = size.values == 256;
     std::memset(b.scale, 1, sizeof b.scale), std::memset(b.least, 1, sizeof b.least);
     b.d = f == MXFP4 ? half_power(p[0]) : f == Q6_K ? read16(p + 208) : f == INT8 ? 0 : read16(p);
     b.m = size.minimum ? read16(p + 2) : 0;
     if (f == Q4_K || f == Q5_K) b.m ^= 0x8000u, read_scales(p + 4, b);  // there m is taken away
     if (f == Q6_K) std::memcpy(b.scale, p + 192, 16);
-    const uint8_t* bytes = p + (f == Q6_K ? 0 : f == MXFP4 ? 1 : super ? 16 : size.minimum || f == INT8 ? 4 : 2);
-    const uint8_t* high = bytes;
-    if (f == Q5_0 || f == Q5_1) bytes += 4;
-    if (f == Q5_K) bytes += 32;
-    if (f == Q6_K) high = p + 128;
-    const int span = f == Q6_K ? 64 : super ? 32 : 16;  // bytes whose low halves come before their high ones
-    for (int k = 0; k < size.values; ++k) {
-        if (size.bits == 8) {
-            b.raw[k] = bytes[k] ^ 0x80u;
-        } else {
-            const int at = k / (2 * span) * span + k % span;
-            int code = k / span % 2 ? bytes[at] >> 4 : bytes[at] & 15;
-            if (f == Q5_0 || f == Q5_1) code |= (high[k / 8] >> k % 8 & 1) << 4;
-            if (f == Q5_K) code |= (high[k % 32] >> k / 32 & 1) << 4;
-            if (f == Q6_K) code |= (high[k / 128 * 32 + k % 32] >> k % 128 / 32 * 2 & 3) << 4;
-            b.raw[k] = (uint8_t)code;
-        }
-        b.code[k] = (int8_t)(f == MXFP4 ? FP4[b.raw[k]] : b.raw[k] - size.offset);
+    switch (f) {
+        case Q4_0: return read_codes<Q4_0>(p, b);
+        case Q4_1: return read_codes<Q4_1>(p, b);
+        case Q5_0: return read_codes<Q5_0>(p, b);
+        case Q5_1: return read_codes<Q5_1>(p, b);
+        case Q8_0: return read_codes<Q8_0>(p, b);
+        case Q4_K: return read_codes<Q4_K>(p, b);
+        case Q5_K: return read_codes<Q5_K>(p, b);
+        case Q6_K: return read_codes<Q6_K>(p, b);
+        case MXFP4: return read_codes<MXFP4>(p, b);
+        case INT8: return read_codes<INT8>(p, b);
+        default: return;
     }
 }
 

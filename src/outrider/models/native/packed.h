@@ -46,10 +46,11 @@ class Place {
     Place(const Layout& layout, uint8_t* group, int lane) : l_(layout), group_(group), lane_(lane) {}
 
     void put(int64_t block, const Block& b) {
-        const int units = l_.size.values / UNIT;
-        for (int u = 0; u < units; ++u) {
-            uint8_t* at = group_ + (block * units + u) * l_.unit_bytes() + 4 * lane_;
-            for (int v = 0; v < UNIT; ++v) put_code(at, v, b, u * UNIT + v);
+        switch (l_.size.bits) {
+            case 4: put_codes<4>(block, b); break;
+            case 5: put_codes<5>(block, b); break;
+            case 6: put_codes<6>(block, b); break;
+            default: put_codes<8>(block, b);
         }
         uint8_t* side = group_ + l_.codes_bytes() + block * l_.side_bytes();
         if (l_.format != INT8) std::memcpy(side + 2 * lane_, &b.d, 2);
@@ -58,7 +59,11 @@ class Place {
         if (l_.format == Q6_K) {
             for (int j = 0; j < 16; ++j) side[(2 + j) * LANES + lane_] = (uint8_t)b.scale[j];
             int32_t start = 0;  // see X_OFFSET
-            for (int k = 0; k < 256; ++k) start -= X_OFFSET * b.scale[k / 16] * b.code[k];
+            for (int j = 0; j < 16; ++j) {
+                int32_t sum = 0;
+                for (int i = 0; i < 16; ++i) sum += b.code[16 * j + i];
+                start -= X_OFFSET * b.scale[j] * sum;
+            }
             std::memcpy(side + 18 * LANES + 4 * lane_, &start, 4);
             return;
         }
@@ -79,17 +84,22 @@ class Place {
     }
 
    private:
-    void put_code(uint8_t* at, int v, const Block& b, int k) const {
-        const int j = v / 4, i = v % 4;
-        const unsigned c = b.raw[k];
-        if (l_.size.bits == 8) {
-            at[j * VECTOR + i] = (uint8_t)(c ^ (UNSIGNED_BYTES ? 0 : 0x80));
-            return;
+    // Codes four at a time, a byte each of a word: no shift below crosses a byte.
+    template <int BITS>
+    void put_codes(int64_t block, const Block& b) const {
+        for (int u = 0; u < l_.size.values / UNIT; ++u) {
+            uint8_t* at = group_ + (block * (l_.size.values / UNIT) + u) * l_.unit_bytes() + 4 * lane_;
+            uint32_t four[8], upper[2] = {0, 0};
+            std::memcpy(four, b.raw + u * UNIT, sizeof four);
+            for (int j = 0; BITS == 8 && j < 8; ++j) put_word(at + j * VECTOR, four[j] ^ (UNSIGNED_BYTES ? 0u : 0x80808080u));
+            for (int j = 0; BITS < 8 && j < 4; ++j) put_word(at + j * VECTOR, (four[j] & 0x0f0f0f0fu) | (four[j + 4] & 0x0f0f0f0fu) << 4);
+            for (int j = 0; BITS == 5 && j < 8; ++j) upper[0] |= (four[j] >> 4 & 0x01010101u) << j;
+            for (int j = 0; BITS == 6 && j < 8; ++j) upper[j / 4] |= (four[j] >> 4 & 0x03030303u) << 2 * (j % 4);
+            for (int i = 0; BITS < 8 && i < BITS - 4; ++i) put_word(at + (4 + i) * VECTOR, upper[i]);
         }
-        at[j % 4 * VECTOR + i] |= (uint8_t)((c & 15) << (j < 4 ? 0 : 4));
-        if (l_.size.bits == 5) at[4 * VECTOR + i] |= (uint8_t)(c >> 4 << j);
-        if (l_.size.bits == 6) at[(4 + j / 4) * VECTOR + i] |= (uint8_t)(c >> 4 << 2 * (j % 4));
     }
+
+    static void put_word(uint8_t* to, uint32_t word) { std::memcpy(to, &word, 4); }
 
     const Layout& l_;
     uint8_t* group_;

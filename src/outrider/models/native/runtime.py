@@ -65,6 +65,7 @@ class _Model(ctypes.Structure):
         ("layer", ctypes.POINTER(_Layer)),
         ("clip", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("experts", "experts_used", "expert_inner", "normalised", "cache")),
+        *((name, ctypes.c_double) for name in ("limit", "gain")),
     ]
 
 
@@ -289,7 +290,7 @@ class NativeDecoder:
             len(c.inv_freq), len(tables), int(c.activation != "silu"), c.eps, c.rope_scale, scale, c.attention_cap,
             c.scale_of_embeddings(w.dtype), c.residual_scale, c.logit_scale, c.logit_cap,
             inv_freq.data_ptr(), w.norm.data_ptr(), w.embedding.handle, w.head.handle, layers,
-            c.clip, *sizes_of(c.experts), cache,
+            c.clip, *sizes_of(c.experts), cache, *((0.0, 1.0) if c.experts is None else (c.experts.limit, c.experts.gain)),
         )  # fmt: skip
         return library.outrider_new(ctypes.addressof(model))
 

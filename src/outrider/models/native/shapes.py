@@ -20,7 +20,7 @@ def unlike(config: DecoderConfig, weights: DecoderWeights) -> str | None:
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, not {shape}; {ODD}"
         wide = weights.wide_norms and name.split()[0] in (*NORMS, "norm")
-        dtype = torch.float32 if wide else weights.dtype
+        dtype = torch.float32 if wide or (name.startswith("router") and tensor.dtype is torch.float32) else weights.dtype
         if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return f"{name} is not a contiguous CPU tensor of the embedding's type; {ODD}"
     return None
@@ -44,9 +44,11 @@ def _expected(config: DecoderConfig, weights: DecoderWeights) -> list[tuple[str,
         "norm2": (c.hidden,),
         "gate_up": (2 * c.inner, c.hidden),
         "down": (c.hidden, c.inner),
+        "sinks": (c.heads,),
     }
     count, _, inner, _ = sizes_of(c.experts)
     sparse = {"router": (count, c.hidden), "gate_up": (2 * count * inner, c.hidden), "down": (count * c.hidden, inner)}
+    sparse |= {"router_bias": (count,), "gate_up_bias": (2 * count * inner,), "down_bias": (count * c.hidden,)}
     out: list[tuple[str, Any, tuple[int, ...]]] = [
         ("embedding", weights.embedding, (c.vocab_size, c.hidden)),
         ("norm", weights.norm, (c.hidden,)),

@@ -10,12 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from outrider.models.decoder import DecoderWeights, LayerWeights
+from outrider.models.decoder import DecoderWeights, LayerWeights, taken
 from outrider.nn.products import NativeLinear
 
 LINEARS = ("qkv", "o", "gate_up", "down", "router")
 """A router is None in a dense layer."""
-VECTORS = ("norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2")
+VECTORS = (
+    "norm1", "qkv_bias", "q_norm", "k_norm", "o_bias", "norm2", "post1", "post2", "sinks", "router_bias",
+    "gate_up_bias", "down_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,19 @@ class NativeWeights:
         every = (linear for layer in self.layers for linear in layer.linears.values())
         return [self.embedding, self.head, *(linear for linear in every if linear is not None)]
 
+    def expert_share(self, used: int, count: int) -> float:
+        """Share of the bytes of a forward of one row that are of the `used` of `count` experts in each sparse layer."""
+        read = lambda names, layer: sum(found.bytes for n in names if (found := layer.linears[n]) is not None)  # noqa: E731
+        parts = ("gate_up", "down")
+        sparse = [layer for layer in self.layers if layer.linears["router"] is not None]
+        experts = sum(read(parts, layer) for layer in sparse) * used / count
+        rest = sum(read(set(LINEARS) - set(parts), layer) for layer in self.layers) + self.head.bytes
+        rest += sum(read(parts, layer) for layer in self.layers if layer.linears["router"] is None)
+        return experts / (experts + rest)
+
     @classmethod
     def of(cls, library: ctypes.CDLL, w: DecoderWeights) -> NativeWeights:
-        """Blocks are taken one after the other: packed ones are let go of as soon as they are repacked."""
+        """Linears are taken one after the other: packed ones are let go of as soon as they are repacked."""
         embedding = NativeLinear(library, w.embedding)
         head = embedding if w.head is w.embedding else NativeLinear(library, w.head)
         return cls(embedding, _layers(library, w.layers), w.norm.float().contiguous(), head, w.dtype)
@@ -53,7 +66,7 @@ def _layers(library: ctypes.CDLL, layers: Iterable[LayerWeights]) -> tuple[Nativ
     out = []
     for layer in layers:
         given = {name: getattr(layer, name) for name in LINEARS}
-        linears = {name: None if w is None else NativeLinear(library, w) for name, w in given.items()}
+        linears = {name: None if w is None else NativeLinear(library, taken(w)) for name, w in given.items()}
         vectors = {name: getattr(layer, name) for name in VECTORS}
         out.append(NativeLayer(linears, {k: None if v is None else v.float().contiguous() for k, v in vectors.items()}))
     return tuple(out)

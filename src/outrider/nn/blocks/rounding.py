@@ -14,6 +14,7 @@ from torch import Tensor
 
 from outrider.errors import ConfigError, unknown_name
 from outrider.nn.blocks.table import BlockType
+from outrider.nn.blocks.values import FP4_VALUES, power
 
 _ROWS = 1024
 """Rows that are rounded at a time."""
@@ -54,6 +55,19 @@ def _q8_0(x: Numbers) -> Rounded:
     scaled = x * _inverse(d)
     q = torch.where(scaled < 0, (scaled - 0.5).ceil(), (scaled + 0.5).floor())
     return torch.cat([_halves(d), q.to(torch.int8).view(torch.uint8)], 1)
+
+
+def _mxfp4(x: Numbers) -> Rounded:
+    """The scale by the greatest magnitude, then the nearest of its sixteen numbers; of equally near ones the first."""
+    d = x.abs().amax(1, keepdim=True)
+    e = torch.where(d > 0, d.log2().floor() + 125, 0.0).clamp(min=0).to(torch.uint8)
+    scale, best = power(e), torch.full_like(x, torch.inf)
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for code, value in enumerate(FP4_VALUES):
+        error = (scale * value - x).abs_()
+        nearer = error < best
+        codes[nearer], best[nearer] = code, error[nearer]
+    return torch.cat([e, _packed(codes)], 1)
 
 
 def _symmetric(levels: int) -> Callable[[Numbers], Rounded]:
@@ -134,6 +148,7 @@ ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
     "q4_k": _k_affine(15),
     "q5_k": _k_affine(31),
     "q6_k": _q6_k,
+    "mxfp4": _mxfp4,
 }
 """The types that numbers can be rounded to."""
 

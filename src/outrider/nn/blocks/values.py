@@ -123,11 +123,15 @@ def iq4_xs(b: Blocks) -> Values:
     return _spread(scale, _looked_up(IQ4_VALUES, nibbles(b[:, 8:], 16)))
 
 
-def mxfp4(b: Blocks) -> Values:
-    """The scale is 2 ** (e - 128): half of what e8m0 says, since the table holds doubles."""
-    e = b[:, :1].to(torch.int32)
+def power(e: UInt8[Tensor, "n one"]) -> Float[Tensor, "n one"]:
+    """The scale 2 ** (e - 128) of MXFP4: half of what e8m0 says, since the table holds doubles."""
+    e = e.to(torch.int32)
     word = torch.where(e < 2, 0x00200000 << e.clamp(max=1), (e - 1).clamp(min=0) << 23)
-    return word.view(torch.float32) * _looked_up(FP4_VALUES, nibbles(b[:, 1:], 16))
+    return word.view(torch.float32)
+
+
+def mxfp4(b: Blocks) -> Values:
+    return power(b[:, :1]) * _looked_up(FP4_VALUES, nibbles(b[:, 1:], 16))
 
 
 def _looked_up(values: tuple[int, ...], codes: UInt8[Tensor, "n codes"]) -> Float[Tensor, "n codes"]:
