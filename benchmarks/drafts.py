@@ -34,7 +34,7 @@ from outrider.drafters.medusa.format import MedusaConfig
 from outrider.models.load import load_target
 from outrider.nn.drafts import Rows
 from outrider.nn.held import library_for
-from outrider.nn.kv import RowCache
+from outrider.nn.row_cache import RowCache
 from outrider.params import SamplingParams
 
 CONTEXT = 128

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from outrider.errors import CapabilityError, RequestError
+from outrider.schemas import without_other_formats
 
 KINDS = ("regex", "json", "lark")
 STAGED = "staged"
@@ -154,7 +155,11 @@ class Compiler:
         matcher = self._lib.LLMatcher
         if kind == "lark":
             return matcher.grammar_from_lark(body)
-        return matcher.grammar_from_regex(body) if kind == "regex" else matcher.grammar_from_json_schema(body, BLANKS)
+        if kind == "regex":
+            return matcher.grammar_from_regex(body)
+        if '"format"' in body:
+            body = json.dumps(without_other_formats(json.loads(body)))
+        return matcher.grammar_from_json_schema(body, BLANKS)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token adds to the text; special tokens are spelled by their names."""

@@ -162,6 +162,9 @@ class Engine(EngineCore):
 def names_of(options: dict[str, object]) -> tuple[dict[str, object], Drafter | None, Rule | None]:
     """`options` as plain values, and the drafter and rule objects among them; in the options their names replace them."""
     named, drafter, rule = dict(options), None, None
+    for name, otherwise in (("draft", "none"), ("rule", "auto")):
+        if name in named and named[name] is None:
+            raise ConfigError(f"{name} is None: write {name}={otherwise!r}, or leave it out")
     if isinstance(named.get("draft"), Path):
         named["draft"] = str(named["draft"])
     if is_model(named.get("draft")):  # it becomes a drafter for a target, by its name

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,66 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} does not hold a JSON object: download it again")
     return value
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The text of a user's file, or of a pipe, of at most `limit` bytes, without a byte order mark. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(limit + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: name a file in it") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    if len(found) > limit:
+        raise ConfigError(f"{path}: larger than {limit >> 20} MiB; split it")
+    try:
+        return found.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The value of a user's JSON. Raises ConfigError, which begins with `where`, for what is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not JSON that can be read (lists in lists in lists)") from None
+    except ValueError as error:  # numbers of thousands of digits, bytes that are no text
+        raise ConfigError(f"{where}: not JSON that can be read ({str(error).partition(';')[0][:200]})") from None
+
+
+def json_rows(text: str, where: object) -> Iterator[tuple[str, Any]]:
+    """The values of JSON lines, each with its place, "where:line"; blank lines are skipped.
+
+    A line ends at its line feed only: other characters that end lines may stand in JSON's texts.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{where}:{number}", parse_json(line, f"{where}:{number}")
+
+
+def read_yaml(path: Path, limit: int) -> Any:
+    """The plain data of a YAML file of at most `limit` bytes, in which aliases are copies and dates texts. Raises ConfigError,
+    also for aliases that stand for more than 16 times as much, and for one that holds itself."""
+    import yaml
+
+    text, parts, size = read_text(path, limit), list[str](), 0
+    try:
+        for part in json.JSONEncoder(default=str).iterencode(yaml.safe_load(text)):
+            parts.append(part)
+            size += len(part)
+            if size > 16 * limit:
+                raise ConfigError(f"{path}: its aliases stand for more than {limit >> 16} MiB: write less, or several files")
+        return json.loads("".join(parts))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    except (TypeError, ValueError, RecursionError):
+        raise ConfigError(f"{path}: it may hold texts, numbers, lists and mappings only, and no loop") from None
 
 
 def read_weight_map(index: Path, limit: int) -> dict[str, str]:

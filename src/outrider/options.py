@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from inspect import Parameter, get_annotations, signature
-from typing import Any, TypedDict, TypeVar, get_args, no_type_check
+from typing import Any, SupportsFloat, TypedDict, TypeVar, get_args, no_type_check
 
 from outrider.errors import ConfigError, unknown_name
 
@@ -43,6 +45,7 @@ DTYPES: Mapping[str, str] = {
 """Number formats of weights: what --dtype takes -> PyTorch's name."""
 IMPLEMENTATIONS = ("auto", "lean", "hf")
 """What runs a model: our runtime, transformers, or the first of them that can."""
+_DEVICE = re.compile(r"auto|cpu(:0)?|cuda(:\d{1,3})?")
 MOST = 64
 """The longest draft that may be asked for."""
 LENGTHS: Mapping[str, str] = {
@@ -105,6 +108,14 @@ class EngineOptions:
     draft_vocabulary: int | str | None = None
 
     def __post_init__(self) -> None:
+        for name in _LEAST:  # numbers of numpy and PyTorch
+            value = getattr(self, name)
+            if not isinstance(value, int) and hasattr(value, "__index__"):
+                with suppress(TypeError):  # of a tensor of several
+                    object.__setattr__(self, name, operator.index(value))
+        for name in ("dtype", "device"):  # PyTorch's own objects of these names
+            if type(getattr(self, name)).__module__ == "torch":
+                object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
         for name in _TEXTS:
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -117,10 +128,13 @@ class EngineOptions:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
         memory = self.kv_memory
         if memory is not None and (
-            isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < 1e9
+            isinstance(memory, bool) or not isinstance(memory, int | float | SupportsFloat) or not 0 < float(memory) < 1e9
         ):
             raise ConfigError(f"kv_memory must be a number of GB above 0, got {memory!r}")
+        if memory is not None:
+            object.__setattr__(self, "kv_memory", float(memory))
         _check_named("dtype", self.dtype, ("auto", *DTYPES))
+        check_device(self.device)
         _check_named("implementation", self.implementation, IMPLEMENTATIONS)
         _check_lengths(self.lengths, self.length)
         object.__setattr__(self, "draft_vocabulary", _vocabulary(self.draft_vocabulary))
@@ -183,6 +197,12 @@ def _check_named(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise ConfigError for a name that no table has: said before PyTorch is imported, which takes seconds."""
     if name not in known:
         raise ConfigError(unknown_name(kind, name, known))
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for a device that models do not run on here; whether the machine has it, PyTorch says later."""
+    if not _DEVICE.fullmatch(name):
+        raise ConfigError(f"unknown device {name!r}; use 'auto', 'cpu' or 'cuda' (or one of several, as 'cuda:1')")
 
 
 def _check_lengths(lengths: object, length: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from outrider.cli import chat_lines
 from outrider.cli.chat import Conversation
 from outrider.cli.chat_lines import COMMANDS, ENDS, edited_lines, history_file, obey, read_text
 from outrider.cli.closing import Closing
+from outrider.dialects.detect import detect
 from outrider.errors import RequestError
 from outrider.params import SamplingParams
 from tests.serve.chatserver import SCRIPTS, chat_engine
@@ -47,6 +49,31 @@ def talk() -> Conversation:
 def test_lines_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert typed(monkeypatch, "one", "two\\", "three", '"""a', "", 'b"""', '"""', "c", '"""', '"""open', "end") == [
         "one", "two\nthree", "a\n\nb", "c", "open\nend"]  # fmt: skip
+
+
+def test_ctrl_c_drops_what_was_typed_and_ends_when_nothing_was_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    readline = pytest.importorskip("readline")
+    monkeypatch.setattr(chat_lines.sys.stdin, "isatty", lambda: True, raising=False)
+    buffer, pressed = "", KeyboardInterrupt()
+    monkeypatch.setattr(readline, "get_line_buffer", lambda: buffer)
+    script: list[Any] = ['"""a', pressed, pressed, "one", pressed, pressed]
+
+    def give(_: str = "") -> str:
+        found = script.pop(0)
+        if found is pressed:
+            raise pressed
+        return found
+
+    monkeypatch.setattr("builtins.input", give)
+    assert read_text() == "one", "a block was dropped, and the first press with nothing typed ends nothing"
+    with pytest.raises(KeyboardInterrupt):
+        read_text()
+    buffer, script = "half a line", [pressed] * 5 + ["two"]
+    assert read_text() == "two"
+    monkeypatch.setattr(chat_lines.sys.stdin, "isatty", lambda: False, raising=False)
+    script = [pressed]
+    with pytest.raises(KeyboardInterrupt):
+        read_text()
 
 
 def test_commands(talk: Conversation) -> None:
@@ -91,6 +118,21 @@ def test_a_conversation_with_thinking(talk: Conversation, capsys: Any, monkeypat
     assert obey(talk, "/stats") == told, "what was refused is no part of the conversation"
     assert obey(talk, "/system -") == "system message: none" and talk.messages[0]["role"] == "user"
     assert obey(talk, "/clear") and talk.messages == []
+
+
+def test_the_channels_of_gpt_oss_are_read(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    SCRIPTS["greet"] = (
+        "<|channel|>analysis<|message|>A guest.<|end|><|start|>assistant<|channel|>final<|message|>Hello there!"
+    )
+    styled = list[str]()
+    monkeypatch.setattr(typer, "style", lambda text, **_: styled.append(text) or text)
+    closing = Closing()
+    talk = Conversation(rewired(chat_engine("plain"))(sinks=(closing,)), None, closing, replace(GREEDY, max_tokens=200))
+    talk.dialect = detect(lambda *_, **__: "", "{{ '<|channel|>analysis<|message|>' }}")
+    assert talk.read_marks() == ("<|channel|>", "<|start|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
+    talk.turn("greet")
+    assert "<|" not in capsys.readouterr().out and "".join(styled) == "A guest."
+    assert talk.messages[-1] == {"role": "assistant", "content": "Hello there!", "reasoning_content": "A guest."}
 
 
 def test_a_system_message_that_the_template_refuses_changes_nothing(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,47 +101,68 @@ def test_help_is_plain_and_whole_everywhere(command: tuple[str, ...], monkeypatc
         assert text.startswith("Usage: outrider") and not set(text) & set("…─│")
 
 
+WRONG = [
+    ["generate", "x", "--target", "./nosuch"],
+    ["generate", "x", "--target", "./empty"],
+    ["generate", "x", "--target", "./file"],
+    ["generate", "x", "--draft", "tree:2x2:./nosuch"],
+    ["generate", "x", "--draft", "ngram+medusa:/nosuch"],
+    ["generate", "x", "--json-schema", "nosuch.json"],
+    ["generate", ""],
+    ["bench", "--prompts", "nosuch.jsonl"],
+    ["bench", "--prompts", "empty"],
+    ["bench", "--out", "file/x.json"],
+    ["bench", "--out", "empty"],
+    ["plan", "--draft", "ngram", "--draft", "./nosuch"],
+    ["predict", "--from-logs", "nosuch"],
+    ["predict", "--from-logs", "file"],
+    ["generate", "x", "--rule", "blokc"],
+    ["bench", "--draft", "ngarm"],
+    ["serve", "--dtype", "float33"],
+    ["generate", "x", "--device", "gpu9"],
+    ["bench", "--device", "meta"],
+    ["train", "medusa", "--device", "mps"],
+    ["audit", "--rule", "nosuch"],
+    ["audit", "--level", "0"],
+    ["audit", "--url", "", "--model", "x"],
+    ["audit", "--url", "ftp://x"],
+    ["train", "medusa", "--out", "file"],
+    ["train", "medusa", "--work", "file"],
+    ["bench", "--preset", "chart", "--figures", "file"],
+    ["bench", "--compat", "spec-bench", "--answers", "file"],
+    ["theory", "figures", "--out", "file"],
+    ["audit", "--detect", "nan"],
+    ["bench", "--prompts", "deep.jsonl"],
+    ["predict", "--prompts", "deep.jsonl"],
+    ["plan", "--prompts", "deep.jsonl"],
+    ["tree", "--prompts", "deep.jsonl"],
+    ["generate", "x", "--json-schema", "/dev/zero"],
+    ["serve", "--target", "./nosuch"],
+    ["serve", "--experiment", "nosuch.yaml"],
+    ["train", "medusa", "--data", "nosuch"],
+    ["ab", "run", "nosuch.yaml"],
+    ["audit", "--texts", "nosuch"],
+    ["doctor", "./nosuch"],
+    ["doctor", "./empty", "./empty"],
+    ["tree", "--prompts", "nosuch"],
+    ["chat", "--target", "/nosuch"],
+    ["runs", "import", "nosuch"],
+    ["gate", "nosuch.json", "other.json"],
+    ["ab", "status", "x", "--store", "nosuch.db"],
+    ["ab", "report", "x", "--store", "nosuch.db", "--out", "x.html"],
+    ["theory", "figures", "--out", "file/x"],
+]
+"""Command lines that name what is not there, or is no such thing."""
+
+
 def test_wrong_paths_and_names_are_said_before_torch_is_imported(tmp_path: Path) -> None:
     """One process for all of them: none of these may have imported it."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    lines = [
-        ["generate", "x", "--target", "./nosuch"],
-        ["generate", "x", "--target", "./empty"],
-        ["generate", "x", "--target", "./file"],
-        ["generate", "x", "--draft", "tree:2x2:./nosuch"],
-        ["generate", "x", "--draft", "ngram+medusa:/nosuch"],
-        ["generate", "x", "--json-schema", "nosuch.json"],
-        ["generate", ""],
-        ["bench", "--prompts", "nosuch.jsonl"],
-        ["bench", "--prompts", "empty"],
-        ["bench", "--out", "file/x.json"],
-        ["bench", "--out", "empty"],
-        ["plan", "--draft", "ngram", "--draft", "./nosuch"],
-        ["predict", "--from-logs", "nosuch"],
-        ["predict", "--from-logs", "file"],
-        ["generate", "x", "--rule", "blokc"],
-        ["bench", "--draft", "ngarm"],
-        ["serve", "--dtype", "float33"],
-        ["audit", "--rule", "nosuch"],
-        ["serve", "--target", "./nosuch"],
-        ["serve", "--experiment", "nosuch.yaml"],
-        ["train", "medusa", "--data", "nosuch"],
-        ["ab", "run", "nosuch.yaml"],
-        ["audit", "--texts", "nosuch"],
-        ["doctor", "./nosuch"],
-        ["doctor", "./empty", "./empty"],
-        ["tree", "--prompts", "nosuch"],
-        ["chat", "--target", "/nosuch"],
-        ["runs", "import", "nosuch"],
-        ["gate", "nosuch.json", "other.json"],
-        ["ab", "status", "x", "--store", "nosuch.db"],
-        ["ab", "report", "x", "--store", "nosuch.db", "--out", "x.html"],
-        ["theory", "figures", "--out", "file/x"],
-    ]
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     code = (
         "import sys\nfrom outrider.cli.main import main\n"
-        f"for argv in {lines!r}:\n"
+        f"for argv in {WRONG!r}:\n"
         "    sys.argv = ['outrider', *argv]\n"
         "    try:\n        main()\n"
         "    except SystemExit as end:\n        print(end.code, 'torch' in sys.modules, argv)\n"
@@ -149,9 +170,9 @@ def test_wrong_paths_and_names_are_said_before_torch_is_imported(tmp_path: Path)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    assert done.stdout.splitlines() == [f"2 False {argv}" for argv in lines], done.stderr
+    assert done.stdout.splitlines() == [f"2 False {argv}" for argv in WRONG], done.stderr
     said = done.stderr.splitlines()
-    assert len(said) == len(lines) and all(s.startswith("outrider: ") for s in said), said
+    assert len(said) == len(WRONG) and all(s.startswith("outrider: ") for s in said), said
 
 
 def test_python_m_outrider(tmp_path: Path) -> None:

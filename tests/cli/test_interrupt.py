@@ -20,8 +20,9 @@ MOMENT, AGAIN = 0.2, 20.0
 arrives in the microseconds between its last look and a blocking read only with the next one."""
 
 
-def run_until(argv: list[str], ready: bytes, patience: float = 90.0) -> tuple[int, bytes, list, list]:
-    """Start `outrider` on a terminal of its own, press Ctrl-C once `ready` was printed; exit code, output, terminal settings."""
+def run_until(argv: list[str], *ready: bytes, patience: float = 90.0) -> tuple[int, bytes, list, list]:
+    """Start `outrider` on a terminal of its own, press Ctrl-C once each of `ready` was printed, in turn; exit code, output,
+    terminal settings."""
     leader, follower = pty.openpty()
     before = termios.tcgetattr(follower)
     child = subprocess.Popen(
@@ -34,12 +35,14 @@ def run_until(argv: list[str], ready: bytes, patience: float = 90.0) -> tuple[in
         env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": os.devnull},  # no history is kept
     )
     seen, press_at, end = b"", None, time.monotonic() + patience
+    waiting = list(ready)
     try:
         while time.monotonic() < end:
             if select.select([leader], [], [], 0.05)[0]:
                 seen += os.read(leader, 65536)
-            if press_at is None and ready in seen:
+            if waiting and waiting[0] in seen:
                 press_at = time.monotonic() + MOMENT
+                waiting.pop(0)
             if press_at is not None and time.monotonic() >= press_at:
                 os.killpg(child.pid, signal.SIGINT)
                 press_at = time.monotonic() + AGAIN
@@ -53,20 +56,23 @@ def run_until(argv: list[str], ready: bytes, patience: float = 90.0) -> tuple[in
         os.close(follower)
 
 
+GENERATE = ["generate", "import os", "--max-tokens", "900", "--seed", "3", "--json"]
+
+
 @pytest.mark.parametrize(
     ("argv", "ready"),
     [
-        (["generate", "import os", "--max-tokens", "900", "--seed", "3", "--json"], b"loading"),
-        (["chat"], b"\n> "),
-        pytest.param(["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], b"loading", marks=pytest.mark.slow),
-        (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], b"measuring"),
+        pytest.param(GENERATE, [b"loading"], marks=pytest.mark.slow),
+        (["chat"], [b"\n> ", b"Ctrl-C again ends"]),
+        pytest.param(["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], [b"loading"], marks=pytest.mark.slow),
+        (["bench", "--count", "16", "--repeats", "50", "--out", "OUT"], [b"measuring"]),
     ],
     ids=["before the text", "at the prompt", "while loading", "while measuring"],
 )
-def test_ctrl_c_leaves_everything_clean(argv: list[str], ready: bytes, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_everything_clean(argv: list[str], ready: list[bytes], tmp_path: Path) -> None:
     out = tmp_path / "run.json"
     argv = [str(out) if a == "OUT" else a for a in argv]
-    code, seen, before, after = run_until(argv, ready)
+    code, seen, before, after = run_until(argv, *ready)
     assert code == 130, seen[-2000:]
     assert b"interrupted" in seen
     assert b"Traceback" not in seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from outrider.cli import tables
+from outrider.cli.bench_print import speedup_text
 from outrider.cli.main import app
-from outrider.cli.terminal import Console
+from outrider.cli.terminal import Console, print_json
 from outrider.errors import ConfigError, printable
 from outrider.evaluate.store.database import connect, place_of
 
@@ -63,6 +65,20 @@ def test_a_store_with_any_name_can_be_listed(tmp_path: Path) -> None:
         "\x1b[2Jx",
         "plain",
     }
+
+
+def test_a_speed_up_of_one_group_has_no_interval() -> None:
+    s = {"value": 1.25, "low": 1.1, "high": 1.4, "verdict": "faster"}
+    assert speedup_text(s) == "1.25 (1.10 to 1.40) faster"
+    for absent in (math.nan, None):  # as it was measured, and as a file has it
+        said = speedup_text(s | {"low": absent, "high": absent, "verdict": "undecided"})
+        assert said == "1.25 (one group: no interval) undecided"
+
+
+def test_numbers_that_json_lacks_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": (math.inf,)}})
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": None, "b": [None, None, 1.5], "c": {"d": [None]}}
 
 
 def test_half_a_character_is_printed_as_json_has_it(tmp_path: Path) -> None:

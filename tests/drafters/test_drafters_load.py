@@ -81,6 +81,8 @@ def test_auto_finds_the_draft_beside_the_target(tmp_path: Path) -> None:
     [
         ("ngrm", "did you mean 'ngram'"),
         ("stop:ngram", "takes no prefix: write 'ngram'"),
+        ("suffix:x", "'suffix' has no option 'x': write 'suffix'"),
+        ("prediction:", "'prediction' has no option '': write 'prediction'"),
         ("greedy:suffix", "takes no prefix: write 'suffix'"),
         ("ngram:", "ngram:MIN-MAX"),
         ("ngram:a", "ngram:MIN-MAX"),

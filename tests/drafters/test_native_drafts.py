@@ -24,7 +24,7 @@ from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.errors import CapacityError, RequestError
 from outrider.nn.drafts import Rows
 from outrider.nn.held import library_for
-from outrider.nn.kv import RowCache
+from outrider.nn.row_cache import RowCache
 from tests.covering import covering, slow_beyond
 
 LIBRARY: Any = library_for(torch.ones(1))

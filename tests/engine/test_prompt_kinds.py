@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 import outrider
 from outrider.build import Engine
 from outrider.control.fixed import Fixed
-from outrider.engine.prompts import as_ids, as_prompt, as_prompts
+from outrider.engine.prompts import as_ids, as_params, as_prompt, as_prompts
 from outrider.errors import ConfigError, RequestError
 from outrider.evaluate.measure import Arm, run_arms
 from outrider.evaluate.planning.plan import configurations
@@ -41,6 +44,35 @@ def one():
     model = target()
     parts = (model, DRAFTERS["model"](model, 4), load_rule("speculative_sampling"), Fixed(4))
     return Engine(*parts, slots=4, max_length=64, tokenizer=Letters())
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, {"temperature": 0, "n": 1}, "greedy", 5, [{"temperature": 0}], [None, 3]])
+def test_sampling_parameters_of_another_kind_are_refused_by_their_name(one: Engine, given) -> None:
+    calls = [lambda: one.generate("ab", given)] + [lambda: one.submit("ab", given)] * (not isinstance(given, list))
+    for call in calls:
+        with pytest.raises(Exception, match=r"sampling parameters|Type-check error") as error:
+            call()
+        assert isinstance(error.value, RequestError) or "Type-check" in str(error.value), "types that are checked refuse it first"
+    assert not one.busy
+    with pytest.raises(RequestError, match=r"not dict: write SamplingParams\(\*\*params\)"):
+        as_params({"temperature": 0})
+
+
+def test_an_engine_is_neither_copied_nor_sent_away(one: Engine) -> None:
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="build one there"):
+            way(one)
+
+
+def test_messages_are_told_what_makes_a_prompt_of_them(one: Engine) -> None:
+    for given in ([{"role": "user", "content": "hi"}], {"role": "user", "content": "hi"}):
+        with pytest.raises(RequestError, match="apply_chat_template"):
+            one.generate(given, GREEDY)  # type: ignore[arg-type]
+
+
+def test_half_a_character_is_no_prompt(one: Engine) -> None:
+    with pytest.raises(RequestError, match="half a surrogate pair, which is no character, at place 1"):
+        one.generate("a\ud800b", GREEDY)
 
 
 ONE = {

@@ -27,6 +27,11 @@ LEVEL, LOOKS, RUNS = 0.05, 300, 3000
 FALSE_ALARM = 1e-9
 MOST = int(binom.isf(FALSE_ALARM, RUNS, LEVEL))
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+"""Half a kilobyte of YAML that stands for 9^12 texts."""
+
 
 def paths(draw: np.ndarray, level: float, g: float) -> tuple[np.ndarray, np.ndarray]:
     """[runs, looks] lower and upper bounds after every observation."""
@@ -192,6 +197,9 @@ def test_files_are_read_and_mistakes_named(tmp_path: Path) -> None:
         ("arms: {a: {draft: [x]}, b: {}}\n", "draft cannot be"),
         ("arms: {a: {}, b: {}}\nmetric: sped\n", "metric"),
         ("arms: {a: {}, b: {}}\nreplay: 99\n", "replay"),
+        ("arms: {a: {}, b: {}}\nprompts: &p [*p]\n", "no loop"),
+        (f"arms: {'[' * 5000}", "no loop"),
+        (BOMB + "arms: {a: {draft: *a11}, b: {}}\n", "aliases stand for more than 16 MiB"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):

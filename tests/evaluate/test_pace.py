@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from outrider.cli.doctor import expected
 from outrider.errors import ConfigError
 from outrider.evaluate.planning import pace as measured
 from outrider.evaluate.planning.pace import ACCEPTANCES, ROWS, Times, pace
@@ -55,6 +56,18 @@ def test_a_pair_is_told_by_acceptance(made: tuple[Path, Path], monkeypatch: pyte
     speeds = [found.drafted[a][0] for a in ACCEPTANCES]
     assert speeds == sorted(speeds) and speeds[0] > 0
     assert pace(made[1], None).drafted == {}  # type: ignore[union-attr]
+
+
+def test_a_draft_that_cannot_be_measured_is_said_and_the_target_told(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "SECONDS", 0.0)
+    _, short = make_pair(tmp_path, "llama", "q8_0", max_position_embeddings=32)
+    found = pace(made[1], short)
+    assert not isinstance(found, str) and found.tokens > 0 and found.drafted == {}
+    assert found.unmeasured == "its context of 32 tokens is too short to measure"
+    told = expected({"target": str(made[1]), "draft": str(short)}, "auto")
+    assert told["draft_unknown"] == found.unmeasured and told["with_draft"] == []
 
 
 def test_what_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_other_prompts_under_the_same_name_are_another_cell(tmp_path: Path) -> N
         ("cells: [{kind: ab, experiment: {arms: {a: {}}}}]", "at least two `arms`"),
         ("cells: [{kind: features, train: medusa, shards: 2, shard: 2}]", "no shard 2 of 2"),
         ("cells: [&a [*a]]", "no loop"),
-        ("cells: [{kind: bench, seed: 2020-01-01}]", "texts, numbers"),
+        ("cells: [{kind: bench, seed: 2020-01-01}]", "seed: Input should be a valid integer"),
         ("{", "not YAML"),
     ],
 )

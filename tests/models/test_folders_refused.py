@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import AutoTokenizer
 from outrider.build import build_engine
 from outrider.cli.chat import Conversation
 from outrider.cli.closing import Closing
+from outrider.config_keys import COMMON, OPTIONS
 from outrider.errors import ConfigError, RequestError
+from outrider.models.config import Unsupported, read_layout
 from outrider.models.load import load_target, load_tokenizer, stop_ids
 from outrider.models.tokenizer import PlainTokenizer
 from outrider.nn.attention import AttentionPlan
@@ -121,15 +124,36 @@ def test_a_tensor_in_two_files_and_an_adapter_beside_the_weights_are_refused(cop
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("suppress_tokens", [4, 9]), ("bad_words_ids", [[3]]), ("forced_eos_token_id", 2), ("no_repeat_ngram_size", 3)],
-)
+    [("suppress_tokens", [4, 9]), ("bad_words_ids", [[3]]), ("forced_eos_token_id", 2), ("no_repeat_ngram_size", 3),
+     ("encoder_repetition_penalty", 1.5), ("encoder_no_repeat_ngram_size", 2), ("force_words_ids", [[5]])],
+)  # fmt: skip
 def test_constraints_on_every_text_are_refused_and_defaults_of_sampling_are_not(copy, key: str, value: object) -> None:
     file = copy / "generation_config.json"
-    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5], "no_repeat_ngram_size": 0}))
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5], "no_repeat_ngram_size": 0,
+                                "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}))
     assert stop_ids(copy) == (2, 5)
     file.write_text(json.dumps({key: value}))
     with pytest.raises(ConfigError, match=key):
         stop_ids(copy)
+
+
+@pytest.mark.parametrize("named", ["2", 2.0, True, [[2]], [2, None], [2, "</s>"], {"id": 2}])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_end_of_text_that_is_no_token_is_refused(copy, file: str, named: object) -> None:
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    raw = json.loads((copy / "config.json").read_text()) if file == "config.json" else {}
+    (copy / file).write_text(json.dumps(raw | {"eos_token_id": named}))
+    with pytest.raises(ConfigError, match=f"{file}: eos_token_id must be a token id or a list of them"):
+        stop_ids(copy)
+
+
+@pytest.mark.parametrize("value", [[], ["llama"], {}, {"a": 1}, 3, True, float("nan"), "x", ""], ids=repr)
+def test_no_key_of_a_configuration_breaks_reading_by_its_type(copy, value: object) -> None:
+    raw = json.loads((copy / "config.json").read_text())
+    for key in sorted({*raw, *COMMON, *OPTIONS, "quantization_config"}):
+        (copy / "config.json").write_text(json.dumps(raw | {key: value}))
+        with contextlib.suppress(ConfigError, Unsupported):
+            read_layout(copy)
 
 
 def test_a_folder_without_a_tokenizer_works_on_ids(model, copy) -> None:

@@ -1,31 +1,17 @@
-"""The native decoder against a plain float64 decoder, against transformers, and against itself: the same bits in any company."""
+"""The native decoder against a plain float64 decoder and against itself: the same bits in any company."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import os
-import re
 import shutil
-import stat
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from outrider import isa
-from outrider.errors import CapacityError, RequestError
 from outrider.models.decoder import DecoderConfig, DecoderWeights, Experts, LayerWeights
 from outrider.models.native import NativeDecoder, load_native
-from outrider.models.native.build import load_library
-from outrider.models.native.weights import NativeWeights
-from outrider.nn import compiled
-from outrider.nn.compiled import DECODER, Unit
 from outrider.nn.kv import PagedKV
 from outrider.types import Draft, Rows, Scores
 from tests.models.plain_decoder import reference
@@ -343,13 +329,6 @@ def test_an_accepted_path_goes_on_with_the_same_bits(dtype: torch.dtype) -> None
     assert torch.equal(logits, alone(decoder, config, dtype, path)[0])
 
 
-@DTYPES
-def test_takes_few_rows_unless_torch_has_no_kernels(dtype: torch.dtype) -> None:
-    decoder = native(*tiny(dtype))
-    few = 256 if decoder.kind.startswith("AVX-512") else 32
-    assert decoder.max_rows == (sys.maxsize if decoder.kind in ("AVX2", "generic") and dtype is torch.bfloat16 else few)
-
-
 def test_many_rows(threads: None) -> None:
     """More rows than any tile, more threads than heads: still the reference's numbers."""
     config, extras = SHAPES["biases"]
@@ -360,210 +339,3 @@ def test_many_rows(threads: None) -> None:
     expected, _ = reference(config, weights, path)
     logits = run(native(config, weights), rows, new_kv(config, torch.float32), ()).logits[0]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def from_transformers(model: Any, family: str, window: tuple[int, ...]) -> tuple[DecoderConfig, DecoderWeights]:
-    """The weights of a transformers decoder, linears fused."""
-    c, state = model.config, {k.removeprefix("model."): v.detach() for k, v in model.state_dict().items()}
-    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    config = DecoderConfig(
-        family, c.vocab_size, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, width,
-        c.intermediate_size, c.rms_norm_eps, 256, window, model.model.rotary_emb.inv_freq.float(),
-    )  # fmt: skip
-
-    def fused(at: str, names: str, kind: str) -> Tensor | None:
-        parts = [state.get(f"{at}.{name}.{kind}") for name in names.split()]
-        return None if parts[0] is None else torch.cat([p for p in parts if p is not None]).contiguous()
-
-    def layer(i: int) -> LayerWeights:
-        attention, mlp = f"layers.{i}.self_attn", f"layers.{i}.mlp"
-        return LayerWeights(
-            norm1=state[f"layers.{i}.input_layernorm.weight"],
-            qkv=fused(attention, "q_proj k_proj v_proj", "weight"),  # type: ignore[arg-type]
-            qkv_bias=fused(attention, "q_proj k_proj v_proj", "bias"),
-            q_norm=state.get(f"{attention}.q_norm.weight"),
-            k_norm=state.get(f"{attention}.k_norm.weight"),
-            o=state[f"{attention}.o_proj.weight"],
-            o_bias=state.get(f"{attention}.o_proj.bias"),
-            norm2=state[f"layers.{i}.post_attention_layernorm.weight"],
-            gate_up=fused(mlp, "gate_proj up_proj", "weight"),  # type: ignore[arg-type]
-            down=state[f"{mlp}.down_proj.weight"],
-        )
-
-    layers = tuple(layer(i) for i in range(config.layers))
-    norm = state["norm.weight"]
-    return config, DecoderWeights(state["embed_tokens.weight"], layers, norm, state["lm_head.weight"], norm.dtype)
-
-
-FAMILIES = {
-    "llama": ("Llama", {"attention_bias": True}, (0, 0)),
-    "qwen2": ("Qwen2", {}, (0, 0)),
-    "qwen3": ("Qwen3", {"head_dim": 24}, (0, 0)),
-    "mistral": ("Mistral", {"sliding_window": 5}, (5, 5)),
-}
-
-
-@DTYPES
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_transformers(family: str, dtype: torch.dtype) -> None:
-    """A prompt of 12 and a chain of 4 against one transformers forward; logits with a spread of several nats.
-
-    float32: 1e-4 absolute. bfloat16: transformers rounds every intermediate to 8 bits, we only the inputs of products, so the
-    difference is mostly theirs; against transformers in float32 we must be the nearer of the two (mean absolute error).
-    """
-    transformers = pytest.importorskip("transformers")
-    name, extra, window = FAMILIES[family]
-    config_class, model_class = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForCausalLM"))
-    torch.manual_seed(0)
-    model = model_class(
-        config_class(
-            vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, attn_implementation="eager", **extra,
-        )
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 1.5 * parameter.shape[-1] ** -0.5)
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    path = tokens(16, 97)
-    with torch.inference_mode():
-        exact = model(torch.tensor([path])).logits[0, 11:]
-        theirs = model.to(dtype)(torch.tensor([path])).logits[0, 11:].float()
-    config, weights = from_transformers(model, family, window)
-    decoder, kv = native(config, weights), new_kv(config, dtype)
-    rows = Rows.assemble([0], [path[:12]], [0], forest((path[12:], [-1, 0, 1, 2])))
-    ours = run(decoder, rows, kv, ()).logits
-    assert exact.std() > 1.0
-    if dtype is torch.float32:
-        assert (ours - exact).abs().max() <= 1e-4
-    else:
-        assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean()
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> tuple[DecoderConfig, DecoderWeights]:
-    config, extras = SHAPES["plain"]
-    return config, random_weights(config, extras, dtype)
-
-
-def test_refuses_what_would_read_or_write_elsewhere() -> None:
-    config, weights = tiny()
-    decoder, kv = native(config, weights), new_kv(config, torch.float32, capacity=4)
-    plain = Rows.assemble([0], [[1, 2]], [0], Draft.empty(1))
-    with pytest.raises(RequestError, match="vocabulary of 101"):
-        decoder.forward(Rows.assemble([0], [[101]], [0], Draft.empty(1)), kv, ())
-    with pytest.raises(CapacityError, match="max_length"):
-        decoder.forward(Rows.assemble([0], [[1, 2, 3]], [2], Draft.empty(1)), kv, ())
-    for page in (-1, 1):  # of another cache, or none at all
-        kv.pages.table[0] = page
-        with pytest.raises(ValueError, match="segments"):
-            decoder.forward(plain, kv, ())
-    kv.make_room(0, 4)
-    kv.pages.table[0] = 0
-    with pytest.raises(ValueError, match="segments"):
-        decoder.forward(Rows.assemble([1], [[1]], [0], Draft.empty(1)), kv, ())
-    wrong = dataclasses.replace(plain.segments[0], parent=(5,))
-    with pytest.raises(ValueError, match="segments"):
-        decoder.forward(dataclasses.replace(plain, segments=(wrong,)), kv, ())
-    with pytest.raises(ValueError, match="scored row"):
-        decoder.forward(dataclasses.replace(plain, scored=torch.tensor([2])), kv, ())
-    with pytest.raises(ValueError, match="layers in 0..3"):
-        decoder.forward(plain, kv, (4,))
-    with pytest.raises(ValueError, match="cache"):
-        decoder.forward(plain, new_kv(config, torch.float64), ())
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dtype": torch.float16}, "float16; choose dtype"),
-        ({"embedding": torch.zeros(101, 64, dtype=torch.float16)}, "embedding is not a contiguous"),
-        ({"head": torch.zeros(64, 101).T}, "head is not a contiguous"),
-        ({}, r"embedding has shape \(101, 64\), not \(102, 64\)"),
-    ],
-)
-def test_says_why_not(change: dict[str, Any], reason: str) -> None:
-    config, weights = tiny()
-    if not change:
-        config = dataclasses.replace(config, vocab_size=102)
-    decoder, notices = load_native(config, dataclasses.replace(weights, **change))
-    assert decoder is None
-    assert re.search(reason, *notices)
-
-
-def test_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OUTRIDER_NATIVE", "0")
-    decoder, notices = load_native(*tiny())
-    assert decoder is None
-    assert [("OUTRIDER_NATIVE" in n, "unset it" in n) for n in notices] == [(True, True)]
-
-
-def test_two_builds_at_once(tmp_path: Path) -> None:
-    """Processes that build side by side get one library, leave nothing behind, and the next one finds it."""
-    compiler = tmp_path / "compiler"  # writes an empty file after -o, slowly
-    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && sleep 0.1 && : > "$2"; shift; done\n')
-    compiler.chmod(0o700)
-    folder = tmp_path / "cache"
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(compiled.build, DECODER, [str(compiler)], folder, openmp=True) for _ in range(2)]
-        library = {job.result() for job in jobs}.pop()
-    assert [p.name for p in folder.iterdir()] == [library.name]
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    built = library.stat().st_mtime_ns
-    assert compiled.build(DECODER, [str(compiler)], folder, openmp=True) == library
-    assert library.stat().st_mtime_ns == built
-
-
-def test_runs_on_any_cpu_of_this_kind(tmp_path: Path) -> None:
-    """Compiled without this CPU's own instructions and without threads: the same reference, the same invariance."""
-    level = isa.LEVELS[isa.machine()][0]
-    flags = [
-        *compiled.FLAGS,
-        "-O0",
-        *level.flags,
-    ]  # compiled in a quarter of the time; test_wheel.py has all as they are shipped
-    compiled.compile_unit(DECODER, compiled.find_compiler(), flags, library := tmp_path / "decoder.so")
-    for dtype in (torch.float32, torch.bfloat16):
-        config, extras = SHAPES["odd sizes"]
-        weights, path = random_weights(config, extras, dtype), tokens(9, config.vocab_size)
-        loaded = ctypes.CDLL(str(library))
-        decoder = NativeDecoder(loaded, config, NativeWeights.of(loaded, weights))
-        rows = Rows.assemble([0], [path[:5]], [0], forest((path[5:], [-1, 0, 1, 2])))
-        logits = run(decoder, rows, new_kv(config, dtype), ()).logits
-        expected, _ = reference(config, weights, path)
-        assert (logits[-1] - expected).abs().max() <= tolerance(dtype) * expected.abs().max()
-        assert torch.equal(logits[-1], alone(decoder, config, dtype, path)[0])
-
-
-@pytest.mark.parametrize("what", ["folder", "library"])
-def test_refuses_code_that_others_can_write(what: str, tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    folder.mkdir(mode=0o700)
-    (folder if what == "folder" else _stand_in(folder)).chmod(0o777)
-    with pytest.raises(compiled.BuildError, match="written by other users"):
-        compiled.build(DECODER, compiled.find_compiler(), folder, openmp=True)
-
-
-def test_refuses_code_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(compiled.BuildError, match="another user"):
-        compiled.build(DECODER, compiled.find_compiler(), tmp_path, openmp=True)
-
-
-def _stand_in(folder: Path) -> Path:
-    """An empty file where the library would be."""
-
-    def compile_nothing(unit: Unit, compiler: list[str], flags: list[str], library: Path) -> None:
-        library.touch(mode=0o700)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "compile_unit", compile_nothing)
-        return compiled.build(DECODER, compiled.find_compiler(), folder, openmp=True)
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see loaded libraries")
-def test_shares_torch_s_threads() -> None:
-    """No second OpenMP runtime comes with the library: two pools would fight for the cores."""
-    assert load_library() is not None
-    loaded = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
-    assert len([path for path in loaded if re.match(r"lib[gi]?omp\d?\b", path.name)]) <= 1

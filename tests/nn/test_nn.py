@@ -15,9 +15,10 @@ import outrider.nn
 from outrider.errors import CapacityError
 from outrider.nn import rope
 from outrider.nn.attention import attend
-from outrider.nn.kv import RowCache, check_kept, check_room
+from outrider.nn.kv import check_kept, check_room
 from outrider.nn.layers import FusedLayer, Mlp, rms_norm
 from outrider.nn.masks import ancestor_mask
+from outrider.nn.row_cache import RowCache
 from outrider.types import Draft, Rows, Segment
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

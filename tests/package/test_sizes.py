@@ -20,7 +20,6 @@ CODE = (".py", ".h", ".cpp")
 LONG = {
     "src/outrider/models/native/decoder.h": 367,
     "tests/drafters/test_drafters_learned.py": 355,
-    "tests/models/test_native.py": 569,
     "tests/train/test_dflash_training.py": 352,
 }
 BEGINNING = re.compile(r"^([ \t]*)(async def|def|class)\b", re.MULTILINE)

@@ -16,7 +16,9 @@ import pytest
 from outrider.build import Engine
 from outrider.params import SamplingParams
 from outrider.pictured import ImagePrompt
+from outrider.serve import reading as reading_module
 from outrider.serve.reading import Reading
+from outrider.serve.tickets import Unavailable
 from tests.checkpoints_images import picture, small
 from tests.models.test_pictures import bomb
 from tests.serve.harness import Running, serving
@@ -101,6 +103,21 @@ def test_every_api_reads_images(server: Running) -> None:
     assert found["output"][-1]["content"][0]["text"] == right
 
 
+def test_the_images_of_a_prompt_are_seen_one_between_two_steps(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a command of its own, which the next one follows only when it is done; then the prompt is queued."""
+    reader, worker, done = engine().images, server.bridge.worker, list[str]()
+
+    def noted(thing: Any, name: str) -> None:
+        own = getattr(thing, name)
+        monkeypatch.setattr(thing, name, lambda *given: (done.append(name), own(*given))[1])
+
+    noted(worker, "see")
+    noted(worker, "admit")
+    noted(reader, "rows")
+    answered(server, "/v1/chat/completions", chat(url(7), url(8)))
+    assert done == ["see", "rows", "see", "rows", "admit", "rows", "rows"]
+
+
 def refused(server: Running, path: str, body: dict[str, Any]) -> str:
     status, _, found = server.call("POST", path, body)
     assert status == 400, (status, found)
@@ -179,3 +196,22 @@ def test_pictures_of_a_client_that_has_left_are_read_to_their_end_before_the_nex
 
     asyncio.run(clients())
     assert order == ["the first", "the second"]
+
+
+def test_pictures_do_not_wait_for_ever_behind_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "IMAGE_SECONDS", 0.05)
+    end = Event()
+
+    async def clients() -> None:
+        reading = Reading(cast(Any, None), cast(Any, None))
+        first = asyncio.ensure_future(reading.alone(lambda: (end.wait(), ImagePrompt([1], []))[1]))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="images of others"):
+            await reading.alone(lambda: ImagePrompt([2], []))
+        with pytest.raises(Unavailable, match="make them smaller"):
+            await first
+        end.set()
+        monkeypatch.setattr(reading_module, "IMAGE_SECONDS", 60.0)
+        assert await reading.alone(lambda: ImagePrompt([3], [])) == [3]
+
+    asyncio.run(clients())

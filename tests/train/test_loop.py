@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import time
 
 import numpy as np
@@ -48,6 +49,14 @@ def killed_at(step):
         return BATCHES(number)
 
     return batch_of
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("lr", math.nan), ("lr", math.inf), ("lr", 0.0), ("save_every_s", math.nan), ("save_every_s", -1.0)]
+)
+def test_settings_that_would_spoil_or_lose_a_training_are_refused(name: str, wrong: float) -> None:
+    with pytest.raises(ConfigError):
+        dataclasses.replace(CONFIG, **{name: wrong})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("step", [1, 7, 11])

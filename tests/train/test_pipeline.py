@@ -77,7 +77,7 @@ def test_rows_of_text(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("five")
     found = read_corpus([path, tmp_path / "plain.txt"])
     assert [d.text for d in found] == ["one", "two", "three\nfour", "five"]
-    written = read_corpus([path], render=lambda m: "|".join(x["role"] for x in m))
+    written = read_corpus([path], render=lambda m: "|".join(x["role"] for x in m.messages))
     assert written[2].text == "user|assistant"
 
 

@@ -30,6 +30,11 @@ def shipped_images() -> Path:
     return path
 
 
+def chat_prompts_file() -> Path:
+    """Questions for chat models, written for this project: `messages` and a `category` per line."""
+    return HERE / "chat" / "prompts.jsonl"
+
+
 def shipped_prompts() -> list[str]:
     """Held-out prompts of the shipped pair's domain: none of their files was seen in training."""
     lines = (HERE / "pycode" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()

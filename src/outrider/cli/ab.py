@@ -39,15 +39,16 @@ Metric = Annotated[
 def prepare(path: Path, replay: int | None = None, metric: str | None = None) -> tuple[Any, list[Any], list[list[int]]]:
     """The experiment of a file, its arms on one set of weights, and its prompts. replay, metric: instead of the file's."""
     from outrider.evaluate.experiments.experiment import build_arms, changed, read_experiment
-    from outrider.evaluate.workloads import load_prompts
+    from outrider.evaluate.workloads import load_prompts, ready
 
     e = changed(read_experiment(path), replay=replay, metric=metric)
     lossy = any(a.get("allow_lossy") for a in e.arms.values())
-    texts = load_prompts(Path(e.prompts) if e.prompts else None, e.count)
+    prompts = Path(e.prompts) if e.prompts else None
+    texts = load_prompts(prompts, e.count)
     if len(texts) < e.batch * 5:
         raise ConfigError(f"{path}: {len(texts)} prompts make fewer than five groups of {e.batch}: add prompts")
     engine = load_engine(EngineOptions(target=paths.model(e.target), dtype=e.dtype, slots=e.batch, allow_lossy=lossy))
-    return e, build_arms(engine, e), engine.encode_all(texts)
+    return e, build_arms(engine, e), ready(engine, prompts, texts, e.chat_template).ids
 
 
 @ab_app.command("design", short_help="How many prompts an effect needs.")

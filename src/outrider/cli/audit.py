@@ -11,11 +11,13 @@ from rich.table import Table
 
 from outrider.cli import paths, tables, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import Json
+from outrider.cli.options import ChatTemplate, Json
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
+from outrider.evaluate.workloads import told
 from outrider.options import EngineOptions
+from outrider.web import base_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class AuditedBy:
         Path | None,
         typer.Option("--prompts", callback=paths.file, help="JSONL or text file of prompts.", show_default=False),
     ] = None
+    chat_template: ChatTemplate = True
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts used, from the start of the set.")] = 32
     samples: Annotated[int, typer.Option("--samples", min=1, help="Continuations of each prompt.")] = 2
     level: Annotated[
@@ -73,12 +76,16 @@ class AuditedBy:
     @property
     def other(self) -> str | None:
         """The generator that is audited in place of our engine: an address, a function or a file."""
-        return self.url or self.python or (str(self.texts) if self.texts else None)
+        return next((str(given) for given in (self.url, self.python, self.texts) if given is not None), None)
 
     def check(self) -> None:
-        """ConfigError where more than one generator is named."""
+        """ConfigError where more than one generator is named, or no audit has such a level: before a model is loaded."""
+        if not (0 < self.level < 1 and 0 < self.detect < 1):
+            raise ConfigError(f"--level and --detect lie between 0 and 1, got {self.level:g} and {self.detect:g}")
         if sum(x is not None for x in (self.url, self.python, self.texts)) > 1:
             raise ConfigError("--url, --python and --texts each name a generator: use one")
+        if self.url is not None:
+            base_of(self.url)
 
 
 @takes(ENGINE, "options", leave_out=("slots",))
@@ -96,20 +103,22 @@ def audit(options: EngineOptions, asked: AuditedBy, sampling: Any, json: Json = 
 
     Example: outrider audit --count 4 --max-tokens 16
     """
-    from outrider.evaluate.workloads import load_prompts
+    from outrider.evaluate.workloads import Ready, load_prompts, ready
 
     asked.check()
     written = [] if asked.texts else load_prompts(asked.prompts, asked.count)
     engine = load_engine(replace(options, slots=1 if asked.other else 8))
-    source, prompts, samples = source_of(asked, engine, sampling, options.target, written)
+    found = Ready([], {}) if asked.texts else ready(engine, asked.prompts, written, asked.chat_template)
+    source, prompts, samples = source_of(asked, engine, sampling, options.target, found.ids)
     document, code = answered(engine, source, prompts, sampling, asked, samples)
+    document |= {"data": found.data} if found.data else {}
     document["generator"] = asked.other or f"{engine.parts.drafter.name} / {engine.parts.rule.name}"
     terminal.print_json(document) if json else print_document(document)
     raise typer.Exit(code)
 
 
 def source_of(
-    asked: AuditedBy, engine: Any, sampling: Any, target: str | None, written: list[Any]
+    asked: AuditedBy, engine: Any, sampling: Any, target: str | None, prompts: list[list[int]]
 ) -> tuple[Any, list[list[int]], int]:
     """What generates the texts, the tokens of the prompts, and how many continuations each has."""
     from outrider.evaluate.audit import sources as src
@@ -117,14 +126,13 @@ def source_of(
     if asked.texts:
         recorded = src.read_texts(asked.texts)
         return recorded.source(), recorded.prompts, recorded.samples
-    prompts = engine.encode_all(written)
-    if asked.url:
+    if asked.url is not None:
         name = asked.model or target
         if name is None:
             raise ConfigError("--url needs the model's name there: add --model")
         endpoint = src.Endpoint(asked.url, name, asked.api_key)
         return src.of_endpoint(endpoint, sampling, engine.parts.target.vocab_size), prompts, asked.samples
-    if asked.python:
+    if asked.python is not None:
         return src.of_callable(src.load_callable(asked.python)), prompts, asked.samples
     return src.of_engine(engine, sampling), prompts, asked.samples
 
@@ -145,6 +153,8 @@ def print_document(d: dict[str, Any]) -> None:
     """The document for people."""
     console = terminal.console()
     console.print(f"[bold]{d['generator']}: {d['sentence']}[/bold]")
+    if "data" in d:
+        console.print(f"prompts              {told(d['data'])}")
     console.print(f"tested               {d['tokens']} tokens of {d['texts']} texts, {d['failed']} failed")
     if "departures" in d:
         for x in d["departures"]:

@@ -27,19 +27,20 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
 
     Example: outrider bench --lengths 0,4 --store outrider.db --name monday
     """
+    from outrider.evaluate.workloads import load_prompts, ready
+
+    prompts = load_prompts(asked.prompts, asked.count)  # what cannot be read is said before PyTorch is imported
     from outrider.evaluate.bench import presets
     from outrider.evaluate.records import summarise
     from outrider.evaluate.store.runlog import RunLog
     from outrider.evaluate.store.store import fingerprint
-    from outrider.evaluate.workloads import load_prompts
 
     specs = presets.by_length(parse_lengths(asked.lengths)) if asked.preset is None else presets.preset(asked.preset)
     machine = asked.machine()
     asked.check()
-    prompts = load_prompts(asked.prompts, asked.count)
     draft = options.draft if asked.preset is None else "none"
     engine = load_engine(replace(options, draft=draft, length=max(s.length for s in specs), slots=asked.batch))
-    texts = engine.encode_all(prompts)
+    texts, data = ready(engine, asked.prompts, prompts, asked.chat_template)
     arms, absent = presets.arms_of(engine, specs, options.draft)
     tell_absent(engine, arms, absent)
     log = RunLog(asked.store, asked.name, configuration(options, asked, sampling, specs, texts))
@@ -47,7 +48,7 @@ def bench(options: EngineOptions, asked: BenchOptions, sampling: Any, json: Json
     document = doc.to_document(
         summarise(records, arms[0].name), engine, sampling, asked.batch, asked.repeats, asked.price_per_hour
     )
-    document |= {"prompts": fingerprint(texts), "absent": absent, "seed": asked.seed}
+    document |= {"prompts": fingerprint(texts), "absent": absent, "seed": asked.seed, "data": data}
     doc.name_parts(document, arms)
     files: list[Path] = []
     if machine is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from outrider.cli import terminal
+
 
 def to_document(
     summaries: list[Any], engine: Any, params: Any, batch: int, repeats: int, price: float | None = None
@@ -108,4 +110,4 @@ def write_document(path: Path, document: dict[str, Any], records: list[Any]) -> 
 
     raw = [{k: v for k, v in asdict(r).items() if k != "outputs"} | {"outputs": []} for r in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**document, "records": raw}, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(terminal.clean({**document, "records": raw}), indent=1), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outrider.cli import paths
+from outrider.cli.options import ChatTemplate
 from outrider.errors import ConfigError
 
 
@@ -33,7 +34,7 @@ class BenchOptions:
         Path | None,
         typer.Option(
             "--figures",
-            callback=paths.writable,
+            callback=paths.out_folder,
             help="With --preset: folder for the charts (SVG and PNG). Default: runs/chart.",
             show_default=False,
         ),
@@ -46,10 +47,12 @@ class BenchOptions:
         typer.Option(
             "--prompts",
             callback=paths.file,
-            help="JSONL with a `prompt` per line, or text with one per line. Default: held-out prompts of the shipped pair.",
+            help="JSONL with `prompt`, `messages`, ShareGPT's `conversations` or OpenAI's batches, or text with one per line. "
+            "Default: held-out prompts of the shipped pair, or questions for a chat model.",
             show_default=False,
         ),
     ] = None
+    chat_template: ChatTemplate = True
     count: Annotated[int, typer.Option("--count", min=2, help="Prompts used, from the start of the set.")] = 16
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded at the same time.")] = 1
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured runs of each arm on each prompt.")] = 3
@@ -103,7 +106,7 @@ class BenchOptions:
         Path | None,
         typer.Option(
             "--answers",
-            callback=paths.writable,
+            callback=paths.out_folder,
             help="With --compat: folder for its answer files, one per arm.",
             show_default=False,
         ),

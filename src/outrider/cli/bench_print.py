@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from outrider.cli import tables, terminal
+from outrider.evaluate.workloads import told
+
+
+def speedup_text(s: dict[str, Any]) -> str:
+    """A speed-up with its interval, which one group of prompts does not have."""
+    between = f"{s['low']:.2f} to {s['high']:.2f}" if s["low"] is not None and math.isfinite(s["low"]) else "one group: no interval"
+    return f"{s['value']:.2f} ({between}) {s['verdict']}"
 
 
 def print_table(d: dict[str, Any]) -> None:
@@ -33,13 +41,15 @@ def print_table(d: dict[str, Any]) -> None:
             arm["name"],
             f"{arm['tokens_per_second']:.1f}",
             f"{arm['low']:.1f} to {arm['high']:.1f}",
-            "base" if s is None else f"{s['value']:.2f} ({s['low']:.2f} to {s['high']:.2f}) {s['verdict']}",
+            "base" if s is None else speedup_text(s),
             "" if s is None else f"{arm['predicted_speedup']:.2f}",
             "" if arm["acceptance_length"] is None else f"{arm['acceptance_length']:.2f}",
             "" if s is None else f"{book['predicted']:.1f}, {book['observed']} {arm_standing(arm)}",
             phase_bar(arm["phases"], 0 if terminal.plain(console) else 10),
         )
     tables.show(table, console)
+    if "data" in d:
+        console.print(f"prompts: {told(d['data'])}")
     print_costs(console, d)
     for arm, rows in d.get("spec_bench", {}).items():
         print_spec_bench(console, arm, rows)

@@ -16,6 +16,9 @@ from outrider.cli.engine_options import ENGINE, load_engine
 from outrider.cli.generate import Images
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
+from outrider.dialects.formats import FORMATS
+from outrider.dialects.harmony import HarmonyReader
+from outrider.dialects.pieces import Piece
 from outrider.dialects.reader import Reader
 from outrider.errors import CapabilityError, ConfigError, RequestError
 from outrider.options import EngineOptions
@@ -87,11 +90,18 @@ class Conversation:
             from outrider.dialects.detect import detect
 
             self.dialect = detect(self._render, str(source))
-            self.params = replace(params, keep_special=_marks(engine.tokenizer, self.dialect.thinking or ()))
+            self.params = replace(params, keep_special=_marks(engine.tokenizer, self.read_marks()))
         try:
             self.instruct(system)
         except RequestError as error:
             raise ConfigError(f"{error}: leave --system out, or use another target") from None
+
+    def read_marks(self) -> tuple[str, ...]:
+        """The marks that the reader of answers needs to see: of channels (gpt-oss), or of thinking."""
+        form, dialect = FORMATS["gpt_oss"], self.dialect
+        if dialect is None:
+            return ()
+        return (form.open, *form.marks) if dialect.form == form.name else dialect.thinking or ()
 
     def clear(self) -> None:
         """Start over, with the same system message."""
@@ -165,14 +175,15 @@ class Conversation:
         thinking, context = None, len(prompt)
         if self.dialect is not None:
             thinking = self.dialect.thinks(self.engine.tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False))
-        reader = Reader(None, thinking)
+        channels = self.dialect is not None and self.dialect.form == "gpt_oss"
+        reader: HarmonyReader | Reader = HarmonyReader() if channels else Reader(None, thinking)
         for event in self.engine.stream(prompt, self.params):
             if event.error:
                 raise RequestError(event.error)
             context += len(event.tokens)
             self.context = context
-            yield from ((piece.kind, piece.text) for piece in reader.feed(event.text))
-        yield from ((piece.kind, piece.text) for piece in reader.finish())
+            yield from map(_said, reader.feed(event.text))
+        yield from map(_said, reader.finish())
 
     def _count(self) -> None:
         """Add the last turn to the sums of the conversation."""
@@ -187,6 +198,11 @@ class Conversation:
         line = sentence(self.total, self.seconds, 0.0, lossless=self.engine.parts.rule.lossless).rpartition("; ")[0]
         room = f"; the conversation has {self.context} of {self.engine.max_length} tokens" if self.template else ""
         return f"{self.turns} turn{'s' * (self.turns > 1)}; {line}{room}"
+
+
+def _said(piece: Piece) -> tuple[str, str]:
+    """A piece as it is shown: what is no thinking is the answer, a call that nobody asked for too."""
+    return ("reasoning" if piece.kind == "reasoning" else "content"), piece.text
 
 
 def _marks(tokenizer: Any, marks: tuple[str, ...]) -> tuple[int, ...]:

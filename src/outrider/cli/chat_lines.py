@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from outrider.cli import terminal
 from outrider.errors import OutriderError
 
 if TYPE_CHECKING:
@@ -54,9 +55,28 @@ def edited_lines(path: Path) -> Iterator[None]:
             readline.write_history_file(path)
 
 
+class _Dropped(Exception):
+    """Ctrl-C ended a line in which something was typed."""
+
+
 def read_text() -> str | None:
     """What the user says, None at the end of input: a line; lines that end in a backslash, and the one behind them; or a block
-    between two BLOCKs."""
+    between two BLOCKs. Ctrl-C drops what was typed; where nothing was, KeyboardInterrupt is raised when it is pressed again."""
+    asked = False
+    while True:
+        try:
+            return _text()
+        except _Dropped:
+            asked = False
+            terminal.err.print()
+        except KeyboardInterrupt:
+            if asked or not sys.stdin.isatty():
+                raise
+            asked = True
+            terminal.err.print("\n[dim](Ctrl-C again ends, as do Ctrl-D and /quit)[/dim]")
+
+
+def _text() -> str | None:
     line = _line("> ")
     if line is None:
         return None
@@ -82,6 +102,11 @@ def _line(prompt: str) -> str | None:
         return input(prompt if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except KeyboardInterrupt:
+        readline = sys.modules.get("readline")  # which still has what the interrupted line was
+        if sys.stdin.isatty() and (prompt == CONTINUED or (readline is not None and readline.get_line_buffer())):
+            raise _Dropped from None
+        raise
 
 
 @dataclass(frozen=True, slots=True)

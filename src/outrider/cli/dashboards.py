@@ -21,7 +21,7 @@ def dashboards() -> None:
 
 @dashboards_app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(callback=paths.writable, help="Folder to write them to.")] = Path(
+    folder: Annotated[Path, typer.Argument(callback=paths.out_folder, help="Folder to write them to.")] = Path(
         "dashboards"
     ),
     json: Json = False,

@@ -135,7 +135,8 @@ def expected(folders: dict[str, str], dtype: str) -> dict[str, Any]:
     if isinstance(found, str):
         return {"unknown": found}
     whole = found.times.whole
-    return {
+    unmeasured = {"draft_unknown": found.unmeasured} if found.unmeasured else {}
+    return unmeasured | {
         "plain": found.tokens,
         "rows": {str(n): whole[n] / whole[1] for n in ROWS},
         "experts": {str(n): t for n, t in found.touched.items()},
@@ -153,6 +154,8 @@ def print_speed(speed: dict[str, Any]) -> None:
         return
     rows = ", ".join(f"{n}: {v:.2f}" for n, v in speed["rows"].items() if n != "1")
     say(f"about {speed['plain']:.0f} tokens/s plain; time of more rows over that of one: {rows}")
+    if "draft_unknown" in speed:
+        say(f"with this draft none is told: {speed['draft_unknown']}")
     if speed["experts"]:
         touched = ", ".join(f"{n}: {t:.1f}" for n, t in speed["experts"].items())
         say(f"experts of a layer that rows of random tokens touch, by rows: {touched}; those of a text touch fewer")

@@ -47,7 +47,7 @@ def run_rehearsal(file: Path, store: str, requests: int, users: int, options: En
     """Serve an experiment in this process to users that are made up; the name under which it is kept."""
     from outrider.evaluate.experiments.experiment import read_experiment
     from outrider.evaluate.experiments.live import trial_of
-    from outrider.evaluate.workloads import load_prompts
+    from outrider.evaluate.workloads import load_prompts, plain_texts
     from outrider.serve.app import create_app
     from outrider.serve.settings import Settings, model_name
 
@@ -60,7 +60,7 @@ def run_rehearsal(file: Path, store: str, requests: int, users: int, options: En
         adaptive=False,
         trial=trial,
     )
-    prompts = load_prompts(Path(trial.e.prompts) if trial.e.prompts else None, trial.e.count)
+    prompts = plain_texts(load_prompts(Path(trial.e.prompts) if trial.e.prompts else None, trial.e.count))
     answered = asyncio.run(rehearse(app, model_name(target), prompts, requests, users, tokens))
     end(name, store)
     if answered < requests:

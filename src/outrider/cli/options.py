@@ -18,13 +18,20 @@ Json = Annotated[
 StorePath = Annotated[
     str, typer.Option("--store", help="The store that bench --store wrote: a file, or a postgresql:// URL.")
 ]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Take prompts by the target's chat template, if it has one, a text as a user's message; or as they stand.",
+    ),
+]
 Traffic = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
         callback=paths.file,
-        help="Prompts like those that you serve: JSONL with a `prompt` per line, or text with one per line. Default: held-out "
-        "prompts of the shipped pair.",
+        help="Prompts like those that you serve: JSONL with `prompt`, `messages`, ShareGPT's `conversations` or OpenAI's batches, "
+        "or text with one per line. Default: held-out prompts of the shipped pair, or questions for a chat model.",
         show_default=False,
     ),
 ]

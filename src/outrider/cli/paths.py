@@ -20,8 +20,6 @@ _LOCAL = (".", "/", "~")
 def model(name: str | None) -> str | None:
     """A folder that is there, or what may be a Hub name. Raises ConfigError for a path that leads nowhere."""
     if name is not None:
-        if not name.strip():
-            raise ConfigError("the name of a model is empty: give a folder or a Hub name")
         from outrider.models.folder import require_config, resolve_folder
 
         require_config(resolve_folder(name))
@@ -79,6 +77,13 @@ def writable(given: Path | None) -> Path | None:
     if not os.access(place, os.W_OK):
         raise ConfigError(f"{given} cannot be written: you may not write to {place}; name another place")
     return given
+
+
+def out_folder(given: Path | None) -> Path | None:
+    """A folder that can be written; it need not be there."""
+    if given is not None and given.exists() and not given.is_dir():
+        raise ConfigError(f"{given} is a file: name a folder")
+    return writable(given)
 
 
 def out_file(given: Path | None) -> Path | None:

@@ -71,9 +71,12 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
         show(document, asked.out, json, plan_contexts.print_contexts)
         return
     named = paths.drafter(asked.draft) or ["auto"]  # what leads nowhere is said before anything heavy is imported
+    from outrider.evaluate.workloads import load_rows
+
+    load_rows(asked.prompts, asked.count)
     from outrider.evaluate.measure import machine
     from outrider.evaluate.planning import plan as pl
-    from outrider.evaluate.scoring.score import VERIFICATION, load_items
+    from outrider.evaluate.scoring.score import VERIFICATION, load_items, ready_items
 
     drafts, wanted, sizes = named, parse_lengths(asked.lengths), parse_batches(asked.batches)
     if options.rule not in ("auto", *VERIFICATION):
@@ -83,6 +86,7 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
         raise ConfigError(f"--check at batch {max(sizes)} needs at least {2 * max(sizes)} prompts: raise --count")
     plan_launch.check_options(asked)
     engine = load_engine(options.changed(draft=drafts[0], length=max(wanted)))
+    items, data = ready_items(engine, asked.prompts, items, asked.chat_template)
     if asked.traffic is not None:
         document = plan_fleet.fleet_document(engine, drafts[0], wanted, items, sampling, asked)
         show(document, asked.out, json, plan_fleet.print_fleet)
@@ -92,7 +96,7 @@ def plan(options: EngineOptions, asked: PlanOptions, sampling: Any, json: Json =
     choices = pl.rank(timings, calls)
     path = engine.loaded.path if engine.loaded is not None else None
     document = document_of(choices, sizes, asked.price, models, options.rule, path)
-    document |= {"predicted": sorted(calls), "machine": machine()}
+    document |= {"predicted": sorted(calls), "machine": machine(), "data": data}
     document |= {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
     code = 0
     if asked.check:
@@ -182,7 +186,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
     from outrider.files import write_whole
 
-    text = markdown(document) if path.suffix == ".md" else json.dumps(document, indent=1)
+    text = markdown(document) if path.suffix == ".md" else json.dumps(terminal.clean(document), indent=1)
     text = document["launch"]["ray"] if path.suffix in (".yaml", ".yml") else text
     write_whole(path, text.encode())
 

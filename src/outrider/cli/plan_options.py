@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from outrider.cli import paths
-from outrider.cli.options import Traffic
+from outrider.cli.options import ChatTemplate, Traffic
 from outrider.cli.takes import defaults_of
 from outrider.errors import ConfigError
 
@@ -41,6 +41,7 @@ class PlanOptions:
         "1"
     )
     prompts: Traffic = None
+    chat_template: ChatTemplate = True
     count: Annotated[int, typer.Option("--count", min=4, help="Prompts used to predict acceptance.")] = 24
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Timed runs of each configuration.")] = 4
     price: Annotated[

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from outrider.cli import tables, terminal
+from outrider.evaluate.workloads import told
 
 
 def markdown(d: dict[str, Any]) -> str:
@@ -44,6 +45,8 @@ def cells(r: dict[str, Any]) -> list[str]:
 def print_document(d: dict[str, Any]) -> None:
     """The document for people."""
     console = terminal.console()
+    if "data" in d:
+        console.print(f"prompts: {told(d['data'])}")
     table = Table()
     priced = d["choices"][0]["cost_per_million_tokens"] is not None
     for column in (

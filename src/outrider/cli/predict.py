@@ -11,7 +11,7 @@ import typer
 
 from outrider.cli import paths, terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import Json
+from outrider.cli.options import ChatTemplate, Json
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
@@ -27,10 +27,12 @@ class PredictOptions:
         typer.Option(
             "--prompts",
             callback=paths.file,
-            help="JSONL with `prompt` and, if you like, `completion` and `domain`; or text with one prompt per line.",
+            help="JSONL with `prompt` (or `messages`, as in bench) and, if you like, `completion` and `domain`; or text with one "
+            "prompt per line.",
             show_default=False,
         ),
     ] = None
+    chat_template: ChatTemplate = True
     count: Annotated[int, typer.Option("--count", min=2, help="Prompts used, from the start of the set.")] = 32
     samples: Annotated[int, typer.Option("--samples", min=1, max=64, help="Continuations of each prompt.")] = 1
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts sampled at the same time.")] = 8
@@ -103,11 +105,15 @@ def predict(options: EngineOptions, asked: PredictOptions, sampling: Any, json: 
 
     Example: outrider predict --count 8 --max-tokens 32 --measure
     """
+    from outrider.evaluate.workloads import load_rows
+
     if asked.drafting not in ("sampled", "greedy"):
         raise ConfigError(f"--drafting is sampled or greedy, got {asked.drafting!r}")
     if asked.from_logs is not None and asked.measure:
         raise ConfigError("--measure needs the models and --from-logs loads none: give --draft-cost instead")
     logged = None if asked.from_logs is None else read_texts(asked.from_logs)
+    if logged is None:
+        load_rows(asked.prompts, asked.count)  # what cannot be read is said before PyTorch is imported
     from outrider.evaluate.planning import predict_report as pr  # here: a bad log is refused before PyTorch is imported
 
     costs = parse_costs(asked.draft_cost, asked.verify_cost)
@@ -161,7 +167,7 @@ def read_texts(path: Path) -> list[Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a JSONL log of texts")
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             return read_log(lines, str(path))
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text") from None
@@ -192,6 +198,7 @@ def of_models(options: EngineOptions, sampling: Any, asked: PredictOptions, cost
     params = replace(sampling, n=asked.samples, ignore_eos=asked.ignore_eos)
     items = ev.load_items(asked.prompts, asked.count)
     engine = load_engine(options)
+    items, data = ev.ready_items(engine, asked.prompts, items, asked.chat_template)
     model, clock = ev.draft_model(engine), ev.Clock()
     start = perf_counter()
     with terminal.loading(f"sampling {len(items)} prompts from the target alone") as progress:
@@ -213,6 +220,7 @@ def of_models(options: EngineOptions, sampling: Any, asked: PredictOptions, cost
         "moved_by_rounding": scored.moved,
         "time": {"seconds": total, "in_models": clock.seconds, "share_in_models": clock.seconds / total},
         "machine": machine(),
+        "data": data,
         "_texts": scored.texts,
     }
 

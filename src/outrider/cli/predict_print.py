@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from outrider.cli import tables, terminal
+from outrider.evaluate.workloads import told
 
 SHOWN = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 
@@ -19,6 +20,8 @@ def print_document(d: dict[str, Any]) -> None:
     out.print(
         f"predicted from {d['texts']} texts of {d['prompts']} prompts, {d['tokens']} tokens{where}; nothing was drafted"
     )
+    if "data" in d:
+        out.print(f"prompts: {told(d['data'])}")
     tables.show(lengths_table(d), out)
     costs = d["costs"]
     if costs is not None:

@@ -10,6 +10,10 @@ import typer
 from outrider.cli import paths
 from outrider.cli.takes import Table
 from outrider.errors import ConfigError
+from outrider.files import read_text
+
+MOST = 1 << 20
+"""Largest file of a schema, bytes; what its grammar may be is said later."""
 
 
 def _params(**values: Any) -> Any:
@@ -111,7 +115,4 @@ def grammar(regex: str | None, schema: Path | None) -> str | None:
         raise ConfigError("--regex and --json-schema exclude each other: give one")
     if schema is None:
         return None if regex is None else f"regex:{regex}"
-    try:
-        return "json:" + schema.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{schema} cannot be read: {error}") from None
+    return "json:" + read_text(schema, MOST)

@@ -13,6 +13,7 @@ import typer
 from outrider.cli import paths
 from outrider.cli.options import AlertWebhook, RayAddress
 from outrider.errors import ConfigError
+from outrider.files import read_text
 
 if TYPE_CHECKING:
     from outrider.options import EngineOptions
@@ -188,10 +189,7 @@ class ServeOptions:
         """API keys of the command line, a file, and the environment. ConfigError for an empty or short one."""
         keys = list(self.api_key or [])
         if (file := self.api_key_file) is not None:
-            try:
-                keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError):
-                raise ConfigError(f"{file} cannot be read: give a text file with one key per line") from None
+            keys += [line.strip() for line in read_text(file, 1 << 20).splitlines() if line.strip()]
         if KEY in os.environ:
             keys.append(os.environ[KEY])
         if any(len(key) < 8 for key in keys):

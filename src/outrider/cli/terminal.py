@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,18 +85,19 @@ _UNSEEN = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """The one JSON document of a command; NaN becomes null."""
-    text = json.dumps(_clean(document), indent=2, ensure_ascii=False)
+    """The one JSON document of a command; numbers that JSON does not have become null."""
+    text = json.dumps(clean(document), indent=2, ensure_ascii=False)
     typer.echo(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
-def _clean(value: Any) -> Any:
-    if isinstance(value, float) and value != value:
+def clean(value: Any) -> Any:
+    """Plain data in which null stands for NaN and infinities, which JSON does not have and many readers refuse."""
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _clean(v) for k, v in value.items()}
+        return {k: clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(v) for v in value]
+        return [clean(v) for v in value]
     return value
 
 

@@ -139,7 +139,7 @@ theory_app.command("speedup", short_help="Tokens per second, from data sheets.")
 def figures(
     out: Annotated[
         Path,
-        typer.Option("--out", callback=paths.writable, help="Folder for the pictures and index.md; made if missing."),
+        typer.Option("--out", callback=paths.out_folder, help="Folder for the pictures and index.md; made if missing."),
     ],
     runs: Annotated[
         int, typer.Option("--runs", min=200, help="Simulated outputs per curve; the paper has 20000.")

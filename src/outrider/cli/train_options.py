@@ -39,7 +39,7 @@ class TrainOptions:
         Path | None,
         typer.Option(
             "--out",
-            callback=paths.writable,
+            callback=paths.out_folder,
             help="Folder for the trained drafter. Default: its place in the work folder.",
             show_default=False,
         ),
@@ -48,7 +48,7 @@ class TrainOptions:
         Path,
         typer.Option(
             "--work",
-            callback=paths.writable,
+            callback=paths.out_folder,
             help="Folder for data and checkpoints; an interrupted run continues there.",
         ),
     ] = Path("runs/drafters")

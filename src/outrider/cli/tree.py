@@ -8,7 +8,7 @@ import typer
 
 from outrider.cli import terminal
 from outrider.cli.engine_options import ENGINE, load_engine
-from outrider.cli.options import Json, Traffic
+from outrider.cli.options import ChatTemplate, Json, Traffic
 from outrider.cli.sampling_options import SAMPLING
 from outrider.cli.takes import takes
 from outrider.errors import ConfigError
@@ -31,6 +31,7 @@ def tree(
     depth: Annotated[int, typer.Option("--depth", min=1, max=16, help="Most levels of a tree.")] = 4,
     width: Annotated[int, typer.Option("--width", min=1, max=32, help="Most children of a node.")] = 4,
     prompts: Traffic = None,
+    chat_template: ChatTemplate = True,
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts used, from the start of the set.")] = 16,
     json: Json = False,
 ) -> None:
@@ -38,17 +39,18 @@ def tree(
 
     Example: outrider tree --nodes 8 --depth 3 --count 4 --max-tokens 32
     """
-    from outrider.build import companion
-    from outrider.evaluate.planning import tree as tr
-    from outrider.evaluate.workloads import load_prompts
+    from outrider.evaluate.workloads import load_prompts, ready
 
     asked = load_prompts(prompts, count)
+    from outrider.build import companion
+    from outrider.evaluate.planning import tree as tr
+
     engine = load_engine(options)
     loaded = () if engine.loaded is None else engine.loaded.models
     model = next((key.name for key in loaded), None) if options.draft == "auto" else options.draft
     if model is None:
         raise ConfigError("no draft model beside this target: name one with --draft")
-    texts = engine.encode_all(asked)
+    texts = ready(engine, prompts, asked, chat_template).ids
     engine = companion(engine, "none", length=0)
     with terminal.loading("measuring acceptance by rank"):
         ranks = tr.measure_ranks(engine, model, texts, sampling, width)

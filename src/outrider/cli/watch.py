@@ -181,12 +181,12 @@ def print_line(server: Any, reading: dict[str, Any]) -> None:
 
 def requests_of(seen: Any, asked: WatchOptions) -> Any:
     """The requests of the watch, which begin when the server has answered; with --target their texts are audited."""
-    from outrider.evaluate.workloads import load_prompts
+    from outrider.evaluate.workloads import load_prompts, plain_texts
     from outrider.integrations.watch.asking import Budget, Later, asking
     from outrider.params import SamplingParams
 
     params = SamplingParams(temperature=1.0, max_tokens=asked.max_tokens)
-    prompts: list[Any] = load_prompts(asked.prompts, 10_000)
+    prompts: list[Any] = plain_texts(load_prompts(asked.prompts, 10_000))
     auditor = None
     if asked.target is not None:
         auditor, prompts = auditor_of(asked, params, prompts)

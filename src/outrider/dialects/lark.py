@@ -10,6 +10,7 @@ from typing import Any
 from outrider.dialects.formats import FORMATS, Format
 from outrider.dialects.values import types_of
 from outrider.errors import RequestError
+from outrider.schemas import without_looking_around
 
 MAX_SCHEMAS = 4_000_000
 """Most characters of JSON schemas in one grammar: notations that write each parameter apart repeat the definitions beside it."""
@@ -92,7 +93,7 @@ class Writer:
         schema = dict(schema) if isinstance(schema, dict) else {}
         if root and '"$ref"' in json.dumps(schema):
             schema = {key: root[key] for key in ("$defs", "definitions") if key in root} | schema
-        text = json.dumps({**schema, "x-guidance": COMPACT})
+        text = json.dumps({**without_looking_around(schema), "x-guidance": COMPACT})
         self._schemas += len(text)
         if self._schemas > MAX_SCHEMAS:
             raise RequestError("the schemas of the tools are too long together: send fewer tools, or shorter definitions")

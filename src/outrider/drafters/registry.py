@@ -151,6 +151,8 @@ def load_drafter(
             kind not in learned and (own := learned_kind(how.path, learned)) is not None
         ):  # a folder says itself what it holds
             kind, path = own, how.path
+        if kind in HOSTS and rest == how.path and not Path(rest).exists():
+            raise ConfigError(f"{kind!r} has no option {path!r}: write {kind!r}, or see --draft in docs/drafters.md")
         if kind in HOSTS and not Path(how.path).exists():
             raise ConfigError(
                 f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from outrider.drafters import vllm_versions
 from outrider.errors import ConfigError, unknown_name
+from outrider.files import parse_json
 
 RULES = {"standard": "speculative_sampling", "block": "block"}
 DEFAULT_NGRAM = 5
@@ -89,10 +90,7 @@ def engine_options(
 
 def _object(config: str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, str):
-        try:
-            config = json.loads(config)
-        except ValueError as error:
-            raise ConfigError(f"speculative_config is not JSON: {error}") from None
+        config = parse_json(config, "speculative_config")
     if not isinstance(config, Mapping):
         raise ConfigError(f"speculative_config must be a JSON object, got {type(config).__name__}")
     return dict(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from outrider.deprecated import Renamed
 from outrider.engine.intake import Intake
 from outrider.engine.outputs import Result, result_of
 from outrider.engine.parts import CoreOptions, Hooks, Parts
-from outrider.engine.prompts import Prompt, Prompts, as_prompt, as_prompts
+from outrider.engine.prompts import Prompt, Prompts, as_params, as_prompt, as_prompts
 from outrider.engine.scheduler import Scheduler
 from outrider.engine.sequence import Event, Sequence
 from outrider.engine.state import StepState
@@ -108,10 +108,13 @@ class EngineCore:
         """The controller, which sets the draft length of each sequence."""
         return self.state.hooks.controller
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an engine holds a model and locks, and cannot be copied or sent to another process: build one there")
+
     # ------------------------------------------------------------------ requests
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request: str | None = None) -> str:
         """Queue a request and return its name. prompt: text or token ids. Raises RequestError when it cannot be served."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else as_params(params)
         tokens = self.encode(prompt)
         self._intake.check(tokens, params)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -244,7 +247,13 @@ class EngineCore:
         tokens that is there, after each step; None: a bar in a notebook, once it has taken a second.
         """
         texts = self.encode_all(prompts)
-        many = [params] * len(texts) if params is None or isinstance(params, SamplingParams) else list(params)
+        many: list[SamplingParams | None]
+        if params is None or isinstance(params, SamplingParams):
+            many = [params] * len(texts)
+        elif isinstance(params, Mapping | str) or not isinstance(params, Iterable):
+            many = [as_params(params)]
+        else:
+            many = list(params)
         if len(many) != len(texts):
             raise RequestError(f"{len(texts)} prompts but {len(many)} sampling parameters: give one, or one for each")
         mine: dict[str, list[Sequence]] = {}

@@ -27,9 +27,14 @@ class Intake:
         self._special: dict[int, str] | None = None
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text. Raises RequestError without a tokenizer."""
+        """Token ids of a text. Raises RequestError without a tokenizer, and for what is no text."""
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer: build the engine with one, or pass token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            told = f"the prompt has half a surrogate pair, which is no character, at place {error.start}: leave it out"
+            raise RequestError(told) from None
         return list(self.tokenizer.encode(prompt))
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Set as AnySet
 from typing import Any
 
 from outrider.errors import RequestError
+from outrider.params import SamplingParams
 from outrider.pictured import ImagePrompt
 
 Prompt = str | Iterable[Any]
@@ -41,6 +42,14 @@ def as_prompt(prompt: Any) -> str | list[int]:
     return [_id(i) for i in items]
 
 
+def as_params(params: Any) -> SamplingParams:
+    """Sampling parameters as they are given. Raises RequestError for anything else, such as a mapping of them."""
+    if isinstance(params, SamplingParams):
+        return params
+    how = "write SamplingParams(**params)" if isinstance(params, Mapping) else "write SamplingParams(temperature=0.7), for example"
+    raise RequestError(f"sampling parameters are SamplingParams, not {type(params).__name__}: {how}")
+
+
 def as_ids(prompts: Any) -> list[list[int]]:
     """Several prompts of token ids, for callers without a tokenizer. Raises RequestError for text."""
     found = as_prompts(prompts)
@@ -53,6 +62,11 @@ def _items(value: Any) -> list[Any]:
     """The elements of a sequence, tensor, array or generator. RequestError for anything that is not iterable or has no order."""
     if isinstance(value, bytes | bytearray | memoryview):
         raise RequestError("a prompt is text or token ids, and this is bytes: decode it first, as in prompt.decode()")
+    if isinstance(value, Mapping) and "role" in value:
+        raise RequestError(
+            "a prompt is text or token ids, and these are messages: make ids of them by the model's template, as in "
+            "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
+        )
     if isinstance(value, Mapping):
         raise RequestError("a prompt is text or token ids, and this is a mapping: pass what is in it, as its input_ids")
     if callable(getattr(value, "tolist", None)):  # an array or a tensor of any library

@@ -46,8 +46,11 @@ class Layout:
 def read_raw_config(folder: Path) -> dict:
     """Read config.json; refused if it requires its own code to be run."""
     raw = read_json(folder / CONFIG, CONFIG_BYTES)
-    if raw.get("model_type") in OWN_CODE:
-        return {k: v for k, v in raw.items() if k != "auto_map"} | {"model_type": OWN_CODE[str(raw["model_type"])]}
+    kind = raw.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise ConfigError(f"{folder / CONFIG}: model_type must be a text, got {reprlib.repr(kind)}: download it again")
+    if kind in OWN_CODE:
+        return {k: v for k, v in raw.items() if k != "auto_map"} | {"model_type": OWN_CODE[kind]}
     if raw.get("auto_map"):
         raise ConfigError(
             f"{folder / CONFIG} names code of its own (auto_map), which Outrider never runs: "

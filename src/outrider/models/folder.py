@@ -21,6 +21,8 @@ def resolve_folder(path_or_name: str | Path) -> Path:
 
     A folder that holds one GGUF model and no config.json stands for it. Raises ConfigError if there is nothing of that name.
     """
+    if not str(path_or_name).strip():  # which would be the working folder
+        raise ConfigError("the name of a model is empty: give a folder or a Hub name")
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         return only_file(path) or path

@@ -301,7 +301,7 @@ def _block(config: DecoderConfig, i: int, w: LayerWeights, dtype: torch.dtype, p
         else:
             qk_norm = of_rows(_norm(c, w.q_norm, dtype), _norm(c, w.k_norm, dtype), c.heads)
     if c.experts is not None and c.experts.sparse[i]:
-        e, weights = c.experts, (cast(Tensor, m) for m in (w.router, w.gate_up, w.down))
+        e, router, gate_up, down = c.experts, *(cast(Tensor, m) for m in (w.router, w.gate_up, w.down))
         biases = None if w.router_bias is None else cast(Any, (w.router_bias, w.gate_up_bias, w.down_bias))
         return SparseLayer(
             norm1=norm(w.norm1) or nn.Identity(),
@@ -310,7 +310,7 @@ def _block(config: DecoderConfig, i: int, w: LayerWeights, dtype: torch.dtype, p
             o=linear(w.o, w.o_bias),
             norm2=norm(w.norm2) or nn.Identity(),
             experts=expert_mlp(
-                *weights, biases, used=e.used, normalised=e.normalised, pack=pack, limit=e.limit, gain=e.gain
+                router, gate_up, down, biases, used=e.used, normalised=e.normalised, pack=pack, limit=e.limit, gain=e.gain
             ),
             sinks=w.sinks,
         )

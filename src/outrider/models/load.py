@@ -82,7 +82,7 @@ def load_target(
         block_type(quantize)
     if kv_dtype not in KV_DTYPES:
         raise ConfigError(unknown_name("type of keys and values", kv_dtype, KV_DTYPES))
-    where = _device(device)
+    where = device_named(device)
     named_dtype(dtype)
     folder = resolve_folder(path_or_name)
     require_config(folder)
@@ -237,7 +237,7 @@ class Facts:
 def inspect_checkpoint(path_or_name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Facts:
     """Facts of a folder or Hub name under the options of `load_target`; raises ConfigError where `load_target` would, or an engine
     that is built on it."""
-    folder, where = resolve_folder(path_or_name), _device(device)
+    folder, where = resolve_folder(path_or_name), device_named(device)
     require_config(folder)
     stop_ids(folder)
     found = _runtime(folder, "auto")
@@ -321,13 +321,14 @@ def _size(config: Any, name: str) -> int:
     return max((n for n in found if isinstance(n, int)), default=0)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """ "auto" (a GPU if there is one) or a PyTorch device. Raises ConfigError for one that is unknown or not there."""
+    options.check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}; use 'auto', 'cpu' or 'cuda'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} is not there (PyTorch sees no GPU); use 'auto' or 'cpu'")
+    device, there = torch.device(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        if not there:
+            raise ConfigError(f"device {name!r} is not there (PyTorch sees no GPU); use 'auto' or 'cpu'")
+        raise ConfigError(f"device {name!r} is not there: the last GPU that PyTorch sees is 'cuda:{there - 1}'")
     return device

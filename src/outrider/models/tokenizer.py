@@ -185,10 +185,19 @@ def stop_ids(path_or_name: str | Path, tokenizer: Any = None) -> tuple[int, ...]
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file() and not found:
-            named = read_json(folder / name, CONFIG_BYTES).get("eos_token_id")
-            found = [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
+            found = _ids_of(read_json(folder / name, CONFIG_BYTES).get("eos_token_id"), folder / name)
     own = getattr(tokenizer, "eos_token_id", None)
     return tuple(dict.fromkeys([*found, *([own] if isinstance(own, int) else [])]))
+
+
+def _ids_of(named: Any, file: Path) -> list[int]:
+    """The tokens that an `eos_token_id` names. Raises ConfigError for what is none: a text would never end."""
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(i) is int for i in ids):
+        raise ConfigError(
+            f"{file}: eos_token_id must be a token id or a list of them, got {reprlib.repr(named)}: correct it, since it ends texts"
+        )
+    return ids
 
 
 CONSTRAINTS: dict[str, tuple[Any, ...]] = {
@@ -204,6 +213,10 @@ CONSTRAINTS: dict[str, tuple[Any, ...]] = {
     "stop_strings": ([],),
     "watermarking_config": (),
     "guidance_scale": (1,),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "force_words_ids": ([],),
+    "constraints": ([],),
 }
 """Keys of generation_config.json that constrain every text of transformers' `generate`, with their neutral values.
 

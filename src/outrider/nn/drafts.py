@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from outrider.errors import CapacityError
 from outrider.nn.ahead import Ahead, Step, address_of
 from outrider.nn.held import OK, Held, fail
-from outrider.nn.kv import RowCache
+from outrider.nn.row_cache import RowCache
 
 _LAYER = ("norm1", "qkv_bias", "q_norm", "k_norm", "norm2", "qkv", "o", "gate_up", "down")
 

@@ -64,8 +64,12 @@ def expert_mlp(
     parts: list[tuple[Tensor, Tensor | None]] = [(w, None) for w in (*gates, downs)]
     if biases is not None:
         parts = list(zip((*gates, downs), (*biases[1].unflatten(0, (2, count, -1)), biases[2].view(count, -1)), strict=True))
-    linear = lambda i: (make_linear(w[i], None if b is None else b[i], pack=pack) for w, b in parts)  # noqa: E731
-    experts = [Expert(*linear(i), limit, gain) for i in range(count)]
+
+    def expert(i: int) -> Expert:
+        gate, up, down = (make_linear(w[i], None if b is None else b[i], pack=pack) for w, b in parts)
+        return Expert(gate, up, down, limit, gain)
+
+    experts = [expert(i) for i in range(count)]
     route = make_linear(router, None if biases is None else biases[0].to(router.dtype), pack=False)
 
     def mixture(x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:

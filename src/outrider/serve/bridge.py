@@ -21,6 +21,7 @@ from outrider.engine.prompt_scores import PromptScores
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError, RequestError
 from outrider.params import SamplingParams
+from outrider.pictured import ImagePrompt
 from outrider.serve.engine_thread import EngineThread, Mail, Scoring
 from outrider.serve.prep import Prep
 from outrider.serve.supervisor import HEARTBEAT_SECONDS, Awake
@@ -190,6 +191,9 @@ class Bridge:
 
     async def submit(self, ticket: Ticket, prompts: list[list[int]], params: SamplingParams) -> None:
         """Pass a request to the engine; returns when it is checked and queued. Raises RequestError for a bad one."""
+        for prompt in prompts:
+            if isinstance(prompt, ImagePrompt):
+                await self._see(ticket, prompt, params)
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ticket.accepted = accepted
 
@@ -202,6 +206,19 @@ class Bridge:
             raise EngineFailure(DEAD)
         async with self._deadline(ticket):
             await accepted
+
+    async def _see(self, ticket: Ticket, prompt: ImagePrompt, params: SamplingParams) -> None:
+        """Have the target see the images of a prompt, one between two steps: nobody waits for all images of another."""
+        self.engine.check(prompt, params)  # no image is seen for a prompt that is refused
+        for image in prompt.images:
+            seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            ticket.accepted = seen
+            answer = partial(_answered, seen)
+            self.worker.command(partial(self.worker.see, ticket, image, answer))
+            if not self.worker.running:
+                raise EngineFailure(DEAD)
+            async with self._deadline(ticket):
+                await seen
 
     async def score(self, ticket: Ticket, prompts: list[list[int]], top: int) -> list[PromptScores]:
         """Log-probabilities of the tokens of prompts. Raises RequestError for one that cannot be served."""
@@ -314,3 +331,8 @@ class Bridge:
         """End every open request with an error (in the event loop)."""
         for ticket in self.tickets.values():
             ticket.fail(EngineFailure(DEAD))
+
+
+def _answered(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
 
@@ -18,6 +19,7 @@ from outrider.engine.prompt_scores import PromptScores, prompt_scores
 from outrider.engine.sequence import Event
 from outrider.errors import OutriderError
 from outrider.params import SamplingParams
+from outrider.pictured import ImageInput
 from outrider.serve.tickets import EngineFailure, Ticket, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -243,6 +245,14 @@ class EngineThread:
             self._post(lambda: answer(failure))
             return
         self._post(lambda: answer(None))
+
+    def see(self, ticket: Ticket, image: ImageInput, answer: Callable[[], None]) -> None:
+        """Have the target see an image, which it then knows (a command). What is wrong is said when its prompt is queued."""
+        if not ticket.open or self.engine is None:
+            return
+        with suppress(Exception):
+            self.engine.images.rows(image)
+        self._post(answer)
 
     def abort(self, ticket: Ticket) -> None:
         """Abort the running parts of a request (a command)."""

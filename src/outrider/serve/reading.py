@@ -200,8 +200,12 @@ class Reading:
 
     async def alone(self, read: Callable[[], ImagePrompt]) -> ImagePrompt:
         """Read the pictures of one request in a thread, which may take much memory: after those of others, also of those who no
-        longer wait for them. Raises Unavailable after IMAGE_SECONDS of its own."""
-        await self._decoding.acquire()
+        longer wait for them. Raises Unavailable after IMAGE_SECONDS of waiting, or of its own."""
+        try:
+            async with asyncio.timeout(IMAGE_SECONDS):
+                await self._decoding.acquire()
+        except TimeoutError:  # each that waits holds its pictures
+            raise Unavailable("the images of others took too long to read: try again later") from None
         reading = asyncio.ensure_future(asyncio.to_thread(read))
         reading.add_done_callback(lambda _: self._decoding.release())
         reading.add_done_callback(_failed)  # nobody may be waiting for it

@@ -66,6 +66,8 @@ def read_log(lines: Iterable[str], source: str = "log") -> list[Text]:
                 texts.append(_text(json.loads(line), number))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{source}:{number}: not JSON ({error.msg})") from None
+            except RecursionError:
+                raise ValueError(f"{source}:{number}: lists in lists in lists") from None
             except ValueError as error:
                 raise ValueError(f"{source}:{number}: {error}") from None
     if not texts:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from outrider.conversations import Conversation, conversation_in
 from outrider.errors import ConfigError
 from outrider.train.data import Document, deduplicate, find_documents, normalise
 
@@ -19,14 +20,14 @@ def read_corpus(
     *,
     pattern: str = "*",
     skip_bad: bool = False,
-    render: Callable[[list[dict[str, str]]], str] | None = None,
+    render: Callable[[Conversation], str] | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Document]:
     """The texts of `paths`, each distinct one once, in a fixed order.
 
     A folder gives all its readable files that match `pattern`. A `.jsonl` file gives a text per row: its `text`, its
-    `prompt`, or its `messages` as `render` writes them (None: their contents, one per line). Any other file is
-    one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
+    `prompt`, or its conversation (`messages`, `conversations`) as `render` writes it (None: its contents, one per line). Any other
+    file is one text. A row that is none of these raises ConfigError with file and line, unless `skip_bad`.
     """
     found: list[Document] = []
     paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
@@ -50,7 +51,7 @@ def read_corpus(
 
 
 def _rows(
-    path: Path, skip_bad: bool, render: Callable[[list[dict[str, str]]], str], report: Callable[[str], None]
+    path: Path, skip_bad: bool, render: Callable[[Conversation], str], report: Callable[[str], None]
 ) -> Iterator[Document]:
     bad = 0
     with path.open("rb") as lines:
@@ -67,25 +68,21 @@ def _rows(
         report(f"{path.name}: {bad} bad rows skipped")
 
 
-def _text(line: bytes, render: Callable[[list[dict[str, str]]], str]) -> str:
+def _text(line: bytes, render: Callable[[Conversation], str]) -> str:
     try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
+        row: Any = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({str(error)[:200]})") from None
     if not isinstance(row, dict):
         raise ValueError("not an object with `text`, `prompt` or `messages`")
     for key in ("text", "prompt"):
         if isinstance(row.get(key), str) and row[key].strip():
             return row[key]
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
-        return render(messages)
-    raise ValueError("no `text`, `prompt` or `messages` with text")
+    talk = conversation_in(row)
+    if talk is not None and talk.text.strip():
+        return render(talk)
+    raise ValueError("no `text`, `prompt`, `messages` or `conversations` with text")
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-
-
-def _plain(messages: list[dict[str, str]]) -> str:
-    return "\n".join(m["content"] for m in messages)
+def _plain(talk: Conversation) -> str:
+    return talk.text

@@ -57,8 +57,10 @@ class LoopConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or not 0 <= self.final_lr_ratio <= 1:
+        if self.steps < 1 or not 0 < self.lr < math.inf or not 0 <= self.final_lr_ratio <= 1:
             raise ConfigError("steps >= 1, lr > 0 and 0 <= final_lr_ratio <= 1 are needed")
+        if not 0 <= self.save_every_s < math.inf:
+            raise ConfigError(f"seconds between checkpoints are 0 or more, got {self.save_every_s:g}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopConfig:

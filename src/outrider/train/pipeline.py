@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from outrider.build import Engine, build_engine
+from outrider.conversations import has_template, whole_text
 from outrider.errors import ConfigError
 from outrider.models.folder import identity_of, resolve_folder
 from outrider.models.load import load_target
@@ -42,9 +44,11 @@ class Prepared:
         return self.training, self.held_out
 
 
-def texts_of(job: Job, report: Report = print) -> dict[str, list[data.Document]]:
-    """The documents of both parts: each once, whole files on one side; a single text is split."""
-    documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, report=report)
+def texts_of(job: Job, report: Report = print, tokenizer: Any = None) -> dict[str, list[data.Document]]:
+    """The documents of both parts: each once, whole files on one side; a single text is split. Conversations are written
+    by the chat template of `tokenizer`, if it has one."""
+    render = partial(whole_text, tokenizer) if has_template(tokenizer) else None
+    documents = read_corpus(list(job.data), pattern=job.pattern, skip_bad=job.skip_bad, render=render, report=report)
     training, held_out = data.split(documents)
     if len(documents) == 1:
         training, held_out = ([part] for part in data.halve(documents[0]))
@@ -66,7 +70,7 @@ class Part:
 
 def parts_of(job: Job, engine: Engine, report: Report = print) -> list[Part]:
     """Both parts: what is written, and where. The same on every machine that has the same target and text."""
-    texts, identity = texts_of(job, report), identity_of(resolve_folder(job.target))
+    texts, identity = texts_of(job, report, engine.tokenizer), identity_of(resolve_folder(job.target))
     # files may begin with the same text (a licence): prompts of the training are not held out
     begun = {tuple(p) for p in cut_prompts(texts["training"], engine.encode, job.wanted("training"))}
     out = []

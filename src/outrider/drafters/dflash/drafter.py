@@ -21,7 +21,7 @@ from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth, LevelLogits
 from outrider.errors import ConfigError
 from outrider.nn.drafts import Rows
-from outrider.nn.kv import RowCache
+from outrider.nn.row_cache import RowCache
 from outrider.protocols import Drafter, Target
 from outrider.records import CacheNeed
 from outrider.types import Draft, Evidence, SequenceView

@@ -14,10 +14,10 @@ from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.nn.attention import attend
 from outrider.nn.drafts import DraftShape, Features, Join, NativeLayers, Rows
 from outrider.nn.held import library_for
-from outrider.nn.kv import RowCache
 from outrider.nn.layers import FusedLayer
 from outrider.nn.linear import draft_linear, with_fast_linears
 from outrider.nn.rope import frequencies, turn
+from outrider.nn.row_cache import RowCache
 
 
 @runtime_checkable

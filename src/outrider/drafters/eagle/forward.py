@@ -17,10 +17,10 @@ from outrider.nn.attention import attend
 from outrider.nn.draft_heads import NativeHeads
 from outrider.nn.drafts import NativeLayers, Rows
 from outrider.nn.held import library_for
-from outrider.nn.kv import RowCache
 from outrider.nn.layers import FusedLayer
 from outrider.nn.linear import with_fast_linears
 from outrider.nn.masks import ancestor_mask
+from outrider.nn.row_cache import RowCache
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from torch import Tensor
 from outrider.drafters.eagle.forward import attend_rows, tapped
 from outrider.drafters.mtp.network import MtpHead
 from outrider.nn.drafts import Rows
-from outrider.nn.kv import RowCache
+from outrider.nn.row_cache import RowCache
 from outrider.protocols import DecoderBlock
 
 

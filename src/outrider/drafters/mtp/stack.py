@@ -27,7 +27,7 @@ from outrider.drafters.mtp.network import MtpHead
 from outrider.drafters.tree.forest import Forest
 from outrider.drafters.tree.growth import Growth
 from outrider.nn.drafts import Rows
-from outrider.nn.kv import RowCache
+from outrider.nn.row_cache import RowCache
 from outrider.records import CacheNeed
 
 

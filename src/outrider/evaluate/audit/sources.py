@@ -16,10 +16,13 @@ from typing import Any, cast
 
 from outrider.build import Engine
 from outrider.errors import ConfigError
+from outrider.files import json_rows, read_text
 from outrider.params import SamplingParams
 from outrider.web import OPENER, base_of, refusal, words
 
 MAX_RESPONSE = 1 << 26
+MAX_TEXTS = 1 << 30
+"""Largest file of recorded texts, bytes."""
 """Most bytes read of one response."""
 
 
@@ -100,20 +103,13 @@ def read_texts(path: Path) -> Recorded:
 
     Every prompt needs the same number of texts. Raises ConfigError with file and line.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give JSON lines of prompt_token_ids and token_ids")
     groups: dict[tuple[int, ...], list[Emission]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8; give JSON lines of prompt_token_ids and token_ids") from None
-    for i, line in enumerate(lines, 1):
+    for where, row in json_rows(read_text(path, MAX_TEXTS), path):
         try:
-            row = json.loads(line)
             prompt, tokens = (tuple(int(t) for t in row[k]) for k in ("prompt_token_ids", "token_ids"))
             logprobs = tuple(float(x) for x in row.get("logprobs") or ())
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{path}:{i}: not a text of token ids ({type(error).__name__}: {error})") from None
+        except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
+            raise ConfigError(f"{where}: not a text of token ids ({type(error).__name__}: {error})") from None
         groups.setdefault(prompt, []).append(Emission(tokens, logprobs))
     if not groups or not all(groups):
         raise ConfigError(f"{path}: no texts, or a text with an empty prompt")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from outrider.errors import ConfigError
 from outrider.evaluate.records import Record
 from outrider.evaluate.statistics.ratios import difference_influence, influence, margin
 from outrider.evaluate.store.store import Store
+from outrider.files import parse_json, read_text
 from outrider.records import Counts
 from outrider.telemetry.ledger import ledger
 
@@ -53,6 +53,8 @@ class Margins:
     quality: float = 0.02
 
 
+RUN_BYTES = 1 << 30
+"""Largest file of a run that is read."""
 SAME = ("prompts", "temperature", "top_p", "max_tokens", "batch")
 """What two runs must have been asked alike for their difference to mean anything."""
 
@@ -61,10 +63,10 @@ def load_run(reference: str, store: str | Path) -> tuple[dict[str, Any], list[Re
     """A run by its id or name in a store, or the file that `bench --out` wrote: its configuration and records."""
     path = Path(reference)
     if path.suffix == ".json" and path.is_file():
+        document = parse_json(read_text(path, RUN_BYTES), path)
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
             return document, [Record.from_dict(r) for r in document["records"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{path}: not a run that bench --out wrote") from None
     try:
         return _stored(reference, store)

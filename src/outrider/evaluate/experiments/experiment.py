@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from outrider.build import Engine, companion
@@ -23,6 +22,7 @@ from outrider.evaluate.records import Record
 from outrider.evaluate.scoring.quality import with_quality
 from outrider.evaluate.statistics.sequential import Bounds, bounds
 from outrider.evaluate.store.store import Store, fingerprint
+from outrider.files import read_yaml
 from outrider.options import types_of
 from outrider.params import SamplingParams
 from outrider.records import Counts
@@ -56,6 +56,7 @@ class Experiment:
     base: str
     target: str | None = None
     prompts: str | None = None
+    chat_template: bool = True
     count: int = 64
     batch: int = 1
     temperature: float = 1.0
@@ -101,13 +102,7 @@ def read_experiment(path: Path) -> Experiment:
 
     Raises ConfigError naming the nearest known field.
     """
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: no such experiment file, or larger than {MAX_BYTES >> 20} MiB")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    return experiment_from(found, path.stem, path)
+    return experiment_from(read_yaml(path, MAX_BYTES), path.stem, path)
 
 
 def experiment_from(found: Any, called: str, path: Path | str) -> Experiment:

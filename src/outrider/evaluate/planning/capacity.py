@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from outrider.errors import ConfigError
+from outrider.files import json_rows, read_text
 from outrider.theory.fleet import FAILED, REFUSED, Failures, Outcome, Replica, Traffic, poisson, simulate
 
 MOST = 1000
@@ -56,15 +57,7 @@ def read_traffic(text: str, prompts: Sequence[int], outputs: Sequence[int], requ
     path = Path(text)
     if not path.is_file():
         raise ConfigError(f"--traffic {text!r} is neither poisson:RATE nor a file; give a JSONL trace")
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB; split it")
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_row(line, f"{path}:{number}"))
-            if len(rows) == requests:
-                break
+    rows = [_row(row, where) for where, row in islice(json_rows(read_text(path, MAX_BYTES), path), requests)]
     if not rows:
         raise ConfigError(f"{path}: no requests in it")
     arrival, prompt, output = (np.array(x) for x in zip(*rows, strict=True))
@@ -73,11 +66,7 @@ def read_traffic(text: str, prompts: Sequence[int], outputs: Sequence[int], requ
     return Traffic(arrival[order] - start, prompt[order].astype(np.int64), output[order].astype(np.int64))
 
 
-def _row(line: str, where: str) -> tuple[float, int, int]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from None
+def _row(row: Any, where: str) -> tuple[float, int, int]:
     for at, prompt, output, unit in _COLUMNS:
         if isinstance(row, dict) and at in row:
             values: list[Any] = [row.get(name) for name in (at, prompt, output)]

@@ -58,12 +58,14 @@ class Times:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """tokens: a second, plain. times: of the target. drafted: by acceptance the tokens a second and the draft length of the best of
-    `LENGTHS`; empty without a draft. touched: by rows the experts of a layer that they touch; empty for a dense target."""
+    `LENGTHS`; empty without a draft. touched: by rows the experts of a layer that they touch; empty for a dense target. unmeasured:
+    why a draft was not measured; empty if it was, or if there is none."""
 
     tokens: float
     times: Times
     drafted: dict[float, tuple[float, int]]
     touched: dict[int, float]
+    unmeasured: str = ""
 
 
 def pace(
@@ -89,8 +91,11 @@ def pace(
                 return Pace(1.0 / plain, times, {}, touched)
             told(0.5)
             small = first_blocks(draft, PART, dtype=dtype)
-            if isinstance(small, str) or small[0].max_length < LEAST_CONTEXT:
-                return Pace(1.0 / plain, times, {}, touched)
+            if isinstance(small, str):
+                return Pace(1.0 / plain, times, {}, touched, small)
+            if small[0].max_length < LEAST_CONTEXT:
+                short = f"its context of {small[0].max_length} tokens is too short to measure"
+                return Pace(1.0 / plain, times, {}, touched, short)
             cheap, part = small
             own, _ = timed(cheap, part)
             steps = {n: step_seconds(model, cheap, n) + times.more(n + 1) + n * own.more(1) for n in LENGTHS}

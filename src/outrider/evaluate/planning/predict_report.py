@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,12 @@ import numpy as np
 from outrider.errors import ConfigError
 from outrider.evaluate.scoring.costs import Costs
 from outrider.evaluate.scoring.score import VERIFICATION, Scored
+from outrider.files import parse_json, read_text
 from outrider.theory import forecast as fc
 from outrider.theory.replay import Drafting, Text, Verification
+
+RUN_BYTES = 1 << 28
+"""Largest file of a run that is read."""
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 """Bias budgets, in total variation per token, at which the lossy front is reported."""
@@ -116,12 +119,7 @@ def read_runs(path: Path, length: int | None = None) -> list[RecordedRun]:
 
     length: draft length of a document that does not name it (`generate`). Raises ConfigError for anything else.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except ValueError:
-        raise ConfigError(f"{path}: not JSON; give the file that bench --out or demo --json wrote") from None
+    document = parse_json(read_text(path, RUN_BYTES), path)
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected one JSON object, as bench --out or demo --json write")
     arms = document.get("arms", [document])

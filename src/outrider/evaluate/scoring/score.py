@@ -7,7 +7,6 @@ see them, and only a few numbers are kept; a seeded sample of full distributions
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from outrider.assets import HERE
+from outrider.assets import HERE, chat_prompts_file
 from outrider.build import Engine, companion
+from outrider.conversations import Conversation
 from outrider.errors import ConfigError
-from outrider.evaluate.workloads import load_prompts
+from outrider.evaluate.workloads import Written, load_rows, ready
 from outrider.noise import derive_seed
 from outrider.params import SamplingParams
 from outrider.protocols import Target
@@ -45,7 +45,7 @@ Progress = Callable[[float], None]
 class Item:
     """One prompt, with the completion to score if it is given, and the domain it is reported under."""
 
-    prompt: str
+    prompt: Written | list[int]
     completion: str | None = None
     domain: str = ""
 
@@ -60,16 +60,21 @@ def load_items(path: Path | None, count: int) -> list[Item]:
 
     JSONL rows may also carry `completion`, and `domain` or `category`. Raises ConfigError naming file and line.
     """
-    prompts = load_prompts(path, count)
     where = HERE / "pycode" / "prompts.jsonl" if path is None else path
-    if where.suffix not in (".jsonl", ".json"):
-        return [Item(p) for p in prompts]
-    lines = where.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return [_item(prompt, row, shipped=path is None) for prompt, row in zip(prompts, rows, strict=False)]
+    return [_item(prompt, row, shipped=path is None) for prompt, row in load_rows(where, count)]
 
 
-def _item(prompt: str, row: dict[str, Any], shipped: bool) -> Item:
+def ready_items(
+    engine: Engine, path: Path | None, items: Sequence[Item], template: bool = True
+) -> tuple[list[Item], dict[str, Any]]:
+    """The items with prompts as the engine's target takes them, and what a report says of them: see `workloads.ready`."""
+    found = ready(engine, path, [item.prompt for item in items if not isinstance(item.prompt, list)], template)
+    if path is None and found.data["chat_template"]:
+        items = [_item(prompt, row, shipped=False) for prompt, row in load_rows(chat_prompts_file(), len(items))]
+    return [replace(item, prompt=ids) for item, ids in zip(items, found.ids, strict=True)], found.data
+
+
+def _item(prompt: Written, row: dict[str, Any], shipped: bool) -> Item:
     domain = row.get("domain") or row.get("category") or ""
     if shipped:  # the folder of the standard library the prompt is from
         source = str(row.get("source", ""))
@@ -123,7 +128,7 @@ def sample(
     out: list[Emitted] = []
     items = as_items(items)
     wanted = [i for i, item in enumerate(items) if item.completion is None]
-    prompts = {i: engine.encode(items[i].prompt) for i in wanted}
+    prompts = {i: engine.encode(as_given(items[i].prompt)) for i in wanted}
     longest = max((len(p) for p in prompts.values()), default=0) + params.max_tokens
     slots = max(batch, params.n)
     plain = companion(engine, "none", slots=slots, max_length=min(longest, engine.max_length))
@@ -150,9 +155,18 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
+def as_given(prompt: Written | list[int]) -> str | list[int]:
+    """A prompt as `Engine.encode` takes it."""
+    return prompt.text if isinstance(prompt, Conversation) else prompt
+
+
 def given_text(engine: Engine, item: Item, index: int, max_tokens: int) -> Emitted:
     """A given completion as tokens; where the tokenizer joins prompt and completion, the joined token is completion."""
-    prompt, full = engine.encode(item.prompt), engine.encode(item.prompt + (item.completion or ""))
+    text, said = as_given(item.prompt), item.completion or ""
+    if not isinstance(text, str):  # by a chat template: the answer begins where the template ends
+        answer = list(engine.tokenizer.encode(said, add_special_tokens=False))
+        return Emitted(list(text), answer[:max_tokens], False, None, index)
+    prompt, full = engine.encode(text), engine.encode(text + said)
     differs = first_difference(prompt, full)
     shared = min(len(prompt), len(full)) if differs is None else differs
     if not 0 < shared < len(full):

@@ -10,7 +10,6 @@ engines that report no rejections have no ledger, requests that failed are outco
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from outrider.errors import ConfigError
 from outrider.evaluate.records import Record, Timing, latency
 from outrider.evaluate.store.store import Store
+from outrider.files import json_rows, parse_json, read_text
 from outrider.records import Counts
 
 FORMATS = ("vllm", "aiperf", "guidellm")
@@ -116,10 +116,10 @@ def import_run(store: Store, path: Path, name: str, kind: str = "auto") -> tuple
 
 def _parse(path: Path) -> Any:
     """A JSON document, or a list of them for JSON lines. NaN and Infinity are refused where a number is read."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, MAX_BYTES)
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    return json.loads(text)
+        return [row for _, row in json_rows(text, path)]
+    return parse_json(text, path)
 
 
 def _guess(document: Any) -> str | None:

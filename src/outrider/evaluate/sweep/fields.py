@@ -34,6 +34,7 @@ class Decoding(Fields):
     target: Text | None = None
     dtype: Text = "auto"
     prompts: Text | None = None
+    chat_template: bool = True
     count: Annotated[int, Field(ge=1, le=100_000)] = 16
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

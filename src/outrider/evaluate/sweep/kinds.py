@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from outrider.assets import shipped
+from outrider.assets import chat_prompts_file, shipped
 from outrider.build import Engine, build_engine, companion
 from outrider.errors import ConfigError
 from outrider.evaluate.measure import Arm, run_arms
@@ -18,7 +18,7 @@ from outrider.evaluate.records import Record
 from outrider.evaluate.store.store import Store, canonical
 from outrider.evaluate.sweep.cells import Answer, Kind, folders_in, shipped_prompts_file
 from outrider.evaluate.sweep.fields import Ab, Audit, Bench, Decoding, Drafted, Predict
-from outrider.evaluate.workloads import load_prompts
+from outrider.evaluate.workloads import load_prompts, ready
 from outrider.models.folder import resolve_folder
 from outrider.params import SamplingParams
 
@@ -36,9 +36,10 @@ def sampling_of(f: Decoding) -> SamplingParams:
     return SamplingParams(temperature=f.temperature, top_p=f.top_p, max_tokens=f.max_tokens, ignore_eos=True)
 
 
-def prompts_of(path: str | None, count: int) -> list[str]:
-    """The prompts of a cell."""
-    return load_prompts(None if path is None else Path(path), count)
+def prompts_of(engine: Engine, path: str | None, count: int, template: bool) -> list[list[int]]:
+    """The prompts of a cell, as its target takes them."""
+    file = None if path is None else Path(path)
+    return ready(engine, file, load_prompts(file, count), template).ids
 
 
 def reads(f: Decoding) -> list[Path]:
@@ -48,7 +49,8 @@ def reads(f: Decoding) -> list[Path]:
     specs = [str(o.get("draft", "")) for o in f.configurations.values()] if isinstance(f, Bench) else []
     specs += [f.draft] if isinstance(f, Drafted | Predict) else []
     drafts = [folder for spec in specs for folder in folders_in(spec)]
-    return [target, *beside, *drafts, shipped_prompts_file() if f.prompts is None else Path(f.prompts)]
+    shipped_files = [shipped_prompts_file(), chat_prompts_file()]
+    return [target, *beside, *drafts, *(shipped_files if f.prompts is None else [Path(f.prompts)])]
 
 
 def row_of(record: Record) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def perform_bench(f: Bench) -> Answer:
     engine = base_engine(f.target, f.dtype, f.batch, lossy)
     wanted: dict[str, dict[str, Any]] = {name: {"draft": "auto", **o} for name, o in configurations.items()}
     arms = [Arm(name, companion(engine, **options)) for name, options in wanted.items()]
-    texts = engine.encode_all(prompts_of(f.prompts, f.count))
+    texts = prompts_of(engine, f.prompts, f.count, f.chat_template)
     warmup = f.warmup if f.metric == "speed" else 0
     records = run_arms(arms, texts, sampling_of(f), batch=f.batch, repeats=f.repeats, warmup=warmup, seed=f.seed)
     drafters = {arm.name: f"{arm.engine.parts.drafter.name} / {arm.engine.parts.rule.name}" for arm in arms}
@@ -112,7 +114,8 @@ def perform_predict(f: Predict) -> Answer:
     from outrider.evaluate.scoring import score as ev
 
     engine = companion(base_engine(f.target, f.dtype, 1, False), f.draft, length=1)
-    items = ev.load_items(None if f.prompts is None else Path(f.prompts), f.count)
+    file = None if f.prompts is None else Path(f.prompts)
+    items = ev.ready_items(engine, file, ev.load_items(file, f.count), f.chat_template)[0]
     params = SamplingParams(
         temperature=f.temperature, top_p=f.top_p, max_tokens=f.max_tokens, n=f.samples, ignore_eos=True
     )
@@ -136,7 +139,7 @@ def perform_audit(f: Audit) -> Answer:
 
     base = base_engine(f.target, f.dtype, 8, f.allow_lossy)
     engine = companion(base, **f.options)
-    texts = engine.encode_all(prompts_of(f.prompts, f.count))
+    texts = prompts_of(engine, f.prompts, f.count, f.chat_template)
     params = SamplingParams(temperature=f.temperature, top_p=f.top_p, max_tokens=f.max_tokens)
     asked = {name: getattr(f, name) for name in ("samples", "level", "tolerance", "detect", "seed")}
     document, code = answer.document_of(engine, sources.of_engine(engine, params), texts, params, asked, ours=True)
@@ -167,7 +170,7 @@ def perform_ab(f: Ab) -> Answer:
 
     e = experiment_of(f)
     engine = base_engine(e.target, e.dtype, e.batch, any(a.get("allow_lossy") for a in e.arms.values()))
-    texts = engine.encode_all(prompts_of(e.prompts, e.count))
+    texts = prompts_of(engine, e.prompts, e.count, e.chat_template)
     if len(texts) < e.batch * 5:
         raise ConfigError(f"{len(texts)} prompts make fewer than five groups of {e.batch}: add prompts")
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "ab.db") as store:

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outrider.errors import ConfigError, unknown_name
 from outrider.evaluate.store.store import canonical
 from outrider.evaluate.sweep.cells import Cell, Kind, code_version, data_of, identity
+from outrider.files import read_yaml
 
 MAX_BYTES = 1 << 20
-MAX_TEXT = 16 * MAX_BYTES
 """Most characters of a plan as JSON, aliases written out."""
 MAX_CELLS = 10_000
 """Most cells of a plan."""
@@ -71,14 +70,7 @@ def read_plan(path: Path, kinds: Mapping[str, Kind]) -> Plan:
 
 
 def _parse(path: Path) -> _Plan:
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: no such plan, or larger than {MAX_BYTES >> 20} MiB")
-    try:
-        found = _copied(yaml.safe_load(path.read_text(encoding="utf-8")), path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    except (TypeError, ValueError, RecursionError):
-        raise ConfigError(f"{path}: a plan holds texts, numbers, lists and mappings only, and no loop") from None
+    found = read_yaml(path, MAX_BYTES)
     if not isinstance(found, dict) or not isinstance(found.get("cells"), list):
         raise ConfigError(f"{path}: a plan is a mapping with a list of `cells`, each with its `kind`")
     for key in found:
@@ -88,19 +80,6 @@ def _parse(path: Path) -> _Plan:
         return _Plan.model_validate({"name": path.stem, **found})
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first(error)}") from None
-
-
-def _copied(found: Any, path: Path) -> Any:
-    """Plain data, in which aliases have become copies. Raises ConfigError before they grow beyond measure."""
-    parts, size = list[str](), 0
-    for part in json.JSONEncoder().iterencode(found):
-        parts.append(part)
-        size += len(part)
-        if size > MAX_TEXT:
-            raise ConfigError(
-                f"{path}: its aliases stand for more than {MAX_TEXT >> 20} MiB: write a grid, or split the plan"
-            )
-    return json.loads("".join(parts))
 
 
 def _first(error: ValidationError) -> str:

@@ -1,0 +1,121 @@
+"""Conversations in files: the shapes in which data sets hold them, as messages for a chat template. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from outrider.errors import ConfigError
+
+ROLES = {
+    **{name: name for name in ("system", "user", "assistant", "tool")},
+    "developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "function": "tool", "observation": "tool",
+}  # fmt: skip
+"""Who speaks, by the names that data sets have for it."""
+KEPT = ("name", "tool_call_id", "tool_calls", "reasoning_content")
+"""What a message may have besides role and content that templates read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as chat templates take them: role, content (text), and what else `KEPT` names."""
+
+    messages: tuple[dict[str, Any], ...]
+
+    @property
+    def text(self) -> str:
+        """The contents, one per line: for models without a template."""
+        return "\n".join(m["content"] for m in self.messages)
+
+    @property
+    def asked(self) -> Conversation:
+        """The messages up to the last one that an answer follows. Raises ValueError if there is none."""
+        last = max((i for i, m in enumerate(self.messages) if m["role"] != "assistant"), default=-1)
+        if last < 0 or all(m["role"] == "system" for m in self.messages[: last + 1]):
+            raise ValueError("no message of a user in it")
+        return Conversation(self.messages[: last + 1])
+
+
+def conversation_in(row: Mapping[str, Any]) -> Conversation | None:
+    """The conversation of a row: its `messages`, ShareGPT's `conversations`, or those of the `body` of a line for OpenAI's batches;
+    None if it has none. Raises ValueError for one that cannot be read."""
+    body = row.get("body")
+    if isinstance(body, Mapping) and isinstance(body.get("messages"), list):
+        return conversation_in(body)
+    found = next((row[key] for key in ("messages", "conversations") if isinstance(row.get(key), list)), None)
+    return None if not found else Conversation(tuple(_message(m, i) for i, m in enumerate(found, 1)))
+
+
+def _message(found: Any, number: int) -> dict[str, Any]:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"message {number} is no object")
+    said = found.get("role", found.get("from"))
+    role = ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise ValueError(f"message {number} has the role {str(said)[:40]!r}; known: {', '.join(ROLES)}")
+    content = _text(found.get("content", found.get("value")), number, role == "assistant")
+    kept = {k: found[k] for k in KEPT if found.get(k)}
+    if "tool_calls" in kept:
+        calls = kept["tool_calls"]
+        if not isinstance(calls, list):
+            raise ValueError(f"message {number} has tool_calls that are no list")
+        kept["tool_calls"] = [_call(call, number) for call in calls]
+    return {"role": role, "content": content, **kept}
+
+
+def _call(found: Any, number: int) -> dict[str, Any]:
+    """A call with its arguments as an object, as templates write them; what is no object is left as it stands."""
+    function = found.get("function") if isinstance(found, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ValueError(f"message {number} has a call without a `function`")
+    arguments = function.get("arguments")
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**found, "function": {**function, "arguments": arguments}}
+
+
+def _text(content: Any, number: int, may_be_empty: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and may_be_empty:  # it calls a tool and says nothing
+        return ""
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"message {number} has no text")
+    texts = list[str]()
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            raise ValueError(f"message {number} has a part that is no text, such as an image, which is not read here")
+        texts.append(text)
+    return "".join(texts)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str) -> list[int]:
+    """The prompt of a conversation, with the opening of the answer, by the model's own template. Raises ConfigError, which begins
+    with `where`, for one that the template refuses."""
+    try:
+        return list(
+            tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+        )
+    except Exception as error:  # templates are programs of the model's makers and raise what they like
+        raise ConfigError(f"{where}: the target's chat template refuses it ({str(error)[:200]})") from None
+
+
+def whole_text(tokenizer: Any, conversation: Conversation) -> str:
+    """A conversation with its answers, as the template writes it; without the token that begins a text, which encoding adds. Raises
+    ValueError for one that the template refuses."""
+    try:
+        text = str(tokenizer.apply_chat_template(list(conversation.messages), tokenize=False))
+    except Exception as error:  # as above
+        raise ValueError(f"the target's chat template refuses it ({str(error)[:200]})") from None
+    begin = getattr(tokenizer, "bos_token", None) or getattr(tokenizer, "special", {}).get("bos_token")  # of GGUF files
+    return text.removeprefix(begin) if isinstance(begin, str) and begin else text

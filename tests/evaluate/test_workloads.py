@@ -1,0 +1,163 @@
+"""Prompt files of every shape, and odd ones; and prompts by a target's chat template."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from outrider.assets import chat_prompts_file
+from outrider.conversations import Conversation, conversation_in, whole_text
+from outrider.errors import ConfigError
+from outrider.evaluate.scoring.score import Item, given_text, load_items, ready_items
+from outrider.evaluate.workloads import load_prompts, load_questions, plain_texts, ready, told
+from outrider.files import read_text
+from outrider.theory.logs import read_log
+from tests.checkpoints import make_tokenizer
+
+HI, HO, MORE = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "ho"), ("user", "more")))
+
+
+def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def speaker(tmp_path: Path) -> Any:
+    """What `ready` reads of an engine whose model has a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "tokenizer"))
+    return SimpleNamespace(tokenizer=tokenizer, encode=lambda p: list(tokenizer.encode(p)) if isinstance(p, str) else p)
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [HI, HO, MORE]}, [HI, HO, MORE]),
+        ({"messages": [HI, HO]}, [HI]),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}, {"from": "human", "value": "more"}]},
+         [HI, HO, MORE]),
+        ({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": [HI]}}, [HI]),
+        ({"messages": [{"role": "developer", "content": "be brief"}, HI]}, [{"role": "system", "content": "be brief"}, HI]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "input_text", "text": "i"}]}]}, [HI]),
+        ({"messages": [HI, {"role": "assistant", "content": None, "tool_calls": []}, MORE]},
+         [HI, {"role": "assistant", "content": ""}, MORE]),
+        ({"messages": [
+            HI,
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+            {"role": "tool", "tool_call_id": "a", "content": "2"}]},
+         [HI, {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": {"x": 1}}}]},
+          {"role": "tool", "content": "2", "tool_call_id": "a"}]),
+    ],
+)  # fmt: skip
+def test_conversations_of_every_kind(row: dict, messages: list, tmp_path: Path) -> None:
+    found = load_prompts(written(tmp_path, row), 9)
+    assert found == [Conversation(tuple(messages))]
+    assert load_prompts(written(tmp_path, json.dumps([row, row]), name="rows.json"), 9) == found * 2
+    assert plain_texts(found) == ["\n".join(m["content"] for m in messages)]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [HO]}, "no message of a user"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "no message of a user"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "'wizard'"),
+        ({"messages": ["hi"]}, "message 1 is no object"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 has no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "an image"),
+        ({"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": [3]}, MORE]}, "without a `function`"),
+        ({"messages": []}, "no `prompt`"),
+        ({"prompt": ""}, "no `prompt`"),
+        ({"prompt": None}, "no `prompt`"),
+        ([1], "expected an object"),
+        ("[" * 100_000, "lists in lists"),
+        ("1" * 5_000, "4300 digits"),
+        ("{", "not JSON"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(row: Any, said: str, tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "a"}, "", row)
+    with pytest.raises(ConfigError, match=said) as error:
+        load_prompts(path, 9)
+    assert str(error.value).startswith(f"{path}:3: ")
+
+
+def test_what_editors_and_systems_leave_in_files(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b"}\r\n{"prompt": "c\x85d"}\r\n'.encode())
+    assert load_prompts(path, 9) == ["a\u2028b", "c\x85d"], "only a line feed ends a line"
+    path.with_suffix(".txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo")
+    assert load_prompts(path.with_suffix(".txt"), 9) == ["one", "two"]
+    with pytest.raises(ConfigError, match="no prompts found"):
+        load_prompts(written(tmp_path, "", name="empty.jsonl"), 9)
+    with pytest.raises(ValueError, match="log:1: lists in lists"):
+        read_log(["[" * 100_000], "log")
+
+
+def test_files_are_read_up_to_a_bound_and_pipes_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        read_text(Path("/dev/zero"), 1 << 20)
+    with pytest.raises(ConfigError, match="is a folder"):
+        read_text(tmp_path, 1 << 20)
+    code = "import sys; from pathlib import Path; from outrider.files import read_text; print(read_text(Path('/dev/stdin'), 99))"
+    done = subprocess.run([sys.executable, "-c", code], input="piped", capture_output=True, text=True)
+    assert done.stdout == "piped\n", done.stderr
+
+
+def test_questions_are_of_the_rows_that_were_read(tmp_path: Path) -> None:
+    path = written(tmp_path, {"question_id": 81, "category": "qa", "turns": ["a", "b"]}, {"turns": ["c"]})
+    assert load_prompts(path, 9) == ["a", "c"]
+    assert [(q.number, q.category) for q in load_questions(path, 9)] == [(81, "qa"), (1, "overall")]
+
+
+def test_prompts_are_taken_by_the_template_of_the_target(speaker: Any, tmp_path: Path) -> None:
+    path = written(tmp_path, {"messages": [HI, HO, MORE, HO]}, {"prompt": "hi"})
+    prompts = load_prompts(path, 9)
+    ask = lambda messages: speaker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)  # noqa: E731
+    found = ready(speaker, path, prompts)
+    assert found.ids == [ask([HI, HO, MORE]), ask([HI])]
+    assert found.data == {"prompts": str(path), "chat_template": True} and "by the chat template" in told(found.data)
+    plain = ready(speaker, path, prompts, template=False)
+    assert plain.ids == [speaker.encode("hi\nho\nmore"), speaker.encode("hi")] and not plain.data["chat_template"]
+
+
+def test_a_chat_model_is_asked_questions_and_another_is_given_code(speaker: Any) -> None:
+    code = load_prompts(None, 5)
+    found = ready(speaker, None, code)
+    asked = [json.loads(line)["messages"] for line in chat_prompts_file().read_text().splitlines()]
+    assert [speaker.tokenizer.decode(i).count("user: ") for i in found.ids] == [
+        sum(m["role"] == "user" for m in talk) for talk in asked[:5]
+    ]
+    assert found.data["prompts"] == "the shipped questions" and len(asked) == 64
+    assert len({json.dumps(talk) for talk in asked}) == 64 and all(talk[-1]["role"] == "user" for talk in asked)
+    speaker.tokenizer.chat_template = None
+    assert ready(speaker, None, code).ids == [speaker.encode(p) for p in code]
+    items, data = ready_items(speaker, None, load_items(None, 5))
+    assert [i.prompt for i in items] == [speaker.encode(p) for p in code] and data["prompts"] == "the shipped code"
+
+
+def test_a_template_that_refuses_is_named_with_its_prompt(speaker: Any, tmp_path: Path) -> None:
+    speaker.tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' else 'x' }}"
+    path = written(tmp_path, {"prompt": "a"}, {"messages": [{"role": "system", "content": "s"}, HI]})
+    with pytest.raises(ConfigError, match=r"prompt 2: the target's chat template refuses it \(no system message"):
+        ready(speaker, path, load_prompts(path, 9))
+
+
+def test_a_given_answer_begins_where_the_template_ends(speaker: Any, tmp_path: Path) -> None:
+    items, _ = ready_items(speaker, Path("x"), [Item("hi", "ho")])
+    text = given_text(speaker, items[0], 0, 9)
+    assert speaker.tokenizer.decode(text.prompt) == "<s>user: hi</s><s>assistant: "
+    assert speaker.tokenizer.decode(text.output) == "ho"
+
+
+def test_training_text_has_one_token_that_begins_it(speaker: Any) -> None:
+    talk = conversation_in({"messages": [HI, HO]})
+    assert talk is not None and whole_text(speaker.tokenizer, talk) == "user: hi</s><s>assistant: ho</s>"
