@@ -2,7 +2,8 @@
 
     python benchmarks/drafts.py [--threads 2] [--rounds 30] [--steps 48]
 
-One EAGLE level, the rows it catches up with, Medusa's heads, and a block with its injected rows: each alone, behind 128 rows of
+One EAGLE level, the rows it catches up with, heads (side by side: four fresh ones as wide as the target; one after the other: the
+shipped ones' first level, and a further one), and a block with its injected rows: each alone, behind 128 rows of
 context, in random order with the torch twins and with reads of memory, whose speed (the best of 1 to 8 streams, probe.cpp) says
 how long a forward's weights take to read. All times are the least of the rounds. Then whole drafts in an engine: milliseconds per
 step of `draft`, with sampling, the forest and the catch-up, and the speed beside plain decoding; prompts are interleaved over the
@@ -27,8 +28,9 @@ from outrider.drafters.dflash import forward as block_forward
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.eagle import Eagle3Network
 from outrider.drafters.eagle import forward as eagle_forward
-from outrider.drafters.medusa import MedusaNetwork
+from outrider.drafters.medusa import MedusaNetwork, SequentialNetwork, sequential_forward
 from outrider.drafters.medusa import drafter as medusa_heads
+from outrider.drafters.medusa.format import MedusaConfig
 from outrider.models.load import load_target
 from outrider.nn.drafts import Rows
 from outrider.nn.held import library_for
@@ -45,7 +47,7 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     """Name -> bytes of weights that are read, the native forward, its torch twin."""
     target = load_target(str(shipped("target")))
     eagle = Eagle3Network.load(shipped("eagle"), target)
-    medusa = MedusaNetwork.load(shipped("medusa"), target)
+    medusa = MedusaNetwork(MedusaConfig(target.hidden_size, target.vocab_size, LEVELS, target.layers)).requires_grad_(False)
     block = DFlashNetwork.load(shipped("dflash"), target, str(shipped("target")))
     library = library_for(eagle.fc.weight)
     if library is None:
@@ -57,7 +59,7 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
         made.k.normal_(), made.v.normal_()
         return made
 
-    c, bytes_of = eagle.config, lambda *parts: 2 * sum(p.numel() for part in parts for p in part.parameters())
+    c = eagle.config
     runs = eagle_forward.NativeForward(library, eagle), eagle_forward.TorchForward(eagle, CONTEXT + 32)
     taps = [torch.randn(8, target.hidden_size).to(target.dtype) for _ in c.taps]
     feature = torch.randn(1, c.hidden)
@@ -80,6 +82,7 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     heads = medusa_heads.native(library, medusa, LEVELS), medusa_heads.stacked(medusa, LEVELS)
     out[f"Medusa, {LEVELS} heads"] = bytes_of(medusa), *(partial(h, state) for h in heads)
 
+    out |= sequence_arms(library, target)
     d = block.config
     blocks = block_forward.NativeForward(library, block), block_forward.TorchForward(block, CONTEXT + 32)
     hidden = [torch.randn(8, target.hidden_size).to(target.dtype) for _ in d.taps]
@@ -101,6 +104,24 @@ def arms() -> dict[str, tuple[int, Callable[[], object], Callable[[], object]]]:
     keys = [p for layer in block.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]  # type: ignore[union-attr]
     out["block, 3 kept rows"] = bytes_of(block.fc, *keys), *(partial(inject, r, cache(r, d, d.layers)) for r in blocks)
     return out
+
+
+def sequence_arms(library: Any, target: Any) -> dict[str, Any]:
+    """The first level of sequential heads, and a further one."""
+    heads = SequentialNetwork.load(shipped("medusa"), target)
+    runs = sequential_forward.NativeForward(library, heads), sequential_forward.TorchForward(heads)
+    state, taps = torch.randn(1, heads.config.width), torch.randn(len(heads.config.taps), 1, target.hidden_size)
+    own = bytes_of(heads.layers, heads.norm, heads.lm_head)
+    first = (partial(r.forward, [7], taps=taps.to(target.dtype)) for r in runs)
+    return {
+        "sequential, a level": (own, *(partial(r.forward, [7], state=state) for r in runs)),
+        "sequential, the first": (own + bytes_of(heads.fc), *first),
+    }
+
+
+def bytes_of(*parts: torch.nn.Module) -> int:
+    """Of weights in bfloat16."""
+    return 2 * sum(p.numel() for part in parts for p in part.parameters())
 
 
 def forwards(rounds: int) -> None:

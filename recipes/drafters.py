@@ -1,4 +1,4 @@
-"""Train the shipped pair's Medusa heads, EAGLE drafter and block drafter from nothing, and measure every shipped drafter.
+"""Train the shipped pair's sequential heads, EAGLE drafter and block drafter from nothing, and measure every shipped drafter.
 
     python recipes/drafters.py all                 # data, all trainings, cards, the table of docs/drafters.md
     python recipes/drafters.py eagle --steps 50    # one stage
@@ -39,6 +39,9 @@ from outrider.train.pipeline import prepare, run
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("medusa", "eagle", "dflash")
+"""Folders beside the target."""
+METHOD = {"medusa": "hydra"}
+"""The method that trains what lies in a folder, where it has another name."""
 STAGES = ("data", *KINDS, "measure", "cards")
 TEMPERATURES = (0.0, 1.0)
 BEGIN, END = "<!-- measured: recipes/drafters.py -->", "<!-- end -->"
@@ -59,13 +62,14 @@ class Config:
     length: int = 256
     temperature: float = 1.0
     batch: int = 4  # rows of a step
-    width: int = 160  # of the feature drafter
+    width: int = 160  # of the feature drafter and the heads
+    blocks: int = 2  # residual blocks of a head
     levels: int = 4  # of heads and feature drafter
     slots: int = 7  # that the block drafter drafts
     anchors: int = 32  # blocks of a row and step
     objective: str = "chain"  # of the block drafter, see docs/train.md
     medusa: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=1200, lr=1.5e-3, warmup=60, final_lr_ratio=0.02, save_every_s=180.0)
+        default_factory=lambda: LoopConfig(steps=4500, lr=3e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
     )
     eagle: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=4500, lr=2e-3, warmup=100, final_lr_ratio=0.02, save_every_s=180.0)
@@ -80,7 +84,7 @@ class Config:
     def job(self, kind: str) -> Job:
         """The training of one drafter."""
         return Job(
-            kind=unnamed(kind),
+            kind=unnamed(METHOD.get(kind, kind)),
             target=self.assets / "target",
             data=(self.source,),
             pattern="*.py",
@@ -100,6 +104,7 @@ class Config:
     def own(self, kind: str) -> dict[str, Any]:
         """What only one kind of drafter reads."""
         return {
+            "medusa": {"width": self.width, "blocks": self.blocks},
             "eagle": {"width": self.width},
             "dflash": {"anchors": self.anchors, "objective": self.objective},
         }.get(kind, {})
@@ -115,7 +120,7 @@ def unnamed(kind: str) -> Method:
 
 
 def stage_data(config: Config) -> None:
-    """Text and hidden states: feature and block drafter read the same layers, and the heads the last of them."""
+    """Text and hidden states: all drafters read the same layers."""
     prepare(config.job("eagle"))
 
 
@@ -196,8 +201,8 @@ LOSS = {
     "dflash": "cross-entropy, then -log of the acceptance with a tenth of it; objective `chain`",
 }
 WHAT = {
-    "medusa": "One residual block a head and one output matrix for all heads (Cai et al. 2024), in vLLM's Medusa layout plus "
-    "`norm.weight` and `target_layer`.",
+    "medusa": "Heads one after the other (Hydra: Ankner et al. 2024): two residual blocks and one output matrix for all levels, on "
+    "four fused hidden states and the tokens above; the table of tokens is the target's, not the folder's.",
     "eagle": "One decoder layer on three fused hidden states, trained through its own outputs (Li et al. 2025), in the "
     "`speculators` layout of EAGLE-3.",
     "dflash": "One bidirectional layer over blocks of 8 slots, hidden states of three of the target's blocks injected as keys and "
@@ -221,7 +226,7 @@ def write_card(config: Config, kind: str, document: dict[str, Any]) -> None:
     """Put README.md into a drafter's folder, hashes included. What a card says of a training that is not at hand, or not at its
     end, is kept."""
     folder = config.assets / kind
-    runs = sorted((config.work / kind).glob("*/"), key=lambda run: run.stat().st_mtime)
+    runs = sorted((config.work / METHOD.get(kind, kind)).glob("*/"), key=lambda run: run.stat().st_mtime)
     checkpoint, old = load_latest(runs[-1]) if runs else None, folder / "README.md"
     if checkpoint is not None and checkpoint.state["step"] == getattr(config, kind).steps:
         made = describe(config, kind, checkpoint.state)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from drafters import Config, unnamed
+from drafters import Config
 
 from outrider.models.load import load_target, load_tokenizer
 from outrider.train.distill import Teacher, measure_of
@@ -230,7 +230,7 @@ def job_of(options: argparse.Namespace, drafter: Drafter) -> Job:
         length=options.length,
     )
     start = None if drafter.fresh else config.assets / drafter.kind
-    return replace(shipped, kind=unnamed(drafter.kind), start=start, **drafter.options)
+    return replace(shipped, start=start, **drafter.options)
 
 
 def capture(target: Any, tokens: np.ndarray, layers: tuple[int, ...], name: str) -> torch.Tensor:

@@ -38,13 +38,13 @@ def options(place: Path, kind: str) -> list[str]:
         "train", kind, "--target", str(place / "target"), "--data", str(place / "texts"), "--work", str(place / "work"),
         "--out", str(place / kind), "--rows", "12", "--held-out", "4", "--prompt", "8", "--length", "24", "--steps", "4",
         "--batch", "4", "--levels", "2", "--json",
-        *(["--taps", "1,2"] if kind in ("eagle", "dflash") else []),
+        *(["--taps", "1,2"] if kind in ("hydra", "eagle", "dflash") else []),
         *(["--anchors", "5"] if kind == "dflash" else []),
         *(["--width", "32"] if kind in ("eagle", "draft") else []),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle", "eagle1", "dflash", "draft"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle", "eagle1", "dflash", "draft"])
 def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, *options(place, kind), "--dry-run") == 0
     needs = json.loads(capsys.readouterr().out)
@@ -70,7 +70,8 @@ def test_a_drafter_from_text(kind: str, place: Path, monkeypatch, capsys) -> Non
 
     p = SamplingParams(temperature=0.0, max_tokens=12)
     texts = []
-    name = {"draft": str(place / "draft"), "eagle1": f"eagle:{place / 'eagle1'}"}.get(kind, kind)
+    named = {"draft": str(place / "draft"), "eagle1": f"eagle:{place / 'eagle1'}", "hydra": f"medusa:{place / 'hydra'}"}
+    name = named.get(kind, kind)
     for draft in ("none", name if kind == "eagle1" else str(place / kind), f"dynamic:6:{name}"):
         one = build_engine(place / "target", draft, length=2, dtype="float32", slots=1)
         texts.append(one.generate(["the line"], p)[0].outputs[0].token_ids)
@@ -112,7 +113,7 @@ def test_the_processor_chooses_the_products_and_the_other_choice_is_named(has: b
 @pytest.mark.parametrize(
     ("kind", "given", "said"),
     [
-        ("medusa", ["--taps", "1,2"], "medusa does not read taps; eagle, dflash would"),
+        ("medusa", ["--taps", "1,2"], "medusa does not read taps; hydra, eagle, dflash would"),
         ("eagle", ["--blocks", "2"], "eagle does not read blocks"),
         ("eagle1", ["--loss", "kl"], "eagle1 does not read loss"),
         ("draft", ["--anchors", "5", "--objective", "chain"], "draft does not read anchors, objective; dflash would"),
@@ -151,8 +152,8 @@ def test_one_work_folder_holds_all_trainings(place: Path, monkeypatch, capsys) -
 
 
 def test_wrong_input_is_refused(place: Path, monkeypatch, capsys) -> None:
-    assert run(monkeypatch, *options(place, "hydra")) == 2
-    assert "unknown drafter to train 'hydra'" in capsys.readouterr().err
+    assert run(monkeypatch, *options(place, "hydras")) == 2
+    assert "unknown drafter to train 'hydras'" in capsys.readouterr().err
     assert run(monkeypatch, *options(place, "eagle"), "--taps", "9") == 2
     assert "taps (9,)" in capsys.readouterr().err
     assert run(monkeypatch, *options(place, "dflash"), "--width", "32") == 2

@@ -23,7 +23,8 @@ from outrider.drafters.eagle.forward import forward_of
 from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.jacobi import Jacobi
 from outrider.drafters.medusa.drafter import MedusaDrafter
-from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
+from outrider.drafters.medusa.sequential_drafter import SequentialDrafter
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.mtp.network import MtpConfig
@@ -46,6 +47,7 @@ from outrider.train.distill import Teacher, loss_of
 from outrider.train.features import hidden_of
 from outrider.train.methods.dflash import new_blocks
 from outrider.train.methods.eagle import new_features, new_last_features
+from outrider.train.methods.hydra import new_sequence
 from outrider.train.methods.medusa import new_heads
 from outrider.train.methods.mtp import new_head
 from outrider.train.methods.registry import METHODS
@@ -82,6 +84,10 @@ def learned(kind: str, target: Toy, levels: int = 4, steps: int = 30) -> nn.Modu
         read, model = (target.layers,), LinearNetwork(LinearConfig(wide, v, target.layers, levels), output_of(target))  # type: ignore[arg-type]
     elif kind == "medusa":
         read, model = (target.layers,), new_heads(MedusaConfig(wide, v, levels, target.layers), target)  # type: ignore[arg-type]
+    elif kind == "hydra":
+        read = (target.layers // 2, target.layers)
+        config = SequentialConfig(wide, v, read, 16, 32)
+        model = new_sequence(config, target, hidden[:, :, list(read)].flatten(0, 1))  # type: ignore[arg-type]
     elif kind == "dflash":
         read = (target.layers // 2, target.layers)
         shape = DFlashConfig(wide, read, v, heads=2, kv_heads=1, head_dim=8, inner=32, block=levels + 1, mask=v - 1)
@@ -114,6 +120,10 @@ def medusa(target: Toy, growth: Growth) -> MedusaDrafter:
     return MedusaDrafter(learned("medusa", target), growth)  # type: ignore[arg-type]
 
 
+def hydra(target: Toy, growth: Growth) -> SequentialDrafter:
+    return SequentialDrafter(learned("hydra", target), growth)  # type: ignore[arg-type]
+
+
 def eagle(target: Toy, growth: Growth, kind: str = "eagle") -> EagleDrafter:
     return EagleDrafter(learned(kind, target), growth)  # type: ignore[arg-type]
 
@@ -124,8 +134,11 @@ def dflash(target: Toy, growth: Growth) -> DFlashDrafter:
 
 def compiled(kind: str, target: Toy, growth: Growth) -> Drafter:
     """The same in float32, which the compiled decoder runs."""
-    made = {"medusa": MedusaDrafter, "dflash": DFlashDrafter}.get(kind, EagleDrafter)
-    return made(copy.deepcopy(learned(kind, target)).float(), growth)  # type: ignore[arg-type]
+    return DRAFTER_OF.get(kind, EagleDrafter)(copy.deepcopy(learned(kind, target)).float(), growth)  # type: ignore[arg-type]
+
+
+DRAFTER_OF = {"medusa": MedusaDrafter, "hydra": SequentialDrafter, "dflash": DFlashDrafter}
+"""The drafters of the networks that `learned` makes, where it is not EAGLE's."""
 
 
 def counted(target: Toy, growth: Growth) -> counts.Counts:
@@ -189,6 +202,8 @@ DRAFTERS: dict[str, Factory] = {
         target, Levels(best_tree((0.5, 0.2, 0.1), 9, 3), target.vocab_size, sample="greedy")
     ),
     "medusa-dynamic": lambda target, slots: medusa(target, BestFirst(8, 4, target.vocab_size, width=3)),
+    "hydra": lambda target, slots: hydra(target, Levels(levels((1,) * 4), target.vocab_size)),
+    "hydra-dynamic": lambda target, slots: hydra(target, Dynamic(7, 4, target.vocab_size, width=3)),
     "eagle": lambda target, slots: eagle(target, Levels(levels((1,) * 4), target.vocab_size)),
     "eagle-tree": lambda target, slots: eagle(
         target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement")
@@ -245,6 +260,9 @@ if library_for(torch.ones(1)) is not None:
         "mtp-compiled": lambda target, slots: compiled("mtp", target, BestFirst(7, 4, target.vocab_size, width=3)),
         "medusa-compiled": lambda target, slots: compiled(
             "medusa", target, Levels(levels((1,) * 4), target.vocab_size)
+        ),
+        "hydra-compiled": lambda target, slots: compiled(
+            "hydra", target, Levels(levels((2, 2, 1)), target.vocab_size, siblings="without_replacement")
         ),
         "dflash-compiled": lambda target, slots: compiled(
             "dflash", target, Levels(levels((1,) * 4), target.vocab_size)

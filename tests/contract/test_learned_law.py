@@ -11,9 +11,7 @@ from dataclasses import replace
 import pytest
 
 from outrider.build import Engine
-from outrider.drafters.dflash.drafter import DFlashDrafter
 from outrider.drafters.eagle.drafter import EagleDrafter
-from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.tree.gain import ByGain, Dynamic
 from outrider.drafters.tree.growth import BestFirst, Growth, Levels
@@ -22,7 +20,7 @@ from outrider.models.toy import TableTarget
 from outrider.protocols import Drafter
 from outrider.types import Draft, Evidence
 from outrider.verify import load_rule
-from tests.contract.drafters import compiled, learned
+from tests.contract.drafters import DRAFTER_OF, compiled, learned
 from tests.contract.scripted import Budgets
 from tests.contract.test_joint_law import TARGET, N, V, collect, exact_joint, statistic
 from tests.covering import slow_beyond
@@ -31,6 +29,9 @@ CASES: dict[str, tuple[str, Growth]] = {
     "heads, sampled chain": ("medusa", Levels(levels((1, 1, 1)), V)),
     "heads, most likely tokens": ("medusa", Levels(levels((2, 2)), V, sample="greedy")),
     "heads, best first": ("medusa", BestFirst(5, 3, V, width=2)),
+    "sequential heads, sampled chain": ("hydra", Levels(levels((1, 1, 1)), V)),
+    "sequential heads, tree without replacement": ("hydra", Levels(levels((3, 2)), V, siblings="without_replacement")),
+    "sequential heads, best first": ("hydra", BestFirst(5, 3, V, width=2)),
     "features, sampled chain": ("eagle", Levels(levels((1, 1, 1)), V)),
     "features, iid tree": ("eagle", Levels(levels((2, 2)), V)),
     "features, tree without replacement": ("eagle", Levels(levels((3, 2)), V, siblings="without_replacement")),
@@ -50,6 +51,8 @@ CASES: dict[str, tuple[str, Growth]] = {
     "compiled multi-token head, chain": ("mtp compiled", Levels(levels((1, 1, 1)), V)),
     "compiled heads, sampled chain": ("medusa compiled", Levels(levels((1, 1, 1)), V)),
     "compiled blocks, sampled chain": ("dflash compiled", Levels(levels((1, 1, 1)), V)),
+    "compiled sequential heads, sampled chain": ("hydra compiled", Levels(levels((1, 1, 1)), V)),
+    "sequential heads, stopping": ("hydra", ByGain(3, 3, V, least=0.35)),
     "heads, stopping": ("medusa", ByGain(3, 3, V, least=0.35)),
     "features, stopping": ("eagle", ByGain(3, 3, V, least=0.35)),
     "early exit, stopping": ("early", ByGain(3, 3, V, least=0.35)),
@@ -66,6 +69,7 @@ RULES = {"stopping": "block", "by gain": "traversal"}
 QUICK = (
     "heads, sampled chain",
     "heads, most likely tokens",
+    "sequential heads, sampled chain",
     "features, tree without replacement",
     "features, by gain",
     "last features, sampled chain",
@@ -91,8 +95,7 @@ def build(kind: str, growth: Growth, rule: str = "speculative_sampling") -> Engi
     elif kind.endswith(" compiled"):
         drafter = compiled(kind.removesuffix(" compiled"), TARGET, growth)
     else:
-        made = {"medusa": MedusaDrafter, "dflash": DFlashDrafter}.get(kind, EagleDrafter)
-        drafter = made(learned(kind, TARGET, 3), growth)  # type: ignore[arg-type]
+        drafter = DRAFTER_OF.get(kind, EagleDrafter)(learned(kind, TARGET, 3), growth)  # type: ignore[arg-type]
     depth = Budgets(lambda s: (s.seed * 7 + len(s.tokens)) % 4)
     return Engine(TARGET, drafter, load_rule(rule), depth, slots=512, max_length=32)
 

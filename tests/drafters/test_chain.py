@@ -11,6 +11,7 @@ import torch
 
 from outrider.assets import shipped
 from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.medusa.sequential_drafter import SequentialDrafter
 from outrider.drafters.model.drafter import ModelDrafter
 from outrider.drafters.tree import chain
 from outrider.drafters.tree.forest import Forest
@@ -22,7 +23,8 @@ from outrider.noise import Noise
 from outrider.sampling.pipeline import LogitsPipeline
 from outrider.types import Draft, Evidence, Rows, Scores, SequenceView, Verdict
 from tests.drafters.drafting import evidence, view
-from tests.drafters.test_native_drafts import LIBRARY, V, eagle
+from tests.drafters.test_native_drafts import LIBRARY, WIDE, V, eagle
+from tests.drafters.test_sequential import wide
 
 pytestmark = pytest.mark.skipif(
     LIBRARY is None or picks.best(torch.ones(1, 1), 1) is None, reason="compiled code needs a C++ compiler"
@@ -68,6 +70,17 @@ def eagles(kind: str) -> Callable[[Sequence[int]], Draft]:
     return draft
 
 
+def sequences() -> Callable[[Sequence[int]], Draft]:
+    network = wide()
+
+    def draft(depths: Sequence[int]) -> Draft:
+        drafter = SequentialDrafter(network, Levels(levels((1,) * 4), V))
+        drafter.bind(3, 40)
+        return drafter.draft(after_a_prompt(views((5, 9, 3), V), WIDE, 2, V), depths)
+
+    return draft
+
+
 def models() -> Callable[[Sequence[int]], Draft]:
     model = load_target(str(shipped("draft")))
     vocab = model.vocab_size
@@ -103,8 +116,8 @@ def heads() -> Callable[[Sequence[int]], Draft]:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: eagles("eagle3"), lambda: eagles("few tokens"), lambda: eagles("eagle1"), models, heads],
-    ids=["EAGLE-3", "EAGLE-3 of few tokens", "EAGLE-1", "draft model", "heads"],
+    [lambda: eagles("eagle3"), lambda: eagles("few tokens"), lambda: eagles("eagle1"), sequences, models, heads],
+    ids=["EAGLE-3", "EAGLE-3 of few tokens", "EAGLE-1", "sequential heads", "draft model", "heads"],
 )
 def test_a_chain_is_its_levels(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     draft, real, used = make(), chain.grow, list[bool]()

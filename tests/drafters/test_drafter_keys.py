@@ -15,8 +15,9 @@ from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.eagle.eagle1 import Eagle1Network
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig
-from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
 from outrider.drafters.medusa.network import MedusaNetwork
+from outrider.drafters.medusa.sequential import SequentialNetwork
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.errors import ConfigError
@@ -26,7 +27,7 @@ WIDTH, VOCAB, LAYERS = 16, 32, 6
 TARGET = TinyLM(VOCAB, WIDTH, LAYERS)
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "heads": 2, "kv_heads": 2, "head_dim": 8, "inner": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-KINDS = ("eagle3", "eagle1", "mtp", "dflash", "medusa")
+KINDS = ("eagle3", "eagle1", "mtp", "dflash", "medusa", "hydra")
 
 
 def make(kind: str, folder: Path) -> Path:
@@ -39,6 +40,8 @@ def make(kind: str, folder: Path) -> Path:
         MtpNetwork(MtpConfig(hidden=WIDTH, target_hidden=WIDTH, taps=(LAYERS,), **SIZES)).save(folder)
     elif kind == "dflash":
         DFlashNetwork(DFlashConfig(hidden=WIDTH, taps=(1, 2), block=4, mask=0, **SIZES)).save(folder, tables=True)
+    elif kind == "hydra":
+        SequentialNetwork(SequentialConfig(WIDTH, VOCAB, (1, LAYERS), 16, 32)).save(folder)
     else:
         MedusaNetwork(MedusaConfig(hidden=WIDTH, vocab_size=VOCAB, heads=2, tap=LAYERS)).save(folder)
     return folder
@@ -51,6 +54,7 @@ def load(kind: str, folder: Path) -> Any:
         "mtp": MtpNetwork,
         "dflash": DFlashNetwork,
         "medusa": MedusaNetwork,
+        "hydra": SequentialNetwork,
     }
     return loaders[kind].load(folder, TARGET)
 

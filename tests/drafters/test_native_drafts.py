@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -35,14 +34,6 @@ V, WIDE, ROOM = 101, 40, 48
 TOLERANCE = {True: 0.1, False: 2e-4}
 """Of logits of a few nats. bfloat16 keeps 8 bits: a product of rounded numbers errs by some 2^-9 of its size, and the paths here
 have about ten, of terms that partly cancel. In float32 they err by 2^-24 each, summed over some hundred terms."""
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def filled(model: Any, seed: int = 3) -> Any:

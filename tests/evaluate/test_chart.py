@@ -93,7 +93,7 @@ def test_predictions_are_the_rooflines(size: str) -> None:
     free = predict_arm(arm("nothing"), size, H100)
     assert free.draft_seconds == 0.0
     assert free.tokens_per_second.value == pytest.approx(3.0 / forward(target, setting, 5).seconds)
-    for cost in ("model", "layer", "heads", "block"):
+    for cost in ("model", "layer", "heads", "sequence", "block"):
         found, better = predict_arm(arm(cost), size, H100), predict_arm(arm(cost, tokens=3.5), size, H100)
         assert found.predicted
         assert 0 < found.draft_seconds < found.verify_seconds

@@ -22,7 +22,7 @@ import torch
 
 from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.eagle.network import EagleConfig
-from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
 from outrider.drafters.mtp.network import MtpConfig
 from outrider.drafters.target_tables import output_of
 from outrider.files import sha256_of
@@ -35,6 +35,7 @@ from outrider.train.loop import LoopConfig, train
 from outrider.train.methods.dflash import Blocks, block_distillation_loss, new_blocks
 from outrider.train.methods.draft import new_draft
 from outrider.train.methods.eagle import feature_loss, new_features, new_last_features
+from outrider.train.methods.hydra import new_sequence
 from outrider.train.methods.medusa import new_heads
 from outrider.train.methods.mtp import new_head
 from outrider.train.methods.registry import METHODS
@@ -52,6 +53,9 @@ def setup(kind: str) -> tuple[Any, Teacher, Features]:
     data = Features(tokens.numpy().astype(np.uint16), hidden.half().numpy(), LAYERS, rows=4)
     if kind == "medusa":
         return new_heads(MedusaConfig(H, V, 3, 3), target), Teacher.of(target, LAYERS, (3,)), data
+    if kind == "hydra":
+        shape = SequentialConfig(H, V, (1, 3), 16, 32)
+        return new_sequence(shape, target, hidden[:, :, [0, 2]].flatten(0, 1)), Teacher.of(target, LAYERS, (1, 3)), data
     if kind == "draft":
         return new_draft(small_llama(V, 32, 1, 64), target), Teacher.of(target, LAYERS, (3,)), data
     if kind == "dflash":

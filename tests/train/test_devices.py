@@ -16,8 +16,9 @@ from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.eagle.eagle1 import Eagle1Network
 from outrider.drafters.eagle.eagle3 import Eagle3Network
 from outrider.drafters.eagle.network import EagleConfig
-from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
 from outrider.drafters.medusa.network import MedusaNetwork
+from outrider.drafters.medusa.sequential import SequentialNetwork
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.train.distill import Teacher
 from outrider.train.features import Features
@@ -29,6 +30,7 @@ WIDE, VOCAB, LENGTH, ROWS, LEVELS = 32, 40, 24, 3, 3
 LAYERS = (1, 2)
 NETWORKS = {
     "medusa": lambda: MedusaNetwork(MedusaConfig(WIDE, VOCAB, LEVELS, 2)),
+    "hydra": lambda: SequentialNetwork(SequentialConfig(WIDE, VOCAB, LAYERS, 24, 64)),
     "eagle": lambda: Eagle3Network(EagleConfig(32, WIDE, LAYERS, VOCAB, 2, 1, 16, 64)),
     "eagle1": lambda: Eagle1Network(EagleConfig(WIDE, WIDE, (2,), VOCAB, 2, 1, 16, 64)),
     "mtp": lambda: MtpNetwork(MtpConfig(WIDE, WIDE, (2,), VOCAB, 2, 1, 16, 64)),

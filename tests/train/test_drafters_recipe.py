@@ -50,12 +50,12 @@ def test_all_stages_in_order_and_again(recipe, tmp_path: Path, monkeypatch) -> N
     assert "| plain | 0 | 1 |" in text and "| Medusa | 1 | " in text and "| EAGLE, dynamic tree | 0 | " in text
     assert "| block diffusion | 1 | " in text
     weights = (tmp_path / "pair" / "eagle" / "model.safetensors").read_bytes()
-    for name in ("medusa", "eagle"):  # a training that is not at hand, and one that was stopped before its end
-        (config.work / name).rename(tmp_path / name)
+    for name, work in (("medusa", "hydra"), ("eagle", "eagle")):  # a training not at hand, and one stopped before its end
+        (config.work / work).rename(tmp_path / work)
         before = (tmp_path / "pair" / name / "README.md").read_text()
         recipe.main(config, ("cards",))
         assert (tmp_path / "pair" / name / "README.md").read_text() == before
-        (tmp_path / name).rename(config.work / name)
+        (tmp_path / work).rename(config.work / work)
     recipe.main(replace(config, dflash=replace(loop, steps=5)), ("cards",))
     assert "3 steps" in (tmp_path / "pair" / "dflash" / "README.md").read_text()
     recipe.main(config, ("eagle",))  # nothing is left to be done

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-KINDS = ("medusa", "eagle", "eagle1", "mtp", "dflash", "draft")
+KINDS = ("medusa", "hydra", "eagle", "eagle1", "mtp", "dflash", "draft")
 DIFFERENT = ("medusa", "dflash", "draft")
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,7 +18,8 @@ from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.medusa.drafter import MedusaDrafter
-from outrider.drafters.medusa.format import MedusaConfig
+from outrider.drafters.medusa.format import MedusaConfig, SequentialConfig
+from outrider.drafters.medusa.sequential_drafter import SequentialDrafter
 from outrider.drafters.none import NoDraft
 from outrider.drafters.target_tables import output_of
 from outrider.drafters.tree.growth import Levels
@@ -34,6 +35,7 @@ from outrider.train.distill import Teacher, loss_of, measure_of
 from outrider.train.features import DataSpec, Features, read_features, repeated, write_hidden, write_tokens
 from outrider.train.loop import DivergedError, LoopConfig, train
 from outrider.train.methods.eagle import new_features
+from outrider.train.methods.hydra import new_sequence
 from outrider.train.methods.medusa import new_heads
 from outrider.train.methods.registry import METHODS
 from outrider.verify import load_rule
@@ -159,8 +161,11 @@ def setup(kind: str) -> tuple[torch.nn.Module, Teacher, Features]:
     data = Features(tokens.numpy().astype(np.uint16), hidden.half().numpy(), (1, 2, 3), rows=4)
     if kind == "medusa":
         return new_heads(MedusaConfig(H, V, 3, 3), TARGET), Teacher.of(TARGET, (1, 2, 3), (3,)), data
-    config = EagleConfig(16, H, (1, 3), V, 2, 1, 8, 32)
-    model = new_features(config, TARGET, hidden[:, :, [0, 2]].flatten(0, 1))
+    seen = hidden[:, :, [0, 2]].flatten(0, 1)
+    if kind == "hydra":
+        model = new_sequence(SequentialConfig(H, V, (1, 3), 16, 32), TARGET, seen)
+        return model, Teacher.of(TARGET, (1, 2, 3), (1, 3)), data
+    model = new_features(EagleConfig(16, H, (1, 3), V, 2, 1, 8, 32), TARGET, seen)
     return model, Teacher.of(TARGET, (1, 2, 3), (1, 3)), data
 
 
@@ -193,7 +198,7 @@ def test_a_killed_run_ends_with_the_same_bits(kind: str, autocast: bool, tmp_pat
     assert all(torch.equal(want[name], found[name]) for name in want)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle"])
 def test_training_raises_acceptance(kind: str) -> None:
     model, judge, data = setup(kind)
     predict = METHODS[kind].predictor(3)
@@ -250,7 +255,7 @@ def taught(kind: str) -> tuple[torch.nn.Module, Teacher]:
     return model.eval().requires_grad_(False), judge
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle"])
 def test_the_trainers_acceptance_by_position_is_the_engines(kind: str) -> None:
     """Train-serve parity on frozen prompts, at every anchor the engine drafted from and every depth that was judged there.
 
@@ -264,7 +269,8 @@ def test_the_trainers_acceptance_by_position_is_the_engines(kind: str) -> None:
     model, judge = taught(kind)
     depth, more, n = 3, 24, 60
     growth = Levels(levels((1,) * depth), V)
-    drafter = MedusaDrafter(model, growth) if kind == "medusa" else EagleDrafter(model, growth)  # type: ignore[arg-type]
+    made = {"medusa": MedusaDrafter, "hydra": SequentialDrafter, "eagle": EagleDrafter}[kind]
+    drafter = made(model, growth)  # type: ignore[arg-type]
     one = Engine(TARGET, drafter, load_rule("speculative_sampling"), Fixed(depth), slots=16, max_length=64)
     texts: dict[str, list[int]] = {}
     for i in range(n):

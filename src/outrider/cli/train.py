@@ -20,8 +20,8 @@ def train(
     kind: Annotated[
         str,
         typer.Argument(
-            help="medusa (heads), eagle (a layer on hidden states), eagle1 and mtp (on the last one), dflash (blocks) or draft (a "
-            "model)."
+            help="medusa (heads), hydra (heads one after the other), eagle (a layer on hidden states), eagle1 and mtp (on the last "
+            "one), dflash (blocks) or draft (a model)."
         ),
     ],
     options: EngineOptions,

@@ -100,20 +100,26 @@ class TrainOptions:
     levels: Annotated[
         int,
         typer.Option(
-            "--levels", min=1, max=16, help="Heads (medusa), levels trained (eagle, mtp) or drafted slots (dflash)."
+            "--levels", min=1, max=16, help="Heads (medusa), levels trained (hydra, eagle, mtp) or drafted slots (dflash)."
         ),
     ] = 4
     blocks: Annotated[
         int,
-        typer.Option("--blocks", min=1, max=8, help="Residual blocks of a head (medusa) or layers (dflash, draft)."),
+        typer.Option(
+            "--blocks", min=1, max=8, help="Residual blocks of a head (medusa, hydra) or layers (dflash, draft)."
+        ),
     ] = 1
     width: Annotated[
         int,
-        typer.Option("--width", min=0, help="Width of eagle (0: the target's) or of a draft model (0: half of it)."),
+        typer.Option(
+            "--width", min=0, help="Width of eagle or hydra (0: the target's) or of a draft model (0: half of it)."
+        ),
     ] = 0
     taps: Annotated[
         str | None,
-        typer.Option("--taps", help="Layers of the target that eagle and dflash read, as 2,9,15.", show_default=False),
+        typer.Option(
+            "--taps", help="Layers of the target that hydra, eagle and dflash read, as 2,9,15.", show_default=False
+        ),
     ] = None
     anchors: Annotated[int, typer.Option("--anchors", min=1, help="Blocks per row and step (dflash).")] = 16
     objective: Annotated[

@@ -93,7 +93,8 @@ def load_drafter(
                     replacement; "iid:3x2x1:PATH" the same drawn independently; "batch:4:PATH" 4 independent drafts that
                     are compared at their first token only; "shared:4:PATH" 4 independent drafts, merged where they agree
                     A folder of a trained drafter says itself which of the following it is.
-      "medusa"      trained heads on the target's last hidden state, from the folder `medusa` beside the target, or "medusa:PATH"
+      "medusa"      trained heads on the target's hidden states, side by side or one after the other, as the folder says: from the
+                    folder `medusa` beside the target, or "medusa:PATH"
       "eagle"       a trained layer on the target's hidden states, likewise
       "mtp"         the head for multi-token prediction that the target's own folder carries, or a trained one, likewise
       "dflash"      a trained block drafter: all tokens of a draft from one pass, likewise

@@ -40,7 +40,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in _LAYER]
 
 
-class _Features(ctypes.Structure):
+class FeaturePointers(ctypes.Structure):
     """`FeaturePointers` of layout.h."""
 
     _fields_ = [
@@ -66,7 +66,7 @@ class _Model(ctypes.Structure):
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "norm", "embedding", "head")),
         ("layer", ctypes.POINTER(_Layer)),
-        ("features", _Features),
+        ("features", FeaturePointers),
     ]
 
 
@@ -178,7 +178,7 @@ class NativeLayers:
         self.head = held.product(head)
         s, f = shape, features
         self._layers = (_Layer * len(layers))(*(self._layer(layer, f.join is not Join.BESIDE) for layer in layers))
-        made = _Features(
+        made = FeaturePointers(
             f.taps, f.width, held.linear(f.fuse), held.vector(f.fused_norm), int(f.join), held.vector(f.token_norm),
             held.vector(f.feature_norm), int(f.normed_residual), held.linear(f.joint), held.vector(f.joint_bias),
             head.shape[0], held.index(support),

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from outrider.config_keys import flag
+from outrider.drafters.checkpoint import read_config
 from outrider.drafters.last_state import LastStateDrafter, Predict
 from outrider.drafters.medusa.network import MedusaNetwork
+from outrider.drafters.medusa.sequential import SequentialNetwork
+from outrider.drafters.medusa.sequential_drafter import SequentialDrafter
 from outrider.drafters.spec import DraftSpec
 from outrider.drafters.tree.growth import Growth
 from outrider.drafters.vocabulary import spread
@@ -70,6 +74,9 @@ def stacked(heads: MedusaNetwork, levels: int) -> Predict:
 
 
 def load(folder: Path, target: Target, spec: DraftSpec, target_path: str | None) -> Drafter:
-    """The drafter of a folder for `target`, see `registry.LearnedDrafter`."""
+    """The drafter of a folder for `target`, see `registry.LearnedDrafter`: the folder says whether its heads follow one another."""
+    if flag(read_config(folder)[0], "sequential", folder):
+        sequential = SequentialNetwork.load(folder, target).to(target.device)
+        return SequentialDrafter(sequential, spec.growth(target.vocab_size))
     heads = MedusaNetwork.load(folder, target).to(target.device)
     return MedusaDrafter(heads, spec.at_most(heads.config.heads).growth(target.vocab_size))

@@ -1,4 +1,4 @@
-"""The configuration keys of a folder of Medusa heads, in vLLM's layout."""
+"""The configuration keys of a folder of Medusa heads, in vLLM's layout, and of one whose heads follow one another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.config_keys import flag, real, whole
-from outrider.drafters.config_keys import check_keys, check_layers
+from outrider.drafters.config_keys import check_keys, check_layers, layer_ids
 from outrider.errors import ConfigError
 from outrider.protocols import Target
 
@@ -17,6 +17,11 @@ READ = frozenset({
     "max_paths", "topk", "num_lookahead_tokens", "n_predict", "version",  # how other programs draft with the same heads
 })  # fmt: skip
 """Keys of a folder of heads."""
+SEQUENTIAL = frozenset({
+    "architectures", "model_type", "sequential", "hidden_size", "vocab_size", "width", "intermediate_size", "num_hidden_layers",
+    "hidden_act", "rms_norm_eps", "target_layers",
+})  # fmt: skip
+"""Keys of a folder of sequential heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +58,35 @@ def read_config(config: dict[str, Any], folder: Path, target: Target) -> MedusaC
         shared=flag(config, "original_lm_head", folder),
         eps=real(config, "rms_norm_eps", folder, 1e-6),
         draft_vocab=0 if size == vocab_size else size,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialConfig:
+    """hidden, vocab_size: of the target. taps: its blocks whose outputs are read. width: of the heads. inner: of their residual
+    blocks, of which each level goes through `layers`."""
+
+    hidden: int
+    vocab_size: int
+    taps: tuple[int, ...]
+    width: int
+    inner: int
+    layers: int = 1
+    eps: float = 1e-6
+
+
+def read_sequential(config: dict[str, Any], folder: Path) -> SequentialConfig:
+    """Raises ConfigError for a folder of other heads, or values that are missing or out of range."""
+    if not flag(config, "sequential", folder):
+        raise ConfigError(f"{folder} holds heads that do not follow one another (no 'sequential' in config.json)")
+    check_keys(config, SEQUENTIAL, folder)
+    check_layers(config, folder, "medusa")
+    return SequentialConfig(
+        hidden=whole(config, "hidden_size", folder),
+        vocab_size=whole(config, "vocab_size", folder),
+        taps=layer_ids(config, "target_layers", folder, []),
+        width=whole(config, "width", folder),
+        inner=whole(config, "intermediate_size", folder),
+        layers=whole(config, "num_hidden_layers", folder, most=64),
+        eps=real(config, "rms_norm_eps", folder, 1e-6),
     )

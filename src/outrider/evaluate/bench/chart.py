@@ -24,7 +24,7 @@ from outrider.models.gguf.parts import all_parts, is_gguf
 from outrider.theory.hardware import Hardware
 
 COLOURS = {
-    "nothing": "#8c8c8c", "model": "#c1440e", "heads": "#2a7f9e", "layer": "#6a8fd0", "block": "#7a5195",
+    "nothing": "#8c8c8c", "model": "#c1440e", "heads": "#2a7f9e", "sequence": "#2a7f9e", "layer": "#6a8fd0", "block": "#7a5195",
 }  # fmt: skip
 STYLE: Any = {
     "font.size": 9,

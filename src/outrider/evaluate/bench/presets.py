@@ -11,7 +11,7 @@ from outrider.drafters.registry import companion_folder
 from outrider.errors import CapabilityError, ConfigError, unknown_name
 from outrider.evaluate.measure import Arm
 
-Cost = Literal["nothing", "model", "layer", "heads", "block"]
+Cost = Literal["nothing", "model", "layer", "heads", "sequence", "block"]
 """What drafting one step costs, for predictions at other sizes: see `scale.drafting_seconds`."""
 DRAFT = "DRAFT"
 """Stands for the draft model in a spec: the target's companion, or the one that is named."""
@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[Spec, ...]] = {
         Spec("plain", "none", 0, "nothing"),
         Spec("draft model, 3", DRAFT, 3),
         Spec("draft model, 5", DRAFT, 5),
-        Spec("Medusa", "medusa", 4, "heads"),
+        Spec("Medusa", "medusa", 4, "sequence"),
         Spec("EAGLE, chain", "eagle", 4, "layer"),
         Spec("EAGLE, dynamic tree", "dynamic:16:eagle", 4, "layer"),
         Spec("block diffusion", "dflash", 7, "block"),

@@ -26,6 +26,8 @@ from outrider.theory.roofline import USABLE, Setting, forward
 from outrider.theory.speedup import tokens_per_call_by_position
 
 TARGETS = ("7b", "13b", "70b")
+SEQUENCE = 5
+"""Square matrices of the target's width that the residual blocks of the shipped sequential heads are as large as."""
 OUTPUT_TOKENS = 32_000
 """Rows of a learned drafter's output matrix: the size of the reduced vocabularies of published EAGLE-3 drafters."""
 
@@ -87,7 +89,8 @@ def drafter_of(target: Model, arm: Measured) -> tuple[Model | None, int]:
 
     model: the measured share of the target's parameters, one pass a token. layer (EAGLE): one of the target's layers and an
     output matrix, one pass a level. block: the same, one pass in all. heads (Medusa): a square matrix a head and one output
-    matrix, one pass. nothing: no weights.
+    matrix, one pass. sequence (heads one after the other): SEQUENCE square matrices and an output matrix, one pass a level.
+    nothing: no weights.
     """
     spec, wide = arm.spec, target.heads * target.head_dim
     output = float(OUTPUT_TOKENS * wide)
@@ -98,6 +101,9 @@ def drafter_of(target: Model, arm: Measured) -> tuple[Model | None, int]:
         return model_of_size(f"{round(arm.share * target.parameters)}"), spec.length
     if spec.cost == "heads":
         return replace(target, name="heads", parameters=spec.length * wide**2 + output, layers=0, source="heads"), 1
+    if spec.cost == "sequence":
+        small = SEQUENCE * wide**2 + output
+        return replace(target, name="sequence", parameters=small, layers=0, source="sequential heads"), spec.length
     one = replace(target, name="layer", parameters=layer + output, layers=1, source="one layer and an output matrix")
     return one, spec.length if spec.cost == "layer" else 1
 

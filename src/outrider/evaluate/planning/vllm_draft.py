@@ -46,10 +46,12 @@ def method_of(kind: str, folder: str) -> str | None:
     """vLLM's method for a folder of a learned drafter; None if vLLM has none. The folder says which EAGLE it is, if it is here."""
     methods = LEARNED[kind].vllm_methods
     try:
-        said = read_config(Path(folder).expanduser())[1] or ""
+        config, said = read_config(Path(folder).expanduser())
     except OutriderError:
-        said = ""  # a Hub name: nothing is downloaded for a command line
-    near = said.replace("-", "")
+        config, said = {}, None  # a Hub name: nothing is downloaded for a command line
+    if config.get("sequential"):
+        return None  # its Medusa heads see no tokens
+    near = (said or "").replace("-", "")
     return near if near in methods else methods[0] if methods else None
 
 

@@ -1,4 +1,5 @@
-// The C interface of the native decoder. Callers: runtime.py, nn/products.py (linears), nn/drafts.py and nn/draft_heads.py (learned drafters).
+// The C interface of the native decoder. Callers: runtime.py, nn/products.py (linears), nn/drafts.py, nn/draft_heads.py and
+// nn/sequential.py (learned drafters).
 #include "decoder.h"
 #include "drafts.h"
 
@@ -57,6 +58,12 @@ EXPORT void* outrider_heads_new(const HeadsPointers* heads) { return new (std::n
 EXPORT int outrider_heads_forward(void* handle, const HeadsCall* call) { return static_cast<DraftHeads*>(handle)->forward(*call); }
 
 EXPORT void outrider_heads_free(void* handle) { delete static_cast<DraftHeads*>(handle); }
+
+EXPORT void* outrider_sequence_new(const SequencePointers* sequence) { return new (std::nothrow) DraftSequence(*sequence); }
+
+EXPORT int outrider_sequence_forward(void* handle, const SequenceCall* call) { return static_cast<DraftSequence*>(handle)->forward(*call); }
+
+EXPORT void outrider_sequence_free(void* handle) { delete static_cast<DraftSequence*>(handle); }
 
 // A linear of `count` segments with k inputs each, packed by `threads` threads; null when there is no memory.
 EXPORT void* outrider_linear_new(const SegmentPointers* segment, int64_t count, int64_t k, int64_t threads) {

@@ -1,4 +1,5 @@
-// The C interface of learned drafters' forwards. nn/drafts.py and nn/draft_heads.py call it and mirror these structs field by field.
+// The C interface of learned drafters' forwards. nn/drafts.py, nn/draft_heads.py and nn/sequential.py call it and mirror these structs
+// field by field.
 #pragma once
 
 #include <mutex>
@@ -7,6 +8,7 @@
 
 #include "decoder.h"
 #include "heads.h"
+#include "sequence.h"
 
 namespace outrider {
 
@@ -96,6 +98,25 @@ class DraftHeads {
     std::vector<const float*> bias_;
     std::vector<const Linear*> head_;
     Heads heads_;
+};
+
+// Heads that follow one another; calls from several threads take turns.
+class DraftSequence {
+   public:
+    explicit DraftSequence(const SequencePointers& s) : block_(s.block, s.block + s.layers) {
+        SequencePointers own = s;
+        own.block = block_.data();
+        sequence_.build(own);
+    }
+    Status forward(const SequenceCall& call) {
+        const std::lock_guard<std::mutex> turn(mutex_);
+        return sequence_.forward(call);
+    }
+
+   private:
+    std::mutex mutex_;
+    std::vector<SequenceBlock> block_;
+    Sequence sequence_;
 };
 
 }  // namespace outrider

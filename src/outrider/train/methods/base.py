@@ -24,11 +24,12 @@ class MethodOptions:
     """The options of a training that methods read.
 
     target: folder or Hub name. levels: heads, levels of the training-time test, or draft slots of a block. blocks: residual
-    blocks of a head, or layers of a block drafter. width: of an EAGLE drafter, 0 for the target's. taps: blocks that an EAGLE or
-    block drafter reads, () for EAGLE-3's choice. anchors: blocks of a row and step. objective: of a block drafter, a name of
-    `slot_losses.ARMS`. labels: what it learns, the target's "distributions" or the "tokens". loss: a name of `losses.LOSSES`; a
-    block drafter that learns distributions supports three of them. For a draft model, `blocks` are its layers and a width of 0
-    is about half of the target's. start: the folder of a drafter whose weights are the first ones; None: fresh ones.
+    blocks of a head, or layers of a block drafter. width: of an EAGLE drafter or sequential heads, 0 for the target's. taps: blocks
+    that these or a block drafter read, () for EAGLE-3's choice. anchors: blocks of a row and step. objective: of a block drafter,
+    a name of `slot_losses.ARMS`. labels: what it learns, the target's "distributions" or the "tokens". loss: a name of
+    `losses.LOSSES`; a block drafter that learns distributions supports three of them. For a draft model, `blocks` are its
+    layers and a width of 0 is about half of the target's. start: the folder of a drafter whose weights are the first ones; None:
+    fresh ones.
     """
 
     target: Path | str

@@ -11,11 +11,12 @@ from outrider.train.methods.base import Method, MethodOptions
 from outrider.train.methods.dflash import DFlash
 from outrider.train.methods.draft import DraftModel
 from outrider.train.methods.eagle import Eagle1, Eagle3
+from outrider.train.methods.hydra import Hydra
 from outrider.train.methods.medusa import Medusa
 from outrider.train.methods.mtp import Mtp
 from outrider.train.slot_losses import objective_named
 
-METHODS: Mapping[str, Method] = {m.name: m for m in (Medusa(), Eagle3(), Eagle1(), Mtp(), DFlash(), DraftModel())}
+METHODS: Mapping[str, Method] = {m.name: m for m in (Medusa(), Hydra(), Eagle3(), Eagle1(), Mtp(), DFlash(), DraftModel())}
 """A row for each method, by its name."""
 LABELS = ("distributions", "tokens")
 
