@@ -16,6 +16,7 @@ from outrider.train.corpus import read_corpus
 from outrider.train.distill import Teacher
 from outrider.train.features import Features, hidden_of
 from outrider.train.job import Job
+from outrider.train.loop import slower_norms_unsaid
 from outrider.train.pipeline import engine_of, layers_of, new_model
 
 
@@ -91,7 +92,8 @@ def _seconds_of_step(job: Job, held: Features) -> tuple[float, int, int]:
     model, judge = new_model(job, exact, held), Teacher.of(exact, held.layers, job.method.taps(job, exact))
     batches, loss = job.method.fit_inputs(job, judge, model, replace(held, rows=1))
     started = time.perf_counter()
-    with torch.autocast(exact.device.type, dtype=torch.bfloat16, enabled=job.loop.autocast):
+    rounded = torch.autocast(exact.device.type, dtype=torch.bfloat16, enabled=job.loop.autocast)
+    with slower_norms_unsaid(), rounded:
         value = loss(model, batches(0), 0.0)
     value.backward()
     seconds = (time.perf_counter() - started) * job.batch

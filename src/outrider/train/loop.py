@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,14 @@ def train(
         f"{state['seconds'] - state['computing']:.1f} s reading data"
     )
     return state
+
+
+@contextmanager
+def slower_norms_unsaid() -> Iterator[None]:
+    """Autocast makes rows for which PyTorch has a slower norm, and it warns of that: nobody who trains can act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
 
 
 SPENT = ("computing", "saving")

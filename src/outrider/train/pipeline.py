@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -26,7 +25,7 @@ from outrider.train.distill import Teacher, measure_of
 from outrider.train.features import DataSpec, Features, cut_prompts, read_features, write_hidden, write_tokens
 from outrider.train.job import Job
 from outrider.train.keyed import hidden_folder, other_products, part_folder, run_folder, shorter_run
-from outrider.train.loop import share_computing, train
+from outrider.train.loop import share_computing, slower_norms_unsaid, train
 from outrider.train.metrics import loggers
 
 Report = Callable[[str], None]
@@ -131,8 +130,7 @@ def run(job: Job, report: Report = print) -> dict[str, Any]:
         flag = "--no-autocast" if job.loop.autocast else "--autocast"
         report(f"this starts afresh; {flag} goes on with a training that multiplies otherwise, from {other.name}")
     logs = loggers(folder, job.log, job.choices(taps))
-    with warnings.catch_warnings():  # autocast makes rows for which PyTorch has a slower norm: nobody can act on it
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    with slower_norms_unsaid():
         state = train(model, batches, loss, job.loop, folder, evaluate, report, logs)
     export(model, job, report)
     spent = {"seconds": state["seconds"], "computing": share_computing(state)}
