@@ -83,7 +83,7 @@ def test_under_autocast_products_alone_are_rounded() -> None:
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
-@pytest.mark.parametrize("kind", ["medusa", "eagle", "mtp", "draft"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle", "mtp", "draft"])
 def test_every_methods_loss_is_that_of_its_predictions(kind: str, loss: str) -> None:
     """With the rows before the head and without, at both stages: value and every parameter's gradient."""
     model, judge, data = setup(kind)

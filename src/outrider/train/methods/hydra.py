@@ -13,7 +13,7 @@ from outrider.drafters.medusa.format import SequentialConfig
 from outrider.drafters.medusa.sequential import SequentialNetwork
 from outrider.drafters.target_tables import embeddings, output_of
 from outrider.protocols import Target
-from outrider.train.distill import Logits
+from outrider.train.distill import HeadRows, Logits
 from outrider.train.methods.base import Method, MethodOptions, chosen_taps
 from outrider.train.methods.tables import init_decoder, inner_of, narrow, scale_taps
 
@@ -45,6 +45,13 @@ class Hydra(Method):
     ) -> list[Logits]:
         """Every level reads the state of the one before, and the text's own token."""
         return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
+
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """Normed states and the output matrix."""
+        states = model.states(tokens, taps[:, : tokens.shape[1] - levels], levels)
+        return HeadRows([model.norm(s) for s in states], model.lm_head.weight)
 
 
 @torch.no_grad()
