@@ -102,4 +102,4 @@ def test_figures_need_a_folder_that_can_be_made(
     taken = tmp_path / "file"
     taken.write_text("", encoding="utf-8")
     assert run(monkeypatch, "figures", "--out", str(taken), "--runs", "200") == 2
-    assert "--out" in capsys.readouterr().err
+    assert f"{taken} is a file: name a folder" in capsys.readouterr().err
