@@ -22,7 +22,7 @@ SPEEDS = {
     ("none", 0): {1: 100, 4: 300, 16: 800},
     ("eagle", 2): {1: 150, 4: 380, 16: 700},
     ("eagle", 4): {1: 180, 4: 350, 16: 500},
-    ("medusa", 3): {1: 250, 4: 500, 16: 850},
+    ("medusa:/f", 3): {1: 250, 4: 500, 16: 850},
 }
 
 
@@ -49,6 +49,9 @@ def test_every_batch_size_has_the_length_planned_for_the_next_larger_one() -> No
     older, said = launch.configuration(entries(SPEEDS), {}, target, "0.32")
     assert older is not None and older["method"] == "medusa" and not said
     assert "num_speculative_tokens_per_batch_size" not in older  # one length everywhere
+    shipped = {("medusa" if draft == "medusa:/f" else draft, n): row for (draft, n), row in SPEEDS.items()}
+    other, said = launch.configuration(entries(shipped), {}, target, "0.32")
+    assert other == config and "no medusa" in said  # the shipped heads follow one another, which vLLM's do not
     slow = {k: {b: v if k[0] == "none" else v / 3 for b, v in row.items()} for k, row in SPEEDS.items()}
     assert launch.configuration(entries(slow), {}, target, "0.33")[0] is None
 

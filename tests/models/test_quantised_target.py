@@ -174,13 +174,15 @@ def test_says_which_types_are_widened() -> None:
     assert not any("float32" in n for n in LeanTarget(config, rounded()).notices)
 
 
-def test_refuses(tmp_path: Path) -> None:
+def test_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean 'q8_0'"):
         load_target(shipped("target"), quantize="q8")
-    with pytest.raises(ConfigError, match="CPU only"):
-        load_target(
-            shipped("target"), quantize="q8_0", device="meta", progress=lambda _: pytest.fail("weights are read")
-        )
+    with monkeypatch.context() as patched:  # of a machine with a GPU
+        patched.setattr("outrider.models.load.device_named", lambda name: torch.device("meta"))
+        with pytest.raises(ConfigError, match="CPU only"):
+            load_target(
+                shipped("target"), quantize="q8_0", device="cuda", progress=lambda _: pytest.fail("weights are read")
+            )
     with pytest.raises(ConfigError, match="fixed when the target was loaded"):
         companion(build_engine(draft="none", slots=1, max_length=32), target_quantize="q8_0")
     assert {named(kind).number for kind in QUANTIZE.values() if kind != "int8"} <= BLOCKS.keys()

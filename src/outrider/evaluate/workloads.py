@@ -39,7 +39,9 @@ def load_rows(path: Path | None, count: int) -> list[tuple[Written, dict[str, An
     conversation: `messages`, ShareGPT's `conversations`, or the `body` of OpenAI's batch files, up to the last message that an
     answer follows.
     """
-    found = _read(path) if path is not None else [(prompt, {}) for prompt in shipped_prompts()]
+    found: list[tuple[Written, dict[str, Any]]] = (
+        _read(path) if path is not None else [(prompt, {}) for prompt in shipped_prompts()]
+    )
     if not found:
         raise ConfigError(f"{path}: no prompts found")
     return found[:count]
