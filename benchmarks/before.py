@@ -6,7 +6,7 @@
 A round gives both the same prompts and seeds, in random order; ratios of tokens per second are formed within a round, and their
 median is one start's. Both are started anew `--starts` times: processes of one and the same checkout differ by more than rounds do
 (forwards of a small model by a fifth and more), so what one pair of processes says is no difference of checkouts. The median of the
-starts is reported with the least and the greatest of them.
+starts is reported with the least and the greatest of them. Which of the two starts first is drawn.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def measure(before: Path, kind: str, batch: int, rounds: int, tokens: int, start
 
 def once(before: Path, kind: str, batch: int, rounds: int, tokens: int, order: random.Random) -> Speeds:
     """Speeds by round of both checkouts, started anew."""
-    checkouts = {"now": ROOT, "before": before}
-    running = {name: start(f"{name}-{kind}-{batch}", root, DRAFTS[kind], batch) for name, root in checkouts.items()}
+    checkouts = [("now", ROOT), ("before", before)]
+    order.shuffle(checkouts)  # of two processes of one checkout the one that started first was the slower one in most starts
+    running = {name: start(f"{name}-{kind}-{batch}", root, DRAFTS[kind], batch) for name, root in checkouts}
     prompts = tokens_of(shipped_prompts())
     command_of = lambda turn: {  # noqa: E731
         "prompts": [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)],
