@@ -341,6 +341,18 @@ class Evidence:
     judged = Renamed("verdict_index")
     law = Renamed("pipeline")
 
+    def take(self, index: Sequence[int]) -> Evidence:
+        """What of it concerns some of `sequences`, in the order given; rows, draft and verdict are those of all."""
+        if list(index) == list(range(len(self.sequences))):
+            return self
+        return replace(
+            self,
+            sequences=tuple(self.sequences[i] for i in index),
+            segment_index=tuple(self.segment_index[i] for i in index),
+            verdict_index=tuple(self.verdict_index[i] for i in index),
+            noise=self.noise.take(index),
+        )
+
     def accepted_rows(self, i: int) -> list[int]:
         """Rows of the forward that sequence i now has in the target's KV cache, in order."""
         if self.segment_index[i] < 0:

@@ -93,6 +93,30 @@ def test_a_sequence_without_pages_is_not_drafted_for() -> None:
     assert 0 < one.counts.proposed < roomy.counts.proposed and not one.notices
 
 
+@pytest.mark.parametrize("pages", [5, 12])
+def test_premises_take_no_page_from_drafts(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no pages for premises, every sequence has the drafts that it has without them."""
+    alone, ahead = ModelDrafter(small(), 3), Ahead(ModelDrafter(small(), 4), 4, inline=True)
+    monkeypatch.setattr(Ahead, "_extra", lambda self, slots: 0)
+    engines = []
+    for drafter in (alone, ahead):
+        drafter.keep_within(pages * PAGE)
+        engines.append(build(drafter, None))
+        assert texts(engines[-1]) == plain_texts()
+    plain, beside = engines
+    assert ahead.inner.cache.kv.pages.count == pages  # type: ignore[attr-defined]
+    assert 0 < plain.counts.proposed == beside.counts.proposed
+    assert plain.counts.accepted == beside.counts.accepted
+    assert ahead.hits > 0  # a premise without pages is none
+
+
+def test_premises_ask_for_their_own_pages_only() -> None:
+    """Nothing is allowed or forbidden: pages for whole sequences, and two for each premise, which shares the others."""
+    drafter = Ahead(ModelDrafter(small(), 4), 5, inline=True)
+    build(drafter, None)
+    assert drafter.inner.cache.kv.pages.count == 3 * 4 + 3 * 5 * 2  # type: ignore[attr-defined]
+
+
 def test_caches_without_pages_are_taken_off_whole() -> None:
     network = learned("eagle", TinyLM(V, 64, 3, heads=2), steps=1)
     drafter = EagleDrafter(network, Levels(levels((1,) * 3), V))  # type: ignore[arg-type]

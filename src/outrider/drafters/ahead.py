@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 
@@ -100,10 +101,10 @@ class Ahead:
         self._worker = Worker[_Task](self._prepare)
 
     def bind(self, slots: int, length: int) -> None:
-        """Bind the drafter, with a slot for every premise."""
+        """Bind the drafter, with a slot for every premise, and pages for what premises hold apart from their sequences."""
         self._slots = slots
-        if self._within is not None:
-            self.inner.keep_within(self._within + self._extra(slots))
+        within = slots * PAGE * -(-length // PAGE) if self._within is None else self._within
+        self.inner.keep_within(within + self._extra(slots))
         self.inner.bind(slots * (1 + self.premises), length)
 
     def cache_need(self, slots: int, length: int) -> CacheNeed:
@@ -144,14 +145,13 @@ class Ahead:
         self._learn(evidence.verdict)
         views = evidence.sequences
         found = [self._prepared(v, min(b, self.max_depth)) for v, b in zip(views, budget, strict=True)]
-        own = self.inner.draft(
-            evidence, [0 if f is not None else b + 1 if b else 0 for f, b in zip(found, budget, strict=True)]
-        )
-        self._take_over(views, found)
+        self._take_over(views, found)  # first: no draft lacks a page that a premise holds
+        own = self._own(evidence, found, budget)
         whole = _with_prepared(own, found, [b + 1 for b in budget], evidence.scores.logits.shape[-1])
         if not self._worker.off:
             outcomes = [self._outcomes(v, whole, i, b) for i, (v, b) in enumerate(zip(views, budget, strict=True))]
-            self._start(_Task([p for own in outcomes for p in own], evidence))
+            ranks = zip_longest(*outcomes)  # where pages are short the likeliest outcome of every sequence gets them first
+            self._start(_Task([p for rank in ranks for p in rank if p is not None], evidence))
         return _shortened(whole, [min(b, self.max_depth) for b in budget])
 
     def _prepared(self, view: SequenceView, depth: int) -> _Made | None:
@@ -162,6 +162,15 @@ class Ahead:
         made = found.made.get(tuple(view.tokens[found.length :]))
         self.hits, self.misses = self.hits + (made is not None), self.misses + (made is None)
         return made
+
+    def _own(self, evidence: Evidence, found: Sequence[_Made | None], budget: Sequence[int]) -> Draft:
+        """The drafter's drafts, one token longer than asked for, of the sequences that have no prepared one."""
+        rest = [i for i, made in enumerate(found) if made is None]
+        if not rest:
+            return Draft.empty(len(found), evidence.scores.logits.device)
+        draft = self.inner.draft(evidence.take(rest), [budget[i] + 1 if budget[i] else 0 for i in rest])
+        number = {i: n for n, i in enumerate(rest)}
+        return draft.take([number.get(i, -1) for i in range(len(found))])
 
     def _take_over(self, views: Sequence[SequenceView], found: Sequence[_Made | None]) -> None:
         """Give sequences the keys and values of the drafts that they use, and premises' pages back."""
@@ -215,6 +224,8 @@ class Ahead:
             return
         drafts = self.inner.draft(_after(task), [p.budget for p in task.premises])
         for i, premise in enumerate(task.premises):
+            if not drafts.counts[i]:  # it had no pages: what its sequence's own slot holds is better than nothing
+                continue
             premise.expected.made[premise.tail] = _Made(drafts, i, premise.view.slot)
 
     def _learn(self, verdict: Verdict) -> None:
