@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -112,6 +114,21 @@ def test_a_worker_that_fails_costs_nothing_but_speed(monkeypatch: pytest.MonkeyP
     assert Breaking.calls == 3
     assert [n for n in engine.notices if "boom" in n] == [n for n in engine.notices if "ahead" in n]
     assert engine.defects == 0
+
+
+def test_the_thread_ends_with_its_drafter() -> None:
+    """And the draft model and its cache go with the drafter: the thread keeps nothing of them between tasks."""
+    before = set(threading.enumerate())
+    drafter = Ahead(ModelDrafter(draft_model(), LENGTH + 1), 4)
+    run(drafter)
+    drafter.release(range(2))  # nothing is being prepared any more
+    (thread,) = set(threading.enumerate()) - before
+    inner = weakref.ref(drafter.inner)
+    del drafter
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert inner() is None
 
 
 def test_only_chains_of_a_draft_model() -> None:

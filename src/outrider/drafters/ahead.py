@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -98,7 +99,7 @@ class Ahead:
         self._slots = 0
         self._within: int | None = None
         self._judged, self._accepted = 0.0, 0.0
-        self._worker = Worker[_Task](self._prepare)
+        self._worker = Worker()
 
     def bind(self, slots: int, length: int) -> None:
         """Bind the drafter, with a slot for every premise, and pages for what premises hold apart from their sequences."""
@@ -217,7 +218,7 @@ class Ahead:
         if self.inline:
             self._prepare(task)
         elif task.premises:
-            self._worker.start(task)
+            self._worker.start(partial(self._prepare, task))
 
     def _prepare(self, task: _Task) -> None:
         if not task.premises:
