@@ -151,7 +151,8 @@ class Ahead:
         whole = _with_prepared(own, found, [b + 1 for b in budget], evidence.scores.logits.shape[-1])
         if not self._worker.off:
             outcomes = [self._outcomes(v, whole, i, b) for i, (v, b) in enumerate(zip(views, budget, strict=True))]
-            ranks = zip_longest(*outcomes)  # where pages are short the likeliest outcome of every sequence gets them first
+            # where pages are short the likeliest outcome of every sequence gets them first
+            ranks = zip_longest(*outcomes)
             self._start(_Task([p for rank in ranks for p in rank if p is not None], evidence))
         return _shortened(whole, [min(b, self.max_depth) for b in budget])
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -163,3 +164,13 @@ class EagleNetwork(nn.Module, ABC):
         """Logits of `states`: entry s, column i gives the draft distribution of token i + s + 2 after tokens 0 .. i + s + 1, with
         hidden states up to i."""
         return [self.logits(state) for state in self.states(tokens, self.read(taps), steps)]
+
+    def unrolled(
+        self, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r t K H"], steps: int
+    ) -> tuple[list[Float[Tensor, "r t D"]], Float[Tensor, "V D"]] | None:
+        """What `unroll`'s logits are made of: rows, and the matrix they meet; None for a head of a part of the vocabulary."""
+        norm, matrix, support = self.output
+        if support is not None:
+            return None
+        c, states = self.config, self.states(tokens, self.read(taps), steps)
+        return [s if norm is None else F.rms_norm(s, (c.hidden,), norm, c.eps) for s in states], matrix

@@ -91,6 +91,12 @@ class SequentialNetwork(nn.Module):
         hidden states at i alone."""
         return [self.logits(state) for state in self.states(tokens, taps, steps)]
 
+    def unrolled(
+        self, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r t K H"], steps: int
+    ) -> tuple[list[Float[Tensor, "r t D"]], Float[Tensor, "V D"]]:
+        """What `unroll`'s logits are made of: rows, and the matrix they meet."""
+        return [self.norm(state) for state in self.states(tokens, taps, steps)], self.lm_head.weight
+
     # ------------------------------------------------------------------ folders
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors (bfloat16), without the target's table."""

@@ -111,6 +111,26 @@ class Method(ABC):
         return options.levels
 
 
+class Unrolled(Method):
+    """A method whose network makes one level after the other and has `unroll` and `unrolled`: it is trained at every level at once.
+
+    A row of text ends `levels` before its last token, so that every level has a token to read and one to be compared with.
+    """
+
+    def predict(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> list[Logits]:
+        """Every level reads what the one before it made, and the text's own token."""
+        return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
+
+    def scored(
+        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
+    ) -> HeadRows | None:
+        """The rows of every level before the network's output matrix."""
+        made = model.unrolled(tokens, taps[:, : tokens.shape[1] - levels], levels)
+        return None if made is None else HeadRows(*made)
+
+
 def named_target(target: Path | str) -> str:
     """What a drafter's folder calls its target: the absolute path of a folder, or the Hub name."""
     return str(Path(target).expanduser().resolve()) if Path(target).expanduser().exists() else str(target)

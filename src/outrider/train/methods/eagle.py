@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from outrider.drafters.eagle.eagle1 import Eagle1Network
@@ -16,17 +16,17 @@ from outrider.drafters.eagle.network import EagleConfig
 from outrider.drafters.target_tables import embeddings, output_of, target_tables
 from outrider.errors import ConfigError
 from outrider.protocols import Target
-from outrider.train.distill import HeadRows, Logits, Teacher
+from outrider.train.distill import Teacher
 from outrider.train.features import Features
 from outrider.train.loop import Batch, LossOf
-from outrider.train.methods.base import Method, MethodOptions, chosen_taps
-from outrider.train.methods.tables import heads_of, init_decoder, inner_of, narrow, rows_of, scale_taps
+from outrider.train.methods.base import MethodOptions, Unrolled, chosen_taps
+from outrider.train.methods.tables import heads_of, init_decoder, inner_of, narrow, scale_taps
 
 NOISE = 0.2 * 512
 """Width of the uniform noise on features, times the length of a row (EAGLE's code: its rows have up to 2048 tokens)."""
 
 
-class Eagle3(Method):
+class Eagle3(Unrolled):
     """EAGLE-3: several hidden states, fused; trained through its own outputs (Li et al. 2025, section 3.2)."""
 
     name, reads = "eagle", frozenset({"width", "taps", "loss", "start"})
@@ -44,18 +44,6 @@ class Eagle3(Method):
     def load(self, folder: Path, target: Target) -> Any:
         """An EAGLE-3 folder."""
         return Eagle3Network.load(folder, target)
-
-    def predict(
-        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
-    ) -> list[Logits]:
-        """Training-time test: every level reads the outputs of the previous one."""
-        return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
-
-    def scored(
-        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
-    ) -> HeadRows | None:
-        """The normed states of every level."""
-        return rows_of(model, tokens, taps, levels)
 
 
 class Eagle1(Eagle3):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from outrider.drafters.medusa.format import SequentialConfig
 from outrider.drafters.medusa.sequential import SequentialNetwork
 from outrider.drafters.target_tables import embeddings, output_of
 from outrider.protocols import Target
-from outrider.train.distill import HeadRows, Logits
-from outrider.train.methods.base import Method, MethodOptions, chosen_taps
+from outrider.train.methods.base import MethodOptions, Unrolled, chosen_taps
 from outrider.train.methods.tables import init_decoder, inner_of, narrow, scale_taps
 
 
-class Hydra(Method):
+class Hydra(Unrolled):
     """Medusa's heads, one after the other."""
 
     name, reads = "hydra", frozenset({"blocks", "width", "taps", "loss", "start"})
@@ -31,27 +29,12 @@ class Hydra(Method):
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> SequentialNetwork:
         """Heads of `options.blocks` residual blocks, `options.width` wide."""
         width, taps = options.width or target.hidden_size, self.taps(options, target)
-        config = SequentialConfig(
-            target.hidden_size, target.vocab_size, taps, width, inner_of(width), options.blocks
-        )
+        config = SequentialConfig(target.hidden_size, target.vocab_size, taps, width, inner_of(width), options.blocks)
         return new_sequence(config, target, seen, options.loop.seed)
 
     def load(self, folder: Path, target: Target) -> SequentialNetwork:
         """A folder of sequential heads."""
         return SequentialNetwork.load(folder, target)
-
-    def predict(
-        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
-    ) -> list[Logits]:
-        """Every level reads the state of the one before, and the text's own token."""
-        return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
-
-    def scored(
-        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
-    ) -> HeadRows | None:
-        """The rows of all levels, which share a matrix."""
-        states = model.states(tokens, taps[:, : tokens.shape[1] - levels], levels)
-        return HeadRows([model.norm(s) for s in states], model.lm_head.weight)
 
 
 @torch.no_grad()

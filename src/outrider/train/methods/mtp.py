@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from outrider.drafters.mtp.network import MtpConfig, MtpNetwork
 from outrider.drafters.target_tables import target_tables
 from outrider.errors import ConfigError
 from outrider.protocols import Target
-from outrider.train.distill import HeadRows, Logits
-from outrider.train.methods.base import Method, MethodOptions
-from outrider.train.methods.tables import heads_of, init_decoder, inner_of, rows_of
+from outrider.train.methods.base import MethodOptions, Unrolled
+from outrider.train.methods.tables import heads_of, init_decoder, inner_of
 
 
-class Mtp(Method):
+class Mtp(Unrolled):
     """A head of one layer, trained at every level that it will be chained to: it reads its own outputs already in training."""
 
     name, reads = "mtp", frozenset({"loss"})
@@ -25,18 +22,6 @@ class Mtp(Method):
     def new_model(self, options: MethodOptions, target: Target, seen: Float[Tensor, "n T H"]) -> nn.Module:
         """One layer of the target's width."""
         return new_head(head_config(options, target), target, options.loop.seed)
-
-    def predict(
-        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
-    ) -> list[Logits]:
-        """Every level reads the outputs of the previous one."""
-        return model.unroll(tokens, taps[:, : tokens.shape[1] - levels], levels)
-
-    def scored(
-        self, model: Any, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
-    ) -> HeadRows | None:
-        """The normed states of every level."""
-        return rows_of(model, tokens, taps, levels)
 
 
 def head_config(options: MethodOptions, target: Target) -> MtpConfig:

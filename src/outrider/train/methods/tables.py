@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from outrider.drafters.eagle.network import EagleNetwork
 from outrider.drafters.target_tables import output_head, output_of
 from outrider.models.checkpoint import Checkpoint
 from outrider.models.config import Unsupported
@@ -17,19 +15,6 @@ from outrider.models.folder import resolve_folder
 from outrider.models.gguf.checkpoint import GgufCheckpoint
 from outrider.models.gguf.parts import is_gguf
 from outrider.protocols import Target
-from outrider.train.distill import HeadRows
-
-
-def rows_of(
-    model: EagleNetwork, tokens: Int[Tensor, "r L"], taps: Float[Tensor, "r L T H"], levels: int
-) -> HeadRows | None:
-    """What the logits of `model.unroll` are made of; None for a head of a part of the vocabulary."""
-    norm, matrix, support = model.output
-    if support is not None:
-        return None
-    states = model.states(tokens, model.read(taps[:, : tokens.shape[1] - levels]), levels)
-    c = model.config
-    return HeadRows([s if norm is None else F.rms_norm(s, (c.hidden,), norm, c.eps) for s in states], matrix)
 
 
 @torch.no_grad()
