@@ -14,9 +14,9 @@ from outrider.drafters.dflash.format import DFlashConfig
 from outrider.drafters.dflash.network import DFlashNetwork
 from outrider.drafters.registry import load_drafter
 from outrider.errors import CapabilityError, ConfigError
-from outrider.params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.drafters.test_drafters_block import BLOCK, TAPS, TARGET, V, block_model
+from tests.plain_text import assert_plain_text
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -81,13 +81,8 @@ def test_greedy_text_is_the_targets_on_both_targets(implementation: str, tmp_pat
     place = make_checkpoint(tmp_path / "target", "qwen3", tokenizer=True)
     torch.manual_seed(0)
     DFlashNetwork(DFlashConfig(48, (1, 3), 260, 3, 1, 16, 64, 5, mask=0)).save(tmp_path / "dflash")
-    params = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
-    texts = []
-    for draft in ("none", "dflash", "greedy:dflash", "dynamic:8:dflash"):
-        one = build_engine(place, draft, length=4, dtype="float32", implementation=implementation, slots=3)
-        texts.append([r.outputs[0].token_ids for r in one.generate(["the line", "a", "of many"], params)])
-        assert draft == "none" or one.counts.proposed > 30
-    assert all(t == texts[0] for t in texts)
+    drafts = ("dflash", "greedy:dflash", "dynamic:8:dflash")
+    assert_plain_text(place, drafts, tokens=14, length=4, proposed=30, implementation=implementation)
 
 
 def test_specs(tmp_path: Path) -> None:

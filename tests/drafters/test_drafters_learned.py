@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.build import Engine, build_engine
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.eagle.drafter import EagleDrafter
 from outrider.drafters.eagle.eagle3 import Eagle3Network
@@ -33,6 +33,7 @@ from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
 from tests.covering import covering, slow_beyond
 from tests.drafters.drafting import Seen, evidence, view
+from tests.plain_text import assert_plain_text
 
 V, H = 19, 16
 TARGET = TinyLM(V, H, 3, seed=1, sharp=3.0)
@@ -297,13 +298,8 @@ def test_greedy_text_is_the_targets_on_both_targets(implementation: str, tmp_pat
     vocab = load_target(place, dtype="float32").vocab_size
     MedusaNetwork(MedusaConfig(48, vocab, 3, 3)).save(tmp_path / "medusa")
     Eagle3Network(EagleConfig(32, 48, (1, 3), vocab, 2, 1, 16, 64)).save(tmp_path / "eagle")
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    texts = []
-    for draft in ("none", "medusa", "tree:2x2:medusa", "eagle", "dynamic:8:eagle"):
-        one = build_engine(place, draft, length=3, dtype="float32", implementation=implementation, slots=3)
-        texts.append([r.outputs[0].token_ids for r in one.generate(["the line", "a", "of many"], params)])
-        assert draft == "none" or one.counts.proposed > 20
-    assert all(t == texts[0] for t in texts)
+    drafts = ("medusa", "tree:2x2:medusa", "eagle", "dynamic:8:eagle")
+    assert_plain_text(place, drafts, length=3, proposed=20, implementation=implementation)
 
 
 def test_specs(tmp_path: Path) -> None:

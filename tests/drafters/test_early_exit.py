@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from outrider.build import Engine, build_engine
+from outrider.build import Engine
 from outrider.control.fixed import Fixed
 from outrider.drafters.model.early_exit import early_exit
 from outrider.drafters.registry import load_drafter
@@ -22,6 +22,7 @@ from outrider.protocols import OpenTarget, Target
 from outrider.types import Draft, Rows
 from outrider.verify import load_rule
 from tests.checkpoints import make_checkpoint
+from tests.plain_text import assert_plain_text
 
 KINDS = ("toy", "table", "lean", "native", "hf")
 
@@ -132,11 +133,5 @@ def test_a_model_off_the_seam_is_refused_in_a_sentence() -> None:
 @pytest.mark.parametrize("implementation", ["lean", "hf"])
 def test_greedy_text_is_plain_text(implementation: str, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "target", "llama", tokenizer=True)
-    texts = []
-    for draft in ("none", "early:1", "dynamic:5:early:2"):
-        one = build_engine(
-            path, draft, length=3, dtype="float32", implementation=implementation, slots=1, max_length=64
-        )
-        p = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-        texts.append(one.generate([[3, 1, 4]], p)[0].outputs[0].token_ids)
-    assert texts[0] == texts[1] == texts[2]
+    drafts, options = ("early:1", "dynamic:5:early:2"), {"implementation": implementation, "max_length": 64}
+    assert_plain_text(path, drafts, prompts=[[3, 1, 4]], tokens=24, length=3, **options)

@@ -35,6 +35,7 @@ from tests.checkpoints import make_checkpoint
 from tests.checkpoints_mtp import FAMILIES, LAYERS, NAMES, VOCAB, make_with_head, to_float8
 from tests.drafters.drafting import Seen
 from tests.drafters.test_drafters_learned import GROWTHS, TARGET, H, V, decode, states
+from tests.plain_text import assert_plain_text
 
 PROMPTS = [[7, 3, 11, 5, 2, 9, 4], [12, 8], [5] * 6]
 
@@ -151,11 +152,8 @@ def test_checkpoints_heads_are_the_equations_and_their_text_the_targets(
         wanted = plain.logits(list(history), list(path))
         assert float((row.double() - wanted).abs().max()) < 2e-4 < float(wanted.std())
 
-    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    drafts = ["none", "mtp", "auto", *(["tree:2x1x2:mtp", "dynamic:6:mtp"] if target.trees and heads > 1 else [])]
-    engines = [build_engine(tmp_path, draft, length=length, dtype="float32", slots=2) for draft in drafts]
-    texts = [[r.outputs[0].token_ids for r in engine.generate(PROMPTS, greedy)] for engine in engines]
-    assert all(text == texts[0] for text in texts)
+    drafts = ["mtp", "auto", *(["tree:2x1x2:mtp", "dynamic:6:mtp"] if target.trees and heads > 1 else [])]
+    assert_plain_text(tmp_path, drafts, prompts=PROMPTS, length=length, slots=2)
 
 
 def test_heads_in_float8_are_read_by_the_scales_of_their_blocks(tmp_path: Path) -> None:
@@ -168,10 +166,7 @@ def test_heads_in_float8_are_read_by_the_scales_of_their_blocks(tmp_path: Path) 
         assert stored[name].dtype == torch.float8_e4m3fn
         expected = stored[name].double() * stored[f"{name}_scale_inv"].double()
         assert found.tensors(head)["layers.0.self_attn.o_proj.weight"].double().equal(expected)
-    greedy = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-    engines = [build_engine(tmp_path, draft, length=3, dtype="float32") for draft in ("none", "mtp")]
-    plain, drafted = ([r.outputs[0].token_ids for r in engine.generate(PROMPTS, greedy)] for engine in engines)
-    assert plain == drafted
+    assert_plain_text(tmp_path, ["mtp"], prompts=PROMPTS, tokens=10, length=3)
     stored[f"model.layers.{LAYERS}.self_attn.o_proj.weight_scale_inv"] = torch.ones(2, 2)
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"o_proj\.weight of its MTP head is stored as float8_e4m3fn, without scales"):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from outrider.build import build_engine
+from outrider.drafters.eagle import forward as eagle
+from outrider.drafters.eagle.drafter import EagleDrafter
+from outrider.drafters.medusa.drafter import MedusaDrafter
 from outrider.drafters.medusa.format import SequentialConfig
 from outrider.drafters.medusa.network import MedusaNetwork
 from outrider.drafters.medusa.sequential import SequentialNetwork
@@ -22,12 +27,13 @@ from outrider.errors import CapabilityError, ConfigError, RequestError
 from outrider.evaluate.planning.vllm_draft import method_of
 from outrider.models.load import load_target
 from outrider.models.toy import TinyLM
-from outrider.params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.drafters.drafting import Seen
-from tests.drafters.test_drafters_learned import GROWTHS, TAPS, TARGET, H, V, decode, states
+from tests.drafters.test_drafters_learned import GROWTHS, TAPS, TARGET, H, V, decode, feature_model, states
+from tests.drafters.test_drafters_learned import heads as medusa_heads
 from tests.drafters.test_native_drafts import LIBRARY, TOLERANCE, WIDE, double, filled
 from tests.drafters.test_native_drafts import V as MANY
+from tests.plain_text import assert_plain_text
 
 compiled = pytest.mark.skipif(LIBRARY is None, reason="compiled drafters need a C++ compiler")
 
@@ -174,16 +180,59 @@ def test_a_folder_says_what_it_holds(tmp_path: Path) -> None:
         SequentialNetwork.load(tmp_path / "heads", TARGET)
 
 
+def test_a_table_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Heads read their target's embeddings: a folder's own would be replaced, and the heads were not trained for those."""
+    heads().save(tmp_path / "heads")
+    path = tmp_path / "heads" / "model.safetensors"
+    save_file(load_file(path) | {"embed_tokens.weight": torch.zeros(V, H)}, path)
+    with pytest.raises(ConfigError, match=r"holds embed_tokens\.weight"):
+        SequentialNetwork.load(tmp_path / "heads", TARGET)
+
+
+@pytest.mark.parametrize("kind", ["hydra", "eagle"])
+def test_the_twin_keeps_rows_of_tokens_and_not_what_they_are_made_of(kind: str) -> None:
+    model = copy.deepcopy(heads() if kind == "hydra" else feature_model())
+    table = weakref.ref(model.embed_tokens.weight)
+    twin = TorchForward(model) if isinstance(model, SequentialNetwork) else eagle.TorchForward(model, 20)
+    assert twin._tokens.shape == (V, model.config.width if kind == "hydra" else model.config.hidden)  # type: ignore[union-attr]
+    del model
+    gc.collect()
+    assert table() is None
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle"])
+def test_a_slot_keeps_one_row_alive(kind: str) -> None:
+    """What is kept of a step is a copy of one row, not a view of all of them."""
+    growth = GROWTHS["chain"]()
+    drafter: Any = (
+        MedusaDrafter(medusa_heads(), growth)
+        if kind == "medusa"
+        else SequentialDrafter(heads(), growth)
+        if kind == "hydra"
+        else EagleDrafter(feature_model(), growth)
+    )
+    make, sizes = drafter.draft, []
+
+    def draft(*given: Any) -> Any:
+        made = make(*given)
+        kept = (
+            [place.state for place in drafter._states]
+            if kind == "eagle"
+            else [x for xs in drafter._state.values() for x in xs]
+        )
+        sizes.extend((x.untyped_storage().nbytes(), x.nbytes) for x in kept if x is not None)
+        return made
+
+    drafter.draft = draft
+    decode(drafter, 3)
+    assert len(sizes) > 20
+    assert all(held == own for held, own in sizes)
+
+
 def test_greedy_text_is_the_targets(tmp_path: Path) -> None:
     """Chains and trees of a real target's hidden states, several sequences; the heads are random, the text is not."""
     place = make_checkpoint(tmp_path / "target", "qwen3", tokenizer=True)
     torch.manual_seed(0)
     vocab = load_target(place, dtype="float32").vocab_size
     SequentialNetwork(SequentialConfig(48, vocab, (1, 3), 32, 64)).save(tmp_path / "medusa")
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    texts = []
-    for draft in ("none", "medusa", "tree:2x2:medusa", "dynamic:6:medusa"):
-        one = build_engine(place, draft, length=3, dtype="float32", slots=3)
-        texts.append([r.outputs[0].token_ids for r in one.generate(["the line", "a", "of many"], params)])
-        assert draft == "none" or one.counts.proposed > 20
-    assert all(t == texts[0] for t in texts)
+    assert_plain_text(place, ("medusa", "tree:2x2:medusa", "dynamic:6:medusa"), length=3, proposed=20)

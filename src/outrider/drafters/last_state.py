@@ -60,7 +60,8 @@ class LastRowDrafter(ABC):
         """Up to `budget[i]` levels for sequence i. A sequence whose last row was not seen gets no draft."""
         hidden = evidence.scores.hidden
         for new in new_rows(evidence, self._context):  # also when nothing is to be drafted: hidden states are seen once
-            self._state[new.view.slot] = [hidden[n][new.rows[-1]] for n in self._order]
+            # copies: a view of one row keeps those of the whole step
+            self._state[new.view.slot] = [hidden[n][new.rows[-1]].clone() for n in self._order]
             self._context.next[new.view.slot] += len(new.rows)
         depths, live = [0] * len(budget), list[int]()
         for i, (view, depth) in enumerate(zip(evidence.sequences, budget, strict=True)):

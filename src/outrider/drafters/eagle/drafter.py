@@ -157,7 +157,7 @@ class EagleDrafter:
         for (view, kept), end in zip(work, ends, strict=True):
             self.cache.length[view.slot] += len(kept)
             self.context.next[view.slot] += len(kept)
-            self._states[view.slot].state = state[end]
+            self._states[view.slot].state = state[end].clone()  # a view keeps the rows of the whole step
         return [slot for slot in slots if slot in scored], logits
 
     def read_further(self, rows: Rows, state: Float[Tensor, "n D"]) -> None:

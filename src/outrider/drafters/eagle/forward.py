@@ -100,6 +100,7 @@ class TorchForward:
         self.config, self.model, self.layer = c, with_fast_linears(model), FusedLayer.of(model.layers[0])
         self.dtype, self.logits = model.fc.weight.dtype, self.model.logits
         self._tokens = model.rows(torch.arange(c.vocab_size, device=device))
+        del self.model.embed_tokens  # what they give is in the table
         self._turns = rope.table(rope.frequencies(c.head_dim, c.rope_theta, device), length).to(self.dtype)
 
     def forward(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from outrider.drafters.checkpoint import check_fits, fill, read_folder, write_folder
 from outrider.drafters.medusa.format import SequentialConfig, read_sequential
 from outrider.drafters.target_tables import embeddings
+from outrider.errors import ConfigError
 from outrider.nn.layers import Mlp
 from outrider.protocols import Target
 
@@ -123,11 +124,17 @@ class SequentialNetwork(nn.Module):
     def load(cls, folder: Path, target: Target) -> SequentialNetwork:
         """The heads in a folder, for `target`.
 
-        Raises ConfigError for another kind of folder, CapabilityError for heads of a target of other sizes.
+        Raises ConfigError for another kind of folder and for one with a table of its own, CapabilityError for heads of a target
+        of other sizes.
         """
         config, tensors = read_folder(folder, "medusa")
         made = read_sequential(config, folder)
         check_fits(folder, target, hidden=made.hidden, vocab_size=made.vocab_size, layers=made.taps)
+        if TABLE in tensors:
+            raise ConfigError(
+                f"{folder} holds {TABLE}, and sequential heads read their target's own: they were made for another reader, or "
+                "trained with a table of their own"
+            )
         with torch.device("meta"):
             model = cls(made)
         return fill(model, tensors | {TABLE: embeddings(target).cpu()}, folder)

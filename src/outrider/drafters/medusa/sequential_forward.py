@@ -75,6 +75,7 @@ class TorchForward:
         vocab, device = model.config.vocab_size, model.fc.weight.device
         self._model, self._dtype = with_fast_linears(model), model.fc.weight.dtype
         self._tokens = model.rows(torch.arange(vocab, device=device))
+        del self._model.embed_tokens, self._model.token  # what they give is in the table
 
     def forward(
         self,
