@@ -125,49 +125,113 @@ def load_drafter(
     if length == 0 or spec == "none":
         return NoDraft()
     sample: Sample = "coupled" if rule is not None and rule.lane == "gumbel" else "sampled"
-    own, view, least = None, None, 0
-    if spec == "auto":
-        sibling = None if load_model is None else companion_folder(target_path, "draft")
-        how = parse_draft("mtp", length, sample)
-        spec, own, least = _auto(target, how, target_path, sibling, learned)
-        if sibling is not None and load_model is not None and learned_kind(sibling, learned) is None:
-            view = view_beside(AUTO_VIEW, target, partial(load_model, sibling), how.growth(target.vocab_size))
-    parts, rest = hosts_of(spec, length)
-    parts += [] if view is None else [view]
-    if own is not None:
-        parts.append(own)
-    elif rest.partition(":")[0] == "jacobi":
-        raster = find_raster(target_path)
-        parts.append(parse_jacobi(rest, length, target.vocab_size, raster.width if raster else 0))
-    elif rest or not parts:
-        premises, rest = _premises(rest)
-        how = parse_draft(rest, length + (premises > 0), sample)
-        if premises and how.stop is not None:
-            raise ConfigError(
-                "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
-            )
+    find = _Finder(target, length, sample, tokenizer, target_path, load_model, find_folder, learned)
+    return first_of(*(find.auto() if spec == "auto" else find.parts(spec)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """Finds the drafters that specs name, with what `load_drafter` was given."""
+
+    target: Target
+    length: int
+    sample: Sample
+    tokenizer: object | None
+    target_path: str | None
+    load_model: LoadModel | None
+    find_folder: FindFolder | None
+    learned: Mapping[str, LearnedDrafter]
+
+    def parts(self, spec: str, least: int = 0) -> list[Drafter]:
+        """The drafters of a spec, in order. least: the context below which a view of the target's cache drafts nothing."""
+        parts, rest = hosts_of(spec, self.length)
+        if rest.partition(":")[0] == "jacobi":
+            raster = find_raster(self.target_path)
+            parts.append(parse_jacobi(rest, self.length, self.target.vocab_size, raster.width if raster else 0))
+        elif rest or not parts:
+            premises, path = _premises(rest)
+            how = parse_draft(path, self.length + (premises > 0), self.sample)
+            if premises and how.stop is not None:
+                raise ConfigError(
+                    "a chain that stops early learns from every verdict and cannot be drafted ahead: drop one of the two"
+                )
+            found = self._last(path, how, least)
+            parts.append(Ahead(found, premises) if premises else found)
+        return parts
+
+    def auto(self) -> list[Drafter]:
+        """What "auto" is: see `load_drafter`."""
+        sibling = None if self.load_model is None else companion_folder(self.target_path, "draft")
+        how = parse_draft("mtp", self.length, self.sample)
+        # forced tokens replace a model or a head only if they fill a whole draft; for fewer it drafts further ahead
+        before = f"prediction+forced:{how.shape.depth}"
+        if sibling is not None and self.load_model is not None:
+            view = None
+            if learned_kind(sibling, self.learned) is None:
+                growth = how.growth(self.target.vocab_size)
+                view = view_beside(AUTO_VIEW, self.target, partial(self.load_model, sibling), growth)
+            (*hosts, model) = self.parts(f"{before}+{sibling}")
+            return [*hosts, *([] if view is None else [view]), model]
+        if (own := self._own_head(how)) is not None:
+            return [*self.parts(before), own]
+        least = worthwhile_from(self.target, parse_sparse(AUTO_VIEW))
+        return self.parts("prediction+forced+ngram" + ("" if least is None else f"+sparse:{AUTO_VIEW}"), least or 0)
+
+    def _last(self, spec: str, how: DraftSpec, least: int) -> Drafter:
+        """The last part of a spec: a model, a trained drafter, or the target itself in part."""
         kind, _, path = how.path.partition(":")
-        if (
-            kind not in learned and (own := learned_kind(how.path, learned)) is not None
-        ):  # a folder says itself what it holds
-            kind, path = own, how.path
-        if kind in HOSTS and rest == how.path and not Path(rest).exists():
-            raise ConfigError(f"{kind!r} has no option {path!r}: write {kind!r}, or see --draft in docs/drafters.md")
-        if kind in HOSTS and not Path(how.path).exists():
-            raise ConfigError(
-                f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {rest!r}"
-            )
+        if kind not in self.learned and (own := learned_kind(how.path, self.learned)) is not None:
+            kind, path = own, how.path  # a folder says itself what it holds
+        _check_host(kind, path, spec, how)
+        growth = how.growth(self.target.vocab_size)
         if kind == "early":
-            found: Drafter = load_early(path, target, how.growth(target.vocab_size))
-        elif kind == "sparse":
-            found = load_sparse(path, target, how.growth(target.vocab_size), least)
-        elif kind in learned and (path or not Path(kind).exists()):
-            folder = _learned_folder(kind, path, target_path, find_folder, learned)
-            found = learned[kind].load(folder, target, how, target_path)
-        else:
-            found = _model(how, target, length + (premises > 0), tokenizer, load_model, learned)
-        parts.append(Ahead(found, premises) if premises else found)
-    return first_of(*parts)
+            return load_early(path, self.target, growth)
+        if kind == "sparse":
+            return load_sparse(path, self.target, growth, least)
+        if kind in self.learned and (path or not Path(kind).exists()):
+            folder = _learned_folder(kind, path, self.target_path, self.find_folder, self.learned)
+            return self.learned[kind].load(folder, self.target, how, self.target_path)
+        return self._model(how)
+
+    def _own_head(self, how: DraftSpec) -> Drafter | None:
+        """The drafter of the target's own MTP head; None where there is none, or it cannot be run: `--draft mtp` says why."""
+        path = self.target_path
+        if path is None or not carries("mtp", path, self.learned):
+            return None
+        try:
+            return self.learned["mtp"].load(Path(path).expanduser(), self.target, how, path)
+        except (ConfigError, CapabilityError):
+            return None
+
+    def _model(self, how: DraftSpec) -> ModelDrafter:
+        path, target = how.path, self.target
+        names = (*DRAFTERS, *self.learned)
+        if not path or path in ("none", "auto"):
+            raise ConfigError(
+                f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone"
+            )
+        if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():
+            raise ConfigError(unknown_name("drafter", path, names))
+        if self.load_model is None:
+            raise ConfigError(
+                f"the draft model {path!r} cannot be loaded here: pass load_model, or a drafter without a model"
+            )
+        model, draft_tokenizer = self.load_model(path)
+        if self.tokenizer is not None and draft_tokenizer is not None:
+            check_vocabulary(self.tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
+        growth = how.growth(target.vocab_size)
+        return ModelDrafter(model, growth.depth, growth=growth, vocab_size=target.vocab_size)
+
+
+def _check_host(kind: str, path: str, spec: str, how: DraftSpec) -> None:
+    """Raise ConfigError for a drafter without a model that has an option which it does not know, or a prefix."""
+    if kind not in HOSTS or Path(how.path).exists():
+        return
+    if spec == how.path:
+        raise ConfigError(f"{kind!r} has no option {path!r}: write {kind!r}, or see --draft in docs/drafters.md")
+    raise ConfigError(
+        f"{kind!r} has no distributions to draw from and takes no prefix: write {how.path!r}, got {spec!r}"
+    )
 
 
 def _premises(spec: str) -> tuple[int, str]:
@@ -220,65 +284,6 @@ def carries(kind: str, target_path: str | None, learned: Mapping[str, LearnedDra
     find = learned[kind].carried if kind in learned else None
     folder = None if target_path is None else Path(target_path).expanduser()
     return find is not None and folder is not None and folder.is_dir() and bool(find(folder))
-
-
-def _auto(
-    target: Target,
-    how: DraftSpec,
-    target_path: str | None,
-    sibling: str | None,
-    learned: Mapping[str, LearnedDrafter],
-) -> tuple[str, Drafter | None, int]:
-    """What "auto" is: a spec, the target's own head to follow its drafters, and the context below which its view drafts nothing.
-
-    how: the head's drafts. sibling: the folder of a draft model that can be loaded.
-    """
-    # forced tokens replace a model or a head only if they fill a whole draft; for fewer it drafts further ahead
-    before = f"prediction+forced:{how.shape.depth}"
-    if sibling is not None:
-        return f"{before}+{sibling}", None, 0
-    own = _own_head(target, how, target_path, learned)
-    if own is not None:
-        return before, own, 0
-    least = worthwhile_from(target, parse_sparse(AUTO_VIEW))
-    view = "" if least is None else f"+sparse:{AUTO_VIEW}"
-    return f"prediction+forced+ngram{view}", None, least or 0
-
-
-def _own_head(
-    target: Target, how: DraftSpec, target_path: str | None, learned: Mapping[str, LearnedDrafter]
-) -> Drafter | None:
-    """The drafter of the target's own MTP head; None where there is none, or it cannot be run: `--draft mtp` says why."""
-    if target_path is None or not carries("mtp", target_path, learned):
-        return None
-    try:
-        return learned["mtp"].load(Path(target_path).expanduser(), target, how, target_path)
-    except (ConfigError, CapabilityError):
-        return None
-
-
-def _model(
-    how: DraftSpec,
-    target: Target,
-    length: int,
-    tokenizer: object | None,
-    load_model: LoadModel | None,
-    learned: Mapping[str, LearnedDrafter],
-) -> ModelDrafter:
-    path = how.path
-    names = (*DRAFTERS, *learned)
-    if not path or path in ("none", "auto"):
-        raise ConfigError(f"{path!r} is not a draft model: give a folder or a Hub name, or use 'none' or 'auto' alone")
-    if get_close_matches(path, names, cutoff=0.7) and not Path(path).exists():
-        raise ConfigError(unknown_name("drafter", path, names))
-    if load_model is None:
-        raise ConfigError(
-            f"the draft model {path!r} cannot be loaded here: pass load_model, or a drafter without a model"
-        )
-    model, draft_tokenizer = load_model(path)
-    if tokenizer is not None and draft_tokenizer is not None:
-        check_vocabulary(tokenizer, draft_tokenizer, min(target.vocab_size, model.vocab_size), path)
-    return ModelDrafter(model, length, growth=how.growth(target.vocab_size), vocab_size=target.vocab_size)
 
 
 def learned_kind(path: str, learned: Mapping[str, LearnedDrafter] = LEARNED) -> str | None:
