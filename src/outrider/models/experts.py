@@ -7,7 +7,11 @@ tensor each of all gates, ups and downs of a layer. All are read.
 from __future__ import annotations
 
 import reprlib
+from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from outrider.config_keys import flag, real, whole
 from outrider.errors import ConfigError
@@ -111,3 +115,42 @@ def expert_names(config: DecoderConfig, fused: bool) -> dict[str, tuple[str, ...
     gate, up, down = PLACES[config.family].parts
     of = lambda part: tuple(expert_name(config, i, part) for i in range(config.experts.count))  # type: ignore[union-attr]  # noqa: E731
     return router | {"gate_up": of(gate) + of(up), "down": of(down)}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a tensor of all experts of a layer lies in its file, beside its place in `LayerWeights`.
+
+    split: the dimension of the file that is gates and ups, None where there are downs; turns: whether these take turns in it. Gates
+    and ups are a dimension of their own then. dims: the file's dimensions in the order of `LayerWeights`, which has the first
+    `outputs` of them as one.
+    """
+
+    dims: tuple[int, ...]
+    outputs: int
+    split: int | None = None
+    turns: bool = False
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """New memory for a tensor of the file's shape: as it is in `LayerWeights`, and the same as it is in the file."""
+        at = self.split
+        if at is not None:
+            both = (shape[at] // 2, 2) if self.turns else (2, shape[at] // 2)
+            shape = (*shape[:at], *both, *shape[at + 1 :])
+        out = torch.empty([shape[i] for i in self.dims], dtype=dtype, device=device)
+        return out.flatten(0, self.outputs - 1), out.permute([self.dims.index(i) for i in range(len(shape))])
+
+
+_ORDERS = {"gate_up": Order((1, 0, 2, 3), 3, 1), "down": Order((0, 1, 2), 2)}
+_TURNED = {
+    "gate_up": Order((3, 0, 2, 1), 3, 2, turns=True), "gate_up_bias": Order((2, 0, 1), 3, 1, turns=True),
+    "down": Order((0, 2, 1), 2), "down_bias": Order((0, 1), 2),
+}  # fmt: skip
+"""gpt-oss's: gates and ups take turns, and inputs come before outputs."""
+
+
+def order_of_experts(field: str, name: str, keys: ExpertKeys | None) -> Order | None:
+    """How the tensor `name` that becomes a field of `LayerWeights` lies in its file; None for one of a single expert or layer."""
+    if keys is None or not name.removesuffix("_bias").endswith(FUSED):
+        return None
+    return (_TURNED if keys.bounded else _ORDERS).get(field)
