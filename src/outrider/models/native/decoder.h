@@ -255,11 +255,11 @@ class Decoder {
         for (int64_t part = 1; part < task.parts; ++part)
             for (int64_t at = 0; at < size; at += sums_size_)
                 Sums::fold(sums + at, kept(head, task, part) + at, m_.head_dim, score_scale());
-        if (task.mass) tell(head, task, sums);
         finish(layer, head, task, sums);
+        if (task.mass) tell(head, task, sums);
     }
 
-    // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does.
+    // Adds the softmax weights of a task's queries to the call's `mass`: one task of a segment and KV head does. sums: finished.
     void tell(int64_t head, const Task& task, const float* sums) {
         float* out = c_.mass + (head * c_.segments + task.segment) * c_.chunks;
         for (int64_t part = 0; part < task.parts; ++part)
