@@ -67,6 +67,7 @@ CASES = {
     "mixtral": ("mixtral", {"sliding_window": 6}),
     "qwen3 experts": ("qwen3_moe", {"norm_topk_prob": True}),
     "olmoe": ("olmoe", {}),
+    "qwen2moe": ("qwen2_moe", {}),
     "gpt-oss": ("gpt_oss", {"swiglu_limit": 7.0}),
 }
 

@@ -59,7 +59,8 @@ class Checkpoint:
         """Of all weights in a type, of those of blocks, and of those of experts."""
         c, each, e = self.config, dtype.itemsize, self.config.experts
         numbers = 0 if e is None else 3 * sum(e.sparse) * e.count * e.inner * c.hidden
-        dense = 0 if e is None else 3 * sum(e.sparse) * c.inner * c.hidden  # which experts take the place of
+        # which experts take the place of
+        dense = 0 if e is None else 3 * sum(e.sparse) * (c.inner - e.shared) * c.hidden
         return self.parameters * each, (c.layers * c.block_numbers - dense + numbers) * each, numbers * each
 
     @property

@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True, mixed=("mixtral", "MixtralForCausalLM")),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
     "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", keys=frozenset({PATTERN}), windowless="refused"),

@@ -30,7 +30,8 @@ class Decoder {
         int down_stores = 0;
         for (int64_t i = 0; i < m.layers; ++i) {
             const LayerPointers& layer = m.layer[i];
-            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores() | (layer.router ? layer.router->stores() : 0);
+            normed_stores_ |= layer.qkv->stores() | layer.gate_up->stores();
+            for (const Linear* more : {layer.router, layer.shared_gate_up, layer.shared_gate}) normed_stores_ |= more ? more->stores() : 0;
             mixed_stores_ |= layer.o->stores(), down_stores |= layer.down->stores();
             inner_stores_ |= layer.router ? 0 : layer.down->stores();
             posts_ = posts_ || layer.post1 || layer.post2;
